@@ -1,0 +1,37 @@
+# make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make pb.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+READY := $(VENV)/.ready
+BUILT := $(VENV)/.built
+
+.PHONY: demo test bench lint wheel pb clean
+
+demo: $(BUILT)
+	$(PYTHON) demo/demo.py
+
+test: $(BUILT)
+	$(PYTHON) -m pytest -q $(TESTS)
+
+bench: $(BUILT)
+	$(PYTHON) -m benchmarks
+
+lint: $(BUILT)
+	$(PYTHON) -m pytest -q tests/test_house.py
+
+wheel: $(BUILT)
+	$(PYTHON) -m build --outdir dist .
+
+pb: $(READY)
+	$(PYTHON) protos/generate.py
+
+$(READY): pyproject.toml setup.sh
+	./setup.sh $(VENV)
+	touch $@
+
+$(BUILT): $(READY) setup.py pyproject.toml $(wildcard nodeagent/*.pyx nodeagent/*.pxi)
+	$(PYTHON) -m pip install -q --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info nodeagent/*.so

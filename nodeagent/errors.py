@@ -1,0 +1,54 @@
+"""The error tree, drawn once.
+
+    NodeagentError
+    ├── Refused        a request that does not fit; carries its numbers and what would admit it
+    ├── InputError     a value from a user, a peer or a file that is not what it must be
+    ├── HostError      the machine did not answer or answered nonsense (sysfs, udev, NVML)
+    ├── StateError     the ledger's durable form cannot be read or written
+    ├── PeerError      kubelet, the runtime or another peer did not do its part
+    └── ConfigError    the configuration is bad; carries the path of the key
+
+Every message reads "cannot VERB OBJECT: CAUSE" and names the value and its place.
+"""
+
+
+class NodeagentError(Exception):
+    """Whatever this program raises on purpose."""
+
+
+class Refused(NodeagentError):  # noqa: N818 - a refusal is an answer, not an error
+    """A request that was understood and does not fit.
+
+    want and free count the same unit (CPUs, pages, bytes or devices, as `why` says);
+    would_admit is the smallest change found that would make it fit, or "".
+    """
+
+    def __init__(self, why: str, *, want: int, free: int, would_admit: str = "") -> None:
+        super().__init__(why)
+        self.why = why
+        self.want = want
+        self.free = free
+        self.would_admit = would_admit
+
+    def __str__(self) -> str:
+        return f"{self.why}; {self.would_admit}" if self.would_admit else self.why
+
+
+class InputError(NodeagentError, ValueError):
+    """A value that is not what it must be, with its source."""
+
+
+class HostError(NodeagentError):
+    """The machine cannot be read or changed, with the path."""
+
+
+class StateError(NodeagentError):
+    """The ledger's durable form cannot be read or written."""
+
+
+class PeerError(NodeagentError):
+    """Kubelet or another peer did not do its part."""
+
+
+class ConfigError(NodeagentError):
+    """The configuration is bad."""
