@@ -1,0 +1,1 @@
+"""The machine, read and written. Returns core values."""

@@ -1,0 +1,93 @@
+"""What is said between the daemon and the process that talks to NVML: values, and the frames that carry them.
+
+A frame is four bytes of length, little endian, then JSON. The question is {"ask": N}; the answer is a Reply with the
+same N; an Xid that happens meanwhile is a Reply with N = 0.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import BinaryIO
+
+import msgspec
+
+LENGTH = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mig:
+    """One MIG instance: a part of a GPU that is given away on its own."""
+
+    uuid: str
+    profile: str
+    memory_bytes: int
+    gpu_instance: int
+    compute_instance: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NvGpu:
+    """One GPU as NVML sees it. What a GPU does not support is None."""
+
+    pci_address: str
+    """In the form of sysfs: 0000:3b:00.0."""
+    uuid: str
+    name: str
+    minor: int | None = None
+    """N of /dev/nvidiaN."""
+    memory_bytes: int | None = None
+    mig_enabled: bool = False
+    migs: tuple[Mig, ...] = ()
+    nvlinks: dict[str, int] = field(default_factory=dict)
+    """Active NVLinks by the PCI address at the other end; that may be a switch."""
+    levels: dict[str, int] = field(default_factory=dict)
+    """NVML's nearest common ancestor with each other GPU: 10 one switch, 20 more, 30 host bridge, 40 node, 50 any."""
+    ecc_uncorrected: int | None = None
+    """Uncorrected memory errors since the driver was loaded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """All that NVML says now. errors: one sentence for each GPU that does not answer."""
+
+    driver_version: str
+    gpus: tuple[NvGpu, ...] = ()
+    errors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """NVML does not answer. absent: there is no library, so there is nothing to repair."""
+
+    absent: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Xid:
+    """A critical error that the driver reported (docs.nvidia.com/deploy/xid-errors)."""
+
+    pci_address: str
+    code: int
+
+
+class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One frame from the helper; exactly one of the last three is set."""
+
+    to: int = 0
+    snapshot: Snapshot | None = None
+    failure: Failure | None = None
+    xid: Xid | None = None
+
+
+def sysfs_address(bus_id: str) -> str:
+    """NVML's "00000000:3B:00.0" as sysfs writes it: at least four digits of domain, lower case."""
+    domain, _, rest = bus_id.lower().partition(":")
+    return f"{int(domain, 16):04x}:{rest}"
+
+
+def read_frame(stream: BinaryIO) -> bytes | None:
+    """The next frame; None where the stream ends."""
+    head = stream.read(LENGTH.size)
+    return stream.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else None

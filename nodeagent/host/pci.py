@@ -1,0 +1,157 @@
+"""PCI functions as the kernel shows them (Documentation/ABI/testing/sysfs-bus-pci). Nothing is written, bound or reset.
+
+Promises: every function below the root appears once, in order of its address, whatever of its files can be read; where
+a function sits comes from the real path of its folder, so captured trees answer like the machine they were taken from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from nodeagent.core.cpuset import EMPTY, CpuSet
+from nodeagent.core.model import NodeId
+from nodeagent.host.sysfs import SysFs
+from nodeagent.host.tolerant import Tolerant
+
+NVIDIA, AMD, INTEL = "10de", "1002", "8086"
+VFIO = "vfio-pci"
+_ADDRESS = r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]"
+_IS_ADDRESS = re.compile(_ADDRESS)
+_IS_ROOT = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
+_BUS = "sys/bus/pci/devices"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Function:
+    """One PCI function: what its folder says, None for what it does not say."""
+
+    address: str
+    path: str
+    """Its folder below the root, links followed."""
+    pci_class: str | None = None
+    """Six hexadecimal digits: class, subclass, programming interface."""
+    vendor: str | None = None
+    device: str | None = None
+    driver: str | None = None
+    numa_node: NodeId | None = None
+    local_cpus: CpuSet = EMPTY
+    pcie_root: str | None = None
+    """The outermost root bus: drives behind a VMD controller count as where the controller is."""
+    bridges: tuple[str, ...] = ()
+    """Functions above, the one nearest the root first."""
+    iommu_group: int | None = None
+    physical: str | None = None
+    """Address of the physical function, of a virtual one."""
+    vfs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Addresses of the virtual functions that exist now, to their index."""
+    max_vfs: int = 0
+
+    def is_class(self, *prefixes: str) -> bool:
+        """Whether the class begins with one of these hexadecimal digits ("03", "0108")."""
+        return self.pci_class is not None and self.pci_class.startswith(prefixes)
+
+
+def functions(reader: Tolerant, online: CpuSet = EMPTY, nodes: frozenset[NodeId] = frozenset()) -> tuple[Function, ...]:
+    """All PCI functions in order of address. Empty `online` or `nodes`: not known, nothing is checked against it."""
+    found = [_function(reader, address, path, online, nodes) for address, path in _folders(reader)]
+    return tuple(sorted(found, key=lambda function: order(function.address)))
+
+
+def order(address: str) -> tuple[int, ...]:
+    """Sorts addresses by number: domain, bus, device, function (domains may have more digits than others)."""
+    return tuple(int(part, 16) for part in re.split(r"[:.]", address))
+
+
+def is_address(text: str) -> bool:
+    return _IS_ADDRESS.fullmatch(text) is not None
+
+
+def split(path: str) -> tuple[str | None, str]:
+    """The last PCI address in a real path and what follows it: ".../0000:00:03.0/virtio0/net/eth0" belongs to
+    0000:00:03.0 as "virtio0/net/eth0"."""
+    parts = path.split("/")
+    for at in range(len(parts) - 1, -1, -1):
+        if is_address(parts[at]):
+            return parts[at], "/".join(parts[at + 1 :])
+    return None, path
+
+
+def members(reader: Tolerant, folder: str) -> Iterator[tuple[str, str, str | None, str]]:
+    """The entries of a class or bus folder ("sys/class/net") as (name, real path, PCI address, path below it)."""
+    for name in reader.names(folder):
+        real = reader.sysfs.real(f"{folder}/{name}")
+        yield name, real, *split(real)
+
+
+def _folders(reader: Tolerant) -> Iterator[tuple[str, str]]:
+    names = [name for name in reader.names(_BUS) if is_address(name)]
+    if not names:
+        yield from _below_roots(reader)
+    for name in names:
+        yield name, reader.sysfs.real(f"{_BUS}/{name}")
+
+
+def _below_roots(reader: Tolerant) -> Iterator[tuple[str, str]]:
+    """Captured trees may lack the bus folder: then the functions are found where they sit."""
+    for name in reader.names("sys/devices"):
+        if _IS_ROOT.fullmatch(name):
+            yield from _below(reader, f"sys/devices/{name}")
+
+
+def _below(reader: Tolerant, path: str) -> Iterator[tuple[str, str]]:
+    for name in reader.names(path):
+        if is_address(name):
+            yield name, f"{path}/{name}"
+            yield from _below(reader, f"{path}/{name}")
+
+
+def _function(reader: Tolerant, address: str, path: str, online: CpuSet, nodes: frozenset[NodeId]) -> Function:
+    above = path.split("/")[:-1]
+    local = _local_cpus(reader, path)
+    max_vfs = reader.number(f"{path}/sriov_totalvfs") or 0
+    return Function(
+        address=address,
+        path=path,
+        pci_class=reader.hexadecimal(f"{path}/class", 6),
+        vendor=reader.hexadecimal(f"{path}/vendor", 4),
+        device=reader.hexadecimal(f"{path}/device", 4),
+        driver=reader.link_name(f"{path}/driver"),
+        numa_node=_numa_node(reader, f"{path}/numa_node", nodes),
+        local_cpus=local & online if online else local,
+        pcie_root=next((part for part in above if _IS_ROOT.fullmatch(part)), None),
+        bridges=tuple(part for part in above if is_address(part)),
+        iommu_group=_group(reader.link_name(f"{path}/iommu_group")),
+        physical=reader.link_name(f"{path}/physfn"),
+        vfs=_virtual(reader.sysfs, path) if max_vfs else MappingProxyType({}),
+        max_vfs=max_vfs,
+    )
+
+
+def _local_cpus(reader: Tolerant, path: str) -> CpuSet:
+    """local_cpus is in every kernel; local_cpulist is the same set, and newer."""
+    found = reader.cpu_mask(f"{path}/local_cpus")
+    if found is None:
+        found = reader.cpus(f"{path}/local_cpulist")
+    return found or EMPTY
+
+
+def _numa_node(reader: Tolerant, path: str, nodes: frozenset[NodeId]) -> NodeId | None:
+    node = reader.number(path)
+    if node is None or node == -1:
+        return None
+    if node < 0 or (nodes and node not in nodes):
+        reader.warn(path, f"there is no NUMA node {node}")
+        return None
+    return node
+
+
+def _group(name: str | None) -> int | None:
+    return int(name) if name is not None and name.isascii() and name.isdigit() else None
+
+
+def _virtual(sysfs: SysFs, path: str) -> Mapping[str, int]:
+    links = ((index, sysfs.link_name(link)) for index, link in sysfs.numbered(path, "virtfn"))
+    return MappingProxyType({address: index for index, address in links if address is not None})
