@@ -1,0 +1,1 @@
+"""Wire adapters: protobuf in, core values through, protobuf out. No decisions."""

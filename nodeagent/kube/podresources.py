@@ -1,0 +1,100 @@
+"""What kubelet says that pods hold: the pod-resources API v1, and the file that changes with it. Nothing is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import grpc
+
+from nodeagent.core.model import Holding
+from nodeagent.errors import PeerError
+from nodeagent.kube import sockets
+from nodeagent.kube.waiting import FolderWatch
+from nodeagent.pb import podresources_pb2 as pb
+from nodeagent.pb import podresources_pb2_grpc as rpc
+
+CHECKPOINT = "kubelet_internal_checkpoint"
+"""The file in kubelet's device-plugins folder that is replaced whenever a pod gets or gives back devices."""
+LARGEST_ANSWER_BYTES = 16 << 20
+
+
+class PodResources:
+    """Asks kubelet; every call uses a connection of its own, so a restarted kubelet is found at once."""
+
+    def __init__(self, socket: Path) -> None:
+        """ConfigError where the socket's path is too long."""
+        self.path = sockets.checked(socket)
+
+    async def list(self, timeout_s: float = 5.0) -> tuple[Holding, ...]:
+        """What every container holds of every device-plugin resource, in the order of their names; PeerError."""
+        answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
+        return tuple(sorted(_holdings(answer), key=_names))
+
+    async def allocatable(self, timeout_s: float = 5.0) -> Mapping[str, tuple[str, ...]]:
+        """The ids that kubelet counts as allocatable, by resource, both in order; PeerError."""
+        request = pb.AllocatableResourcesRequest()
+        answer = await self._ask("GetAllocatableResources", request, "read allocatable resources", timeout_s)
+        merged = _merged(answer.devices)
+        return MappingProxyType({name: merged[name] for name in sorted(merged)})
+
+    async def _ask(self, method: str, request: object, what: str, timeout_s: float) -> Any:
+        async with sockets.channel(self.path, largest_answer_bytes=LARGEST_ANSWER_BYTES) as channel:
+            stub = rpc.PodResourcesListerStub(channel)  # type: ignore[no-untyped-call]
+            try:
+                return await getattr(stub, method)(request, timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise PeerError(f"cannot {what} at {self.path}: {sockets.cause(error)}") from None
+
+
+class CheckpointWatch:
+    """Tells when kubelet's checkpoint file is replaced: the moment to ask what pods hold."""
+
+    def __init__(self, folder: Path, *, poll_s: float = 10.0) -> None:
+        """`folder` is kubelet's device-plugins folder; it need not exist yet."""
+        self._path = folder / CHECKPOINT
+        self._poll_s = poll_s
+        self._folder = FolderWatch(folder, poll_s=poll_s)
+        self._seen: sockets.Identity | None = None
+
+    def __enter__(self) -> Self:
+        self._folder.__enter__()
+        self._seen = sockets.identity(self._path)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.__exit__(*error)
+
+    async def wait(self) -> bool:
+        """Return after the file changed, however often, since the last return: True; False after poll_s without."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._poll_s):
+                while sockets.identity(self._path) == self._seen:
+                    await self._folder.wait()
+        before, self._seen = self._seen, sockets.identity(self._path)
+        return self._seen != before
+
+
+def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:
+    for pod in answer.pod_resources:
+        for container in pod.containers:
+            for resource, ids in _merged(container.devices).items():
+                yield Holding(
+                    namespace=pod.namespace, pod=pod.name, container=container.name, resource=resource, ids=ids
+                )
+
+
+def _merged(entries: Iterable[pb.ContainerDevices]) -> dict[str, tuple[str, ...]]:
+    """Ids by resource: kubelet gives one resource as several entries, one for each NUMA node."""
+    merged: dict[str, set[str]] = {}
+    for entry in entries:
+        merged.setdefault(entry.resource_name, set()).update(entry.device_ids)
+    return {resource: tuple(sorted(ids)) for resource, ids in merged.items() if ids}
+
+
+def _names(holding: Holding) -> tuple[str, str, str, str]:
+    return holding.namespace, holding.pod, holding.container, holding.resource

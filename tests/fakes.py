@@ -1,0 +1,473 @@
+"""FakeKubelet: kubelet's side of the device-plugin API, a real gRPC server on real sockets, as strict as the real one.
+
+What a plugin does against the contract is kept as a ContractViolation and raised when the kubelet is left. Needs
+nothing but gRPC and the generated code, so the demo uses it too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import re
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import grpc
+
+from nodeagent.pb import deviceplugin_pb2 as pb
+from nodeagent.pb import deviceplugin_pb2_grpc as rpc
+from nodeagent.pb import podresources_pb2 as pods_pb
+from nodeagent.pb import podresources_pb2_grpc as pods_rpc
+
+CHECKPOINT = "kubelet_internal_checkpoint"
+DIAL_S, PRE_START_S = 10.0, 30.0
+_LOCAL = (("grpc.use_local_subchannel_pool", 1),)
+_LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+_EXTENDED_NAME = re.compile(rf"(?P<domain>{_LABEL}(\.{_LABEL})*)/[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?")
+
+
+class ContractViolation(AssertionError):  # noqa: N818
+    """A plugin did what kubelet does not allow."""
+
+
+class RefusedOnPurposeError(Exception):
+    """A registration was failed because the test asked for that."""
+
+
+class AdmissionError(Exception):
+    """A pod was not admitted: what kubelet shows as UnexpectedAdmissionError."""
+
+    def __init__(self, why: str, code: grpc.StatusCode | None = None) -> None:
+        super().__init__(why)
+        self.code = code
+
+
+@dataclass
+class Pod:
+    """An admitted pod: its devices and what the plugin answered, by container and resource."""
+
+    namespace: str
+    name: str
+    uid: str = field(default_factory=lambda: str(uuid.uuid4()))
+    devices: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    responses: dict[str, dict[str, pb.ContainerAllocateResponse]] = field(default_factory=dict)
+
+    def held(self, resource: str) -> set[str]:
+        return {one for container in self.devices.values() for one in container.get(resource, ())}
+
+
+class _Endpoint:
+    """One registered plugin: the connection to it and the newest list that it sent."""
+
+    def __init__(self, resource: str, path: Path) -> None:
+        self.resource = resource
+        self.channel = grpc.aio.insecure_channel(f"unix:{path}", options=_LOCAL)
+        self.stub = rpc.DevicePluginStub(self.channel)
+        self.options = pb.DevicePluginOptions()
+        self.devices: dict[str, pb.Device] = {}
+        self.watcher: asyncio.Task[None] | None = None
+        self.lists = 0
+
+    def healthy(self) -> list[str]:
+        return [one.ID for one in self.devices.values() if one.health == "Healthy"]
+
+    async def close(self) -> None:
+        if self.watcher is not None:
+            self.watcher.cancel()
+            await asyncio.wait({self.watcher})
+        await self.channel.close(None)
+
+
+class FakeKubelet:
+    """An async context manager: entered, it serves; left, it stops and raises what the plugins did wrong."""
+
+    def __init__(self, folder: Path, *, seed: int = 0) -> None:
+        """`folder` stands for /var/lib/kubelet; `seed` fixes the order in which ids are handed to Allocate."""
+        self.plugins_folder = folder / "device-plugins"
+        self.socket = self.plugins_folder / "kubelet.sock"
+        self.pod_resources_socket = folder / "pod-resources" / "kubelet.sock"
+        self.violations: list[ContractViolation] = []
+        self.registrations: dict[str, int] = {}
+        self.pods: dict[tuple[str, str], Pod] = {}
+        self.endpoints: dict[str, _Endpoint] = {}
+        self._refusals: dict[str, float] = {}
+        self._admitting: list[Pod] = []
+        self._servers: list[grpc.aio.Server] = []
+        self._random = random.Random(seed)
+        self._news = asyncio.Event()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        await self.stop()
+        if kind is None:
+            self.check()
+
+    def check(self) -> None:
+        """Raise what the plugins did against the contract so far."""
+        if self.violations:
+            raise ExceptionGroup("plugins broke the contract", self.violations)
+
+    # Its life
+
+    async def start(self, *, wipe: bool = True) -> None:
+        """Empty the folder but for the checkpoint, read that, then listen: the order kubelet has."""
+        self.plugins_folder.mkdir(parents=True, exist_ok=True)
+        self.pod_resources_socket.parent.mkdir(parents=True, exist_ok=True)
+        if wipe:
+            self.wipe()
+        self._restore()
+        for path, add in ((self.pod_resources_socket, self._add_pod_resources), (self.socket, self._add_registration)):
+            server = grpc.aio.server()
+            add(server)
+            server.add_insecure_port(f"unix:{path}")
+            await server.start()
+            self._servers.append(server)
+        self._tell()
+
+    async def stop(self, *, leave_socket: bool = False) -> None:
+        """Hang up on every plugin and stop; `leave_socket` leaves a dead kubelet.sock, as a killed kubelet does."""
+        aside = self.socket.with_name(".kubelet.sock")
+        if leave_socket:
+            self.socket.rename(aside)
+        for endpoint in [*self.endpoints.values()]:
+            await endpoint.close()
+        self.endpoints.clear()
+        await asyncio.gather(*(server.stop(0) for server in self._servers))
+        self._servers.clear()
+        if leave_socket:
+            aside.rename(self.socket)
+        self._tell()
+
+    async def restart(self, *, wipe: bool = True) -> None:
+        """Stop and start; what pods hold is read back from the checkpoint."""
+        await self.stop()
+        await self.start(wipe=wipe)
+
+    def wipe(self) -> None:
+        """Delete every file in the folder but the checkpoint."""
+        for path in self.plugins_folder.iterdir():
+            if path.name != CHECKPOINT and not path.is_dir():
+                path.unlink()
+
+    async def cut_streams(self) -> None:
+        """Hang up on every plugin without a word, staying alive: what a broken connection looks like."""
+        for endpoint in [*self.endpoints.values()]:
+            await endpoint.close()
+        self.endpoints.clear()
+        self._tell()
+
+    def refuse(self, resource: str, times: float = float("inf")) -> None:
+        """Fail the next `times` registrations of a resource; 0 ends that."""
+        self._refusals[resource] = times
+
+    # What it shows
+
+    def devices(self, resource: str) -> list[pb.Device]:
+        """The newest list of a resource, in the order sent."""
+        endpoint = self.endpoints.get(resource)
+        return [*endpoint.devices.values()] if endpoint else []
+
+    def allocatable(self, resource: str) -> int:
+        """How many healthy devices the node would show."""
+        endpoint = self.endpoints.get(resource)
+        return len(endpoint.healthy()) if endpoint else 0
+
+    async def wait_allocatable(self, resource: str, count: int) -> None:
+        """Return once allocatable(resource) is `count`."""
+        await self.until(lambda: self.allocatable(resource) == count)
+
+    async def wait_registered(self, resource: str, times: int = 1) -> None:
+        """Return once a resource was registered `times` times since this object was made."""
+        await self.until(lambda: self.registrations.get(resource, 0) >= times)
+
+    async def until(self, holds: Callable[[], bool]) -> None:
+        """Return once `holds()`, which is asked after every change here; the caller sets the deadline."""
+        while not holds():
+            await self._news.wait()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    # Registration
+
+    def _add_registration(self, server: grpc.aio.Server) -> None:
+        rpc.add_RegistrationServicer_to_server(_Registration(self), server)
+
+    async def register(self, request: pb.RegisterRequest) -> None:
+        """What Register does; raises ContractViolation, or RefusedOnPurposeError where it was told to refuse."""
+        self._check_registration(request)
+        if self._refusals.get(request.resource_name, 0) > 0:
+            self._refusals[request.resource_name] -= 1
+            raise RefusedOnPurposeError(f"{request.resource_name} is refused on purpose")
+        endpoint = _Endpoint(request.resource_name, self.plugins_folder / request.endpoint)
+        try:
+            endpoint.options = await endpoint.stub.GetDevicePluginOptions(pb.Empty(), timeout=DIAL_S)
+        except grpc.aio.AioRpcError as error:
+            await endpoint.close()
+            raise ContractViolation(f"cannot dial {request.endpoint} back inside Register: {error.details()}") from None
+        await self._take(endpoint)
+
+    async def _take(self, endpoint: _Endpoint) -> None:
+        older = self.endpoints.pop(endpoint.resource, None)
+        if older is not None:
+            await older.close()
+        self.endpoints[endpoint.resource] = endpoint
+        self.registrations[endpoint.resource] = self.registrations.get(endpoint.resource, 0) + 1
+        endpoint.watcher = asyncio.create_task(self._watch(endpoint))
+        self._tell()
+
+    def _check_registration(self, request: pb.RegisterRequest) -> None:
+        name = _EXTENDED_NAME.fullmatch(request.resource_name)
+        if request.version != "v1beta1":
+            raise ContractViolation(f"version {request.version!r}, expected 'v1beta1'")
+        if name is None or len(name["domain"]) > 253:
+            raise ContractViolation(f"{request.resource_name!r} is no extended resource name")
+        if name["domain"] == "kubernetes.io" or name["domain"].endswith(".kubernetes.io"):
+            raise ContractViolation(f"{request.resource_name!r} is in kubelet's own domain")
+        if not request.endpoint or "/" in request.endpoint or request.endpoint in (".", "..", "kubelet.sock"):
+            raise ContractViolation(f"endpoint {request.endpoint!r} is not a plain file name")
+
+    async def _watch(self, endpoint: _Endpoint) -> None:
+        """Follow one ListAndWatch stream; its end takes the resource away at once."""
+        try:
+            async for message in endpoint.stub.ListAndWatch(pb.Empty()):
+                endpoint.devices = self._checked_list(endpoint.resource, message)
+                endpoint.lists += 1
+                self._write_checkpoint()
+                self._tell()
+        except grpc.aio.AioRpcError:
+            pass
+        finally:
+            endpoint.devices = {}
+            self._tell()
+
+    def _checked_list(self, resource: str, message: pb.ListAndWatchResponse) -> dict[str, pb.Device]:
+        good: dict[str, pb.Device] = {}
+        for device in message.devices:
+            for wrong in _wrong_with(device, good):
+                self.violations.append(ContractViolation(f"{resource}: device {device.ID!r}: {wrong}"))
+            good[device.ID] = device
+        return good
+
+    # Admission
+
+    async def admit_pod(
+        self,
+        namespace: str,
+        name: str,
+        containers: Mapping[str, Mapping[str, int]],
+        init_containers: Mapping[str, Mapping[str, int]] | None = None,
+    ) -> Pod:
+        """Give each container its counts of resources, init containers first; AdmissionError, with nothing kept."""
+        if (namespace, name) in self.pods:
+            raise AdmissionError(f"pod {namespace}/{name} exists")
+        pod, reusable = Pod(namespace, name), dict[str, set[str]]()
+        self._admitting.append(pod)
+        try:
+            for container, wants in (init_containers or {}).items():
+                await self._admit_container(pod, container, wants, reusable)
+                for resource, ids in pod.devices[container].items():
+                    reusable.setdefault(resource, set()).update(ids)
+            for container, wants in containers.items():
+                await self._admit_container(pod, container, wants, reusable)
+                for resource, ids in pod.devices[container].items():
+                    reusable.get(resource, set()).difference_update(ids)
+        finally:
+            self._admitting.remove(pod)
+        self.pods[namespace, name] = pod
+        self._write_checkpoint()
+        self._tell()
+        return pod
+
+    async def delete_pod(self, namespace: str, name: str) -> None:
+        """Forget a pod and what it held."""
+        del self.pods[namespace, name]
+        self._write_checkpoint()
+        self._tell()
+
+    async def _admit_container(
+        self, pod: Pod, container: str, wants: Mapping[str, int], reusable: Mapping[str, set[str]]
+    ) -> None:
+        pod.devices[container], pod.responses[container] = {}, {}
+        for resource, count in wants.items():
+            endpoint = self.endpoints.get(resource)
+            if endpoint is None or endpoint.watcher is None or endpoint.watcher.done():
+                raise AdmissionError(f"cannot allocate unregistered device {resource}")
+            chosen = await self._choose(endpoint, count, reusable.get(resource, set()))
+            pod.devices[container][resource] = chosen
+            pod.responses[container][resource] = await self._allocate(endpoint, chosen)
+            if endpoint.options.pre_start_required:
+                await self._call(
+                    endpoint.stub.PreStartContainer(
+                        pb.PreStartContainerRequest(devices_ids=chosen), timeout=PRE_START_S
+                    )
+                )
+
+    async def _choose(self, endpoint: _Endpoint, count: int, reusable: set[str]) -> list[str]:
+        """Reused ids first, then the plugin's preference as far as it is allowed, then the own order."""
+        healthy = endpoint.healthy()
+        reused = [one for one in healthy if one in reusable][:count]
+        free = [one for one in healthy if one not in self._allocated(endpoint.resource)]
+        missing = count - len(reused)
+        if missing > len(free):
+            raise AdmissionError(
+                f"requested number of devices unavailable for {endpoint.resource}. Requested: {missing}, "
+                f"Available: {len(free)}"
+            )
+        preferred: list[str] = []
+        if 0 < missing < len(free) and endpoint.options.get_preferred_allocation_available:
+            preferred = await self._prefer(endpoint, [*reused, *free], reused, count)
+        taken = [one for one in dict.fromkeys([*preferred, *sorted(free)]) if one in free][:missing]
+        chosen = [*reused, *taken]
+        self._random.shuffle(chosen)
+        return chosen
+
+    async def _prefer(self, endpoint: _Endpoint, available: list[str], must: list[str], count: int) -> list[str]:
+        self._random.shuffle(available)
+        request = pb.ContainerPreferredAllocationRequest(
+            available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=count
+        )
+        answer = await self._call(
+            endpoint.stub.GetPreferredAllocation(pb.PreferredAllocationRequest(container_requests=[request]))
+        )
+        return [*answer.container_responses[0].deviceIDs] if answer.container_responses else []
+
+    async def _allocate(self, endpoint: _Endpoint, ids: list[str]) -> pb.ContainerAllocateResponse:
+        request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
+        answer = await self._call(endpoint.stub.Allocate(request))
+        if not answer.container_responses:
+            raise AdmissionError(f"no containers in the answer to Allocate of {endpoint.resource}")
+        first: pb.ContainerAllocateResponse = answer.container_responses[0]
+        return first
+
+    async def _call(self, call: Any) -> Any:
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise AdmissionError(error.details() or error.code().name, error.code()) from None
+
+    def _allocated(self, resource: str) -> set[str]:
+        return {one for pod in (*self.pods.values(), *self._admitting) for one in pod.held(resource)}
+
+    # The checkpoint
+
+    def _write_checkpoint(self) -> None:
+        """The shape of kubelet's own file; replaced whole."""
+        entries = [
+            {"PodUID": pod.uid, "ContainerName": container, "ResourceName": resource, "DeviceIDs": {"-1": sorted(ids)}}
+            for pod in self.pods.values()
+            for container, held in pod.devices.items()
+            for resource, ids in held.items()
+        ]
+        registered = {name: endpoint.healthy() for name, endpoint in self.endpoints.items()}
+        data = {"Data": {"PodDeviceEntries": entries, "RegisteredDevices": registered}, "Checksum": 0}
+        temporary = self.plugins_folder / f".{CHECKPOINT}.new"
+        with contextlib.suppress(FileNotFoundError):
+            temporary.write_text(json.dumps(data))
+            temporary.rename(self.plugins_folder / CHECKPOINT)
+
+    def _restore(self) -> None:
+        """What pods hold is what the checkpoint says; the pods themselves are known from the API server."""
+        try:
+            entries = json.loads((self.plugins_folder / CHECKPOINT).read_text())["Data"]["PodDeviceEntries"]
+        except FileNotFoundError:
+            entries = []
+        pods = {pod.uid: pod for pod in self.pods.values()}
+        for pod in pods.values():
+            pod.devices = {}
+        for entry in entries:
+            if entry["PodUID"] in pods:
+                held = pods[entry["PodUID"]].devices.setdefault(entry["ContainerName"], {})
+                held[entry["ResourceName"]] = [one for ids in entry["DeviceIDs"].values() for one in ids]
+
+    # Pod resources
+
+    def _add_pod_resources(self, server: grpc.aio.Server) -> None:
+        pods_rpc.add_PodResourcesListerServicer_to_server(_PodResources(self), server)
+
+    def pod_resources(self, pod: Pod) -> pods_pb.PodResources:
+        """One pod as pod-resources shows it."""
+        containers = [
+            pods_pb.ContainerResources(
+                name=name, devices=[one for item in held.items() for one in self.container_devices(*item)]
+            )
+            for name, held in pod.devices.items()
+        ]
+        return pods_pb.PodResources(name=pod.name, namespace=pod.namespace, containers=containers)
+
+    def container_devices(self, resource: str, ids: Iterable[str]) -> Iterator[pods_pb.ContainerDevices]:
+        """One entry for each set of NUMA nodes, as kubelet gives it."""
+        known = {device.ID: device for device in self.devices(resource)}
+        groups: dict[tuple[int, ...], list[str]] = {}
+        for one in ids:
+            nodes = tuple(node.ID for node in known[one].topology.nodes) if one in known else ()
+            groups.setdefault(nodes, []).append(one)
+        for nodes, members in groups.items():
+            topology = pods_pb.TopologyInfo(nodes=[pods_pb.NUMANode(ID=node) for node in nodes]) if nodes else None
+            yield pods_pb.ContainerDevices(resource_name=resource, device_ids=members, topology=topology)
+
+
+def _wrong_with(device: pb.Device, before: Mapping[str, pb.Device]) -> Iterator[str]:
+    nodes = [node.ID for node in device.topology.nodes]
+    if not 1 <= len(device.ID) <= 63:
+        yield f"the id has {len(device.ID)} characters, expected 1 to 63"
+    if device.ID in before:
+        yield "the id stands twice"
+    if device.health not in ("Healthy", "Unhealthy"):
+        yield f"health {device.health!r}"
+    if any(node < 0 for node in nodes) or len(set(nodes)) != len(nodes):
+        yield f"NUMA nodes {nodes}"
+
+
+class _Registration(rpc.RegistrationServicer):
+    def __init__(self, kubelet: FakeKubelet) -> None:
+        self._kubelet = kubelet
+
+    async def Register(self, request: pb.RegisterRequest, context: Any) -> pb.Empty:  # noqa: N802
+        try:
+            await self._kubelet.register(request)
+        except ContractViolation as violation:
+            self._kubelet.violations.append(violation)
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
+        except RefusedOnPurposeError as error:
+            await context.abort(grpc.StatusCode.UNKNOWN, str(error))
+        return pb.Empty()
+
+
+class _PodResources(pods_rpc.PodResourcesListerServicer):
+    def __init__(self, kubelet: FakeKubelet) -> None:
+        self._kubelet = kubelet
+
+    async def List(  # noqa: N802
+        self, request: pods_pb.ListPodResourcesRequest, context: Any
+    ) -> pods_pb.ListPodResourcesResponse:
+        pods = [self._kubelet.pod_resources(pod) for pod in self._kubelet.pods.values()]
+        return pods_pb.ListPodResourcesResponse(pod_resources=pods)
+
+    async def GetAllocatableResources(  # noqa: N802
+        self, request: pods_pb.AllocatableResourcesRequest, context: Any
+    ) -> pods_pb.AllocatableResourcesResponse:
+        devices = [
+            entry
+            for name, endpoint in self._kubelet.endpoints.items()
+            for entry in self._kubelet.container_devices(name, endpoint.healthy())
+        ]
+        return pods_pb.AllocatableResourcesResponse(devices=devices)
+
+    async def Get(  # noqa: N802
+        self, request: pods_pb.GetPodResourcesRequest, context: Any
+    ) -> pods_pb.GetPodResourcesResponse:
+        pod = self._kubelet.pods.get((request.pod_namespace, request.pod_name))
+        if pod is not None:
+            return pods_pb.GetPodResourcesResponse(pod_resources=self._kubelet.pod_resources(pod))
+        text = f"pod {request.pod_name} in namespace {request.pod_namespace} not found"
+        return await context.abort(grpc.StatusCode.NOT_FOUND, text)
