@@ -1,6 +1,7 @@
 """Builds the compiled core. Safety directives live here and nowhere else: NODEAGENT_DEBUG=1 switches every check on."""
 
 import os
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -13,6 +14,7 @@ DIRECTIVES = {
     "overflowcheck": DEBUG,
     "cdivision": True,
     "autotestdict": False,
+    "auto_pickle": False,
     "embedsignature": True,
     "embedsignature.format": "python",
     "linetrace": DEBUG,
@@ -20,6 +22,7 @@ DIRECTIVES = {
 EXTENSION = Extension(
     "nodeagent._fastpath",
     ["nodeagent/_fastpath.pyx"],
+    depends=[str(path) for path in sorted(Path("nodeagent").glob("*.pxi"))],
     extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3"],
     define_macros=[("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if DEBUG else [],
 )

@@ -1,0 +1,289 @@
+# The checked door: a machine laid out for the kernels, and a request laid over it. Included by _fastpath.pyx.
+
+@cython.final
+cdef class Layout:
+    """A machine as the kernels see it. Built once for each inventory; holds no request.
+
+    rows: one tuple (cpu, package, node, l3, core) for each online CPU, node counted from 0 without gaps; equal numbers
+    mean the same package, node, L3 group or core. distances: nodes x nodes numbers, row by row.
+    """
+
+    cdef Shape shape
+    cdef list blocks
+
+    def __cinit__(self, list rows not None, int nodes, list distances not None):
+        cdef Shape* s = &self.shape
+        if nodes < 1 or len(distances) != nodes * nodes:
+            raise ValueError(f"cannot lay out a machine: {len(distances)} distances for {nodes} nodes")
+        if len({row[0] for row in rows}) != len(rows):
+            raise ValueError("cannot lay out a machine: a CPU is given twice")
+        for row in rows:
+            if not (0 <= row[0] < IDS and 0 <= row[2] < nodes):
+                raise ValueError(f"cannot lay out a machine: CPU {row[0]} on node {row[2]} is out of range")
+        self.blocks = []
+        packages = {package: i for i, package in enumerate(sorted({row[1] for row in rows}))}
+        ordered = sorted((packages[package], node, l3, core, cpu) for cpu, package, node, l3, core in rows)
+        cpu_id, core_cpus, group_cores, cell_groups, cell_package, cell_node = [], [], [], [], [], []
+        before = None
+        for package, node, l3, core, cpu in ordered:
+            if before is None or before[:2] != (package, node):
+                cell_groups.append(len(group_cores))
+                cell_package.append(package)
+                cell_node.append(node)
+            if before is None or before[:3] != (package, node, l3):
+                group_cores.append(len(core_cpus))
+            if before is None or before[:4] != (package, node, l3, core):
+                core_cpus.append(len(cpu_id))
+            cpu_id.append(cpu)
+            before = (package, node, l3, core)
+        s.cpus, s.cores, s.groups, s.cells = len(cpu_id), len(core_cpus), len(group_cores), len(cell_groups)
+        s.nodes, s.packages = nodes, len(packages)
+        core_cpus.append(s.cpus)
+        if any(core_cpus[i + 1] - core_cpus[i] > SMT_MAX for i in range(s.cores)):
+            raise ValueError(f"cannot lay out a machine: a core has more than {SMT_MAX} CPUs")
+        group_cores.append(s.cores)
+        cell_groups.append(s.groups)
+        s.cpu_id, s.core_cpus, s.group_cores = self._ints(cpu_id), self._ints(core_cpus), self._ints(group_cores)
+        s.cell_groups, s.cell_node, s.cell_package = \
+            self._ints(cell_groups), self._ints(cell_node), self._ints(cell_package)
+        s.node_cells = self._ints([cell_node.count(node) for node in range(nodes)])
+        s.distance = self._ints(distances)
+        self._classes()
+
+    cdef int* _ints(self, list values) except NULL:
+        cdef bytearray block = bytearray(max(1, len(values)) * sizeof(int))
+        cdef int* out = <int*><char*>block
+        cdef int i
+        for i in range(len(values)):
+            out[i] = values[i]
+        self.blocks.append(block)
+        return out
+
+    cdef int _classes(self) except -1:
+        """Gather twin cells, in order of their first cell."""
+        cdef Shape* s = &self.shape
+        cdef int cell, first
+        classes = []
+        for cell in range(s.cells):
+            for members in classes:
+                first = members[0]
+                if _twins(s, first, cell):
+                    members.append(cell)
+                    break
+            else:
+                classes.append([cell])
+        # Classes that share a node stand side by side.
+        classes.sort(key=lambda members: s.cell_node[members[0]] if s.node_cells[s.cell_node[members[0]]] > 1 else -1)
+        starts = [0]
+        for members in classes:
+            starts.append(starts[-1] + len(members))
+        s.classes = len(classes)
+        s.class_cells = self._ints([cell for members in classes for cell in members])
+        s.class_start = self._ints(starts)
+        return 0
+
+    def choose(self, object free_mask, int want, *, object must=0, bint whole_cores=False, bint spread_cores=False,
+               bint spread_nodes=False, bint groups_first=False, int most_packages=0, int most_nodes=0,
+               near=(), taste=()):
+        """The cheapest `want` CPUs of free_mask, or None where none can be chosen.
+
+        must: a mask of CPUs that have to be among them. most_packages, most_nodes: 0 is no limit. near, taste: pairs
+        (mask, weight); each CPU of the mask costs that much more, near before everything, taste next.
+        Returns (mask, near, taste, packages, nodes, distance, groups, split, nodes_broken, groups_broken,
+        cores_broken, ids, exact); exact is False when the search ran out of steps.
+        """
+        cdef Shape* s = &self.shape
+        cdef uint64_t[WORDS] words, must_words, out
+        cdef Ask a
+        if want < 1:
+            raise ValueError(f"cannot choose {want} CPUs: expected 1 or more")
+        if want > s.cpus:
+            return None
+        if must & ~free_mask:
+            raise ValueError("cannot choose CPUs: not all of `must` are free")
+        memset(words, 0, sizeof(words))
+        memset(must_words, 0, sizeof(must_words))
+        memset(out, 0, sizeof(out))
+        _words_of(free_mask, words)
+        _words_of(must, must_words)
+        memset(&a, 0, sizeof(a))
+        a.want, a.whole_cores, a.spread_cores, a.groups_first = want, whole_cores, spread_cores, groups_first
+        a.most_packages = min(most_packages, s.packages) if most_packages > 0 else s.packages
+        a.most_nodes = min(most_nodes, s.nodes) if most_nodes > 0 else s.nodes
+        cdef bytearray memory = bytearray(_work_bytes(s, bool(near or taste)))
+        _lay_out(s, &a, <char*>memory, bool(near or taste))
+        _mark(s, words, must_words, &a)
+        cdef uint64_t near_most = self._weights(near, a.near), taste_most = self._weights(taste, a.taste)
+        cdef int bits = _widths(s, &a, near_most, taste_most)
+        if bits > 125:
+            raise ValueError(f"cannot choose {want} CPUs: the cost needs {bits} bits, 125 are there")
+        if a.near != NULL and not _floor(s, &a):
+            raise MemoryError
+        cdef bint found
+        with nogil:
+            found = _choose(s, &a, spread_nodes, out)
+        if a.out_of_memory:
+            raise MemoryError
+        if not found:
+            return None
+        return self._answer(&a, out)
+
+    cdef uint64_t _weights(self, object pairs, uint64_t* weights) except? 0xFFFF:
+        """Add each pair's weight to the slots of its mask; the largest sum."""
+        cdef Shape* s = &self.shape
+        cdef uint64_t[WORDS] words
+        cdef uint64_t weight, most = 0
+        cdef int slot
+        for mask, weight in pairs:
+            memset(words, 0, sizeof(words))
+            _words_of(mask, words)
+            for slot in range(s.cpus):
+                if words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1:
+                    weights[slot] += weight
+                    most = max(most, weights[slot])
+        return most
+
+    cdef object _answer(self, const Ask* a, const uint64_t* out):
+        cdef cost_t high = a.best_high, low = a.best_low
+        cdef cost_t price = (high << a.at_low) + low
+        cdef int groups_end = 127 if a.groups_first else a.at_taste
+        cdef int taste_end = a.at_near, near_end = a.at_groups if a.groups_first else 127
+        return (
+            _mask_of(out, WORDS),
+            _field(price, a.at_near, near_end), _field(price, a.at_taste, taste_end),
+            a.best_packages, a.best_nodes, a.best_distance, _field(price, a.at_groups, groups_end),
+            _field(price, a.at_split, a.at_low if a.groups_first else a.at_groups),
+            _field(price, a.at_nodes_broken, a.at_split), _field(price, a.at_groups_broken, a.at_nodes_broken),
+            _field(price, a.at_cores_broken, a.at_groups_broken), _field(price, 0, a.at_cores_broken),
+            a.steps <= STEP_BUDGET,
+        )
+
+
+cdef object _field(cost_t price, int start, int end):
+    cdef cost_t part = price >> start
+    part -= (part >> (end - start)) << (end - start)
+    return <uint64_t>part
+
+
+cdef bint _floor(const Shape* s, Ask* a) noexcept nogil:
+    """No choice has a smaller high part than the cheapest CPUs one by one. False: out of memory."""
+    cdef int slot, count = 0, left = a.want
+    cdef uint64_t price
+    cdef uint64_t* prices = <uint64_t*>malloc(s.cpus * sizeof(uint64_t))
+    if prices == NULL:
+        return False
+    for slot in range(s.cpus):
+        if a.free[slot]:
+            price = (a.near[slot] << (a.at_near - a.at_low)) + (a.taste[slot] << (a.at_taste - a.at_low))
+            if a.must[slot]:
+                a.floor_high += price
+                left -= 1
+            else:
+                prices[count] = price
+                count += 1
+    qsort(prices, count, sizeof(uint64_t), _by_size)
+    for slot in range(min(left, count)):
+        a.floor_high += prices[slot]
+    free(prices)
+    return True
+
+
+cdef int _by_size(const void* x, const void* y) noexcept nogil:
+    cdef uint64_t a = (<const uint64_t*>x)[0], b = (<const uint64_t*>y)[0]
+    return (a > b) - (a < b)
+
+
+cdef bint _twins(const Shape* s, int x, int y) noexcept nogil:
+    """Whether exchanging two cells changes neither packages, nor nodes, nor distances."""
+    cdef int a = s.cell_node[x], b = s.cell_node[y], z, n = s.nodes
+    if a == b:
+        return _cells_of_package(s, s.cell_package[x]) == 1 and _cells_of_package(s, s.cell_package[y]) == 1
+    if s.cell_package[x] != s.cell_package[y] or s.node_cells[a] != 1 or s.node_cells[b] != 1 \
+            or s.distance[a * n + b] != s.distance[b * n + a]:
+        return False
+    for z in range(n):
+        if z != a and z != b and (s.distance[a * n + z] != s.distance[b * n + z]
+                                  or s.distance[z * n + a] != s.distance[z * n + b]):
+            return False
+    return True
+
+
+cdef int _cells_of_package(const Shape* s, int package) noexcept nogil:
+    cdef int cell, count = 0
+    for cell in range(s.cells):
+        count += s.cell_package[cell] == package
+    return count
+
+
+cdef Py_ssize_t _work_bytes(const Shape* s, bint weights) noexcept nogil:
+    return (s.cells + s.nodes * 2 + s.packages + s.classes * 3) * sizeof(int) + (s.cells + s.classes) * sizeof(void*) \
+        + (2 * s.cpus * sizeof(uint64_t) if weights else 0) + 2 * s.cpus + 64
+
+
+cdef void _lay_out(const Shape* s, Ask* a, char* at, bint weights) noexcept nogil:
+    """Cut the zeroed working memory into tables, the widest first."""
+    a.cell_table = <cost_t**>at
+    a.class_table = a.cell_table + s.cells
+    at = <char*>(a.class_table + s.classes)
+    if weights:
+        a.near = <uint64_t*>at
+        a.taste = a.near + s.cpus
+        at = <char*>(a.taste + s.cpus)
+    a.cell_cap = <int*>at
+    a.node_whole = a.cell_cap + s.cells
+    a.node_uses = a.node_whole + s.nodes
+    a.package_uses = a.node_uses + s.nodes
+    a.class_rows = a.package_uses + s.packages
+    a.counts = a.class_rows + s.classes
+    a.best_counts = a.counts + s.classes
+    a.free = <uint8_t*>(a.best_counts + s.classes)
+    a.must = a.free + s.cpus
+
+
+cdef void _mark(const Shape* s, const uint64_t* words, const uint64_t* must, Ask* a) noexcept nogil:
+    """Which slots are free, what each cell can give, which nodes are wholly free."""
+    cdef int cell, core, slot, node, free
+    for node in range(s.nodes):
+        a.node_whole[node] = 1
+    for cell in range(s.cells):
+        for core in range(s.group_cores[s.cell_groups[cell]], s.group_cores[s.cell_groups[cell + 1]]):
+            free = 0
+            for slot in range(s.core_cpus[core], s.core_cpus[core + 1]):
+                a.free[slot] = words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
+                a.must[slot] = must[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
+                free += a.free[slot]
+            if free < s.core_cpus[core + 1] - s.core_cpus[core]:
+                a.node_whole[s.cell_node[cell]] = 0
+                if a.whole_cores:
+                    free = 0
+            a.cell_cap[cell] += free
+
+
+cdef int _widths(const Shape* s, Ask* a, uint64_t near_most, uint64_t taste_most) noexcept nogil:
+    """Lay the parts of the cost side by side, each as wide as its largest value; the bits needed."""
+    cdef int at = _bits(<uint64_t>a.want * IDS)
+    a.at_cores_broken = at
+    a.at_groups_broken = a.at_cores_broken + _bits(min(a.want, s.cores))
+    a.at_nodes_broken = a.at_groups_broken + _bits(min(a.want, s.groups))
+    a.at_split = a.at_nodes_broken + _bits(s.nodes)
+    at = a.at_split + _bits(a.want)
+    a.at_low = at
+    if not a.groups_first:
+        a.at_groups = at
+        at += _bits(min(a.want, s.groups))
+        a.at_low = at
+    a.at_taste = at
+    a.at_near = a.at_taste + _bits(a.want * taste_most)
+    at = a.at_near + _bits(a.want * near_most)
+    if a.groups_first:
+        a.at_groups = at
+        at += _bits(min(a.want, s.groups))
+    return at
+
+
+cdef inline int _bits(uint64_t most) noexcept nogil:
+    cdef int bits = 0
+    while most:
+        bits += 1
+        most >>= 1
+    return bits

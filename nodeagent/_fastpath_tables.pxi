@@ -1,0 +1,339 @@
+# Exact choice of CPUs. Included by _fastpath.pyx.
+#
+# A machine is a forest: package and NUMA node cut it into cells, cells hold L3 groups, groups hold cores. Every part of
+# the cost but two is additive over that forest, so the cheapest way to take k CPUs of a core, a group and a cell, for
+# every k at once, is a tree knapsack: (min,+) convolution with the whole cost packed into one 128-bit number.
+#
+# How many packages and NUMA nodes are used, and how far apart they lie, is not additive. Cells that nobody can tell
+# apart by those three (twins) form a class; only how many cells of each class are used matters then, and these vectors
+# are enumerated in order of (packages, nodes), bounded by capacity and by the distance of the best one found.
+
+cdef extern from *:
+    """
+    typedef unsigned __int128 na_cost;
+    #define NA_INFINITE (((na_cost)1) << 126)
+    """
+    ctypedef unsigned long long cost_t "na_cost"
+    cost_t INFINITE "NA_INFINITE"
+
+cdef enum:
+    STEP_BUDGET = 2000000             # vectors looked at before the search settles for the best one found
+    SMT_MAX = 64
+
+
+cdef struct Shape:
+    # Sizes, then for each level where its members start: cell c owns groups cell_groups[c] .. cell_groups[c + 1] - 1.
+    int cpus, cores, groups, cells, nodes, packages, classes
+    int* cpu_id
+    int* core_cpus
+    int* group_cores
+    int* cell_groups
+    int* cell_node
+    int* cell_package
+    int* node_cells                   # how many cells a node has
+    int* class_cells                  # cells in order of class
+    int* class_start
+    int* distance                     # nodes x nodes
+
+
+cdef struct Ask:
+    # One request, laid over the shape.
+    int want
+    bint whole_cores, spread_cores, spread_nodes, groups_first
+    int most_packages, most_nodes
+    uint8_t* free                     # by CPU slot
+    uint8_t* must
+    uint64_t* near                    # by CPU slot; NULL: all alike
+    uint64_t* taste
+    # Where each part of the cost starts in the packed number.
+    int at_cores_broken, at_groups_broken, at_nodes_broken, at_split, at_groups, at_taste, at_near, at_low
+    # Working tables.
+    int* cell_cap
+    int* node_whole
+    cost_t** cell_table               # by cell: (groups + 1) rows of want + 1
+    cost_t** class_table              # by class: (cells + 1) x (rows) x (want + 1)
+    int* class_rows
+    int even_step, even_base          # even_step 0: any share of a node will do
+    # The search.
+    int* counts                       # how many cells of each class are used
+    int* best_counts
+    int* package_uses
+    int* node_uses
+    cost_t best_high, best_low
+    int best_packages, best_nodes
+    int best_cell                     # the whole choice lies in this cell; -1: see best_counts
+    int64_t best_distance
+    cost_t floor_high                 # no choice can have a smaller high part than this
+    int64_t steps
+    bint found, out_of_memory
+
+
+cdef inline cost_t _least(cost_t a, cost_t b) noexcept nogil:
+    return a if a < b else b
+
+
+# ------------------------------------------------------------------ one core, one group, one cell
+
+cdef int _core_options(const Shape* s, const Ask* a, int core, cost_t* price, uint8_t* order) noexcept nogil:
+    """price[j]: the cheapest way to take j CPUs of a core; order: the slots (from its first) in the order they are
+    taken. Returns how many can be taken."""
+    cdef int first = s.core_cpus[core], total = s.core_cpus[core + 1] - first
+    cdef int free = 0, must = 0, i, j, slot
+    cdef cost_t ids = 0
+    cdef bint whole
+    for i in range(total):
+        slot = first + i
+        if not a.free[slot]:
+            continue
+        j = free
+        while j > 0 and _sooner(s, a, slot, first + order[j - 1]):
+            order[j] = order[j - 1]
+            j -= 1
+        order[j] = <uint8_t>i
+        free += 1
+        must += a.must[slot]
+    whole = free == total
+    price[0] = INFINITE if must else <cost_t>0
+    for j in range(1, free + 1):
+        slot = first + order[j - 1]
+        ids += <cost_t>s.cpu_id[slot]
+        if a.near != NULL:
+            ids += (<cost_t>a.near[slot] << a.at_near) + (<cost_t>a.taste[slot] << a.at_taste)
+        price[j] = INFINITE
+        if j < must or (a.whole_cores and (j < total or not whole)):
+            continue
+        price[j] = ids + (<cost_t>whole << a.at_cores_broken)
+        if a.spread_cores:
+            price[j] += <cost_t>(j - 1) << a.at_split
+        elif j < total:
+            price[j] += <cost_t>1 << a.at_split
+    return free
+
+
+cdef inline bint _sooner(const Shape* s, const Ask* a, int x, int y) noexcept nogil:
+    """Whether slot x of a core is taken before slot y."""
+    if a.must[x] != a.must[y]:
+        return a.must[x] > a.must[y]
+    if a.near != NULL:
+        if a.near[x] != a.near[y]:
+            return a.near[x] < a.near[y]
+        if a.taste[x] != a.taste[y]:
+            return a.taste[x] < a.taste[y]
+    return s.cpu_id[x] < s.cpu_id[y]
+
+
+cdef int _join(const cost_t* left, int left_cap, const cost_t* right, int right_cap, int most, cost_t* out) noexcept nogil:
+    """out[k] = min over x of left[k - x] + right[x], for k up to `most`; the highest k reached."""
+    cdef int cap = min(left_cap + right_cap, most), k, x, plain = 0
+    cdef cost_t best
+    if right_cap <= 2:
+        plain = _join_core(left, min(left_cap, most), right, right_cap, out)
+    for k in range(cap + 1):
+        if plain and right_cap <= k < plain:
+            continue
+        best = INFINITE
+        for x in range(max(0, k - left_cap), min(k, right_cap) + 1):
+            best = _least(best, left[k - x] + right[x])
+        out[k] = best
+    return cap
+
+
+cdef int _join_core(const cost_t* left, int last, const cost_t* right, int right_cap, cost_t* out) noexcept nogil:
+    """The same for a core of at most two free CPUs, where out[right_cap..last] need no bounds; returns last + 1."""
+    cdef cost_t none = right[0], one, two
+    cdef int k
+    if right_cap == 0:
+        for k in range(last + 1):
+            out[k] = _least(left[k] + none, INFINITE)
+    elif right_cap == 1:
+        one = right[1]
+        for k in range(1, last + 1):
+            out[k] = _least(_least(left[k] + none, left[k - 1] + one), INFINITE)
+    else:
+        one, two = right[1], right[2]
+        for k in range(2, last + 1):
+            out[k] = _least(_least(_least(left[k] + none, left[k - 1] + one), left[k - 2] + two), INFINITE)
+    return last + 1
+
+
+cdef int _group_table(const Shape* s, const Ask* a, int group, cost_t* table, int* caps) noexcept nogil:
+    """Rows of want + 1: row i is the cheapest way to take k CPUs of the first i cores of a group. caps[i]: how far row
+    i reaches. Returns the number of rows less one."""
+    cdef int first = s.group_cores[group], cores = s.group_cores[group + 1] - first, i, free
+    cdef cost_t[SMT_MAX + 1] price
+    cdef uint8_t[SMT_MAX] order
+    cdef Py_ssize_t row = a.want + 1
+    table[0] = 0
+    caps[0] = 0
+    for i in range(cores):
+        free = _core_options(s, a, first + i, price, order)
+        caps[i + 1] = _join(table + i * row, caps[i], price, free, a.want, table + (i + 1) * row)
+    return cores
+
+
+cdef cost_t _group_price(const Shape* s, const Ask* a, int group) noexcept nogil:
+    """What using a group at all costs: the group itself, and breaking it if it is wholly free."""
+    cdef int slot
+    cdef cost_t price = <cost_t>1 << a.at_groups
+    for slot in range(s.core_cpus[s.group_cores[group]], s.core_cpus[s.group_cores[group + 1]]):
+        if not a.free[slot]:
+            return price
+    return price + (<cost_t>1 << a.at_groups_broken)
+
+
+cdef bint _cell_table(const Shape* s, Ask* a, int cell) noexcept nogil:
+    """Fill a.cell_table[cell]: row i is the cheapest way to take k CPUs of the first i groups of a cell. False: out of
+    memory."""
+    cdef int first = s.cell_groups[cell], groups = s.cell_groups[cell + 1] - first, i, k, cap, rows, cores = 0
+    cdef Py_ssize_t row = a.want + 1
+    cdef cost_t price
+    if a.cell_table[cell] != NULL:
+        return True
+    for i in range(groups):
+        cores = max(cores, s.group_cores[first + i + 1] - s.group_cores[first + i])
+    cdef cost_t* table = <cost_t*>malloc((groups + 1) * row * sizeof(cost_t))
+    cdef cost_t* inner = <cost_t*>malloc((cores + 1) * row * sizeof(cost_t))
+    cdef int* caps = <int*>malloc((cores + 1) * sizeof(int))
+    if table == NULL or inner == NULL or caps == NULL:
+        free(table)
+        free(inner)
+        free(caps)
+        return False
+    table[0] = 0
+    for k in range(1, a.want + 1):
+        table[k] = INFINITE
+    cap = 0
+    for i in range(groups):
+        rows = _group_table(s, a, first + i, inner, caps)
+        price = _group_price(s, a, first + i)
+        for k in range(1, caps[rows] + 1):
+            inner[rows * row + k] += price
+        cap = _join(table + i * row, cap, inner + rows * row, caps[rows], a.want, table + (i + 1) * row)
+        for k in range(cap + 1, a.want + 1):
+            table[(i + 1) * row + k] = INFINITE
+    free(inner)
+    free(caps)
+    a.cell_table[cell] = table
+    return True
+
+
+cdef inline const cost_t* _cell(const Shape* s, const Ask* a, int cell) noexcept nogil:
+    """The last row of a cell's table: prices by number of CPUs."""
+    return a.cell_table[cell] + <Py_ssize_t>(s.cell_groups[cell + 1] - s.cell_groups[cell]) * (a.want + 1)
+
+
+cdef inline cost_t _cell_use(const Shape* s, const Ask* a, int cell) noexcept nogil:
+    """What using a cell at all costs: breaking its node, if that is wholly free and has no other cell."""
+    cdef int node = s.cell_node[cell]
+    if a.node_whole[node] and s.node_cells[node] == 1:
+        return <cost_t>1 << a.at_nodes_broken
+    return 0
+
+
+# ------------------------------------------------------------------ classes of twin cells
+
+cdef bint _class_table(const Shape* s, Ask* a, int cls, int rows) noexcept nogil:
+    """Fill a.class_table[cls]: [i][m][k] is the cheapest way to take k CPUs with exactly m of the first i cells of a
+    class, m < rows. False: out of memory."""
+    cdef int first = s.class_start[cls], cells = s.class_start[cls + 1] - first, i, m, k, cell, widest = 0
+    cdef Py_ssize_t row = a.want + 1, plane = rows * row
+    if a.class_table[cls] != NULL and a.class_rows[cls] >= rows:
+        return True
+    free(a.class_table[cls])
+    a.class_table[cls] = <cost_t*>malloc((cells + 1) * plane * sizeof(cost_t))
+    a.class_rows[cls] = rows
+    cdef cost_t* table = a.class_table[cls]
+    if table == NULL:
+        return False
+    for k in range(rows * <int>row):
+        table[k] = INFINITE
+    table[0] = 0
+    for i in range(cells):
+        cell = s.class_cells[first + i]
+        if not _cell_table(s, a, cell):
+            return False
+        for m in range(rows):
+            _one_more_cell(s, a, cell, table + i * plane + m * row, m > 0, (m - 1) * widest,
+                           table + (i + 1) * plane + m * row)
+        widest = max(widest, a.cell_cap[cell])
+    return True
+
+
+cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* same, bint use, int reach,
+                         cost_t* out) noexcept nogil:
+    """out[k]: a cell left out (the row `same`) or, if it may be used, used for x CPUs (the row before `same`, which
+    reaches no further than `reach`)."""
+    cdef const cost_t* price = _cell(s, a, cell)
+    cdef const cost_t* fewer = same - (a.want + 1)
+    cdef int k, x, share, cap = a.cell_cap[cell]
+    cdef cost_t best, extra = _cell_use(s, a, cell)
+    for k in range(a.want + 1):
+        best = INFINITE
+        if use and a.even_step and s.node_cells[s.cell_node[cell]] == 1:
+            for share in range(2):
+                x = a.even_base + share * a.even_step
+                if 0 < x <= k and x <= cap:
+                    best = _least(best, fewer[k - x] + price[x])
+        elif use:
+            for x in range(max(1, k - reach), min(k, cap) + 1):
+                best = _least(best, fewer[k - x] + price[x])
+        best = _least(best + extra, same[k] + price[0])
+        out[k] = best if best < INFINITE else INFINITE
+
+
+cdef inline const cost_t* _class(const Shape* s, const Ask* a, int cls, int count) noexcept nogil:
+    """Prices by number of CPUs when exactly `count` cells of a class are used."""
+    cdef int cells = s.class_start[cls + 1] - s.class_start[cls]
+    return a.class_table[cls] + (<Py_ssize_t>cells * a.class_rows[cls] + count) * (a.want + 1)
+
+
+cdef inline int _shared_node(const Shape* s, int cls) noexcept nogil:
+    """The node all cells of a class lie in, if it is cut into several cells; else -1."""
+    cdef int node = s.cell_node[s.class_cells[s.class_start[cls]]]
+    return node if s.node_cells[node] > 1 else -1
+
+
+cdef void _vector_tables(const Shape* s, const Ask* a, const int* counts, cost_t* table) noexcept nogil:
+    """Row c of the first classes + 1 rows: the cheapest way to take k CPUs of the first c classes, counts[c] cells of
+    each used. An even share is per node: where several classes share a node, the rows behind those hold the node's own
+    sums, and only the row after its last class counts."""
+    cdef int cls, start = 0, k, node
+    cdef Py_ssize_t row = a.want + 1
+    cdef cost_t* inner = table + (s.classes + 1) * row
+    for k in range(a.want + 1):
+        table[k] = INFINITE
+    table[0] = 0
+    for cls in range(s.classes):
+        node = _shared_node(s, cls)
+        if not a.even_step or node < 0:
+            _add_class(s, a, cls, counts[cls], table + cls * row, table + (cls + 1) * row)
+            continue
+        if cls == 0 or _shared_node(s, cls - 1) != node:
+            start = cls
+        # Row 0 of the table, nothing taken, is where a node's own sums start too.
+        _add_class(s, a, cls, counts[cls], table if cls == start else inner + cls * row, inner + (cls + 1) * row)
+        if cls + 1 == s.classes or _shared_node(s, cls + 1) != node:
+            _add_even(a, table + start * row, inner + (cls + 1) * row, table + (cls + 1) * row)
+
+
+cdef void _add_class(const Shape* s, const Ask* a, int cls, int count, const cost_t* left, cost_t* out) noexcept nogil:
+    """out[k]: x CPUs from `count` cells of a class, the others as in `left`."""
+    cdef const cost_t* right = _class(s, a, cls, count)
+    cdef int k, x, top = <int>min(<int64_t>a.want, _top(s, a, cls, count))
+    cdef cost_t best
+    for k in range(a.want + 1):
+        best = INFINITE if count else left[k] + right[0]
+        for x in range(1, min(k, top) + 1):
+            best = _least(best, left[k - x] + right[x])
+        out[k] = _least(best, INFINITE)
+
+
+cdef void _add_even(const Ask* a, const cost_t* left, const cost_t* node, cost_t* out) noexcept nogil:
+    """out[k]: a node gives nothing or an even share, the others as in `left`."""
+    cdef int k, share, x
+    for k in range(a.want + 1):
+        out[k] = _least(left[k] + node[0], INFINITE)
+        for share in range(2):
+            x = a.even_base + share * a.even_step
+            if 0 < x <= k:
+                out[k] = _least(out[k], left[k - x] + node[x])

@@ -1,0 +1,84 @@
+"""The command line: `nodeagent VERB`. One file a verb; this one only finds the verb and turns errors into exit codes.
+
+Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nodeagent.errors import ConfigError, InputError, NodeagentError
+from nodeagent.version import VERSION
+
+VERBS = {
+    "run": "run the agent",
+    "inventory": "show what the machine has",
+    "place": "compute where a request would go",
+    "status": "show how a running agent stands",
+    "devices": "show what a running agent advertises",
+    "grants": "show who holds what",
+    "config": "check a configuration or print its schema",
+}
+DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line and exits with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(words)
+    except (InputError, ConfigError) as error:
+        return _fail(str(error), BAD_INPUT)
+    except NodeagentError as error:
+        return _fail(str(error), FAILED)
+    except BrokenPipeError:
+        # The reader went away (`| head`): not an error, and nothing may be written any more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(words: list[str]) -> int:
+    parser = Parser(prog="nodeagent", description="Who gets which part of this machine.")
+    parser.add_argument("--version", action="store_true", help="show the version and whether the compiled core runs")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text, add_help=words[:1] == [name])
+        # Only the verb that is called is imported: `place` needs no gRPC.
+        if words[:1] == [name]:
+            importlib.import_module(f"nodeagent.cli.{name}").add_arguments(verb)
+    args = parser.parse_args(words)
+    if args.version:
+        print(version_line())
+        return DONE
+    if args.verb is None:
+        parser.print_help()
+        return BAD_INPUT
+    return int(importlib.import_module(f"nodeagent.cli.{args.verb}").run(args))
+
+
+def version_line() -> str:
+    """The version and the compiled core's own word that it is compiled."""
+    import nodeagent._fastpath as core
+
+    kind = "compiled" if core.COMPILED and not str(core.__file__).endswith((".py", ".pyc")) else "NOT compiled"
+    return f"nodeagent {VERSION} (core: {kind}, {core.__file__})"
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"nodeagent: {message}", file=sys.stderr)
+    return code

@@ -1,0 +1,245 @@
+"""`nodeagent place`: where a request would go, without giving anything away. One request, or one a line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from nodeagent.cli.source import add_root, read_file, read_root
+from nodeagent.cli.tables import print_table
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.describe import describe
+from nodeagent.core.ledger import Ledger
+from nodeagent.core.model import BEST_EFFORT, Inventory, Placement, Request
+from nodeagent.core.options import POLICIES, check_options, check_policy
+from nodeagent.core.placement import place
+from nodeagent.core.sizes import format_size, parse_size
+from nodeagent.errors import InputError, Refused
+
+DONE, REFUSED = 0, 3
+MOST = 1 << 40
+T = TypeVar("T")
+
+
+class Line(msgspec.Struct, forbid_unknown_fields=True):
+    """One request of a batch, as written."""
+
+    cpus: int = 0
+    held: str = ""
+    reserved: str = ""
+    options: list[str] = []
+    numa: str = BEST_EFFORT
+    hugepages: dict[str, int] = {}
+    memory: str = ""
+    devices: dict[str, int] = {}
+    near: list[str] = []
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_root(parser)
+    parser.add_argument("--inventory", metavar="FILE", help="read the JSON of `nodeagent inventory -o json` instead")
+    parser.add_argument("--cpus", metavar="N", default="0", help="exclusive CPUs")
+    parser.add_argument("--held", metavar="LIST", default="", help="CPUs that others hold, such as 0-3,8")
+    parser.add_argument("--reserved", metavar="LIST", default="", help="CPUs that are never granted")
+    parser.add_argument("--option", metavar="NAME", action="append", default=[], help="a placement option; repeatable")
+    parser.add_argument("--numa", metavar="POLICY", default=BEST_EFFORT, help=f"{', '.join(POLICIES)}")
+    parser.add_argument("--hugepages", metavar="SIZE=COUNT", action="append", default=[], help="such as 2Mi=512")
+    parser.add_argument("--memory", metavar="SIZE", default="", help="such as 4Gi")
+    parser.add_argument("--devices", metavar="KIND=N", action="append", default=[], help="such as gpu=2")
+    parser.add_argument("--near", metavar="DEVICE", action="append", default=[], help="id of a device; repeatable")
+    parser.add_argument("--batch", metavar="FILE", help="one request object a line; - is standard input")
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.inventory is not None and args.root is not None:
+        raise InputError("cannot use --inventory and --root together: expected one of them")
+    inventory = read_file(args.inventory) if args.inventory is not None else read_root(args.root)
+    line = _line_of(args)
+    if args.batch is not None:
+        return _batch(inventory, args.batch, line)
+    return _one(inventory, line, args.output)
+
+
+# ---------------------------------------------------------------- one request
+
+
+def _line_of(args: argparse.Namespace) -> Line:
+    """The options of the command line, checked, each error naming its option."""
+    return Line(
+        cpus=_option("--cpus", args.cpus, "a whole number of 0 or more", _count),
+        held=args.held,
+        reserved=args.reserved,
+        options=args.option,
+        numa=args.numa,
+        hugepages=_pairs("--hugepages", args.hugepages, "SIZE=COUNT, such as 2Mi=512"),
+        memory=args.memory,
+        devices=_pairs("--devices", args.devices, "KIND=N, such as gpu=2"),
+        near=args.near,
+    )
+
+
+def _option(name: str, value: str, expected: str, convert: Callable[[str], T]) -> T:
+    try:
+        return convert(value)
+    except ValueError:
+        raise InputError(f"cannot use {name} {_short(value)}: expected {expected}") from None
+
+
+def _short(value: str) -> str:
+    return repr(value if len(value) <= 60 else value[:57] + "...")
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()) or len(text) > 20 or int(text) > MOST:
+        raise ValueError(text)
+    return int(text)
+
+
+def _pairs(name: str, values: Iterable[str], expected: str) -> dict[str, int]:
+    """KEY=COUNT values; the same key twice adds up."""
+    pairs: dict[str, int] = {}
+    for value in values:
+        key, equals, count = value.partition("=")
+        if not key or not equals:
+            raise InputError(f"cannot use {name} {_short(value)}: expected {expected}")
+        pairs[key] = pairs.get(key, 0) + _option(name, value, expected, lambda _, count=count: _count(count))  # type: ignore[misc]
+    return pairs
+
+
+def _one(inventory: Inventory, line: Line, form: str) -> int:
+    request, ledger = _request(inventory, line), _ledger(inventory, line)
+    try:
+        placement = place(inventory, ledger, request)
+    except Refused as refusal:
+        if form == "json":
+            print(json.dumps(_refusal(refusal)))
+        else:
+            print(f"refused: {refusal}")
+        return REFUSED
+    document = _document(inventory, request, placement)
+    if form == "json":
+        print(json.dumps(document))
+    else:
+        print_table(("WHAT", "WHERE"), _rows(document))
+    return DONE
+
+
+def _request(inventory: Inventory, line: Line) -> Request:
+    """A line as a request that this machine can be asked."""
+    if line.cpus < 0 or line.cpus > MOST:
+        raise InputError(f"cannot use cpus {line.cpus}: expected a whole number of 0 or more")
+    for name, counts in (("hugepages", line.hugepages), ("devices", line.devices)):
+        for key, count in counts.items():
+            if not 0 <= count <= MOST:
+                raise InputError(f"cannot use {name} {key}={count}: expected a count of 0 or more")
+    for one in line.near:
+        if one not in inventory.device_by_id:
+            raise InputError(f"cannot use near {one!r}: expected the id of a device of this machine")
+    return Request(
+        cpus=line.cpus,
+        hugepages={parse_size(size): count for size, count in line.hugepages.items()},
+        memory_bytes=parse_size(line.memory) if line.memory else 0,
+        devices={kind: count for kind, count in line.devices.items() if count},
+        near=tuple(line.near),
+        options=check_options(line.options),
+        numa=check_policy(line.numa),
+    )
+
+
+def _ledger(inventory: Inventory, line: Line) -> Ledger:
+    """What is held and reserved; both are never granted."""
+    held = CpuSet.parse(line.held, source="held")
+    reserved = CpuSet.parse(line.reserved, source="reserved")
+    return Ledger(reserved=(held | reserved) & inventory.cpus_online)
+
+
+# ---------------------------------------------------------------- a batch
+
+
+def _batch(inventory: Inventory, path: str, defaults: Line) -> int:
+    """Answer every line in order; what a line leaves out is as on the command line."""
+    lines = sys.stdin.buffer if path == "-" else _open(path)
+    base = msgspec.structs.asdict(defaults)
+    with lines:
+        for number, text in enumerate(lines, start=1):
+            if text.strip():
+                sys.stdout.write(json.dumps(_answer(inventory, text, base, number)) + "\n")
+    return DONE
+
+
+def _open(path: str) -> Any:
+    try:
+        return Path(path).open("rb")
+    except OSError as error:
+        raise InputError(f"cannot read --batch {path}: {error.strerror}") from None
+
+
+def _answer(inventory: Inventory, text: bytes, base: Mapping[str, Any], number: int) -> dict[str, Any]:
+    try:
+        given = msgspec.json.decode(text)
+        if not isinstance(given, dict):
+            raise InputError("expected an object")
+        line = msgspec.convert({**base, **given}, Line)
+        request, ledger = _request(inventory, line), _ledger(inventory, line)
+        return _document(inventory, request, place(inventory, ledger, request))
+    except Refused as refusal:
+        return _refusal(refusal)
+    except (InputError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        return {"error": f"line {number}: {error}", "line": number}
+
+
+# ---------------------------------------------------------------- answers
+
+
+def _document(inventory: Inventory, request: Request, placement: Placement) -> dict[str, Any]:
+    """The documented answer."""
+    more = describe(inventory, request, placement)
+    pages: dict[str, dict[str, int]] = {}
+    for one in placement.hugepages:
+        pages.setdefault(format_size(one.page_bytes), {})[str(one.node)] = one.pages
+    document: dict[str, Any] = {
+        "cpus": str(placement.cpus),
+        "packages": list(more.packages),
+        "numa_nodes": list(more.numa_nodes),
+        "l3": list(more.l3),
+        "split_cores": more.split_cores,
+        "hugepages": pages,
+        "devices": list(placement.devices),
+        "cost": list(placement.cost),
+        "why": list(more.why),
+    }
+    if placement.memory:
+        document["memory"] = {str(node): size for node, size in placement.memory}
+    return document
+
+
+def _refusal(refusal: Refused) -> dict[str, Any]:
+    return {
+        "refused": refusal.why,
+        "want": refusal.want,
+        "free": refusal.free,
+        "would_admit": refusal.would_admit,
+    }
+
+
+def _rows(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
+    for name, value in document.items():
+        if name == "why":
+            yield from ((name, sentence) for sentence in value)
+        elif isinstance(value, Mapping):
+            yield from (
+                (f"{name} {key}", ", ".join(f"{k}: {v}" for k, v in _items(part))) for key, part in value.items()
+            )
+        else:
+            yield name, ", ".join(str(one) for one in value) if isinstance(value, list) else str(value)
+
+
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    return value.items() if isinstance(value, Mapping) else [("bytes", value)]

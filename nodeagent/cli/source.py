@@ -1,0 +1,56 @@
+"""Where the offline verbs get their inventory from: a file, a captured tree, or this machine."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from pathlib import Path
+
+from nodeagent.core.document import from_document
+from nodeagent.core.model import Inventory
+from nodeagent.errors import InputError
+from nodeagent.host.kinds import load_kinds
+from nodeagent.host.nvml import Probe
+from nodeagent.host.nvmlvalues import Failure, Snapshot
+from nodeagent.host.pci import NVIDIA
+from nodeagent.host.scan import scan
+from nodeagent.host.sysfs import SysFs
+
+LARGEST_FILE_BYTES = 256 << 20
+
+
+def add_root(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--root", metavar="DIR", help="read a captured tree of /sys, /proc and /dev (default: /)")
+
+
+def read_root(root: str | None) -> Inventory:
+    """The inventory of this machine, or of a captured tree (NVML is asked on the machine itself only)."""
+    if root is not None and not Path(root).is_dir():
+        raise InputError(f"cannot read --root {root}: expected a folder with sys below it")
+    if root is not None and not (Path(root) / "sys").is_dir():
+        raise InputError(f"cannot read --root {root}: it has no folder sys")
+    sysfs, families = SysFs(root or "/"), load_kinds()
+    inventory = scan(sysfs, families)
+    if root is None and any(device.vendor == NVIDIA for device in inventory.devices):
+        inventory = scan(sysfs, families, nvml=asyncio.run(_ask_nvml()))
+    return inventory
+
+
+async def _ask_nvml() -> Snapshot | Failure:
+    probe = Probe()
+    try:
+        return await probe.snapshot()
+    finally:
+        await probe.close()
+
+
+def read_file(path: str) -> Inventory:
+    """The inventory of a JSON file."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise InputError(f"cannot read --inventory {path}: {error.strerror}") from None
+    if len(data) > LARGEST_FILE_BYTES:
+        raise InputError(f"cannot read --inventory {path}: it is larger than {LARGEST_FILE_BYTES >> 20} MiB")
+    return from_document(data, source=path)
