@@ -9,6 +9,7 @@ cdef class Layout:
     """
 
     cdef Shape shape
+    cdef Shape priced                 # the same with packages that have a price; no CPUs: it cannot be drawn so
     cdef list blocks
 
     def __cinit__(self, list rows not None, int nodes, list distances not None):
@@ -22,33 +23,45 @@ cdef class Layout:
                 raise ValueError(f"cannot lay out a machine: CPU {row[0]} on node {row[2]} is out of range")
         self.blocks = []
         packages = {package: i for i, package in enumerate(sorted({row[1] for row in rows}))}
-        ordered = sorted((packages[package], node, l3, core, cpu) for cpu, package, node, l3, core in rows)
-        cpu_id, core_cpus, group_cores, cell_groups, cell_package, cell_node = [], [], [], [], [], []
-        before = None
-        for package, node, l3, core, cpu in ordered:
-            if before is None or before[:2] != (package, node):
-                cell_groups.append(len(group_cores))
-                cell_package.append(package)
-                cell_node.append(node)
-            if before is None or before[:3] != (package, node, l3):
+        placed = [(packages[package], node, l3, core, cpu) for cpu, package, node, l3, core in rows]
+        self._draw(s, [((package, node), (package, node), *rest) for package, node, *rest in placed], nodes, distances)
+        cells = {(package, node) for package, node, *_ in placed}
+        if len(cells) == len(packages) > len({node for _, node in cells}):
+            self.priced.priced_chips = True
+            self._draw(&self.priced, [((0, node), (package, node), *r) for package, node, *r in placed], nodes, distances)
+
+    cdef int _draw(self, Shape* s, list placed, int nodes, list distances) except -1:
+        """Lay out CPUs given as (cell, chip, l3, core, cpu), cell and chip as (package, node)."""
+        cpu_id, core_cpus, group_cores, chip_groups, cell_chips, cell_package, cell_node = [], [], [], [], [], [], []
+        before = (None,) * 5
+        for row in sorted(placed):
+            if before[:1] != row[:1]:
+                cell_chips.append(len(chip_groups))
+                cell_package.append(row[0][0])
+                cell_node.append(row[0][1])
+            if before[:2] != row[:2]:
+                chip_groups.append(len(group_cores))
+            if before[:3] != row[:3]:
                 group_cores.append(len(core_cpus))
-            if before is None or before[:4] != (package, node, l3, core):
+            if before[:4] != row[:4]:
                 core_cpus.append(len(cpu_id))
-            cpu_id.append(cpu)
-            before = (package, node, l3, core)
-        s.cpus, s.cores, s.groups, s.cells = len(cpu_id), len(core_cpus), len(group_cores), len(cell_groups)
-        s.nodes, s.packages = nodes, len(packages)
+            cpu_id.append(row[4])
+            before = row
+        s.cpus, s.cores, s.groups, s.chips = len(cpu_id), len(core_cpus), len(group_cores), len(chip_groups)
+        s.cells, s.nodes, s.packages = len(cell_chips), nodes, len(set(cell_package))
         core_cpus.append(s.cpus)
         if any(core_cpus[i + 1] - core_cpus[i] > SMT_MAX for i in range(s.cores)):
             raise ValueError(f"cannot lay out a machine: a core has more than {SMT_MAX} CPUs")
         group_cores.append(s.cores)
-        cell_groups.append(s.groups)
+        chip_groups.append(s.groups)
+        cell_chips.append(s.chips)
         s.cpu_id, s.core_cpus, s.group_cores = self._ints(cpu_id), self._ints(core_cpus), self._ints(group_cores)
-        s.cell_groups, s.cell_node, s.cell_package = \
-            self._ints(cell_groups), self._ints(cell_node), self._ints(cell_package)
+        s.chip_groups, s.cell_chips = self._ints(chip_groups), self._ints(cell_chips)
+        s.cell_node, s.cell_package = self._ints(cell_node), self._ints(cell_package)
         s.node_cells = self._ints([cell_node.count(node) for node in range(nodes)])
         s.distance = self._ints(distances)
-        self._classes()
+        self._classes(s)
+        return 0
 
     cdef int* _ints(self, list values) except NULL:
         cdef bytearray block = bytearray(max(1, len(values)) * sizeof(int))
@@ -59,9 +72,8 @@ cdef class Layout:
         self.blocks.append(block)
         return out
 
-    cdef int _classes(self) except -1:
+    cdef int _classes(self, Shape* s) except -1:
         """Gather twin cells, in order of their first cell."""
-        cdef Shape* s = &self.shape
         cdef int cell, first
         classes = []
         for cell in range(s.cells):
@@ -92,7 +104,8 @@ cdef class Layout:
         Returns (mask, near, taste, packages, nodes, distance, groups, split, nodes_broken, groups_broken,
         cores_broken, ids, exact); exact is False when the search ran out of steps.
         """
-        cdef Shape* s = &self.shape
+        # A limit on packages needs them counted, not priced.
+        cdef Shape* s = &self.priced if self.priced.cpus and most_packages <= 0 else &self.shape
         cdef uint64_t[WORDS] words, must_words, out
         cdef Ask a
         if want < 1:
@@ -113,11 +126,11 @@ cdef class Layout:
         cdef bytearray memory = bytearray(_work_bytes(s, bool(near or taste)))
         _lay_out(s, &a, <char*>memory, bool(near or taste))
         _mark(s, words, must_words, &a)
-        cdef uint64_t near_most = self._weights(near, a.near), taste_most = self._weights(taste, a.taste)
+        cdef uint64_t near_most = _weights(s, near, a.near), taste_most = _weights(s, taste, a.taste)
         cdef int bits = _widths(s, &a, near_most, taste_most)
         if bits > 125:
             raise ValueError(f"cannot choose {want} CPUs: the cost needs {bits} bits, 125 are there")
-        if a.near != NULL and not _floor(s, &a):
+        if a.near != NULL and not s.priced_chips and not _floor(s, &a):
             raise MemoryError
         cdef bint found
         with nogil:
@@ -126,37 +139,39 @@ cdef class Layout:
             raise MemoryError
         if not found:
             return None
-        return self._answer(&a, out)
+        return _answer(s, &a, out)
 
-    cdef uint64_t _weights(self, object pairs, uint64_t* weights) except? 0xFFFF:
-        """Add each pair's weight to the slots of its mask; the largest sum."""
-        cdef Shape* s = &self.shape
-        cdef uint64_t[WORDS] words
-        cdef uint64_t weight, most = 0
-        cdef int slot
-        for mask, weight in pairs:
-            memset(words, 0, sizeof(words))
-            _words_of(mask, words)
-            for slot in range(s.cpus):
-                if words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1:
-                    weights[slot] += weight
-                    most = max(most, weights[slot])
-        return most
 
-    cdef object _answer(self, const Ask* a, const uint64_t* out):
-        cdef cost_t high = a.best_high, low = a.best_low
-        cdef cost_t price = (high << a.at_low) + low
-        cdef int groups_end = 127 if a.groups_first else a.at_taste
-        cdef int taste_end = a.at_near, near_end = a.at_groups if a.groups_first else 127
-        return (
-            _mask_of(out, WORDS),
-            _field(price, a.at_near, near_end), _field(price, a.at_taste, taste_end),
-            a.best_packages, a.best_nodes, a.best_distance, _field(price, a.at_groups, groups_end),
-            _field(price, a.at_split, a.at_low if a.groups_first else a.at_groups),
-            _field(price, a.at_nodes_broken, a.at_split), _field(price, a.at_groups_broken, a.at_nodes_broken),
-            _field(price, a.at_cores_broken, a.at_groups_broken), _field(price, 0, a.at_cores_broken),
-            a.steps <= STEP_BUDGET,
-        )
+cdef uint64_t _weights(const Shape* s, object pairs, uint64_t* weights) except? 0xFFFF:
+    """Add each pair's weight to the slots of its mask; the largest sum."""
+    cdef uint64_t[WORDS] words
+    cdef uint64_t weight, most = 0
+    cdef int slot
+    for mask, weight in pairs:
+        memset(words, 0, sizeof(words))
+        _words_of(mask, words)
+        for slot in range(s.cpus):
+            if words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1:
+                weights[slot] += weight
+                most = max(most, weights[slot])
+    return most
+
+
+cdef object _answer(const Shape* s, const Ask* a, const uint64_t* out):
+    cdef cost_t high = a.best_high, low = a.best_low
+    cdef cost_t price = (high << a.at_low) + low
+    cdef int groups_end = 127 if a.groups_first else a.at_packages
+    cdef int near_end = a.at_groups if a.groups_first else 127
+    return (
+        _mask_of(out, WORDS),
+        _field(price, a.at_near, near_end), _field(price, a.at_taste, a.at_near),
+        _field(price, a.at_packages, a.at_taste) if s.priced_chips else a.best_packages,
+        a.best_nodes, a.best_distance, _field(price, a.at_groups, groups_end),
+        _field(price, a.at_split, a.at_low if a.groups_first else a.at_groups),
+        _field(price, a.at_nodes_broken, a.at_split), _field(price, a.at_groups_broken, a.at_nodes_broken),
+        _field(price, a.at_cores_broken, a.at_groups_broken), _field(price, 0, a.at_cores_broken),
+        a.steps <= STEP_BUDGET,
+    )
 
 
 cdef object _field(cost_t price, int start, int end):
@@ -216,13 +231,14 @@ cdef int _cells_of_package(const Shape* s, int package) noexcept nogil:
 
 
 cdef Py_ssize_t _work_bytes(const Shape* s, bint weights) noexcept nogil:
-    return (s.cells + s.nodes * 2 + s.packages + s.classes * 3) * sizeof(int) + (s.cells + s.classes) * sizeof(void*) \
+    return (s.cells + s.nodes * 2 + s.packages + s.classes * 3) * sizeof(int) + (s.chips + s.cells + s.classes) * sizeof(void*) \
         + (2 * s.cpus * sizeof(uint64_t) if weights else 0) + 2 * s.cpus + 64
 
 
 cdef void _lay_out(const Shape* s, Ask* a, char* at, bint weights) noexcept nogil:
     """Cut the zeroed working memory into tables, the widest first."""
-    a.cell_table = <cost_t**>at
+    a.chip_table = <cost_t**>at
+    a.cell_table = a.chip_table + s.chips
     a.class_table = a.cell_table + s.cells
     at = <char*>(a.class_table + s.classes)
     if weights:
@@ -240,13 +256,18 @@ cdef void _lay_out(const Shape* s, Ask* a, char* at, bint weights) noexcept nogi
     a.must = a.free + s.cpus
 
 
+cdef inline int _first_core(const Shape* s, int cell) noexcept nogil:
+    """The first core of a cell; behind the last cell, how many cores there are."""
+    return s.group_cores[s.chip_groups[s.cell_chips[cell]]]
+
+
 cdef void _mark(const Shape* s, const uint64_t* words, const uint64_t* must, Ask* a) noexcept nogil:
     """Which slots are free, what each cell can give, which nodes are wholly free."""
     cdef int cell, core, slot, node, free
     for node in range(s.nodes):
         a.node_whole[node] = 1
     for cell in range(s.cells):
-        for core in range(s.group_cores[s.cell_groups[cell]], s.group_cores[s.cell_groups[cell + 1]]):
+        for core in range(_first_core(s, cell), _first_core(s, cell + 1)):
             free = 0
             for slot in range(s.core_cpus[core], s.core_cpus[core + 1]):
                 a.free[slot] = words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
@@ -272,7 +293,8 @@ cdef int _widths(const Shape* s, Ask* a, uint64_t near_most, uint64_t taste_most
         a.at_groups = at
         at += _bits(min(a.want, s.groups))
         a.at_low = at
-    a.at_taste = at
+    a.at_packages = at
+    a.at_taste = at + (_bits(min(a.want, s.chips)) if s.priced_chips else 0)
     a.at_near = a.at_taste + _bits(a.want * taste_most)
     at = a.at_near + _bits(a.want * near_most)
     if a.groups_first:

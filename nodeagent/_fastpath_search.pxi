@@ -142,8 +142,8 @@ cdef void _single_cells(const Shape* s, Ask* a) noexcept nogil:
 
 cdef bint _must_inside(const Shape* s, const Ask* a, int cell) noexcept nogil:
     """Whether all CPUs that must be taken lie in one cell."""
-    cdef int first = s.core_cpus[s.group_cores[s.cell_groups[cell]]]
-    cdef int end = s.core_cpus[s.group_cores[s.cell_groups[cell + 1]]], slot
+    cdef int first = s.core_cpus[s.group_cores[s.chip_groups[s.cell_chips[cell]]]], end = first + _cell_cpus(s, cell)
+    cdef int slot
     for slot in range(s.cpus):
         if a.must[slot] and not first <= slot < end:
             return False
@@ -293,29 +293,59 @@ cdef inline bint _even(const Shape* s, const Ask* a, int cell, int x) noexcept n
 
 
 cdef bint _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* out) noexcept nogil:
-    cdef int first = s.cell_groups[cell], groups = s.cell_groups[cell + 1] - first, i, x = 0, rows, cores = 0
+    """Walk a cell's table from its last chip to its first."""
+    cdef int first = s.cell_chips[cell], i, x
     cdef Py_ssize_t row = a.want + 1
     cdef const cost_t* before
-    cdef cost_t price, this
+    for i in range(s.cell_chips[cell + 1] - first - 1, -1, -1):
+        before = a.cell_table[cell] + i * row
+        x = _step(before, _chip(s, a, first + i), k, min(k, _chip_cpus(s, first + i)), before[row + k])
+        if not _take_chip(s, a, first + i, x, out):
+            return False
+        k -= x
+    return True
+
+
+cdef int _step(const cost_t* before, const cost_t* price, int k, int most, cost_t total) noexcept nogil:
+    """How many CPUs the step from row `before` to the price `total` of k CPUs took."""
+    cdef int x
+    for x in range(most + 1):
+        if before[k - x] < INFINITE and price[x] < INFINITE and before[k - x] + price[x] == total:
+            return x
+    return 0
+
+
+cdef bint _take_chip(const Shape* s, const Ask* a, int chip, int k, uint64_t* out) noexcept nogil:
+    """Walk a chip's table from its last group to its first. False: out of memory."""
+    cdef int first = s.chip_groups[chip], groups = s.chip_groups[chip + 1] - first, i, j, x, rows, cores = 0
+    cdef Py_ssize_t row = a.want + 1
+    cdef const cost_t* before
+    cdef cost_t price, total
+    if k == 0:
+        return True
     for i in range(groups):
         cores = max(cores, s.group_cores[first + i + 1] - s.group_cores[first + i])
     cdef cost_t* inner = <cost_t*>malloc((cores + 1) * row * sizeof(cost_t))
+    cdef cost_t* last = <cost_t*>malloc(row * sizeof(cost_t))
     cdef int* caps = <int*>malloc((cores + 1) * sizeof(int))
-    if inner == NULL or caps == NULL:
+    if inner == NULL or last == NULL or caps == NULL:
         free(inner)
+        free(last)
         free(caps)
         return False
+    total = _chip(s, a, chip)[k] - (<cost_t>1 << a.at_packages if s.priced_chips else <cost_t>0)
     for i in range(groups - 1, -1, -1):
-        before = a.cell_table[cell] + i * row
+        before = a.chip_table[chip] + i * row
         rows = _group_table(s, a, first + i, inner, caps)
         price = _group_price(s, a, first + i)
-        for x in range(min(k, caps[rows]) + 1):
-            this = inner[rows * row + x] + (price if x else <cost_t>0)
-            if this < INFINITE and before[k - x] < INFINITE and before[k - x] + this == before[row + k]:
-                break
+        for j in range(caps[rows] + 1):
+            last[j] = inner[rows * row + j] + (price if j else <cost_t>0)
+        x = _step(before, last, k, min(k, caps[rows]), total)
         _take_group(s, a, first + i, x, inner, caps, out)
         k -= x
+        total = before[k]
     free(inner)
+    free(last)
     free(caps)
     return True
 
@@ -341,7 +371,7 @@ cdef void _take_group(const Shape* s, const Ask* a, int group, int k, const cost
 
 cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noexcept nogil:
     """Search, read the choice back, and free every table."""
-    cdef int cls, cell
+    cdef int cls, cell, chip
     cdef bint found = False
     cdef cost_t* scratch = <cost_t*>malloc(2 * (s.classes + 1) * <Py_ssize_t>(a.want + 1) * sizeof(cost_t))
     cdef int64_t* suffix = <int64_t*>malloc((s.classes + 1) * sizeof(int64_t))
@@ -351,10 +381,14 @@ cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noex
         suffix[s.classes] = 0
         for cls in range(s.classes - 1, -1, -1):
             suffix[cls] = suffix[cls + 1] + _top(s, a, cls, s.class_start[cls + 1] - s.class_start[cls])
-        if suffix[0] >= a.want and _fits_cores(s, a):
+        if s.priced_chips and not _floor_of_all(s, a, scratch):
+            a.out_of_memory = True
+        elif suffix[0] >= a.want and _fits_cores(s, a):
             found = _search_all(s, a, spread_nodes, suffix, scratch)
         if found and not a.out_of_memory:
             a.out_of_memory = not _take_best(s, a, scratch, out)
+    for chip in range(s.chips):
+        free(a.chip_table[chip])
     for cell in range(s.cells):
         free(a.cell_table[cell])
     for cls in range(s.classes):

@@ -7,6 +7,9 @@
 # How many packages and NUMA nodes are used, and how far apart they lie, is not additive. Cells that nobody can tell
 # apart by those three (twins) form a class; only how many cells of each class are used matters then, and these vectors
 # are enumerated in order of (packages, nodes), bounded by capacity and by the distance of the best one found.
+#
+# Where every package lies inside one NUMA node (a virtual machine with a socket for each CPU, say), packages add up
+# after all: then a cell is a whole node, its chips are its packages, and a package has a price like an L3 group.
 
 cdef extern from *:
     """
@@ -22,12 +25,14 @@ cdef enum:
 
 
 cdef struct Shape:
-    # Sizes, then for each level where its members start: cell c owns groups cell_groups[c] .. cell_groups[c + 1] - 1.
-    int cpus, cores, groups, cells, nodes, packages, classes
+    # Sizes, then for each level where its members start: chip c owns groups chip_groups[c] .. chip_groups[c + 1] - 1.
+    int cpus, cores, groups, chips, cells, nodes, packages, classes
+    bint priced_chips                 # a chip is a package and has a price; else a cell has one chip without
     int* cpu_id
     int* core_cpus
     int* group_cores
-    int* cell_groups
+    int* chip_groups
+    int* cell_chips
     int* cell_node
     int* cell_package
     int* node_cells                   # how many cells a node has
@@ -46,11 +51,13 @@ cdef struct Ask:
     uint64_t* near                    # by CPU slot; NULL: all alike
     uint64_t* taste
     # Where each part of the cost starts in the packed number.
-    int at_cores_broken, at_groups_broken, at_nodes_broken, at_split, at_groups, at_taste, at_near, at_low
+    int at_cores_broken, at_groups_broken, at_nodes_broken, at_split, at_groups, at_low
+    int at_packages, at_taste, at_near
     # Working tables.
     int* cell_cap
     int* node_whole
-    cost_t** cell_table               # by cell: (groups + 1) rows of want + 1
+    cost_t** chip_table               # by chip: (groups + 1) rows of want + 1
+    cost_t** cell_table               # by cell: (chips + 1) rows of want + 1
     cost_t** class_table              # by class: (cells + 1) x (rows) x (want + 1)
     int* class_rows
     int even_step, even_base          # even_step 0: any share of a node will do
@@ -181,27 +188,22 @@ cdef cost_t _group_price(const Shape* s, const Ask* a, int group) noexcept nogil
     return price + (<cost_t>1 << a.at_groups_broken)
 
 
-cdef bint _cell_table(const Shape* s, Ask* a, int cell) noexcept nogil:
-    """Fill a.cell_table[cell]: row i is the cheapest way to take k CPUs of the first i groups of a cell. False: out of
+cdef bint _chip_table(const Shape* s, Ask* a, int chip) noexcept nogil:
+    """Fill a.chip_table[chip]: row i is the cheapest way to take k CPUs of the first i groups of a chip. False: out of
     memory."""
-    cdef int first = s.cell_groups[cell], groups = s.cell_groups[cell + 1] - first, i, k, cap, rows, cores = 0
+    cdef int first = s.chip_groups[chip], groups = s.chip_groups[chip + 1] - first, i, k, cap, rows, cores = 0
     cdef Py_ssize_t row = a.want + 1
     cdef cost_t price
-    if a.cell_table[cell] != NULL:
-        return True
     for i in range(groups):
         cores = max(cores, s.group_cores[first + i + 1] - s.group_cores[first + i])
-    cdef cost_t* table = <cost_t*>malloc((groups + 1) * row * sizeof(cost_t))
+    cdef cost_t* table = _rows(a, groups + 1)
     cdef cost_t* inner = <cost_t*>malloc((cores + 1) * row * sizeof(cost_t))
     cdef int* caps = <int*>malloc((cores + 1) * sizeof(int))
+    a.chip_table[chip] = table
     if table == NULL or inner == NULL or caps == NULL:
-        free(table)
         free(inner)
         free(caps)
         return False
-    table[0] = 0
-    for k in range(1, a.want + 1):
-        table[k] = INFINITE
     cap = 0
     for i in range(groups):
         rows = _group_table(s, a, first + i, inner, caps)
@@ -211,15 +213,81 @@ cdef bint _cell_table(const Shape* s, Ask* a, int cell) noexcept nogil:
         cap = _join(table + i * row, cap, inner + rows * row, caps[rows], a.want, table + (i + 1) * row)
         for k in range(cap + 1, a.want + 1):
             table[(i + 1) * row + k] = INFINITE
+    if s.priced_chips:
+        for k in range(1, cap + 1):
+            table[groups * row + k] += <cost_t>1 << a.at_packages
     free(inner)
     free(caps)
-    a.cell_table[cell] = table
     return True
+
+
+cdef cost_t* _rows(const Ask* a, int rows) noexcept nogil:
+    """A table of want + 1 columns whose first row takes nothing; NULL: out of memory."""
+    cdef cost_t* table = <cost_t*>malloc(rows * <Py_ssize_t>(a.want + 1) * sizeof(cost_t))
+    cdef int k
+    if table != NULL:
+        table[0] = 0
+        for k in range(1, a.want + 1):
+            table[k] = INFINITE
+    return table
+
+
+cdef inline const cost_t* _chip(const Shape* s, const Ask* a, int chip) noexcept nogil:
+    """The last row of a chip's table: prices by number of CPUs."""
+    return a.chip_table[chip] + <Py_ssize_t>(s.chip_groups[chip + 1] - s.chip_groups[chip]) * (a.want + 1)
+
+
+cdef bint _cell_table(const Shape* s, Ask* a, int cell) noexcept nogil:
+    """Fill a.cell_table[cell]: row i is the cheapest way to take k CPUs of the first i chips of a cell. False: out of
+    memory."""
+    cdef int first = s.cell_chips[cell], chips = s.cell_chips[cell + 1] - first, i, k, cap = 0
+    cdef Py_ssize_t row = a.want + 1
+    if a.cell_table[cell] != NULL:
+        return True
+    cdef cost_t* table = _rows(a, chips + 1)
+    if table == NULL:
+        return False
+    a.cell_table[cell] = table
+    for i in range(chips):
+        if not _chip_table(s, a, first + i):
+            return False
+        cap = _join(table + i * row, cap, _chip(s, a, first + i), min(a.want, _chip_cpus(s, first + i)), a.want,
+                    table + (i + 1) * row)
+        for k in range(cap + 1, a.want + 1):
+            table[(i + 1) * row + k] = INFINITE
+    return True
+
+
+cdef inline int _chip_cpus(const Shape* s, int chip) noexcept nogil:
+    return s.core_cpus[s.group_cores[s.chip_groups[chip + 1]]] - s.core_cpus[s.group_cores[s.chip_groups[chip]]]
 
 
 cdef inline const cost_t* _cell(const Shape* s, const Ask* a, int cell) noexcept nogil:
     """The last row of a cell's table: prices by number of CPUs."""
-    return a.cell_table[cell] + <Py_ssize_t>(s.cell_groups[cell + 1] - s.cell_groups[cell]) * (a.want + 1)
+    return a.cell_table[cell] + <Py_ssize_t>(s.cell_chips[cell + 1] - s.cell_chips[cell]) * (a.want + 1)
+
+
+cdef bint _floor_of_all(const Shape* s, Ask* a, cost_t* scratch) noexcept nogil:
+    """The least high part of all choices, nodes left aside. False: out of memory."""
+    cdef int cell, cap = 0, k
+    cdef Py_ssize_t row = a.want + 1
+    cdef cost_t* here = scratch
+    cdef cost_t* other = scratch + row
+    for k in range(a.want + 1):
+        here[k] = INFINITE
+    here[0] = 0
+    for cell in range(s.cells):
+        if not _cell_table(s, a, cell):
+            return False
+        cap = _join(here, cap, _cell(s, a, cell), min(a.want, _cell_cpus(s, cell)), a.want, other)
+        here, other = other, here
+    a.floor_high = (here[a.want] if cap == a.want else INFINITE) >> a.at_low
+    return True
+
+
+cdef inline int _cell_cpus(const Shape* s, int cell) noexcept nogil:
+    cdef int first = s.chip_groups[s.cell_chips[cell]], end = s.chip_groups[s.cell_chips[cell + 1]]
+    return s.core_cpus[s.group_cores[end]] - s.core_cpus[s.group_cores[first]]
 
 
 cdef inline cost_t _cell_use(const Shape* s, const Ask* a, int cell) noexcept nogil:

@@ -181,6 +181,18 @@ def vars_of(case: oracle.Case) -> dict[str, object]:
     return {name: getattr(case, name) for name in oracle.Case.__dataclass_fields__ if name != "places"}
 
 
+def test_a_virtual_machine_with_a_socket_for_each_cpu_is_answered_exactly() -> None:
+    """Hypervisors like to show each CPU as a socket of its own: many packages inside a node are no reason to search."""
+    rows = [(cpu, cpu, cpu // 32, cpu, cpu) for cpu in range(128)]
+    layout = _fastpath.Layout(rows, 4, [10 if a == b else 20 for a in range(4) for b in range(4)])
+    free = sum(1 << cpu for cpu in range(128) if cpu % 3)
+    found = layout.choose(free, 40)
+    assert found is not None
+    assert (found[3], found[4], found[12]) == (40, 2, True)
+    limited = layout.choose(free, 4, most_packages=2)
+    assert limited is None, "a limit on sockets is kept"
+
+
 def test_a_machine_of_4096_cpus_is_answered() -> None:
     rows = [(cpu, cpu // 512, cpu // 64, cpu // 16, cpu // 2) for cpu in range(4096)]
     distances = [10 if a == b else 12 if a // 8 == b // 8 else 32 for a in range(64) for b in range(64)]

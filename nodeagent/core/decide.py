@@ -13,10 +13,11 @@ from itertools import chain
 
 from nodeagent.core import ledger as ledger_of
 from nodeagent.core.cpuset import union
+from nodeagent.core.devices import relatives, without
 from nodeagent.core.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
 from nodeagent.core.model import DEVICE_PLUGIN, Grant, Holder, Inventory
 from nodeagent.core.stock import grantable
-from nodeagent.core.view import Near, ResourceKind, relatives, without
+from nodeagent.core.view import Near, ResourceKind
 from nodeagent.errors import InputError, Refused
 
 SAME_POD_S = 5.0
