@@ -1,0 +1,368 @@
+"""The one owner of Inventory, Ledger and Health. Every change passes here, one at a time, and is durable before it is
+seen: the store first, then memory, then whoever waits for news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
+
+import structlog
+
+from nodeagent import metrics
+from nodeagent.core import decide
+from nodeagent.core import health as health_of
+from nodeagent.core import ledger as ledger_of
+from nodeagent.core.cpuset import EMPTY, CpuSet
+from nodeagent.core.health import NO_HEALTH, Evidence, Health
+from nodeagent.core.ledger import CONFIRMED, RELEASED, Change, Ledger
+from nodeagent.core.model import Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
+from nodeagent.core.reconcile import Findings, Patience, compare
+from nodeagent.errors import PeerError, Refused, StateError
+from nodeagent.kube.waiting import Revision
+from nodeagent.offer import Offer
+from nodeagent.store import Store
+
+T = TypeVar("T")
+P = ParamSpec("P")
+List = Callable[[], Awaitable[tuple[Holding, ...]]]
+"""What kubelet says that pods hold; PeerError where it does not answer."""
+SILENCE_S = 30.0
+"""When kubelet has not said for so long what pods hold, absences are counted anew: it may just have started."""
+TELL_S = 0.001
+"""How long news of a decision wait for its answer to be under way."""
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What of the configuration the agent itself goes by."""
+
+    boot_id: str = ""
+    reserved: CpuSet = EMPTY
+    patience: Patience = field(default_factory=Patience)
+    recover_s: float = health_of.RECOVER_S
+
+
+class Agent:
+    """Holds the state. `revision` rises with every change of it."""
+
+    def __init__(
+        self,
+        store: Store,
+        inventory: Inventory,
+        settings: Settings,
+        listing: List,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take over what the store has; StateError where it cannot be read. Blocks. clock: in seconds."""
+        grants = MappingProxyType({one.id: one for one in store.load()})
+        self.settings = settings
+        self.inventory = inventory
+        self.health: Health = NO_HEALTH
+        self.ledger = Ledger(grants=grants, reserved=settings.reserved)
+        self.revision = Revision()
+        self.conflicts: tuple[str, ...] = ()
+        """What kubelet says that contradicts the ledger, newest list only."""
+        self.listed_at: float | None = None
+        """When kubelet last said what pods hold, in seconds since the epoch."""
+        self._store = store
+        self._listing = listing
+        self._clock = clock
+        self._granted: dict[str, float] = {}
+        """When this process made each grant since kubelet was last asked."""
+        self._missing: Mapping[str, float] = MappingProxyType({})
+        self._listed = clock()
+        self._lenient_until = self._listed + settings.patience.unconfirmed_s
+        self._turn = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        self._disk = ThreadPoolExecutor(1, "store")
+
+    async def close(self) -> None:
+        """Take no more decisions, let those under way finish, close the store."""
+        self._closing = True
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+        self._disk.shutdown(wait=True)
+        self._store.close()
+
+    # ---------------------------------------------------------------- the machine and its health
+
+    def see(self, inventory: Inventory) -> bool:
+        """Take a fresh snapshot; whether it shows anything new. Free memory moves all the time and is no news."""
+        if same_machine(_steady(self.inventory), _steady(inventory)):
+            self.inventory = replace(inventory, generation=self.inventory.generation)
+            return False
+        gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
+        self.inventory = replace(inventory, generation=self.inventory.generation + 1)
+        self.health = health_of.forget(self.health, gone)
+        log.info("inventory-changed", generation=self.inventory.generation, devices_gone=sorted(gone))
+        self.revision.bump()
+        return True
+
+    def observe(self, evidence: Iterable[Evidence]) -> None:
+        """Take evidence of devices' health."""
+        self._take_health(health_of.observe(self.health, evidence, self._clock(), self.settings.recover_s))
+
+    def settle(self) -> float | None:
+        """Let recoveries happen that are due; seconds until the next one, or None."""
+        now = self._clock()
+        self._take_health(health_of.settle(self.health, now, self.settings.recover_s))
+        due = health_of.next_recovery(self.health, self.settings.recover_s)
+        return None if due is None else max(0.0, due - now)
+
+    def _take_health(self, after: Health) -> None:
+        if after is self.health:
+            return
+        for device, state in after.items():
+            before = self.health.get(device)
+            if before is None or before.state != state.state:
+                log.info("health-changed", device=device, state=state.state, reason=state.reason)
+        self.health = after
+        self.revision.bump()
+
+    def reserve(self, settings: Settings) -> None:
+        """Go by other settings; grants stay as they are."""
+        self.settings = settings
+        self.ledger = ledger_of.with_reserved(self.ledger, settings.reserved)
+        self.revision.bump()
+
+    # ---------------------------------------------------------------- grants
+
+    def advertised(self, offer: Offer) -> tuple[Advertised, ...]:
+        return offer.resource.advertised(self.inventory, self.ledger, self.health)
+
+    def prefer(self, offer: Offer, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
+        """The best `size` of the available ids. Kubelet knows better than a late list who has given back what."""
+        known = self.ledger.by_id
+        stale = {known[offer.name, one].id for one in available if (offer.name, one) in known}
+        ledger = ledger_of.release(self.ledger, stale)
+        near = decide.near(self.inventory, self.ledger, time.time())
+        return offer.resource.prefer(self.inventory, ledger, available, must, size, near)
+
+    async def allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
+        """Grant each container its ids, all or nothing, durably. Refused names the holder that is in the way."""
+        return await self._decided(self._allocate, offer, containers, op)
+
+    async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
+        """Release grants by id at an admin's word; those that were there."""
+        return await self._decided(self._release, ids, op)
+
+    async def reconcile(
+        self, holdings: Sequence[Holding], offers: Sequence[Offer], op: str, *, asked_at: float | None = None
+    ) -> Findings:
+        """Take kubelet's list: name holders, release what is gone for long enough, adopt what was never recorded.
+
+        asked_at: when kubelet was asked, by the agent's clock; what was granted after that the list cannot know.
+        """
+        asked_at = self._clock() if asked_at is None else asked_at
+        return await self._decided(self._reconcile, holdings, offers, op, asked_at)
+
+    def forget_absences(self) -> None:
+        """Kubelet started anew: what it does not list yet is not missing."""
+        self._missing = MappingProxyType({})
+        self._lenient_until = self._clock() + self.settings.patience.unconfirmed_s
+
+    @property
+    def expecting(self) -> bool:
+        """Whether a grant is missing from kubelet's list, so that another list is wanted soon."""
+        return bool(self._missing or self._granted)
+
+    async def prune(self, before: float) -> int:
+        """Forget audit lines older than a moment."""
+        return await self._decided(self._prune, before)
+
+    # ---------------------------------------------------------------- behind the turn
+
+    async def _decided(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A decision in its turn. A peer that hangs up must not cut it in two: it is finished, and the answer dropped;
+        if it fails then, the log alone hears of it."""
+        if self._closing:
+            raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
+        task = asyncio.ensure_future(self._in_turn(work(*args, **kwargs)))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_say_failure)
+            raise
+
+    async def _in_turn(self, work: Coroutine[Any, Any, T]) -> T:
+        async with self._turn:
+            return await work
+
+    async def _allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
+        await self._make_way(offer, containers)
+        decision = decide.allocate(self.inventory, self.ledger, offer.resource, containers, self._stamp())
+        edits = [offer.edits(self.inventory, grant) for grant in decision.grants]
+        await self._save(decision.changes, decision.ledger, op)
+        self._begin_anew(decision.grants)
+        self._tell(_say_granted, op, offer.name, decision.grants)
+        return edits
+
+    async def _make_way(self, offer: Offer, containers: Sequence[Sequence[str]]) -> None:
+        """Kubelet asks for what a listed container held: Refused if that holds it still, or if nobody can say."""
+        known, ids = self.ledger.by_id, [one for container in containers for one in container]
+        held = {one: grant for one in ids if (grant := known.get((offer.name, one))) is not None and grant.confirmed}
+        if not held:
+            return
+        decide.check_ids(self.inventory, offer.resource, containers)
+        try:
+            holdings = await self._listing()
+        except PeerError as error:
+            holder = next(iter(held.values())).holder
+            why = f"cannot grant {', '.join(held)} of {offer.name}: last held by {holder}, and {error}"
+            raise Refused(why, want=len(ids), free=len(ids) - len(held)) from None
+        for holding in holdings:
+            _refuse_listed(offer, ids, holding)
+
+    def _begin_anew(self, grants: Iterable[Grant]) -> None:
+        """Who asked just now is given all the time that a new pod has, also where the grant is an old one."""
+        now = self._clock()
+        self._granted.update((grant.id, now) for grant in grants)
+        self._missing = {one: since for one, since in self._missing.items() if one not in self._granted}
+
+    async def _release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
+        gone = tuple(self.ledger.grants[one] for one in dict.fromkeys(ids) if one in self.ledger.grants)
+        changes = [Change(action=RELEASED, grant=grant) for grant in gone]
+        await self._save(changes, ledger_of.release(self.ledger, ids), op)
+        return gone
+
+    async def _reconcile(
+        self, holdings: Sequence[Holding], offers: Sequence[Offer], op: str, asked_at: float
+    ) -> Findings:
+        self._notice_silence(asked_at)
+        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at)
+        ledger = ledger_of.release(self.ledger, [grant.id for grant in found.released])
+        ledger = ledger_of.amend(ledger, found.confirmed)
+        adoption, conflicts = decide.adopt(self.inventory, ledger, found.adopted)
+        changes = [Change(action=RELEASED, grant=grant) for grant in found.released]
+        changes += [Change(action=CONFIRMED, grant=grant) for grant in found.confirmed]
+        await self._save([*changes, *adoption.changes], adoption.ledger, op)
+        gone = {grant.id for grant in found.released}
+        self._missing = {one: since for one, since in found.missing.items() if one not in gone}
+        self._granted = {one: at for one, at in self._granted.items() if at >= asked_at}
+        self._say_conflicts((*conflicts, *(f"{h.namespace}/{h.pod}: {why}" for h, why in found.unknown)))
+        self.listed_at = time.time()
+        return replace(found, adopted=adoption.grants)
+
+    def _compare(self, holdings: Sequence[Holding], offers: Mapping[str, Offer], asked_at: float) -> Findings:
+        return compare(
+            self.ledger,
+            holdings,
+            self._missing,
+            asked_at,
+            self._patience(),
+            offers,
+            lambda holding: self._adoptable(offers[holding.resource], holding),
+            young={one for one, at in self._granted.items() if at >= asked_at},
+        )
+
+    def _notice_silence(self, asked_at: float) -> None:
+        silent_s, self._listed = asked_at - self._listed, asked_at
+        if silent_s > SILENCE_S:
+            self.forget_absences()
+
+    def _patience(self) -> Patience:
+        """A kubelet that has just started lists nobody at first."""
+        patience = self.settings.patience
+        if self._clock() < self._lenient_until:
+            return replace(patience, confirmed_s=max(patience.confirmed_s, patience.unconfirmed_s))
+        return patience
+
+    def _say_conflicts(self, conflicts: tuple[str, ...]) -> None:
+        for one in conflicts:
+            if one not in self.conflicts:
+                log.warning("ledger-and-kubelet-disagree", why=one)
+        self.conflicts = conflicts
+
+    def _adoptable(self, offer: Offer, holding: Holding) -> Grant:
+        stamp = self._stamp()
+        grant = decide.grant_of(self.inventory, offer.resource, holding.ids, stamp.new_id(), stamp)
+        names = {"namespace": holding.namespace, "pod": holding.pod, "container": holding.container}
+        return replace(grant, holder=replace(grant.holder, **names), confirmed=True)
+
+    def _stamp(self) -> decide.Stamp:
+        return decide.Stamp(new_id=lambda: f"g-{secrets.token_hex(5)}", at=time.time(), boot_id=self.settings.boot_id)
+
+    async def _prune(self, before: float) -> int:
+        return await self._on_disk(self._store.prune, before)
+
+    async def _save(self, changes: Sequence[Change], after: Ledger, op: str) -> None:
+        """Durable first, then in memory, then told."""
+        if not changes:
+            return
+        held = self.ledger.grants.values()
+        await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
+        self.ledger = ledger_of.with_reserved(after, self.settings.reserved)
+        self._tell(self.revision.bump)
+
+    def _tell(self, tell: Callable[..., object], *args: object) -> None:
+        """Have the rest of the world told a moment later: who asked is answered first."""
+        asyncio.get_running_loop().call_later(TELL_S, tell, *args)
+
+    async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+
+def _refuse_listed(offer: Offer, ids: Sequence[str], holding: Holding) -> None:
+    taken = sorted(set(holding.ids) & set(ids)) if holding.resource == offer.name else []
+    if taken:
+        where = f"{holding.namespace}/{holding.pod}/{holding.container}"
+        why = f"cannot grant {', '.join(taken)} of {offer.name}: held by {where}"
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken))
+
+
+def _say_failure(task: asyncio.Task[Any]) -> None:
+    """Nobody waits any more for what a task raised."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        log.error("abandoned-decision-failed", error=str(error), exc_info=error)
+
+
+def _steady(inventory: Inventory) -> Inventory:
+    """A snapshot without what moves all the time."""
+    return replace(inventory, numa_nodes=tuple(replace(node, free_bytes=None) for node in inventory.numa_nodes))
+
+
+def _say_granted(op: str, resource: str, grants: Iterable[Grant]) -> None:
+    log.info("granted", op=op, resource=resource, grants=[f"{one.id}: {', '.join(one.ids)}" for one in grants])
+
+
+class Served:
+    """An offer as the device-plugin adapter wants it."""
+
+    pre_start_required = False
+
+    def __init__(self, agent: Agent, offer: Offer) -> None:
+        self._agent = agent
+        self.offer = offer
+
+    @property
+    def name(self) -> str:
+        return self.offer.name
+
+    def advertised(self) -> tuple[Advertised, ...]:
+        return self._agent.advertised(self.offer)
+
+    async def changed(self, seen: int) -> int:
+        return await self._agent.revision.changed(seen)
+
+    def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
+        return self._agent.prefer(self.offer, available, must_include, size)
+
+    async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
+        with metrics.counted_allocation(self.name):
+            return await self._agent.allocate(self.offer, containers, op)
+
+    async def pre_start(self, ids: Sequence[str]) -> None:
+        """Nothing to prepare."""

@@ -1,0 +1,72 @@
+"""Prometheus metrics. Counters live here; gauges are set from the state at each scrape."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from nodeagent.errors import InputError, Refused
+from nodeagent.version import VERSION
+
+REGISTRY = CollectorRegistry()
+"""The one registry of the process; nothing else registers here."""
+ProcessCollector(registry=REGISTRY)
+PlatformCollector(registry=REGISTRY)
+
+ALLOCATIONS = Counter(
+    "nodeagent_allocations", "Allocate calls by resource and outcome.", ["resource", "outcome"], registry=REGISTRY
+)
+ALLOCATE_SECONDS = Histogram(
+    "nodeagent_allocate_seconds",
+    "Time to decide an Allocate call and make it durable.",
+    ["resource"],
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
+    registry=REGISTRY,
+)
+RELEASES = Counter("nodeagent_releases", "Grants released because kubelet lists them no more.", registry=REGISTRY)
+ADOPTIONS = Counter("nodeagent_adoptions", "Grants taken over from kubelet's list.", registry=REGISTRY)
+SCANS = Histogram("nodeagent_scan_seconds", "Time to read the whole machine.", registry=REGISTRY)
+DEVICES = Gauge("nodeagent_devices", "Ids shown to kubelet.", ["resource", "health"], registry=REGISTRY)
+HELD = Gauge("nodeagent_held", "Ids held by containers.", ["resource"], registry=REGISTRY)
+HOLDER = Gauge(
+    "nodeagent_holder",
+    "1 for each container that holds ids.",
+    ["resource", "namespace", "pod", "container"],
+    registry=REGISTRY,
+)
+REGISTERED = Gauge(
+    "nodeagent_registered", "1 where kubelet took and watches a resource.", ["resource"], registry=REGISTRY
+)
+GENERATION = Gauge("nodeagent_inventory_generation", "How often the machine was seen to change.", registry=REGISTRY)
+WARNINGS = Gauge("nodeagent_inventory_warnings", "Files of the machine that cannot be read.", registry=REGISTRY)
+READY = Gauge("nodeagent_ready", "1 where kubelet shows what was sent.", registry=REGISTRY)
+INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
+INFO.labels(VERSION).set(1)
+
+
+@contextlib.contextmanager
+def counted_allocation(resource: str) -> Iterator[None]:
+    """Count and time one Allocate call by its outcome."""
+    began, outcome = time.perf_counter(), "failed"
+    try:
+        yield
+        outcome = "granted"
+    except Refused:
+        outcome = "refused"
+        raise
+    except InputError:
+        outcome = "invalid"
+        raise
+    finally:
+        ALLOCATIONS.labels(resource, outcome).inc()
+        ALLOCATE_SECONDS.labels(resource).observe(time.perf_counter() - began)
+
+
+def render() -> bytes:
+    """All metrics in the text format that Prometheus reads."""
+    return generate_latest(REGISTRY)

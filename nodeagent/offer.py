@@ -1,0 +1,129 @@
+"""One configured resource: what it shows, and what a container gets that is granted some of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from nodeagent.config import Config, ResourceConfig
+from nodeagent.core.devices import DeviceResource
+from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
+from nodeagent.core.options import check_options
+from nodeagent.core.sizes import format_size, parse_size
+from nodeagent.core.view import CpuResource, HugepageResource, ResourceKind
+from nodeagent.errors import ConfigError, InputError
+from nodeagent.host import kinds
+from nodeagent.host.kinds import CharSelector, UsbSelector
+from nodeagent.host.scan import Selectors
+
+CPU, HUGEPAGES = "cpu", "hugepages"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A resource and the kind of devices behind it (None: CPUs and hugepages)."""
+
+    config: ResourceConfig
+    resource: ResourceKind
+    family: kinds.Kind | None = None
+
+    @property
+    def name(self) -> str:
+        """The extended resource's whole name."""
+        return self.resource.name
+
+    def edits(self, inventory: Inventory, grant: Grant) -> ContainerEdits:
+        """What the container of a grant gets."""
+        devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
+        own = kinds.edits(self.family, devices) if self.family is not None and devices else ContainerEdits()
+        nodes = own.device_nodes if self.config.device_nodes else ()
+        return ContainerEdits(
+            env=MappingProxyType({**own.env, **_environment(inventory, grant, self), **self.config.env}),
+            device_nodes=nodes,
+            mounts=(*own.mounts, *_mounts(self.config)),
+            annotations=own.annotations,
+            cdi_devices=(*own.cdi_devices, *_cdi_names(self.config, devices)),
+        )
+
+
+def offers(config: Config, families: Sequence[kinds.Kind]) -> tuple[Offer, ...]:
+    """The offers of a configuration; ConfigError where one names an unknown kind or option."""
+    known = {family.name: family for family in families}
+    return tuple(_offer(config, one, known) for one in config.served)
+
+
+def selectors(config: Config) -> Selectors:
+    """Which character and USB devices a configuration asks to look for."""
+    served = config.served
+    return Selectors(
+        char=tuple(CharSelector(name=one.name, globs=tuple(one.paths)) for one in served if one.kind == "char"),
+        usb=tuple(
+            UsbSelector(name=one.name, vendor=usb.vendor.lower(), product=usb.product.lower(), serial=usb.serial)
+            for one in served
+            for usb in one.usb
+        ),
+    )
+
+
+def _offer(config: Config, one: ResourceConfig, known: Mapping[str, kinds.Kind]) -> Offer:
+    name = f"{config.domain}/{one.name}"
+    if one.kind == CPU:
+        try:
+            options = check_options(one.options)
+        except InputError as error:
+            raise ConfigError(f"cannot serve {name}: {error}") from None
+        return Offer(config=one, resource=CpuResource(name=name, options=options, numa=one.numa))
+    if one.kind == HUGEPAGES:
+        size = parse_size(one.page_size)
+        return Offer(
+            config=one, resource=HugepageResource(name=name, page_bytes=size, pages_per_block=one.pages_per_block)
+        )
+    if one.kind not in known:
+        raise ConfigError(f"cannot serve {name}: unknown kind {one.kind!r}, expected one of {_names(known)}")
+    match = dict(one.match)
+    if one.kind in ("char", "usb"):
+        match["selector"] = one.name
+    resource = DeviceResource(name=name, kind=one.kind, match=MappingProxyType(match), replicas=one.replicas)
+    return Offer(config=one, resource=resource, family=known[one.kind])
+
+
+def _names(known: Iterable[str]) -> str:
+    return ", ".join(sorted({CPU, HUGEPAGES, *known}))
+
+
+def _environment(inventory: Inventory, grant: Grant, offer: Offer) -> dict[str, str]:
+    """The variables that say what was granted; NODEAGENT_NUMA_NODES are those of the CPUs."""
+    env = {f"NODEAGENT_{_word(offer.config.name)}_GRANT": grant.id}
+    if grant.cpus:
+        env["NODEAGENT_CPUS"] = str(grant.cpus)
+        env["NODEAGENT_NUMA_NODES"] = _list(inventory.cpu_by_id[c].numa_node for c in grant.cpus)
+    for size in sorted({one.page_bytes for one in grant.hugepages}):
+        word = f"NODEAGENT_HUGEPAGES_{format_size(size).upper()}"
+        mine = [one for one in grant.hugepages if one.page_bytes == size]
+        env[word] = str(sum(one.pages for one in mine))
+        env[f"{word}_NUMA_NODES"] = _list(one.node for one in mine)
+    return env
+
+
+def _list(nodes: Iterable[NodeId]) -> str:
+    return ",".join(str(node) for node in sorted(set(nodes)))
+
+
+def _word(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name).upper()
+
+
+def _mounts(config: ResourceConfig) -> tuple[Mount, ...]:
+    return tuple(
+        Mount(host_path=one.host_path, container_path=one.container_path, read_only=one.read_only)
+        for one in config.mounts
+    )
+
+
+def _cdi_names(config: ResourceConfig, devices: Iterable[Device]) -> tuple[str, ...]:
+    if config.cdi is None:
+        return ()
+    kind, name = config.cdi.kind, config.cdi.name
+    values = [getattr(device, name, None) or device.attributes.get(name) for device in devices]
+    return tuple(f"{kind}={value}" for value in values if value is not None)

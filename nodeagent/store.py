@@ -1,0 +1,397 @@
+"""The ledger's durable form: one SQLite file, one transaction a decision, on disk before anybody hears of it.
+
+Promises: what `save` returned from is there after kill -9 and after a power cut (WAL, synchronous=FULL); a save that
+fails changes nothing; a file that is damaged, or written by a newer build, is moved aside and named, never deleted and
+never the end of the agent; a file that is removed while it is open is put back before the next decision, and one that
+is damaged while it is open is begun anew with all that is held. One process at a time: the folder is locked, and a
+second one waits.
+Every call blocks; `Store` is used from one thread at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.ledger import ADOPTED, RELEASED, Change
+from nodeagent.core.model import Grant, Holder, Pages
+from nodeagent.errors import InputError, StateError
+
+NEWEST = 1
+"""The layout this build writes; it reads 1 to NEWEST."""
+FILE, LOCK = "ledger.db", "ledger.lock"
+BUSY_TIMEOUT_MS = 2000
+
+_LAYOUT_1 = """
+CREATE TABLE grants (
+    id TEXT PRIMARY KEY, resource TEXT NOT NULL, namespace TEXT NOT NULL, pod TEXT NOT NULL, container TEXT NOT NULL,
+    cpus TEXT NOT NULL, devices TEXT NOT NULL, granted_at REAL NOT NULL, boot_id TEXT NOT NULL, body TEXT NOT NULL,
+    body_crc32 INTEGER NOT NULL
+) STRICT, WITHOUT ROWID;
+CREATE TABLE audit (
+    seq INTEGER PRIMARY KEY, at REAL NOT NULL, action TEXT NOT NULL, op TEXT NOT NULL, grant_id TEXT NOT NULL,
+    holder TEXT NOT NULL, body TEXT NOT NULL
+) STRICT;
+CREATE INDEX audit_at ON audit (at);
+"""
+_MIGRATIONS = (_LAYOUT_1,)
+"""_MIGRATIONS[N] leads from layout N to N + 1."""
+
+_DAMAGE = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_FORMAT,
+        sqlite3.SQLITE_IOERR_SHORT_READ,
+    }
+)
+"""Results that speak of a file's content rather than of the disk, the folder or a lock (sqlite.org/rescode.html)."""
+
+
+class Store:
+    """An open ledger file. `note` says what was wrong with the file found, or "" ."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or create the ledger in a folder. StateError where the folder cannot be used or is in use."""
+        self.path = folder / FILE
+        self.note = ""
+        self._lock = _locked(folder)
+        try:
+            self._db = self._open()
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._files = self._identities()
+        self._folder: tuple[int, ...] | None = None
+
+    def close(self) -> None:
+        """Close the file and let the next process in."""
+        self._db.close()
+        os.close(self._lock)
+
+    def load(self) -> tuple[Grant, ...]:
+        """All grants in order of id; StateError where one cannot be read."""
+        with self._said("load"):
+            return tuple(_grants(self._db, str(self.path)))
+
+    def save(self, changes: Sequence[Change], *, op: str, at: float, held: Iterable[Grant] = ()) -> None:
+        """Make changes durable, all or none. StateError: nothing was changed.
+
+        at: seconds since the epoch. held: every grant before the changes, for a file that turns out to be damaged.
+        """
+        with self._said("save"):
+            self._put_back()
+            try:
+                self._write(changes, op, at)
+            except sqlite3.DatabaseError as error:
+                if not _damaged(error):
+                    raise
+                self._begin_anew(str(error), held, at)
+                self._write(changes, op, at)
+
+    def prune(self, before: float) -> int:
+        """Forget audit lines older than a moment (seconds since the epoch); how many."""
+        with self._said("prune"):
+            self._put_back()
+            return self._db.execute("DELETE FROM audit WHERE at < ?", (before,)).rowcount
+
+    def _put_back(self) -> None:
+        """Where somebody removed or replaced the file or its folder: what is open still has everything, and goes there
+        again."""
+        # The folder says whether it is worth looking. To ask for the time of a file that is written all the time makes
+        # each fsync of it a third slower (multigrain timestamps, Linux 6.13).
+        folder = _stamp(self.path.parent)
+        if folder is not None and folder == self._folder:
+            return
+        if self._identities() != self._files:
+            self._write_again()
+        self._folder = folder
+
+    def _write_again(self) -> None:
+        self._hold_lock()
+        # Also a journal alone has to go: it is not one of the fresh file.
+        aside = f"; what lay there is now {self._move_aside()}" if any(self._identities()) else ""
+        fresh = self._connect()
+        try:
+            self._db.backup(fresh)
+        except BaseException:
+            fresh.close()
+            raise
+        old, self._db = self._db, fresh
+        self._files = self._identities()
+        old.close()
+        self.note = f"{self.path} was removed or replaced while it was in use: it was written again{aside}"
+
+    def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
+        """Put a new file with all that is held in the place of a damaged one."""
+        self._db.close()
+        aside = self._move_aside()
+        self._db = self._open()
+        self._write([Change(action=ADOPTED, grant=grant) for grant in held], "ledger-begun-anew", at)
+        self._files = self._identities()
+        self.note = f"cannot use {self.path}: {why}; moved to {aside}, begun anew with all that is held"
+
+    def _hold_lock(self) -> None:
+        """Hold the lock that others see."""
+        if _identity(self.path.with_name(LOCK)) != _identity(self._lock):
+            lock = _locked(self.path.parent)
+            os.close(self._lock)
+            self._lock = lock
+
+    def _identities(self) -> tuple[tuple[int, int] | None, ...]:
+        """Which files lie at the ledger's paths; all of them are there while it is open."""
+        return tuple(_identity(one) for one in self._places())
+
+    def _places(self) -> list[Path]:
+        """The file and its journals."""
+        return [self.path.with_name(FILE + suffix) for suffix in ("", "-wal", "-shm")]
+
+    def _write(self, changes: Iterable[Change], op: str, at: float) -> None:
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            for change in changes:
+                body = _grant_out(change.grant)
+                self._apply(change, body)
+                self._db.execute(
+                    "INSERT INTO audit (at, action, op, grant_id, holder, body) VALUES (?, ?, ?, ?, ?, ?)",
+                    (at, change.action, op, change.grant.id, str(change.grant.holder), body),
+                )
+
+    def _apply(self, change: Change, body: str) -> None:
+        grant = change.grant
+        if change.action == RELEASED:
+            self._db.execute("DELETE FROM grants WHERE id = ?", (grant.id,))
+            return
+        holder = grant.holder
+        self._db.execute(
+            "INSERT OR REPLACE INTO grants VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                grant.id,
+                holder.resource,
+                holder.namespace,
+                holder.pod,
+                holder.container,
+                str(grant.cpus),
+                ",".join((*grant.devices, *grant.shares)),
+                grant.granted_at,
+                grant.boot_id,
+                body,
+                zlib.crc32(body.encode()),
+            ),
+        )
+
+    def _open(self) -> sqlite3.Connection:
+        """Open the file; one that cannot be used is moved aside and a new one begun."""
+        try:
+            return self._connect()
+        except (sqlite3.DatabaseError, StateError) as error:
+            if not self._unusable(error):
+                raise StateError(f"cannot open {self.path}: {error}") from None
+            self.note = f"cannot use {self.path}: {error}; moved to {self._move_aside()}, a new ledger is begun"
+        try:
+            return self._connect()
+        except sqlite3.Error as error:
+            raise StateError(f"cannot open {self.path}: {error}") from None
+
+    def _connect(self) -> sqlite3.Connection:
+        """Check the file and bring it to the newest layout."""
+        db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        try:
+            db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            found = db.execute("PRAGMA user_version").fetchone()[0]
+            if not 0 <= found <= NEWEST:
+                raise StateError(f"layout {found}, this build reads 1 to {NEWEST}")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+            if verdict != "ok":
+                raise StateError(f"it is damaged: {verdict}")
+            _migrate(db, found)
+            for _ in _grants(db, FILE):
+                pass
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+    def _unusable(self, error: Exception) -> bool:
+        """Whether what lies there can never be opened: moving it aside helps."""
+        if not isinstance(error, sqlite3.OperationalError) or _damaged(error):
+            return True
+        return any(one.exists() and not one.is_file() for one in self._places())
+
+    def _move_aside(self) -> Path:
+        """Rename the file and its journals; the new name of the file."""
+        name = f"{FILE}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+        names = [name, *(f"{name}-{number}" for number in range(1, 1000))]
+        target = next(one for one in map(self.path.with_name, names) if not os.path.lexists(one))
+        for one in self._places():
+            with contextlib.suppress(FileNotFoundError):
+                one.rename(one.with_name(one.name.replace(FILE, target.name, 1)))
+        _sync_folder(self.path.parent)
+        return target
+
+    @contextlib.contextmanager
+    def _said(self, verb: str) -> Iterator[None]:
+        try:
+            yield
+        except (sqlite3.Error, OSError) as error:
+            raise StateError(f"cannot {verb} {self.path}: {error}") from None
+
+
+def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
+    """All grants in order of id; StateError where one is not as it was written."""
+    for one, body, crc32 in db.execute("SELECT id, body, body_crc32 FROM grants ORDER BY id"):
+        if zlib.crc32(body.encode()) != crc32:
+            raise StateError(f"cannot read {source}, grant {one}: its checksum is wrong")
+        grant = _grant_in(body, f"{source}, grant {one}")
+        if grant.id != one:
+            raise StateError(f"cannot read {source}, grant {one}: it says that it is {grant.id}")
+        yield grant
+
+
+def _migrate(db: sqlite3.Connection, found: int) -> None:
+    for number in range(found, NEWEST):
+        statements = f"BEGIN IMMEDIATE; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
+        db.executescript(statements)
+
+
+def _damaged(error: Exception) -> bool:
+    """Whether an error speaks of the file's content. One without a code is Python's own: text that is not UTF-8."""
+    code = getattr(error, "sqlite_errorcode", None)
+    if code is None:
+        return isinstance(error, sqlite3.OperationalError)
+    return code in _DAMAGE or code & 0xFF in _DAMAGE
+
+
+def _locked(folder: Path) -> int:
+    """The folder's lock, held; StateError where another process has it or the folder cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise StateError(f"cannot use state folder {folder}: {error.strerror}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(handle)
+        why = "another nodeagent uses it" if isinstance(error, BlockingIOError) else error.strerror
+        raise StateError(f"cannot lock {folder / LOCK}: {why}") from None
+    return handle
+
+
+def _identity(file: Path | int) -> tuple[int, int] | None:
+    """Which file lies at a path or behind a handle."""
+    try:
+        found = os.stat(file)  # noqa: PTH116 - a path or a handle
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def _stamp(folder: Path) -> tuple[int, ...] | None:
+    """What differs when another folder lies at a path, or when an entry of it came, went or was replaced."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---------------------------------------------------------------- grants as JSON
+
+
+class _Pages(msgspec.Struct):
+    node: int
+    page_bytes: int
+    pages: int
+
+
+class _Body(msgspec.Struct, omit_defaults=True):
+    """A grant as it lies in the file."""
+
+    id: str
+    api: str
+    resource: str = ""
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    uid: str = ""
+    ids: list[str] = []
+    cpus: str = ""
+    hugepages: list[_Pages] = []
+    memory: list[tuple[int, int]] = []
+    devices: list[str] = []
+    shares: list[str] = []
+    granted_at: float = 0.0
+    confirmed: bool = False
+    boot_id: str = ""
+
+
+def _grant_out(grant: Grant) -> str:
+    body = _Body(
+        id=grant.id,
+        api=grant.holder.api,
+        resource=grant.holder.resource,
+        namespace=grant.holder.namespace,
+        pod=grant.holder.pod,
+        container=grant.holder.container,
+        uid=grant.holder.uid,
+        ids=list(grant.ids),
+        cpus=str(grant.cpus),
+        hugepages=[_Pages(one.node, one.page_bytes, one.pages) for one in grant.hugepages],
+        memory=list(grant.memory),
+        devices=list(grant.devices),
+        shares=list(grant.shares),
+        granted_at=grant.granted_at,
+        confirmed=grant.confirmed,
+        boot_id=grant.boot_id,
+    )
+    return msgspec.json.encode(body).decode()
+
+
+def _grant_in(body: Any, source: str) -> Grant:
+    try:
+        found = msgspec.json.decode(body, type=_Body)
+        cpus = CpuSet.parse(found.cpus)
+    except (msgspec.MsgspecError, InputError, TypeError) as error:
+        raise StateError(f"cannot read {source}: {error}") from None
+    return Grant(
+        id=found.id,
+        holder=Holder(
+            api=found.api,
+            resource=found.resource,
+            namespace=found.namespace,
+            pod=found.pod,
+            container=found.container,
+            uid=found.uid,
+        ),
+        ids=tuple(found.ids),
+        cpus=cpus,
+        hugepages=tuple(Pages(node=p.node, page_bytes=p.page_bytes, pages=p.pages) for p in found.hugepages),
+        memory=tuple(found.memory),
+        devices=tuple(found.devices),
+        shares=tuple(found.shares),
+        granted_at=found.granted_at,
+        confirmed=found.confirmed,
+        boot_id=found.boot_id,
+    )
