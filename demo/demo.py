@@ -1,0 +1,204 @@
+"""The first five minutes: the agent on this very machine, three pods, a kill -9, and the same grants after it.
+
+The kubelet is the small embedded one of the tests: a real gRPC server on real sockets that keeps to kubelet's contract.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(CHECKOUT / "tests"))
+
+from fakes import FakeKubelet  # noqa: E402 - the tests' own kubelet, written once
+
+DOMAIN = "nodeagent.dev"
+PAGE_BYTES = 2 << 20
+PAGES = 8
+DEADLINE_S = 20.0
+
+
+class Hugepages:
+    """A few 2 MiB pages for the demonstration, given back at its end; only what was free is used."""
+
+    def __init__(self) -> None:
+        folders = sorted(Path("/sys/devices/system/node").glob("node*/hugepages/hugepages-2048kB"))
+        self._file = folders[0] / "nr_hugepages" if folders else None
+        self._before = ""
+
+    def grow(self) -> str:
+        """Grow node 0's pool; why it could not be done, or ""."""
+        if self._file is None:
+            return "the kernel has no 2 MiB hugepages per NUMA node"
+        try:
+            self._before = self._file.read_text().strip()
+            if int(self._before) < PAGES:
+                self._file.write_text(str(PAGES))
+        except OSError as error:
+            return f"cannot write {self._file}: {error.strerror}"
+        return "" if int(self._file.read_text()) >= PAGES else "the kernel has no free memory in one piece"
+
+    def shrink(self) -> None:
+        if self._before and self._file is not None:
+            self._file.write_text(self._before)
+
+
+def configuration(folder: Path, pages: bool, cpus: int) -> Path:
+    """A configuration for this machine: keep the first core for the system where there are CPUs to spare."""
+    resources = [
+        {"name": "cpu", "kind": "cpu"},
+        {"name": "fuse", "kind": "char", "paths": ["/dev/fuse", "/dev/null"], "replicas": 10},
+    ]
+    if pages:
+        resources.append({"name": "hugepages-2Mi", "kind": "hugepages", "pageSize": "2Mi", "pagesPerBlock": 4})
+    document: dict[str, Any] = {
+        "stateDir": str(folder / "state"),
+        "runtimeDir": str(folder / "run"),
+        "resources": resources,
+    }
+    if cpus < 6:
+        document["reservedCpus"] = ""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(document))
+    return path
+
+
+class Agent:
+    """One running `nodeagent run`."""
+
+    def __init__(self, config: Path, kubelet: FakeKubelet, folder: Path) -> None:
+        self._command = ["run", "--config", str(config), "--kubelet-dir", str(folder / "kubelet")]
+        self._log = folder / "agent.log"
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def start(self) -> None:
+        with self._log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "nodeagent", *self._command, stderr=log
+            )
+
+    async def stop(self, how: signal.Signals) -> None:
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(how)
+            await self._process.wait()
+
+    def told(self) -> str:
+        return self._log.read_text()
+
+
+async def show(verb: str, folder: Path, *more: str) -> None:
+    """What an admin would type."""
+    said = " ".join(("nodeagent", verb, *more))
+    print(f"\n$ {said}", flush=True)
+    socket = ["--socket", str(folder / "run" / "status.sock")] if verb != "inventory" else []
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "nodeagent", verb, *socket, *more)
+    await process.wait()
+
+
+async def grants(folder: Path) -> list[Mapping[str, Any]]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "nodeagent",
+        "grants",
+        "-o",
+        "json",
+        "--socket",
+        str(folder / "run" / "status.sock"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    out, _ = await process.communicate()
+    return json.loads(out) if out else []
+
+
+async def named_grants(folder: Path, pods: int) -> list[Mapping[str, Any]]:
+    """The grants, once kubelet has told the names of all holders."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            found = await grants(folder)
+            if len({one["pod"] for one in found if one["pod"]}) == pods:
+                return found
+            await asyncio.sleep(0.1)
+
+
+def wishes(cpus: int, pages: bool) -> dict[str, dict[str, int]]:
+    """What three pods ask for."""
+    first = max(1, min(4, (cpus - 1) // 2))
+    cpu, fuse, huge = f"{DOMAIN}/cpu", f"{DOMAIN}/fuse", f"{DOMAIN}/hugepages-2Mi"
+    database = {cpu: 1, **({huge: 1} if pages else {})}
+    return {"trader": {cpu: first, fuse: 1}, "database": database, "backup": {fuse: 2, **({huge: 1} if pages else {})}}
+
+
+async def scene(folder: Path, kubelet: FakeKubelet, pages: bool) -> bool:
+    cpus = len(os.sched_getaffinity(0))
+    agent = Agent(configuration(folder, pages, cpus), kubelet, folder)
+    began = time.perf_counter()
+    await agent.start()
+    try:
+        async with asyncio.timeout(DEADLINE_S):
+            await kubelet.wait_allocatable(f"{DOMAIN}/fuse", 20)
+        print(
+            f"\nThe agent read the machine and kubelet shows its resources after {time.perf_counter() - began:.2f} s."
+        )
+        wanted = wishes(cpus, pages)
+        for name, resources in wanted.items():
+            await kubelet.admit_pod("default", name, {"main": resources})
+            print(f"admitted pod {name}: {', '.join(f'{r} x {n}' for r, n in resources.items())}")
+        before = await named_grants(folder, len(wanted))
+        await show("status", folder)
+        await show("grants", folder)
+        print("\n$ kill -9 $(pidof nodeagent)   # and start it again")
+        await agent.stop(signal.SIGKILL)
+        began = time.perf_counter()
+        await agent.start()
+        after = await named_grants(folder, len(wanted))
+        print(f"\nback after {time.perf_counter() - began:.2f} s")
+        await show("grants", folder)
+        same = held(before) == held(after)
+        print("\nThe same grants." if same else f"\nNOT the same grants: {held(before)} became {held(after)}")
+        return same and not kubelet.violations
+    except BaseException:
+        print(agent.told(), file=sys.stderr)
+        raise
+    finally:
+        await agent.stop(signal.SIGTERM)
+
+
+def held(found: list[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
+    return sorted((one["id"], one["pod"], ",".join(one["ids"])) for one in found)
+
+
+async def main() -> int:
+    began = time.perf_counter()
+    pages = Hugepages()
+    why = pages.grow()
+    if why:
+        print(f"No hugepages in this demonstration: {why}.")
+    try:
+        with tempfile.TemporaryDirectory(prefix="nodeagent-demo-") as name:
+            folder = Path(name)
+            await show("inventory", folder)
+            kubelet = FakeKubelet(folder / "kubelet")
+            await kubelet.start()
+            try:
+                good = await scene(folder, kubelet, not why)
+            finally:
+                await kubelet.stop()
+    finally:
+        pages.shrink()
+    print(f"Done in {time.perf_counter() - began:.1f} s.")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(asyncio.run(main()))

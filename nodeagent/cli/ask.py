@@ -1,0 +1,81 @@
+"""Asking a running agent over its status socket."""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import socket
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nodeagent.errors import PeerError
+
+SOCKET = "/run/nodeagent/status.sock"
+TIMEOUT_S = 10.0
+WATCH_S = 0.5
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the agent's status socket ({SOCKET})")
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    parser.add_argument("-w", "--watch", action="store_true", help="show it again whenever it changes")
+
+
+def show(args: argparse.Namespace, page: str, print_table: Callable[[Any], None]) -> int:
+    """Print a page once, or again and again as it changes; a watch outlives a restart of the agent."""
+    seen = ask(args.socket, page)
+    _print(args, seen, print_table)
+    while args.watch:
+        time.sleep(WATCH_S)
+        try:
+            document = ask(args.socket, page)
+        except PeerError as error:
+            if seen is not None:
+                print(f"nodeagent: {error}", file=sys.stderr, flush=True)
+            seen = None
+            continue
+        if document != seen:
+            _print(args, document, print_table)
+        seen = document
+    return 0
+
+
+def _print(args: argparse.Namespace, document: Any, print_table: Callable[[Any], None]) -> None:
+    if args.output == "json":
+        print(json.dumps(document, indent=1))
+    else:
+        print_table(document)
+    sys.stdout.flush()
+
+
+def ask(path: str, page: str) -> Any:
+    """The JSON of one page; PeerError where the agent does not answer."""
+    connection = _Connection(path)
+    try:
+        connection.request("GET", page)
+        answer = connection.getresponse()
+        body = answer.read()
+        document = json.loads(body)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise PeerError(f"cannot ask the agent at {path}: {getattr(error, 'strerror', None) or error}") from None
+    finally:
+        connection.close()
+    if answer.status != http.client.OK:
+        raise PeerError(f"cannot read {page} at {path}: {document.get('error', answer.reason)}")
+    return document
+
+
+class _Connection(http.client.HTTPConnection):
+    """HTTP over a unix socket."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)

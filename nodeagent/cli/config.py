@@ -1,0 +1,31 @@
+"""`nodeagent config`: check a configuration, print its schema."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from nodeagent import config as config_of
+from nodeagent.cli.run import DEFAULT_CONFIG
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.host.kinds import load_kinds
+from nodeagent.offer import offers
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="what", metavar="check|schema", required=True)
+    check = verbs.add_parser("check", help="read a configuration and say what is wrong with it")
+    check.add_argument("file", nargs="?", default=str(DEFAULT_CONFIG), metavar="FILE")
+    verbs.add_parser("schema", help="print the JSON schema")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.what == "schema":
+        print(json.dumps(config_of.schema(), indent=1))
+        return 0
+    config = config_of.load(Path(args.file))
+    CpuSet.parse(config.reserved_cpus or "", source=f"reservedCpus of {args.file}")
+    served = offers(config, load_kinds())
+    print(f"{args.file}: good; it serves {', '.join(offer.name for offer in served) or 'nothing'}")
+    return 0

@@ -1,0 +1,33 @@
+"""`nodeagent grants`: who holds what."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nodeagent.cli.ask import add_arguments as add_arguments
+from nodeagent.cli.ask import show
+from nodeagent.cli.tables import print_table
+
+
+def run(args: argparse.Namespace) -> int:
+    return show(args, "/v1/grants", _print)
+
+
+def _print(grants: Any) -> None:
+    print_table(
+        ("GRANT", "NAMESPACE", "POD", "CONTAINER", "RESOURCE", "CPUS", "HUGEPAGES", "DEVICES"),
+        [
+            (
+                g["id"],
+                g["namespace"],
+                g["pod"],
+                g["container"],
+                g["resource"],
+                g["cpus"],
+                " ".join(f"{p['pages']}x{p['size']}@node{p['numa_node']}" for p in g["hugepages"]),
+                " ".join(g["devices"]),
+            )
+            for g in grants
+        ],
+    )

@@ -1,0 +1,30 @@
+"""`nodeagent run`: the agent itself."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+from pathlib import Path
+
+DEFAULT_CONFIG = Path("/etc/nodeagent/config.yaml")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
+    parser.add_argument("--root", metavar="DIR", default="/", help="read the machine from a captured tree")
+    parser.add_argument("--kubelet-dir", metavar="DIR", help="kubelet's folder (default: /var/lib/kubelet)")
+
+
+def run(args: argparse.Namespace) -> int:
+    # gRPC's own core prints to stderr beside our log; it reads this once, when it is imported.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from nodeagent import config as config_of
+    from nodeagent import daemon, log
+
+    path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    config = config_of.load(path) if path is not None else config_of.Config()
+    log.configure(config.log.level, config.log.format)
+    where = daemon.places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir)
+    asyncio.run(daemon.run(config, where))
+    return 0

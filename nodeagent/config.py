@@ -1,0 +1,332 @@
+"""The configuration: YAML, typed and strict. Reading it changes nothing; a bad one is refused whole.
+
+Keys are written as Kubernetes writes its own (camelCase). An unknown key is refused with its path and the nearest known
+key, a wrong value with its path and what is expected. `schema()` is the same as JSON schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+import yaml
+
+from nodeagent.errors import ConfigError
+
+API_VERSION, KIND = "nodeagent.dev/v1alpha1", "NodeAgentConfiguration"
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400 * 366)]
+LARGEST_FILE_BYTES, MOST_VALUES = 256 << 10, 20_000
+LONGEST_DOMAIN = 253
+NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
+Name = Annotated[str, msgspec.Meta(pattern=NAME)]
+DevPath = Annotated[str, msgspec.Meta(pattern=r"^/dev/[^\0]+$")]
+Absolute = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
+Variable = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
+
+
+class _Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """Every part of the configuration is frozen, named and strict."""
+
+
+class MountConfig(_Base, frozen=True):
+    """A folder or file of the host that the container gets, beside the device."""
+
+    host_path: Absolute
+    container_path: Absolute
+    read_only: bool = True
+
+
+class UsbConfig(_Base, frozen=True):
+    """USB devices by vendor and, where given, product (four hexadecimal digits) and serial number."""
+
+    vendor: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{4}$")]
+    product: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F]{4})?$")] = ""
+    serial: str = ""
+
+
+class CdiConfig(_Base, frozen=True):
+    """CDI names to hand to the runtime: CLASS=VALUE, VALUE being a field or attribute of the device."""
+
+    kind: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: str = "id"
+
+
+class ResourceConfig(_Base, frozen=True):
+    """One extended resource."""
+
+    name: Name
+    kind: Name
+    match: dict[str, str] = {}
+    """Shell patterns by field or attribute of a device, all of which have to match."""
+    paths: list[DevPath] = []
+    """kind char: globs of device nodes."""
+    usb: list[UsbConfig] = []
+    """kind usb: which devices."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    page_size: str = ""
+    """kind hugepages."""
+    pages_per_block: Positive = 1
+    options: list[str] = []
+    """kind cpu: placement options."""
+    numa: Literal["single", "restricted", "best-effort"] = "best-effort"
+    device_nodes: bool = True
+    """Whether the container gets the device nodes themselves; false where CDI does all."""
+    cdi: CdiConfig | None = None
+    env: dict[Variable, Text] = {}
+    mounts: list[MountConfig] = []
+
+
+class LogConfig(_Base, frozen=True):
+    """What is logged, and how: `auto` is `console` on a terminal and `json` elsewhere."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class StatusConfig(_Base, frozen=True):
+    """Who may read the status socket."""
+
+    group: str = ""
+    """A group whose members may read; root always may."""
+
+
+class ReleaseConfig(_Base, frozen=True):
+    """How long a grant may be missing from kubelet's list before it is released."""
+
+    unconfirmed_seconds: Seconds = 60.0
+    confirmed_seconds: Seconds = 5.0
+
+
+class HealthConfig(_Base, frozen=True):
+    """How health is judged."""
+
+    recover_seconds: Seconds = 30.0
+    """How long all evidence must be good before what was unhealthy is healthy."""
+    nvml_seconds: Seconds = 30.0
+    """How often NVML is asked."""
+
+
+class Config(_Base, frozen=True):
+    """The whole configuration; everything has a default."""
+
+    api_version: Literal["nodeagent.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
+    kind: Literal["NodeAgentConfiguration"] = KIND  # type: ignore[assignment]
+    kubelet_dir: Absolute = "/var/lib/kubelet"
+    state_dir: Absolute = "/var/lib/nodeagent"
+    runtime_dir: Absolute = "/run/nodeagent"
+    domain: Annotated[str, msgspec.Meta(pattern=DOMAIN)] = "nodeagent.dev"
+    reserved_cpus: str | None = None
+    """CPUs that are never granted; null: kubelet's reservedSystemCPUs, or else the first core."""
+    resources: list[ResourceConfig] | None = None
+    """null: DEFAULT_RESOURCES."""
+    resync_seconds: Seconds = 60.0
+    audit_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] = 30
+    log: LogConfig = LogConfig()
+    status: StatusConfig = StatusConfig()
+    release: ReleaseConfig = ReleaseConfig()
+    health: HealthConfig = HealthConfig()
+
+    @property
+    def served(self) -> list[ResourceConfig]:
+        return list(DEFAULT_RESOURCES) if self.resources is None else self.resources
+
+
+DEFAULT_RESOURCES = (
+    ResourceConfig(name="cpu", kind="cpu"),
+    ResourceConfig(name="gpu", kind="gpu"),
+    ResourceConfig(name="vf", kind="nic", match={"sriov": "vf"}),
+    ResourceConfig(name="fuse", kind="char", paths=["/dev/fuse"], replicas=100),
+    ResourceConfig(name="kvm", kind="char", paths=["/dev/kvm"], replicas=100),
+)
+"""What needs no preparation and takes nothing from the host or from kubelet's own managers: no hugepages (kubelet
+counts the same pools), no physical function and no disk (the host may be using it)."""
+
+
+def parse(text: str | bytes, *, source: str) -> Config:
+    """Read a configuration; ConfigError names the source, the path of the key and what is expected."""
+    found = _read_yaml(text, source)
+    for path, key, known in _unknown(found, schema(), "$"):
+        near = difflib.get_close_matches(key, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(sorted(known))}"
+        raise ConfigError(f"cannot use {source}: unknown key {path}; {hint}")
+    try:
+        config = msgspec.convert(found, Config)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise ConfigError(f"cannot use {source}: {error}{_found(found, str(error))}") from None
+    for wrong in _wrong(config):
+        raise ConfigError(f"cannot use {source}: {wrong}")
+    return config
+
+
+def load(path: Path) -> Config:
+    """Read a configuration file."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return parse(text, source=str(path))
+
+
+def schema() -> dict[str, Any]:
+    """The configuration as JSON schema."""
+    return msgspec.json.schema(Config)
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What another configuration changes, one line a key, as PATH: OLD -> NEW."""
+    return sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"
+
+
+def _found(document: Any, error: str) -> str:
+    """The value that a ValidationError speaks of: it names only the place."""
+    place = re.search(r"at `\$([^`]*)`$", error)
+    try:
+        for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place[1] if place else "["):
+            document = document[key] if key else document[int(index)]
+    except (LookupError, TypeError):
+        return ""
+    return f", found {repr(document)[:60]}" if isinstance(document, str | int | float) else ""
+
+
+# ---------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant here: a key that stands twice is a mistake, not a choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str | bytes, source: str) -> dict[Any, Any]:
+    """A mapping of limited size: a file of a few lines can name itself a billion times."""
+    if len(text) > LARGEST_FILE_BYTES:
+        raise ConfigError(f"cannot read {source}: it has more than {LARGEST_FILE_BYTES} bytes")
+    try:
+        found = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read {source}: it is nested too deeply") from None
+    found = {} if found is None else found
+    if not isinstance(found, dict):
+        raise ConfigError(f"cannot read {source}: {type(found).__name__} at the top, expected a mapping")
+    _limit(found, source)
+    return found
+
+
+def _limit(found: Any, source: str) -> None:
+    waiting, count = [found], 0
+    while waiting:
+        one, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise ConfigError(f"cannot read {source}: it has more than {MOST_VALUES} values, aliases counted each time")
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+
+
+# ---------------------------------------------------------------- what types alone do not say
+
+_MEANT_FOR = {
+    "paths": ("char",),
+    "usb": ("usb",),
+    "pageSize": ("hugepages",),
+    "pagesPerBlock": ("hugepages",),
+    "options": ("cpu",),
+    "numa": ("cpu",),
+}
+_ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi")
+"""Keys that mean nothing where there is no device, only CPUs or pages."""
+_NEEDED = {
+    "char": ("paths", "globs such as /dev/ttyUSB*"),
+    "usb": ("usb", "vendor and product"),
+}
+
+
+def _wrong(config: Config) -> Iterator[str]:
+    """What is wrong, one sentence each."""
+    yield from _wrong_domain(config.domain)
+    names: set[str] = set()
+    for i, one in enumerate(config.served):
+        where = f"$.resources[{i}]"
+        if one.name in names:
+            yield f"name {one.name!r} at {where}.name stands twice"
+        names.add(one.name)
+        yield from _misplaced(one, where)
+        yield from _missing(one, where)
+        yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
+
+
+def _wrong_domain(domain: str) -> Iterator[str]:
+    if len(domain) > LONGEST_DOMAIN:
+        yield f"{len(domain)} characters at $.domain, expected at most {LONGEST_DOMAIN}"
+    if domain == "kubernetes.io" or domain.endswith(".kubernetes.io") or domain.startswith("requests."):
+        yield f"{domain!r} at $.domain belongs to Kubernetes itself, expected a domain of your own"
+
+
+def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
+    """Keys that say something although their kind has no use for them."""
+    said = msgspec.to_builtins(one)
+    silent = msgspec.to_builtins(ResourceConfig(name=one.name, kind=one.kind))
+    for key in (key for key in said if said[key] != silent[key]):
+        kinds = _MEANT_FOR.get(key, (one.kind,))
+        if one.kind not in kinds:
+            yield f"{where}.{key} has no meaning for kind {one.kind}, only for {', '.join(kinds)}"
+        if key in _ONLY_DEVICES and one.kind in ("cpu", "hugepages"):
+            yield f"{where}.{key} has no meaning for kind {one.kind}, only for devices"
+
+
+def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
+    if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):
+        yield f"{one.page_size!r} at {where}.pageSize, expected a size such as 2Mi"
+    key, expected = _NEEDED.get(one.kind, ("", ""))
+    if key and not getattr(one, key):
+        yield f"nothing at {where}.{key}, expected {expected}"
+
+
+# ---------------------------------------------------------------- unknown keys
+
+
+def _unknown(found: Any, form: Mapping[str, Any], path: str, root: Any = None) -> Iterator[tuple[str, str, list[str]]]:
+    """Keys that the schema does not have: (path, key, keys known there)."""
+    root = form if root is None else root
+    for option in _forms(form, root):
+        if isinstance(found, dict) and "properties" in option:
+            known = option["properties"]
+            for key, value in found.items():
+                if key not in known:
+                    yield f"{path}.{key}", str(key), list(known)
+                else:
+                    yield from _unknown(value, known[key], f"{path}.{key}", root)
+        if isinstance(found, list) and "items" in option:
+            for i, value in enumerate(found):
+                yield from _unknown(value, option["items"], f"{path}[{i}]", root)
+
+
+def _forms(form: Mapping[str, Any], root: Any) -> Iterator[Mapping[str, Any]]:
+    """A form with its references and alternatives followed."""
+    if "$ref" in form:
+        yield from _forms(root["$defs"][form["$ref"].rpartition("/")[2]], root)
+    for option in form.get("anyOf", ()):
+        yield from _forms(option, root)
+    yield form

@@ -1,0 +1,355 @@
+"""The parts put together. `build` reads the machine and opens the ledger and starts nothing; `run` is one TaskGroup
+with one stop order: what serves ends before what decides, and the store closes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import grp
+import os
+import signal
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeagent import config as config_of
+from nodeagent import log as log_of
+from nodeagent.agent import Agent, Settings
+from nodeagent.config import Config
+from nodeagent.errors import ConfigError, NodeagentError, StateError
+from nodeagent.following import Holders, Machine, recoveries
+from nodeagent.host import kinds
+from nodeagent.host.scan import scan
+from nodeagent.host.sysfs import SysFs
+from nodeagent.http import Server
+from nodeagent.kube import sockets
+from nodeagent.kube.podresources import CheckpointWatch, PodResources
+from nodeagent.kube.registration import KUBELET_SOCKET, Registration
+from nodeagent.kube.waiting import FolderWatch
+from nodeagent.notify import Notifier
+from nodeagent.offer import Offer, selectors
+from nodeagent.parts import end, first, kept
+from nodeagent.serving import PLUGINS, Serving, check, settings
+from nodeagent.status import Status
+from nodeagent.store import Store
+
+POD_RESOURCES, STATUS_SOCKET, BOOT_ID = "pod-resources/kubelet.sock", "status.sock", "proc/sys/kernel/random/boot_id"
+NOT_LIVE = ("kubeletDir", "stateDir", "runtimeDir", "status.group")
+"""Keys that are read at the start only."""
+LOCKED_RETRY_S = 2.0
+READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
+"""How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
+CONFIG_POLL_S, FOLDER_POLL_S = 5.0, 30.0
+"""The safety nets below the watches of folders. A file that is written in place is found by its poll alone."""
+PRUNE_S = 3600.0
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Places:
+    """Where things are: from the configuration and the command line."""
+
+    sysfs: SysFs
+    config_file: Path | None
+    kubelet_dir: Path
+    state_dir: Path
+    runtime_dir: Path
+
+
+def places(config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None) -> Places:
+    """The command line's folders before the configuration's."""
+    return Places(
+        sysfs=SysFs(root),
+        config_file=config_file,
+        kubelet_dir=Path(kubelet_dir or config.kubelet_dir).absolute(),
+        state_dir=Path(config.state_dir),
+        runtime_dir=Path(config.runtime_dir),
+    )
+
+
+def checked(config: Config, where: Places) -> tuple[kinds.Kind, ...]:
+    """The kinds to look for; ConfigError where what is configured cannot be served here."""
+    families = kinds.load_kinds()
+    check(config, families, where.kubelet_dir)
+    sockets.checked(where.runtime_dir / STATUS_SOCKET)
+    for folder in (where.state_dir, where.runtime_dir):
+        _check_folder(folder)
+    return families
+
+
+def _check_folder(folder: Path) -> None:
+    """Make a folder of the agent's own; ConfigError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(0, "no permission to write")
+    except OSError as error:
+        raise ConfigError(f"cannot use folder {folder}: {error.strerror}") from None
+
+
+def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daemon:
+    """Read the machine, open the ledger, start nothing. StateError where another agent has the ledger; blocks."""
+    store = Store(where.state_dir)
+    try:
+        inventory = scan(where.sysfs, families, selectors(config))
+        pods = PodResources(where.kubelet_dir / POD_RESOURCES)
+        now = settings(config, where.kubelet_dir, where.sysfs.text(BOOT_ID, ""), inventory)
+        return Daemon(config, where, families, Agent(store, inventory, now, pods.list), pods, store)
+    except BaseException:
+        store.close()
+        raise
+
+
+class Daemon:
+    """All parts of one running agent."""
+
+    def __init__(
+        self,
+        config: Config,
+        where: Places,
+        families: Sequence[kinds.Kind],
+        agent: Agent,
+        pods: PodResources,
+        store: Store,
+    ) -> None:
+        self.config = config
+        self.config_error = ""
+        """Why the newest configuration is not the one in force."""
+        self.agent = agent
+        self.notes: list[str] = []
+        self.started_at = time.time()
+        self._where = where
+        self._families = families
+        self._pods = pods
+        self._store = store
+        self._plugins = where.kubelet_dir / PLUGINS
+        self._serving = Serving(agent, where.kubelet_dir, families)
+        self._machine = Machine(agent, where.sysfs, families, lambda: self.config)
+        self._holders = Holders(agent, pods, self._serving.offers)
+        self._notifier = Notifier()
+        self._reload_asked = asyncio.Event()
+        self._reloading = asyncio.Lock()
+
+    # ---------------------------------------------------------------- what status reads
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        return self._serving.refused
+
+    def offers(self) -> tuple[Offer, ...]:
+        return self._serving.offers()
+
+    def registrations(self) -> tuple[Registration, ...]:
+        return self._serving.registrations()
+
+    def not_ready(self) -> list[str]:
+        """Why kubelet does not show what was sent."""
+        return self._serving.not_ready()
+
+    # ---------------------------------------------------------------- running
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop`, then stop in order."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_asked.set)
+        self._hear_store()
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._serving.apply(self.config)
+                parts = [tasks.create_task(kept(name, part), name=name) for name, part in self._parts().items()]
+                self._notifier.ready()
+                await stop.wait()
+                log.info("stopping")
+                self._notifier.stopping()
+                await self._serving.stop()
+                await end(parts)
+        finally:
+            await self._machine.close()
+            await self.agent.close()
+
+    def _parts(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
+        return {
+            "status": self._serve_status,
+            "machine": self._machine.follow,
+            "nvml": self._machine.follow_nvml,
+            "holders": lambda: self._holders.follow(CheckpointWatch(self._plugins, poll_s=FOLDER_POLL_S)),
+            "recoveries": lambda: recoveries(self.agent),
+            "kubelet": self._follow_kubelet,
+            "configuration": self._follow_config,
+            "housekeeping": self._keep_house,
+            "watchdog": self._notifier.keep_alive,
+        }
+
+    async def _serve_status(self) -> None:
+        """Serve the status socket, and again where somebody removed it."""
+        path = self._where.runtime_dir / STATUS_SOCKET
+        server = Server(path, Status(self).handle, group_id=_group(self.config))
+        try:
+            with FolderWatch(path.parent, poll_s=FOLDER_POLL_S) as folder:
+                while True:
+                    if server.lost:
+                        await server.stop()
+                        await server.start()
+                    await folder.wait()
+        finally:
+            await server.stop()
+
+    async def _follow_kubelet(self) -> None:
+        """Read back what kubelet shows; notice a kubelet that started anew; tell systemd how it stands."""
+        kubelet: object = None
+        while True:
+            seen = self.agent.revision.value, self._serving.revision.value
+            now = sockets.identity(self._plugins / KUBELET_SOCKET)
+            if now != kubelet:
+                kubelet = now
+                self.agent.forget_absences()
+                await self._go_by_kubelet()
+            await self._serving.read_back(self._pods)
+            self._notifier.status(self._summary())
+            await self._news(*seen)
+
+    async def _go_by_kubelet(self) -> None:
+        """A kubelet that starts may manage other CPUs than before."""
+        async with self._reloading:
+            now = self._settings(self.config)
+            if now != self.agent.settings:
+                self.agent.reserve(now)
+            await self._serving.apply(self.config)
+
+    async def _news(self, agent_seen: int, serving_seen: int) -> None:
+        """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
+        waits = [one.ready for one in self.registrations()]
+        poll_s = UNSHOWN_POLL_S if self.not_ready() and all(waits) else READ_BACK_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(poll_s):
+                await first(self.agent.revision.changed(agent_seen), self._serving.revision.changed(serving_seen))
+        await asyncio.sleep(SETTLE_S)
+
+    def _summary(self) -> str:
+        reasons = self.not_ready()
+        state = f"{len(self.offers())} resources, {len(self.agent.ledger.grants)} grants"
+        return f"{state}; {reasons[0]}" if reasons else state
+
+    async def _keep_house(self) -> None:
+        """Forget old audit lines; where somebody removes the ledger's folder, have the store put it back."""
+        with FolderWatch(self._where.state_dir, poll_s=PRUNE_S) as folder:
+            while True:
+                try:
+                    await self.agent.prune(time.time() - self.config.audit_days * 86_400)
+                except StateError as error:
+                    log.error("ledger-not-durable", error=str(error))
+                self._hear_store()
+                await folder.wait()
+
+    def _hear_store(self) -> None:
+        if self._store.note and self._store.note not in self.notes:
+            self.notes.append(self._store.note)
+            log.error("ledger-replaced", note=self._store.note)
+
+    # ---------------------------------------------------------------- configuration, live
+
+    async def _follow_config(self) -> None:
+        """Reload when the file changes or a SIGHUP comes."""
+        path = self._where.config_file
+        if path is None:
+            return
+        seen = _text(path)
+        with FolderWatch(path.parent, poll_s=CONFIG_POLL_S) as folder:
+            while True:
+                await first(folder.wait(), self._reload_asked.wait())
+                now, asked = _text(path), self._reload_asked.is_set()
+                self._reload_asked.clear()
+                if asked or (now != seen and now is not None):
+                    await self._reload_said("SIGHUP" if asked else "file changed")
+                seen = now
+
+    async def _reload_said(self, why: str) -> None:
+        try:
+            log.info("configuration-reloaded", why=why, changed=await self.reload())
+        except ConfigError as error:
+            log.error("configuration-refused", why=why, error=str(error), kept="the old one")
+
+    async def reload(self) -> list[str]:
+        """Read the configuration again and go by it; what changed. ConfigError: the old one stays."""
+        async with self._reloading:
+            self._notifier.reloading()
+            try:
+                changed = await self._take(self._where.config_file)
+                self.config_error = ""
+            except ConfigError as error:
+                self.config_error = str(error)
+                raise
+            finally:
+                self._notifier.ready()
+        return changed
+
+    async def _take(self, path: Path | None) -> list[str]:
+        """Everything that can be refused comes before anything that changes."""
+        new = config_of.load(path) if path is not None else self.config
+        check(new, self._families, self._where.kubelet_dir)
+        now = self._settings(new)
+        changed, self.config = config_of.differences(self.config, new), new
+        log_of.configure(new.log.level, new.log.format)
+        self.agent.reserve(now)
+        await self._machine.rescan()
+        await self._serving.apply(new)
+        return [f"{one} (after a restart)" if one.startswith(NOT_LIVE) else one for one in changed]
+
+    def _settings(self, config: Config) -> Settings:
+        return settings(config, self._where.kubelet_dir, self.agent.settings.boot_id, self.agent.inventory)
+
+
+def _group(config: Config) -> int | None:
+    """The id of the group that may read the status; None: there is none, which is said."""
+    if not config.status.group:
+        return None
+    try:
+        return grp.getgrnam(config.status.group).gr_gid
+    except KeyError:
+        log.warning("no-status-group", group=config.status.group)
+        return None
+
+
+def _text(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+async def run(config: Config, where: Places) -> None:
+    """Build, waiting for another agent that still has the ledger, and run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(_log_unhandled)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # it must not kill while there is nothing to reload yet
+    daemon = await _built(config, where, stop)
+    if daemon is not None:
+        await daemon.run(stop)
+
+
+async def _built(config: Config, where: Places, stop: asyncio.Event) -> Daemon | None:
+    """A daemon that can run; None where it is told to stop before."""
+    said, families = "", checked(config, where)
+    while not stop.is_set():
+        try:
+            return build(config, where, families)
+        except StateError as error:
+            if str(error) != said:
+                log.error("cannot-start-yet", error=str(error), retry_s=LOCKED_RETRY_S)
+            said = str(error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOCKED_RETRY_S):
+                await stop.wait()
+    return None
+
+
+def _log_unhandled(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("unforeseen", what=context.get("message", ""), exc_info=error, known=isinstance(error, NodeagentError))

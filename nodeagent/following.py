@@ -1,0 +1,199 @@
+"""Following the world: the machine, NVML, what pods hold, kubelet itself. Each loop runs until cancelled, waits on an
+event with a slow poll below it, and tells the agent what it sees; it decides nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+
+import structlog
+
+from nodeagent import metrics
+from nodeagent.agent import Agent
+from nodeagent.config import Config
+from nodeagent.core.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
+from nodeagent.core.model import Device, Grant, Inventory
+from nodeagent.errors import HostError, PeerError, StateError
+from nodeagent.host import kinds, udev
+from nodeagent.host.nvml import Failure, Probe, Snapshot
+from nodeagent.host.pci import NVIDIA
+from nodeagent.host.scan import scan
+from nodeagent.host.sysfs import SysFs
+from nodeagent.kube.podresources import CheckpointWatch, PodResources
+from nodeagent.log import new_op
+from nodeagent.offer import Offer, selectors
+from nodeagent.parts import end, kept
+
+ABSENCE_POLL_S = 1.0
+"""How soon kubelet is asked again while a grant is missing from its list."""
+LONGEST_REST_S = 1.0
+"""Between two scans while the kernel keeps announcing changes."""
+log = structlog.get_logger()
+
+
+class Machine:
+    """Reads the machine again whenever it may have changed, and hands the snapshot to the agent."""
+
+    def __init__(
+        self, agent: Agent, sysfs: SysFs, families: Sequence[kinds.Kind], config: Callable[[], Config]
+    ) -> None:
+        """`config` gives the configuration in force."""
+        self._agent = agent
+        self._sysfs = sysfs
+        self._families = families
+        self._config = config
+        self._live = sysfs.root == "/"
+        """A captured tree announces nothing, and NVML speaks of another machine."""
+        self._probe = Probe()
+        self._nvml: Snapshot | Failure | None = None
+        self._turn = asyncio.Lock()
+        self._deaf = ""
+
+    async def close(self) -> None:
+        await self._probe.close()
+
+    async def follow(self) -> None:
+        """A new snapshot on every event of the kernel, and once in a while without."""
+        while True:
+            resync = self._config().resync_seconds
+            async with contextlib.aclosing(self._changes(resync)) as changes:
+                async for _ in changes:
+                    # The first of many events is answered at once; a storm of them may take a tenth of a core.
+                    await asyncio.sleep(min(LONGEST_REST_S, 10 * await self.rescan()))
+                    if self._config().resync_seconds != resync:
+                        break
+
+    async def _changes(self, resync_s: float) -> AsyncGenerator[udev.Change, None]:
+        """Events and ticks; only the next tick where events cannot be heard: then it is tried again."""
+        if self._live:
+            try:
+                async with contextlib.aclosing(udev.watch(resync_s=resync_s)) as changes:
+                    async for change in changes:
+                        self._deaf = ""
+                        yield change
+            except HostError as error:
+                self._say_deaf(str(error), resync_s)
+        async with contextlib.aclosing(udev.ticks(resync_s)) as ticks:
+            yield await anext(ticks)
+
+    def _say_deaf(self, error: str, resync_s: float) -> None:
+        if error != self._deaf:
+            log.warning("no-device-events", error=error, resync_s=resync_s)
+        self._deaf = error
+
+    async def rescan(self) -> float:
+        """Read everything once more; the seconds it took."""
+        async with self._turn:
+            began = time.perf_counter()
+            read = functools.partial(scan, self._sysfs, self._families, selectors(self._config()), self._nvml)
+            inventory = await asyncio.to_thread(read)
+            took_s = time.perf_counter() - began
+            metrics.SCANS.observe(took_s)
+            for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
+                log.warning("machine-unreadable", warning=warning)
+            self._agent.see(inventory)
+            return took_s
+
+    # ---------------------------------------------------------------- NVML
+
+    async def follow_nvml(self) -> None:
+        """Ask NVML now and then, where there is an NVIDIA GPU at all; pass on every Xid."""
+        if not self._live:
+            return
+        xids = asyncio.create_task(kept("xids", self._follow_xids))
+        try:
+            while True:
+                if _nvidia_gpus(self._agent.inventory):
+                    await self._ask_nvml()
+                await asyncio.sleep(self._config().health.nvml_seconds)
+        finally:
+            await end([xids])
+
+    async def _ask_nvml(self) -> None:
+        self._nvml = await self._probe.snapshot()
+        await self.rescan()
+        self._agent.observe(nvml_evidence(self._nvml, self._agent.inventory))
+
+    async def _follow_xids(self) -> None:
+        async for xid in self._probe.events():
+            log.warning("xid", device=xid.pci_address, code=xid.code)
+            reason = f"the driver reported Xid {xid.code}"
+            self._agent.observe([Evidence(device=xid.pci_address, source="nvml", state=UNHEALTHY, reason=reason)])
+
+
+def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
+    """What NVML's answer says of each NVIDIA GPU."""
+    gpus = _nvidia_gpus(inventory)
+    if isinstance(nvml, Snapshot):
+        shown = {gpu.pci_address for gpu in nvml.gpus}
+        return [_shown(gpu, shown) for gpu in gpus if gpu.parent is None]
+    if isinstance(nvml, Failure) and not nvml.absent:
+        return [Evidence(device=gpu.id, source="nvml", state=UNKNOWN, reason=nvml.reason) for gpu in gpus]
+    return []
+
+
+def _nvidia_gpus(inventory: Inventory) -> list[Device]:
+    return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
+
+
+def _shown(gpu: Device, shown: set[str]) -> Evidence:
+    if gpu.pci_address in shown or gpu.driver != "nvidia":
+        return Evidence(device=gpu.id, source="nvml", state=HEALTHY)
+    return Evidence(device=gpu.id, source="nvml", state=UNHEALTHY, reason="NVML does not show this GPU")
+
+
+class Holders:
+    """Learns from kubelet who holds what, and that it is given back."""
+
+    def __init__(self, agent: Agent, pods: PodResources, offers: Callable[[], Sequence[Offer]]) -> None:
+        self._agent = agent
+        self._pods = pods
+        self._offers = offers
+        self._said = ""
+
+    async def follow(self, watch: CheckpointWatch) -> None:
+        """Kubelet's list after every change of its checkpoint, and once in a while without."""
+        with watch:
+            while True:
+                await self._reconcile()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(ABSENCE_POLL_S if self._agent.expecting else None):
+                        await watch.wait()
+
+    async def _reconcile(self) -> None:
+        try:
+            asked_at = time.monotonic()
+            holdings = await self._pods.list()
+            found = await self._agent.reconcile(holdings, self._offers(), new_op(), asked_at=asked_at)
+        except (PeerError, StateError) as error:
+            self._say(str(error))
+            return
+        self._said = ""
+        metrics.RELEASES.inc(len(found.released))
+        metrics.ADOPTIONS.inc(len(found.adopted))
+        _log_grants("released", found.released)
+        _log_grants("adopted", found.adopted)
+
+    def _say(self, error: str) -> None:
+        if error != self._said:
+            log.warning("holders-unknown", error=error)
+        self._said = error
+
+
+def _log_grants(event: str, grants: Sequence[Grant]) -> None:
+    for grant in grants:
+        log.info(event, grant=grant.id, ids=grant.ids, holder=str(grant.holder))
+
+
+async def recoveries(agent: Agent) -> None:
+    """Let devices recover when their time has come."""
+    seen = 0
+    while True:
+        due = agent.settle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(due):
+                seen = await agent.revision.changed(seen)

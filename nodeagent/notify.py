@@ -1,0 +1,51 @@
+"""What systemd is told (sd_notify(3)). Without systemd every call does nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Mapping
+
+
+class Notifier:
+    """Speaks to the socket that systemd names in NOTIFY_SOCKET."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        self._address = environment.get("NOTIFY_SOCKET", "")
+        usec = environment.get("WATCHDOG_USEC", "")
+        mine = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
+        self.watchdog_s = int(usec) / 2e6 if usec.isdecimal() and int(usec) and mine else None
+        """How often the watchdog wants a sign of life (half its limit); None: there is none."""
+
+    def ready(self) -> None:
+        self._send("READY=1")
+
+    def reloading(self) -> None:
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def stopping(self) -> None:
+        self._send("STOPPING=1")
+
+    def status(self, text: str) -> None:
+        """One line for `systemctl status`; a line end in it would begin another word."""
+        self._send(f"STATUS={' '.join(text.split())}")
+
+    async def keep_alive(self) -> None:
+        """Signs of life from the event loop itself, for as long as it turns."""
+        while self.watchdog_s is not None:
+            self._send("WATCHDOG=1")
+            await asyncio.sleep(self.watchdog_s)
+
+    def _send(self, message: str) -> None:
+        if not self._address:
+            return
+        address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out,
+        ):
+            out.setblocking(False)
+            out.sendto(message.encode(), address)

@@ -1,0 +1,44 @@
+"""Parts that run for as long as the agent does: kept going, waited for, ended."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+
+import structlog
+
+from nodeagent.errors import NodeagentError
+
+RETRY_S = 5.0
+log = structlog.get_logger()
+
+
+async def kept(what: str, part: Callable[[], Awaitable[None]], *, retry_s: float = RETRY_S) -> None:
+    """Begin a part again whenever it fails: the failure is said and costs no other part anything."""
+    while True:
+        try:
+            return await part()
+        except Exception as error:
+            unforeseen = None if isinstance(error, NodeagentError) else error
+            log.error("part-failed", part=what, error=str(error), retry_s=retry_s, exc_info=unforeseen)
+        await asyncio.sleep(retry_s)
+
+
+async def first(*works: Awaitable[object]) -> None:
+    """Return when one is done; the others are cancelled. What the one raised is raised."""
+    tasks = [asyncio.ensure_future(work) for work in works]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        await end(tasks)
+    for task in done:
+        task.result()
+
+
+async def end(tasks: Iterable[asyncio.Future[Any]]) -> None:
+    """Cancel tasks and wait for their ends."""
+    some = list(tasks)
+    for task in some:
+        task.cancel()
+    await asyncio.gather(*some, return_exceptions=True)

@@ -1,0 +1,210 @@
+"""What admins see: the status socket. Reads the same frozen values the agent decides on; changes need root.
+
+GET /v1/status /v1/inventory /v1/grants /v1/devices /healthz /readyz /metrics
+DELETE /v1/grants/ID releases a grant by hand; POST /v1/reload reads the configuration again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from nodeagent import metrics
+from nodeagent.agent import Agent
+from nodeagent.core.document import to_document
+from nodeagent.core.model import Grant
+from nodeagent.core.sizes import format_size
+from nodeagent.errors import ConfigError
+from nodeagent.http import Answer, Peer
+from nodeagent.http import problem as _problem
+from nodeagent.kube.registration import Registration
+from nodeagent.log import new_op
+from nodeagent.offer import Offer
+from nodeagent.version import VERSION
+
+
+class Watched(Protocol):
+    """What the daemon tells about itself."""
+
+    agent: Agent
+    started_at: float
+    notes: list[str]
+    config_error: str
+
+    @property
+    def refused(self) -> Mapping[str, str]: ...
+
+    def offers(self) -> Sequence[Offer]: ...
+    def registrations(self) -> Sequence[Registration]: ...
+    def not_ready(self) -> Sequence[str]:
+        """Why the agent is not ready, one sentence each; none: it is."""
+        ...
+
+    async def reload(self) -> list[str]:
+        """Read the configuration again; what changed. ConfigError: the old one stays."""
+        ...
+
+
+class Status:
+    """Answers requests on the status socket."""
+
+    def __init__(self, watched: Watched) -> None:
+        self._watched = watched
+
+    async def handle(self, method: str, target: str, peer: Peer) -> Answer:
+        """One request. 403 for whoever may not, 404 and 405 as usual, 500 never without a reason."""
+        path = target.partition("?")[0]
+        if method not in ("GET", "HEAD") and peer.uid not in (0, os.geteuid()):
+            return _problem(403, f"cannot {method} {path}: only root may, uid {peer.uid} asks")
+        if method == "DELETE" and path.startswith("/v1/grants/"):
+            return await self._release(path.removeprefix("/v1/grants/"))
+        if method == "POST" and path == "/v1/reload":
+            return await self._reload()
+        page = self._pages().get(path)
+        if page is None:
+            return _problem(404, f"cannot find {path}: expected one of {', '.join(self._pages())}")
+        if method not in ("GET", "HEAD"):
+            return _problem(405, f"cannot {method} {path}: it can only be read")
+        return page()
+
+    def _pages(self) -> Mapping[str, Callable[[], Answer]]:
+        return {
+            "/v1/status": lambda: _document(self.status()),
+            "/v1/inventory": lambda: _document(to_document(self._watched.agent.inventory)),
+            "/v1/grants": lambda: _document(self.grants()),
+            "/v1/devices": lambda: _document(self.devices()),
+            "/healthz": lambda: Answer(200, b"ok\n", "text/plain"),
+            "/readyz": self._readyz,
+            "/metrics": self._metrics,
+        }
+
+    def status(self) -> dict[str, Any]:
+        """The whole state in brief."""
+        agent, reasons = self._watched.agent, list(self._watched.not_ready())
+        return {
+            "version": VERSION,
+            "ready": not reasons,
+            "not_ready": reasons,
+            "started_at": self._watched.started_at,
+            "uptime_s": round(time.time() - self._watched.started_at, 1),
+            "boot_id": agent.settings.boot_id,
+            "inventory": {
+                "generation": agent.inventory.generation,
+                "cpus_online": str(agent.inventory.cpus_online),
+                "cpus_offline": str(agent.inventory.cpus_offline),
+                "cpus_reserved": str(agent.settings.reserved),
+                "numa_nodes": len(agent.inventory.numa_nodes),
+                "devices": len(agent.inventory.devices),
+                "warnings": list(agent.inventory.warnings),
+            },
+            "kinds": [{"kind": k.kind, "state": k.state, "reason": k.reason} for k in agent.inventory.kinds],
+            "refused": dict(self._watched.refused),
+            "resources": [self._resource(offer) for offer in self._watched.offers()],
+            "grants": len(agent.ledger.grants),
+            "listed_at": agent.listed_at,
+            "conflicts": list(agent.conflicts),
+            "notes": list(self._watched.notes),
+            "config_error": self._watched.config_error,
+        }
+
+    def _resource(self, offer: Offer) -> dict[str, Any]:
+        shown = self._watched.agent.advertised(offer)
+        held = sum(1 for resource, _ in self._watched.agent.ledger.by_id if resource == offer.name)
+        known = next((one for one in self._watched.registrations() if one.resource == offer.name), None)
+        return {
+            "name": offer.name,
+            "kind": offer.resource.kind,
+            "devices": len(shown),
+            "healthy": sum(1 for one in shown if one.healthy),
+            "held": held,
+            "registered": known.ready if known else False,
+            "registration": known.state if known else "",
+            "reason": known.reason if known else "",
+        }
+
+    def grants(self) -> list[dict[str, Any]]:
+        """All grants, oldest first."""
+        ledger = self._watched.agent.ledger
+        return [grant_document(one) for one in sorted(ledger.grants.values(), key=lambda g: (g.granted_at, g.id))]
+
+    def devices(self) -> list[dict[str, Any]]:
+        """Every id shown to kubelet, with its health, its NUMA node and its holder."""
+        agent = self._watched.agent
+        out = []
+        for offer in self._watched.offers():
+            for one in agent.advertised(offer):
+                grant = agent.ledger.by_id.get((offer.name, one.id))
+                state = agent.health.get(one.id.partition("::")[0])
+                out.append(
+                    {
+                        "resource": offer.name,
+                        "id": one.id,
+                        "healthy": one.healthy,
+                        "state": state.state if state else "",
+                        "reason": state.reason if state else "",
+                        "numa_nodes": list(one.numa_nodes),
+                        "holder": str(grant.holder) if grant else "",
+                        "grant": grant.id if grant else "",
+                    }
+                )
+        return out
+
+    def _readyz(self) -> Answer:
+        reasons = self._watched.not_ready()
+        text = "\n".join(reasons) if reasons else "ok"
+        return Answer(503 if reasons else 200, f"{text}\n".encode(), "text/plain")
+
+    def _metrics(self) -> Answer:
+        agent = self._watched.agent
+        for gauge in (metrics.DEVICES, metrics.HELD, metrics.REGISTERED, metrics.HOLDER):
+            gauge.clear()
+        for one in (self._resource(offer) for offer in self._watched.offers()):
+            metrics.DEVICES.labels(one["name"], "healthy").set(one["healthy"])
+            metrics.DEVICES.labels(one["name"], "unhealthy").set(one["devices"] - one["healthy"])
+            metrics.HELD.labels(one["name"]).set(one["held"])
+            metrics.REGISTERED.labels(one["name"]).set(one["registered"])
+        for grant in agent.ledger.grants.values():
+            holder = grant.holder
+            metrics.HOLDER.labels(holder.resource, holder.namespace, holder.pod, holder.container).set(1)
+        metrics.GENERATION.set(agent.inventory.generation)
+        metrics.WARNINGS.set(len(agent.inventory.warnings))
+        metrics.READY.set(not self._watched.not_ready())
+        return Answer(200, metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+
+    async def _release(self, grant_id: str) -> Answer:
+        gone = await self._watched.agent.release([grant_id], new_op())
+        if not gone:
+            return _problem(404, f"cannot release {grant_id}: there is no such grant")
+        return _document([grant_document(one) for one in gone])
+
+    async def _reload(self) -> Answer:
+        try:
+            return _document({"changed": await self._watched.reload()})
+        except ConfigError as error:
+            return _problem(409, str(error))
+
+
+def grant_document(grant: Grant) -> dict[str, Any]:
+    """One grant in plain types."""
+    return {
+        "id": grant.id,
+        "resource": grant.holder.resource,
+        "namespace": grant.holder.namespace,
+        "pod": grant.holder.pod,
+        "container": grant.holder.container,
+        "confirmed": grant.confirmed,
+        "ids": list(grant.ids),
+        "cpus": str(grant.cpus),
+        "hugepages": [
+            {"size": format_size(one.page_bytes), "numa_node": one.node, "pages": one.pages} for one in grant.hugepages
+        ],
+        "devices": [*grant.devices, *grant.shares],
+        "granted_at": grant.granted_at,
+    }
+
+
+def _document(value: Any) -> Answer:
+    return Answer(200, json.dumps(value).encode() + b"\n")
