@@ -97,9 +97,8 @@ class Agent:
     # ---------------------------------------------------------------- the machine and its health
 
     def see(self, inventory: Inventory) -> bool:
-        """Take a fresh snapshot; whether it shows anything new. Free memory moves all the time and is no news."""
-        if same_machine(_steady(self.inventory), _steady(inventory)):
-            self.inventory = replace(inventory, generation=self.inventory.generation)
+        """Take a fresh snapshot; whether it shows anything new. If not, the old one stays, and all worked out of it."""
+        if same_machine(self.inventory, inventory):
             return False
         gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
         self.inventory = replace(inventory, generation=self.inventory.generation + 1)
@@ -327,11 +326,6 @@ def _say_failure(task: asyncio.Task[Any]) -> None:
     error = None if task.cancelled() else task.exception()
     if error is not None:
         log.error("abandoned-decision-failed", error=str(error), exc_info=error)
-
-
-def _steady(inventory: Inventory) -> Inventory:
-    """A snapshot without what moves all the time."""
-    return replace(inventory, numa_nodes=tuple(replace(node, free_bytes=None) for node in inventory.numa_nodes))
 
 
 def _say_granted(op: str, resource: str, grants: Iterable[Grant]) -> None:

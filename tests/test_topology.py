@@ -273,9 +273,7 @@ def test_without_sysfs_proc_says_which_are_online_and_what_memory_there_is(tmp_p
     assert str(found.cpus_online) == "0-2"
     assert groups(found, "core") == ["0", "1", "2"]
     assert groups(found, "package") == ["0-2"]
-    assert [(node.id, str(node.cpus), node.memory_bytes, node.free_bytes) for node in found.numa_nodes] == [
-        (0, "0-2", 16 * GIB, 8 * GIB)
-    ]
+    assert [(node.id, str(node.cpus), node.memory_bytes) for node in found.numa_nodes] == [(0, "0-2", 16 * GIB)]
 
 
 def test_processors_of_s390_are_found_in_proc(tmp_path: Path) -> None:
@@ -356,7 +354,7 @@ def test_without_node_folders_there_is_one_node_with_all_cpus(tmp_path: Path) ->
     root = machine(tmp_path, "1s1n4c-offline2", memory={0: 2 * GIB})
     shutil.rmtree(root / NODE)
     (node,) = read(root).numa_nodes
-    assert (node.id, str(node.cpus), node.memory_bytes, node.free_bytes) == (0, "0-1,3", 2 * GIB, GIB)
+    assert (node.id, str(node.cpus), node.memory_bytes) == (0, "0-1,3", 2 * GIB)
     assert node.distances == {}
     assert {cpu.numa_node for cpu in read(root).cpus} == {0}
 

@@ -79,7 +79,6 @@ class NumaNode:
     id: NodeId
     cpus: CpuSet = EMPTY
     memory_bytes: int = 0
-    free_bytes: int | None = None
     kind: str = "dram"
     """dram, hbm, cxl, gpu, pmem or "none" (no memory)."""
     distances: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))

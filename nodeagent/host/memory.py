@@ -24,8 +24,7 @@ def read(reader: Reader, online: CpuSet) -> tuple[NumaNode, ...]:
     """All nodes in order of id. Every online CPU is on at most one of them."""
     ids = reader.numbered(_NODE, "node")
     cpus = _cpus(reader, ids, online) if ids else {0: online}
-    meminfo = {node: _meminfo(reader, f"{_NODE}/node{node}/meminfo" if ids else "proc/meminfo") for node in cpus}
-    memory_bytes = {node: total for node, (total, _) in meminfo.items()}
+    memory_bytes = {node: _total(reader, f"{_NODE}/node{node}/meminfo" if ids else "proc/meminfo") for node in cpus}
     kinds = memorykinds.kinds(reader, cpus, memory_bytes)
     pools = hugepages.read(reader.sysfs, list(cpus), reader.warnings)
     order = _order(reader, ids)
@@ -34,7 +33,6 @@ def read(reader: Reader, online: CpuSet) -> tuple[NumaNode, ...]:
             id=node,
             cpus=cpus[node],
             memory_bytes=memory_bytes[node],
-            free_bytes=meminfo[node][1],
             kind=kinds[node],
             distances=_distances(reader, node, ids, order),
             hugepages=pools[node],
@@ -46,16 +44,16 @@ def read(reader: Reader, online: CpuSet) -> tuple[NumaNode, ...]:
 # ---------------------------------------------------------------- memory
 
 
-def _meminfo(reader: Reader, path: str) -> tuple[int, int | None]:
-    """Total and free bytes; 0 and unknown where the file cannot be read."""
-    return reader.need(path, _totals) or (0, None)
+def _total(reader: Reader, path: str) -> int:
+    """Bytes of memory; 0 where the file cannot be read."""
+    return reader.need(path, _read_total) or 0
 
 
-def _totals(text: str) -> tuple[int, int | None]:
-    found = {name: int(kib) << 10 for name, kib in re.findall(r"\b(MemTotal|MemFree):\s*(\d{1,15}) kB", text)}
-    if "MemTotal" not in found:
+def _read_total(text: str) -> int:
+    found = re.search(r"\bMemTotal:\s*(\d{1,15}) kB", text)
+    if found is None:
         raise ValueError("expected a line MemTotal: N kB")
-    return found["MemTotal"], found.get("MemFree")
+    return int(found[1]) << 10
 
 
 # ---------------------------------------------------------------- CPUs of nodes
