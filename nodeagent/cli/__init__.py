@@ -39,7 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(words)
+        code = _run(words)
+        sys.stdout.flush()  # here, where a reader that went away is noticed
+        return code
     except (InputError, ConfigError) as error:
         return _fail(str(error), BAD_INPUT)
     except NodeagentError as error:
