@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -156,14 +156,21 @@ class Agent:
         return await self._decided(self._release, ids, op)
 
     async def reconcile(
-        self, holdings: Sequence[Holding], offers: Sequence[Offer], op: str, *, asked_at: float | None = None
+        self,
+        holdings: Sequence[Holding],
+        offers: Sequence[Offer],
+        op: str,
+        *,
+        asked_at: float | None = None,
+        allocated: Container[tuple[str, str]] = frozenset(),
     ) -> Findings:
         """Take kubelet's list: name holders, release what is gone for long enough, adopt what was never recorded.
 
         asked_at: when kubelet was asked, by the agent's clock; what was granted after that the list cannot know.
+        allocated: (resource, id) of kubelet's checkpoint, which knows init containers too.
         """
         asked_at = self._clock() if asked_at is None else asked_at
-        return await self._decided(self._reconcile, holdings, offers, op, asked_at)
+        return await self._decided(self._reconcile, holdings, offers, op, asked_at, allocated)
 
     def forget_absences(self) -> None:
         """Kubelet started anew: what it does not list yet is not missing."""
@@ -237,10 +244,15 @@ class Agent:
         return gone
 
     async def _reconcile(
-        self, holdings: Sequence[Holding], offers: Sequence[Offer], op: str, asked_at: float
+        self,
+        holdings: Sequence[Holding],
+        offers: Sequence[Offer],
+        op: str,
+        asked_at: float,
+        allocated: Container[tuple[str, str]],
     ) -> Findings:
         self._notice_silence(asked_at)
-        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at)
+        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at, allocated)
         ledger = ledger_of.release(self.ledger, [grant.id for grant in found.released])
         ledger = ledger_of.amend(ledger, found.confirmed)
         adoption, conflicts = decide.adopt(self.inventory, ledger, found.adopted)
@@ -254,7 +266,13 @@ class Agent:
         self.listed_at = time.time()
         return replace(found, adopted=adoption.grants)
 
-    def _compare(self, holdings: Sequence[Holding], offers: Mapping[str, Offer], asked_at: float) -> Findings:
+    def _compare(
+        self,
+        holdings: Sequence[Holding],
+        offers: Mapping[str, Offer],
+        asked_at: float,
+        allocated: Container[tuple[str, str]],
+    ) -> Findings:
         return compare(
             self.ledger,
             holdings,
@@ -264,6 +282,7 @@ class Agent:
             offers,
             lambda holding: self._adoptable(offers[holding.resource], holding),
             young={one for one, at in self._granted.items() if at >= asked_at},
+            allocated=allocated,
         )
 
     def _notice_silence(self, asked_at: float) -> None:

@@ -100,6 +100,8 @@ class StatusConfig(_Base, frozen=True):
 class ReleaseConfig(_Base, frozen=True):
     """How long a grant may be missing from kubelet's list before it is released."""
 
+    poll_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 15.0
+    """How often kubelet is asked what pods hold: the end of a pod changes no file that could be watched."""
     unconfirmed_seconds: Seconds = 60.0
     confirmed_seconds: Seconds = 5.0
 

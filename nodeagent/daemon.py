@@ -130,7 +130,7 @@ class Daemon:
         self._plugins = where.kubelet_dir / PLUGINS
         self._serving = Serving(agent, where.kubelet_dir, families)
         self._machine = Machine(agent, where.sysfs, families, lambda: self.config)
-        self._holders = Holders(agent, pods, self._serving.offers)
+        self._holders = Holders(agent, pods, self._serving.offers, self._plugins)
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -176,7 +176,9 @@ class Daemon:
             "status": self._serve_status,
             "machine": self._machine.follow,
             "nvml": self._machine.follow_nvml,
-            "holders": lambda: self._holders.follow(CheckpointWatch(self._plugins, poll_s=FOLDER_POLL_S)),
+            "holders": lambda: self._holders.follow(
+                CheckpointWatch(self._plugins, poll_s=self.config.release.poll_seconds)
+            ),
             "recoveries": lambda: recoveries(self.agent),
             "kubelet": self._follow_kubelet,
             "configuration": self._follow_config,

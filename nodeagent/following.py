@@ -9,6 +9,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from pathlib import Path
 
 import structlog
 
@@ -17,13 +18,13 @@ from nodeagent.agent import Agent
 from nodeagent.config import Config
 from nodeagent.core.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.core.model import Device, Grant, Inventory
-from nodeagent.errors import HostError, PeerError, StateError
+from nodeagent.errors import HostError, InputError, PeerError, StateError
 from nodeagent.host import kinds, udev
 from nodeagent.host.nvml import Failure, Probe, Snapshot
 from nodeagent.host.pci import NVIDIA
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import SysFs
-from nodeagent.kube.podresources import CheckpointWatch, PodResources
+from nodeagent.kube.podresources import CheckpointWatch, PodResources, checkpoint
 from nodeagent.log import new_op
 from nodeagent.offer import Offer, selectors
 from nodeagent.parts import end, kept
@@ -149,10 +150,12 @@ def _shown(gpu: Device, shown: set[str]) -> Evidence:
 class Holders:
     """Learns from kubelet who holds what, and that it is given back."""
 
-    def __init__(self, agent: Agent, pods: PodResources, offers: Callable[[], Sequence[Offer]]) -> None:
+    def __init__(self, agent: Agent, pods: PodResources, offers: Callable[[], Sequence[Offer]], plugins: Path) -> None:
+        """plugins: kubelet's device-plugins folder, where its checkpoint lies."""
         self._agent = agent
         self._pods = pods
         self._offers = offers
+        self._plugins = plugins
         self._said = ""
 
     async def follow(self, watch: CheckpointWatch) -> None:
@@ -164,11 +167,22 @@ class Holders:
                     async with asyncio.timeout(ABSENCE_POLL_S if self._agent.expecting else None):
                         await watch.wait()
 
+    def _allocated(self) -> frozenset[tuple[str, str]]:
+        """What the checkpoint has with containers; nothing where it cannot be read, and that is said."""
+        try:
+            return checkpoint(self._plugins)
+        except InputError as error:
+            self._say(str(error))
+            return frozenset()
+
     async def _reconcile(self) -> None:
         try:
             asked_at = time.monotonic()
             holdings = await self._pods.list()
-            found = await self._agent.reconcile(holdings, self._offers(), new_op(), asked_at=asked_at)
+            allocated = self._allocated()
+            found = await self._agent.reconcile(
+                holdings, self._offers(), new_op(), asked_at=asked_at, allocated=allocated
+            )
         except (PeerError, StateError) as error:
             self._say(str(error))
             return

@@ -56,6 +56,8 @@ class Pod:
     uid: str = field(default_factory=lambda: str(uuid.uuid4()))
     devices: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     responses: dict[str, dict[str, pb.ContainerAllocateResponse]] = field(default_factory=dict)
+    init_containers: frozenset[str] = frozenset()
+    """Those that are not sidecars."""
 
     def held(self, resource: str) -> set[str]:
         return {one for container in self.devices.values() for one in container.get(resource, ())}
@@ -270,7 +272,7 @@ class FakeKubelet:
         """Give each container its counts of resources, init containers first; AdmissionError, with nothing kept."""
         if (namespace, name) in self.pods:
             raise AdmissionError(f"pod {namespace}/{name} exists")
-        pod, reusable = Pod(namespace, name), dict[str, set[str]]()
+        pod, reusable = Pod(namespace, name, init_containers=frozenset(init_containers or ())), dict[str, set[str]]()
         self._admitting.append(pod)
         try:
             for container, wants in (init_containers or {}).items():
@@ -289,9 +291,8 @@ class FakeKubelet:
         return pod
 
     async def delete_pod(self, namespace: str, name: str) -> None:
-        """Forget a pod and what it held."""
+        """Forget a pod and what it held. The checkpoint keeps it until it is written next, as kubelet's does."""
         del self.pods[namespace, name]
-        self._write_checkpoint()
         self._tell()
 
     async def _admit_container(
@@ -395,12 +396,13 @@ class FakeKubelet:
         pods_rpc.add_PodResourcesListerServicer_to_server(_PodResources(self), server)
 
     def pod_resources(self, pod: Pod) -> pods_pb.PodResources:
-        """One pod as pod-resources shows it."""
+        """One pod as pod-resources shows it: without its init containers, though those hold devices too."""
         containers = [
             pods_pb.ContainerResources(
                 name=name, devices=[one for item in held.items() for one in self.container_devices(*item)]
             )
             for name, held in pod.devices.items()
+            if name not in pod.init_containers
         ]
         return pods_pb.PodResources(name=pod.name, namespace=pod.namespace, containers=containers)
 

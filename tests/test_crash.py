@@ -80,7 +80,7 @@ def write_node(folder: Path) -> list[str]:
         "runtimeDir": str(folder / "run"),
         "reservedCpus": "",
         "resources": resources,
-        "release": {"unconfirmedSeconds": 3600},
+        "release": {"pollSeconds": 0.5, "unconfirmedSeconds": 3600},
     }
     (folder / "config.yaml").write_text(json.dumps(config))
     options = {"--config": folder / "config.yaml", "--root": folder / "root", "--kubelet-dir": folder / "kubelet"}

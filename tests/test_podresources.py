@@ -167,6 +167,9 @@ async def test_each_admission_wakes_the_checkpoint_watch(folder: Path) -> None:
             await asyncio.wait({waiting}, timeout=0.1)
             assert not waiting.done()
             await kubelet.delete_pod("a", "one")
+            await asyncio.wait({waiting}, timeout=0.1)
+            assert not waiting.done(), "kubelet's checkpoint does not tell of a pod's end"
+            await kubelet.admit_pod("a", "four", {"main": {CPU: 1}})
             assert await waiting
 
 

@@ -33,7 +33,11 @@ async def standing(folder: Path, tmp_path: Path, **config: Any) -> AsyncIterator
     """An agent on a small machine with one pod on it."""
     tree = DeviceTree(machine(tmp_path / "root", "1s1n4c"))
     tree.node("/dev/ttyS0")
-    options = {"resources": RESOURCES, "release": {"unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1}, **config}
+    options = {
+        "resources": RESOURCES,
+        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1},
+        **config,
+    }
     async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, root=tree.root, **options) as agent:
         await kubelet.wait_allocatable(CPU, 4)
         await kubelet.wait_allocatable(CHAR, 2)

@@ -114,7 +114,9 @@ def _one_more(
     keys = [(resource.name, one) for one in ids]
     old = {held.id: held for key in keys if (held := before.ledger.by_id.get(key)) is not None}
     same = next((held for held in old.values() if set(held.ids) == set(ids)), None)
-    grant = grant_of(inventory, resource, ids, same.id if same is not None else stamp.new_id(), stamp)
+    again = same is not None and not same.confirmed
+    # What a listed pod held is another pod's now: the old id stays the old pod's, in the audit and in its variables.
+    grant = grant_of(inventory, resource, ids, same.id if same is not None and again else stamp.new_id(), stamp)
     if same is not None and _says_the_same(same, grant):
         return replace(before, grants=(*before.grants, same))
     ledger, changes = before.ledger, list(before.changes)

@@ -53,11 +53,14 @@ def compare(
     resources: Container[str],
     adopt: Adopt,
     young: Container[str] = frozenset(),
+    allocated: Container[tuple[str, str]] = frozenset(),
 ) -> Findings:
     """Compare a fresh list with the ledger.
 
     missing: Findings.missing of the list before. resources: what is served, and so may be adopted; what was served once
     is held for as long as kubelet lists it. young: ids of grants that the list is too old to know; they are left alone.
+    allocated: (resource, id) that kubelet's own checkpoint has with a container. The list leaves init containers out
+    and the checkpoint does not: a grant that was never listed is missing only if the checkpoint lacks it too.
     """
     every = list(holdings)
     listed = _listed(ledger, every)
@@ -65,7 +68,10 @@ def compare(
     away = [
         grant
         for grant in ledger.grants.values()
-        if grant.holder.api == DEVICE_PLUGIN and grant.id not in listed and grant.id not in young
+        if grant.holder.api == DEVICE_PLUGIN
+        and grant.id not in listed
+        and grant.id not in young
+        and (grant.confirmed or not any((grant.holder.resource, one) in allocated for one in grant.ids))
     ]
     since = {grant.id: missing.get(grant.id, now) for grant in away}
     adopted, unknown = _adopted(ledger, [one for one in every if one.resource in resources], adopt)
@@ -80,7 +86,7 @@ def compare(
 
 def _listed(ledger: Ledger, holdings: Iterable[Holding]) -> dict[str, Holding]:
     """The holding of each grant that kubelet lists: the one with the same ids, else with most of them, else the first.
-    Kubelet lists an init container beside the container that took over its ids."""
+    A sidecar is listed beside the container that it shares ids with."""
     best: dict[str, tuple[bool, int, Holding]] = {}
     for holding in holdings:
         keys = [(holding.resource, one) for one in holding.ids]

@@ -10,9 +10,10 @@ from types import MappingProxyType
 from typing import Any, Self
 
 import grpc
+import msgspec
 
 from nodeagent.core.model import Holding
-from nodeagent.errors import PeerError
+from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import sockets
 from nodeagent.kube.waiting import FolderWatch
 from nodeagent.pb import podresources_pb2 as pb
@@ -77,6 +78,33 @@ class CheckpointWatch:
                     await self._folder.wait()
         before, self._seen = self._seen, sockets.identity(self._path)
         return self._seen != before
+
+
+class _Entry(msgspec.Struct):
+    resource: str = msgspec.field(name="ResourceName")
+    ids: dict[str, list[str]] = msgspec.field(name="DeviceIDs", default_factory=dict)
+
+
+class _Data(msgspec.Struct):
+    entries: list[_Entry] | None = msgspec.field(name="PodDeviceEntries", default=None)
+
+
+class _Checkpoint(msgspec.Struct):
+    data: _Data = msgspec.field(name="Data")
+
+
+def checkpoint(folder: Path) -> frozenset[tuple[str, str]]:
+    """(resource, id) of all that kubelet's checkpoint has with a container, init containers included. It may be older
+    than a pod's end: kubelet writes it when it allocates and when a list of devices comes. InputError: not readable."""
+    path = folder / CHECKPOINT
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
+    except FileNotFoundError:
+        return frozenset()
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    entries = found.data.entries or []
+    return frozenset((entry.resource, one) for entry in entries for ids in entry.ids.values() for one in ids)
 
 
 def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:

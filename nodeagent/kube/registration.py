@@ -214,17 +214,14 @@ class _Plugin:
         return answer
 
     def _failed(self, error: Exception) -> float:
-        self._show(FAILED, reason=str(error) or type(error).__name__)
+        reason = str(error) or type(error).__name__
+        said = self.registration.state == FAILED and self.registration.reason == reason
+        self._show(FAILED, reason=reason)
         unforeseen = None if isinstance(error, NodeagentError) else error
         delay_s = self._retry_s * self._jitter.uniform(0.75, 1.0)
         self._retry_s = min(2 * self._retry_s, self._pace.last_retry_s)
-        log.warning(
-            "not-registered",
-            resource=self.registration.resource,
-            error=str(error),
-            retry_s=round(delay_s, 3),
-            exc_info=unforeseen,
-        )
+        if not said:
+            log.warning("not-registered", resource=self.registration.resource, error=reason, exc_info=unforeseen)
         return delay_s
 
     def _unwatched_for_s(self) -> float:
