@@ -388,7 +388,7 @@ async def test_a_save_that_fails_leaves_memory_and_disk_as_they_were(
     """The same call later is good."""
     async with node(folder) as one:
         held = await one.grant(CPU, "cpu1")
-        seen = one.agent.revision.value
+        seen = await one.agent.revision.changed(1)  # the news of a decision comes a moment after its answer
         with monkeypatch.context() as patch:
             patch.setattr(Store, "save", _full)
             with pytest.raises(StateError, match="disk is full"):
