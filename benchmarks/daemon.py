@@ -24,6 +24,7 @@ RUNS = 7
 IDLE_S = 60.0
 DEVICES = 64
 ACCELERATOR = "nodeagent.dev/accelerator"
+QUIET = {"level": "error"}
 LARGE = [{"name": "cpu", "kind": "cpu"}, {"name": "accelerator", "kind": "accel"}]
 UEVENTS = ("/sys/class/misc/fuse/uevent", "/sys/class/tty/tty0/uevent", "/sys/class/misc/vga_arbiter/uevent")
 
@@ -46,7 +47,7 @@ async def start_ms(folder: Path, root: Path) -> float:
     """From the start of the process, interpreter included, to everything shown by kubelet."""
     async with FakeKubelet(folder / "kubelet") as kubelet:
         began = time.perf_counter()
-        async with running(folder, root=root, resources=LARGE):
+        async with running(folder, log=QUIET, root=root, resources=LARGE):
             await registered(kubelet)
             return (time.perf_counter() - began) * 1e3
 
@@ -54,7 +55,7 @@ async def start_ms(folder: Path, root: Path) -> float:
 async def again_ms(folder: Path, root: Path) -> list[float]:
     """From kubelet.sock being there to everything shown again."""
     took = []
-    async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, root=root, resources=LARGE):
+    async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, log=QUIET, root=root, resources=LARGE):
         await registered(kubelet)
         for _ in range(RUNS):
             await kubelet.stop()
@@ -84,7 +85,7 @@ async def appears_ms(folder: Path) -> list[float]:
     one = {"name": "bench", "kind": "char", "paths": [f"{name}*"]}
     resource = "nodeagent.dev/bench"
     options = {"resources": [one], "resyncSeconds": 3600}
-    async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, **options) as agent:
+    async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, log=QUIET, **options) as agent:
         await kubelet.wait_registered(resource)
         await agent.ready()
         for _ in range(RUNS):
@@ -104,7 +105,7 @@ async def appears_ms(folder: Path) -> list[float]:
 @asynccontextmanager
 async def idle_agent(folder: Path, **config: Any) -> AsyncIterator[Running]:
     """An agent on this machine that kubelet shows and nobody asks."""
-    async with FakeKubelet(folder / "kubelet"), running(folder, **config) as agent:
+    async with FakeKubelet(folder / "kubelet"), running(folder, log=QUIET, **config) as agent:
         await agent.ready()
         yield agent
 
