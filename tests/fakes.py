@@ -11,6 +11,7 @@ import contextlib
 import json
 import random
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from nodeagent.pb import podresources_pb2 as pods_pb
 from nodeagent.pb import podresources_pb2_grpc as pods_rpc
 
 CHECKPOINT = "kubelet_internal_checkpoint"
+UNAWARE_S = 2.0
+"""For so long a plugin may not have noticed that its socket was wiped; it gets an error and tries again."""
 DIAL_S, PRE_START_S = 10.0, 30.0
 _LOCAL = (("grpc.use_local_subchannel_pool", 1),)
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
@@ -98,6 +101,7 @@ class FakeKubelet:
         self.pods: dict[tuple[str, str], Pod] = {}
         self.endpoints: dict[str, _Endpoint] = {}
         self._refusals: dict[str, float] = {}
+        self._wiped_at: dict[str, float] = {}
         self._admitting: list[Pod] = []
         self._servers: list[grpc.aio.Server] = []
         self._random = random.Random(seed)
@@ -158,6 +162,7 @@ class FakeKubelet:
         for path in self.plugins_folder.iterdir():
             if path.name != CHECKPOINT and not path.is_dir():
                 path.unlink()
+                self._wiped_at[path.name] = time.monotonic()
 
     async def cut_streams(self) -> None:
         """Hang up on every plugin without a word, staying alive: what a broken connection looks like."""
@@ -215,7 +220,10 @@ class FakeKubelet:
             endpoint.options = await endpoint.stub.GetDevicePluginOptions(pb.Empty(), timeout=DIAL_S)
         except grpc.aio.AioRpcError as error:
             await endpoint.close()
-            raise ContractViolation(f"cannot dial {request.endpoint} back inside Register: {error.details()}") from None
+            why = f"cannot dial {request.endpoint} back inside Register: {error.details()}"
+            if time.monotonic() - self._wiped_at.get(request.endpoint, float("-inf")) < UNAWARE_S:
+                raise RefusedOnPurposeError(why) from None
+            raise ContractViolation(why) from None
         await self._take(endpoint)
 
     async def _take(self, endpoint: _Endpoint) -> None:
