@@ -137,7 +137,7 @@ class Status:
         for offer in self._watched.offers():
             for one in agent.advertised(offer):
                 grant = agent.ledger.by_id.get((offer.name, one.id))
-                state = agent.health.get(one.id.partition("::")[0])
+                state = agent.health.get(one.device)
                 out.append(
                     {
                         "resource": offer.name,

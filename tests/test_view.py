@@ -241,7 +241,9 @@ def test_ids_have_at_most_63_characters_and_differ(length: int) -> None:
     inventory = machine(*devices)
     for replicas in (1, 1024):
         resource = DeviceResource(name="r/nic", kind="nic", replicas=replicas)
-        shown = ids(resource.advertised(inventory, NOBODY, {}))
+        listed = resource.advertised(inventory, NOBODY, {})
+        assert {one.device for one in listed} <= set(inventory.device_by_id), "a cut id still names its device"
+        shown = ids(listed)
         assert len(set(shown)) == len(shown) == 2 * replicas
         assert max(map(len, shown)) <= LONGEST_ID
         parts = resource.parts(inventory, shown[::replicas])

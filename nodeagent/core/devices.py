@@ -55,7 +55,12 @@ class DeviceResource:
         held = {one for (resource, one) in ledger.by_id if resource == self.name}
         taken = self._taken(inventory, ledger)
         shown = [
-            Advertised(id=one, healthy=_fit(device, health) and device.id not in taken, numa_nodes=_device_node(device))
+            Advertised(
+                id=one,
+                healthy=_fit(device, health) and device.id not in taken,
+                numa_nodes=_device_node(device),
+                device=device.id,
+            )
             for device in self.devices(inventory)
             for one in self._ids(device)
         ]

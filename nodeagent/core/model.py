@@ -233,6 +233,8 @@ class Advertised:
     id: str
     healthy: bool
     numa_nodes: tuple[NodeId, ...] = ()
+    device: str = ""
+    """The device behind it; "": there is none (a CPU, a block of pages, or what is there no more)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
