@@ -24,6 +24,7 @@ class Oracle:
         self.devices = [one for one in inventory.devices if one.id not in set(gone)]
         self.nodes = [node.id for node in inventory.numa_nodes]
         self.near = [inventory.device_by_id[one] for one in request.near]
+        self.near += [Device(kind="node", id=f"node {one}", numa_node=one) for one in request.near_nodes]
         self.links = {frozenset({link.a, link.b}): link.weight for link in inventory.links}
         self.heaviest = max([*LINK_WEIGHTS.values(), *self.links.values()])
         with_cpus = [node.id for node in inventory.numa_nodes if node.cpus]

@@ -79,6 +79,7 @@ def random_request(pick: random.Random, inventory: Inventory) -> Request:
         memory_bytes=pick.choice([0, 0, 1, 5]) * GIB,
         devices=MappingProxyType(devices),
         near=tuple(near),
+        near_nodes=tuple(node.id for node in inventory.numa_nodes if pick.random() < 0.1),
         options=frozenset(options),
         numa=numa,
     )
@@ -96,7 +97,7 @@ def test_a_joint_placement_costs_what_the_best_of_all_costs(seed: int) -> None:
     pick = random.Random(seed)
     inventory = random_machine(pick)
     request = random_request(pick, inventory)
-    if not (request.hugepages or request.memory_bytes or request.devices or request.near):
+    if not (request.hugepages or request.memory_bytes or request.devices or request.near or request.near_nodes):
         return
     held = [cpu.id for cpu in inventory.cpus if pick.random() < 0.2]
     gone = [one.id for one in inventory.devices if pick.random() < 0.1]

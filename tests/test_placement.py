@@ -279,6 +279,10 @@ def test_cpus_lie_near_devices_and_near_other_cpus() -> None:
     machine = inventory_of(even_rows(2, 2, 2, 4, 2), distances=even_distances(2, 2), devices=NVLINKED)
     near = place(machine, EMPTY, Request(cpus=4, near=("gpu3",)))
     assert {machine.cpu_by_id[one].numa_node for one in near.cpus} == {1}
+    for node in (0, 1):
+        on = place(machine, EMPTY, Request(cpus=2, devices={"gpu": 1}, near_nodes=(node,)))
+        assert {machine.cpu_by_id[one].numa_node for one in on.cpus} == {node}
+        assert {machine.device_by_id[one].numa_node for one in on.devices} == {node}
     beside = place(machine, EMPTY, Request(cpus=2, near_cpus=CpuSet([20])))
     assert {machine.cpu_by_id[one].l3 for one in beside.cpus} == {machine.cpu_by_id[20].l3}
     with pytest.raises(InputError, match="no such device"):

@@ -34,6 +34,8 @@ def pick_devices(machine: Machine, ledger: Ledger, request: Request, nodes: froz
     pool = machine.pool(kinds)
     usable = _usable_members(pool, held, request, nodes)
     near = [device_of(machine, one) for one in request.near]
+    # A node is near as a device on it would be that shares no part of the PCIe tree.
+    near += [Device(kind="node", id="", numa_node=node) for node in request.near_nodes]
     rows = [
         (
             index[members[0].kind],

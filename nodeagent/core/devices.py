@@ -90,17 +90,16 @@ class DeviceResource:
     ) -> list[str]:
         if self.replicas > 1:
             return self._prefer_shares(inventory, available, must, size)
+        every = frozenset(available)
         request = Request(
             devices={self.kind: size},
             must_devices=frozenset(must),
+            within_devices=_parts_first(inventory, every, must),
             near=near.devices,
-            near_cpus=near.cpus,
+            near_nodes=near.nodes,
         )
-        every = frozenset(available)
-        apart = _parts_first(inventory, every, must)
-        for within in (_on_nodes(inventory, apart, near.nodes) | request.must_devices, apart):
-            with contextlib.suppress(Refused):
-                return list(place(inventory, ledger, replace(request, within_devices=within)).devices)
+        with contextlib.suppress(Refused):
+            return list(place(inventory, ledger, request).devices)
         return list(place(inventory, ledger, replace(request, within_devices=every)).devices)
 
     def _prefer_shares(
@@ -138,12 +137,6 @@ def _parts_first(inventory: Inventory, available: Iterable[str], must: Iterable[
     return frozenset(
         one for one in every - spoken_for if one in chosen or every.isdisjoint(inventory.parts_of.get(one, ()))
     )
-
-
-def _on_nodes(inventory: Inventory, devices: Iterable[str], nodes: Iterable[NodeId]) -> frozenset[str]:
-    """Those of some devices that lie on some NUMA nodes."""
-    known, some = inventory.device_by_id, frozenset(nodes)
-    return frozenset(one for one in devices if one in known and known[one].numa_node in some)
 
 
 def relatives(inventory: Inventory, ids: Iterable[str]) -> frozenset[str]:

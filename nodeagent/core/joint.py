@@ -69,6 +69,7 @@ def place_joint(machine: Machine, free: int, ledger: Ledger, request: Request) -
 def _fixed_places(machine: Machine, request: Request) -> tuple[Place, ...]:
     """Where the things lie that the whole request is to be near."""
     places = [machine.proximity.place(device_of(machine, one)) for one in request.near]
+    places += [(0, node) for node in request.near_nodes]
     if request.near_cpus:
         places.append(cpu_place(request.near_cpus, machine.inventory))
     return tuple(places)

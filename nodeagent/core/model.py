@@ -265,6 +265,9 @@ class Request:
     near: tuple[str, ...] = ()
     """Ids of devices that the CPUs, pages and devices are to lie near."""
     near_cpus: CpuSet = EMPTY
+    """CPUs that the CPUs asked for are to lie near."""
+    near_nodes: tuple[NodeId, ...] = ()
+    """NUMA nodes that everything asked for is to lie near."""
     options: frozenset[str] = frozenset()
     """Names from core.options."""
     numa: str = BEST_EFFORT

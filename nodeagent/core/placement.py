@@ -50,7 +50,8 @@ def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
 def _find(machine: Machine, free: int, ledger: Ledger, request: Request) -> Placement | None:
     if request.cpus > free.bit_count() or request.must_cpus.mask.bit_count() > request.cpus:
         return None
-    if request.devices or request.hugepages or request.memory_bytes or request.near or request.near_cpus.mask:
+    alone = not (request.devices or request.hugepages or request.memory_bytes)
+    if not alone or request.near or request.near_cpus.mask or request.near_nodes:
         return place_joint(machine, free, ledger, request)
     return _place_cpus(machine, free, ledger, request)
 

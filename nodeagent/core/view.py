@@ -104,6 +104,7 @@ class CpuResource:
             must_cpus=self.parts(inventory, must).cpus,
             near=near.devices,
             near_cpus=near.cpus,
+            near_nodes=near.nodes,
         )
         try:
             found = place(inventory, ledger, request)
