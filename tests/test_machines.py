@@ -18,9 +18,9 @@ import pytest
 from conftest import shared_path
 
 from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.model import Inventory
 from nodeagent.host import topology
 from nodeagent.host.sysfs import SysFs
-from nodeagent.host.topology import Topology
 
 MACHINES = (
     "128arm-2pa2n8cluster4co",
@@ -116,7 +116,7 @@ WARNINGS = {
 class Recorded:
     name: str
     root: Path
-    found: Topology
+    found: Inventory
     reference: dict[str, Any]
     differs: Differs
 

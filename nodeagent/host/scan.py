@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nodeagent.core.model import Inventory
 from nodeagent.host import kinds, topology
@@ -31,29 +31,22 @@ def scan(
     generation: int = 1,
 ) -> Inventory:
     """Read everything once. Never raises for what a file holds or lacks: Inventory.warnings says it."""
-    cpus = topology.read(sysfs)
+    found = topology.read(sysfs)
     context = kinds.read_context(
         sysfs,
-        online=cpus.cpus_online,
-        nodes=[node.id for node in cpus.numa_nodes],
+        online=found.cpus_online,
+        nodes=[node.id for node in found.numa_nodes],
         char=selectors.char,
         usb=selectors.usb,
         pci_selectors=selectors.pci,
         nvml=nvml,
     )
     devices = kinds.discover(sysfs, families, context)
-    return Inventory(
+    return replace(
+        found,
         generation=generation,
-        cpus=cpus.cpus,
-        cpus_possible=cpus.cpus_possible,
-        cpus_online=cpus.cpus_online,
-        cpus_offline=cpus.cpus_offline,
-        cpus_isolated=cpus.cpus_isolated,
-        cpus_nohz_full=cpus.cpus_nohz_full,
-        numa_nodes=cpus.numa_nodes,
-        caches=cpus.caches,
         devices=devices.devices,
         links=devices.links,
         kinds=devices.kinds,
-        warnings=(*cpus.warnings, *devices.warnings),
+        warnings=(*found.warnings, *devices.warnings),
     )

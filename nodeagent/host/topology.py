@@ -2,7 +2,7 @@
 
 Who shares a package, die, cluster or core is read from the kernel's lists of siblings, once for all members of a list:
 core_id repeats on every package and decides only on kernels that list no siblings. One bad file never fails another:
-its item is left out, and `Topology.warnings` names file and value.
+its item is left out, and `Inventory.warnings` names file and value.
 Source: Documentation/admin-guide/cputopology.rst.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nodeagent.core.cpuset import EMPTY, CpuSet
-from nodeagent.core.model import NO_NODE, CacheGroup, Cpu, NumaNode
+from nodeagent.core.model import NO_NODE, CacheGroup, Cpu, Inventory, NumaNode
 from nodeagent.host import caches, cpukinds, memory
 from nodeagent.host.reader import Reader
 from nodeagent.host.sysfs import SysFs
@@ -21,22 +21,6 @@ from nodeagent.host.sysfs import SysFs
 _CPU = "sys/devices/system/cpu"
 _NO_SUCH_LEVEL = (-1, 65535)
 """die_id and cluster_id where the platform has none; x86 stores -1 in 16 bits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Topology:
-    """The part of model.Inventory that this room reads; the fields mean what they mean there."""
-
-    cpus: tuple[Cpu, ...] = ()
-    cpus_possible: CpuSet = EMPTY
-    cpus_online: CpuSet = EMPTY
-    cpus_offline: CpuSet = EMPTY
-    """Present and not online. CPUs that are only possible (empty sockets, room for hotplug) are not offline."""
-    cpus_isolated: CpuSet = EMPTY
-    cpus_nohz_full: CpuSet = EMPTY
-    numa_nodes: tuple[NumaNode, ...] = ()
-    caches: tuple[CacheGroup, ...] = ()
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +33,9 @@ class _Levels:
     cores: Sequence[CpuSet]
 
 
-def read(sysfs: SysFs) -> Topology:
-    """Read CPUs, caches, NUMA nodes and hugepages. Never raises for what a file holds or lacks."""
+def read(sysfs: SysFs) -> Inventory:
+    """CPUs, caches, NUMA nodes and hugepages, as an inventory without devices. Never raises for what a file holds or
+    lacks. CPUs that are only possible (empty sockets, room for hotplug) are not offline."""
     warnings: list[str] = []
     reader = Reader(sysfs, warnings)
     online = _online(reader)
@@ -59,7 +44,7 @@ def read(sysfs: SysFs) -> Topology:
     levels = _levels(reader, online)
     groups = caches.read(reader, online, levels.cores)
     nodes = memory.read(reader, online)
-    return Topology(
+    return Inventory(
         cpus=_cpus(reader, online, isolated, levels, groups, nodes),
         cpus_possible=(_listed(reader, "possible") or present) | online,
         cpus_online=online,
