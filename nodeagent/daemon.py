@@ -77,15 +77,15 @@ def checked(config: Config, where: Places) -> tuple[kinds.Kind, ...]:
     families = kinds.load_kinds()
     check(config, families, where.kubelet_dir)
     sockets.checked(where.runtime_dir / STATUS_SOCKET)
-    for folder in (where.state_dir, where.runtime_dir):
-        _check_folder(folder)
+    _check_folder(where.state_dir, 0o700)
+    _check_folder(where.runtime_dir, 0o755)
     return families
 
 
-def _check_folder(folder: Path) -> None:
-    """Make a folder of the agent's own; ConfigError where it cannot be made or written to."""
+def _check_folder(folder: Path, mode: int) -> None:
+    """Make a folder of the agent's own, if it is not there; ConfigError where it cannot be made or written to."""
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o755)
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(0, "no permission to write")
     except OSError as error:

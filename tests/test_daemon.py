@@ -193,6 +193,13 @@ async def test_another_pod_with_the_same_parts_has_another_grant(folder: Path, t
         assert after["id"] != before["id"]
 
 
+async def test_the_ledgers_folder_is_nobody_elses_to_read(folder: Path, tree: DeviceTree) -> None:
+    """The runtime folder is: who may use the socket in it is the socket's own mode."""
+    async with registered(folder, tree):
+        assert (folder / "state").stat().st_mode & 0o777 == 0o700
+        assert (folder / "run").stat().st_mode & 0o777 == 0o755
+
+
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 async def test_a_restarted_agent_has_the_same_grants(folder: Path, tree: DeviceTree, how: signal.Signals) -> None:
     async with registered(folder, tree) as (agent, kubelet):
