@@ -6,13 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nodeagent.config import Config, ResourceConfig
+from nodeagent.config import CdiConfig, Config, ResourceConfig
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
 from nodeagent.core.options import check_options
 from nodeagent.core.sizes import format_size, parse_size
 from nodeagent.core.view import CpuResource, HugepageResource, ResourceKind
-from nodeagent.errors import ConfigError, InputError
+from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host import kinds
 from nodeagent.host.kinds import CharSelector, UsbSelector
 from nodeagent.host.scan import Selectors
@@ -122,8 +122,12 @@ def _mounts(config: ResourceConfig) -> tuple[Mount, ...]:
 
 
 def _cdi_names(config: ResourceConfig, devices: Iterable[Device]) -> tuple[str, ...]:
-    if config.cdi is None:
-        return ()
-    kind, name = config.cdi.kind, config.cdi.name
-    values = [getattr(device, name, None) or device.attributes.get(name) for device in devices]
-    return tuple(f"{kind}={value}" for value in values if value is not None)
+    return () if config.cdi is None else tuple(_cdi_name(config.cdi, device) for device in devices)
+
+
+def _cdi_name(cdi: CdiConfig, device: Device) -> str:
+    """HostError where the device lacks what it is named by: a container must not start without it, silently."""
+    value = getattr(device, cdi.name, None) or device.attributes.get(cdi.name)
+    if value is None:
+        raise HostError(f"cannot name {device.id} for CDI kind {cdi.kind}: it has no {cdi.name!r} at this moment")
+    return f"{cdi.kind}={value}"
