@@ -18,7 +18,15 @@ from google.protobuf.descriptor_pool import DescriptorPool
 ROOT = Path(__file__).resolve().parents[1]
 PROTOS = ROOT / "protos"
 NAMES = sorted(path.stem for path in (PROTOS / "nodeagent" / "pb").glob("*.proto"))
-TITLES = {"deviceplugin": "Device plugin v1beta1", "podresources": "Pod resources v1"}
+TITLES = {
+    "deviceplugin": "Device plugin v1beta1",
+    "dra_v1": "DRA v1",
+    "dra_v1beta1": "DRA v1beta1",
+    "drahealth_v1": "DRA health v1",
+    "drahealth_v1alpha1": "DRA health v1alpha1",
+    "pluginregistration": "Plugin registration v1",
+    "podresources": "Pod resources v1",
+}
 _VERSION_LINE = re.compile(r"Protobuf Python Version: (.*)|GRPC_GENERATED_VERSION = '(.*)'")
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="no .proto files: not a checkout")
@@ -69,10 +77,22 @@ def test_every_call_and_field_is_in_the_protocol_s_table(name: str) -> None:
     assert sorted(described(module(name).DESCRIPTOR)) == sorted(section[1].strip().splitlines())
 
 
+def test_every_protocol_has_its_table() -> None:
+    """A new .proto file is checked too, or this fails."""
+    assert sorted(TITLES) == NAMES
+
+
+def test_all_modules_live_together() -> None:
+    """Packages of one name (podresources and drahealth_v1 are both `v1`) have no message in common."""
+    found = [one.full_name for name in NAMES for one in module(name).DESCRIPTOR.message_types_by_name.values()]
+    assert len(set(found)) == len(found) > 0
+
+
 def described(file: FileDescriptor) -> list[str]:
     """A file in the table's own notation."""
     calls = [call(one) for service in file.services_by_name.values() for one in service.methods]
-    return calls + [message(one) for one in file.message_types_by_name.values()]
+    messages = [message(one) for one in file.message_types_by_name.values()]
+    return calls + messages + [enum(one) for one in file.enum_types_by_name.values()]
 
 
 def call(method: MethodDescriptor) -> str:
@@ -86,12 +106,17 @@ def message(one: Any) -> str:
     return f"{one.name}: {fields or '(empty)'}"
 
 
+def enum(one: Any) -> str:
+    return f"enum {one.name}: {', '.join(f'{value.name}={value.number}' for value in one.values)}"
+
+
 def kind(field: Any) -> str:
     names = {field.TYPE_STRING: "string", field.TYPE_BOOL: "bool", field.TYPE_INT64: "int64"}
     names |= {field.TYPE_INT32: "int32", field.TYPE_UINT64: "uint64"}
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = (kind(one) for one in field.message_type.fields)
         return f"map<{key},{value}>"
-    base = field.message_type.name if field.message_type is not None else names[field.type]
+    named = field.message_type or field.enum_type
+    base = named.name if named is not None else names[field.type]
     optional = "optional " if field.containing_oneof is not None else ""
     return f"{optional}{base}{'[]' if field.is_repeated else ''}"
