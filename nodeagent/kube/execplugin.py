@@ -1,0 +1,135 @@
+"""A program of the kubeconfig that says who we are (client.authentication.k8s.io): run, read strictly, remembered.
+
+Its answer is used until shortly before it expires, or until the API server refuses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from nodeagent.errors import PeerError
+
+VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
+EARLY_S = 10.0
+"""So long before its end a credential is asked for anew."""
+_ANSWER_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plugin:
+    """What to run."""
+
+    version: str
+    command: tuple[str, ...]
+    environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    cluster: Mapping[str, Any] | None = None
+    """What it is told of the API server (provideClusterInfo)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credential:
+    """Who we are, until a time."""
+
+    token: str = field(default="", repr=False)
+    certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
+    """Certificate and key in PEM form."""
+    expires_unix_s: float = float("inf")
+
+    @property
+    def stale(self) -> bool:
+        return time.time() >= self.expires_unix_s - EARLY_S
+
+
+class _Status(msgspec.Struct, rename="camel"):
+    token: str = ""
+    client_certificate_data: str = ""
+    client_key_data: str = ""
+    expiration_timestamp: datetime | None = None
+
+
+class _Answer(msgspec.Struct, rename="camel"):
+    api_version: str
+    kind: str
+    status: _Status
+
+
+class Runner:
+    """Runs a plugin when its last answer is of no more use; one run at a time."""
+
+    def __init__(self, plugin: Plugin) -> None:
+        self._plugin = plugin
+        self._turn = asyncio.Lock()
+        self._known: Credential | None = None
+
+    async def credential(self) -> Credential:
+        """The answer remembered, or a new one; PeerError with the program and the cause. The caller sets a deadline."""
+        async with self._turn:
+            if self._known is None or self._known.stale:
+                self._known = await run(self._plugin)
+            return self._known
+
+    def forget(self) -> None:
+        """The API server refused the answer: the next call asks again."""
+        self._known = None
+
+
+async def run(plugin: Plugin) -> Credential:
+    """Ask once; PeerError with the program and the cause."""
+    spec = {"interactive": False} | ({"cluster": dict(plugin.cluster)} if plugin.cluster is not None else {})
+    info = {"apiVersion": plugin.version, "kind": "ExecCredential", "spec": spec}
+    environment = {**os.environ, **dict(plugin.environment), "KUBERNETES_EXEC_INFO": json.dumps(info)}
+    code, out, err = await _output(plugin.command, environment)
+    if code != 0:
+        said = " ".join(err.decode(errors="replace").split())[-500:]
+        raise PeerError(f"cannot run {plugin.command[0]}: it ended with status {code}{f': {said}' if said else ''}")
+    try:
+        return _read(plugin, out)
+    except ValueError as error:
+        raise PeerError(f"cannot read the answer of {plugin.command[0]}: {error}") from None
+
+
+async def _output(command: tuple[str, ...], environment: Mapping[str, str]) -> tuple[int, bytes, bytes]:
+    """Status, standard output and error; a program still running when this is cancelled is killed."""
+    pipe = asyncio.subprocess.PIPE
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *command, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe
+        )
+    except (OSError, ValueError) as error:
+        raise PeerError(f"cannot run {command[0]}: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        out, err = await process.communicate()
+    finally:
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await process.wait()
+    return process.returncode or 0, out, err
+
+
+def _read(plugin: Plugin, out: bytes) -> Credential:
+    if len(out) > _ANSWER_BYTES:
+        raise ValueError(f"it has {len(out)} bytes, the limit is {_ANSWER_BYTES}")
+    answer = msgspec.json.decode(out, type=_Answer)
+    if (answer.kind, answer.api_version) != ("ExecCredential", plugin.version):
+        raise ValueError(f"it is a {answer.api_version} {answer.kind}, expected a {plugin.version} ExecCredential")
+    status = answer.status
+    pair = (status.client_certificate_data.encode(), status.client_key_data.encode())
+    if bool(pair[0]) != bool(pair[1]) or not (status.token or pair[0]):
+        raise ValueError("it has neither a token nor a certificate with its key")
+    ends = status.expiration_timestamp
+    return Credential(
+        token=status.token,
+        certificate=pair if pair[0] else None,
+        expires_unix_s=ends.timestamp() if ends is not None else float("inf"),
+    )
