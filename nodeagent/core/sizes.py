@@ -25,3 +25,52 @@ def format_size(size_bytes: int) -> str:
         if size_bytes and size_bytes % _UNITS[unit] == 0:
             return f"{size_bytes // _UNITS[unit]}{unit}"
     return str(size_bytes)
+
+
+LARGEST_QUANTITY = (1 << 63) - 1
+_LONGEST_QUANTITY = 128
+_QUANTITY = re.compile(
+    r"(?P<sign>[+-]?)(?P<whole>[0-9]*)(?:\.(?P<part>[0-9]*))?(?:[eE](?P<power>[+-]?[0-9]+)|(?P<unit>[KMGTPE]i|[numkMGTPE]?))"
+)
+_POWERS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
+_SHIFTS = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
+_NANO = 9
+"""Decimal places that a quantity keeps; what is finer is rounded up."""
+
+
+def parse_quantity(text: str) -> int:
+    """A Kubernetes quantity (resource.Quantity) that is a whole number from 0 to 2**63-1: "4", "4000m", "512Mi", "1e3".
+
+    InputError names the text where it is none, is negative, too large, or a fraction ("100m").
+    """
+    found = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST_QUANTITY else None
+    if found is None or not (found["whole"] or found["part"]):
+        raise _no_quantity(text, "expected a number such as 4, 1500m or 512Mi")
+    part = found["part"] or ""
+    mantissa = int(found["whole"] + part) << _SHIFTS.get(found["unit"] or "", 0)
+    if mantissa and found["sign"] == "-":
+        raise _no_quantity(text, "it is negative")
+    power = int(found["power"]) if found["power"] else _POWERS.get(found["unit"] or "", 0)
+    return _whole(text, mantissa, power - len(part))
+
+
+def _whole(text: str, mantissa: int, power: int) -> int:
+    """mantissa * 10**power; no large power is ever worked out."""
+    if not mantissa:
+        return 0
+    if power > len(str(LARGEST_QUANTITY)):
+        raise _no_quantity(text, f"it is larger than {LARGEST_QUANTITY}")
+    if power < -2 * _LONGEST_QUANTITY:
+        raise _no_quantity(text, "it is not a whole number")
+    scale: int = 10 ** abs(power + _NANO)
+    nanos = mantissa * scale if power >= -_NANO else -(-mantissa // scale)
+    value, rest = divmod(nanos, 1_000_000_000)
+    if rest:
+        raise _no_quantity(text, "it is not a whole number")
+    if value > LARGEST_QUANTITY:
+        raise _no_quantity(text, f"it is larger than {LARGEST_QUANTITY}")
+    return value
+
+
+def _no_quantity(text: str, why: str) -> InputError:
+    return InputError(f'cannot read quantity "{text[:40]}": {why}')

@@ -1,0 +1,271 @@
+"""What a prepared claim leaves on disk for the container runtime: one CDI file a claim, never edited, only replaced.
+
+Source: the Container Device Interface specification, 0.3.0 to 1.1.0. A file states the lowest version that has what it
+uses, its bytes are a function of what it says, and other people's files in the same folder are left alone. Names are
+those that CDI gives transient specs, VENDOR-CLASS_ID.json, the ID being the claim's UID.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nodeagent.core.model import ContainerEdits, DeviceNode, Mount
+from nodeagent.errors import HostError, InputError
+from nodeagent.host import files
+from nodeagent.host.sysfs import SysFs
+
+CLASS = "claim"
+UID = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?"
+"""Of a claim, as it may stand in a file's name and in a device's."""
+MOUNT_OPTIONS = ("nosuid", "nodev")
+_KIND = re.compile(r"[A-Za-z]([A-Za-z0-9._-]*[A-Za-z0-9])?/[A-Za-z]([A-Za-z0-9._-]*[A-Za-z0-9])?")
+_DEVICE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?")
+_TYPES = {stat.S_IFCHR: "c", stat.S_IFBLK: "b", stat.S_IFIFO: "p"}
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CdiDevice:
+    """One device of a spec. The runtime applies the edits to every container that asks for the device.
+
+    Annotations and other CDI names among the edits have no place in a spec: they are for the answer to kubelet.
+    """
+
+    name: str
+    edits: ContainerEdits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What the host's device node is (inode(7))."""
+
+    type: str
+    """c, b or p (a pipe)."""
+    major: int
+    minor: int
+    mode: int
+    """Permission bits."""
+    uid: int
+    gid: int
+
+
+def node_facts(sysfs: SysFs, devices: Sequence[CdiDevice]) -> dict[str, NodeFacts]:
+    """Facts of all device nodes by host path; HostError where one is not there. Blocks.
+
+    A captured tree has no device nodes: below any other root than / what is not there is left out.
+    """
+    paths = sorted({node.host_path for device in devices for node in device.edits.device_nodes})
+    found = {path: _facts(sysfs, path) for path in paths}
+    return {path: facts for path, facts in found.items() if facts is not None}
+
+
+def spec(kind: str, devices: Sequence[CdiDevice], nodes: Mapping[str, NodeFacts]) -> bytes:
+    """A CDI file's content. InputError names what CDI does not allow: every runtime would pass over the whole file."""
+    if not _KIND.fullmatch(kind):
+        raise InputError(
+            f'cannot write CDI kind "{kind}": expected VENDOR/CLASS, each of letters, digits, ".", "_", "-"'
+        )
+    _check(devices)
+    content = [{"name": one.name, "containerEdits": _edits(one.edits, nodes)} for one in devices]
+    document = {"cdiVersion": _version(kind, devices), "kind": kind, "devices": content}
+    return msgspec.json.format(msgspec.json.encode(document), indent=2) + b"\n"
+
+
+class CdiFolder:
+    """The CDI files of a driver's claims in a folder (/var/run/cdi) that belongs to all drivers."""
+
+    def __init__(self, folder: Path, driver: str, sysfs: SysFs) -> None:
+        self.kind = f"{driver}/{CLASS}"
+        if not _KIND.fullmatch(self.kind):
+            raise InputError(f'cannot use "{driver}" as CDI vendor: expected a letter, then letters, digits, ".", "-"')
+        self._folder = folder
+        self._sysfs = sysfs
+        self._stem = f"{driver}-{CLASS}_"
+        self._name = f"{re.escape(self._stem)}({UID})\\.json"
+
+    def device_id(self, uid: str, name: str) -> str:
+        """The name that kubelet hands to the runtime, VENDOR/CLASS=NAME."""
+        return f"{self.kind}={self.device_name(uid, name)}"
+
+    def device_name(self, uid: str, name: str) -> str:
+        """CdiDevice.name of a claim's device: unique on the node, as CDI wants it."""
+        return _checked_device(f"{_checked_uid(uid)}-{name}")
+
+    def write(self, uid: str, devices: Sequence[CdiDevice]) -> None:
+        """Write a claim's file, whole; what is there already is not written again. HostError with path and cause."""
+        path = self._path(uid)
+        files.replace(path, spec(self.kind, devices, node_facts(self._sysfs, devices)))
+
+    def remove(self, uid: str) -> bool:
+        """Whether the claim had a file."""
+        return files.remove(self._path(uid))
+
+    def uids(self) -> frozenset[str]:
+        """The claims that have a file of ours."""
+        found = (re.fullmatch(self._name, entry.name) for entry in files.entries(self._folder))
+        return frozenset(one[1] for one in found if one is not None)
+
+    def sweep(self, keep: Container[str]) -> list[str]:
+        """Remove our files of all other claims, and what half-written ones a killed agent left; their names."""
+        orphans = [self._path(uid) for uid in sorted(self.uids()) if uid not in keep]
+        left = files.drafts(self._folder, self._name)
+        return [path.name for path in (*orphans, *left) if files.remove(path)]
+
+    def _path(self, uid: str) -> Path:
+        return self._folder / f"{self._stem}{_checked_uid(uid)}.json"
+
+
+class ClaimFiles:
+    """What a claim's containers may read of it: FOLDER/UID/metadata.json, a folder each so that it can be mounted."""
+
+    NAME = "metadata.json"
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def path(self, uid: str) -> Path:
+        """The file of a claim, whether it is there or not. A mount of its folder shows each later version of it."""
+        return self._folder / _checked_uid(uid) / self.NAME
+
+    def write(self, uid: str, content: Mapping[str, Any]) -> None:
+        """Write a claim's file, whole and readable for everybody, its keys in order."""
+        data = msgspec.json.encode(content, order="deterministic", enc_hook=_plain)
+        files.replace(self.path(uid), msgspec.json.format(data, indent=2) + b"\n")
+
+    def remove(self, uid: str) -> bool:
+        """Whether there was anything of the claim."""
+        return files.remove_folder(self.path(uid).parent)
+
+    def uids(self) -> frozenset[str]:
+        """The claims that have a folder, be there a file in it or not."""
+        return frozenset(
+            one.name for one in files.entries(self._folder) if re.fullmatch(UID, one.name) and one.is_dir()
+        )
+
+    def sweep(self, keep: Container[str]) -> list[str]:
+        """Remove what there is of all other claims, and half-written files; their names."""
+        gone = [uid for uid in sorted(self.uids()) if uid not in keep and self.remove(uid)]
+        left = [one for uid in sorted(self.uids()) for one in files.drafts(self._folder / uid, re.escape(self.NAME))]
+        return gone + [f"{path.parent.name}/{path.name}" for path in left if files.remove(path)]
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise InputError(f"cannot write {value!r} as JSON")
+
+
+# ---------------------------------------------------------------- names
+
+
+def _checked_uid(uid: str) -> str:
+    if not re.fullmatch(UID, uid):
+        raise InputError(f"cannot name files after claim {uid[:140]!r}: expected a UID of letters, digits and dashes")
+    return uid
+
+
+def _checked_device(name: str) -> str:
+    if not _DEVICE.fullmatch(name):
+        raise InputError(f'cannot use {name[:140]!r} as CDI device: expected letters, digits, ".", "_", "-" and ":"')
+    return name
+
+
+def _check(devices: Sequence[CdiDevice]) -> None:
+    if not devices:
+        raise InputError("cannot write a CDI file without devices")
+    seen: set[str] = set()
+    for device in devices:
+        if _checked_device(device.name) in seen:
+            raise InputError(f'cannot write CDI device "{device.name}": it stands twice')
+        seen.add(device.name)
+        _check_edits(device.name, device.edits)
+
+
+def _check_edits(name: str, edits: ContainerEdits) -> None:
+    if not (edits.env or edits.device_nodes or edits.mounts):
+        raise InputError(f'cannot write CDI device "{name}": it gives a container nothing')
+    for key, value in edits.env.items():
+        if not key or "=" in key or "\0" in key + value:
+            raise InputError(f'cannot write CDI device "{name}": {key!r}={value!r} is no environment variable')
+
+
+# ---------------------------------------------------------------- the document
+
+
+def _version(kind: str, devices: Sequence[CdiDevice]) -> str:
+    """The lowest version that has all that is used."""
+    edits = [device.edits for device in devices]
+    if "." in kind.partition("/")[2]:
+        return "0.6.0"
+    if any(device.name[0].isdigit() for device in devices):
+        return "0.5.0"
+    if any(node.host_path != node.container_path for one in edits for node in one.device_nodes):
+        return "0.5.0"
+    return "0.4.0" if any(mount.type for one in edits for mount in one.mounts) else "0.3.0"
+
+
+def _edits(edits: ContainerEdits, nodes: Mapping[str, NodeFacts]) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "env": [f"{key}={value}" for key, value in sorted(edits.env.items())],
+        "deviceNodes": [_node(node, nodes.get(node.host_path)) for node in edits.device_nodes],
+        "mounts": [_mount(mount) for mount in edits.mounts],
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _node(node: DeviceNode, facts: NodeFacts | None) -> dict[str, Any]:
+    """Owner and group root are left to the runtime: it gives the node to those that the container runs as."""
+    found: dict[str, Any] = {"path": node.container_path}
+    if node.host_path != node.container_path:
+        found["hostPath"] = node.host_path
+    if facts is not None:
+        numbers = {} if facts.type == "p" else {"major": facts.major, "minor": facts.minor}
+        found |= {"type": facts.type, **numbers, "fileMode": facts.mode}
+    found["permissions"] = node.permissions
+    if facts is not None:
+        found |= {key: value for key, value in (("uid", facts.uid), ("gid", facts.gid)) if value}
+    return found
+
+
+def _mount(mount: Mount) -> dict[str, Any]:
+    """A mount without a type shows a part of the host, which OCI calls a bind."""
+    access = "ro" if mount.read_only else "rw"
+    options = (access, *MOUNT_OPTIONS, *(() if mount.type else ("bind",)), *mount.options)
+    found = {
+        "hostPath": mount.host_path,
+        "containerPath": mount.container_path,
+        "options": list(dict.fromkeys(options)),
+    }
+    return {**found, "type": mount.type} if mount.type else found
+
+
+def _facts(sysfs: SysFs, path: str) -> NodeFacts | None:
+    """None below a captured root, where there is no such device node."""
+    captured = sysfs.root != "/"
+    try:
+        found = os.stat(sysfs.path(path.lstrip("/")))  # noqa: PTH116 - SysFs speaks in strings
+    except OSError as error:
+        if captured and error.errno in _MISSING:
+            return None
+        raise HostError(f"cannot give {path} to a container: {error.strerror}") from None
+    if stat.S_IFMT(found.st_mode) not in _TYPES:
+        if captured:
+            return None
+        raise HostError(f"cannot give {path} to a container: it is not a device node")
+    return NodeFacts(
+        type=_TYPES[stat.S_IFMT(found.st_mode)],
+        major=os.major(found.st_rdev),
+        minor=os.minor(found.st_rdev),
+        mode=stat.S_IMODE(found.st_mode) & 0o777,
+        uid=found.st_uid,
+        gid=found.st_gid,
+    )
