@@ -22,7 +22,7 @@ import grpc
 import msgspec
 
 from nodeagent import log
-from nodeagent.agent import Agent, Served, Settings
+from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.ledger import GRANTED, Change
@@ -32,6 +32,7 @@ from nodeagent.kube.deviceplugin import Server
 from nodeagent.offer import Offer, offers
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
+from nodeagent.served import Served
 from nodeagent.store import Store
 
 CPUS, ROUNDS, PER_ROUND, WARM_UP = 512, 6, 400, 50

@@ -15,16 +15,18 @@ from typing import Any, ParamSpec, TypeVar
 
 import structlog
 
-from nodeagent import metrics
 from nodeagent.core import decide
 from nodeagent.core import health as health_of
 from nodeagent.core import ledger as ledger_of
+from nodeagent.core import prepare as prepare_of
+from nodeagent.core.claim import Claim
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.core.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.ledger import CONFIRMED, RELEASED, Change, Ledger
 from nodeagent.core.model import Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
+from nodeagent.core.prepare import Batch, Catalog
 from nodeagent.core.reconcile import Findings, Patience, compare
-from nodeagent.errors import PeerError, Refused, StateError
+from nodeagent.errors import NodeagentError, PeerError, Refused, StateError
 from nodeagent.kube.waiting import Revision
 from nodeagent.offer import Offer
 from nodeagent.store import Store
@@ -73,6 +75,8 @@ class Agent:
         """What kubelet says that contradicts the ledger, newest list only."""
         self.listed_at: float | None = None
         """When kubelet last said what pods hold, in seconds since the epoch."""
+        self.on_decision: Callable[[], None] | None = None
+        """Called after each durable change, where another agent has to hear of it."""
         self._store = store
         self._listing = listing
         self._clock = clock
@@ -182,6 +186,20 @@ class Agent:
         """Whether a grant is missing from kubelet's list, so that another list is wanted soon."""
         return bool(self._missing or self._granted)
 
+    # ---------------------------------------------------------------- claims
+
+    async def prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        """Grant claims what was allocated to them, each all or nothing, all durable on return."""
+        return await self._decided(self._prepare, catalog, claims, op)
+
+    async def unprepare(self, uids: Sequence[str], op: str) -> tuple[Grant, ...]:
+        """Release all that some claims hold; what that was. Durable on return; the unknown is no error."""
+        return await self._decided(self._unprepare, uids, op)
+
+    async def refresh(self) -> None:
+        """Hear what another agent beside this one has decided."""
+        await self._decided(_nothing)
+
     async def prune(self, before: float) -> int:
         """Forget audit lines older than a moment."""
         return await self._decided(self._prune, before)
@@ -193,7 +211,7 @@ class Agent:
         if it fails then, the log alone hears of it."""
         if self._closing:
             raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
-        task = asyncio.ensure_future(self._in_turn(work(*args, **kwargs)))
+        task = asyncio.ensure_future(self._in_turn(lambda: work(*args, **kwargs)))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         try:
@@ -202,9 +220,22 @@ class Agent:
             task.add_done_callback(_say_failure)
             raise
 
-    async def _in_turn(self, work: Coroutine[Any, Any, T]) -> T:
+    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """A decision of this process alone, on what is known by then: also on what another one decided before."""
         async with self._turn:
-            return await work
+            if not self._store.try_begin():
+                await self._on_disk(self._store.begin)
+            try:
+                self._hear(self._store.news(self.ledger.grants.values()))
+                return await work()
+            finally:
+                self._store.end()
+
+    def _hear(self, news: tuple[Grant, ...] | None) -> None:
+        if news is not None:
+            grants = MappingProxyType({one.id: one for one in news})
+            self.ledger = Ledger(grants=grants, reserved=self.settings.reserved)
+            self.revision.bump()
 
     async def _allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         await self._make_way(offer, containers)
@@ -312,6 +343,16 @@ class Agent:
     def _stamp(self) -> decide.Stamp:
         return decide.Stamp(new_id=lambda: f"g-{secrets.token_hex(5)}", at=time.time(), boot_id=self.settings.boot_id)
 
+    async def _prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, claims, self._stamp())
+        await self._save(batch.changes, batch.ledger, op)
+        return batch
+
+    async def _unprepare(self, uids: Sequence[str], op: str) -> tuple[Grant, ...]:
+        decision = prepare_of.unprepare(self.ledger, uids)
+        await self._save(decision.changes, decision.ledger, op)
+        return tuple(change.grant for change in decision.changes)
+
     async def _prune(self, before: float) -> int:
         return await self._on_disk(self._store.prune, before)
 
@@ -323,6 +364,8 @@ class Agent:
         await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
         self.ledger = ledger_of.with_reserved(after, self.settings.reserved)
         self._tell(self.revision.bump)
+        if self.on_decision is not None:
+            self._tell(self.on_decision)
 
     def _tell(self, tell: Callable[..., object], *args: object) -> None:
         """Have the rest of the world told a moment later: who asked is answered first."""
@@ -340,42 +383,17 @@ def _refuse_listed(offer: Offer, ids: Sequence[str], holding: Holding) -> None:
         raise Refused(why, want=len(ids), free=len(ids) - len(taken))
 
 
+async def _nothing() -> None:
+    """A turn in which nothing is decided."""
+
+
 def _say_failure(task: asyncio.Task[Any]) -> None:
     """Nobody waits any more for what a task raised."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
-        log.error("abandoned-decision-failed", error=str(error), exc_info=error)
+        unforeseen = None if isinstance(error, NodeagentError) else error
+        log.error("abandoned-decision-failed", error=str(error), exc_info=unforeseen)
 
 
 def _say_granted(op: str, resource: str, grants: Iterable[Grant]) -> None:
     log.info("granted", op=op, resource=resource, grants=[f"{one.id}: {', '.join(one.ids)}" for one in grants])
-
-
-class Served:
-    """An offer as the device-plugin adapter wants it."""
-
-    pre_start_required = False
-
-    def __init__(self, agent: Agent, offer: Offer) -> None:
-        self._agent = agent
-        self.offer = offer
-
-    @property
-    def name(self) -> str:
-        return self.offer.name
-
-    def advertised(self) -> tuple[Advertised, ...]:
-        return self._agent.advertised(self.offer)
-
-    async def changed(self, seen: int) -> int:
-        return await self._agent.revision.changed(seen)
-
-    def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
-        return self._agent.prefer(self.offer, available, must_include, size)
-
-    async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
-        with metrics.counted_allocation(self.name):
-            return await self._agent.allocate(self.offer, containers, op)
-
-    async def pre_start(self, ids: Sequence[str]) -> None:
-        """Nothing to prepare."""

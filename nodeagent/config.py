@@ -63,6 +63,8 @@ class ResourceConfig(_Base, frozen=True):
 
     name: Name
     kind: Name
+    serve: Literal["device-plugin", "dra", "both"] = "device-plugin"
+    """Through which API pods get it."""
     match: dict[str, str] = {}
     """Shell patterns by field or attribute of a device, all of which have to match."""
     paths: list[DevPath] = []
@@ -76,11 +78,30 @@ class ResourceConfig(_Base, frozen=True):
     options: list[str] = []
     """kind cpu: placement options."""
     numa: Literal["single", "restricted", "best-effort"] = "best-effort"
+    grouping: Literal["numa-node", "socket", "l3", "individual"] = "numa-node"
+    """kind cpu, through DRA: what one device is."""
     device_nodes: bool = True
     """Whether the container gets the device nodes themselves; false where CDI does all."""
     cdi: CdiConfig | None = None
     env: dict[Variable, Text] = {}
     mounts: list[MountConfig] = []
+
+
+class DraConfig(_Base, frozen=True):
+    """Dynamic Resource Allocation: how this node takes part, where any resource is served through it."""
+
+    driver: Annotated[str, msgspec.Meta(pattern=DOMAIN, max_length=63)] = "nodeagent.dev"
+    node_name: str = ""
+    """The Node's name; "": $NODE_NAME, or else the host's name."""
+    kubeconfig: str = ""
+    """How to reach the API server; "": as a pod's service account."""
+    cdi_dir: Absolute = "/var/run/cdi"
+    unhealthy_effect: Literal["NoSchedule", "NoExecute"] = "NoSchedule"
+    """The effect of the taint on a device that is not healthy."""
+    spread_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 10.0
+    """The first look at the API server comes after a random part of this: many nodes may start in the same moment."""
+    device_status: bool = True
+    """Whether what was prepared is written to the claim's status.devices."""
 
 
 class LogConfig(_Base, frozen=True):
@@ -134,10 +155,15 @@ class Config(_Base, frozen=True):
     status: StatusConfig = StatusConfig()
     release: ReleaseConfig = ReleaseConfig()
     health: HealthConfig = HealthConfig()
+    dra: DraConfig = DraConfig()
 
     @property
     def served(self) -> list[ResourceConfig]:
         return list(DEFAULT_RESOURCES) if self.resources is None else self.resources
+
+    @property
+    def served_by_dra(self) -> list[ResourceConfig]:
+        return [one for one in self.served if one.serve != "device-plugin"]
 
 
 DEFAULT_RESOURCES = (
@@ -256,6 +282,7 @@ _MEANT_FOR = {
     "pagesPerBlock": ("hugepages",),
     "options": ("cpu",),
     "numa": ("cpu",),
+    "grouping": ("cpu",),
 }
 _ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi")
 """Keys that mean nothing where there is no device, only CPUs or pages."""
@@ -277,6 +304,18 @@ def _wrong(config: Config) -> Iterator[str]:
         yield from _misplaced(one, where)
         yield from _missing(one, where)
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
+    yield from _wrong_dra(config)
+
+
+def _wrong_dra(config: Config) -> Iterator[str]:
+    """One pool a kind: CPUs have one form in it, and its name is part of a DNS name."""
+    kinds = [one.kind for one in config.served_by_dra]
+    for kind in ("cpu", "memory"):
+        if kinds.count(kind) > 1:
+            yield f"kind {kind} at $.resources is served through DRA {kinds.count(kind)} times, expected once"
+    for kind in kinds:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", kind):
+            yield f"kind {kind!r} at $.resources cannot name a pool: expected lower-case letters, digits and '-'"
 
 
 def _wrong_domain(domain: str) -> Iterator[str]:
@@ -294,11 +333,13 @@ def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
         kinds = _MEANT_FOR.get(key, (one.kind,))
         if one.kind not in kinds:
             yield f"{where}.{key} has no meaning for kind {one.kind}, only for {', '.join(kinds)}"
-        if key in _ONLY_DEVICES and one.kind in ("cpu", "hugepages"):
+        if key in _ONLY_DEVICES and one.kind in ("cpu", "hugepages", "memory"):
             yield f"{where}.{key} has no meaning for kind {one.kind}, only for devices"
 
 
 def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
+    if one.kind == "memory" and one.serve != "dra":
+        yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API cannot count memory"
     if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):
         yield f"{one.page_size!r} at {where}.pageSize, expected a size such as 2Mi"
     key, expected = _NEEDED.get(one.kind, ("", ""))

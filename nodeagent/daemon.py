@@ -7,11 +7,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import grp
-import os
 import signal
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,75 +19,47 @@ from nodeagent import config as config_of
 from nodeagent import log as log_of
 from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
+from nodeagent.draserving import DraServing
 from nodeagent.errors import ConfigError, NodeagentError, StateError
 from nodeagent.following import Holders, Machine, recoveries
 from nodeagent.host import kinds
 from nodeagent.host.scan import scan
-from nodeagent.host.sysfs import SysFs
 from nodeagent.http import Server
 from nodeagent.kube import sockets
 from nodeagent.kube.podresources import CheckpointWatch, PodResources
 from nodeagent.kube.registration import KUBELET_SOCKET, Registration
 from nodeagent.kube.waiting import FolderWatch
+from nodeagent.locks import FileLock
 from nodeagent.notify import Notifier
-from nodeagent.offer import Offer, selectors
+from nodeagent.offer import CPU, Offer, selectors
 from nodeagent.parts import end, first, kept
+from nodeagent.places import STATUS_SOCKET, Places, checked
 from nodeagent.serving import PLUGINS, Serving, check, settings
 from nodeagent.status import Status
 from nodeagent.store import Store
 
-POD_RESOURCES, STATUS_SOCKET, BOOT_ID = "pod-resources/kubelet.sock", "status.sock", "proc/sys/kernel/random/boot_id"
-NOT_LIVE = ("kubeletDir", "stateDir", "runtimeDir", "status.group")
+POD_RESOURCES, BOOT_ID = "pod-resources/kubelet.sock", "proc/sys/kernel/random/boot_id"
+LEAD, NEWS = "leader.lock", "ledger.news"
+"""In the state folder: held by the agent that leads; made and removed when another one has decided something."""
+NOT_LIVE = (
+    "kubeletDir",
+    "stateDir",
+    "runtimeDir",
+    "status.group",
+    "dra.driver",
+    "dra.nodeName",
+    "dra.kubeconfig",
+    "dra.cdiDir",
+)
 """Keys that are read at the start only."""
-LOCKED_RETRY_S = 2.0
+LOCKED_RETRY_S, LEAD_RETRY_S = 2.0, 0.2
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
 CONFIG_POLL_S, FOLDER_POLL_S = 5.0, 30.0
 """The safety nets below the watches of folders. A file that is written in place is found by its poll alone."""
 PRUNE_S = 3600.0
+Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Places:
-    """Where things are: from the configuration and the command line."""
-
-    sysfs: SysFs
-    config_file: Path | None
-    kubelet_dir: Path
-    state_dir: Path
-    runtime_dir: Path
-
-
-def places(config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None) -> Places:
-    """The command line's folders before the configuration's."""
-    return Places(
-        sysfs=SysFs(root),
-        config_file=config_file,
-        kubelet_dir=Path(kubelet_dir or config.kubelet_dir).absolute(),
-        state_dir=Path(config.state_dir),
-        runtime_dir=Path(config.runtime_dir),
-    )
-
-
-def checked(config: Config, where: Places) -> tuple[kinds.Kind, ...]:
-    """The kinds to look for; ConfigError where what is configured cannot be served here."""
-    families = kinds.load_kinds()
-    check(config, families, where.kubelet_dir)
-    sockets.checked(where.runtime_dir / STATUS_SOCKET)
-    _check_folder(where.state_dir, 0o700)
-    _check_folder(where.runtime_dir, 0o755)
-    return families
-
-
-def _check_folder(folder: Path, mode: int) -> None:
-    """Make a folder of the agent's own, if it is not there; ConfigError where it cannot be made or written to."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=mode)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(0, "no permission to write")
-    except OSError as error:
-        raise ConfigError(f"cannot use folder {folder}: {error.strerror}") from None
 
 
 def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daemon:
@@ -131,6 +101,8 @@ class Daemon:
         self._serving = Serving(agent, where.kubelet_dir, families)
         self._machine = Machine(agent, where.sysfs, families, lambda: self.config)
         self._holders = Holders(agent, pods, self._serving.offers, self._plugins)
+        self._dra = DraServing(agent, config, families, where.sysfs, where.kubelet_dir, where.runtime_dir, pods)
+        self._lead = FileLock(where.state_dir / LEAD)
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -148,8 +120,11 @@ class Daemon:
         return self._serving.registrations()
 
     def not_ready(self) -> list[str]:
-        """Why kubelet does not show what was sent."""
-        return self._serving.not_ready()
+        """Why kubelet and the API server do not show what was sent."""
+        return [*self._serving.not_ready(), *self._dra.not_ready()]
+
+    def dra_document(self) -> dict[str, Any]:
+        return self._dra.document()
 
     # ---------------------------------------------------------------- running
 
@@ -159,29 +134,64 @@ class Daemon:
         self._hear_store()
         try:
             async with asyncio.TaskGroup() as tasks:
-                await self._serving.apply(self.config)
-                parts = [tasks.create_task(kept(name, part), name=name) for name, part in self._parts().items()]
-                self._notifier.ready()
+                self._apply_dra()
+                beside = self._begin(tasks, self._parts())
+                await first(self._take_the_lead(), stop.wait())
+                leading = await self._begin_to_lead(tasks) if self._lead.held else []
                 await stop.wait()
                 log.info("stopping")
                 self._notifier.stopping()
                 await self._serving.stop()
-                await end(parts)
+                await end(leading)
+                await end(beside)
         finally:
             await self._machine.close()
+            await self._dra.close()
             await self.agent.close()
+            self._lead.close()
 
-    def _parts(self) -> Mapping[str, Callable[[], Coroutine[Any, Any, None]]]:
+    async def _take_the_lead(self) -> None:
+        """Return once no other agent leads on this node. Until then claims alone are served beside it."""
+        said = False
+        while not self._lead.try_take():
+            if not said:
+                log.warning("another-agent-leads", lock=str(self._lead.path), served="claims only, until it ends")
+                self.agent.on_decision = lambda: _touch(self._where.state_dir / NEWS)
+            said = True
+            await asyncio.sleep(LEAD_RETRY_S)
+        self.agent.on_decision = None
+        if said:
+            log.info("leading")
+            await self.agent.refresh()
+
+    async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        await self._serving.apply(self.config)
+        leading = self._begin(tasks, self._leading_parts())
+        self._notifier.ready()
+        return leading
+
+    def _begin(self, tasks: asyncio.TaskGroup, parts: Parts) -> list[asyncio.Task[None]]:
+        return [tasks.create_task(kept(name, part), name=name) for name, part in parts.items()]
+
+    def _parts(self) -> Parts:
+        """What every agent does, also beside one that leads."""
         return {
-            "status": self._serve_status,
+            "dra": self._dra.serve,
             "machine": self._machine.follow,
             "nvml": self._machine.follow_nvml,
+            "recoveries": lambda: recoveries(self.agent),
+            "configuration": self._follow_config,
+        }
+
+    def _leading_parts(self) -> Parts:
+        """What only one agent on a node may do."""
+        return {
+            "status": self._serve_status,
+            "slices": self._dra.lead,
             "holders": lambda: self._holders.follow(
                 CheckpointWatch(self._plugins, poll_s=self.config.release.poll_seconds)
             ),
-            "recoveries": lambda: recoveries(self.agent),
             "kubelet": self._follow_kubelet,
-            "configuration": self._follow_config,
             "housekeeping": self._keep_house,
             "watchdog": self._notifier.keep_alive,
         }
@@ -220,7 +230,16 @@ class Daemon:
             now = self._settings(self.config)
             if now != self.agent.settings:
                 self.agent.reserve(now)
-            await self._serving.apply(self.config)
+            await self._apply(self.config)
+
+    async def _apply(self, config: Config) -> None:
+        """Serve what is configured; the device plugin's side only where this agent leads."""
+        self._apply_dra()
+        if self._lead.held:
+            await self._serving.apply(config)
+
+    def _apply_dra(self) -> None:
+        self._dra.apply(self.config, [CPU] if self._serving.cpus_managed_elsewhere() else [])
 
     async def _news(self, agent_seen: int, serving_seen: int) -> None:
         """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
@@ -298,7 +317,7 @@ class Daemon:
         log_of.configure(new.log.level, new.log.format)
         self.agent.reserve(now)
         await self._machine.rescan()
-        await self._serving.apply(new)
+        await self._apply(new)
         return [f"{one} (after a restart)" if one.startswith(NOT_LIVE) else one for one in changed]
 
     def _settings(self, config: Config) -> Settings:
@@ -314,6 +333,13 @@ def _group(config: Config) -> int | None:
     except KeyError:
         log.warning("no-status-group", group=config.status.group)
         return None
+
+
+def _touch(path: Path) -> None:
+    """Have those who watch the folder look."""
+    with contextlib.suppress(OSError):
+        path.touch()
+        path.unlink()
 
 
 def _text(path: Path) -> bytes | None:

@@ -35,12 +35,27 @@ DEVICES = Gauge("nodeagent_devices", "Ids shown to kubelet.", ["resource", "heal
 HELD = Gauge("nodeagent_held", "Ids held by containers.", ["resource"], registry=REGISTRY)
 HOLDER = Gauge(
     "nodeagent_holder",
-    "1 for each container that holds ids.",
-    ["resource", "namespace", "pod", "container"],
+    "1 for each container or claim that holds something.",
+    ["resource", "namespace", "pod", "container", "claim"],
     registry=REGISTRY,
 )
 REGISTERED = Gauge(
     "nodeagent_registered", "1 where kubelet took and watches a resource.", ["resource"], registry=REGISTRY
+)
+PREPARES = Counter("nodeagent_prepares", "Claims asked to be prepared, by outcome.", ["outcome"], registry=REGISTRY)
+PREPARE_SECONDS = Histogram(
+    "nodeagent_prepare_seconds",
+    "Time of a call that prepares claims, from reading them to the files.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 20),
+    registry=REGISTRY,
+)
+DRA_REGISTERED = Gauge("nodeagent_dra_registered", "1 where kubelet took the DRA driver.", registry=REGISTRY)
+DRA_CLAIMS = Gauge("nodeagent_dra_claims", "Claims that hold something.", registry=REGISTRY)
+SLICES = Gauge(
+    "nodeagent_resource_slices", "ResourceSlices of each pool in the API server.", ["pool", "state"], registry=REGISTRY
+)
+SLICE_WRITES = Gauge(
+    "nodeagent_resource_slice_writes", "Writes of ResourceSlices since the agent started.", registry=REGISTRY
 )
 GENERATION = Gauge("nodeagent_inventory_generation", "How often the machine was seen to change.", registry=REGISTRY)
 WARNINGS = Gauge("nodeagent_inventory_warnings", "Files of the machine that cannot be read.", registry=REGISTRY)
@@ -65,6 +80,13 @@ def counted_allocation(resource: str) -> Iterator[None]:
     finally:
         ALLOCATIONS.labels(resource, outcome).inc()
         ALLOCATE_SECONDS.labels(resource).observe(time.perf_counter() - began)
+
+
+def count_prepared(errors: int, good: int, took_s: float) -> None:
+    """Count one call that prepared claims."""
+    PREPARES.labels("prepared").inc(good)
+    PREPARES.labels("failed").inc(errors)
+    PREPARE_SECONDS.observe(took_s)
 
 
 def render() -> bytes:

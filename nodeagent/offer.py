@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from nodeagent.config import CdiConfig, Config, ResourceConfig
@@ -17,7 +17,7 @@ from nodeagent.host import kinds
 from nodeagent.host.kinds import CharSelector, UsbSelector
 from nodeagent.host.scan import Selectors
 
-CPU, HUGEPAGES = "cpu", "hugepages"
+CPU, HUGEPAGES, MEMORY = "cpu", "hugepages", "memory"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +36,40 @@ class Offer:
     def edits(self, inventory: Inventory, grant: Grant) -> ContainerEdits:
         """What the container of a grant gets."""
         devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
-        own = kinds.edits(self.family, devices) if self.family is not None and devices else ContainerEdits()
-        nodes = own.device_nodes if self.config.device_nodes else ()
+        own = self._edits(devices, devices)
+        return replace(
+            own, env=MappingProxyType({**own.env, **_environment(inventory, grant, self), **self.config.env})
+        )
+
+    def device_edits(self, device: Device, beside: Sequence[Device]) -> ContainerEdits:
+        """What the container of a claim's device gets. beside: all of its kind that go with it, itself among them."""
+        own = self._edits([device], beside)
+        return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
+
+    def _edits(self, devices: Sequence[Device], beside: Sequence[Device]) -> ContainerEdits:
+        own = kinds.edits(self.family, devices, beside) if self.family is not None and devices else ContainerEdits()
         return ContainerEdits(
-            env=MappingProxyType({**own.env, **_environment(inventory, grant, self), **self.config.env}),
-            device_nodes=nodes,
+            env=own.env,
+            device_nodes=own.device_nodes if self.config.device_nodes else (),
             mounts=(*own.mounts, *_mounts(self.config)),
             annotations=own.annotations,
             cdi_devices=(*own.cdi_devices, *_cdi_names(self.config, devices)),
         )
 
+    @property
+    def by_device_plugin(self) -> bool:
+        return self.config.serve != "dra"
+
+    @property
+    def by_dra(self) -> bool:
+        return self.config.serve != "device-plugin"
+
 
 def offers(config: Config, families: Sequence[kinds.Kind]) -> tuple[Offer, ...]:
-    """The offers of a configuration; ConfigError where one names an unknown kind or option."""
+    """The offers of a configuration, for either API; ConfigError where one names an unknown kind or option. Memory is
+    none: it has no ids."""
     known = {family.name: family for family in families}
-    return tuple(_offer(config, one, known) for one in config.served)
+    return tuple(_offer(config, one, known) for one in config.served if one.kind != MEMORY)
 
 
 def selectors(config: Config) -> Selectors:
@@ -89,7 +108,7 @@ def _offer(config: Config, one: ResourceConfig, known: Mapping[str, kinds.Kind])
 
 
 def _names(known: Iterable[str]) -> str:
-    return ", ".join(sorted({CPU, HUGEPAGES, *known}))
+    return ", ".join(sorted({CPU, HUGEPAGES, MEMORY, *known}))
 
 
 def _environment(inventory: Inventory, grant: Grant, offer: Offer) -> dict[str, str]:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 import structlog
 
-from nodeagent.agent import Agent, Served, Settings
+from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.core.machine import machine_of
@@ -27,6 +27,7 @@ from nodeagent.kube.registration import Pace, Registrar, Registration
 from nodeagent.kube.waiting import Revision
 from nodeagent.offer import CPU, Offer, offers
 from nodeagent.parts import end, kept
+from nodeagent.served import Served
 
 PLUGINS = "device-plugins"
 """Below kubelet's folder."""
@@ -99,14 +100,18 @@ class Serving:
 
     def _admissible(self, config: Config) -> Iterable[Offer]:
         """The configured offers without those that would collide with kubelet's own managers."""
-        found = offers(config, self._families)
-        why = _managed_elsewhere(self._kubelet_dir, self._agent.inventory, self._agent.settings.reserved)
+        found = [one for one in offers(config, self._families) if one.by_device_plugin]
+        why = self.cpus_managed_elsewhere()
         refused = {one.name: why for one in found if why and one.resource.kind == CPU}
         if refused != self.refused:
             for name, reason in refused.items():
                 log.warning("resource-refused", resource=name, reason=reason)
         self.refused = MappingProxyType(refused)
         return [one for one in found if one.name not in refused]
+
+    def cpus_managed_elsewhere(self) -> str:
+        """Why CPUs cannot be served beside kubelet's own CPU manager; "" where they can."""
+        return _managed_elsewhere(self._kubelet_dir, self._agent.inventory, self._agent.settings.reserved)
 
     # ---------------------------------------------------------------- what kubelet makes of it
 
@@ -140,7 +145,8 @@ def _standing(one: Registration) -> str:
 def check(config: Config, families: Sequence[kinds.Kind], kubelet_dir: Path) -> None:
     """ConfigError where what is configured cannot be served anywhere."""
     for offer in offers(config, families):
-        socket_path(kubelet_dir / PLUGINS, offer.name)
+        if offer.by_device_plugin:
+            socket_path(kubelet_dir / PLUGINS, offer.name)
 
 
 # ---------------------------------------------------------------- beside kubelet

@@ -39,6 +39,10 @@ class Watched(Protocol):
 
     def offers(self) -> Sequence[Offer]: ...
     def registrations(self) -> Sequence[Registration]: ...
+    def dra_document(self) -> dict[str, Any]:
+        """How the DRA side stands; {}: nothing is served through it."""
+        ...
+
     def not_ready(self) -> Sequence[str]:
         """Why the agent is not ready, one sentence each; none: it is."""
         ...
@@ -102,6 +106,7 @@ class Status:
             },
             "kinds": [{"kind": k.kind, "state": k.state, "reason": k.reason} for k in agent.inventory.kinds],
             "refused": dict(self._watched.refused),
+            "dra": self._watched.dra_document(),
             "resources": [self._resource(offer) for offer in self._watched.offers()],
             "grants": len(agent.ledger.grants),
             "listed_at": agent.listed_at,
@@ -168,11 +173,22 @@ class Status:
             metrics.REGISTERED.labels(one["name"]).set(one["registered"])
         for grant in agent.ledger.grants.values():
             holder = grant.holder
-            metrics.HOLDER.labels(holder.resource, holder.namespace, holder.pod, holder.container).set(1)
+            names = holder.namespace, holder.pod, holder.container, holder.claim
+            metrics.HOLDER.labels(holder.resource, *names).set(1)
+        self._dra_metrics()
         metrics.GENERATION.set(agent.inventory.generation)
         metrics.WARNINGS.set(len(agent.inventory.warnings))
         metrics.READY.set(not self._watched.not_ready())
         return Answer(200, metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _dra_metrics(self) -> None:
+        dra = self._watched.dra_document()
+        metrics.DRA_REGISTERED.set(dra.get("registered", False))
+        metrics.DRA_CLAIMS.set(dra.get("claims", 0))
+        metrics.SLICES.clear()
+        for pool in dra.get("slices", {}).get("pools", ()):
+            metrics.SLICES.labels(pool["name"], pool["state"]).set(pool["slices"])
+        metrics.SLICE_WRITES.set(dra.get("slices", {}).get("writes", 0))
 
     async def _release(self, grant_id: str) -> Answer:
         gone = await self._watched.agent.release([grant_id], new_op())
@@ -191,10 +207,13 @@ def grant_document(grant: Grant) -> dict[str, Any]:
     """One grant in plain types."""
     return {
         "id": grant.id,
+        "api": grant.holder.api,
         "resource": grant.holder.resource,
         "namespace": grant.holder.namespace,
         "pod": grant.holder.pod,
         "container": grant.holder.container,
+        "claim": grant.holder.claim,
+        "uid": grant.holder.uid,
         "confirmed": grant.confirmed,
         "ids": list(grant.ids),
         "cpus": str(grant.cpus),

@@ -3,34 +3,33 @@
 Promises: what `save` returned from is there after kill -9 and after a power cut (WAL, synchronous=FULL); a save that
 fails changes nothing; a file that is damaged, or written by a newer build, is moved aside and named, never deleted and
 never the end of the agent; a file that is removed while it is open is put back before the next decision, and one that
-is damaged while it is open is begun anew with all that is held. One process at a time: the folder is locked, and a
-second one waits.
+is damaged while it is open is begun anew with all that is held. Two processes may have it open, as during a rolling
+upgrade: each decides in its turn, under a lock, and hears first what the other has decided.
 Every call blocks; `Store` is used from one thread at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import sqlite3
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import msgspec
-
-from nodeagent.core.cpuset import CpuSet
+from nodeagent import storedgrant
 from nodeagent.core.ledger import ADOPTED, RELEASED, Change
-from nodeagent.core.model import Grant, Holder, Pages
-from nodeagent.errors import InputError, StateError
+from nodeagent.core.model import Grant
+from nodeagent.errors import StateError
+from nodeagent.locks import FileLock
 
 NEWEST = 1
 """The layout this build writes; it reads 1 to NEWEST."""
 FILE, LOCK = "ledger.db", "ledger.lock"
 BUSY_TIMEOUT_MS = 2000
+TURN_S, TURN_POLL_S = 20.0, 0.005
+"""How long another process may take for its turn, and how often it is looked whether it is over."""
 
 _LAYOUT_1 = """
 CREATE TABLE grants (
@@ -66,31 +65,83 @@ class Store:
         """Open or create the ledger in a folder. StateError where the folder cannot be used or is in use."""
         self.path = folder / FILE
         self.note = ""
-        self._lock = _locked(folder)
+        self._lock = FileLock(folder / LOCK)
         try:
-            self._db = self._open()
+            with self._turn():
+                self._db = self._open()
+                self._seq, self._version = _last_seq(self._db), _version(self._db)
         except BaseException:
-            os.close(self._lock)
+            self._lock.close()
             raise
         self._files = self._identities()
         self._folder: tuple[int, ...] | None = None
 
     def close(self) -> None:
-        """Close the file and let the next process in."""
+        """Close the file."""
         self._db.close()
-        os.close(self._lock)
+        self._lock.close()
 
     def load(self) -> tuple[Grant, ...]:
         """All grants in order of id; StateError where one cannot be read."""
         with self._said("load"):
             return tuple(_grants(self._db, str(self.path)))
 
+    # ---------------------------------------------------------------- turns
+
+    def try_begin(self) -> bool:
+        """Begin a turn unless another process is in one: until `end` no other process changes anything."""
+        return self._lock.try_take()
+
+    def begin(self) -> None:
+        """Begin a turn; StateError where another process does not end its own within TURN_S."""
+        until = time.monotonic() + TURN_S
+        while not self._lock.try_take():
+            if time.monotonic() > until:
+                raise StateError(f"cannot lock {self._lock.path}: another nodeagent has had it for {TURN_S:g} s")
+            time.sleep(TURN_POLL_S)
+
+    def end(self) -> None:
+        """End the turn."""
+        self._lock.release()
+
+    def news(self, held: Iterable[Grant]) -> tuple[Grant, ...] | None:
+        """All grants, where another process changed any since the last look; None: none did. In a turn. held: every
+        grant that this process knows, for a file that turns out to be damaged."""
+        with self._said("load"):
+            self._put_back()
+            try:
+                version = _version(self._db)
+                if version == self._version:
+                    return None
+                grants = tuple(_grants(self._db, str(self.path)))
+            except (sqlite3.DatabaseError, StateError) as error:
+                if isinstance(error, sqlite3.Error) and not _damaged(error):
+                    raise
+                self._begin_anew(str(error), held, time.time())
+                return None
+            self._version, self._seq = version, _last_seq(self._db)
+            return grants
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """A turn of its own, unless one has begun."""
+        if self._lock.held:
+            yield
+            return
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    # ---------------------------------------------------------------- changes
+
     def save(self, changes: Sequence[Change], *, op: str, at: float, held: Iterable[Grant] = ()) -> None:
         """Make changes durable, all or none. StateError: nothing was changed.
 
         at: seconds since the epoch. held: every grant before the changes, for a file that turns out to be damaged.
         """
-        with self._said("save"):
+        with self._turn(), self._said("save"):
             self._put_back()
             try:
                 self._write(changes, op, at)
@@ -102,7 +153,7 @@ class Store:
 
     def prune(self, before: float) -> int:
         """Forget audit lines older than a moment (seconds since the epoch); how many."""
-        with self._said("prune"):
+        with self._turn(), self._said("prune"):
             self._put_back()
             return self._db.execute("DELETE FROM audit WHERE at < ?", (before,)).rowcount
 
@@ -115,11 +166,34 @@ class Store:
         if folder is not None and folder == self._folder:
             return
         if self._identities() != self._files:
-            self._write_again()
+            newer = self._newer()
+            if newer is None:
+                self._write_again()
+            else:
+                self._take(newer)
         self._folder = folder
 
+    def _newer(self) -> sqlite3.Connection | None:
+        """What lies at the path now, where another process put it there and has decided more since."""
+        # Beside journals of the file that is open, another process would not have put one.
+        if not self.path.is_file() or set(self._identities()) & set(self._files):
+            return None
+        try:
+            db = self._connect()
+        except (sqlite3.Error, StateError):
+            return None
+        if _last_seq(db) > self._seq:
+            return db
+        db.close()
+        return None
+
+    def _take(self, db: sqlite3.Connection) -> None:
+        """Go on with another file."""
+        old, self._db = self._db, db
+        self._files, self._version = self._identities(), -1
+        old.close()
+
     def _write_again(self) -> None:
-        self._hold_lock()
         # Also a journal alone has to go: it is not one of the fresh file.
         aside = f"; what lay there is now {self._move_aside()}" if any(self._identities()) else ""
         fresh = self._connect()
@@ -128,9 +202,8 @@ class Store:
         except BaseException:
             fresh.close()
             raise
-        old, self._db = self._db, fresh
-        self._files = self._identities()
-        old.close()
+        self._take(fresh)
+        self._version = _version(fresh)
         self.note = f"{self.path} was removed or replaced while it was in use: it was written again{aside}"
 
     def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
@@ -139,15 +212,8 @@ class Store:
         aside = self._move_aside()
         self._db = self._open()
         self._write([Change(action=ADOPTED, grant=grant) for grant in held], "ledger-begun-anew", at)
-        self._files = self._identities()
+        self._files, self._version = self._identities(), _version(self._db)
         self.note = f"cannot use {self.path}: {why}; moved to {aside}, begun anew with all that is held"
-
-    def _hold_lock(self) -> None:
-        """Hold the lock that others see."""
-        if _identity(self.path.with_name(LOCK)) != _identity(self._lock):
-            lock = _locked(self.path.parent)
-            os.close(self._lock)
-            self._lock = lock
 
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
         """Which files lie at the ledger's paths; all of them are there while it is open."""
@@ -160,13 +226,16 @@ class Store:
     def _write(self, changes: Iterable[Change], op: str, at: float) -> None:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            for change in changes:
-                body = _grant_out(change.grant)
+            # A file begun anew goes on counting: of two files the one that counted further knows more.
+            last = max(self._seq, _last_seq(self._db))
+            for last, change in enumerate(changes, last + 1):  # noqa: B020 - the last number given stays
+                body = storedgrant.write(change.grant)
                 self._apply(change, body)
                 self._db.execute(
-                    "INSERT INTO audit (at, action, op, grant_id, holder, body) VALUES (?, ?, ?, ?, ?, ?)",
-                    (at, change.action, op, change.grant.id, str(change.grant.holder), body),
+                    "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)",
+                    (last, at, change.action, op, change.grant.id, str(change.grant.holder), body),
                 )
+        self._seq = last
 
     def _apply(self, change: Change, body: str) -> None:
         grant = change.grant
@@ -255,7 +324,7 @@ def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
     for one, body, crc32 in db.execute("SELECT id, body, body_crc32 FROM grants ORDER BY id"):
         if zlib.crc32(body.encode()) != crc32:
             raise StateError(f"cannot read {source}, grant {one}: its checksum is wrong")
-        grant = _grant_in(body, f"{source}, grant {one}")
+        grant = storedgrant.read(body, f"{source}, grant {one}")
         if grant.id != one:
             raise StateError(f"cannot read {source}, grant {one}: it says that it is {grant.id}")
         yield grant
@@ -275,20 +344,16 @@ def _damaged(error: Exception) -> bool:
     return code in _DAMAGE or code & 0xFF in _DAMAGE
 
 
-def _locked(folder: Path) -> int:
-    """The folder's lock, held; StateError where another process has it or the folder cannot be used."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StateError(f"cannot use state folder {folder}: {error.strerror}") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        why = "another nodeagent uses it" if isinstance(error, BlockingIOError) else error.strerror
-        raise StateError(f"cannot lock {folder / LOCK}: {why}") from None
-    return handle
+def _last_seq(db: sqlite3.Connection) -> int:
+    """The number of the newest line of the audit; 0: there is none."""
+    found: int = db.execute("SELECT coalesce(max(seq), 0) FROM audit").fetchone()[0]
+    return found
+
+
+def _version(db: sqlite3.Connection) -> int:
+    """Another number whenever another process has changed the file (sqlite.org/pragma.html#pragma_data_version)."""
+    found: int = db.execute("PRAGMA data_version").fetchone()[0]
+    return found
 
 
 def _identity(file: Path | int) -> tuple[int, int] | None:
@@ -315,83 +380,3 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-# ---------------------------------------------------------------- grants as JSON
-
-
-class _Pages(msgspec.Struct):
-    node: int
-    page_bytes: int
-    pages: int
-
-
-class _Body(msgspec.Struct, omit_defaults=True):
-    """A grant as it lies in the file."""
-
-    id: str
-    api: str
-    resource: str = ""
-    namespace: str = ""
-    pod: str = ""
-    container: str = ""
-    uid: str = ""
-    ids: list[str] = []
-    cpus: str = ""
-    hugepages: list[_Pages] = []
-    memory: list[tuple[int, int]] = []
-    devices: list[str] = []
-    shares: list[str] = []
-    granted_at: float = 0.0
-    confirmed: bool = False
-    boot_id: str = ""
-
-
-def _grant_out(grant: Grant) -> str:
-    body = _Body(
-        id=grant.id,
-        api=grant.holder.api,
-        resource=grant.holder.resource,
-        namespace=grant.holder.namespace,
-        pod=grant.holder.pod,
-        container=grant.holder.container,
-        uid=grant.holder.uid,
-        ids=list(grant.ids),
-        cpus=str(grant.cpus),
-        hugepages=[_Pages(one.node, one.page_bytes, one.pages) for one in grant.hugepages],
-        memory=list(grant.memory),
-        devices=list(grant.devices),
-        shares=list(grant.shares),
-        granted_at=grant.granted_at,
-        confirmed=grant.confirmed,
-        boot_id=grant.boot_id,
-    )
-    return msgspec.json.encode(body).decode()
-
-
-def _grant_in(body: Any, source: str) -> Grant:
-    try:
-        found = msgspec.json.decode(body, type=_Body)
-        cpus = CpuSet.parse(found.cpus)
-    except (msgspec.MsgspecError, InputError, TypeError) as error:
-        raise StateError(f"cannot read {source}: {error}") from None
-    return Grant(
-        id=found.id,
-        holder=Holder(
-            api=found.api,
-            resource=found.resource,
-            namespace=found.namespace,
-            pod=found.pod,
-            container=found.container,
-            uid=found.uid,
-        ),
-        ids=tuple(found.ids),
-        cpus=cpus,
-        hugepages=tuple(Pages(node=p.node, page_bytes=p.page_bytes, pages=p.pages) for p in found.hugepages),
-        memory=tuple(found.memory),
-        devices=tuple(found.devices),
-        shares=tuple(found.shares),
-        granted_at=found.granted_at,
-        confirmed=found.confirmed,
-        boot_id=found.boot_id,
-    )

@@ -558,11 +558,11 @@ async def test_an_admin_releases_by_id(folder: Path) -> None:
 async def test_a_claims_grant_is_not_kubelets_lists_to_release(folder: Path) -> None:
     """It is given back by its own protocol."""
     with contextlib.closing(Store(folder)) as store:
-        claim = Grant(id="c", holder=Holder(api=CLAIM, uid="u"), cpus=CpuSet([3]))
+        claim = Grant(id="c", holder=Holder(api=CLAIM, namespace="ns", claim="c", uid="u"), cpus=CpuSet([3]))
         store.save([Change(action=GRANTED, grant=claim)], op="op", at=1)
     async with node(folder) as one:
         await one.reconcile(after_s=20)
-        with pytest.raises(Refused, match="3 held by u"):
+        with pytest.raises(Refused, match="3 held by claim ns/c"):
             await one.allocate(CPU, "cpu3")
 
 

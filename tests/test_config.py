@@ -66,9 +66,11 @@ log: {level: debug, format: json}
 status: {group: adm}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9}
+dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 resources:
 - name: vf
   kind: nic
+  serve: dra
   match: {sriov: vf, driver: "ia*"}
   replicas: 2
   deviceNodes: false
@@ -78,7 +80,7 @@ resources:
 - {name: port, kind: char, paths: [/dev/ttyUSB*]}
 - {name: cam, kind: usb, usb: [{vendor: 046D, product: 082d, serial: X}]}
 - {name: page, kind: hugepages, pageSize: 2Mi, pagesPerBlock: 64}
-- {name: cpu, kind: cpu, options: [full-pcpus-only], numa: single}
+- {name: cpu, kind: cpu, options: [full-pcpus-only], numa: single, serve: both, grouping: l3}
 """
     found = parse(text, source="here.yaml")
     silent = parse("resources: [{name: x, kind: x}]", source="here.yaml")
@@ -86,6 +88,7 @@ resources:
     assert unsaid == ["apiVersion", "kind"]
     assert found.served[0].cdi == config_of.CdiConfig(kind="vendor.com/net", name="pci_address")
     assert found.served[3].pages_per_block == 64
+    assert [one.name for one in found.served_by_dra] == ["vf", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +100,15 @@ resources:
         (resource(kind="gpu", cdi={"kind": "a/b", "nam": "x"}), ["$.resources[0].cdi.nam", "did you mean name?"]),
         (resource(kind="usb", usb=[{"vendr": "1234"}]), ["$.resources[0].usb[0].vendr", "vendor?"]),
         ("kubelet_dir: /x", ["$.kubelet_dir", "kubeletDir"]),
+        ("dra: {nodename: x}", ["$.dra.nodename", "did you mean nodeName?"]),
+        ("dra: {driver: x}", ["$.dra.driver", "'x'"]),
+        (resource(kind="memory"), ["$.resources[0].serve", "'dra'"]),
+        (resource(kind="Memory", serve="dra"), ["kind 'Memory'", "cannot name a pool"]),
+        (resource(kind="gpu", grouping="l3"), ["$.resources[0].grouping", "only for cpu"]),
+        (
+            "resources: [{name: a, kind: cpu, serve: dra}, {name: b, kind: cpu, serve: both}]",
+            ["kind cpu", "served through DRA 2 times"],
+        ),
         ("zzz: 1", ["$.zzz", "expected one of apiVersion, auditDays"]),
         ("1: 2", ["$.1", "expected one of"]),
         ("null: 2", ["$.None", "expected one of"]),

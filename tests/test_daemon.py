@@ -443,8 +443,8 @@ async def test_a_second_agent_waits_and_takes_over(folder: Path, tree: DeviceTre
         await kubelet.admit_pod("default", "a", {"main": {CPU: 2}})
         before = essence(await named(agent, 1))
         async with running(folder, root=tree.root, resources=BOTH, **QUICK) as second:
-            said = await second.said("cannot-start-yet")
-            assert "another nodeagent uses it" in said["error"]
+            said = await second.said("another-agent-leads")
+            assert said["lock"] == str(folder / "state" / "leader.lock")
             assert await agent.stop() == 0
             await kubelet.wait_allocatable(CPU, 0)
             await shown(kubelet)
@@ -455,7 +455,7 @@ async def test_a_second_agent_waits_and_takes_over(folder: Path, tree: DeviceTre
 async def test_an_agent_that_waits_for_another_ends_when_told(folder: Path, tree: DeviceTree) -> None:
     async with registered(folder, tree) as (_, _):  # noqa: SIM117 - the second one begins when the first is shown
         async with running(folder, root=tree.root, resources=BOTH, **QUICK) as second:
-            await second.said("cannot-start-yet")
+            await second.said("another-agent-leads")
             second.signal(signal.SIGHUP)
             assert await second.stop() == 0
 

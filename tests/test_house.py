@@ -15,26 +15,42 @@ import nodeagent
 
 PACKAGE = Path(nodeagent.__file__).parent
 CHECKOUT = PACKAGE.parent
-LEAVES = {"errors", "version", "config", "log", "metrics", "notify", "http"}
+LEAVES = {"errors", "version", "config", "log", "metrics", "notify", "http", "locks"}
 ROOMS = ("host", "kube", "nri", "store")
 LEVELS = ("_fastpath", "core", "rooms", "agent", "status", "daemon", "cli")
-"""Each may import those before it. `offer` belongs to the agent, `following` to the daemon."""
+"""Each may import those before it. `offer`, `catalog` and `handover` belong to the agent, `claims` and what serves and
+follows to the daemon."""
 LEVEL_OF = {
     "_fastpath": 0,
     "core": 1,
     **dict.fromkeys(ROOMS, 2),
     "pb": 2,
+    "storedgrant": 2,
     "offer": 3,
+    "catalog": 3,
+    "handover": 3,
     "agent": 3,
     "status": 4,
     "parts": 5,
+    "lazyapi": 5,
+    "served": 5,
     "serving": 5,
+    "claims": 5,
+    "claimcare": 5,
+    "draserving": 5,
+    "places": 5,
     "following": 5,
     "daemon": 5,
     "cli": 6,
     "__main__": 7,
 }
-LEAF_IMPORTS = {"config": {"errors"}, "metrics": {"errors", "version"}, "http": {"errors"}, "log": set()}
+LEAF_IMPORTS = {
+    "config": {"errors"},
+    "metrics": {"errors", "version"},
+    "http": {"errors"},
+    "locks": {"errors"},
+    "log": set(),
+}
 
 in_checkout = pytest.mark.skipif(
     not (CHECKOUT / "pyproject.toml").exists(), reason="these look at the checkout; an installed package has none"

@@ -202,7 +202,7 @@ async def test_a_resource_whose_socket_cannot_be_bound_blocks_no_other(folder: P
         async with running(Registrar(resources, kubelet.plugins_folder, pace=QUICK)) as registrar:
             await kubelet.wait_allocatable(CPU, 4)
             state = registrar.registrations()[0]
-            assert (state.state, state.reason) == (FAILED, f"cannot serve {obstacle}: Address already in use")
+            assert (state.state, state.reason) == (FAILED, f"cannot serve {obstacle}: Is a directory")
             obstacle.rmdir()
             await kubelet.wait_allocatable(GPU, 2)
 

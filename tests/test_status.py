@@ -83,7 +83,7 @@ async def test_the_metrics_can_be_parsed_and_say_the_same(folder: Path, tmp_path
         assert value("held", resource=CPU) == 2
         assert value("allocations_total", resource=CPU, outcome="granted") == 1
         assert value("allocate_seconds_count", resource=CPU) == 1
-        assert value("holder", resource=CHAR, namespace="shop", pod="till", container="main") == 1
+        assert value("holder", resource=CHAR, namespace="shop", pod="till", container="main", claim="") == 1
         await kubelet.delete_pod("shop", "till")
         await agent.until("/v1/grants", lambda grants: grants == [])
         _, text = await agent.ask("/metrics")

@@ -276,13 +276,57 @@ def test_a_migration_that_was_cut_off_is_begun_again(folder: Path, monkeypatch: 
 # Who else is there
 
 
-def test_a_second_agent_is_kept_out_until_the_first_ends(folder: Path) -> None:
-    """Told in one line what is in the way."""
-    first = Store(folder)
-    with pytest.raises(StateError, match=rf"cannot lock {folder / LOCK}: another nodeagent uses it"):
-        Store(folder)
-    first.close()
-    Store(folder).close()
+def test_two_agents_hear_of_each_others_decisions(folder: Path) -> None:
+    """As during a rolling upgrade: each begins its turn with the news."""
+    with contextlib.closing(Store(folder)) as old, contextlib.closing(Store(folder)) as new:
+        assert old.news([]) is None
+        old.save(granted(1), op="op", at=1)
+        assert old.news(map(grant_of, (1,))) is None
+        assert new.news([]) == (grant_of(1),)
+        assert new.news(map(grant_of, (1,))) is None
+        new.save(granted(2), op="op", at=2)
+        assert old.news(map(grant_of, (1,))) == (grant_of(1), grant_of(2))
+
+
+def test_only_one_agent_has_the_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other one waits, and says so where it has to wait for too long."""
+    monkeypatch.setattr(store_of, "TURN_S", 0.05)
+    with contextlib.closing(Store(folder)) as one, contextlib.closing(Store(folder)) as other:
+        assert one.try_begin()
+        assert not other.try_begin()
+        with pytest.raises(StateError, match=rf"cannot lock {folder / LOCK}: another nodeagent has had it"):
+            other.save(granted(1), op="op", at=1)
+        one.end()
+        other.save(granted(1), op="op", at=1)
+
+
+@pytest.mark.parametrize("first", ["old", "new"])
+def test_two_agents_agree_after_the_file_was_lost(folder: Path, first: str) -> None:
+    """Whoever decides next puts it back, and the other one goes on with that."""
+    with contextlib.closing(Store(folder)) as old, contextlib.closing(Store(folder)) as new:
+        old.save(granted(1), op="op", at=1)
+        assert new.news([]) == (grant_of(1),)
+        (folder / FILE).unlink()
+        one, other = (old, new) if first == "old" else (new, old)
+        one.save(granted(2), op="op", at=2)
+        assert other.news(map(grant_of, (1,))) == (grant_of(1), grant_of(2))
+        other.save(granted(3), op="op", at=3)
+        assert one.news(map(grant_of, (1, 2))) == tuple(map(grant_of, (1, 2, 3)))
+    assert reopened(folder) == ("", tuple(map(grant_of, (1, 2, 3))))
+
+
+def test_two_agents_agree_after_the_file_was_damaged(folder: Path) -> None:
+    """One begins it anew with all that is held, and the other one goes on with that."""
+    with contextlib.closing(Store(folder)) as old, contextlib.closing(Store(folder)) as new:
+        old.save(granted(1), op="op", at=1)
+        assert new.news([]) == (grant_of(1),)
+        with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
+            db.execute("DROP TABLE grants")
+        assert new.news([grant_of(1)]) is None
+        new.save(granted(2), op="op", at=2, held=[grant_of(1)])
+        assert "begun anew" in new.note
+        assert old.news([grant_of(1)]) == (grant_of(1), grant_of(2))
+        assert old.note == ""
 
 
 def test_a_transaction_of_an_admin_makes_a_save_fail_and_the_next_one_good(
@@ -397,7 +441,7 @@ def test_a_read_only_disk_is_said(folder: Path) -> None:
 
 @pytest.mark.parametrize("lost", ["folder", "file", "journal", "index", "replaced"])
 def test_a_file_that_is_lost_while_open_is_put_back_with_the_next_save(lost: str, folder: Path) -> None:
-    """With every grant and the audit; another agent is kept out as before."""
+    """With every grant and the audit."""
     state = folder / "state"
     with contextlib.closing(Store(state)) as store:
         store.save(granted(1), op="op", at=1)
@@ -409,8 +453,6 @@ def test_a_file_that_is_lost_while_open_is_put_back_with_the_next_save(lost: str
             write_garbage(state / FILE)
         store.save(granted(2), op="op", at=2)
         assert f"{state / FILE} was removed or replaced" in store.note
-        with pytest.raises(StateError, match="another nodeagent uses it"):
-            Store(state)
         # What is there now is what a process that starts after kill -9 finds.
         after = folder / "after"
         after.mkdir()

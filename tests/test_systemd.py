@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent.config import Config
+
 UNIT = Path(__file__).resolve().parent.parent / "systemd" / "nodeagent.service"
+DROP_IN = UNIT.with_name("nodeagent-dra.conf")
 WORST_EXPOSURE = 2.5
 """Of 10; docs/operations.md states the score."""
 
@@ -34,6 +37,21 @@ def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
     command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_dra(tmp_path: Path) -> None:
+    """And takes it: the families are added, the folders too, and the network is open."""
+    (tmp_path / f"{UNIT.name}.d").mkdir()
+    shutil.copy(DROP_IN, tmp_path / f"{UNIT.name}.d" / DROP_IN.name)
+    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    lines = DROP_IN.read_text().splitlines()
+    assert "IPAddressDeny=" in lines and "RestrictAddressFamilies=AF_INET AF_INET6" in lines
+    (writable,) = [line for line in lines if line.startswith("ReadWritePaths=")]
+    folders = ("/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", Config().dra.cdi_dir)
+    assert set(writable.removeprefix("ReadWritePaths=").replace("-/", "/").split()) == set(folders)
 
 
 @needs_systemd

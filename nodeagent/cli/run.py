@@ -21,10 +21,11 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from nodeagent import config as config_of
     from nodeagent import daemon, log
+    from nodeagent.places import places
 
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     config = config_of.load(path) if path is not None else config_of.Config()
     log.configure(config.log.level, config.log.format)
-    where = daemon.places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir)
+    where = places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir)
     asyncio.run(daemon.run(config, where))
     return 0

@@ -27,6 +27,7 @@ def _print(status: Any) -> None:
         ("configuration", [status["config_error"]] if status["config_error"] else []),
         ("conflict", status["conflicts"]),
         ("note", status["notes"]),
+        ("dra", _dra(status["dra"]) if status["dra"] else []),
         ("warning", machine["warnings"]),
         ("kind", [f"{k['kind']} {k['state']}: {k['reason']}" for k in status["kinds"] if k["state"] == "degraded"]),
     ):
@@ -47,3 +48,19 @@ def _print(status: Any) -> None:
             for r in status["resources"]
         ],
     )
+
+
+def _dra(dra: Any) -> list[str]:
+    """The DRA side in a few lines."""
+    state = "registered" if dra["registered"] else f"NOT registered: {dra['reason'] or dra['registration']}"
+    lines = [f"{dra['driver']} on node {dra['node']}: {state}, {dra['claims']} claims"]
+    slices = dra["slices"]
+    if slices:
+        lines += [
+            f"pool {one['name']}: {one['state']}, {one['devices']} devices in {one['slices']} slices"
+            + (f"; {one['reason']}" if one["reason"] else "")
+            for one in slices["pools"]
+        ]
+        lines += [f"the API server does not keep {name}" for name in slices["lost"]]
+        lines += [f"left out: {why}" for why in slices["broken"]]
+    return lines

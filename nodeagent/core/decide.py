@@ -13,7 +13,7 @@ from itertools import chain
 
 from nodeagent.core import ledger as ledger_of
 from nodeagent.core.cpuset import union
-from nodeagent.core.devices import relatives, without
+from nodeagent.core.devices import DeviceResource, refuse_missing_shares, relatives, shares_of, without
 from nodeagent.core.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
 from nodeagent.core.model import DEVICE_PLUGIN, Grant, Holder, Inventory
 from nodeagent.core.stock import grantable
@@ -124,7 +124,10 @@ def _one_more(
         ledger, change = _give_way(inventory, ledger, resource, held, ids)
         changes.append(change)
     refuse_relatives(inventory, ledger, grant)
-    _refuse_missing_pages(inventory, ledger, grant)
+    refuse_missing_pages(inventory, ledger, grant)
+    if isinstance(resource, DeviceResource):
+        for device in grant.shares:
+            refuse_missing_shares(ledger, grant, device, resource.replicas, shares_of(grant, device))
     ledger = ledger_of.grant(ledger, grant)
     changes.append(Change(action=GRANTED, grant=grant))
     return Decision(ledger=ledger, changes=tuple(changes), grants=(*before.grants, grant))
@@ -165,7 +168,7 @@ def refuse_relatives(inventory: Inventory, ledger: Ledger, grant: Grant) -> None
             raise Refused(why, want=len(mine), free=0)
 
 
-def _refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
+def refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
     """Pages that the host has taken meanwhile are not promised."""
     for want in grant.hugepages:
         node = inventory.node_by_id[want.node]

@@ -8,19 +8,22 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from nodeagent.core.health import HEALTHY, Health
 from nodeagent.core.ledger import Ledger
-from nodeagent.core.model import Advertised, Device, Grant, Inventory, NodeId, Pages, Request
+from nodeagent.core.model import CLAIM, Advertised, Device, Grant, Inventory, NodeId, Pages, Request
 from nodeagent.core.placement import place
 from nodeagent.core.view import Near, Parts, refuse_unknown
 from nodeagent.errors import Refused
 
 HOST_USES = ("in_use", "default_route")
 """Attributes that say that the host itself uses a device."""
+SHARES = "shares"
+"""The capacity of a claim's device that is divided."""
 SHARE = "::"
 """Between a device's id and the number of a share of it."""
 LONGEST_ID = 63
@@ -43,26 +46,27 @@ class DeviceResource:
     def devices(self, inventory: Inventory) -> list[Device]:
         """The devices that this resource serves, in the inventory's order. What the host itself uses is served only
         where `match` speaks of that."""
-        return [
-            device
-            for device in inventory.devices
-            if device.kind == self.kind
+        return [device for device in inventory.devices if self.serves(device)]
+
+    def serves(self, device: Device) -> bool:
+        return (
+            device.kind == self.kind
             and self._matches(device)
             and not any(device.attributes.get(use) and use not in self.match for use in HOST_USES)
-        ]
+        )
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {one for (resource, one) in ledger.by_id if resource == self.name}
-        taken = self._taken(inventory, ledger)
+        taken, shares = self._taken(inventory, ledger), shares_by_device(ledger.grants.values())
         shown = [
             Advertised(
                 id=one,
-                healthy=_fit(device, health) and device.id not in taken,
+                healthy=_fit(device, health) and device.id not in taken and left,
                 numa_nodes=_device_node(device),
                 device=device.id,
             )
             for device in self.devices(inventory)
-            for one in self._ids(device)
+            for one, left in self._left(device, shares[device.id], held)
         ]
         known = {one.id for one in shown}
         return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
@@ -74,9 +78,10 @@ class DeviceResource:
         theirs: set[str] = set()
         for grant in ledger.grants.values():
             mine = grant.holder.resource == self.name
-            shares, whole = (ours, theirs) if self.replicas > 1 else (theirs, ours)
-            (shares if mine else theirs).update(grant.shares)
-            (whole if mine else theirs).update(grant.devices)
+            # Shares are alike: claims and containers may have some of the same device.
+            alike = mine or grant.holder.api == CLAIM
+            (ours if self.replicas > 1 and alike else theirs).update(grant.shares)
+            (ours if self.replicas == 1 and mine else theirs).update(grant.devices)
         return relatives(inventory, theirs) | (relatives(inventory, ours) - ours)
 
     def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
@@ -119,6 +124,14 @@ class DeviceResource:
             raise Refused(f"cannot prefer {size} shares: too few are available", want=size, free=len(chosen))
         return chosen
 
+    def _left(self, device: Device, shares: int, held: Container[str]) -> Iterator[tuple[str, bool]]:
+        """Each id of a device, and whether it can be had or is had. shares: how many are held of it, through both APIs;
+        as many of the free ids as claims hold are gone, the last ones first."""
+        spare = self.replicas - shares if self.replicas > 1 else 1
+        for one in self._ids(device):
+            spare -= one not in held
+            yield one, one in held or spare >= 0
+
     def _ids(self, device: Device) -> list[str]:
         if self.replicas == 1:
             return [device.id]
@@ -137,6 +150,33 @@ def _parts_first(inventory: Inventory, available: Iterable[str], must: Iterable[
     return frozenset(
         one for one in every - spoken_for if one in chosen or every.isdisjoint(inventory.parts_of.get(one, ()))
     )
+
+
+def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int, want: int) -> None:
+    """Refused where fewer than `want` of a device's shares are left beside other grants."""
+    others = [one for one in ledger.grants.values() if device in one.shares and one.id != grant.id]
+    free = max(0, shares - sum(shares_of(one, device) for one in others))
+    if want > free:
+        beside = f" beside {', '.join(dict.fromkeys(str(one.holder) for one in others))}" if others else ""
+        why = f"cannot grant {want} of {shares} shares of {device}: {free} are left{beside}"
+        raise Refused(why, want=want, free=free)
+
+
+def shares_by_device(grants: Iterable[Grant]) -> Counter[str]:
+    """How many shares some grants hold together of each device."""
+    held: Counter[str] = Counter()
+    for grant in grants:
+        for device in grant.shares:
+            held[device] += shares_of(grant, device)
+    return held
+
+
+def shares_of(grant: Grant, device: str) -> int:
+    """How many shares of a device a grant holds."""
+    if grant.result is not None:
+        return grant.result.consumed.get(SHARES, 1)
+    base = _share_base(device)
+    return sum(_owner(one) == base for one in grant.ids)
 
 
 def relatives(inventory: Inventory, ids: Iterable[str]) -> frozenset[str]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import NamedTuple
 
+from nodeagent.core.claim import Result
 from nodeagent.core.cpuset import EMPTY, CpuSet
 
 NodeId = int
@@ -207,11 +208,13 @@ class DeviceNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """A file or folder of the host for a container."""
+    """A file or folder of the host for a container; with a type, a file system of its own (CDI alone can say that)."""
 
     host_path: str
     container_path: str
     read_only: bool = True
+    type: str = ""
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -307,18 +310,24 @@ DEVICE_PLUGIN, CLAIM = "device-plugin", "claim"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who holds a grant. A device-plugin container is known by name only once kubelet lists it."""
+    """Who holds a grant: a ResourceClaim, or a container, known by name only once kubelet lists it."""
 
     api: str
     resource: str = ""
+    """The extended resource, or the device class KIND.DRIVER."""
     namespace: str = ""
     pod: str = ""
     container: str = ""
+    claim: str = ""
+    """Name of the claim."""
     uid: str = ""
+    """Of the claim."""
 
     def __str__(self) -> str:
+        if self.api == CLAIM:
+            return f"claim {self.namespace}/{self.claim}"
         where = "/".join(part for part in (self.namespace, self.pod, self.container) if part)
-        return where or self.uid or f"a container not yet listed ({self.resource})"
+        return where or f"a container not yet listed ({self.resource})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,9 +343,13 @@ class Grant:
     devices: tuple[str, ...] = ()
     """Devices held whole."""
     shares: tuple[str, ...] = ()
-    """Devices held by one share of several."""
+    """Devices held by some of several shares."""
     granted_at: float = 0.0
     """Seconds since the epoch."""
     confirmed: bool = False
     """Kubelet has listed the holder."""
     boot_id: str = ""
+    result: Result | None = None
+    """Of a claim: what the scheduler allocated, that this grant gives."""
+    settings: str = ""
+    """Of a claim: the configuration that applies (core/settings.py), as JSON."""

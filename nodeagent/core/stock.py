@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nodeagent.core.ledger import Ledger
-from nodeagent.core.model import HugepagePool, Inventory, NodeId, Pages, Request
+from nodeagent.core.model import HugepagePool, Inventory, NodeId, NumaNode, Pages, Request
 
 MEMORY = 0
 """The key of memory (in bytes) beside page sizes."""
@@ -34,8 +34,7 @@ class Stock:
                 if size in pools
             }
             if MEMORY in want:
-                pinned = sum(pool.page_bytes * pool.total_pages for pool in node.hugepages)
-                mine[MEMORY] = max(0, node.memory_bytes - pinned - ledger.memory_held.get(node.id, 0))
+                mine[MEMORY] = max(0, memory_left(node) - ledger.memory_held.get(node.id, 0))
             if any(mine.values()):
                 there[node.id] = mine
         return cls(want, there)
@@ -87,3 +86,8 @@ def grantable(pool: HugepagePool, ledger: Ledger) -> int:
     granted = ledger.pages_held.get((pool.node, pool.page_bytes), 0)
     used = pool.total_pages - pool.free_pages
     return max(0, pool.free_pages - pool.reserved_pages - max(0, granted - used))
+
+
+def memory_left(node: NumaNode) -> int:
+    """Bytes of a node that are not in hugepages."""
+    return max(0, node.memory_bytes - sum(pool.page_bytes * pool.total_pages for pool in node.hugepages))

@@ -197,7 +197,8 @@ class _Service(rpc.DevicePluginServicer):
             chosen = self.resource.prefer(list(request.available_deviceIDs), must, size)
             _check_choice(chosen, every, must, size)
         except Exception as error:
-            log.warning("no-preference", error=str(error), size=size, available=len(every), exc_info=error)
+            unforeseen = None if isinstance(error, NodeagentError) else error
+            log.warning("no-preference", error=str(error), size=size, available=len(every), exc_info=unforeseen)
             return every[:size]
         return chosen
 

@@ -36,6 +36,14 @@ class PodResources:
         answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
         return tuple(sorted(_holdings(answer), key=_names))
 
+    async def claims(self, timeout_s: float = 5.0) -> frozenset[tuple[str, str]]:
+        """(namespace, name) of every ResourceClaim that a container uses; PeerError."""
+        answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
+        containers = (container for pod in answer.pod_resources for container in pod.containers)
+        return frozenset(
+            (one.claim_namespace, one.claim_name) for container in containers for one in container.dynamic_resources
+        )
+
     async def allocatable(self, timeout_s: float = 5.0) -> Mapping[str, tuple[str, ...]]:
         """The ids that kubelet counts as allocatable, by resource, both in order; PeerError."""
         request = pb.AllocatableResourcesRequest()

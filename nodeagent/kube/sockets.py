@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -105,12 +104,14 @@ def _address(path: Path) -> str:
 
 
 def _make_free(path: Path) -> None:
-    """Remove a stale socket and bind once for trial: gRPC's own error does not carry the cause."""
+    """Remove a stale socket and bind once for trial: gRPC's own error does not carry the cause. The trial has a name
+    that kubelet passes over: it must not see a socket come and go."""
+    trial = path.with_name(f".{os.getpid()}")
     try:
-        if path.is_symlink() or (path.exists() and not stat.S_ISDIR(path.stat().st_mode)):
+        if path.is_symlink() or path.exists():
             path.unlink()
-        with socket.socket(socket.AF_UNIX) as trial:
-            trial.bind(str(path))
-        path.unlink()
+        with socket.socket(socket.AF_UNIX) as bound:
+            bound.bind(str(trial))
+        trial.unlink()
     except OSError as error:
         raise HostError(f"cannot serve {path}: {error.strerror or error}") from None

@@ -117,9 +117,11 @@ def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
     )
 
 
-def edits(kind: Kind, devices: Sequence[Device]) -> ContainerEdits:
-    """What a container needs for all these devices of one kind, in their order, each node once."""
-    parts = [kind.edits(device, devices) for device in devices]
+def edits(kind: Kind, devices: Sequence[Device], beside: Sequence[Device] | None = None) -> ContainerEdits:
+    """What a container needs for some devices of one kind, in their order, each node once. beside: all of the kind that
+    it gets; None: these."""
+    every = devices if beside is None else beside
+    parts = [kind.edits(device, every) for device in devices]
     return ContainerEdits(
         env=MappingProxyType({name: value for part in parts for name, value in part.env.items()}),
         device_nodes=tuple(dict.fromkeys(node for part in parts for node in part.device_nodes)),

@@ -1,0 +1,188 @@
+"""What happens to claims between kubelet's calls: files put back, status written, the forgotten released.
+
+Each loop runs until cancelled; nothing here keeps kubelet waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from nodeagent.agent import Agent
+from nodeagent.claims import Claims, claims_held
+from nodeagent.core.claim import Claim, ClaimRef
+from nodeagent.core.model import Grant, Inventory
+from nodeagent.errors import InputError, PeerError
+from nodeagent.kube import claims as wire
+from nodeagent.kube.waiting import FolderWatch
+from nodeagent.log import new_op
+from nodeagent.parts import first
+
+FOLDER_POLL_S = 30.0
+"""The safety net below the watches of folders."""
+SETTLE_S = 0.2
+"""How long news may go on before files are looked at."""
+LOOK_S, SECOND_LOOK_S = 3600.0, 60.0
+"""How often it is asked whether claims still are, and how long one must be gone before it is released."""
+MOST_WAITING = 1000
+"""Claims whose status is to be written."""
+NOT_ALLOWED_S = 600.0
+"""How long no status is written after the API server said that it may not be."""
+log = structlog.get_logger()
+
+
+async def keep_rendered(agent: Agent, claims: Claims, folder: Path) -> None:
+    """Render at the start, whenever the machine or a grant changed, and when somebody changed the CDI folder."""
+    with FolderWatch(folder, poll_s=FOLDER_POLL_S) as watch:
+        while True:
+            seen = agent.revision.value
+            await claims.render()
+            await first(watch.wait(), agent.revision.changed(seen))
+            await asyncio.sleep(SETTLE_S)
+
+
+# ---------------------------------------------------------------- the forgotten
+
+
+class Forgotten:
+    """Releases what is held by claims that are no more, or that are reserved for nobody any more.
+
+    Kubelet has each claim unprepared; this is for those that it forgot. Both the API server and kubelet must say so,
+    twice with SECOND_LOOK_S between: a container may outlive its pod's object.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        fetch: Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]],
+        in_use: Callable[[], Awaitable[frozenset[tuple[str, str]]]],
+        driver: str,
+    ) -> None:
+        """in_use: (namespace, name) of the claims that kubelet has containers with; PeerError."""
+        self._agent = agent
+        self._fetch = fetch
+        self._in_use = in_use
+        self._driver = driver
+        self._suspects: frozenset[str] = frozenset()
+
+    async def follow(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(SECOND_LOOK_S if self._suspects else LOOK_S)
+
+    async def look(self) -> tuple[Grant, ...]:
+        """Look once; what was released."""
+        try:
+            gone = await self._gone()
+        except PeerError as error:
+            log.debug("claims-not-looked-for", error=str(error))
+            return ()
+        twice, self._suspects = gone & self._suspects, gone
+        released = await self._agent.unprepare(sorted(twice), new_op()) if twice else ()
+        for grant in released:
+            log.warning("claim-forgotten", claim=str(grant.holder), uid=grant.holder.uid, grant=grant.id)
+        return released
+
+    async def _gone(self) -> frozenset[str]:
+        held = {uid: _ref(grants) for uid, grants in claims_held(self._agent.ledger).items()}
+        if not held:
+            return frozenset()
+        used = await self._in_use()
+        idle = {uid: ref for uid, ref in held.items() if (ref.namespace, ref.name) not in used}
+        return frozenset([uid for uid, ref in idle.items() if not await self._is(ref)])
+
+    async def _is(self, ref: ClaimRef) -> bool:
+        """Whether a claim is still there and reserved for somebody; one that cannot be read is."""
+        document = await self._fetch(ref)
+        if document is None:
+            return False
+        try:
+            found: Claim = wire.read(document, self._driver)
+        except InputError:
+            return True
+        return found.ref.uid == ref.uid and found.allocated and bool(found.reserved_for)
+
+
+def _ref(grants: Sequence[Grant]) -> ClaimRef:
+    holder = grants[0].holder
+    return ClaimRef(namespace=holder.namespace, name=holder.claim, uid=holder.uid)
+
+
+# ---------------------------------------------------------------- status.devices
+
+
+class Tell(Protocol):
+    async def __call__(self, ref: ClaimRef, body: Mapping[str, Any], manager: str) -> None: ...
+
+
+class StatusWriter:
+    """Writes what was prepared to the status of claims: conditions, and of network adapters their interface."""
+
+    def __init__(self, tell: Tell, driver: str, inventory: Callable[[], Inventory]) -> None:
+        self._tell = tell
+        self._driver = driver
+        self._inventory = inventory
+        self._waiting: asyncio.Queue[tuple[ClaimRef, list[Any]]] = asyncio.Queue(MOST_WAITING)
+        self._written: dict[str, list[Any]] = {}
+        self._not_before_s = 0.0
+
+    def told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
+        """Have it written, unless it is what was written last."""
+        devices = [self._device(grant, error) for grant in grants]
+        if not devices or self._written.get(ref.uid) == devices or time.monotonic() < self._not_before_s:
+            return
+        with contextlib.suppress(asyncio.QueueFull):
+            self._waiting.put_nowait((ref, devices))
+
+    async def follow(self) -> None:
+        while True:
+            ref, devices = await self._waiting.get()
+            try:
+                await self._tell(ref, wire.device_status(ref, devices), self._driver)
+            except PeerError as error:
+                self._failed(ref, error)
+            else:
+                self._written[ref.uid] = devices
+                self._forget_oldest()
+
+    def _failed(self, ref: ClaimRef, error: PeerError) -> None:
+        """A status is a courtesy: it is not tried again, and where it may not be written, not for a while."""
+        log.warning("claim-status-not-written", claim=str(ref), error=str(error))
+        if getattr(error, "status", 0) == 403:
+            self._not_before_s = time.monotonic() + NOT_ALLOWED_S
+
+    def _forget_oldest(self) -> None:
+        while len(self._written) > MOST_WAITING:
+            del self._written[next(iter(self._written))]
+
+    def _device(self, grant: Grant, error: str) -> Any:
+        if grant.result is None:
+            raise AssertionError(f"grant {grant.id} of a claim has no result")
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(grant.granted_at))
+        reason, message = ("NotPrepared", error) if error else ("Prepared", _held(grant))
+        return wire.one_status(
+            grant.result, ready=not error, reason=reason, message=message, at=at, data=self._network(grant)
+        )
+
+    def _network(self, grant: Grant) -> dict[str, Any]:
+        """NetworkDeviceData of an adapter whose interface is in the host's namespace at this moment."""
+        device = self._inventory().device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
+        name = str(device.attributes.get("netdevs", "")).partition(",")[0] if device else ""
+        if device is None or device.kind != "nic" or not name:
+            return {}
+        mac = device.attributes.get("mac")
+        return {"networkData": {"interfaceName": name, **({"hardwareAddress": str(mac)} if mac else {})}}
+
+
+def _held(grant: Grant) -> str:
+    """What a grant holds, in a few words."""
+    parts = [f"CPUs {grant.cpus}"] if grant.cpus else []
+    parts += [f"{one.pages} pages of {one.page_bytes} bytes on NUMA node {one.node}" for one in grant.hugepages]
+    parts += [f"{size} bytes on NUMA node {node}" for node, size in grant.memory]
+    return ", ".join([*parts, *grant.devices, *grant.shares]) or "no exclusive part"

@@ -1,0 +1,244 @@
+"""The DRA side of the agent: the driver's sockets, its claims, their health, and the slices in the API server.
+
+Two instances may serve at once, as during a rolling upgrade: each answers kubelet on sockets of its own. Only one
+leads: it publishes, looks after files and releases what was forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeagent.agent import Agent
+from nodeagent.catalog import Dra, dra_of
+from nodeagent.claimcare import Forgotten, StatusWriter, keep_rendered
+from nodeagent.claims import Claims, claims_held
+from nodeagent.config import Config
+from nodeagent.core.claim import ClaimRef, DeviceHealth
+from nodeagent.core.health import HEALTHY, State
+from nodeagent.core.model import CLAIM, Grant
+from nodeagent.core.pool import ALL_FEATURES, Features, Pool
+from nodeagent.host import kinds
+from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.host.sysfs import SysFs
+from nodeagent.kube.pluginregistry import DraPlugin
+from nodeagent.kube.pluginsockets import other_instance_serves, plugin_sockets, remove_stale
+from nodeagent.kube.podresources import PodResources
+from nodeagent.kube.poollane import PUBLISHED, PublishPace
+from nodeagent.kube.publisher import Publisher
+from nodeagent.lazyapi import LazyApi
+from nodeagent.parts import first, kept
+
+LINGER_S = 2.0
+"""How long kubelet is still answered when the last claim is gone and nothing is served any more."""
+log = structlog.get_logger()
+
+
+def node_name(config: Config) -> str:
+    """The Node's name: as configured, as the pod was told, or as kubelet names it by default."""
+    return config.dra.node_name or os.environ.get("NODE_NAME", "") or socket.gethostname().lower()
+
+
+class Pools:
+    """The pools at this moment; worked out once for one state of machine, ledger and health."""
+
+    def __init__(self, agent: Agent, dra: Callable[[], Dra]) -> None:
+        self._agent = agent
+        self._dra = dra
+        self._kept: tuple[tuple[object, ...], tuple[Pool, ...]] = ((), ())
+
+    def __call__(self, features: Features = ALL_FEATURES) -> tuple[Pool, ...]:
+        agent, kinds_now = self._agent, self._dra().catalog.kinds
+        key = (agent.inventory, agent.ledger, agent.health, kinds_now, features)
+        if len(self._kept[0]) != len(key) or any(a is not b for a, b in zip(self._kept[0], key, strict=True)):
+            every = (kind.pool(agent.inventory, agent.ledger, agent.health, features) for kind in kinds_now.values())
+            self._kept = key, tuple(every)
+        return self._kept[1]
+
+
+class DraHealth:
+    """Health of every device of every pool, as kube.drahealth wants it."""
+
+    def __init__(self, agent: Agent, dra: Callable[[], Dra], pools: Pools) -> None:
+        self._agent = agent
+        self._dra = dra
+        self._pools = pools
+
+    async def changed(self, seen: int) -> int:
+        return await self._agent.revision.changed(seen)
+
+    def states(self) -> tuple[DeviceHealth, ...]:
+        node = self._dra().catalog.node_name
+        return tuple(
+            self._state(f"{node}/{pool.kind}", device.name, device.part.device)
+            for pool in self._pools()
+            for device in pool.devices
+        )
+
+    def _state(self, pool: str, name: str, id: str) -> DeviceHealth:
+        device, health = self._agent.inventory.device_by_id.get(id), self._agent.health
+        states = [health[one] for one in (id, device.parent if device else None) if one is not None and one in health]
+        worst = next((one for one in states if one.state != HEALTHY), State(state=HEALTHY, since=time.monotonic()))
+        since = time.time() - (time.monotonic() - worst.since)
+        return DeviceHealth(pool=pool, device=name, state=worst.state, since_unix_s=since, message=worst.reason)
+
+
+class DraServing:
+    """Serves what is configured. Building it starts nothing."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        config: Config,
+        families: Sequence[kinds.Kind],
+        sysfs: SysFs,
+        kubelet_dir: Path,
+        runtime_dir: Path,
+        pods: PodResources,
+    ) -> None:
+        self.config = config
+        self._agent = agent
+        self._families = families
+        self._kubelet_dir = kubelet_dir
+        self._pods = pods
+        self._node_name = node_name(config)
+        self._dra = dra_of(config, families, self._node_name)
+        self._sockets = plugin_sockets(kubelet_dir, config.dra.driver, os.environ.get("POD_UID", ""))
+        self._cdi_dir = Path(config.dra.cdi_dir)
+        self.api = LazyApi(config.dra.kubeconfig)
+        self.pools = Pools(agent, self.dra)
+        self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
+        self._claims = Claims(
+            agent,
+            self.dra,
+            self.api.claim,
+            CdiFolder(self._cdi_dir, config.dra.driver, sysfs),
+            ClaimFiles(runtime_dir / "claims"),
+            self._told,
+        )
+        self._health = DraHealth(agent, self.dra, self.pools)
+        self.plugin: DraPlugin | None = None
+        self.publisher: Publisher | None = None
+
+    def dra(self) -> Dra:
+        return self._dra
+
+    # ---------------------------------------------------------------- what is served
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything is served, or held by a claim that kubelet will have unprepared."""
+        return self._dra.served or any(one.holder.api == CLAIM for one in self._agent.ledger.grants.values())
+
+    def apply(self, config: Config, refused: Iterable[str] = ()) -> None:
+        """Go by another configuration. refused: kinds that are not served after all."""
+        self.config = config
+        after = dra_of(config, self._families, self._node_name, refused)
+        if after != self._dra:
+            self._dra = after
+            self._agent.revision.bump()
+
+    def document(self) -> dict[str, Any]:
+        """How it stands, in plain types; nothing where nothing is served."""
+        if not self.needed:
+            return {}
+        registration = self.plugin.registration if self.plugin is not None else None
+        standing = self.publisher.standing if self.publisher is not None else None
+        return {
+            "driver": self._dra.catalog.driver,
+            "node": self._node_name,
+            "registered": registration.ready if registration else False,
+            "registration": registration.state if registration else "",
+            "reason": registration.reason if registration else "",
+            "health_watched": registration.connected if registration else False,
+            "slices": dataclasses.asdict(standing) if standing else {},
+            "claims": len(claims_held(self._agent.ledger)),
+        }
+
+    def not_ready(self) -> list[str]:
+        """Why pods cannot get claims prepared or scheduled here, one sentence each."""
+        plugin, publisher, driver = self.plugin, self.publisher, self.config.dra.driver
+        if not self._dra.served or plugin is None or publisher is None:
+            return []
+        reasons = [] if plugin.registration.ready else [f"{driver}: {plugin.registration.reason or 'not registered'}"]
+        standing = publisher.standing
+        if standing.state != PUBLISHED:
+            reasons.append(f"{driver}: slices not published: {standing.reason or standing.state}")
+        return reasons
+
+    def _told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
+        if self.config.dra.device_status:
+            self._status.told(ref, grants, error)
+
+    # ---------------------------------------------------------------- running
+
+    async def serve(self) -> None:
+        """Answer kubelet for as long as that is needed."""
+        await self._while_needed(self._serve)
+
+    async def lead(self) -> None:
+        """Publish and look after claims for as long as that is needed."""
+        await self._while_needed(self._lead)
+
+    async def close(self) -> None:
+        await self.api.close()
+
+    async def _while_needed(self, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await self._until(lambda: self.needed)
+            await first(work(), self._needless())
+
+    async def _needless(self) -> None:
+        """Return when nothing has been needed for a moment: kubelet's last call is still to be answered."""
+        while self.needed:
+            await self._until(lambda: not self.needed)
+            await asyncio.sleep(LINGER_S)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        seen = 0
+        while not holds():
+            seen = await self._agent.revision.changed(seen or self._agent.revision.value)
+
+    async def _serve(self) -> None:
+        for path in remove_stale(self._kubelet_dir, self.config.dra.driver, self._sockets):
+            log.info("stale-socket-removed", path=str(path))
+        self.plugin = DraPlugin(self._dra.catalog.driver, self._sockets, self._claims, self._health)
+        try:
+            await self.plugin.run()
+        finally:
+            self.plugin = None
+
+    async def _lead(self) -> None:
+        from nodeagent.kube.apiserver import NODES, SLICES
+
+        driver, node = self._dra.catalog.driver, self._node_name
+        self.publisher = Publisher(
+            self.api,
+            driver,
+            node,
+            self.pools,
+            self._agent.revision.changed,
+            nodes=NODES,
+            slices=SLICES,
+            pace=PublishPace(start_jitter_s=self.config.dra.spread_seconds),
+        )
+        forgotten = Forgotten(self._agent, self.api.claim, self._pods.claims, driver)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(kept("slices", self.publisher.run))
+                tasks.create_task(kept("claims", lambda: keep_rendered(self._agent, self._claims, self._cdi_dir)))
+                tasks.create_task(kept("forgotten claims", forgotten.follow))
+                tasks.create_task(kept("claim status", self._status.follow))
+        finally:
+            # During a rolling upgrade the other instance goes on with the same slices.
+            if not other_instance_serves(self._kubelet_dir, driver, self._sockets):
+                await self.publisher.withdraw()
+            self.publisher = None

@@ -1,0 +1,65 @@
+"""Locks between processes of one node: a file, held as long as its handle is open (flock(2)).
+
+A lock is what lies at its path. Where somebody removed the file while it was held, the next taking makes it anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from nodeagent.errors import StateError
+
+
+class FileLock:
+    """One lock. Taking it twice is taking it once."""
+
+    def __init__(self, path: Path) -> None:
+        """StateError where the file cannot be made."""
+        self.path = path
+        self._handle = self._opened()
+        self.held = False
+
+    def try_take(self) -> bool:
+        """Take it if nobody else has it. Does not block. StateError where the file cannot be used."""
+        while not (self.held and self._is_there()):
+            if not self._is_there():
+                fresh = self._opened()
+                self.close()
+                self._handle = fresh
+            try:
+                fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError as error:
+                raise StateError(f"cannot lock {self.path}: {error.strerror}") from None
+            self.held = True
+        return True
+
+    def release(self) -> None:
+        """Let others have it."""
+        if self.held:
+            self.held = False
+            fcntl.flock(self._handle, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        """Release it and close the file."""
+        self.held = False
+        os.close(self._handle)
+
+    def _opened(self) -> int:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise StateError(f"cannot use state folder {self.path.parent}: {error.strerror}") from None
+
+    def _is_there(self) -> bool:
+        """Whether the open file is the one that others find."""
+        try:
+            found = self.path.stat()
+        except OSError:
+            return False
+        mine = os.fstat(self._handle)
+        return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)
