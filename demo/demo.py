@@ -1,4 +1,5 @@
-"""The first five minutes: the agent on this very machine, three pods, a kill -9, and the same grants after it.
+"""The first five minutes: the agent on this very machine, three pods, a kill -9, the same grants after it, and then
+claims over DRA for the same devices.
 
 The kubelet is the small embedded one of the tests: a real gRPC server on real sockets that keeps to kubelet's contract.
 """
@@ -19,7 +20,10 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(CHECKOUT / "tests"))
 
-from fakes import FakeKubelet  # noqa: E402 - the tests' own kubelet, written once
+import claims  # noqa: E402
+from apiserver import FakeApiServer  # noqa: E402 - the tests' own servers, written once
+from drakubelet import FakeDraKubelet  # noqa: E402
+from fakes import FakeKubelet  # noqa: E402
 
 DOMAIN = "nodeagent.dev"
 PAGE_BYTES = 2 << 20
@@ -52,10 +56,10 @@ class Hugepages:
             self._file.write_text(self._before)
 
 
-def configuration(folder: Path, pages: bool, cpus: int) -> Path:
+def configuration(folder: Path, pages: bool, api: FakeApiServer) -> Path:
     """A configuration for this machine: keep the first core for the system where there are CPUs to spare."""
     resources = [
-        {"name": "cpu", "kind": "cpu"},
+        *claims.resources(),
         {"name": "fuse", "kind": "char", "paths": ["/dev/fuse", "/dev/null"], "replicas": 10},
     ]
     if pages:
@@ -64,8 +68,10 @@ def configuration(folder: Path, pages: bool, cpus: int) -> Path:
         "stateDir": str(folder / "state"),
         "runtimeDir": str(folder / "run"),
         "resources": resources,
+        "dra": claims.configuration(folder, api),
+        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 1, "confirmedSeconds": 0.2},
     }
-    if cpus < 6:
+    if claims.few_cpus():
         document["reservedCpus"] = ""
     path = folder / "config.yaml"
     path.write_text(json.dumps(document))
@@ -75,7 +81,7 @@ def configuration(folder: Path, pages: bool, cpus: int) -> Path:
 class Agent:
     """One running `nodeagent run`."""
 
-    def __init__(self, config: Path, kubelet: FakeKubelet, folder: Path) -> None:
+    def __init__(self, config: Path, folder: Path) -> None:
         self._command = ["run", "--config", str(config), "--kubelet-dir", str(folder / "kubelet")]
         self._log = folder / "agent.log"
         self._process: asyncio.subprocess.Process | None = None
@@ -122,11 +128,11 @@ async def grants(folder: Path) -> list[Mapping[str, Any]]:
 
 
 async def named_grants(folder: Path, pods: int) -> list[Mapping[str, Any]]:
-    """The grants, once kubelet has told the names of all holders."""
+    """The grants, once kubelet has told the names of all holders, and that no other holds anything any more."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             found = await grants(folder)
-            if len({one["pod"] for one in found if one["pod"]}) == pods:
+            if len({one["pod"] for one in found}) == pods and all(one["pod"] for one in found):
                 return found
             await asyncio.sleep(0.1)
 
@@ -139,18 +145,19 @@ def wishes(cpus: int, pages: bool) -> dict[str, dict[str, int]]:
     return {"trader": {cpu: first, fuse: 1}, "database": database, "backup": {fuse: 2, **({huge: 1} if pages else {})}}
 
 
-async def scene(folder: Path, kubelet: FakeKubelet, pages: bool) -> bool:
+async def scene(folder: Path, kubelet: FakeKubelet, dra: FakeDraKubelet, api: FakeApiServer, pages: bool) -> bool:
     cpus = len(os.sched_getaffinity(0))
-    agent = Agent(configuration(folder, pages, cpus), kubelet, folder)
+    agent = Agent(configuration(folder, pages, api), folder)
     began = time.perf_counter()
     await agent.start()
     try:
+        wanted = wishes(cpus, pages)
+        every = {resource for resources in wanted.values() for resource in resources}
         async with asyncio.timeout(DEADLINE_S):
-            await kubelet.wait_allocatable(f"{DOMAIN}/fuse", 20)
+            await kubelet.until(lambda: all(kubelet.allocatable(one) for one in every))
         print(
             f"\nThe agent read the machine and kubelet shows its resources after {time.perf_counter() - began:.2f} s."
         )
-        wanted = wishes(cpus, pages)
         for name, resources in wanted.items():
             await kubelet.admit_pod("default", name, {"main": resources})
             print(f"admitted pod {name}: {', '.join(f'{r} x {n}' for r, n in resources.items())}")
@@ -166,7 +173,11 @@ async def scene(folder: Path, kubelet: FakeKubelet, pages: bool) -> bool:
         await show("grants", folder)
         same = held(before) == held(after)
         print("\nThe same grants." if same else f"\nNOT the same grants: {held(before)} became {held(after)}")
-        return same and not kubelet.violations
+        for name in wanted:
+            await kubelet.delete_pod("default", name)
+        await named_grants(folder, 0)
+        free = await claims.scene(folder, kubelet, dra, api, show)
+        return same and free and not kubelet.violations and not dra.violations
     except BaseException:
         print(agent.told(), file=sys.stderr)
         raise
@@ -188,12 +199,14 @@ async def main() -> int:
         with tempfile.TemporaryDirectory(prefix="nodeagent-demo-") as name:
             folder = Path(name)
             await show("inventory", folder)
-            kubelet = FakeKubelet(folder / "kubelet")
-            await kubelet.start()
-            try:
-                good = await scene(folder, kubelet, not why)
-            finally:
-                await kubelet.stop()
+            async with FakeApiServer() as api, FakeDraKubelet(folder / "kubelet") as dra:
+                api.add_node(claims.NODE)
+                kubelet = FakeKubelet(folder / "kubelet")
+                await kubelet.start()
+                try:
+                    good = await scene(folder, kubelet, dra, api, not why)
+                finally:
+                    await kubelet.stop()
     finally:
         pages.shrink()
     print(f"Done in {time.perf_counter() - began:.1f} s.")

@@ -16,13 +16,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(grants: Any) -> None:
     print_table(
-        ("GRANT", "NAMESPACE", "POD", "CONTAINER", "RESOURCE", "CPUS", "HUGEPAGES", "DEVICES"),
+        ("GRANT", "NAMESPACE", "POD", "CONTAINER", "CLAIM", "RESOURCE", "CPUS", "HUGEPAGES", "DEVICES"),
         [
             (
                 g["id"],
                 g["namespace"],
                 g["pod"],
                 g["container"],
+                g["claim"],
                 g["resource"],
                 g["cpus"],
                 " ".join(f"{p['pages']}x{p['size']}@node{p['numa_node']}" for p in g["hugepages"]),

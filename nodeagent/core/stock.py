@@ -80,11 +80,11 @@ class Stock:
 def grantable(pool: HugepagePool, ledger: Ledger) -> int:
     """Pages of a pool that can still be granted: free, not reserved by a mapping, not granted and not yet faulted.
 
-    How many granted pages are faulted already is taken to be as many as are in use: what the host itself uses beside
-    our holders is not promised twice, but neither can it be told apart here.
+    How many granted pages are mapped already is taken to be as many as are in use or reserved: what the host itself
+    uses beside our holders is not promised twice, but neither can it be told apart here.
     """
     granted = ledger.pages_held.get((pool.node, pool.page_bytes), 0)
-    used = pool.total_pages - pool.free_pages
+    used = pool.total_pages - pool.free_pages + pool.reserved_pages
     return max(0, pool.free_pages - pool.reserved_pages - max(0, granted - used))
 
 
