@@ -11,7 +11,7 @@ import grpc
 
 from nodeagent.version import VERSION
 
-PARTS = ("placement", "scan", "allocate", "daemon")
+PARTS = ("placement", "scan", "allocate", "daemon", "dra", "slices", "fleet")
 
 
 def machine() -> str:

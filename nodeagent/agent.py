@@ -21,9 +21,10 @@ from nodeagent.core import ledger as ledger_of
 from nodeagent.core import prepare as prepare_of
 from nodeagent.core.claim import Claim
 from nodeagent.core.cpuset import EMPTY, CpuSet
+from nodeagent.core.devices import still_told
 from nodeagent.core.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.ledger import CONFIRMED, RELEASED, Change, Ledger
-from nodeagent.core.model import Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
+from nodeagent.core.model import CLAIM, Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
 from nodeagent.core.prepare import Batch, Catalog
 from nodeagent.core.reconcile import Findings, Patience, compare
 from nodeagent.errors import NodeagentError, PeerError, Refused, StateError
@@ -102,6 +103,7 @@ class Agent:
 
     def see(self, inventory: Inventory) -> bool:
         """Take a fresh snapshot; whether it shows anything new. If not, the old one stays, and all worked out of it."""
+        inventory = still_told(self.inventory, inventory, self.ledger.devices_held)
         if same_machine(self.inventory, inventory):
             return False
         gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
@@ -156,7 +158,8 @@ class Agent:
         return await self._decided(self._allocate, offer, containers, op)
 
     async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
-        """Release grants by id at an admin's word; those that were there."""
+        """Release grants by id at an admin's word; those that were there. What a claim holds goes as a whole: kubelet
+        knows no half of a claim."""
         return await self._decided(self._release, ids, op)
 
     async def reconcile(
@@ -269,9 +272,12 @@ class Agent:
         self._missing = {one: since for one, since in self._missing.items() if one not in self._granted}
 
     async def _release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
-        gone = tuple(self.ledger.grants[one] for one in dict.fromkeys(ids) if one in self.ledger.grants)
+        named = [self.ledger.grants[one] for one in ids if one in self.ledger.grants]
+        claims = {grant.holder.uid for grant in named if grant.holder.api == CLAIM}
+        others = [grant for grant in self.ledger.grants.values() if grant.holder.uid in claims]
+        gone = tuple({grant.id: grant for grant in (*named, *others)}.values())
         changes = [Change(action=RELEASED, grant=grant) for grant in gone]
-        await self._save(changes, ledger_of.release(self.ledger, ids), op)
+        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in gone]), op)
         return gone
 
     async def _reconcile(

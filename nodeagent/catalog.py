@@ -10,7 +10,8 @@ from nodeagent.config import Config
 from nodeagent.core.devicepools import DevicePool
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.options import check_options
-from nodeagent.core.pools import CpuPool, MemoryPool, PagePool, PoolKind
+from nodeagent.core.pagepools import MemoryPool, PagePool
+from nodeagent.core.pools import CpuPool, PoolKind
 from nodeagent.core.prepare import Catalog
 from nodeagent.core.sizes import parse_size
 from nodeagent.errors import ConfigError, InputError

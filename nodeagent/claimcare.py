@@ -6,7 +6,6 @@ Each loop runs until cancelled; nothing here keeps kubelet waiting.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import structlog
 
 from nodeagent.agent import Agent
 from nodeagent.claims import Claims, claims_held
-from nodeagent.core.claim import Claim, ClaimRef
+from nodeagent.core.claim import Claim, ClaimRef, Result
 from nodeagent.core.model import Grant, Inventory
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import claims as wire
@@ -54,7 +53,7 @@ class Forgotten:
     """Releases what is held by claims that are no more, or that are reserved for nobody any more.
 
     Kubelet has each claim unprepared; this is for those that it forgot. Both the API server and kubelet must say so,
-    twice with SECOND_LOOK_S between: a container may outlive its pod's object.
+    and again SECOND_LOOK_S later: a container may outlive its pod's object.
     """
 
     def __init__(
@@ -63,39 +62,53 @@ class Forgotten:
         fetch: Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]],
         in_use: Callable[[], Awaitable[frozenset[tuple[str, str]]]],
         driver: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """in_use: (namespace, name) of the claims that kubelet has containers with; PeerError."""
+        """in_use: (namespace, name) of the claims that kubelet has containers with; PeerError. clock: in seconds."""
         self._agent = agent
         self._fetch = fetch
         self._in_use = in_use
         self._driver = driver
-        self._suspects: frozenset[str] = frozenset()
+        self._clock = clock
+        self._gone_since: dict[str, float] = {}
 
     async def follow(self) -> None:
         while True:
             await self.look()
-            await asyncio.sleep(SECOND_LOOK_S if self._suspects else LOOK_S)
+            await asyncio.sleep(SECOND_LOOK_S if self._gone_since else LOOK_S)
 
     async def look(self) -> tuple[Grant, ...]:
-        """Look once; what was released."""
+        """Look once; what was released. Where somebody does not answer, nothing that he was to be asked of is."""
+        released: list[Grant] = []
         try:
-            gone = await self._gone()
+            for uid, ref in (await self._idle()).items():
+                released += await self._release_gone(uid, await self._is(ref))
         except PeerError as error:
             log.debug("claims-not-looked-for", error=str(error))
-            return ()
-        twice, self._suspects = gone & self._suspects, gone
-        released = await self._agent.unprepare(sorted(twice), new_op()) if twice else ()
         for grant in released:
             log.warning("claim-forgotten", claim=str(grant.holder), uid=grant.holder.uid, grant=grant.id)
+        return tuple(released)
+
+    async def _release_gone(self, uid: str, there: bool) -> tuple[Grant, ...]:
+        """At once after the API server has said it: a claim that was reserved for nobody may be wanted again."""
+        if there:
+            self._gone_since.pop(uid, None)
+            return ()
+        since = self._gone_since.setdefault(uid, self._clock())
+        if self._clock() - since < SECOND_LOOK_S:
+            return ()
+        released = await self._agent.unprepare([uid], new_op())
+        del self._gone_since[uid]
         return released
 
-    async def _gone(self) -> frozenset[str]:
+    async def _idle(self) -> dict[str, ClaimRef]:
+        """The claims that hold something and that no container uses."""
         held = {uid: _ref(grants) for uid, grants in claims_held(self._agent.ledger).items()}
-        if not held:
-            return frozenset()
-        used = await self._in_use()
+        used = await self._in_use() if held else frozenset()
         idle = {uid: ref for uid, ref in held.items() if (ref.namespace, ref.name) not in used}
-        return frozenset([uid for uid, ref in idle.items() if not await self._is(ref)])
+        self._gone_since = {uid: since for uid, since in self._gone_since.items() if uid in idle}
+        return idle
 
     async def _is(self, ref: ClaimRef) -> bool:
         """Whether a claim is still there and reserved for somebody; one that cannot be read is."""
@@ -128,47 +141,54 @@ class StatusWriter:
         self._tell = tell
         self._driver = driver
         self._inventory = inventory
-        self._waiting: asyncio.Queue[tuple[ClaimRef, list[Any]]] = asyncio.Queue(MOST_WAITING)
+        self._waiting: dict[str, tuple[ClaimRef, list[Any]]] = {}
+        """By UID, the newest of each claim."""
+        self._news = asyncio.Event()
         self._written: dict[str, list[Any]] = {}
         self._not_before_s = 0.0
 
     def told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
         """Have it written, unless it is what was written last."""
-        devices = [self._device(grant, error) for grant in grants]
-        if not devices or self._written.get(ref.uid) == devices or time.monotonic() < self._not_before_s:
+        devices = [self._device(grant, grant.result, error) for grant in grants if grant.result is not None]
+        self._waiting.pop(ref.uid, None)
+        full, silent = len(self._waiting) >= MOST_WAITING, time.monotonic() < self._not_before_s
+        if not devices or self._written.get(ref.uid) == devices or full or silent:
             return
-        with contextlib.suppress(asyncio.QueueFull):
-            self._waiting.put_nowait((ref, devices))
+        self._waiting[ref.uid] = ref, devices
+        self._news.set()
 
     async def follow(self) -> None:
         while True:
-            ref, devices = await self._waiting.get()
-            try:
-                await self._tell(ref, wire.device_status(ref, devices), self._driver)
-            except PeerError as error:
-                self._failed(ref, error)
-            else:
-                self._written[ref.uid] = devices
-                self._forget_oldest()
+            await self._news.wait()
+            self._news.clear()
+            while self._waiting:
+                await self._write(*self._waiting.pop(next(iter(self._waiting))))
+
+    async def _write(self, ref: ClaimRef, devices: list[Any]) -> None:
+        try:
+            await self._tell(ref, wire.device_status(ref, devices), self._driver)
+        except PeerError as error:
+            self._failed(ref, error)
+        else:
+            self._written[ref.uid] = devices
+            self._forget_oldest()
 
     def _failed(self, ref: ClaimRef, error: PeerError) -> None:
         """A status is a courtesy: it is not tried again, and where it may not be written, not for a while."""
         log.warning("claim-status-not-written", claim=str(ref), error=str(error))
         if getattr(error, "status", 0) == 403:
             self._not_before_s = time.monotonic() + NOT_ALLOWED_S
+            self._waiting.clear()
 
     def _forget_oldest(self) -> None:
         while len(self._written) > MOST_WAITING:
             del self._written[next(iter(self._written))]
 
-    def _device(self, grant: Grant, error: str) -> Any:
-        if grant.result is None:
-            raise AssertionError(f"grant {grant.id} of a claim has no result")
+    def _device(self, grant: Grant, result: Result, error: str) -> Any:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(grant.granted_at))
         reason, message = ("NotPrepared", error) if error else ("Prepared", _held(grant))
-        return wire.one_status(
-            grant.result, ready=not error, reason=reason, message=message, at=at, data=self._network(grant)
-        )
+        data = self._network(grant)
+        return wire.one_status(result, ready=not error, reason=reason, message=message, at=at, data=data)
 
     def _network(self, grant: Grant) -> dict[str, Any]:
         """NetworkDeviceData of an adapter whose interface is in the host's namespace at this moment."""

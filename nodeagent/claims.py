@@ -22,15 +22,29 @@ from nodeagent.core.claim import Claim, ClaimRef, Prepared, PreparedDevice
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import CLAIM, Grant, Inventory, Mount
 from nodeagent.core.prepare import grants_of
-from nodeagent.errors import HostError, InputError, NodeagentError, PeerError
+from nodeagent.errors import HostError, InputError, NodeagentError, PeerError, StateError
 from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
 from nodeagent.kube import claims as wire
 
-MOST_READS = 8
-"""Claims that are read from the API server at once."""
+MOST_READS, READ_S = 4, 25.0
+"""Claims that are read from the API server at once, and how long those of one call may take together: kubelet waits for
+45 s, and what is granted already can be answered without."""
+RENDER_PACK = 16
+"""Claims whose files are looked at in one go."""
 log = structlog.get_logger()
 Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 """A claim's object from the API server; None: there is none. PeerError where that cannot be known."""
+
+
+class _EveryClaim:
+    """Has every UID."""
+
+    def __contains__(self, uid: object) -> bool:
+        return True
+
+
+_EVERY_CLAIM = _EveryClaim()
+_UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
 
 
 class Told(Protocol):
@@ -61,30 +75,23 @@ class Claims:
         self._reads = asyncio.Semaphore(MOST_READS)
         self._reading: list[set[str]] = []
         self._disk = asyncio.Lock()
+        self._unrendered: Mapping[str, str] = {}
+        """What was said last of claims whose files cannot be written."""
 
     # ---------------------------------------------------------------- kubelet's calls
 
     async def prepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, Prepared]:
         """By UID: the devices of each claim, or why it cannot be prepared. Claims of one call are of one pod."""
         began = time.perf_counter()
-        with self._waited_for(claims) as waited_for:
-            read = await asyncio.gather(*(self._read(ref) for ref in claims))
-            found = [one for one in read if isinstance(one, Claim) and one.ref.uid in waited_for]
-            batch = await self._agent.prepare(self._dra().catalog, found, op)
-        granted, errors = dict(batch.grants), dict(batch.errors)
-        for ref, one in zip(claims, read, strict=True):
-            if isinstance(one, PeerError) and (known := grants_of(self._agent.ledger, ref.uid)):
-                log.warning("claim-not-read", claim=str(ref), error=str(one), answered="as granted before")
-                granted[ref.uid] = known
-            elif isinstance(one, NodeagentError):
-                errors[ref.uid] = f"cannot prepare claim {ref}: {one}"
-            elif ref.uid not in batch.grants:
-                errors.setdefault(ref.uid, f"cannot prepare claim {ref}: it was unprepared meanwhile")
+        granted, errors = await self._decided(claims, op)
         errors.update(await self._render(granted))
         for ref in claims:
-            self._told(ref, granted.get(ref.uid, ()), errors.get(ref.uid, ""))
-            self._say(ref, granted.get(ref.uid, ()), errors.get(ref.uid, ""), op)
+            if ref.uid in granted and not self._hold(granted[ref.uid]):
+                errors[ref.uid] = _UNPREPARED.format(ref)
         answers = {ref.uid: self._answer(ref, granted, errors) for ref in claims}
+        for ref in claims:
+            self._told(ref, granted.get(ref.uid, ()), answers[ref.uid].error)
+            self._say(ref, granted.get(ref.uid, ()), answers[ref.uid].error, op)
         failed = sum(bool(one.error) for one in answers.values())
         metrics.count_prepared(failed, len(answers) - failed, time.perf_counter() - began)
         return answers
@@ -100,6 +107,30 @@ class Claims:
         async with self._disk:
             return await asyncio.to_thread(self._remove, [ref.uid for ref in claims])
 
+    # ---------------------------------------------------------------- deciding
+
+    async def _decided(self, claims: Sequence[ClaimRef], op: str) -> tuple[dict[str, Sequence[Grant]], dict[str, str]]:
+        """What each claim is granted, or why it is not, by UID."""
+        with self._waited_for(claims) as waited_for:
+            until_s = asyncio.get_running_loop().time() + READ_S
+            read = await asyncio.gather(*(self._read(ref, until_s) for ref in claims))
+            found = [one for one in read if isinstance(one, Claim) and one.ref.uid in waited_for]
+            batch = await self._agent.prepare(self._dra().catalog, found, op)
+        granted, errors = dict[str, Sequence[Grant]](batch.grants), dict(batch.errors)
+        for ref, one in zip(claims, read, strict=True):
+            if isinstance(one, PeerError) and (known := grants_of(self._agent.ledger, ref.uid)):
+                log.warning("claim-not-read", claim=str(ref), error=str(one), answered="as granted before")
+                granted[ref.uid] = known
+            elif isinstance(one, NodeagentError):
+                errors[ref.uid] = f"cannot prepare claim {ref}: {one}"
+            elif ref.uid not in batch.grants:
+                errors.setdefault(ref.uid, _UNPREPARED.format(ref))
+        return granted, errors
+
+    def _hold(self, grants: Iterable[Grant]) -> bool:
+        """Whether these grants are in force, as they were made."""
+        return all(self._agent.ledger.grants.get(one.id) == one for one in grants)
+
     # ---------------------------------------------------------------- reading
 
     @contextlib.contextmanager
@@ -112,12 +143,15 @@ class Claims:
         finally:
             self._reading = [one for one in self._reading if one is not uids]
 
-    async def _read(self, ref: ClaimRef) -> Claim | NodeagentError:
-        """The claim, or why it cannot be had: PeerError where that is the API server's doing."""
+    async def _read(self, ref: ClaimRef, until_s: float) -> Claim | NodeagentError:
+        """The claim, or why it cannot be had: PeerError where that is the API server's doing. until_s: by the loop's
+        clock."""
         try:
-            async with self._reads:
+            async with asyncio.timeout_at(until_s), self._reads:
                 document = await self._fetch(ref)
             return self._checked(ref, document)
+        except TimeoutError:
+            return PeerError(f"the API server did not answer within {READ_S:g} s")
         except (PeerError, InputError) as error:
             return error
 
@@ -127,6 +161,8 @@ class Claims:
         claim = wire.read(document, self._dra().catalog.driver)
         if claim.ref.uid != ref.uid:
             raise InputError(f"the claim of that name has UID {claim.ref.uid}, kubelet asks for {ref.uid}")
+        if claim.ref != ref:
+            raise InputError(f"the API server has it as {claim.ref}")
         if not claim.reserved_for:
             raise InputError("it is reserved for nobody")
         return claim
@@ -139,19 +175,28 @@ class Claims:
         # Whoever wrote a file had decided before: what is unknown after this has no grant.
         await self._agent.refresh()
         held = claims_held(self._agent.ledger)
-        for uid, error in (await self._render(held)).items():
-            log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
+        before, self._unrendered = self._unrendered, await self._render_all(held)
+        for uid, error in self._unrendered.items():
+            if before.get(uid) != error:
+                log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
         orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
-        if orphans:
-            log.info("orphans-removed", claims=orphans)
-            async with self._disk:
-                await asyncio.to_thread(self._remove, orphans)
+        async with self._disk:
+            await asyncio.to_thread(self._remove, orphans)
+            drafts = await asyncio.to_thread(self._remove_drafts)
+        if orphans or drafts:
+            log.info("orphans-removed", claims=orphans, drafts=drafts)
+
+    async def _render_all(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """The same of many claims, a few at a time: kubelet's calls come in between."""
+        errors, every = dict[str, str](), list(claims.items())
+        for start in range(0, len(every), RENDER_PACK):
+            errors |= await self._render(dict(every[start : start + RENDER_PACK]))
+        return errors
 
     async def _render(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """Write the files of some claims that are still held; errors by UID."""
+        """Write the files of those claims whose grants are still in force; errors by UID."""
         async with self._disk:
-            held = self._agent.ledger.grants
-            some = {uid: grants for uid, grants in claims.items() if all(one.id in held for one in grants)}
+            some = {uid: grants for uid, grants in claims.items() if self._hold(grants)}
             return await asyncio.to_thread(self._write_all, self._dra(), self._agent.inventory, some)
 
     def _write_all(self, dra: Dra, inventory: Inventory, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
@@ -185,6 +230,15 @@ class Claims:
                 errors[uid] = f"cannot unprepare claim {uid}: {error}"
         return errors
 
+    def _remove_drafts(self) -> list[str]:
+        """What a killed agent left half-written. Who is writing at this moment, as another instance may be, notices
+        and writes again."""
+        try:
+            return [*self._cdi.sweep(_EVERY_CLAIM), *self._readable.sweep(_EVERY_CLAIM)]
+        except (HostError, OSError) as error:
+            log.warning("drafts-not-removed", error=str(error))
+            return []
+
     # ---------------------------------------------------------------- answers
 
     def _answer(self, ref: ClaimRef, granted: Mapping[str, Sequence[Grant]], errors: Mapping[str, str]) -> Prepared:
@@ -198,7 +252,7 @@ class Claims:
     def _device(self, grant: Grant) -> PreparedDevice:
         result = grant.result
         if result is None:
-            raise AssertionError(f"grant {grant.id} of a claim has no result")
+            raise StateError(f"grant {grant.id} of the ledger does not say what was allocated")
         own = self._cdi.device_id(grant.holder.uid, _index(grant))
         others = handover.cdi_names(self._dra(), self._agent.inventory, grant)
         return PreparedDevice(
@@ -218,9 +272,12 @@ class Claims:
 
 
 def claims_held(ledger: Ledger) -> dict[str, tuple[Grant, ...]]:
-    """What each claim holds, by its UID."""
-    uids = dict.fromkeys(one.holder.uid for one in ledger.grants.values() if one.holder.api == CLAIM)
-    return {uid: grants_of(ledger, uid) for uid in uids}
+    """What each claim holds, by its UID, in the order of its allocation."""
+    held: dict[str, list[Grant]] = {}
+    for grant in ledger.grants.values():
+        if grant.holder.api == CLAIM:
+            held.setdefault(grant.holder.uid, []).append(grant)
+    return {uid: tuple(sorted(grants, key=lambda one: (len(one.id), one.id))) for uid, grants in held.items()}
 
 
 def _index(grant: Grant) -> str:

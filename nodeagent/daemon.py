@@ -52,7 +52,8 @@ NOT_LIVE = (
     "dra.cdiDir",
 )
 """Keys that are read at the start only."""
-LOCKED_RETRY_S, LEAD_RETRY_S = 2.0, 0.2
+LOCKED_RETRY_S, LEAD_RETRY_S, LEAD_LOST_S = 2.0, 0.2, 3.0
+"""LEAD_LOST_S: how long whoever leads has time to put back its lock where somebody removed it."""
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
 CONFIG_POLL_S, FOLDER_POLL_S = 5.0, 30.0
@@ -103,6 +104,8 @@ class Daemon:
         self._holders = Holders(agent, pods, self._serving.offers, self._plugins)
         self._dra = DraServing(agent, config, families, where.sysfs, where.kubelet_dir, where.runtime_dir, pods)
         self._lead = FileLock(where.state_dir / LEAD)
+        self._lead_lost = asyncio.Event()
+        self._not_durable = ""
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -111,7 +114,7 @@ class Daemon:
 
     @property
     def refused(self) -> Mapping[str, str]:
-        return self._serving.refused
+        return {**self._serving.refused, **{f"{kind} through DRA": why for kind, why in self._dra.refused.items()}}
 
     def offers(self) -> tuple[Offer, ...]:
         return self._serving.offers()
@@ -129,7 +132,7 @@ class Daemon:
     # ---------------------------------------------------------------- running
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Run until `stop`, then stop in order."""
+        """Run until `stop`, then stop in order. StateError: another agent leads, although this one did."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_asked.set)
         self._hear_store()
         try:
@@ -138,7 +141,7 @@ class Daemon:
                 beside = self._begin(tasks, self._parts())
                 await first(self._take_the_lead(), stop.wait())
                 leading = await self._begin_to_lead(tasks) if self._lead.held else []
-                await stop.wait()
+                await first(stop.wait(), self._lead_lost.wait())
                 log.info("stopping")
                 self._notifier.stopping()
                 await self._serving.stop()
@@ -149,20 +152,39 @@ class Daemon:
             await self._dra.close()
             await self.agent.close()
             self._lead.close()
+        if self._lead_lost.is_set():
+            raise StateError(f"cannot go on: another agent has taken {self._lead.path}, which somebody had removed")
 
     async def _take_the_lead(self) -> None:
-        """Return once no other agent leads on this node. Until then claims alone are served beside it."""
-        said = False
-        while not self._lead.try_take():
-            if not said:
+        """Return once no other agent leads on this node. Until then claims alone are served beside it, and what it
+        decides is heard: whoever remembers late would put a damaged ledger in order wrongly."""
+        said, lost_s = False, 0.0
+        while not await self._leads(make=lost_s > LEAD_LOST_S):
+            if not said and not self._not_durable:
                 log.warning("another-agent-leads", lock=str(self._lead.path), served="claims only, until it ends")
                 self.agent.on_decision = lambda: _touch(self._where.state_dir / NEWS)
-            said = True
+                said = True
+            lost_s = 0.0 if self._lead.is_there() else lost_s + LEAD_RETRY_S
             await asyncio.sleep(LEAD_RETRY_S)
         self.agent.on_decision = None
         if said:
             log.info("leading")
+
+    async def _leads(self, *, make: bool) -> bool:
+        """Whether this agent leads now, and knows all that was decided before."""
+        try:
+            leads = self._lead.try_take(make=make)
             await self.agent.refresh()
+        except StateError as error:
+            self._say_not_durable(error)
+            return False
+        self._not_durable = ""
+        return leads
+
+    def _say_not_durable(self, error: StateError) -> None:
+        if str(error) != self._not_durable:
+            log.error("ledger-not-durable", error=str(error))
+        self._not_durable = str(error)
 
     async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         await self._serving.apply(self.config)
@@ -239,7 +261,8 @@ class Daemon:
             await self._serving.apply(config)
 
     def _apply_dra(self) -> None:
-        self._dra.apply(self.config, [CPU] if self._serving.cpus_managed_elsewhere() else [])
+        why = self._serving.cpus_managed_elsewhere()
+        self._dra.apply(self.config, {CPU: why} if why else {})
 
     async def _news(self, agent_seen: int, serving_seen: int) -> None:
         """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
@@ -256,13 +279,17 @@ class Daemon:
         return f"{state}; {reasons[0]}" if reasons else state
 
     async def _keep_house(self) -> None:
-        """Forget old audit lines; where somebody removes the ledger's folder, have the store put it back."""
+        """Forget old audit lines; where somebody removes the ledger's folder, have the lead and the store put it back.
+        An agent that finds another one in its place ends: two must not lead."""
         with FolderWatch(self._where.state_dir, poll_s=PRUNE_S) as folder:
             while True:
                 try:
+                    if not self._lead.try_take():
+                        self._lead_lost.set()
                     await self.agent.prune(time.time() - self.config.audit_days * 86_400)
+                    self._not_durable = ""
                 except StateError as error:
-                    log.error("ledger-not-durable", error=str(error))
+                    self._say_not_durable(error)
                 self._hear_store()
                 await folder.wait()
 

@@ -11,7 +11,8 @@ import dataclasses
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from nodeagent.claimcare import Forgotten, StatusWriter, keep_rendered
 from nodeagent.claims import Claims, claims_held
 from nodeagent.config import Config
 from nodeagent.core.claim import ClaimRef, DeviceHealth
-from nodeagent.core.health import HEALTHY, State
+from nodeagent.core.health import HEALTHY, UNHEALTHY, State
 from nodeagent.core.model import CLAIM, Grant
 from nodeagent.core.pool import ALL_FEATURES, Features, Pool
 from nodeagent.host import kinds
@@ -54,8 +55,18 @@ class Pools:
         self._agent = agent
         self._dra = dra
         self._kept: tuple[tuple[object, ...], tuple[Pool, ...]] = ((), ())
+        self._published = ALL_FEATURES
 
-    def __call__(self, features: Features = ALL_FEATURES) -> tuple[Pool, ...]:
+    def published(self, features: Features) -> tuple[Pool, ...]:
+        """As the API server keeps them."""
+        self._published = features
+        return self._of(features)
+
+    def known(self) -> tuple[Pool, ...]:
+        """Every device under the name that it was published by, also those that were left out for not being well."""
+        return self._of(replace(self._published, taints=True))
+
+    def _of(self, features: Features) -> tuple[Pool, ...]:
         agent, kinds_now = self._agent, self._dra().catalog.kinds
         key = (agent.inventory, agent.ledger, agent.health, kinds_now, features)
         if len(self._kept[0]) != len(key) or any(a is not b for a, b in zip(self._kept[0], key, strict=True)):
@@ -77,10 +88,23 @@ class DraHealth:
 
     def states(self) -> tuple[DeviceHealth, ...]:
         node = self._dra().catalog.node_name
-        return tuple(
-            self._state(f"{node}/{pool.kind}", device.name, device.part.device)
-            for pool in self._pools()
+        there = {
+            (f"{node}/{pool.kind}", device.name): device.part.device
+            for pool in self._pools.known()
             for device in pool.devices
+        }
+        found = [self._state(pool, name, id) for (pool, name), id in there.items()]
+        return (*found, *(self._gone(pool, name) for pool, name in self._held() if (pool, name) not in there))
+
+    def _held(self) -> dict[tuple[str, str], None]:
+        """Devices that claims hold, each once; one that is not there any more is in no pool, and its pod is told."""
+        grants = sorted(self._agent.ledger.grants.values(), key=lambda grant: grant.id)
+        results = (one.result for one in grants if one.holder.api == CLAIM and one.result is not None)
+        return dict.fromkeys((one.pool, one.device) for one in results)
+
+    def _gone(self, pool: str, name: str) -> DeviceHealth:
+        return DeviceHealth(
+            pool=pool, device=name, state=UNHEALTHY, since_unix_s=time.time(), message="it is not there any more"
         )
 
     def _state(self, pool: str, name: str, id: str) -> DeviceHealth:
@@ -124,6 +148,8 @@ class DraServing:
             ClaimFiles(runtime_dir / "claims"),
             self._told,
         )
+        self.refused: Mapping[str, str] = {}
+        """Kinds that are configured for DRA and not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools)
         self.plugin: DraPlugin | None = None
         self.publisher: Publisher | None = None
@@ -138,9 +164,13 @@ class DraServing:
         """Whether anything is served, or held by a claim that kubelet will have unprepared."""
         return self._dra.served or any(one.holder.api == CLAIM for one in self._agent.ledger.grants.values())
 
-    def apply(self, config: Config, refused: Iterable[str] = ()) -> None:
-        """Go by another configuration. refused: kinds that are not served after all."""
+    def apply(self, config: Config, refused: Mapping[str, str]) -> None:
+        """Go by another configuration. refused: kinds that are not served after all, with the reason."""
         self.config = config
+        mine = {one.kind: refused[one.kind] for one in config.served_by_dra if one.kind in refused}
+        for kind in mine if mine != self.refused else ():
+            log.warning("kind-refused", kind=kind, reason=mine[kind])
+        self.refused = mine
         after = dra_of(config, self._families, self._node_name, refused)
         if after != self._dra:
             self._dra = after
@@ -224,7 +254,7 @@ class DraServing:
             self.api,
             driver,
             node,
-            self.pools,
+            self.pools.published,
             self._agent.revision.changed,
             nodes=NODES,
             slices=SLICES,

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from nodeagent.errors import StateError
 
+_CLOSED = -1
+
 
 class FileLock:
     """One lock. Taking it twice is taking it once."""
@@ -21,10 +23,15 @@ class FileLock:
         self._handle = self._opened()
         self.held = False
 
-    def try_take(self) -> bool:
-        """Take it if nobody else has it. Does not block. StateError where the file cannot be used."""
-        while not (self.held and self._is_there()):
-            if not self._is_there():
+    def try_take(self, *, make: bool = True) -> bool:
+        """Take it if nobody else has it. Does not block. StateError where the file cannot be used.
+
+        make: where somebody removed the file, make it anew. Whoever had it then cannot tell: it has to take it again.
+        """
+        while not (self.held and self.is_there()):
+            if not self.is_there():
+                if not make:
+                    return False
                 fresh = self._opened()
                 self.close()
                 self._handle = fresh
@@ -44,9 +51,11 @@ class FileLock:
             fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Release it and close the file."""
+        """Release it and close the file. Once is enough: by the second time the number may be another file's."""
         self.held = False
-        os.close(self._handle)
+        handle, self._handle = self._handle, _CLOSED
+        if handle != _CLOSED:
+            os.close(handle)
 
     def _opened(self) -> int:
         try:
@@ -55,11 +64,10 @@ class FileLock:
         except OSError as error:
             raise StateError(f"cannot use state folder {self.path.parent}: {error.strerror}") from None
 
-    def _is_there(self) -> bool:
+    def is_there(self) -> bool:
         """Whether the open file is the one that others find."""
         try:
-            found = self.path.stat()
+            found, mine = self.path.stat(), os.fstat(self._handle)
         except OSError:
             return False
-        mine = os.fstat(self._handle)
         return (found.st_dev, found.st_ino) == (mine.st_dev, mine.st_ino)

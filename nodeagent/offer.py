@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+import msgspec
+
 from nodeagent.config import CdiConfig, Config, ResourceConfig
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
@@ -59,6 +61,11 @@ class Offer:
     @property
     def by_device_plugin(self) -> bool:
         return self.config.serve != "dra"
+
+    def by_device_plugin_alone(self) -> Offer:
+        """The same without what is said of DRA."""
+        plain = ResourceConfig(name=self.config.name, kind=self.config.kind)
+        return replace(self, config=msgspec.structs.replace(self.config, serve=plain.serve, grouping=plain.grouping))
 
     @property
     def by_dra(self) -> bool:

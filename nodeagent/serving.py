@@ -100,7 +100,8 @@ class Serving:
 
     def _admissible(self, config: Config) -> Iterable[Offer]:
         """The configured offers without those that would collide with kubelet's own managers."""
-        found = [one for one in offers(config, self._families) if one.by_device_plugin]
+        # What else is served through DRA does not concern kubelet's device plugins: their sockets stay as they are.
+        found = [one.by_device_plugin_alone() for one in offers(config, self._families) if one.by_device_plugin]
         why = self.cpus_managed_elsewhere()
         refused = {one.name: why for one in found if why and one.resource.kind == CPU}
         if refused != self.refused:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from nodeagent import metrics
@@ -138,10 +138,11 @@ class Status:
     def devices(self) -> list[dict[str, Any]]:
         """Every id shown to kubelet, with its health, its NUMA node and its holder."""
         agent = self._watched.agent
+        parts = _by_part(agent.ledger.grants.values())
         out = []
         for offer in self._watched.offers():
             for one in agent.advertised(offer):
-                grant = agent.ledger.by_id.get((offer.name, one.id))
+                grant = agent.ledger.by_id.get((offer.name, one.id)) or parts.get(one.device or one.id)
                 state = agent.health.get(one.device)
                 out.append(
                     {
@@ -223,6 +224,14 @@ def grant_document(grant: Grant) -> dict[str, Any]:
         "devices": [*grant.devices, *grant.shares],
         "granted_at": grant.granted_at,
     }
+
+
+def _by_part(grants: Iterable[Grant]) -> dict[str, Grant]:
+    """Who holds a device or a CPU whole, whichever API it came through."""
+    found = {}
+    for grant in grants:
+        found.update(dict.fromkeys((*grant.devices, *(f"cpu{cpu}" for cpu in grant.cpus)), grant))
+    return found
 
 
 def _document(value: Any) -> Answer:

@@ -108,8 +108,8 @@ class Store:
         """All grants, where another process changed any since the last look; None: none did. In a turn. held: every
         grant that this process knows, for a file that turns out to be damaged."""
         with self._said("load"):
-            self._put_back()
             try:
+                self._put_back()
                 version = _version(self._db)
                 if version == self._version:
                     return None
@@ -142,11 +142,11 @@ class Store:
         at: seconds since the epoch. held: every grant before the changes, for a file that turns out to be damaged.
         """
         with self._turn(), self._said("save"):
-            self._put_back()
             try:
+                self._put_back()
                 self._write(changes, op, at)
-            except sqlite3.DatabaseError as error:
-                if not _damaged(error):
+            except (sqlite3.DatabaseError, StateError) as error:
+                if isinstance(error, sqlite3.Error) and not _damaged(error):
                     raise
                 self._begin_anew(str(error), held, at)
                 self._write(changes, op, at)
@@ -199,6 +199,7 @@ class Store:
         fresh = self._connect()
         try:
             self._db.backup(fresh)
+            _check(fresh)
         except BaseException:
             fresh.close()
             raise
@@ -283,9 +284,7 @@ class Store:
                 raise StateError(f"layout {found}, this build reads 1 to {NEWEST}")
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
-            verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-            if verdict != "ok":
-                raise StateError(f"it is damaged: {verdict}")
+            _check(db)
             _migrate(db, found)
             for _ in _grants(db, FILE):
                 pass
@@ -328,6 +327,13 @@ def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
         if grant.id != one:
             raise StateError(f"cannot read {source}, grant {one}: it says that it is {grant.id}")
         yield grant
+
+
+def _check(db: sqlite3.Connection) -> None:
+    """StateError where the file is damaged."""
+    verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if verdict != "ok":
+        raise StateError(f"it is damaged: {verdict}")
 
 
 def _migrate(db: sqlite3.Connection, found: int) -> None:

@@ -61,6 +61,8 @@ class Pod:
     responses: dict[str, dict[str, pb.ContainerAllocateResponse]] = field(default_factory=dict)
     init_containers: frozenset[str] = frozenset()
     """Those that are not sidecars."""
+    claims: dict[str, list[str]] = field(default_factory=dict)
+    """Names of the resource claims that each container uses; they are of the pod's namespace."""
 
     def held(self, resource: str) -> set[str]:
         return {one for container in self.devices.values() for one in container.get(resource, ())}
@@ -407,7 +409,12 @@ class FakeKubelet:
         """One pod as pod-resources shows it: without its init containers, though those hold devices too."""
         containers = [
             pods_pb.ContainerResources(
-                name=name, devices=[one for item in held.items() for one in self.container_devices(*item)]
+                name=name,
+                devices=[one for item in held.items() for one in self.container_devices(*item)],
+                dynamic_resources=[
+                    pods_pb.DynamicResource(claim_namespace=pod.namespace, claim_name=claim)
+                    for claim in pod.claims.get(name, ())
+                ],
             )
             for name, held in pod.devices.items()
             if name not in pod.init_containers

@@ -1,7 +1,8 @@
 """Agents that can be killed often. A nursery process imports the whole agent once; each life is a fork of it that runs
 `nodeagent run` as the command line would: a process of its own with its own sockets, threads, locks and ledger file.
 
-Run as a program, this is the nursery: a line of JSON, the words of a command, gives one life and answers its pid.
+Run as a program, this is the nursery: a line of JSON, the words of a command and more variables for its environment,
+gives one life and answers its pid.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -50,9 +51,9 @@ class Nursery:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
 
-    async def life(self, *words: str) -> Life:
+    async def life(self, *words: str, **env: str) -> Life:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(words).encode() + b"\n")
+        self._process.stdin.write(json.dumps((words, env)).encode() + b"\n")
         return Life(int(await self._process.stdout.readline()))
 
 
@@ -75,15 +76,16 @@ async def ask(socket: Path, target: str, method: str = "GET") -> Any:
     reader, writer = await asyncio.open_unix_connection(socket)
     try:
         writer.write(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+        _, _, body = (await reader.read()).partition(b"\r\n\r\n")
     finally:
         writer.close()
-    if not head:
-        raise ConnectionResetError("no answer")
+    if not body:
+        raise ConnectionResetError("no whole answer")
     return json.loads(body)
 
 
-def _live(cli: Any, words: Sequence[str]) -> None:
+def _live(cli: Any, words: Sequence[str], env: Mapping[str, str]) -> None:
+    os.environ.update(env)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     nothing = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1):
@@ -100,7 +102,7 @@ def _main() -> None:
     for line in sys.stdin.buffer:
         pid = os.fork()
         if not pid:
-            _live(nodeagent.cli, json.loads(line))
+            _live(nodeagent.cli, *json.loads(line))
         print(pid, flush=True)
 
 

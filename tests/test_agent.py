@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from nodeagent.agent import SILENCE_S, Agent, Settings
 from nodeagent.config import Config
 from nodeagent.core.cpuset import EMPTY, CpuSet
-from nodeagent.core.devices import DeviceResource
+from nodeagent.core.devices import DeviceResource, still_told
 from nodeagent.core.health import UNHEALTHY, Evidence
 from nodeagent.core.ledger import GRANTED, Change
 from nodeagent.core.model import CLAIM, ContainerEdits, Device, Grant, Holder, Holding, Inventory, Link
@@ -770,3 +770,15 @@ async def test_whatever_comes_in_whatever_order_nothing_is_held_twice_or_lost(se
         for _ in range(300):
             await crowd.step()
         assert crowd.counts["granted"] > 20
+
+
+def test_what_a_held_adapter_told_of_its_interface_is_kept() -> None:
+    """A container's network namespace hides it; what is not held is as it is seen."""
+    told = {"netdevs": "eth1", "mac": "aa:bb", "mtu": 1500, "sriov": "vf"}
+    one, other = (Device(kind="nic", id=id, attributes=told) for id in ("a", "b"))
+    hidden = tuple(replace(device, attributes={"sriov": "vf"}) for device in (one, other))
+    before, after = Inventory(devices=(one, other)), Inventory(devices=hidden)
+    assert still_told(before, after, {"a"}).devices == (one, hidden[1])
+    assert still_told(before, before, {"a"}) is before
+    changed = Inventory(devices=(replace(one, attributes={**told, "mtu": 9000}), other))
+    assert still_told(before, changed, {"a"}) is changed

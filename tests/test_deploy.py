@@ -18,8 +18,9 @@ from nodeagent.core.devices import DeviceResource
 from nodeagent.core.health import NO_HEALTH
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import Device
+from nodeagent.core.pagepools import MemoryPool, PagePool
 from nodeagent.core.pool import ALL_FEATURES, PoolDevice
-from nodeagent.core.pools import CpuPool, MemoryPool, PagePool, PoolKind
+from nodeagent.core.pools import CpuPool, PoolKind
 from nodeagent.host.kinds import builtin_kinds
 
 FOLDER = Path(__file__).resolve().parent.parent / "deploy"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from apiserver import CLAIMS
+from apiserver import CLAIMS, Fault
 from devices import DeviceTree
 from dranode import (
     CHAR,
@@ -302,6 +302,30 @@ async def test_an_api_server_that_is_away_is_waited_for_and_everything_else_goes
         await node.agent.ready()
 
 
+async def test_a_server_that_hangs_keeps_nobody_but_the_claims_waiting(folder: Path, tree: DeviceTree) -> None:
+    """32 claims are being read: kubelet registers the driver anew, pods are admitted, claims given back."""
+    async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
+        await node.published("cpu", "char")
+        await node.kubelet.wait_allocatable(CPU, 8)
+        held = node.claim("held", result("char", port(node, 0)))
+        (answer,) = await node.prepare(held)
+        assert answer.error == ""
+        claims = [node.claim(f"c{n}", consumed("cpu", "numa0", cpus="1")) for n in range(32)]
+        node.api.answers.extend(Fault(kind="hang", verb="get", resource=CLAIMS) for _ in range(40))
+        before = node.api.count("get", CLAIMS)
+        waiting = asyncio.create_task(node.prepare(*claims))
+        await node.api.until(lambda: node.api.count("get", CLAIMS) > before)
+        async with asyncio.timeout(5):
+            await node.kubelet.admit_pod("default", "a", {"main": {CPU: 4}})
+            assert await node.unprepare(held) == [""]
+            await node.dra.restart()
+            await node.dra.wait_registered(DRIVER, 2)
+        assert max(node.dra.get_info_s) < 0.5
+        assert node.api.count("get", CLAIMS) < before + 32
+        waiting.cancel()
+        await asyncio.wait({waiting})
+
+
 async def test_an_older_server_gets_what_it_keeps(folder: Path, tree: DeviceTree) -> None:
     """CPUs one by one where it knows no consumable capacity; said in the status."""
     async with dra_node(folder, tree, [CPUS]) as node:
@@ -336,7 +360,8 @@ async def test_health_reaches_kubelet_and_the_slices(folder: Path, tree: DeviceT
 
 
 async def test_a_live_configuration_begins_and_ends_to_serve_through_dra(folder: Path, tree: DeviceTree) -> None:
-    """Claims that are held when it ends can still be unprepared."""
+    """Claims that are held when it ends can still be unprepared; the device plugin's side is not even registered
+    anew."""
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu", "char")
         claim = node.claim("c", consumed("cpu", "numa0", cpus="2"))
@@ -349,6 +374,7 @@ async def test_a_live_configuration_begins_and_ends_to_serve_through_dra(folder:
         node.agent.configure(**node.options)
         await node.published("cpu", "char")
         await node.dra.wait_registered(DRIVER, 2)
+        assert (node.kubelet.registrations[CPU], node.kubelet.registrations[CHAR]) == (1, 1)
 
 
 async def test_claims_that_everybody_forgot_are_released(

@@ -107,6 +107,32 @@ async def test_claims_and_empty_entries_are_no_holdings(folder: Path) -> None:
         assert await resources.list() == ()
 
 
+async def test_claims_are_those_that_containers_use_each_once(folder: Path) -> None:
+    """With their namespace; an init container's are not shown, and a pod that is gone uses none."""
+    async with node(folder) as kubelet:
+        resources = PodResources(kubelet.pod_resources_socket)
+        assert await resources.claims() == frozenset()
+        one = await kubelet.admit_pod("a", "y", {"main": {CPU: 1}, "side": {}}, {"init": {}})
+        other = await kubelet.admit_pod("b", "y", {"main": {}})
+        one.claims = {"main": ["c", "d"], "side": ["c"], "init": ["hidden"]}
+        other.claims = {"main": ["c"]}
+        assert await resources.claims() == {("a", "c"), ("a", "d"), ("b", "c")}
+        await kubelet.delete_pod("a", "y")
+        assert await resources.claims() == {("b", "c")}
+        assert await resources.list() == ()
+
+
+async def test_a_kubelet_that_cannot_be_asked_uses_no_claims_by_nobodys_word(folder: Path) -> None:
+    """Silence is no answer."""
+    async with FakeKubelet(folder) as kubelet:
+        resources = PodResources(kubelet.pod_resources_socket)
+        await kubelet.stop()
+        with pytest.raises(PeerError, match=f"^cannot list pod resources at {resources.path}: UNAVAILABLE: "):
+            await resources.claims()
+        await kubelet.start()
+        assert await resources.claims(timeout_s=0.5) == frozenset()
+
+
 async def test_an_answer_of_eight_mebibytes_is_read(folder: Path) -> None:
     """Beyond gRPC's usual 4 MiB: a large node has many pods."""
     ids = [f"{number:08}" + "x" * 55 for number in range(130_000)]

@@ -329,6 +329,25 @@ def test_two_agents_agree_after_the_file_was_damaged(folder: Path) -> None:
         assert old.note == ""
 
 
+def test_who_opens_a_damaged_file_beside_an_agent_soon_has_what_that_one_knows(folder: Path) -> None:
+    """The one that was there puts its own back, and not a copy of the damage."""
+    with contextlib.closing(Store(folder)) as old:
+        for number in range(1, 41):
+            old.save(granted(number), op="op", at=number)
+        old._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        old._db.execute("PRAGMA shrink_memory")
+        file = folder / FILE
+        file.write_bytes(file.read_bytes()[:4096] + b"\xa5" * (file.stat().st_size - 4096))
+        with contextlib.closing(Store(folder)) as new:
+            assert "cannot use" in new.note and new.load() == ()
+            held = tuple(grant_of(number) for number in range(1, 41))
+            assert old.news(held) is None
+            assert "begun anew with all that is held" in old.note
+            assert new.news([]) == held
+            new.save(granted(41), op="op", at=41)
+            assert old.news(held) == (*held, grant_of(41))
+
+
 def test_a_transaction_of_an_admin_makes_a_save_fail_and_the_next_one_good(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

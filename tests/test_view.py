@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inventories import even_rows, inventory_of
 
+from nodeagent.core.claim import Result
 from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.devices import LONGEST_ID, DeviceResource, relatives, without
+from nodeagent.core.devices import LONGEST_ID, DeviceResource, refuse_missing_shares, relatives, without
 from nodeagent.core.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence, Health, observe
 from nodeagent.core.ledger import Ledger, grant
-from nodeagent.core.model import DEVICE_PLUGIN, Advertised, Device, Grant, Holder, Inventory, Pages
+from nodeagent.core.model import CLAIM, DEVICE_PLUGIN, Advertised, Device, Grant, Holder, Inventory, Pages
 from nodeagent.core.view import CpuResource, HugepageResource, Near, Parts, ResourceKind
 from nodeagent.errors import InputError, Refused
 
@@ -263,6 +264,63 @@ def test_shares_are_preferred_on_different_devices_with_most_to_spare() -> None:
     assert shared.prefer(inventory, NOBODY, available, ["b::2"], 3, Near()) == ["b::2", "a::1", "b::0"]
     with pytest.raises(Refused, match="cannot prefer 5 shares: too few are available"):
         shared.prefer(inventory, NOBODY, available, [], 5, Near())
+
+
+def by_claim(name: str, device: str, shares: int, ledger: Ledger) -> Ledger:
+    """What a claim has of a device's shares, as the scheduler allocated it."""
+    result = Result(request="r", driver="d", pool="n/nic", device=device, consumed={"shares": shares})
+    holder = Holder(api=CLAIM, resource="nic.d", namespace="ns", claim=name, uid=name)
+    return grant(ledger, Grant(id=name, holder=holder, ids=(name,), shares=(device,), result=result))
+
+
+def test_shares_that_claims_have_are_taken_from_the_end_of_those_that_are_free() -> None:
+    """Shares are alike: what a container has stays healthy, as many others are as are left."""
+    shared = DeviceResource(name="r/nic", kind="nic", replicas=4)
+    inventory = machine(nic("a"), nic("b"))
+    ledger = held(shared, inventory, "a::3")
+    assert well(shared.advertised(inventory, by_claim("c", "a", 2, ledger), {})) == [
+        "a::0",
+        "a::3",
+        *(f"b::{n}" for n in range(4)),
+    ]
+    full = by_claim("d", "a", 1, by_claim("c", "a", 2, ledger))
+    assert well(shared.advertised(inventory, full, {}))[0] == "a::3"
+    assert well(shared.advertised(inventory, by_claim("e", "b", 4, full), {})) == ["a::3"]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 4)), max_size=6))
+def test_as_many_shares_are_healthy_and_free_as_neither_claims_nor_containers_have(
+    steps: list[tuple[bool, int]],
+) -> None:
+    """Never more than there are, whatever came first; what is refused changes nothing."""
+    shared, inventory, ledger, used = DeviceResource(name="r/nic", kind="nic", replicas=6), machine(nic("a")), NOBODY, 0
+    for number, (container, count) in enumerate(steps):
+        free = [one for one in well(shared.advertised(inventory, ledger, {})) if ("r/nic", one) not in ledger.by_id]
+        assert len(free) == 6 - used
+        if count > len(free):
+            with pytest.raises(Refused, match=rf"cannot grant {count} of 6 shares of a: {len(free)} are left beside "):
+                refuse_missing_shares(ledger, Grant(id="x", holder=Holder(api=CLAIM)), "a", 6, count)
+            continue
+        used += count
+        if container:
+            ledger = held(shared, inventory, *free[:count], name=f"g{number}", ledger=ledger)
+        else:
+            ledger = by_claim(f"c{number}", "a", count, ledger)
+
+
+def test_a_refusal_of_shares_names_every_holder_once_and_nobody_where_there_is_none() -> None:
+    """More are asked for than there are since the number was changed."""
+    shared = DeviceResource(name="r/nic", kind="nic", replicas=3)
+    ledger = by_claim("c", "a", 1, by_claim("b", "a", 1, held(shared, machine(nic("a")), "a::0")))
+    one = Grant(id="x", holder=Holder(api=CLAIM))
+    with pytest.raises(Refused) as refusal:
+        refuse_missing_shares(ledger, one, "a", 3, 2)
+    assert refusal.value.why == (
+        "cannot grant 2 of 3 shares of a: 0 are left beside a container not yet listed (r/nic), claim ns/b, claim ns/c"
+    )
+    assert (refusal.value.want, refusal.value.free) == (2, 0)
+    with pytest.raises(Refused, match=r"^cannot grant 4 of 3 shares of b: 3 are left$"):
+        refuse_missing_shares(ledger, one, "b", 3, 4)
 
 
 def test_devices_are_preferred_near_what_the_pod_holds() -> None:

@@ -52,7 +52,18 @@ _SHARE = re.compile(r"(.+)-share(0|[1-9][0-9]{0,3})", re.ASCII)
 _AS_CAPACITY = {"memory_bytes": MEMORY, "size_bytes": SIZE}
 _RENAMED = {"product": "productName", "speed_mbps": "linkSpeedMbps", "netdevs": "ifName"}
 _RESTLESS = frozenset(
-    {"carrier", "operstate", "representors", "ecc_uncorrected", "nvml", "in_use", "default_route", "sriov_numvfs"}
+    {
+        "carrier",
+        "operstate",
+        "representors",
+        "ecc_uncorrected",
+        "state",
+        "manager_state",
+        "nvml",
+        "in_use",
+        "default_route",
+        "sriov_numvfs",
+    }
 )
 """Attributes of a device that come and go while it stays the same: to publish them is to write for ever."""
 
@@ -129,7 +140,7 @@ class _Still:
             name=self._names[device.id],
             part=Part(device=device.id, shares=shares),
             attributes=_attributes(device, resource),
-            capacity={**_capacity(device), **({SHARES: Capacity(value=shares)} if shares else {})},
+            capacity={SHARES: Capacity(value=shares)} if shares else _capacity(device),
             shared=bool(shares),
             consumes=self._consumes(inventory, device),
         )
@@ -162,11 +173,8 @@ def _shares(one: PoolDevice) -> Iterator[PoolDevice]:
     """One device a share, where the server knows no consumable capacity; a device that is not divided is itself."""
     if not one.shared:
         yield one
-        return
-    capacity = {name: amount for name, amount in one.capacity.items() if name != SHARES}
     for share in range(one.part.shares):
-        name = f"{_cut(one.name, LONGEST_BASE)}-share{share}"
-        yield replace(one, name=name, capacity=capacity, shared=False)
+        yield replace(one, name=f"{_cut(one.name, LONGEST_BASE)}-share{share}", capacity={}, shared=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +274,8 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
         "pciAddress": device.pci_address,
         "iommuGroup": device.iommu_group,
         **({"rdma": bool(device.attributes.get("rdma"))} if device.kind == "nic" else {}),
+        # Who has one share of a device consumes of each capacity: what is not counted is no capacity there.
+        **({f"{name}Bytes": one.value for name, one in _capacity(device).items()} if resource.replicas > 1 else {}),
     }
     for name, value in device.attributes.items():
         if name not in _RESTLESS and name not in _AS_CAPACITY:

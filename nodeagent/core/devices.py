@@ -30,6 +30,9 @@ LONGEST_ID = 63
 """Characters of an id that kubelet takes."""
 MOST_SHARES = 1024
 """Shares of one device, as the configuration allows them."""
+_OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "speed_mbps", "phys_port_name", "phys_switch_id"})
+"""Attributes that an adapter has through its network interface."""
+_OF_LINK = frozenset({"speed_mbps"})
 _FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa_node", "parent")
 
 
@@ -150,6 +153,23 @@ def _parts_first(inventory: Inventory, available: Iterable[str], must: Iterable[
     return frozenset(
         one for one in every - spoken_for if one in chosen or every.isdisjoint(inventory.parts_of.get(one, ()))
     )
+
+
+def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inventory:
+    """A fresh snapshot in which adapters keep what was last told: of their interface while they are held, which in a
+    container's network namespace cannot be seen from here; of their speed also while the link is down."""
+
+    def told(device: Device) -> Device:
+        old = before.device_by_id.get(device.id)
+        names = _OF_INTERFACE if device.id in held else _OF_LINK
+        lost = {} if old is None else {name: old.attributes[name] for name in names & old.attributes.keys()}
+        if lost.keys() <= device.attributes.keys():
+            return device
+        return replace(device, attributes=MappingProxyType({**lost, **device.attributes}))
+
+    devices = tuple(map(told, after.devices))
+    same = all(a is b for a, b in zip(devices, after.devices, strict=True))
+    return after if same else replace(after, devices=devices)
 
 
 def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int, want: int) -> None:

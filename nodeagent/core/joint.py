@@ -19,7 +19,7 @@ from nodeagent.core.ledger import Ledger
 from nodeagent.core.machine import Machine
 from nodeagent.core.model import BEST_EFFORT, SINGLE, NodeId, Pages, Placement, Request
 from nodeagent.core.nodesets import Cover, Steps, Unit
-from nodeagent.core.proximity import Place, cpu_place
+from nodeagent.core.proximity import Place
 from nodeagent.core.stock import Stock
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _fixed_places(machine: Machine, request: Request) -> tuple[Place, ...]:
     places = [machine.proximity.place(device_of(machine, one)) for one in request.near]
     places += [(0, node) for node in request.near_nodes]
     if request.near_cpus:
-        places.append(cpu_place(request.near_cpus, machine.inventory))
+        places.append(machine.place(request.near_cpus))
     return tuple(places)
 
 

@@ -63,6 +63,24 @@ class Machine:
             cores[cpu.core] = cores.get(cpu.core, 0) | 1 << cpu.id
         return cores
 
+    @functools.cached_property
+    def _groups(self) -> dict[int | None, int]:
+        """Mask of CPUs by L3 group; those without one are in none."""
+        groups: dict[int | None, int] = {}
+        for cpu in self.inventory.cpus:
+            if cpu.l3 is not None:
+                groups[cpu.l3] = groups.get(cpu.l3, 0) | 1 << cpu.id
+        return groups
+
+    def place(self, cpus: CpuSet) -> Place:
+        """The place of CPUs that something is to lie near: the CPUs of their L3 groups."""
+        known = self.inventory.cpu_by_id
+        some = [known[one] for one in cpus if one in known]
+        nodes, near = {cpu.numa_node for cpu in some}, 0
+        for cpu in some:
+            near |= self._groups.get(cpu.l3, 1 << cpu.id)
+        return near, min(nodes) if len(nodes) == 1 else None
+
     def of_kind(self, kind: str) -> int:
         """CPUs of a core kind; all where the machine has one kind only."""
         if not any(cpu.kind for cpu in self.inventory.cpus):

@@ -1,4 +1,5 @@
-"""What DRA publishes of CPUs, hugepages and memory: one pool a kind, its devices in a fixed order.
+"""What DRA publishes: one pool a kind, its devices in a fixed order. Here what all pools share, and the CPUs; pages and
+memory are in pagepools.py, devices in devicepools.py.
 
 Pure functions of (inventory, ledger, health) and of what the API server keeps. Nothing changes when claims come and go:
 the scheduler itself counts what they consume. What was given away through the device plugin it cannot know: by that
@@ -9,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -19,23 +19,17 @@ from nodeagent.core.cpuset import CpuSet, union
 from nodeagent.core.health import Health
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.machine import machine_of
-from nodeagent.core.model import BEST_EFFORT, CLAIM, DEVICE_PLUGIN, Cpu, HugepagePool, Inventory, NodeId, NumaNode
+from nodeagent.core.model import BEST_EFFORT, CLAIM, DEVICE_PLUGIN, Cpu, Inventory, NodeId
 from nodeagent.core.options import CORE_KINDS, FULL_PCPUS
 from nodeagent.core.pool import HELD_TAINT, Capacity, Features, Part, Pool, PoolDevice, Taint, Value
-from nodeagent.core.sizes import format_size
-from nodeagent.core.stock import grantable, memory_left
 
 NUMA_NODE, SOCKET, L3, INDIVIDUAL = "numa-node", "socket", "l3", "individual"
 """What one device of the CPU pool is."""
 STANDARD_NUMA = "resource.kubernetes.io/numaNode"
 OTHERS_NUMA = ("dra.cpu/numaNodeID", "dra.net/numaNode")
 """What other drivers call it: so that matchAttribute works between theirs and ours."""
-CPUS, SIZE = "cpus", "size"
-"""Capacities: a number of CPUs; bytes of pages or memory."""
-BASE_PAGE_BYTES = 4096
-"""Memory is given in steps of the smallest page that Linux has."""
-BLOCKS = 16
-"""Into how many devices the pages of one node are divided where the API server knows no consumable capacity."""
+CPUS = "cpus"
+"""The capacity of a group: a number of CPUs."""
 REQUIRE_ISOLATED = "require-isolated-cpus"
 HELD = Taint(key=HELD_TAINT)
 T = TypeVar("T")
@@ -218,151 +212,3 @@ def _core_sizes(inventory: Inventory, cpus: CpuSet) -> set[int]:
 def numa_attributes(node: NodeId) -> dict[str, Value]:
     """The NUMA node under every name that it is matched by; nothing where there is none."""
     return dict.fromkeys(("numaNode", STANDARD_NUMA, *OTHERS_NUMA), node) if node >= 0 else {}
-
-
-# ---------------------------------------------------------------- hugepages and memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagePool:
-    """Hugepages: one device a NUMA node and page size, consumed in whole pages."""
-
-    sizes: tuple[int, ...]
-    """Page sizes in bytes."""
-    kind: str = "hugepages"
-
-    def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
-        ours = _pages_of_claims(ledger)
-        every = (_pages(pool, ledger, ours[pool.node, pool.page_bytes]) for pool in self._pools(inventory))
-        return _pool_of(self.kind, every, self._totals(inventory), ledger, features)
-
-    def part(self, inventory: Inventory, name: str) -> Part | None:
-        return _part_of(self._totals(inventory), name)
-
-    def _totals(self, inventory: Inventory) -> dict[str, tuple[Part, int]]:
-        return {
-            _page_name(pool): (Part(node=pool.node, page_bytes=pool.page_bytes), pool.total_pages * pool.page_bytes)
-            for pool in self._pools(inventory)
-        }
-
-    def _pools(self, inventory: Inventory) -> Iterator[HugepagePool]:
-        """Those that have any page."""
-        every = (pool for node in inventory.numa_nodes for pool in node.hugepages)
-        return (pool for pool in every if pool.page_bytes in self.sizes and pool.total_pages)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPool:
-    """Memory that is not in hugepages: one device a NUMA node."""
-
-    kind: str = "memory"
-
-    def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
-        totals = self._totals(inventory)
-        every = (_memory(node, totals[_memory_name(node)][1]) for node in self._nodes(inventory))
-        return _pool_of(self.kind, every, totals, ledger, features)
-
-    def part(self, inventory: Inventory, name: str) -> Part | None:
-        return _part_of(self._totals(inventory), name)
-
-    def _totals(self, inventory: Inventory) -> dict[str, tuple[Part, int]]:
-        return {
-            _memory_name(node): (Part(node=node.id), memory_left(node) // BASE_PAGE_BYTES * BASE_PAGE_BYTES)
-            for node in self._nodes(inventory)
-        }
-
-    def _nodes(self, inventory: Inventory) -> Iterator[NumaNode]:
-        return (node for node in inventory.numa_nodes if memory_left(node) >= BASE_PAGE_BYTES)
-
-
-def _page_name(pool: HugepagePool) -> str:
-    return f"{_numa_name(pool.node)}-{format_size(pool.page_bytes).lower()}"
-
-
-def _memory_name(node: NumaNode) -> str:
-    return _numa_name(node.id)
-
-
-def _numa_name(node: NodeId) -> str:
-    return f"numa{node}" if node >= 0 else "no-numa"
-
-
-def _pages_of_claims(ledger: Ledger) -> Counter[tuple[NodeId, int]]:
-    """Pages by (node, page_bytes)."""
-    found: Counter[tuple[NodeId, int]] = Counter()
-    for grant in ledger.grants.values():
-        for pages in grant.hugepages if grant.holder.api == CLAIM else ():
-            found[pages.node, pages.page_bytes] += pages.pages
-    return found
-
-
-def _pages(pool: HugepagePool, ledger: Ledger, ours: int) -> PoolDevice:
-    """ours: pages that claims hold; they stay in the capacity."""
-    size = min(pool.total_pages, grantable(pool, ledger) + ours) * pool.page_bytes
-    attributes: dict[str, Value] = {"kind": "hugepages", "pageSize": format_size(pool.page_bytes)}
-    part = Part(node=pool.node, page_bytes=pool.page_bytes)
-    return _sized(_page_name(pool), part, {**attributes, **numa_attributes(pool.node)}, size, pool.page_bytes)
-
-
-def _memory(node: NumaNode, size: int) -> PoolDevice:
-    attributes: dict[str, Value] = {"kind": "memory", "memoryKind": node.kind, **numa_attributes(node.id)}
-    return _sized(_memory_name(node), Part(node=node.id), attributes, size, BASE_PAGE_BYTES)
-
-
-def _sized(name: str, part: Part, attributes: Mapping[str, Value], size: int, step: int) -> PoolDevice:
-    return PoolDevice(
-        name=name,
-        part=part,
-        attributes=attributes,
-        capacity={SIZE: Capacity(value=size, binary=True, least=step, step=step)},
-        shared=True,
-        taints=() if size >= step else (HELD,),
-    )
-
-
-def _pool_of(
-    kind: str, every: Iterable[PoolDevice], totals: Mapping[str, tuple[Part, int]], ledger: Ledger, features: Features
-) -> Pool:
-    """totals: what a device stands for and how many bytes it has, by its name."""
-    if not features.consumable:
-        claimed = claimed_names(ledger)
-        every = (block for one in every for block in _as_blocks(one, totals[one.name][1], claimed))
-    return Pool(kind=kind, devices=tuple(one for one in every if features.taints or not one.taints))
-
-
-def _as_blocks(device: PoolDevice, total: int, claimed: frozenset[str]) -> Iterator[PoolDevice]:
-    """A device as blocks that are had whole. Those are tainted that are more than the device's capacity; never one that
-    a claim has."""
-    amount = device.capacity[SIZE]
-    names = {f"{device.name}-block{number}": size for number, size in enumerate(_blocks(total, amount.step))}
-    spare = amount.value - sum(size for name, size in names.items() if name in claimed)
-    for name, size in names.items():
-        spare -= size if name not in claimed else 0
-        yield PoolDevice(
-            name=name,
-            part=replace(device.part, amount=size),
-            attributes=device.attributes,
-            capacity={SIZE: Capacity(value=size, binary=True)},
-            taints=() if name in claimed or spare >= 0 else (HELD,),
-        )
-
-
-def _blocks(size: int, step: int) -> list[int]:
-    """Equal sizes in whole steps that a number of bytes is divided into; the last one has what is over."""
-    count = min(BLOCKS, size // step)
-    if not count:
-        return []
-    each = size // step // count * step
-    return [*[each] * (count - 1), size // step * step - each * (count - 1)]
-
-
-def _part_of(totals: Mapping[str, tuple[Part, int]], name: str) -> Part | None:
-    """What `name` says: the whole of a device, or a block of it."""
-    if name in totals:
-        return totals[name][0]
-    found = re.fullmatch(r"(.+)-block(0|[1-9][0-9]?)", name, re.ASCII)
-    if found is None or found[1] not in totals:
-        return None
-    part, total = totals[found[1]]
-    blocks, number = _blocks(total, part.page_bytes or BASE_PAGE_BYTES), int(found[2])
-    return replace(part, amount=blocks[number]) if number < len(blocks) else None

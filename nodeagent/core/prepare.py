@@ -20,15 +20,19 @@ from nodeagent.core.devices import SHARES, refuse_missing_shares
 from nodeagent.core.ledger import GRANTED, RELEASED, Change, Ledger
 from nodeagent.core.model import CLAIM, Grant, Holder, Inventory, NodeId, Pages, Request
 from nodeagent.core.options import FULL_PCPUS, check_options
+from nodeagent.core.pagepools import BASE_PAGE_BYTES, SIZE
 from nodeagent.core.placement import place
 from nodeagent.core.pool import Part
-from nodeagent.core.pools import BASE_PAGE_BYTES, CPUS, SIZE, CpuPool, PoolKind
+from nodeagent.core.pools import CPUS, CpuPool, PoolKind
 from nodeagent.core.settings import Settings, check_all, settings_for, to_json
 from nodeagent.core.stock import memory_left
 from nodeagent.errors import InputError, Refused
 
 MOST_NAMED = 3
 """Holders that a refusal names."""
+
+MOST_RESULTS = 32
+"""Devices that one claim may be allocated (resource.k8s.io/v1, AllocationResultsMaxSize)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,9 +130,9 @@ def unprepare(ledger: Ledger, uids: Iterable[str]) -> Decision:
 
 
 def grants_of(ledger: Ledger, uid: str) -> tuple[Grant, ...]:
-    """What a claim holds, in the order of its allocation."""
-    mine = (grant for grant in ledger.grants.values() if grant.holder.api == CLAIM and grant.holder.uid == uid)
-    return tuple(sorted(mine, key=lambda grant: int(grant.id.rpartition("-")[2])))
+    """What a claim holds, in the order of its allocation. Found by the ids that it must have: a ledger may be long."""
+    known = ledger.grants
+    return tuple(grant for index in range(MOST_RESULTS) if (grant := known.get(f"{uid}-{index}")) is not None)
 
 
 def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
@@ -139,6 +143,8 @@ def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
     if not mine:
         drivers = ", ".join(sorted({result.driver for result in claim.results})) or "no driver"
         raise InputError(f"it has no device of driver {catalog.driver}, only of {drivers}")
+    if len(mine) > MOST_RESULTS:
+        raise InputError(f"it has {len(mine)} devices of driver {catalog.driver}, at most {MOST_RESULTS} are possible")
     return mine
 
 

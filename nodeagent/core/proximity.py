@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.model import LINK_WEIGHTS, Device, Inventory, NodeId
 
 REMOTE, LOCAL = 20, 10
@@ -118,11 +117,3 @@ class Proximity:
     def node_weight(self, node: NodeId, places: Iterable[Place]) -> int:
         """Summed SLIT distance beyond local of a node to all places that know their node."""
         return sum(self.node_distance(node, at) - LOCAL for _, at in places if at is not None)
-
-
-def cpu_place(cpus: CpuSet, inventory: Inventory) -> Place:
-    """The place of CPUs that something is to lie near: the CPUs of their L3 groups."""
-    groups = {cpu.l3 for cpu in inventory.cpus if cpu.id in cpus}
-    nodes = {cpu.numa_node for cpu in inventory.cpus if cpu.id in cpus}
-    near = CpuSet(cpu.id for cpu in inventory.cpus if cpu.l3 in groups and (cpu.l3 is not None or cpu.id in cpus))
-    return near.mask, min(nodes) if len(nodes) == 1 else None

@@ -18,7 +18,7 @@ import h11
 from nodeagent.errors import NodeagentError
 from nodeagent.kube.credentials import Access, Pem, tls_context
 
-MOST_IDLE = 2
+MOST_IDLE = 4
 IDLE_S = 30.0
 """A connection unused for longer is not trusted: load balancers forget it without telling."""
 _READ_BYTES = 64 << 10

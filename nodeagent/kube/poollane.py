@@ -84,14 +84,22 @@ class PoolLane:
         """The newest form of the pool; devices that break a rule are left out and named."""
         if self._given == (pool, owner):
             return
-        before, self._given, self._settled = self.broken, (pool, owner), None
+        before, sound = self.broken, self._known_sound(pool, owner)
+        self._given, self._settled = (pool, owner), None
         self.name = pool_name(owner, pool.kind)
         self._refusals, self._held_until_s = 0, 0.0
-        self.pool, self.broken = _sound(pool, owner)
+        self.pool, self.broken = _sound(pool, owner, sound)
         self.unfit = any(not one.device for one in self.broken)
         for one in self.broken:
             if one not in before:
                 log.error("slice-rule-broken", pool=one.pool, device=one.device, error=one.why)
+
+    def _known_sound(self, pool: Pool, owner: Owner) -> frozenset[str]:
+        """Devices that were checked already, the very same beside the same counters: most of a large pool."""
+        if self._given is None or self._given[1] != owner or self._given[0].counters != pool.counters:
+            return frozenset()
+        checked, bad = {id(one) for one in self._given[0].devices}, {one.device for one in self.broken}
+        return frozenset(one.name for one in pool.devices if id(one) in checked and one.name not in bad)
 
     def is_settled(self, stored: Mapping[str, Object]) -> bool:
         """Whether neither the pool nor what is stored of it changed since settle()."""
@@ -175,11 +183,11 @@ def version(one: Object) -> str:
     return str(one["metadata"].get("resourceVersion", ""))
 
 
-def _sound(pool: Pool, owner: Owner) -> tuple[Pool, tuple[Broken, ...]]:
-    """The pool without the devices that break a rule, and all rules that were broken."""
-    broken = check(render(pool, owner, 1))
+def _sound(pool: Pool, owner: Owner, sound: frozenset[str]) -> tuple[Pool, tuple[Broken, ...]]:
+    """The pool without the devices that break a rule, and all rules that were broken. sound: as in check."""
+    broken = check(render(pool, owner, 1), sound)
     bad = {one.device for one in broken if one.device}
     if not bad:
         return pool, tuple(broken)
     rest = replace(pool, devices=tuple(one for one in pool.devices if one.name not in bad))
-    return rest, (*(one for one in broken if one.device), *check(render(rest, owner, 1)))
+    return rest, (*(one for one in broken if one.device), *check(render(rest, owner, 1), sound))

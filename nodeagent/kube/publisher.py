@@ -103,13 +103,16 @@ class Publisher:
         nodes: Any,
         slices: Any,
         pace: PublishPace = DEFAULT_PACE,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """nodes and slices: how `api` names these two kinds of objects. pools() holds one pool for each kind."""
+        """nodes and slices: how `api` names these two kinds of objects. pools() holds one pool for each kind. clock:
+        in seconds, never back."""
         self._api, self._nodes, self._slices = api, nodes, slices
         self._owner = Owner(driver=driver, node_name=node_name)
         self._fields = {"spec.nodeName": node_name, "spec.driver": driver}
         self._pools, self._pools_changed = pools, pools_changed
         self._pace = pace
+        self._clock = clock
         self._features = ALL_FEATURES
         self._stored: dict[str, Object] = {}
         self._own_writes: set[str] = set()
@@ -166,12 +169,12 @@ class Publisher:
         self._show(WAITING, f"starting {delay_s:.1f} s late, so that not all nodes write at once")
         await asyncio.sleep(delay_s)
         while True:
-            began_s = time.monotonic()
+            began_s = self._clock()
             try:
                 await self._session()
                 rest_s = self._pace.settle_s
             except Exception as error:
-                if time.monotonic() - began_s > self._pace.steady_s:
+                if self._clock() - began_s > self._pace.steady_s:
                     self._retry_s = self._pace.first_retry_s
                 rest_s = self._failed(error)
             await asyncio.sleep(rest_s)
@@ -215,11 +218,11 @@ class Publisher:
         try:
             pause_s = self._pace.first_retry_s
             while True:
-                began_s = time.monotonic()
+                began_s = self._clock()
                 async for event in self._api.watch(self._slices, fields=self._fields, revision=revision):
                     revision = event.object["metadata"].get("resourceVersion", revision)
                     self._take_in(event)
-                lasted = time.monotonic() - began_s > self._pace.steady_s
+                lasted = self._clock() - began_s > self._pace.steady_s
                 pause_s = self._pace.first_retry_s if lasted else min(2 * pause_s, self._pace.last_retry_s)
                 await asyncio.sleep(pause_s)
         finally:
@@ -272,7 +275,7 @@ class Publisher:
 
     async def _write(self, lane: PoolLane, todo: Plan) -> float:
         """Do it if the lane may write now; in how many seconds to look again. PeerError that concerns all pools."""
-        wait_s = lane.wait_s(time.monotonic())
+        wait_s = lane.wait_s(self._clock())
         if wait_s > 0:
             return wait_s
         try:
@@ -280,8 +283,8 @@ class Publisher:
         except PeerError as error:
             if not getattr(error, "lasting", False) or _status(error) == _NOT_FOUND:
                 raise
-            return lane.refused(time.monotonic(), error)
-        lane.wrote(time.monotonic())
+            return lane.refused(self._clock(), error)
+        lane.wrote(self._clock())
         log.info("slices-written", pool=lane.name, **{verb: len(bodies) for verb, bodies in todo._asdict().items()})
         self._lose(kept)
         return 0.0  # to see that it is now as it should be

@@ -102,9 +102,10 @@ class Registrar:
         """Keep everything registered until cancelled; then end all streams and remove the sockets."""
         try:
             async with asyncio.TaskGroup() as tasks:
+                # The watch first: what it finds at the start must not interrupt a try that is under way.
+                tasks.create_task(self._watch())
                 for plugin in self._plugins:
                     tasks.create_task(plugin.keep())
-                tasks.create_task(self._watch())
         finally:
             await asyncio.gather(*(plugin.server.stop() for plugin in self._plugins))
 

@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -49,15 +49,16 @@ class Broken(NamedTuple):
         return f"pool {self.pool!r}:{device} {self.why}"
 
 
-def check(slices: Sequence[Object]) -> list[Broken]:
-    """Every rule that the slices break; they are taken as the whole of their pools."""
+def check(slices: Sequence[Object], sound: Container[str] = frozenset()) -> list[Broken]:
+    """Every rule that the slices break; they are taken as the whole of their pools. sound: names of devices that are
+    known to break none beside these counters."""
     pools: dict[str, list[Object]] = {}
     for one in slices:
         pools.setdefault(one["spec"]["pool"]["name"], []).append(one)
-    return [broken for name, parts in pools.items() for broken in _pool(name, parts)]
+    return [broken for name, parts in pools.items() for broken in _pool(name, parts, sound)]
 
 
-def _pool(name: str, parts: Sequence[Object]) -> Iterator[Broken]:
+def _pool(name: str, parts: Sequence[Object], sound: Container[str]) -> Iterator[Broken]:
     sets = {one["name"]: one.get("counters", {}) for part in parts for one in part["spec"].get("sharedCounters", ())}
     for why in [*_pool_wide(name, parts), *(why for part in parts for why in _slice(part))]:
         yield Broken(name, "", why)
@@ -65,7 +66,7 @@ def _pool(name: str, parts: Sequence[Object]) -> Iterator[Broken]:
     for device in (one for one, count in times.items() if count > 1):
         yield Broken(name, device, f"name: {device!r}: the pool has {times[device]} devices of this name")
     for part in parts:
-        for device in part["spec"].get("devices", ()):
+        for device in (one for one in part["spec"].get("devices", ()) if one["name"] not in sound):
             for why in _device(device, sets):
                 yield Broken(name, device["name"], why)
 

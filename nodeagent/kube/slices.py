@@ -121,7 +121,10 @@ def same(stored: Object, wanted: Object) -> bool:
     if _owners(stored) != _owners(wanted):
         return False
     a, b = stored["spec"], wanted["spec"]
-    return bool(a == b or _canonical(a) == _canonical(b))  # mostly the first decides, and it is quick
+    if a == b:
+        return True
+    # To compare all of it takes long, and another generation is another whatever the rest says.
+    return _generation(stored) == _generation(wanted) and bool(_canonical(a) == _canonical(b))
 
 
 def lost_features(sent: Object, stored: Object) -> Features:
@@ -158,6 +161,7 @@ def _slice(name: str, owner: Owner, place: Object, part: Object) -> Object:
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 
 
+@functools.lru_cache(maxsize=256)
 def _name_head(owner: Owner, kind: str) -> str:
     """Readable, and unique by its hash: node, driver and kind may hold the sign that stands between them."""
     triple = (owner.node_name, owner.driver, kind)

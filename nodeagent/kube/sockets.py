@@ -83,7 +83,7 @@ async def serve(path: Path, add: Callable[[grpc.aio.Server], None]) -> grpc.aio.
     try:
         server.add_insecure_port(_address(path))
     except RuntimeError as error:
-        raise HostError(f"cannot serve {path}: {error}") from None
+        raise HostError(f"cannot serve {path}: {_why_not(path) or error}") from None
     await server.start()
     return server
 
@@ -104,14 +104,20 @@ def _address(path: Path) -> str:
 
 
 def _make_free(path: Path) -> None:
-    """Remove a stale socket and bind once for trial: gRPC's own error does not carry the cause. The trial has a name
-    that kubelet passes over: it must not see a socket come and go."""
-    trial = path.with_name(f".{os.getpid()}")
+    """Remove a stale socket."""
     try:
         if path.is_symlink() or path.exists():
             path.unlink()
-        with socket.socket(socket.AF_UNIX) as bound:
-            bound.bind(str(trial))
-        trial.unlink()
     except OSError as error:
         raise HostError(f"cannot serve {path}: {error.strerror or error}") from None
+
+
+def _why_not(path: Path) -> str:
+    """Why no socket can be bound at a path: gRPC's own error does not carry the cause."""
+    try:
+        with socket.socket(socket.AF_UNIX) as trial:
+            trial.bind(str(path))
+        path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
