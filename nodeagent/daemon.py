@@ -21,7 +21,7 @@ from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
 from nodeagent.draserving import DraServing
 from nodeagent.errors import ConfigError, NodeagentError, StateError
-from nodeagent.following import Holders, Machine, recoveries
+from nodeagent.following import Holders, Machine, recoveries, rewrites
 from nodeagent.host import kinds
 from nodeagent.host.scan import scan
 from nodeagent.http import Server
@@ -29,7 +29,7 @@ from nodeagent.kube import sockets
 from nodeagent.kube.podresources import CheckpointWatch, PodResources
 from nodeagent.kube.registration import KUBELET_SOCKET, Registration
 from nodeagent.kube.waiting import FolderWatch
-from nodeagent.locks import FileLock
+from nodeagent.lead import Lead
 from nodeagent.notify import Notifier
 from nodeagent.offer import CPU, Offer, selectors
 from nodeagent.parts import end, first, kept
@@ -39,8 +39,6 @@ from nodeagent.status import Status
 from nodeagent.store import Store
 
 POD_RESOURCES, BOOT_ID = "pod-resources/kubelet.sock", "proc/sys/kernel/random/boot_id"
-LEAD, NEWS = "leader.lock", "ledger.news"
-"""In the state folder: held by the agent that leads; made and removed when another one has decided something."""
 NOT_LIVE = (
     "kubeletDir",
     "stateDir",
@@ -52,13 +50,11 @@ NOT_LIVE = (
     "dra.cdiDir",
 )
 """Keys that are read at the start only."""
-LOCKED_RETRY_S, LEAD_RETRY_S, LEAD_LOST_S = 2.0, 0.2, 3.0
-"""LEAD_LOST_S: how long whoever leads has time to put back its lock where somebody removed it."""
+LOCKED_RETRY_S = 2.0
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
-CONFIG_POLL_S, FOLDER_POLL_S = 5.0, 30.0
-"""The safety nets below the watches of folders. A file that is written in place is found by its poll alone."""
-PRUNE_S = 3600.0
+FOLDER_POLL_S = 30.0
+"""The safety net below the watch of a folder."""
 Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
 log = structlog.get_logger()
 
@@ -92,7 +88,6 @@ class Daemon:
         self.config_error = ""
         """Why the newest configuration is not the one in force."""
         self.agent = agent
-        self.notes: list[str] = []
         self.started_at = time.time()
         self._where = where
         self._families = families
@@ -103,14 +98,16 @@ class Daemon:
         self._machine = Machine(agent, where.sysfs, families, lambda: self.config)
         self._holders = Holders(agent, pods, self._serving.offers, self._plugins)
         self._dra = DraServing(agent, config, families, where.sysfs, where.kubelet_dir, where.runtime_dir, pods)
-        self._lead = FileLock(where.state_dir / LEAD)
-        self._lead_lost = asyncio.Event()
-        self._not_durable = ""
+        self._lead = Lead(agent, store, where.state_dir, lambda: self.config.audit_days)
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
 
     # ---------------------------------------------------------------- what status reads
+
+    @property
+    def notes(self) -> list[str]:
+        return self._lead.notes
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -134,14 +131,13 @@ class Daemon:
     async def run(self, stop: asyncio.Event) -> None:
         """Run until `stop`, then stop in order. StateError: another agent leads, although this one did."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_asked.set)
-        self._hear_store()
         try:
             async with asyncio.TaskGroup() as tasks:
                 self._apply_dra()
                 beside = self._begin(tasks, self._parts())
-                await first(self._take_the_lead(), stop.wait())
+                await first(self._lead.take(), stop.wait())
                 leading = await self._begin_to_lead(tasks) if self._lead.held else []
-                await first(stop.wait(), self._lead_lost.wait())
+                await first(stop.wait(), self._lead.lost())
                 log.info("stopping")
                 self._notifier.stopping()
                 await self._serving.stop()
@@ -151,40 +147,7 @@ class Daemon:
             await self._machine.close()
             await self._dra.close()
             await self.agent.close()
-            self._lead.close()
-        if self._lead_lost.is_set():
-            raise StateError(f"cannot go on: another agent has taken {self._lead.path}, which somebody had removed")
-
-    async def _take_the_lead(self) -> None:
-        """Return once no other agent leads on this node. Until then claims alone are served beside it, and what it
-        decides is heard: whoever remembers late would put a damaged ledger in order wrongly."""
-        said, lost_s = False, 0.0
-        while not await self._leads(make=lost_s > LEAD_LOST_S):
-            if not said and not self._not_durable:
-                log.warning("another-agent-leads", lock=str(self._lead.path), served="claims only, until it ends")
-                self.agent.on_decision = lambda: _touch(self._where.state_dir / NEWS)
-                said = True
-            lost_s = 0.0 if self._lead.is_there() else lost_s + LEAD_RETRY_S
-            await asyncio.sleep(LEAD_RETRY_S)
-        self.agent.on_decision = None
-        if said:
-            log.info("leading")
-
-    async def _leads(self, *, make: bool) -> bool:
-        """Whether this agent leads now, and knows all that was decided before."""
-        try:
-            leads = self._lead.try_take(make=make)
-            await self.agent.refresh()
-        except StateError as error:
-            self._say_not_durable(error)
-            return False
-        self._not_durable = ""
-        return leads
-
-    def _say_not_durable(self, error: StateError) -> None:
-        if str(error) != self._not_durable:
-            log.error("ledger-not-durable", error=str(error))
-        self._not_durable = str(error)
+        self._lead.close()
 
     async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         await self._serving.apply(self.config)
@@ -214,7 +177,7 @@ class Daemon:
                 CheckpointWatch(self._plugins, poll_s=self.config.release.poll_seconds)
             ),
             "kubelet": self._follow_kubelet,
-            "housekeeping": self._keep_house,
+            "housekeeping": self._lead.keep,
             "watchdog": self._notifier.keep_alive,
         }
 
@@ -278,26 +241,6 @@ class Daemon:
         state = f"{len(self.offers())} resources, {len(self.agent.ledger.grants)} grants"
         return f"{state}; {reasons[0]}" if reasons else state
 
-    async def _keep_house(self) -> None:
-        """Forget old audit lines; where somebody removes the ledger's folder, have the lead and the store put it back.
-        An agent that finds another one in its place ends: two must not lead."""
-        with FolderWatch(self._where.state_dir, poll_s=PRUNE_S) as folder:
-            while True:
-                try:
-                    if not self._lead.try_take():
-                        self._lead_lost.set()
-                    await self.agent.prune(time.time() - self.config.audit_days * 86_400)
-                    self._not_durable = ""
-                except StateError as error:
-                    self._say_not_durable(error)
-                self._hear_store()
-                await folder.wait()
-
-    def _hear_store(self) -> None:
-        if self._store.note and self._store.note not in self.notes:
-            self.notes.append(self._store.note)
-            log.error("ledger-replaced", note=self._store.note)
-
     # ---------------------------------------------------------------- configuration, live
 
     async def _follow_config(self) -> None:
@@ -305,15 +248,9 @@ class Daemon:
         path = self._where.config_file
         if path is None:
             return
-        seen = _text(path)
-        with FolderWatch(path.parent, poll_s=CONFIG_POLL_S) as folder:
-            while True:
-                await first(folder.wait(), self._reload_asked.wait())
-                now, asked = _text(path), self._reload_asked.is_set()
-                self._reload_asked.clear()
-                if asked or (now != seen and now is not None):
-                    await self._reload_said("SIGHUP" if asked else "file changed")
-                seen = now
+        async with contextlib.aclosing(rewrites(path, self._reload_asked)) as reasons:
+            async for why in reasons:
+                await self._reload_said(why)
 
     async def _reload_said(self, why: str) -> None:
         try:
@@ -359,20 +296,6 @@ def _group(config: Config) -> int | None:
         return grp.getgrnam(config.status.group).gr_gid
     except KeyError:
         log.warning("no-status-group", group=config.status.group)
-        return None
-
-
-def _touch(path: Path) -> None:
-    """Have those who watch the folder look."""
-    with contextlib.suppress(OSError):
-        path.touch()
-        path.unlink()
-
-
-def _text(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
         return None
 
 

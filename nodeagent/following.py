@@ -25,14 +25,17 @@ from nodeagent.host.pci import NVIDIA
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import SysFs
 from nodeagent.kube.podresources import CheckpointWatch, PodResources, checkpoint
+from nodeagent.kube.waiting import FolderWatch
 from nodeagent.log import new_op
 from nodeagent.offer import Offer, selectors
-from nodeagent.parts import end, kept
+from nodeagent.parts import end, first, kept
 
 ABSENCE_POLL_S = 1.0
 """How soon kubelet is asked again while a grant is missing from its list."""
 LONGEST_REST_S = 1.0
 """Between two scans while the kernel keeps announcing changes."""
+CONFIG_POLL_S = 5.0
+"""The safety net below the watch of the configuration's folder."""
 log = structlog.get_logger()
 
 
@@ -211,3 +214,24 @@ async def recoveries(agent: Agent) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(due):
                 seen = await agent.revision.changed(seen)
+
+
+async def rewrites(path: Path, asked: asyncio.Event) -> AsyncGenerator[str, None]:
+    """Why a file is to be read again, whenever it is: it changed, or somebody asked. A file that is written in place is
+    found by the poll alone."""
+    seen = _content(path)
+    with FolderWatch(path.parent, poll_s=CONFIG_POLL_S) as folder:
+        while True:
+            await first(folder.wait(), asked.wait())
+            now, told = _content(path), asked.is_set()
+            asked.clear()
+            if told or (now != seen and now is not None):
+                yield "SIGHUP" if told else "file changed"
+            seen = now
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

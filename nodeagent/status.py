@@ -31,9 +31,10 @@ class Watched(Protocol):
 
     agent: Agent
     started_at: float
-    notes: list[str]
     config_error: str
 
+    @property
+    def notes(self) -> list[str]: ...
     @property
     def refused(self) -> Mapping[str, str]: ...
 

@@ -39,6 +39,7 @@ LEVEL_OF = {
     "claimcare": 5,
     "draserving": 5,
     "places": 5,
+    "lead": 5,
     "following": 5,
     "daemon": 5,
     "cli": 6,

@@ -24,9 +24,11 @@ TITLES = {
     "dra_v1beta1": "DRA v1beta1",
     "drahealth_v1": "DRA health v1",
     "drahealth_v1alpha1": "DRA health v1alpha1",
+    "nri": "NRI v1alpha1 (over ttrpc)",
     "pluginregistration": "Plugin registration v1",
     "podresources": "Pod resources v1",
 }
+_BRACKETS = re.compile(r"(\S+) \(([^)]*)\)")
 _VERSION_LINE = re.compile(r"Protobuf Python Version: (.*)|GRPC_GENERATED_VERSION = '(.*)'")
 
 pytestmark = pytest.mark.skipif(not NAMES, reason="no .proto files: not a checkout")
@@ -72,14 +74,26 @@ def test_the_committed_text_is_what_the_generator_writes(tmp_path: Path) -> None
 def test_every_call_and_field_is_in_the_protocol_s_table(name: str) -> None:
     """Both ways: nothing missing, nothing of our own."""
     text = shared_path("wire.md").read_text()
-    section = re.search(rf"^## {TITLES[name]}$.*?```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
+    section = re.search(rf"^## {re.escape(TITLES[name])}$.*?```\n(.*?)```", text, re.MULTILINE | re.DOTALL)
     assert section is not None
     assert sorted(described(module(name).DESCRIPTOR)) == sorted(section[1].strip().splitlines())
 
 
+def test_the_messages_of_ttrpc_are_those_of_its_notes() -> None:
+    """These have no table: a message stands in a line, with those that it alone uses in brackets after the field."""
+    text = shared_path("wire.md").read_text()
+    noted = dict(re.findall(r"^- (Request|Response): (.*)\.$", text, re.MULTILINE))
+    inner = {name.split(".")[-1]: fields for line in noted.values() for name, fields in _BRACKETS.findall(line)}
+    outer = {name: _BRACKETS.sub(lambda found: found[1].split(".")[-1], line) for name, line in noted.items()}
+    expected = [f"{name}: {fields}" for name, fields in outer.items()]
+    expected += [f"{name.removesuffix('[]')}: {fields.replace(', ', '; ')}" for name, fields in inner.items()]
+    expected.append("Any: 1 type_url string; 2 value bytes")
+    assert sorted(described(module("ttrpc").DESCRIPTOR)) == sorted(expected)
+
+
 def test_every_protocol_has_its_table() -> None:
     """A new .proto file is checked too, or this fails."""
-    assert sorted(TITLES) == NAMES
+    assert sorted([*TITLES, "ttrpc"]) == NAMES
 
 
 def test_all_modules_live_together() -> None:
@@ -92,7 +106,9 @@ def described(file: FileDescriptor) -> list[str]:
     """A file in the table's own notation."""
     calls = [call(one) for service in file.services_by_name.values() for one in service.methods]
     messages = [message(one) for one in file.message_types_by_name.values()]
-    return calls + messages + [enum(one) for one in file.enum_types_by_name.values()]
+    enums = [enum(one) for one in file.enum_types_by_name.values()]
+    inner = [enum(one) for above in file.message_types_by_name.values() for one in above.enum_types]
+    return calls + messages + enums + inner
 
 
 def call(method: MethodDescriptor) -> str:
@@ -107,12 +123,14 @@ def message(one: Any) -> str:
 
 
 def enum(one: Any) -> str:
-    return f"enum {one.name}: {', '.join(f'{value.name}={value.number}' for value in one.values)}"
+    name = one.full_name.removeprefix(f"{one.file.package}.")
+    return f"enum {name}: {', '.join(f'{value.name}={value.number}' for value in one.values)}"
 
 
 def kind(field: Any) -> str:
     names = {field.TYPE_STRING: "string", field.TYPE_BOOL: "bool", field.TYPE_INT64: "int64"}
     names |= {field.TYPE_INT32: "int32", field.TYPE_UINT64: "uint64"}
+    names |= {field.TYPE_UINT32: "uint32", field.TYPE_BYTES: "bytes"}
     if field.message_type is not None and field.message_type.GetOptions().map_entry:
         key, value = (kind(one) for one in field.message_type.fields)
         return f"map<{key},{value}>"

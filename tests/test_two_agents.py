@@ -27,7 +27,7 @@ from running import Running
 
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.devicepools import label
-from nodeagent.daemon import LEAD
+from nodeagent.lead import LOCK as LEAD
 from nodeagent.locks import FileLock
 from nodeagent.pb import dra_v1_pb2 as pb
 from nodeagent.pb import dra_v1_pb2_grpc as rpc
