@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import structlog
 
 from nodeagent.agent import Agent
-from nodeagent.claims import Claims, claims_held
 from nodeagent.core.claim import Claim, ClaimRef, Result
 from nodeagent.core.model import Grant, Inventory
 from nodeagent.errors import InputError, PeerError
@@ -22,6 +21,7 @@ from nodeagent.kube import claims as wire
 from nodeagent.kube.waiting import FolderWatch
 from nodeagent.log import new_op
 from nodeagent.parts import first
+from nodeagent.rendering import Rendering, claims_held
 
 FOLDER_POLL_S = 30.0
 """The safety net below the watches of folders."""
@@ -36,12 +36,12 @@ NOT_ALLOWED_S = 600.0
 log = structlog.get_logger()
 
 
-async def keep_rendered(agent: Agent, claims: Claims, folder: Path) -> None:
+async def keep_rendered(agent: Agent, rendering: Rendering, folder: Path) -> None:
     """Render at the start, whenever the machine or a grant changed, and when somebody changed the CDI folder."""
     with FolderWatch(folder, poll_s=FOLDER_POLL_S) as watch:
         while True:
             seen = agent.revision.value
-            await claims.render()
+            await rendering.restore()
             await first(watch.wait(), agent.revision.changed(seen))
             await asyncio.sleep(SETTLE_S)
 

@@ -1,8 +1,5 @@
-"""What kubelet asks about claims: read, decide, render, answer.
-
-A claim is read from the API server, decided by the agent (durable), then rendered: one CDI file and one folder with
-what its containers may read. What is rendered is a function of the ledger and the inventory, and is put back whenever
-it is not there.
+"""What kubelet asks about claims: each is read from the API server, decided by the agent (durable), rendered to files,
+and answered. What kubelet no longer waits for, and has unprepared, comes to nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import structlog
@@ -19,31 +16,20 @@ from nodeagent import handover, metrics
 from nodeagent.agent import Agent
 from nodeagent.catalog import Dra
 from nodeagent.core.claim import Claim, ClaimRef, Prepared, PreparedDevice
-from nodeagent.core.ledger import Ledger
-from nodeagent.core.model import CLAIM, Grant, Inventory, Mount
+from nodeagent.core.model import Grant
 from nodeagent.core.prepare import grants_of
-from nodeagent.errors import HostError, InputError, NodeagentError, PeerError, StateError
-from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
+from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
 from nodeagent.kube import claims as wire
+from nodeagent.rendering import Rendering
 
 MOST_READS, READ_S = 4, 25.0
 """Claims that are read from the API server at once, and how long those of one call may take together: kubelet waits for
 45 s, and what is granted already can be answered without."""
-RENDER_PACK = 16
-"""Claims whose files are looked at in one go."""
 log = structlog.get_logger()
 Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 """A claim's object from the API server; None: there is none. PeerError where that cannot be known."""
 
 
-class _EveryClaim:
-    """Has every UID."""
-
-    def __contains__(self, uid: object) -> bool:
-        return True
-
-
-_EVERY_CLAIM = _EveryClaim()
 _UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
 
 
@@ -61,22 +47,17 @@ class Claims:
         agent: Agent,
         dra: Callable[[], Dra],
         fetch: Fetch,
-        cdi: CdiFolder,
-        readable: ClaimFiles,
+        rendering: Rendering,
         told: Told = lambda ref, grants, error: None,
     ) -> None:
         """dra: what is served at this moment."""
         self._agent = agent
         self._dra = dra
         self._fetch = fetch
-        self._cdi = cdi
-        self._readable = readable
+        self._rendering = rendering
         self._told = told
         self._reads = asyncio.Semaphore(MOST_READS)
         self._reading: list[set[str]] = []
-        self._disk = asyncio.Lock()
-        self._unrendered: Mapping[str, str] = {}
-        """What was said last of claims whose files cannot be written."""
 
     # ---------------------------------------------------------------- kubelet's calls
 
@@ -84,9 +65,9 @@ class Claims:
         """By UID: the devices of each claim, or why it cannot be prepared. Claims of one call are of one pod."""
         began = time.perf_counter()
         granted, errors = await self._decided(claims, op)
-        errors.update(await self._render(granted))
+        errors.update(await self._rendering.write(granted))
         for ref in claims:
-            if ref.uid in granted and not self._hold(granted[ref.uid]):
+            if ref.uid in granted and not self._rendering.hold(granted[ref.uid]):
                 errors[ref.uid] = _UNPREPARED.format(ref)
         answers = {ref.uid: self._answer(ref, granted, errors) for ref in claims}
         for ref in claims:
@@ -104,8 +85,7 @@ class Claims:
         gone = await self._agent.unprepare([ref.uid for ref in claims], op)
         for grant in gone:
             log.info("claim-released", op=op, claim=str(grant.holder), grant=grant.id)
-        async with self._disk:
-            return await asyncio.to_thread(self._remove, [ref.uid for ref in claims])
+        return await self._rendering.remove([ref.uid for ref in claims])
 
     # ---------------------------------------------------------------- deciding
 
@@ -126,10 +106,6 @@ class Claims:
             elif ref.uid not in batch.grants:
                 errors.setdefault(ref.uid, _UNPREPARED.format(ref))
         return granted, errors
-
-    def _hold(self, grants: Iterable[Grant]) -> bool:
-        """Whether these grants are in force, as they were made."""
-        return all(self._agent.ledger.grants.get(one.id) == one for one in grants)
 
     # ---------------------------------------------------------------- reading
 
@@ -167,78 +143,6 @@ class Claims:
             raise InputError("it is reserved for nobody")
         return claim
 
-    # ---------------------------------------------------------------- rendering
-
-    async def render(self) -> None:
-        """Put back what is missing of any claim and remove what is of none. Errors are said, claim by claim."""
-        on_disk = await asyncio.to_thread(lambda: self._cdi.uids() | self._readable.uids())
-        # Whoever wrote a file had decided before: what is unknown after this has no grant.
-        await self._agent.refresh()
-        held = claims_held(self._agent.ledger)
-        before, self._unrendered = self._unrendered, await self._render_all(held)
-        for uid, error in self._unrendered.items():
-            if before.get(uid) != error:
-                log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
-        orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
-        async with self._disk:
-            await asyncio.to_thread(self._remove, orphans)
-            drafts = await asyncio.to_thread(self._remove_drafts)
-        if orphans or drafts:
-            log.info("orphans-removed", claims=orphans, drafts=drafts)
-
-    async def _render_all(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """The same of many claims, a few at a time: kubelet's calls come in between."""
-        errors, every = dict[str, str](), list(claims.items())
-        for start in range(0, len(every), RENDER_PACK):
-            errors |= await self._render(dict(every[start : start + RENDER_PACK]))
-        return errors
-
-    async def _render(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """Write the files of those claims whose grants are still in force; errors by UID."""
-        async with self._disk:
-            some = {uid: grants for uid, grants in claims.items() if self._hold(grants)}
-            return await asyncio.to_thread(self._write_all, self._dra(), self._agent.inventory, some)
-
-    def _write_all(self, dra: Dra, inventory: Inventory, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        errors = {}
-        for uid, grants in claims.items():
-            try:
-                self._write(dra, inventory, uid, grants)
-            except (NodeagentError, OSError) as error:
-                errors[uid] = f"cannot prepare {grants[0].holder}: {error}"
-        return errors
-
-    def _write(self, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
-        self._readable.write(uid, handover.metadata(dra, inventory, grants))
-        edits = handover.edits(dra, inventory, grants, self._mount(uid, grants[0].holder.claim))
-        names = [self._cdi.device_name(uid, _index(grant)) for grant in grants]
-        self._cdi.write(uid, [CdiDevice(name=name, edits=one) for name, one in zip(names, edits, strict=True)])
-
-    def _mount(self, uid: str, name: str) -> Mount:
-        return Mount(host_path=str(self._readable.path(uid).parent), container_path=f"{handover.CLAIMS_FOLDER}/{name}")
-
-    def _remove(self, uids: Iterable[str]) -> dict[str, str]:
-        errors = {}
-        for uid in uids:
-            try:
-                self._cdi.remove(uid)
-                self._readable.remove(uid)
-                errors[uid] = ""
-            except InputError:
-                errors[uid] = ""  # nothing of ours can be named after it
-            except (HostError, OSError) as error:
-                errors[uid] = f"cannot unprepare claim {uid}: {error}"
-        return errors
-
-    def _remove_drafts(self) -> list[str]:
-        """What a killed agent left half-written. Who is writing at this moment, as another instance may be, notices
-        and writes again."""
-        try:
-            return [*self._cdi.sweep(_EVERY_CLAIM), *self._readable.sweep(_EVERY_CLAIM)]
-        except (HostError, OSError) as error:
-            log.warning("drafts-not-removed", error=str(error))
-            return []
-
     # ---------------------------------------------------------------- answers
 
     def _answer(self, ref: ClaimRef, granted: Mapping[str, Sequence[Grant]], errors: Mapping[str, str]) -> Prepared:
@@ -253,7 +157,7 @@ class Claims:
         result = grant.result
         if result is None:
             raise StateError(f"grant {grant.id} of the ledger does not say what was allocated")
-        own = self._cdi.device_id(grant.holder.uid, _index(grant))
+        own = self._rendering.cdi_id(grant)
         others = handover.cdi_names(self._dra(), self._agent.inventory, grant)
         return PreparedDevice(
             requests=_names(result.request),
@@ -269,19 +173,6 @@ class Claims:
         else:
             parts = [f"{grant.id}: {grant.cpus or ''} {' '.join(grant.ids)}" for grant in grants]
             log.info("claim-prepared", op=op, claim=str(ref), uid=ref.uid, grants=parts)
-
-
-def claims_held(ledger: Ledger) -> dict[str, tuple[Grant, ...]]:
-    """What each claim holds, by its UID, in the order of its allocation."""
-    held: dict[str, list[Grant]] = {}
-    for grant in ledger.grants.values():
-        if grant.holder.api == CLAIM:
-            held.setdefault(grant.holder.uid, []).append(grant)
-    return {uid: tuple(sorted(grants, key=lambda one: (len(one.id), one.id))) for uid, grants in held.items()}
-
-
-def _index(grant: Grant) -> str:
-    return grant.id.rpartition("-")[2]
 
 
 def _names(request: str) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ import structlog
 from nodeagent.agent import Agent
 from nodeagent.catalog import Dra, dra_of
 from nodeagent.claimcare import Forgotten, StatusWriter, keep_rendered
-from nodeagent.claims import Claims, claims_held
+from nodeagent.claims import Claims
 from nodeagent.config import Config
 from nodeagent.core.claim import ClaimRef, DeviceHealth
 from nodeagent.core.health import HEALTHY, UNHEALTHY, State
@@ -37,6 +37,7 @@ from nodeagent.kube.poollane import PUBLISHED, PublishPace
 from nodeagent.kube.publisher import Publisher
 from nodeagent.lazyapi import LazyApi
 from nodeagent.parts import first, kept
+from nodeagent.rendering import Rendering, claims_held
 
 LINGER_S = 2.0
 """How long kubelet is still answered when the last claim is gone and nothing is served any more."""
@@ -140,14 +141,9 @@ class DraServing:
         self.api = LazyApi(config.dra.kubeconfig)
         self.pools = Pools(agent, self.dra)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
-        self._claims = Claims(
-            agent,
-            self.dra,
-            self.api.claim,
-            CdiFolder(self._cdi_dir, config.dra.driver, sysfs),
-            ClaimFiles(runtime_dir / "claims"),
-            self._told,
-        )
+        folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / "claims")
+        self._rendering = Rendering(agent, self.dra, folder, readable)
+        self._claims = Claims(agent, self.dra, self.api.claim, self._rendering, self._told)
         self.refused: Mapping[str, str] = {}
         """Kinds that are configured for DRA and not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools)
@@ -264,7 +260,7 @@ class DraServing:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(kept("slices", self.publisher.run))
-                tasks.create_task(kept("claims", lambda: keep_rendered(self._agent, self._claims, self._cdi_dir)))
+                tasks.create_task(kept("claims", lambda: keep_rendered(self._agent, self._rendering, self._cdi_dir)))
                 tasks.create_task(kept("forgotten claims", forgotten.follow))
                 tasks.create_task(kept("claim status", self._status.follow))
         finally:

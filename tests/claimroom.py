@@ -30,6 +30,7 @@ from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import SysFs
 from nodeagent.offer import selectors
+from nodeagent.rendering import Rendering
 from nodeagent.store import Store
 
 
@@ -129,7 +130,8 @@ class Room:
 
     def open(self) -> None:
         folder = CdiFolder(self.cdi, DRIVER, SysFs(str(self.tree.root)))
-        self.claims = Claims(self.agent, lambda: self.dra, self.fetch, folder, ClaimFiles(self.readable), self.tell)
+        self.rendering = Rendering(self.agent, lambda: self.dra, folder, ClaimFiles(self.readable))
+        self.claims = Claims(self.agent, lambda: self.dra, self.fetch, self.rendering, self.tell)
 
 
 def config_of(*resources: Mapping[str, Any]) -> Config:

@@ -20,13 +20,13 @@ from structlog.testing import capture_logs
 
 from nodeagent import claimcare
 from nodeagent.claimcare import SECOND_LOOK_S, Forgotten, StatusWriter, keep_rendered
-from nodeagent.claims import claims_held
 from nodeagent.core.claim import ClaimRef, Result
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.devicepools import label
 from nodeagent.core.model import CLAIM, Device, Grant, Holder, Pages
 from nodeagent.errors import PeerError, StateError
 from nodeagent.kube.apicall import ApiError
+from nodeagent.rendering import claims_held
 
 PORT = label("/dev/ttyS0")
 
@@ -99,7 +99,7 @@ async def test_a_claim_that_is_no_more_is_released_at_the_second_look(reason: An
             assert await look.look(after_s=1) == ["c"]
         assert [(line["event"], line["claim"]) for line in logs] == [("claim-forgotten", "claim default/c")] * 2
         assert {one.holder.claim for one in look.room.agent.ledger.grants.values()} == {"other"}
-        await look.room.claims.render()
+        await look.room.rendering.restore()
         assert len(look.room.files()) == 2
         assert await look.look() == []
 
@@ -463,7 +463,7 @@ async def test_files_are_kept_whatever_happens_to_them_or_to_the_grants(
         await room.prepare(claim)
         before = room.files()
         shutil.rmtree(room.cdi)
-        task = asyncio.create_task(keep_rendered(room.agent, room.claims, room.cdi))
+        task = asyncio.create_task(keep_rendered(room.agent, room.rendering, room.cdi))
         await eventually(room, before)
         room.spec_file(claim).unlink()
         await eventually(room, before)

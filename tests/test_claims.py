@@ -21,13 +21,13 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from nodeagent import claims as claims_of
-from nodeagent.claims import claims_held
 from nodeagent.core.claim import ClaimRef
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.devicepools import label
 from nodeagent.core.ledger import GRANTED, Change
 from nodeagent.errors import HostError, StateError
 from nodeagent.host import files
+from nodeagent.rendering import claims_held
 
 CPUS_OF_NODE_0 = CpuSet([0, 4])
 PORT, OTHER_PORT = label("/dev/ttyS0"), label("/dev/ttyS1")
@@ -78,7 +78,7 @@ async def test_what_is_unprepared_while_it_is_decided_is_not_answered(folder: Pa
 
 async def held_up(room: Room) -> asyncio.Lock:
     """Files wait until this is released."""
-    lock: asyncio.Lock = room.claims._disk
+    lock: asyncio.Lock = room.rendering._disk
     await lock.acquire()
     return lock
 
@@ -196,7 +196,7 @@ async def test_while_the_server_is_slow_everything_else_goes_on(folder: Path) ->
         waiting = asyncio.create_task(room.prepare(slow))
         await reached(gate)
         assert await room.unprepare(other) == [""]
-        await room.claims.render()
+        await room.rendering.restore()
         gate.opened.set()
         assert (await waiting)[0].error == ""
 
@@ -323,11 +323,11 @@ async def test_a_file_in_the_place_of_the_cdi_folder_is_said_and_overcome(folder
         (answer,) = await room.prepare(claim)
         assert answer.error.startswith(f"cannot prepare claim default/c: cannot write {room.cdi}")
         with capture_logs() as logs:
-            await room.claims.render()
-            await room.claims.render()
+            await room.rendering.restore()
+            await room.rendering.restore()
         assert [line["event"] for line in logs].count("claim-not-rendered") == 1, "what does not change is said once"
         room.cdi.unlink()
-        await room.claims.render()
+        await room.rendering.restore()
         assert room.cpus(claim) == CPUS_OF_NODE_0
         assert (await room.prepare(claim))[0].error == ""
 
@@ -359,13 +359,13 @@ async def test_deleted_folders_are_put_back_and_orphans_and_drafts_removed(folde
         before = room.files()
         for gone in (room.cdi, room.readable.parent):
             shutil.rmtree(gone)
-            await room.claims.render()
+            await room.rendering.restore()
             assert room.files() == before
         orphan = ClaimRef(namespace="default", name="x", uid="0ddba11d")
         room.spec_file(orphan).write_text("{}")
         (room.readable / orphan.uid).mkdir()
         (room.cdi / f".{room.spec_file(claim).name}.abc.tmp").touch()
-        await room.claims.render()
+        await room.rendering.restore()
         assert room.files() == before
 
 
@@ -389,7 +389,7 @@ async def test_a_device_that_vanishes_after_the_decision_is_an_error_until_it_is
         assert "held there by claim default/c" in taken
         room.tree.node("/dev/ttyS0")
         room.rescan()
-        await room.claims.render()
+        await room.rendering.restore()
         assert room.spec_file(claim).exists()
         assert (await room.prepare(claim))[0].error == ""
 
@@ -411,7 +411,7 @@ async def test_a_reload_during_prepare_is_decided_and_written_by_one_configurati
         room.serve(CPUS)
         (stale,) = await room.prepare(claim)
         assert "no resource that is configured serves it" in stale.error
-        await room.claims.render()
+        await room.rendering.restore()
         assert room.spec_file(claim).read_bytes() == before, "running containers may be started again with it"
         room.serve(CPUS, SERIAL)
         assert await room.prepare(claim) == [answer]
@@ -476,7 +476,7 @@ async def test_an_admin_who_releases_part_of_a_claim_releases_all_of_it(folder: 
         gone = await room.agent.release([f"{claim.uid}-1"], "op")
         assert {one.id for one in gone} == {f"{claim.uid}-0", f"{claim.uid}-1"}
         assert [one.holder.claim for one in room.agent.ledger.grants.values()] == ["o"]
-        await room.claims.render()
+        await room.rendering.restore()
         assert not room.spec_file(claim).exists()
         room.away = True
         assert "on purpose" in (await room.prepare(claim))[0].error
@@ -522,7 +522,7 @@ async def _overlapping(folder: Path, steps: list[tuple[int, str, int]]) -> None:
                 case "a":
                     room.away = not room.away
                 case "o":
-                    running.append(asyncio.create_task(room.claims.render()))
+                    running.append(asyncio.create_task(room.rendering.restore()))
                 case "r":
                     running.append(asyncio.create_task(room.agent.release([f"{claim.uid}-0"], "op")))  # type: ignore[arg-type]
                 case "d":
@@ -532,7 +532,7 @@ async def _overlapping(folder: Path, steps: list[tuple[int, str, int]]) -> None:
                 await asyncio.sleep(0)
         await asyncio.gather(*running)
         room.away = False
-        await room.claims.render()
+        await room.rendering.restore()
         held = claims_held(room.agent.ledger)
         assert sorted(one.name for one in room.readable.glob("*")) == sorted(held)
         for claim in every:

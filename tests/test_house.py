@@ -37,6 +37,7 @@ LEVEL_OF = {
     "serving": 5,
     "claims": 5,
     "claimcare": 5,
+    "rendering": 5,
     "draserving": 5,
     "places": 5,
     "lead": 5,
