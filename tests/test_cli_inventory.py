@@ -6,7 +6,6 @@ import copy
 import json
 import subprocess
 import sys
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pytest
 import yaml
 from conftest import shared_path
 from inventories import GIB, even_rows, inventory_of
+from machines import unpack
 from test_cli_place import complaint, nodeagent
 
 from nodeagent.core.document import from_document, to_document
@@ -45,15 +45,7 @@ CPU_KEYS = ["id", "package", "die", "cluster", "core", "numa_node", "l2", "l3", 
 
 def recorded_tree(name: str, folder: Path) -> Path:
     """Unpack a recorded machine; the folder that has sys in it."""
-    with tarfile.open(shared_path(f"machines/{name}.tar.bz2")) as archive:
-        archive.extractall(folder, filter=_readable)
-    return next(path.parent for path in [folder / "sys", *folder.glob("*/sys")] if path.is_dir())
-
-
-def _readable(member: tarfile.TarInfo, _: str) -> tarfile.TarInfo | None:
-    """Files, folders and links, readable by their owner."""
-    member.mode |= 0o600 if member.isfile() else 0o700
-    return member if member.isfile() or member.isdir() or member.issym() else None
+    return unpack(shared_path(f"machines/{name}.tar.bz2"), folder)
 
 
 def inventory(root: Path, form: str) -> subprocess.CompletedProcess[bytes]:

@@ -9,13 +9,13 @@ import os
 import re
 import shutil
 import subprocess
-import tarfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import shared_path
+from machines import unpack
 
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.model import Inventory
@@ -132,9 +132,7 @@ def machines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Record
     def unpacked(name: str) -> Recorded:
         archive = shared_path(f"machines/{name}.tar.bz2")
         folder = tmp_path_factory.mktemp("recorded")
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="tar")
-        (root,) = folder.iterdir()
+        root = unpack(archive, folder)
         reference = json.loads(shared_path(f"machines/{name}.json").read_text())
         return Recorded(name, root, topology.read(SysFs(root)), reference, EXCEPTIONS.get(name, NONE))
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
-import tarfile
 import tempfile
 from pathlib import Path
 
 import pytest
+from machines import unpack
 
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.host import pci
@@ -30,9 +30,7 @@ hwloc. Its locality is the file local_cpus; none of the recorded runs had HWLOC_
 def _unpacked(name: str) -> Path:
     folder = tempfile.TemporaryDirectory(prefix="na-pci-")
     _kept.append(folder)
-    with tarfile.open(shared_path(f"machines/{name}.tar.bz2")) as archive:
-        archive.extractall(folder.name, filter="tar")
-    return next(path.parent for path in Path(folder.name).glob("*/sys"))
+    return unpack(shared_path(f"machines/{name}.tar.bz2"), Path(folder.name))
 
 
 _kept: list[tempfile.TemporaryDirectory[str]] = []

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from conftest import shared_path
 from hypothesis import given
 from hypothesis import strategies as st
 from inventories import GIB, even_rows, inventory_of
+from machines import unpack
 from pooling import DRIVER, NOBODY, amounts, pool_of, result, shown, taints, wrong_with
 from test_machines import MACHINES
 
@@ -75,10 +74,7 @@ def pages(node: int, count: int) -> Pages:
 @pytest.fixture(scope="session")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Inventory]:
     def found(name: str) -> Inventory:
-        archive, folder = shared_path(f"machines/{name}.tar.bz2"), tmp_path_factory.mktemp("recorded")
-        with tarfile.open(archive) as tar:
-            tar.extractall(folder, filter="tar")
-        (root,) = Path(folder).iterdir()
+        root = unpack(shared_path(f"machines/{name}.tar.bz2"), tmp_path_factory.mktemp("recorded"))
         return scan(SysFs(root), builtin_kinds())
 
     return found
