@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -132,6 +133,22 @@ class Running:
 
     async def ready(self) -> Any:
         return await self.until("/v1/status", lambda status: status["ready"])
+
+
+def block(folder: Path) -> None:
+    """Put a file where a folder has to be, however often an agent makes the folder again meanwhile."""
+    while not folder.is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.write_text("in the way")
+
+
+def put_back(aside: Path, folder: Path) -> None:
+    """Put a folder in the place of that file, or of what an agent made there meanwhile."""
+    while aside.exists():
+        with contextlib.suppress(OSError):
+            folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
+            aside.rename(folder)
 
 
 @contextlib.asynccontextmanager

@@ -19,7 +19,7 @@ import pytest
 from devices import DeviceTree
 from fakes import AdmissionError, FakeKubelet
 from machines import machine
-from running import CHAR, CPU, Running, running
+from running import CHAR, CPU, Running, block, running
 
 CPU_RESOURCE = {"name": "cpu", "kind": "cpu"}
 SERIAL_RESOURCE = {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"]}
@@ -427,8 +427,7 @@ async def test_a_deleted_ledger_is_put_back(folder: Path, tree: DeviceTree, what
 async def test_a_ledger_that_cannot_be_written_fails_the_pod(folder: Path, tree: DeviceTree) -> None:
     """Something lies where the folder has to be: the pod's error says it, nothing is granted, later it works again."""
     async with registered(folder, tree) as (agent, kubelet):
-        shutil.rmtree(agent.state)
-        agent.state.write_text("in the way")
+        block(agent.state)
         await agent.said("ledger-not-durable")
         with pytest.raises(AdmissionError, match="state"):
             await kubelet.admit_pod("default", "a", {"main": {CPU: 2}})

@@ -23,7 +23,7 @@ from devices import DeviceTree
 from drakubelet import ClaimId, Plugin
 from dranode import CPU, CPUS, DRIVER, SERIAL, DraNode, consumed, dra_node, result
 from machines import machine
-from running import Running
+from running import Running, block, put_back
 
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.devicepools import label
@@ -288,21 +288,16 @@ async def test_neither_ends_while_the_state_folder_cannot_be_used(folder: Path, 
         one = node.claim("one", consumed("cpu", "numa0", cpus="2"))
         assert (await node.prepare(one))[0].error == ""
         aside = node.agent.state.rename(folder / "aside")
-        in_the_way(node.agent.state)
+        block(node.agent.state)
         await other.said("ledger-not-durable")
         late = node.claim("late", consumed("cpu", "numa1", cpus="2"))
         for plugin in node.dra.plugins[DRIVER]:
             assert "cannot" in (await call(plugin, "Prepare", late))[late.uid]
-        node.agent.state.unlink()
-        aside.rename(node.agent.state)
+        put_back(aside, node.agent.state)
         for plugin in node.dra.plugins[DRIVER]:
             assert await call(plugin, "Prepare", late, one) == {late.uid: "", one.uid: ""}
         await shown(node, late, one)
         assert node.agent.returncode is None and other.returncode is None
-
-
-def in_the_way(path: Path) -> None:
-    path.write_text("not a folder")
 
 
 async def test_a_ledger_that_is_damaged_under_both_loses_nothing(folder: Path, tree: DeviceTree) -> None:
