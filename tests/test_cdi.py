@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
@@ -384,6 +386,7 @@ def test_where_there_is_no_room_the_old_file_stays_whole(cdi: CdiFolder, tmp_pat
 
 FULL_DISK = """
 import sys
+import threading
 from pathlib import Path
 from nodeagent.core.model import ContainerEdits
 from nodeagent.host.cdi import CdiDevice, CdiFolder
@@ -577,3 +580,19 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
     loop.symlink_to(loop)
     with pytest.raises(HostError, match=f"cannot list {loop}: Too many levels of symbolic links"):
         files.entries(loop)
+
+
+def test_a_folder_goes_also_while_somebody_writes_into_it(tmp_path: Path) -> None:
+    """As another agent may, that has not heard yet: its write comes to nothing or is there afterwards, whole."""
+    claims = ClaimFiles(tmp_path)
+    with ThreadPoolExecutor(1) as other:
+        for number in range(300):
+            claims.write("a-1", {"number": -number})
+            writing = other.submit(claims.write, "a-1", {"number": number})
+            claims.remove("a-1")
+            with contextlib.suppress(HostError):
+                writing.result()
+            if claims.uids():
+                assert json.loads(claims.path("a-1").read_text()) == {"number": number}
+            claims.remove("a-1")
+            assert not claims.uids()

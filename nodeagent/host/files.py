@@ -7,6 +7,7 @@ runtimes pass over; `drafts` finds what a killed agent left. Folders that are go
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -45,15 +46,21 @@ def remove(path: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Whether there was a folder to remove, with the files in it; it has no folders below."""
-    removed = [remove(entry) for entry in entries(folder)]
-    try:
-        folder.rmdir()
-    except (FileNotFoundError, NotADirectoryError):
-        return any(removed)
-    except OSError as error:
-        raise HostError(f"cannot remove {folder}: {error.strerror or error}") from None
-    return True
+    """Whether there was a folder to remove, with the files in it; it has no folders below. Who puts a file there at the
+    same moment gives up sooner than this."""
+    removed = []
+    for left in reversed(range(2 * _TRIES)):
+        removed += [remove(entry) for entry in entries(folder)]
+        try:
+            folder.rmdir()
+        except (FileNotFoundError, NotADirectoryError):
+            return any(removed)
+        except OSError as error:
+            if error.errno != errno.ENOTEMPTY or not left:
+                raise HostError(f"cannot remove {folder}: {error.strerror or error}") from None
+        else:
+            return True
+    raise AssertionError("the last try returns or raises")
 
 
 def entries(folder: Path) -> list[Path]:
