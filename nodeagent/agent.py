@@ -5,6 +5,7 @@ seen: the store first, then memory, then whoever waits for news.
 from __future__ import annotations
 
 import asyncio
+import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping, Sequence
@@ -38,6 +39,8 @@ List = Callable[[], Awaitable[tuple[Holding, ...]]]
 """What kubelet says that pods hold; PeerError where it does not answer."""
 SILENCE_S = 30.0
 """When kubelet has not said for so long what pods hold, absences are counted anew: it may just have started."""
+FEW_CLAIMS = 4
+"""So many claims are decided at once; of more, others are heard in between."""
 TELL_S = 0.001
 """How long news of a decision wait for its answer to be under way."""
 log = structlog.get_logger()
@@ -350,7 +353,9 @@ class Agent:
         return decide.Stamp(new_id=lambda: f"g-{secrets.token_hex(5)}", at=time.time(), boot_id=self.settings.boot_id)
 
     async def _prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
-        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, claims, self._stamp())
+        decide_all = functools.partial(prepare_of.prepare, self.inventory, self.ledger, catalog, claims, self._stamp())
+        # Many decisions take longer than kubelet may wait for a word in between. They are pure: a thread can make them.
+        batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
         await self._save(batch.changes, batch.ledger, op)
         return batch
 

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import grp
 import signal
+import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ NOT_LIVE = (
 LOCKED_RETRY_S = 2.0
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
+SWITCH_S = 0.001
+"""How long a thread that works may keep the loop from answering kubelet, a word at a time."""
 FOLDER_POLL_S = 30.0
 """The safety net below the watch of a folder."""
 Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
@@ -303,6 +306,7 @@ async def run(config: Config, where: Places) -> None:
     """Build, waiting for another agent that still has the ledger, and run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    sys.setswitchinterval(SWITCH_S)
     loop.set_exception_handler(_log_unhandled)
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
