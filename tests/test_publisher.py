@@ -309,6 +309,20 @@ async def test_a_slice_that_somebody_deletes_comes_back(index: int) -> None:
         assert it.server.count("create") == 4
 
 
+async def test_slices_that_are_deleted_while_they_are_replaced_come_back_at_once() -> None:
+    """Kubelet deletes one after the other: a replacement meets one that is gone, and that is no refusal."""
+    async with bench(gpus(130), pace=replace(QUICK, refused_s=600.0, most_s=600.0)) as it:
+        await it.until_right()
+        it.server.answers.append(Fault(kind="status", status=404, verb="replace", resource=SLICES))
+        it.source.set(gpus(129))
+        await it.until_right()
+        assert not it.server.answers
+        gone = it.server.slices()[0]["metadata"]["name"]
+        it.source.set(gpus(128))
+        it.server.delete(SLICES, gone)
+        await it.until_right()
+
+
 async def test_what_somebody_edits_is_put_right() -> None:
     """Also where a slice of our pool is added."""
     async with bench(gpus(2)) as it:

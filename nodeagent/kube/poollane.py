@@ -135,6 +135,10 @@ class PoolLane:
         if beyond == 0:
             log.warning("pool-contested", pool=self.name, writes=self._repeats + 1)
 
+    def missed(self, now_s: float) -> None:
+        """What was to be written is another by now; a try counts for the pace like a write."""
+        self._spend(now_s)
+
     def refused(self, now_s: float, error: PeerError) -> float:
         """The server does not take it and will not soon; in how many seconds it is tried again."""
         if not self._refusals or self._why_held != str(error):

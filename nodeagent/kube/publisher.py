@@ -281,7 +281,12 @@ class Publisher:
         try:
             kept = await self._apply(todo)
         except PeerError as error:
-            if not getattr(error, "lasting", False) or _status(error) == _NOT_FOUND:
+            if _status(error) == _NOT_FOUND:
+                # What was to be replaced was deleted in the same moment: all is looked at anew, and at once.
+                lane.missed(self._clock())
+                self._stale = True
+                return 0.0
+            if not getattr(error, "lasting", False):
                 raise
             return lane.refused(self._clock(), error)
         lane.wrote(self._clock())
