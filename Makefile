@@ -1,17 +1,22 @@
 # make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make pb.
+# make vm-test: the agent in a guest with a systemd, NUMA nodes and hotplug of its own; needs root and QEMU.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test bench lint wheel pb clean
+.PHONY: demo test vm-test bench lint wheel pb clean
 
 demo: $(BUILT)
 	$(PYTHON) demo/demo.py
 
 test: $(BUILT)
 	$(PYTHON) -m pytest -q $(TESTS)
+
+vm-test: $(BUILT)
+	tests/vm/setup.sh
+	NODEAGENT_VM=1 $(PYTHON) -m pytest -q -s tests/vm
 
 bench: $(BUILT)
 	$(PYTHON) -m benchmarks

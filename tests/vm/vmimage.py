@@ -1,0 +1,113 @@
+"""The guest's image and the wheel for it, kept below .cache/vm.
+
+Owns that folder: `images/HASH` is made once for a recipe (build-image.sh, the packages, the wheels), `archives` and
+`wheels` are downloads, `wheel` the product as built by the compiler and Python of the guest's own distribution.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parents[1]
+CACHE = Path(os.environ.get("NODEAGENT_VM_CACHE", CHECKOUT / ".cache" / "vm"))
+PYTHON = "3.13"
+"""Of the guest's distribution."""
+PACKAGES = (
+    *("systemd", "systemd-sysv", "udev", "dbus", "kmod", "linux-image-amd64", "containerd", "runc", "busybox-static"),
+    *("python3", "python3-venv", "python3-dev", "gcc", "libc6-dev"),
+    *("iproute2", "pciutils", "pci.ids", "numactl", "procps", "nvme-cli"),
+)
+PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+SOURCES = ("nodeagent", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
+PROGRAMS = ("qemu-system-x86_64", "mmdebstrap", "mke2fs", "zstd", "cpio", "modprobe", "apt-get")
+BUILD_S = 600
+
+
+def missing() -> str | None:
+    """Why no guest can be built and booted here; None where it can."""
+    absent = [name for name in PROGRAMS if shutil.which(name) is None]
+    if absent:
+        return f"no guest: {', '.join(absent)} not installed"
+    return None if os.geteuid() == 0 else "no guest: building its image needs root"
+
+
+def image() -> Path:
+    """The folder with vmlinux, initrd.img, root.img and root; built where the recipe has no image yet."""
+    downloads = _wheels()
+    made = CACHE / "images" / _recipe(downloads)
+    if not (made / "root.img").exists():
+        _build(made, downloads)
+    return made
+
+
+def wheel(tree: Path) -> Path:
+    """The product's wheel for the guest, built from the checkout with what is in the guest's tree."""
+    source, out = tree / "src", CACHE / "wheel"
+    for folder in (source, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    _copy_sources(source)
+    pip = "/opt/nodeagent/bin/pip wheel -q --no-build-isolation --no-deps --no-index -w dist ."
+    _run(["chroot", str(tree), "sh", "-c", f"cd /src && {pip}"])
+    shutil.move(source / "dist", out)
+    shutil.rmtree(source)
+    (built,) = out.glob("nodeagent-*.whl")
+    return built
+
+
+def _requirements() -> list[str]:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    return [*project["build-system"]["requires"], *project["project"]["dependencies"], "wheel"]
+
+
+def _wheels() -> Path:
+    """Downloaded once for a list of requirements, so that the image stays the same until that changes."""
+    wanted = _requirements()
+    folder = CACHE / "wheels" / hashlib.sha256("\n".join([PYTHON, *wanted]).encode()).hexdigest()[:16]
+    if not folder.exists():
+        draft = folder.with_suffix(".new")
+        shutil.rmtree(draft, ignore_errors=True)
+        platforms = [word for one in PLATFORMS for word in ("--platform", one)]
+        pip = (sys.executable, "-m", "pip", "download", "-q", "--only-binary=:all:", "--python-version", PYTHON)
+        _run([*pip, "--implementation", "cp", *platforms, "-d", str(draft), *wanted])
+        draft.rename(folder)
+    return folder
+
+
+def _recipe(downloads: Path) -> str:
+    parts = [(HERE / "build-image.sh").read_text(), *PACKAGES, *sorted(path.name for path in downloads.iterdir())]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _build(made: Path, downloads: Path) -> None:
+    """Only the newest recipe's image is kept: one takes about 1.5 GB."""
+    shutil.rmtree(made.parent, ignore_errors=True)
+    draft = made.with_suffix(".new")
+    draft.mkdir(parents=True)
+    archives = CACHE / "archives"
+    archives.mkdir(exist_ok=True)
+    (draft / "archives").symlink_to(archives)
+    _run([str(HERE / "build-image.sh"), str(draft), str(downloads), ",".join(PACKAGES)])
+    draft.rename(made)
+
+
+def _copy_sources(target: Path) -> None:
+    target.mkdir()
+    for name in SOURCES:
+        path = CHECKOUT / name
+        if path.is_dir():
+            shutil.copytree(path, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+        else:
+            shutil.copy(path, target / name)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, text=True, stdout=sys.stderr, check=False, timeout=BUILD_S)
+    if done.returncode:
+        raise RuntimeError(f"cannot make the guest: {' '.join(command)[:200]} ended with {done.returncode}")

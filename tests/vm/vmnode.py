@@ -1,0 +1,105 @@
+"""A node in a guest, for all tests of a file: booted once, with the product's wheel installed and its unit running.
+
+    make vm-test
+
+Without that (NODEAGENT_VM=1 says it), without root, QEMU or mmdebstrap the tests are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+import vmimage
+from vmguest import Guest
+
+T = TypeVar("T")
+HERE = Path(__file__).resolve().parent
+CONFIG: Mapping[str, Any] = {
+    "apiVersion": "nodeagent.dev/v1alpha1",
+    "kind": "NodeAgentConfiguration",
+    "resyncSeconds": 3600,
+    "release": {"unconfirmedSeconds": 600},
+    "resources": [
+        {"name": "cpu", "kind": "cpu"},
+        {"name": "nvme", "kind": "nvme"},
+        {"name": "hugepages-2Mi", "kind": "hugepages", "pageSize": "2Mi", "pagesPerBlock": 8},
+        {"name": "fuse", "kind": "char", "paths": ["/dev/fuse"], "replicas": 10},
+    ],
+}
+INSTALL_S = 120
+
+
+def install(guest: Guest) -> None:
+    """The wheel, the unit, a configuration and kubelet, all from the shared folder; nothing is started but kubelet."""
+    guest.run("/opt/nodeagent/bin/pip install -q --no-index --no-deps /share/nodeagent-*.whl", INSTALL_S)
+    guest.run("install -D -m 644 -t /etc/systemd/system /share/systemd/nodeagent.service && systemctl daemon-reload")
+    guest.run("install -D -m 644 -t /etc/nodeagent /share/config.yaml")
+    guest.run("systemd-run -q --unit=vm-kubelet /opt/nodeagent/bin/python /share/inside/kubelet.py")
+    guest.run("test -S /run/vm-kubelet.sock", until=True)
+
+
+def start(guest: Guest) -> None:
+    """Through systemd; returns when the agent says that kubelet shows every resource."""
+    guest.run("systemctl enable --now --no-block nodeagent")
+    guest.run("nodeagent status | grep ', ready'", until=True)
+
+
+def prepare_runtime(guest: Guest) -> None:
+    """containerd with NRI and CDI on, and the one image that pods are made of."""
+    guest.run("install -D -m 644 /share/inside/containerd.toml /etc/containerd/config.toml")
+    guest.run("systemctl restart containerd")
+    guest.run("python3 /share/inside/ociimage.py /bin/busybox localhost/busybox:vm /run/busybox.tar")
+    guest.run("ctr -n k8s.io images import /run/busybox.tar")
+
+
+def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
+    """What the guest finds in /share."""
+    (share / "out").mkdir()
+    shutil.copytree(HERE / "inside", share / "inside")
+    protoc = (sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}", f"--python_out={share}/inside", "cri.proto")
+    subprocess.run(protoc, check=True, timeout=60)
+    (share / "tests").mkdir()
+    shutil.copy(HERE.parent / "fakes.py", share / "tests")
+    shutil.copytree(vmimage.CHECKOUT / "systemd", share / "systemd")
+    shutil.copy(wheel, share)
+    (share / "config.yaml").write_text(json.dumps(config))
+
+
+@contextlib.contextmanager
+def started(**config: Any) -> Iterator[Guest]:
+    """Booted, installed, the agent started and ready. config: keys of the configuration in place of those of CONFIG.
+    Skips where there can be no guest."""
+    if not os.environ.get("NODEAGENT_VM"):
+        pytest.skip("tests in a guest run with `make vm-test`")
+    reason = vmimage.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    with contextlib.ExitStack() as stack:
+        share = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-share-")))
+        image = _timed("image", vmimage.image)
+        wheel = _timed("wheel", lambda: vmimage.wheel(image / "root"))
+        fill(share, wheel, {**CONFIG, **config})
+        guest = stack.enter_context(Guest(image, share))
+        print(f"vm: boot: {guest.boot_s:.1f} s", flush=True)
+        _timed("install", lambda: install(guest))
+        _timed("start until ready", lambda: start(guest))
+        yield guest
+
+
+def _timed(what: str, do: Callable[[], T]) -> T:
+    """Do it and print how long it took."""
+    began = time.monotonic()
+    done = do()
+    print(f"vm: {what}: {time.monotonic() - began:.1f} s", flush=True)
+    return done
