@@ -6,7 +6,6 @@ key, a wrong value with its path and what is expected. `schema()` is the same as
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import yaml
 
+from nodeagent import strict
 from nodeagent.errors import ConfigError
 
 API_VERSION, KIND = "nodeagent.dev/v1alpha1", "NodeAgentConfiguration"
@@ -181,13 +181,11 @@ def parse(text: str | bytes, *, source: str) -> Config:
     """Read a configuration; ConfigError names the source, the path of the key and what is expected."""
     found = _read_yaml(text, source)
     for path, key, known in _unknown(found, schema(), "$"):
-        near = difflib.get_close_matches(key, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(sorted(known))}"
-        raise ConfigError(f"cannot use {source}: unknown key {path}; {hint}")
+        raise ConfigError(f"cannot use {source}: unknown key {path}; {strict.hint(key, sorted(known))}")
     try:
         config = msgspec.convert(found, Config)
     except (msgspec.ValidationError, UnicodeError) as error:
-        raise ConfigError(f"cannot use {source}: {error}{_found(found, str(error))}") from None
+        raise ConfigError(f"cannot use {source}: {error}{strict.found(found, str(error))}") from None
     for wrong in _wrong(config):
         raise ConfigError(f"cannot use {source}: {wrong}")
     return config
@@ -219,17 +217,6 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
             yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
     elif old != new:
         yield f"{path}: {old!r} -> {new!r}"
-
-
-def _found(document: Any, error: str) -> str:
-    """The value that a ValidationError speaks of: it names only the place."""
-    place = re.search(r"at `\$([^`]*)`$", error)
-    try:
-        for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place[1] if place else "["):
-            document = document[key] if key else document[int(index)]
-    except (LookupError, TypeError):
-        return ""
-    return f", found {repr(document)[:60]}" if isinstance(document, str | int | float) else ""
 
 
 # ---------------------------------------------------------------- YAML

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 from nodeagent.agent import Agent
@@ -24,7 +25,8 @@ from nodeagent.claimcare import Forgotten, StatusWriter, keep_rendered
 from nodeagent.claims import Claims
 from nodeagent.config import Config
 from nodeagent.core.claim import ClaimRef, DeviceHealth
-from nodeagent.core.health import HEALTHY, UNHEALTHY, State
+from nodeagent.core.devices import illness
+from nodeagent.core.health import HEALTHY, UNHEALTHY
 from nodeagent.core.model import CLAIM, Grant
 from nodeagent.core.pool import ALL_FEATURES, Features, Pool
 from nodeagent.host import kinds
@@ -55,7 +57,10 @@ class Pools:
     def __init__(self, agent: Agent, dra: Callable[[], Dra]) -> None:
         self._agent = agent
         self._dra = dra
-        self._kept: tuple[tuple[object, ...], tuple[Pool, ...]] = ((), ())
+        self._now: tuple[object, ...] = (None,) * 4
+        self._form: Features | None = None
+        self._pools: tuple[Pool, ...] = ()
+        """Of _now, in _form."""
         self._published = ALL_FEATURES
 
     def published(self, features: Features) -> tuple[Pool, ...]:
@@ -68,12 +73,14 @@ class Pools:
         return self._of(replace(self._published, taints=True))
 
     def _of(self, features: Features) -> tuple[Pool, ...]:
-        agent, kinds_now = self._agent, self._dra().catalog.kinds
-        key = (agent.inventory, agent.ledger, agent.health, kinds_now, features)
-        if len(self._kept[0]) != len(key) or any(a is not b for a, b in zip(self._kept[0], key, strict=True)):
-            every = (kind.pool(agent.inventory, agent.ledger, agent.health, features) for kind in kinds_now.values())
-            self._kept = key, tuple(every)
-        return self._kept[1]
+        agent, every = self._agent, self._dra().catalog.kinds
+        now = (agent.inventory, agent.ledger, agent.health, every)
+        if features != self._form or any(a is not b for a, b in zip(self._now, now, strict=True)):
+            self._now, self._form = now, features
+            self._pools = tuple(
+                one.pool(agent.inventory, agent.ledger, agent.health, features) for one in every.values()
+            )
+        return self._pools
 
 
 class DraHealth:
@@ -109,11 +116,12 @@ class DraHealth:
         )
 
     def _state(self, pool: str, name: str, id: str) -> DeviceHealth:
-        device, health = self._agent.inventory.device_by_id.get(id), self._agent.health
-        states = [health[one] for one in (id, device.parent if device else None) if one is not None and one in health]
-        worst = next((one for one in states if one.state != HEALTHY), State(state=HEALTHY, since=time.monotonic()))
-        since = time.time() - (time.monotonic() - worst.since)
-        return DeviceHealth(pool=pool, device=name, state=worst.state, since_unix_s=since, message=worst.reason)
+        device = self._agent.inventory.device_by_id.get(id)
+        ill = illness(device, self._agent.health) if device is not None else None
+        if ill is None:
+            return DeviceHealth(pool=pool, device=name, state=HEALTHY, since_unix_s=time.time())
+        since_unix_s = time.time() - (time.monotonic() - ill.since)
+        return DeviceHealth(pool=pool, device=name, state=ill.state, since_unix_s=since_unix_s, message=ill.reason)
 
 
 class DraServing:
@@ -161,8 +169,10 @@ class DraServing:
         return self._dra.served or any(one.holder.api == CLAIM for one in self._agent.ledger.grants.values())
 
     def apply(self, config: Config, refused: Mapping[str, str]) -> None:
-        """Go by another configuration. refused: kinds that are not served after all, with the reason."""
-        self.config = config
+        """Go by another configuration. refused: kinds that are not served after all, with the reason. The driver's name
+        stays what it was at the start: its sockets, files and slices are named after it."""
+        fixed = msgspec.structs.replace(config.dra, driver=self.config.dra.driver)
+        self.config = config = msgspec.structs.replace(config, dra=fixed)
         mine = {one.kind: refused[one.kind] for one in config.served_by_dra if one.kind in refused}
         for kind in mine if mine != self.refused else ():
             log.warning("kind-refused", kind=kind, reason=mine[kind])

@@ -10,13 +10,12 @@ from types import MappingProxyType
 from typing import Any
 
 from nodeagent.catalog import Dra
-from nodeagent.core.cpuset import CpuSet, union
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
 from nodeagent.core.settings import Settings, from_json
 from nodeagent.core.sizes import format_size
 from nodeagent.errors import HostError
-from nodeagent.offer import Offer
+from nodeagent.offer import Offer, held_variables, nodes_of_cpus, numbers
 
 CLAIMS_FOLDER = "/var/run/nodeagent/claims"
 """Where a container finds what it holds: CLAIMS_FOLDER/NAME/metadata.json."""
@@ -90,27 +89,10 @@ def _serves(offer: Offer, device: Device) -> bool:
 def _environment(inventory: Inventory, request: str, grants: Sequence[Grant]) -> dict[str, str]:
     """What one request was given, under the usual names and under the request's own. A request is named by a DNS label:
     two of them never make one variable."""
-    env = {**_cpu_env(inventory, grants), **_page_env(grants), **_memory_env(grants)}
+    env = {**held_variables(inventory, grants), **_memory_env(grants)}
     word = request.upper().replace("-", "_")
     # The usual names win: a request may be called "numa-nodes".
     return {**{f"{name}_{word}": value for name, value in env.items()}, **env}
-
-
-def _cpu_env(inventory: Inventory, grants: Iterable[Grant]) -> dict[str, str]:
-    cpus = union(grant.cpus for grant in grants)
-    if not cpus:
-        return {}
-    return {"NODEAGENT_CPUS": str(cpus), "NODEAGENT_NUMA_NODES": _list(nodes_of_cpus(inventory, cpus))}
-
-
-def _page_env(grants: Iterable[Grant]) -> dict[str, str]:
-    env: dict[str, str] = {}
-    pages = [one for grant in grants for one in grant.hugepages]
-    for size in sorted({one.page_bytes for one in pages}):
-        name, mine = f"NODEAGENT_HUGEPAGES_{format_size(size).upper()}", [it for it in pages if it.page_bytes == size]
-        env[name] = str(sum(one.pages for one in mine))
-        env[f"{name}_NUMA_NODES"] = _list(one.node for one in mine)
-    return env
 
 
 def _memory_env(grants: Iterable[Grant]) -> dict[str, str]:
@@ -119,18 +101,8 @@ def _memory_env(grants: Iterable[Grant]) -> dict[str, str]:
         return {}
     return {
         "NODEAGENT_MEMORY_BYTES": str(sum(size for _, size in memory)),
-        "NODEAGENT_MEMORY_NUMA_NODES": _list(node for node, _ in memory),
+        "NODEAGENT_MEMORY_NUMA_NODES": numbers(node for node, _ in memory),
     }
-
-
-def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:
-    """NUMA nodes of those CPUs that are online; none on a machine without NUMA."""
-    known = inventory.cpu_by_id
-    return sorted({node for cpu in cpus if cpu in known and (node := known[cpu].numa_node) >= 0})
-
-
-def _list(nodes: Iterable[NodeId]) -> str:
-    return ",".join(str(node) for node in sorted(set(nodes)))
 
 
 def _settings_env(settings: Settings) -> dict[str, str]:

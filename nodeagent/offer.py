@@ -9,6 +9,7 @@ from types import MappingProxyType
 import msgspec
 
 from nodeagent.config import CdiConfig, Config, ResourceConfig
+from nodeagent.core.cpuset import CpuSet, union
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
 from nodeagent.core.options import check_options
@@ -39,9 +40,8 @@ class Offer:
         """What the container of a grant gets."""
         devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
         own = self._edits(devices, devices)
-        return replace(
-            own, env=MappingProxyType({**own.env, **_environment(inventory, grant, self), **self.config.env})
-        )
+        said = {f"NODEAGENT_{_word(self.config.name)}_GRANT": grant.id, **held_variables(inventory, [grant])}
+        return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
 
     def device_edits(self, device: Device, beside: Sequence[Device]) -> ContainerEdits:
         """What the container of a claim's device gets. beside: all of its kind that go with it, itself among them."""
@@ -118,21 +118,28 @@ def _names(known: Iterable[str]) -> str:
     return ", ".join(sorted({CPU, HUGEPAGES, MEMORY, *known}))
 
 
-def _environment(inventory: Inventory, grant: Grant, offer: Offer) -> dict[str, str]:
-    """The variables that say what was granted; NODEAGENT_NUMA_NODES are those of the CPUs."""
-    env = {f"NODEAGENT_{_word(offer.config.name)}_GRANT": grant.id}
-    if grant.cpus:
-        env["NODEAGENT_CPUS"] = str(grant.cpus)
-        env["NODEAGENT_NUMA_NODES"] = _list(inventory.cpu_by_id[c].numa_node for c in grant.cpus)
-    for size in sorted({one.page_bytes for one in grant.hugepages}):
-        word = f"NODEAGENT_HUGEPAGES_{format_size(size).upper()}"
-        mine = [one for one in grant.hugepages if one.page_bytes == size]
-        env[word] = str(sum(one.pages for one in mine))
-        env[f"{word}_NUMA_NODES"] = _list(one.node for one in mine)
+def held_variables(inventory: Inventory, grants: Sequence[Grant]) -> dict[str, str]:
+    """The variables that say which CPUs and pages were granted; NODEAGENT_NUMA_NODES are those of the CPUs."""
+    env, cpus = dict[str, str](), union(grant.cpus for grant in grants)
+    if cpus:
+        env["NODEAGENT_CPUS"] = str(cpus)
+        env["NODEAGENT_NUMA_NODES"] = numbers(nodes_of_cpus(inventory, cpus))
+    pages = [one for grant in grants for one in grant.hugepages]
+    for size in sorted({one.page_bytes for one in pages}):
+        name, mine = f"NODEAGENT_HUGEPAGES_{format_size(size).upper()}", [it for it in pages if it.page_bytes == size]
+        env[name] = str(sum(one.pages for one in mine))
+        env[f"{name}_NUMA_NODES"] = numbers(one.node for one in mine)
     return env
 
 
-def _list(nodes: Iterable[NodeId]) -> str:
+def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:
+    """NUMA nodes of those CPUs that are online; none on a machine without NUMA."""
+    known = inventory.cpu_by_id
+    return sorted({node for cpu in cpus if cpu in known and (node := known[cpu].numa_node) >= 0})
+
+
+def numbers(nodes: Iterable[NodeId]) -> str:
+    """Each once, in order, as "0,1"."""
     return ",".join(str(node) for node in sorted(set(nodes)))
 
 

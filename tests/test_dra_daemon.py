@@ -377,6 +377,18 @@ async def test_a_live_configuration_begins_and_ends_to_serve_through_dra(folder:
         assert (node.kubelet.registrations[CPU], node.kubelet.registrations[CHAR]) == (1, 1)
 
 
+async def test_another_driver_name_waits_for_a_restart(folder: Path, tree: DeviceTree) -> None:
+    """Sockets, files and slices are named after it: what is published goes on to be prepared."""
+    async with dra_node(folder, tree, [CPUS]) as node:
+        await node.published("cpu")
+        node.agent.configure(**{**node.options, "dra": {**node.options["dra"], "driver": "other.example.com"}})
+        said = await node.agent.said("configuration-reloaded")
+        assert any(line.startswith("dra.driver:") and "after a restart" in line for line in said["changed"])
+        claim = node.claim("c", consumed("cpu", "numa0", cpus="2"))
+        assert (await node.prepare(claim))[0].error == ""
+        assert {one["spec"]["driver"] for one in node.api.slices(node=NODE)} == {DRIVER}
+
+
 async def test_claims_that_everybody_forgot_are_released(
     folder: Path, tree: DeviceTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import nodeagent
 
 PACKAGE = Path(nodeagent.__file__).parent
 CHECKOUT = PACKAGE.parent
-LEAVES = {"errors", "version", "config", "log", "metrics", "notify", "http", "locks"}
+LEAVES = {"errors", "version", "config", "log", "metrics", "notify", "http", "locks", "strict"}
 ROOMS = ("host", "kube", "nri", "store")
 LEVELS = ("_fastpath", "core", "rooms", "agent", "status", "daemon", "cli")
 """Each may import those before it. `offer`, `catalog` and `handover` belong to the agent, `claims` and what serves and
@@ -47,7 +47,8 @@ LEVEL_OF = {
     "__main__": 7,
 }
 LEAF_IMPORTS = {
-    "config": {"errors"},
+    "config": {"errors", "strict"},
+    "strict": set(),
     "metrics": {"errors", "version"},
     "http": {"errors"},
     "locks": {"errors"},

@@ -12,8 +12,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from nodeagent.core.devices import MOST_SHARES, SHARES, DeviceResource, relatives, shares_by_device
-from nodeagent.core.health import HEALTHY, UNHEALTHY, UNKNOWN, Health
+from nodeagent.core.devices import MOST_SHARES, SHARES, DeviceResource, illness, relatives, shares_by_device
+from nodeagent.core.health import HEALTHY, UNHEALTHY, Health
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import DEVICE_PLUGIN, Device, Inventory
 from nodeagent.core.pool import (
@@ -182,8 +182,8 @@ class _Now:
     """What is not as it would be if nothing was held and all were healthy."""
 
     inventory: Inventory
-    bad: Mapping[str, str]
-    """State by device, of those not healthy."""
+    bad: Health
+    """Of those not healthy."""
     held: frozenset[str]
     """Devices of which the device plugin gave a part, or the whole of them."""
     shares: Mapping[str, int]
@@ -193,7 +193,7 @@ class _Now:
 
     @classmethod
     def of(cls, inventory: Inventory, ledger: Ledger, health: Health) -> _Now:
-        bad = {id: one.state for id, one in health.items() if one.state != HEALTHY}
+        bad = {id: one for id, one in health.items() if one.state != HEALTHY}
         given = [grant for grant in ledger.grants.values() if grant.holder.api == DEVICE_PLUGIN]
         shares = shares_by_device(given)
         held = relatives(inventory, {one for grant in given for one in grant.devices})
@@ -214,12 +214,10 @@ class _Now:
         return [replace(one, taints=_held(taints) if one.name in lost else taints) for one in forms]
 
     def _unhealthy(self, id: str, effect: str) -> tuple[Taint, ...]:
-        """A part is as fit as what it is a part of."""
-        device = self.inventory.device_by_id[id]
-        states = {self.bad.get(id), self.bad.get(device.parent or "")} if self.bad else set()
-        if UNHEALTHY in states:
-            return (Taint(key=UNHEALTHY_TAINT, value=UNHEALTHY, effect=effect),)
-        return (Taint(key=UNHEALTHY_TAINT, value=UNKNOWN),) if UNKNOWN in states else ()
+        ill = illness(self.inventory.device_by_id[id], self.bad) if self.bad else None
+        if ill is None:
+            return ()
+        return (Taint(key=UNHEALTHY_TAINT, value=ill.state, effect=effect if ill.state == UNHEALTHY else NO_SCHEDULE),)
 
 
 def _with_less(one: PoolDevice, gone: int, taints: tuple[Taint, ...]) -> PoolDevice:

@@ -13,7 +13,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from nodeagent.core.health import HEALTHY, Health
+from nodeagent.core.health import HEALTHY, UNHEALTHY, Health, State
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import CLAIM, Advertised, Device, Grant, Inventory, NodeId, Pages, Request
 from nodeagent.core.placement import place
@@ -64,7 +64,7 @@ class DeviceResource:
         shown = [
             Advertised(
                 id=one,
-                healthy=_fit(device, health) and device.id not in taken and left,
+                healthy=illness(device, health) is None and device.id not in taken and left,
                 numa_nodes=_device_node(device),
                 device=device.id,
             )
@@ -240,9 +240,11 @@ def _field(device: Device, name: str) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _fit(device: Device, health: Health) -> bool:
-    """A part is as fit as what it is a part of."""
-    return all(health[one].state == HEALTHY for one in (device.id, device.parent) if one is not None and one in health)
+def illness(device: Device, health: Health) -> State | None:
+    """The worse state of a device and of what it is a part of; None: nothing is known against them."""
+    states = [health[one] for one in (device.id, device.parent) if one is not None and one in health]
+    ill = [one for one in states if one.state != HEALTHY]
+    return next((one for one in ill if one.state == UNHEALTHY), ill[0] if ill else None)
 
 
 def _share_base(device: str) -> str:

@@ -9,7 +9,6 @@ mistake; one of a class is not: a class may stand for several kinds and has no o
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -18,6 +17,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
+from nodeagent import strict
 from nodeagent.core.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.options import check_options
 from nodeagent.core.sizes import parse_quantity
@@ -212,7 +212,7 @@ class _Device(_Form, frozen=True):
     def settings(self) -> Settings:
         for name, value in self.env.items():
             if not (_VARIABLE.fullmatch(name) and isinstance(value, str) and "\0" not in value):
-                raise InputError(f"{name}: {_short(value)} at $.env, expected the name of a variable and a text")
+                raise InputError(f"{name}: {strict.shown(value)} at $.env, expected the name of a variable and a text")
             if name.startswith(OWN_VARIABLES):
                 raise InputError(f"{name} at $.env: variables that start with {OWN_VARIABLES} say what was granted")
         return Settings(env=MappingProxyType(dict(self.env)))
@@ -248,25 +248,20 @@ def _decode(parameters: Mapping[str, Any], where: str) -> _Form:
     said = dict(parameters)
     version, kind = said.pop("apiVersion", None), said.pop("kind", None)
     if version != API_VERSION:
-        raise InputError(f"cannot use {where}: {_short(version)} at $.apiVersion, expected {API_VERSION!r}")
+        raise InputError(f"cannot use {where}: {strict.shown(version)} at $.apiVersion, expected {API_VERSION!r}")
     form = FORMS.get(kind) if isinstance(kind, str) else None
     if form is None:
-        raise InputError(f"cannot use {where}: {_short(kind)} at $.kind; {_hint(str(kind), list(FORMS))}")
+        raise InputError(f"cannot use {where}: {strict.shown(kind)} at $.kind; {strict.hint(str(kind), list(FORMS))}")
     for path, key, known in _unknown(said, form, "$"):
-        raise InputError(f"cannot use {where}: {kind} has no key {path}; {_hint(key, known)}")
+        raise InputError(f"cannot use {where}: {kind} has no key {path}; {strict.hint(key, known)}")
     try:
         found = msgspec.convert(said, form)
         found.settings()
     except msgspec.ValidationError as error:
-        raise InputError(f"cannot use {where}: {kind}: {error}{_found(said, str(error))}") from None
+        raise InputError(f"cannot use {where}: {kind}: {error}{strict.found(said, str(error))}") from None
     except InputError as error:
         raise InputError(f"cannot use {where}: {kind}: {error}") from None
     return found
-
-
-def _hint(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean {near[0]}?" if near else f"expected {'one of ' + ', '.join(known) if known else 'none'}"
 
 
 def _unknown(said: Mapping[str, Any], form: type[msgspec.Struct], path: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -279,18 +274,3 @@ def _unknown(said: Mapping[str, Any], form: type[msgspec.Struct], path: str) -> 
                     yield from _unknown(value, one, f"{path}.{key}")
         else:
             yield f"{path}.{key}", str(key), list(known)
-
-
-def _found(said: Any, error: str) -> str:
-    """The value that a ValidationError speaks of: it names only the place."""
-    place = re.search(r"at `\$([^`]*)`$", error)
-    try:
-        for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place[1] if place else "["):
-            said = said[key] if key else said[int(index)]
-    except (LookupError, TypeError):
-        return ""
-    return "" if isinstance(said, Mapping) else f", found {_short(said)}"
-
-
-def _short(value: object) -> str:
-    return repr(value)[:60] if value is not None else "nothing"
