@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import structlog
 
-from nodeagent.core import decide
+from nodeagent.core import decide, imports
 from nodeagent.core import health as health_of
 from nodeagent.core import ledger as ledger_of
 from nodeagent.core import prepare as prepare_of
@@ -26,6 +26,7 @@ from nodeagent.core.devices import still_told
 from nodeagent.core.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.ledger import CONFIRMED, RELEASED, Change, Ledger
 from nodeagent.core.model import CLAIM, Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
+from nodeagent.core.numbering import numbered, numbers_held
 from nodeagent.core.prepare import Batch, Catalog
 from nodeagent.core.reconcile import Findings, Patience, compare
 from nodeagent.errors import NodeagentError, PeerError, Refused, StateError
@@ -71,9 +72,9 @@ class Agent:
         """Take over what the store has; StateError where it cannot be read. Blocks. clock: in seconds."""
         grants = MappingProxyType({one.id: one for one in store.load()})
         self.settings = settings
-        self.inventory = inventory
         self.health: Health = NO_HEALTH
         self.ledger = Ledger(grants=grants, reserved=settings.reserved)
+        self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
         self.revision = Revision()
         self.conflicts: tuple[str, ...] = ()
         """What kubelet says that contradicts the ledger, newest list only."""
@@ -87,6 +88,8 @@ class Agent:
         self._granted: dict[str, float] = {}
         """When this process made each grant since kubelet was last asked."""
         self._missing: Mapping[str, float] = MappingProxyType({})
+        self._ended: Mapping[str, float] = MappingProxyType({})
+        """Since when the pods of grants taken over from kubelet have been gone, by grant id."""
         self._listed = clock()
         self._lenient_until = self._listed + settings.patience.unconfirmed_s
         self._turn = asyncio.Lock()
@@ -106,6 +109,7 @@ class Agent:
 
     def see(self, inventory: Inventory) -> bool:
         """Take a fresh snapshot; whether it shows anything new. If not, the old one stays, and all worked out of it."""
+        inventory, self._numbers = numbered(inventory, self._numbers)
         inventory = still_told(self.inventory, inventory, self.ledger.devices_held)
         if same_machine(self.inventory, inventory):
             return False
@@ -182,6 +186,13 @@ class Agent:
         asked_at = self._clock() if asked_at is None else asked_at
         return await self._decided(self._reconcile, holdings, offers, op, asked_at, allocated)
 
+    async def release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
+        """Release what was taken over from kubelet's own managers for pods that are gone for good; what that was.
+
+        there: UIDs of the pods that have a folder now. A pod that two looks do not find, patience.confirmed_s apart, is
+        gone."""
+        return await self._decided(self._release_ended, there, op)
+
     def forget_absences(self) -> None:
         """Kubelet started anew: what it does not list yet is not missing."""
         self._missing = MappingProxyType({})
@@ -189,14 +200,18 @@ class Agent:
 
     @property
     def expecting(self) -> bool:
-        """Whether a grant is missing from kubelet's list, so that another list is wanted soon."""
-        return bool(self._missing or self._granted)
+        """Whether a grant is missing from kubelet's list, or its pod is, so that another look is wanted soon."""
+        return bool(self._missing or self._granted or self._ended)
 
     # ---------------------------------------------------------------- claims
 
     async def prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
         """Grant claims what was allocated to them, each all or nothing, all durable on return."""
         return await self._decided(self._prepare, catalog, claims, op)
+
+    async def reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
+        """Note for which pods (their UIDs) a claim is reserved now."""
+        await self._decided(self._reserved, uid, pods, op)
 
     async def unprepare(self, uids: Sequence[str], op: str) -> tuple[Grant, ...]:
         """Release all that some claims hold; what that was. Durable on return; the unknown is no error."""
@@ -306,6 +321,14 @@ class Agent:
         self.listed_at = time.time()
         return replace(found, adopted=adoption.grants)
 
+    async def _release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
+        patience_s = self.settings.patience.confirmed_s
+        found = imports.ended(self.ledger, there, self._ended, self._clock(), patience_s)
+        changes = [Change(action=RELEASED, grant=grant) for grant in found.released]
+        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in found.released]), op)
+        self._ended = found.missing
+        return found.released
+
     def _compare(
         self,
         holdings: Sequence[Holding],
@@ -358,6 +381,10 @@ class Agent:
         batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
         await self._save(batch.changes, batch.ledger, op)
         return batch
+
+    async def _reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
+        decision = prepare_of.reserved(self.ledger, uid, pods)
+        await self._save(decision.changes, decision.ledger, op)
 
     async def _unprepare(self, uids: Sequence[str], op: str) -> tuple[Grant, ...]:
         decision = prepare_of.unprepare(self.ledger, uids)

@@ -14,6 +14,7 @@ from nodeagent.core.pagepools import MemoryPool, PagePool
 from nodeagent.core.pools import CpuPool, PoolKind
 from nodeagent.core.prepare import Catalog
 from nodeagent.core.sizes import parse_size
+from nodeagent.core.stock import PageLimit
 from nodeagent.errors import ConfigError, InputError
 from nodeagent.host import kinds
 from nodeagent.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
@@ -41,6 +42,16 @@ def dra_of(config: Config, families: Sequence[kinds.Kind], node_name: str, refus
     return Dra(catalog=catalog, offers=tuple(mine))
 
 
+def page_limits(config: Config) -> tuple[PageLimit, ...]:
+    """The pools of hugepages that may grow for claims: those of sizes that claims can have."""
+    sizes = {parse_size(one.page_size) for one in config.served_by_dra if one.kind == HUGEPAGES}
+    every = (
+        PageLimit(node=one.node, page_bytes=parse_size(one.page_size), max_pages=one.max_pages)
+        for one in config.hugepages
+    )
+    return tuple(one for one in every if one.max_pages and one.page_bytes in sizes)
+
+
 def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
     configs = [one for one in config.served_by_dra if one.kind == kind]
     if kind == CPU:
@@ -50,8 +61,9 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
             raise ConfigError(f"cannot serve {configs[0].name}: {error}") from None
         return CpuPool(group=configs[0].grouping, options=options, numa=configs[0].numa)
     if kind == HUGEPAGES:
-        return PagePool(sizes=tuple(dict.fromkeys(parse_size(one.page_size) for one in configs)))
+        sizes = tuple(dict.fromkeys(parse_size(one.page_size) for one in configs))
+        return PagePool(sizes=sizes, limits=page_limits(config))
     if kind == MEMORY:
-        return MemoryPool()
+        return MemoryPool(limits=page_limits(config))
     resources = tuple(offer.resource for offer in mine if isinstance(offer.resource, DeviceResource))
     return DevicePool(kind=kind, resources=resources, unhealthy_effect=config.dra.unhealthy_effect)

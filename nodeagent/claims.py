@@ -7,7 +7,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 import structlog
@@ -17,7 +18,7 @@ from nodeagent.agent import Agent
 from nodeagent.catalog import Dra
 from nodeagent.core.claim import Claim, ClaimRef, Prepared, PreparedDevice
 from nodeagent.core.model import Grant
-from nodeagent.core.prepare import grants_of
+from nodeagent.core.prepare import Catalog, grants_of
 from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
 from nodeagent.kube import claims as wire
 from nodeagent.rendering import Rendering
@@ -30,6 +31,8 @@ Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 """A claim's object from the API server; None: there is none. PeerError where that cannot be known."""
 
 
+Grow = Callable[[Catalog, Sequence[Claim]], AbstractAsyncContextManager[Callable[[str], str]]]
+"""Have pools of hugepages grow for claims that are decided within; why they did not, by UID of the claim."""
 _UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
 
 
@@ -37,6 +40,12 @@ class Told(Protocol):
     """Who is told what was prepared, when kubelet has its answer."""
 
     def __call__(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None: ...
+
+
+@contextlib.asynccontextmanager
+async def never_grow(catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Callable[[str], str]]:
+    """Pools of hugepages are what they are."""
+    yield lambda uid: ""
 
 
 class Claims:
@@ -49,6 +58,7 @@ class Claims:
         fetch: Fetch,
         rendering: Rendering,
         told: Told = lambda ref, grants, error: None,
+        grow: Grow = never_grow,
     ) -> None:
         """dra: what is served at this moment."""
         self._agent = agent
@@ -56,6 +66,7 @@ class Claims:
         self._fetch = fetch
         self._rendering = rendering
         self._told = told
+        self._grow = grow
         self._reads = asyncio.Semaphore(MOST_READS)
         self._reading: list[set[str]] = []
 
@@ -95,8 +106,12 @@ class Claims:
             until_s = asyncio.get_running_loop().time() + READ_S
             read = await asyncio.gather(*(self._read(ref, until_s) for ref in claims))
             found = [one for one in read if isinstance(one, Claim) and one.ref.uid in waited_for]
-            batch = await self._agent.prepare(self._dra().catalog, found, op)
-        granted, errors = dict[str, Sequence[Grant]](batch.grants), dict(batch.errors)
+            catalog = self._dra().catalog
+            async with self._grow(catalog, found) as too_small:
+                found = [one for one in found if one.ref.uid in waited_for]  # growing takes its time
+                batch = await self._agent.prepare(catalog, found, op)
+                errors = {uid: _because(why, too_small(uid)) for uid, why in batch.errors.items()}
+        granted = dict[str, Sequence[Grant]](batch.grants)
         for ref, one in zip(claims, read, strict=True):
             if isinstance(one, PeerError) and (known := grants_of(self._agent.ledger, ref.uid)):
                 log.warning("claim-not-read", claim=str(ref), error=str(one), answered="as granted before")
@@ -173,6 +188,10 @@ class Claims:
         else:
             parts = [f"{grant.id}: {grant.cpus or ''} {' '.join(grant.ids)}" for grant in grants]
             log.info("claim-prepared", op=op, claim=str(ref), uid=ref.uid, grants=parts)
+
+
+def _because(error: str, why: str) -> str:
+    return f"{error}; {why}" if why else error
 
 
 def _names(request: str) -> tuple[str, ...]:

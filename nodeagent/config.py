@@ -21,6 +21,8 @@ API_VERSION, KIND = "nodeagent.dev/v1alpha1", "NodeAgentConfiguration"
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400 * 366)]
 LARGEST_FILE_BYTES, MOST_VALUES = 256 << 10, 20_000
+SMALLEST_PAGE_BYTES, LARGEST_PAGE_BYTES = 16 << 10, 16 << 30
+"""Of hugepages, over all processors that Linux runs on."""
 LONGEST_DOMAIN = 253
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
@@ -136,6 +138,44 @@ class HealthConfig(_Base, frozen=True):
     """How often NVML is asked."""
 
 
+class PinningConfig(_Base, frozen=True):
+    """How containers are confined to what they hold, and all others kept off it."""
+
+    mode: Literal["auto", "nri", "cgroup", "off"] = "auto"
+    """auto: through the runtime (NRI) where its socket is there, by control groups alone elsewhere."""
+    nri_socket: Absolute = "/var/run/nri/nri.sock"
+    nri_index: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{2}$")] = "90"
+    """The agent's place among the runtime's plugins."""
+    on_failure: Literal["refuse", "warn"] = "refuse"
+    """A container that cannot be confined to what it holds: it is not started, or started and said."""
+    memory: Literal["granted", "local"] = "granted"
+    """Whose NUMA nodes a container's memory is bound to: those of pages and memory that it holds; local: where it holds
+    neither, those of its CPUs."""
+    strict_reservation: bool = True
+    """Whether containers without CPUs of their own are kept off the reserved CPUs too."""
+    verify_seconds: Seconds = 30.0
+    """How often everything is read back without any event."""
+    cgroup_root: Absolute = "/"
+    """Kubelet's cgroupRoot."""
+    partition: Literal["none", "root", "isolated"] = "none"
+    """Whether a container with exclusive CPUs becomes a cpuset partition."""
+    move_interrupts: bool = False
+    """Whether interrupts are moved away from exclusive CPUs."""
+    intruders_seconds: Seconds = 60.0
+    """How often threads of the host and interrupts on exclusive CPUs are looked for."""
+
+
+class HugepagesConfig(_Base, frozen=True):
+    """A pool of hugepages that the agent provides on one NUMA node."""
+
+    page_size: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,8}(Ki|Mi|Gi)$")]
+    node: Annotated[int, msgspec.Meta(ge=0)]
+    pages: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """The pool is made at least so large at the start, and kept so."""
+    max_pages: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How far the pool may grow when a claim needs more; 0: not at all."""
+
+
 class Config(_Base, frozen=True):
     """The whole configuration; everything has a default."""
 
@@ -156,6 +196,9 @@ class Config(_Base, frozen=True):
     release: ReleaseConfig = ReleaseConfig()
     health: HealthConfig = HealthConfig()
     dra: DraConfig = DraConfig()
+    pinning: PinningConfig = PinningConfig()
+    hugepages: list[HugepagesConfig] = []
+    """Pools to provide; those that are not named are left alone."""
 
     @property
     def served(self) -> list[ResourceConfig]:
@@ -292,6 +335,22 @@ def _wrong(config: Config) -> Iterator[str]:
         yield from _missing(one, where)
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
     yield from _wrong_dra(config)
+    yield from _wrong_pages(config.hugepages)
+
+
+def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
+    """Sizes that no processor has, pools that stand twice, limits below what is wanted anyway."""
+    seen: dict[tuple[int, int], int] = {}
+    for i, one in enumerate(pools):
+        where = f"$.hugepages[{i}]"
+        page_bytes = int(one.page_size[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[one.page_size[-2:]]
+        if page_bytes & (page_bytes - 1) or not SMALLEST_PAGE_BYTES <= page_bytes <= LARGEST_PAGE_BYTES:
+            yield f"{one.page_size!r} at {where}.pageSize, expected a size that pages have, such as 2Mi or 1Gi"
+        first = seen.setdefault((one.node, page_bytes), i)
+        if first != i:
+            yield f"{one.page_size!r} on node {one.node} at {where} stands twice, first at $.hugepages[{first}]"
+        if 0 < one.max_pages < one.pages:
+            yield f"{one.max_pages} at {where}.maxPages, expected at least the {one.pages} of pages, or 0"
 
 
 def _wrong_dra(config: Config) -> Iterator[str]:

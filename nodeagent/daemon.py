@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import grp
 import signal
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import structlog
 
+from nodeagent import beside
 from nodeagent import config as config_of
 from nodeagent import log as log_of
 from nodeagent.agent import Agent, Settings
@@ -25,21 +27,25 @@ from nodeagent.errors import ConfigError, NodeagentError, StateError
 from nodeagent.following import Holders, Machine, recoveries, rewrites
 from nodeagent.host import kinds
 from nodeagent.host.scan import scan
+from nodeagent.host.sysfs import BOOT_ID
 from nodeagent.http import Server
+from nodeagent.intruding import Intruding
 from nodeagent.kube import sockets
 from nodeagent.kube.podresources import CheckpointWatch, PodResources
 from nodeagent.kube.registration import KUBELET_SOCKET, Registration
 from nodeagent.kube.waiting import FolderWatch
 from nodeagent.lead import Lead
 from nodeagent.notify import Notifier
-from nodeagent.offer import CPU, Offer, selectors
+from nodeagent.offer import Offer, selectors
 from nodeagent.parts import end, first, kept
+from nodeagent.pinserving import PinServing
 from nodeagent.places import STATUS_SOCKET, Places, checked
+from nodeagent.provisioning import Provisioning
 from nodeagent.serving import PLUGINS, Serving, check, settings
 from nodeagent.status import Status
 from nodeagent.store import Store
 
-POD_RESOURCES, BOOT_ID = "pod-resources/kubelet.sock", "proc/sys/kernel/random/boot_id"
+POD_RESOURCES = "pod-resources/kubelet.sock"
 NOT_LIVE = (
     "kubeletDir",
     "stateDir",
@@ -49,6 +55,11 @@ NOT_LIVE = (
     "dra.nodeName",
     "dra.kubeconfig",
     "dra.cdiDir",
+    "pinning.mode",
+    "pinning.nriSocket",
+    "pinning.nriIndex",
+    "pinning.verifySeconds",
+    "pinning.cgroupRoot",
 )
 """Keys that are read at the start only."""
 LOCKED_RETRY_S = 2.0
@@ -98,19 +109,41 @@ class Daemon:
         self._store = store
         self._plugins = where.kubelet_dir / PLUGINS
         self._serving = Serving(agent, where.kubelet_dir, families)
-        self._machine = Machine(agent, where.sysfs, families, lambda: self.config)
+        self._machine = Machine(agent, where.sysfs, families, lambda: self.config, self._page_holders)
         self._holders = Holders(agent, pods, self._serving.offers, self._plugins)
-        self._dra = DraServing(agent, config, families, where.sysfs, where.kubelet_dir, where.runtime_dir, pods)
+        self._pages = Provisioning(agent, where.sysfs, where.state_dir, lambda: self.config, self._machine.rescan)
+        self._dra = DraServing(
+            agent,
+            config,
+            families,
+            where.sysfs,
+            where.kubelet_dir,
+            where.runtime_dir,
+            pods,
+            self._pages.growing,
+        )
+        self._pins = PinServing(agent, where.sysfs, self._plugins, lambda: self.config.pinning, self._dra.api.claim)
+        self._intruding = Intruding(
+            where.sysfs,
+            lambda: agent.ledger.cpus_held & agent.inventory.cpus_online,
+            lambda: self._pins.confining.plan().shared or agent.inventory.cpus_online - agent.ledger.cpus_held,
+            lambda: self.config.pinning,
+            agent.revision.changed,
+            where.state_dir / "interrupts.json",
+        )
         self._lead = Lead(agent, store, where.state_dir, lambda: self.config.audit_days)
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
 
+    def _page_holders(self) -> list[str] | None:
+        return self._pins.page_holders()
+
     # ---------------------------------------------------------------- what status reads
 
     @property
     def notes(self) -> list[str]:
-        return self._lead.notes
+        return [*self._lead.notes, *self._pages.problems]
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -128,6 +161,9 @@ class Daemon:
 
     def dra_document(self) -> dict[str, Any]:
         return self._dra.document()
+
+    def pinning_document(self) -> dict[str, Any]:
+        return {**self._pins.document(), "intruders": self._intruding.document()}
 
     # ---------------------------------------------------------------- running
 
@@ -149,6 +185,7 @@ class Daemon:
         finally:
             await self._machine.close()
             await self._dra.close()
+            await self._pages.close()
             await self.agent.close()
         self._lead.close()
 
@@ -169,6 +206,7 @@ class Daemon:
             "nvml": self._machine.follow_nvml,
             "recoveries": lambda: recoveries(self.agent),
             "configuration": self._follow_config,
+            "hugepage pools": self._pages.watch,
         }
 
     def _leading_parts(self) -> Parts:
@@ -176,11 +214,14 @@ class Daemon:
         return {
             "status": self._serve_status,
             "slices": self._dra.lead,
+            "pins": self._pins.run,
+            "intruders": self._intruding.follow,
             "holders": lambda: self._holders.follow(
                 CheckpointWatch(self._plugins, poll_s=self.config.release.poll_seconds)
             ),
             "kubelet": self._follow_kubelet,
             "housekeeping": self._lead.keep,
+            "hugepages": self._pages.follow,
             "watchdog": self._notifier.keep_alive,
         }
 
@@ -227,8 +268,8 @@ class Daemon:
             await self._serving.apply(config)
 
     def _apply_dra(self) -> None:
-        why = self._serving.cpus_managed_elsewhere()
-        self._dra.apply(self.config, {CPU: why} if why else {})
+        self._dra.apply(self.config, self._serving.managed_elsewhere())
+        self._pins.go_by(self.config, beside.confines_all(self._where.kubelet_dir))
 
     async def _news(self, agent_seen: int, serving_seen: int) -> None:
         """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
@@ -312,6 +353,9 @@ async def run(config: Config, where: Places) -> None:
         loop.add_signal_handler(name, stop.set)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)  # it must not kill while there is nothing to reload yet
     daemon = await _built(config, where, stop)
+    # What is there by now stays: looking through it again and again for garbage would cost calls 20 ms now and then.
+    gc.collect()
+    gc.freeze()
     if daemon is not None:
         await daemon.run(stop)
 

@@ -22,11 +22,12 @@ import structlog
 from nodeagent.agent import Agent
 from nodeagent.catalog import Dra, dra_of
 from nodeagent.claimcare import Forgotten, StatusWriter, keep_rendered
-from nodeagent.claims import Claims
+from nodeagent.claims import Claims, Grow, never_grow
 from nodeagent.config import Config
 from nodeagent.core.claim import ClaimRef, DeviceHealth
 from nodeagent.core.devices import illness
 from nodeagent.core.health import HEALTHY, UNHEALTHY
+from nodeagent.core.lost import lost_cpus
 from nodeagent.core.model import CLAIM, Grant
 from nodeagent.core.pool import ALL_FEATURES, Features, Pool
 from nodeagent.host import kinds
@@ -84,12 +85,16 @@ class Pools:
 
 
 class DraHealth:
-    """Health of every device of every pool, as kube.drahealth wants it."""
+    """Health of every device of every pool, as kube.drahealth wants it. A device that some of its claims lost CPUs of
+    is unhealthy for all of them, for kubelet knows one state a device: its message says whose CPUs they are."""
 
     def __init__(self, agent: Agent, dra: Callable[[], Dra], pools: Pools) -> None:
         self._agent = agent
         self._dra = dra
         self._pools = pools
+        # Times are worked out once: a list in which nothing changed is equal to the one before, and not sent again.
+        self._clock_at_unix_s = time.time() - time.monotonic()
+        self._began_unix_s = time.time()
 
     async def changed(self, seen: int) -> int:
         return await self._agent.revision.changed(seen)
@@ -101,8 +106,10 @@ class DraHealth:
             for pool in self._pools.known()
             for device in pool.devices
         }
-        found = [self._state(pool, name, id) for (pool, name), id in there.items()]
-        return (*found, *(self._gone(pool, name) for pool, name in self._held() if (pool, name) not in there))
+        lost = lost_cpus(self._agent.inventory, self._agent.ledger)
+        found = [self._state(*at, id, lost.get(at, "")) for at, id in there.items()]
+        gone = (at for at in self._held() if at not in there)
+        return (*found, *(self._unhealthy(*at, lost.get(at, "it is not there any more")) for at in gone))
 
     def _held(self) -> dict[tuple[str, str], None]:
         """Devices that claims hold, each once; one that is not there any more is in no pool, and its pod is told."""
@@ -110,17 +117,18 @@ class DraHealth:
         results = (one.result for one in grants if one.holder.api == CLAIM and one.result is not None)
         return dict.fromkeys((one.pool, one.device) for one in results)
 
-    def _gone(self, pool: str, name: str) -> DeviceHealth:
-        return DeviceHealth(
-            pool=pool, device=name, state=UNHEALTHY, since_unix_s=time.time(), message="it is not there any more"
-        )
+    def _unhealthy(self, pool: str, name: str, message: str) -> DeviceHealth:
+        since_unix_s = self._began_unix_s
+        return DeviceHealth(pool=pool, device=name, state=UNHEALTHY, since_unix_s=since_unix_s, message=message)
 
-    def _state(self, pool: str, name: str, id: str) -> DeviceHealth:
+    def _state(self, pool: str, name: str, id: str, lost: str) -> DeviceHealth:
+        if lost:
+            return self._unhealthy(pool, name, lost)
         device = self._agent.inventory.device_by_id.get(id)
         ill = illness(device, self._agent.health) if device is not None else None
         if ill is None:
-            return DeviceHealth(pool=pool, device=name, state=HEALTHY, since_unix_s=time.time())
-        since_unix_s = time.time() - (time.monotonic() - ill.since)
+            return DeviceHealth(pool=pool, device=name, state=HEALTHY, since_unix_s=self._began_unix_s)
+        since_unix_s = self._clock_at_unix_s + ill.since
         return DeviceHealth(pool=pool, device=name, state=ill.state, since_unix_s=since_unix_s, message=ill.reason)
 
 
@@ -136,6 +144,7 @@ class DraServing:
         kubelet_dir: Path,
         runtime_dir: Path,
         pods: PodResources,
+        grow: Grow = never_grow,
     ) -> None:
         self.config = config
         self._agent = agent
@@ -151,7 +160,7 @@ class DraServing:
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / "claims")
         self._rendering = Rendering(agent, self.dra, folder, readable)
-        self._claims = Claims(agent, self.dra, self.api.claim, self._rendering, self._told)
+        self._claims = Claims(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
         self.refused: Mapping[str, str] = {}
         """Kinds that are configured for DRA and not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools)

@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 
 import structlog
@@ -17,13 +17,14 @@ from nodeagent import metrics
 from nodeagent.agent import Agent
 from nodeagent.config import Config
 from nodeagent.core.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
-from nodeagent.core.model import Device, Grant, Inventory
+from nodeagent.core.model import KUBELET, Device, Grant, Inventory
 from nodeagent.errors import HostError, InputError, PeerError, StateError
 from nodeagent.host import kinds, udev
 from nodeagent.host.nvml import Failure, Probe, Snapshot
 from nodeagent.host.pci import NVIDIA
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import SysFs
+from nodeagent.kube.kubelet_files import pods_there
 from nodeagent.kube.podresources import CheckpointWatch, PodResources, checkpoint
 from nodeagent.kube.waiting import FolderWatch
 from nodeagent.log import new_op
@@ -43,13 +44,20 @@ class Machine:
     """Reads the machine again whenever it may have changed, and hands the snapshot to the agent."""
 
     def __init__(
-        self, agent: Agent, sysfs: SysFs, families: Sequence[kinds.Kind], config: Callable[[], Config]
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        families: Sequence[kinds.Kind],
+        config: Callable[[], Config],
+        holders: Callable[[], Iterable[str] | None] = lambda: None,
     ) -> None:
-        """`config` gives the configuration in force."""
+        """`config` gives the configuration in force, `holders` the cgroups of all who hold hugepages, below the mount
+        of cgroup v2; None: they are not all known."""
         self._agent = agent
         self._sysfs = sysfs
         self._families = families
         self._config = config
+        self._holders = holders
         self._live = sysfs.root == "/"
         """A captured tree announces nothing, and NVML speaks of another machine."""
         self._probe = Probe()
@@ -93,7 +101,8 @@ class Machine:
         """Read everything once more; the seconds it took."""
         async with self._turn:
             began = time.perf_counter()
-            read = functools.partial(scan, self._sysfs, self._families, selectors(self._config()), self._nvml)
+            chosen, holders = selectors(self._config()), self._holders()
+            read = functools.partial(scan, self._sysfs, self._families, chosen, self._nvml, holders=holders)
             inventory = await asyncio.to_thread(read)
             took_s = time.perf_counter() - began
             metrics.SCANS.observe(took_s)
@@ -154,18 +163,20 @@ class Holders:
     """Learns from kubelet who holds what, and that it is given back."""
 
     def __init__(self, agent: Agent, pods: PodResources, offers: Callable[[], Sequence[Offer]], plugins: Path) -> None:
-        """plugins: kubelet's device-plugins folder, where its checkpoint lies."""
+        """plugins: kubelet's device-plugins folder, where its checkpoint lies, beside the folders of its pods."""
         self._agent = agent
         self._pods = pods
         self._offers = offers
         self._plugins = plugins
         self._said = ""
+        self._unseen = ""
 
     async def follow(self, watch: CheckpointWatch) -> None:
         """Kubelet's list after every change of its checkpoint, and once in a while without."""
         with watch:
             while True:
                 await self._reconcile()
+                await self._look_for_ended()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(ABSENCE_POLL_S if self._agent.expecting else None):
                         await watch.wait()
@@ -194,6 +205,22 @@ class Holders:
         metrics.ADOPTIONS.inc(len(found.adopted))
         _log_grants("released", found.released)
         _log_grants("adopted", found.adopted)
+
+    async def _look_for_ended(self) -> None:
+        """What was taken over from kubelet's own managers is in no list of its: the folders of its pods tell."""
+        if not any(one.holder.api == KUBELET for one in self._agent.ledger.grants.values()):
+            return
+        try:
+            there = await asyncio.to_thread(pods_there, self._plugins.parent)
+            gone = await self._agent.release_ended(there, new_op())
+        except (InputError, StateError) as error:
+            if str(error) != self._unseen:
+                log.warning("ended-pods-unknown", error=str(error))
+            self._unseen = str(error)
+            return
+        self._unseen = ""
+        metrics.RELEASES.inc(len(gone))
+        _log_grants("released", gone)
 
     def _say(self, error: str) -> None:
         if error != self._said:

@@ -12,6 +12,7 @@ from typing import Any
 from nodeagent.catalog import Dra
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
+from nodeagent.core.pinning import variable
 from nodeagent.core.settings import Settings, from_json
 from nodeagent.core.sizes import format_size
 from nodeagent.errors import HostError
@@ -37,7 +38,7 @@ def _edits(
     own, settings = _device_edits(dra, inventory, grant, same_request), from_json(grant.settings)
     return replace(
         own,
-        env=MappingProxyType({**own.env, **_settings_env(settings), **env}),
+        env=MappingProxyType({**own.env, **_settings_env(settings), **env, variable(grant.id): grant.id}),
         mounts=(*own.mounts, *_settings_mounts(settings, grant), metadata),
     )
 

@@ -62,7 +62,7 @@ class Lead:
         while not await self._leads(make=lost_s > LOST_S):
             if not said and not self._not_durable:
                 log.warning("another-agent-leads", lock=str(self._lock.path), served="claims only, until it ends")
-                self._agent.on_decision = lambda: _touch(self._state_dir / NEWS)
+                self._agent.on_decision = lambda: tell(self._state_dir)
                 said = True
             lost_s = 0.0 if self._lock.is_there() else lost_s + RETRY_S
             await asyncio.sleep(RETRY_S)
@@ -107,8 +107,9 @@ class Lead:
             log.error("ledger-replaced", note=self._store.note)
 
 
-def _touch(path: Path) -> None:
-    """Have those who watch the folder look."""
+def tell(state_dir: Path) -> None:
+    """Have the agent that leads hear what another process has decided."""
+    path = state_dir / NEWS
     with contextlib.suppress(OSError):
         path.touch()
         path.unlink()

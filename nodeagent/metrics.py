@@ -39,6 +39,19 @@ HOLDER = Gauge(
     ["resource", "namespace", "pod", "container", "claim"],
     registry=REGISTRY,
 )
+DRIFT = Counter(
+    "nodeagent_pin_drift", "Files of control groups that were not what they are to be.", ["file"], registry=REGISTRY
+)
+PINNED = Gauge("nodeagent_pinned_containers", "Containers confined to what they hold.", registry=REGISTRY)
+UNCONFINED = Gauge(
+    "nodeagent_unconfined_cgroups", "Control groups that are not what they are to be.", registry=REGISTRY
+)
+THROTTLED = Gauge(
+    "nodeagent_throttled_containers", "Containers with less CPU time than CPUs of their own.", registry=REGISTRY
+)
+RUNTIME_CONNECTED = Gauge(
+    "nodeagent_runtime_connected", "1 where the container runtime asks through NRI.", registry=REGISTRY
+)
 REGISTERED = Gauge(
     "nodeagent_registered", "1 where kubelet took and watches a resource.", ["resource"], registry=REGISTRY
 )
@@ -57,8 +70,20 @@ SLICES = Gauge(
 SLICE_WRITES = Gauge(
     "nodeagent_resource_slice_writes", "Writes of ResourceSlices since the agent started.", registry=REGISTRY
 )
+HUGEPAGES = Gauge(
+    "nodeagent_hugepages",
+    "Pages of each pool: total, free, reserved, and where it can be told foreign, in use by none of our holders.",
+    ["node", "size", "state"],
+    registry=REGISTRY,
+)
 GENERATION = Gauge("nodeagent_inventory_generation", "How often the machine was seen to change.", registry=REGISTRY)
 WARNINGS = Gauge("nodeagent_inventory_warnings", "Files of the machine that cannot be read.", registry=REGISTRY)
+INTRUDERS = Gauge(
+    "nodeagent_intruders", "Threads of the host and interrupts on exclusive CPUs.", ["kind"], registry=REGISTRY
+)
+INTERRUPTS_MOVED = Counter(
+    "nodeagent_interrupts_moved", "Interrupts moved away from exclusive CPUs.", registry=REGISTRY
+)
 READY = Gauge("nodeagent_ready", "1 where kubelet shows what was sent.", registry=REGISTRY)
 INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
 INFO.labels(VERSION).set(1)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 import structlog
 
 from nodeagent.errors import NodeagentError
 
+T = TypeVar("T")
 RETRY_S = 5.0
 log = structlog.get_logger()
 
@@ -34,6 +35,14 @@ async def first(*works: Awaitable[object]) -> None:
         await end(tasks)
     for task in done:
         task.result()
+
+
+async def unbroken(work: Coroutine[Any, Any, T]) -> T:
+    """Have something done to its end, also where nobody waits for it any more: a lock that it holds is not let go while
+    a thread still works under it."""
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(task)
 
 
 async def end(tasks: Iterable[asyncio.Future[Any]]) -> None:

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
 
 import structlog
 
@@ -16,7 +18,10 @@ from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import CLAIM, Grant, Inventory, Mount
 from nodeagent.errors import HostError, InputError, NodeagentError
 from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
+from nodeagent.parts import unbroken
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PACK = 16
 """Claims whose files are looked at in one go."""
 log = structlog.get_logger()
@@ -47,7 +52,8 @@ class Rendering:
 
     def hold(self, grants: Iterable[Grant]) -> bool:
         """Whether these grants are in force, as they were made."""
-        return all(self._agent.ledger.grants.get(one.id) == one for one in grants)
+        now = self._agent.ledger.grants
+        return all(one.id in now and replace(now[one.id], pods=one.pods) == one for one in grants)
 
     def cdi_id(self, grant: Grant) -> str:
         """The name of a grant's CDI device, VENDOR/CLASS=NAME."""
@@ -55,8 +61,11 @@ class Rendering:
 
     async def remove(self, uids: Sequence[str]) -> dict[str, str]:
         """Remove the files of some claims; by UID "", or why something is left."""
+        return await unbroken(self._alone(self._remove, uids))
+
+    async def _alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         async with self._disk:
-            return await asyncio.to_thread(self._remove, uids)
+            return await asyncio.to_thread(work, *args, **kwargs)
 
     async def restore(self) -> None:
         """Put back what is missing of any claim and remove what is of none. Errors are said, claim by claim."""
@@ -70,8 +79,7 @@ class Rendering:
                 log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
         orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
         await self.remove(orphans)
-        async with self._disk:
-            drafts = await asyncio.to_thread(self._remove_drafts)
+        drafts = await unbroken(self._alone(self._remove_drafts))
         if orphans or drafts:
             log.info("orphans-removed", claims=orphans, drafts=drafts)
 
@@ -84,9 +92,11 @@ class Rendering:
 
     async def write(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Write the files of those claims whose grants are still in force; errors by UID."""
-        async with self._disk:
-            some = {uid: grants for uid, grants in claims.items() if self.hold(grants)}
-            return await asyncio.to_thread(self._write_some, self._dra(), self._agent.inventory, some)
+        return await unbroken(self._alone(self._write_held, claims))
+
+    def _write_held(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        some = {uid: grants for uid, grants in claims.items() if self.hold(grants)}
+        return self._write_some(self._dra(), self._agent.inventory, some)
 
     def _write_some(self, dra: Dra, inventory: Inventory, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         errors = {}

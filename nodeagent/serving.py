@@ -12,20 +12,18 @@ from types import MappingProxyType
 
 import structlog
 
+from nodeagent import beside
 from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
-from nodeagent.core.cpuset import EMPTY, CpuSet
-from nodeagent.core.machine import machine_of
 from nodeagent.core.model import Inventory
 from nodeagent.core.reconcile import Patience
-from nodeagent.errors import ConfigError, InputError, PeerError
+from nodeagent.errors import PeerError
 from nodeagent.host import kinds
-from nodeagent.kube import kubelet_state
 from nodeagent.kube.deviceplugin import socket_path
 from nodeagent.kube.podresources import PodResources
 from nodeagent.kube.registration import Pace, Registrar, Registration
 from nodeagent.kube.waiting import Revision
-from nodeagent.offer import CPU, Offer, offers
+from nodeagent.offer import Offer, offers
 from nodeagent.parts import end, kept
 from nodeagent.served import Served
 
@@ -102,17 +100,17 @@ class Serving:
         """The configured offers without those that would collide with kubelet's own managers."""
         # What else is served through DRA does not concern kubelet's device plugins: their sockets stay as they are.
         found = [one.by_device_plugin_alone() for one in offers(config, self._families) if one.by_device_plugin]
-        why = self.cpus_managed_elsewhere()
-        refused = {one.name: why for one in found if why and one.resource.kind == CPU}
+        managed = self.managed_elsewhere()
+        refused = {one.name: managed[one.resource.kind] for one in found if one.resource.kind in managed}
         if refused != self.refused:
             for name, reason in refused.items():
                 log.warning("resource-refused", resource=name, reason=reason)
         self.refused = MappingProxyType(refused)
         return [one for one in found if one.name not in refused]
 
-    def cpus_managed_elsewhere(self) -> str:
-        """Why CPUs cannot be served beside kubelet's own CPU manager; "" where they can."""
-        return _managed_elsewhere(self._kubelet_dir, self._agent.inventory, self._agent.settings.reserved)
+    def managed_elsewhere(self) -> Mapping[str, str]:
+        """Kinds that cannot be served beside kubelet's own managers, with the reason."""
+        return beside.managed_elsewhere(self._kubelet_dir, self._agent.inventory, self._agent.settings.reserved)
 
     # ---------------------------------------------------------------- what kubelet makes of it
 
@@ -150,56 +148,13 @@ def check(config: Config, families: Sequence[kinds.Kind], kubelet_dir: Path) -> 
             socket_path(kubelet_dir / PLUGINS, offer.name)
 
 
-# ---------------------------------------------------------------- beside kubelet
-
-
 def settings(config: Config, kubelet_dir: Path, boot_id: str, inventory: Inventory) -> Settings:
     """What of the configuration the agent itself goes by."""
     return Settings(
         boot_id=boot_id,
-        reserved=_reserved(config, kubelet_dir, inventory),
+        reserved=beside.reserved(config, kubelet_dir, inventory),
         patience=Patience(
             unconfirmed_s=config.release.unconfirmed_seconds, confirmed_s=config.release.confirmed_seconds
         ),
         recover_s=config.health.recover_seconds,
     )
-
-
-def _reserved(config: Config, kubelet_dir: Path, inventory: Inventory) -> CpuSet:
-    """The CPUs that are never granted: as configured, or kubelet's, or the first core. One that is offline stays so."""
-    if config.reserved_cpus is not None:
-        return _configured(config.reserved_cpus) & (inventory.cpus_possible | inventory.cpus_online)
-    try:
-        found = kubelet_state.read(kubelet_dir).reserved
-    except InputError as error:
-        log.warning("kubelet-reserved-cpus-unknown", error=str(error))
-        found = EMPTY
-    return found or _first_core(inventory)
-
-
-def _configured(text: str) -> CpuSet:
-    try:
-        return CpuSet.parse(text, source="reservedCpus")
-    except InputError as error:
-        raise ConfigError(str(error)) from None
-
-
-def _first_core(inventory: Inventory) -> CpuSet:
-    if not inventory.cpus:
-        return EMPTY
-    return CpuSet.of_mask(machine_of(inventory).cores[inventory.cpus[0].core])
-
-
-def _managed_elsewhere(kubelet_dir: Path, inventory: Inventory, reserved: CpuSet) -> str:
-    """Why CPUs cannot be served beside kubelet's own CPU manager; "" where they can."""
-    try:
-        kubelet = kubelet_state.read(kubelet_dir)
-    except InputError as error:
-        return f"cannot tell whether kubelet manages CPUs itself: {error}"
-    if not kubelet.static:
-        return ""
-    advice = "set cpuManagerPolicy: none, or reservedCpus so that the two sets of CPUs have none in common"
-    if kubelet.managed is None:
-        return f"kubelet's CPU manager is static ({kubelet.policy_source}); {advice}"
-    common = kubelet.managed & (inventory.cpus_online - reserved)
-    return f"kubelet's static CPU manager has CPUs {common} too ({kubelet.policy_source}); {advice}" if common else ""

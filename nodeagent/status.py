@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from nodeagent import metrics
 from nodeagent.agent import Agent
 from nodeagent.core.document import to_document
-from nodeagent.core.model import Grant
+from nodeagent.core.model import KUBELET, Grant
 from nodeagent.core.sizes import format_size
 from nodeagent.errors import ConfigError
 from nodeagent.http import Answer, Peer
@@ -42,6 +42,10 @@ class Watched(Protocol):
     def registrations(self) -> Sequence[Registration]: ...
     def dra_document(self) -> dict[str, Any]:
         """How the DRA side stands; {}: nothing is served through it."""
+        ...
+
+    def pinning_document(self) -> dict[str, Any]:
+        """How containers are confined to what they hold."""
         ...
 
     def not_ready(self) -> Sequence[str]:
@@ -108,6 +112,7 @@ class Status:
             "kinds": [{"kind": k.kind, "state": k.state, "reason": k.reason} for k in agent.inventory.kinds],
             "refused": dict(self._watched.refused),
             "dra": self._watched.dra_document(),
+            "pinning": self._watched.pinning_document(),
             "resources": [self._resource(offer) for offer in self._watched.offers()],
             "grants": len(agent.ledger.grants),
             "listed_at": agent.listed_at,
@@ -175,9 +180,12 @@ class Status:
             metrics.REGISTERED.labels(one["name"]).set(one["registered"])
         for grant in agent.ledger.grants.values():
             holder = grant.holder
-            names = holder.namespace, holder.pod, holder.container, holder.claim
+            pod = holder.uid if holder.api == KUBELET else holder.pod
+            names = holder.namespace, pod, holder.container, holder.claim
             metrics.HOLDER.labels(holder.resource, *names).set(1)
         self._dra_metrics()
+        self._page_metrics()
+        self._pinning_metrics()
         metrics.GENERATION.set(agent.inventory.generation)
         metrics.WARNINGS.set(len(agent.inventory.warnings))
         metrics.READY.set(not self._watched.not_ready())
@@ -191,6 +199,21 @@ class Status:
         for pool in dra.get("slices", {}).get("pools", ()):
             metrics.SLICES.labels(pool["name"], pool["state"]).set(pool["slices"])
         metrics.SLICE_WRITES.set(dra.get("slices", {}).get("writes", 0))
+
+    def _page_metrics(self) -> None:
+        metrics.HUGEPAGES.clear()
+        for pool in (pool for node in self._watched.agent.inventory.numa_nodes for pool in node.hugepages):
+            states = {"total": pool.total_pages, "free": pool.free_pages, "reserved": pool.reserved_pages}
+            states |= {"foreign": pool.foreign_pages} if pool.foreign_pages is not None else {}
+            for state, pages in states.items():
+                metrics.HUGEPAGES.labels(str(pool.node), format_size(pool.page_bytes), state).set(pages)
+
+    def _pinning_metrics(self) -> None:
+        pinning = self._watched.pinning_document()
+        metrics.PINNED.set(len(pinning["pinned"]))
+        metrics.UNCONFINED.set(len(pinning["errors"]))
+        metrics.THROTTLED.set(sum(one["quota_cpus"] is not None for one in pinning["pinned"]))
+        metrics.RUNTIME_CONNECTED.set(pinning["connected"])
 
     async def _release(self, grant_id: str) -> Answer:
         gone = await self._watched.agent.release([grant_id], new_op())
@@ -222,6 +245,7 @@ def grant_document(grant: Grant) -> dict[str, Any]:
         "hugepages": [
             {"size": format_size(one.page_bytes), "numa_node": one.node, "pages": one.pages} for one in grant.hugepages
         ],
+        "memory": [{"bytes": size, "numa_node": node} for node, size in grant.memory],
         "devices": [*grant.devices, *grant.shares],
         "granted_at": grant.granted_at,
     }

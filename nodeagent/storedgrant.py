@@ -51,6 +51,7 @@ class _Body(msgspec.Struct, omit_defaults=True):
     boot_id: str = ""
     result: _Result | None = None
     settings: str = ""
+    pods: list[str] = []
 
 
 def write(grant: Grant) -> str:
@@ -75,6 +76,7 @@ def write(grant: Grant) -> str:
         boot_id=grant.boot_id,
         result=_result_out(grant.result),
         settings=grant.settings,
+        pods=list(grant.pods),
     )
     return msgspec.json.encode(body).decode()
 
@@ -108,6 +110,7 @@ def read(body: Any, source: str) -> Grant:
         boot_id=found.boot_id,
         result=_result_in(found.result),
         settings=found.settings,
+        pods=tuple(found.pods),
     )
 
 

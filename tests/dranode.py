@@ -99,13 +99,18 @@ def consumed(kind: str, device: str, request: str = "r", share: str = "", **amou
 
 @contextlib.asynccontextmanager
 async def dra_node(
-    folder: Path, tree: DeviceTree, resources: Sequence[Mapping[str, Any]], dra: Mapping[str, Any] | None = None
+    folder: Path,
+    tree: DeviceTree,
+    resources: Sequence[Mapping[str, Any]],
+    dra: Mapping[str, Any] | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[DraNode]:
     """A node whose agent is registered with both sides of kubelet."""
     async with FakeApiServer() as api, FakeKubelet(folder / "kubelet") as kubelet:
         api.add_node(NODE)
         access = {"kubeconfig": str(api.kubeconfig(folder)), "nodeName": NODE, "cdiDir": str(folder / "cdi")}
         options = {"resources": list(resources), **QUICK, "dra": {**access, "spreadSeconds": 0, **(dra or {})}}
+        options |= more or {}
         async with FakeDraKubelet(folder / "kubelet") as side, running(folder, root=tree.root, **options) as agent:
             await side.wait_registered(DRIVER)
             for one in resources:

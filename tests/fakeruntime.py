@@ -189,6 +189,8 @@ class FakeRuntime:
         self.request_timeout_s = request_timeout_s
         self.old = False
         """Like containerd 1.7: what needs no answer comes as StateChange."""
+        self.prefix = "id-"
+        """Of containers' ids, before the name that they have here."""
         self.chunk = 10_000
         """Pods and containers in one part of a synchronization."""
         self.synchronize_after: asyncio.Event | None = None
@@ -238,7 +240,15 @@ class FakeRuntime:
     # What happens on the node
 
     def add(
-        self, name: str, *, pod: str = "pod", cpus: str = "", env: Iterable[str] = (), **fields: Any
+        self,
+        name: str,
+        *,
+        pod: str = "pod",
+        cpus: str = "",
+        env: Iterable[str] = (),
+        cgroup: str = "",
+        called: str = "",
+        **fields: Any,
     ) -> pb.Container:
         """A container that exists, or is to be created; its pod comes with it."""
         uid = f"uid-{pod}"
@@ -246,17 +256,22 @@ class FakeRuntime:
             f"sandbox-{pod}", pb.PodSandbox(id=f"sandbox-{pod}", uid=uid, name=pod, namespace="default")
         )
         resources = pb.LinuxResources(cpu=pb.LinuxCPU(cpus=cpus))
-        linux = pb.LinuxContainer(resources=resources, cgroups_path=f"/kubepods/{uid}/id-{name}")
+        linux = pb.LinuxContainer(resources=resources, cgroups_path=cgroup or f"/kubepods/{uid}/{self.prefix}{name}")
         fields.setdefault("state", pb.CONTAINER_RUNNING)
         found = pb.Container(
-            id=f"id-{name}", name=name, pod_sandbox_id=f"sandbox-{pod}", env=list(env), linux=linux, **fields
+            id=f"{self.prefix}{name}",
+            name=called or name,
+            pod_sandbox_id=f"sandbox-{pod}",
+            env=list(env),
+            linux=linux,
+            **fields,
         )
         self.containers[found.id] = found
         return found
 
     def cpus(self, name: str) -> str:
         """What a container is confined to."""
-        return self.containers[f"id-{name}"].linux.resources.cpu.cpus
+        return self.containers[f"{self.prefix}{name}"].linux.resources.cpu.cpus
 
     async def create(self, name: str, **fields: Any) -> pb.CreateContainerResponse:
         """PluginRefusedError, with nothing created, where the plugin says so. Without a plugin nobody is asked."""
@@ -277,17 +292,26 @@ class FakeRuntime:
         return answer
 
     async def stop_container(self, name: str) -> None:
-        container = self.containers[f"id-{name}"]
+        container = self.containers[f"{self.prefix}{name}"]
         container.state = pb.CONTAINER_STOPPED
         answer = await self.ask(pb.STOP_CONTAINER, "StopContainer", self._of(pb.StopContainerRequest, container))
         self._apply(answer.update if answer else ())
 
     async def remove_container(self, name: str) -> None:
-        container = self.containers.pop(f"id-{name}")
+        container = self.containers.pop(f"{self.prefix}{name}")
         await self._tell(pb.REMOVE_CONTAINER, "RemoveContainer", self._of(pb.RemoveContainerRequest, container))
 
     async def start_container(self, name: str) -> None:
-        container = self.containers[f"id-{name}"]
+        """PluginRefusedError, and the container does not run, where the plugin says so before it does."""
+        container = self.containers[f"{self.prefix}{name}"]
+        container.state = pb.CONTAINER_CREATED
+        await self._tell(pb.START_CONTAINER, "StartContainer", self._of(pb.StartContainerRequest, container))
+        container.state = pb.CONTAINER_RUNNING
+        await self.started(name)
+
+    async def started(self, name: str) -> None:
+        """Tell that a container runs."""
+        container = self.containers[f"{self.prefix}{name}"]
         await self._tell(
             pb.POST_START_CONTAINER, "PostStartContainer", self._of(pb.PostStartContainerRequest, container)
         )
@@ -299,7 +323,7 @@ class FakeRuntime:
 
     async def resize(self, name: str, resources: pb.LinuxResources) -> None:
         """Kubelet's UpdateContainerResources: what the plugin says of the container itself comes on top."""
-        container = self.containers[f"id-{name}"]
+        container = self.containers[f"{self.prefix}{name}"]
         request = self._of(pb.UpdateContainerRequest, container)
         request.linux_resources.CopyFrom(resources)
         answer = await self.ask(pb.UPDATE_CONTAINER, "UpdateContainer", request)
@@ -419,6 +443,7 @@ class FakeRuntime:
     def lost(self, plugin: _Plugin) -> None:
         if plugin.wire.broken is not None:
             self.violations.append(plugin.wire.broken)
+        plugin.wire.writer.transport.abort()
         if plugin is self.plugin:
             self.plugin = None
         self._tell_news()

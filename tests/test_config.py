@@ -67,6 +67,9 @@ status: {group: adm}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
+pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
+  verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9}
+hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
 - name: vf
   kind: nic
@@ -123,6 +126,13 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
 @pytest.mark.parametrize(
     ("text", "path", "value"),
     [
+        ("hugepages: [{pageSize: 2M, node: 0}]", "$.hugepages[0].pageSize", "'2M'"),
+        ("hugepages: [{pageSize: 3Mi, node: 0}]", "$.hugepages[0].pageSize", "'3Mi'"),
+        ("hugepages: [{pageSize: 4Ki, node: 0}]", "$.hugepages[0].pageSize", "'4Ki'"),
+        ("hugepages: [{pageSize: 64Gi, node: 0}]", "$.hugepages[0].pageSize", "'64Gi'"),
+        ("hugepages: [{pageSize: 2Mi, node: -1}]", "$.hugepages[0].node", "-1"),
+        ("hugepages: [{pageSize: 2Mi, node: 0, pages: 5, maxPages: 4}]", "$.hugepages[0].maxPages", "4"),
+        ("hugepages: [{pageSize: 1Gi, node: 0}, {pageSize: 1024Mi, node: 0}]", "$.hugepages[1]", "'1024Mi'"),
         ("resyncSeconds: soon", "$.resyncSeconds", "'soon'"),
         ("resyncSeconds: 0", "$.resyncSeconds", "0"),
         ("resyncSeconds: .nan", "$.resyncSeconds", "nan"),

@@ -174,6 +174,7 @@ def test_the_folders_of_the_configuration_are_the_hosts_own_and_can_be_written_t
         config.state_dir,
         config.runtime_dir,
         "/var/run/cdi",
+        *("/var/run/nri", "/sys/fs/cgroup", "/run/systemd"),
         *(f"{kubelet}/{one}" for one in ("device-plugins", "pod-resources", "plugins_registry", f"plugins/{DRIVER}")),
     }
     assert written == {path for path, one in mounts.items() if places[one["name"]] and not one.get("readOnly")}

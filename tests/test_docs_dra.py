@@ -430,5 +430,7 @@ def test_every_key_of_the_configuration_is_explained() -> None:
     text = (DOCS / "configuration.md").read_text()
     for name in parts["DraConfig"]["properties"]:
         assert f"`dra.{name}`" in text
+    for name in parts["PinningConfig"]["properties"]:
+        assert f"`pinning.{name}`" in text
     for name in {*parts["ResourceConfig"]["properties"]} - {"cdi"}:
         assert f"`{name}`" in text

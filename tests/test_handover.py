@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,9 @@ from nodeagent import handover
 from nodeagent.catalog import Dra, dra_of
 from nodeagent.config import Config
 from nodeagent.core.claim import Claim, Result
+from nodeagent.core.containers import Container
 from nodeagent.core.model import ContainerEdits, DeviceNode, Grant, Inventory, Mount
+from nodeagent.core.pinning import GRANT_VARIABLE, named_by
 from nodeagent.core.prepare import prepare
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.kinds import builtin_kinds
@@ -104,18 +107,28 @@ def test_variables_say_what_a_request_was_given_under_its_own_name_too() -> None
     )
     usual = {"NODEAGENT_CPUS": "0-1,4", "NODEAGENT_NUMA_NODES": "0,1"}
     own = {"NODEAGENT_CPUS_NEAR_0": "0-1,4", "NODEAGENT_NUMA_NODES_NEAR_0": "0,1"}
-    assert found[0].env == found[1].env
-    assert {
-        name: value for name, value in found[0].env.items() if name in usual | own
-    }.keys() == usual.keys() | own.keys()
-    assert found[0].env.keys() == usual.keys() | own.keys()
+    assert said(found[0].env) == said(found[1].env)
+    assert said(found[0].env).keys() == usual.keys() | own.keys()
     assert found[0].env["NODEAGENT_CPUS"] == found[0].env["NODEAGENT_CPUS_NEAR_0"]
     assert found[0].env["NODEAGENT_NUMA_NODES"] == "0,1"
     assert found[2].env["NODEAGENT_NUMA_NODES_FAR"] == "1"
-    assert found[3].env == found[4].env
+    assert said(found[3].env) == said(found[4].env)
     assert found[3].env["NODEAGENT_HUGEPAGES_2MI"] == found[3].env["NODEAGENT_HUGEPAGES_2MI_P"] == "3"
     assert found[3].env["NODEAGENT_HUGEPAGES_2MI_NUMA_NODES"] == "0,1"
     assert (found[5].env["NODEAGENT_MEMORY_BYTES"], found[5].env["NODEAGENT_MEMORY_NUMA_NODES"]) == (str(GIB), "1")
+
+
+def said(env: Mapping[str, str]) -> dict[str, str]:
+    """Without the variable that names the grant."""
+    return {name: value for name, value in env.items() if not name.startswith(GRANT_VARIABLE)}
+
+
+def test_a_container_is_told_each_grant_by_a_variable_of_its_own() -> None:
+    """So that it is known which of a pod's containers use which claims: the names never meet."""
+    found = edited(result("cpu", "numa0", "near", cpus=2), result("cpu", "numa1", "near", cpus=1))
+    env = {**found[0].env, **found[1].env}
+    named = named_by(Container(id="c", pod_id="s", name="main", env=env))
+    assert named == ("uid-c-0", "uid-c-1")
 
 
 def test_an_alternative_is_named_by_the_request_that_it_is_for() -> None:

@@ -1,4 +1,4 @@
-"""What kubelet's own CPU manager does, read from its files."""
+"""What kubelet's own CPU and memory managers do, read from their files, in every form that kubelet has written."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from nodeagent.core.assigned import Block
 from nodeagent.core.cpuset import EMPTY, CpuSet
+from nodeagent.core.stock import MEMORY
 from nodeagent.errors import InputError
+from nodeagent.kube import memory_state
+from nodeagent.kube.kubelet_files import pods_there
 from nodeagent.kube.kubelet_state import KubeletState, read
+from nodeagent.kube.memory_state import MemoryState
 
 STATIC_STATE = {
     "policyName": "static",
@@ -17,12 +22,25 @@ STATIC_STATE = {
     "entries": {"uid-b": {"app": "2-3"}, "uid-a": {"app": "1"}},
     "checksum": 123,
 }
+GIB = 1 << 30
 
 
-def write(folder: Path, *, state: object = None, config: str | None = None) -> Path:
-    if state is not None:
-        text = state if isinstance(state, str) else json.dumps(state)
-        (folder / "cpu_manager_state").write_text(text)
+def memory(nodes: list[int], kind: str, size: int) -> dict[str, object]:
+    return {"numaAffinity": nodes, "type": kind, "size": size}
+
+
+MEMORY_STATE = {
+    "policyName": "Static",
+    "machineState": {"0": {"numberOfAssignments": 2, "memoryMap": {}, "cells": [0]}},
+    "entries": {"uid-a": {"app": [memory([0], "memory", GIB), memory([1, 0], "hugepages-2Mi", 4 << 20)]}},
+    "checksum": 77,
+}
+
+
+def write(folder: Path, *, state: object = None, config: str | None = None, memory: object = None) -> Path:
+    for name, one in (("cpu_manager_state", state), ("memory_manager_state", memory)):
+        if one is not None:
+            (folder / name).write_text(one if isinstance(one, str) else json.dumps(one))
     if config is not None:
         (folder / "config.yaml").write_text(config)
     return folder
@@ -75,6 +93,23 @@ def test_a_static_manager_without_its_state_may_manage_every_cpu(tmp_path: Path)
     [
         ("{", None, "cannot read {}/cpu_manager_state: Input data was truncated"),
         ("[]", None, "cannot read {}/cpu_manager_state: Expected `object`, got `array`"),
+        ('{"policyName": "\\ud800"}', None, "cannot read {}/cpu_manager_state: "),
+        ('{"data": "{", "dataChecksum": 1}', None, "cannot read {}/cpu_manager_state: Input data was truncated"),
+        (
+            {"policyName": "static", "entries": {"u": {"c": {"original": "1"}}}},
+            None,
+            "cannot read {}/cpu_manager_state: ",
+        ),
+        (
+            {"policyName": "static", "podEntries": {"u": "1"}},
+            None,
+            "cannot read {}/cpu_manager_state: Expected `object`",
+        ),
+        (
+            {"policyName": "static", "podEntries": {"u": {"cpuSet": "7-"}}},
+            None,
+            "cannot read CPU list '7-' of {}/cpu_manager_state: ",
+        ),
         ("{}", None, "cannot read {}/cpu_manager_state: Object missing required field `policyName`"),
         (
             {"policyName": "static", "defaultCpuSet": "3-1"},
@@ -106,3 +141,124 @@ def test_a_file_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").mkdir()
     with pytest.raises(InputError, match=r"cannot read .*/config\.yaml: Is a directory"):
         read(tmp_path)
+
+
+# ---------------------------------------------------------------- the forms of the CPU manager's state
+
+
+def test_the_oldest_form_names_containers_without_their_pods(tmp_path: Path) -> None:
+    """They are managed all the same."""
+    state = {"policyName": "static", "defaultCpuSet": "0,3", "entries": {"4a1f": "1-2"}, "checksum": 5}
+    found = read(write(tmp_path, state=state))
+    assert dict(found.unnamed) == {"4a1f": CpuSet.parse("1-2")}
+    assert dict(found.assigned) == {}
+    assert found.managed == CpuSet.parse("0-3")
+
+
+POD_LEVEL = {
+    "policyName": "static",
+    "defaultCpuSet": "0,6-7",
+    "entries": {"uid-a": {"app": "1", "side": "2-3"}},
+    "podEntries": {"uid-a": {"cpuSet": "1-5"}},
+}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {**POD_LEVEL, "checksum": 9},
+        {**POD_LEVEL, "checksum": 0, "data": json.dumps(POD_LEVEL), "dataChecksum": 3},
+        {"data": json.dumps(POD_LEVEL), "dataChecksum": 3},
+        {"policyName": "none", "defaultCpuSet": "", "data": json.dumps({**POD_LEVEL, "later": 1}), "later": []},
+    ],
+    ids=["third", "fourth", "fourth-alone", "fourth-counts"],
+)
+def test_whole_pods_are_read_from_the_newer_forms(state: object, tmp_path: Path) -> None:
+    """Where there is text under "data", that is what counts."""
+    found = read(write(tmp_path, state=state))
+    assert (found.static, found.shared) == (True, CpuSet.parse("0,6-7"))
+    assert dict(found.pods) == {"uid-a": CpuSet.parse("1-5")}
+    assert dict(found.assigned) == {("uid-a", "app"): CpuSet.parse("1"), ("uid-a", "side"): CpuSet.parse("2-3")}
+    assert found.managed == CpuSet.parse("0-7")
+
+
+# ---------------------------------------------------------------- the memory manager's state
+
+
+def test_no_files_means_no_memory_manager(tmp_path: Path) -> None:
+    found = memory_state.read(tmp_path)
+    assert found == MemoryState()
+    assert (found.policy, found.static) == ("None", False)
+
+
+def test_the_state_of_a_static_memory_manager_is_read_whole(tmp_path: Path) -> None:
+    found = memory_state.read(write(tmp_path, memory=MEMORY_STATE))
+    assert (found.static, found.policy_source) == (True, str(tmp_path / "memory_manager_state"))
+    assert dict(found.assigned) == {
+        ("uid-a", "app"): (
+            Block(nodes=(0,), page_bytes=MEMORY, size_bytes=GIB),
+            Block(nodes=(0, 1), page_bytes=2 << 20, size_bytes=4 << 20),
+        )
+    }
+
+
+@pytest.mark.parametrize("in_data", [False, True])
+def test_memory_of_whole_pods_is_read_from_the_newer_forms(in_data: bool, tmp_path: Path) -> None:
+    state = {**MEMORY_STATE, "podEntries": {"uid-a": {"memoryBlocks": [memory([1], "memory", 2 * GIB)]}}}
+    whole = {**MEMORY_STATE, "data": json.dumps(state), "dataChecksum": 4} if in_data else state
+    found = memory_state.read(write(tmp_path, memory=whole))
+    assert dict(found.pods) == {"uid-a": (Block(nodes=(1,), page_bytes=MEMORY, size_bytes=2 * GIB),)}
+    assert list(found.assigned) == [("uid-a", "app")]
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "policy", "source"),
+    [
+        ({"policyName": "None", "machineState": {}, "checksum": 1}, None, "None", "memory_manager_state"),
+        ({"policyName": "None", "machineState": None}, "memoryManagerPolicy: Static", "Static", "config.yaml"),
+        (MEMORY_STATE, "memoryManagerPolicy: None", "Static", "memory_manager_state"),
+        (None, "memoryManagerPolicy: None\nreservedMemory: [{numaNode: 0}]", "None", "config.yaml"),
+    ],
+)
+def test_either_file_can_say_static_of_memory(
+    state: object, config: str | None, policy: str, source: str, tmp_path: Path
+) -> None:
+    found = memory_state.read(write(tmp_path, memory=state, config=config))
+    assert (found.policy, found.policy_source) == (policy, str(tmp_path / source))
+
+
+def entry(**changes: object) -> dict[str, object]:
+    return {**MEMORY_STATE, "entries": {"u": {"c": [{**memory([0], "memory", 1), **changes}]}}}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"policyName": "Static"}, "Object missing required field `machineState`"),
+        ({"machineState": {}}, "Object missing required field `policyName`"),
+        ({**MEMORY_STATE, "entries": {"u": {"c": "x"}}}, "Expected `array`, got `str`"),
+        (entry(numaAffinity=[]), "Expected `array` of length >= 1"),
+        (entry(numaAffinity=[-1]), "Expected `int` >= 0"),
+        (entry(size=-1), "Expected `int` >= 0"),
+        (entry(type="hugepages-2Fi"), "type 'hugepages-2Fi': cannot read size"),
+        (entry(type="cpu"), "type 'cpu', expected memory or hugepages-SIZE"),
+    ],
+)
+def test_memory_that_cannot_be_understood_is_an_error_with_its_place(
+    state: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as bad:
+        memory_state.read(write(tmp_path, memory=state))
+    assert str(bad.value).startswith(f"cannot read {tmp_path}/memory_manager_state: ")
+    assert message in str(bad.value)
+
+
+# ---------------------------------------------------------------- the folders of pods
+
+
+def test_pods_are_there_that_have_a_folder(tmp_path: Path) -> None:
+    """Without the folder of them all nobody can tell: that is no empty list."""
+    with pytest.raises(InputError, match=r"cannot read .*/pods: No such file"):
+        pods_there(tmp_path)
+    (tmp_path / "pods" / "uid-a").mkdir(parents=True)
+    assert pods_there(tmp_path) == {"uid-a"}

@@ -16,7 +16,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.core.containers import RUNNING, UNKNOWN, Adjustment, Container, Pod, Resources, Update
 from nodeagent.core.cpuset import CpuSet
-from nodeagent.errors import ConfigError, InputError, PeerError, Refused
+from nodeagent.errors import ConfigError, HostError, InputError, PeerError, Refused
 from nodeagent.nri.plugin import NriPlugin, Pace
 from nodeagent.nri.service import event_mask
 from nodeagent.nri.translation import page_bytes, page_name, read_container, write_update
@@ -82,6 +82,9 @@ class Desk:
 
 class CuriousDesk(Desk):
     """One that hears everything."""
+
+    async def starting(self, pod: Pod, container: Container) -> None:
+        await self.note(f"starting {container.name}")
 
     async def started(self, pod: Pod, container: Container) -> None:
         await self.note(f"started {container.name}")
@@ -229,7 +232,7 @@ async def test_a_container_whose_pod_is_not_listed_is_seen_without_it(folder: Pa
 async def test_only_what_the_handler_hears_is_asked_for(folder: Path) -> None:
     assert event_mask(Desk()) == 0b110_1000_1000
     desk = CuriousDesk()
-    assert event_mask(desk) == 0b110_1100_1111
+    assert event_mask(desk) == 0b110_1110_1111
     async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk)):
         await runtime.connected()
         await every_event(runtime)
@@ -259,6 +262,7 @@ async def every_event(runtime: FakeRuntime) -> None:
 EVERYTHING = [
     "pod started pod",
     "create pod/web",
+    "starting web",
     "started web",
     "stopped web",
     "removed web",
@@ -320,7 +324,7 @@ async def test_any_other_failure_is_logged_and_changes_nothing(folder: Path, han
         await runtime.create("web")
         desk.fails, desk.hangs = (None, True) if hangs else (KeyError("bug"), False)
         with capture_logs() as lines:
-            await runtime.start_container("web")
+            await runtime.started("web")
             await runtime.resize("web", pb.LinuxResources(cpu=pb.LinuxCPU(cpus="0-1")))
             assert runtime.cpus("web") == "0-1"
             await runtime.stop_container("web")
@@ -330,6 +334,20 @@ async def test_any_other_failure_is_logged_and_changes_nothing(folder: Path, han
         calls = ["started", "update", "stopped", "removed", "pod_stopped"]
         assert said == [(call, "default/pod") for call in calls]
         assert (runtime.connections, plugin.standing.failed) == (1, 5)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+async def test_a_container_that_must_not_start_does_not(folder: Path, old: bool) -> None:
+    """It is there by then, and nothing of it has run."""
+    desk = CuriousDesk()
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk)):
+        runtime.old = old
+        await runtime.connected()
+        await runtime.create("web")
+        desk.fails = HostError("cannot start container default/pod/web: it is not confined")
+        with pytest.raises(PluginRefusedError, match="cannot start container default/pod/web: it is not confined"):
+            await runtime.start_container("web")
+        assert runtime.containers["id-web"].state == pb.CONTAINER_CREATED
 
 
 async def test_a_synchronization_that_fails_leaves_the_plugin_connected(folder: Path) -> None:

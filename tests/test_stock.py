@@ -38,3 +38,36 @@ def test_no_page_is_promised_that_is_in_use_or_reserved(total: int, data: st.Dat
     reserved = data.draw(st.integers(0, total - faulted))
     free = grantable(pool(total, faulted=faulted, reserved=reserved), held(granted))
     assert 0 <= free <= min(total - granted, total - faulted - reserved)
+
+
+# ---------------------------------------------------------------- where it is known whose pages are in use
+
+
+@given(st.integers(1, 50), st.data())
+def test_foreign_pages_are_never_promised_and_all_others_are(total: int, data: st.DataObject) -> None:
+    """Whatever holders and others have mapped and faulted: what is left is the pool less both."""
+    granted = data.draw(st.integers(0, total))
+    mine = data.draw(st.integers(0, granted))
+    waiting = data.draw(st.integers(0, granted - mine))
+    foreign = data.draw(st.integers(0, total - granted))
+    promised = data.draw(st.integers(0, total - granted - foreign))
+    found = HugepagePool(
+        node=0,
+        page_bytes=SIZE,
+        total_pages=total,
+        free_pages=total - mine - foreign,
+        reserved_pages=waiting + promised,
+        own_used_pages=mine,
+        own_reserved_pages=waiting,
+    )
+    ledger = held(granted) if granted else Ledger()
+    assert found.foreign_pages == foreign
+    assert grantable(found, ledger) == total - granted - foreign - promised
+
+
+def test_a_database_on_the_host_does_not_count_as_what_was_granted() -> None:
+    """8 pages granted and none faulted, 6 in use by the host: by guess these are the holder's, in truth 2 are left."""
+    guessed = pool(16, faulted=6)
+    known = HugepagePool(node=0, page_bytes=SIZE, total_pages=16, free_pages=10, own_used_pages=0, own_reserved_pages=0)
+    assert grantable(guessed, held(8)) == 8
+    assert grantable(known, held(8)) == 2

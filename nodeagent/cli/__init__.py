@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nodeagent.errors import ConfigError, InputError, NodeagentError
 from nodeagent.version import VERSION
@@ -23,7 +23,10 @@ VERBS = {
     "devices": "show what a running agent advertises",
     "grants": "show who holds what",
     "config": "check a configuration or print its schema",
+    "import": "take over what kubelet's own managers gave away",
 }
+FILES = {"import": "import_state"}
+"""The file of a verb whose name no module can have."""
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
 
 
@@ -62,7 +65,7 @@ def _run(words: list[str]) -> int:
         verb = verbs.add_parser(name, help=text, description=text, add_help=words[:1] == [name])
         # Only the verb that is called is imported: `place` needs no gRPC.
         if words[:1] == [name]:
-            importlib.import_module(f"nodeagent.cli.{name}").add_arguments(verb)
+            _module(name).add_arguments(verb)
     args = parser.parse_args(words)
     if args.version:
         print(version_line())
@@ -70,7 +73,11 @@ def _run(words: list[str]) -> int:
     if args.verb is None:
         parser.print_help()
         return BAD_INPUT
-    return int(importlib.import_module(f"nodeagent.cli.{args.verb}").run(args))
+    return int(_module(args.verb).run(args))
+
+
+def _module(verb: str) -> Any:
+    return importlib.import_module(f"nodeagent.cli.{FILES.get(verb, verb)}")
 
 
 def version_line() -> str:

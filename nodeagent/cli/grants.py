@@ -8,6 +8,7 @@ from typing import Any
 from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
+from nodeagent.core.model import KUBELET
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,10 +22,10 @@ def _print(grants: Any) -> None:
             (
                 g["id"],
                 g["namespace"],
-                g["pod"],
+                g["pod"] or (g["uid"] if g["api"] == KUBELET else ""),
                 g["container"],
                 g["claim"],
-                g["resource"],
+                g["resource"] or g["api"],
                 g["cpus"],
                 " ".join(f"{p['pages']}x{p['size']}@node{p['numa_node']}" for p in g["hugepages"]),
                 " ".join(g["devices"]),

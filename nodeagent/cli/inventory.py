@@ -8,7 +8,7 @@ import sys
 from nodeagent.cli.source import add_root, read_root
 from nodeagent.cli.tables import print_document, print_table
 from nodeagent.core.document import to_document
-from nodeagent.core.model import ABSENT, Inventory
+from nodeagent.core.model import ABSENT, HugepagePool, Inventory
 from nodeagent.core.sizes import format_size
 
 
@@ -58,11 +58,14 @@ def _print_nodes(inventory: Inventory) -> None:
     rows = []
     for node in inventory.numa_nodes:
         groups = {cpu.l3 for cpu in inventory.cpus if cpu.numa_node == node.id and cpu.l3 is not None}
-        pages = " ".join(
-            f"{format_size(p.page_bytes)}={p.free_pages}/{p.total_pages}" for p in node.hugepages if p.total_pages
-        )
+        pages = " ".join(_pool(pool) for pool in node.hugepages if pool.total_pages)
         rows.append((node.id, node.cpus, len(groups) or None, node.kind, _gib(node.memory_bytes), pages))
     print_table(("NUMA", "CPUS", "L3", "KIND", "MEMORY", "HUGEPAGES FREE/TOTAL"), rows)
+
+
+def _pool(pool: HugepagePool) -> str:
+    foreign = f" ({pool.foreign_pages} foreign)" if pool.foreign_pages else ""
+    return f"{format_size(pool.page_bytes)}={pool.free_pages}/{pool.total_pages}{foreign}"
 
 
 def _gib(size_bytes: int) -> str:

@@ -28,6 +28,7 @@ def _print(status: Any) -> None:
         ("conflict", status["conflicts"]),
         ("note", status["notes"]),
         ("dra", _dra(status["dra"]) if status["dra"] else []),
+        ("pinning", _pinning(status["pinning"])),
         ("warning", machine["warnings"]),
         ("kind", [f"{k['kind']} {k['state']}: {k['reason']}" for k in status["kinds"] if k["state"] == "degraded"]),
     ):
@@ -48,6 +49,49 @@ def _print(status: Any) -> None:
             for r in status["resources"]
         ],
     )
+    if status["pinning"]["pinned"]:
+        _print_pinned(status["pinning"]["pinned"])
+
+
+def _print_pinned(pinned: Any) -> None:
+    """Per container: what it was granted, and what is in effect."""
+    print()
+    print_table(
+        ("POD", "CONTAINER", "GRANTED", "EFFECTIVE", "NUMA", "DRIFT", "NOTE"),
+        [
+            (
+                f"{one['namespace']}/{one['pod']}",
+                one["container"],
+                one["granted_cpus"] or "-",
+                one["effective_cpus"] or "-",
+                one["effective_mems"] or "-",
+                one["drifts"],
+                _note(one),
+            )
+            for one in pinned
+        ],
+    )
+
+
+def _pinning(pinning: Any) -> list[str]:
+    """How containers are confined, in a few lines."""
+    if pinning["mode"] == "off":
+        return [f"off: {pinning['unsupported'] or 'as configured'}"]
+    by = pinning["runtime"] if pinning["mode"] == "nri" else "control groups alone"
+    state = f"{by}, {pinning['containers']} containers, shared CPUs {pinning['shared_cpus'] or 'all'}"
+    lines = [f"{state}, {pinning['drifts']} drifts repaired"]
+    if pinning["mode"] == "nri" and not pinning["connected"]:
+        lines.append(f"NOT connected: {pinning['reason']}")
+    return [*lines, *(f"NOT confined: {why}" for why in pinning["errors"].values())]
+
+
+def _note(one: Any) -> str:
+    """What is wrong with a container's pins."""
+    notes = [one["error"]]
+    notes.append(f"CPUs {one['lost_cpus']} are offline" if one["lost_cpus"] else "")
+    notes.append(f"throttled to {one['quota_cpus']:g} CPUs" if one["quota_cpus"] is not None else "")
+    notes.append(f"names {', '.join(one['unproven'])} of another pod" if one["unproven"] else "")
+    return "; ".join(filter(None, notes))
 
 
 def _dra(dra: Any) -> list[str]:

@@ -40,6 +40,10 @@ class _Pool(msgspec.Struct):
     free_pages: int
     reserved_pages: int = 0
     surplus_pages: int = 0
+    own_used_pages: int | None = None
+    own_reserved_pages: int | None = None
+    foreign_pages: int | None = None
+    """Worked out of the others; read and passed over."""
 
 
 class _Node(msgspec.Struct):
@@ -232,6 +236,8 @@ def _check_nodes(found: _Document) -> None:
         for pool in node.hugepages:
             for name in ("page_bytes", "total_pages", "free_pages", "reserved_pages", "surplus_pages"):
                 _within(name, getattr(pool, name), f"{where}, hugepages", LARGEST)
+            for name in ("own_used_pages", "own_reserved_pages", "foreign_pages"):
+                _within(name, getattr(pool, name) or 0, f"{where}, hugepages", LARGEST)
             if pool.page_bytes == 0:
                 raise ValueError(f"{where}, hugepages: page_bytes is 0")
             if pool.free_pages > pool.total_pages:
@@ -302,9 +308,21 @@ def _node_out(node: NumaNode) -> dict[str, Any]:
                 "free_pages": pool.free_pages,
                 "reserved_pages": pool.reserved_pages,
                 "surplus_pages": pool.surplus_pages,
+                **_uses_out(pool),
             }
             for pool in node.hugepages
         ],
+    }
+
+
+def _uses_out(pool: HugepagePool) -> dict[str, int | None]:
+    """Whose pages are in use; nothing where nobody can tell."""
+    if pool.own_used_pages is None:
+        return {}
+    return {
+        "own_used_pages": pool.own_used_pages,
+        "own_reserved_pages": pool.own_reserved_pages,
+        "foreign_pages": pool.foreign_pages,
     }
 
 
@@ -318,6 +336,8 @@ def _node_in(node: _Node, found: _Document, source: str) -> NumaNode:
             free_pages=pool.free_pages,
             reserved_pages=pool.reserved_pages,
             surplus_pages=pool.surplus_pages,
+            own_used_pages=pool.own_used_pages,
+            own_reserved_pages=pool.own_reserved_pages,
         )
         for pool in node.hugepages
     )

@@ -104,7 +104,7 @@ def amend(ledger: Ledger, changed: Iterable[Grant]) -> Ledger:
     """The ledger with some grants replaced by what is now known of their holders; what they hold must be the same."""
     grants = dict(ledger.grants)
     for one in changed:
-        grants[one.id] = replace(grants[one.id], holder=one.holder, confirmed=one.confirmed)
+        grants[one.id] = replace(grants[one.id], holder=one.holder, confirmed=one.confirmed, pods=one.pods)
     return _with(ledger, grants)
 
 

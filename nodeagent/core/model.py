@@ -71,6 +71,22 @@ class HugepagePool:
     the pool of the node that holds most free pages."""
     surplus_pages: int = 0
     overcommit_pages: int = 0
+    own_used_pages: int | None = None
+    """Faulted by our holders; None: nobody can tell them from others."""
+    own_reserved_pages: int | None = None
+    """Of the reserved ones those that our holders' mappings wait for; known where own_used_pages is."""
+
+    @property
+    def persistent_pages(self) -> int:
+        """Those that stay when they are given back."""
+        return self.total_pages - self.surplus_pages
+
+    @property
+    def foreign_pages(self) -> int | None:
+        """In use by none of our holders; None: nobody can tell."""
+        if self.own_used_pages is None:
+            return None
+        return max(0, self.total_pages - self.free_pages - self.own_used_pages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -304,8 +320,8 @@ class Placement(NamedTuple):
     """False: the search ran out of steps and this is the best it saw."""
 
 
-DEVICE_PLUGIN, CLAIM = "device-plugin", "claim"
-"""Holder.api: which protocol a grant came through."""
+DEVICE_PLUGIN, CLAIM, KUBELET = "device-plugin", "claim", "kubelet"
+"""Holder.api: which protocol a grant came through, or that it was taken over from kubelet's own managers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,11 +337,13 @@ class Holder:
     claim: str = ""
     """Name of the claim."""
     uid: str = ""
-    """Of the claim."""
+    """Of the claim; of what was taken over from kubelet, of the pod."""
 
     def __str__(self) -> str:
         if self.api == CLAIM:
             return f"claim {self.namespace}/{self.claim}"
+        if self.api == KUBELET:
+            return f"kubelet's pod {self.uid}" + (f"/{self.container}" if self.container else "")
         where = "/".join(part for part in (self.namespace, self.pod, self.container) if part)
         return where or f"a container not yet listed ({self.resource})"
 
@@ -353,3 +371,5 @@ class Grant:
     """Of a claim: what the scheduler allocated, that this grant gives."""
     settings: str = ""
     """Of a claim: the configuration that applies (core/settings.py), as JSON."""
+    pods: tuple[str, ...] = ()
+    """Of a claim: UIDs of the pods that it was reserved for when that was last read."""

@@ -1,6 +1,7 @@
 """What DRA publishes of hugepages and memory: one device a NUMA node (and page size), with its bytes to consume.
 
-Pure functions of (inventory, ledger). What claims hold stays in the capacity: the scheduler counts it.
+Pure functions of (inventory, ledger). What claims hold stays in the capacity: the scheduler counts it. A pool that may
+grow shows what it can grow to, and the memory for that is shown once, as pages.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from nodeagent.core.model import CLAIM, HugepagePool, Inventory, NodeId, NumaNod
 from nodeagent.core.pool import Capacity, Features, Part, Pool, PoolDevice, Value
 from nodeagent.core.pools import HELD, claimed_names, numa_attributes
 from nodeagent.core.sizes import format_size
-from nodeagent.core.stock import grantable, memory_left
+from nodeagent.core.stock import PageLimit, grantable, memory_left, room
 
 SIZE = "size"
 """The capacity: bytes."""
@@ -32,37 +33,50 @@ class PagePool:
 
     sizes: tuple[int, ...]
     """Page sizes in bytes."""
+    limits: tuple[PageLimit, ...] = ()
+    """Pools that may grow."""
     kind: str = "hugepages"
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         ours = _pages_of_claims(ledger)
-        every = (_pages(pool, ledger, ours[pool.node, pool.page_bytes]) for pool in self._pools(inventory))
+        every = (
+            _pages(pool, ledger, ours[pool.node, pool.page_bytes], self._room(node, pool, ledger))
+            for node, pool in self._pools(inventory)
+        )
         return _pool_of(self.kind, every, self._totals(inventory), ledger, features)
 
     def part(self, inventory: Inventory, name: str) -> Part | None:
         return _part_of(self._totals(inventory), name)
 
     def _totals(self, inventory: Inventory) -> dict[str, tuple[Part, int]]:
-        return {
-            _page_name(pool): (Part(node=pool.node, page_bytes=pool.page_bytes), pool.total_pages * pool.page_bytes)
-            for pool in self._pools(inventory)
-        }
+        totals = {}
+        for node, pool in self._pools(inventory):
+            most = pool.total_pages + room(node, pool, self.limits)
+            totals[_page_name(pool)] = (Part(node=pool.node, page_bytes=pool.page_bytes), most * pool.page_bytes)
+        return totals
 
-    def _pools(self, inventory: Inventory) -> Iterator[HugepagePool]:
-        """Those that have any page."""
-        every = (pool for node in inventory.numa_nodes for pool in node.hugepages)
-        return (pool for pool in every if pool.page_bytes in self.sizes and pool.total_pages)
+    def _room(self, node: NumaNode, pool: HugepagePool, ledger: Ledger) -> int:
+        return room(node, pool, self.limits, ledger.memory_held.get(node.id, 0))
+
+    def _pools(self, inventory: Inventory) -> Iterator[tuple[NumaNode, HugepagePool]]:
+        """Those that have any page, or may get one."""
+        every = ((node, pool) for node in inventory.numa_nodes for pool in node.hugepages)
+        mine = ((node, pool) for node, pool in every if pool.page_bytes in self.sizes)
+        return ((node, pool) for node, pool in mine if pool.total_pages or room(node, pool, self.limits))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPool:
-    """Memory that is not in hugepages: one device a NUMA node."""
+    """Memory that is not in hugepages and that no pool of them may grow by: one device a NUMA node."""
 
+    limits: tuple[PageLimit, ...] = ()
+    """Pools of hugepages that may grow."""
     kind: str = "memory"
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         totals = self._totals(inventory)
-        every = (_memory(node, totals[_memory_name(node)][1]) for node in self._nodes(inventory))
+        left = ((node, totals[_memory_name(node)][1] - _elsewhere(ledger, node)) for node in self._nodes(inventory))
+        every = (_memory(node, max(0, size)) for node, size in left)
         return _pool_of(self.kind, every, totals, ledger, features)
 
     def part(self, inventory: Inventory, name: str) -> Part | None:
@@ -70,12 +84,24 @@ class MemoryPool:
 
     def _totals(self, inventory: Inventory) -> dict[str, tuple[Part, int]]:
         return {
-            _memory_name(node): (Part(node=node.id), memory_left(node) // BASE_PAGE_BYTES * BASE_PAGE_BYTES)
+            _memory_name(node): (Part(node=node.id), self._left(node) // BASE_PAGE_BYTES * BASE_PAGE_BYTES)
             for node in self._nodes(inventory)
         }
 
     def _nodes(self, inventory: Inventory) -> Iterator[NumaNode]:
-        return (node for node in inventory.numa_nodes if memory_left(node) >= BASE_PAGE_BYTES)
+        return (node for node in inventory.numa_nodes if self._left(node) >= BASE_PAGE_BYTES)
+
+    def _left(self, node: NumaNode) -> int:
+        """Bytes."""
+        pages = sum(room(node, pool, self.limits) * pool.page_bytes for pool in node.hugepages)
+        return memory_left(node) - pages
+
+
+def _elsewhere(ledger: Ledger, node: NumaNode) -> int:
+    """Bytes of a node that are granted and that no claim holds, in whole pages."""
+    others = [grant for grant in ledger.grants.values() if grant.holder.api != CLAIM]
+    held = sum(size for grant in others for id, size in grant.memory if id == node.id)
+    return -(-held // BASE_PAGE_BYTES) * BASE_PAGE_BYTES
 
 
 def _page_name(pool: HugepagePool) -> str:
@@ -99,9 +125,9 @@ def _pages_of_claims(ledger: Ledger) -> Counter[tuple[NodeId, int]]:
     return found
 
 
-def _pages(pool: HugepagePool, ledger: Ledger, ours: int) -> PoolDevice:
-    """ours: pages that claims hold; they stay in the capacity."""
-    size = min(pool.total_pages, grantable(pool, ledger) + ours) * pool.page_bytes
+def _pages(pool: HugepagePool, ledger: Ledger, ours: int, more: int) -> PoolDevice:
+    """ours: pages that claims hold; they stay in the capacity. more: pages that the pool may grow by."""
+    size = (min(pool.total_pages, grantable(pool, ledger) + ours) + more) * pool.page_bytes
     attributes: dict[str, Value] = {"kind": "hugepages", "pageSize": format_size(pool.page_bytes)}
     part = Part(node=pool.node, page_bytes=pool.page_bytes)
     return _sized(_page_name(pool), part, {**attributes, **numa_attributes(pool.node)}, size, pool.page_bytes)

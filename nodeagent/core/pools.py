@@ -19,7 +19,7 @@ from nodeagent.core.cpuset import CpuSet, union
 from nodeagent.core.health import Health
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.machine import machine_of
-from nodeagent.core.model import BEST_EFFORT, CLAIM, DEVICE_PLUGIN, Cpu, Inventory, NodeId
+from nodeagent.core.model import BEST_EFFORT, CLAIM, Cpu, Inventory, NodeId
 from nodeagent.core.options import CORE_KINDS, FULL_PCPUS
 from nodeagent.core.pool import HELD_TAINT, Capacity, Features, Part, Pool, PoolDevice, Taint, Value
 
@@ -83,7 +83,7 @@ class CpuPool:
         return FULL_PCPUS in self.options
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
-        gone = ledger.reserved | union(g.cpus for g in ledger.grants.values() if g.holder.api == DEVICE_PLUGIN)
+        gone = ledger.reserved | union(g.cpus for g in ledger.grants.values() if g.holder.api != CLAIM)
         if self.group == INDIVIDUAL or not features.consumable:
             shown = _less_each(_individual(inventory), ledger.reserved, gone)
         else:

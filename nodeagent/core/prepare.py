@@ -17,7 +17,7 @@ from nodeagent.core.claim import Claim, Result
 from nodeagent.core.cpuset import CpuSet, union
 from nodeagent.core.decide import Decision, Stamp, near, refuse_missing_pages, refuse_relatives
 from nodeagent.core.devices import SHARES, refuse_missing_shares
-from nodeagent.core.ledger import GRANTED, RELEASED, Change, Ledger
+from nodeagent.core.ledger import CONFIRMED, GRANTED, RELEASED, Change, Ledger
 from nodeagent.core.model import CLAIM, Grant, Holder, Inventory, NodeId, Pages, Request
 from nodeagent.core.options import FULL_PCPUS, check_options
 from nodeagent.core.pagepools import BASE_PAGE_BYTES, SIZE
@@ -103,16 +103,18 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
     grants: dict[str, tuple[Grant, ...]] = {}
     wanted: dict[str, tuple[Wanted, ...]] = {}
     errors: dict[str, str] = {}
+    changes: list[Change] = []
     every = {claim.ref.uid: claim for claim in claims}
     for uid, claim in every.items():
         with _said(errors, claim):
             results, held = results_of(catalog, claim), grants_of(ledger, uid)
             if [grant.result for grant in held] == results:
-                grants[uid] = held
+                known = reserved(ledger, uid, claim.reserved_for)
+                ledger, grants[uid] = known.ledger, known.grants
+                changes += known.changes
             else:
                 wanted[uid] = _wanted(inventory, catalog, claim, results)
     beside = _Beside.of(inventory, ledger, wanted.values(), grants.values(), stamp.at)
-    changes: list[Change] = []
     for uid, parts in wanted.items():
         with _said(errors, every[uid]):
             decision = _decide(call, ledger, every[uid], parts, beside)
@@ -120,6 +122,16 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
             changes += decision.changes
             beside = beside.and_cpus(decision.grants)
     return Batch(ledger=ledger, changes=tuple(changes), grants=grants, errors=errors)
+
+
+def reserved(ledger: Ledger, uid: str, pods: Sequence[str]) -> Decision:
+    """Note for which pods (their UIDs) a claim is reserved now; what it holds stays."""
+    held = grants_of(ledger, uid)
+    noted = tuple(replace(grant, pods=tuple(pods)) for grant in held)
+    if noted == held:
+        return Decision(ledger=ledger, grants=held)
+    changes = tuple(Change(action=CONFIRMED, grant=grant) for grant in noted)
+    return Decision(ledger=ledger_of.amend(ledger, noted), changes=changes, grants=noted)
 
 
 def unprepare(ledger: Ledger, uids: Iterable[str]) -> Decision:
@@ -299,6 +311,7 @@ def _grant(call: _Call, ledger: Ledger, claim: Claim, one: Wanted, beside: _Besi
         boot_id=call.stamp.boot_id,
         result=one.result,
         settings=to_json(one.settings),
+        pods=claim.reserved_for,
     )
     if one.result.admin:
         return grant

@@ -77,13 +77,26 @@ class Stock:
         return tuple(pages), tuple(memory)
 
 
-def grantable(pool: HugepagePool, ledger: Ledger) -> int:
-    """Pages of a pool that can still be granted: free, not reserved by a mapping, not granted and not yet faulted.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageLimit:
+    """How far a pool of hugepages may grow when a claim needs more."""
 
-    How many granted pages are mapped already is taken to be as many as are in use or reserved: what the host itself
-    uses beside our holders is not promised twice, but neither can it be told apart here.
+    node: NodeId
+    page_bytes: int
+    max_pages: int
+
+
+def grantable(pool: HugepagePool, ledger: Ledger) -> int:
+    """Pages of a pool that can still be granted: free, not reserved by a mapping of others, not granted and not yet
+    faulted.
+
+    Where nobody can say whose pages are in use, as many granted ones are taken to be mapped as are in use or reserved:
+    what the host itself uses beside our holders is not promised twice.
     """
     granted = ledger.pages_held.get((pool.node, pool.page_bytes), 0)
+    if pool.own_used_pages is not None:
+        foreign_reserved = pool.reserved_pages - (pool.own_reserved_pages or 0)
+        return max(0, pool.free_pages - foreign_reserved - max(0, granted - pool.own_used_pages))
     used = pool.total_pages - pool.free_pages + pool.reserved_pages
     return max(0, pool.free_pages - pool.reserved_pages - max(0, granted - used))
 
@@ -91,3 +104,13 @@ def grantable(pool: HugepagePool, ledger: Ledger) -> int:
 def memory_left(node: NumaNode) -> int:
     """Bytes of a node that are not in hugepages."""
     return max(0, node.memory_bytes - sum(pool.page_bytes * pool.total_pages for pool in node.hugepages))
+
+
+def room(node: NumaNode, pool: HugepagePool, limits: Iterable[PageLimit], held_bytes: int = 0) -> int:
+    """By how many pages a pool may grow: to its limit, as far as the node has memory that is not in pages.
+
+    held_bytes: memory of the node that is granted as such.
+    """
+    key = pool.node, pool.page_bytes
+    most = max((one.max_pages for one in limits if (one.node, one.page_bytes) == key), default=0)
+    return max(0, min(most - pool.total_pages, (memory_left(node) - held_bytes) // pool.page_bytes))

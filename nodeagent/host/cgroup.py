@@ -187,6 +187,19 @@ class Reader:
         finally:
             os.close(folder)
 
+    def effective(self, path: str) -> CpuSet | None:
+        """The CPUs in effect alone; None where the cgroup is gone. HostError where they cannot be read."""
+        full = f"{self.mount}/{path}"
+        try:
+            with open(f"{full}/cpuset.cpus.effective", encoding="ascii") as file:  # noqa: PTH123 - a Path costs more
+                return CpuSet.parse(file.read().strip(), source=f"{full}/cpuset.cpus.effective")
+        except OSError as error:
+            if error.errno in _VANISHED:
+                return None
+            raise HostError(f"cannot read {full}/cpuset.cpus.effective: {error.strerror}") from None
+        except (InputError, ValueError) as error:
+            raise HostError(str(error)) from None
+
     def _state(self, folder: _Folder, path: str, parts: Part) -> CgroupState | None:
         partition = folder.text("cpuset.cpus.partition") if Part.CPUSET in parts else None
         time = Part.CPU_TIME in parts

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from nodeagent.core.model import Inventory
-from nodeagent.host import kinds, topology
+from nodeagent.errors import HostError
+from nodeagent.host import hugepageuse, kinds, topology
 from nodeagent.host.nvml import Failure, Snapshot
 from nodeagent.host.sysfs import SysFs
 
@@ -29,9 +30,13 @@ def scan(
     selectors: Selectors = NO_SELECTORS,
     nvml: Snapshot | Failure | None = None,
     generation: int = 1,
+    holders: Iterable[str] | None = None,
 ) -> Inventory:
-    """Read everything once. Never raises for what a file holds or lacks: Inventory.warnings says it."""
-    found = topology.read(sysfs)
+    """Read everything once. Never raises for what a file holds or lacks: Inventory.warnings says it.
+
+    holders: the cgroups of all who hold hugepages, below the mount of cgroup v2; None: nobody knows them.
+    """
+    found = _with_uses(sysfs, topology.read(sysfs), holders)
     context = kinds.read_context(
         sysfs,
         online=found.cpus_online,
@@ -50,3 +55,14 @@ def scan(
         kinds=devices.kinds,
         warnings=(*found.warnings, *devices.warnings),
     )
+
+
+def _with_uses(sysfs: SysFs, found: Inventory, holders: Iterable[str] | None) -> Inventory:
+    if holders is None:
+        return found
+    sizes = {pool.page_bytes for node in found.numa_nodes for pool in node.hugepages}
+    try:
+        uses = hugepageuse.uses(sysfs, holders, sorted(sizes))
+    except HostError as error:
+        return replace(found, warnings=(*found.warnings, str(error)))
+    return found if uses is None else replace(found, numa_nodes=hugepageuse.known(found.numa_nodes, uses))

@@ -21,6 +21,7 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO)
 _LARGEST_FILE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 12
 _REFUSE = object()
+BOOT_ID = "proc/sys/kernel/random/boot_id"
 
 
 class SysFs:

@@ -1,7 +1,9 @@
 """Which CPUs kubelet manages itself, read from its files: its configuration and its CPU manager's state.
 
 A pure function of the files at one moment. An absent file says nothing; one that cannot be understood is an error.
-Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs), kubelet's cpu_manager_state checkpoint.
+Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs); kubelet's checkpoint cpu_manager_state:
+by container id (its first form), by pod and container (second), with whole pods beside them (third), the same as text
+under "data" (fourth).
 """
 
 from __future__ import annotations
@@ -10,16 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import msgspec
-import yaml
 
-from nodeagent.core.cpuset import EMPTY, CpuSet
-from nodeagent.errors import InputError
+from nodeagent.core.cpuset import EMPTY, CpuSet, union
+from nodeagent.kube import kubelet_files
 
 STATIC, NONE = "static", "none"
-STATE_FILE, CONFIG_FILE = "cpu_manager_state", "config.yaml"
+STATE_FILE = "cpu_manager_state"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,10 @@ class KubeletState:
     """The static policy's default set, from which it takes exclusive CPUs; None where the file does not say."""
     assigned: Mapping[tuple[str, str], CpuSet] = field(default_factory=lambda: MappingProxyType({}))
     """Exclusive CPUs by pod UID and container name."""
+    pods: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    """Exclusive CPUs of whole pods, by UID; those of their containers are among them."""
+    unnamed: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    """Exclusive CPUs by container id, in the oldest form: it does not say of which pod."""
 
     @property
     def static(self) -> bool:
@@ -48,87 +52,54 @@ class KubeletState:
             return EMPTY
         if self.shared is None:
             return None
-        mask = self.shared.mask
-        for cpus in self.assigned.values():
-            mask |= cpus.mask
-        return CpuSet.of_mask(mask) - self.reserved
+        given = union((*self.assigned.values(), *self.pods.values(), *self.unnamed.values()))
+        return (self.shared | given) - self.reserved
+
+
+class _Pod(msgspec.Struct):
+    cpus: str = msgspec.field(name="cpuSet", default="")
 
 
 class _Checkpoint(msgspec.Struct):
     policy: str = msgspec.field(name="policyName")
     default: str = msgspec.field(name="defaultCpuSet", default="")
-    entries: dict[str, dict[str, str]] = {}
+    entries: dict[str, str | dict[str, str]] = {}
+    pods: dict[str, _Pod] = msgspec.field(name="podEntries", default_factory=dict)
 
 
 def read(kubelet_dir: Path) -> KubeletState:
     """Read kubelet's folder (/var/lib/kubelet); InputError names the file, the value and what is wrong with it."""
-    config, checkpoint = _config(kubelet_dir / CONFIG_FILE), _checkpoint(kubelet_dir / STATE_FILE)
-    policy, source = _policy(kubelet_dir, config, checkpoint)
+    path, config_path = kubelet_dir / STATE_FILE, kubelet_dir / kubelet_files.CONFIG_FILE
+    config, found = kubelet_files.config(kubelet_dir), kubelet_files.checkpoint(path, _Checkpoint)
+    said = {
+        config_path: kubelet_files.text(config, "cpuManagerPolicy", kubelet_dir),
+        path: found.policy if found else "",
+    }
+    policy, source = kubelet_files.policy(said, STATIC, NONE)
+    reserved = _cpus(kubelet_files.text(config, "reservedSystemCPUs", kubelet_dir), config_path)
+    if found is None:
+        return KubeletState(policy=policy, policy_source=source, reserved=reserved)
     return KubeletState(
         policy=policy,
         policy_source=source,
-        reserved=_cpus(_text(config, "reservedSystemCPUs", kubelet_dir / CONFIG_FILE), kubelet_dir / CONFIG_FILE),
-        shared=_cpus(checkpoint.default, kubelet_dir / STATE_FILE) if checkpoint and checkpoint.default else None,
-        assigned=_assigned(checkpoint, kubelet_dir / STATE_FILE),
+        reserved=reserved,
+        shared=_cpus(found.default, path) if found.default else None,
+        assigned=_assigned(found, path),
+        pods=MappingProxyType({uid: _cpus(pod.cpus, path) for uid, pod in sorted(found.pods.items())}),
+        unnamed=_unnamed(found, path),
     )
 
 
-def _policy(kubelet_dir: Path, config: Mapping[str, Any], checkpoint: _Checkpoint | None) -> tuple[str, str]:
-    said = [
-        (_text(config, "cpuManagerPolicy", kubelet_dir / CONFIG_FILE), str(kubelet_dir / CONFIG_FILE)),
-        (checkpoint.policy if checkpoint else "", str(kubelet_dir / STATE_FILE)),
-    ]
-    known = [one for one in said if one[0]]
-    static = [one for one in known if one[0] == STATIC]
-    return (static or known or [(NONE, "")])[0]
-
-
-def _config(path: Path) -> Mapping[str, Any]:
-    data = _bytes(path)
-    if data is None:
-        return {}
-    try:
-        found = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"cannot read {path}: {type(found).__name__} at the top, expected a mapping")
-    return found
-
-
-def _checkpoint(path: Path) -> _Checkpoint | None:
-    data = _bytes(path)
-    if data is None:
-        return None
-    try:
-        return msgspec.json.decode(data, type=_Checkpoint)
-    except msgspec.MsgspecError as error:
-        raise InputError(f"cannot read {path}: {error}") from None
-
-
-def _assigned(checkpoint: _Checkpoint | None, path: Path) -> Mapping[tuple[str, str], CpuSet]:
-    entries = sorted(checkpoint.entries.items()) if checkpoint else []
+def _assigned(found: _Checkpoint, path: Path) -> Mapping[tuple[str, str], CpuSet]:
+    pods = [(uid, containers) for uid, containers in sorted(found.entries.items()) if isinstance(containers, dict)]
     return MappingProxyType(
-        {(pod, name): _cpus(text, path) for pod, containers in entries for name, text in sorted(containers.items())}
+        {(uid, name): _cpus(text, path) for uid, containers in pods for name, text in sorted(containers.items())}
     )
 
 
-def _bytes(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from None
-
-
-def _text(config: Mapping[str, Any], key: str, path: Path) -> str:
-    value = config.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"cannot read {key} of {path}: {value!r}, expected a string")
-    return value
+def _unnamed(found: _Checkpoint, path: Path) -> Mapping[str, CpuSet]:
+    entries = [(one, text) for one, text in sorted(found.entries.items()) if isinstance(text, str)]
+    return MappingProxyType({container: _cpus(text, path) for container, text in entries})
 
 
 def _cpus(text: str, path: Path) -> CpuSet:

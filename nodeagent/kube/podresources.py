@@ -89,6 +89,8 @@ class CheckpointWatch:
 
 
 class _Entry(msgspec.Struct):
+    pod_uid: str = msgspec.field(name="PodUID")
+    container: str = msgspec.field(name="ContainerName")
     resource: str = msgspec.field(name="ResourceName")
     ids: dict[str, list[str]] = msgspec.field(name="DeviceIDs", default_factory=dict)
 
@@ -104,15 +106,23 @@ class _Checkpoint(msgspec.Struct):
 def checkpoint(folder: Path) -> frozenset[tuple[str, str]]:
     """(resource, id) of all that kubelet's checkpoint has with a container, init containers included. It may be older
     than a pod's end: kubelet writes it when it allocates and when a list of devices comes. InputError: not readable."""
+    return frozenset().union(*given(folder).values())
+
+
+def given(folder: Path) -> Mapping[tuple[str, str], frozenset[tuple[str, str]]]:
+    """The same by (pod UID, container). Kubelet writes it before it starts any container of the pod."""
     path = folder / CHECKPOINT
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
     except FileNotFoundError:
-        return frozenset()
+        return MappingProxyType({})
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-    entries = found.data.entries or []
-    return frozenset((entry.resource, one) for entry in entries for ids in entry.ids.values() for one in ids)
+    of: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for entry in found.data.entries or []:
+        ids = {(entry.resource, one) for some in entry.ids.values() for one in some}
+        of.setdefault((entry.pod_uid, entry.container), set()).update(ids)
+    return MappingProxyType({container: frozenset(ids) for container, ids in of.items()})
 
 
 def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:

@@ -53,7 +53,10 @@ class Handler(Protocol):
 
 @runtime_checkable
 class HearsStarts(Protocol):
-    """A handler that also wants to know when containers have started."""
+    """A handler that also wants to know when containers start."""
+
+    async def starting(self, pod: Pod, container: Container) -> None:
+        """The container is there and runs its first instruction after this. Raising keeps it from starting."""
 
     async def started(self, pod: Pod, container: Container) -> None:
         """The container's process runs."""
@@ -74,7 +77,7 @@ class HearsPods(Protocol):
 
 
 _ALWAYS = (pb.CREATE_CONTAINER, pb.UPDATE_CONTAINER, pb.STOP_CONTAINER, pb.REMOVE_CONTAINER)
-_STARTS = (pb.POST_START_CONTAINER,)
+_STARTS = (pb.START_CONTAINER, pb.POST_START_CONTAINER)
 _PODS = (pb.RUN_POD_SANDBOX, pb.STOP_POD_SANDBOX, pb.REMOVE_POD_SANDBOX)
 
 
@@ -197,6 +200,8 @@ class PluginService:
         pod, container = _subject(of_pod, of_container)
         if event == pb.REMOVE_CONTAINER:
             await self._or_none("removed", handler.removed(pod, container), limit_s, **_names(container))
+        elif event == pb.START_CONTAINER and isinstance(handler, HearsStarts):
+            await self._decide("starting", handler.starting(pod, container), limit_s, **_names(container))
         elif event == pb.POST_START_CONTAINER and isinstance(handler, HearsStarts):
             await self._or_none("started", handler.started(pod, container), limit_s, **_names(container))
         elif event in _PODS and isinstance(handler, HearsPods):
@@ -245,8 +250,9 @@ _EVENTS: dict[str, tuple[type[Any], pb.Event, type[Message]]] = {
     "RunPodSandbox": (pb.RunPodSandboxRequest, pb.RUN_POD_SANDBOX, pb.RunPodSandboxResponse),
     "StopPodSandbox": (pb.StopPodSandboxRequest, pb.STOP_POD_SANDBOX, pb.StopPodSandboxResponse),
     "RemovePodSandbox": (pb.RemovePodSandboxRequest, pb.REMOVE_POD_SANDBOX, pb.RemovePodSandboxResponse),
+    "StartContainer": (pb.StartContainerRequest, pb.START_CONTAINER, pb.StartContainerResponse),
     "PostStartContainer": (pb.PostStartContainerRequest, pb.POST_START_CONTAINER, pb.PostStartContainerResponse),
     "RemoveContainer": (pb.RemoveContainerRequest, pb.REMOVE_CONTAINER, pb.RemoveContainerResponse),
 }
-_OF_CONTAINERS = (pb.PostStartContainerRequest, pb.RemoveContainerRequest)
+_OF_CONTAINERS = (pb.StartContainerRequest, pb.PostStartContainerRequest, pb.RemoveContainerRequest)
 """Requests that name a container beside the pod."""

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import pytest
 import vmimage
-from vmguest import Guest
+from vmguest import LIFE_S, Guest
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
@@ -77,7 +77,7 @@ def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def started(**config: Any) -> Iterator[Guest]:
+def started(*, life_s: float = LIFE_S, **config: Any) -> Iterator[Guest]:
     """Booted, installed, the agent started and ready. config: keys of the configuration in place of those of CONFIG.
     Skips where there can be no guest."""
     if not os.environ.get("NODEAGENT_VM"):
@@ -90,7 +90,7 @@ def started(**config: Any) -> Iterator[Guest]:
         image = _timed("image", vmimage.image)
         wheel = _timed("wheel", lambda: vmimage.wheel(image / "root"))
         fill(share, wheel, {**CONFIG, **config})
-        guest = stack.enter_context(Guest(image, share))
+        guest = stack.enter_context(Guest(image, share, life_s=life_s))
         print(f"vm: boot: {guest.boot_s:.1f} s", flush=True)
         _timed("install", lambda: install(guest))
         _timed("start until ready", lambda: start(guest))

@@ -1,8 +1,8 @@
 """Runs in the guest: kubelet's side of the device-plugin API in /var/lib/kubelet, asked through a socket.
 
 A line of JSON in, one out: {"do": "state"}, {"do": "until", "resource": R, "has": [..], "lacks": [..], "limit_s": N},
-{"do": "admit", "name": N, "wants": {R: COUNT}}, {"do": "delete", "name": N}. Times are seconds of CLOCK_MONOTONIC, as
-in udev's own.
+{"do": "admit", "name": N, "wants": {R: COUNT}}, {"do": "delete", "name": N}; "others" of admit: what containers beside
+"main" want, by name. Times are seconds of CLOCK_MONOTONIC, as in udev's own.
 """
 
 from __future__ import annotations
@@ -56,13 +56,14 @@ class TimedKubelet(FakeKubelet):
         lists = [one for one in self.lists if one["resource"] == resource]
         return next(one for one in reversed(lists) if set(has) <= {*one["ids"]} and not {*lacks} & {*one["ids"]})
 
-    async def admit(self, name: str, wants: dict[str, int]) -> dict[str, Any]:
+    async def admit(self, name: str, wants: dict[str, int], others: dict[str, dict[str, int]]) -> dict[str, Any]:
+        """A pod whose container "main" gets what it wants, and others what they want."""
         try:
-            pod = await self.admit_pod(NAMESPACE, name, {"main": wants})
+            pod = await self.admit_pod(NAMESPACE, name, {"main": wants, **others})
         except AdmissionError as error:
             return {"error": str(error)}
         envs = {key: value for one in pod.responses["main"].values() for key, value in one.envs.items()}
-        return {"devices": pod.devices["main"], "envs": envs}
+        return {"uid": pod.uid, "devices": pod.devices["main"], "envs": envs}
 
 
 def _shown(device: Any) -> dict[str, Any]:
@@ -77,7 +78,7 @@ async def answer(kubelet: TimedKubelet, request: dict[str, Any]) -> dict[str, An
         case "until":
             return await kubelet.until_devices(**request)
         case "admit":
-            return await kubelet.admit(**request)
+            return await kubelet.admit(request["name"], request["wants"], request.get("others", {}))
         case "delete":
             await kubelet.delete_pod(NAMESPACE, request["name"])
             return {}

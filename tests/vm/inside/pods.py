@@ -1,15 +1,21 @@
 """Runs in the guest: pods through the container runtime interface, as kubelet makes them; no network, one image.
 
-    pods.py run NAME UID SCRIPT CPUS ENV...    prints the ids of the sandbox and the container
-    pods.py remove SANDBOX
+    pods.py run JSON       {"name", "uid", "containers": [{"name", "script", "cpus", "envs", "mounts"}]}
+                           prints {"sandbox": ID, "containers": {NAME: ID}}
+    pods.py remove JSON    {"name", "uid", "sandbox": ID}
 
-The container is called main and runs SCRIPT in a shell; what it prints comes to LOGS/NAME/main.log in the form of the
-interface: time, stream, tag, text. CPUS: what kubelet itself would write to its cpuset; "" is nothing.
+A container runs SCRIPT in a shell; what it prints comes to LOGS/NAME/CONTAINER.log in the form of the interface: time,
+stream, tag, text. cpus: what kubelet itself would write to its cpuset; "" is nothing. The pod's slice is there before
+its sandbox, as kubelet has it, and lets no hugepages through, as kubelet has it where a pod asks kubelet for none.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,71 +28,136 @@ import cri_pb2 as cri
 SOCKET = "unix:///run/containerd/containerd.sock"
 IMAGE = "localhost/busybox:vm"
 LOGS = Path("/var/log/pods")
-CALL_S = 60.0
+PODS = Path("/sys/fs/cgroup/kubepods.slice")
+CALL_S, SLICE_S = 60.0, 20.0
+SYSTEMD = (
+    "busctl",
+    "call",
+    "org.freedesktop.systemd1",
+    "/org/freedesktop/systemd1",
+    "org.freedesktop.systemd1.Manager",
+)
 
 
-def call(channel: grpc.Channel, name: str, request: Any) -> Any:
-    """One call of runtime.v1.RuntimeService."""
-    answer = getattr(cri, f"{name}Response")
-    method = channel.unary_unary(
-        f"/runtime.v1.RuntimeService/{name}",
-        request_serializer=lambda message: message.SerializeToString(),
-        response_deserializer=answer.FromString,
+class Runtime:
+    """A context manager: the connection to the runtime."""
+
+    def __enter__(self) -> Runtime:
+        self._channel = grpc.insecure_channel(SOCKET)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._channel.close()
+
+    def call(self, name: str, **fields: Any) -> Any:
+        """One call of runtime.v1.RuntimeService."""
+        method = self._channel.unary_unary(
+            f"/runtime.v1.RuntimeService/{name}",
+            request_serializer=lambda message: message.SerializeToString(),
+            response_deserializer=getattr(cri, f"{name}Response").FromString,
+        )
+        return method(getattr(cri, f"{name}Request")(**fields), timeout=CALL_S)
+
+    def sandbox(self, name: str, uid: str) -> str:
+        make_slice(uid)
+        (LOGS / name).mkdir(parents=True, exist_ok=True)
+        return str(self.call("RunPodSandbox", config=sandbox(name, uid)).pod_sandbox_id)
+
+    def container(self, made: str, name: str, uid: str, spec: dict[str, Any]) -> str:
+        """Created and started; its id."""
+        config = {"config": container(**spec), "sandbox_config": sandbox(name, uid)}
+        created = str(self.call("CreateContainer", pod_sandbox_id=made, **config).container_id)
+        self.call("StartContainer", container_id=created)
+        return created
+
+    def remove(self, made: str, uid: str) -> None:
+        self.call("StopPodSandbox", pod_sandbox_id=made)
+        self.call("RemovePodSandbox", pod_sandbox_id=made)
+        systemd("StopUnit", "ss", slice_name(uid), "replace")
+        until(lambda: not (PODS / slice_name(uid)).is_dir(), f"{slice_name(uid)} is still there")
+
+
+def systemd(method: str, form: str, *words: str) -> None:
+    subprocess.run([*SYSTEMD, method, form, *words], check=True, stdout=subprocess.DEVNULL, timeout=CALL_S)
+
+
+def slice_name(uid: str) -> str:
+    """As kubelet's systemd driver names a pod's cgroup."""
+    return f"kubepods-pod{uid.replace('-', '_')}.slice"
+
+
+def until(holds: Callable[[], bool], otherwise: str) -> None:
+    end = time.monotonic() + SLICE_S
+    while not holds():
+        if time.monotonic() > end:
+            raise TimeoutError(f"{otherwise} after {SLICE_S:g} s")
+        time.sleep(0.005)
+
+
+def make_slice(uid: str) -> None:
+    """Through systemd, with every controller that the one above has, as runc's library does it for kubelet."""
+    path = PODS / slice_name(uid)
+    systemd(
+        "StartTransientUnit", "ssa(sv)a(sa(sv))", path.name, "replace", "1", "DefaultDependencies", "b", "false", "0"
     )
-    return method(request, timeout=CALL_S)
+    until(path.is_dir, f"{path} is not there")
+    have = (PODS / "cgroup.controllers").read_text().split()
+    (PODS / "cgroup.subtree_control").write_text(" ".join(f"+{one}" for one in have))
+    for file in (*path.glob("hugetlb.*.rsvd.max"), *path.glob("hugetlb.*[!d].max")):
+        file.write_text("0")
 
 
 def sandbox(name: str, uid: str) -> Any:
-    """The pod's cgroup as kubelet's systemd driver names it; the node's network, so that no CNI is needed."""
-    parent = f"kubepods-pod{uid.replace('-', '_')}.slice"
+    """The node's network, so that no CNI is needed."""
     labels = {"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "vm", "io.kubernetes.pod.uid": uid}
     options = cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(network=cri.NODE))
     return cri.PodSandboxConfig(
         metadata=cri.PodSandboxMetadata(name=name, uid=uid, namespace="vm"),
         log_directory=str(LOGS / name),
         labels=labels,
-        linux=cri.LinuxPodSandboxConfig(cgroup_parent=parent, security_context=options),
+        linux=cri.LinuxPodSandboxConfig(cgroup_parent=slice_name(uid), security_context=options),
     )
 
 
-def container(script: str, cpus: str, envs: list[str]) -> Any:
-    pairs = [cri.KeyValue(key=key, value=value) for key, _, value in (one.partition("=") for one in envs)]
+def container(
+    script: str, name: str = "main", cpus: str = "", envs: dict[str, str] | None = None, mounts: tuple[str, ...] = ()
+) -> Any:
     return cri.ContainerConfig(
-        metadata=cri.ContainerMetadata(name="main"),
+        metadata=cri.ContainerMetadata(name=name),
         image=cri.ImageSpec(image=IMAGE),
         command=["/bin/busybox", "sh", "-c", script],
-        envs=pairs,
-        labels={"io.kubernetes.container.name": "main"},
-        log_path="main.log",
+        envs=[cri.KeyValue(key=key, value=value) for key, value in (envs or {}).items()],
+        mounts=[cri.Mount(container_path=path, host_path=path, readonly=True) for path in mounts],
+        labels={"io.kubernetes.container.name": name},
+        log_path=f"{name}.log",
         linux=cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(cpuset_cpus=cpus)),
     )
 
 
-def run(channel: grpc.Channel, name: str, uid: str, script: str, cpus: str, *envs: str) -> tuple[str, str]:
-    """The ids of the sandbox and of the started container."""
-    (LOGS / name).mkdir(parents=True, exist_ok=True)
-    config = sandbox(name, uid)
-    made = call(channel, "RunPodSandbox", cri.RunPodSandboxRequest(config=config)).pod_sandbox_id
-    request = cri.CreateContainerRequest(
-        pod_sandbox_id=made, config=container(script, cpus, [*envs]), sandbox_config=config
-    )
-    created = call(channel, "CreateContainer", request).container_id
-    call(channel, "StartContainer", cri.StartContainerRequest(container_id=created))
-    return made, created
+def run(runtime: Runtime, pod: dict[str, Any]) -> dict[str, Any]:
+    """Nothing is left of a pod of which a container was refused."""
+    made = runtime.sandbox(pod["name"], pod["uid"])
+    try:
+        ids = {one["name"]: runtime.container(made, pod["name"], pod["uid"], one) for one in pod["containers"]}
+    except grpc.RpcError:
+        runtime.remove(made, pod["uid"])
+        raise
+    return {"sandbox": made, "containers": ids}
 
 
-def remove(channel: grpc.Channel, made: str) -> None:
-    call(channel, "StopPodSandbox", cri.StopPodSandboxRequest(pod_sandbox_id=made))
-    call(channel, "RemovePodSandbox", cri.RemovePodSandboxRequest(pod_sandbox_id=made))
-
-
-def main(verb: str, *words: str) -> None:
-    with grpc.insecure_channel(SOCKET) as channel:
-        if verb == "run":
-            print(*run(channel, *words))
-        else:
-            remove(channel, *words)
+def main(verb: str, said: str) -> int:
+    pod = json.loads(said)
+    with Runtime() as runtime:
+        try:
+            if verb == "run":
+                print(json.dumps(run(runtime, pod)))
+            else:
+                runtime.remove(pod["sandbox"], pod["uid"])
+        except grpc.RpcError as error:
+            print(error.details(), file=sys.stderr)
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""What `nodeagent import kubelet-state` says: what is taken over, what is not and why, and what to do next."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nodeagent.cli.tables import print_table
+from nodeagent.core.assigned import Assigned, Said, assigned
+from nodeagent.core.imports import Plan
+from nodeagent.core.model import Grant
+from nodeagent.core.sizes import format_size
+from nodeagent.core.stock import MEMORY
+from nodeagent.kube import kubelet_state, memory_state
+from nodeagent.kube.kubelet_files import CONFIG_FILE
+from nodeagent.kube.kubelet_state import KubeletState
+from nodeagent.kube.memory_state import MemoryState
+
+NEW, TAKEN, KNOWN, RELEASED, ENDED, REFUSED = "new", "taken", "held", "released", "ended", "refused"
+"""What becomes of each: it would be taken over; it was; it had been before; kubelet has it otherwise now, and what was
+taken over is released; its pod has ended, so that it is left alone; it cannot be taken over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kubelet:
+    """Kubelet's managers as its files have them."""
+
+    folder: Path
+    cpus: KubeletState
+    memory: MemoryState
+
+    @property
+    def said(self) -> Said:
+        return Said(
+            assigned=assigned(self.cpus.assigned, self.cpus.pods, self.memory.assigned, self.memory.pods),
+            unnamed=tuple(Assigned(uid="", containers=(one,), cpus=cpus) for one, cpus in self.cpus.unnamed.items()),
+            cpus=self.cpus.static,
+            memory=self.memory.static,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """One run. applied: the plan is in the ledger now."""
+
+    kubelet: Kubelet
+    plan: Plan
+    applied: bool
+
+    def show(self, form: str) -> None:
+        """Print it as json or as a table."""
+        rows = [*self._rows()]
+        if form == "json":
+            print(
+                json.dumps(
+                    {**self._policies(), "applied": self.applied, "entries": rows, "next": self.next()}, indent=1
+                )
+            )
+            return
+        print_table(
+            ("STATE", "POD UID", "CONTAINER", "CPUS", "HUGEPAGES", "MEMORY", "WHY"),
+            [
+                (
+                    row["state"],
+                    row["pod_uid"],
+                    row["container"],
+                    row["cpus"],
+                    " ".join(f"{one['pages']}x{one['size']}@{_nodes(one)}" for one in row["hugepages"]),
+                    " ".join(f"{format_size(one['bytes'])}@{_nodes(one)}" for one in row["memory"]),
+                    row["why"],
+                )
+                for row in rows
+            ],
+        )
+        for step in self.next():
+            print(f"next: {step}")
+
+    def _policies(self) -> dict[str, str]:
+        return {
+            "kubelet_dir": str(self.kubelet.folder),
+            "cpu_manager": self.kubelet.cpus.policy,
+            "memory_manager": self.kubelet.memory.policy,
+        }
+
+    def _rows(self) -> Iterator[dict[str, Any]]:
+        for grant in self.plan.taken:
+            yield _of_grant(grant, TAKEN if self.applied else NEW)
+        for grant in self.plan.known:
+            yield _of_grant(grant, KNOWN)
+        for grant in self.plan.released:
+            yield _of_grant(grant, RELEASED, "kubelet has it otherwise now")
+        for one in self.plan.ended:
+            yield _of_state(one, ENDED, "its pod has no folder any more: left alone")
+        for one, why in self.plan.refused:
+            yield _of_state(one, REFUSED, why)
+
+    def next(self) -> list[str]:
+        """What to do now, in order."""
+        if self.plan.refused:
+            return [
+                "nothing is taken over while any of it is refused: drain these pods or make way for them, run it again"
+            ]
+        if self.plan.changes and not self.applied:
+            return ["run it again with --apply"]
+        on = [*self._managing()]
+        if not on:
+            return []
+        settings, files = ", ".join(key for key, _ in on), ", ".join(str(self.kubelet.folder / one) for _, one in on)
+        return [
+            "stop kubelet",
+            f"set {settings} in {self.kubelet.folder / CONFIG_FILE} or wherever it is set",
+            f"remove {files}",
+            "start kubelet: the agent serves these kinds then, and running pods keep what they have",
+        ]
+
+    def _managing(self) -> Iterator[tuple[str, str]]:
+        if self.kubelet.cpus.static:
+            yield "cpuManagerPolicy: none", kubelet_state.STATE_FILE
+        if self.kubelet.memory.static:
+            yield "memoryManagerPolicy: None", memory_state.STATE_FILE
+
+
+def _of_grant(grant: Grant, state: str, why: str = "") -> dict[str, Any]:
+    pages = [
+        {"size": format_size(one.page_bytes), "pages": one.pages, "numa_nodes": [one.node]} for one in grant.hugepages
+    ]
+    memory = [{"bytes": size, "numa_nodes": [node]} for node, size in grant.memory]
+    row = _row(state, grant.holder.uid, grant.holder.container, str(grant.cpus), why)
+    return {**row, "grant": grant.id, "hugepages": pages, "memory": memory}
+
+
+def _of_state(one: Assigned, state: str, why: str) -> dict[str, Any]:
+    pages = [
+        {"size": format_size(it.page_bytes), "pages": it.size_bytes // it.page_bytes, "numa_nodes": list(it.nodes)}
+        for it in one.blocks
+        if it.page_bytes != MEMORY
+    ]
+    memory = [{"bytes": it.size_bytes, "numa_nodes": list(it.nodes)} for it in one.blocks if it.page_bytes == MEMORY]
+    row = _row(state, one.uid, one.container, str(one.cpus), why)
+    return {**row, "grant": "", "hugepages": pages, "memory": memory}
+
+
+def _row(state: str, uid: str, container: str, cpus: str, why: str) -> dict[str, Any]:
+    return {"state": state, "pod_uid": uid, "container": container, "cpus": cpus, "why": why}
+
+
+def _nodes(one: dict[str, Any]) -> str:
+    return "node" + ",".join(str(node) for node in one["numa_nodes"])

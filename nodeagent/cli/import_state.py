@@ -1,0 +1,102 @@
+"""`nodeagent import kubelet-state`: take over what kubelet's own managers gave away. A dry run unless --apply is said.
+
+Works beside a running agent: the ledger is read, decided on and written in one turn, all or nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import MappingProxyType
+
+from nodeagent import beside
+from nodeagent import config as config_of
+from nodeagent import log as log_of
+from nodeagent.cli.import_report import Kubelet, Report
+from nodeagent.cli.run import DEFAULT_CONFIG
+from nodeagent.config import Config
+from nodeagent.core import imports
+from nodeagent.core.imports import Plan
+from nodeagent.core.ledger import Ledger
+from nodeagent.errors import InputError, StateError
+from nodeagent.host.scan import scan
+from nodeagent.host.sysfs import BOOT_ID, SysFs
+from nodeagent.kube import kubelet_state, memory_state
+from nodeagent.kube.kubelet_files import pods_there
+from nodeagent.lead import tell
+from nodeagent.log import new_op
+from nodeagent.store import FILE, Store
+
+DONE, REFUSED = 0, 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_subparsers(dest="what", metavar="kubelet-state", required=True)
+    text = "take over what cpu_manager_state and memory_manager_state have; a dry run without --apply"
+    verb = what.add_parser("kubelet-state", help=text, description=text)
+    verb.add_argument("--apply", action="store_true", help="write it to the ledger")
+    verb.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
+    verb.add_argument("--kubelet-dir", metavar="DIR", help="kubelet's folder (default: as configured)")
+    verb.add_argument("--state-dir", metavar="DIR", help="the ledger's folder (default: as configured)")
+    verb.add_argument("--root", metavar="DIR", default="/", help="read the machine from a captured tree")
+    verb.add_argument("-o", "--output", choices=["table", "json"], default="table")
+
+
+def run(args: argparse.Namespace) -> int:
+    path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    config = config_of.load(path) if path is not None else Config()
+    log_of.configure("error", config.log.format)
+    kubelet = _kubelet(Path(args.kubelet_dir or config.kubelet_dir).absolute())
+    # After kubelet's state: a pod that is in it and came just now has its folder already.
+    there = pods_there(kubelet.folder)
+    state_dir, sysfs = Path(args.state_dir or config.state_dir), SysFs(args.root)
+    inventory = scan(sysfs, ())
+    reserved = beside.reserved(config, kubelet.folder, inventory)
+    with _turn(state_dir, make=args.apply) as store:
+        grants = {one.id: one for one in store.load()} if store is not None else {}
+        ledger = Ledger(grants=MappingProxyType(grants), reserved=reserved)
+        now = time.time()
+        plan = imports.plan(inventory, ledger, kubelet.said, there, at=now, boot_id=sysfs.text(BOOT_ID, ""))
+        applied = args.apply and store is not None and _save(store, plan, ledger, now)
+    if applied and plan.changes:
+        tell(state_dir)
+    Report(kubelet, plan, applied=applied).show(args.output)
+    return REFUSED if plan.refused else DONE
+
+
+def _kubelet(folder: Path) -> Kubelet:
+    """InputError where a state is in a form that this build does not know: to take over half of it were worse."""
+    cpus, memory = kubelet_state.read(folder), memory_state.read(folder)
+    path = folder / kubelet_state.STATE_FILE
+    if cpus.static and cpus.shared is None and path.exists():
+        raise InputError(f"cannot import {path}: it has no defaultCpuSet, expected one where the policy is static")
+    return Kubelet(folder=folder, cpus=cpus, memory=memory)
+
+
+@contextlib.contextmanager
+def _turn(state_dir: Path, *, make: bool) -> Iterator[Store | None]:
+    """The ledger, in a turn in which no agent decides anything; None where there is none and none is to be made.
+    StateError where it was damaged: what is held is known to nobody then but to an agent."""
+    if not make and not (state_dir / FILE).exists():
+        yield None
+        return
+    with contextlib.closing(Store(state_dir)) as store:
+        if store.note:
+            raise StateError(f"{store.note}; start the agent, which fills it, and run this again")
+        store.begin()
+        try:
+            yield store
+        finally:
+            store.end()
+
+
+def _save(store: Store, plan: Plan, before: Ledger, at: float) -> bool:
+    """Write all of it, or nothing where any of it is refused; whether it was written."""
+    if plan.refused:
+        return False
+    if plan.changes:
+        store.save(plan.changes, op=f"import-{new_op()}", at=at, held=before.grants.values())
+    return True

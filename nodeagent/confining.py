@@ -1,0 +1,352 @@
+"""Keeps in force what the ledger says of CPUs, memory and pages: plans, has control groups written, read back and
+repaired.
+
+One turn at a time touches control groups, in a thread. A plan is made anew for each turn, of what is known by then;
+what it changes is written, what is in force already is only read back: when somebody wrote there, and once in a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import structlog
+
+from nodeagent import metrics
+from nodeagent.agent import Agent
+from nodeagent.config import PinningConfig
+from nodeagent.core.claim import ClaimRef
+from nodeagent.core.containers import Container, Update
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.pinning import Given, Pin, Plan, Rules, Situation
+from nodeagent.errors import HostError, InputError, NodeagentError, PeerError
+from nodeagent.host.enforce import Enforcer, Finding, Target
+from nodeagent.host.slicedropins import SliceDropins
+from nodeagent.kube import claims as wire
+from nodeagent.kube.podresources import CHECKPOINT, given
+from nodeagent.kube.sockets import Identity, identity
+from nodeagent.kube.waiting import Revision
+from nodeagent.log import new_op
+from nodeagent.parts import unbroken
+from nodeagent.pinroom import Place, Room
+
+CLAIM_S = 1.0
+"""How long the API server may take to say whom a claim is reserved for: the runtime waits for 2 s."""
+PACK = 32
+"""Control groups that are read back in one turn."""
+Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
+log = structlog.get_logger()
+
+
+class Confining:
+    """The plan and what is in force of it."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        room: Room,
+        enforcer: Enforcer | None,
+        plugins: Path,
+        config: Callable[[], PinningConfig],
+        fetch: Fetch,
+    ) -> None:
+        """enforcer: None where control groups cannot be written. plugins: kubelet's folder of device plugins, where its
+        checkpoint lies. fetch: a claim's object from the API server."""
+        self.room = room
+        self.enforcer = enforcer
+        self.cpus_served = False
+        """Whether anybody may come to hold CPUs: then all others are confined."""
+        self.kubelet_confines = False
+        """Whether kubelet's own CPU manager confines all others."""
+        self.dropins: Sequence[SliceDropins] = ()
+        """What systemd is told; none where it does not make the pods' control groups."""
+        self.news = Revision()
+        """Rises whenever control groups were written."""
+        self.errors: Mapping[str, str] = MappingProxyType({})
+        """Why some control groups are not what they are to be, by path."""
+        self._agent = agent
+        self._plugins = plugins
+        self._config = config
+        self._fetch = fetch
+        self._turn = asyncio.Lock()
+        self._given: Given = MappingProxyType({})
+        self._given_seen: Identity | None = None
+        self._given_error = ""
+        self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
+        self._planned_of: Situation | None = None
+        self._planned = config(), -1
+        self._plan = Plan()
+        self._targets: Mapping[str, Target] = MappingProxyType({})
+        self._applied: dict[str, Target] = {}
+        self._told: tuple[CpuSet, Mapping[str, CpuSet]] | None = None
+        self._untold = ""
+
+    # ---------------------------------------------------------------- what is to be
+
+    def plan(self) -> Plan:
+        """Of all that is known at this moment; worked out once for that."""
+        situation, config = self._situation_now(), self._config()
+        now = config, self.room.revision
+        if self._planned_of is not situation or now != self._planned:
+            self._planned_of, self._planned = situation, now
+            self._plan = situation.plan(self.room.containers(), self.room.pods)
+            self._targets = self.room.targets(self._plan, self._agent.inventory, config)
+        return self._plan
+
+    def _situation_now(self) -> Situation:
+        """The same object for as long as nothing of it changes: it remembers what was worked out."""
+        agent, config, known = self._agent, self._config(), self._situation
+        confine = not self.kubelet_confines and (self.cpus_served or bool(agent.ledger.cpus_held))
+        rules = Rules(memory=config.memory, confine_others=confine, strict_reservation=config.strict_reservation)
+        same = known.inventory is agent.inventory and known.ledger is agent.ledger and known.given is self._given
+        if not same or known.rules != rules:
+            self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=self._given, rules=rules)
+        return self._situation
+
+    def pin(self, container_id: str) -> Pin:
+        return self.plan().containers.get(container_id, Pin())
+
+    async def hear_kubelet(self) -> None:
+        """Read what kubelet has given to whom, where its record has changed."""
+        now = identity(self._plugins / CHECKPOINT)
+        if now == self._given_seen and not self._given_error:
+            return
+        try:
+            self._given = await asyncio.to_thread(given, self._plugins)
+            self._given_seen, self._given_error = now, ""
+        except InputError as error:
+            if str(error) != self._given_error:
+                log.warning("given-devices-unknown", error=str(error))
+            self._given_error = str(error)
+
+    async def prove(self, container: Container) -> str:
+        """Find out whether the claims that a container names are its pod's; why that cannot be known, or ""."""
+        unproven = self.pin(container.id).unproven
+        refs = {self._ref(one) for one in unproven if one in self._agent.ledger.grants}
+        reasons = [await self._prove(ref) for ref in sorted(refs, key=str)]
+        for one in self.pin(container.id).unproven if not any(reasons) else ():
+            holder = self._agent.ledger.grants[one].holder
+            log.warning("grant-of-another-pod-named", container=_name(container), grant=one, holder=str(holder))
+        return "; ".join(filter(None, reasons))
+
+    async def _prove(self, ref: ClaimRef) -> str:
+        try:
+            async with asyncio.timeout(CLAIM_S):
+                document = await self._fetch(ref)
+            claim = wire.read(document, "") if document is not None else None
+            if claim is not None and claim.ref.uid == ref.uid:
+                await self._agent.reserved(ref.uid, claim.reserved_for, new_op())
+        except (TimeoutError, PeerError, InputError) as error:
+            why = str(error) or f"the API server did not answer within {CLAIM_S:g} s"
+            return f"cannot tell whom claim {ref} is reserved for: {why}"
+        return ""
+
+    def _ref(self, grant_id: str) -> ClaimRef:
+        holder = self._agent.ledger.grants[grant_id].holder
+        return ClaimRef(namespace=holder.namespace, name=holder.claim, uid=holder.uid)
+
+    # ---------------------------------------------------------------- making it so
+
+    async def settle(self) -> Mapping[str, str]:
+        """Put the plan in force; why some of it is not, by path."""
+        await self.hear_kubelet()
+        await unbroken(self._settle())
+        return self.errors
+
+    async def _settle(self) -> None:
+        async with self._turn:
+            self.plan()
+            if self.enforcer is None:
+                return
+            targets = self._targets
+            self._applied = {path: one for path, one in self._applied.items() if path in targets}
+            changed = {path: one for path, one in targets.items() if self._applied.get(path) != one}
+            await self._tell_systemd()
+            await self._apply(self.enforcer, changed)
+
+    async def _tell_systemd(self) -> None:
+        """Before the kernel, so that what systemd writes meanwhile is the new as well."""
+        shared, pods = self._plan.shared, self.room.pods
+        own = {pods[uid]: pin.cpus for uid, pin in self._plan.pods.items() if uid in pods and pin.cpus}
+        wanted = shared, {path: cpus for path, cpus in own.items() if cpus != shared}
+        if wanted == self._told:
+            return
+        try:
+            for one in self.dropins:
+                await asyncio.to_thread(one.keep, *wanted)
+            self._told = wanted
+        except HostError as error:
+            if str(error) != self._untold:
+                log.warning("systemd-not-told", error=str(error))
+            self._untold = str(error)
+
+    async def confirm(self, container_id: str) -> str:
+        """Have a container that exists, and does not run yet, confined, and its pod; why it is not, or ""."""
+        return await unbroken(self._confirm(container_id))
+
+    async def _confirm(self, container_id: str) -> str:
+        async with self._turn:
+            self.plan()
+            place = self.room.places.get(container_id)
+            if self.enforcer is None or place is None:
+                return ""
+            pod = self.room.pods.get(place.container.pod_uid, "")
+            some = {path: self._targets[path] for path in (pod, place.path) if path in self._targets}
+            await self._apply(self.enforcer, some)
+            return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(place)
+
+    def _missing(self, place: Place) -> str:
+        """A control group that is not where it is said to be cannot be confined."""
+        pin = self._plan.containers.get(place.container.id, Pin())
+        if not pin.grants or self.enforcer is None or place.path in self.enforcer.states:
+            return ""
+        where = f"{self.enforcer.mount}/{place.path}" if place.path else "the cgroup hierarchy"
+        return f"cannot confine container {_name(place.container)}: it is not at {where}"
+
+    async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
+        if not some:
+            return
+        errors = await asyncio.to_thread(enforcer.apply, some)
+        self._applied.update({path: one for path, one in some.items() if path not in errors})
+        for path in errors:
+            self._applied.pop(path, None)
+            if self.errors.get(path) != errors[path]:
+                log.error("not-confined", path=path, error=errors[path], container=self._whose(path))
+        others = {path: why for path, why in self.errors.items() if path in self._targets and path not in some}
+        self.errors = MappingProxyType({**others, **errors})
+        self.news.bump()
+
+    def applied(self) -> list[str]:
+        """Paths of what is in force."""
+        return list(self._applied)
+
+    def slices(self) -> dict[str, CpuSet]:
+        """The CPUs in force of pods that have no container yet, by path: whose control groups systemd will write once
+        more."""
+        begun = {one.container.pod_uid for one in self.room.places.values()}
+        some = {path: self._applied.get(path) for uid, path in self.room.pods.items() if uid not in begun}
+        return {path: one.cpus for path, one in some.items() if one is not None and one.cpus}
+
+    async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
+        """Have somebody told what a pod's control group is confined to, while nobody changes that."""
+        await unbroken(self._unchanged(path, tell))
+
+    async def _unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
+        async with self._turn:
+            if (cpus := self.slices().get(path)) is not None:
+                await asyncio.to_thread(tell, path, cpus)
+
+    async def forget(self, path: str) -> None:
+        """A control group is gone."""
+        self._applied.pop(path, None)
+        await unbroken(self._forget(path))
+
+    async def _forget(self, path: str) -> None:
+        async with self._turn:
+            if self.enforcer is not None:
+                try:
+                    await asyncio.to_thread(self.enforcer.forget, path)
+                except NodeagentError as error:
+                    log.warning("partition-not-released", path=path, error=str(error))
+
+    def again(self, path: str) -> None:
+        """What lies at a path is new, unless we have written there already: it is to be written whatever it was."""
+        if self.enforcer is None or path not in self.enforcer.states:
+            self._applied.pop(path, None)
+
+    # ---------------------------------------------------------------- reading it back
+
+    async def verify(self, paths: Iterable[str] | None = None) -> Sequence[Finding]:
+        """Read back what is in force at some paths (None: everywhere), and repair it; what was otherwise. A few at a
+        time: the runtime's questions come in between."""
+        every = list(self._applied if paths is None else paths)
+        packs = [every[start : start + PACK] for start in range(0, len(every), PACK)]
+        return [found for pack in packs for found in await unbroken(self._verify(pack))]
+
+    async def _verify(self, paths: Sequence[str]) -> Sequence[Finding]:
+        if self.enforcer is None:
+            return ()
+        async with self._turn:
+            wanted = {path: self._applied[path] for path in paths if path in self._applied}
+            found = await asyncio.to_thread(self.enforcer.verify, wanted)
+            places = self.room.by_path() if found else {}
+            for one in found:
+                self._found(one, places.get(one.path))
+        return found
+
+    def _found(self, one: Finding, place: Place | None) -> None:
+        for drift in one.drift:
+            metrics.DRIFT.labels(drift.file.partition(" ")[0]).inc()
+        if place is not None:
+            place.drifts += 1
+        else:
+            uid = next((uid for uid, path in self.room.pods.items() if path == one.path), "")
+            self.room.drifts[uid] = self.room.drifts.get(uid, 0) + 1
+        if one.error:
+            self.errors = MappingProxyType({**self.errors, one.path: one.error})
+            self._applied.pop(one.path, None)
+        files = [f"{drift.file}: {drift.found!r}, not {drift.wanted!r}" for drift in one.drift]
+        log.warning("drift", whose=self._whose(one.path), path=one.path, files=files, error=one.error)
+
+    async def look_at_quotas(self) -> None:
+        """Notice containers whose CPU time is limited below the CPUs that they are pinned to."""
+        plan, enforcer = self.plan(), self.enforcer
+        exclusive = [one for one in self.room.places.values() if plan.containers.get(one.container.id, Pin()).exclusive]
+        if enforcer is None or not exclusive:
+            return
+        limits = await asyncio.to_thread(lambda: [self._quota(enforcer, place) for place in exclusive])
+        for place, limit in zip(exclusive, limits, strict=True):
+            held = plan.containers[place.container.id].held
+            throttled = limit if limit is not None and limit < len(held) else None
+            if throttled is not None and place.quota_cpus != throttled:
+                log.warning("throttled", container=_name(place.container), quota_cpus=throttled, cpus=str(held))
+            place.quota_cpus = throttled
+
+    def _quota(self, enforcer: Enforcer, place: Place) -> float | None:
+        """CPU time that a container may use, in CPUs: its own limit or its pod's."""
+        paths = (place.path, self.room.pods.get(place.container.pod_uid, ""))
+        return min((one for path in paths if path and (one := enforcer.quota_cpus(path)) is not None), default=None)
+
+    def overlapping(self, container_id: str) -> list[str]:
+        """Who else may be on a container's CPUs, of those that could not be confined."""
+        place, held = self.room.places.get(container_id), self.pin(container_id).held
+        if self.enforcer is None or place is None:
+            return []
+        own = {place.path, self.room.pods.get(place.container.pod_uid, "")}
+        states = [(path, self.enforcer.states.get(path)) for path in self.errors if path not in own]
+        return [
+            self._whose(path)
+            for path, state in states
+            if state is not None and state.cpus_effective is not None and not state.cpus_effective.isdisjoint(held)
+        ]
+
+    def _whose(self, path: str) -> str:
+        place = self.room.by_path().get(path)
+        if place is not None:
+            return _name(place.container)
+        return next((f"pod {uid}" for uid, one in self.room.pods.items() if one == path), path)
+
+    # ---------------------------------------------------------------- where the runtime has to do it
+
+    def updates(self, but: str = "") -> list[Update]:
+        """Changes for containers whose pods' control groups cannot be written, for the runtime to make. but: the id of
+        one that is being created."""
+        plan = self.plan()
+        found = []
+        for id, place in self.room.places.items():
+            pod = self.room.pods.get(place.container.pod_uid, "")
+            helpless = self.enforcer is None or not pod or pod in self.errors
+            if id != but and helpless and place.container.name and id in plan.containers:
+                pin = plan.containers[id]
+                cpus = pin.cpus or plan.shared or None
+                if cpus is not None or pin.mems is not None:
+                    found.append(Update(container_id=id, cpus=cpus, mems=pin.mems))
+        return found
+
+
+def _name(container: Container) -> str:
+    names = [one for one in (container.namespace, container.pod_name, container.name) if one]
+    return "/".join(names) or f"{container.id[:12]} of pod {container.pod_uid}"

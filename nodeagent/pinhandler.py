@@ -1,0 +1,106 @@
+"""What the container runtime is answered when it asks through NRI.
+
+A container that holds CPUs, pages or memory is created confined to them, and before it is created nobody else is on its
+CPUs any more: the answer waits until the others' control groups have been written and read back. Where they cannot be
+written, the same answer has the runtime change the others. Before its first instruction it is read back what the
+kernel made of it. A container that is not confined by then does not start, unless the configuration says otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import structlog
+
+from nodeagent.agent import Agent
+from nodeagent.config import PinningConfig
+from nodeagent.confining import Confining
+from nodeagent.core.containers import CREATED, RUNNING, Adjustment, Container, Pod, Resources, Update
+from nodeagent.core.pinning import Pin, named_by
+from nodeagent.errors import HostError
+
+log = structlog.get_logger()
+
+
+class PinHandler:
+    """As nri.service wants it."""
+
+    def __init__(self, agent: Agent, confining: Confining, config: Callable[[], PinningConfig]) -> None:
+        self._agent = agent
+        self._confining = confining
+        self._config = config
+
+    async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
+        self._confining.room.tell_all(containers)
+        await self._confining.hear_kubelet()
+        for one in containers:
+            if why := await self._confining.prove(one):
+                log.warning("claims-unknown", container=one.id, error=why)
+        await self._confining.settle()
+        return self._confining.updates()
+
+    async def create(self, pod: Pod, container: Container) -> tuple[Adjustment, Sequence[Update]]:
+        self._confining.room.tell(replace(container, state=CREATED))
+        try:
+            return await self._created(container)
+        except BaseException:
+            self._confining.room.forget(container.id)
+            raise
+
+    async def _created(self, container: Container) -> tuple[Adjustment, Sequence[Update]]:
+        await self._learn(container)
+        await self._confining.settle()
+        pin, updates = self._confining.pin(container.id), self._confining.updates(but=container.id)
+        if pin.held and pin.lost == pin.held:
+            self._refuse(container, f"its CPUs {pin.held} are offline")
+        if pin.grants:
+            log.info("pinned", container=container.id, pod=f"{container.namespace}/{container.pod_name}", **_said(pin))
+        shared = self._confining.plan().shared if self._confining.enforcer is None else None
+        return Adjustment(cpus=pin.cpus or shared or None, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
+
+    async def _learn(self, container: Container) -> None:
+        """All that may be known about what it holds, also what another agent has decided just now."""
+        await self._confining.hear_kubelet()
+        if any(one not in self._agent.ledger.grants for one in named_by(container)):
+            await self._agent.refresh()
+        if why := await self._confining.prove(container):
+            self._refuse(container, why)
+
+    async def starting(self, pod: Pod, container: Container) -> None:
+        """The last moment before its first instruction."""
+        why = await self._confining.confirm(container.id)
+        if why:
+            self._refuse(container, why)
+        pin = self._confining.pin(container.id)
+        if pin.exclusive and (others := self._confining.overlapping(container.id)):
+            self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
+
+    async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
+        """What kubelet wants of CPU time and memory passes; the sets of CPUs and nodes are ours."""
+        pin = self._confining.pin(container.id)
+        cpus = pin.cpus or (self._confining.plan().shared if self._confining.enforcer is None else None) or None
+        if cpus is None and pin.mems is None:
+            return []
+        limits = pin.hugepage_limits
+        return [Update(container_id=container.id, cpus=cpus, mems=pin.mems, hugepage_limits=limits)]
+
+    async def started(self, pod: Pod, container: Container) -> None:
+        self._confining.room.tell(replace(container, state=RUNNING))
+
+    async def stopped(self, pod: Pod, container: Container) -> Sequence[Update]:
+        self._confining.room.stopped(container.id)
+        return self._confining.updates()
+
+    async def removed(self, pod: Pod, container: Container) -> None:
+        self._confining.room.forget(container.id)
+
+    def _refuse(self, container: Container, why: str) -> None:
+        name = f"{container.namespace}/{container.pod_name}/{container.name}"
+        if self._config().on_failure == "refuse":
+            raise HostError(f"cannot start container {name}: {why}")
+        log.error("started-unconfined", container=name, why=why)
+
+
+def _said(pin: Pin) -> dict[str, object]:
+    return {"grants": pin.grants, "cpus": str(pin.cpus or ""), "mems": str(pin.mems or ""), "lost": str(pin.lost)}

@@ -1,0 +1,161 @@
+"""Which pods and containers there are and where their control groups lie; and of a plan, what each of these is to be.
+
+Two tell of them: the runtime (NRI) of containers with names and environment, the watch of control groups of paths.
+Either may come first. What only the watch has seen, as sandboxes are, has no name and holds nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.config import PinningConfig
+from nodeagent.core.containers import STOPPED, Container
+from nodeagent.core.model import HugepagePool, Inventory
+from nodeagent.core.pinning import Pin, Plan
+from nodeagent.errors import InputError
+from nodeagent.host.cgroup import MEMBER
+from nodeagent.host.cgroupnames import CONTAINER, POD, Cgroup, Layout, runtime_path
+from nodeagent.host.enforce import Target
+
+
+@dataclass(slots=True, kw_only=True)
+class Place:
+    """A container, and what became of confining it."""
+
+    container: Container
+    path: str
+    """Of its control group; "": not known."""
+    drifts: int = 0
+    error: str = ""
+    quota_cpus: float | None = None
+    """CPU time that it may use, in CPUs, where that is less than the CPUs it is pinned to."""
+
+
+@dataclass(slots=True)
+class Room:
+    """`revision` rises with what is there."""
+
+    layouts: tuple[Layout, ...]
+    revision: int = 0
+    places: dict[str, Place] = field(default_factory=dict)
+    """By container id."""
+    pods: dict[str, str] = field(default_factory=dict)
+    """Path of each pod's control group by its UID."""
+    drifts: dict[str, int] = field(default_factory=dict)
+    """Of pods' control groups, by UID."""
+
+    # ---------------------------------------------------------------- what there is
+
+    def containers(self) -> list[Container]:
+        return [one.container for one in self.places.values()]
+
+    def by_path(self) -> dict[str, Place]:
+        return {one.path: one for one in self.places.values() if one.path}
+
+    def tell(self, container: Container) -> Place:
+        """The runtime announces a container, or says something new of it."""
+        place = self.places.get(container.id)
+        if place is None:
+            place = self.places[container.id] = Place(container=container, path="")
+        if place.container != container:
+            place.container = container
+        place.path = place.path or self._path(container)
+        self._pod_of(place.path, container.pod_uid)
+        self.revision += 1
+        return place
+
+    def tell_all(self, containers: Iterable[Container]) -> None:
+        """The runtime lists all that it has; what it does not list and has a name is gone."""
+        listed = {one.id: one for one in containers}
+        for gone in [id for id, one in self.places.items() if one.container.name and id not in listed]:
+            self.forget(gone)
+        for one in listed.values():
+            self.tell(one)
+
+    def stopped(self, container_id: str) -> None:
+        if (place := self.places.get(container_id)) is not None:
+            place.container = replace(place.container, state=STOPPED)
+            self.revision += 1
+
+    def forget(self, container_id: str) -> None:
+        if self.places.pop(container_id, None) is not None:
+            self.revision += 1
+
+    def came(self, cgroup: Cgroup) -> None:
+        """A control group was seen. What is in a container of which nothing else is known holds nothing."""
+        if cgroup.kind == POD and self.pods.get(cgroup.pod_uid) != cgroup.path:
+            self.pods[cgroup.pod_uid] = cgroup.path
+            self.revision += 1
+        if cgroup.kind == CONTAINER:
+            place = self.places.get(cgroup.container_id)
+            if place is None:
+                bare = Container(id=cgroup.container_id, pod_id="", pod_uid=cgroup.pod_uid, name="")
+                self.places[cgroup.container_id] = Place(container=bare, path=cgroup.path)
+            else:
+                place.path = cgroup.path
+            self.revision += 1
+
+    def gone(self, cgroup: Cgroup) -> None:
+        """A control group is there no more."""
+        if cgroup.kind == POD:
+            self.pods.pop(cgroup.pod_uid, None)
+            self.drifts.pop(cgroup.pod_uid, None)
+            self.revision += 1
+        if cgroup.kind == CONTAINER:
+            self.forget(cgroup.container_id)
+
+    def _path(self, container: Container) -> str:
+        with contextlib.suppress(InputError):
+            return runtime_path(container.cgroup_path) if container.cgroup_path else ""
+        return ""
+
+    def _pod_of(self, path: str, uid: str) -> None:
+        above = path.rpartition("/")[0]
+        found = next((one for layout in self.layouts if (one := layout.parse(above)) is not None), None)
+        if found is not None and found.kind == POD and uid:
+            self.pods.setdefault(uid, above)
+
+    # ---------------------------------------------------------------- what it is to be
+
+    def targets(self, plan: Plan, inventory: Inventory, config: PinningConfig) -> dict[str, Target]:
+        """By path; pods before what is in them."""
+        whole = {
+            size: sum(pool.page_bytes * pool.total_pages for pool in _pools(inventory, size))
+            for size in {size for pod in plan.pods.values() for size in pod.hugepages_at_least}
+        }
+        pods = dict(self._pods(plan, whole))
+        live = [one for one in self.places.values() if one.path and one.container.state != STOPPED]
+        return pods | {one.path: self._target(plan, one.container, config) for one in live}
+
+    def _pods(self, plan: Plan, whole: dict[int, int]) -> Iterator[tuple[str, Target]]:
+        for uid, path in self.pods.items():
+            pin = plan.pod(uid)
+            yield (
+                path,
+                Target(
+                    cpus=pin.cpus,
+                    hugepages_at_least=pin.hugepages_at_least,
+                    hugepages_above=MappingProxyType({size: whole[size] for size in pin.hugepages_at_least}),
+                ),
+            )
+
+    def _target(self, plan: Plan, container: Container, config: PinningConfig) -> Target:
+        pin = plan.containers.get(container.id, Pin())
+        return Target(
+            cpus=pin.cpus,
+            mems=pin.mems,
+            hugepage_limits=pin.hugepage_limits,
+            within=None if pin.exclusive else plan.pod(container.pod_uid).cpus,
+            partition=_partition(config) if pin.exclusive and not pin.lost else MEMBER,
+        )
+
+
+def _partition(config: PinningConfig) -> str:
+    return MEMBER if config.partition == "none" else config.partition
+
+
+def _pools(inventory: Inventory, page_bytes: int) -> Iterator[HugepagePool]:
+    return (pool for node in inventory.numa_nodes for pool in node.hugepages if pool.page_bytes == page_bytes)

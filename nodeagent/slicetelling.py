@@ -1,0 +1,82 @@
+"""Keeps systemd told what pods' slices are confined to: what it was not told it resets, see host.units.
+
+A slice is told while nobody else changes it, and after its control group was written: the quick way first, this one in
+the background. The newest pods come first, as systemd is about to start their first container.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import structlog
+
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs import SysFs
+from nodeagent.host.units import SOCKET, Systemd, is_slice
+from nodeagent.kube.waiting import Revision
+
+AT_ONCE = 16
+"""Slices told over one connection; then it is looked again which are the newest."""
+RETRY_S = 1.0
+log = structlog.get_logger()
+
+
+class InForce(Protocol):
+    """Who knows what pods' control groups are confined to."""
+
+    news: Revision
+
+    def slices(self) -> Mapping[str, CpuSet]: ...
+    async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None: ...
+
+
+class SliceTelling:
+    """Building it starts nothing."""
+
+    def __init__(self, confining: InForce, sysfs: SysFs) -> None:
+        self._confining = confining
+        self._sysfs = sysfs
+        self._told: dict[str, CpuSet] = {}
+        self._refused: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Until cancelled; returns where there is no systemd to tell."""
+        if not self._sysfs.exists(SOCKET):
+            return
+        while True:
+            seen = self._confining.news.value
+            if todo := self._untold():
+                await self._tell(todo)
+            else:
+                await self._confining.news.changed(seen)
+
+    def _untold(self) -> list[str]:
+        """Paths of slices, those that were never told anything first."""
+        now: Mapping[str, CpuSet] = {path: cpus for path, cpus in self._confining.slices().items() if is_slice(path)}
+        self._told = {path: cpus for path, cpus in self._told.items() if path in now}
+        self._refused = {path: why for path, why in self._refused.items() if path in now}
+        todo = [path for path, cpus in now.items() if self._told.get(path) != cpus]
+        return sorted(todo, key=self._told.__contains__)[:AT_ONCE]
+
+    async def _tell(self, paths: list[str]) -> None:
+        try:
+            with await asyncio.to_thread(Systemd(self._sysfs).__enter__) as systemd:
+                for path in paths:
+                    await self._confining.unchanged(path, lambda path, cpus: self._tell_one(systemd, path, cpus))
+        except HostError as error:
+            log.warning("systemd-not-told", slices=len(paths), error=str(error))
+            await asyncio.sleep(RETRY_S)
+
+    def _tell_one(self, systemd: Systemd, path: str, cpus: CpuSet) -> None:
+        unit = path.rpartition("/")[2]
+        try:
+            systemd.allow(unit, cpus)
+        except HostError as error:
+            # A slice that is not loaded is one that nobody made through systemd, or that is gone.
+            if self._refused.get(path) != str(error):
+                log.info("slice-not-told", path=path, error=str(error))
+            self._refused[path] = str(error)
+        self._told[path] = cpus

@@ -1,0 +1,170 @@
+"""A node whose containers are confined: an agent with its ledger, a made-up hierarchy of control groups, a runtime that
+speaks NRI over a real socket, and what kubelet writes down. Kubelet's part is played by `admit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from cgrouptree import CgroupTree
+from fakeruntime import FakeRuntime
+from test_agent import CPU, machine
+
+from nodeagent.agent import Agent, Settings
+from nodeagent.config import Config, PinningConfig
+from nodeagent.core.claim import ClaimRef
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.model import Holding, Inventory
+from nodeagent.host import cgroupset
+from nodeagent.host.sysfs import SysFs
+from nodeagent.kube.podresources import CHECKPOINT
+from nodeagent.offer import Offer
+from nodeagent.pinserving import PinServing
+from nodeagent.store import Store
+
+RESERVED = "0"
+POLL_S = 0.01
+
+
+@dataclass
+class PinNode:
+    """Entered by `pin_node`."""
+
+    folder: Path
+    agent: Agent
+    tree: CgroupTree
+    runtime: FakeRuntime
+    config: PinningConfig
+    pins: PinServing = field(init=False)
+    claims: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What the API server has, by name."""
+    entries: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def shared(self) -> str:
+        return str(self.pins.confining.plan().shared)
+
+    async def fetch(self, ref: ClaimRef) -> Mapping[str, Any] | None:
+        return self.claims.get(ref.name)
+
+    def pod(self, name: str) -> str:
+        """The path of a pod's cgroup, made where there is none, as kubelet makes it."""
+        path = f"kubepods/poduid-{name}"
+        self.tree.make(path)
+        return path
+
+    def path(self, pod: str, name: str) -> str:
+        return f"kubepods/poduid-{pod}/{pod}_{name}"
+
+    async def admit(self, pod: str, name: str, *ids: str, offer: Offer = CPU) -> None:
+        """Kubelet asks for a container's devices and writes them down."""
+        await self.agent.allocate(offer, [ids], "op")
+        entry = {"PodUID": f"uid-{pod}", "ContainerName": name, "ResourceName": offer.name, "DeviceIDs": {"-1": ids}}
+        self.entries = [one for one in self.entries if not set(ids) & set(one["DeviceIDs"]["-1"])]
+        self.entries.append(entry)
+        self.write_checkpoint()
+
+    def write_checkpoint(self) -> None:
+        draft = self.folder / "draft"
+        draft.write_text(json.dumps({"Data": {"PodDeviceEntries": self.entries}, "Checksum": 0}))
+        draft.rename(self.folder / CHECKPOINT)
+
+    async def create(self, pod: str, name: str, **fields: Any) -> Any:
+        """The runtime makes a container: asks, makes its cgroup as answered. The container does not run yet."""
+        self.pod(pod)
+        answer = await self.ask(pod, name, **fields)
+        self.tree.make(self.path(pod, name), **self._files(answer.adjust.linux.resources))
+        return answer
+
+    async def ask(self, pod: str, name: str, **fields: Any) -> Any:
+        """What the runtime is answered."""
+        cgroup = f"/{self.path(pod, name)}"
+        return await self.runtime.create(f"{pod}_{name}", pod=pod, called=name, cgroup=cgroup, **fields)
+
+    async def run(self, pod: str, name: str, **fields: Any) -> Any:
+        """A container is created and started."""
+        answer = await self.create(pod, name, **fields)
+        await self.start(pod, name)
+        return answer
+
+    async def start(self, pod: str, name: str) -> None:
+        await self.runtime.start_container(f"{pod}_{name}")
+
+    async def remove(self, pod: str, name: str) -> None:
+        await self.runtime.stop_container(f"{pod}_{name}")
+        self.tree.remove(self.path(pod, name))
+        await self.runtime.remove_container(f"{pod}_{name}")
+
+    def bundle(self, id: str, pod: str, name: str, *env: str) -> None:
+        """What containerd leaves of a container."""
+        said = {"container-name": name, "sandbox-name": pod, "sandbox-namespace": "default", "sandbox-id": "s"}
+        annotations = {
+            f"io.kubernetes.cri.{key}": value for key, value in {**said, "sandbox-uid": f"uid-{pod}"}.items()
+        }
+        path = self.folder / "root/run/containerd/io.containerd.runtime.v2.task/k8s.io" / id
+        path.mkdir(parents=True)
+        (path / "config.json").write_text(json.dumps({"process": {"env": env}, "annotations": annotations}))
+
+    async def until(self, holds: Any) -> None:
+        """Return once something holds; the test's deadline is the limit."""
+        while not holds():  # noqa: ASYNC110 - what is waited for are files
+            await asyncio.sleep(POLL_S)
+
+    def _files(self, resources: Any) -> dict[str, str]:
+        said = {"cpuset__cpus": resources.cpu.cpus, "cpuset__mems": resources.cpu.mems}
+        return {name: value for name, value in said.items() if value}
+
+
+@contextlib.asynccontextmanager
+async def pin_node(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    inventory: Inventory | None = None,
+    connected: bool = True,
+    writable: bool = True,
+    **pinning: Any,
+) -> AsyncIterator[PinNode]:
+    """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. pinning: configuration."""
+    inventory = inventory or machine()
+    tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1")
+    monkeypatch.setattr(cgroupset, "put", tree.put)
+    tree.make("kubepods")
+    if not writable:
+        (tree.mount / "cgroup.procs").unlink()
+    socket = folder / "nri.sock"
+    config = msgspec.convert({"nriSocket": str(socket), "verifySeconds": 3600, **pinning}, PinningConfig)
+    agent = Agent(Store(folder), inventory, Settings(reserved=CpuSet.parse(RESERVED)), _nothing)
+    runtime = FakeRuntime(folder)
+    runtime.prefix = ""
+    node = PinNode(folder, agent, tree, runtime, config)
+    node.pins = PinServing(agent, SysFs(folder / "root"), folder, lambda: node.config, node.fetch)
+    node.pins.go_by(Config(), kubelet_confines=False)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(agent.close)
+        if connected:
+            await stack.enter_async_context(runtime)
+        running = asyncio.create_task(node.pins.run())
+        stack.push_async_callback(_end, running)
+        if connected:
+            await runtime.connected()
+        yield node
+
+
+async def _end(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    if not task.cancelled() and task.exception() is not None:
+        raise task.exception()  # type: ignore[misc]
+
+
+async def _nothing() -> tuple[Holding, ...]:
+    return ()

@@ -1,0 +1,285 @@
+"""Containers confined to what they hold, and all others kept off it: over a real socket of a runtime's, on a hierarchy
+of control groups that answers as the kernel does.
+"""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+from fakeruntime import PluginRefusedError
+from pinnode import pin_node
+from structlog.testing import capture_logs
+from test_agent import PAGES, machine
+
+from nodeagent.config import Config
+from nodeagent.core.cpuset import CpuSet
+from nodeagent.pb import nri_pb2 as pb
+
+MIB2 = 2 << 20
+
+
+async def test_a_container_is_created_on_the_cpus_that_it_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        answer = await node.run("db", "main")
+        assert answer.adjust.linux.resources.cpu.cpus == "4-5"
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+        (shown,) = node.pins.document()["pinned"]
+        assert (shown["granted_cpus"], shown["effective_cpus"], shown["drifts"]) == ("4-5", "4-5", 0)
+
+
+async def test_everybody_else_is_off_its_cpus_before_it_is_created(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        assert node.tree.effective(node.path("web", "main")) == "1-15"
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.create("db", "main")
+        assert node.tree.effective(node.path("web", "main")) == "1-3,6-15" == node.shared
+
+
+async def test_a_pod_that_comes_later_is_confined_without_a_question(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sandbox, and containers that were made while the runtime did not ask."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        pod = node.pod("late")
+        await node.until(lambda: node.tree.effective(pod) == "1-3,6-15")
+        node.tree.make(f"{pod}/sandbox")
+        assert node.tree.effective(f"{pod}/sandbox") == "1-3,6-15"
+
+
+async def test_the_shared_pool_grows_back_when_a_grant_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        (grant,) = node.agent.ledger.grants
+        await node.remove("db", "main")
+        await node.agent.release([grant], "op")
+        await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-15")
+
+
+async def test_a_container_beside_one_with_cpus_of_its_own_is_kept_off_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("db", "sidecar")
+        assert node.tree.effective(node.pod("db")) == "1-15"
+        assert node.tree.effective(node.path("db", "sidecar")) == "1-3,6-15"
+        node.tree.make(f"{node.pod('db')}/sandbox")
+        await node.until(lambda: node.tree.effective(f"{node.pod('db')}/sandbox") == "1-3,6-15")
+
+
+async def test_init_container_and_container_that_share_ids_run_on_the_same_cpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "init", "cpu4", "cpu5")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        first = dict(node.entries[0], ContainerName="init")
+        node.entries.append(first)
+        node.write_checkpoint()
+        for name in ("init", "main"):
+            await node.run("db", name)
+            assert node.tree.effective(node.path("db", name)) == "4-5"
+
+
+async def test_a_forged_variable_moves_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        (grant,) = node.agent.ledger.grants
+        forged = [f"NODEAGENT_CPU_GRANT={grant}", f"NODEAGENT_GRANT_{grant.upper().replace('-', '_')}={grant}"]
+        await node.run("thief", "main", env=[*forged, "NODEAGENT_CPUS=4-5"])
+        assert node.tree.effective(node.path("thief", "main")) == "1-3,6-15"
+
+
+async def test_pages_are_bound_to_their_node_and_limited_to_the_granted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubelet limits the pod to none at all; both limits are raised, there and in the container."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", "node1-2Mi-1", offer=PAGES)
+        pod = node.pod("dpdk")
+        for file in ("hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"):
+            node.tree.set(pod, file, "0")
+        await node.run("dpdk", "main")
+        path, limit = node.path("dpdk", "main"), str(8 * MIB2)
+        assert node.tree.text(path, "cpuset.mems.effective") == "1"
+        for file in ("hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"):
+            assert node.tree.text(path, file) == limit
+            assert int(node.tree.text(pod, file)) >= 8 * MIB2
+
+
+async def test_two_requests_of_one_page_size_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        node.entries.append(dict(node.entries[0], DeviceIDs={"-1": ["node1-2Mi-5"]}))
+        await node.agent.allocate(PAGES, [["node1-2Mi-5"]], "op")
+        node.write_checkpoint()
+        await node.run("dpdk", "main")
+        assert node.tree.text(node.path("dpdk", "main"), "hugetlb.2MB.max") == str(8 * MIB2)
+
+
+async def test_a_wrong_cpuset_is_repaired_counted_and_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        path = node.path("db", "main")
+        with capture_logs() as lines:
+            node.tree.set(path, "cpuset.cpus", "6")
+            await node.until(lambda: node.tree.effective(path) == "4-5")
+            node.tree.set(node.pod("web"), "cpuset.cpus", "0-15")
+            await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-3,6-15")
+            await node.until(lambda: node.pins.document()["drifts"] == 2)
+        said = [line for line in lines if line["event"] == "drift"]
+        assert [line["whose"] for line in said] == ["default/db/main", "pod uid-web"]
+        assert "cpuset.cpus: '6', not '4-5'" in said[0]["files"]
+        assert node.pins.document()["pinned"][0]["drifts"] == 1
+
+
+async def test_a_container_that_cannot_be_confined_does_not_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        await node.create("dpdk", "main")
+        file = f"{node.path('dpdk', 'main')}/hugetlb.2MB.rsvd.max"
+        node.tree.refuses[file] = errno.ENOSPC
+        with pytest.raises(PluginRefusedError, match=r"cannot start container default/dpdk/main: cannot write .*rsvd"):
+            await node.start("dpdk", "main")
+        del node.tree.refuses[file]
+        await node.start("dpdk", "main")
+
+
+async def test_others_go_on_where_one_cannot_be_confined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        bad, good = node.pod("bad"), node.pod("good")
+        node.tree.refuses[f"{bad}/cpuset.cpus"] = errno.EBUSY
+        await node.run("good", "main")
+        await node.until(lambda: node.tree.effective(good) == "1-15" and bad in node.pins.document()["errors"])
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.create("db", "main")
+        assert node.tree.effective(good) == "1-3,6-15"
+        with pytest.raises(PluginRefusedError, match="its CPUs 4-5 are used by pod uid-bad too"):
+            await node.start("db", "main")
+        node.tree.refuses.clear()
+        node.agent.revision.bump()
+        await node.until(lambda: node.tree.effective(bad) == "1-3,6-15")
+        await node.start("db", "main")
+
+
+async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch, onFailure="warn") as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        await node.create("dpdk", "main")
+        node.tree.refuses[f"{node.path('dpdk', 'main')}/hugetlb.2MB.max"] = errno.EINVAL
+        with capture_logs() as lines:
+            await node.start("dpdk", "main")
+        assert any(line["event"] == "started-unconfined" for line in lines)
+
+
+async def test_a_cpu_that_is_lost_leaves_the_others_of_its_grant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        node.tree.hotplug("0-4,6-15")
+        node.agent.see(machine(without=[5]))
+        await node.until(lambda: node.pins.document()["pinned"][0]["lost_cpus"] == "5")
+        assert node.tree.effective(node.path("db", "main")) == "4"
+        node.tree.hotplug("0-3,6-15")
+        node.agent.see(machine(without=[4, 5]))
+        # The kernel would give it all that its pod has; that is nobody else's CPU.
+        await node.until(lambda: node.tree.text(node.path("db", "main"), "cpuset.cpus") == "1-3,6-15")
+        node.tree.hotplug("0-15")
+        node.agent.see(machine())
+        await node.until(lambda: node.tree.effective(node.path("db", "main")) == "4-5")
+        assert node.tree.effective(node.path("web", "main")) == "1-3,6-15"
+
+
+async def test_a_container_whose_cpus_are_all_offline_is_not_created(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.tree.hotplug("0-3,6-15")
+        node.agent.see(machine(without=[4, 5]))
+        with pytest.raises(PluginRefusedError, match="its CPUs 4-5 are offline"):
+            await node.create("db", "main")
+
+
+async def test_less_cpu_time_than_cpus_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch, verifySeconds=0.2) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        node.tree.set(node.pod("db"), "cpu.max", "150000 100000")
+        await node.until(lambda: node.pins.document()["pinned"][0]["quota_cpus"] == 1.5)
+        node.tree.set(node.pod("db"), "cpu.max", "200000 100000")
+        await node.until(lambda: node.pins.document()["pinned"][0]["quota_cpus"] is None)
+
+
+async def test_kubelet_s_resize_keeps_the_cpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.runtime.resize("db_main", pb.LinuxResources(cpu=pb.LinuxCPU(cpus="0-15")))
+        assert node.runtime.cpus("db_main") == "4-5"
+
+
+async def test_a_restarted_agent_finds_everything_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was changed while nobody looked is put right."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        await node.runtime.drop("")
+        node.tree.writes.clear()
+        await node.runtime.connected(2)
+        assert node.tree.writes == [] and node.pins.document()["drifts"] == 0
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+
+
+async def test_without_a_runtime_that_asks_containers_are_confined_when_they_appear(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch, connected=False, mode="cgroup") as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.bundle("abc", "db", "main")
+        pod = node.pod("db")
+        node.tree.make(f"{pod}/cri-containerd-abc")
+        await node.until(lambda: node.tree.effective(f"{pod}/cri-containerd-abc") == "4-5")
+        assert node.pins.document()["mode"] == "cgroup"
+        assert [one["pod"] for one in node.pins.document()["pinned"]] == ["db"]
+
+
+async def test_where_control_groups_cannot_be_written_the_runtime_changes_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch, writable=False) as node:
+        await node.create("web", "main")
+        assert node.runtime.cpus("web_main") == "1-15"
+        await node.admit("db", "own", "cpu4", "cpu5")
+        answer = await node.create("db", "own")
+        assert node.runtime.cpus("db_own") == "4-5" and node.runtime.cpus("web_main") == "1-3,6-15"
+        assert [one.container_id for one in answer.update] == ["web_main"]
+
+
+async def test_beside_kubelet_s_own_cpu_manager_nobody_else_is_touched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        node.pins.go_by(Config(), kubelet_confines=True)
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+        assert CpuSet.parse(node.tree.effective(node.path("web", "main"))) == CpuSet(range(16))

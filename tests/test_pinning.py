@@ -1,0 +1,180 @@
+"""What follows from the machine, the ledger and kubelet's records for every pod and container."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+from test_agent import machine
+
+from nodeagent.core.containers import RUNNING, STOPPED, Container
+from nodeagent.core.cpuset import EMPTY, CpuSet, union
+from nodeagent.core.ledger import Ledger
+from nodeagent.core.model import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Holder, Pages
+from nodeagent.core.pinning import LOCAL, Rules, Situation, named_by, variable
+
+CPU = "nodeagent.dev/cpu"
+MIB2, GIB = 2 << 20, 1 << 30
+RESERVED = CpuSet([0])
+
+
+def container(pod: str, name: str = "main", **more: Any) -> Container:
+    more = {"state": RUNNING, "namespace": "ns", "pod_name": pod, **more}
+    return Container(id=f"{pod}-{name}", pod_id=f"s-{pod}", pod_uid=f"uid-{pod}", name=name, **more)
+
+
+def plugin_grant(id: str, cpus: str = "", **more: Any) -> Grant:
+    own = CpuSet.parse(cpus)
+    ids = more.pop("ids", None) or tuple(f"cpu{one}" for one in own)
+    return Grant(id=id, holder=Holder(api=DEVICE_PLUGIN, resource=CPU), ids=ids, cpus=own, **more)
+
+
+def listed(grant: Grant, pod: str, name: str = "main") -> Grant:
+    from dataclasses import replace
+
+    holder = replace(grant.holder, namespace="ns", pod=pod, container=name)
+    return replace(grant, holder=holder, confirmed=True)
+
+
+def claim_grant(uid: str, index: int, cpus: str = "", pods: Iterable[str] = (), **more: Any) -> Grant:
+    holder = Holder(api=CLAIM, namespace="ns", claim=uid, uid=uid, resource="cpu.nodeagent.dev")
+    return Grant(id=f"{uid}-{index}", holder=holder, ids=(), cpus=CpuSet.parse(cpus), pods=tuple(pods), **more)
+
+
+def situation(
+    *grants: Grant, given_to: Mapping[tuple[str, str], Iterable[str]] | None = None, **rules: Any
+) -> Situation:
+    ids = {
+        (f"uid-{pod}", name): frozenset((CPU, one) for one in some) for (pod, name), some in (given_to or {}).items()
+    }
+    ledger = Ledger(grants=MappingProxyType({one.id: one for one in grants}), reserved=RESERVED)
+    return Situation(inventory=machine(), ledger=ledger, given=ids, rules=Rules(**rules))
+
+
+def using(*grants: Grant) -> dict[str, str]:
+    return {variable(one.id): one.id for one in grants}
+
+
+# Whose a grant is
+
+
+def test_kubelet_s_checkpoint_says_whose_a_grant_is_before_its_list_does() -> None:
+    found = situation(plugin_grant("g", "4-5"), given_to={("db", "main"): ["cpu4", "cpu5"]})
+    assert found.pin(container("db")).cpus == CpuSet.parse("4-5")
+    assert found.pin(container("db", "other")).cpus is None
+    assert found.pin(container("web")).grants == ()
+
+
+def test_a_grant_that_kubelet_has_listed_is_that_container_s() -> None:
+    found = situation(listed(plugin_grant("g", "4-5"), "db"))
+    assert found.pin(container("db")).grants == ("g",)
+    assert found.pin(container("db", "other")).grants == found.pin(container("web")).grants == ()
+
+
+def test_an_old_record_counts_no_more_than_the_list() -> None:
+    """Another pod has the ids by now."""
+    found = situation(listed(plugin_grant("g", "4-5"), "new"), given_to={("old", "main"): ["cpu4", "cpu5"]})
+    assert found.pin(container("old")).grants == ()
+    assert found.pin(container("new")).grants == ("g",)
+
+
+def test_a_claim_is_of_the_pods_that_it_is_reserved_for_and_of_their_containers_that_use_it() -> None:
+    grant = claim_grant("c", 0, "4-5", ["uid-a", "uid-b"])
+    found = situation(grant)
+    for pod in ("a", "b"):
+        assert found.pin(container(pod, env=using(grant))).cpus == CpuSet.parse("4-5")
+        assert found.pin(container(pod)).grants == ()
+    thief = found.pin(container("thief", env=using(grant)))
+    assert thief.grants == () and thief.unproven == ("c-0",)
+
+
+def test_a_container_with_several_claims_has_all_of_them() -> None:
+    first, second = claim_grant("c", 0, "4-5", ["uid-a"]), claim_grant("d", 1, "8", ["uid-a"])
+    pin = situation(first, second).pin(container("a", env=using(first, second)))
+    assert (pin.grants, pin.cpus) == (("c-0", "d-1"), CpuSet.parse("4-5,8"))
+
+
+def test_a_variable_under_another_name_names_nothing() -> None:
+    env = {"NODEAGENT_CPU_GRANT": "g", "NODEAGENT_GRANT_X": "c-0", variable("c-0"): "c-1"}
+    assert named_by(container("a", env=env)) == ()
+
+
+def test_what_was_taken_over_from_kubelet_is_the_container_s_or_the_rest_of_the_pod_s() -> None:
+    both = Grant(id="k-1", holder=Holder(api=KUBELET, uid="uid-a", container="one,two"), cpus=CpuSet.parse("4"))
+    rest = Grant(id="k-2", holder=Holder(api=KUBELET, uid="uid-a", container=""), cpus=CpuSet.parse("5"))
+    found = situation(both, rest)
+    cpus = {name: found.pin(container("a", name)).cpus for name in ("one", "two", "three")}
+    assert cpus == {"one": CpuSet([4]), "two": CpuSet([4]), "three": CpuSet([5])}
+
+
+# What it is confined to
+
+
+def test_memory_is_bound_to_the_nodes_of_pages_before_those_of_cpus() -> None:
+    pages = (Pages(node=1, page_bytes=MIB2, pages=8),)
+    found = situation(
+        claim_grant("c", 0, "4-5", ["uid-a"]), claim_grant("c", 1, pods=["uid-a"], hugepages=pages), memory=LOCAL
+    )
+    both = container("a", env={variable(one): one for one in ("c-0", "c-1")})
+    assert (found.pin(both).cpus, found.pin(both).mems) == (CpuSet.parse("4-5"), CpuSet([1]))
+    alone = container("a", env={variable("c-0"): "c-0"})
+    assert found.pin(alone).mems == CpuSet([0])
+    assert situation(claim_grant("c", 0, "4-5", ["uid-a"])).pin(alone).mems is None
+
+
+def test_pages_of_one_size_add_up_over_grants_and_a_neighbour_gets_none() -> None:
+    some = [Pages(node=0, page_bytes=MIB2, pages=8), Pages(node=1, page_bytes=MIB2, pages=4)]
+    grants = [claim_grant("c", number, pods=["uid-a"], hugepages=(one,)) for number, one in enumerate(some)]
+    holder = container("a", env=using(*grants))
+    plan = situation(*grants).plan([holder, container("a", "sidecar")])
+    assert plan.containers[holder.id].hugepage_limits == {MIB2: 12 * MIB2}
+    assert plan.containers["a-sidecar"].hugepage_limits == {MIB2: 0}
+    assert plan.pods["uid-a"].hugepages_at_least == {MIB2: 12 * MIB2}
+
+
+def test_the_reserved_cpus_are_shared_where_nothing_else_is_left_or_where_it_is_said() -> None:
+    assert situation().shared == CpuSet.parse("1-15")
+    assert situation(strict_reservation=False).shared == CpuSet.parse("0-15")
+    assert situation(plugin_grant("g", "1-15")).shared == RESERVED
+
+
+def test_a_container_that_stopped_holds_its_pod_back_no_more() -> None:
+    found = situation(plugin_grant("g", "4-5"), given_to={("db", "main"): ["cpu4", "cpu5"]})
+    plan = found.plan([container("db", state=STOPPED), container("db", "side")])
+    assert plan.pods["uid-db"].cpus == found.shared and plan.containers["db-side"].cpus is None
+
+
+def test_nobody_else_is_confined_where_kubelet_does_it() -> None:
+    found = situation(plugin_grant("g", "4-5"), given_to={("db", "main"): ["cpu4"]}, confine_others=False)
+    plan = found.plan([container("db"), container("db", "side"), container("web")])
+    assert plan.containers["db-main"].cpus == CpuSet.parse("4-5")
+    assert [plan.containers[one].cpus for one in ("db-side", "web-main")] == [None, None]
+    assert {pin.cpus for pin in plan.pods.values()} == {None} and plan.pod("uid-new").cpus is None
+
+
+@given(st.lists(st.sampled_from(["", "e", "s", "es", "ee"]), max_size=7), st.booleans())
+def test_no_two_containers_ever_meet_on_exclusive_cpus(pods: list[str], strict: bool) -> None:
+    """Every pod's containers, "e" with two CPUs of its own, "s" with none."""
+    grants, given_to, containers = [], {}, []
+    for number, kinds in enumerate(pods):
+        for place, kind in enumerate(kinds):
+            containers.append(container(f"p{number}", f"c{place}"))
+            low = 1 + 2 * len(grants)
+            if kind == "e" and low < 15:
+                grants.append(plugin_grant(f"g{low}", f"{low}-{low + 1}"))
+                given_to[f"p{number}", f"c{place}"] = [f"cpu{low}", f"cpu{low + 1}"]
+    found = situation(*grants, given_to=given_to, strict_reservation=strict)
+    plan = found.plan(containers, [f"uid-p{number}" for number in range(len(pods))])
+
+    def effective(one: Container) -> CpuSet:
+        above = plan.pod(one.pod_uid).cpus or EMPTY
+        return ((plan.containers[one.id].cpus or above) & above) or above
+
+    for one in containers:
+        pin = plan.containers[one.id]
+        assert not pin.exclusive or effective(one) == pin.held
+        others = union(plan.containers[other.id].held for other in containers if other is not one)
+        assert effective(one) and effective(one).isdisjoint(others)

@@ -1,0 +1,30 @@
+"""One guest for all tests of pinning: booting and installing takes longer than most of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from vmguest import Guest
+from vmnode import CONFIG, prepare_runtime, started
+from vmpods import until_connected
+
+LIFE_S = 1200.0
+PAGES = [{"pageSize": "2Mi", "node": 1, "pages": 16}, {"pageSize": "1Gi", "node": 2, "pages": 1}]
+"""Provided by the agent."""
+
+
+@pytest.fixture(scope="session")
+def pods_guest() -> Iterator[Guest]:
+    """A node with a runtime that asks the agent, quick to notice that a pod is gone."""
+    resources = [*CONFIG["resources"], {"name": "hugepages-1Gi", "kind": "hugepages", "pageSize": "1Gi"}]
+    with started(
+        life_s=LIFE_S,
+        release={"pollSeconds": 1, "unconfirmedSeconds": 3, "confirmedSeconds": 1},
+        pinning={"memory": "local", "intrudersSeconds": 3600},
+        hugepages=PAGES,
+        resources=resources,
+    ) as booted:
+        prepare_runtime(booted)
+        until_connected(booted)
+        yield booted

@@ -1,0 +1,205 @@
+"""Pods that hold CPUs, made through the runtime interface of a real containerd: who runs where, whatever happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import vmpods
+from vmguest import Guest, GuestError
+from vmpods import Pod, cpus
+
+ALL, RESERVED, GRANTABLE = "0-15", "0-1", "2-15"
+REPAIR_S = 5.0
+"""From a wrong write to the right value, where one core of the host is all 16 of the guest."""
+
+
+@pytest.fixture(scope="module")
+def guest(pods_guest: Guest) -> Guest:
+    vmpods.until_shared(pods_guest, GRANTABLE)
+    return pods_guest
+
+
+@pytest.fixture(scope="module")
+def held(guest: Guest) -> Iterator[Pod]:
+    """A pod with two CPUs of its own and a container beside that has none."""
+    pod = vmpods.make(guest, "held", 2, ("beside",))
+    yield pod
+    vmpods.remove(guest, pod)
+
+
+@pytest.fixture(scope="module")
+def shared(guest: Guest, held: Pod) -> Iterator[Pod]:
+    """A pod without CPUs of its own that came after one with some."""
+    pod = vmpods.make(guest, "shared")
+    yield pod
+    vmpods.remove(guest, pod)
+
+
+def all_is_as_it_should_be(guest: Guest, held: Pod, shared: Pod) -> None:
+    """By what is in effect in the kernel."""
+    others = cpus(GRANTABLE) - cpus(held.cpus)
+    assert vmpods.effective(guest, held.scope()) == held.cpus
+    assert cpus(vmpods.effective(guest, held.scope("beside"))) == others
+    assert cpus(vmpods.effective(guest, shared.scope())) == others
+
+
+def restart_with(guest: Guest, change: str) -> None:
+    """The agent again, with another configuration."""
+    guest.run(f"sed -i '{change}' /etc/nodeagent/config.yaml && systemctl restart nodeagent")
+    guest.run("nodeagent status | grep ', ready'", until=True)
+
+
+# From the first instruction
+
+
+def test_the_runtime_offers_nri_and_cdi(guest: Guest) -> None:
+    guest.run("test -S /var/run/nri/nri.sock")
+    assert "enable_cdi = true" in guest.run("containerd config dump")
+
+
+def test_a_pod_is_on_its_cpus_and_node_from_its_first_instruction(guest: Guest, held: Pod) -> None:
+    said = vmpods.first_lines(guest, held)
+    (grant,) = json.loads(guest.run("nodeagent grants -o json"))
+    assert said["Cpus_allowed_list"] == said["CPUS"] == grant["cpus"] == held.cpus
+    assert said["Mems_allowed_list"] == str(min(cpus(held.cpus)) // 4)
+
+
+def test_what_runs_beside_it_in_its_pod_is_kept_off(guest: Guest, held: Pod) -> None:
+    said = vmpods.first_lines(guest, held, "beside")
+    assert cpus(said["Cpus_allowed_list"]) == cpus(GRANTABLE) - cpus(held.cpus)
+
+
+def test_a_pod_without_cpus_of_its_own_is_on_the_shared_pool_from_its_first_line(
+    guest: Guest, held: Pod, shared: Pod
+) -> None:
+    said = vmpods.first_lines(guest, shared)
+    assert cpus(said["Cpus_allowed_list"]) == cpus(GRANTABLE) - cpus(held.cpus)
+    assert said["Cpus_allowed_list"] == vmpods.pinning(guest)["shared_cpus"]
+
+
+def test_the_pool_shrinks_for_those_who_run_and_grows_back(guest: Guest, held: Pod, shared: Pod) -> None:
+    before = vmpods.effective(guest, shared.scope())
+    more = vmpods.make(guest, "more", 3)
+    assert cpus(vmpods.effective(guest, shared.scope())) == cpus(before) - cpus(more.cpus)
+    vmpods.remove(guest, more)
+    vmpods.until_effective(guest, shared.scope(), before)
+    all_is_as_it_should_be(guest, held, shared)
+
+
+def test_status_says_what_is_granted_and_what_is_in_effect(guest: Guest, held: Pod) -> None:
+    one = vmpods.pinned(guest, held)
+    assert (one["granted_cpus"], one["effective_cpus"]) == (held.cpus, held.cpus)
+    assert (one["pod"], one["container"], one["error"]) == ("held", "main", "")
+    assert vmpods.pinning(guest)["errors"] == {}
+
+
+# What others do
+
+
+@pytest.mark.parametrize("whose", ["container", "pod"])
+def test_a_wrong_cpuset_is_put_right_at_once_and_counted(guest: Guest, held: Pod, shared: Pod, whose: str) -> None:
+    before = vmpods.pinning(guest)["drifts"]
+    file = f"{held.scope() if whose == 'container' else shared.slice}/cpuset.cpus"
+    took_s = [float(guest.run(f"{vmpods.PYTHON} /share/inside/drift.py {file} {ALL}")) for _ in range(5)]
+    print(f"vm: wrong cpuset of a {whose} repaired: median {sorted(took_s)[2]:.3f} s, worst {max(took_s):.3f} s")
+    assert max(took_s) < REPAIR_S
+    guest.run(f"""nodeagent status -o json | grep -qE '"drifts": *{before + 5}\\b'""", until=True)
+    all_is_as_it_should_be(guest, held, shared)
+
+
+def test_daemon_reload_changes_nothing(guest: Guest, held: Pod, shared: Pod) -> None:
+    before = vmpods.pinning(guest)["drifts"]
+    guest.run("systemctl daemon-reload")
+    all_is_as_it_should_be(guest, held, shared)
+    print(f"vm: daemon-reload: {vmpods.pinning(guest)['drifts'] - before} drifts")
+
+
+def test_a_restart_of_the_runtime_leaves_all_as_it_was_and_the_next_pod_is_pinned(
+    guest: Guest, held: Pod, shared: Pod
+) -> None:
+    guest.run("systemctl restart containerd")
+    all_is_as_it_should_be(guest, held, shared)
+    vmpods.until_connected(guest)
+    pod = vmpods.make(guest, "after-restart", 2)
+    assert vmpods.first_lines(guest, pod)["Cpus_allowed_list"] == pod.cpus
+    vmpods.remove(guest, pod)
+
+
+def test_what_went_wrong_while_the_agent_was_dead_is_put_right_when_it_is_back(
+    guest: Guest, held: Pod, shared: Pod
+) -> None:
+    pid = guest.run("systemctl show nodeagent -P MainPID").strip()
+    guest.run("systemctl kill -s KILL nodeagent")
+    guest.run(f"echo {ALL} >{held.scope()}/cpuset.cpus; echo {ALL} >{shared.slice}/cpuset.cpus")
+    guest.run(
+        f'test "$(systemctl show nodeagent -P MainPID)" != {pid} && nodeagent status | grep ", ready"', until=True
+    )
+    vmpods.until_effective(guest, held.scope(), held.cpus)
+    vmpods.until_effective(guest, shared.slice, vmpods.pinning(guest)["shared_cpus"])
+    all_is_as_it_should_be(guest, held, shared)
+    assert vmpods.pinned(guest, held)["granted_cpus"] == held.cpus
+
+
+# CPUs that go and come
+
+
+def test_a_pod_lives_on_its_other_cpus_when_one_goes_and_on_the_pool_when_all_go(
+    guest: Guest, held: Pod, shared: Pod
+) -> None:
+    first, second = sorted(cpus(held.cpus))
+    pool = vmpods.effective(guest, shared.scope())
+    guest.run(f"echo 0 >/sys/devices/system/cpu/cpu{second}/online")
+    vmpods.until_effective(guest, held.scope(), str(first))
+    guest.run(f"""nodeagent status -o json | grep -q '"lost_cpus": *"{second}"'""", until=True)
+    guest.run(f"echo 0 >/sys/devices/system/cpu/cpu{first}/online")
+    vmpods.until_effective(guest, held.scope(), pool)
+    for cpu in (first, second):
+        guest.run(f"echo 1 >/sys/devices/system/cpu/cpu{cpu}/online")
+    vmpods.until_effective(guest, held.scope(), held.cpus)
+    guest.run("""nodeagent status -o json | grep -q '"lost_cpus": *""'""", until=True)
+    all_is_as_it_should_be(guest, held, shared)
+
+
+def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough(guest: Guest) -> None:
+    admitted = vmpods.admit(guest, "lost", {vmpods.CPU: 1})
+    online = f"/sys/devices/system/cpu/cpu{admitted.cpus}/online"
+    guest.run(f"echo 0 >{online}")
+    guest.kubelet("until", resource=vmpods.CPU, lacks=[f"cpu{admitted.cpus}"])
+    with pytest.raises(GuestError, match=f"its CPUs {admitted.cpus} are offline"):
+        vmpods.run(guest, admitted)
+    guest.run('sed -i \'s/"pinning": {/"pinning": {"onFailure": "warn", /\' /etc/nodeagent/config.yaml')
+    guest.run("systemctl reload nodeagent")
+    pod = vmpods.run(guest, admitted)
+    guest.run("journalctl --no-pager -u nodeagent | grep started-unconfined")
+    guest.run(f"echo 1 >{online}")
+    vmpods.until_effective(guest, pod.scope(), pod.cpus)
+    vmpods.remove(guest, pod)
+
+
+# Without the runtime's questions
+
+
+def test_without_nri_a_pod_is_pinned_soon_after_it_appears(guest: Guest, held: Pod, shared: Pod) -> None:
+    before = vmpods.effective(guest, shared.scope())
+    restart_with(guest, 's/"pinning": {/"pinning": {"mode": "cgroup", /')
+    admitted = vmpods.admit(guest, "unannounced", {vmpods.CPU: 2})
+    loop = "i=0; while [ $i -lt 400 ]; do grep Cpus_allowed_list /proc/self/status; i=$((i + 1)); done; "
+    pod = vmpods.run(guest, admitted, f"{loop} echo CPUS=$NODEAGENT_CPUS; exec sleep infinity")
+    vmpods.until_effective(guest, pod.scope(), pod.cpus)
+    assert vmpods.pinning(guest)["mode"] == "cgroup" and vmpods.pinned(guest, pod)["pod"] == "unannounced"
+    guest.run("grep -q CPUS= /var/log/pods/unannounced/main.log", until=True)
+    seen = guest.run("date -d $(head -n 1 /var/log/pods/unannounced/main.log | cut -d' ' -f1) +%s.%N").strip()
+    log = guest.run(f"grep -m 1 'list:.{pod.cpus}$' /var/log/pods/unannounced/main.log | cut -d' ' -f1").strip()
+    right = guest.run(f"date -d {log} +%s.%N").strip()
+    print(f"vm: without NRI a container was pinned {float(right) - float(seen):.3f} s after its first line")
+    vmpods.remove(guest, pod)
+    vmpods.until_effective(guest, shared.scope(), before)
+    all_is_as_it_should_be(guest, held, shared)
+
+
+def test_nothing_was_unforeseen(guest: Guest) -> None:
+    """The last of this file: what the journal holds against the agent after everything above."""
+    assert "Traceback" not in guest.run("journalctl --no-pager -u nodeagent -u vm-kubelet")
+    assert guest.kubelet("state")["violations"] == []

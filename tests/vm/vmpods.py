@@ -1,0 +1,121 @@
+"""Pods in the guest: admitted by its kubelet, made through its runtime, and what can be seen of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from typing import Any
+
+from vmguest import Guest
+
+CPU = "nodeagent.dev/cpu"
+PYTHON = "/opt/nodeagent/bin/python"
+PODS = f"{PYTHON} /share/inside/pods.py"
+FIRST_LINES = "grep -h _allowed_list /proc/self/status; echo CPUS=$NODEAGENT_CPUS; exec sleep infinity"
+CGROUPS = "/sys/fs/cgroup/kubepods.slice"
+
+
+def cpus(text: str) -> set[int]:
+    """ "0-2,5" -> {0, 1, 2, 5}"""
+    ends = [one.split("-") for one in text.strip().split(",") if one]
+    return {cpu for one in ends for cpu in range(int(one[0]), int(one[-1]) + 1)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Admitted:
+    """A pod that kubelet has admitted; `envs` is what "main" was given."""
+
+    name: str
+    uid: str
+    envs: dict[str, str]
+    others: tuple[str, ...]
+
+    @property
+    def cpus(self) -> str:
+        return self.envs.get("NODEAGENT_CPUS", "")
+
+    @property
+    def slice(self) -> str:
+        return f"{CGROUPS}/kubepods-pod{self.uid.replace('-', '_')}.slice"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pod(Admitted):
+    """... and that runs."""
+
+    sandbox: str
+    ids: dict[str, str]
+
+    def scope(self, container: str = "main") -> str:
+        return f"{self.slice}/cri-containerd-{self.ids[container]}.scope"
+
+
+def admit(guest: Guest, name: str, wants: dict[str, int], others: tuple[str, ...] = ()) -> Admitted:
+    said = guest.kubelet("admit", name=name, wants=wants, others={one: {} for one in others})
+    return Admitted(name=name, uid=said["uid"], envs=said["envs"], others=others)
+
+
+def run(guest: Guest, admitted: Admitted, script: str = FIRST_LINES, mounts: tuple[str, ...] = ()) -> Pod:
+    """GuestError with the runtime's reason where it refuses."""
+    containers = [{"name": "main", "script": script, "envs": admitted.envs, "mounts": mounts}]
+    containers += [{"name": one, "script": FIRST_LINES} for one in admitted.others]
+    said = guest.run(f"{PODS} run {_quoted(name=admitted.name, uid=admitted.uid, containers=containers)}")
+    made = json.loads(said)
+    return Pod(**dataclasses.asdict(admitted), sandbox=made["sandbox"], ids=made["containers"])
+
+
+def make(guest: Guest, name: str, count: int = 0, others: tuple[str, ...] = ()) -> Pod:
+    """A pod with so many CPUs of its own."""
+    return run(guest, admit(guest, name, {CPU: count} if count else {}, others))
+
+
+def remove(guest: Guest, pod: Pod) -> None:
+    guest.run(f"{PODS} remove {_quoted(sandbox=pod.sandbox, uid=pod.uid)}")
+    forget(guest, pod.name)
+
+
+def forget(guest: Guest, name: str) -> None:
+    """Kubelet writes its checkpoint when it admits the next pod, whatever that wants."""
+    guest.kubelet("delete", name=name)
+    guest.kubelet("admit", name="next", wants={})
+    guest.kubelet("delete", name="next")
+
+
+def first_lines(guest: Guest, pod: Pod, container: str = "main", last: str = "CPUS") -> dict[str, str]:
+    """What a container's first lines say, by their first word, once it has said the last of them."""
+    log = f"/var/log/pods/{pod.name}/{container}.log"
+    guest.run(f"grep -q ' {last}=' {log}", until=True)
+    texts = [line.split(" ", 3)[3] for line in guest.run(f"cat {log}").splitlines()]
+    return dict(text.replace(":\t", "=").split("=", 1) for text in texts)
+
+
+def effective(guest: Guest, cgroup: str) -> str:
+    return guest.run(f"cat {cgroup}/cpuset.cpus.effective").strip()
+
+
+def until_effective(guest: Guest, cgroup: str, wanted: str) -> None:
+    guest.run(f'test "$(cat {cgroup}/cpuset.cpus.effective)" = "{wanted}"', until=True)
+
+
+def pinning(guest: Guest) -> dict[str, Any]:
+    """What `nodeagent status` says of it."""
+    found: dict[str, Any] = json.loads(guest.run("nodeagent status -o json"))["pinning"]
+    return found
+
+
+def pinned(guest: Guest, pod: Pod) -> dict[str, Any]:
+    """What it says of the container "main" of a pod."""
+    return next(one for one in pinning(guest)["pinned"] if one["id"] == pod.ids["main"])
+
+
+def until_connected(guest: Guest) -> None:
+    guest.run("""nodeagent status -o json | grep -q '"connected": *true'""", until=True)
+
+
+def until_shared(guest: Guest, wanted: str) -> None:
+    guest.run(f"""nodeagent status -o json | grep -q '"shared_cpus": *"{wanted}"'""", until=True)
+
+
+def _quoted(**said: Any) -> str:
+    return shlex.quote(json.dumps(said))
