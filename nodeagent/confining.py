@@ -8,36 +8,27 @@ what it changes is written, what is in force already is only read back: when som
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 import structlog
 
 from nodeagent import metrics
 from nodeagent.agent import Agent
 from nodeagent.config import PinningConfig
-from nodeagent.core.claim import ClaimRef
 from nodeagent.core.containers import Container, Update
 from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.pinning import Given, Pin, Plan, Rules, Situation
-from nodeagent.errors import HostError, InputError, NodeagentError, PeerError
+from nodeagent.core.pinning import Pin, Plan, Rules, Situation
+from nodeagent.errors import HostError, NodeagentError
 from nodeagent.host.enforce import Enforcer, Finding, Target
 from nodeagent.host.slicedropins import SliceDropins
-from nodeagent.kube import claims as wire
-from nodeagent.kube.podresources import CHECKPOINT, given
-from nodeagent.kube.sockets import Identity, identity
 from nodeagent.kube.waiting import Revision
-from nodeagent.log import new_op
+from nodeagent.ownership import Ownership
 from nodeagent.parts import unbroken
 from nodeagent.pinroom import Place, Room
 
-CLAIM_S = 1.0
-"""How long the API server may take to say whom a claim is reserved for: the runtime waits for 2 s."""
 PACK = 32
 """Control groups that are read back in one turn."""
-Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 log = structlog.get_logger()
 
 
@@ -49,14 +40,13 @@ class Confining:
         agent: Agent,
         room: Room,
         enforcer: Enforcer | None,
-        plugins: Path,
+        ownership: Ownership,
         config: Callable[[], PinningConfig],
-        fetch: Fetch,
     ) -> None:
-        """enforcer: None where control groups cannot be written. plugins: kubelet's folder of device plugins, where its
-        checkpoint lies. fetch: a claim's object from the API server."""
+        """enforcer: None where control groups cannot be written."""
         self.room = room
         self.enforcer = enforcer
+        self.ownership = ownership
         self.cpus_served = False
         """Whether anybody may come to hold CPUs: then all others are confined."""
         self.kubelet_confines = False
@@ -68,13 +58,8 @@ class Confining:
         self.errors: Mapping[str, str] = MappingProxyType({})
         """Why some control groups are not what they are to be, by path."""
         self._agent = agent
-        self._plugins = plugins
         self._config = config
-        self._fetch = fetch
         self._turn = asyncio.Lock()
-        self._given: Given = MappingProxyType({})
-        self._given_seen: Identity | None = None
-        self._given_error = ""
         self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
         self._planned_of: Situation | None = None
         self._planned = config(), -1
@@ -98,61 +83,26 @@ class Confining:
 
     def _situation_now(self) -> Situation:
         """The same object for as long as nothing of it changes: it remembers what was worked out."""
-        agent, config, known = self._agent, self._config(), self._situation
+        agent, config, given, known = self._agent, self._config(), self.ownership.given, self._situation
         confine = not self.kubelet_confines and (self.cpus_served or bool(agent.ledger.cpus_held))
         rules = Rules(memory=config.memory, confine_others=confine, strict_reservation=config.strict_reservation)
-        same = known.inventory is agent.inventory and known.ledger is agent.ledger and known.given is self._given
+        same = known.inventory is agent.inventory and known.ledger is agent.ledger and known.given is given
         if not same or known.rules != rules:
-            self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=self._given, rules=rules)
+            self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules)
         return self._situation
 
     def pin(self, container_id: str) -> Pin:
         return self.plan().containers.get(container_id, Pin())
 
-    async def hear_kubelet(self) -> None:
-        """Read what kubelet has given to whom, where its record has changed."""
-        now = identity(self._plugins / CHECKPOINT)
-        if now == self._given_seen and not self._given_error:
-            return
-        try:
-            self._given = await asyncio.to_thread(given, self._plugins)
-            self._given_seen, self._given_error = now, ""
-        except InputError as error:
-            if str(error) != self._given_error:
-                log.warning("given-devices-unknown", error=str(error))
-            self._given_error = str(error)
-
-    async def prove(self, container: Container) -> str:
-        """Find out whether the claims that a container names are its pod's; why that cannot be known, or ""."""
-        unproven = self.pin(container.id).unproven
-        refs = {self._ref(one) for one in unproven if one in self._agent.ledger.grants}
-        reasons = [await self._prove(ref) for ref in sorted(refs, key=str)]
-        for one in self.pin(container.id).unproven if not any(reasons) else ():
-            holder = self._agent.ledger.grants[one].holder
-            log.warning("grant-of-another-pod-named", container=_name(container), grant=one, holder=str(holder))
-        return "; ".join(filter(None, reasons))
-
-    async def _prove(self, ref: ClaimRef) -> str:
-        try:
-            async with asyncio.timeout(CLAIM_S):
-                document = await self._fetch(ref)
-            claim = wire.read(document, "") if document is not None else None
-            if claim is not None and claim.ref.uid == ref.uid:
-                await self._agent.reserved(ref.uid, claim.reserved_for, new_op())
-        except (TimeoutError, PeerError, InputError) as error:
-            why = str(error) or f"the API server did not answer within {CLAIM_S:g} s"
-            return f"cannot tell whom claim {ref} is reserved for: {why}"
-        return ""
-
-    def _ref(self, grant_id: str) -> ClaimRef:
-        holder = self._agent.ledger.grants[grant_id].holder
-        return ClaimRef(namespace=holder.namespace, name=holder.claim, uid=holder.uid)
+    async def doubt(self, container: Container) -> str:
+        """Why it cannot be known whether what a container names is its pod's, or ""."""
+        return await self.ownership.doubt(container, lambda: self.pin(container.id))
 
     # ---------------------------------------------------------------- making it so
 
     async def settle(self) -> Mapping[str, str]:
         """Put the plan in force; why some of it is not, by path."""
-        await self.hear_kubelet()
+        await self.ownership.hear_kubelet()
         await unbroken(self._settle())
         return self.errors
 
@@ -224,10 +174,8 @@ class Confining:
         return list(self._applied)
 
     def slices(self) -> dict[str, CpuSet]:
-        """The CPUs in force of pods that have no container yet, by path: whose control groups systemd will write once
-        more."""
-        begun = {one.container.pod_uid for one in self.room.places.values()}
-        some = {path: self._applied.get(path) for uid, path in self.room.pods.items() if uid not in begun}
+        """The CPUs of pods' control groups that are in force, by path."""
+        some = {path: self._applied.get(path) for path in self.room.pods.values()}
         return {path: one.cpus for path, one in some.items() if one is not None and one.cpus}
 
     async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
@@ -242,6 +190,7 @@ class Confining:
     async def forget(self, path: str) -> None:
         """A control group is gone."""
         self._applied.pop(path, None)
+        self.news.bump()
         await unbroken(self._forget(path))
 
     async def _forget(self, path: str) -> None:
@@ -322,6 +271,16 @@ class Confining:
             for path, state in states
             if state is not None and state.cpus_effective is not None and not state.cpus_effective.isdisjoint(held)
         ]
+
+    def trespasses(self, container_id: str) -> bool:
+        """Whether a container may run on CPUs that others hold, by what was read last of it or of its pod."""
+        place, own = self.room.places.get(container_id), self.pin(container_id).held
+        if self.enforcer is None or place is None:
+            return False
+        paths = (place.path, self.room.pods.get(place.container.pod_uid, ""))
+        state = next((one for path in paths if (one := self.enforcer.states.get(path)) is not None), None)
+        others = self._agent.ledger.cpus_held - own
+        return state is None or state.cpus_effective is None or not state.cpus_effective.isdisjoint(others)
 
     def _whose(self, path: str) -> str:
         place = self.room.by_path().get(path)

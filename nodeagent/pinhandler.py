@@ -3,7 +3,8 @@
 A container that holds CPUs, pages or memory is created confined to them, and before it is created nobody else is on its
 CPUs any more: the answer waits until the others' control groups have been written and read back. Where they cannot be
 written, the same answer has the runtime change the others. Before its first instruction it is read back what the
-kernel made of it. A container that is not confined by then does not start, unless the configuration says otherwise.
+kernel made of it. A container that is not confined by then does not start, unless the configuration says otherwise; one
+that holds nothing is kept from starting only where it would run on CPUs that another one holds.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ class PinHandler:
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
         self._confining.room.tell_all(containers)
-        await self._confining.hear_kubelet()
+        await self._confining.ownership.hear_kubelet()
         for one in containers:
-            if why := await self._confining.prove(one):
-                log.warning("claims-unknown", container=one.id, error=why)
+            if why := await self._confining.doubt(one):
+                log.warning("holder-unknown", container=one.id, error=why)
         await self._confining.settle()
         return self._confining.updates()
 
@@ -61,18 +62,19 @@ class PinHandler:
 
     async def _learn(self, container: Container) -> None:
         """All that may be known about what it holds, also what another agent has decided just now."""
-        await self._confining.hear_kubelet()
+        await self._confining.ownership.hear_kubelet()
         if any(one not in self._agent.ledger.grants for one in named_by(container)):
             await self._agent.refresh()
-        if why := await self._confining.prove(container):
+        if why := await self._confining.doubt(container):
             self._refuse(container, why)
 
     async def starting(self, pod: Pod, container: Container) -> None:
         """The last moment before its first instruction."""
-        why = await self._confining.confirm(container.id)
-        if why:
+        why, pin = await self._confining.confirm(container.id), self._confining.pin(container.id)
+        if why and not pin.grants and not self._confining.trespasses(container.id):
+            log.warning("shared-container-unconfined", container=container.id, why=why)
+        elif why:
             self._refuse(container, why)
-        pin = self._confining.pin(container.id)
         if pin.exclusive and (others := self._confining.overlapping(container.id)):
             self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
 

@@ -17,7 +17,7 @@ import structlog
 
 from nodeagent.agent import Agent
 from nodeagent.config import Config, PinningConfig
-from nodeagent.confining import Confining, Fetch
+from nodeagent.confining import Confining
 from nodeagent.core.containers import Container
 from nodeagent.core.pinning import Pin
 from nodeagent.core.sizes import format_size
@@ -31,6 +31,7 @@ from nodeagent.host.slicedropins import SliceDropins
 from nodeagent.host.sysfs import SysFs
 from nodeagent.nri.plugin import NriPlugin
 from nodeagent.offer import CPU
+from nodeagent.ownership import Fetch, Ownership
 from nodeagent.parts import kept
 from nodeagent.pinhandler import PinHandler
 from nodeagent.pinroom import Place, Room
@@ -66,7 +67,7 @@ class PinServing:
         self._enforcer = Enforcer(reader, self._layouts) if writable and not found.unsupported else None
         self._mount = found.mount
         self._room = Room(self._layouts)
-        self.confining = Confining(agent, self._room, self._enforcer, plugins, config, fetch)
+        self.confining = Confining(agent, self._room, self._enforcer, Ownership(agent, plugins, fetch), config)
         units = Path(sysfs.path(UNITS))
         self.confining.dropins = tuple(SliceDropins(units, one) for one in self._layouts)
         self._plugin: NriPlugin | None = None
@@ -160,8 +161,8 @@ class PinServing:
         for container in named:
             self._room.tell(container)
         for container in named:
-            if why := await self.confining.prove(container):
-                log.warning("claims-unknown", container=container.id, error=why)
+            if why := await self.confining.doubt(container):
+                log.warning("holder-unknown", container=container.id, error=why)
         for one in changes:
             if one.what == GONE:
                 await self.confining.forget(one.path)

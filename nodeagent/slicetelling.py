@@ -7,6 +7,7 @@ the background. The newest pods come first, as systemd is about to start their f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -63,20 +64,20 @@ class SliceTelling:
 
     async def _tell(self, paths: list[str]) -> None:
         try:
-            with await asyncio.to_thread(Systemd(self._sysfs).__enter__) as systemd:
+            with contextlib.closing(await asyncio.to_thread(Systemd, self._sysfs)) as systemd:
                 for path in paths:
-                    await self._confining.unchanged(path, lambda path, cpus: self._tell_one(systemd, path, cpus))
+                    await self._tell_one(systemd, path)
         except HostError as error:
             log.warning("systemd-not-told", slices=len(paths), error=str(error))
             await asyncio.sleep(RETRY_S)
 
-    def _tell_one(self, systemd: Systemd, path: str, cpus: CpuSet) -> None:
+    async def _tell_one(self, systemd: Systemd, path: str) -> None:
+        """A slice that is not loaded is one that nobody made through systemd, or that is gone."""
+        heard: list[tuple[CpuSet, str]] = []
         unit = path.rpartition("/")[2]
-        try:
-            systemd.allow(unit, cpus)
-        except HostError as error:
-            # A slice that is not loaded is one that nobody made through systemd, or that is gone.
-            if self._refused.get(path) != str(error):
-                log.info("slice-not-told", path=path, error=str(error))
-            self._refused[path] = str(error)
-        self._told[path] = cpus
+        await self._confining.unchanged(path, lambda path, cpus: heard.append((cpus, systemd.allow(unit, cpus))))
+        for cpus, why in heard:
+            self._told[path] = cpus
+            if why and why != self._refused.get(path):
+                log.info("slice-not-told", path=path, error=why)
+            self._refused[path] = why

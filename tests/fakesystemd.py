@@ -59,10 +59,10 @@ class FakeSystemd:
     def _answer(self, serial: int, fields: bytes, body: bytes) -> bytes:
         if b"SetUnitProperties\0" not in fields:
             return _message(2, serial)
+        self.news.set()
         if self.refusal:
             return _message(3, serial, struct.pack("<I", len(self.refusal)) + self.refusal.encode() + b"\0")
         self.told.append(_read(body))
-        self.news.set()
         return _message(2, serial)
 
 

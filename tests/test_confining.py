@@ -15,6 +15,7 @@ from test_agent import PAGES, machine
 
 from nodeagent.config import Config
 from nodeagent.core.cpuset import CpuSet
+from nodeagent.kube.podresources import CHECKPOINT
 from nodeagent.pb import nri_pb2 as pb
 
 MIB2 = 2 << 20
@@ -101,6 +102,24 @@ async def test_a_forged_variable_moves_nobody(folder: Path, monkeypatch: pytest.
         assert node.tree.effective(node.path("thief", "main")) == "1-3,6-15"
 
 
+async def test_a_container_whose_grant_cannot_be_proven_is_not_created(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run unpinned; kubelet tries again."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        (grant,) = node.agent.ledger.grants
+        (folder / CHECKPOINT).write_text("{")
+        with pytest.raises(
+            PluginRefusedError, match=r"cannot start container default/db/main: cannot read .*checkpoint"
+        ):
+            await node.create("db", "main", env=[f"NODEAGENT_CPU_GRANT={grant}"])
+        await node.run("web", "main")
+        node.write_checkpoint()
+        await node.run("db", "main", env=[f"NODEAGENT_CPU_GRANT={grant}"])
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+
+
 async def test_pages_are_bound_to_their_node_and_limited_to_the_granted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,6 +194,18 @@ async def test_others_go_on_where_one_cannot_be_confined(folder: Path, monkeypat
         node.agent.revision.bump()
         await node.until(lambda: node.tree.effective(bad) == "1-3,6-15")
         await node.start("db", "main")
+
+
+async def test_who_holds_nothing_is_kept_from_starting_only_where_he_would_be_on_held_cpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        node.tree.refuses[f"{node.pod('web')}/cpuset.cpus"] = errno.EBUSY
+        await node.run("web", "first")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.create("web", "second")
+        with pytest.raises(PluginRefusedError, match=r"cannot start container default/web/second: cannot write .*web"):
+            await node.start("web", "second")
 
 
 async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

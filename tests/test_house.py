@@ -49,6 +49,7 @@ LEVEL_OF = {
     "following": 5,
     "pinroom": 5,
     "confining": 5,
+    "ownership": 5,
     "slicetelling": 5,
     "pinhandler": 5,
     "pinserving": 5,

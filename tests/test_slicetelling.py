@@ -27,13 +27,20 @@ class InForce:
     def __init__(self) -> None:
         self.news = Revision()
         self.now: dict[str, CpuSet] = {}
+        self._asked = Revision()
 
     def put(self, **slices: str) -> None:
         self.now = {f"kubepods.slice/kubepods-{pod}.slice": CpuSet.parse(cpus) for pod, cpus in slices.items()}
         self.news.bump()
 
     def slices(self) -> dict[str, CpuSet]:
+        self._asked.bump()
         return dict(self.now)
+
+    async def asked_twice(self) -> None:
+        """Return when it was asked what is in force, and then again."""
+        for _ in range(2):
+            await self._asked.changed(self._asked.value)
 
     async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
         if path in self.now:
@@ -78,8 +85,7 @@ async def test_a_slice_that_systemd_does_not_have_is_said_once_and_costs_the_oth
         async with telling(tmp_path) as (in_force, systemd):
             systemd.refusal = "Unit not found."
             in_force.put(pod1="2-7")
-            while not systemd.messages:
-                await asyncio.sleep(0)
+            await systemd.news.wait()
             systemd.refusal = ""
             in_force.put(pod1="2-7", pod2="2-7")
             await systemd.until_told("kubepods-pod2.slice", {2, 3, 4, 5, 6, 7})
@@ -90,13 +96,14 @@ async def test_a_systemd_that_is_away_is_told_when_it_is_back(tmp_path: Path, mo
     monkeypatch.setattr(slicetelling, "RETRY_S", 0.01)
     with capture_logs() as logs:
         async with telling(tmp_path) as (in_force, systemd):
+            in_force.put(pod1="2-7")
+            await systemd.until_told("kubepods-pod1.slice", {2, 3, 4, 5, 6, 7})
             socket, aside = tmp_path / SOCKET, tmp_path / "aside"
             socket.rename(aside)
-            in_force.put(pod1="2-7")
-            while not logs:
-                await asyncio.sleep(0)
+            in_force.put(pod1="4-7")
+            await in_force.asked_twice()
             aside.rename(socket)
-            await systemd.until_told("kubepods-pod1.slice", {2, 3, 4, 5, 6, 7})
+            await systemd.until_told("kubepods-pod1.slice", {4, 5, 6, 7})
     assert {one["event"] for one in logs} == {"systemd-not-told"}
 
 

@@ -122,7 +122,7 @@ class Enforcer:
         """Whether other CPUs were all that was to be written, as they are for every pod when a container takes some of
         its own: then one write and one read will do."""
         known = self.states.get(path)
-        if known is None or known.cpus is None or target != Target(cpus=target.cpus) or not target.cpus:
+        if known is None or known.cpus in (None, target.cpus) or target != Target(cpus=target.cpus) or not target.cpus:
             return False
         cgroupset.put(f"{self.mount}/{path}/cpuset.cpus", str(target.cpus))
         if self._reader.effective(path) != target.cpus:

@@ -37,13 +37,12 @@ def is_slice(path: str) -> bool:
 
 
 class Systemd:
-    """A context manager: one connection, for a few calls in a row. HostError where there is no systemd."""
+    """One connection, for a few calls in a row; `close` ends it."""
 
     def __init__(self, sysfs: SysFs) -> None:
+        """Connects. HostError where there is no systemd, or it does not want us."""
         self._address = sysfs.path(SOCKET)
         self._serial = 0
-
-    def __enter__(self) -> Systemd:
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.settimeout(CALL_S)
         try:
@@ -51,26 +50,28 @@ class Systemd:
                 self._socket.connect(self._address)
                 self._introduce()
         except HostError:
-            self._socket.close()
+            self.close()
             raise
-        return self
 
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._socket.close()
 
-    def allow(self, unit: str, cpus: CpuSet) -> None:
-        """Have systemd write these CPUs for a slice, now and whenever it writes. HostError: systemd refuses, or does
-        not answer."""
+    def allow(self, unit: str, cpus: CpuSet) -> str:
+        """Have systemd write these CPUs for a slice, now and whenever it writes; why it does not want to, or "".
+        HostError: it does not answer, and this connection is of no use any more."""
         with self._said(f"confine {unit} through"):
-            self._call(_MANAGER, "SetUnitProperties", b"sba(sv)", _properties(unit, cpus))
+            refusal = self._call(_MANAGER, "SetUnitProperties", b"sba(sv)", _properties(unit, cpus))
             # It writes after its answer and before the next one: after this nothing of it is still to come.
             self._call(_PEER, "Ping")
+        return refusal
 
-    def _call(self, interface: str, member: str, signature: bytes = b"", body: bytes = b"") -> None:
+    def _call(self, interface: str, member: str, signature: bytes = b"", body: bytes = b"") -> str:
+        """What it says against it, or ""."""
         self._serial += 1
         self._socket.sendall(_message(self._serial, interface, member, signature, body))
-        while not self._answered():
+        while (answer := self._answered()) is None:
             pass
+        return answer
 
     @contextlib.contextmanager
     def _said(self, what: str) -> Iterator[None]:
@@ -92,18 +93,17 @@ class Systemd:
             if not answer.startswith(wanted):
                 raise ValueError(f"it answers {answer[:80]!r}")
 
-    def _answered(self) -> bool:
-        """Read one message; whether it is the answer, and not a word about something else."""
+    def _answered(self) -> str | None:
+        """Read one message: what it says against the call, ""; None: it is about something else."""
         _, kind, _, _, body_bytes, _, fields_bytes = _FIXED.unpack(self._read(_FIXED.size))
         if max(body_bytes, fields_bytes) > _LARGEST_BYTES:
             raise ValueError(f"it answers with {body_bytes} and {fields_bytes} bytes")
         fields = self._read(fields_bytes + -fields_bytes % 8)
         body = self._read(body_bytes)
         if kind not in (_RETURN, _ERROR) or _field(_REPLY_TO, "u", struct.pack("<I", self._serial)) not in fields:
-            return False
-        if kind == _ERROR:
-            raise ValueError(body[4:].partition(b"\0")[0].decode(errors="replace") or "an error without words")
-        return True
+            return None
+        words = body[4:].partition(b"\0")[0].decode(errors="replace")
+        return (words or "an error without words") if kind == _ERROR else ""
 
     def _read(self, count: int) -> bytes:
         found = b""

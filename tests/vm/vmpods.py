@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import shlex
+from collections.abc import Iterator
 from typing import Any
 
 from vmguest import Guest
@@ -20,6 +22,13 @@ def cpus(text: str) -> set[int]:
     """ "0-2,5" -> {0, 1, 2, 5}"""
     ends = [one.split("-") for one in text.strip().split(",") if one]
     return {cpu for one in ends for cpu in range(int(one[0]), int(one[-1]) + 1)}
+
+
+def listed(some: set[int]) -> str:
+    """{0, 1, 2, 5} -> "0-2,5", as the kernel has it"""
+    starts = [one for one in sorted(some) if one - 1 not in some]
+    ends = [one for one in sorted(some) if one + 1 not in some]
+    return ",".join(f"{one}" if one == last else f"{one}-{last}" for one, last in zip(starts, ends, strict=True))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,23 @@ def run(guest: Guest, admitted: Admitted, script: str = FIRST_LINES, mounts: tup
     said = guest.run(f"{PODS} run {_quoted(name=admitted.name, uid=admitted.uid, containers=containers)}")
     made = json.loads(said)
     return Pod(**dataclasses.asdict(admitted), sandbox=made["sandbox"], ids=made["containers"])
+
+
+def begin(guest: Guest, admitted: Admitted) -> None:
+    """Kubelet makes the pod's cgroup; then it waits for volumes, which may take long."""
+    guest.run(f"{PODS} slice {_quoted(uid=admitted.uid)}")
+
+
+@contextlib.contextmanager
+def checked(guest: Guest, *exclusive: Pod) -> Iterator[dict[str, Any]]:
+    """What inside/checker.py has seen of these pods by the end, in the dictionary that it begins with."""
+    known, out, said = "/run/vm-known.json", "/run/vm-seen.json", dict[str, Any]()
+    guest.run(f"echo {_quoted(**{one.ids['main']: one.cpus for one in exclusive})} >{known}")
+    guest.run(f"systemd-run -q --unit=vm-checker {PYTHON} /share/inside/checker.py {known} {out}")
+    guest.run("test $(systemctl show vm-checker -P MainPID) != 0", until=True)
+    yield said
+    guest.run("systemctl stop vm-checker")
+    said.update(json.loads(guest.run(f"cat {out}")))
 
 
 def make(guest: Guest, name: str, count: int = 0, others: tuple[str, ...] = ()) -> Pod:

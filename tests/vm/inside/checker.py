@@ -19,8 +19,8 @@ from typing import Any
 
 PODS = Path("/sys/fs/cgroup/kubepods.slice")
 ALLOWED = re.compile(r"Cpus_allowed_list:\t(\S*)")
-BETWEEN_S = 0.01
-"""The guest's processors are one thread of the host's: containers need some of it too."""
+PAUSE = 2.0
+"""After a round, in its own time: the guest's processors are one thread of the host's, others need some of it too."""
 MOST_SHOWN = 20
 
 
@@ -33,7 +33,7 @@ def cpus(text: str) -> set[int]:
 class Checker:
     def __init__(self, exclusive: Path) -> None:
         self._exclusive = exclusive
-        self.rounds = self.reads = self.pairs = 0
+        self.rounds = self.reads = self.pairs = self.empty = 0
         self.overlaps: list[dict[str, Any]] = []
         self.wrong: list[dict[str, Any]] = []
 
@@ -54,12 +54,17 @@ class Checker:
         return [scope for pod in PODS.glob("*.slice") for scope in pod.glob("*.scope")]
 
     def _seen(self, scope: Path) -> dict[str, set[int]]:
-        """What its cgroup lets it run on, and what each of its processes may run on, by what was read."""
-        found = {}
+        """What its cgroup lets it run on, and what each of its processes may run on, by what was read. Where nothing
+        runs, on no CPU: a cgroup is there before systemd has written to it and put a process in."""
+        found: dict[str, set[int]] = {}
         try:
+            processes = (scope / "cgroup.procs").read_text().split()
+            if not processes:
+                self.empty += 1
+                return found
             found["cgroup"] = cpus((scope / "cpuset.cpus.effective").read_text())
             self.reads += 1
-            for process in (scope / "cgroup.procs").read_text().split():
+            for process in processes:
                 found[process] = cpus(ALLOWED.search(Path(f"/proc/{process}/status").read_text())[1])  # type: ignore[index]
                 self.reads += 1
         except OSError:
@@ -80,7 +85,7 @@ class Checker:
                         self.overlaps.append(said)
 
     def document(self) -> dict[str, Any]:
-        counts = {"rounds": self.rounds, "reads": self.reads, "pairs": self.pairs}
+        counts = {"rounds": self.rounds, "reads": self.reads, "pairs": self.pairs, "empty": self.empty}
         counts |= {"overlaps": len(self.overlaps), "wrong": len(self.wrong)}
         return {**counts, "shown": [*self.overlaps[:MOST_SHOWN], *self.wrong[:MOST_SHOWN]]}
 
@@ -90,8 +95,9 @@ def main(exclusive: str, out: str) -> None:
     signal.signal(signal.SIGTERM, lambda number, _: ended.append(number))
     checker = Checker(Path(exclusive))
     while not ended:
+        began = time.monotonic()
         checker.round()
-        time.sleep(BETWEEN_S)
+        time.sleep(PAUSE * (time.monotonic() - began))
     Path(out).write_text(json.dumps(checker.document()))
 
 

@@ -27,7 +27,7 @@ from pods import Runtime
 
 CPU = "nodeagent.dev/cpu"
 EXCLUSIVE, OUT = Path("/run/vm-exclusive.json"), Path("/run/vm-checked.json")
-MOST_PODS, MOST_CPUS = 7, 12
+MOST_PODS, MOST_CPUS = 6, 12
 WAIT = {"script": "exec sleep infinity"}
 FAILED_S = 0.2
 MOST_FAILURES = 20

@@ -2,7 +2,8 @@
 
     pods.py run JSON       {"name", "uid", "containers": [{"name", "script", "cpus", "envs", "mounts"}]}
                            prints {"sandbox": ID, "containers": {NAME: ID}}
-    pods.py remove JSON    {"name", "uid", "sandbox": ID}
+    pods.py remove JSON    {"uid", "sandbox": ID}
+    pods.py slice JSON     {"uid"}: no more than kubelet's first step, after which it waits for volumes
 
 A container runs SCRIPT in a shell; what it prints comes to LOGS/NAME/CONTAINER.log in the form of the interface: time,
 stream, tag, text. cpus: what kubelet itself would write to its cpuset; "" is nothing. The pod's slice is there before
@@ -95,8 +96,11 @@ def until(holds: Callable[[], bool], otherwise: str) -> None:
 
 
 def make_slice(uid: str) -> None:
-    """Through systemd, with every controller that the one above has, as runc's library does it for kubelet."""
+    """Through systemd, with every controller that the one above has, as runc's library does it for kubelet; nothing
+    where it is there already."""
     path = PODS / slice_name(uid)
+    if path.is_dir():
+        return
     systemd(
         "StartTransientUnit", "ssa(sv)a(sa(sv))", path.name, "replace", "1", "DefaultDependencies", "b", "false", "0"
     )
@@ -151,6 +155,8 @@ def main(verb: str, said: str) -> int:
         try:
             if verb == "run":
                 print(json.dumps(run(runtime, pod)))
+            elif verb == "slice":
+                make_slice(pod["uid"])
             else:
                 runtime.remove(pod["sandbox"], pod["uid"])
         except grpc.RpcError as error:
