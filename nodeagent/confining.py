@@ -68,6 +68,8 @@ class Confining:
         self._applied: dict[str, Target] = {}
         self._told: tuple[CpuSet, Mapping[str, CpuSet]] | None = None
         self._untold = ""
+        self._updates: dict[str, tuple[CpuSet | None, CpuSet | None]] = {}
+        """What the runtime was told last, by container id."""
 
     # ---------------------------------------------------------------- what is to be
 
@@ -290,20 +292,23 @@ class Confining:
 
     # ---------------------------------------------------------------- where the runtime has to do it
 
-    def updates(self, but: str = "") -> list[Update]:
-        """Changes for containers whose pods' control groups cannot be written, for the runtime to make. but: the id of
-        one that is being created."""
-        plan = self.plan()
-        found = []
-        for id, place in self.room.places.items():
-            pod = self.room.pods.get(place.container.pod_uid, "")
-            helpless = self.enforcer is None or not pod or pod in self.errors
-            if id != but and helpless and place.container.name and id in plan.containers:
-                pin = plan.containers[id]
-                cpus = pin.cpus or plan.shared or None
-                if cpus is not None or pin.mems is not None:
-                    found.append(Update(container_id=id, cpus=cpus, mems=pin.mems))
-        return found
+    def by_runtime(self, container_id: str) -> CpuSet | None:
+        """The CPUs that the runtime has to give a container, as its own or its pod's control group cannot be written;
+        None: it can, or the container is left as it is."""
+        plan, place = self.plan(), self.room.places.get(container_id)
+        pod = self.room.pods.get(place.container.pod_uid, "") if place is not None else ""
+        helpless = self.enforcer is None or not pod or pod in self.errors
+        return (self.pin(container_id).cpus or plan.shared or None) if helpless else None
+
+    def updates(self, but: str = "", *, anew: bool = False) -> list[Update]:
+        """Changes for the runtime to make, of what it was not told already. but: the id of a container that is being
+        created. anew: it has forgotten what it was told."""
+        known = {} if anew else self._updates
+        named = [id for id, one in self.room.places.items() if one.container.name and id != but]
+        wanted = {id: (self.by_runtime(id), self.pin(id).mems) for id in named}
+        self._updates = {id: one for id, one in wanted.items() if one[0] is not None}
+        changed = [(id, one) for id, one in self._updates.items() if known.get(id) != one]
+        return [Update(container_id=id, cpus=cpus, mems=mems) for id, (cpus, mems) in changed]
 
 
 def _name(container: Container) -> str:

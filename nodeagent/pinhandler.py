@@ -39,7 +39,7 @@ class PinHandler:
             if why := await self._confining.doubt(one):
                 log.warning("holder-unknown", container=one.id, error=why)
         await self._confining.settle()
-        return self._confining.updates()
+        return self._confining.updates(anew=True)
 
     async def create(self, pod: Pod, container: Container) -> tuple[Adjustment, Sequence[Update]]:
         self._confining.room.tell(replace(container, state=CREATED))
@@ -57,8 +57,8 @@ class PinHandler:
             self._refuse(container, f"its CPUs {pin.held} are offline")
         if pin.grants:
             log.info("pinned", container=container.id, pod=f"{container.namespace}/{container.pod_name}", **_said(pin))
-        shared = self._confining.plan().shared if self._confining.enforcer is None else None
-        return Adjustment(cpus=pin.cpus or shared or None, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
+        cpus = pin.cpus or self._confining.by_runtime(container.id)
+        return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
 
     async def _learn(self, container: Container) -> None:
         """All that may be known about what it holds, also what another agent has decided just now."""
@@ -81,7 +81,7 @@ class PinHandler:
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
         """What kubelet wants of CPU time and memory passes; the sets of CPUs and nodes are ours."""
         pin = self._confining.pin(container.id)
-        cpus = pin.cpus or (self._confining.plan().shared if self._confining.enforcer is None else None) or None
+        cpus = pin.cpus or self._confining.by_runtime(container.id)
         if cpus is None and pin.mems is None:
             return []
         limits = pin.hugepage_limits

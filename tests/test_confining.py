@@ -203,9 +203,12 @@ async def test_who_holds_nothing_is_kept_from_starting_only_where_he_would_be_on
         node.tree.refuses[f"{node.pod('web')}/cpuset.cpus"] = errno.EBUSY
         await node.run("web", "first")
         await node.admit("db", "main", "cpu4", "cpu5")
-        await node.create("web", "second")
-        with pytest.raises(PluginRefusedError, match=r"cannot start container default/web/second: cannot write .*web"):
-            await node.start("web", "second")
+        answer = await node.run("web", "second")
+        assert answer.adjust.linux.resources.cpu.cpus == node.tree.effective(node.path("web", "second")) == "1-3,6-15"
+        await node.create("web", "third")
+        node.tree.set(node.path("web", "third"), "cpuset.cpus", "")
+        with pytest.raises(PluginRefusedError, match=r"cannot start container default/web/third: cannot write .*web"):
+            await node.start("web", "third")
 
 
 async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

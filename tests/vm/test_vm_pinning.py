@@ -109,6 +109,18 @@ def test_a_pod_that_was_begun_before_the_pool_shrank_never_gets_the_old_pool(
     until_grown_back(guest, held, shared)
 
 
+def test_systemd_has_the_pool_for_pods_of_every_class_and_all_cpus_for_the_classes(guest: Guest, held: Pod) -> None:
+    """Kubelet's slices of classes hold pods with CPUs of their own, too."""
+    pool = str(vmpods.pinning(guest)["shared_cpus"])
+    for qos in ("burstable", "besteffort"):
+        pod, above = f"kubepods-{qos}-podx.slice", f"kubepods-{qos}.slice"
+        guest.run(f"systemd-run -q --scope --slice={pod} --unit=vm-{qos} sleep 60 >/dev/null 2>&1 &")
+        guest.run(f'test "$(systemctl show {pod} -P AllowedCPUs | tr " " ,)" = "{pool}"', until=True)
+        assert guest.run(f"systemctl show {above} -P AllowedCPUs").strip() == ""
+        assert guest.run(f"cat /sys/fs/cgroup/kubepods.slice/{above}/cpuset.cpus.effective").strip() == ALL
+        guest.run(f"systemctl stop vm-{qos}.scope")
+
+
 def test_status_says_what_is_granted_and_what_is_in_effect(guest: Guest, held: Pod) -> None:
     one = vmpods.pinned(guest, held)
     assert (one["granted_cpus"], one["effective_cpus"]) == (held.cpus, held.cpus)
