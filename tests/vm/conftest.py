@@ -9,7 +9,7 @@ from vmguest import Guest
 from vmnode import CONFIG, prepare_runtime, started
 from vmpods import until_connected
 
-LIFE_S = 1200.0
+LIFE_S = 2400.0
 PAGES = [{"pageSize": "2Mi", "node": 1, "pages": 16}, {"pageSize": "1Gi", "node": 2, "pages": 1}]
 """Provided by the agent."""
 
