@@ -203,6 +203,15 @@ class Confining:
                 except NodeagentError as error:
                     log.warning("partition-not-released", path=path, error=str(error))
 
+    async def tidy(self) -> None:
+        """Once all that there is was put in force: undo what only an agent before this one could still undo."""
+        await unbroken(self._tidy())
+
+    async def _tidy(self) -> None:
+        async with self._turn:
+            if self.enforcer is not None:
+                await asyncio.to_thread(self.enforcer.tidy)
+
     def again(self, path: str) -> None:
         """What lies at a path is new, unless we have written there already: it is to be written whatever it was."""
         if self.enforcer is None or path not in self.enforcer.states:

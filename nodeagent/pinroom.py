@@ -13,6 +13,7 @@ from types import MappingProxyType
 
 from nodeagent.config import PinningConfig
 from nodeagent.core.containers import STOPPED, Container
+from nodeagent.core.cpuset import EMPTY
 from nodeagent.core.model import HugepagePool, Inventory
 from nodeagent.core.pinning import Pin, Plan
 from nodeagent.errors import InputError
@@ -126,11 +127,11 @@ class Room:
             size: sum(pool.page_bytes * pool.total_pages for pool in _pools(inventory, size))
             for size in {size for pod in plan.pods.values() for size in pod.hugepages_at_least}
         }
-        pods = dict(self._pods(plan, whole))
+        pods = dict(self._pods(plan, whole, config))
         live = [one for one in self.places.values() if one.path and one.container.state != STOPPED]
         return pods | {one.path: self._target(plan, one.container, config) for one in live}
 
-    def _pods(self, plan: Plan, whole: dict[int, int]) -> Iterator[tuple[str, Target]]:
+    def _pods(self, plan: Plan, whole: dict[int, int], config: PinningConfig) -> Iterator[tuple[str, Target]]:
         for uid, path in self.pods.items():
             pin = plan.pod(uid)
             yield (
@@ -139,6 +140,7 @@ class Room:
                     cpus=pin.cpus,
                     hugepages_at_least=pin.hugepages_at_least,
                     hugepages_above=MappingProxyType({size: whole[size] for size in pin.hugepages_at_least}),
+                    let_go=pin.cpus - plan.shared if pin.cpus and config.partition != "none" else EMPTY,
                 ),
             )
 

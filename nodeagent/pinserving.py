@@ -146,6 +146,8 @@ class PinServing:
         with Watch(self._mount, self._layouts, poll_s=self._config().verify_seconds) as watch:
             while True:
                 await self._take(await watch.changes())
+                if not self._seen:
+                    await self.confining.tidy()
                 self._seen = True
 
     async def _take(self, changes: Sequence[Change]) -> None:

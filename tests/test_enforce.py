@@ -117,6 +117,31 @@ def test_a_partition_lets_its_cpus_through_and_keeps_them_back_when_it_is_gone(t
     assert [tree.text(one, "cpuset.cpus.exclusive") for one in ("kubepods", A)] == ["", ""]
 
 
+def test_a_partition_outlives_the_agent_and_ends_when_none_is_wanted(tree: CgroupTree) -> None:
+    path, gone = f"{A}/c", f"{B}/c"
+    for one in (path, gone):
+        tree.make(one)
+    enforcer(tree).apply({path: cpus("2-3", partition=ISOLATED), gone: cpus("6", partition=ISOLATED)})
+    tree.remove(gone)
+    made = enforcer(tree)
+    tree.writes.clear()
+    assert made.apply({path: cpus("2-3", partition=ISOLATED)}) == {} and tree.writes == []
+    made.tidy()
+    assert tree.text("kubepods", "cpuset.cpus.exclusive") == "2-3"
+    assert made.apply({path: cpus("2-3")}) == {}
+    assert tree.text(path, "cpuset.cpus.partition") == "member"
+    assert [tree.text(one, "cpuset.cpus.exclusive") for one in ("kubepods", A, path)] == [""] * 3
+
+
+def test_what_a_partition_below_takes_is_no_drift_of_its_pod(tree: CgroupTree) -> None:
+    made = enforcer(tree)
+    pod = cpus("0-7", let_go=CpuSet.parse("2-3"))
+    assert made.apply({A: pod}) == {}
+    (tree.mount / A / "cpuset.cpus.effective").write_text("0-1,4-7\n")
+    assert made.verify({A: pod}) == ()
+    assert "is '0-1,4-7', not '0-7'" in made.verify({A: cpus("0-7")})[0].error
+
+
 def test_cpu_time_is_told_in_cpus(tree: CgroupTree) -> None:
     tree.set(A, "cpu.max", "150000 100000")
     made = enforcer(tree)

@@ -82,7 +82,13 @@ def _pinning(pinning: Any) -> list[str]:
     lines = [f"{state}, {pinning['drifts']} drifts repaired"]
     if pinning["mode"] == "nri" and not pinning["connected"]:
         lines.append(f"NOT connected: {pinning['reason']}")
-    return [*lines, *(f"NOT confined: {why}" for why in pinning["errors"].values())]
+    return [*lines, *_intruders(pinning["intruders"]), *(f"NOT confined: {why}" for why in pinning["errors"].values())]
+
+
+def _intruders(found: Any) -> list[str]:
+    threads, irqs = found["threads_total"], sum(not one["moved"] for one in found["irqs"])
+    said = f"{threads} threads of the host and {irqs} interrupts may run on exclusive CPUs (-o json names them)"
+    return [said] if threads or irqs else []
 
 
 def _note(one: Any) -> str:

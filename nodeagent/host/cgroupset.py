@@ -189,6 +189,10 @@ class Writer:
                 written += self._let_through(above, self._exclusive(above) - cpus)
         return tuple(written)
 
+    def keep_back(self, path: str, but: CpuSet) -> tuple[Written, ...]:
+        """Let no CPUs through to partitions below a cgroup but these. HostError where it cannot be read or written."""
+        return tuple(self._let_through(path, self._exclusive(path) & but))
+
     def _there(self, path: str, parts: Part = Part.LIMITS) -> CgroupState:
         state = self._reader.read(path, parts)
         if state is None:

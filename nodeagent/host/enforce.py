@@ -8,16 +8,19 @@ Every call blocks; an `Enforcer` is used from one thread at a time.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.cpuset import EMPTY, CpuSet, union
 from nodeagent.errors import HostError
 from nodeagent.host import cgroupset
 from nodeagent.host.cgroup import MEMBER, CgroupState, Part, Reader
-from nodeagent.host.cgroupnames import Layout
+from nodeagent.host.cgroupnames import BEST_EFFORT, BURSTABLE, GUARANTEED, Layout
 from nodeagent.host.cgroupset import Drift, Wanted, Writer, drift
+
+CLASSES = (GUARANTEED, BURSTABLE, BEST_EFFORT)
 
 
 def _none() -> Mapping[int, int]:
@@ -39,6 +42,8 @@ class Target:
     within: CpuSet | None = None
     """The CPUs in effect are to be among these, whatever is written: for what lies below a confined cgroup."""
     partition: str = MEMBER
+    let_go: CpuSet = EMPTY
+    """What partitions below it may take of its CPUs: then these are in effect there and not here."""
 
     @property
     def wanted(self) -> Wanted:
@@ -101,6 +106,15 @@ class Enforcer:
         if (cpus := self._partitions.pop(path, None)) and (layout := self._layout(path)):
             self._writer.release(layout, path, cpus)
 
+    def tidy(self) -> None:
+        """Keep back what is let through to partitions that are gone: an agent before this one may have died before it
+        did. To be called once all that is there was made what it is to be."""
+        held = union(self._partitions.values())
+        for layout in self._layouts:
+            for above in dict.fromkeys(layout.qos(one) for one in CLASSES):
+                with contextlib.suppress(HostError):  # it is not there, or the kernel knows no remote partitions
+                    self._writer.keep_back(above, held)
+
     # ---------------------------------------------------------------- one cgroup
 
     def _noted(self, errors: dict[str, str], path: str, work: object, target: Target) -> None:
@@ -136,13 +150,17 @@ class Enforcer:
         if target.hugepages_above and (layout := self._layout(path)) is not None:
             self._writer.raise_limits(layout, path, target.hugepages_above)
         if not _drifts(state, target):
+            if target.partition != MEMBER and target.cpus:
+                self._partitions[path] = target.cpus  # also what an agent before this one has made
             return
-        self._write(path, target)
+        self._write(path, target, state)
         if (state := self._read(path, target.parts)) is not None and (left := _drifts(state, target)):
             raise HostError(f"cannot confine {self.mount}/{path}: {'; '.join(map(_sentence, left))}")
 
-    def _write(self, path: str, target: Target) -> None:
+    def _write(self, path: str, target: Target, state: CgroupState) -> None:
         layout = self._layout(path)
+        if layout is not None and _is_needless(state, target):
+            self._writer.release(layout, path, self._partitions.pop(path, EMPTY) or state.cpus or EMPTY)
         if layout is not None and target.wanted != Wanted():
             self._writer.enable(layout, path, _controllers(target))
         if layout is not None and target.hugepages_at_least:
@@ -178,8 +196,13 @@ class Enforcer:
 
 
 def _drifts(state: CgroupState, target: Target) -> tuple[Drift, ...]:
-    own = drift(state, target.wanted)
+    own = tuple(one for one in drift(state, target.wanted) if not _is_let_go(one, target))
     return (*own, *_beyond(state, target), *_too_low(state, target), *_no_partition(state, target))
+
+
+def _is_let_go(one: Drift, target: Target) -> bool:
+    rest = target.cpus - target.let_go if target.cpus is not None and target.let_go else None
+    return rest is not None and one.file == "cpuset.cpus.effective" and one.found == str(rest)
 
 
 def _beyond(state: CgroupState, target: Target) -> Iterator[Drift]:
@@ -198,7 +221,14 @@ def _too_low(state: CgroupState, target: Target) -> Iterator[Drift]:
             yield Drift(file=f"hugetlb of {page_bytes} bytes", found=str(min(low)), wanted=f"at least {least}")
 
 
+def _is_needless(state: CgroupState, target: Target) -> bool:
+    """Whether what we confine is a partition, and is not to be one any more."""
+    return target.partition == MEMBER and target.cpus is not None and state.partition not in (None, MEMBER)
+
+
 def _no_partition(state: CgroupState, target: Target) -> Iterator[Drift]:
+    if _is_needless(state, target):
+        yield Drift(file="cpuset.cpus.partition", found=state.partition or "", wanted=MEMBER)
     if target.partition != MEMBER and target.cpus and (state.partition != target.partition or state.partition_invalid):
         found = f"{state.partition} {state.partition_invalid}".strip()
         yield Drift(file="cpuset.cpus.partition", found=found, wanted=target.partition)

@@ -215,6 +215,23 @@ def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough
     until_grown_back(guest, held, shared)
 
 
+def test_a_pod_is_a_partition_where_that_is_wanted_and_its_cpus_come_back(guest: Guest, held: Pod, shared: Pod) -> None:
+    """The kernel itself keeps everybody off, the host's own services too."""
+    restart_with(guest, 's/"pinning": {/"pinning": {"partition": "root", /')
+    host = "/sys/fs/cgroup/system.slice/cpuset.cpus.effective"
+    pod = vmpods.make(guest, "partition", 2)
+    for one in (pod, held):
+        guest.run(f'test "$(cat {one.scope()}/cpuset.cpus.partition)" = root', until=True)
+        assert vmpods.effective(guest, one.scope()) == one.cpus
+    assert not cpus(guest.run(f"cat {host}")) & (cpus(pod.cpus) | cpus(held.cpus))
+    vmpods.remove(guest, pod)
+    guest.run(f'test "$(cat /sys/fs/cgroup/kubepods.slice/cpuset.cpus.exclusive)" = "{held.cpus}"', until=True)
+    restart_with(guest, 's/"partition": "root", //')
+    guest.run(f'test "$(cat {held.scope()}/cpuset.cpus.partition)" = member', until=True)
+    guest.run(f'test "$(cat {host})" = {ALL}', until=True)
+    until_grown_back(guest, held, shared)
+
+
 # Without the runtime's questions
 
 
