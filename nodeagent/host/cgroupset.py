@@ -174,7 +174,8 @@ class Writer:
         written += self._let_through(path, cpus)
         written += self._partition(path, partition)
         if why := self._invalid(path, partition):
-            raise HostError(f"cannot make a partition of {self._reader.mount}/{path}: {why}, value {partition!r}")
+            hint = "; it needs CAP_SYS_ADMIN" if "not permitted" in why else ""
+            raise HostError(f"cannot make a partition of {self._reader.mount}/{path}: {why}, value {partition!r}{hint}")
         return written
 
     def release(self, layout: Layout, path: str, cpus: CpuSet) -> tuple[Written, ...]:

@@ -217,6 +217,8 @@ def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough
 
 def test_a_pod_is_a_partition_where_that_is_wanted_and_its_cpus_come_back(guest: Guest, held: Pod, shared: Pod) -> None:
     """The kernel itself keeps everybody off, the host's own services too."""
+    folder, name = "/etc/systemd/system/nodeagent.service.d", "nodeagent-partitions.conf"
+    guest.run(f"install -D -m 644 -t {folder} /share/systemd/{name} && systemctl daemon-reload")
     restart_with(guest, 's/"pinning": {/"pinning": {"partition": "root", /')
     host = "/sys/fs/cgroup/system.slice/cpuset.cpus.effective"
     pod = vmpods.make(guest, "partition", 2)
@@ -229,6 +231,8 @@ def test_a_pod_is_a_partition_where_that_is_wanted_and_its_cpus_come_back(guest:
     restart_with(guest, 's/"partition": "root", //')
     guest.run(f'test "$(cat {held.scope()}/cpuset.cpus.partition)" = member', until=True)
     guest.run(f'test "$(cat {host})" = {ALL}', until=True)
+    guest.run(f"rm {folder}/{name} && systemctl daemon-reload && systemctl restart nodeagent")
+    guest.run("nodeagent status | grep ', ready'", until=True)
     until_grown_back(guest, held, shared)
 
 
