@@ -59,7 +59,7 @@ def show(guest: Guest, *properties: str) -> dict[str, str]:
     return dict(line.split("=", 1) for line in lines)
 
 
-def until_ready_again(guest: Guest, pid: str, limit_s: float = 60.0) -> None:
+def until_ready_again(guest: Guest, pid: str, limit_s: float = 180.0) -> None:
     """Return once another process than `pid` is the unit's and says that it is ready."""
     other = f'test "$(systemctl show nodeagent -P MainPID)" != {pid}'
     guest.run(f"systemctl is-active nodeagent && {other} && {READY}", limit_s, until=True)

@@ -23,7 +23,7 @@ import vmmachine
 
 QEMU = "qemu-system-x86_64"
 LOCK = Path(tempfile.gettempdir()) / "nodeagent-vm.lock"
-BOOT_S, LIFE_S, LOCK_S = 120.0, 300.0, 900.0
+BOOT_S, LIFE_S, LOCK_S = 240.0, 900.0, 2700.0
 POLL_S = 0.05
 ACCELERATOR = "tcg,thread=single"
 """With thread=multi a boot in ten hangs (RCU stall); /dev/kvm may be there and fail."""
@@ -105,7 +105,7 @@ class Guest:
 
     # What can be asked of it
 
-    def run(self, command: str, limit_s: float = 60.0, *, until: bool = False) -> str:
+    def run(self, command: str, limit_s: float = 180.0, *, until: bool = False) -> str:
         """What a shell command prints; GuestError where it fails. until: it is repeated until it succeeds."""
         said = self._ask({"command": command, "limit_s": limit_s, "until": until}, limit_s + 10)
         if said["rc"]:
@@ -113,7 +113,7 @@ class Guest:
         out: str = said["out"]
         return out
 
-    def kubelet(self, do: str, limit_s: float = 60.0, **arguments: Any) -> dict[str, Any]:
+    def kubelet(self, do: str, limit_s: float = 180.0, **arguments: Any) -> dict[str, Any]:
         """One call to the kubelet in the guest (inside/kubelet.py); GuestError with its state where it fails."""
         if do == "until":
             arguments = {"has": [], "lacks": [], "limit_s": limit_s, **arguments}

@@ -37,7 +37,7 @@ CONFIG: Mapping[str, Any] = {
         {"name": "fuse", "kind": "char", "paths": ["/dev/fuse"], "replicas": 10},
     ],
 }
-INSTALL_S = 120
+INSTALL_S = 300
 
 
 def install(guest: Guest) -> None:
