@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from pinnode import PinNode, pin_node
 
+from nodeagent.daemon import SWITCH_S
 from nodeagent.errors import HostError
 from nodeagent.host import cgroupset
 
@@ -55,7 +56,8 @@ def _put(path: str, value: str) -> None:
 
 
 async def _measure(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    gc.freeze()  # as the agent does at its start
+    gc.freeze()  # as the agent does at its start, like the next
+    sys.setswitchinterval(SWITCH_S)
     async with pin_node(folder, patch) as node:
         for number in range(PODS):
             await node.run(f"p{number}", "main")

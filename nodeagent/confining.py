@@ -94,6 +94,7 @@ class Confining:
         return self._situation
 
     def pin(self, container_id: str) -> Pin:
+        """What a container is to be confined to; nothing, where it is not known."""
         return self.plan().containers.get(container_id, Pin())
 
     async def doubt(self, container: Container) -> str:
@@ -156,7 +157,7 @@ class Confining:
         if not pin.grants or self.enforcer is None or place.path in self.enforcer.states:
             return ""
         where = f"{self.enforcer.mount}/{place.path}" if place.path else "the cgroup hierarchy"
-        return f"cannot confine container {_name(place.container)}: it is not at {where}"
+        return f"cannot confine container {place.container}: it is not at {where}"
 
     async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
         if not some:
@@ -262,7 +263,7 @@ class Confining:
             held = plan.containers[place.container.id].held
             throttled = limit if limit is not None and limit < len(held) else None
             if throttled is not None and place.quota_cpus != throttled:
-                log.warning("throttled", container=_name(place.container), quota_cpus=throttled, cpus=str(held))
+                log.warning("throttled", container=str(place.container), quota_cpus=throttled, cpus=str(held))
             place.quota_cpus = throttled
 
     def _quota(self, enforcer: Enforcer, place: Place) -> float | None:
@@ -296,7 +297,7 @@ class Confining:
     def _whose(self, path: str) -> str:
         place = self.room.by_path().get(path)
         if place is not None:
-            return _name(place.container)
+            return str(place.container)
         return next((f"pod {uid}" for uid, one in self.room.pods.items() if one == path), path)
 
     # ---------------------------------------------------------------- where the runtime has to do it
@@ -304,22 +305,23 @@ class Confining:
     def by_runtime(self, container_id: str) -> CpuSet | None:
         """The CPUs that the runtime has to give a container, as its own or its pod's control group cannot be written;
         None: it can, or the container is left as it is."""
-        plan, place = self.plan(), self.room.places.get(container_id)
-        pod = self.room.pods.get(place.container.pod_uid, "") if place is not None else ""
-        helpless = self.enforcer is None or not pod or pod in self.errors
-        return (self.pin(container_id).cpus or plan.shared or None) if helpless else None
+        place = self.room.places.get(container_id)
+        if place is not None and not self._helpless(place):
+            return None
+        return self.pin(container_id).cpus or self.plan().shared or None
+
+    def _helpless(self, place: Place) -> bool:
+        """Whether its pod's control group cannot be written."""
+        pod = self.room.pods.get(place.container.pod_uid, "")
+        return self.enforcer is None or not pod or pod in self.errors
 
     def updates(self, but: str = "", *, anew: bool = False) -> list[Update]:
         """Changes for the runtime to make, of what it was not told already. but: the id of a container that is being
         created. anew: it has forgotten what it was told."""
         known = {} if anew else self._updates
-        named = [id for id, one in self.room.places.items() if one.container.name and id != but]
+        places = self.room.places.items()
+        named = [id for id, one in places if one.container.name and id != but and self._helpless(one)]
         wanted = {id: (self.by_runtime(id), self.pin(id).mems) for id in named}
         self._updates = {id: one for id, one in wanted.items() if one[0] is not None}
         changed = [(id, one) for id, one in self._updates.items() if known.get(id) != one]
         return [Update(container_id=id, cpus=cpus, mems=mems) for id, (cpus, mems) in changed]
-
-
-def _name(container: Container) -> str:
-    names = [one for one in (container.namespace, container.pod_name, container.name) if one]
-    return "/".join(names) or f"{container.id[:12]} of pod {container.pod_uid}"

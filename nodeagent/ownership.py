@@ -90,5 +90,5 @@ class Ownership:
     def _say_foreign(self, container: Container, pin: Pin) -> None:
         for one in pin.unproven:
             grant = self._agent.ledger.grants.get(one)
-            where = f"{container.namespace}/{container.pod_name}/{container.name}"
-            log.warning("grant-of-another-pod-named", container=where, grant=one, holder=str(grant and grant.holder))
+            holder = str(grant and grant.holder)
+            log.warning("grant-of-another-pod-named", container=str(container), grant=one, holder=holder)

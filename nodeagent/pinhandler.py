@@ -56,7 +56,7 @@ class PinHandler:
         if pin.held and pin.lost == pin.held:
             self._refuse(container, f"its CPUs {pin.held} are offline")
         if pin.grants:
-            log.info("pinned", container=container.id, pod=f"{container.namespace}/{container.pod_name}", **_said(pin))
+            log.info("pinned", container=container.id, name=str(container), **_said(pin))
         cpus = pin.cpus or self._confining.by_runtime(container.id)
         return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
 
@@ -98,10 +98,9 @@ class PinHandler:
         self._confining.room.forget(container.id)
 
     def _refuse(self, container: Container, why: str) -> None:
-        name = f"{container.namespace}/{container.pod_name}/{container.name}"
         if self._config().on_failure == "refuse":
-            raise HostError(f"cannot start container {name}: {why}")
-        log.error("started-unconfined", container=name, why=why)
+            raise HostError(f"cannot start container {container}: {why}")
+        log.error("started-unconfined", container=str(container), why=why)
 
 
 def _said(pin: Pin) -> dict[str, object]:

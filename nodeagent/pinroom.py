@@ -51,9 +51,11 @@ class Room:
     # ---------------------------------------------------------------- what there is
 
     def containers(self) -> list[Container]:
+        """All that are known, stopped ones too."""
         return [one.container for one in self.places.values()]
 
     def by_path(self) -> dict[str, Place]:
+        """By the path of their control groups."""
         return {one.path: one for one in self.places.values() if one.path}
 
     def tell(self, container: Container) -> Place:

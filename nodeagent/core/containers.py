@@ -68,6 +68,11 @@ class Container:
     pid: int = 0
     """Of its first process; 0: there is none yet."""
 
+    def __str__(self) -> str:
+        """NAMESPACE/POD/NAME, or what else tells it apart where nobody has named it."""
+        names = [one for one in (self.namespace, self.pod_name, self.name) if one]
+        return "/".join(names) or f"{self.id[:12]} of pod {self.pod_uid}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adjustment:
