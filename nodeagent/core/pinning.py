@@ -59,6 +59,10 @@ class Pin:
         return bool(self.held)
 
 
+NO_PIN = Pin()
+"""Of every container that holds nothing, unless something beside it does."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodPin:
     """What a whole pod is to be confined to."""
@@ -116,7 +120,9 @@ class Situation:
         }
         uids = {*sandboxes, *(one.pod_uid for one in live.values())}
         held = {uid: union(bare[one].held for one in live if live[one].pod_uid == uid) for uid in mixed}
-        pods = {uid: self._pod(held.get(uid, EMPTY), paged.get(uid, _NOTHING)) for uid in uids if uid}
+        special = {uid: self._pod(held.get(uid, EMPTY), paged.get(uid, _NOTHING)) for uid in held.keys() | paged.keys()}
+        plain = self._pod(EMPTY, _NOTHING)
+        pods = {uid: special.get(uid, plain) for uid in uids if uid}
         return Plan(
             shared=self.shared if self.rules.confine_others else EMPTY,
             pods=MappingProxyType(pods),
@@ -138,7 +144,7 @@ class Situation:
         """What one container has for itself alone, whatever is beside it."""
         grants, unproven = self.grants_of(container)
         if not grants:
-            return Pin(unproven=unproven)
+            return Pin(unproven=unproven) if unproven else NO_PIN
         held = union(one.cpus for one in grants)
         online = held & self.inventory.cpus_online
         return Pin(
