@@ -20,7 +20,9 @@ from nodeagent.errors import HostError
 from nodeagent.host.sysfs import SysFs
 
 SOCKET = "run/systemd/private"
-CALL_S = 5.0
+CALL_S = 0.5
+"""Control groups wait meanwhile, and with them the runtime, which drops a plugin that is silent for 2 s. systemd may be
+silent for longer, as while it reloads: it is asked again."""
 _MANAGER, _PATH = "org.freedesktop.systemd1.Manager", "/org/freedesktop/systemd1"
 _PEER = "org.freedesktop.DBus.Peer"
 _CALL, _RETURN, _ERROR = 1, 2, 3
