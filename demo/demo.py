@@ -69,7 +69,7 @@ def configuration(folder: Path, pages: bool, api: FakeApiServer) -> Path:
         "runtimeDir": str(folder / "run"),
         "resources": resources,
         "dra": claims.configuration(folder, api),
-        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 1, "confirmedSeconds": 0.2},
+        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 1, "confirmedSeconds": 0.2, "unobservedSeconds": 0.2},
     }
     if claims.few_cpus():
         document["reservedCpus"] = ""

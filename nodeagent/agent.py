@@ -28,7 +28,9 @@ from nodeagent.core.ledger import CONFIRMED, RELEASED, Change, Ledger
 from nodeagent.core.model import CLAIM, Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
 from nodeagent.core.numbering import numbered, numbers_held
 from nodeagent.core.prepare import Batch, Catalog
-from nodeagent.core.reconcile import Findings, Patience, compare
+from nodeagent.core.reconcile import Findings, compare
+from nodeagent.core.release import Absences, Memory, Patience
+from nodeagent.core.witness import NO_WITNESSES, Witnesses
 from nodeagent.errors import NodeagentError, PeerError, Refused, StateError
 from nodeagent.kube.waiting import Revision
 from nodeagent.offer import Offer
@@ -38,13 +40,27 @@ T = TypeVar("T")
 P = ParamSpec("P")
 List = Callable[[], Awaitable[tuple[Holding, ...]]]
 """What kubelet says that pods hold; PeerError where it does not answer."""
-SILENCE_S = 30.0
-"""When kubelet has not said for so long what pods hold, absences are counted anew: it may just have started."""
+Living = Callable[[Sequence[Grant]], Awaitable[Mapping[str, str]]]
+"""Of some grants those whose pods live, by id, each with the evidence as a clause."""
 FEW_CLAIMS = 4
 """So many claims are decided at once; of more, others are heard in between."""
 TELL_S = 0.001
 """How long news of a decision wait for its answer to be under way."""
 log = structlog.get_logger()
+
+
+async def none_lives(grants: Sequence[Grant]) -> Mapping[str, str]:
+    """For a machine that has no pods."""
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unprepared:
+    """What became of claims that were to be released."""
+
+    released: tuple[Grant, ...] = ()
+    living: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Why a claim keeps what it holds, by UID: a pod of it lives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +83,12 @@ class Agent:
         settings: Settings,
         listing: List,
         *,
+        living: Living = none_lives,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take over what the store has; StateError where it cannot be read. Blocks. clock: in seconds."""
+        """Take over what the store has; StateError where it cannot be read. Blocks.
+
+        living: asks the kernel and the runtime; what lives is not released, whoever says so. clock: in seconds."""
         grants = MappingProxyType({one.id: one for one in store.load()})
         self.settings = settings
         self.health: Health = NO_HEALTH
@@ -84,14 +103,19 @@ class Agent:
         """Called after each durable change, where another agent has to hear of it."""
         self._store = store
         self._listing = listing
+        self._living = living
         self._clock = clock
         self._granted: dict[str, float] = {}
         """When this process made each grant since kubelet was last asked."""
-        self._missing: Mapping[str, float] = MappingProxyType({})
+        self._memory = Memory()
+        """What earlier lists of kubelet have shown."""
         self._ended: Mapping[str, float] = MappingProxyType({})
         """Since when the pods of grants taken over from kubelet have been gone, by grant id."""
-        self._listed = clock()
-        self._lenient_until = self._listed + settings.patience.unconfirmed_s
+        self.held_back: Mapping[str, str] = MappingProxyType({})
+        """Why grants that kubelet does not list are not released, by grant id."""
+        self.disputed: frozenset[str] = frozenset()
+        """Ids of those among them whose pods live although kubelet has stopped listing them."""
+        self._release_due_s: float | None = None
         self._turn = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
         self._closing = False
@@ -150,7 +174,11 @@ class Agent:
     # ---------------------------------------------------------------- grants
 
     def advertised(self, offer: Offer) -> tuple[Advertised, ...]:
-        return offer.resource.advertised(self.inventory, self.ledger, self.health)
+        """Every id of a resource. What a disputed grant holds is not healthy: kubelet believes that it is free."""
+        shown = offer.resource.advertised(self.inventory, self.ledger, self.health)
+        disputed = [self.ledger.grants[one] for one in self.disputed if one in self.ledger.grants]
+        taken = {one for grant in disputed if grant.holder.resource == offer.name for one in grant.ids}
+        return tuple(replace(one, healthy=False) if one.id in taken else one for one in shown) if taken else shown
 
     def prefer(self, offer: Offer, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
         """The best `size` of the available ids. Kubelet knows better than a late list who has given back what."""
@@ -176,15 +204,14 @@ class Agent:
         op: str,
         *,
         asked_at: float | None = None,
-        allocated: Container[tuple[str, str]] = frozenset(),
+        witnesses: Witnesses = NO_WITNESSES,
     ) -> Findings:
-        """Take kubelet's list: name holders, release what is gone for long enough, adopt what was never recorded.
+        """Take kubelet's list: name holders, release what is proven to be gone, adopt what was never recorded.
 
         asked_at: when kubelet was asked, by the agent's clock; what was granted after that the list cannot know.
-        allocated: (resource, id) of kubelet's checkpoint, which knows init containers too.
         """
         asked_at = self._clock() if asked_at is None else asked_at
-        return await self._decided(self._reconcile, holdings, offers, op, asked_at, allocated)
+        return await self._decided(self._reconcile, holdings, offers, op, asked_at, witnesses)
 
     async def release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
         """Release what was taken over from kubelet's own managers for pods that are gone for good; what that was.
@@ -193,15 +220,12 @@ class Agent:
         gone."""
         return await self._decided(self._release_ended, there, op)
 
-    def forget_absences(self) -> None:
-        """Kubelet started anew: what it does not list yet is not missing."""
-        self._missing = MappingProxyType({})
-        self._lenient_until = self._clock() + self.settings.patience.unconfirmed_s
-
     @property
-    def expecting(self) -> bool:
-        """Whether a grant is missing from kubelet's list, or its pod is, so that another look is wanted soon."""
-        return bool(self._missing or self._granted or self._ended)
+    def look_again_s(self) -> float | None:
+        """How soon kubelet is to be asked again for its list, in seconds; None: not before something changes."""
+        if self._granted or self._ended:
+            return 0.0
+        return self._release_due_s
 
     # ---------------------------------------------------------------- claims
 
@@ -213,8 +237,9 @@ class Agent:
         """Note for which pods (their UIDs) a claim is reserved now."""
         await self._decided(self._reserved, uid, pods, op)
 
-    async def unprepare(self, uids: Sequence[str], op: str) -> tuple[Grant, ...]:
-        """Release all that some claims hold; what that was. Durable on return; the unknown is no error."""
+    async def unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
+        """Release all that some claims hold, except for claims of which a pod lives. Durable on return; the unknown is
+        no error."""
         return await self._decided(self._unprepare, uids, op)
 
     async def refresh(self) -> None:
@@ -268,12 +293,15 @@ class Agent:
         return edits
 
     async def _make_way(self, offer: Offer, containers: Sequence[Sequence[str]]) -> None:
-        """Kubelet asks for what a listed container held: Refused if that holds it still, or if nobody can say."""
+        """Kubelet asks for what another container held: Refused if that lives or is listed, or if nobody can say."""
         known, ids = self.ledger.by_id, [one for container in containers for one in container]
-        held = {one: grant for one in ids if (grant := known.get((offer.name, one))) is not None and grant.confirmed}
+        old = {one: grant for one in ids if (grant := known.get((offer.name, one))) is not None}
+        if old:
+            decide.check_ids(self.inventory, offer.resource, containers)
+            _refuse_living(offer, ids, old, await self._living(list(old.values())))
+        held = {one: grant for one, grant in old.items() if grant.confirmed}
         if not held:
             return
-        decide.check_ids(self.inventory, offer.resource, containers)
         try:
             holdings = await self._listing()
         except PeerError as error:
@@ -287,7 +315,8 @@ class Agent:
         """Who asked just now is given all the time that a new pod has, also where the grant is an old one."""
         now = self._clock()
         self._granted.update((grant.id, now) for grant in grants)
-        self._missing = {one: since for one, since in self._missing.items() if one not in self._granted}
+        missing = {one: since for one, since in self._memory.missing.items() if one not in self._granted}
+        self._memory = replace(self._memory, missing=missing, listed=self._memory.listed - self._granted.keys())
 
     async def _release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
         named = [self.ledger.grants[one] for one in ids if one in self.ledger.grants]
@@ -304,61 +333,57 @@ class Agent:
         offers: Sequence[Offer],
         op: str,
         asked_at: float,
-        allocated: Container[tuple[str, str]],
+        witnesses: Witnesses,
     ) -> Findings:
-        self._notice_silence(asked_at)
-        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at, allocated)
+        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at, witnesses)
         ledger = ledger_of.release(self.ledger, [grant.id for grant in found.released])
-        ledger = ledger_of.amend(ledger, found.confirmed)
+        ledger = ledger_of.amend(ledger, [grant for grant in found.confirmed if grant.id in ledger.grants])
         adoption, conflicts = decide.adopt(self.inventory, ledger, found.adopted)
-        changes = [Change(action=RELEASED, grant=grant) for grant in found.released]
-        changes += [Change(action=CONFIRMED, grant=grant) for grant in found.confirmed]
+        changes = [Change(action=CONFIRMED, grant=grant) for grant in found.confirmed]
+        changes += [Change(action=RELEASED, grant=grant) for grant in found.released]
         await self._save([*changes, *adoption.changes], adoption.ledger, op)
-        gone = {grant.id for grant in found.released}
-        self._missing = {one: since for one, since in found.missing.items() if one not in gone}
+        self._take_absences(found.absences)
         self._granted = {one: at for one, at in self._granted.items() if at >= asked_at}
         self._say_conflicts((*conflicts, *(f"{h.namespace}/{h.pod}: {why}" for h, why in found.unknown)))
         self.listed_at = time.time()
         return replace(found, adopted=adoption.grants)
 
+    def _take_absences(self, found: Absences) -> None:
+        for one in found.disputed - self.disputed:
+            log.warning("grant-disputed", grant=one, holder=str(self.ledger.grants[one].holder), why=found.held[one])
+        if found.disputed != self.disputed:
+            self._tell(self.revision.bump)
+        self._memory, self.held_back, self.disputed = found.memory, found.held, found.disputed
+        self._release_due_s = found.due_s
+
     async def _release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
         patience_s = self.settings.patience.confirmed_s
         found = imports.ended(self.ledger, there, self._ended, self._clock(), patience_s)
-        changes = [Change(action=RELEASED, grant=grant) for grant in found.released]
-        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in found.released]), op)
+        living = await self._living(found.released)
+        released = tuple(grant for grant in found.released if grant.id not in living)
+        changes = [Change(action=RELEASED, grant=grant) for grant in released]
+        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in released]), op)
         self._ended = found.missing
-        return found.released
+        return released
 
     def _compare(
         self,
         holdings: Sequence[Holding],
         offers: Mapping[str, Offer],
         asked_at: float,
-        allocated: Container[tuple[str, str]],
+        witnesses: Witnesses,
     ) -> Findings:
         return compare(
             self.ledger,
             holdings,
-            self._missing,
+            self._memory,
             asked_at,
-            self._patience(),
+            self.settings.patience,
             offers,
             lambda holding: self._adoptable(offers[holding.resource], holding),
             young={one for one, at in self._granted.items() if at >= asked_at},
-            allocated=allocated,
+            witnesses=witnesses,
         )
-
-    def _notice_silence(self, asked_at: float) -> None:
-        silent_s, self._listed = asked_at - self._listed, asked_at
-        if silent_s > SILENCE_S:
-            self.forget_absences()
-
-    def _patience(self) -> Patience:
-        """A kubelet that has just started lists nobody at first."""
-        patience = self.settings.patience
-        if self._clock() < self._lenient_until:
-            return replace(patience, confirmed_s=max(patience.confirmed_s, patience.unconfirmed_s))
-        return patience
 
     def _say_conflicts(self, conflicts: tuple[str, ...]) -> None:
         for one in conflicts:
@@ -379,17 +404,34 @@ class Agent:
         decide_all = functools.partial(prepare_of.prepare, self.inventory, self.ledger, catalog, claims, self._stamp())
         # Many decisions take longer than kubelet may wait for a word in between. They are pure: a thread can make them.
         batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
+        if living := await self._living([one.grant for one in batch.changes if one.action == RELEASED]):
+            batch = await self._prepare_others(catalog, claims, living)
         await self._save(batch.changes, batch.ledger, op)
         return batch
+
+    async def _prepare_others(self, catalog: Catalog, claims: Sequence[Claim], living: Mapping[str, str]) -> Batch:
+        """The decision without claims that were allocated something else before, and whose pods still use that."""
+        why = {self.ledger.grants[one].holder.uid: evidence for one, evidence in living.items()}
+        others = [claim for claim in claims if claim.ref.uid not in why]
+        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, others, self._stamp())
+        errors = {
+            claim.ref.uid: f"cannot prepare claim {claim.ref}: it was allocated something else before, and "
+            f"{why[claim.ref.uid]}"
+            for claim in claims
+            if claim.ref.uid in why
+        }
+        return replace(batch, errors={**batch.errors, **errors})
 
     async def _reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
         decision = prepare_of.reserved(self.ledger, uid, pods)
         await self._save(decision.changes, decision.ledger, op)
 
-    async def _unprepare(self, uids: Sequence[str], op: str) -> tuple[Grant, ...]:
-        decision = prepare_of.unprepare(self.ledger, uids)
+    async def _unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
+        held = [grant for uid in dict.fromkeys(uids) for grant in prepare_of.grants_of(self.ledger, uid)]
+        living = {self.ledger.grants[one].holder.uid: why for one, why in (await self._living(held)).items()}
+        decision = prepare_of.unprepare(self.ledger, [uid for uid in uids if uid not in living])
         await self._save(decision.changes, decision.ledger, op)
-        return tuple(change.grant for change in decision.changes)
+        return Unprepared(released=tuple(change.grant for change in decision.changes), living=living)
 
     async def _prune(self, before: float) -> int:
         return await self._on_disk(self._store.prune, before)
@@ -411,6 +453,15 @@ class Agent:
 
     async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+
+def _refuse_living(offer: Offer, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]) -> None:
+    """Refused where a container that lives holds some of the ids, whatever kubelet has forgotten."""
+    taken = {one: grant for one, grant in old.items() if grant.id in living}
+    if taken:
+        grant = next(iter(taken.values()))
+        why = f"cannot grant {', '.join(taken)} of {offer.name}: held by {grant.holder}, and {living[grant.id]}"
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken))
 
 
 def _refuse_listed(offer: Offer, ids: Sequence[str], holding: Holding) -> None:

@@ -53,7 +53,7 @@ class Forgotten:
     """Releases what is held by claims that are no more, or that are reserved for nobody any more.
 
     Kubelet has each claim unprepared; this is for those that it forgot. Both the API server and kubelet must say so,
-    and again SECOND_LOOK_S later: a container may outlive its pod's object.
+    and again SECOND_LOOK_S later, and no process of its pods may run: a container may outlive its pod's object.
     """
 
     def __init__(
@@ -98,9 +98,13 @@ class Forgotten:
         since = self._gone_since.setdefault(uid, self._clock())
         if self._clock() - since < SECOND_LOOK_S:
             return ()
-        released = await self._agent.unprepare([uid], new_op())
-        del self._gone_since[uid]
-        return released
+        done = await self._agent.unprepare([uid], new_op())
+        if done.living:
+            why = f"cannot release claim {uid}, which is gone: it is in use, {done.living[uid]}"
+            log.warning("claim-in-use", uid=uid, error=why)
+        else:
+            del self._gone_since[uid]
+        return done.released
 
     async def _idle(self) -> dict[str, ClaimRef]:
         """The claims that hold something and that no container uses."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import structlog
 
 from nodeagent import handover, metrics
-from nodeagent.agent import Agent
+from nodeagent.agent import Agent, Unprepared
 from nodeagent.catalog import Dra
 from nodeagent.core.claim import Claim, ClaimRef, Prepared, PreparedDevice
 from nodeagent.core.model import Grant
@@ -26,6 +26,8 @@ from nodeagent.rendering import Rendering
 MOST_READS, READ_S = 4, 25.0
 """Claims that are read from the API server at once, and how long those of one call may take together: kubelet waits for
 45 s, and what is granted already can be answered without."""
+ENDING_S, ENDING_POLL_S = 2.0, 0.05
+"""How long the last process of a pod may take to end after kubelet has seen its containers end."""
 log = structlog.get_logger()
 Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 """A claim's object from the API server; None: there is none. PeerError where that cannot be known."""
@@ -33,6 +35,7 @@ Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 
 Grow = Callable[[Catalog, Sequence[Claim]], AbstractAsyncContextManager[Callable[[str], str]]]
 """Have pools of hugepages grow for claims that are decided within; why they did not, by UID of the claim."""
+_IN_USE = "cannot unprepare claim {}: it is in use, {}"
 _UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
 
 
@@ -90,13 +93,27 @@ class Claims:
 
     async def unprepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, str]:
         """By UID: "", or why something of a claim is left. A prepare that kubelet gave up, and that is still being
-        read, comes to nothing: nobody would ever give back what it were granted."""
+        read, comes to nothing: nobody would ever give back what it were granted. Of a claim whose pod lives nothing is
+        released, whatever kubelet has forgotten: it asks again."""
         for waited_for in self._reading:
             waited_for.difference_update(ref.uid for ref in claims)
-        gone = await self._agent.unprepare([ref.uid for ref in claims], op)
-        for grant in gone:
+        done = await self._unprepared([ref.uid for ref in claims], op)
+        for grant in done.released:
             log.info("claim-released", op=op, claim=str(grant.holder), grant=grant.id)
-        return await self._rendering.remove([ref.uid for ref in claims])
+        errors = {ref.uid: _IN_USE.format(ref, done.living[ref.uid]) for ref in claims if ref.uid in done.living}
+        for uid, why in errors.items():
+            log.warning("claim-in-use", op=op, uid=uid, error=why)
+        return errors | await self._rendering.remove([ref.uid for ref in claims if ref.uid not in errors])
+
+    async def _unprepared(self, uids: Sequence[str], op: str) -> Unprepared:
+        """What became of some claims. A runtime's helper may outlive its container by a moment."""
+        until_s = time.monotonic() + ENDING_S
+        done = await self._agent.unprepare(uids, op)
+        while done.living and time.monotonic() < until_s:
+            await asyncio.sleep(ENDING_POLL_S)
+            more = await self._agent.unprepare(list(done.living), op)
+            done = Unprepared(released=(*done.released, *more.released), living=more.living)
+        return done
 
     # ---------------------------------------------------------------- deciding
 

@@ -126,7 +126,11 @@ class ReleaseConfig(_Base, frozen=True):
     poll_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 15.0
     """How often kubelet is asked what pods hold: the end of a pod changes no file that could be watched."""
     unconfirmed_seconds: Seconds = 60.0
+    """Of a grant that was never listed: its pod may still be being admitted."""
     confirmed_seconds: Seconds = 5.0
+    """Of a grant that was listed before, where the kernel or the runtime confirm that nothing of its pod runs."""
+    unobserved_seconds: Seconds = 600.0
+    """Where neither can confirm it."""
 
 
 class HealthConfig(_Base, frozen=True):

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import grp
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -22,10 +23,12 @@ from nodeagent import config as config_of
 from nodeagent import log as log_of
 from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
-from nodeagent.draserving import DraServing
+from nodeagent.draserving import DraServing, node_name
 from nodeagent.errors import ConfigError, NodeagentError, StateError
 from nodeagent.following import Holders, Machine, recoveries, rewrites
 from nodeagent.host import kinds
+from nodeagent.host.cgroupnames import layouts
+from nodeagent.host.podcgroups import PodCgroups
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import BOOT_ID
 from nodeagent.http import Server
@@ -38,8 +41,10 @@ from nodeagent.lead import Lead
 from nodeagent.notify import Notifier
 from nodeagent.offer import Offer, selectors
 from nodeagent.parts import end, first, kept
+from nodeagent.pinroom import Room
 from nodeagent.pinserving import PinServing
 from nodeagent.places import STATUS_SOCKET, Places, checked
+from nodeagent.podwitness import PodWitness
 from nodeagent.provisioning import Provisioning
 from nodeagent.serving import PLUGINS, Serving, check, settings
 from nodeagent.status import Status
@@ -78,9 +83,14 @@ def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daem
     store = Store(where.state_dir)
     try:
         inventory = scan(where.sysfs, families, selectors(config))
-        pods = PodResources(where.kubelet_dir / POD_RESOURCES)
+        plugins, cgroup_root = where.kubelet_dir / PLUGINS, config.pinning.cgroup_root
+        pods = PodResources(where.kubelet_dir / POD_RESOURCES, plugins / KUBELET_SOCKET)
+        room = Room(layouts(cgroup_root))
+        names = frozenset({node_name(config), socket.gethostname().lower()})
+        witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), room, plugins, names)
         now = settings(config, where.kubelet_dir, where.sysfs.text(BOOT_ID, ""), inventory)
-        return Daemon(config, where, families, Agent(store, inventory, now, pods.list), pods, store)
+        agent = Agent(store, inventory, now, pods.list, living=witness.living)
+        return Daemon(config, where, families, agent, pods, witness, room, store)
     except BaseException:
         store.close()
         raise
@@ -96,6 +106,8 @@ class Daemon:
         families: Sequence[kinds.Kind],
         agent: Agent,
         pods: PodResources,
+        witness: PodWitness,
+        room: Room,
         store: Store,
     ) -> None:
         self.config = config
@@ -110,7 +122,7 @@ class Daemon:
         self._plugins = where.kubelet_dir / PLUGINS
         self._serving = Serving(agent, where.kubelet_dir, families)
         self._machine = Machine(agent, where.sysfs, families, lambda: self.config, self._page_holders)
-        self._holders = Holders(agent, pods, self._serving.offers, self._plugins)
+        self._holders = Holders(agent, pods, witness, self._serving.offers, self._plugins, room.ended)
         self._pages = Provisioning(agent, where.sysfs, where.state_dir, lambda: self.config, self._machine.rescan)
         self._dra = DraServing(
             agent,
@@ -122,7 +134,9 @@ class Daemon:
             pods,
             self._pages.growing,
         )
-        self._pins = PinServing(agent, where.sysfs, self._plugins, lambda: self.config.pinning, self._dra.api.claim)
+        self._pins = PinServing(
+            agent, where.sysfs, room, self._plugins, lambda: self.config.pinning, self._dra.api.claim
+        )
         self._intruding = Intruding(
             where.sysfs,
             lambda: agent.ledger.cpus_held & agent.inventory.cpus_online,
@@ -247,7 +261,6 @@ class Daemon:
             now = sockets.identity(self._plugins / KUBELET_SOCKET)
             if now != kubelet:
                 kubelet = now
-                self.agent.forget_absences()
                 await self._go_by_kubelet()
             await self._serving.read_back(self._pods)
             self._notifier.status(self._summary())

@@ -24,15 +24,18 @@ from nodeagent.host.nvml import Failure, Probe, Snapshot
 from nodeagent.host.pci import NVIDIA
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import SysFs
-from nodeagent.kube.kubelet_files import pods_there
-from nodeagent.kube.podresources import CheckpointWatch, PodResources, checkpoint
-from nodeagent.kube.waiting import FolderWatch
+from nodeagent.kube.kubelet_files import PODS, pods_there
+from nodeagent.kube.podresources import CheckpointWatch, PodResources
+from nodeagent.kube.waiting import FolderWatch, Revision
 from nodeagent.log import new_op
 from nodeagent.offer import Offer, selectors
 from nodeagent.parts import end, first, kept
+from nodeagent.podwitness import PodWitness
 
 ABSENCE_POLL_S = 1.0
-"""How soon kubelet is asked again while a grant is missing from its list."""
+"""How soon kubelet is asked again at the earliest while a grant is missing from its list."""
+PODS_POLL_S = 3600.0
+"""The watch of the pods' folders only makes a release sooner: it needs no poll below it."""
 LONGEST_REST_S = 1.0
 """Between two scans while the kernel keeps announcing changes."""
 CONFIG_POLL_S = 5.0
@@ -162,40 +165,48 @@ def _shown(gpu: Device, shown: set[str]) -> Evidence:
 class Holders:
     """Learns from kubelet who holds what, and that it is given back."""
 
-    def __init__(self, agent: Agent, pods: PodResources, offers: Callable[[], Sequence[Offer]], plugins: Path) -> None:
-        """plugins: kubelet's device-plugins folder, where its checkpoint lies, beside the folders of its pods."""
+    def __init__(
+        self,
+        agent: Agent,
+        pods: PodResources,
+        witness: PodWitness,
+        offers: Callable[[], Sequence[Offer]],
+        plugins: Path,
+        ended: Revision,
+    ) -> None:
+        """plugins: kubelet's device-plugins folder, beside the folders of its pods. ended: rises with each end of a pod
+        or a container that the runtime or the kernel tells of."""
         self._agent = agent
         self._pods = pods
+        self._witness = witness
         self._offers = offers
         self._plugins = plugins
+        self._ended = ended
         self._said = ""
         self._unseen = ""
 
     async def follow(self, watch: CheckpointWatch) -> None:
-        """Kubelet's list after every change of its checkpoint, and once in a while without."""
-        with watch:
+        """Kubelet's list after every change of its checkpoint and every end of a pod, when a release is due, and once
+        in a while without."""
+        with watch, FolderWatch(self._plugins.parent / PODS, poll_s=PODS_POLL_S) as folders:
+            seen = self._ended.value
             while True:
                 await self._reconcile()
                 await self._look_for_ended()
+                # Kubelet lists a pod for a moment longer than it lives.
+                due_s = 0.0 if self._ended.value != seen else self._agent.look_again_s
+                seen = self._ended.value
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ABSENCE_POLL_S if self._agent.expecting else None):
-                        await watch.wait()
-
-    def _allocated(self) -> frozenset[tuple[str, str]]:
-        """What the checkpoint has with containers; nothing where it cannot be read, and that is said."""
-        try:
-            return checkpoint(self._plugins)
-        except InputError as error:
-            self._say(str(error))
-            return frozenset()
+                    async with asyncio.timeout(None if due_s is None else max(due_s, ABSENCE_POLL_S)):
+                        await first(watch.wait(), folders.wait(), self._ended.changed(seen))
 
     async def _reconcile(self) -> None:
         try:
             asked_at = time.monotonic()
-            holdings = await self._pods.list()
-            allocated = self._allocated()
+            listing = await self._pods.listing()
+            witnesses = await self._witness.witnesses(self._agent.ledger, listing)
             found = await self._agent.reconcile(
-                holdings, self._offers(), new_op(), asked_at=asked_at, allocated=allocated
+                listing.holdings, self._offers(), new_op(), asked_at=asked_at, witnesses=witnesses
             )
         except (PeerError, StateError) as error:
             self._say(str(error))

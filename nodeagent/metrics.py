@@ -42,6 +42,11 @@ HOLDER = Gauge(
 DRIFT = Counter(
     "nodeagent_pin_drift", "Files of control groups that were not what they are to be.", ["file"], registry=REGISTRY
 )
+DISPUTED = Gauge(
+    "nodeagent_grants_disputed",
+    "Grants that kubelet has stopped listing although their pods live.",
+    registry=REGISTRY,
+)
 PINNED = Gauge("nodeagent_pinned_containers", "Containers confined to what they hold.", registry=REGISTRY)
 UNCONFINED = Gauge(
     "nodeagent_unconfined_cgroups", "Control groups that are not what they are to be.", registry=REGISTRY

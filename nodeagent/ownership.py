@@ -16,7 +16,8 @@ from nodeagent.agent import Agent
 from nodeagent.core.claim import ClaimRef
 from nodeagent.core.containers import Container
 from nodeagent.core.model import DEVICE_PLUGIN
-from nodeagent.core.pinning import Given, Pin
+from nodeagent.core.pinning import Pin
+from nodeagent.core.witness import Given
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import claims as wire
 from nodeagent.kube.podresources import CHECKPOINT, given
@@ -48,7 +49,8 @@ class Ownership:
         if now == self._seen and not self._unread:
             return
         try:
-            self.given = await asyncio.to_thread(given, self._plugins)
+            found = await asyncio.to_thread(given, self._plugins)
+            self.given = found if found is not None else MappingProxyType({})
             self._seen, self._unread = now, ""
         except InputError as error:
             if str(error) != self._unread:

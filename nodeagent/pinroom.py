@@ -20,6 +20,7 @@ from nodeagent.errors import InputError
 from nodeagent.host.cgroup import MEMBER
 from nodeagent.host.cgroupnames import CONTAINER, POD, Cgroup, Layout, runtime_path
 from nodeagent.host.enforce import Target
+from nodeagent.kube.waiting import Revision
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,6 +42,10 @@ class Room:
 
     layouts: tuple[Layout, ...]
     revision: int = 0
+    ended: Revision = field(default_factory=Revision)
+    """Rises with each end of a pod or a container."""
+    told_by_runtime: bool = False
+    """Whether the runtime tells of every container at this moment."""
     places: dict[str, Place] = field(default_factory=dict)
     """By container id."""
     pods: dict[str, str] = field(default_factory=dict)
@@ -82,10 +87,12 @@ class Room:
         if (place := self.places.get(container_id)) is not None:
             place.container = replace(place.container, state=STOPPED)
             self.revision += 1
+            self.ended.bump()
 
     def forget(self, container_id: str) -> None:
         if self.places.pop(container_id, None) is not None:
             self.revision += 1
+            self.ended.bump()
 
     def came(self, cgroup: Cgroup) -> None:
         """A control group was seen. What is in a container of which nothing else is known holds nothing."""
@@ -107,6 +114,7 @@ class Room:
             self.pods.pop(cgroup.pod_uid, None)
             self.drifts.pop(cgroup.pod_uid, None)
             self.revision += 1
+            self.ended.bump()
         if cgroup.kind == CONTAINER:
             self.forget(cgroup.container_id)
 

@@ -24,7 +24,7 @@ from nodeagent.core.sizes import format_size
 from nodeagent.errors import HostError
 from nodeagent.host import bundles
 from nodeagent.host.cgroup import Reader, hierarchy, page_sizes
-from nodeagent.host.cgroupnames import CONTAINER, QOS, TOP, Cgroup, layouts
+from nodeagent.host.cgroupnames import CONTAINER, QOS, TOP, Cgroup
 from nodeagent.host.cgroupwatch import CAME, GONE, LOOK, WRITTEN, Change, Watch
 from nodeagent.host.enforce import Enforcer
 from nodeagent.host.slicedropins import SliceDropins
@@ -51,7 +51,13 @@ class PinServing:
     """Building it starts nothing and reads what control groups there are."""
 
     def __init__(
-        self, agent: Agent, sysfs: SysFs, plugins: Path, config: Callable[[], PinningConfig], fetch: Fetch
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        room: Room,
+        plugins: Path,
+        config: Callable[[], PinningConfig],
+        fetch: Fetch,
     ) -> None:
         """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server."""
         self._agent = agent
@@ -61,12 +67,12 @@ class PinServing:
         found = hierarchy(sysfs)
         self.unsupported = found.unsupported
         """Why nothing can be enforced here; "": it can."""
-        self._layouts = layouts(config().cgroup_root)
+        self._layouts = room.layouts
         writable = bool(found.mount) and os.access(f"{found.mount}/cgroup.procs", os.W_OK)
         reader = Reader(found.mount, page_sizes(sysfs))
         self._enforcer = Enforcer(reader, self._layouts) if writable and not found.unsupported else None
         self._mount = found.mount
-        self._room = Room(self._layouts)
+        self._room = room
         self.confining = Confining(agent, self._room, self._enforcer, Ownership(agent, plugins, fetch), config)
         units = Path(sysfs.path(UNITS))
         self.confining.dropins = tuple(SliceDropins(units, one) for one in self._layouts)
@@ -123,7 +129,8 @@ class PinServing:
         await self._plugin.run()
 
     def _runtime_news(self) -> None:
-        if self._plugin is not None and self._plugin.standing.connected:
+        self._room.told_by_runtime = self._plugin is not None and self._plugin.standing.connected
+        if self._room.told_by_runtime:
             self._listed.set()
         self._agent.revision.bump()
 

@@ -16,7 +16,7 @@ from nodeagent import beside
 from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
 from nodeagent.core.model import Inventory
-from nodeagent.core.reconcile import Patience
+from nodeagent.core.release import Patience
 from nodeagent.errors import PeerError
 from nodeagent.host import kinds
 from nodeagent.kube.deviceplugin import socket_path
@@ -154,7 +154,9 @@ def settings(config: Config, kubelet_dir: Path, boot_id: str, inventory: Invento
         boot_id=boot_id,
         reserved=beside.reserved(config, kubelet_dir, inventory),
         patience=Patience(
-            unconfirmed_s=config.release.unconfirmed_seconds, confirmed_s=config.release.confirmed_seconds
+            unconfirmed_s=config.release.unconfirmed_seconds,
+            confirmed_s=config.release.confirmed_seconds,
+            unobserved_s=config.release.unobserved_seconds,
         ),
         recover_s=config.health.recover_seconds,
     )

@@ -117,6 +117,7 @@ class Status:
             "grants": len(agent.ledger.grants),
             "listed_at": agent.listed_at,
             "conflicts": list(agent.conflicts),
+            "disputed": [f"{agent.ledger.grants[one].holder}: {agent.held_back[one]}" for one in self._disputed()],
             "notes": list(self._watched.notes),
             "config_error": self._watched.config_error,
         }
@@ -138,8 +139,21 @@ class Status:
 
     def grants(self) -> list[dict[str, Any]]:
         """All grants, oldest first."""
-        ledger = self._watched.agent.ledger
-        return [grant_document(one) for one in sorted(ledger.grants.values(), key=lambda g: (g.granted_at, g.id))]
+        agent = self._watched.agent
+        every = sorted(agent.ledger.grants.values(), key=lambda g: (g.granted_at, g.id))
+        return [
+            {
+                **grant_document(one),
+                "disputed": one.id in agent.disputed,
+                "held_back": agent.held_back.get(one.id, ""),
+            }
+            for one in every
+        ]
+
+    def _disputed(self) -> list[str]:
+        """Ids of the grants that kubelet has stopped listing although their pods live."""
+        agent = self._watched.agent
+        return sorted(one for one in agent.disputed if one in agent.ledger.grants)
 
     def devices(self) -> list[dict[str, Any]]:
         """Every id shown to kubelet, with its health, its NUMA node and its holder."""
@@ -183,6 +197,7 @@ class Status:
             pod = holder.uid if holder.api == KUBELET else holder.pod
             names = holder.namespace, pod, holder.container, holder.claim
             metrics.HOLDER.labels(holder.resource, *names).set(1)
+        metrics.DISPUTED.set(len(self._disputed()))
         self._dra_metrics()
         self._page_metrics()
         self._pinning_metrics()
@@ -239,6 +254,7 @@ def grant_document(grant: Grant) -> dict[str, Any]:
         "container": grant.holder.container,
         "claim": grant.holder.claim,
         "uid": grant.holder.uid,
+        "pod_uids": list(grant.pod_uids),
         "confirmed": grant.confirmed,
         "ids": list(grant.ids),
         "cpus": str(grant.cpus),

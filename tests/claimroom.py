@@ -7,7 +7,7 @@ import asyncio
 import contextlib
 import json
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,8 @@ class Room:
     tree: DeviceTree
     config: Config
     agent: Agent
+    alive: set[str]
+    """UIDs of the pods that have processes."""
     claims: Claims = None  # type: ignore[assignment]
     dra: Dra = None  # type: ignore[assignment]
     objects: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
@@ -125,7 +127,7 @@ class Room:
     async def restart(self, boot_id: str = "boot") -> None:
         """Another agent on the same ledger, as after kill -9."""
         await self.agent.close()
-        self.agent = _agent(self.folder, self.agent.inventory, boot_id)
+        self.agent = _agent(self.folder, self.agent.inventory, boot_id, self.alive)
         self.open()
 
     def open(self) -> None:
@@ -142,11 +144,14 @@ def scan_of(tree: DeviceTree, config: Config) -> Inventory:
     return scan(SysFs(str(tree.root)), kinds.builtin_kinds(), selectors(config))
 
 
-def _agent(folder: Path, inventory: Inventory, boot_id: str) -> Agent:
+def _agent(folder: Path, inventory: Inventory, boot_id: str, alive: Container[str]) -> Agent:
     async def listing() -> tuple[Holding, ...]:
         return ()
 
-    return Agent(Store(folder / "state"), inventory, Settings(boot_id=boot_id), listing)
+    async def living(grants: Sequence[Grant]) -> Mapping[str, str]:
+        return {one.id: "it runs" for one in grants if any(uid in alive for uid in one.pod_uids)}
+
+    return Agent(Store(folder / "state"), inventory, Settings(boot_id=boot_id), listing, living=living)
 
 
 @contextlib.asynccontextmanager
@@ -158,7 +163,8 @@ async def claim_room(
     for number in range(ports):
         tree.node(f"/dev/ttyS{number}")
     config = config_of(*(resources or (CPUS, SERIAL)))
-    room = Room(folder, tree, config, _agent(folder, scan_of(tree, config), "boot"))
+    alive = set[str]()
+    room = Room(folder, tree, config, _agent(folder, scan_of(tree, config), "boot", alive), alive)
     room.serve(*(resources or (CPUS, SERIAL)))
     room.open()
     try:

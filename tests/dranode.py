@@ -17,7 +17,10 @@ from fakes import FakeKubelet
 from running import Running, running
 
 DRIVER, NODE = "nodeagent.dev", "node-a"
-QUICK = {"resyncSeconds": 0.1, "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1}}
+QUICK = {
+    "resyncSeconds": 0.1,
+    "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.1},
+}
 CPU, CHAR = "nodeagent.dev/cpu", "nodeagent.dev/serial"
 CPUS = {"name": "cpu", "kind": "cpu", "serve": "both"}
 SERIAL = {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"], "serve": "both"}

@@ -101,6 +101,8 @@ class FakeKubelet:
         self.violations: list[ContractViolation] = []
         self.registrations: dict[str, int] = {}
         self.pods: dict[tuple[str, str], Pod] = {}
+        self.knows_pods = True
+        """Whether the API server has told it of its pods; until then it lists none, whatever runs."""
         self.endpoints: dict[str, _Endpoint] = {}
         self._refusals: dict[str, float] = {}
         self._wiped_at: dict[str, float] = {}
@@ -467,7 +469,8 @@ class _PodResources(pods_rpc.PodResourcesListerServicer):
     async def List(  # noqa: N802
         self, request: pods_pb.ListPodResourcesRequest, context: Any
     ) -> pods_pb.ListPodResourcesResponse:
-        pods = [self._kubelet.pod_resources(pod) for pod in self._kubelet.pods.values()]
+        known = self._kubelet.pods.values() if self._kubelet.knows_pods else ()
+        pods = [self._kubelet.pod_resources(pod) for pod in known]
         return pods_pb.ListPodResourcesResponse(pod_resources=pods)
 
     async def GetAllocatableResources(  # noqa: N802

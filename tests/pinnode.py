@@ -24,9 +24,11 @@ from nodeagent.core.claim import ClaimRef
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.model import Holding, Inventory
 from nodeagent.host import cgroupset
+from nodeagent.host.cgroupnames import layouts
 from nodeagent.host.sysfs import SysFs
 from nodeagent.kube.podresources import CHECKPOINT
 from nodeagent.offer import Offer
+from nodeagent.pinroom import Room
 from nodeagent.pinserving import PinServing
 from nodeagent.store import Store
 
@@ -146,7 +148,7 @@ async def pin_node(
     runtime = FakeRuntime(folder)
     runtime.prefix = ""
     node = PinNode(folder, agent, tree, runtime, config)
-    node.pins = PinServing(agent, SysFs(folder / "root"), folder, lambda: node.config, node.fetch)
+    node.pins = PinServing(agent, SysFs(folder / "root"), Room(layouts()), folder, lambda: node.config, node.fetch)
     node.pins.go_by(Config(), kubelet_confines=False)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(agent.close)

@@ -278,7 +278,12 @@ def write_node(folder: Path, api: FakeApiServer) -> list[str]:
         "runtimeDir": str(folder / "run"),
         "reservedCpus": "",
         "resources": [{**one, "serve": "both"} for one in resources],
-        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": UNLISTED_S, "confirmedSeconds": 0.1},
+        "release": {
+            "pollSeconds": 0.2,
+            "unconfirmedSeconds": UNLISTED_S,
+            "confirmedSeconds": 0.1,
+            "unobservedSeconds": 0.1,
+        },
         "dra": {
             "kubeconfig": api.kubeconfig(folder),
             "nodeName": NODE,

@@ -16,13 +16,14 @@ import pytest
 from inventories import even_rows, inventory_of
 from structlog.testing import capture_logs
 
-from nodeagent.agent import SILENCE_S, Agent, Settings
+from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.core.devices import DeviceResource, still_told
 from nodeagent.core.health import UNHEALTHY, Evidence
 from nodeagent.core.ledger import GRANTED, Change
 from nodeagent.core.model import CLAIM, ContainerEdits, Device, Grant, Holder, Holding, Inventory, Link
+from nodeagent.core.witness import Sight, Sighting, Witnesses
 from nodeagent.errors import InputError, PeerError, Refused, StateError
 from nodeagent.host import kinds
 from nodeagent.offer import Offer, offers
@@ -79,6 +80,10 @@ def holding(pod: str, offer: Offer, *ids: str) -> Holding:
     return Holding(namespace="ns", pod=pod, container="main", resource=offer.name, ids=ids)
 
 
+def uid(pod: str) -> str:
+    return f"uid-{pod}"
+
+
 @dataclass
 class Node:
     """An agent, what kubelet would list, and a clock that goes when told to."""
@@ -88,6 +93,12 @@ class Node:
     lists: list[Holding] | PeerError = field(default_factory=list)
     now_s: float = 1000.0
     settings: Settings = field(default_factory=Settings)
+    kubelet: int = 1
+    """Another number is another start of kubelet."""
+    alive: set[str] = field(default_factory=set)
+    """UIDs of the pods that have processes."""
+    sight: Sight = Sight.EMPTY
+    """What there is to see of all other pods."""
 
     async def listing(self) -> tuple[Holding, ...]:
         if isinstance(self.lists, PeerError):
@@ -104,12 +115,26 @@ class Node:
     async def reconcile(self, *holdings: Holding, after_s: float = 0.0, by: Sequence[Offer] | None = None) -> None:
         self.now_s += after_s + 0.001
         self.lists = list(holdings)
-        await self.agent.reconcile(holdings, list(OFFERS.values()) if by is None else by, "op")
+        offers = list(OFFERS.values()) if by is None else by
+        await self.agent.reconcile(holdings, offers, "op", witnesses=self.witnesses(*holdings))
+
+    def witnesses(self, *holdings: Holding) -> Witnesses:
+        """A checkpoint that says the same as the list, and what there is to see of every pod."""
+        given = {(uid(one.pod), one.container): frozenset((one.resource, id) for id in one.ids) for one in holdings}
+        uids = {*(one for one, _ in given), *(one for grant in self.agent.ledger.grants.values() for one in grant.pods)}
+        sights = {one: Sighting(Sight.LIVES, "it runs") if one in self.alive else Sighting(self.sight) for one in uids}
+        return Witnesses(kubelet=self.kubelet, knows_pods=bool(holdings), given=given, sights=sights)
+
+    async def living(self, grants: Sequence[Grant]) -> Mapping[str, str]:
+        return {one.id: "it runs" for one in grants if self.alive.intersection(one.pod_uids)}
+
+    def open(self, inventory: Inventory) -> Agent:
+        clock = lambda: self.now_s  # noqa: E731
+        return Agent(Store(self.folder), inventory, self.settings, self.listing, living=self.living, clock=clock)
 
     async def restart(self) -> None:
         await self.agent.close()
-        inventory = self.agent.inventory
-        self.agent = Agent(Store(self.folder), inventory, self.settings, self.listing, clock=lambda: self.now_s)
+        self.agent = self.open(self.agent.inventory)
 
     def check(self) -> None:
         """Memory and disk say the same."""
@@ -120,12 +145,10 @@ class Node:
 async def node(
     folder: Path, inventory: Inventory | None = None, settings: Settings | None = None
 ) -> AsyncIterator[Node]:
-    """A node whose agent's first minute, when it is lenient, is over."""
+    """A node with an empty ledger and a kubelet that knows its pods."""
     one = Node(folder=folder, agent=None, settings=settings or Settings(boot_id="boot"))  # type: ignore[arg-type]
-    store = Store(folder)
-    one.agent = Agent(store, inventory or machine(), one.settings, one.listing, clock=lambda: one.now_s)
-    for _ in range(4):
-        await one.reconcile(after_s=20)
+    one.agent = one.open(inventory or machine())
+    await one.reconcile()
     try:
         yield one
         one.check()
@@ -437,7 +460,7 @@ async def test_what_is_listed_no_more_is_released_after_the_time_it_is_given(fol
         for after_s, left in ((1, [1, 2]), (4, [1, 2]), (1, [2]), (29, [2]), (25, [2]), (2, [])):
             await one.reconcile(after_s=after_s)
             assert one.agent.ledger.cpus_held == CpuSet(left), after_s
-        assert not one.agent.expecting
+        assert one.agent.look_again_s is None
 
 
 async def test_one_list_with_the_pod_ends_its_absence(folder: Path) -> None:
@@ -465,20 +488,40 @@ async def test_asking_again_gives_a_grant_its_whole_time_again(folder: Path) -> 
         assert one.agent.ledger.cpus_held == EMPTY
 
 
-async def test_a_kubelet_that_starts_anew_is_given_time(folder: Path) -> None:
-    """It lists nobody at first; a long silence of its counts as a start."""
+async def test_a_kubelet_that_starts_again_and_lists_nothing_releases_nothing(folder: Path) -> None:
+    """However long its API server is silent. Once it lists other pods, what it has no record of goes."""
     async with node(folder) as one:
         await one.grant(CPU, "cpu1")
         await one.reconcile(holding("a", CPU, "cpu1"))
-        await one.reconcile(after_s=3)
-        one.agent.forget_absences()
-        for after_s in (3, 25, 25):
-            await one.reconcile(after_s=after_s)
-        await one.reconcile(holding("a", CPU, "cpu1"), after_s=20)
-        await one.reconcile(after_s=3)
-        await one.reconcile(after_s=SILENCE_S + 1)
-        await one.reconcile(after_s=20)
+        one.kubelet += 1
+        for _ in range(50):
+            await one.agent.reconcile([], [], "op", witnesses=replace(one.witnesses(), given=None))
+            one.now_s += 60
         assert one.agent.ledger.cpus_held == CpuSet([1])
+        await one.reconcile(holding("b", CPU, "cpu2"))
+        await one.reconcile(holding("b", CPU, "cpu2"), after_s=6)
+        assert one.agent.ledger.cpus_held == CpuSet([2])
+
+
+async def test_the_cpus_of_a_running_pod_are_not_given_to_another_that_kubelet_prefers(folder: Path) -> None:
+    """Kubelet stops listing a pod that runs: the grant is disputed, its ids are not healthy, and nobody else gets
+    them; when the pod ends they are free at once."""
+    async with node(folder) as one:
+        grant = await one.grant(CPU, "cpu1")
+        await one.reconcile(holding("a", CPU, "cpu1"))
+        one.alive.add(uid("a"))
+        for _ in range(20):
+            await one.reconcile(after_s=100)
+        assert one.agent.disputed == {grant.id}
+        assert one.agent.held_back == {grant.id: "kubelet no longer lists it, and it runs"}
+        assert "cpu1" not in {shown.id for shown in one.agent.advertised(CPU) if shown.healthy}
+        with pytest.raises(Refused, match="held by ns/a/main, and it runs"):
+            await one.allocate(CPU, "cpu1")
+        one.alive.clear()
+        one.sight = Sight.ABSENT
+        await one.reconcile()
+        assert (one.agent.ledger.grants, one.agent.disputed) == ({}, frozenset())
+        await one.allocate(CPU, "cpu1")
 
 
 async def test_a_list_from_before_a_grant_says_nothing_about_it(folder: Path) -> None:
@@ -489,9 +532,11 @@ async def test_a_list_from_before_a_grant_says_nothing_about_it(folder: Path) ->
         await one.reconcile(*stale)
         asked_at, one.now_s, one.lists = one.now_s, one.now_s + 0.1, []
         new = await one.grant(CPU, "cpu1")
-        await one.agent.reconcile(stale, list(OFFERS.values()), "op", asked_at=asked_at)
+        await one.agent.reconcile(
+            stale, list(OFFERS.values()), "op", asked_at=asked_at, witnesses=one.witnesses(*stale)
+        )
         assert one.agent.ledger.grants[new.id] == new
-        assert one.agent.expecting
+        assert one.agent.look_again_s == 0.0
         await one.reconcile(after_s=10)
         assert new.id in one.agent.ledger.grants
 
@@ -697,7 +742,8 @@ class Crowd:
         asked_at, lists = self.node.now_s, self.holdings()
         self.node.now_s += 0.1
         await self.admit()
-        await self.node.agent.reconcile(lists, list(OFFERS.values()), "op", asked_at=asked_at)
+        witnesses = self.node.witnesses(*lists)
+        await self.node.agent.reconcile(lists, list(OFFERS.values()), "op", asked_at=asked_at, witnesses=witnesses)
 
     async def restart(self) -> None:
         await self.node.restart()
@@ -708,9 +754,7 @@ class Crowd:
         await self.list_pods()
         await self.node.agent.close()
         (self.node.folder / FILE).unlink()
-        self.node.agent = Agent(
-            Store(self.node.folder), machine(), self.node.settings, self.node.listing, clock=lambda: self.node.now_s
-        )
+        self.node.agent = self.node.open(machine())
         await self.node.reconcile(*self.holdings())
         assert self.node.agent.conflicts == ()
 

@@ -88,6 +88,18 @@ def deallocated(look: Looking) -> None:
     document(look)["status"]["allocation"] = None
 
 
+async def test_a_claim_that_is_gone_is_not_forgotten_while_its_pod_runs(folder: Path) -> None:
+    """A pod deleted by force: neither the API server nor kubelet has it any more, its processes go on."""
+    async with looking(folder, "c") as look:
+        gone(look)
+        look.room.alive.add("pod-uid")
+        with capture_logs() as logs:
+            assert [await look.look() for _ in range(4)] == [[], [], [], []]
+        assert "it is in use, it runs" in next(one["error"] for one in logs if one["event"] == "claim-in-use")
+        look.room.alive.clear()
+        assert await look.look() == ["c"]
+
+
 @pytest.mark.parametrize("reason", [gone, made_anew, unreserved, deallocated])
 async def test_a_claim_that_is_no_more_is_released_at_the_second_look(reason: Any, folder: Path) -> None:
     """All that it holds, and no other claim's; its files go with the next rendering."""

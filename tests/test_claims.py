@@ -42,6 +42,58 @@ def nothing_held(room: Room) -> None:
     assert room.files() == []
 
 
+# ---------------------------------------------------------------- what is in use
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the last process of a pod to end."""
+    monkeypatch.setattr(claims_of, "ENDING_S", 0.0)
+
+
+async def test_a_claim_whose_pod_runs_is_not_given_back(folder: Path, impatient: None) -> None:
+    """A kubelet that has lost track of a pod unprepares its claims: it is told that they are in use, and asks again."""
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
+        other = room.claim("d", result("char", PORT, "port"))
+        assert [one.error for one in await room.prepare(claim)] == [""]
+        room.alive.add("pod-uid")
+        why = "cannot unprepare claim default/c: it is in use, it runs"
+        assert await room.unprepare(claim, other) == [why, ""]
+        assert room.cpus(claim) == CPUS_OF_NODE_0 and room.spec_file(claim).exists()
+        room.alive.clear()
+        assert await room.unprepare(claim) == [""]
+        nothing_held(room)
+
+
+async def test_a_runtimes_helper_that_outlives_the_container_is_waited_for(folder: Path) -> None:
+    """Kubelet need not ask again for that."""
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
+        await room.prepare(claim)
+        room.alive.add("pod-uid")
+        unprepared = asyncio.create_task(room.unprepare(claim))
+        asyncio.get_running_loop().call_later(0.1, room.alive.clear)
+        assert await unprepared == [""]
+        nothing_held(room)
+
+
+async def test_a_claim_allocated_anew_keeps_what_its_old_pod_still_uses(folder: Path) -> None:
+    """The scheduler took it back and allocated something else; the container of before has not ended."""
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
+        await room.prepare(claim)
+        before = room.agent.ledger
+        room.alive.add("pod-uid")
+        room.claim("c", consumed("cpu", "numa1", cpus="2"), uid=claim.uid)
+        (answer,) = await room.prepare(claim)
+        assert answer.error == "cannot prepare claim default/c: it was allocated something else before, and it runs"
+        assert room.agent.ledger == before
+        room.alive.clear()
+        assert [one.error for one in await room.prepare(claim)] == [""]
+        assert room.cpus(claim).isdisjoint(CPUS_OF_NODE_0)
+
+
 # ---------------------------------------------------------------- what is asked at the same time
 
 

@@ -31,7 +31,7 @@ async def standing(folder: Path, tmp_path: Path) -> AsyncIterator[tuple[Running,
     tree = machine(tmp_path / "root", "1s1n4c")
     options = {
         "resources": [{"name": "cpu", "kind": "cpu"}],
-        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1},
+        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.1},
     }
     async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, root=tree, **options) as agent:
         await kubelet.wait_allocatable(CPU, 4)

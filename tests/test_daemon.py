@@ -24,7 +24,10 @@ from running import CHAR, CPU, Running, block, running
 CPU_RESOURCE = {"name": "cpu", "kind": "cpu"}
 SERIAL_RESOURCE = {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"]}
 BOTH = [CPU_RESOURCE, SERIAL_RESOURCE]
-QUICK = {"resyncSeconds": 0.1, "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1}}
+QUICK = {
+    "resyncSeconds": 0.1,
+    "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.1},
+}
 CPUS, PORTS = 8, 2
 
 
@@ -182,7 +185,7 @@ async def test_what_an_init_container_holds_stays_held_while_its_pod_runs(folder
 
 async def test_another_pod_with_the_same_parts_has_another_grant(folder: Path, tree: DeviceTree) -> None:
     """Its id is in the old pod's variables and in the audit: it means one pod for ever."""
-    async with registered(folder, tree, release={**QUICK["release"], "confirmedSeconds": 3600}) as (agent, kubelet):
+    async with registered(folder, tree, release={**QUICK["release"], "unobservedSeconds": 3600}) as (agent, kubelet):
         await kubelet.admit_pod("shop", "till", {"main": {CPU: CPUS}})
         (before,) = await named(agent, 1)
         await kubelet.delete_pod("shop", "till")

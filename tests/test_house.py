@@ -48,6 +48,7 @@ LEVEL_OF = {
     "lead": 5,
     "following": 5,
     "pinroom": 5,
+    "podwitness": 5,
     "confining": 5,
     "ownership": 5,
     "slicetelling": 5,

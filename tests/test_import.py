@@ -30,7 +30,7 @@ from nodeagent.core.model import DEVICE_PLUGIN, KUBELET, Grant, Holder, Inventor
 from nodeagent.core.pagepools import SIZE, MemoryPool
 from nodeagent.core.pool import ALL_FEATURES
 from nodeagent.core.pools import CPUS, CpuPool
-from nodeagent.core.reconcile import Patience
+from nodeagent.core.release import Patience
 from nodeagent.core.stock import MEMORY
 from nodeagent.store import FILE, Store
 
@@ -344,12 +344,12 @@ async def test_the_agent_gives_back_what_was_taken_over_when_the_pod_has_ended(f
     agent = Agent(store, node(), settings, listing=_nobody, clock=lambda: now_s[0])
     try:
         assert await agent.release_ended({B}, "op") == ()
-        assert agent.expecting
+        assert agent.look_again_s == 0.0
         now_s[0] += 1000.0
         await agent.reconcile([], [], "op")
         assert shown(agent.ledger.grants.values()) == {"k-0aa0-a": "1", "k-0bb0-b": "2"}
         assert shown(await agent.release_ended({B}, "op")) == {"k-0aa0-a": "1"}
-        assert not agent.expecting
+        assert agent.look_again_s is None
         assert shown(await agent.release(["k-0bb0-b"], "op")) == {"k-0bb0-b": "2"}
     finally:
         await agent.close()
@@ -377,7 +377,10 @@ STATIC_MEMORY = {
     "entries": {A: {"app": [{"numaAffinity": [0], "type": "hugepages-2Mi", "size": 8 * MIB}]}},
     "checksum": 1,
 }
-QUICK = {"resyncSeconds": 0.1, "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1}}
+QUICK = {
+    "resyncSeconds": 0.1,
+    "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.1},
+}
 
 
 class Node:

@@ -35,7 +35,7 @@ async def standing(folder: Path, tmp_path: Path, **config: Any) -> AsyncIterator
     tree.node("/dev/ttyS0")
     options = {
         "resources": RESOURCES,
-        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1},
+        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.1},
         **config,
     }
     async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, root=tree.root, **options) as agent:

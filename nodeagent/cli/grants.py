@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(grants: Any) -> None:
     print_table(
-        ("GRANT", "NAMESPACE", "POD", "CONTAINER", "CLAIM", "RESOURCE", "CPUS", "HUGEPAGES", "DEVICES"),
+        ("GRANT", "NAMESPACE", "POD", "CONTAINER", "CLAIM", "RESOURCE", "CPUS", "HUGEPAGES", "DEVICES", "NOTE"),
         [
             (
                 g["id"],
@@ -29,6 +29,7 @@ def _print(grants: Any) -> None:
                 g["cpus"],
                 " ".join(f"{p['pages']}x{p['size']}@node{p['numa_node']}" for p in g["hugepages"]),
                 " ".join(g["devices"]),
+                g["held_back"],
             )
             for g in grants
         ],

@@ -26,6 +26,7 @@ def _print(status: Any) -> None:
         ("refused", [f"{name}: {why}" for name, why in status["refused"].items()]),
         ("configuration", [status["config_error"]] if status["config_error"] else []),
         ("conflict", status["conflicts"]),
+        ("disputed", status["disputed"]),
         ("note", status["notes"]),
         ("dra", _dra(status["dra"]) if status["dra"] else []),
         ("pinning", _pinning(status["pinning"])),

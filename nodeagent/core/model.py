@@ -372,4 +372,10 @@ class Grant:
     settings: str = ""
     """Of a claim: the configuration that applies (core/settings.py), as JSON."""
     pods: tuple[str, ...] = ()
-    """Of a claim: UIDs of the pods that it was reserved for when that was last read."""
+    """UIDs of the pods that hold it: those that its claim was reserved for when that was last read, or those that
+    kubelet's device checkpoint last had its ids with."""
+
+    @property
+    def pod_uids(self) -> tuple[str, ...]:
+        """UIDs of the pods that hold it, as far as they are known."""
+        return (self.holder.uid,) if self.holder.api == KUBELET else self.pods

@@ -22,14 +22,13 @@ from nodeagent.core.containers import STOPPED, Container
 from nodeagent.core.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import CLAIM, DEVICE_PLUGIN, Grant, Inventory
+from nodeagent.core.witness import Given
 
 GRANT_VARIABLE = "NODEAGENT_GRANT_"
 """A container that uses a claim has a variable of this beginning for each grant; its value is the grant's id."""
 GRANTED, LOCAL = "granted", "local"
 """Rules.memory."""
 
-Given = Mapping[tuple[str, str], frozenset[tuple[str, str]]]
-"""By (pod UID, container), the (resource, id) that kubelet has given to it."""
 _NOTHING: Mapping[int, int] = MappingProxyType({})
 
 

@@ -1,33 +1,23 @@
 """What kubelet lists against what the ledger holds: who holds what by name, what is released, what was never recorded.
 
-Pure. A grant that kubelet does not list is released only after it has been missing for long enough: a pod that is being
-admitted is not listed yet, and a kubelet that has just started lists nothing at first.
+Pure. When a grant that is not listed may be released is core/release.py's to say.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from nodeagent.core import ledger as ledger_of
 from nodeagent.core.ledger import Ledger
 from nodeagent.core.model import DEVICE_PLUGIN, Grant, Holder, Holding
+from nodeagent.core.release import Absences, Memory, Patience, judge
+from nodeagent.core.witness import NO_WITNESSES, Given, Witnesses, pods_by_checkpoint
 from nodeagent.errors import InputError
 
 Adopt = Callable[[Holding], Grant]
 """A grant for a holding that the ledger does not know; InputError where its ids mean nothing (any more)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """How long a grant may be missing from kubelet's list, in seconds."""
-
-    unconfirmed_s: float = 60.0
-    """Never listed yet: its pod may still be being admitted."""
-    confirmed_s: float = 5.0
-
-    def of(self, grant: Grant) -> float:
-        return self.confirmed_s if grant.confirmed else self.unconfirmed_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,52 +26,55 @@ class Findings:
 
     confirmed: tuple[Grant, ...] = ()
     """Grants whose holder is known now, or is another than before."""
-    missing: Mapping[str, float]
-    """Since when each unlisted grant has been missing, by grant id."""
-    released: tuple[Grant, ...] = ()
+    absences: Absences = field(default_factory=lambda: Absences(memory=Memory()))
     adopted: tuple[Grant, ...] = ()
     unknown: tuple[tuple[Holding, str], ...] = ()
     """Holdings that cannot be adopted, with the reason."""
+
+    @property
+    def released(self) -> tuple[Grant, ...]:
+        return self.absences.released
 
 
 def compare(
     ledger: Ledger,
     holdings: Iterable[Holding],
-    missing: Mapping[str, float],
+    memory: Memory,
     now: float,
     patience: Patience,
     resources: Container[str],
     adopt: Adopt,
     young: Container[str] = frozenset(),
-    allocated: Container[tuple[str, str]] = frozenset(),
+    witnesses: Witnesses = NO_WITNESSES,
 ) -> Findings:
     """Compare a fresh list with the ledger.
 
-    missing: Findings.missing of the list before. resources: what is served, and so may be adopted; what was served once
-    is held for as long as kubelet lists it. young: ids of grants that the list is too old to know; they are left alone.
-    allocated: (resource, id) that kubelet's own checkpoint has with a container. The list leaves init containers out
-    and the checkpoint does not: a grant that was never listed is missing only if the checkpoint lacks it too.
+    memory: Findings.absences.memory of the list before. now: when kubelet was asked, in seconds of any steady clock.
+    resources: what is served, and so may be adopted; what was served once is held for as long as kubelet lists it.
+    young: ids of grants that the list is too old to know; they are left alone.
     """
     every = list(holdings)
     listed = _listed(ledger, every)
-    named = [_named(ledger.grants[one], holding) for one, holding in listed.items() if one not in young]
-    away = [
-        grant
-        for grant in ledger.grants.values()
-        if grant.holder.api == DEVICE_PLUGIN
-        and grant.id not in listed
-        and grant.id not in young
-        and (grant.confirmed or not any((grant.holder.resource, one) in allocated for one in grant.ids))
-    ]
-    since = {grant.id: missing.get(grant.id, now) for grant in away}
+    named = {one: _named(ledger.grants[one], holding) for one, holding in listed.items() if one not in young}
+    old = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN and one.id not in young]
+    confirmed = tuple(_with_pods(old, named, witnesses.given))
     adopted, unknown = _adopted(ledger, [one for one in every if one.resource in resources], adopt)
+    known = ledger_of.amend(ledger, confirmed) if confirmed else ledger
     return Findings(
-        confirmed=tuple(grant for grant in named if grant != ledger.grants[grant.id]),
-        missing=since,
-        released=tuple(grant for grant in away if now - since[grant.id] >= patience.of(grant)),
+        confirmed=confirmed,
+        absences=judge(known, listed, young, memory, witnesses, now, patience),
         adopted=tuple(adopted),
         unknown=tuple(unknown),
     )
+
+
+def _with_pods(grants: Sequence[Grant], named: Mapping[str, Grant], given: Given | None) -> Iterator[Grant]:
+    """The grants of which something new is known: their holders' names, or by the checkpoint the UIDs of their pods."""
+    pods = pods_by_checkpoint(grants, given)
+    for old in grants:
+        new = replace(named.get(old.id, old), pods=pods[old.id])
+        if new != old:
+            yield new
 
 
 def _listed(ledger: Ledger, holdings: Iterable[Holding]) -> dict[str, Holding]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Self
@@ -13,6 +14,7 @@ import grpc
 import msgspec
 
 from nodeagent.core.model import Holding
+from nodeagent.core.witness import Given
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import sockets
 from nodeagent.kube.waiting import FolderWatch
@@ -24,17 +26,47 @@ CHECKPOINT = "kubelet_internal_checkpoint"
 LARGEST_ANSWER_BYTES = 16 << 20
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One answer of kubelet's."""
+
+    holdings: tuple[Holding, ...]
+    """What every container holds of every device-plugin resource, in the order of their names."""
+    pods: frozenset[tuple[str, str]]
+    """(namespace, name) of every pod that is listed, also of those that hold nothing."""
+    kubelet: Hashable
+    """Which kubelet answered: the identities of all sockets of kubelet. Each start of kubelet makes all of them again,
+    though seconds apart."""
+
+
 class PodResources:
     """Asks kubelet; every call uses a connection of its own, so a restarted kubelet is found at once."""
 
-    def __init__(self, socket: Path) -> None:
-        """ConfigError where the socket's path is too long."""
+    def __init__(self, socket: Path, *others: Path) -> None:
+        """others: sockets of the same kubelet, which tell one start of it from another. ConfigError where the socket's
+        path is too long."""
         self.path = sockets.checked(socket)
+        self._others = others
 
     async def list(self, timeout_s: float = 5.0) -> tuple[Holding, ...]:
-        """What every container holds of every device-plugin resource, in the order of their names; PeerError."""
+        """Listing.holdings alone; PeerError."""
+        return (await self.listing(timeout_s)).holdings
+
+    async def listing(self, timeout_s: float = 5.0) -> Listing:
+        """What kubelet lists; PeerError, also where kubelet restarted during the call: its answer may be the older
+        one's."""
+        before = self._kubelet()
         answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
-        return tuple(sorted(_holdings(answer), key=_names))
+        if self._kubelet() != before:
+            raise PeerError(f"cannot list pod resources at {self.path}: kubelet restarted meanwhile")
+        return Listing(
+            holdings=tuple(sorted(_holdings(answer), key=_names)),
+            pods=frozenset((pod.namespace, pod.name) for pod in answer.pod_resources),
+            kubelet=before,
+        )
+
+    def _kubelet(self) -> Hashable:
+        return tuple(sockets.identity(one) for one in (self.path, *self._others))
 
     async def claims(self, timeout_s: float = 5.0) -> frozenset[tuple[str, str]]:
         """(namespace, name) of every ResourceClaim that a container uses; PeerError."""
@@ -103,19 +135,16 @@ class _Checkpoint(msgspec.Struct):
     data: _Data = msgspec.field(name="Data")
 
 
-def checkpoint(folder: Path) -> frozenset[tuple[str, str]]:
-    """(resource, id) of all that kubelet's checkpoint has with a container, init containers included. It may be older
-    than a pod's end: kubelet writes it when it allocates and when a list of devices comes. InputError: not readable."""
-    return frozenset().union(*given(folder).values())
+def given(folder: Path) -> Given | None:
+    """What kubelet's checkpoint has with containers, init containers included; None where there is no checkpoint.
 
-
-def given(folder: Path) -> Mapping[tuple[str, str], frozenset[tuple[str, str]]]:
-    """The same by (pod UID, container). Kubelet writes it before it starts any container of the pod."""
+    Kubelet writes it before it starts any container of a pod, and clears ended pods away only when it next admits one.
+    InputError where it cannot be read."""
     path = folder / CHECKPOINT
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
     except FileNotFoundError:
-        return MappingProxyType({})
+        return None
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
     of: dict[tuple[str, str], set[tuple[str, str]]] = {}
