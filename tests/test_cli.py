@@ -110,7 +110,7 @@ async def test_tables_and_json_say_the_same(folder: Path, tmp_path: Path) -> Non
             assert json.loads(document.stdout)
         (grant,) = (await agent.ask("/v1/grants"))[1]
         line = next(line for line in cli("grants", "--socket", str(agent.socket)).stdout.splitlines() if "till" in line)
-        assert line.split() == [grant["id"], "shop", "till", "main", "-", CPU, grant["cpus"], "-", "-"]
+        assert line.split() == [grant["id"], "shop", "till", "main", "-", CPU, grant["cpus"], "-", "-", "-"]
 
 
 async def test_a_bad_configuration_shows_in_the_status(folder: Path, tmp_path: Path) -> None:
