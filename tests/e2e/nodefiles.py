@@ -158,7 +158,7 @@ def agent_config(folder: Path, dra: Mapping[str, Any]) -> Mapping[str, Any]:
         "runtimeDir": str(folder / "agent/run"),
         "reservedCpus": "",
         "resources": RESOURCES,
-        "release": {"pollSeconds": 0.5, "unconfirmedSeconds": 5, "confirmedSeconds": 0.5},
+        "release": {"pollSeconds": 0.5, "unconfirmedSeconds": 5, "confirmedSeconds": 0.5, "unobservedSeconds": 5},
         "health": {"recoverSeconds": 4, "nvmlSeconds": 2},
         "log": {"level": "debug", "format": "json"},
         "dra": {
