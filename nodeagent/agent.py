@@ -8,11 +8,10 @@ import asyncio
 import functools
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Container, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import structlog
 
@@ -24,15 +23,16 @@ from nodeagent.core.claim import Claim
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.core.devices import still_told
 from nodeagent.core.health import NO_HEALTH, Evidence, Health
-from nodeagent.core.ledger import CONFIRMED, RELEASED, Change, Ledger
-from nodeagent.core.model import CLAIM, Advertised, ContainerEdits, Grant, Holding, Inventory, same_machine
+from nodeagent.core.ledger import CONFIRMED, RELEASED, Change
+from nodeagent.core.model import CLAIM, Advertised, ContainerEdits, Grant, Holder, Holding, Inventory, same_machine
 from nodeagent.core.numbering import numbered, numbers_held
 from nodeagent.core.prepare import Batch, Catalog
+from nodeagent.core.rebuild import Sources, account
 from nodeagent.core.reconcile import Findings, compare
 from nodeagent.core.release import Absences, Memory, Patience
 from nodeagent.core.witness import NO_WITNESSES, Witnesses
-from nodeagent.errors import NodeagentError, PeerError, Refused, StateError
-from nodeagent.kube.waiting import Revision
+from nodeagent.decisions import Decisions
+from nodeagent.errors import PeerError, Refused
 from nodeagent.offer import Offer
 from nodeagent.store import Store
 
@@ -42,10 +42,10 @@ List = Callable[[], Awaitable[tuple[Holding, ...]]]
 """What kubelet says that pods hold; PeerError where it does not answer."""
 Living = Callable[[Sequence[Grant]], Awaitable[Mapping[str, str]]]
 """Of some grants those whose pods live, by id, each with the evidence as a clause."""
+MOST_MISSING = 3
+"""So many of the things that a ledger lacks are named in a refusal."""
 FEW_CLAIMS = 4
 """So many claims are decided at once; of more, others are heard in between."""
-TELL_S = 0.001
-"""How long news of a decision wait for its answer to be under way."""
 log = structlog.get_logger()
 
 
@@ -73,7 +73,7 @@ class Settings:
     recover_s: float = health_of.RECOVER_S
 
 
-class Agent:
+class Agent(Decisions):
     """Holds the state. `revision` rises with every change of it."""
 
     def __init__(
@@ -89,19 +89,16 @@ class Agent:
         """Take over what the store has; StateError where it cannot be read. Blocks.
 
         living: asks the kernel and the runtime; what lives is not released, whoever says so. clock: in seconds."""
-        grants = MappingProxyType({one.id: one for one in store.load()})
+        super().__init__(store, settings.reserved)
         self.settings = settings
         self.health: Health = NO_HEALTH
-        self.ledger = Ledger(grants=grants, reserved=settings.reserved)
         self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
-        self.revision = Revision()
         self.conflicts: tuple[str, ...] = ()
         """What kubelet says that contradicts the ledger, newest list only."""
+        self.unaccounted: Mapping[str, str] = MappingProxyType({})
+        """What the ledger may still lack, with the reason."""
         self.listed_at: float | None = None
         """When kubelet last said what pods hold, in seconds since the epoch."""
-        self.on_decision: Callable[[], None] | None = None
-        """Called after each durable change, where another agent has to hear of it."""
-        self._store = store
         self._listing = listing
         self._living = living
         self._clock = clock
@@ -116,18 +113,6 @@ class Agent:
         self.disputed: frozenset[str] = frozenset()
         """Ids of those among them whose pods live although kubelet has stopped listing them."""
         self._release_due_s: float | None = None
-        self._turn = asyncio.Lock()
-        self._under_way: set[asyncio.Task[Any]] = set()
-        self._closing = False
-        self._disk = ThreadPoolExecutor(1, "store")
-
-    async def close(self) -> None:
-        """Take no more decisions, let those under way finish, close the store."""
-        self._closing = True
-        while self._under_way:
-            await asyncio.wait(self._under_way)
-        self._disk.shutdown(wait=True)
-        self._store.close()
 
     # ---------------------------------------------------------------- the machine and its health
 
@@ -174,10 +159,13 @@ class Agent:
     # ---------------------------------------------------------------- grants
 
     def advertised(self, offer: Offer) -> tuple[Advertised, ...]:
-        """Every id of a resource. What a disputed grant holds is not healthy: kubelet believes that it is free."""
+        """Every id of a resource. What a disputed grant holds is not healthy: kubelet believes that it is free. Of a
+        ledger that may lack decisions nothing is known to be free."""
         shown = offer.resource.advertised(self.inventory, self.ledger, self.health)
         disputed = [self.ledger.grants[one] for one in self.disputed if one in self.ledger.grants]
         taken = {one for grant in disputed if grant.holder.resource == offer.name for one in grant.ids}
+        if self.loss:
+            taken |= {one.id for one in shown if (offer.name, one.id) not in self.ledger.by_id}
         return tuple(replace(one, healthy=False) if one.id in taken else one for one in shown) if taken else shown
 
     def prefer(self, offer: Offer, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
@@ -246,46 +234,54 @@ class Agent:
         """Hear what another agent beside this one has decided."""
         await self._decided(_nothing)
 
+    async def rebuild(self, sources: Sources, offers: Sequence[Offer], op: str) -> Mapping[str, str]:
+        """Put back what a ledger that may lack decisions is shown to lack; what is still missing, with the reason."""
+        return await self._decided(self._rebuild, sources, {offer.name: offer for offer in offers}, op)
+
     async def prune(self, before: float) -> int:
         """Forget audit lines older than a moment."""
         return await self._decided(self._prune, before)
 
     # ---------------------------------------------------------------- behind the turn
 
-    async def _decided(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A decision in its turn. A peer that hangs up must not cut it in two: it is finished, and the answer dropped;
-        if it fails then, the log alone hears of it."""
-        if self._closing:
-            raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
-        task = asyncio.ensure_future(self._in_turn(lambda: work(*args, **kwargs)))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_say_failure)
-            raise
+    def _refuse_while_incomplete(self, what: str, want: int) -> None:
+        """Refused while the ledger may lack decisions: what looks free may be in use."""
+        if self.loss:
+            missing = "; ".join(list(self.unaccounted.values())[:MOST_MISSING]) or "it is being rebuilt"
+            raise Refused(
+                f"cannot grant {what}: the ledger may lack decisions ({self.loss}): {missing}", want=want, free=0
+            )
 
-    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """A decision of this process alone, on what is known by then: also on what another one decided before."""
-        async with self._turn:
-            if not self._store.try_begin():
-                await self._on_disk(self._store.begin)
-            try:
-                self._hear(self._store.news(self.ledger.grants.values()))
-                return await work()
-            finally:
-                self._store.end()
+    async def _rebuild(self, sources: Sources, offers: Mapping[str, Offer], op: str) -> Mapping[str, str]:
+        if not self.loss:
+            return self.unaccounted
+        found = account(self.ledger, sources, functools.partial(self._recorded, offers))
+        await self._save(found.changes, found.ledger, op)
+        for change in found.changes:
+            log.warning("grant-put-back", grant=change.grant.id, holder=str(change.grant.holder), ids=change.grant.ids)
+        if found.unaccounted != self.unaccounted:
+            log.warning("ledger-lacks", missing=dict(found.unaccounted))
+        self.unaccounted = found.unaccounted
+        if not found.unaccounted:
+            await self._on_disk(self._store.found_whole)
+        self._hear_loss()
+        return found.unaccounted
 
-    def _hear(self, news: tuple[Grant, ...] | None) -> None:
-        if news is not None:
-            grants = MappingProxyType({one.id: one for one in news})
-            self.ledger = Ledger(grants=grants, reserved=self.settings.reserved)
-            self.revision.bump()
+    def _recorded(
+        self, offers: Mapping[str, Offer], resource: str, ids: tuple[str, ...], uid: str, container: str
+    ) -> Grant | None:
+        """A grant of what kubelet's checkpoint has with a container."""
+        if resource not in offers:
+            return None
+        stamp = self._stamp()
+        grant = decide.grant_of(self.inventory, offers[resource].resource, ids, stamp.new_id(), stamp)
+        return replace(grant, pods=(uid,))
 
     async def _allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         await self._make_way(offer, containers)
         decision = decide.allocate(self.inventory, self.ledger, offer.resource, containers, self._stamp())
+        if decision.changes:
+            self._refuse_while_incomplete(f"devices of {offer.name}", sum(map(len, containers)))
         edits = [offer.edits(self.inventory, grant) for grant in decision.grants]
         await self._save(decision.changes, decision.ledger, op)
         self._begin_anew(decision.grants)
@@ -401,6 +397,8 @@ class Agent:
         return decide.Stamp(new_id=lambda: f"g-{secrets.token_hex(5)}", at=time.time(), boot_id=self.settings.boot_id)
 
     async def _prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        if self.loss:
+            return await self._prepare_known(catalog, claims, op)
         decide_all = functools.partial(prepare_of.prepare, self.inventory, self.ledger, catalog, claims, self._stamp())
         # Many decisions take longer than kubelet may wait for a word in between. They are pure: a thread can make them.
         batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
@@ -408,6 +406,28 @@ class Agent:
             batch = await self._prepare_others(catalog, claims, living)
         await self._save(batch.changes, batch.ledger, op)
         return batch
+
+    async def _prepare_known(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        """While the ledger may lack decisions: the claims that it has, and the one that it lacks, if there is only one
+        and no container of it runs; it is thereby accounted for."""
+        held = [one for one in claims if prepare_of.grants_of(self.ledger, one.ref.uid)]
+        known = [one for one in claims if one in held or await self._may_be_decided(one)]
+        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, known, self._stamp())
+        await self._save(batch.changes, batch.ledger, op)
+        errors = dict(batch.errors)
+        for claim in (one for one in claims if one not in known):
+            try:
+                self._refuse_while_incomplete(f"what is allocated to claim {claim.ref}", 1)
+            except Refused as refusal:
+                errors[claim.ref.uid] = f"cannot prepare claim {claim.ref}: {refusal}"
+        return replace(batch, errors=errors)
+
+    async def _may_be_decided(self, claim: Claim) -> bool:
+        """Whether a claim is all that the ledger lacks, and none of its containers still uses what it had before."""
+        if self.unaccounted.keys() != {claim.ref.uid}:
+            return False
+        before = Grant(id="", holder=Holder(api=CLAIM, uid=claim.ref.uid), pods=claim.reserved_for)
+        return not await self._living([before])
 
     async def _prepare_others(self, catalog: Catalog, claims: Sequence[Claim], living: Mapping[str, str]) -> Batch:
         """The decision without claims that were allocated something else before, and whose pods still use that."""
@@ -436,24 +456,6 @@ class Agent:
     async def _prune(self, before: float) -> int:
         return await self._on_disk(self._store.prune, before)
 
-    async def _save(self, changes: Sequence[Change], after: Ledger, op: str) -> None:
-        """Durable first, then in memory, then told."""
-        if not changes:
-            return
-        held = self.ledger.grants.values()
-        await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
-        self.ledger = ledger_of.with_reserved(after, self.settings.reserved)
-        self._tell(self.revision.bump)
-        if self.on_decision is not None:
-            self._tell(self.on_decision)
-
-    def _tell(self, tell: Callable[..., object], *args: object) -> None:
-        """Have the rest of the world told a moment later: who asked is answered first."""
-        asyncio.get_running_loop().call_later(TELL_S, tell, *args)
-
-    async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
-
 
 def _refuse_living(offer: Offer, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]) -> None:
     """Refused where a container that lives holds some of the ids, whatever kubelet has forgotten."""
@@ -474,14 +476,6 @@ def _refuse_listed(offer: Offer, ids: Sequence[str], holding: Holding) -> None:
 
 async def _nothing() -> None:
     """A turn in which nothing is decided."""
-
-
-def _say_failure(task: asyncio.Task[Any]) -> None:
-    """Nobody waits any more for what a task raised."""
-    error = None if task.cancelled() else task.exception()
-    if error is not None:
-        unforeseen = None if isinstance(error, NodeagentError) else error
-        log.error("abandoned-decision-failed", error=str(error), exc_info=unforeseen)
 
 
 def _say_granted(op: str, resource: str, grants: Iterable[Grant]) -> None:

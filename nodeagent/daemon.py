@@ -23,10 +23,11 @@ from nodeagent import config as config_of
 from nodeagent import log as log_of
 from nodeagent.agent import Agent, Settings
 from nodeagent.config import Config
-from nodeagent.draserving import DraServing, node_name
-from nodeagent.errors import ConfigError, NodeagentError, StateError
+from nodeagent.draserving import CLAIMS, DraServing, node_name
+from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
 from nodeagent.following import Holders, Machine, recoveries, rewrites
 from nodeagent.host import kinds
+from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroupnames import layouts
 from nodeagent.host.podcgroups import PodCgroups
 from nodeagent.host.scan import scan
@@ -46,6 +47,7 @@ from nodeagent.pinserving import PinServing
 from nodeagent.places import STATUS_SOCKET, Places, checked
 from nodeagent.podwitness import PodWitness
 from nodeagent.provisioning import Provisioning
+from nodeagent.recovery import Recovery
 from nodeagent.serving import PLUGINS, Serving, check, settings
 from nodeagent.status import Status
 from nodeagent.store import Store
@@ -80,7 +82,7 @@ log = structlog.get_logger()
 
 def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daemon:
     """Read the machine, open the ledger, start nothing. StateError where another agent has the ledger; blocks."""
-    store = Store(where.state_dir)
+    store = Store(where.state_dir, accept_loss=where.accept_loss)
     try:
         inventory = scan(where.sysfs, families, selectors(config))
         plugins, cgroup_root = where.kubelet_dir / PLUGINS, config.pinning.cgroup_root
@@ -145,6 +147,20 @@ class Daemon:
             agent.revision.changed,
             where.state_dir / "interrupts.json",
         )
+        self._recovery = Recovery(
+            agent,
+            pods,
+            witness,
+            room,
+            where.kubelet_dir,
+            self._plugins,
+            CdiFolder(Path(config.dra.cdi_dir), config.dra.driver, where.sysfs),
+            ClaimFiles(where.runtime_dir / CLAIMS),
+            config.dra.driver,
+            self._serving.offers,
+        )
+        if store.fresh and (traces := self._recovery.traces()):
+            store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
         self._lead = Lead(agent, store, where.state_dir, lambda: self.config.audit_days)
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
@@ -170,8 +186,13 @@ class Daemon:
         return self._serving.registrations()
 
     def not_ready(self) -> list[str]:
-        """Why kubelet and the API server do not show what was sent."""
-        return [*self._serving.not_ready(), *self._dra.not_ready()]
+        """Why kubelet and the API server do not show what was sent, or why nothing can be granted."""
+        return [*self._lost(), *self._serving.not_ready(), *self._dra.not_ready()]
+
+    def _lost(self) -> list[str]:
+        agent = self.agent
+        missing = list(agent.unaccounted.values()) or ["it is being rebuilt"]
+        return [f"ledger: {agent.loss}: {one}" for one in missing] if agent.loss else []
 
     def dra_document(self) -> dict[str, Any]:
         return self._dra.document()
@@ -230,6 +251,7 @@ class Daemon:
             "slices": self._dra.lead,
             "pins": self._pins.run,
             "intruders": self._intruding.follow,
+            "recovery": self._recovery.follow,
             "holders": lambda: self._holders.follow(
                 CheckpointWatch(self._plugins, poll_s=self.config.release.poll_seconds)
             ),
@@ -379,6 +401,8 @@ async def _built(config: Config, where: Places, stop: asyncio.Event) -> Daemon |
     while not stop.is_set():
         try:
             return build(config, where, families)
+        except LedgerTooNewError:
+            raise
         except StateError as error:
             if str(error) != said:
                 log.error("cannot-start-yet", error=str(error), retry_s=LOCKED_RETRY_S)

@@ -42,6 +42,8 @@ from nodeagent.lazyapi import LazyApi
 from nodeagent.parts import first, kept
 from nodeagent.rendering import Rendering, claims_held
 
+CLAIMS = "claims"
+"""In the runtime folder: what containers may read of their claims."""
 LINGER_S = 2.0
 """How long kubelet is still answered when the last claim is gone and nothing is served any more."""
 log = structlog.get_logger()
@@ -158,7 +160,7 @@ class DraServing:
         self.api = LazyApi(config.dra.kubeconfig)
         self.pools = Pools(agent, self.dra)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
-        folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / "claims")
+        folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
         self._rendering = Rendering(agent, self.dra, folder, readable)
         self._claims = Claims(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
         self.refused: Mapping[str, str] = {}

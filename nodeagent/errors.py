@@ -5,6 +5,7 @@
     ├── InputError     a value from a user, a peer or a file that is not what it must be
     ├── HostError      the machine did not answer or answered nonsense (sysfs, udev, NVML)
     ├── StateError     the ledger's durable form cannot be read or written
+    │   └── LedgerTooNewError   a newer build wrote it; waiting does not help
     ├── PeerError      kubelet, the runtime or another peer did not do its part
     └── ConfigError    the configuration is bad; carries the path of the key
 
@@ -44,6 +45,10 @@ class HostError(NodeagentError):
 
 class StateError(NodeagentError):
     """The ledger's durable form cannot be read or written."""
+
+
+class LedgerTooNewError(StateError):
+    """The ledger has a layout that this build does not know and cannot be taken back to one that it does."""
 
 
 class PeerError(NodeagentError):

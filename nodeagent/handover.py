@@ -9,6 +9,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from nodeagent import storedgrant
 from nodeagent.catalog import Dra
 from nodeagent.core.devices import DeviceResource
 from nodeagent.core.model import ContainerEdits, Device, Grant, Inventory, Mount, NodeId
@@ -141,6 +142,7 @@ def metadata(dra: Dra, inventory: Inventory, grants: Sequence[Grant]) -> dict[st
         "kind": "ClaimMetadata",
         "claim": {"namespace": first.namespace, "name": first.claim, "uid": first.uid},
         "devices": [_device_metadata(dra, inventory, grant) for grant in grants],
+        "grants": [storedgrant.document(grant) for grant in grants],
     }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from nodeagent.errors import StateError
 
+LARGEST_CONTENT_BYTES = 4096
 _CLOSED = -1
 
 
@@ -43,6 +44,23 @@ class FileLock:
                 raise StateError(f"cannot lock {self.path}: {error.strerror}") from None
             self.held = True
         return True
+
+    def content(self) -> bytes:
+        """What the file holds, at most LARGEST_CONTENT_BYTES of it; nothing where it cannot be read."""
+        try:
+            return os.pread(self._handle, LARGEST_CONTENT_BYTES, 0)
+        except OSError:
+            return b""
+
+    def put(self, content: bytes) -> None:
+        """Replace what the file holds. Only while the lock is held. StateError where the disk refuses it.
+
+        One write, so that kill -9 leaves the old content or the new; it is not synced: after a power cut it may be old.
+        """
+        try:
+            os.pwrite(self._handle, content.ljust(len(self.content())), 0)
+        except OSError as error:
+            raise StateError(f"cannot write {self.path}: {error.strerror}") from None
 
     def release(self) -> None:
         """Let others have it."""

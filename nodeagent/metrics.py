@@ -42,6 +42,11 @@ HOLDER = Gauge(
 DRIFT = Counter(
     "nodeagent_pin_drift", "Files of control groups that were not what they are to be.", ["file"], registry=REGISTRY
 )
+LEDGER_WHOLE = Gauge(
+    "nodeagent_ledger_whole",
+    "1 where the ledger has every decision; 0 while it is rebuilt, and nothing new is granted.",
+    registry=REGISTRY,
+)
 DISPUTED = Gauge(
     "nodeagent_grants_disputed",
     "Grants that kubelet has stopped listing although their pods live.",

@@ -25,9 +25,13 @@ class Places:
     kubelet_dir: Path
     state_dir: Path
     runtime_dir: Path
+    accept_loss: bool = False
+    """Whether a ledger that a newer build wrote may be moved aside."""
 
 
-def places(config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None) -> Places:
+def places(
+    config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None, accept_loss: bool = False
+) -> Places:
     """The command line's folders before the configuration's."""
     return Places(
         sysfs=SysFs(root),
@@ -35,6 +39,7 @@ def places(config: Config, *, config_file: Path | None, root: str, kubelet_dir: 
         kubelet_dir=Path(kubelet_dir or config.kubelet_dir).absolute(),
         state_dir=Path(config.state_dir),
         runtime_dir=Path(config.runtime_dir),
+        accept_loss=accept_loss,
     )
 
 

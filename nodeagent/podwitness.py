@@ -19,7 +19,7 @@ from nodeagent.core.witness import Given, Sight, Sighting, Witnesses, pods_by_ch
 from nodeagent.errors import InputError
 from nodeagent.host.podcgroups import PodCgroups
 from nodeagent.kube.kubelet_files import pods_there
-from nodeagent.kube.podresources import Listing, given
+from nodeagent.kube.podresources import NO_LISTING, Listing, given
 from nodeagent.pinroom import Room
 
 _ALIVE = (CREATED, RUNNING, PAUSED)
@@ -44,7 +44,7 @@ class PodWitness:
         if not grants:
             return MappingProxyType({})
         checkpoint = await asyncio.to_thread(self._given)
-        witnesses = await self._ask(grants, Listing(holdings=(), pods=frozenset(), kubelet=None), checkpoint, None)
+        witnesses = await self._ask(grants, NO_LISTING, checkpoint, None)
         return {one.id: evidence for one in grants if (evidence := lives(one, witnesses))}
 
     async def witnesses(self, ledger: Ledger, listing: Listing) -> Witnesses:
@@ -52,6 +52,10 @@ class PodWitness:
         checkpoint, folders = await asyncio.to_thread(lambda: (self._given(), self._folders()))
         mine = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN]
         return await self._ask(mine, listing, checkpoint, folders)
+
+    def knows_pods(self, listing: Listing) -> bool:
+        """Whether a list shows that the API server's pods have reached kubelet: it has one that is not static."""
+        return any(not name.endswith(self._static) for _, name in listing.pods)
 
     async def _ask(
         self, grants: Sequence[Grant], listing: Listing, checkpoint: Given | None, folders: frozenset[str] | None
@@ -61,7 +65,7 @@ class PodWitness:
         by_kernel = await asyncio.to_thread(self._cgroups.sights, uids)
         return Witnesses(
             kubelet=listing.kubelet,
-            knows_pods=any(not name.endswith(self._static) for _, name in listing.pods),
+            knows_pods=self.knows_pods(listing),
             given=checkpoint,
             folders=folders,
             sights={uid: self._with_runtime(uid, by_kernel[uid]) for uid in uids},

@@ -77,6 +77,8 @@ class Rendering:
         for uid, error in self._unrendered.items():
             if before.get(uid) != error:
                 log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
+        if self._agent.loss:
+            return  # what is not in the ledger may be what it has lost
         orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
         await self.remove(orphans)
         drafts = await unbroken(self._alone(self._remove_drafts))

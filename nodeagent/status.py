@@ -115,6 +115,7 @@ class Status:
             "pinning": self._watched.pinning_document(),
             "resources": [self._resource(offer) for offer in self._watched.offers()],
             "grants": len(agent.ledger.grants),
+            "ledger": {"whole": not agent.loss, "loss": agent.loss, "missing": dict(agent.unaccounted)},
             "listed_at": agent.listed_at,
             "conflicts": list(agent.conflicts),
             "disputed": [f"{agent.ledger.grants[one].holder}: {agent.held_back[one]}" for one in self._disputed()],
@@ -197,6 +198,7 @@ class Status:
             pod = holder.uid if holder.api == KUBELET else holder.pod
             names = holder.namespace, pod, holder.container, holder.claim
             metrics.HOLDER.labels(holder.resource, *names).set(1)
+        metrics.LEDGER_WHOLE.set(not agent.loss)
         metrics.DISPUTED.set(len(self._disputed()))
         self._dra_metrics()
         self._page_metrics()

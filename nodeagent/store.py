@@ -1,10 +1,11 @@
-"""The ledger's durable form: one SQLite file, one transaction a decision, on disk before anybody hears of it.
+"""The ledger's durable form: one SQLite file, one transaction a decision, on disk before anyone acts on it.
 
 Promises: what `save` returned from is there after kill -9 and after a power cut (WAL, synchronous=FULL); a save that
-fails changes nothing; a file that is damaged, or written by a newer build, is moved aside and named, never deleted and
-never the end of the agent; a file that is removed while it is open is put back before the next decision, and one that
-is damaged while it is open is begun anew with all that is held. Two processes may have it open, as during a rolling
-upgrade: each decides in its turn, under a lock, and hears first what the other has decided.
+fails changes nothing; a damaged file is moved aside and named, never deleted and never the end of the agent; a file of
+a newer build is left as it is; a file that is removed while it is open is put back before the next decision, and one
+that is damaged while it is open is replaced by one with all that is held. A ledger that may lack decisions says so
+(`loss`) until it is rebuilt, over restarts too. Two processes may have it open, as during a rolling upgrade: each
+decides in its turn, under a lock, and learns first what the other has decided.
 Every call blocks; `Store` is used from one thread at a time.
 """
 
@@ -17,34 +18,20 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from nodeagent import storedgrant
 from nodeagent.core.ledger import ADOPTED, RELEASED, Change
 from nodeagent.core.model import Grant
-from nodeagent.errors import StateError
+from nodeagent.errors import LedgerTooNewError, StateError
+from nodeagent.ledgerlayout import migrate, take_back
+from nodeagent.ledgermark import LedgerMark, Mark
 from nodeagent.locks import FileLock
 
-NEWEST = 1
-"""The layout this build writes; it reads 1 to NEWEST."""
 FILE, LOCK = "ledger.db", "ledger.lock"
 BUSY_TIMEOUT_MS = 2000
 TURN_S, TURN_POLL_S = 20.0, 0.005
 """How long another process may take for its turn, and how often it is looked whether it is over."""
-
-_LAYOUT_1 = """
-CREATE TABLE grants (
-    id TEXT PRIMARY KEY, resource TEXT NOT NULL, namespace TEXT NOT NULL, pod TEXT NOT NULL, container TEXT NOT NULL,
-    cpus TEXT NOT NULL, devices TEXT NOT NULL, granted_at REAL NOT NULL, boot_id TEXT NOT NULL, body TEXT NOT NULL,
-    body_crc32 INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
-CREATE TABLE audit (
-    seq INTEGER PRIMARY KEY, at REAL NOT NULL, action TEXT NOT NULL, op TEXT NOT NULL, grant_id TEXT NOT NULL,
-    holder TEXT NOT NULL, body TEXT NOT NULL
-) STRICT;
-CREATE INDEX audit_at ON audit (at);
-"""
-_MIGRATIONS = (_LAYOUT_1,)
-"""_MIGRATIONS[N] leads from layout N to N + 1."""
 
 _DAMAGE = frozenset(
     {
@@ -59,17 +46,29 @@ _DAMAGE = frozenset(
 
 
 class Store:
-    """An open ledger file. `note` says what was wrong with the file found, or "" ."""
+    """An open ledger file."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open or create the ledger in a folder. StateError where the folder cannot be used or is in use."""
+    def __init__(self, folder: Path, *, accept_loss: bool = False) -> None:
+        """Open or create the ledger in a folder.
+
+        accept_loss: a file of a newer build is moved aside. StateError where the folder cannot be used or is in use,
+        LedgerTooNewError where a newer build wrote the file and `accept_loss` is not set."""
         self.path = folder / FILE
         self.note = ""
+        """What was wrong with the file found, or ""."""
+        self.loss = ""
+        """Why the ledger may lack decisions; "": it is whole."""
+        self.fresh = False
+        """Whether there was neither a ledger nor any trace of one."""
+        self._accept_loss = accept_loss
         self._lock = FileLock(folder / LOCK)
+        self._mark = LedgerMark(self._lock)
         try:
             with self._turn():
+                existed = self.path.exists()
                 self._db = self._open()
                 self._seq, self._version = _last_seq(self._db), _version(self._db)
+                self._judge(existed)
         except BaseException:
             self._lock.close()
             raise
@@ -85,6 +84,37 @@ class Store:
         """All grants in order of id; StateError where one cannot be read."""
         with self._said("load"):
             return tuple(_grants(self._db, str(self.path)))
+
+    # ---------------------------------------------------------------- whole or not
+
+    def _judge(self, existed: bool) -> None:
+        """Find out at the start whether the file has every decision that was made."""
+        mark = self._mark.read()
+        self.fresh = mark is None and not existed and not self.note
+        if self.note:
+            self._lose(self.note)
+        elif mark is not None and mark.loss:
+            self._lose(mark.loss)
+        elif mark is not None and mark.newest > self._seq:
+            made = f"ends with decision {self._seq} although {mark.newest} were made"
+            self._lose(f"{self.path} {made}: it is an older copy")
+        else:
+            self._mark.write(Mark(newest=self._seq))
+
+    def lose(self, why: str) -> None:
+        """Remember that the ledger may lack decisions, until it is found whole. StateError."""
+        with self._turn():
+            self._lose(why)
+
+    def found_whole(self) -> None:
+        """Every decision that is in force is in the ledger. StateError where that cannot be remembered."""
+        with self._turn(), self._said("load"):
+            self._mark.write(Mark(newest=_last_seq(self._db)))
+            self.loss = ""
+
+    def _lose(self, why: str) -> None:
+        self.loss = why
+        self._mark.write(Mark(newest=max(self._seq, (self._mark.read() or Mark()).newest), loss=why))
 
     # ---------------------------------------------------------------- turns
 
@@ -110,6 +140,7 @@ class Store:
         with self._said("load"):
             try:
                 self._put_back()
+                self._compare()
                 version = _version(self._db)
                 if version == self._version:
                     return None
@@ -121,6 +152,17 @@ class Store:
                 return None
             self._version, self._seq = version, _last_seq(self._db)
             return grants
+
+    def _compare(self) -> None:
+        """Learn from the mark what another process found out about the ledger, and whether it lacks a decision."""
+        mark = self._mark.read()
+        if mark is None:
+            return
+        last = max(self._seq, _last_seq(self._db))
+        if mark.newest > last and not mark.loss:
+            self._lose(f"{self.path} ends with decision {last} although {mark.newest} were made")
+        else:
+            self.loss = mark.loss
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -155,7 +197,9 @@ class Store:
         """Forget audit lines older than a moment (seconds since the epoch); how many."""
         with self._turn(), self._said("prune"):
             self._put_back()
-            return self._db.execute("DELETE FROM audit WHERE at < ?", (before,)).rowcount
+            # The newest line stays: its number says how far the ledger has counted.
+            older = "DELETE FROM audit WHERE at < ? AND seq < (SELECT max(seq) FROM audit)"
+            return self._db.execute(older, (before,)).rowcount
 
     def _put_back(self) -> None:
         """Where somebody removed or replaced the file or its folder: what is open still has everything, and goes there
@@ -205,6 +249,10 @@ class Store:
             raise
         self._take(fresh)
         self._version = _version(fresh)
+        mark = self._mark.read()
+        if not self.loss and mark is not None and mark.newest <= self._seq:
+            # Whoever found nothing here and began a new file was wrong: this process has every decision.
+            self._mark.write(Mark(newest=self._seq))
         self.note = f"{self.path} was removed or replaced while it was in use: it was written again{aside}"
 
     def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
@@ -212,9 +260,12 @@ class Store:
         self._db.close()
         aside = self._move_aside()
         self._db = self._open()
+        missed = (self._mark.read() or Mark()).newest > self._seq
         self._write([Change(action=ADOPTED, grant=grant) for grant in held], "ledger-begun-anew", at)
         self._files, self._version = self._identities(), _version(self._db)
         self.note = f"cannot use {self.path}: {why}; moved to {aside}, begun anew with all that is held"
+        if missed:
+            self._lose(f"{self.note}; another agent had decided more")
 
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
         """Which files lie at the ledger's paths; all of them are there while it is open."""
@@ -227,8 +278,9 @@ class Store:
     def _write(self, changes: Iterable[Change], op: str, at: float) -> None:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            # A file begun anew goes on counting: of two files the one that counted further knows more.
-            last = max(self._seq, _last_seq(self._db))
+            # A file begun anew goes on counting, from the newest decision that anyone made: of two files the one that
+            # counted further knows more.
+            last = max(self._seq, _last_seq(self._db), (self._mark.read() or Mark()).newest)
             for last, change in enumerate(changes, last + 1):  # noqa: B020 - the last number given stays
                 body = storedgrant.write(change.grant)
                 self._apply(change, body)
@@ -237,6 +289,9 @@ class Store:
                     (last, at, change.action, op, change.grant.id, str(change.grant.holder), body),
                 )
         self._seq = last
+        # The decision is made: a mark that lags behind is weaker evidence, not an error.
+        with contextlib.suppress(StateError):
+            self._mark.advance(last)
 
     def _apply(self, change: Change, body: str) -> None:
         grant = change.grant
@@ -265,6 +320,10 @@ class Store:
         """Open the file; one that cannot be used is moved aside and a new one begun."""
         try:
             return self._connect()
+        except LedgerTooNewError as error:
+            if not self._accept_loss:
+                raise
+            self.note = f"{error}; moved to {self._move_aside()} as its loss is accepted, a new ledger is begun"
         except (sqlite3.DatabaseError, StateError) as error:
             if not self._unusable(error):
                 raise StateError(f"cannot open {self.path}: {error}") from None
@@ -279,13 +338,11 @@ class Store:
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-            found = db.execute("PRAGMA user_version").fetchone()[0]
-            if not 0 <= found <= NEWEST:
-                raise StateError(f"layout {found}, this build reads 1 to {NEWEST}")
+            take_back(db, self.path)
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("PRAGMA synchronous = FULL")
             _check(db)
-            _migrate(db, found)
+            migrate(db)
             for _ in _grants(db, FILE):
                 pass
         except BaseException:
@@ -318,6 +375,17 @@ class Store:
             raise StateError(f"cannot {verb} {self.path}: {error}") from None
 
 
+def read_only(folder: Path) -> tuple[Grant, ...]:
+    """All grants of a ledger that may be in use, in order of id; StateError where they cannot be read."""
+    path = folder / FILE
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as db:
+            db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+            return tuple(_grants(db, str(path)))
+    except sqlite3.Error as error:
+        raise StateError(f"cannot read {path}: {error}") from None
+
+
 def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
     """All grants in order of id; StateError where one is not as it was written."""
     for one, body, crc32 in db.execute("SELECT id, body, body_crc32 FROM grants ORDER BY id"):
@@ -334,12 +402,6 @@ def _check(db: sqlite3.Connection) -> None:
     verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if verdict != "ok":
         raise StateError(f"it is damaged: {verdict}")
-
-
-def _migrate(db: sqlite3.Connection, found: int) -> None:
-    for number in range(found, NEWEST):
-        statements = f"BEGIN IMMEDIATE; {_MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;"
-        db.executescript(statements)
 
 
 def _damaged(error: Exception) -> bool:

@@ -56,7 +56,17 @@ class _Body(msgspec.Struct, omit_defaults=True):
 
 def write(grant: Grant) -> str:
     """One line."""
-    body = _Body(
+    return msgspec.json.encode(_body(grant)).decode()
+
+
+def document(grant: Grant) -> dict[str, Any]:
+    """The same in plain types."""
+    found: dict[str, Any] = msgspec.to_builtins(_body(grant))
+    return found
+
+
+def _body(grant: Grant) -> _Body:
+    return _Body(
         id=grant.id,
         api=grant.holder.api,
         resource=grant.holder.resource,
@@ -78,15 +88,28 @@ def write(grant: Grant) -> str:
         settings=grant.settings,
         pods=list(grant.pods),
     )
-    return msgspec.json.encode(body).decode()
 
 
 def read(body: Any, source: str) -> Grant:
     """What `write` wrote; StateError names the source."""
     try:
-        found = msgspec.json.decode(body, type=_Body)
+        return _grant(msgspec.json.decode(body, type=_Body), source)
+    except (msgspec.MsgspecError, TypeError) as error:
+        raise StateError(f"cannot read {source}: {error}") from None
+
+
+def from_document(found: Any, source: str) -> Grant:
+    """What `document` gave; StateError names the source."""
+    try:
+        return _grant(msgspec.convert(found, type=_Body), source)
+    except msgspec.MsgspecError as error:
+        raise StateError(f"cannot read {source}: {error}") from None
+
+
+def _grant(found: _Body, source: str) -> Grant:
+    try:
         cpus = CpuSet.parse(found.cpus)
-    except (msgspec.MsgspecError, InputError, TypeError) as error:
+    except InputError as error:
         raise StateError(f"cannot read {source}: {error}") from None
     return Grant(
         id=found.id,

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import random
 import re
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -145,6 +147,9 @@ class FakeDraKubelet:
         start finds the sockets.
         """
         self.registry = folder / "plugins_registry"
+        self.state_file = folder / "dra_manager_state"
+        self._prepared: dict[str, tuple[Any, str]] = {}
+        """Claims and their drivers by UID: from before the call that prepares them to after the one that does not."""
         self.violations: list[DraViolation] = []
         self.plugins: dict[str, list[Plugin]] = {}
         """By driver, in the order of registration."""
@@ -185,6 +190,7 @@ class FakeDraKubelet:
     async def start(self) -> None:
         """Make the folder, watch it, and register every socket that is there already."""
         self.registry.mkdir(parents=True, exist_ok=True)
+        self._write_state()
         inotify = Inotify()
         inotify.add_watch(self.registry, Mask.CREATE | Mask.MOVED_TO | Mask.DELETE)
         self._watcher = asyncio.create_task(self._watch(inotify))
@@ -435,6 +441,7 @@ class FakeDraKubelet:
 
     async def prepare(self, driver: str, claims: Sequence[Any], *, timeout_s: float = CALL_S) -> dict[str, Outcome]:
         """The answer for each claim by UID; DraCallError where none has one. Cancelled, it cancels the call."""
+        self.remember(driver, claims)
         pb, stub = self._stub(driver)
         request = pb.NodePrepareResourcesRequest(claims=_claims(pb, claims))
         answer = await self._call(stub.NodePrepareResources, request, timeout_s)
@@ -450,7 +457,30 @@ class FakeDraKubelet:
         request = pb.NodeUnprepareResourcesRequest(claims=_claims(pb, claims))
         answer = await self._call(stub.NodeUnprepareResources, request, timeout_s)
         self._check_uids("NodeUnprepareResources", claims, answer.claims)
+        self.forget(uid for uid, one in answer.claims.items() if not one.error)
         return {uid: one.error for uid, one in answer.claims.items()}
+
+    def remember(self, driver: str, claims: Iterable[Any]) -> None:
+        """Note on disk that claims are being prepared, before the driver is asked."""
+        self._prepared.update({one.uid: (one, driver) for one in claims})
+        self._write_state()
+
+    def forget(self, uids: Iterable[str]) -> None:
+        """Note on disk that claims are unprepared."""
+        for uid in uids:
+            self._prepared.pop(uid, None)
+        self._write_state()
+
+    def _write_state(self) -> None:
+        """The shape of kubelet's own file; replaced whole."""
+        claims = [
+            {"ClaimUID": one.uid, "ClaimName": one.name, "Namespace": one.namespace, "DriverState": {driver: {}}}
+            for one, driver in self._prepared.values()
+        ]
+        data = json.dumps({"kind": "DRACheckpoint", "ClaimInfoStateList": claims})
+        draft = self.state_file.with_suffix(".new")
+        draft.write_text(json.dumps({"Data": data, "Checksum": zlib.crc32(data.encode())}))
+        draft.rename(self.state_file)
 
     def _stub(self, driver: str) -> tuple[Any, Any]:
         plugin = self.chosen(driver)

@@ -413,7 +413,8 @@ async def test_a_deleted_ledger_is_put_back(folder: Path, tree: DeviceTree, what
         await kubelet.admit_pod("default", "a", {"main": {CPU: 2}})
         before = essence(await named(agent, 1))
         if what == "folder":
-            shutil.rmtree(agent.state)
+            gone = agent.state.rename(agent.state.with_name("gone"))
+            shutil.rmtree(gone)
         else:
             (agent.state / ("ledger.db" if what == "file" else "ledger.db-wal")).unlink()
         said = await agent.said("ledger-replaced")

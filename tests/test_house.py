@@ -15,7 +15,19 @@ import nodeagent
 
 PACKAGE = Path(nodeagent.__file__).parent
 CHECKOUT = PACKAGE.parent
-LEAVES = {"errors", "version", "config", "log", "metrics", "notify", "http", "locks", "strict"}
+LEAVES = {
+    "errors",
+    "version",
+    "config",
+    "ledgerlayout",
+    "ledgermark",
+    "log",
+    "metrics",
+    "notify",
+    "http",
+    "locks",
+    "strict",
+}
 ROOMS = ("host", "kube", "nri", "store")
 LEVELS = ("_fastpath", "core", "rooms", "agent", "status", "daemon", "cli")
 """Each may import those before it. `offer`, `catalog` and `handover` belong to the agent, `claims` and what serves and
@@ -29,6 +41,7 @@ LEVEL_OF = {
     "offer": 3,
     "catalog": 3,
     "handover": 3,
+    "decisions": 3,
     "agent": 3,
     "status": 4,
     "beside": 5,
@@ -49,6 +62,7 @@ LEVEL_OF = {
     "following": 5,
     "pinroom": 5,
     "podwitness": 5,
+    "recovery": 5,
     "confining": 5,
     "ownership": 5,
     "slicetelling": 5,
@@ -64,6 +78,8 @@ LEAF_IMPORTS = {
     "strict": set(),
     "metrics": {"errors", "version"},
     "http": {"errors"},
+    "ledgerlayout": {"errors"},
+    "ledgermark": {"errors", "locks"},
     "locks": {"errors"},
     "log": set(),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from nodeagent.core.witness import Sight, Witnesses
 from nodeagent.host.cgroupnames import layouts
 from nodeagent.host.podcgroups import PodCgroups
 from nodeagent.host.sysfs import SysFs
-from nodeagent.kube.podresources import CHECKPOINT, Listing
+from nodeagent.kube.podresources import CHECKPOINT, NO_LISTING
 from nodeagent.pinroom import Room
 from nodeagent.podwitness import PodWitness
 
@@ -42,7 +43,7 @@ class Node:
 
     async def ask(self, one: Grant, *listed: str) -> Witnesses:
         pods = frozenset(("ns", name) for name in listed)
-        return await self.witness.witnesses(grant(Ledger(), one), Listing(holdings=(), pods=pods, kubelet=1))
+        return await self.witness.witnesses(grant(Ledger(), one), replace(NO_LISTING, pods=pods, kubelet=1))
 
     async def sight(self, one: Grant, *listed: str) -> Sight:
         witnesses = await self.ask(one, *listed)

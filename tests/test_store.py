@@ -12,10 +12,12 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from nodeagent import ledgerlayout
 from nodeagent import store as store_of
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.ledger import ADOPTED, CONFIRMED, GRANTED, REDUCED, RELEASED, Change
@@ -184,12 +186,6 @@ def write_garbage(path: Path) -> None:
     path.write_bytes(b"not a database at all" * 1000)
 
 
-def write_newer(path: Path) -> None:
-    filled(path.parent)
-    with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version = {store_of.NEWEST + 1}")
-
-
 def write_foreign(path: Path) -> None:
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute("CREATE TABLE grants (id TEXT)")
@@ -214,7 +210,6 @@ def write_lie(path: Path) -> None:
     ("put", "why"),
     [
         (write_garbage, "file is not a database"),
-        (write_newer, "layout 2, this build reads 1 to 1"),
         (write_foreign, "table grants already exists"),
         (write_bad_text, "Could not decode to UTF-8"),
         (write_lie, "cannot read ledger.db, grant g-0000: its checksum is wrong"),
@@ -260,16 +255,17 @@ def test_a_file_without_a_layout_gets_the_newest(folder: Path) -> None:
         db.execute("VACUUM")
     filled(folder, 2)
     with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (store_of.NEWEST,)
+        assert db.execute("PRAGMA user_version").fetchone() == (ledgerlayout.NEWEST,)
 
 
 def test_a_migration_that_was_cut_off_is_begun_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is one transaction: the half that failed is not there."""
-    layout = store_of._LAYOUT_1
-    monkeypatch.setattr(store_of, "_MIGRATIONS", (layout + "CREATE TABLE grants (id TEXT);",))
+    (layout, *_) = ledgerlayout.LAYOUTS
+    cut = replace(layout, up=layout.up + "CREATE TABLE grants (id TEXT);")
+    monkeypatch.setattr(ledgerlayout, "LAYOUTS", (cut,))
     with pytest.raises(StateError, match="table grants already exists"):
         Store(folder)
-    monkeypatch.setattr(store_of, "_MIGRATIONS", (layout,))
+    monkeypatch.setattr(ledgerlayout, "LAYOUTS", (layout,))
     assert reopened(folder) == ("", ())
 
 

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from nodeagent.errors import ConfigError, InputError, NodeagentError
+from nodeagent.errors import ConfigError, InputError, LedgerTooNewError, NodeagentError
 from nodeagent.version import VERSION
 
 VERBS = {
@@ -23,6 +23,7 @@ VERBS = {
     "devices": "show what a running agent advertises",
     "grants": "show who holds what",
     "config": "check a configuration or print its schema",
+    "ledger": "export the ledger to a file, or import it from one",
     "import": "take over what kubelet's own managers gave away",
 }
 FILES = {"import": "import_state"}
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()  # here, where a reader that went away is noticed
         return code
-    except (InputError, ConfigError) as error:
+    except (InputError, ConfigError, LedgerTooNewError) as error:
         return _fail(str(error), BAD_INPUT)
     except NodeagentError as error:
         return _fail(str(error), FAILED)

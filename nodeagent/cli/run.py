@@ -14,6 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
     parser.add_argument("--root", metavar="DIR", default="/", help="read the machine from a captured tree")
     parser.add_argument("--kubelet-dir", metavar="DIR", help="kubelet's folder (default: /var/lib/kubelet)")
+    parser.add_argument(
+        "--accept-loss", action="store_true", help="move a ledger of a newer version aside and rebuild it"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,6 +29,6 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     config = config_of.load(path) if path is not None else config_of.Config()
     log.configure(config.log.level, config.log.format)
-    where = places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir)
+    where = places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir, accept_loss=args.accept_loss)
     asyncio.run(daemon.run(config, where))
     return 0

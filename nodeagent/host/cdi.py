@@ -109,6 +109,11 @@ class CdiFolder:
         """Whether the claim had a file."""
         return files.remove(self._path(uid))
 
+    def claim_of(self, device_id: str) -> str:
+        """The claim that a name of `device_id` stands for, by its UID; "" where it is none of ours."""
+        kind, _, name = device_id.partition("=")
+        return name.rpartition("-")[0] if kind == self.kind else ""
+
     def uids(self) -> frozenset[str]:
         """The claims that have a file of ours."""
         found = (re.fullmatch(self._name, entry.name) for entry in files.entries(self._folder))
@@ -140,6 +145,14 @@ class ClaimFiles:
         """Write a claim's file, whole and readable for everybody, its keys in order."""
         data = msgspec.json.encode(content, order="deterministic", enc_hook=_plain)
         files.replace(self.path(uid), msgspec.json.format(data, indent=2) + b"\n")
+
+    def read(self, uid: str) -> Any:
+        """What a claim's file says; HostError where it cannot be read, or is no JSON."""
+        path = self.path(uid)
+        try:
+            return msgspec.json.decode(path.read_bytes())
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise HostError(f"cannot read {path}: {error}") from None
 
     def remove(self, uid: str) -> bool:
         """Whether there was anything of the claim."""

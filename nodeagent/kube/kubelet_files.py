@@ -6,7 +6,7 @@ Sources: kubelet.config.k8s.io/v1beta1, kubelet's checkpoint files.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from nodeagent.errors import InputError
 
 CONFIG_FILE, PODS = "config.yaml", "pods"
 T = TypeVar("T")
+E = TypeVar("E")
 
 
 class _Enveloped(msgspec.Struct):
@@ -58,6 +59,17 @@ def checkpoint(path: Path, form: type[T]) -> T | None:
     try:
         inner = msgspec.json.decode(data, type=_Enveloped).data
         return msgspec.json.decode(inner or data, type=form)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def nested(path: Path, envelope: type[E], text_of: Callable[[E], str], form: type[T]) -> T | None:
+    """A checkpoint whose content stands as text in an envelope; None where there is no file. InputError."""
+    data = _content(path)
+    if data is None:
+        return None
+    try:
+        return msgspec.json.decode(text_of(msgspec.json.decode(data, type=envelope)), type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
 

@@ -13,6 +13,7 @@ from typing import Any, Self
 import grpc
 import msgspec
 
+from nodeagent.core.claim import ClaimRef
 from nodeagent.core.model import Holding
 from nodeagent.core.witness import Given
 from nodeagent.errors import InputError, PeerError
@@ -34,9 +35,15 @@ class Listing:
     """What every container holds of every device-plugin resource, in the order of their names."""
     pods: frozenset[tuple[str, str]]
     """(namespace, name) of every pod that is listed, also of those that hold nothing."""
+    claims: Mapping[str, ClaimRef]
+    """The claims of each CDI device that containers use, by the device's id; their UIDs are not listed."""
     kubelet: Hashable
     """Which kubelet answered: the identities of all sockets of kubelet. Each start of kubelet makes all of them again,
     though seconds apart."""
+
+
+NO_LISTING = Listing(holdings=(), pods=frozenset(), claims=MappingProxyType({}), kubelet=None)
+"""Nobody was asked."""
 
 
 class PodResources:
@@ -62,6 +69,7 @@ class PodResources:
         return Listing(
             holdings=tuple(sorted(_holdings(answer), key=_names)),
             pods=frozenset((pod.namespace, pod.name) for pod in answer.pod_resources),
+            claims=MappingProxyType(dict(_claims(answer))),
             kubelet=before,
         )
 
@@ -152,6 +160,13 @@ def given(folder: Path) -> Given | None:
         ids = {(entry.resource, one) for some in entry.ids.values() for one in some}
         of.setdefault((entry.pod_uid, entry.container), set()).update(ids)
     return MappingProxyType({container: frozenset(ids) for container, ids in of.items()})
+
+
+def _claims(answer: pb.ListPodResourcesResponse) -> Iterator[tuple[str, ClaimRef]]:
+    containers = (container for pod in answer.pod_resources for container in pod.containers)
+    for claim in (one for container in containers for one in container.dynamic_resources):
+        for device in (device for resource in claim.claim_resources for device in resource.cdi_devices):
+            yield device.name, ClaimRef(namespace=claim.claim_namespace, name=claim.claim_name, uid="")
 
 
 def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:

@@ -1,0 +1,100 @@
+"""`nodeagent ledger`: carry the grants of one ledger to another, between versions or machines' disks."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from nodeagent.cli.run import DEFAULT_CONFIG
+from nodeagent.errors import InputError, Refused, StateError
+
+API_VERSION, KIND = "nodeagent.dev/v1alpha1", "Ledger"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="what", metavar="VERB", required=True)
+    export = verbs.add_parser("export", help="write all grants as JSON; also while the agent runs")
+    export.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
+    load = verbs.add_parser("import", help="add the grants of an export to the ledger; not while the agent runs")
+    load.add_argument("file", metavar="FILE", help='"-": standard input')
+    for one in (export, load):
+        one.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
+        one.add_argument("--state-dir", metavar="DIR", help="the ledger's folder (default: the configuration's)")
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = Path(args.state_dir) if args.state_dir else _state_dir(args.config)
+    return _export(folder, args.output) if args.what == "export" else _import(folder, args.file)
+
+
+def _state_dir(config_file: str | None) -> Path:
+    from nodeagent import config as config_of
+
+    path = Path(config_file) if config_file else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    return Path((config_of.load(path) if path is not None else config_of.Config()).state_dir)
+
+
+def _export(folder: Path, output: str | None) -> int:
+    from nodeagent.host import files
+    from nodeagent.store import read_only
+    from nodeagent.storedgrant import document
+
+    grants = [document(one) for one in read_only(folder)]
+    data = msgspec.json.encode({"apiVersion": API_VERSION, "kind": KIND, "grants": grants})
+    text = msgspec.json.format(data, indent=2) + b"\n"
+    if output:
+        files.replace(Path(output), text)
+    else:
+        sys.stdout.write(text.decode())
+    return 0
+
+
+def _import(folder: Path, file: str) -> int:
+    """All grants of a file, or none. What the ledger has already is left as it is."""
+    import time
+
+    from nodeagent.core import ledger as ledger_of
+    from nodeagent.core.ledger import ADOPTED, Change, Ledger
+    from nodeagent.lead import LOCK
+    from nodeagent.locks import FileLock
+    from nodeagent.store import Store
+    from nodeagent.storedgrant import from_document
+
+    grants = [from_document(one, file) for one in _read(file)]
+    with (
+        contextlib.closing(FileLock(folder / LOCK)) as lead,
+        contextlib.closing(Store(folder, accept_loss=True)) as store,
+    ):
+        if not lead.try_take():
+            raise StateError(f"cannot import {file}: an agent uses {folder}; stop it first")
+        ledger = Ledger()
+        for one in store.load():
+            ledger = ledger_of.grant(ledger, one)
+        added = [one for one in grants if ledger.grants.get(one.id) != one]
+        for one in added:
+            try:
+                ledger = ledger_of.grant(ledger, one)
+            except Refused as refusal:
+                raise InputError(f"cannot import grant {one.id} of {file}: {refusal}") from None
+        store.save([Change(action=ADOPTED, grant=one) for one in added], op="import", at=time.time())
+    print(f"{len(added)} grants added, {len(grants) - len(added)} were there already")
+    return 0
+
+
+def _read(file: str) -> list[Any]:
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        found = msgspec.json.decode(data)
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {file}: {error}") from None
+    if not isinstance(found, dict) or (found.get("apiVersion"), found.get("kind")) != (API_VERSION, KIND):
+        raise InputError(f'cannot read {file}: expected apiVersion "{API_VERSION}" and kind "{KIND}"')
+    grants = found.get("grants")
+    if not isinstance(grants, list):
+        raise InputError(f"cannot read {file}: grants is {type(grants).__name__}, expected a list")
+    return grants
