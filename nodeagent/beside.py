@@ -51,6 +51,16 @@ class Beside:
         self._said, self.notes = said, notes
         return known
 
+    def recovered(self, config: Config) -> bool:
+        """Whether kubelet's configuration and states can be read again after they could not be; looks only then."""
+        if not self._failed():
+            return False
+        self.look(config)
+        return not self._failed()
+
+    def _failed(self) -> bool:
+        return bool(self.kubelet.cpus_error or self.kubelet.memory_error)
+
     def watch(self, ledger: Ledger) -> str:
         """Why granted CPUs are not exclusive at this moment, or ""; logged when it changes."""
         found = unprotected(self.kubelet, ledger)

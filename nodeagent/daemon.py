@@ -261,6 +261,8 @@ class Daemon:
         """Read back what kubelet shows; tell systemd how it stands."""
         while True:
             seen = self.agent.revision.value, self._serving.revision.value
+            if self._kubelet.recovered(self.config):
+                await self._go_by_kubelet()
             await self._serving.read_back(self._pods)
             self._kubelet.watch(self.agent.ledger)
             self._notifier.status(self._summary())

@@ -130,6 +130,19 @@ def test_what_changes_about_kubelet_is_logged_once(node: Node) -> None:
     assert "cannot read cpuManagerPolicy of" in lines[0]["error"]
 
 
+def test_what_can_be_read_again_is_noticed(node: Node) -> None:
+    """Without another start of kubelet."""
+    node.starts(config="cpuManagerPolicy: none\n")
+    node.look()
+    assert not node.beside.recovered(Config())
+    node.starts(config="cpuManagerPolicy: 1\n")
+    node.look()
+    assert not node.beside.recovered(Config())
+    node.starts(config="cpuManagerPolicy: static\n")
+    assert node.beside.recovered(Config())
+    assert beside.confines_all(node.beside.kubelet)
+
+
 def test_flags_are_remembered_while_kubelet_is_away(node: Node) -> None:
     node.starts("--reserved-cpus=0,8")
     node.look()

@@ -13,7 +13,7 @@ from devices import DeviceTree
 from fakes import AdmissionError, FakeKubelet
 from kubeletprocess import ends, kubelet, put
 from machines import machine
-from running import CPU, Running, running
+from running import CHAR, CPU, Running, running
 
 QUICK: dict[str, Any] = {
     "resources": [{"name": "cpu", "kind": "cpu"}],
@@ -95,18 +95,22 @@ async def test_a_kubelet_that_starts_is_looked_at_where_all_is_served_through_dr
 
 
 async def test_a_drop_in_that_cannot_be_read_keeps_all_cpus_back(folder: Path, tree: DeviceTree) -> None:
-    """Nobody can tell what it reserves: refused with file and value, and served again when it is put right."""
+    """Nobody can tell what it reserves: refused with file and value, served again some time after it is repaired."""
+    tree.node("/dev/ttyS0")
     bad = put(tree.root / CONFIG_DIR / "20-reserve.conf", "reservedSystemCPUs: 1-\n")
     started(folder, tree)
-    async with running(folder, root=tree.root, **QUICK) as agent, FakeKubelet(folder / "kubelet") as node:
+    config = {**QUICK, "resources": [*QUICK["resources"], {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"]}]}
+    async with running(folder, root=tree.root, **config) as agent, FakeKubelet(folder / "kubelet") as node:
         status = await agent.until("/v1/status", lambda found: found["refused"])
         assert status["refused"][CPU].startswith(
             "cannot tell whether kubelet manages CPUs itself: cannot read CPU list '1-' of reservedSystemCPUs of "
             f"{bad}: "
         )
         put(bad, "reservedSystemCPUs: '1'\n")
-        await node.restart()
+        await node.wait_allocatable(CHAR, 1)
+        await node.admit_pod("default", "a", {"main": {CHAR: 1}})
         await node.wait_allocatable(CPU, 7)
+        assert (await agent.ready())["refused"] == {}
 
 
 async def test_what_kubelet_and_the_agent_disagree_about_is_a_note(folder: Path, tree: DeviceTree) -> None:
