@@ -78,11 +78,12 @@ def look(
     known = Kubelet(started=before)
     try:
         started, unseen = _find(sysfs, kubelet_dir)
-        known = Kubelet(started=started if started is not None or unseen else before)
+        known = Kubelet(started=started or before)
         config = _config(sysfs, kubelet_dir, named, known.started)
     except (InputError, HostError) as error:
         return replace(known, cpus_error=str(error), memory_error=str(error))
-    unseen = "" if not unseen or named.file or named.drop_ins else f"{unseen}: {_assumed(config)}"
+    acknowledged = known.started is not None or named.file or named.drop_ins
+    unseen = f"{unseen}: {_assumed(config)}" if unseen and not acknowledged else ""
     return _with_states(replace(known, unseen=unseen, config=config), kubelet_dir)
 
 

@@ -222,10 +222,11 @@ def test_while_kubelet_is_away_the_flags_that_it_was_last_started_with_hold(node
     before = kubelet(node.root, node.dir, "--config=/k.yaml", "--reserved-cpus=3")
     seen = node.look().started
     ends(before)
+    process(node.root, 813, "kubelet", "--root-dir=/srv/other", "--reserved-cpus=7")
     put(file, "cpuManagerPolicy: static\n")
     found = node.look(seen)
     assert found.cpus is not None
-    assert (str(found.cpus.reserved), found.cpus.static) == ("3", True)
+    assert (str(found.cpus.reserved), found.cpus.static, found.unseen) == ("3", True, "")
 
 
 def test_named_files_count_instead_of_those_of_the_command_line(node: Node) -> None:
