@@ -106,6 +106,15 @@ class DraConfig(_Base, frozen=True):
     """Whether what was prepared is written to the claim's status.devices."""
 
 
+class KubeletConfigConfig(_Base, frozen=True):
+    """Where kubelet's own configuration lies, where its command line cannot say so."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
+    """"": as of --config; config.yaml in kubelet_dir where kubelet's command line cannot be seen."""
+    drop_ins: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
+    """A folder. "": as of --config-dir; /etc/kubernetes/kubelet.conf.d where kubelet's command line cannot be seen."""
+
+
 class LogConfig(_Base, frozen=True):
     """What is logged, and how: `auto` is `console` on a terminal and `json` elsewhere."""
 
@@ -186,6 +195,7 @@ class Config(_Base, frozen=True):
     api_version: Literal["nodeagent.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
     kind: Literal["NodeAgentConfiguration"] = KIND  # type: ignore[assignment]
     kubelet_dir: Absolute = "/var/lib/kubelet"
+    kubelet_config: KubeletConfigConfig = KubeletConfigConfig()
     state_dir: Absolute = "/var/lib/nodeagent"
     runtime_dir: Absolute = "/run/nodeagent"
     domain: Annotated[str, msgspec.Meta(pattern=DOMAIN)] = "nodeagent.dev"

@@ -22,10 +22,11 @@ from nodeagent import beside
 from nodeagent import config as config_of
 from nodeagent import log as log_of
 from nodeagent.agent import Agent, Settings
+from nodeagent.beside import Beside
 from nodeagent.config import Config
 from nodeagent.draserving import CLAIMS, DraServing, node_name
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
-from nodeagent.following import Holders, Machine, recoveries, rewrites
+from nodeagent.following import Holders, Machine, kubelets, recoveries, rewrites
 from nodeagent.host import kinds
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroupnames import layouts
@@ -34,7 +35,6 @@ from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import BOOT_ID
 from nodeagent.http import Server
 from nodeagent.intruding import Intruding
-from nodeagent.kube import sockets
 from nodeagent.kube.podresources import CheckpointWatch, PodResources
 from nodeagent.kube.registration import KUBELET_SOCKET, Registration
 from nodeagent.kube.waiting import FolderWatch
@@ -87,12 +87,13 @@ def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daem
         inventory = scan(where.sysfs, families, selectors(config))
         plugins, cgroup_root = where.kubelet_dir / PLUGINS, config.pinning.cgroup_root
         pods = PodResources(where.kubelet_dir / POD_RESOURCES, plugins / KUBELET_SOCKET)
+        kubelet = Beside(where.sysfs, where.kubelet_dir)
+        now = settings(config, kubelet.look(config), where.sysfs.text(BOOT_ID, ""), inventory)
         room = Room(layouts(cgroup_root))
-        names = frozenset({node_name(config), socket.gethostname().lower()})
+        names = frozenset({node_name(config), socket.gethostname().lower(), *kubelet.names()})
         witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), room, plugins, names)
-        now = settings(config, where.kubelet_dir, where.sysfs.text(BOOT_ID, ""), inventory)
         agent = Agent(store, inventory, now, pods.list, living=witness.living)
-        return Daemon(config, where, families, agent, pods, witness, room, store)
+        return Daemon(config, where, families, agent, pods, witness, room, store, kubelet)
     except BaseException:
         store.close()
         raise
@@ -111,6 +112,7 @@ class Daemon:
         witness: PodWitness,
         room: Room,
         store: Store,
+        kubelet: Beside,
     ) -> None:
         self.config = config
         self.config_error = ""
@@ -121,8 +123,9 @@ class Daemon:
         self._families = families
         self._pods = pods
         self._store = store
+        self._kubelet = kubelet
         self._plugins = where.kubelet_dir / PLUGINS
-        self._serving = Serving(agent, where.kubelet_dir, families)
+        self._serving = Serving(agent, where.kubelet_dir, families, self._managed_elsewhere)
         self._machine = Machine(agent, where.sysfs, families, lambda: self.config, self._page_holders)
         self._holders = Holders(agent, pods, witness, self._serving.offers, self._plugins, room.ended)
         self._pages = Provisioning(agent, where.sysfs, where.state_dir, lambda: self.config, self._machine.rescan)
@@ -173,7 +176,7 @@ class Daemon:
 
     @property
     def notes(self) -> list[str]:
-        return [*self._lead.notes, *self._pages.problems]
+        return [*self._lead.notes, *self._pages.problems, *self._kubelet.notes]
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -186,13 +189,21 @@ class Daemon:
         return self._serving.registrations()
 
     def not_ready(self) -> list[str]:
-        """Why kubelet and the API server do not show what was sent, or why nothing can be granted."""
-        return [*self._lost(), *self._serving.not_ready(), *self._dra.not_ready()]
+        """Why nothing can be granted, why kubelet or the API server does not show what was sent, and why what was granted
+        is not exclusive."""
+        unprotected = beside.unprotected(self._kubelet.kubelet, self.agent.ledger)
+        return [*self._lost(), *self._not_shown(), *([unprotected] if unprotected else [])]
+
+    def _not_shown(self) -> list[str]:
+        return [*self._serving.not_ready(), *self._dra.not_ready()]
 
     def _lost(self) -> list[str]:
         agent = self.agent
         missing = list(agent.unaccounted.values()) or ["it is being rebuilt"]
         return [f"ledger: {agent.loss}: {one}" for one in missing] if agent.loss else []
+
+    def kubelet_document(self) -> dict[str, Any]:
+        return self._kubelet.document()
 
     def dra_document(self) -> dict[str, Any]:
         return self._dra.document()
@@ -225,7 +236,7 @@ class Daemon:
         self._lead.close()
 
     async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        await self._serving.apply(self.config)
+        await self._go_by_kubelet()
         leading = self._begin(tasks, self._leading_parts())
         self._notifier.ready()
         return leading
@@ -240,6 +251,7 @@ class Daemon:
             "machine": self._machine.follow,
             "nvml": self._machine.follow_nvml,
             "recoveries": lambda: recoveries(self.agent),
+            "kubelet's starts": self._follow_starts,
             "configuration": self._follow_config,
             "hugepage pools": self._pages.watch,
         }
@@ -275,25 +287,28 @@ class Daemon:
         finally:
             await server.stop()
 
+    async def _follow_starts(self) -> None:
+        """Go by each kubelet from the moment it starts."""
+        async with contextlib.aclosing(kubelets(self._plugins)) as starts:
+            async for _ in starts:
+                await self._go_by_kubelet()
+
     async def _follow_kubelet(self) -> None:
-        """Read back what kubelet shows; notice a kubelet that started anew; tell systemd how it stands."""
-        kubelet: object = None
+        """Read back what kubelet shows; tell systemd how it stands."""
         while True:
             seen = self.agent.revision.value, self._serving.revision.value
-            now = sockets.identity(self._plugins / KUBELET_SOCKET)
-            if now != kubelet:
-                kubelet = now
+            if self._kubelet.recovered(self.config):
                 await self._go_by_kubelet()
             await self._serving.read_back(self._pods)
+            self._kubelet.watch(self.agent.ledger)
             self._notifier.status(self._summary())
             await self._news(*seen)
 
     async def _go_by_kubelet(self) -> None:
-        """A kubelet that starts may manage other CPUs than before."""
+        """A kubelet that starts may reserve and manage other CPUs than before: look before it asks for anything."""
+        if (now := self._settings(self.config)) != self.agent.settings:
+            self.agent.reserve(now)
         async with self._reloading:
-            now = self._settings(self.config)
-            if now != self.agent.settings:
-                self.agent.reserve(now)
             await self._apply(self.config)
 
     async def _apply(self, config: Config) -> None:
@@ -303,13 +318,16 @@ class Daemon:
             await self._serving.apply(config)
 
     def _apply_dra(self) -> None:
-        self._dra.apply(self.config, self._serving.managed_elsewhere())
-        self._pins.go_by(self.config, beside.confines_all(self._where.kubelet_dir))
+        self._dra.apply(self.config, self._managed_elsewhere())
+        self._pins.go_by(self.config, beside.confines_all(self._kubelet.kubelet))
+
+    def _managed_elsewhere(self) -> Mapping[str, str]:
+        return beside.managed_elsewhere(self._kubelet.kubelet, self.agent.inventory, self.agent.settings.reserved)
 
     async def _news(self, agent_seen: int, serving_seen: int) -> None:
         """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
         waits = [one.ready for one in self.registrations()]
-        poll_s = UNSHOWN_POLL_S if self.not_ready() and all(waits) else READ_BACK_S
+        poll_s = UNSHOWN_POLL_S if self._not_shown() and all(waits) else READ_BACK_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(poll_s):
                 await first(self.agent.revision.changed(agent_seen), self._serving.revision.changed(serving_seen))
@@ -364,7 +382,7 @@ class Daemon:
         return [f"{one} (after a restart)" if one.startswith(NOT_LIVE) else one for one in changed]
 
     def _settings(self, config: Config) -> Settings:
-        return settings(config, self._where.kubelet_dir, self.agent.settings.boot_id, self.agent.inventory)
+        return settings(config, self._kubelet.look(config), self.agent.settings.boot_id, self.agent.inventory)
 
 
 def _group(config: Config) -> int | None:

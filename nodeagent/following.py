@@ -24,8 +24,10 @@ from nodeagent.host.nvml import Failure, Probe, Snapshot
 from nodeagent.host.pci import NVIDIA
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import SysFs
+from nodeagent.kube import sockets
 from nodeagent.kube.kubelet_files import PODS, pods_there
 from nodeagent.kube.podresources import CheckpointWatch, PodResources
+from nodeagent.kube.registration import KUBELET_SOCKET
 from nodeagent.kube.waiting import FolderWatch, Revision
 from nodeagent.log import new_op
 from nodeagent.offer import Offer, selectors
@@ -38,6 +40,8 @@ PODS_POLL_S = 3600.0
 """The watch of the pods' folders only makes a release sooner: it needs no poll below it."""
 LONGEST_REST_S = 1.0
 """Between two scans while the kernel keeps announcing changes."""
+KUBELET_POLL_S = 15.0
+"""The safety net below the watch of kubelet's folder."""
 CONFIG_POLL_S = 5.0
 """The safety net below the watch of the configuration's folder."""
 log = structlog.get_logger()
@@ -242,6 +246,20 @@ class Holders:
 def _log_grants(event: str, grants: Sequence[Grant]) -> None:
     for grant in grants:
         log.info(event, grant=grant.id, ids=grant.ids, holder=str(grant.holder))
+
+
+async def kubelets(plugins: Path) -> AsyncGenerator[None, None]:
+    """Yield at each start of a kubelet, first for the one that runs already.
+
+    plugins: kubelet's folder of device plugins, where it makes its socket before it calls any plugin.
+    """
+    before: object = None
+    with FolderWatch(plugins, poll_s=KUBELET_POLL_S) as folder:
+        while True:
+            if (now := sockets.identity(plugins / KUBELET_SOCKET)) != before:
+                before = now
+                yield
+            await folder.wait()
 
 
 async def recoveries(agent: Agent) -> None:

@@ -5,7 +5,7 @@ and whether kubelet shows what was sent.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from nodeagent.kube.deviceplugin import socket_path
 from nodeagent.kube.podresources import PodResources
 from nodeagent.kube.registration import Pace, Registrar, Registration
 from nodeagent.kube.waiting import Revision
+from nodeagent.kubelet import Kubelet
 from nodeagent.offer import Offer, offers
 from nodeagent.parts import end, kept
 from nodeagent.served import Served
@@ -46,7 +47,14 @@ class _One:
 class Serving:
     """The resources that are served at this moment. Building it serves nothing."""
 
-    def __init__(self, agent: Agent, kubelet_dir: Path, families: Sequence[kinds.Kind]) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        kubelet_dir: Path,
+        families: Sequence[kinds.Kind],
+        managed_elsewhere: Callable[[], Mapping[str, str]],
+    ) -> None:
+        """managed_elsewhere: kinds that cannot be served beside kubelet's own managers, with the reason."""
         self.refused: Mapping[str, str] = MappingProxyType({})
         """Configured resources that are not served, with the reason."""
         self.revision = Revision()
@@ -54,6 +62,7 @@ class Serving:
         self._agent = agent
         self._kubelet_dir = kubelet_dir
         self._families = families
+        self._managed_elsewhere = managed_elsewhere
         self._now: Mapping[str, _One] = MappingProxyType({})
         self._shown: frozenset[tuple[str, str]] | None = None
 
@@ -100,17 +109,13 @@ class Serving:
         """The configured offers without those that would collide with kubelet's own managers."""
         # What else is served through DRA does not concern kubelet's device plugins: their sockets stay as they are.
         found = [one.by_device_plugin_alone() for one in offers(config, self._families) if one.by_device_plugin]
-        managed = self.managed_elsewhere()
+        managed = self._managed_elsewhere()
         refused = {one.name: managed[one.resource.kind] for one in found if one.resource.kind in managed}
         if refused != self.refused:
             for name, reason in refused.items():
                 log.warning("resource-refused", resource=name, reason=reason)
         self.refused = MappingProxyType(refused)
         return [one for one in found if one.name not in refused]
-
-    def managed_elsewhere(self) -> Mapping[str, str]:
-        """Kinds that cannot be served beside kubelet's own managers, with the reason."""
-        return beside.managed_elsewhere(self._kubelet_dir, self._agent.inventory, self._agent.settings.reserved)
 
     # ---------------------------------------------------------------- what kubelet makes of it
 
@@ -148,11 +153,11 @@ def check(config: Config, families: Sequence[kinds.Kind], kubelet_dir: Path) -> 
             socket_path(kubelet_dir / PLUGINS, offer.name)
 
 
-def settings(config: Config, kubelet_dir: Path, boot_id: str, inventory: Inventory) -> Settings:
+def settings(config: Config, kubelet: Kubelet, boot_id: str, inventory: Inventory) -> Settings:
     """What of the configuration the agent itself goes by."""
     return Settings(
         boot_id=boot_id,
-        reserved=beside.reserved(config, kubelet_dir, inventory),
+        reserved=beside.reserved(config, kubelet, inventory),
         patience=Patience(
             unconfirmed_s=config.release.unconfirmed_seconds,
             confirmed_s=config.release.confirmed_seconds,

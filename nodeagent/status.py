@@ -40,6 +40,10 @@ class Watched(Protocol):
 
     def offers(self) -> Sequence[Offer]: ...
     def registrations(self) -> Sequence[Registration]: ...
+    def kubelet_document(self) -> dict[str, Any]:
+        """How kubelet is configured, as far as it concerns the agent."""
+        ...
+
     def dra_document(self) -> dict[str, Any]:
         """How the DRA side stands; {}: nothing is served through it."""
         ...
@@ -111,6 +115,7 @@ class Status:
             },
             "kinds": [{"kind": k.kind, "state": k.state, "reason": k.reason} for k in agent.inventory.kinds],
             "refused": dict(self._watched.refused),
+            "kubelet": self._watched.kubelet_document(),
             "dra": self._watched.dra_document(),
             "pinning": self._watched.pinning_document(),
             "resources": [self._resource(offer) for offer in self._watched.offers()],

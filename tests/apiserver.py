@@ -160,7 +160,8 @@ class FakeApiServer:
     """An async context manager: entered, it serves on a free port of 127.0.0.1; left, it stops."""
 
     def __init__(self, *, tls: Path | None = None, tokens: set[str] | None = None) -> None:
-        """`tls`: a folder for a certificate made now (needs openssl). `tokens`: who may ask; None: anyone."""
+        """`tls`: a folder with tls.crt and tls.key, which are made now where they are not there (needs openssl).
+        `tokens`: who may ask; None: anyone."""
         self.tokens = tokens
         self.demand_certificate = False
         self.dropped_fields: set[str] = set()
@@ -924,6 +925,8 @@ def _now() -> str:
 def _certificate(folder: Path) -> tuple[Path, Path]:
     """A certificate for 127.0.0.1 that is its own authority, good for servers and clients."""
     certificate, key = folder / "tls.crt", folder / "tls.key"
+    if certificate.exists():
+        return certificate, key
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2 -subj /CN=fake"
     extra = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
     subprocess.run([*command.split(), *extra], check=True, capture_output=True)

@@ -66,6 +66,7 @@ log: {level: debug, format: json}
 status: {group: adm}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9}
+kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9}

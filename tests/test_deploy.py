@@ -181,6 +181,11 @@ def test_the_folders_of_the_configuration_are_the_hosts_own_and_can_be_written_t
     assert {"/sys", "/dev", "/run/udev", f"{kubelet}/config.yaml", f"{kubelet}/cpu_manager_state"} <= mounts.keys()
 
 
+def test_the_pod_sees_what_the_unit_sees_of_the_host() -> None:
+    """The kernel's events, and kubelet's command line."""
+    assert (pod()["hostNetwork"], pod()["hostPID"]) == (True, True)
+
+
 def test_the_pod_can_do_no_more_than_the_unit() -> None:
     found = container()["securityContext"]
     unit = (FOLDER.parent / "systemd" / "nodeagent.service").read_text()

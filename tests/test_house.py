@@ -45,6 +45,7 @@ LEVEL_OF = {
     "agent": 3,
     "status": 4,
     "beside": 5,
+    "kubelet": 5,
     "parts": 5,
     "pagegrowth": 5,
     "pagerecords": 5,

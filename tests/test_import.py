@@ -17,6 +17,7 @@ from fakes import FakeKubelet
 from hypothesis import given
 from hypothesis import strategies as st
 from inventories import even_rows, inventory_of
+from kubeletprocess import kubelet, put
 from machines import machine
 from running import CPU, Running, running
 
@@ -465,13 +466,26 @@ def test_it_says_how_to_go_on(the_node: Node) -> None:
     the_node.kubelet_says(memory=STATIC_MEMORY)
     steps = the_node.report("--apply")["next"]
     assert steps[0] == "stop kubelet"
-    assert "cpuManagerPolicy: none, memoryManagerPolicy: None" in steps[1]
+    assert steps[1] == "set cpuManagerPolicy: none wherever it is set, memoryManagerPolicy: None wherever it is set"
     assert all(str(the_node.kubelet / f"{name}_manager_state") in steps[2] for name in ("cpu", "memory"))
     the_node.kubelet_says({"policyName": "none", "defaultCpuSet": "", "checksum": 1})
     the_node.kubelet_says(memory={"policyName": "None", "machineState": {}, "checksum": 1})
     after = the_node.report("--apply")
     assert (after["entries"], after["next"]) == ([], [])
     assert len(the_node.grants()) == 2
+
+
+def test_it_says_where_a_policy_is_set(the_node: Node) -> None:
+    """The file, the drop-in or the flag."""
+    the_node.kubelet_says(memory=STATIC_MEMORY)
+    file = put(the_node.root / "etc/k.yaml", "cpuManagerPolicy: static\n")
+    kubelet(the_node.root, the_node.kubelet, "--config=/etc/k.yaml", "--memory-manager-policy=Static")
+    assert the_node.report("--apply")["next"][1] == (
+        f"set cpuManagerPolicy: none in {file}, "
+        "memoryManagerPolicy: None in --memory-manager-policy of kubelet (process 812)"
+    )
+    kubelet(the_node.root, the_node.kubelet)
+    assert the_node.report()["next"][1].count("wherever it is set") == 2
 
 
 def test_one_that_cannot_be_taken_over_keeps_all_others_out(the_node: Node) -> None:

@@ -11,9 +11,10 @@ from nodeagent.core.assigned import Block
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.core.stock import MEMORY
 from nodeagent.errors import InputError
-from nodeagent.kube import memory_state
+from nodeagent.kube import kubelet_config, kubelet_state, memory_state
+from nodeagent.kube.kubelet_config import KubeletConfig
 from nodeagent.kube.kubelet_files import pods_there
-from nodeagent.kube.kubelet_state import KubeletState, read
+from nodeagent.kube.kubelet_state import KubeletState
 from nodeagent.kube.memory_state import MemoryState
 
 STATIC_STATE = {
@@ -46,6 +47,19 @@ def write(folder: Path, *, state: object = None, config: str | None = None, memo
     return folder
 
 
+def config_of(folder: Path) -> KubeletConfig:
+    file = folder / "config.yaml"
+    return kubelet_config.read(str(file) if file.exists() else "", "")
+
+
+def read(folder: Path) -> KubeletState:
+    return kubelet_state.read(folder, config_of(folder))
+
+
+def read_memory(folder: Path) -> MemoryState:
+    return memory_state.read(folder, config_of(folder))
+
+
 def test_no_files_means_no_cpu_manager(tmp_path: Path) -> None:
     """And nothing that it manages."""
     found = read(tmp_path)
@@ -71,7 +85,7 @@ def test_the_state_of_a_static_manager_is_read_whole(tmp_path: Path) -> None:
         ({"policyName": "static"}, None, "static", "cpu_manager_state"),
         ({"policyName": "static"}, "cpuManagerPolicy: none", "static", "cpu_manager_state"),
         ({"policyName": "none"}, "cpuManagerPolicy: static", "static", "config.yaml"),
-        ({"policyName": "none", "defaultCpuSet": ""}, "kind: KubeletConfiguration", "none", "cpu_manager_state"),
+        ({"policyName": "none", "defaultCpuSet": ""}, None, "none", "cpu_manager_state"),
         (None, "cpuManagerPolicy: none", "none", "config.yaml"),
     ],
 )
@@ -81,6 +95,25 @@ def test_either_file_can_say_static(
     """Whichever it is, it is named."""
     found = read(write(tmp_path, state=state, config=config))
     assert (found.policy, found.policy_source) == (policy, str(tmp_path / source))
+
+
+@pytest.mark.parametrize(
+    ("state", "config", "said"),
+    [
+        ({"policyName": "static"}, "cpuManagerPolicy: none", "cpuManagerPolicy is none ({0}/config.yaml) and static"),
+        ({"policyName": "static"}, "kind: KubeletConfiguration", "is none (kubelet's defaults) and static in {0}/cpu_"),
+        ({"policyName": "none"}, "cpuManagerPolicy: static", "cpuManagerPolicy is static ({0}/config.yaml) and none"),
+        ({"policyName": "none"}, "kind: KubeletConfiguration", None),
+        ({"policyName": "static"}, None, None),
+        (None, "cpuManagerPolicy: static", None),
+    ],
+)
+def test_a_state_of_another_policy_than_the_configurations_is_a_contradiction(
+    state: object, config: str | None, said: str | None, tmp_path: Path
+) -> None:
+    """Kubelet refuses to start with both. Where one of the two is not there, they do not contradict each other."""
+    conflict = read(write(tmp_path, state=state, config=config)).policy_conflict
+    assert said.format(tmp_path) in conflict if said else conflict == ""
 
 
 def test_a_static_manager_without_its_state_may_manage_every_cpu(tmp_path: Path) -> None:
@@ -124,7 +157,7 @@ def test_a_static_manager_without_its_state_may_manage_every_cpu(tmp_path: Path)
         (None, "a: [", "cannot read {}/config.yaml: while parsing a flow node"),
         (None, "- a", "cannot read {}/config.yaml: list at the top, expected a mapping"),
         (None, "cpuManagerPolicy: 1", "cannot read cpuManagerPolicy of {}/config.yaml: 1, expected a string"),
-        (None, "reservedSystemCPUs: 0-", "cannot read CPU list '0-' of {}/config.yaml: "),
+        (None, "reservedSystemCPUs: 0-", "cannot read CPU list '0-' of reservedSystemCPUs of {}/config.yaml: "),
     ],
 )
 def test_what_cannot_be_understood_is_an_error_with_its_place(
@@ -186,13 +219,13 @@ def test_whole_pods_are_read_from_the_newer_forms(state: object, tmp_path: Path)
 
 
 def test_no_files_means_no_memory_manager(tmp_path: Path) -> None:
-    found = memory_state.read(tmp_path)
+    found = read_memory(tmp_path)
     assert found == MemoryState()
     assert (found.policy, found.static) == ("None", False)
 
 
 def test_the_state_of_a_static_memory_manager_is_read_whole(tmp_path: Path) -> None:
-    found = memory_state.read(write(tmp_path, memory=MEMORY_STATE))
+    found = read_memory(write(tmp_path, memory=MEMORY_STATE))
     assert (found.static, found.policy_source) == (True, str(tmp_path / "memory_manager_state"))
     assert dict(found.assigned) == {
         ("uid-a", "app"): (
@@ -206,7 +239,7 @@ def test_the_state_of_a_static_memory_manager_is_read_whole(tmp_path: Path) -> N
 def test_memory_of_whole_pods_is_read_from_the_newer_forms(in_data: bool, tmp_path: Path) -> None:
     state = {**MEMORY_STATE, "podEntries": {"uid-a": {"memoryBlocks": [memory([1], "memory", 2 * GIB)]}}}
     whole = {**MEMORY_STATE, "data": json.dumps(state), "dataChecksum": 4} if in_data else state
-    found = memory_state.read(write(tmp_path, memory=whole))
+    found = read_memory(write(tmp_path, memory=whole))
     assert dict(found.pods) == {"uid-a": (Block(nodes=(1,), page_bytes=MEMORY, size_bytes=2 * GIB),)}
     assert list(found.assigned) == [("uid-a", "app")]
 
@@ -223,7 +256,7 @@ def test_memory_of_whole_pods_is_read_from_the_newer_forms(in_data: bool, tmp_pa
 def test_either_file_can_say_static_of_memory(
     state: object, config: str | None, policy: str, source: str, tmp_path: Path
 ) -> None:
-    found = memory_state.read(write(tmp_path, memory=state, config=config))
+    found = read_memory(write(tmp_path, memory=state, config=config))
     assert (found.policy, found.policy_source) == (policy, str(tmp_path / source))
 
 
@@ -248,7 +281,7 @@ def test_memory_that_cannot_be_understood_is_an_error_with_its_place(
     state: object, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError) as bad:
-        memory_state.read(write(tmp_path, memory=state))
+        read_memory(write(tmp_path, memory=state))
     assert str(bad.value).startswith(f"cannot read {tmp_path}/memory_manager_state: ")
     assert message in str(bad.value)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from nodeagent.core.model import Grant
 from nodeagent.core.sizes import format_size
 from nodeagent.core.stock import MEMORY
 from nodeagent.kube import kubelet_state, memory_state
-from nodeagent.kube.kubelet_files import CONFIG_FILE
+from nodeagent.kube.kubelet_config import DEFAULT_PLACE
 from nodeagent.kube.kubelet_state import KubeletState
 from nodeagent.kube.memory_state import MemoryState
 
@@ -25,12 +25,14 @@ taken over is released; its pod has ended, so that it is left alone; it cannot b
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kubelet:
-    """Kubelet's managers as its files have them."""
+class Managers:
+    """Kubelet's managers as its configuration and its files have them."""
 
     folder: Path
     cpus: KubeletState
     memory: MemoryState
+    places: Mapping[str, str]
+    """Which file or flag sets each key of kubelet's configuration."""
 
     @property
     def said(self) -> Said:
@@ -46,7 +48,7 @@ class Kubelet:
 class Report:
     """One run. applied: the plan is in the ledger now."""
 
-    kubelet: Kubelet
+    kubelet: Managers
     plan: Plan
     applied: bool
 
@@ -108,19 +110,24 @@ class Report:
         on = [*self._managing()]
         if not on:
             return []
-        settings, files = ", ".join(key for key, _ in on), ", ".join(str(self.kubelet.folder / one) for _, one in on)
+        settings = ", ".join(f"{key}: {policy} {self._where(key)}" for key, policy, _ in on)
         return [
             "stop kubelet",
-            f"set {settings} in {self.kubelet.folder / CONFIG_FILE} or wherever it is set",
-            f"remove {files}",
+            f"set {settings}",
+            f"remove {', '.join(str(self.kubelet.folder / file) for _, _, file in on)}",
             "start kubelet: the agent serves these kinds then, and running pods keep what they have",
         ]
 
-    def _managing(self) -> Iterator[tuple[str, str]]:
+    def _where(self, key: str) -> str:
+        place = self.kubelet.places.get(key, DEFAULT_PLACE)
+        return f"in {place}" if place != DEFAULT_PLACE else "wherever it is set"
+
+    def _managing(self) -> Iterator[tuple[str, str, str]]:
+        """(key of the configuration, what it has to be, the manager's state file) of each that is on."""
         if self.kubelet.cpus.static:
-            yield "cpuManagerPolicy: none", kubelet_state.STATE_FILE
+            yield kubelet_state.POLICY, kubelet_state.NONE, kubelet_state.STATE_FILE
         if self.kubelet.memory.static:
-            yield "memoryManagerPolicy: None", memory_state.STATE_FILE
+            yield memory_state.POLICY, memory_state.NONE, memory_state.STATE_FILE
 
 
 def _of_grant(grant: Grant, state: str, why: str = "") -> dict[str, Any]:

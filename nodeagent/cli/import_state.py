@@ -15,7 +15,7 @@ from types import MappingProxyType
 from nodeagent import beside
 from nodeagent import config as config_of
 from nodeagent import log as log_of
-from nodeagent.cli.import_report import Kubelet, Report
+from nodeagent.cli.import_report import Managers, Report
 from nodeagent.cli.run import DEFAULT_CONFIG
 from nodeagent.config import Config
 from nodeagent.core import imports
@@ -24,8 +24,9 @@ from nodeagent.core.ledger import Ledger
 from nodeagent.errors import InputError, StateError
 from nodeagent.host.scan import scan
 from nodeagent.host.sysfs import BOOT_ID, SysFs
-from nodeagent.kube import kubelet_state, memory_state
+from nodeagent.kube import kubelet_state
 from nodeagent.kube.kubelet_files import pods_there
+from nodeagent.kubelet import Kubelet, look
 from nodeagent.lead import tell
 from nodeagent.log import new_op
 from nodeagent.store import FILE, Store
@@ -49,12 +50,14 @@ def run(args: argparse.Namespace) -> int:
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     config = config_of.load(path) if path is not None else Config()
     log_of.configure("error", config.log.format)
-    kubelet = _kubelet(Path(args.kubelet_dir or config.kubelet_dir).absolute())
-    # After kubelet's state: a pod that is in it and came just now has its folder already.
-    there = pods_there(kubelet.folder)
     state_dir, sysfs = Path(args.state_dir or config.state_dir), SysFs(args.root)
+    folder = Path(args.kubelet_dir or config.kubelet_dir).absolute()
+    known = look(sysfs, folder, config.kubelet_config)
+    kubelet = _managers(folder, known)
+    # After kubelet's state: a pod that is in it and came just now has its folder already.
+    there = pods_there(folder)
     inventory = scan(sysfs, ())
-    reserved = beside.reserved(config, kubelet.folder, inventory)
+    reserved = beside.reserved(config, known, inventory)
     with _turn(state_dir, make=args.apply) as store:
         grants = {one.id: one for one in store.load()} if store is not None else {}
         ledger = Ledger(grants=MappingProxyType(grants), reserved=reserved)
@@ -67,13 +70,14 @@ def run(args: argparse.Namespace) -> int:
     return REFUSED if plan.refused else DONE
 
 
-def _kubelet(folder: Path) -> Kubelet:
+def _managers(folder: Path, known: Kubelet) -> Managers:
     """InputError where a state is in a form that this build does not know: to take over half of it were worse."""
-    cpus, memory = kubelet_state.read(folder), memory_state.read(folder)
+    if known.cpus is None or known.memory is None:
+        raise InputError(known.cpus_error or known.memory_error)
     path = folder / kubelet_state.STATE_FILE
-    if cpus.static and cpus.shared is None and path.exists():
+    if known.cpus.static and known.cpus.shared is None and path.exists():
         raise InputError(f"cannot import {path}: it has no defaultCpuSet, expected one where the policy is static")
-    return Kubelet(folder=folder, cpus=cpus, memory=memory)
+    return Managers(folder=folder, cpus=known.cpus, memory=known.memory, places=known.config.places)
 
 
 @contextlib.contextmanager

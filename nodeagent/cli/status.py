@@ -28,6 +28,7 @@ def _print(status: Any) -> None:
         ("conflict", status["conflicts"]),
         ("disputed", status["disputed"]),
         ("note", status["notes"]),
+        ("kubelet", [_kubelet(status["kubelet"])]),
         ("dra", _dra(status["dra"]) if status["dra"] else []),
         ("pinning", _pinning(status["pinning"])),
         ("warning", machine["warnings"]),
@@ -72,6 +73,24 @@ def _print_pinned(pinned: Any) -> None:
             for one in pinned
         ],
     )
+
+
+def _kubelet(kubelet: Any) -> str:
+    """How kubelet is configured, in a line."""
+    process = f"process {kubelet['pid']}" if kubelet["pid"] is not None else "process not seen"
+    if kubelet["error"]:
+        return f"{process}; {kubelet['error']}"
+    said = kubelet["settings"]
+    known = [
+        f"{name} {said[key]}"
+        for name, key in (
+            ("CPU manager", "cpuManagerPolicy"),
+            ("memory manager", "memoryManagerPolicy"),
+            ("reserves CPUs", "reservedSystemCPUs"),
+        )
+        if said.get(key)
+    ]
+    return ", ".join((process, *known, f"configured by {' '.join(kubelet['sources']) or 'defaults'}"))
 
 
 def _pinning(pinning: Any) -> list[str]:

@@ -53,6 +53,13 @@ class SysFs:
                 return default
             raise HostError(f"cannot read {self.root + path}: {error.strerror}") from None
 
+    def content(self, path: str) -> bytes:
+        """A file's bytes as they are."""
+        try:
+            return _read(self.root + path)
+        except OSError as error:
+            raise HostError(f"cannot read {self.root + path}: {error.strerror}") from None
+
     def value(self, path: str, convert: Callable[[str], T], default: T | None = None) -> T | None:
         """A file's text through `convert`; None or `default` where the file is missing or empty."""
         text = self.text(path, None)

@@ -66,6 +66,7 @@ def tls_context(access: Access, certificate: tuple[Pem, Pem] | None = None) -> s
     if not access.tls:
         return None
     context = _trusting(access.ca)
+    _verify_as_go_does(context)
     if access.insecure:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
@@ -80,6 +81,19 @@ def _trusting(ca: Pem | None) -> ssl.SSLContext:
         return ssl.create_default_context(cadata=ca.decode("ascii") if ca is not None else None)
     except (OSError, UnicodeError, ValueError) as error:
         raise ConfigError(f"cannot read certificate authority {_named(ca)}: {_why(error)}") from None
+
+
+def _verify_as_go_does(context: ssl.SSLContext) -> None:
+    """Accept the certificates of a server that kubelet and the other programs of a cluster, all in Go, accept.
+
+    Python 3.13 and later refuse by default what does not follow RFC 5280 to the letter, among it authorities without
+    keyUsage or key identifiers, which many clusters have. For Go every certificate that is given as an authority is
+    one to trust, an intermediate one too, and a server's name is never in its subject's common name.
+    Source: crypto/x509 of Go 1.26 (Certificate.Verify, VerifyHostname); ssl.create_default_context.
+    """
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
+    context.hostname_checks_common_name = False
 
 
 def _identify(context: ssl.SSLContext, certificate: tuple[Pem, Pem] | None) -> None:

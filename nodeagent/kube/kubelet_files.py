@@ -1,21 +1,21 @@
-"""Kubelet's own files below its folder (/var/lib/kubelet): its configuration, its checkpoints, the folders of its pods.
+"""Kubelet's own files below its folder (/var/lib/kubelet): its checkpoints, the folders of its pods.
 
 Read at one moment. An absent file says nothing; one that cannot be understood is an error with its place.
-Sources: kubelet.config.k8s.io/v1beta1, kubelet's checkpoint files.
+Source: kubelet's checkpoint files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import NamedTuple, TypeVar
 
 import msgspec
-import yaml
 
 from nodeagent.errors import InputError
+from nodeagent.kube.kubelet_config import KubeletConfig
 
-CONFIG_FILE, PODS = "config.yaml", "pods"
+PODS = "pods"
 T = TypeVar("T")
 E = TypeVar("E")
 
@@ -26,29 +26,14 @@ class _Enveloped(msgspec.Struct):
     data: str = ""
 
 
-def config(kubelet_dir: Path) -> Mapping[str, Any]:
-    """Kubelet's configuration; nothing where there is no file."""
-    path = kubelet_dir / CONFIG_FILE
-    data = _content(path)
-    if data is None:
-        return {}
-    try:
-        found = yaml.safe_load(data)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise InputError(f"cannot read {path}: {type(found).__name__} at the top, expected a mapping")
-    return found
+class Policy(NamedTuple):
+    """The policy of one of kubelet's managers."""
 
-
-def text(found: Mapping[str, Any], key: str, kubelet_dir: Path) -> str:
-    """The value of a key of the configuration; "" where it is not there."""
-    value = found.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"cannot read {key} of {kubelet_dir / CONFIG_FILE}: {value!r}, expected a string")
-    return value
+    name: str
+    source: str
+    """Which file or flag says so; "" where none does."""
+    conflict: str
+    """How configuration and checkpoint contradict each other; "" where they do not."""
 
 
 def checkpoint(path: Path, form: type[T]) -> T | None:
@@ -74,12 +59,18 @@ def nested(path: Path, envelope: type[E], text_of: Callable[[E], str], form: typ
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def policy(said: Mapping[Path, str], managing: str, none: str) -> tuple[str, str]:
-    """(policy, the file that says so) of what each file says: the one that manages, where any does, for kubelet refuses
-    to start while they differ; (none, "") where no file says anything."""
-    known = [(value, str(path)) for path, value in said.items() if value]
-    first = [one for one in known if one[0] == managing]
-    return (first or known or [(none, "")])[0]
+def policy(config: KubeletConfig, key: str, path: Path, checkpointed: str, *, managing: str, none: str) -> Policy:
+    """What a manager does, by its key of the configuration and by its checkpoint ("" where there is none).
+
+    The one that manages, where either says so: kubelet refuses to start while they differ, and one that runs goes by
+    the configuration that it was started with. managing, none: the names of the two policies.
+    """
+    configured, place = config.text(key), config.places.get(key, "")
+    said = [one for one in ((configured, place), (checkpointed, str(path))) if one[0]]
+    name, source = next((one for one in said if one[0] == managing), (said or [(none, "")])[0])
+    differ = len({policy for policy, _ in said}) > 1
+    conflict = f"{key} is {configured} ({place}) and {checkpointed} in {path}: kubelet refuses to start with both"
+    return Policy(name, source, conflict if differ else "")
 
 
 def pods_there(kubelet_dir: Path) -> frozenset[str]:

@@ -1,6 +1,7 @@
-"""Which CPUs kubelet manages itself, read from its files: its configuration and its CPU manager's state.
+"""Which CPUs kubelet manages itself, by its configuration and its CPU manager's state.
 
-A pure function of the files at one moment. An absent file says nothing; one that cannot be understood is an error.
+A function of configuration and state at one moment. An absent file says nothing; one that cannot be understood is an
+error.
 Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs); kubelet's checkpoint cpu_manager_state:
 by container id (its first form), by pod and container (second), with whole pods beside them (third), the same as text
 under "data" (fourth).
@@ -9,7 +10,7 @@ under "data" (fourth).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,9 +18,12 @@ import msgspec
 
 from nodeagent.core.cpuset import EMPTY, CpuSet, union
 from nodeagent.kube import kubelet_files
+from nodeagent.kube.kubelet_config import KubeletConfig
 
 STATIC, NONE = "static", "none"
 STATE_FILE = "cpu_manager_state"
+POLICY, RESERVED = "cpuManagerPolicy", "reservedSystemCPUs"
+"""Keys of the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +31,16 @@ class KubeletState:
     """What kubelet does with CPUs."""
 
     policy: str = NONE
-    """cpuManagerPolicy. "static" where either file says so: kubelet refuses to start while they differ."""
+    """cpuManagerPolicy. "static" where either says so, configuration or state: kubelet refuses to start while they
+    differ."""
     policy_source: str = ""
-    """The file that says so; "" where none does."""
+    """The file or flag that says so; "" where none does."""
+    policy_conflict: str = ""
+    """How configuration and state contradict each other; "" where they do not."""
     reserved: CpuSet = EMPTY
     """reservedSystemCPUs."""
+    reserved_source: str = ""
+    """The file or flag that says so."""
     shared: CpuSet | None = None
     """The static policy's default set, from which it takes exclusive CPUs; None where the file does not say."""
     assigned: Mapping[tuple[str, str], CpuSet] = field(default_factory=lambda: MappingProxyType({}))
@@ -46,14 +55,19 @@ class KubeletState:
         return self.policy == STATIC
 
     @property
-    def managed(self) -> CpuSet | None:
-        """All CPUs that the static CPU manager gives away or may give away; None where that cannot be known (all)."""
+    def confined(self) -> CpuSet | None:
+        """All CPUs that the static CPU manager lets containers run on, one way or another; None where that cannot be
+        known (all)."""
         if not self.static:
             return EMPTY
         if self.shared is None:
             return None
-        given = union((*self.assigned.values(), *self.pods.values(), *self.unnamed.values()))
-        return (self.shared | given) - self.reserved
+        return union((self.shared, *self.assigned.values(), *self.pods.values(), *self.unnamed.values()))
+
+    @property
+    def managed(self) -> CpuSet | None:
+        """All CPUs that the static CPU manager gives away or may give away; None where that cannot be known (all)."""
+        return None if self.confined is None else self.confined - self.reserved
 
 
 class _Pod(msgspec.Struct):
@@ -67,22 +81,22 @@ class _Checkpoint(msgspec.Struct):
     pods: dict[str, _Pod] = msgspec.field(name="podEntries", default_factory=dict)
 
 
-def read(kubelet_dir: Path) -> KubeletState:
-    """Read kubelet's folder (/var/lib/kubelet); InputError names the file, the value and what is wrong with it."""
-    path, config_path = kubelet_dir / STATE_FILE, kubelet_dir / kubelet_files.CONFIG_FILE
-    config, found = kubelet_files.config(kubelet_dir), kubelet_files.checkpoint(path, _Checkpoint)
-    said = {
-        config_path: kubelet_files.text(config, "cpuManagerPolicy", kubelet_dir),
-        path: found.policy if found else "",
-    }
-    policy, source = kubelet_files.policy(said, STATIC, NONE)
-    reserved = _cpus(kubelet_files.text(config, "reservedSystemCPUs", kubelet_dir), config_path)
+def read(kubelet_dir: Path, config: KubeletConfig) -> KubeletState:
+    """Read kubelet's folder (/var/lib/kubelet); InputError names the file or flag, the value and what is wrong."""
+    path = kubelet_dir / STATE_FILE
+    found = kubelet_files.checkpoint(path, _Checkpoint)
+    policy = kubelet_files.policy(config, POLICY, path, found.policy if found else "", managing=STATIC, none=NONE)
+    known = KubeletState(
+        policy=policy.name,
+        policy_source=policy.source,
+        policy_conflict=policy.conflict,
+        reserved=config.cpus(RESERVED),
+        reserved_source=config.places.get(RESERVED, ""),
+    )
     if found is None:
-        return KubeletState(policy=policy, policy_source=source, reserved=reserved)
-    return KubeletState(
-        policy=policy,
-        policy_source=source,
-        reserved=reserved,
+        return known
+    return replace(
+        known,
         shared=_cpus(found.default, path) if found.default else None,
         assigned=_assigned(found, path),
         pods=MappingProxyType({uid: _cpus(pod.cpus, path) for uid, pod in sorted(found.pods.items())}),

@@ -1,6 +1,7 @@
-"""What kubelet's memory manager has given away, read from its files: its configuration and its state.
+"""What kubelet's memory manager has given away, by its configuration and its state.
 
-A pure function of the files at one moment. An absent file says nothing; one that cannot be understood is an error.
+A function of configuration and state at one moment. An absent file says nothing; one that cannot be understood is an
+error.
 Sources: kubelet.config.k8s.io/v1beta1 (memoryManagerPolicy); kubelet's checkpoint memory_manager_state: by pod and
 container (its first form), with whole pods beside them (second), the same as text under "data" (third).
 """
@@ -8,7 +9,7 @@ container (its first form), with whole pods beside them (second), the same as te
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -20,9 +21,12 @@ from nodeagent.core.sizes import parse_size
 from nodeagent.core.stock import MEMORY
 from nodeagent.errors import InputError
 from nodeagent.kube import kubelet_files
+from nodeagent.kube.kubelet_config import KubeletConfig
 
 STATIC, NONE = "Static", "None"
 STATE_FILE, PAGES = "memory_manager_state", "hugepages-"
+POLICY = "memoryManagerPolicy"
+"""The key of the configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,9 +34,12 @@ class MemoryState:
     """What kubelet does with memory and hugepages."""
 
     policy: str = NONE
-    """memoryManagerPolicy. "Static" where either file says so: kubelet refuses to start while they differ."""
+    """memoryManagerPolicy. "Static" where either says so, configuration or state: kubelet refuses to start while they
+    differ."""
     policy_source: str = ""
-    """The file that says so; "" where none does."""
+    """The file or flag that says so; "" where none does."""
+    policy_conflict: str = ""
+    """How configuration and state contradict each other; "" where they do not."""
     assigned: Mapping[tuple[str, str], tuple[Block, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """By pod UID and container name."""
     pods: Mapping[str, tuple[Block, ...]] = field(default_factory=lambda: MappingProxyType({}))
@@ -64,21 +71,17 @@ class _Checkpoint(msgspec.Struct):
     pods: dict[str, _Pod] = msgspec.field(name="podEntries", default_factory=dict)
 
 
-def read(kubelet_dir: Path) -> MemoryState:
-    """Read kubelet's folder (/var/lib/kubelet); InputError names the file, the value and what is wrong with it."""
-    path, config = kubelet_dir / STATE_FILE, kubelet_files.config(kubelet_dir)
+def read(kubelet_dir: Path, config: KubeletConfig) -> MemoryState:
+    """Read kubelet's folder (/var/lib/kubelet); InputError names the file or flag, the value and what is wrong."""
+    path = kubelet_dir / STATE_FILE
     found = kubelet_files.checkpoint(path, _Checkpoint)
-    said = {
-        kubelet_dir / kubelet_files.CONFIG_FILE: kubelet_files.text(config, "memoryManagerPolicy", kubelet_dir),
-        path: found.policy if found else "",
-    }
-    policy, source = kubelet_files.policy(said, STATIC, NONE)
+    policy = kubelet_files.policy(config, POLICY, path, found.policy if found else "", managing=STATIC, none=NONE)
+    known = MemoryState(policy=policy.name, policy_source=policy.source, policy_conflict=policy.conflict)
     if found is None:
-        return MemoryState(policy=policy, policy_source=source)
+        return known
     entries = [(uid, name, some) for uid, one in sorted(found.entries.items()) for name, some in sorted(one.items())]
-    return MemoryState(
-        policy=policy,
-        policy_source=source,
+    return replace(
+        known,
         assigned=MappingProxyType({(uid, name): _blocks(some, path) for uid, name, some in entries}),
         pods=MappingProxyType({uid: _blocks(pod.blocks, path) for uid, pod in sorted(found.pods.items())}),
     )

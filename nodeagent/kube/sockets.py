@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +22,8 @@ from nodeagent.errors import ConfigError, HostError
 LONGEST_PATH_BYTES = 107
 """sockaddr_un.sun_path less its final zero byte (unix(7))."""
 
+_PEER = struct.Struct("iII")
+"""struct ucred: process, user, group."""
 _CHANNEL_OPTIONS = (
     # Channels share connections by default, and with them a back-off of seconds after a refused one.
     ("grpc.use_local_subchannel_pool", 1),
@@ -51,6 +54,19 @@ def absence(path: Path) -> str:
     except OSError as error:
         return error.strerror or str(error)
     return ""
+
+
+def listener(path: Path) -> int | None:
+    """The process that listens at `path`; None where none does. Does not block.
+
+    0 where it is in a PID namespace that cannot be seen from here (unix(7), SO_PEERCRED).
+    """
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.setblocking(False)
+        probe.connect(str(path))
+        pid: int = _PEER.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0]
+        return pid
+    return None
 
 
 def is_served(path: Path) -> bool:

@@ -1,0 +1,86 @@
+"""Programs that run on this machine, with the words that they were started with (proc(5)).
+
+What ends while it is looked at is passed over, and so is a process whose name may not be read. A command line is read
+only where the name fits: reading it can wait for a process that is stuck.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs import SysFs
+
+INITIAL_NAMESPACE = "pid:[4026531836]"
+"""/proc/self/ns/pid of the host (PROC_PID_INIT_INO of include/linux/proc_ns.h)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A program that runs."""
+
+    pid: int
+    parent: int
+    words: tuple[str, ...]
+    """Its command line, from argv[0] on; never empty."""
+    folder: str = ""
+    """Its working directory; "" where that may not be read."""
+
+
+def running(sysfs: SysFs, like: Callable[[str], bool]) -> tuple[Process, ...]:
+    """Return the processes whose name is `like`, by number. Name: the kernel's (comm), at most 15 characters.
+
+    HostError where the command line of such a process cannot be read.
+    """
+    folders = (one for one in sysfs.numbered("proc", "") if like(_name(sysfs, one[1])))
+    return tuple(found for pid, folder in folders if (found := _process(sysfs, pid, folder)) is not None)
+
+
+def sees_all(sysfs: SysFs) -> bool:
+    """Whether no process of the host is hidden in another PID namespace; True for a captured tree, which has what it
+    has."""
+    return sysfs.link("proc/self/ns/pid") in (INITIAL_NAMESPACE, None)
+
+
+def _name(sysfs: SysFs, folder: str) -> str:
+    try:
+        return sysfs.text(f"{folder}/comm", "")
+    except HostError:
+        return ""
+
+
+def _process(sysfs: SysFs, pid: int, folder: str) -> Process | None:
+    try:
+        words = [os.fsdecode(one) for one in sysfs.content(f"{folder}/cmdline").split(b"\0")]
+    except HostError as error:
+        if isinstance(error.__context__, ProcessLookupError | FileNotFoundError):
+            return None
+        raise
+    # Every word ends in NUL; a program that has ended has none.
+    words = words[:-1] if words[-1] == "" else words
+    return (
+        Process(pid=pid, parent=_parent(sysfs, folder), words=(*words,), folder=_cwd(sysfs, folder)) if words else None
+    )
+
+
+def _parent(sysfs: SysFs, folder: str) -> int:
+    """0 where it is not known."""
+    return next((int(one) for one in _fields(sysfs, folder, "PPid:") if one.isdigit()), 0)
+
+
+def _fields(sysfs: SysFs, folder: str, key: str) -> Iterator[str]:
+    try:
+        lines = sysfs.text(f"{folder}/status", "").splitlines()
+    except HostError:
+        return
+    yield from (line.removeprefix(key).strip() for line in lines if line.startswith(key))
+
+
+def _cwd(sysfs: SysFs, folder: str) -> str:
+    """A process may be looked at more closely only by one that has all its capabilities (ptrace(2))."""
+    try:
+        return sysfs.link(f"{folder}/cwd") or ""
+    except HostError:
+        return ""
