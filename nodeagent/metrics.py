@@ -52,6 +52,22 @@ THROTTLED = Gauge(
 RUNTIME_CONNECTED = Gauge(
     "nodeagent_runtime_connected", "1 where the container runtime asks through NRI.", registry=REGISTRY
 )
+NRI_DISCONNECTS = Counter(
+    "nodeagent_nri_disconnects",
+    "Connections to the container runtime that ended, by reason.",
+    ["reason"],
+    registry=REGISTRY,
+)
+NRI_LATE_ANSWERS = Counter(
+    "nodeagent_nri_late_answers", "Answers that the container runtime did not wait for.", ["method"], registry=REGISTRY
+)
+NRI_ANSWER_SECONDS = Histogram(
+    "nodeagent_nri_answer_seconds",
+    "Time from the arrival of a question of the container runtime to its answer.",
+    ["method"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+    registry=REGISTRY,
+)
 REGISTERED = Gauge(
     "nodeagent_registered", "1 where kubelet took and watches a resource.", ["resource"], registry=REGISTRY
 )

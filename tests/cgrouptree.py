@@ -16,6 +16,7 @@ from nodeagent.errors import HostError, InputError
 
 SIZES = {"2MB": 2 << 20, "1GB": 1 << 30}
 CONTROLLERS = "cpuset cpu hugetlb"
+HANG_S = 20
 
 
 class CgroupTree:
@@ -27,6 +28,9 @@ class CgroupTree:
         self.online, self.mems = CpuSet.parse(cpus), CpuSet.parse(mems)
         self.refuses: dict[str, int] = {}
         """errno by the path of a file, below the mount."""
+        self.answers = threading.Event()
+        """While it is not set, nothing that is put returns."""
+        self.answers.set()
         self.writes: list[tuple[str, str]] = []
         """(path below the mount, value) of what was put."""
         self._lock = threading.RLock()
@@ -71,6 +75,7 @@ class CgroupTree:
     def put(self, path: str, value: str) -> None:
         """In place of cgroupset.put."""
         below = str(Path(path).relative_to(self.mount))
+        assert self.answers.wait(HANG_S), f"nobody ended the hang of {below}"
         try:
             if code := self.refuses.get(below):
                 raise OSError(code, os.strerror(code))

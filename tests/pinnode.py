@@ -131,9 +131,11 @@ async def pin_node(
     inventory: Inventory | None = None,
     connected: bool = True,
     writable: bool = True,
+    request_timeout_s: float = 2.0,
     **pinning: Any,
 ) -> AsyncIterator[PinNode]:
-    """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. pinning: configuration."""
+    """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. request_timeout_s: how long
+    it waits for an answer. pinning: configuration."""
     inventory = inventory or machine()
     tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1")
     monkeypatch.setattr(cgroupset, "put", tree.put)
@@ -143,7 +145,7 @@ async def pin_node(
     socket = folder / "nri.sock"
     config = msgspec.convert({"nriSocket": str(socket), "verifySeconds": 3600, **pinning}, PinningConfig)
     agent = Agent(Store(folder), inventory, Settings(reserved=CpuSet.parse(RESERVED)), _nothing)
-    runtime = FakeRuntime(folder)
+    runtime = FakeRuntime(folder, request_timeout_s=request_timeout_s)
     runtime.prefix = ""
     node = PinNode(folder, agent, tree, runtime, config)
     node.pins = PinServing(agent, SysFs(folder / "root"), folder, lambda: node.config, node.fetch)

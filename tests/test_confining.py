@@ -4,6 +4,7 @@ of control groups that answers as the kernel does.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from pathlib import Path
 
@@ -219,6 +220,57 @@ async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypat
         with capture_logs() as lines:
             await node.start("dpdk", "main")
         assert any(line["event"] == "started-unconfined" for line in lines)
+
+
+# What takes too long
+
+
+async def test_a_container_that_holds_nothing_is_answered_in_time_whatever_hangs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pod is confined afterwards; it does not start on CPUs that others hold before that."""
+    async with pin_node(folder, monkeypatch, request_timeout_s=0.3) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        node.tree.answers.clear()
+        with capture_logs() as lines:
+            await node.create("web", "main")
+        assert [line["container"] for line in lines if line["event"] == "answered-from-what-is-known"] == [
+            "default/web/main"
+        ]
+        with pytest.raises(
+            PluginRefusedError, match=r"cannot start container default/web/main: not done within 0\.21 s"
+        ):
+            await node.start("web", "main")
+        node.tree.answers.set()
+        await node.until(lambda: node.tree.effective(node.pod("web")) == "1-3,6-15")
+        await node.start("web", "main")
+        assert node.runtime.connections == 1
+
+
+@pytest.mark.parametrize("on_failure", ["refuse", "warn"])
+async def test_a_container_that_holds_cpus_while_all_hangs_is_made_only_where_a_warning_is_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, on_failure: str
+) -> None:
+    async with pin_node(folder, monkeypatch, request_timeout_s=0.3, onFailure=on_failure) as node:
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.tree.answers.clear()
+        with capture_logs() as lines, contextlib.suppress(PluginRefusedError):
+            await node.create("db", "main")
+        node.tree.answers.set()
+        why = "others are not known to be off what it holds: not done within 0.21 s"
+        if on_failure == "refuse":
+            failed = [line["error"] for line in lines if line["event"] == "nri-call-failed"]
+            assert (
+                failed == [f"cannot start container default/db/main: {why}"]
+                and "db_main" not in node.runtime.containers
+            )
+        else:
+            assert [line["why"] for line in lines if line["event"] == "started-unconfined"] == [why]
+            assert node.runtime.cpus("db_main") == "4-5"
+            await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-3,6-15")
+        assert node.runtime.connections == 1
 
 
 async def test_a_cpu_that_is_lost_leaves_the_others_of_its_grant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
