@@ -13,18 +13,20 @@ from types import MappingProxyType
 
 import structlog
 
-from nodeagent import metrics
 from nodeagent.agent import Agent
 from nodeagent.config import PinningConfig
 from nodeagent.core.containers import Container, Update
 from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.pinning import Pin, Plan, Rules, Situation
+from nodeagent.core.pinning import NO_PIN, Pin, Plan, Rules, Situation
 from nodeagent.errors import HostError, NodeagentError
+from nodeagent.host.cgroup import CgroupState
+from nodeagent.host.cgroupset import Drift
 from nodeagent.host.enforce import Enforcer, Finding, Target
 from nodeagent.host.slicedropins import SliceDropins
 from nodeagent.kube.waiting import Revision
 from nodeagent.ownership import Ownership
 from nodeagent.parts import unbroken
+from nodeagent.pindrifts import Drifts, elsewhere
 from nodeagent.pinroom import Place, Room
 
 PACK = 32
@@ -42,9 +44,12 @@ class Confining:
         enforcer: Enforcer | None,
         ownership: Ownership,
         config: Callable[[], PinningConfig],
+        began: Callable[[CgroupState], bool] = lambda state: state.populated,
     ) -> None:
-        """enforcer: None where control groups cannot be written."""
+        """enforcer: None where control groups cannot be written. began: whether anything in a control group has run;
+        it may block."""
         self.room = room
+        self.drifts = Drifts()
         self.enforcer = enforcer
         self.ownership = ownership
         self.cpus_served = False
@@ -59,6 +64,10 @@ class Confining:
         """Why some control groups are not what they are to be, by path."""
         self._agent = agent
         self._config = config
+        self._began = began
+        self._judged: dict[str, bool] = {}
+        """Paths of control groups of which it was looked where their processes were before they were confined for the
+        first time, and whether what they hold was known by then."""
         self._turn = asyncio.Lock()
         self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
         self._planned_of: Situation | None = None
@@ -79,7 +88,7 @@ class Confining:
         now = config, self.room.revision
         if self._planned_of is not situation or now != self._planned:
             self._planned_of, self._planned = situation, now
-            self._plan = situation.plan(self.room.containers(), self.room.pods)
+            self._plan = situation.plan(self.room.containers(), self.room.pods, self.room.unnamed())
             self._targets = self.room.targets(self._plan, self._agent.inventory, config)
         return self._plan
 
@@ -100,6 +109,16 @@ class Confining:
     async def doubt(self, container: Container) -> str:
         """Why it cannot be known whether what a container names is its pod's, or ""."""
         return await self.ownership.doubt(container, lambda: self.pin(container.id))
+
+    async def prove(self, containers: Iterable[Container]) -> None:
+        """Find out whether what containers name is their pods', all at a time; what is learnt of that is put in force,
+        and what cannot be known is logged."""
+        before, every = self._agent.ledger, list(containers)
+        for one, why in zip(every, await asyncio.gather(*map(self.doubt, every)), strict=True):
+            if why:
+                log.warning("holder-unknown", container=one.id, error=why)
+        if self._agent.ledger is not before:
+            await self.settle()
 
     # ---------------------------------------------------------------- making it so
 
@@ -162,8 +181,13 @@ class Confining:
     async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
         if not some:
             return
+        wrong = await self._before(enforcer, some)
         errors = await asyncio.to_thread(enforcer.apply, some)
         self._applied.update({path: one for path, one in some.items() if path not in errors})
+        for path, drift in wrong.items():
+            self._ran_elsewhere(path, drift, errors.get(path, ""))
+        for path in some.keys() - errors.keys():
+            self.drifts.put_right(path)
         for path in errors:
             self._applied.pop(path, None)
             if self.errors.get(path) != errors[path]:
@@ -171,6 +195,34 @@ class Confining:
         others = {path: why for path, why in self.errors.items() if path in self._targets and path not in some}
         self.errors = MappingProxyType({**others, **errors})
         self.news.bump()
+
+    async def _before(self, enforcer: Enforcer, some: Mapping[str, Target]) -> Mapping[str, Drift]:
+        """Which of those that are about to be confined for the first time ran elsewhere until now, and where."""
+        places = self.room.by_path()
+        fresh = {path: pin for path in some if (pin := self._unjudged(path, places.get(path))) is not None}
+        self._judged.update({path: bool(pin.grants) for path, pin in fresh.items()})
+        ran = [path for path in fresh if self.room.ran_before(path, places.get(path))]
+        if not ran:
+            return {}
+        held, states = self._agent.ledger.cpus_held, await asyncio.to_thread(self._look, enforcer, ran)
+        own = {path: pin.exclusive and not pin.lost for path, pin in fresh.items()}
+        found = {path: elsewhere(state, some[path], own=own[path], held=held) for path, state in states.items()}
+        return {path: drift for path, drift in found.items() if drift is not None}
+
+    def _look(self, enforcer: Enforcer, paths: Iterable[str]) -> dict[str, CgroupState]:
+        """What control groups are in which something has run."""
+        return {path: state for path, state in enforcer.look(paths).items() if self._began(state)}
+
+    def _unjudged(self, path: str, place: Place | None) -> Pin | None:
+        """The pin of what lies at a path, where it was never looked at before with all that it holds."""
+        known = self._judged.get(path)
+        pin = self._plan.containers.get(place.container.id, NO_PIN) if place is not None else NO_PIN
+        return pin if known is None or (pin.grants and not known) else None
+
+    def _ran_elsewhere(self, path: str, drift: Drift, error: str) -> None:
+        self.drifts.ran_elsewhere(path, drift, repaired=not error)
+        what = {"file": drift.file, "found": drift.found, "wanted": drift.wanted}
+        log.warning("ran-unpinned", whose=self._whose(path), path=path, **what, error=error)
 
     def applied(self) -> list[str]:
         """Paths of what is in force."""
@@ -193,6 +245,8 @@ class Confining:
     async def forget(self, path: str) -> None:
         """A control group is gone."""
         self._applied.pop(path, None)
+        self._judged.pop(path, None)
+        self.drifts.forget(path)
         self.news.bump()
         await unbroken(self._forget(path))
 
@@ -233,19 +287,12 @@ class Confining:
         async with self._turn:
             wanted = {path: self._applied[path] for path in paths if path in self._applied}
             found = await asyncio.to_thread(self.enforcer.verify, wanted)
-            places = self.room.by_path() if found else {}
             for one in found:
-                self._found(one, places.get(one.path))
+                self._found(one)
         return found
 
-    def _found(self, one: Finding, place: Place | None) -> None:
-        for drift in one.drift:
-            metrics.DRIFT.labels(drift.file.partition(" ")[0]).inc()
-        if place is not None:
-            place.drifts += 1
-        else:
-            uid = next((uid for uid, path in self.room.pods.items() if path == one.path), "")
-            self.room.drifts[uid] = self.room.drifts.get(uid, 0) + 1
+    def _found(self, one: Finding) -> None:
+        self.drifts.found(one.path, one.drift, repaired=not one.error)
         if one.error:
             self.errors = MappingProxyType({**self.errors, one.path: one.error})
             self._applied.pop(one.path, None)

@@ -156,8 +156,8 @@ class Daemon:
         return self._serving.registrations()
 
     def not_ready(self) -> list[str]:
-        """Why kubelet and the API server do not show what was sent."""
-        return [*self._serving.not_ready(), *self._dra.not_ready()]
+        """Why kubelet and the API server do not show what was sent, and why containers may not be pinned."""
+        return [*self._serving.not_ready(), *self._dra.not_ready(), *self._pins.not_ready()]
 
     def dra_document(self) -> dict[str, Any]:
         return self._dra.document()
@@ -274,7 +274,8 @@ class Daemon:
     async def _news(self, agent_seen: int, serving_seen: int) -> None:
         """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
         waits = [one.ready for one in self.registrations()]
-        poll_s = UNSHOWN_POLL_S if self.not_ready() and all(waits) else READ_BACK_S
+        unshown = self._serving.not_ready() or self._dra.not_ready()
+        poll_s = UNSHOWN_POLL_S if unshown and all(waits) else READ_BACK_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(poll_s):
                 await first(self.agent.revision.changed(agent_seen), self._serving.revision.changed(serving_seen))

@@ -42,6 +42,12 @@ HOLDER = Gauge(
 DRIFT = Counter(
     "nodeagent_pin_drift", "Files of control groups that were not what they are to be.", ["file"], registry=REGISTRY
 )
+DRIFT_UNREPAIRED = Counter(
+    "nodeagent_pin_drift_unrepaired",
+    "Files among those that could not be put right when they were found.",
+    ["file"],
+    registry=REGISTRY,
+)
 PINNED = Gauge("nodeagent_pinned_containers", "Containers confined to what they hold.", registry=REGISTRY)
 UNCONFINED = Gauge(
     "nodeagent_unconfined_cgroups", "Control groups that are not what they are to be.", registry=REGISTRY
@@ -100,7 +106,7 @@ INTRUDERS = Gauge(
 INTERRUPTS_MOVED = Counter(
     "nodeagent_interrupts_moved", "Interrupts moved away from exclusive CPUs.", registry=REGISTRY
 )
-READY = Gauge("nodeagent_ready", "1 where kubelet shows what was sent.", registry=REGISTRY)
+READY = Gauge("nodeagent_ready", "1 where nothing of /readyz is wrong.", registry=REGISTRY)
 INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
 INFO.labels(VERSION).set(1)
 

@@ -39,11 +39,8 @@ class PinHandler:
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
         self._confining.room.tell_all(containers)
-        await self._confining.ownership.hear_kubelet()
-        for one in containers:
-            if why := await self._confining.doubt(one):
-                log.warning("holder-unknown", container=one.id, error=why)
         await self._confining.settle()
+        await self._confining.prove(containers)
         return self._confining.updates(anew=True)
 
     async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:

@@ -204,8 +204,8 @@ class FakeRuntime:
         self.forgives_late = False
         """Whether a late answer has its consequences without being held against the plugin."""
         self.forgotten: list[_Plugin] = []
-        """Plugins that were late to answer Synchronize: their connections stay open and they are never asked again, as
-        with containerd 1.7."""
+        """Plugins that are not asked any more while their connections stay open, as containerd 1.7 does with one that
+        was late to answer Synchronize."""
         self.pods: dict[str, pb.PodSandbox] = {}
         self.containers: dict[str, pb.Container] = {}
         self.refuses: set[str] = set()
@@ -449,6 +449,12 @@ class FakeRuntime:
         update = pb.UpdateContainersRequest.FromString(request.payload)
         answer = pb.UpdateContainersResponse(failed=self._apply(update.update))
         return ttrpc_pb2.Response(payload=answer.SerializeToString())
+
+    def forget(self) -> None:
+        """The plugin is asked no more, and its connection stays open."""
+        if self.plugin is not None:
+            self.forgotten.append(self.plugin)
+        self.plugin = None
 
     async def drop(self, why: str) -> None:
         """Close the plugin's connection; `why`, if it is its fault."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,9 +45,31 @@ class PinNode:
     runtime: FakeRuntime
     config: PinningConfig
     pins: PinServing = field(init=False)
+    now_s: float = 0.0
+    """What is added to the clock of what confines."""
     claims: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the API server has, by name."""
     entries: list[dict[str, Any]] = field(default_factory=list)
+
+    running: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """An agent that confines containers starts, as far as that is concerned."""
+        sysfs, config = SysFs(self.folder / "root"), lambda: self.config
+        self.pins = PinServing(
+            self.agent, sysfs, self.folder, config, self.fetch, clock=lambda: time.monotonic() + self.now_s
+        )
+        self.pins.go_by(Config(), kubelet_confines=False)
+        self.running = asyncio.create_task(self.pins.run())
+
+    async def end(self) -> None:
+        """It ends: from here on nobody confines anything."""
+        task, self.running = self.running, None
+        assert task is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled() and task.exception() is not None:
+            raise task.exception()  # type: ignore[misc]
 
     @property
     def shared(self) -> str:
@@ -148,24 +171,15 @@ async def pin_node(
     runtime = FakeRuntime(folder, request_timeout_s=request_timeout_s)
     runtime.prefix = ""
     node = PinNode(folder, agent, tree, runtime, config)
-    node.pins = PinServing(agent, SysFs(folder / "root"), folder, lambda: node.config, node.fetch)
-    node.pins.go_by(Config(), kubelet_confines=False)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(agent.close)
         if connected:
             await stack.enter_async_context(runtime)
-        running = asyncio.create_task(node.pins.run())
-        stack.push_async_callback(_end, running)
+        node.begin()
+        stack.push_async_callback(node.end)
         if connected:
             await runtime.connected()
         yield node
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    if not task.cancelled() and task.exception() is not None:
-        raise task.exception()  # type: ignore[misc]
 
 
 async def _nothing() -> tuple[Holding, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from nodeagent.cli.ask import add_arguments as add_arguments
@@ -79,7 +80,7 @@ def _pinning(pinning: Any) -> list[str]:
         return [f"off: {pinning['unsupported'] or 'as configured'}"]
     by = pinning["runtime"] if pinning["mode"] == "nri" else "control groups alone"
     state = f"{by}, {pinning['containers']} containers, shared CPUs {pinning['shared_cpus'] or 'all'}"
-    lines = [f"{state}, {pinning['drifts']} drifts repaired"]
+    lines = [f"{state}, {pinning['drifts_repaired']} drifts repaired, {pinning['drifts_not_repaired']} not repaired"]
     if pinning["mode"] == "nri" and not pinning["connected"]:
         lines.append(f"NOT connected: {pinning['reason']}")
     return [*lines, *_intruders(pinning["intruders"]), *(f"NOT confined: {why}" for why in pinning["errors"].values())]
@@ -93,11 +94,21 @@ def _intruders(found: Any) -> list[str]:
 
 def _note(one: Any) -> str:
     """What is wrong with a container's pins."""
-    notes = [one["error"]]
+    notes = [one["error"], _ran(one["ran_unpinned"]) if one["ran_unpinned"] else ""]
     notes.append(f"CPUs {one['lost_cpus']} are offline" if one["lost_cpus"] else "")
     notes.append(f"throttled to {one['quota_cpus']:g} CPUs" if one["quota_cpus"] is not None else "")
     notes.append(f"names {', '.join(one['unproven'])} of another pod" if one["unproven"] else "")
     return "; ".join(filter(None, notes))
+
+
+def _ran(elsewhere: Any) -> str:
+    """Where a container ran before it was pinned for the first time, in this machine's local time."""
+    now, found, wanted = elsewhere["until_unix_s"] is None, elsewhere["found"], elsewhere["wanted"]
+    if elsewhere["file"].startswith("cpuset.mems"):
+        what = f"{'uses' if now else 'used'} memory of NUMA nodes {found} instead of {wanted}"
+    else:
+        what = f"{'runs' if now else 'ran'} on {found} instead of {wanted}"
+    return what if now else f"{what} until {time.strftime('%H:%M:%S', time.localtime(elsewhere['until_unix_s']))}"
 
 
 def _dra(dra: Any) -> list[str]:
