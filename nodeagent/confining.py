@@ -102,6 +102,11 @@ class Confining:
             self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules)
         return self._situation
 
+    def crowded(self) -> bool:
+        """Whether others have to be kept off CPUs that containers hold, and there is none left for them."""
+        situation = self._situation_now()
+        return situation.rules.confine_others and bool(situation.ledger.cpus_held) and not situation.shared
+
     def pin(self, container_id: str) -> Pin:
         """What a container is to be confined to; nothing, where it is not known."""
         return self.plan().containers.get(container_id, Pin())

@@ -77,7 +77,7 @@ def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daem
     """Read the machine, open the ledger, start nothing. StateError where another agent has the ledger; blocks."""
     store = Store(where.state_dir)
     try:
-        inventory = scan(where.sysfs, families, selectors(config))
+        inventory = scan(where.sysfs, families, selectors(config), cgroup_root=config.pinning.cgroup_root)
         pods = PodResources(where.kubelet_dir / POD_RESOURCES)
         now = settings(config, where.kubelet_dir, where.sysfs.text(BOOT_ID, ""), inventory)
         return Daemon(config, where, families, Agent(store, inventory, now, pods.list), pods, store)
@@ -122,10 +122,17 @@ class Daemon:
             pods,
             self._pages.growing,
         )
-        self._pins = PinServing(agent, where.sysfs, self._plugins, lambda: self.config.pinning, self._dra.api.claim)
+        self._pins = PinServing(
+            agent,
+            where.sysfs,
+            self._plugins,
+            lambda: self.config.pinning,
+            self._dra.api.claim,
+            self._machine.rescan,
+        )
         self._intruding = Intruding(
             where.sysfs,
-            lambda: agent.ledger.cpus_held & agent.inventory.cpus_online,
+            lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
             lambda: self._pins.confining.plan().shared or agent.inventory.cpus_online - agent.ledger.cpus_held,
             lambda: self.config.pinning,
             agent.revision.changed,
@@ -143,7 +150,7 @@ class Daemon:
 
     @property
     def notes(self) -> list[str]:
-        return [*self._lead.notes, *self._pages.problems]
+        return [*self._lead.notes, *self._pages.problems, *self._pins.notes()]
 
     @property
     def refused(self) -> Mapping[str, str]:

@@ -101,8 +101,17 @@ class Machine:
         """Read everything once more; the seconds it took."""
         async with self._turn:
             began = time.perf_counter()
-            chosen, holders = selectors(self._config()), self._holders()
-            read = functools.partial(scan, self._sysfs, self._families, chosen, self._nvml, holders=holders)
+            config, known = self._config(), self._agent.inventory.pods_cgroup
+            read = functools.partial(
+                scan,
+                self._sysfs,
+                self._families,
+                selectors(config),
+                self._nvml,
+                holders=self._holders(),
+                cgroup_root=config.pinning.cgroup_root,
+                known=known,
+            )
             inventory = await asyncio.to_thread(read)
             took_s = time.perf_counter() - began
             metrics.SCANS.observe(took_s)

@@ -22,6 +22,7 @@ from nodeagent.agent import Agent
 from nodeagent.config import PinningConfig
 from nodeagent.confining import Confining
 from nodeagent.core.containers import CREATED, RUNNING, Adjustment, Container, Pod, Resources, Update
+from nodeagent.core.lost import outside_of
 from nodeagent.core.pinning import Pin, named_by
 from nodeagent.core.settings import OWN_VARIABLES
 from nodeagent.errors import HostError
@@ -56,7 +57,8 @@ class PinHandler:
             self._go_on(container, late)
         pin, updates = self._confining.pin(container.id), self._confining.updates(but=container.id)
         if pin.held and pin.lost == pin.held:
-            self._refuse(container, f"its CPUs {pin.held} are offline")
+            where = outside_of(self._agent.inventory) if pin.outside else "offline"
+            self._refuse(container, f"its CPUs {pin.held} are {where}")
         if pin.grants:
             log.info("pinned", container=container.id, name=str(container), **_said(pin))
         cpus = pin.cpus or self._confining.by_runtime(container.id)

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +25,22 @@ from nodeagent.agent import Agent
 from nodeagent.config import Config, PinningConfig
 from nodeagent.confining import Confining
 from nodeagent.core.containers import Container
+from nodeagent.core.lost import held_outside, narrowed
 from nodeagent.core.pinning import Pin
 from nodeagent.core.sizes import format_size
-from nodeagent.errors import HostError
+from nodeagent.errors import HostError, InputError
 from nodeagent.host import bundles
 from nodeagent.host.cgroup import Reader, has_begun, hierarchy, page_sizes
 from nodeagent.host.cgroupnames import CONTAINER, QOS, TOP, Cgroup, layouts
 from nodeagent.host.cgroupwatch import CAME, GONE, LOOK, WRITTEN, Change, Watch
 from nodeagent.host.enforce import Enforcer
+from nodeagent.host.podscpus import pods_cgroup
 from nodeagent.host.slicedropins import SliceDropins
 from nodeagent.host.sysfs import SysFs
 from nodeagent.nri.plugin import NriPlugin
 from nodeagent.offer import CPU
 from nodeagent.ownership import Fetch, Ownership
-from nodeagent.parts import kept
+from nodeagent.parts import kept, unbroken
 from nodeagent.pinhandler import PinHandler
 from nodeagent.pinroom import Place, Room
 from nodeagent.slicetelling import SliceTelling
@@ -52,6 +54,9 @@ GRACE_S = 5.0
 """How long the runtime may be away before the agent is not ready: it may be restarting, or be connected to again."""
 LOOK_S = 5.0
 """How long looking at all control groups may take before the plan is put in force of those that are known."""
+RESCAN_S = 2.0
+"""How long control groups wait for the machine to be read again; what is found later is put in force later."""
+_OF_CPUS = ("cpuset.cpus", "cpuset.cpus.partition")
 OFF, NRI, CGROUP = "off", "nri", "cgroup"
 log = structlog.get_logger()
 
@@ -66,14 +71,16 @@ class PinServing:
         plugins: Path,
         config: Callable[[], PinningConfig],
         fetch: Fetch,
+        rescan: Callable[[], Coroutine[Any, Any, object]],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server. clock: in
-        seconds."""
+        """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server. rescan: reads the
+        machine again. clock: in seconds."""
         self._agent = agent
         self._sysfs = sysfs
         self._config = config
+        self._rescan = rescan
         self._clock = clock
         self._started_with = config()
         found = hierarchy(sysfs)
@@ -175,6 +182,8 @@ class PinServing:
     async def _take(self, changes: Sequence[Change]) -> None:
         """What came is confined, what was written to is read back; now and then everything is."""
         look = any(one.what == LOOK for one in changes)
+        if look or any(map(self._moves_all, changes)):
+            await self._look_at_pods_cgroup()
         came = [one.cgroup for one in changes if one.what == CAME and one.cgroup is not None]
         ids = [one.container_id for one in came if one.kind == CONTAINER]
         known = await asyncio.to_thread(self._bundles, [*ids, *(self._room.unnamed() if look else ())])
@@ -213,6 +222,19 @@ class PinServing:
         for container in known.values():
             self._room.tell(container, ran=ran and bool(container.name))
 
+    def _moves_all(self, change: Change) -> bool:
+        """Whether a change may be one of the CPUs that all pods have."""
+        if change.what == WRITTEN:
+            return change.file in _OF_CPUS and self._is_above_pods(change.path)
+        return change.cgroup is not None and change.cgroup.kind == TOP
+
+    async def _look_at_pods_cgroup(self) -> None:
+        """Have the machine read again where pods have other CPUs than before; what cannot be read its scan shows."""
+        root, known = self._started_with.cgroup_root, self._agent.inventory.pods_cgroup
+        with contextlib.suppress(HostError, InputError, TimeoutError):
+            if await asyncio.to_thread(pods_cgroup, self._sysfs, root) != known:
+                await asyncio.wait_for(unbroken(self._rescan()), RESCAN_S)
+
     def _is_above_pods(self, path: str) -> bool:
         place = next((found for one in self._layouts if (found := one.parse(path)) is not None), None)
         return place is None or place.kind in (TOP, QOS)
@@ -249,11 +271,24 @@ class PinServing:
 
     def not_ready(self) -> list[str]:
         """Why containers may run elsewhere than on what they hold, one sentence each."""
+        reasons = (self._runtime_missed(), held_outside(self._agent.inventory, self._agent.ledger))
+        return [f"pinning: {why}" for why in reasons if why]
+
+    def _runtime_missed(self) -> str:
         standing = self._plugin.standing if self._plugin is not None else None
         if standing is None or standing.connected or not self._runtime_wanted():
-            return []
+            return ""
         away_s = self._clock() - standing.since_s
-        return [f"pinning: the container runtime does not ask: {standing.reason}"] if away_s > GRACE_S else []
+        return f"the container runtime does not ask: {standing.reason}" if away_s > GRACE_S else ""
+
+    def notes(self) -> list[str]:
+        """What an admin may want to change, one sentence each."""
+        crowded = "no CPU is left for pods without CPUs of their own: they run on those of others"
+        reasons = (
+            narrowed(self._agent.inventory, self._agent.ledger),
+            crowded if self._enforcer is not None and self.confining.crowded() else "",
+        )
+        return [f"pinning: {why}" for why in reasons if why]
 
     # ---------------------------------------------------------------- what it looks like
 
@@ -296,6 +331,7 @@ class PinServing:
             "effective_mems": str(state.mems_effective or "") if state is not None else "",
             "hugepage_limits": {format_size(size): limit for size, limit in pin.hugepage_limits.items()},
             "lost_cpus": str(pin.lost),
+            "outside_cpus": str(pin.outside),
             "drifts": drifts.found,
             "drifts_not_repaired": drifts.open,
             "ran_unpinned": dataclasses.asdict(drifts.elsewhere) if drifts.elsewhere is not None else None,

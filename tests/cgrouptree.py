@@ -38,7 +38,7 @@ class CgroupTree:
         for name, text in (("controllers", CONTROLLERS), ("subtree_control", CONTROLLERS), ("procs", "")):
             (self.mount / f"cgroup.{name}").write_text(f"{text}\n")
         for size in SIZES.values():
-            (root / f"sys/kernel/mm/hugepages/hugepages-{size >> 10}kB").mkdir(parents=True)
+            (root / f"sys/kernel/mm/hugepages/hugepages-{size >> 10}kB").mkdir(parents=True, exist_ok=True)
 
     def make(self, path: str, **files: str) -> Path:
         """A cgroup and those above it. files: values of interface files, "." written "__" """

@@ -9,7 +9,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from nodeagent.core.claim import ClaimRef
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.model import Holding, Inventory
 from nodeagent.host import cgroupset
+from nodeagent.host.podscpus import pods_cgroup
 from nodeagent.host.sysfs import SysFs
 from nodeagent.kube.podresources import CHECKPOINT
 from nodeagent.offer import Offer
@@ -56,9 +57,7 @@ class PinNode:
     def begin(self) -> None:
         """An agent that confines containers starts, as far as that is concerned."""
         sysfs, config = SysFs(self.folder / "root"), lambda: self.config
-        self.pins = PinServing(
-            self.agent, sysfs, self.folder, config, self.fetch, clock=lambda: time.monotonic() + self.now_s
-        )
+        self.pins = PinServing(self.agent, sysfs, self.folder, config, self.fetch, self.rescan, clock=self.clock)
         self.pins.go_by(Config(), kubelet_confines=False)
         self.running = asyncio.create_task(self.pins.run())
 
@@ -70,6 +69,14 @@ class PinNode:
         await asyncio.gather(task, return_exceptions=True)
         if not task.cancelled() and task.exception() is not None:
             raise task.exception()  # type: ignore[misc]
+
+    def clock(self) -> float:
+        return time.monotonic() + self.now_s
+
+    async def rescan(self) -> None:
+        """Read the machine again, of which control groups alone may have changed."""
+        pods = pods_cgroup(SysFs(self.folder / "root"))
+        self.agent.see(replace(self.agent.inventory, pods_cgroup=pods))
 
     @property
     def shared(self) -> str:

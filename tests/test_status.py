@@ -203,5 +203,5 @@ async def test_curl_reads_it(folder: Path, tmp_path: Path) -> None:
 def test_the_note_of_a_container_says_where_it_ran_before_it_was_pinned(ran: dict[str, Any] | None, note: str) -> None:
     """With the time of day, of the machine where it is read."""
     shown = {**ran, "found": "0-15", "wanted": "4-7"} if ran else None
-    one = {"error": "", "ran_unpinned": shown, "lost_cpus": "", "quota_cpus": None, "unproven": []}
+    one = {"error": "", "ran_unpinned": shown, "lost_cpus": "", "outside_cpus": "", "quota_cpus": None, "unproven": []}
     assert status_of._note(one) == note.format(time.strftime("%H:%M:%S", time.localtime(1.0)))

@@ -9,6 +9,7 @@ from typing import Any
 from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
+from nodeagent.core.cpuset import CpuSet
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,8 +19,9 @@ def run(args: argparse.Namespace) -> int:
 def _print(status: Any) -> None:
     machine = status["inventory"]
     print(f"nodeagent {status['version']}, up {status['uptime_s']} s, {'ready' if status['ready'] else 'NOT ready'}")
+    outside = f", {machine['cpus_outside']} not for pods" if machine["cpus_outside"] else ""
     print(
-        f"CPUs {machine['cpus_online']} online, {machine['cpus_reserved'] or 'none'} reserved; "
+        f"CPUs {machine['cpus_online']} online, {machine['cpus_reserved'] or 'none'} reserved{outside}; "
         f"{machine['numa_nodes']} NUMA nodes, {machine['devices']} devices, generation {machine['generation']}"
     )
     for kind, lines in (
@@ -95,7 +97,10 @@ def _intruders(found: Any) -> list[str]:
 def _note(one: Any) -> str:
     """What is wrong with a container's pins."""
     notes = [one["error"], _ran(one["ran_unpinned"]) if one["ran_unpinned"] else ""]
-    notes.append(f"CPUs {one['lost_cpus']} are offline" if one["lost_cpus"] else "")
+    outside = CpuSet.parse(one["outside_cpus"])
+    offline = CpuSet.parse(one["lost_cpus"]) - outside
+    notes.append(f"CPUs {offline} are offline" if offline else "")
+    notes.append(f"CPUs {outside} are outside the cpuset of all pods" if outside else "")
     notes.append(f"throttled to {one['quota_cpus']:g} CPUs" if one["quota_cpus"] is not None else "")
     notes.append(f"names {', '.join(one['unproven'])} of another pod" if one["unproven"] else "")
     return "; ".join(filter(None, notes))

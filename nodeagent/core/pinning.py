@@ -52,7 +52,9 @@ class Pin:
     held: CpuSet = EMPTY
     """The CPUs that it holds, online or not."""
     lost: CpuSet = EMPTY
-    """Those among them that are offline."""
+    """Those among them that are offline, or outside the cpuset of all pods."""
+    outside: CpuSet = EMPTY
+    """The latter."""
     unproven: tuple[str, ...] = ()
     """Grants that it names and that kubelet is not known to have given to its pod."""
 
@@ -194,15 +196,16 @@ class Situation:
         if not grants:
             return Pin(unproven=unproven) if unproven else NO_PIN
         held = union(one.cpus for one in grants)
-        online = held & self.inventory.cpus_online
+        usable = held & self.inventory.cpus_usable
         return Pin(
             grants=tuple(one.id for one in grants),
             # Of CPUs that are all gone nothing is left to be confined to: not the CPUs of others.
-            cpus=(online or self.shared or None) if held else None,
-            mems=self._mems(grants, online),
+            cpus=(usable or self.shared or None) if held else None,
+            mems=self._mems(grants, usable),
             hugepage_limits=_limits(grants),
             held=held,
-            lost=held - online,
+            lost=held - usable,
+            outside=held & self.inventory.cpus_outside,
             unproven=unproven,
         )
 
@@ -232,8 +235,8 @@ class Situation:
 
     @functools.cached_property
     def shared(self) -> CpuSet:
-        """Online CPUs that are neither reserved nor held; where none is left, the reserved ones."""
-        free = self.inventory.cpus_online - self.ledger.cpus_held
+        """CPUs that pods can run on and that are neither reserved nor held; where none is left, the reserved ones."""
+        free = self.inventory.cpus_usable - self.ledger.cpus_held
         return (free - self.ledger.reserved if self.rules.strict_reservation else free) or free
 
     @functools.cached_property
@@ -288,11 +291,12 @@ class Situation:
             hugepage_limits=MappingProxyType(limits),
             held=pin.held,
             lost=pin.lost,
+            outside=pin.outside,
             unproven=pin.unproven,
         )
 
     def _pod(self, held: CpuSet, paged: Mapping[int, int]) -> PodPin:
-        cpus = self.shared | (held & self.inventory.cpus_online) if self.rules.confine_others else EMPTY
+        cpus = self.shared | (held & self.inventory.cpus_usable) if self.rules.confine_others else EMPTY
         return PodPin(cpus=cpus or None, hugepages_at_least=MappingProxyType(dict(paged)))
 
 
