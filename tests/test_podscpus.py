@@ -22,6 +22,8 @@ from pinnode import pin_node
 from running import CPU, running
 from test_agent import CPU as CPU_OFFER
 
+from nodeagent import following
+from nodeagent.config import Config
 from nodeagent.core.claim import Result
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.core.document import from_document, to_document
@@ -219,6 +221,20 @@ async def test_cpus_that_kubepods_loses_are_lost_and_come_back(folder: Path, mon
         assert node.tree.effective(node.path("web", "main")) == "1-3,6-11,13-15"
         assert node.pins.not_ready() == node.pins.notes() == []
         assert node.pins.document()["drifts_not_repaired"] == 0
+
+
+async def test_a_cpu_that_has_just_come_online_is_not_outside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel changes cpusets a moment after it has told of the CPU; one that stays outside is."""
+    looks = [bounded("0-11", 1), bounded(ALL, 1), bounded("0-11", 1), bounded("0-11", 1)]
+    outside: list[str] = []
+    async with pin_node(folder, monkeypatch, connected=False, mode="off") as node:
+        monkeypatch.setattr(following, "scan", lambda *_, **__: looks.pop(0))
+        watched = following.Machine(node.agent, SysFs(folder), [], Config)
+        for _ in range(2):
+            await watched.rescan()
+            outside.append(str(node.agent.inventory.cpus_outside))
+        await watched.close()
+    assert outside == ["", "12-15"] and looks == []
 
 
 async def test_a_container_whose_cpus_are_all_outside_is_not_created(
