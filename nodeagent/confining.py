@@ -186,9 +186,12 @@ class Confining:
     async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
         if not some:
             return
-        wrong = await self._before(enforcer, some)
+        fresh = self._unjudged(some)
+        wrong = await self._wrong_before(enforcer, some, fresh)
         errors = await asyncio.to_thread(enforcer.apply, some)
         self._applied.update({path: one for path, one in some.items() if path not in errors})
+        # What is not there yet is looked at when it is.
+        self._judged.update({path: bool(pin.grants) for path, pin in fresh.items() if path in enforcer.states})
         for path, drift in wrong.items():
             self._ran_elsewhere(path, drift, errors.get(path, ""))
         for path in some.keys() - errors.keys():
@@ -201,11 +204,21 @@ class Confining:
         self.errors = MappingProxyType({**others, **errors})
         self.news.bump()
 
-    async def _before(self, enforcer: Enforcer, some: Mapping[str, Target]) -> Mapping[str, Drift]:
+    def _unjudged(self, paths: Iterable[str]) -> dict[str, Pin]:
+        """The pins of what lies at some paths, as far as it was never looked at with all that it holds."""
+        places, found = self.room.by_path(), {}
+        for path in paths:
+            place, known = places.get(path), self._judged.get(path)
+            pin = self._plan.containers.get(place.container.id, NO_PIN) if place is not None else NO_PIN
+            if known is None or (pin.grants and not known):
+                found[path] = pin
+        return found
+
+    async def _wrong_before(
+        self, enforcer: Enforcer, some: Mapping[str, Target], fresh: Mapping[str, Pin]
+    ) -> Mapping[str, Drift]:
         """Which of those that are about to be confined for the first time ran elsewhere until now, and where."""
         places = self.room.by_path()
-        fresh = {path: pin for path in some if (pin := self._unjudged(path, places.get(path))) is not None}
-        self._judged.update({path: bool(pin.grants) for path, pin in fresh.items()})
         ran = [path for path in fresh if self.room.ran_before(path, places.get(path))]
         if not ran:
             return {}
@@ -217,12 +230,6 @@ class Confining:
     def _look(self, enforcer: Enforcer, paths: Iterable[str]) -> dict[str, CgroupState]:
         """What control groups are in which something has run."""
         return {path: state for path, state in enforcer.look(paths).items() if self._began(state)}
-
-    def _unjudged(self, path: str, place: Place | None) -> Pin | None:
-        """The pin of what lies at a path, where it was never looked at before with all that it holds."""
-        known = self._judged.get(path)
-        pin = self._plan.containers.get(place.container.id, NO_PIN) if place is not None else NO_PIN
-        return pin if known is None or (pin.grants and not known) else None
 
     def _ran_elsewhere(self, path: str, drift: Drift, error: str) -> None:
         self.drifts.ran_elsewhere(path, drift, repaired=not error)

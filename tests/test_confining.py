@@ -313,6 +313,22 @@ async def test_a_runtime_that_starts_a_container_without_a_question_is_connected
         assert one["drifts"] == 1 and one["ran_unpinned"]["found"] == "1-15"
 
 
+async def test_a_container_whose_question_was_cut_off_is_confined_and_shown_when_it_appears(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime gave up on the answer, closed the connection and made the container without it."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.runtime.forgives_late, node.runtime.gives_up_s = True, {"CreateContainer": 0.0}
+        node.runtime.synchronize_after = asyncio.Event()
+        node.bundle("db_main", "db", "main")
+        await node.create("db", "main")
+        path = node.path("db", "main")
+        await node.until(lambda: node.tree.effective(path) == "4-5")
+        await node.until(lambda: node.pins.document()["drifts"] == 1)
+        assert node.pins.document()["pinned"][0]["ran_unpinned"]["wanted"] == "4-5"
+
+
 async def test_sandboxes_and_containers_that_were_asked_about_are_no_evidence_against_the_runtime(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,9 +4,9 @@ Promises: each question has its answer inside the time limit of the runtime. A c
 decided is not created, with the reason; any other failure is logged and answered with "no change", because an error
 there would only keep a container from being stopped or removed.
 
-A runtime gives up on a plugin whose answer is late (NRI adaptation, containerd 1.7 and 2.0): after a question about a
-container it closes the connection and asks no more; after Synchronize it keeps the connection open and never asks
-anything. So an answer that was late all the same is reported, for the connection to be made again.
+A runtime gives up on a plugin whose answer is late (containerd/nri pkg/adaptation): after a question about a container
+it closes the connection; after Synchronize it closes it too or, as containerd 1.7 was seen to, keeps it open and never
+asks anything. So an answer that was late all the same is reported, for the connection to be made again.
 """
 
 from __future__ import annotations
