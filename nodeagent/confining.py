@@ -13,18 +13,20 @@ from types import MappingProxyType
 
 import structlog
 
-from nodeagent import metrics
 from nodeagent.agent import Agent
 from nodeagent.config import PinningConfig
 from nodeagent.core.containers import Container, Update
 from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.pinning import Pin, Plan, Rules, Situation
+from nodeagent.core.pinning import NO_PIN, Pin, Plan, Rules, Situation
 from nodeagent.errors import HostError, NodeagentError
+from nodeagent.host.cgroup import CgroupState
+from nodeagent.host.cgroupset import Drift
 from nodeagent.host.enforce import Enforcer, Finding, Target
 from nodeagent.host.slicedropins import SliceDropins
 from nodeagent.kube.waiting import Revision
 from nodeagent.ownership import Ownership
 from nodeagent.parts import unbroken
+from nodeagent.pindrifts import Drifts, elsewhere
 from nodeagent.pinroom import Place, Room
 
 PACK = 32
@@ -42,9 +44,12 @@ class Confining:
         enforcer: Enforcer | None,
         ownership: Ownership,
         config: Callable[[], PinningConfig],
+        began: Callable[[CgroupState], bool] = lambda state: state.populated,
     ) -> None:
-        """enforcer: None where control groups cannot be written."""
+        """enforcer: None where control groups cannot be written. began: whether anything in a control group has run;
+        it may block."""
         self.room = room
+        self.drifts = Drifts()
         self.enforcer = enforcer
         self.ownership = ownership
         self.cpus_served = False
@@ -59,6 +64,10 @@ class Confining:
         """Why some control groups are not what they are to be, by path."""
         self._agent = agent
         self._config = config
+        self._began = began
+        self._judged: dict[str, bool] = {}
+        """Paths of control groups of which it was looked where their processes were before they were confined for the
+        first time, and whether what they hold was known by then."""
         self._turn = asyncio.Lock()
         self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
         self._planned_of: Situation | None = None
@@ -79,7 +88,7 @@ class Confining:
         now = config, self.room.revision
         if self._planned_of is not situation or now != self._planned:
             self._planned_of, self._planned = situation, now
-            self._plan = situation.plan(self.room.containers(), self.room.pods)
+            self._plan = situation.plan(self.room.containers(), self.room.pods, self.room.unnamed())
             self._targets = self.room.targets(self._plan, self._agent.inventory, config)
         return self._plan
 
@@ -93,6 +102,11 @@ class Confining:
             self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules)
         return self._situation
 
+    def crowded(self) -> bool:
+        """Whether others have to be kept off CPUs that containers hold, and there is none left for them."""
+        situation = self._situation_now()
+        return situation.rules.confine_others and bool(situation.ledger.cpus_held) and not situation.shared
+
     def pin(self, container_id: str) -> Pin:
         """What a container is to be confined to; nothing, where it is not known."""
         return self.plan().containers.get(container_id, Pin())
@@ -100,6 +114,16 @@ class Confining:
     async def doubt(self, container: Container) -> str:
         """Why it cannot be known whether what a container names is its pod's, or ""."""
         return await self.ownership.doubt(container, lambda: self.pin(container.id))
+
+    async def prove(self, containers: Iterable[Container]) -> None:
+        """Find out whether what containers name is their pods', all at a time; what is learnt of that is put in force,
+        and what cannot be known is logged."""
+        before, every = self._agent.ledger, list(containers)
+        for one, why in zip(every, await asyncio.gather(*map(self.doubt, every)), strict=True):
+            if why:
+                log.warning("holder-unknown", container=one.id, error=why)
+        if self._agent.ledger is not before:
+            await self.settle()
 
     # ---------------------------------------------------------------- making it so
 
@@ -162,8 +186,16 @@ class Confining:
     async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
         if not some:
             return
+        fresh = self._unjudged(some)
+        wrong = await self._wrong_before(enforcer, some, fresh)
         errors = await asyncio.to_thread(enforcer.apply, some)
         self._applied.update({path: one for path, one in some.items() if path not in errors})
+        # What is not there yet is looked at when it is.
+        self._judged.update({path: bool(pin.grants) for path, pin in fresh.items() if path in enforcer.states})
+        for path, drift in wrong.items():
+            self._ran_elsewhere(path, drift, errors.get(path, ""))
+        for path in some.keys() - errors.keys():
+            self.drifts.put_right(path)
         for path in errors:
             self._applied.pop(path, None)
             if self.errors.get(path) != errors[path]:
@@ -171,6 +203,38 @@ class Confining:
         others = {path: why for path, why in self.errors.items() if path in self._targets and path not in some}
         self.errors = MappingProxyType({**others, **errors})
         self.news.bump()
+
+    def _unjudged(self, paths: Iterable[str]) -> dict[str, Pin]:
+        """The pins of what lies at some paths, as far as it was never looked at with all that it holds."""
+        places, found = self.room.by_path(), {}
+        for path in paths:
+            place, known = places.get(path), self._judged.get(path)
+            pin = self._plan.containers.get(place.container.id, NO_PIN) if place is not None else NO_PIN
+            if known is None or (pin.grants and not known):
+                found[path] = pin
+        return found
+
+    async def _wrong_before(
+        self, enforcer: Enforcer, some: Mapping[str, Target], fresh: Mapping[str, Pin]
+    ) -> Mapping[str, Drift]:
+        """Which of those that are about to be confined for the first time ran elsewhere until now, and where."""
+        places = self.room.by_path()
+        ran = [path for path in fresh if self.room.ran_before(path, places.get(path))]
+        if not ran:
+            return {}
+        held, states = self._agent.ledger.cpus_held, await asyncio.to_thread(self._look, enforcer, ran)
+        own = {path: pin.exclusive and not pin.lost for path, pin in fresh.items()}
+        found = {path: elsewhere(state, some[path], own=own[path], held=held) for path, state in states.items()}
+        return {path: drift for path, drift in found.items() if drift is not None}
+
+    def _look(self, enforcer: Enforcer, paths: Iterable[str]) -> dict[str, CgroupState]:
+        """What control groups are in which something has run."""
+        return {path: state for path, state in enforcer.look(paths).items() if self._began(state)}
+
+    def _ran_elsewhere(self, path: str, drift: Drift, error: str) -> None:
+        self.drifts.ran_elsewhere(path, drift, repaired=not error)
+        what = {"file": drift.file, "found": drift.found, "wanted": drift.wanted}
+        log.warning("ran-unpinned", whose=self._whose(path), path=path, **what, error=error)
 
     def applied(self) -> list[str]:
         """Paths of what is in force."""
@@ -193,6 +257,8 @@ class Confining:
     async def forget(self, path: str) -> None:
         """A control group is gone."""
         self._applied.pop(path, None)
+        self._judged.pop(path, None)
+        self.drifts.forget(path)
         self.news.bump()
         await unbroken(self._forget(path))
 
@@ -233,19 +299,12 @@ class Confining:
         async with self._turn:
             wanted = {path: self._applied[path] for path in paths if path in self._applied}
             found = await asyncio.to_thread(self.enforcer.verify, wanted)
-            places = self.room.by_path() if found else {}
             for one in found:
-                self._found(one, places.get(one.path))
+                self._found(one)
         return found
 
-    def _found(self, one: Finding, place: Place | None) -> None:
-        for drift in one.drift:
-            metrics.DRIFT.labels(drift.file.partition(" ")[0]).inc()
-        if place is not None:
-            place.drifts += 1
-        else:
-            uid = next((uid for uid, path in self.room.pods.items() if path == one.path), "")
-            self.room.drifts[uid] = self.room.drifts.get(uid, 0) + 1
+    def _found(self, one: Finding) -> None:
+        self.drifts.found(one.path, one.drift, repaired=not one.error)
         if one.error:
             self.errors = MappingProxyType({**self.errors, one.path: one.error})
             self._applied.pop(one.path, None)

@@ -84,8 +84,8 @@ def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daem
     """Read the machine, open the ledger, start nothing. StateError where another agent has the ledger; blocks."""
     store = Store(where.state_dir, accept_loss=where.accept_loss)
     try:
-        inventory = scan(where.sysfs, families, selectors(config))
         plugins, cgroup_root = where.kubelet_dir / PLUGINS, config.pinning.cgroup_root
+        inventory = scan(where.sysfs, families, selectors(config), cgroup_root=cgroup_root)
         pods = PodResources(where.kubelet_dir / POD_RESOURCES, plugins / KUBELET_SOCKET)
         kubelet = Beside(where.sysfs, where.kubelet_dir)
         now = settings(config, kubelet.look(config), where.sysfs.text(BOOT_ID, ""), inventory)
@@ -140,11 +140,17 @@ class Daemon:
             self._pages.growing,
         )
         self._pins = PinServing(
-            agent, where.sysfs, room, self._plugins, lambda: self.config.pinning, self._dra.api.claim
+            agent,
+            where.sysfs,
+            room,
+            self._plugins,
+            lambda: self.config.pinning,
+            self._dra.api.claim,
+            self._machine.rescan,
         )
         self._intruding = Intruding(
             where.sysfs,
-            lambda: agent.ledger.cpus_held & agent.inventory.cpus_online,
+            lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
             lambda: self._pins.confining.plan().shared or agent.inventory.cpus_online - agent.ledger.cpus_held,
             lambda: self.config.pinning,
             agent.revision.changed,
@@ -176,7 +182,7 @@ class Daemon:
 
     @property
     def notes(self) -> list[str]:
-        return [*self._lead.notes, *self._pages.problems, *self._kubelet.notes]
+        return [*self._lead.notes, *self._pages.problems, *self._kubelet.notes, *self._pins.notes()]
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -189,10 +195,10 @@ class Daemon:
         return self._serving.registrations()
 
     def not_ready(self) -> list[str]:
-        """Why nothing can be granted, why kubelet or the API server does not show what was sent, and why what was granted
-        is not exclusive."""
+        """Why nothing can be granted, why kubelet or the API server does not show what was sent, why containers may not
+        be pinned, and why what was granted is not exclusive."""
         unprotected = beside.unprotected(self._kubelet.kubelet, self.agent.ledger)
-        return [*self._lost(), *self._not_shown(), *([unprotected] if unprotected else [])]
+        return [*self._lost(), *self._not_shown(), *self._pins.not_ready(), *([unprotected] if unprotected else [])]
 
     def _not_shown(self) -> list[str]:
         return [*self._serving.not_ready(), *self._dra.not_ready()]

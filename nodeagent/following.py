@@ -38,6 +38,8 @@ ABSENCE_POLL_S = 1.0
 """How soon kubelet is asked again at the earliest while a grant is missing from its list."""
 PODS_POLL_S = 3600.0
 """The watch of the pods' folders only makes a release sooner: it needs no poll below it."""
+FOLLOW_S = 0.2
+"""How long the kernel may take to change cpusets when a CPU comes or goes: it does so after it has told of that."""
 LONGEST_REST_S = 1.0
 """Between two scans while the kernel keeps announcing changes."""
 KUBELET_POLL_S = 15.0
@@ -108,15 +110,31 @@ class Machine:
         """Read everything once more; the seconds it took."""
         async with self._turn:
             began = time.perf_counter()
-            chosen, holders = selectors(self._config()), self._holders()
-            read = functools.partial(scan, self._sysfs, self._families, chosen, self._nvml, holders=holders)
-            inventory = await asyncio.to_thread(read)
+            inventory = await self._scan()
             took_s = time.perf_counter() - began
             metrics.SCANS.observe(took_s)
+            if inventory.cpus_outside - self._agent.inventory.cpus_outside:
+                # Cpusets follow a moment after a CPU came or went: what is outside only now may be on its way in.
+                await asyncio.sleep(FOLLOW_S)
+                inventory = await self._scan()
             for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
                 log.warning("machine-unreadable", warning=warning)
             self._agent.see(inventory)
             return took_s
+
+    async def _scan(self) -> Inventory:
+        config, known = self._config(), self._agent.inventory.pods_cgroup
+        read = functools.partial(
+            scan,
+            self._sysfs,
+            self._families,
+            selectors(config),
+            self._nvml,
+            holders=self._holders(),
+            cgroup_root=config.pinning.cgroup_root,
+            known=known,
+        )
+        return await asyncio.to_thread(read)
 
     # ---------------------------------------------------------------- NVML
 

@@ -52,6 +52,12 @@ DISPUTED = Gauge(
     "Grants that kubelet has stopped listing although their pods live.",
     registry=REGISTRY,
 )
+DRIFT_UNREPAIRED = Counter(
+    "nodeagent_pin_drift_unrepaired",
+    "Files among those that could not be put right when they were found.",
+    ["file"],
+    registry=REGISTRY,
+)
 PINNED = Gauge("nodeagent_pinned_containers", "Containers confined to what they hold.", registry=REGISTRY)
 UNCONFINED = Gauge(
     "nodeagent_unconfined_cgroups", "Control groups that are not what they are to be.", registry=REGISTRY
@@ -61,6 +67,22 @@ THROTTLED = Gauge(
 )
 RUNTIME_CONNECTED = Gauge(
     "nodeagent_runtime_connected", "1 where the container runtime asks through NRI.", registry=REGISTRY
+)
+NRI_DISCONNECTS = Counter(
+    "nodeagent_nri_disconnects",
+    "Connections to the container runtime that ended, by reason.",
+    ["reason"],
+    registry=REGISTRY,
+)
+NRI_LATE_ANSWERS = Counter(
+    "nodeagent_nri_late_answers", "Answers that the container runtime did not wait for.", ["method"], registry=REGISTRY
+)
+NRI_ANSWER_SECONDS = Histogram(
+    "nodeagent_nri_answer_seconds",
+    "Time from the arrival of a question of the container runtime to its answer.",
+    ["method"],
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
+    registry=REGISTRY,
 )
 REGISTERED = Gauge(
     "nodeagent_registered", "1 where kubelet took and watches a resource.", ["resource"], registry=REGISTRY
@@ -94,7 +116,7 @@ INTRUDERS = Gauge(
 INTERRUPTS_MOVED = Counter(
     "nodeagent_interrupts_moved", "Interrupts moved away from exclusive CPUs.", registry=REGISTRY
 )
-READY = Gauge("nodeagent_ready", "1 where kubelet shows what was sent.", registry=REGISTRY)
+READY = Gauge("nodeagent_ready", "1 where nothing of /readyz is wrong.", registry=REGISTRY)
 INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
 INFO.labels(VERSION).set(1)
 

@@ -17,6 +17,7 @@ from nodeagent.core.claim import ClaimRef
 from nodeagent.core.containers import Container
 from nodeagent.core.model import DEVICE_PLUGIN
 from nodeagent.core.pinning import Pin
+from nodeagent.core.settings import OWN_VARIABLES
 from nodeagent.core.witness import Given
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import claims as wire
@@ -69,7 +70,7 @@ class Ownership:
     def _unread_of(self, container: Container, pin: Pin) -> list[str]:
         """Why it is not known whether a grant of the device plugin's is the container's, where it names one."""
         ledger = self._agent.ledger.grants
-        named = (ledger.get(value) for name, value in container.env.items() if name.startswith("NODEAGENT_"))
+        named = (ledger.get(value) for name, value in container.env.items() if name.startswith(OWN_VARIABLES))
         open_ = [one for one in named if one and one.holder.api == DEVICE_PLUGIN and not one.confirmed]
         return [self._unread] if self._unread and any(one.id not in pin.grants for one in open_) else []
 

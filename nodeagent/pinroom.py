@@ -1,7 +1,7 @@
 """Which pods and containers there are and where their control groups lie; and of a plan, what each of these is to be.
 
 Two tell of them: the runtime (NRI) of containers with names and environment, the watch of control groups of paths.
-Either may come first. What only the watch has seen, as sandboxes are, has no name and holds nothing.
+Either may come first. What only the watch has seen has no name unless its bundle has one: most of these are sandboxes.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from nodeagent.config import PinningConfig
-from nodeagent.core.containers import STOPPED, Container
+from nodeagent.core.containers import RUNNING, STOPPED, Container
 from nodeagent.core.cpuset import EMPTY
 from nodeagent.core.model import HugepagePool, Inventory
 from nodeagent.core.pinning import Pin, Plan
@@ -30,8 +30,12 @@ class Place:
     container: Container
     path: str
     """Of its control group; "": not known."""
-    drifts: int = 0
-    error: str = ""
+    named: bool
+    """Whether the runtime or its bundle has said what it is."""
+    ran: bool
+    """Whether it ran, or may have, before it could be confined."""
+    seen: bool = False
+    """Whether its control group was seen, and not that it is gone."""
     quota_cpus: float | None = None
     """CPU time that it may use, in CPUs, where that is less than the CPUs it is pinned to."""
 
@@ -50,8 +54,8 @@ class Room:
     """By container id."""
     pods: dict[str, str] = field(default_factory=dict)
     """Path of each pod's control group by its UID."""
-    drifts: dict[str, int] = field(default_factory=dict)
-    """Of pods' control groups, by UID."""
+    ran: set[str] = field(default_factory=set)
+    """UIDs of the pods that were there before they could be confined."""
 
     # ---------------------------------------------------------------- what there is
 
@@ -63,25 +67,39 @@ class Room:
         """By the path of their control groups."""
         return {one.path: one for one in self.places.values() if one.path}
 
-    def tell(self, container: Container) -> Place:
-        """The runtime announces a container, or says something new of it."""
+    def unnamed(self, pod_uid: str = "") -> frozenset[str]:
+        """Ids of the containers, in a pod or in all, of which only the control group was seen."""
+        every = self.places.items()
+        return frozenset(id for id, one in every if not one.named and pod_uid in ("", one.container.pod_uid))
+
+    def is_unnamed(self, container_id: str) -> bool:
+        """Whether nobody has said what a container is."""
+        place = self.places.get(container_id)
+        return place is None or not place.named
+
+    def tell(self, container: Container, *, ran: bool = False) -> Place:
+        """The runtime announces a container, or says something new of it; or its bundle does. ran: whether it is
+        running already, for one that was not announced before."""
         place = self.places.get(container.id)
         if place is None:
-            place = self.places[container.id] = Place(container=container, path="")
+            place = self.places[container.id] = Place(container=container, path="", named=True, ran=ran)
         if place.container != container:
             place.container = container
+        place.ran, place.named = place.ran or (ran and not place.named), True
         place.path = place.path or self._path(container)
         self._pod_of(place.path, container.pod_uid)
+        self.ran |= {container.pod_uid} if ran else set()
         self.revision += 1
         return place
 
     def tell_all(self, containers: Iterable[Container]) -> None:
-        """The runtime lists all that it has; what it does not list and has a name is gone."""
+        """The runtime lists all that it has; what it does not list, has a name and is not seen is gone."""
         listed = {one.id: one for one in containers}
-        for gone in [id for id, one in self.places.items() if one.container.name and id not in listed]:
+        every = self.places.items()
+        for gone in [id for id, one in every if one.container.name and not one.seen and id not in listed]:
             self.forget(gone)
         for one in listed.values():
-            self.tell(one)
+            self.tell(one, ran=one.state == RUNNING)
 
     def stopped(self, container_id: str) -> None:
         if (place := self.places.get(container_id)) is not None:
@@ -94,25 +112,26 @@ class Room:
             self.revision += 1
             self.ended.bump()
 
-    def came(self, cgroup: Cgroup) -> None:
-        """A control group was seen. What is in a container of which nothing else is known holds nothing."""
-        if cgroup.kind == POD and self.pods.get(cgroup.pod_uid) != cgroup.path:
+    def came(self, cgroup: Cgroup, *, ran: bool = False) -> None:
+        """A control group was seen. ran: whether it may have been there for a while, so that what is in it ran."""
+        if cgroup.kind == POD:
             self.pods[cgroup.pod_uid] = cgroup.path
+            self.ran |= {cgroup.pod_uid} if ran else set()
             self.revision += 1
         if cgroup.kind == CONTAINER:
             place = self.places.get(cgroup.container_id)
             if place is None:
                 bare = Container(id=cgroup.container_id, pod_id="", pod_uid=cgroup.pod_uid, name="")
-                self.places[cgroup.container_id] = Place(container=bare, path=cgroup.path)
-            else:
-                place.path = cgroup.path
+                place = Place(container=bare, path=cgroup.path, named=False, ran=ran)
+                self.places[cgroup.container_id] = place
+            place.path, place.seen = cgroup.path, True
             self.revision += 1
 
     def gone(self, cgroup: Cgroup) -> None:
         """A control group is there no more."""
         if cgroup.kind == POD:
             self.pods.pop(cgroup.pod_uid, None)
-            self.drifts.pop(cgroup.pod_uid, None)
+            self.ran.discard(cgroup.pod_uid)
             self.revision += 1
             self.ended.bump()
         if cgroup.kind == CONTAINER:
@@ -128,6 +147,13 @@ class Room:
         found = next((one for layout in self.layouts if (one := layout.parse(above)) is not None), None)
         if found is not None and found.kind == POD and uid:
             self.pods.setdefault(uid, above)
+
+    def ran_before(self, path: str, place: Place | None) -> bool:
+        """Whether what is in a control group ran, or may have, before it could be confined. place: the container there;
+        None: it is a pod's. What has no name is a sandbox, which does nothing."""
+        if place is not None:
+            return place.ran and bool(place.container.name)
+        return any(self.pods.get(uid) == path for uid in self.ran)
 
     # ---------------------------------------------------------------- what it is to be
 

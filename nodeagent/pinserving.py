@@ -1,15 +1,21 @@
 """The enforcing side of the agent: connected to the container runtime, watching control groups, reading back.
 
 Only the agent that leads does this: a runtime takes one answer about a container, not two. Where control groups are not
-of version 2 nothing is enforced, which is said; where they cannot be written the runtime has to do it all.
+of version 2 nothing is enforced, which is shown; where they cannot be written the runtime has to do it all.
+
+Control groups do not wait for the runtime: what the ledger, kubelet's record and the containers' bundles prove is put
+in force at once, and a container that nobody has named yet is left as it is where it may hold something.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
+import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,30 +25,38 @@ from nodeagent.agent import Agent
 from nodeagent.config import Config, PinningConfig
 from nodeagent.confining import Confining
 from nodeagent.core.containers import Container
+from nodeagent.core.lost import held_outside, narrowed
 from nodeagent.core.pinning import Pin
 from nodeagent.core.sizes import format_size
-from nodeagent.errors import HostError
+from nodeagent.errors import HostError, InputError
 from nodeagent.host import bundles
-from nodeagent.host.cgroup import Reader, hierarchy, page_sizes
+from nodeagent.host.cgroup import Reader, has_begun, hierarchy, page_sizes
 from nodeagent.host.cgroupnames import CONTAINER, QOS, TOP, Cgroup
 from nodeagent.host.cgroupwatch import CAME, GONE, LOOK, WRITTEN, Change, Watch
 from nodeagent.host.enforce import Enforcer
+from nodeagent.host.podscpus import pods_cgroup
 from nodeagent.host.slicedropins import SliceDropins
 from nodeagent.host.sysfs import SysFs
 from nodeagent.nri.plugin import NriPlugin
 from nodeagent.offer import CPU
 from nodeagent.ownership import Fetch, Ownership
-from nodeagent.parts import kept
+from nodeagent.parts import kept, unbroken
 from nodeagent.pinhandler import PinHandler
 from nodeagent.pinroom import Place, Room
 from nodeagent.slicetelling import SliceTelling
+from nodeagent.unasked import unasked
 
 NAME = "nodeagent"
 """Among the runtime's plugins."""
 UNITS = "run/systemd/system"
 """systemd's folder of runtime units."""
-SYNCHRONIZE_S = 5.0
-"""How long the runtime may take to list its containers before what is known without it has to do."""
+GRACE_S = 5.0
+"""How long the runtime may be away before the agent is not ready: it may be restarting, or be connected to again."""
+LOOK_S = 5.0
+"""How long looking at all control groups may take before the plan is put in force of those that are known."""
+RESCAN_S = 2.0
+"""How long control groups wait for the machine to be read again; what is found later is put in force later."""
+_OF_CPUS = ("cpuset.cpus", "cpuset.cpus.partition")
 OFF, NRI, CGROUP = "off", "nri", "cgroup"
 log = structlog.get_logger()
 
@@ -58,11 +72,17 @@ class PinServing:
         plugins: Path,
         config: Callable[[], PinningConfig],
         fetch: Fetch,
+        rescan: Callable[[], Coroutine[Any, Any, object]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server."""
+        """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server. rescan: reads the
+        machine again. clock: in seconds."""
         self._agent = agent
         self._sysfs = sysfs
         self._config = config
+        self._rescan = rescan
+        self._clock = clock
         self._started_with = config()
         found = hierarchy(sysfs)
         self.unsupported = found.unsupported
@@ -73,13 +93,20 @@ class PinServing:
         self._enforcer = Enforcer(reader, self._layouts) if writable and not found.unsupported else None
         self._mount = found.mount
         self._room = room
-        self.confining = Confining(agent, self._room, self._enforcer, Ownership(agent, plugins, fetch), config)
+        self.confining = Confining(
+            agent,
+            self._room,
+            self._enforcer,
+            Ownership(agent, plugins, fetch),
+            config,
+            began=functools.partial(has_begun, sysfs),
+        )
         units = Path(sysfs.path(UNITS))
         self.confining.dropins = tuple(SliceDropins(units, one) for one in self._layouts)
         self._plugin: NriPlugin | None = None
-        self._listed = asyncio.Event()
-        self._seen = False
-        """Whether all control groups that there are have been looked at."""
+        self._seen = asyncio.Event()
+        """All control groups that there were have been looked at."""
+        self._tidied = False
 
     @property
     def mode(self) -> str:
@@ -98,9 +125,10 @@ class PinServing:
 
     def page_holders(self) -> list[str] | None:
         """Paths of the control groups of all who hold hugepages; None: they are not all known."""
-        if not self._seen:
+        plan = self.confining.plan()
+        if not self._seen.is_set() or plan.open:
             return None
-        pins = self.confining.plan().containers
+        pins = plan.containers
         places = [self._room.places.get(id) for id, pin in pins.items() if any(pin.hugepage_limits.values())]
         return [one.path for one in places if one is not None and one.path]
 
@@ -116,34 +144,32 @@ class PinServing:
         async with asyncio.TaskGroup() as tasks:
             if self._started_with.mode != CGROUP:
                 tasks.create_task(self._serve_runtime())
-                await self._synchronized()
             tasks.create_task(kept("pins", self._follow_agent))
             if self._enforcer is not None:
                 tasks.create_task(kept("control groups", self._follow_cgroups))
                 tasks.create_task(kept("systemd's slices", SliceTelling(self.confining, self._sysfs).run))
 
     async def _serve_runtime(self) -> None:
-        config = self._started_with
-        handler = PinHandler(self._agent, self.confining, self._config)
-        self._plugin = NriPlugin(Path(config.nri_socket), NAME, config.nri_index, handler, on_change=self._runtime_news)
+        config, handler = self._started_with, PinHandler(self._agent, self.confining, self._config)
+        self._plugin = NriPlugin(
+            Path(config.nri_socket),
+            NAME,
+            config.nri_index,
+            handler,
+            on_change=self._runtime_news,
+            clock=self._clock,
+        )
         await self._plugin.run()
 
     def _runtime_news(self) -> None:
         self._room.told_by_runtime = self._plugin is not None and self._plugin.standing.connected
-        if self._room.told_by_runtime:
-            self._listed.set()
         self._agent.revision.bump()
-
-    async def _synchronized(self) -> None:
-        """Wait for the runtime to tell what there is, where there is one that may: until then a container that holds
-        CPUs could be taken for one that does not."""
-        if os.path.exists(self._started_with.nri_socket):  # noqa: ASYNC240, PTH110
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SYNCHRONIZE_S):
-                    await self._listed.wait()
 
     async def _follow_agent(self) -> None:
         """Whatever changes the plan is put in force: grants that ended give back their CPUs, new ones take theirs."""
+        if self._enforcer is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._seen.wait(), LOOK_S)
         while True:
             seen = self._agent.revision.value
             await self.confining.settle()
@@ -153,30 +179,29 @@ class PinServing:
         with Watch(self._mount, self._layouts, poll_s=self._config().verify_seconds) as watch:
             while True:
                 await self._take(await watch.changes())
-                if not self._seen:
+                if not self._tidied and not self.confining.plan().open:
                     await self.confining.tidy()
-                self._seen = True
+                    self._tidied = True
+                self._seen.set()
 
     async def _take(self, changes: Sequence[Change]) -> None:
         """What came is confined, what was written to is read back; now and then everything is."""
-        named = await asyncio.to_thread(self._named, [one.cgroup for one in changes if one.what == CAME and one.cgroup])
+        look = any(one.what == LOOK for one in changes)
+        if look or any(map(self._moves_all, changes)):
+            await self._look_at_pods_cgroup()
+        came = [one.cgroup for one in changes if one.what == CAME and one.cgroup is not None]
+        ids = [one.container_id for one in came if one.kind == CONTAINER]
+        known = await asyncio.to_thread(self._bundles, [*ids, *(self._room.unnamed() if look else ())])
         # From here on without a pause: who asks for a plan in between must not take a known container for a stranger.
-        for one in changes:
-            if one.cgroup is not None and one.what == CAME:
-                self.confining.again(one.path)
-                self._room.came(one.cgroup)
-            elif one.cgroup is not None and one.what == GONE:
-                self._room.gone(one.cgroup)
-        for container in named:
-            self._room.tell(container)
-        for container in named:
-            if why := await self.confining.doubt(container):
-                log.warning("holder-unknown", container=container.id, error=why)
+        strangers = [one for one in came if one.kind == CONTAINER and one.container_id not in self._room.places]
+        self._note(changes, known)
+        self._look_for_silence(strangers, known)
         for one in changes:
             if one.what == GONE:
                 await self.confining.forget(one.path)
         await self.confining.settle()
-        if any(one.what == LOOK for one in changes):
+        await self.confining.prove(known.values())
+        if look:
             await self.confining.verify()
             await self.confining.look_at_quotas()
             return
@@ -188,22 +213,87 @@ class PinServing:
         if heads:
             await self.confining.verify([path for path in self.confining.applied() if path.startswith(heads)])
 
+    def _note(self, changes: Iterable[Change], known: Mapping[str, Container]) -> None:
+        """Take down what came and went. What was there before anybody looked ran, and so did, or may have, what a
+        runtime should have asked about before."""
+        old = not self._seen.is_set()
+        for one in changes:
+            if one.cgroup is not None and one.what == CAME:
+                self.confining.again(one.path)
+                self._room.came(one.cgroup, ran=old)
+            elif one.cgroup is not None and one.what == GONE:
+                self._room.gone(one.cgroup)
+        ran = old or self._runtime_wanted()
+        for container in known.values():
+            self._room.tell(container, ran=ran and bool(container.name))
+
+    def _moves_all(self, change: Change) -> bool:
+        """Whether a change may be one of the CPUs that all pods have."""
+        if change.what == WRITTEN:
+            return change.file in _OF_CPUS and self._is_above_pods(change.path)
+        return change.cgroup is not None and change.cgroup.kind == TOP
+
+    async def _look_at_pods_cgroup(self) -> None:
+        """Have the machine read again where pods have other CPUs than before; what cannot be read its scan shows."""
+        root, known = self._started_with.cgroup_root, self._agent.inventory.pods_cgroup
+        with contextlib.suppress(HostError, InputError, TimeoutError):
+            if await asyncio.to_thread(pods_cgroup, self._sysfs, root) != known:
+                await asyncio.wait_for(unbroken(self._rescan()), RESCAN_S)
+
     def _is_above_pods(self, path: str) -> bool:
         place = next((found for one in self._layouts if (found := one.parse(path)) is not None), None)
         return place is None or place.kind in (TOP, QOS)
 
-    def _named(self, cgroups: Iterable[Cgroup]) -> list[Container]:
-        """What is known of containers and sandboxes that nobody announced."""
-        found = []
-        for id in (one.container_id for one in cgroups if one.kind == CONTAINER):
+    def _bundles(self, ids: Iterable[str]) -> dict[str, Container]:
+        """What is known of containers and sandboxes that nobody announced, by id."""
+        found = {}
+        for id in ids:
             try:
-                container = bundles.read(self._sysfs, id) if id not in self._room.places else None
+                container = bundles.read(self._sysfs, id) if self._room.is_unnamed(id) else None
             except HostError as error:
                 log.warning("container-not-known", container=id, error=str(error))
                 continue
             if container is not None:
-                found.append(container)
+                found[id] = container
         return found
+
+    # ---------------------------------------------------------------- the runtime
+
+    def _runtime_wanted(self) -> bool:
+        """Whether the runtime is to ask before it makes a container."""
+        mode = self._started_with.mode
+        if self.unsupported or mode in (OFF, CGROUP):
+            return False
+        return mode == NRI or Path(self._started_with.nri_socket).exists()
+
+    def _look_for_silence(self, strangers: Sequence[Cgroup], known: Mapping[str, Container]) -> None:
+        """Connect again where containers start that a runtime which is connected should have asked about."""
+        plugin = self._plugin
+        if not self._seen.is_set() or plugin is None or not plugin.standing.connected:
+            return
+        if why := unasked(strangers, known, self._room, self.confining.plan()):
+            plugin.reconnect(why)
+
+    def not_ready(self) -> list[str]:
+        """Why containers may run elsewhere than on what they hold, one sentence each."""
+        reasons = (self._runtime_missed(), held_outside(self._agent.inventory, self._agent.ledger))
+        return [f"pinning: {why}" for why in reasons if why]
+
+    def _runtime_missed(self) -> str:
+        standing = self._plugin.standing if self._plugin is not None else None
+        if standing is None or standing.connected or not self._runtime_wanted():
+            return ""
+        away_s = self._clock() - standing.since_s
+        return f"the container runtime does not ask: {standing.reason}" if away_s > GRACE_S else ""
+
+    def notes(self) -> list[str]:
+        """What an admin may want to change, one sentence each."""
+        crowded = "no CPU is left for pods without CPUs of their own: they run on those of others"
+        reasons = (
+            narrowed(self._agent.inventory, self._agent.ledger),
+            crowded if self._enforcer is not None and self.confining.crowded() else "",
+        )
+        return [f"pinning: {why}" for why in reasons if why]
 
     # ---------------------------------------------------------------- what it looks like
 
@@ -212,6 +302,7 @@ class PinServing:
         plan, standing = self.confining.plan(), self._plugin.standing if self._plugin is not None else None
         places = sorted(self._room.places.values(), key=lambda one: (_pod(one), one.container.name, one.container.id))
         pins = [(one, plan.containers.get(one.container.id, Pin())) for one in places]
+        drifts = self.confining.drifts.total()
         return {
             "mode": self.mode,
             "unsupported": self.unsupported,
@@ -220,7 +311,9 @@ class PinServing:
             "reason": standing.reason if standing else "",
             "shared_cpus": str(plan.shared),
             "containers": len(places),
-            "drifts": sum(one.drifts for one in places) + sum(self._room.drifts.values()),
+            "drifts": drifts.found,
+            "drifts_repaired": drifts.repaired,
+            "drifts_not_repaired": drifts.open,
             "errors": dict(self.confining.errors),
             "pinned": [self._place(one, pin) for one, pin in pins if pin.grants or pin.unproven],
         }
@@ -228,6 +321,7 @@ class PinServing:
     def _place(self, place: Place, pin: Pin) -> dict[str, Any]:
         state = self._enforcer.states.get(place.path) if self._enforcer is not None else None
         pod = self._room.pods.get(place.container.pod_uid, "")
+        drifts = self.confining.drifts.of(place.path, pod)
         return {
             "namespace": place.container.namespace,
             "pod": place.container.pod_name,
@@ -242,7 +336,10 @@ class PinServing:
             "effective_mems": str(state.mems_effective or "") if state is not None else "",
             "hugepage_limits": {format_size(size): limit for size, limit in pin.hugepage_limits.items()},
             "lost_cpus": str(pin.lost),
-            "drifts": place.drifts + self._room.drifts.get(place.container.pod_uid, 0),
+            "outside_cpus": str(pin.outside),
+            "drifts": drifts.found,
+            "drifts_not_repaired": drifts.open,
+            "ran_unpinned": dataclasses.asdict(drifts.elsewhere) if drifts.elsewhere is not None else None,
             "quota_cpus": place.quota_cpus,
             "unproven": list(pin.unproven),
             "error": self.confining.errors.get(place.path, "") or self.confining.errors.get(pod, ""),

@@ -16,6 +16,7 @@ from nodeagent.errors import HostError, InputError
 
 SIZES = {"2MB": 2 << 20, "1GB": 1 << 30}
 CONTROLLERS = "cpuset cpu hugetlb"
+HANG_S = 20
 
 
 class CgroupTree:
@@ -27,6 +28,9 @@ class CgroupTree:
         self.online, self.mems = CpuSet.parse(cpus), CpuSet.parse(mems)
         self.refuses: dict[str, int] = {}
         """errno by the path of a file, below the mount."""
+        self.answers = threading.Event()
+        """While it is not set, nothing that is put returns."""
+        self.answers.set()
         self.writes: list[tuple[str, str]] = []
         """(path below the mount, value) of what was put."""
         self._lock = threading.RLock()
@@ -34,7 +38,7 @@ class CgroupTree:
         for name, text in (("controllers", CONTROLLERS), ("subtree_control", CONTROLLERS), ("procs", "")):
             (self.mount / f"cgroup.{name}").write_text(f"{text}\n")
         for size in SIZES.values():
-            (root / f"sys/kernel/mm/hugepages/hugepages-{size >> 10}kB").mkdir(parents=True)
+            (root / f"sys/kernel/mm/hugepages/hugepages-{size >> 10}kB").mkdir(parents=True, exist_ok=True)
 
     def make(self, path: str, **files: str) -> Path:
         """A cgroup and those above it. files: values of interface files, "." written "__" """
@@ -71,6 +75,7 @@ class CgroupTree:
     def put(self, path: str, value: str) -> None:
         """In place of cgroupset.put."""
         below = str(Path(path).relative_to(self.mount))
+        assert self.answers.wait(HANG_S), f"nobody ended the hang of {below}"
         try:
             if code := self.refuses.get(below):
                 raise OSError(code, os.strerror(code))

@@ -124,12 +124,16 @@ class _Plugin:
         self.events = 0
         self.name = ""
         self.registered = asyncio.Event()
+        self.gone = False
         self._runtime = runtime
         self._pending: dict[int, asyncio.Future[ttrpc_pb2.Response]] = {}
         self._next, self._last = 1, 0
         self.tasks = [asyncio.create_task(self._answers()), asyncio.create_task(self._requests())]
 
-    async def call(self, method: str, request: Message, kind: type[M], *, timeout_s: float) -> M:
+    async def call(self, method: str, request: Message, kind: type[M]) -> M:
+        if self.gone:
+            raise DroppedError(f"{method}: ttrpc: closed")
+        timeout_s = self._runtime.request_timeout_s
         stream, self._next = self._next, self._next + 2
         answer = self._pending[stream] = asyncio.get_running_loop().create_future()
         call = ttrpc_pb2.Request(
@@ -140,10 +144,10 @@ class _Plugin:
         )
         self.wire.send(PLUGIN, stream, REQUEST, call.SerializeToString())
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout(self._runtime.gives_up_s.get(method, timeout_s)):
                 response = await answer
         except TimeoutError:
-            await self._runtime.drop(f"{method} was not answered within {timeout_s} s")
+            await self._runtime.late(self, method)
             raise DroppedError(f"{method}: deadline exceeded") from None
         if response.status.code:
             raise PluginRefusedError(response.status.code, response.status.message)
@@ -173,6 +177,7 @@ class _Plugin:
         self._gone()
 
     def _gone(self) -> None:
+        self.gone = True
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(DroppedError("ttrpc: closed"))
@@ -194,6 +199,13 @@ class FakeRuntime:
         self.chunk = 10_000
         """Pods and containers in one part of a synchronization."""
         self.synchronize_after: asyncio.Event | None = None
+        self.gives_up_s: dict[str, float] = {}
+        """How long it really waits for the answer to a method, where that is not what it says."""
+        self.forgives_late = False
+        """Whether a late answer has its consequences without being held against the plugin."""
+        self.forgotten: list[_Plugin] = []
+        """Plugins that are not asked any more while their connections stay open, as containerd 1.7 does with one that
+        was late to answer Synchronize."""
         self.pods: dict[str, pb.PodSandbox] = {}
         self.containers: dict[str, pb.Container] = {}
         self.refuses: set[str] = set()
@@ -227,6 +239,8 @@ class FakeRuntime:
             task.cancel()
         await asyncio.gather(*self._starting, return_exceptions=True)
         await self.drop("")
+        for plugin in self.forgotten:
+            await plugin.wire.close()
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return once `holds()`, which is asked after every change here; the caller sets the deadline."""
@@ -331,12 +345,17 @@ class FakeRuntime:
         self._apply(answer.update if answer else ())
 
     async def ask(self, event: pb.Event, method: str, request: Message) -> Any:
-        """What the plugin answers; None where there is none, or it did not ask for the event."""
+        """What the plugin answers; None where there is none, it did not ask for the event, or it is forgiven for being
+        late: a runtime goes on without an answer then."""
         plugin = self.plugin
         if plugin is None or not plugin.events & (1 << (event - 1)):
             return None
-        kind = getattr(pb, f"{method}Response")
-        return await plugin.call(method, request, kind, timeout_s=self.request_timeout_s)
+        try:
+            return await plugin.call(method, request, getattr(pb, f"{method}Response"))
+        except DroppedError:
+            if not self.forgives_late:
+                raise
+        return None
 
     async def _tell(self, event: pb.Event, method: str, request: Any) -> None:
         if not self.old:
@@ -344,7 +363,7 @@ class FakeRuntime:
         elif self.plugin is not None and self.plugin.events & (1 << (event - 1)):
             container = getattr(request, "container", None)
             change = pb.StateChangeEvent(event=event, pod=request.pod, container=container)
-            await self.plugin.call("StateChange", change, pb.Empty, timeout_s=self.request_timeout_s)
+            await self.plugin.call("StateChange", change, pb.Empty)
 
     def _of(self, kind: Any, container: pb.Container) -> Any:
         return kind(pod=self.pods[container.pod_sandbox_id], container=container)
@@ -378,7 +397,7 @@ class FakeRuntime:
             self.violated(f"the plugin could not be started: {error!r}")
         finally:
             self._starting.discard(task)
-            if self.plugin is not plugin:
+            if self.plugin is not plugin and plugin not in self.forgotten:
                 await plugin.wire.close()
 
     async def _introduce(self, plugin: _Plugin) -> None:
@@ -390,7 +409,7 @@ class FakeRuntime:
             registration_timeout=5000,
             request_timeout=int(self.request_timeout_s * 1e3),
         )
-        answer = await plugin.call("Configure", request, pb.ConfigureResponse, timeout_s=self.request_timeout_s)
+        answer = await plugin.call("Configure", request, pb.ConfigureResponse)
         plugin.events = answer.events or VALID_EVENTS
         if plugin.events & ~VALID_EVENTS:
             self.violated(f"invalid plugin events 0x{answer.events:x}")
@@ -405,7 +424,7 @@ class FakeRuntime:
         while True:
             more = max(len(pods), len(containers)) > self.chunk
             request = pb.SynchronizeRequest(pods=pods[: self.chunk], containers=containers[: self.chunk], more=more)
-            answer = await plugin.call("Synchronize", request, pb.SynchronizeResponse, timeout_s=self.request_timeout_s)
+            answer = await plugin.call("Synchronize", request, pb.SynchronizeResponse)
             if not more:
                 self._apply(answer.update)
                 return
@@ -431,6 +450,12 @@ class FakeRuntime:
         answer = pb.UpdateContainersResponse(failed=self._apply(update.update))
         return ttrpc_pb2.Response(payload=answer.SerializeToString())
 
+    def forget(self) -> None:
+        """The plugin is asked no more, and its connection stays open."""
+        if self.plugin is not None:
+            self.forgotten.append(self.plugin)
+        self.plugin = None
+
     async def drop(self, why: str) -> None:
         """Close the plugin's connection; `why`, if it is its fault."""
         plugin, self.plugin = self.plugin, None
@@ -439,6 +464,16 @@ class FakeRuntime:
         if plugin is not None:
             await plugin.wire.close()
             self._tell_news()
+
+    async def late(self, plugin: _Plugin, method: str) -> None:
+        """A plugin did not answer in time: it is dropped, but after Synchronize only forgotten."""
+        if not self.forgives_late:
+            self.violated(f"{method} was not answered within {self.request_timeout_s} s")
+        if method == "Synchronize":
+            self.forgotten.append(plugin)
+            self._tell_news()
+        elif plugin is self.plugin:
+            await self.drop("")
 
     def lost(self, plugin: _Plugin) -> None:
         if plugin.wire.broken is not None:

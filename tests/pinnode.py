@@ -7,8 +7,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from nodeagent.core.cpuset import CpuSet
 from nodeagent.core.model import Holding, Inventory
 from nodeagent.host import cgroupset
 from nodeagent.host.cgroupnames import layouts
+from nodeagent.host.podscpus import pods_cgroup
 from nodeagent.host.sysfs import SysFs
 from nodeagent.kube.podresources import CHECKPOINT
 from nodeagent.offer import Offer
@@ -46,9 +48,39 @@ class PinNode:
     runtime: FakeRuntime
     config: PinningConfig
     pins: PinServing = field(init=False)
+    now_s: float = 0.0
+    """What is added to the clock of what confines."""
     claims: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the API server has, by name."""
     entries: list[dict[str, Any]] = field(default_factory=list)
+
+    running: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """An agent that confines containers starts, as far as that is concerned."""
+        sysfs, config = SysFs(self.folder / "root"), lambda: self.config
+        self.pins = PinServing(
+            self.agent, sysfs, Room(layouts()), self.folder, config, self.fetch, self.rescan, clock=self.clock
+        )
+        self.pins.go_by(Config(), kubelet_confines=False)
+        self.running = asyncio.create_task(self.pins.run())
+
+    async def end(self) -> None:
+        """It ends: from here on nobody confines anything."""
+        task, self.running = self.running, None
+        assert task is not None
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled() and task.exception() is not None:
+            raise task.exception()  # type: ignore[misc]
+
+    def clock(self) -> float:
+        return time.monotonic() + self.now_s
+
+    async def rescan(self) -> None:
+        """Read the machine again, of which control groups alone may have changed."""
+        pods = pods_cgroup(SysFs(self.folder / "root"))
+        self.agent.see(replace(self.agent.inventory, pods_cgroup=pods))
 
     @property
     def shared(self) -> str:
@@ -133,9 +165,11 @@ async def pin_node(
     inventory: Inventory | None = None,
     connected: bool = True,
     writable: bool = True,
+    request_timeout_s: float = 2.0,
     **pinning: Any,
 ) -> AsyncIterator[PinNode]:
-    """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. pinning: configuration."""
+    """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. request_timeout_s: how long
+    it waits for an answer. pinning: configuration."""
     inventory = inventory or machine()
     tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1")
     monkeypatch.setattr(cgroupset, "put", tree.put)
@@ -145,27 +179,18 @@ async def pin_node(
     socket = folder / "nri.sock"
     config = msgspec.convert({"nriSocket": str(socket), "verifySeconds": 3600, **pinning}, PinningConfig)
     agent = Agent(Store(folder), inventory, Settings(reserved=CpuSet.parse(RESERVED)), _nothing)
-    runtime = FakeRuntime(folder)
+    runtime = FakeRuntime(folder, request_timeout_s=request_timeout_s)
     runtime.prefix = ""
     node = PinNode(folder, agent, tree, runtime, config)
-    node.pins = PinServing(agent, SysFs(folder / "root"), Room(layouts()), folder, lambda: node.config, node.fetch)
-    node.pins.go_by(Config(), kubelet_confines=False)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(agent.close)
         if connected:
             await stack.enter_async_context(runtime)
-        running = asyncio.create_task(node.pins.run())
-        stack.push_async_callback(_end, running)
+        node.begin()
+        stack.push_async_callback(node.end)
         if connected:
             await runtime.connected()
         yield node
-
-
-async def _end(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    if not task.cancelled() and task.exception() is not None:
-        raise task.exception()  # type: ignore[misc]
 
 
 async def _nothing() -> tuple[Holding, ...]:

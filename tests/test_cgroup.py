@@ -27,7 +27,7 @@ from structlog.testing import capture_logs
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError, InputError
 from nodeagent.host import cgroup, cgroupset
-from nodeagent.host.cgroup import HYBRID, NONE, V1, V2, Part, Reader, find, hierarchy, page_sizes, size_name
+from nodeagent.host.cgroup import HYBRID, NONE, V1, V2, Part, Reader, find, has_begun, hierarchy, page_sizes, size_name
 from nodeagent.host.cgroupnames import (
     BEST_EFFORT,
     BURSTABLE,
@@ -298,6 +298,29 @@ def test_everything_about_a_container_is_read(tmp_path: Path) -> None:
     pages = state.hugetlb[MIB2]
     assert (pages.max_bytes, pages.rsvd_max_bytes, pages.has_rsvd) == (None, 0, True)
     assert (pages.current_bytes, pages.rsvd_current_bytes, pages.failures) == (4194304, 2097152, 5)
+
+
+@pytest.mark.parametrize(
+    ("names", "populated", "begun"),
+    [
+        (["runc:[2:INIT]"], 1, False),
+        (["runc:[2:INIT]", "sh"], 1, True),
+        (["postgres"], 1, True),
+        ([], 1, True),
+        (["sh"], 0, False),
+    ],
+)
+def test_a_container_whose_first_process_still_waits_has_not_begun(
+    tmp_path: Path, names: list[str], populated: int, begun: bool
+) -> None:
+    """Where nothing is to be seen of its processes it is taken to have begun."""
+    for pid, name in enumerate(names, 70):
+        (tmp_path / f"proc/{pid}").mkdir(parents=True)
+        (tmp_path / f"proc/{pid}/comm").write_text(f"{name}\n")
+    procs = "\n".join(map(str, range(70, 70 + len(names))))
+    make(tmp_path / "sys/fs/cgroup", "c", cgroup__events=f"populated {populated}", cgroup__procs=procs)
+    state = Reader(str(tmp_path / "sys/fs/cgroup"), ()).read("c", Part.CPUSET)
+    assert state is not None and has_begun(SysFs(tmp_path), state) == begun
 
 
 def test_only_what_is_asked_for_is_read(tmp_path: Path) -> None:

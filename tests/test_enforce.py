@@ -73,6 +73,19 @@ def test_what_the_kernel_takes_and_does_not_do_is_an_error(tree: CgroupTree) -> 
     assert "cpuset.cpus.effective is '0-3', not '4-7'" in errors[A]
 
 
+def test_what_is_written_and_reads_back_wrong_is_not_repaired(tree: CgroupTree) -> None:
+    """What was found is said all the same."""
+    made, path = enforcer(tree), f"{A}/c"
+    tree.make(path)
+    assert made.apply({path: cpus("4-7")}) == {}
+    tree.set(A, "cpuset.cpus", "0-5")
+    (found,) = made.verify({path: cpus("4-7")})
+    assert [(one.file, one.found, one.wanted) for one in found.drift] == [("cpuset.cpus.effective", "4-5", "4-7")]
+    assert "cpuset.cpus.effective is '4-5', not '4-7'" in found.error
+    tree.set(A, "cpuset.cpus", "0-7")
+    assert made.verify({path: cpus("4-7")}) == ()
+
+
 @pytest.mark.parametrize("file", ["cpuset.cpus", "cpuset.cpus.effective"])
 def test_a_container_that_vanishes_on_the_way_is_no_error(
     tree: CgroupTree, monkeypatch: pytest.MonkeyPatch, file: str

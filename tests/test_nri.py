@@ -14,6 +14,7 @@ import pytest
 from fakeruntime import ContractViolation, FakeRuntime, PluginRefusedError
 from structlog.testing import capture_logs
 
+from nodeagent import metrics
 from nodeagent.core.containers import RUNNING, UNKNOWN, Adjustment, Container, Pod, Resources, Update
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.errors import ConfigError, HostError, InputError, PeerError, Refused
@@ -35,6 +36,11 @@ class Desk:
         self.resources = Resources()
         self.fails: Exception | None = None
         self.hangs = False
+        self.now_s, self.takes_s = 0.0, 0.0
+        """What the plugin's clock says, and by how much each question moves it."""
+
+    def clock(self) -> float:
+        return self.now_s
 
     @property
     def shared(self) -> CpuSet:
@@ -47,6 +53,7 @@ class Desk:
 
     async def note(self, what: str) -> None:
         self.seen.append(what)
+        self.now_s += self.takes_s
         if self.fails is not None:
             raise self.fails
         if self.hangs:
@@ -57,7 +64,7 @@ class Desk:
         await self.note("synchronize")
         return self.confined()
 
-    async def create(self, pod: Pod, container: Container) -> tuple[Adjustment, Sequence[Update]]:
+    async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
         await self.note(f"create {pod.name}/{container.name}")
         self.known[container.id] = container
         if not container.name.startswith("exclusive"):
@@ -83,7 +90,7 @@ class Desk:
 class CuriousDesk(Desk):
     """One that hears everything."""
 
-    async def starting(self, pod: Pod, container: Container) -> None:
+    async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
         await self.note(f"starting {container.name}")
 
     async def started(self, pod: Pod, container: Container) -> None:
@@ -129,7 +136,12 @@ async def running(plugin: NriPlugin) -> AsyncIterator[NriPlugin]:
 
 
 def plugin_at(socket: Path, desk: Desk, on_change: Callable[[], None] = lambda: None, pace: Pace = QUICK) -> NriPlugin:
-    return NriPlugin(socket, "nodeagent", "10", desk, pace=pace, on_change=on_change)
+    return NriPlugin(socket, "nodeagent", "10", desk, pace=pace, on_change=on_change, clock=desk.clock)
+
+
+def counted(name: str, **labels: str) -> float:
+    """What a counter says."""
+    return metrics.REGISTRY.get_sample_value(f"nodeagent_nri_{name}_total", labels) or 0.0
 
 
 async def test_an_exclusive_container_gets_its_cpus_and_the_others_leave_them_in_the_same_answer(folder: Path) -> None:
@@ -288,7 +300,7 @@ async def test_a_decision_that_cannot_be_written_refuses_the_container(folder: P
     """An empty set would mean "no change" on the wire: the container would run anywhere."""
 
     class Empty(Desk):
-        async def create(self, pod: Pod, container: Container) -> tuple[Adjustment, Sequence[Update]]:
+        async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
             return Adjustment(cpus=CpuSet()), ()
 
     async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, Empty())):
@@ -484,6 +496,110 @@ async def test_connected_means_synchronized(folder: Path) -> None:
         await changes.until(lambda: plugin.standing.connected)
 
 
+# A runtime that asks no more
+
+
+async def test_a_runtime_that_never_synchronizes_is_connected_to_again_with_more_and_more_patience(
+    folder: Path,
+) -> None:
+    """The reason is shown and counted; as soon as the runtime synchronizes, containers are asked about."""
+    pace = Pace(first_retry_s=0.01, last_retry_s=0.01, synchronize_s=0.02, longest_synchronize_s=0.06)
+    changes = Changes()
+    before = counted("disconnects", reason="unsynchronized")
+    async with FakeRuntime(folder) as runtime:
+        runtime.synchronize_after = asyncio.Event()
+        async with running(plugin_at(runtime.socket, Desk(), changes, pace)) as plugin:
+            for within in ("0.02 s", "0.04 s", "0.06 s", "0.06 s"):
+                why = f"cannot serve {runtime.socket}: the runtime did not synchronize the plugin within {within}"
+                await changes.until(lambda why=why: plugin.standing.reason == why)  # type: ignore[misc]
+                await changes.until(lambda why=why: plugin.standing.reason != why)  # type: ignore[misc]
+            assert counted("disconnects", reason="unsynchronized") >= before + 4
+            assert not plugin.standing.connected
+            runtime.synchronize_after.set()
+            await changes.until(lambda: plugin.standing.connected)
+            await runtime.connected()
+            await runtime.create("exclusive-3")
+            assert runtime.cpus("exclusive-3") == "3"
+
+
+async def test_a_runtime_that_gave_up_on_its_list_is_made_to_list_again(folder: Path) -> None:
+    """It keeps the connection open and would never ask about a container again."""
+    desk, changes = Desk(), Changes()
+    before = counted("disconnects", reason="late"), counted("late_answers", method="Synchronize")
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
+        runtime.forgives_late, runtime.gives_up_s, desk.takes_s = True, {"Synchronize": 0.0}, 3.0
+        await changes.until(lambda: "cannot answer Synchronize in time: it took 3 s" in plugin.standing.reason)
+        assert runtime.forgotten and not plugin.standing.connected
+        runtime.gives_up_s, desk.takes_s = {}, 0.0
+        await changes.until(lambda: plugin.standing.connected)
+        await runtime.connected()
+        await runtime.create("exclusive-3")
+        assert runtime.cpus("exclusive-3") == "3"
+    after = counted("disconnects", reason="late"), counted("late_answers", method="Synchronize")
+    assert after[0] - before[0] == after[1] - before[1] == len(runtime.forgotten)
+
+
+async def test_a_container_that_was_answered_late_is_listed_at_once_on_a_new_connection(folder: Path) -> None:
+    """The runtime has made it without an answer and closed the connection."""
+    desk, changes = Desk(), Changes()
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
+        await runtime.connected()
+        runtime.forgives_late, runtime.gives_up_s, desk.takes_s = True, {"CreateContainer": 0.0}, 2.0
+        with capture_logs() as lines:
+            await runtime.create("web")
+            assert runtime.cpus("web") == "" and runtime.plugin is None
+            desk.takes_s = 0.0
+            await runtime.connected(2)
+            await changes.until(lambda: plugin.standing.connected)
+        assert runtime.cpus("web") == "0-7"
+        (said,) = [line["error"] for line in lines if line["event"] == "runtime-not-connected"]
+        assert said == "cannot answer CreateContainer in time: it took 2 s, the runtime waits 2 s"
+
+
+async def test_a_runtime_that_closes_while_it_waits_too_long_was_answered_late(folder: Path) -> None:
+    """What it hung up on is named, though no answer was sent."""
+    desk, changes = Desk(), Changes()
+    before = counted("late_answers", method="StopContainer")
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
+        await runtime.connected()
+        await runtime.create("web")
+        runtime.forgives_late, runtime.gives_up_s = True, {"StopContainer": 0.02}
+        desk.takes_s, desk.hangs = 1.9, True
+        await runtime.stop_container("web")
+        await changes.until(lambda: "StopContainer in time: there was none after 1.9 s" in plugin.standing.reason)
+        desk.hangs, desk.takes_s = False, 0.0
+        await changes.until(lambda: plugin.standing.connected)
+    assert counted("late_answers", method="StopContainer") == before + 1
+
+
+async def test_an_answer_within_the_time_limit_is_none_that_was_late(folder: Path) -> None:
+    desk, changes = Desk(), Changes()
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
+        desk.takes_s = 1.8
+        await changes.until(lambda: plugin.standing.connected)
+        await runtime.connected()
+        for name in ("a", "b", "c"):
+            await runtime.create(name)
+        assert runtime.connections == 1 and plugin.standing.connected
+
+
+async def test_evidence_that_the_runtime_asks_no_more_makes_it_list_again(folder: Path) -> None:
+    desk, changes = Desk(), Changes()
+    before = counted("disconnects", reason="unasked")
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
+        plugin.reconnect("nobody is connected yet")
+        await changes.until(lambda: plugin.standing.connected)
+        assert runtime.connections == 1
+        runtime.add("unasked")
+        with capture_logs() as lines:
+            plugin.reconnect("container unasked started without a question")
+            await changes.until(lambda: not plugin.standing.connected)
+            await changes.until(lambda: plugin.standing.connected)
+        why = f"cannot rely on {runtime.socket}: container unasked started without a question"
+        assert [line["error"] for line in lines if line["event"] == "runtime-not-connected"] == [why]
+        assert "id-unasked" in desk.known and counted("disconnects", reason="unasked") == before + 1
+
+
 async def test_the_runtime_s_own_time_limits_are_learnt(folder: Path) -> None:
     changes = Changes()
     async with (
@@ -546,7 +662,7 @@ async def test_the_runtime_of_these_tests_notices_what_containerd_does_not_allow
     """An update of the container that is being created."""
 
     class Wrong(Desk):
-        async def create(self, pod: Pod, container: Container) -> tuple[Adjustment, Sequence[Update]]:
+        async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
             return Adjustment(), [Update(container_id=container.id, cpus=CpuSet([1]))]
 
     with pytest.raises(ContractViolation, match="update of id-web during its creation"):

@@ -120,6 +120,22 @@ async def test_the_table_of_status_shows_what_was_granted_and_what_is_wrong(fold
         assert " ".join(rows["default/thief"][6:]) == f"names {claim.uid}-0 of another pod"
 
 
+async def test_an_agent_whose_runtime_never_asks_is_not_ready_and_says_why(folder: Path, tree: DeviceTree) -> None:
+    """Until the runtime synchronizes."""
+    async with (
+        FakeRuntime(folder) as runtime,
+        FakeKubelet(folder / "kubelet") as kubelet,
+        running(folder, root=tree.root, resources=[{"name": "cpu", "kind": "cpu"}], **pinning(runtime)) as agent,
+    ):
+        runtime.synchronize_after = asyncio.Event()
+        await kubelet.wait_allocatable(CPU, 8)
+        why = "pinning: the container runtime does not ask: configured, waiting to be synchronized"
+        await agent.until("/v1/status", lambda status: status["not_ready"] == [why])
+        assert (await agent.ask("/readyz")) == (503, f"{why}\n")
+        runtime.synchronize_after.set()
+        await agent.ready()
+
+
 async def test_without_version_2_of_control_groups_nothing_is_pinned_and_all_else_works(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -155,6 +155,76 @@ def test_nobody_else_is_confined_where_kubelet_does_it() -> None:
     assert {pin.cpus for pin in plan.pods.values()} == {None} and plan.pod("uid-new").cpus is None
 
 
+# Who has no name yet
+
+
+def unnamed(pod: str, name: str = "main") -> Container:
+    """What the watch of control groups knows of a container."""
+    return Container(id=f"{pod}-{name}", pod_id="", pod_uid=f"uid-{pod}", name="")
+
+
+def test_a_pod_keeps_what_it_was_given_while_a_container_there_has_no_name() -> None:
+    """By each of those who say what pods were given."""
+    imported = Grant(id="k", holder=Holder(api=KUBELET, uid="uid-old", container="one"), cpus=CpuSet.parse("8-9"))
+    found = situation(
+        plugin_grant("g", "4-5"), claim_grant("c", 0, "6", ["uid-claim"]), imported, given_to={("db", "main"): ["cpu4"]}
+    )
+    some = [unnamed(pod) for pod in ("db", "claim", "old", "web")]
+    plan = found.plan(some, unnamed={one.id for one in some})
+    held = {pod: plan.pod(f"uid-{pod}").cpus - plan.shared for pod in ("db", "claim", "old", "web")}  # type: ignore[operator]
+    assert {pod: str(cpus) for pod, cpus in held.items()} == {"db": "4-5", "claim": "6", "old": "8-9", "web": ""}
+    assert plan.open == {"uid-db", "uid-claim", "uid-old"}
+    assert all(plan.containers[one.id].cpus is None for one in some)
+
+
+def test_what_the_named_containers_hold_leaves_nothing_for_the_unnamed() -> None:
+    """Those are sandboxes then, and are kept off it; also where an init container had it and has ended."""
+    grants = plugin_grant("g", "4-5"), plugin_grant("h", "6")
+    found = situation(*grants, given_to={("db", "main"): ["cpu4", "cpu5"], ("db", "init"): ["cpu6"]})
+    sandbox, ended = unnamed("db", "sandbox"), container("db", "init", state=STOPPED)
+    plan = found.plan([container("db"), ended, sandbox], unnamed={sandbox.id})
+    assert (plan.open, plan.containers[sandbox.id].cpus) == (frozenset(), found.shared)
+    plan = found.plan([container("db"), sandbox], unnamed={sandbox.id})
+    assert (plan.open, plan.containers[sandbox.id].cpus) == ({"uid-db"}, None)
+    assert plan.pods["uid-db"].cpus == found.shared | CpuSet.parse("4-6")
+
+
+def test_ids_that_kubelet_s_record_has_for_two_pods_are_let_through_to_neither_by_guess() -> None:
+    found = situation(plugin_grant("g", "4"), given_to={("old", "main"): ["cpu4"], ("new", "main"): ["cpu4"]})
+    some = [unnamed("old"), unnamed("new")]
+    plan = found.plan(some, unnamed={one.id for one in some})
+    assert plan.open == frozenset() and plan.pod("uid-old").cpus == found.shared
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from("es"), st.booleans()), max_size=3), max_size=6))
+def test_no_silence_takes_cpus_from_who_holds_them_or_lets_others_near(pods: list[list[tuple[str, bool]]]) -> None:
+    """Every pod's containers, "e" with two CPUs of its own, and whether each of them was named."""
+    grants, given_to, containers, held = [], {}, [], {}
+    for number, some in enumerate(pods):
+        for place, (kind, named) in enumerate(some):
+            one = (container if named else unnamed)(f"p{number}", f"c{place}")
+            containers.append((one, named))
+            low = 1 + 2 * len(grants)
+            if kind == "e" and low < 15:
+                grants.append(plugin_grant(f"g{low}", f"{low}-{low + 1}"))
+                given_to[f"p{number}", f"c{place}"] = [f"cpu{low}", f"cpu{low + 1}"]
+                held[one.id] = CpuSet.parse(f"{low}-{low + 1}")
+    found = situation(*grants, given_to=given_to)
+    plan = found.plan([one for one, _ in containers], unnamed={one.id for one, named in containers if not named})
+
+    def effective(one: Container, written: CpuSet) -> CpuSet:
+        """written: what its own file says already."""
+        above, own = plan.pod(one.pod_uid).cpus or EMPTY, plan.containers[one.id].cpus or written
+        return (own & above) or above
+
+    for one, named in containers:
+        mine = held.get(one.id, EMPTY)
+        of_others = union(cpus for id, cpus in held.items() if id != one.id)
+        of_other_pods = union(cpus for id, cpus in held.items() if id.split("-")[0] != one.id.split("-")[0])
+        assert not mine or effective(one, mine) == mine
+        assert effective(one, mine).isdisjoint(of_others if named else of_other_pods)
+
+
 @given(st.lists(st.sampled_from(["", "e", "s", "es", "ee"]), max_size=7), st.booleans())
 def test_no_two_containers_ever_meet_on_exclusive_cpus(pods: list[str], strict: bool) -> None:
     """Every pod's containers, "e" with two CPUs of its own, "s" with none."""

@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from fakes import FakeKubelet
 from machines import machine
 from prometheus_client.parser import text_string_to_metric_families
 from running import CHAR, CPU, Running, running
+
+from nodeagent.cli import status as status_of
 
 RESOURCES = [
     {"name": "cpu", "kind": "cpu"},
@@ -183,3 +186,22 @@ async def test_curl_reads_it(folder: Path, tmp_path: Path) -> None:
         command = ["curl", "-sS", "--fail", "--unix-socket", str(agent.socket), "http://agent/v1/status"]
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)  # noqa: ASYNC221
         assert json.loads(done.stdout)["ready"]
+
+
+@pytest.mark.parametrize(
+    ("ran", "note"),
+    [
+        (None, ""),
+        ({"file": "cpuset.cpus.effective", "until_unix_s": 1.0}, "ran on 0-15 instead of 4-7 until {}"),
+        ({"file": "cpuset.cpus.effective", "until_unix_s": None}, "runs on 0-15 instead of 4-7"),
+        (
+            {"file": "cpuset.mems.effective", "until_unix_s": 1.0},
+            "used memory of NUMA nodes 0-15 instead of 4-7 until {}",
+        ),
+    ],
+)
+def test_the_note_of_a_container_says_where_it_ran_before_it_was_pinned(ran: dict[str, Any] | None, note: str) -> None:
+    """With the time of day, of the machine where it is read."""
+    shown = {**ran, "found": "0-15", "wanted": "4-7"} if ran else None
+    one = {"error": "", "ran_unpinned": shown, "lost_cpus": "", "outside_cpus": "", "quota_cpus": None, "unproven": []}
+    assert status_of._note(one) == note.format(time.strftime("%H:%M:%S", time.localtime(1.0)))

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from fakeruntime import DATA, PLUGIN, REQUEST, RESPONSE, RUNTIME, Packet, Wire, packed
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nodeagent.errors import InputError, PeerError, Refused
 from nodeagent.nri import frames
 from nodeagent.nri.frames import LARGEST_DATA_BYTES, FrameError, Message, Oversized, Parser, Stray
-from nodeagent.nri.ttrpc import MOST_SERVED, Code, Connection, RpcError, Services
+from nodeagent.nri.ttrpc import MOST_SERVED, Code, Connection, RpcError, Served, Services
 from nodeagent.pb import ttrpc_pb2 as pb
 
 # Frames
@@ -213,10 +213,11 @@ def test_a_message_over_the_limit_is_not_encoded() -> None:
 
 
 @contextlib.asynccontextmanager
-async def peer(services: Services) -> AsyncIterator[tuple[Wire, Connection]]:
+async def peer(services: Services, **more: Any) -> AsyncIterator[tuple[Wire, Connection]]:
     """A connection that serves and calls, and the other end of its stream."""
     here, there = socket.socketpair()
-    connection = Connection(await asyncio.open_connection(sock=here), services, serves=PLUGIN, calls=RUNTIME)
+    stream = await asyncio.open_connection(sock=here)
+    connection = Connection(stream, services, serves=PLUGIN, calls=RUNTIME, **more)
     running = asyncio.create_task(connection.run())
     wire = Wire(*await asyncio.open_connection(sock=there))
     try:
@@ -456,6 +457,36 @@ async def test_a_peer_that_closes_ends_every_call() -> None:
         await asyncio.wait_for(ended.wait(), 20)
         with pytest.raises(RpcError, match="UNAVAILABLE: the connection has ended"):
             await connection.call("s", "m", b"", timeout_s=20)
+
+
+async def test_how_long_a_call_took_is_reported_also_of_one_that_the_peer_hung_up_on() -> None:
+    """From the arrival of its request; what the peer says of its patience comes with it."""
+    now_s, calls, hung_up = 100.0, list[Served](), asyncio.Event()
+
+    async def slow(_: bytes, __: float | None) -> bytes:
+        nonlocal now_s
+        now_s += 3.0
+        return b""
+
+    def reported(one: Served) -> None:
+        calls.append(one)
+        if not one.answered:
+            hung_up.set()
+
+    services = {"s": {"slow": slow, "never": never, "echo": echo}}
+    async with peer(services, on_served=reported, clock=lambda: now_s) as (wire, _):
+        ask(wire, 1, "slow", nano=2_000_000_000)
+        await answered(wire)
+        ask(wire, 3, "never")
+        await still_serves(wire, 5)
+        now_s += 7.0
+        await wire.close()
+        await asyncio.wait_for(hung_up.wait(), 20)
+    assert calls == [
+        Served("s", "slow", 3.0, 2.0, True),
+        Served("s", "echo", 0.0, None, True),
+        Served("s", "never", 7.0, None, False),
+    ]
 
 
 @pytest.mark.parametrize("cut_at", [5, 12, 25])

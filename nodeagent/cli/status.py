@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
+from nodeagent.core.cpuset import CpuSet
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,8 +19,9 @@ def run(args: argparse.Namespace) -> int:
 def _print(status: Any) -> None:
     machine = status["inventory"]
     print(f"nodeagent {status['version']}, up {status['uptime_s']} s, {'ready' if status['ready'] else 'NOT ready'}")
+    outside = f", {machine['cpus_outside']} not for pods" if machine["cpus_outside"] else ""
     print(
-        f"CPUs {machine['cpus_online']} online, {machine['cpus_reserved'] or 'none'} reserved; "
+        f"CPUs {machine['cpus_online']} online, {machine['cpus_reserved'] or 'none'} reserved{outside}; "
         f"{machine['numa_nodes']} NUMA nodes, {machine['devices']} devices, generation {machine['generation']}"
     )
     for kind, lines in (
@@ -99,7 +102,7 @@ def _pinning(pinning: Any) -> list[str]:
         return [f"off: {pinning['unsupported'] or 'as configured'}"]
     by = pinning["runtime"] if pinning["mode"] == "nri" else "control groups alone"
     state = f"{by}, {pinning['containers']} containers, shared CPUs {pinning['shared_cpus'] or 'all'}"
-    lines = [f"{state}, {pinning['drifts']} drifts repaired"]
+    lines = [f"{state}, {pinning['drifts_repaired']} drifts repaired, {pinning['drifts_not_repaired']} not repaired"]
     if pinning["mode"] == "nri" and not pinning["connected"]:
         lines.append(f"NOT connected: {pinning['reason']}")
     return [*lines, *_intruders(pinning["intruders"]), *(f"NOT confined: {why}" for why in pinning["errors"].values())]
@@ -113,11 +116,24 @@ def _intruders(found: Any) -> list[str]:
 
 def _note(one: Any) -> str:
     """What is wrong with a container's pins."""
-    notes = [one["error"]]
-    notes.append(f"CPUs {one['lost_cpus']} are offline" if one["lost_cpus"] else "")
+    notes = [one["error"], _ran(one["ran_unpinned"]) if one["ran_unpinned"] else ""]
+    outside = CpuSet.parse(one["outside_cpus"])
+    offline = CpuSet.parse(one["lost_cpus"]) - outside
+    notes.append(f"CPUs {offline} are offline" if offline else "")
+    notes.append(f"CPUs {outside} are outside the cpuset of all pods" if outside else "")
     notes.append(f"throttled to {one['quota_cpus']:g} CPUs" if one["quota_cpus"] is not None else "")
     notes.append(f"names {', '.join(one['unproven'])} of another pod" if one["unproven"] else "")
     return "; ".join(filter(None, notes))
+
+
+def _ran(elsewhere: Any) -> str:
+    """Where a container ran before it was pinned for the first time, in this machine's local time."""
+    now, found, wanted = elsewhere["until_unix_s"] is None, elsewhere["found"], elsewhere["wanted"]
+    if elsewhere["file"].startswith("cpuset.mems"):
+        what = f"{'uses' if now else 'used'} memory of NUMA nodes {found} instead of {wanted}"
+    else:
+        what = f"{'runs' if now else 'ran'} on {found} instead of {wanted}"
+    return what if now else f"{what} until {time.strftime('%H:%M:%S', time.localtime(elsewhere['until_unix_s']))}"
 
 
 def _dra(dra: Any) -> list[str]:

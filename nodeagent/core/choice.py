@@ -53,7 +53,7 @@ def search_cpus(machine: Machine, free: int, request: Request, near: Near, limit
 
 def allowed(machine: Machine, chosen: frozenset[str]) -> int:
     """The CPUs that options leave to choose from."""
-    cpus = machine.online
+    cpus = machine.usable
     for name, kind in opt.CORE_KINDS.items() if chosen else ():
         if f"require-{name}-cores" in chosen:
             cpus &= machine.of_kind(kind)
@@ -67,12 +67,12 @@ def _tastes(machine: Machine, chosen: frozenset[str]) -> list[tuple[int, int]]:
     if not chosen:
         return []
     tastes = [
-        (machine.online & ~machine.of_kind(kind), 1)
+        (machine.usable & ~machine.of_kind(kind), 1)
         for name, kind in opt.CORE_KINDS.items()
         if f"prefer-{name}-cores" in chosen
     ]
     if "prefer-isolated-cpus" in chosen:
-        tastes.append((machine.online & ~machine.isolated, 1))
+        tastes.append((machine.usable & ~machine.isolated, 1))
     if "avoid-isolated-cpus" in chosen:
         tastes.append((machine.isolated, 1))
     return [taste for taste in tastes if taste[0]]
@@ -94,5 +94,5 @@ def limits_of(machine: Machine, ledger: Ledger, request: Request) -> Limits:
 
 def _on_empty(machine: Machine, ledger: Ledger, request: Request) -> Choice | None:
     """What the compiled core would choose were nothing held."""
-    free = machine.online & ~ledger.reserved.mask | request.must_cpus.mask
+    free = machine.usable & ~ledger.reserved.mask | request.must_cpus.mask
     return search_cpus(machine, free, request, (), NO_LIMITS)

@@ -11,7 +11,18 @@ from typing import Any
 import msgspec
 
 from nodeagent.core.cpuset import MAX_ID, CpuSet
-from nodeagent.core.model import NO_NODE, CacheGroup, Cpu, Device, HugepagePool, Inventory, KindState, Link, NumaNode
+from nodeagent.core.model import (
+    NO_NODE,
+    CacheGroup,
+    Cpu,
+    Device,
+    HugepagePool,
+    Inventory,
+    KindState,
+    Link,
+    NumaNode,
+    PodsCgroup,
+)
 from nodeagent.errors import InputError
 
 LARGEST = 1 << 62
@@ -93,6 +104,11 @@ class _Kind(msgspec.Struct):
     reason: str = ""
 
 
+class _PodsCgroup(msgspec.Struct):
+    path: str
+    cpus: str
+
+
 class _Document(msgspec.Struct):
     cpus: list[_Cpu]
     numa_nodes: list[_Node]
@@ -100,6 +116,7 @@ class _Document(msgspec.Struct):
     cpus_possible: str = ""
     cpus_offline: str = ""
     cpus_nohz_full: str = ""
+    pods_cgroup: _PodsCgroup | None = None
     caches: list[_Cache] = []
     devices: list[_Device] = []
     links: list[_Link] = []
@@ -117,6 +134,7 @@ def to_document(inventory: Inventory) -> dict[str, Any]:
         "cpus_offline": str(inventory.cpus_offline),
         "cpus_isolated": str(inventory.cpus_isolated),
         "cpus_nohz_full": str(inventory.cpus_nohz_full),
+        "pods_cgroup": _pods_out(inventory.pods_cgroup),
         "numa_nodes": [_node_out(node) for node in inventory.numa_nodes],
         "caches": [
             {"level": c.level, "index": c.index, "cpus": str(c.cpus), "size_bytes": c.size_bytes}
@@ -169,6 +187,7 @@ def _inventory(found: _Document, source: str) -> Inventory:
         cpus_offline=_list(found.cpus_offline, source, "cpus_offline"),
         cpus_isolated=CpuSet(cpu.id for cpu in found.cpus if cpu.isolated),
         cpus_nohz_full=_list(found.cpus_nohz_full, source, "cpus_nohz_full"),
+        pods_cgroup=_pods_in(found.pods_cgroup, source),
         numa_nodes=tuple(sorted((_node_in(node, found, source) for node in found.numa_nodes), key=lambda n: n.id)),
         caches=tuple(
             CacheGroup(level=c.level, index=c.index, cpus=_list(c.cpus, source, "caches"), size_bytes=c.size_bytes)
@@ -179,6 +198,14 @@ def _inventory(found: _Document, source: str) -> Inventory:
         kinds=tuple(KindState(kind=one.kind, state=one.state, reason=one.reason) for one in found.kinds),
         warnings=tuple(found.warnings),
     )
+
+
+def _pods_out(pods: PodsCgroup | None) -> dict[str, str] | None:
+    return {"path": pods.path, "cpus": str(pods.cpus)} if pods is not None else None
+
+
+def _pods_in(pods: _PodsCgroup | None, source: str) -> PodsCgroup | None:
+    return PodsCgroup(path=pods.path, cpus=_list(pods.cpus, source, "pods_cgroup.cpus")) if pods is not None else None
 
 
 def _check(found: _Document, source: str) -> None:

@@ -106,7 +106,7 @@ def _units(task: _Task) -> list[frozenset[NodeId]]:
 def _least_units(task: _Task, units: Sequence[frozenset[NodeId]]) -> int:
     """How many units an empty machine needs for what is asked."""
     stock = Stock.of(task.machine.inventory, Ledger(reserved=task.ledger.reserved), task.request, empty=True)
-    cpus = task.machine.online & ~task.ledger.reserved.mask & allowed(task.machine, task.request.options)
+    cpus = task.machine.usable & ~task.ledger.reserved.mask & allowed(task.machine, task.request.options)
     nothing: frozenset[str] = frozenset()
     cover = Cover(_measured(task, units, cpus, stock, nothing), _wanted(task, nothing), Steps())
     sizes = range(max(1, cover.least()), len(units) + 1)

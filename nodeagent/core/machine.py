@@ -18,8 +18,10 @@ class Machine:
 
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
-        self.online = sum(1 << cpu.id for cpu in inventory.cpus)
-        self.isolated = sum(1 << cpu.id for cpu in inventory.cpus if cpu.isolated)
+        self.usable = sum(1 << cpu.id for cpu in inventory.cpus) & ~inventory.cpus_outside.mask
+        """Those that pods can run on. The layout and the cores have all that are online: a core is not whole without a
+        thread on which none can."""
+        self.isolated = self.usable & sum(1 << cpu.id for cpu in inventory.cpus if cpu.isolated)
         self._cpus: dict[NodeId, int] = {node.id: 0 for node in inventory.numa_nodes}
         self._packages: dict[NodeId, int] = {}
         for cpu in inventory.cpus:
@@ -82,9 +84,9 @@ class Machine:
         return near, min(nodes) if len(nodes) == 1 else None
 
     def of_kind(self, kind: str) -> int:
-        """CPUs of a core kind; all where the machine has one kind only."""
+        """CPUs of a core kind; all usable ones where the machine has one kind only."""
         if not any(cpu.kind for cpu in self.inventory.cpus):
-            return self.online
+            return self.usable
         return sum(1 << cpu.id for cpu in self.inventory.cpus if cpu.kind == kind)
 
     def cpus_of(self, nodes: Iterable[NodeId]) -> int:

@@ -157,6 +157,16 @@ class KindState:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PodsCgroup:
+    """The control group of all pods. Nothing in it runs on other CPUs, whatever is written below."""
+
+    path: str
+    """Below the root of the hierarchy."""
+    cpus: CpuSet
+    """Those in effect there, and those that it lets through to partitions below it."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inventory:
     """One snapshot of the machine. A change is a new snapshot with a higher generation.
@@ -182,6 +192,18 @@ class Inventory:
     kinds: tuple[KindState, ...] = ()
     warnings: tuple[str, ...] = ()
     """What could not be read, each with file and value."""
+    pods_cgroup: PodsCgroup | None = None
+    """None: there is none, or nothing in it says which CPUs it has."""
+
+    @functools.cached_property
+    def cpus_outside(self) -> CpuSet:
+        """Online CPUs on which no pod can run."""
+        return self.cpus_online - self.pods_cgroup.cpus if self.pods_cgroup is not None else EMPTY
+
+    @functools.cached_property
+    def cpus_usable(self) -> CpuSet:
+        """Online CPUs on which pods can run: what is offered, granted and shared is among them."""
+        return self.cpus_online - self.cpus_outside
 
     @functools.cached_property
     def device_by_id(self) -> Mapping[str, Device]:
@@ -254,6 +276,8 @@ class Advertised:
     numa_nodes: tuple[NodeId, ...] = ()
     device: str = ""
     """The device behind it; "": there is none (a CPU, a block of pages, or what is there no more)."""
+    reason: str = ""
+    """Why it is not healthy, where that is not its device's illness."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,19 +9,21 @@ Pure: the machine, the ledger, kubelet's records of who was given what, and what
   beside one that holds CPUs in the same pod are confined one by one.
 - A grant counts for a container only where kubelet gave it to that pod. What the container's environment says decides
   no more than which containers of the pod use which of its claims: it may have been forged.
+- What a container holds is not known while neither the runtime nor its bundle has named it. Where its pod was given
+  more than the named containers there have, the pod keeps all of that, and such a container is left as it is.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from nodeagent.core.containers import STOPPED, Container
 from nodeagent.core.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.ledger import Ledger
-from nodeagent.core.model import CLAIM, DEVICE_PLUGIN, Grant, Inventory
+from nodeagent.core.model import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Inventory
 from nodeagent.core.witness import Given
 
 GRANT_VARIABLE = "NODEAGENT_GRANT_"
@@ -49,7 +51,9 @@ class Pin:
     held: CpuSet = EMPTY
     """The CPUs that it holds, online or not."""
     lost: CpuSet = EMPTY
-    """Those among them that are offline."""
+    """Those among them that are offline, or outside the cpuset of all pods."""
+    outside: CpuSet = EMPTY
+    """The latter."""
     unproven: tuple[str, ...] = ()
     """Grants that it names and that kubelet is not known to have given to its pod."""
 
@@ -81,6 +85,8 @@ class Plan:
     """By pod UID."""
     containers: Mapping[str, Pin] = field(default_factory=lambda: MappingProxyType({}))
     """By container id."""
+    open: frozenset[str] = frozenset()
+    """UIDs of pods with containers that may hold something and that nobody has named."""
 
     def pod(self, uid: str) -> PodPin:
         """A pod of which no container is known holds nothing."""
@@ -107,18 +113,30 @@ class Situation:
     given: Given = field(default_factory=lambda: MappingProxyType({}))
     rules: Rules = Rules()
 
-    def plan(self, containers: Iterable[Container], sandboxes: Iterable[str] = ()) -> Plan:
-        """sandboxes: UIDs of pods that are there, also without a container."""
-        live = {one.id: one for one in containers if one.state != STOPPED}
+    def plan(
+        self,
+        containers: Iterable[Container],
+        sandboxes: Iterable[str] = (),
+        unnamed: Collection[str] = frozenset(),
+    ) -> Plan:
+        """sandboxes: UIDs of pods that are there, also without a container. unnamed: ids of containers of which only
+        the control group was seen."""
+        every = tuple(containers)
+        live = {one.id: one for one in every if one.state != STOPPED}
         bare = {one.id: self._own(one) for one in live.values()}
-        mixed = {live[one].pod_uid for one, pin in bare.items() if pin.exclusive}
+        open_ = self._open(every, unnamed) if unnamed else {}
+        held = {uid: cpus for uid, cpus in open_.items() if cpus}
+        for one, pin in bare.items():
+            if pin.exclusive:
+                held[live[one].pod_uid] = held.get(live[one].pod_uid, EMPTY) | pin.held
         paged = self._paged(live, bare)
         pins = {
-            one: self._beside(pin, live[one].pod_uid in mixed, paged.get(live[one].pod_uid, _NOTHING))
+            one: pin
+            if one in unnamed and live[one].pod_uid in open_
+            else self._beside(pin, live[one].pod_uid in held, paged.get(live[one].pod_uid, _NOTHING))
             for one, pin in bare.items()
         }
         uids = {*sandboxes, *(one.pod_uid for one in live.values())}
-        held = {uid: union(bare[one].held for one in live if live[one].pod_uid == uid) for uid in mixed}
         special = {uid: self._pod(held.get(uid, EMPTY), paged.get(uid, _NOTHING)) for uid in held.keys() | paged.keys()}
         plain = self._pod(EMPTY, _NOTHING)
         pods = {uid: special.get(uid, plain) for uid in uids if uid}
@@ -126,7 +144,39 @@ class Situation:
             shared=self.shared if self.rules.confine_others else EMPTY,
             pods=MappingProxyType(pods),
             containers=MappingProxyType(pins),
+            open=frozenset(open_),
         )
+
+    def _open(self, every: Iterable[Container], unnamed: Collection[str]) -> dict[str, CpuSet]:
+        """The CPUs that unnamed containers may hold, by the UIDs of their pods."""
+        pods: dict[str, list[Container]] = {}
+        for one in every:
+            if one.pod_uid in self._of_pods:
+                pods.setdefault(one.pod_uid, []).append(one)
+        found: dict[str, CpuSet] = {}
+        for uid, containers in pods.items():
+            known = {grant for one in containers for grant in self._own(one).grants}
+            rest = [grant for grant in self._of_pods[uid] if grant.id not in known]
+            if rest and any(one.id in unnamed and one.state != STOPPED for one in containers):
+                found[uid] = union(grant.cpus for grant in rest)
+        return found
+
+    @functools.cached_property
+    def _of_pods(self) -> Mapping[str, list[Grant]]:
+        """All that pods are known to have been given, by UID; ids that kubelet's record has twice, as where it is older
+        than a pod's end, are nobody's."""
+        pods_of: dict[str, set[str]] = {}
+        for (uid, _), keys in self.given.items():
+            for key in keys:
+                if (grant := self.ledger.by_id.get(key)) is not None:
+                    pods_of.setdefault(grant.id, set()).add(uid)
+        found: dict[str, list[Grant]] = {}
+        for one in self.ledger.grants.values():
+            given = pods_of.get(one.id, set())
+            own = (one.holder.uid,) if one.holder.api == KUBELET else one.pods
+            for uid in {*own, *(given if len(given) == 1 else ())}:
+                found.setdefault(uid, []).append(one)
+        return found
 
     def _own(self, container: Container) -> Pin:
         """The same, worked out once for what is known of a container."""
@@ -145,15 +195,16 @@ class Situation:
         if not grants:
             return Pin(unproven=unproven) if unproven else NO_PIN
         held = union(one.cpus for one in grants)
-        online = held & self.inventory.cpus_online
+        usable = held & self.inventory.cpus_usable
         return Pin(
             grants=tuple(one.id for one in grants),
             # Of CPUs that are all gone nothing is left to be confined to: not the CPUs of others.
-            cpus=(online or self.shared or None) if held else None,
-            mems=self._mems(grants, online),
+            cpus=(usable or self.shared or None) if held else None,
+            mems=self._mems(grants, usable),
             hugepage_limits=_limits(grants),
             held=held,
-            lost=held - online,
+            lost=held - usable,
+            outside=held & self.inventory.cpus_outside,
             unproven=unproven,
         )
 
@@ -183,8 +234,8 @@ class Situation:
 
     @functools.cached_property
     def shared(self) -> CpuSet:
-        """Online CPUs that are neither reserved nor held; where none is left, the reserved ones."""
-        free = self.inventory.cpus_online - self.ledger.cpus_held
+        """CPUs that pods can run on and that are neither reserved nor held; where none is left, the reserved ones."""
+        free = self.inventory.cpus_usable - self.ledger.cpus_held
         return (free - self.ledger.reserved if self.rules.strict_reservation else free) or free
 
     @functools.cached_property
@@ -239,11 +290,12 @@ class Situation:
             hugepage_limits=MappingProxyType(limits),
             held=pin.held,
             lost=pin.lost,
+            outside=pin.outside,
             unproven=pin.unproven,
         )
 
     def _pod(self, held: CpuSet, paged: Mapping[int, int]) -> PodPin:
-        cpus = self.shared | (held & self.inventory.cpus_online) if self.rules.confine_others else EMPTY
+        cpus = self.shared | (held & self.inventory.cpus_usable) if self.rules.confine_others else EMPTY
         return PodPin(cpus=cpus or None, hugepages_at_least=MappingProxyType(dict(paged)))
 
 

@@ -36,11 +36,11 @@ _NOTHING = Placement(cost=(0,) * len(COST_ORDER))
 def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     """The cheapest placement of a request, or Refused with its numbers and what would admit it."""
     machine = machine_of(inventory)
-    free = machine.online & ~(ledger.cpus_held.mask | ledger.reserved.mask)
+    free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
     if request.within_cpus is not None:
         free &= request.within_cpus.mask
     if request.must_cpus.mask:
-        free |= request.must_cpus.mask & machine.online
+        free |= request.must_cpus.mask & machine.usable
     found = _find(machine, free, ledger, request)
     if found is None:
         raise explain(machine, ledger, request, free, lambda other: _find(machine, free, ledger, other) is not None)

@@ -85,7 +85,8 @@ class CpuPool:
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         gone = ledger.reserved | union(g.cpus for g in ledger.grants.values() if g.holder.api != CLAIM)
         if self.group == INDIVIDUAL or not features.consumable:
-            shown = _less_each(_individual(inventory), ledger.reserved, gone)
+            never = ledger.reserved | inventory.cpus_outside
+            shown = _less_each(_individual(inventory), never, gone | never)
         else:
             shown = self._less(inventory, ledger.reserved, gone)
         return Pool(kind=self.kind, devices=tuple(one for one in shown if features.taints or not one.taints))
@@ -140,7 +141,7 @@ class CpuPool:
         """A mask of the CPUs that the options leave."""
         machine = machine_of(inventory)
         kinds = [machine.of_kind(kind) for word, kind in CORE_KINDS.items() if f"require-{word}-cores" in self.options]
-        isolated = machine.isolated if REQUIRE_ISOLATED in self.options else machine.online
+        isolated = machine.isolated if REQUIRE_ISOLATED in self.options else machine.usable
         return functools.reduce(operator.and_, kinds, isolated)
 
 
@@ -160,11 +161,12 @@ def _one(inventory: Inventory, cpu: Cpu) -> PoolDevice:
     return PoolDevice(name=f"cpu{cpu.id}", part=Part(cpus=CpuSet([cpu.id])), attributes=attributes)
 
 
-def _less_each(every: Iterable[PoolDevice], reserved: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
+def _less_each(every: Iterable[PoolDevice], never: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
+    """Single CPUs without those that are never given; `gone`: these and what was given elsewhere."""
     for one in every:
         if one.part.cpus.isdisjoint(gone):
             yield one
-        elif one.part.cpus.isdisjoint(reserved):
+        elif one.part.cpus.isdisjoint(never):
             yield replace(one, taints=(HELD,))
 
 

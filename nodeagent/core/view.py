@@ -14,6 +14,7 @@ from typing import Protocol
 from nodeagent.core.cpuset import CpuSet, union
 from nodeagent.core.health import Health
 from nodeagent.core.ledger import Ledger
+from nodeagent.core.lost import outside_of
 from nodeagent.core.machine import machine_of
 from nodeagent.core.model import BEST_EFFORT, Advertised, HugepagePool, Inventory, NodeId, Pages, Request
 from nodeagent.core.placement import place
@@ -78,8 +79,14 @@ class CpuResource:
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {number for (resource, one) in ledger.by_id if resource == self.name for number in _cpu_numbers(one)}
         elsewhere = union(grant.cpus for grant in ledger.grants.values() if grant.holder.resource != self.name)
+        outside = inventory.cpus_outside
         shown = {
-            cpu.id: Advertised(id=f"cpu{cpu.id}", healthy=cpu.id not in elsewhere, numa_nodes=_node(cpu.numa_node))
+            cpu.id: Advertised(
+                id=f"cpu{cpu.id}",
+                healthy=cpu.id not in elsewhere and cpu.id not in outside,
+                numa_nodes=_node(cpu.numa_node),
+                reason=outside_of(inventory) if cpu.id in outside else "",
+            )
             for cpu in inventory.cpus
             if cpu.id not in ledger.reserved
         }
@@ -91,6 +98,8 @@ class CpuResource:
         numbers = [number for one in ids for number in _cpu_numbers(one) if number in inventory.cpu_by_id]
         if len(numbers) < len(ids):
             refuse_unknown(self.name, ids, {f"cpu{number}" for number in numbers})
+        if outside := CpuSet(numbers) & inventory.cpus_outside:
+            raise InputError(f"cannot allocate CPUs {outside} of {self.name}: {outside_of(inventory)}")
         return Parts(cpus=CpuSet(numbers))
 
     def prefer(

@@ -34,6 +34,8 @@ _UNSAID = (*_VANISHED, errno.EOPNOTSUPP)
 """EOPNOTSUPP: cgroup.procs of a threaded cgroup, cpu.max of one without bandwidth control."""
 _PIECE_BYTES = 1 << 12
 _UNLIMITED = "max"
+_WAITING = "runc:["
+"""How the names of runc's own processes begin."""
 _BEYOND_LIMITS = (1 << 63) - (1 << 36)
 """The kernel shows a limit that was never set as a number just below 2**63, as sizes of pages let it round."""
 
@@ -228,6 +230,19 @@ class Reader:
         found = {page_bytes: _pages(folder, f"hugetlb.{name}", parts) for page_bytes, name in self.sizes.items()}
         there = {page_bytes: pages for page_bytes, pages in found.items() if pages is not None}
         return MappingProxyType(there) if there else None
+
+
+def has_begun(sysfs: SysFs, state: CgroupState) -> bool:
+    """Whether anything of a container has run. Between the two steps in which runc makes a container, its first process
+    waits in the container's own cgroup (runc libcontainer/nsenter/nsexec.c); other runtimes' are taken to have run."""
+    if not state.populated:
+        return False
+    try:
+        pids = sysfs.text(f"{_MOUNT}/{state.path}/cgroup.procs", "").split()
+        names = [sysfs.text(f"proc/{pid}/comm", "") for pid in pids]
+    except HostError:
+        return True
+    return not names or not all(name.startswith(_WAITING) for name in names)
 
 
 def size_name(page_bytes: int) -> str:

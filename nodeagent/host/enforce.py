@@ -61,8 +61,9 @@ class Finding:
 
     path: str
     drift: tuple[Drift, ...] = ()
+    """Empty where it could not even be read."""
     error: str = ""
-    """Why it still is not; "": it was repaired."""
+    """Why it still is not; "": it was repaired, and read back."""
 
 
 class Enforcer:
@@ -88,6 +89,15 @@ class Enforcer:
             if path not in errors:
                 self._noted(errors, path, self._confine, target)
         return errors
+
+    def look(self, paths: Iterable[str]) -> dict[str, CgroupState]:
+        """What cgroups are confined to at this moment; those that are gone or cannot be read are left out."""
+        found: dict[str, CgroupState] = {}
+        for path in paths:
+            with contextlib.suppress(HostError):
+                if (state := self._read(path, Part.CPUSET)) is not None:
+                    found[path] = state
+        return found
 
     def verify(self, targets: Mapping[str, Target]) -> tuple[Finding, ...]:
         """Read back, and repair what is otherwise; what was found."""
@@ -172,6 +182,7 @@ class Enforcer:
             self._writer.isolate(layout, path, target.cpus, target.partition)
 
     def _verify(self, path: str, target: Target) -> Finding | None:
+        found: tuple[Drift, ...] = ()
         try:
             state = self._read(path, target.parts)
             found = _drifts(state, target) if state is not None else ()
@@ -180,7 +191,7 @@ class Enforcer:
             self._confine(path, target)
         except HostError as error:
             gone = self._reader.read(path, Part.CPUSET) is None
-            return None if gone else Finding(path=path, error=str(error))
+            return None if gone else Finding(path=path, drift=found, error=str(error))
         return Finding(path=path, drift=found)
 
     def _read(self, path: str, parts: Part) -> CgroupState | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from nodeagent.core.model import Inventory
-from nodeagent.errors import HostError
+from nodeagent.core.model import Inventory, PodsCgroup
+from nodeagent.errors import HostError, InputError
 from nodeagent.host import hugepageuse, kinds, topology
 from nodeagent.host.nvml import Failure, Snapshot
+from nodeagent.host.podscpus import pods_cgroup
 from nodeagent.host.sysfs import SysFs
 
 
@@ -31,12 +32,18 @@ def scan(
     nvml: Snapshot | Failure | None = None,
     generation: int = 1,
     holders: Iterable[str] | None = None,
+    cgroup_root: str | None = None,
+    known: PodsCgroup | None = None,
 ) -> Inventory:
     """Read everything once. Never raises for what a file holds or lacks: Inventory.warnings says it.
 
-    holders: the cgroups of all who hold hugepages, below the mount of cgroup v2; None: nobody knows them.
+    holders: the cgroups of all who hold hugepages, below the mount of cgroup v2; None: nobody knows them. cgroup_root:
+    kubelet's, below which the cgroup of all pods is looked for; None: it is not. known: what that was before, which is
+    kept where it cannot be read.
     """
     found = _with_uses(sysfs, topology.read(sysfs), holders)
+    if cgroup_root is not None:
+        found = _with_pods(sysfs, found, cgroup_root, known)
     context = kinds.read_context(
         sysfs,
         online=found.cpus_online,
@@ -55,6 +62,13 @@ def scan(
         kinds=devices.kinds,
         warnings=(*found.warnings, *devices.warnings),
     )
+
+
+def _with_pods(sysfs: SysFs, found: Inventory, cgroup_root: str, known: PodsCgroup | None) -> Inventory:
+    try:
+        return replace(found, pods_cgroup=pods_cgroup(sysfs, cgroup_root))
+    except (HostError, InputError) as error:
+        return replace(found, pods_cgroup=known, warnings=(*found.warnings, str(error)))
 
 
 def _with_uses(sysfs: SysFs, found: Inventory, holders: Iterable[str] | None) -> Inventory:

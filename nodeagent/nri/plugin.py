@@ -1,27 +1,35 @@
-"""Keeps the agent connected to the container runtime as an NRI plugin: for ever, late and restarted as that may be.
+"""Keeps the agent connected to the container runtime as an NRI plugin: late, restarted and silent as that may be.
 
-The runtime's socket is tried at a growing distance, which starts anew once a connection stood. Connected means
-registered, configured and synchronized: from then on no container is created without a question.
+The runtime's socket is tried at a growing distance, which starts again at its smallest once a connection stood.
+Connected means registered, configured and synchronized: from then on no container is created without a question.
+
+A runtime that has given up on a plugin may keep the connection open and never ask again (containerd 1.7 does, where
+Synchronize was answered late). So no connection is kept whose peer may have dropped us: it ends when Synchronize does
+not come in time, when an answer was late, and when `reconnect` is told of evidence; the next one begins with a
+Synchronize.
 """
 
 from __future__ import annotations
 
 import asyncio
+import enum
 import random
 import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 from google.protobuf.message import DecodeError
 
+from nodeagent import metrics
 from nodeagent.core.containers import Update
 from nodeagent.errors import ConfigError, NodeagentError, PeerError
 from nodeagent.nri.service import Handler, PluginService
 from nodeagent.nri.translation import write_update
-from nodeagent.nri.ttrpc import Connection
+from nodeagent.nri.ttrpc import Code, Connection, RpcError
 from nodeagent.pb import nri_pb2 as pb
 
 RUNTIME = "nri.pkg.api.v1alpha1.Runtime"
@@ -29,6 +37,28 @@ SERVES, CALLS = 1, 2
 """Trunk ids of the plugin's service and the runtime's."""
 UPDATE_S = 30.0
 """Deadline of an update that was not asked for: the runtime changes container after container meanwhile."""
+
+
+class Reason(enum.StrEnum):
+    """Why a connection ended."""
+
+    CLOSED = "closed"
+    """The runtime closed it, or does not keep to the protocol."""
+    UNSYNCHRONIZED = "unsynchronized"
+    """The runtime did not register, configure or synchronize the plugin in time."""
+    LATE = "late"
+    """An answer was late: the runtime has given up on this plugin, or may have."""
+    UNASKED = "unasked"
+    """There is evidence that the runtime asks no more."""
+
+
+class DisconnectedError(PeerError):
+    """A connection that stood and has ended."""
+
+    def __init__(self, reason: Reason, text: str) -> None:
+        super().__init__(text)
+        self.reason = reason
+
 
 _NAME, _INDEX = re.compile(r"[A-Za-z0-9_.+-]+"), re.compile(r"[0-9]{2}")
 log = structlog.get_logger()
@@ -45,6 +75,10 @@ class Pace:
     """How long the runtime may take to register and configure, until it has said so itself."""
     request_s: float = 2.0
     """How long the runtime waits for an answer, until it has said so itself."""
+    synchronize_s: float = 10.0
+    """How long the runtime may take to synchronize once it has configured. It does so when no pod is being made, so
+    this doubles each time it was not enough, up to the next."""
+    longest_synchronize_s: float = 160.0
 
 
 DEFAULT_PACE = Pace()
@@ -55,8 +89,8 @@ class Standing:
     """How the plugin stands with the runtime."""
 
     connected: bool = False
-    since_unix_s: float
-    """When `connected` became what it is."""
+    since_s: float
+    """When `connected` became what it is, by the monotonic clock."""
     runtime: str = ""
     """Name of the runtime that is connected, or was last."""
     version: str = ""
@@ -80,9 +114,11 @@ class NriPlugin:
         *,
         pace: Pace = DEFAULT_PACE,
         on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`index`: two digits, the plugin's place among others. `on_change` is called when `standing` changes in more
-        than `calls`. ConfigError where name or index are not what a runtime takes. Starts nothing."""
+        than `calls`. `clock`: in seconds. ConfigError where name or index are not what a runtime takes. Starts
+        nothing."""
         if not _NAME.fullmatch(name):
             raise ConfigError(f'cannot register plugin "{name}": expected letters, digits and _ . + - only')
         if not _INDEX.fullmatch(index):
@@ -92,10 +128,14 @@ class NriPlugin:
         self._handler = handler
         self._pace = pace
         self._on_change = on_change
-        self._standing = Standing(since_unix_s=time.time(), reason="not started")
+        self._clock = clock
+        self._standing = Standing(since_s=clock(), reason="not started")
         self._registration_s, self._request_s = pace.registration_s, pace.request_s
+        self._synchronize_s = pace.synchronize_s
         self._service: PluginService | None = None
         self._connection: Connection | None = None
+        self._end: asyncio.Future[DisconnectedError] | None = None
+        """Of the connection that stands: why it is to end."""
         self._retry_s = pace.first_retry_s
         self._logged = ""
         self._jitter = random.Random(name)  # noqa: S311  spreads retries; the name makes it repeatable
@@ -134,43 +174,97 @@ class NriPlugin:
         except DecodeError as error:
             raise PeerError(f"cannot read what {self._socket} answers to an update: {error}") from None
 
+    def reconnect(self, why: str) -> None:
+        """Take it that the runtime asks no more, where there is a connection: end it and connect again."""
+        self._give_up(Reason.UNASKED, f"cannot rely on {self._socket}: {why}")
+
+    def _give_up(self, reason: Reason, text: str) -> None:
+        if self._end is not None and not self._end.done():
+            self._end.set_result(DisconnectedError(reason, text))
+
     async def _serve(self) -> None:
         """One connection from its beginning to its end, which is raised."""
-        stream = await asyncio.open_unix_connection(str(self._socket))
-        service = PluginService(self._handler, request_timeout_s=self._request_s, on_failure=self._on_change)
-        connection = Connection(stream, service.services(), serves=SERVES, calls=CALLS)
-        self._service, self._connection = service, connection
+        stream = await self._open()
+        service = PluginService(
+            self._handler,
+            request_timeout_s=self._request_s,
+            on_failure=self._on_change,
+            on_late=lambda why: self._give_up(Reason.LATE, why),
+        )
+        connection = Connection(
+            stream, service.services(), serves=SERVES, calls=CALLS, on_served=service.served, clock=self._clock
+        )
+        self._service, self._connection, self._end = service, connection, asyncio.Future()
         running = asyncio.create_task(connection.run())
         introducing = asyncio.create_task(self._introduce(connection, service))
         try:
-            await asyncio.wait({running, introducing}, return_when=asyncio.FIRST_COMPLETED)
-            if introducing.done():
-                introducing.result()
-            await running
-            raise PeerError(f"cannot serve {self._socket} on: the runtime closed the connection")
+            await self._until_end(running, introducing, self._end)
+        except DisconnectedError as error:
+            metrics.NRI_DISCONNECTS.labels(error.reason).inc()
+            raise
         finally:
             running.cancel()
             introducing.cancel()
             await asyncio.gather(running, introducing, return_exceptions=True)
+            stream[1].transport.abort()  # also where the task that reads it was never begun
             self._forget()
+
+    async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        try:
+            async with asyncio.timeout(self._registration_s):
+                return await asyncio.open_unix_connection(str(self._socket))
+        except TimeoutError:
+            raise PeerError(f"cannot connect to {self._socket}: not done in {self._registration_s:g} s") from None
+
+    async def _until_end(
+        self, running: asyncio.Task[None], introducing: asyncio.Task[None], end: asyncio.Future[DisconnectedError]
+    ) -> None:
+        """Wait until a connection ends or is to end; DisconnectedError, whose reason is the first there was."""
+        every: set[asyncio.Future[Any]] = {running, introducing, end}
+        await asyncio.wait(every, return_when=asyncio.FIRST_COMPLETED)
+        if not running.done() and not end.done():
+            introducing.result()
+            await asyncio.wait(every - {introducing}, return_when=asyncio.FIRST_COMPLETED)
+        if end.done():
+            raise end.result()
+        raise self._ended(running.exception())
+
+    def _ended(self, error: BaseException | None) -> BaseException:
+        """What to raise where the stream ended, with what its reader raised."""
+        if error is not None and not isinstance(error, OSError | NodeagentError):
+            return error
+        why = "the runtime closed the connection" if error is None else getattr(error, "strerror", None) or str(error)
+        return DisconnectedError(Reason.CLOSED, f"cannot serve {self._socket} on: {why}")
 
     async def _introduce(self, connection: Connection, service: PluginService) -> None:
         """Register; then the runtime configures and synchronizes, the latter when its pods let it."""
         request = self._request.SerializeToString()
-        await connection.call(RUNTIME, "RegisterPlugin", request, timeout_s=self._registration_s)
-        self._show(reason="registered, waiting to be configured")
         try:
-            async with asyncio.timeout(self._registration_s):
-                await service.configured.wait()
-        except TimeoutError:
-            why = f"the runtime did not configure the plugin within {self._registration_s:g} s"
-            raise PeerError(f"cannot serve {self._socket}: {why}") from None
+            await connection.call(RUNTIME, "RegisterPlugin", request, timeout_s=self._registration_s)
+        except RpcError as error:
+            reason = Reason.CLOSED if error.code == Code.UNAVAILABLE else Reason.UNSYNCHRONIZED
+            raise DisconnectedError(reason, str(error)) from None
+        self._show(reason="registered, waiting to be configured")
+        await self._come(service.configured, "configure", self._registration_s)
         self._learn(service)
-        await service.synchronized.wait()
-        self._retry_s = self._pace.first_retry_s
+        try:
+            await self._come(service.synchronized, "synchronize", self._synchronize_s)
+        except DisconnectedError:
+            self._synchronize_s = min(2 * self._synchronize_s, self._pace.longest_synchronize_s)
+            raise
+        self._retry_s, self._synchronize_s = self._pace.first_retry_s, self._pace.synchronize_s
         self._logged = ""
         self._show(connected=True)
         log.info("runtime-connected", socket=str(self._socket), runtime=self._standing.runtime)
+
+    async def _come(self, event: asyncio.Event, what: str, within_s: float) -> None:
+        """Wait for what the runtime is to do next."""
+        try:
+            async with asyncio.timeout(within_s):
+                await event.wait()
+        except TimeoutError:
+            why = f"the runtime did not {what} the plugin within {within_s:g} s"
+            raise DisconnectedError(Reason.UNSYNCHRONIZED, f"cannot serve {self._socket}: {why}") from None
 
     def _learn(self, service: PluginService) -> None:
         runtime = service.runtime
@@ -181,7 +275,7 @@ class NriPlugin:
         self._show(reason="configured, waiting to be synchronized")
 
     def _forget(self) -> None:
-        self._standing, self._service, self._connection = self.standing, None, None
+        self._standing, self._service, self._connection, self._end = self.standing, None, None, None
         self._show(reason="the connection ended")
 
     def _lost(self, error: Exception) -> None:
@@ -194,7 +288,7 @@ class NriPlugin:
 
     def _show(self, *, connected: bool = False, reason: str = "") -> None:
         before = self._standing
-        since_unix_s = before.since_unix_s if connected == before.connected else time.time()
-        self._standing = replace(before, connected=connected, since_unix_s=since_unix_s, reason=reason)
+        since_s = before.since_s if connected == before.connected else self._clock()
+        self._standing = replace(before, connected=connected, since_s=since_s, reason=reason)
         if self._standing != before:
             self._on_change()

@@ -1,8 +1,12 @@
 """The Plugin service: what the runtime asks on one connection, handed to whoever decides.
 
-Promises: each question has its answer inside the time limit of the runtime, which drops a plugin that is late. A
-container whose creation cannot be decided is not created, with the reason; any other failure is logged and answered
-with "no change", because an error there would only keep a container from being stopped or removed.
+Promises: each question has its answer inside the time limit of the runtime. A container whose creation cannot be
+decided is not created, with the reason; any other failure is logged and answered with "no change", because an error
+there would only keep a container from being stopped or removed.
+
+A runtime gives up on a plugin whose answer is late (containerd/nri pkg/adaptation): after a question about a container
+it closes the connection; after Synchronize it closes it too or, as containerd 1.7 was seen to, keeps it open and never
+asks anything. So an answer that was late all the same is reported, for the connection to be made again.
 """
 
 from __future__ import annotations
@@ -14,16 +18,19 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import structlog
 from google.protobuf.message import DecodeError, Message
 
+from nodeagent import metrics
 from nodeagent.core.containers import Adjustment, Container, Pod, Resources, Update
 from nodeagent.errors import NodeagentError
 from nodeagent.log import new_op
 from nodeagent.nri.translation import read_container, read_pod, read_resources, write_adjustment, write_update
-from nodeagent.nri.ttrpc import Code, Method, RpcError, Services
+from nodeagent.nri.ttrpc import Code, Method, RpcError, Served, Services
 from nodeagent.pb import nri_pb2 as pb
 
 PLUGIN = "nri.pkg.api.v1alpha1.Plugin"
-PATIENCE = 0.9
-"""The part of the runtime's time limit that a decision may take."""
+WAITING, PATIENCE, LATE = 0.7, 0.9, 0.95
+"""Parts of the runtime's time limit: how long a handler may wait for anything before it answers from what it knows; how
+long a decision may take at all; and from when on the runtime may have given up. It began to count before its request
+arrived."""
 MOST_LISTED = 1 << 16
 """Pods and containers in one synchronization; more are refused."""
 
@@ -38,8 +45,9 @@ class Handler(Protocol):
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
         """All that exists, at each connection; what is to be changed of it."""
 
-    async def create(self, pod: Pod, container: Container) -> tuple[Adjustment, Sequence[Update]]:
-        """What a new container gets, and what changes for others before it is there. Raising refuses the container."""
+    async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
+        """What a new container gets, and what changes for others before it is there. Raising refuses the container.
+        within_s: how long it may wait for anything; after that it is to answer from what is known."""
 
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
         """Kubelet changes a container to `resources`; an update of the container itself takes precedence over that."""
@@ -55,8 +63,9 @@ class Handler(Protocol):
 class HearsStarts(Protocol):
     """A handler that also wants to know when containers start."""
 
-    async def starting(self, pod: Pod, container: Container) -> None:
-        """The container is there and runs its first instruction after this. Raising keeps it from starting."""
+    async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
+        """The container is there and runs its first instruction after this. Raising keeps it from starting. within_s:
+        how long it may wait for anything."""
 
     async def started(self, pod: Pod, container: Container) -> None:
         """The container's process runs."""
@@ -91,15 +100,27 @@ def event_mask(handler: Handler) -> int:
 class PluginService:
     """Serves one connection. `calls` and `failed` count the questions, and those whose handler failed."""
 
-    def __init__(self, handler: Handler, *, request_timeout_s: float, on_failure: Callable[[], None]) -> None:
-        """`on_failure` is called after each failure."""
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        request_timeout_s: float,
+        on_failure: Callable[[], None],
+        on_late: Callable[[str], None],
+    ) -> None:
+        """`on_failure` is called after each failure, `on_late` with a reason after an answer that the runtime may not
+        have waited for."""
         self.configured, self.synchronized = asyncio.Event(), asyncio.Event()
+        """The latter once the runtime has the answer to all that it listed."""
         self.runtime = pb.ConfigureRequest()
         self.calls = self.failed = 0
+        self._listed_all = False
+        self._on_late = on_late
         self._handler = handler
         self._request_timeout_s = request_timeout_s
         self._on_failure = on_failure
         self._listed = pb.SynchronizeRequest()
+        self._methods = self._served_methods()
 
     @property
     def request_timeout_s(self) -> float:
@@ -108,18 +129,18 @@ class PluginService:
 
     def services(self) -> Services:
         """The methods as a connection serves them."""
+        return {PLUGIN: self._methods}
+
+    def _served_methods(self) -> dict[str, Method]:
         return {
-            PLUGIN: {
-                "Configure": self._method(pb.ConfigureRequest, self._configure),
-                "Synchronize": self._method(pb.SynchronizeRequest, self._synchronize),
-                "Shutdown": self._method(pb.Empty, self._shutdown),
-                "CreateContainer": self._method(pb.CreateContainerRequest, self._create),
-                "UpdateContainer": self._method(pb.UpdateContainerRequest, self._update),
-                "StopContainer": self._method(pb.StopContainerRequest, self._stop),
-                "StateChange": self._method(pb.StateChangeEvent, self._state_change),
-            }
-            | {name: self._event(*event) for name, event in _EVENTS.items()}
-        }
+            "Configure": self._method(pb.ConfigureRequest, self._configure),
+            "Synchronize": self._method(pb.SynchronizeRequest, self._synchronize),
+            "Shutdown": self._method(pb.Empty, self._shutdown),
+            "CreateContainer": self._method(pb.CreateContainerRequest, self._create),
+            "UpdateContainer": self._method(pb.UpdateContainerRequest, self._update),
+            "StopContainer": self._method(pb.StopContainerRequest, self._stop),
+            "StateChange": self._method(pb.StateChangeEvent, self._state_change),
+        } | {name: self._event(*event) for name, event in _EVENTS.items()}
 
     def _method(self, kind: type[Q], work: Callable[[Q, float], Awaitable[Message]]) -> Method:
         async def served(payload: bytes, waits_s: float | None) -> bytes:
@@ -128,10 +149,26 @@ class PluginService:
             except DecodeError as error:
                 raise RpcError(Code.INVALID_ARGUMENT, f"cannot read {kind.__name__}: {error}") from None
             self.calls += 1
-            limit_s = self.request_timeout_s if waits_s is None else min(waits_s, self.request_timeout_s)
-            return (await work(request, PATIENCE * limit_s)).SerializeToString()
+            return (await work(request, self._limit_s(waits_s))).SerializeToString()
 
         return served
+
+    def _limit_s(self, waits_s: float | None) -> float:
+        """How long the runtime waits for an answer. waits_s: what the request says of that."""
+        return self.request_timeout_s if waits_s is None else min(waits_s, self.request_timeout_s)
+
+    def served(self, one: Served) -> None:
+        """Take note of how long an answer took, as the connection reports it."""
+        if one.service != PLUGIN or one.method not in self._methods:
+            return
+        limit_s = self._limit_s(one.waits_s)
+        metrics.NRI_ANSWER_SECONDS.labels(one.method).observe(one.took_s)
+        if one.took_s >= limit_s * (LATE if one.answered else PATIENCE):
+            metrics.NRI_LATE_ANSWERS.labels(one.method).inc()
+            how = f"it took {one.took_s:.3g} s" if one.answered else f"there was none after {one.took_s:.3g} s"
+            self._on_late(f"cannot answer {one.method} in time: {how}, the runtime waits {limit_s:g} s")
+        elif one.method == "Synchronize" and one.answered and self._listed_all:
+            self.synchronized.set()
 
     def _event(self, kind: type[Any], event: pb.Event, answer: type[Message]) -> Method:
         async def told(request: Any, limit_s: float) -> Message:
@@ -166,15 +203,16 @@ class PluginService:
         containers = [read_container(one, pods.get(one.pod_sandbox_id)) for one in listed.containers]
         work = self._handler.synchronize(tuple(pods.values()), tuple(containers))
         updates = await self._or_none("synchronize", self._updates(work), limit_s, containers=len(containers))
-        self.synchronized.set()
+        self._listed_all = True
         return pb.SynchronizeResponse(update=updates)
 
     async def _create(self, request: pb.CreateContainerRequest, limit_s: float) -> pb.CreateContainerResponse:
         pod, container = _subject(request.pod, request.container)
-        return await self._decide("create", self._created(pod, container), limit_s, **_names(container))
+        work = self._created(pod, container, WAITING * limit_s)
+        return await self._decide("create", work, limit_s, **_names(container))
 
-    async def _created(self, pod: Pod, container: Container) -> pb.CreateContainerResponse:
-        adjustment, updates = await self._handler.create(pod, container)
+    async def _created(self, pod: Pod, container: Container, within_s: float) -> pb.CreateContainerResponse:
+        adjustment, updates = await self._handler.create(pod, container, within_s)
         return pb.CreateContainerResponse(
             adjust=write_adjustment(adjustment), update=[write_update(one) for one in updates]
         )
@@ -201,7 +239,8 @@ class PluginService:
         if event == pb.REMOVE_CONTAINER:
             await self._or_none("removed", handler.removed(pod, container), limit_s, **_names(container))
         elif event == pb.START_CONTAINER and isinstance(handler, HearsStarts):
-            await self._decide("starting", handler.starting(pod, container), limit_s, **_names(container))
+            work = handler.starting(pod, container, WAITING * limit_s)
+            await self._decide("starting", work, limit_s, **_names(container))
         elif event == pb.POST_START_CONTAINER and isinstance(handler, HearsStarts):
             await self._or_none("started", handler.started(pod, container), limit_s, **_names(container))
         elif event in _PODS and isinstance(handler, HearsPods):
@@ -222,13 +261,14 @@ class PluginService:
 
     async def _decide(self, call: str, work: Awaitable[T], limit_s: float, **names: object) -> T:
         """What `work` returns, in time; RpcError with the cause otherwise."""
+        most_s = PATIENCE * limit_s
         with structlog.contextvars.bound_contextvars(op=new_op()):
             try:
-                async with asyncio.timeout(limit_s) as deadline:
+                async with asyncio.timeout(most_s) as deadline:
                     return await work
             except Exception as error:
                 late = isinstance(error, TimeoutError) and deadline.expired()
-                why = f"not decided within {limit_s:.3g} s" if late else str(error) or type(error).__name__
+                why = f"not decided within {most_s:.3g} s" if late else str(error) or type(error).__name__
                 unforeseen = None if late or isinstance(error, NodeagentError) else error
                 log.error("nri-call-failed", call=call, error=why, exc_info=unforeseen, **names)
                 self.failed += 1

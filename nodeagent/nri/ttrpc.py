@@ -1,15 +1,17 @@
 """Unary ttrpc calls in both directions on one stream: methods served on one trunk id, calls made on another.
 
 Promises: whatever a peer sends, other calls go on; only a stream that cannot be read any further ends the connection.
-Every call ends: with its answer, its deadline or the connection. Answers go out as they are ready, in any order.
+Every call ends: with its answer, its deadline or the connection. Answers go out as they are ready, in any order. How
+long each answer took is reported: a peer that has stopped waiting does not say so.
 """
 
 from __future__ import annotations
 
 import asyncio
 import enum
+import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import structlog
 from google.protobuf.message import DecodeError
@@ -51,18 +53,45 @@ class RpcError(PeerError):
         self.code = code
 
 
+class Served(NamedTuple):
+    """One call of the peer, over and done with."""
+
+    service: str
+    method: str
+    took_s: float
+    """From the arrival of its request until the answer was handed to the kernel, or until the connection ended."""
+    waits_s: float | None
+    """How long the peer waits for the answer, as its request says."""
+    answered: bool
+    """False: the connection ended first."""
+
+
+def _pass_over(_: Served) -> None:
+    """Nobody wants to know how long calls took."""
+
+
 class Connection:
     """Both ends on one stream. Building it starts nothing; run() runs once."""
 
     def __init__(
-        self, stream: tuple[asyncio.StreamReader, asyncio.StreamWriter], services: Services, *, serves: int, calls: int
+        self,
+        stream: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        services: Services,
+        *,
+        serves: int,
+        calls: int,
+        on_served: Callable[[Served], None] = _pass_over,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`serves` and `calls`: the trunk ids of the services here and of those of the peer."""
+        """`serves` and `calls`: the trunk ids of the services here and of those of the peer. `on_served` is called
+        after each call that was served. `clock`: in seconds."""
         self._reader, self._writer = stream
         self._ended = False
         self._services = services
         self._serves = serves
         self._calls = calls
+        self._on_served = on_served
+        self._clock = clock
         self._serving: set[asyncio.Task[None]] = set()
         self._last_served = 0
         self._pending: dict[int, asyncio.Future[pb.Response]] = {}
@@ -126,10 +155,10 @@ class Connection:
 
     def _receive_call(self, one: Message | Oversized) -> None:
         if one.type == frames.REQUEST:
-            self._start(self._serve(one.stream, self._request(one)))
+            self._start(self._serve(one.stream, self._request(one), self._clock()))
         elif one.type == frames.DATA:
             why = f"cannot take message on stream {one.stream}: data for a call that is not open"
-            self._start(self._serve(one.stream, RpcError(Code.INVALID_ARGUMENT, why)))
+            self._start(self._serve(one.stream, RpcError(Code.INVALID_ARGUMENT, why), self._clock()))
         else:
             log.warning("message-passed-over", connection=one.connection, stream=one.stream, type=one.type)
 
@@ -163,8 +192,17 @@ class Connection:
         except DecodeError as error:
             raise RpcError(Code.INVALID_ARGUMENT, f"cannot read request on stream {one.stream}: {error}") from None
 
-    async def _serve(self, stream: int, request: pb.Request | RpcError) -> None:
-        """Answer a request, or what is wrong with it."""
+    async def _serve(self, stream: int, request: pb.Request | RpcError, arrived: float) -> None:
+        """Answer a request, or what is wrong with it, and report how long that took."""
+        answered = False
+        try:
+            answered = await self._answer(stream, await self._answer_to(stream, request))
+        finally:
+            if not isinstance(request, RpcError):
+                took_s, waits_s = self._clock() - arrived, _waits_s(request)
+                self._on_served(Served(request.service, request.method, took_s, waits_s, answered))
+
+    async def _answer_to(self, stream: int, request: pb.Request | RpcError) -> bytes:
         try:
             if isinstance(request, RpcError):
                 raise request
@@ -172,13 +210,13 @@ class Connection:
             if len(answer) > LARGEST_DATA_BYTES:
                 raise RpcError(Code.RESOURCE_EXHAUSTED, f"cannot answer: {_too_much(len(answer))}")
         except RpcError as error:
-            answer = _status(error.code, str(error))
+            return _status(error.code, str(error))
         except NodeagentError as error:
-            answer = _status(Code.UNKNOWN, str(error))
+            return _status(Code.UNKNOWN, str(error))
         except Exception as error:
             log.error("call-failed", stream=stream, exc_info=error)
-            answer = _status(Code.UNKNOWN, f"{type(error).__name__}: {error}")
-        await self._answer(stream, answer)
+            return _status(Code.UNKNOWN, f"{type(error).__name__}: {error}")
+        return answer
 
     async def _served(self, request: pb.Request) -> bytes:
         """The answer of the method that is asked for, within the time that the caller waits."""
@@ -189,11 +227,14 @@ class Connection:
             raise RpcError(Code.UNIMPLEMENTED, f"cannot serve call: there is no {missing[:200]}")
         return await _in_time(method, request)
 
-    async def _answer(self, stream: int, data: bytes) -> None:
+    async def _answer(self, stream: int, data: bytes) -> bool:
+        """Whether the answer was handed over."""
         try:
             await self._send(Message(self._serves, stream, frames.RESPONSE, 0, data))
         except OSError as error:
             log.warning("answer-not-sent", stream=stream, error=error.strerror or str(error))
+            return False
+        return True
 
     # Calling
 
@@ -215,8 +256,10 @@ class Connection:
                 answer.set_result(gone)
         for task in self._serving:
             task.cancel()
-        await asyncio.gather(*self._serving, return_exceptions=True)
-        self._writer.transport.abort()
+        try:
+            await asyncio.gather(*self._serving, return_exceptions=True)
+        finally:
+            self._writer.transport.abort()
 
 
 def _read_answer(one: Message | Oversized) -> pb.Response:
@@ -227,8 +270,12 @@ def _read_answer(one: Message | Oversized) -> pb.Response:
     return pb.Response.FromString(one.data)
 
 
+def _waits_s(request: pb.Request) -> float | None:
+    return request.timeout_nano / 1e9 if request.timeout_nano > 0 else None
+
+
 async def _in_time(method: Method, request: pb.Request) -> bytes:
-    timeout_s = request.timeout_nano / 1e9 if request.timeout_nano > 0 else None
+    timeout_s = _waits_s(request)
     try:
         async with asyncio.timeout(timeout_s) as deadline:
             return await method(request.payload, timeout_s)
