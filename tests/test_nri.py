@@ -329,7 +329,7 @@ async def test_any_other_failure_is_logged_and_changes_nothing(folder: Path, han
     """An error would keep containers from being stopped and removed."""
     desk = CuriousDesk()
     async with (
-        FakeRuntime(folder, request_timeout_s=0.2 if hangs else 2.0) as runtime,
+        FakeRuntime(folder, request_timeout_s=0.8 if hangs else 2.0) as runtime,
         running(plugin_at(runtime.socket, desk)) as plugin,
     ):
         await runtime.connected()
