@@ -67,6 +67,16 @@ class Cluster:
         words = command(name, self.folder, self._ports)
         self._ask("start", name, words, env, str(self.logs / f"{name}.log"))
 
+    def signal(self, name: str, how: signal.Signals) -> None:
+        """Send one of the programs a signal that does not end it, such as SIGSTOP."""
+        self._ask("signal", name, int(how))
+
+    def wait(self, name: str) -> int:
+        """The exit code of a program that ends by itself."""
+        code = self._ask("wait", name, STOP_S)
+        assert isinstance(code, int), f"{name} did not end within {STOP_S:g} s"
+        return code
+
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> int:
         """The exit code, negative for a signal."""
         self._ask("signal", name, int(how))
