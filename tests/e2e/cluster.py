@@ -67,7 +67,7 @@ class Cluster:
         words = command(name, self.folder, self._ports)
         self._ask("start", name, words, env, str(self.logs / f"{name}.log"))
 
-    def signal(self, name: str, how: signal.Signals) -> None:
+    def send(self, name: str, how: signal.Signals) -> None:
         """Send one of the programs a signal that does not end it, such as SIGSTOP."""
         self._ask("signal", name, int(how))
 

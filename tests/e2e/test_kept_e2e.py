@@ -25,11 +25,11 @@ SILENT_S = 12.0
 @contextmanager
 def silent_api_server(node: Cluster) -> Iterator[None]:
     """It keeps its connections and answers nothing."""
-    node.signal("kube-apiserver", signal.SIGSTOP)
+    node.send("kube-apiserver", signal.SIGSTOP)
     try:
         yield
     finally:
-        node.signal("kube-apiserver", signal.SIGCONT)
+        node.send("kube-apiserver", signal.SIGCONT)
 
 
 def ledger(node: Cluster) -> Path:
