@@ -45,12 +45,8 @@ class PinHandler:
         return self._confining.updates(anew=True)
 
     async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
-        self._confining.room.tell(replace(container, state=CREATED))
-        try:
+        with self._confining.room.asking(replace(container, state=CREATED)):
             return await self._created(container, within_s)
-        except BaseException:
-            self._confining.room.forget(container.id)
-            raise
 
     async def _created(self, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
         if late := await _within(within_s, self._make_way(container)):

@@ -34,6 +34,9 @@ class Place:
     """Whether the runtime or its bundle has said what it is."""
     ran: bool
     """Whether it ran, or may have, before it could be confined."""
+    asked: bool = False
+    """Whether the runtime asked before it made it: then it is confined from its beginning, unless the runtime went on
+    without the answer."""
     seen: bool = False
     """Whether its control group was seen, and not that it is gone."""
     quota_cpus: float | None = None
@@ -92,6 +95,19 @@ class Room:
         self.revision += 1
         return place
 
+    @contextlib.contextmanager
+    def asking(self, container: Container) -> Iterator[None]:
+        """The runtime asks about a container that it wants to make. Where that ends in an error there is none, unless
+        the runtime has not waited for the answer."""
+        place = self.tell(container)
+        place.asked = True
+        try:
+            yield
+        except BaseException:
+            if not place.seen:
+                self.forget(container.id)
+            raise
+
     def tell_all(self, containers: Iterable[Container]) -> None:
         """The runtime lists all that it has; what it does not list, has a name and is not seen is gone."""
         listed = {one.id: one for one in containers}
@@ -149,10 +165,10 @@ class Room:
             self.pods.setdefault(uid, above)
 
     def ran_before(self, path: str, place: Place | None) -> bool:
-        """Whether what is in a control group ran, or may have, before it could be confined. place: the container there;
+        """Whether what is in a control group may have run before it could be confined. place: the container there;
         None: it is a pod's. What has no name is a sandbox, which does nothing."""
         if place is not None:
-            return place.ran and bool(place.container.name)
+            return (place.ran or place.asked) and bool(place.container.name)
         return any(self.pods.get(uid) == path for uid in self.ran)
 
     # ---------------------------------------------------------------- what it is to be

@@ -34,8 +34,8 @@ _UNSAID = (*_VANISHED, errno.EOPNOTSUPP)
 """EOPNOTSUPP: cgroup.procs of a threaded cgroup, cpu.max of one without bandwidth control."""
 _PIECE_BYTES = 1 << 12
 _UNLIMITED = "max"
-_WAITING = "runc:["
-"""How the names of runc's own processes begin."""
+_WAITING = ("runc:[", "crun")
+"""How the names of OCI runtimes' own processes begin."""
 _BEYOND_LIMITS = (1 << 63) - (1 << 36)
 """The kernel shows a limit that was never set as a number just below 2**63, as sizes of pages let it round."""
 
@@ -233,8 +233,9 @@ class Reader:
 
 
 def has_begun(sysfs: SysFs, state: CgroupState) -> bool:
-    """Whether anything of a container has run. Between the two steps in which runc makes a container, its first process
-    waits in the container's own cgroup (runc libcontainer/nsenter/nsexec.c); other runtimes' are taken to have run."""
+    """Whether anything of a container has run. Before that its first process, which is still one of the OCI runtime's
+    own, waits in the container's cgroup: runc names it runc:[2:INIT] (libcontainer/nsenter/nsexec.c), crun's is a fork
+    of crun. What cannot be seen is taken to have run."""
     if not state.populated:
         return False
     try:

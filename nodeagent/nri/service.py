@@ -166,7 +166,7 @@ class PluginService:
         if one.took_s >= limit_s * (LATE if one.answered else PATIENCE):
             metrics.NRI_LATE_ANSWERS.labels(one.method).inc()
             how = f"it took {one.took_s:.3g} s" if one.answered else f"there was none after {one.took_s:.3g} s"
-            self._on_late(f"cannot answer {one.method} in time: {how}, the runtime waits {limit_s:g} s")
+            self._on_late(f"cannot answer {one.method} in time: {how}, the runtime waits {limit_s:.3g} s")
         elif one.method == "Synchronize" and one.answered and self._listed_all:
             self.synchronized.set()
 
