@@ -241,17 +241,18 @@ class Daemon:
 
     async def _follow_kubelet(self) -> None:
         """Read back what kubelet shows; notice a kubelet that started anew; tell systemd how it stands."""
-        kubelet: object = None
-        while True:
-            seen = self.agent.revision.value, self._serving.revision.value
-            now = sockets.identity(self._plugins / KUBELET_SOCKET)
-            if now != kubelet:
-                kubelet = now
-                self.agent.forget_absences()
-                await self._go_by_kubelet()
-            await self._serving.read_back(self._pods)
-            self._notifier.status(self._summary())
-            await self._news(*seen)
+        with sockets.SocketWatch(self._plugins / KUBELET_SOCKET) as kubelet:
+            before: sockets.Sighting | None = None
+            while True:
+                seen = self.agent.revision.value, self._serving.revision.value
+                now = kubelet.look()
+                if now != before:
+                    before = now
+                    self.agent.forget_absences()
+                    await self._go_by_kubelet()
+                await self._serving.read_back(self._pods)
+                self._notifier.status(self._summary())
+                await self._news(*seen)
 
     async def _go_by_kubelet(self) -> None:
         """A kubelet that starts may manage other CPUs than before."""

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 import msgspec
@@ -60,6 +60,22 @@ class PodResources:
                 raise PeerError(f"cannot {what} at {self.path}: {sockets.cause(error)}") from None
 
 
+class FileVersion(NamedTuple):
+    """Which content a file has that is replaced whole: the inode's number alone may be that of the file before it."""
+
+    device: int
+    inode: int
+    changed_ns: int
+
+
+def version(path: Path) -> FileVersion | None:
+    """Return the version of a file that is replaced whole, or None if it cannot be seen."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return FileVersion(found.st_dev, found.st_ino, found.st_mtime_ns)
+    return None
+
+
 class CheckpointWatch:
     """Tells when kubelet's checkpoint file is replaced: the moment to ask what pods hold."""
 
@@ -68,11 +84,11 @@ class CheckpointWatch:
         self._path = folder / CHECKPOINT
         self._poll_s = poll_s
         self._folder = FolderWatch(folder, poll_s=poll_s)
-        self._seen: sockets.Identity | None = None
+        self._seen: FileVersion | None = None
 
     def __enter__(self) -> Self:
         self._folder.__enter__()
-        self._seen = sockets.identity(self._path)
+        self._seen = version(self._path)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -82,9 +98,9 @@ class CheckpointWatch:
         """Return after the file changed, however often, since the last return: True; False after poll_s without."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._poll_s):
-                while sockets.identity(self._path) == self._seen:
+                while version(self._path) == self._seen:
                     await self._folder.wait()
-        before, self._seen = self._seen, sockets.identity(self._path)
+        before, self._seen = self._seen, version(self._path)
         return self._seen != before
 
 
