@@ -239,6 +239,7 @@ class Daemon:
             await self._dra.close()
             await self._pages.close()
             await self.agent.close()
+            self._pods.close()
         self._lead.close()
 
     async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:

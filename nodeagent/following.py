@@ -271,10 +271,13 @@ async def kubelets(plugins: Path) -> AsyncGenerator[None, None]:
 
     plugins: kubelet's folder of device plugins, where it makes its socket before it calls any plugin.
     """
-    before: object = None
-    with FolderWatch(plugins, poll_s=KUBELET_POLL_S) as folder:
+    before: sockets.Sighting | None = None
+    with (
+        sockets.SocketWatch(plugins / KUBELET_SOCKET) as kubelet,
+        FolderWatch(plugins, poll_s=KUBELET_POLL_S) as folder,
+    ):
         while True:
-            if (now := sockets.identity(plugins / KUBELET_SOCKET)) != before:
+            if (now := kubelet.look()) != before:
                 before = now
                 yield
             await folder.wait()

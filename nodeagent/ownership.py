@@ -21,8 +21,7 @@ from nodeagent.core.settings import OWN_VARIABLES
 from nodeagent.core.witness import Given
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import claims as wire
-from nodeagent.kube.podresources import CHECKPOINT, given
-from nodeagent.kube.sockets import Identity, identity
+from nodeagent.kube.podresources import CHECKPOINT, FileVersion, given, version
 from nodeagent.log import new_op
 
 CLAIM_S = 1.0
@@ -41,12 +40,12 @@ class Ownership:
         self._agent = agent
         self._plugins = plugins
         self._fetch = fetch
-        self._seen: Identity | None = None
+        self._seen: FileVersion | None = None
         self._unread = ""
 
     async def hear_kubelet(self) -> None:
         """Read what kubelet has given to whom, where its record has changed."""
-        now = identity(self._plugins / CHECKPOINT)
+        now = version(self._plugins / CHECKPOINT)
         if now == self._seen and not self._unread:
             return
         try:

@@ -19,9 +19,9 @@ from nodeagent.core.model import Inventory
 from nodeagent.core.release import Patience
 from nodeagent.errors import PeerError
 from nodeagent.host import kinds
-from nodeagent.kube.deviceplugin import socket_path
+from nodeagent.kube.devicepluginsockets import PluginPaths
 from nodeagent.kube.podresources import PodResources
-from nodeagent.kube.registration import Pace, Registrar, Registration
+from nodeagent.kube.registration import Pace, Registrar, Registration, State
 from nodeagent.kube.waiting import Revision
 from nodeagent.kubelet import Kubelet
 from nodeagent.offer import Offer, offers
@@ -78,7 +78,7 @@ class Serving:
         """Serve what is configured: end what is no longer, begin what is new, leave alone what stays."""
         wanted = {offer.name: offer for offer in self._admissible(config)}
         kept_on = {name: one for name, one in self._now.items() if wanted.get(name) == one.offer}
-        # A changed resource has its old one's socket: that has to be gone first.
+        # Kubelet up to 1.36 ends the new registration of a resource when the stream of its old one ends: that first.
         await end(one.task for name, one in self._now.items() if name not in kept_on)
         self._now = MappingProxyType({name: kept_on.get(name) or self._begin(offer) for name, offer in wanted.items()})
         self._agent.revision.bump()
@@ -142,7 +142,7 @@ class Serving:
 
 
 def _standing(one: Registration) -> str:
-    reason = one.reason or ("registered, and kubelet does not watch it" if one.state == "registered" else one.state)
+    reason = one.reason or ("registered, and kubelet does not watch it" if one.state == State.REGISTERED else one.state)
     return f"{one.resource}: {reason}"
 
 
@@ -150,7 +150,7 @@ def check(config: Config, families: Sequence[kinds.Kind], kubelet_dir: Path) -> 
     """ConfigError where what is configured cannot be served anywhere."""
     for offer in offers(config, families):
         if offer.by_device_plugin:
-            socket_path(kubelet_dir / PLUGINS, offer.name)
+            PluginPaths(kubelet_dir / PLUGINS, offer.name)
 
 
 def settings(config: Config, kubelet: Kubelet, boot_id: str, inventory: Inventory) -> Settings:

@@ -1,7 +1,7 @@
 """FakeKubelet: kubelet's side of the device-plugin API, a real gRPC server on real sockets, as strict as the real one.
 
 What a plugin does against the contract is kept as a ContractViolation and raised when the kubelet is left. Needs
-nothing but gRPC and the generated code, so the demo uses it too.
+nothing but gRPC and the package, so the demo uses it too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 from typing import Any, Self
 
 import grpc
+from kubeletplugins import AlreadyConnectedError, Endpoint, Version, table_of
 
+from nodeagent.kube.sockets import is_served
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from nodeagent.pb import podresources_pb2 as pods_pb
@@ -28,8 +30,9 @@ from nodeagent.pb import podresources_pb2_grpc as pods_rpc
 CHECKPOINT = "kubelet_internal_checkpoint"
 UNAWARE_S = 2.0
 """For so long a plugin may not have noticed that its socket was wiped; it gets an error and tries again."""
+OVERTAKE_S = 0.5
+"""For so long a Register may overtake the end of the stream of a server that is gone: they come on two connections."""
 DIAL_S, PRE_START_S = 10.0, 30.0
-_LOCAL = (("grpc.use_local_subchannel_pool", 1),)
 _LABEL = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
 _EXTENDED_NAME = re.compile(rf"(?P<domain>{_LABEL}(\.{_LABEL})*)/[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?")
 
@@ -68,33 +71,14 @@ class Pod:
         return {one for container in self.devices.values() for one in container.get(resource, ())}
 
 
-class _Endpoint:
-    """One registered plugin: the connection to it and the newest list that it sent."""
-
-    def __init__(self, resource: str, path: Path) -> None:
-        self.resource = resource
-        self.channel = grpc.aio.insecure_channel(f"unix:{path}", options=_LOCAL)
-        self.stub = rpc.DevicePluginStub(self.channel)
-        self.options = pb.DevicePluginOptions()
-        self.devices: dict[str, pb.Device] = {}
-        self.watcher: asyncio.Task[None] | None = None
-        self.lists = 0
-
-    def healthy(self) -> list[str]:
-        return [one.ID for one in self.devices.values() if one.health == "Healthy"]
-
-    async def close(self) -> None:
-        if self.watcher is not None:
-            self.watcher.cancel()
-            await asyncio.wait({self.watcher})
-        await self.channel.close(None)
-
-
 class FakeKubelet:
     """An async context manager: entered, it serves; left, it stops and raises what the plugins did wrong."""
 
-    def __init__(self, folder: Path, *, seed: int = 0) -> None:
-        """`folder` stands for /var/lib/kubelet; `seed` fixes the order in which ids are handed to Allocate."""
+    def __init__(
+        self, folder: Path, *, seed: int = 0, version: Version = Version.V1_37, clean_up_s: float = 0.02
+    ) -> None:
+        """`folder` stands for /var/lib/kubelet; `seed` fixes the order in which ids are handed to Allocate; what a
+        stream's end entails happens `clean_up_s` later."""
         self.plugins_folder = folder / "device-plugins"
         self.socket = self.plugins_folder / "kubelet.sock"
         self.pod_resources_socket = folder / "pod-resources" / "kubelet.sock"
@@ -103,8 +87,16 @@ class FakeKubelet:
         self.pods: dict[tuple[str, str], Pod] = {}
         self.knows_pods = True
         """Whether the API server has told it of its pods; until then it lists none, whatever runs."""
-        self.endpoints: dict[str, _Endpoint] = {}
+        self._version = version
+        self._clean_up_s = clean_up_s
+        self._table = table_of(version)
+        self._open: list[Endpoint] = []
+        self._overtaken: list[tuple[Endpoint, float, str]] = []
         self._refusals: dict[str, float] = {}
+        self._spoilt: dict[str, int] = {}
+        self._held_dials: dict[str, asyncio.Event] = {}
+        self._held_answers: dict[str, asyncio.Event] = {}
+        self._going = asyncio.Event()
         self._wiped_at: dict[str, float] = {}
         self._admitting: list[Pod] = []
         self._servers: list[grpc.aio.Server] = []
@@ -134,6 +126,8 @@ class FakeKubelet:
         if wipe:
             self.wipe()
         self._restore()
+        self._table = table_of(self._version)
+        self._going.set()
         for path, add in ((self.pod_resources_socket, self._add_pod_resources), (self.socket, self._add_registration)):
             server = grpc.aio.server()
             add(server)
@@ -147,11 +141,12 @@ class FakeKubelet:
         aside = self.socket.with_name(".kubelet.sock")
         if leave_socket:
             self.socket.rename(aside)
-        for endpoint in [*self.endpoints.values()]:
-            await endpoint.close()
-        self.endpoints.clear()
         await asyncio.gather(*(server.stop(0) for server in self._servers))
         self._servers.clear()
+        self._judge_streams(None, OVERTAKE_S / 5)
+        await asyncio.gather(*(endpoint.close() for endpoint in self._open))
+        self._open.clear()
+        self._table = table_of(self._version)
         if leave_socket:
             aside.rename(self.socket)
         self._tell()
@@ -165,15 +160,45 @@ class FakeKubelet:
         """Delete every file in the folder but the checkpoint."""
         for path in self.plugins_folder.iterdir():
             if path.name != CHECKPOINT and not path.is_dir():
-                path.unlink()
-                self._wiped_at[path.name] = time.monotonic()
+                self.lose(path)
 
     async def cut_streams(self) -> None:
         """Hang up on every plugin without a word, staying alive: what a broken connection looks like."""
-        for endpoint in [*self.endpoints.values()]:
-            await endpoint.close()
-        self.endpoints.clear()
-        self._tell()
+        watchers = [endpoint.watcher for endpoint in self._open if endpoint.watcher is not None]
+        for endpoint in self._open:
+            endpoint.hang_up()
+        await asyncio.gather(*watchers)
+
+    def pause(self) -> None:
+        """Stand still as after SIGSTOP: nothing is read or answered, connections stay."""
+        self._going.clear()
+
+    def resume(self) -> None:
+        """Go on with what came meanwhile."""
+        self._going.set()
+
+    def hold_dials(self, resource: str) -> None:
+        """Let Register wait before it dials back, until release()."""
+        self._held_dials[resource] = asyncio.Event()
+
+    def hold_answers(self, resource: str) -> None:
+        """Serve Register, and withhold the answer until release()."""
+        self._held_answers[resource] = asyncio.Event()
+
+    def release(self, resource: str) -> None:
+        """End what hold_dials() or hold_answers() began."""
+        for held in (self._held_dials, self._held_answers):
+            if event := held.pop(resource, None):
+                event.set()
+
+    def spoil(self, resource: str, times: int = 1) -> None:
+        """Serve the next `times` Registers, and say all the same that they came twice."""
+        self._spoilt[resource] = times
+
+    def lose(self, path: Path) -> None:
+        """Delete a plugin's socket by hand."""
+        path.unlink(missing_ok=True)
+        self._wiped_at[path.name] = time.monotonic()
 
     def refuse(self, resource: str, times: float = float("inf")) -> None:
         """Fail the next `times` registrations of a resource; 0 ends that."""
@@ -181,15 +206,34 @@ class FakeKubelet:
 
     # What it shows
 
+    @property
+    def endpoints(self) -> Mapping[str, Endpoint]:
+        """The plugin that is asked to allocate, by resource."""
+        return self._table.endpoints
+
     def devices(self, resource: str) -> list[pb.Device]:
-        """The newest list of a resource, in the order sent."""
-        endpoint = self.endpoints.get(resource)
-        return [*endpoint.devices.values()] if endpoint else []
+        """The newest list of a resource, in the order sent; none where its plugin is known to be gone."""
+        return [*self._table.devices.get(resource, {}).values()]
+
+    def healthy(self, resource: str) -> list[str]:
+        """The ids of a resource that the node would show as allocatable, in the order sent."""
+        return [one.ID for one in self.devices(resource) if one.health == "Healthy"]
 
     def allocatable(self, resource: str) -> int:
         """How many healthy devices the node would show."""
-        endpoint = self.endpoints.get(resource)
-        return len(endpoint.healthy()) if endpoint else 0
+        return len(self.healthy(resource))
+
+    def streams(self, resource: str) -> list[Endpoint]:
+        """The plugins of a resource whose streams are open, as far as kubelet has read."""
+        return [one for one in self.connections(resource) if not one.ended.is_set()]
+
+    def connections(self, resource: str) -> list[Endpoint]:
+        """The plugins of a resource that kubelet has still to clean up after, now or later."""
+        return [one for one in self._open if one.resource == resource]
+
+    def stranded(self) -> list[str]:
+        """The paths that would still be shown as healthy after the end of what is served there."""
+        return [str(one) for one in self._table.stranded()]
 
     async def wait_allocatable(self, resource: str, count: int) -> None:
         """Return once allocatable(resource) is `count`."""
@@ -214,28 +258,62 @@ class FakeKubelet:
         rpc.add_RegistrationServicer_to_server(_Registration(self), server)
 
     async def register(self, request: pb.RegisterRequest) -> None:
-        """What Register does; raises ContractViolation, or RefusedOnPurposeError where it was told to refuse."""
+        """What Register does; raises ContractViolation, RefusedOnPurposeError where it was told to refuse, or
+        AlreadyConnectedError."""
+        await self._going.wait()
         self._check_registration(request)
         if self._refusals.get(request.resource_name, 0) > 0:
             self._refusals[request.resource_name] -= 1
             raise RefusedOnPurposeError(f"{request.resource_name} is refused on purpose")
-        endpoint = _Endpoint(request.resource_name, self.plugins_folder / request.endpoint)
+        endpoint = Endpoint(request.resource_name, self.plugins_folder / request.endpoint)
+        self._note_streams(endpoint)
+        self._table.begin(endpoint)
+        try:
+            await self._connect(endpoint)
+        except BaseException:
+            self._table.failed(endpoint)
+            await endpoint.close()
+            raise
+        self._take(endpoint)
+        await _held(self._held_answers, request.resource_name)
+        if self._spoilt.get(request.resource_name, 0) > 0:
+            self._spoilt[request.resource_name] -= 1
+            raise AlreadyConnectedError(f"device plugin already connected: {endpoint.path}")
+
+    def _note_streams(self, endpoint: Endpoint) -> None:
+        """No version bears a Register unharmed while the resource has a stream. Kubelet goes on."""
+        for older in self.streams(endpoint.resource):
+            why = f"{endpoint.resource}: Register of {endpoint.path.name} while {older.path.name} is watched"
+            if is_served(older.path):
+                self.violations.append(ContractViolation(why))
+            else:
+                self._overtaken.append((older, time.monotonic(), why))
+
+    def _judge_streams(self, ended: Endpoint | None, within_s: float) -> None:
+        """A violation where a stream did not end soon after the Register that overtook its end; None: none did."""
+        now_s = time.monotonic()
+        for noted in [one for one in self._overtaken if ended in (one[0], None)]:
+            _, came_s, why = noted
+            self._overtaken.remove(noted)
+            if now_s - came_s > within_s:
+                self.violations.append(ContractViolation(why))
+
+    async def _connect(self, endpoint: Endpoint) -> None:
+        await _held(self._held_dials, endpoint.resource)
         try:
             endpoint.options = await endpoint.stub.GetDevicePluginOptions(pb.Empty(), timeout=DIAL_S)
         except grpc.aio.AioRpcError as error:
-            await endpoint.close()
-            why = f"cannot dial {request.endpoint} back inside Register: {error.details()}"
-            if time.monotonic() - self._wiped_at.get(request.endpoint, float("-inf")) < UNAWARE_S:
+            name = endpoint.path.name
+            why = f"cannot dial {name} back inside Register: {error.details()}"
+            if time.monotonic() - self._wiped_at.get(name, float("-inf")) < UNAWARE_S:
                 raise RefusedOnPurposeError(why) from None
             raise ContractViolation(why) from None
-        await self._take(endpoint)
+        self._table.connected(endpoint)
 
-    async def _take(self, endpoint: _Endpoint) -> None:
-        older = self.endpoints.pop(endpoint.resource, None)
-        if older is not None:
-            await older.close()
-        self.endpoints[endpoint.resource] = endpoint
+    def _take(self, endpoint: Endpoint) -> None:
         self.registrations[endpoint.resource] = self.registrations.get(endpoint.resource, 0) + 1
+        self._open.append(endpoint)
+        endpoint.stream = endpoint.stub.ListAndWatch(pb.Empty())
         endpoint.watcher = asyncio.create_task(self._watch(endpoint))
         self._tell()
 
@@ -250,19 +328,31 @@ class FakeKubelet:
         if not request.endpoint or "/" in request.endpoint or request.endpoint in (".", "..", "kubelet.sock"):
             raise ContractViolation(f"endpoint {request.endpoint!r} is not a plain file name")
 
-    async def _watch(self, endpoint: _Endpoint) -> None:
-        """Follow one ListAndWatch stream; its end takes the resource away at once."""
+    async def _watch(self, endpoint: Endpoint) -> None:
+        """Follow one ListAndWatch stream; clean up a moment after its end."""
         try:
-            async for message in endpoint.stub.ListAndWatch(pb.Empty()):
-                endpoint.devices = self._checked_list(endpoint.resource, message)
-                endpoint.lists += 1
+            async for message in endpoint.stream:
+                await self._going.wait()
+                self._table.devices[endpoint.resource] = self._checked_list(endpoint.resource, message)
                 self._write_checkpoint()
                 self._tell()
         except grpc.aio.AioRpcError:
             pass
-        finally:
-            endpoint.devices = {}
-            self._tell()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+        await self._going.wait()
+        endpoint.ended.set()
+        self._judge_streams(endpoint, OVERTAKE_S)
+        self._tell()
+        await asyncio.sleep(self._clean_up_s)
+        other = self._table.ended(endpoint)
+        if other is not None and other is not endpoint:
+            other.hang_up()
+        self._open.remove(endpoint)
+        await endpoint.channel.close(None)
+        self._tell()
 
     def _checked_list(self, resource: str, message: pb.ListAndWatchResponse) -> dict[str, pb.Device]:
         good: dict[str, pb.Device] = {}
@@ -313,7 +403,7 @@ class FakeKubelet:
         pod.devices[container], pod.responses[container] = {}, {}
         for resource, count in wants.items():
             endpoint = self.endpoints.get(resource)
-            if endpoint is None or endpoint.watcher is None or endpoint.watcher.done():
+            if endpoint is None or endpoint.stopped:
                 raise AdmissionError(f"cannot allocate unregistered device {resource}")
             chosen = await self._choose(endpoint, count, reusable.get(resource, set()))
             pod.devices[container][resource] = chosen
@@ -325,9 +415,9 @@ class FakeKubelet:
                     )
                 )
 
-    async def _choose(self, endpoint: _Endpoint, count: int, reusable: set[str]) -> list[str]:
+    async def _choose(self, endpoint: Endpoint, count: int, reusable: set[str]) -> list[str]:
         """Reused ids first, then the plugin's preference as far as it is allowed, then the own order."""
-        healthy = endpoint.healthy()
+        healthy = self.healthy(endpoint.resource)
         reused = [one for one in healthy if one in reusable][:count]
         free = [one for one in healthy if one not in self._allocated(endpoint.resource)]
         missing = count - len(reused)
@@ -344,7 +434,7 @@ class FakeKubelet:
         self._random.shuffle(chosen)
         return chosen
 
-    async def _prefer(self, endpoint: _Endpoint, available: list[str], must: list[str], count: int) -> list[str]:
+    async def _prefer(self, endpoint: Endpoint, available: list[str], must: list[str], count: int) -> list[str]:
         self._random.shuffle(available)
         request = pb.ContainerPreferredAllocationRequest(
             available_deviceIDs=available, must_include_deviceIDs=must, allocation_size=count
@@ -354,7 +444,7 @@ class FakeKubelet:
         )
         return [*answer.container_responses[0].deviceIDs] if answer.container_responses else []
 
-    async def _allocate(self, endpoint: _Endpoint, ids: list[str]) -> pb.ContainerAllocateResponse:
+    async def _allocate(self, endpoint: Endpoint, ids: list[str]) -> pb.ContainerAllocateResponse:
         request = pb.AllocateRequest(container_requests=[pb.ContainerAllocateRequest(devices_ids=ids)])
         answer = await self._call(endpoint.stub.Allocate(request))
         if not answer.container_responses:
@@ -381,7 +471,7 @@ class FakeKubelet:
             for container, held in pod.devices.items()
             for resource, ids in held.items()
         ]
-        registered = {name: endpoint.healthy() for name, endpoint in self.endpoints.items()}
+        registered = {name: self.healthy(name) for name in self.endpoints}
         data = {"Data": {"PodDeviceEntries": entries, "RegisteredDevices": registered}, "Checksum": 0}
         temporary = self.plugins_folder / f".{CHECKPOINT}.new"
         with contextlib.suppress(FileNotFoundError):
@@ -435,6 +525,11 @@ class FakeKubelet:
             yield pods_pb.ContainerDevices(resource_name=resource, device_ids=members, topology=topology)
 
 
+async def _held(holds: Mapping[str, asyncio.Event], resource: str) -> None:
+    if event := holds.get(resource):
+        await event.wait()
+
+
 def _wrong_with(device: pb.Device, before: Mapping[str, pb.Device]) -> Iterator[str]:
     nodes = [node.ID for node in device.topology.nodes]
     if not 1 <= len(device.ID) <= 63:
@@ -457,7 +552,7 @@ class _Registration(rpc.RegistrationServicer):
         except ContractViolation as violation:
             self._kubelet.violations.append(violation)
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(violation))
-        except RefusedOnPurposeError as error:
+        except (RefusedOnPurposeError, AlreadyConnectedError) as error:
             await context.abort(grpc.StatusCode.UNKNOWN, str(error))
         return pb.Empty()
 
@@ -478,8 +573,8 @@ class _PodResources(pods_rpc.PodResourcesListerServicer):
     ) -> pods_pb.AllocatableResourcesResponse:
         devices = [
             entry
-            for name, endpoint in self._kubelet.endpoints.items()
-            for entry in self._kubelet.container_devices(name, endpoint.healthy())
+            for name in self._kubelet.endpoints
+            for entry in self._kubelet.container_devices(name, self._kubelet.healthy(name))
         ]
         return pods_pb.AllocatableResourcesResponse(devices=devices)
 

@@ -28,7 +28,6 @@ from mortal import Life, Nursery, ask, nursery
 
 from nodeagent.core.cpuset import CpuSet
 from nodeagent.kube import sockets
-from nodeagent.kube.deviceplugin import socket_path
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
@@ -172,7 +171,7 @@ async def live_and_die(world: World, born: Nursery, words: list[str]) -> None:
     await world.kubelet.wait_registered(PINNED, registered + 1)
     await world.kubelet.until(lambda: all(world.kubelet.devices(one) for one in (CPU, PAGES, SHARED)))
     await check(world)
-    async with sockets.channel(socket_path(world.kubelet.plugins_folder, PINNED)) as channel:
+    async with sockets.channel(world.kubelet.endpoints[PINNED].path) as channel:
         await stream_until_death(world, life, rpc.DevicePluginStub(channel))
 
 
@@ -310,7 +309,7 @@ async def last_life(world: World, born: Nursery, words: list[str]) -> None:
     life = await born.life(*words)
     await world.kubelet.wait_registered(PINNED, registered + 1)
     await check(world)
-    async with sockets.channel(socket_path(world.kubelet.plugins_folder, PINNED)) as channel:
+    async with sockets.channel(world.kubelet.endpoints[PINNED].path) as channel:
         for ids in list(world.answered.values()):
             await pin(world, rpc.DevicePluginStub(channel), asyncio.Event(), ids)
     life.kill_after(0)

@@ -128,6 +128,21 @@ async def test_kubelets_whole_folder_may_vanish_and_come_back(folder: Path, tree
         await agent.ready()
 
 
+async def test_a_touched_kubelet_socket_changes_nothing(folder: Path, tree: DeviceTree) -> None:
+    """Nothing is registered again, and a pod's end is noticed as soon as ever."""
+    async with registered(folder, tree) as (agent, kubelet):
+        await agent.ready()
+        for turn in range(3):
+            os.utime(kubelet.socket)
+            kubelet.socket.chmod(0o600)
+            await kubelet.admit_pod("default", f"pod-{turn}", {"main": {CPU: 2, CHAR: 1}})
+            await named(agent, 1)
+            await kubelet.delete_pod("default", f"pod-{turn}")
+            await agent.until("/v1/grants", lambda grants: grants == [])
+        await agent.ready()
+        assert kubelet.registrations == {CPU: 1, CHAR: 1}
+
+
 async def test_a_cut_stream_is_a_new_registration(folder: Path, tree: DeviceTree) -> None:
     async with registered(folder, tree) as (_, kubelet):
         await kubelet.cut_streams()

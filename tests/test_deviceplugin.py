@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import errno
 import os
+import random
+import re
 import socket
+import tempfile
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +17,16 @@ from typing import Any
 import grpc
 import pytest
 import structlog
+from hypothesis import given
+from hypothesis import strategies as st
 from shelf import CPU, Shelf
 from structlog.testing import capture_logs
 
 from nodeagent.core.model import ContainerEdits, DeviceNode, Mount
 from nodeagent.errors import ConfigError, HostError, InputError, PeerError, Refused, StateError
 from nodeagent.kube import sockets
-from nodeagent.kube.deviceplugin import Server, socket_path
+from nodeagent.kube.deviceplugin import Server
+from nodeagent.kube.devicepluginsockets import PluginPaths
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
@@ -105,11 +111,13 @@ async def test_a_stop_ends_the_stream_in_order(folder: Path) -> None:
         stream = stub.ListAndWatch(pb.Empty())
         await stream.read()
         assert server.watched
-        await server.stop()
+        path = server.path
+        assert await server.stop()
         assert await stream.read() is grpc.aio.EOF
         assert await stream.code() is grpc.StatusCode.OK
         assert not server.watched
-        assert not server.path.exists()
+        assert not path.exists()
+        assert not await server.stop()
 
 
 async def test_a_watcher_that_hangs_up_is_noticed(folder: Path) -> None:
@@ -365,16 +373,18 @@ async def test_a_message_that_is_no_protobuf_hurts_its_own_call_only(folder: Pat
 @pytest.mark.parametrize("kind", ["socket", "file", "dangling-link"])
 async def test_what_is_left_at_the_path_is_no_obstacle(kind: str, folder: Path) -> None:
     """A dead process left its socket, or someone else a file."""
-    path = socket_path(folder, CPU)
+    server = Server(Shelf(), folder)
     if kind == "socket":
         with socket.socket(socket.AF_UNIX) as dead:
-            dead.bind(str(path))
+            dead.bind(str(server.path))
     elif kind == "file":
-        path.write_text("x")
+        server.path.write_text("x")
     else:
-        path.symlink_to(folder / "nowhere")
-    async with served(Shelf(), folder) as (_, stub):
-        assert await stub.GetDevicePluginOptions(pb.Empty())
+        server.path.symlink_to(folder / "nowhere")
+    await server.start()
+    async with sockets.channel(server.path) as channel:
+        assert await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty())
+    await server.stop()
 
 
 async def test_a_missing_folder_is_named(folder: Path) -> None:
@@ -394,19 +404,49 @@ async def test_a_folder_with_odd_characters_serves(folder: Path) -> None:
 
 
 def test_the_socket_is_named_after_the_resource() -> None:
-    """A hash where the name would be too long; refused where even that does not fit."""
+    """With a token that is another one each time; a hash where the name would be too long; refused where even that does
+    not fit."""
     folder = Path("/var/lib/kubelet/device-plugins")
-    assert socket_path(folder, CPU).name == "nodeagent-nodeagent.dev_cpu.sock"
-    long = socket_path(folder, f"nodeagent.dev/{'x' * 63}")
-    assert len(str(long)) <= 107
-    assert long != socket_path(folder, f"nodeagent.dev/{'x' * 62}y")
+    names = [PluginPaths(folder, CPU).fresh().name for _ in range(50)]
+    assert all(re.fullmatch(r"nodeagent-nodeagent\.dev_cpu-[0-9a-f]{8}\.sock", name) for name in names)
+    assert len({*names}) == 50
+    long, longer = PluginPaths(folder, f"nodeagent.dev/{'x' * 63}"), PluginPaths(folder, f"nodeagent.dev/{'x' * 62}y")
+    assert len(str(long.fresh())) <= 107
+    assert long.fresh().name[:-14] == long.fresh().name[:-14] != longer.fresh().name[:-14]
     with pytest.raises(ConfigError, match="the limit is 107"):
-        socket_path(Path("/") / ("f" * 90), CPU)
+        PluginPaths(Path("/") / ("f" * 81), CPU)
+
+
+@given(
+    st.lists(st.from_regex(r"[a-z.]{1,8}/[A-Za-z0-9._-]{1,80}", fullmatch=True), unique=True, max_size=5),
+    st.integers(1, 69),
+)
+def test_the_sockets_of_one_resource_are_never_taken_for_those_of_another(names: list[str], deep: int) -> None:
+    """However alike their names are, and however deep the folder lies: each path fits, and is the resource's alone."""
+    with tempfile.TemporaryDirectory(prefix="", dir="/tmp") as parent:
+        folder = Path(parent) / ("d" * max(1, deep - len(parent)))
+        folder.mkdir()
+        made = {name: PluginPaths(folder, name).fresh() for name in (*names, *[f"{name}-0123abcd" for name in names])}
+        for path in made.values():
+            path.touch()
+            assert len(os.fsencode(path)) <= sockets.LONGEST_PATH_BYTES
+        assert {name: [*PluginPaths(folder, name).existing()] for name in made} == {n: [p] for n, p in made.items()}
+
+
+def test_a_path_at_which_something_lies_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one where a link leads nowhere."""
+    paths, tokens = PluginPaths(folder, CPU), iter(["00000001", "00000002", "00000003"])
+    monkeypatch.setattr("secrets.token_hex", lambda _: next(tokens))
+    (folder / "nodeagent-nodeagent.dev_cpu-00000001.sock").touch()
+    (folder / "nodeagent-nodeagent.dev_cpu-00000002.sock").symlink_to("nowhere")
+    assert paths.fresh().name == "nodeagent-nodeagent.dev_cpu-00000003.sock"
 
 
 async def test_a_server_knows_when_its_socket_is_gone_or_replaced(folder: Path) -> None:
-    """Also where the new file got the same inode number."""
+    """What is done to its times or its mode is no loss."""
     async with served(Shelf(), folder) as (server, _):
+        os.utime(server.path)
+        server.path.chmod(0o600)
         assert not server.lost
         server.path.unlink()
         assert server.lost
@@ -416,9 +456,36 @@ async def test_a_server_knows_when_its_socket_is_gone_or_replaced(folder: Path) 
 
 
 async def test_a_server_may_start_again(folder: Path) -> None:
-    """On a fresh socket at the same path."""
+    """Each time at another path; nothing is left at the older ones."""
     async with served(Shelf(), folder) as (server, _):
-        await server.stop()
-        await server.start()
+        paths = {server.path}
+        for _ in range(20):
+            await server.stop()
+            await server.start()
+            paths.add(server.path)
+        assert len(paths) == 21
+        assert [path for path in paths if path.exists()] == [server.path]
         async with sockets.channel(server.path) as channel:
             assert len((await rpc.DevicePluginStub(channel).ListAndWatch(pb.Empty()).read()).devices) == 4
+
+
+async def test_a_server_that_is_cancelled_at_any_moment_can_be_stopped(folder: Path) -> None:
+    """While it starts and while it stops: the cancellation is not lost, nothing serves on, the socket is gone."""
+    dice = random.Random(1)
+    server = Server(Shelf(), folder)
+
+    async def up_and_down() -> None:
+        while True:
+            await server.start()
+            await server.stop()
+
+    for _ in range(300):
+        task = asyncio.create_task(up_and_down())
+        for _ in range(dice.randrange(40)):
+            await asyncio.sleep(0)
+        task.cancel()
+        async with asyncio.timeout(5):
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            await server.stop()
+        assert os.listdir(folder) == []

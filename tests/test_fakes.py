@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from fakes import CHECKPOINT, AdmissionError, ContractViolation, FakeKubelet
+from kubeletplugins import Version
 from shelf import CPU, GPU, Shelf
 
 from nodeagent.kube import sockets
@@ -57,21 +58,21 @@ class Plugin(rpc.DevicePluginServicer):
 
 
 @contextlib.asynccontextmanager
-async def plugged(kubelet: FakeKubelet, plugin: Plugin) -> AsyncIterator[None]:
+async def plugged(kubelet: FakeKubelet, plugin: Plugin, name: str = "p.sock") -> AsyncIterator[None]:
     """The plugin, served and registered as CPU."""
-    path = kubelet.plugins_folder / "p.sock"
+    path = kubelet.plugins_folder / name
     server = await sockets.serve(path, lambda one: rpc.add_DevicePluginServicer_to_server(plugin, one))
     try:
-        await register(kubelet)
+        await register(kubelet, endpoint=name)
         yield
     finally:
         await server.stop(0)
 
 
-async def register(kubelet: FakeKubelet, **changes: str) -> None:
+async def register(kubelet: FakeKubelet, *, timeout_s: float = 1.0, **changes: str) -> None:
     request = {"version": "v1beta1", "endpoint": "p.sock", "resource_name": CPU, **changes}
     async with sockets.channel(kubelet.socket) as channel:
-        await rpc.RegistrationStub(channel).Register(pb.RegisterRequest(**request))
+        await rpc.RegistrationStub(channel).Register(pb.RegisterRequest(**request), timeout=timeout_s)
 
 
 def devices(*ids: str, health: str = "Healthy") -> list[pb.Device]:
@@ -150,16 +151,126 @@ async def test_a_start_deletes_everything_but_the_checkpoint(folder: Path) -> No
         assert not other.held(CPU) & held
 
 
-async def test_the_newest_registration_wins(folder: Path) -> None:
-    """The older connection is closed, its devices are gone."""
-    async with FakeKubelet(folder) as kubelet, plugged(kubelet, Plugin(devices("1", "2"))):
+# A second Register
+
+
+async def test_up_to_1_36_the_newer_plugin_wins_and_ends_with_the_older_one(folder: Path) -> None:
+    """Kubelet cleans up by the resource's name; that the two overlapped is a violation."""
+    kubelet = FakeKubelet(folder, version=Version.V1_36)
+    await kubelet.start()
+    async with contextlib.AsyncExitStack() as older:
+        await older.enter_async_context(plugged(kubelet, Plugin(devices("1", "2")), "older.sock"))
         await kubelet.wait_allocatable(CPU, 2)
-        older = kubelet.endpoints[CPU]
-        await register(kubelet)
-        assert older.watcher is not None
-        assert older.watcher.done()
+        async with plugged(kubelet, Plugin(devices("3")), "newer.sock"):
+            await kubelet.wait_allocatable(CPU, 1)
+            assert kubelet.endpoints[CPU].path.name == "newer.sock"
+            assert len(kubelet.streams(CPU)) == 2
+            await older.aclose()
+            await kubelet.until(lambda: not kubelet.connections(CPU))
+            assert kubelet.allocatable(CPU) == 0
+            assert kubelet.endpoints[CPU].stopped
+    await kubelet.stop()
+    assert [str(one) for one in kubelet.violations] == [f"{CPU}: Register of newer.sock while older.sock is watched"]
+
+
+async def test_from_1_37_the_end_of_a_plugin_concerns_its_path_alone(folder: Path) -> None:
+    """The other one serves on; that the two overlapped is a violation all the same."""
+    kubelet = FakeKubelet(folder, version=Version.V1_37)
+    await kubelet.start()
+    async with contextlib.AsyncExitStack() as older:
+        await older.enter_async_context(plugged(kubelet, Plugin(devices("1", "2")), "older.sock"))
+        async with plugged(kubelet, Plugin(devices("3")), "newer.sock"):
+            await kubelet.wait_allocatable(CPU, 1)
+            await older.aclose()
+            await kubelet.until(lambda: len(kubelet.connections(CPU)) == 1)
+            assert kubelet.allocatable(CPU) == 1
+            assert kubelet.endpoints[CPU].path.name == "newer.sock"
+        await kubelet.wait_allocatable(CPU, 0)
+    await kubelet.stop()
+    assert len(kubelet.violations) == 1
+
+
+async def test_from_1_37_a_second_register_is_refused_and_loses_the_path(folder: Path) -> None:
+    """Its devices are shown after its end, it is refused again and again; another path is taken at once, and the same
+    one by the next kubelet."""
+    kubelet, refused = FakeKubelet(folder, version=Version.V1_37), "device plugin already connected: .*/p.sock"
+    await kubelet.start()
+    async with plugged(kubelet, Plugin(devices("1"))):
+        await kubelet.wait_allocatable(CPU, 1)
+        with pytest.raises(grpc.aio.AioRpcError, match=refused) as error:
+            await register(kubelet)
+        assert error.value.code() is grpc.StatusCode.UNKNOWN
+        assert kubelet.stranded() == [str(kubelet.plugins_folder / "p.sock")]
+    await kubelet.until(lambda: not kubelet.connections(CPU))
+    assert kubelet.allocatable(CPU) == 1
+    with pytest.raises(grpc.aio.AioRpcError, match=refused):
+        async with plugged(kubelet, Plugin(devices("2"))):
+            pass
+    async with plugged(kubelet, Plugin(devices("3", "4")), "other.sock"):
         await kubelet.wait_allocatable(CPU, 2)
-        assert kubelet.endpoints[CPU] is not older
+    await kubelet.restart()
+    assert kubelet.stranded() == []
+    async with plugged(kubelet, Plugin(devices("5"))):
+        await kubelet.wait_allocatable(CPU, 1)
+    await kubelet.stop()
+    assert [str(one) for one in kubelet.violations] == [f"{CPU}: Register of p.sock while p.sock is watched"]
+
+
+@pytest.mark.parametrize("version", [*Version])
+async def test_a_plugin_may_end_and_another_one_begin(folder: Path, version: Version) -> None:
+    """On the same path too, once kubelet has cleaned up."""
+    async with FakeKubelet(folder, version=version) as kubelet:
+        for turn in range(1, 4):
+            async with plugged(kubelet, Plugin(devices(*map(str, range(turn))))):
+                await kubelet.wait_allocatable(CPU, turn)
+            await kubelet.until(lambda: not kubelet.connections(CPU))
+            assert (kubelet.allocatable(CPU), kubelet.stranded()) == (0, [])
+
+
+async def test_up_to_1_36_a_failed_register_lets_the_end_of_the_older_plugin_pass_unnoticed(folder: Path) -> None:
+    """Its devices stay until the next plugin."""
+    kubelet = FakeKubelet(folder, version=Version.V1_36)
+    await kubelet.start()
+    async with plugged(kubelet, Plugin(devices("1"))):
+        await kubelet.wait_allocatable(CPU, 1)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"cannot dial gone\.sock back"):
+            await register(kubelet, endpoint="gone.sock")
+        assert kubelet.stranded() == [str(kubelet.plugins_folder / "p.sock")]
+    await kubelet.until(lambda: not kubelet.connections(CPU))
+    assert kubelet.allocatable(CPU) == 1
+    async with plugged(kubelet, Plugin(devices("2", "3"))):
+        await kubelet.wait_allocatable(CPU, 2)
+    await kubelet.wait_allocatable(CPU, 0)
+    await kubelet.stop()
+
+
+async def test_a_kubelet_that_stands_still_goes_on_with_what_came_meanwhile(folder: Path) -> None:
+    """A Register, and the end of a stream."""
+    async with FakeKubelet(folder) as kubelet:
+        async with plugged(kubelet, Plugin(devices("1"))):
+            await kubelet.wait_allocatable(CPU, 1)
+            kubelet.pause()
+            with pytest.raises(grpc.aio.AioRpcError) as late:
+                await register(kubelet, timeout_s=0.1, resource_name=GPU)
+            assert late.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert kubelet.allocatable(CPU) == 1
+        kubelet.resume()
+        await kubelet.wait_allocatable(CPU, 0)
+        assert GPU not in kubelet.registrations
+
+
+async def test_a_register_may_be_served_and_not_be_answered(folder: Path) -> None:
+    """Until it is released."""
+    async with FakeKubelet(folder) as kubelet:
+        kubelet.hold_answers(CPU)
+        with pytest.raises(grpc.aio.AioRpcError):
+            async with plugged(kubelet, Plugin(devices("1"))):
+                pass
+        assert kubelet.registrations == {CPU: 1}
+        await kubelet.until(lambda: not kubelet.connections(CPU))
+        kubelet.release(CPU)
+        async with plugged(kubelet, Plugin(devices("1"))):
+            await kubelet.wait_allocatable(CPU, 1)
 
 
 async def test_the_end_of_the_stream_takes_the_devices_away(folder: Path) -> None:

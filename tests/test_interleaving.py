@@ -50,7 +50,6 @@ from rivals import (
 )
 
 from nodeagent.kube import sockets
-from nodeagent.kube.deviceplugin import socket_path
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
@@ -114,11 +113,12 @@ async def grab(node: Node, ids: Sequence[str], resource: str) -> None:
     async with node.admissions:
         taken = {one for pod in world.kubelet.pods.values() for one in pod.held(resource)}
         request = pb.ContainerAllocateRequest(devices_ids=[one for one in ids if one not in taken])
-        if not request.devices_ids:
+        plugin = world.kubelet.endpoints.get(resource)
+        if not request.devices_ids or plugin is None:
             return
         world.note("grab", resource, request.devices_ids)
         begun = time.monotonic()
-        async with sockets.channel(socket_path(world.kubelet.plugins_folder, resource)) as channel:
+        async with sockets.channel(plugin.path) as channel:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 answer = await rpc.DevicePluginStub(channel).Allocate(pb.AllocateRequest(container_requests=[request]))
                 if time.monotonic() - begun < 0.8 * UNLISTED_S:

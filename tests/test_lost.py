@@ -278,7 +278,7 @@ async def test_kubelet_is_told_over_both_apis_of_a_cpu_that_went_offline(folder:
         claim = node.claim("c", consumed("cpu", "numa0", cpus="2"))
         first = await node.prepare(claim)
         (mine,) = await node.grants()
-        await node.kubelet.until(lambda: len(node.kubelet.endpoints[CPU].healthy()) == 6)
+        await node.kubelet.until(lambda: len(node.kubelet.healthy(CPU)) == 6)
         pod = await node.kubelet.admit_pod("ns", "pod", {"main": {CPU: 2}})
         theirs = CpuSet(int(one.removeprefix("cpu")) for one in pod.devices["main"][CPU])
         lost = CpuSet([max(CpuSet.parse(mine["cpus"])), max(theirs)])
@@ -288,9 +288,9 @@ async def test_kubelet_is_told_over_both_apis_of_a_cpu_that_went_offline(folder:
         named = f"offline: CPU {lost & CpuSet.parse(mine['cpus'])} of claim default/c"
         assert node.dra.health(DRIVER)[at] == ("UNHEALTHY", named)
         gone = f"cpu{max(theirs)}"
-        await node.kubelet.until(lambda: gone not in node.kubelet.endpoints[CPU].healthy())
-        assert gone in node.kubelet.endpoints[CPU].devices, "it is still in the list, so that its pod is told"
+        await node.kubelet.until(lambda: gone not in node.kubelet.healthy(CPU))
+        assert gone in {one.ID for one in node.kubelet.devices(CPU)}, "it is still in the list, so that its pod is told"
         assert await node.prepare(claim) == first
         set_online(tree, ALL)
         await node.dra.wait_health(DRIVER, *at, "HEALTHY")
-        await node.kubelet.until(lambda: gone in node.kubelet.endpoints[CPU].healthy())
+        await node.kubelet.until(lambda: gone in node.kubelet.healthy(CPU))

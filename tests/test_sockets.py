@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
 from pathlib import Path
 
 import grpc
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from shelf import Shelf
 
 from nodeagent.kube import sockets
@@ -48,6 +52,26 @@ def test_a_socket_is_served_while_somebody_listens(folder: Path) -> None:
     assert not sockets.is_served(path)
 
 
+def test_only_a_socket_that_nobody_listens_on_is_dead(folder: Path) -> None:
+    """Not one whose queue is full, nothing that is no socket, not what is missing."""
+    path = folder / "s"
+    assert not sockets.is_dead(path)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(4)]
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(str(path))
+        assert not sockets.is_dead(path)
+        for one in waiting:
+            one.close()
+    assert sockets.is_dead(path)
+    (folder / "link").symlink_to(path)
+    (folder / "file").touch()
+    assert not any(map(sockets.is_dead, (folder / "link", folder / "file", folder)))
+
+
 def test_what_cannot_be_seen_has_a_reason_and_no_identity(folder: Path) -> None:
     """In the kernel's words."""
     loop = folder / "loop"
@@ -60,3 +84,74 @@ def test_what_cannot_be_seen_has_a_reason_and_no_identity(folder: Path) -> None:
         assert sockets.absence(path) == reason
     assert sockets.identity(folder) is not None
     assert sockets.absence(folder) == ""
+
+
+def bound(path: Path) -> None:
+    """A socket that nobody serves, as a process leaves it that was killed."""
+    with socket.socket(socket.AF_UNIX) as one:
+        one.bind(str(path))
+
+
+def test_a_socket_is_the_same_whatever_is_done_to_it(folder: Path) -> None:
+    """Touched, with another mode, owner or name for a while: one sighting, with its inode."""
+    path = folder / "s"
+    bound(path)
+    with sockets.SocketWatch(path) as watch:
+        seen = watch.look()
+        assert seen is not None and seen.inode == path.stat().st_ino
+        for change in (os.utime, lambda one: one.chmod(0o600), lambda one: os.chown(one, 0, 1)):
+            change(path)
+            assert watch.look() == seen
+        path.rename(folder / "aside")
+        assert watch.look() is None
+        (folder / "aside").rename(path)
+        assert watch.look() == seen
+
+
+@given(st.lists(st.sampled_from(["bind", "touch", "remove", "aside", "back", "look", "look"]), max_size=40))
+def test_each_new_socket_is_told_from_all_others(steps: list[str]) -> None:
+    """However soon the file system uses an inode's number again; against a list kept by hand."""
+    with tempfile.TemporaryDirectory(prefix="na-") as folder:
+        path, aside = Path(folder) / "s", Path(folder) / "aside"
+        here, there, born = 0, 0, 0
+        sightings: dict[int, sockets.Sighting] = {}
+        with sockets.SocketWatch(path) as watch:
+            for step in steps:
+                if step == "bind":
+                    path.unlink(missing_ok=True)
+                    bound(path)
+                    here = born = born + 1
+                elif step == "touch" and here:
+                    os.utime(path)
+                elif step == "remove":
+                    path.unlink(missing_ok=True)
+                    here = 0
+                elif step == "aside" and here:
+                    path.rename(aside)
+                    here, there = 0, here
+                elif step == "back" and there:
+                    aside.rename(path)
+                    here, there = there, 0
+                elif step == "look":
+                    seen = watch.look()
+                    assert (seen is None) == (here == 0)
+                    if seen is not None:
+                        assert all(one != seen for number, one in sightings.items() if number != here)
+                        sightings[here] = seen
+
+
+def test_a_watch_holds_one_descriptor_and_lets_it_go(folder: Path) -> None:
+    """Over a hundred sockets; none is connected to."""
+    path, before = folder / "s", open_files()
+    with sockets.SocketWatch(path) as watch:
+        assert open_files() == before
+        for _ in range(100):
+            path.unlink(missing_ok=True)
+            bound(path)
+            watch.look()
+            assert open_files() == before + 1
+    assert open_files() == before
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hashlib
-import re
 import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
@@ -24,6 +22,7 @@ import structlog
 from nodeagent.core.model import Advertised, ContainerEdits
 from nodeagent.errors import HostError, InputError, NodeagentError, PeerError, Refused, StateError
 from nodeagent.kube import sockets
+from nodeagent.kube.devicepluginsockets import PluginPaths
 from nodeagent.kube.waiting import unless
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
@@ -64,20 +63,26 @@ class Resource(Protocol):
 
 
 class Server:
-    """Serves one resource in kubelet's device-plugins folder. Building it binds nothing; it may start again."""
+    """Serves one resource in kubelet's device-plugins folder, at another path each time it starts. Building it binds
+    nothing.
+    """
 
     def __init__(self, resource: Resource, folder: Path, *, on_watch: Callable[[], None] = lambda: None) -> None:
         """`on_watch` is called when kubelet begins or ends to watch. ConfigError where the path is too long."""
         self.resource = resource
-        self.path = socket_path(folder, resource.name)
+        self._paths = PluginPaths(folder, resource.name)
+        self.path = self._paths.fresh()
+        """Where it is served, or will be when it starts next."""
         self._on_watch = on_watch
         self._service: _Service | None = None
         self._server: grpc.aio.Server | None = None
         self._bound: sockets.Identity | None = None
+        self._others = False
+        """Whether another server of the resource was seen, alive or dead, since this one started last."""
 
     @property
     def serving(self) -> bool:
-        return self._server is not None
+        return self._bound is not None
 
     @property
     def watched(self) -> bool:
@@ -87,33 +92,37 @@ class Server:
     @property
     def lost(self) -> bool:
         """Whether the socket that is served is no longer what lies at the path."""
-        return self.serving and (self._bound is None or sockets.identity(self.path) != self._bound)
+        return self._bound is not None and sockets.identity(self.path) != self._bound
 
     @property
     def options(self) -> pb.DevicePluginOptions:
         return _options(self.resource)
 
-    async def start(self) -> None:
-        """Serve on a fresh socket; HostError with the path and the cause."""
+    async def start(self) -> bool:
+        """Serve on a fresh socket; remove those that dead servers of the resource left. Return whether another server
+        of it may have ended just now. HostError with the path and the cause; PeerError where another process serves the
+        resource: kubelet bears one at a time."""
+        self._others |= self._paths.remove_dead()
+        if other := self._paths.served():
+            self._others = True
+            raise PeerError(f"cannot serve {self.resource.name}: another process serves {other}")
         service = _Service(self.resource, self._on_watch)
         self._server = await sockets.serve(self.path, service.add_to)
         self._service = service
         self._bound = sockets.identity(self.path)
+        others, self._others = self._others, False
+        return others
 
-    async def stop(self) -> None:
-        """End the streams in order, let calls under way finish (STOP_GRACE_S), remove the socket."""
-        server, self._server = self._server, None
-        if server is not None and self._service is not None:
-            self._service.ending.set()
-            await server.stop(STOP_GRACE_S)
-
-
-def socket_path(folder: Path, resource: str) -> Path:
-    """Where a resource is served: its name is in the file's name, as a hash where the path would be too long."""
-    path = folder / f"nodeagent-{re.sub(r'[^A-Za-z0-9.-]', '_', resource)}.sock"
-    if len(str(path).encode()) > sockets.LONGEST_PATH_BYTES:
-        path = folder / f"nodeagent-{hashlib.sha256(resource.encode()).hexdigest()[:12]}.sock"
-    return sockets.checked(path)
+    async def stop(self) -> bool:
+        """End the streams in order, let calls under way finish (STOP_GRACE_S), remove the socket. Return whether a
+        stream was open. May be called again, also where an earlier call was cancelled."""
+        self._bound = None
+        if self._server is None or self._service is None:
+            return False
+        self._service.ending.set()
+        await sockets.stop(self._server, STOP_GRACE_S)
+        self._server, self.path = None, self._paths.fresh()
+        return self._service.cut
 
 
 class _Service(rpc.DevicePluginServicer):
@@ -123,6 +132,8 @@ class _Service(rpc.DevicePluginServicer):
         self.resource = resource
         self.streams = 0
         self.ending = asyncio.Event()
+        self.cut = False
+        """Whether a stream was still open when the server began to stop."""
         self._on_watch = on_watch
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -172,6 +183,7 @@ class _Service(rpc.DevicePluginServicer):
         try:
             yield
         finally:
+            self.cut |= self.ending.is_set()
             self.streams -= 1
             self._on_watch()
 

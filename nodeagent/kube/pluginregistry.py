@@ -85,7 +85,7 @@ class _Served:
         """Take no more calls, let those under way finish, remove the socket."""
         server, self._server = self._server, None
         if server is not None:
-            await server.stop(grace_s)
+            await sockets.stop(server, grace_s)
 
 
 class DraPlugin:

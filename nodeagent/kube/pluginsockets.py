@@ -10,8 +10,6 @@ import contextlib
 import hashlib
 import os
 import re
-import socket
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,7 +70,7 @@ def remove_stale(kubelet_dir: Path, driver: str, mine: PluginSockets) -> list[Pa
     """Remove the sockets of instances that no longer live, and say which. What somebody serves is left alone."""
     removed = []
     for path in (*_registrations(kubelet_dir, driver, mine), *_services(kubelet_dir, driver, mine)):
-        if _is_dead(path):
+        if sockets.is_dead(path):
             with contextlib.suppress(FileNotFoundError):
                 path.unlink()
                 removed.append(path)
@@ -101,18 +99,3 @@ def _matching(folder: Path, pattern: re.Pattern[str], mine: Path) -> Iterator[Pa
         for path in sorted(folder.iterdir()):
             if pattern.fullmatch(path.name) and path != mine:
                 yield path
-
-
-def _is_dead(path: Path) -> bool:
-    """Whether it is a socket that the kernel says nobody listens on; no other doubt counts."""
-    try:
-        if not stat.S_ISSOCK(path.lstat().st_mode):
-            return False
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.setblocking(False)
-            probe.connect(str(path))
-    except ConnectionRefusedError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import grpc
 import msgspec
@@ -53,7 +53,12 @@ class PodResources:
         """others: sockets of the same kubelet, which tell one start of it from another. ConfigError where the socket's
         path is too long."""
         self.path = sockets.checked(socket)
-        self._others = others
+        self._kubelets = tuple(sockets.SocketWatch(one) for one in (self.path, *others))
+
+    def close(self) -> None:
+        """Let go of what tells one kubelet from the next."""
+        for one in self._kubelets:
+            one.close()
 
     async def list(self, timeout_s: float = 5.0) -> tuple[Holding, ...]:
         """Listing.holdings alone; PeerError."""
@@ -74,7 +79,7 @@ class PodResources:
         )
 
     def _kubelet(self) -> Hashable:
-        return tuple(sockets.identity(one) for one in (self.path, *self._others))
+        return tuple(one.look() for one in self._kubelets)
 
     async def claims(self, timeout_s: float = 5.0) -> frozenset[tuple[str, str]]:
         """(namespace, name) of every ResourceClaim that a container uses; PeerError."""
@@ -100,6 +105,22 @@ class PodResources:
                 raise PeerError(f"cannot {what} at {self.path}: {sockets.cause(error)}") from None
 
 
+class FileVersion(NamedTuple):
+    """Which content a file has that is replaced whole: the inode's number alone may be that of the file before it."""
+
+    device: int
+    inode: int
+    changed_ns: int
+
+
+def version(path: Path) -> FileVersion | None:
+    """Return the version of a file that is replaced whole, or None if it cannot be seen."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return FileVersion(found.st_dev, found.st_ino, found.st_mtime_ns)
+    return None
+
+
 class CheckpointWatch:
     """Tells when kubelet's checkpoint file is replaced: the moment to ask what pods hold."""
 
@@ -108,11 +129,11 @@ class CheckpointWatch:
         self._path = folder / CHECKPOINT
         self._poll_s = poll_s
         self._folder = FolderWatch(folder, poll_s=poll_s)
-        self._seen: sockets.Identity | None = None
+        self._seen: FileVersion | None = None
 
     def __enter__(self) -> Self:
         self._folder.__enter__()
-        self._seen = sockets.identity(self._path)
+        self._seen = version(self._path)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -122,9 +143,9 @@ class CheckpointWatch:
         """Return after the file changed, however often, since the last return: True; False after poll_s without."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._poll_s):
-                while sockets.identity(self._path) == self._seen:
+                while version(self._path) == self._seen:
                     await self._folder.wait()
-        before, self._seen = self._seen, sockets.identity(self._path)
+        before, self._seen = self._seen, version(self._path)
         return self._seen != before
 
 

@@ -2,17 +2,24 @@
 
 gRPC removes the file of a socket when its server stops, whoever the file belongs to by then: a server is stopped before
 its successor binds the same path.
+
+One socket is told from the next at the same path by its inode number alone: times, mode and owner change without
+anybody having started anew. File systems reuse the number of an inode as soon as it is gone, so an inode is compared
+only while something keeps it: a socket that is served keeps its own, a SocketWatch that of another process.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import socket
+import stat
 import struct
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import NamedTuple, Self
 from urllib.parse import quote
 
 import grpc
@@ -32,19 +39,72 @@ _CHANNEL_OPTIONS = (
 
 
 class Identity(NamedTuple):
-    """Which socket lies at a path. The inode alone is not enough: file systems use numbers again at once."""
+    """Which socket lies at a path. Compare it only while the socket is served or pinned, so that its inode exists."""
 
     device: int
     inode: int
-    changed_ns: int
 
 
 def identity(path: Path) -> Identity | None:
-    """Which file lies at `path`; None where it cannot be seen (`absence` says why)."""
+    """Return which file lies at `path`, or None if it cannot be seen (`absence` gives the cause)."""
     with contextlib.suppress(OSError):
         found = path.stat()
-        return Identity(found.st_dev, found.st_ino, found.st_mtime_ns)
+        return Identity(found.st_dev, found.st_ino)
     return None
+
+
+class Sighting(NamedTuple):
+    """One socket of another process, as a SocketWatch saw it: equal to no other socket that it ever sees."""
+
+    number: int
+    """How many sockets the watch had seen at the path by then."""
+    inode: int
+
+
+class SocketWatch:
+    """Tells which of another process's sockets lies at a path: a new one there is always another Sighting.
+
+    The inode seen last is kept open (O_PATH, which connects to nothing), so that its number is not reused, also while
+    nothing lies at the path. Building a watch opens nothing; close() lets the inode go.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pinned: int | None = None
+        self._seen = Sighting(0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def look(self) -> Sighting | None:
+        """Return what lies at the path now, or None if it cannot be seen (`absence` gives the cause)."""
+        try:
+            if not self._is_pinned(self.path.stat()):
+                self._pin(os.open(self.path, os.O_PATH))
+        except OSError:
+            return None
+        return self._seen
+
+    def close(self) -> None:
+        """Forget the socket seen last; what look() sees afterwards is another one."""
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            os.close(pinned)
+
+    def _is_pinned(self, found: os.stat_result) -> bool:
+        return self._pinned is not None and os.path.samestat(found, os.fstat(self._pinned))
+
+    def _pin(self, handle: int) -> None:
+        found = os.fstat(handle)
+        if self._is_pinned(found):
+            os.close(handle)
+            return
+        self.close()
+        self._pinned = handle
+        self._seen = Sighting(self._seen.number + 1, found.st_ino)
 
 
 def absence(path: Path) -> str:
@@ -82,6 +142,22 @@ def is_served(path: Path) -> bool:
     return True
 
 
+def is_dead(path: Path) -> bool:
+    """Whether a socket lies at `path` of which the kernel says that no process listens on it. Any other doubt counts as
+    alive; does not block."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            probe.connect(str(path))
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def checked(path: Path) -> Path:
     """The path itself; ConfigError where it is too long for a socket."""
     length = len(os.fsencode(path))
@@ -100,8 +176,29 @@ async def serve(path: Path, add: Callable[[grpc.aio.Server], None]) -> grpc.aio.
         server.add_insecure_port(_address(path))
     except RuntimeError as error:
         raise HostError(f"cannot serve {path}: {_why_not(path) or error}") from None
-    await server.start()
+    await _start(server)
     return server
+
+
+async def _start(server: grpc.aio.Server) -> None:
+    """Start a server, or leave none where that is cancelled: gRPC's own start breaks if it is cancelled half-way."""
+    starting = asyncio.ensure_future(server.start())
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await starting
+        await stop(server, 0)
+        raise
+
+
+async def stop(server: grpc.aio.Server, grace_s: float) -> None:
+    """Take no more calls, let those under way finish, remove the socket. A cancelled stop goes on by itself, and may be
+    called again.
+
+    gRPC's own stop loses a cancellation that comes with its end (asyncio.wait_for of Python 3.11 does): whoever called
+    it would go on as if nothing had happened, and never end.
+    """
+    await asyncio.shield(asyncio.ensure_future(server.stop(grace_s)))
 
 
 def channel(path: Path, *, largest_answer_bytes: int = 4 << 20) -> grpc.aio.Channel:

@@ -70,7 +70,8 @@ def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
     protoc = (sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}", f"--python_out={share}/inside", "cri.proto")
     subprocess.run(protoc, check=True, timeout=60)
     (share / "tests").mkdir()
-    shutil.copy(HERE.parent / "fakes.py", share / "tests")
+    for module in ("fakes.py", "kubeletplugins.py"):
+        shutil.copy(HERE.parent / module, share / "tests")
     shutil.copytree(vmimage.CHECKOUT / "systemd", share / "systemd")
     shutil.copy(wheel, share)
     (share / "config.yaml").write_text(json.dumps(config))
