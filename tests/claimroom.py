@@ -144,7 +144,7 @@ def scan_of(tree: DeviceTree, config: Config) -> Inventory:
     return scan(SysFs(str(tree.root)), kinds.builtin_kinds(), selectors(config))
 
 
-def _agent(folder: Path, inventory: Inventory, boot_id: str, alive: Container[str]) -> Agent:
+def _agent(folder: Path, inventory: Inventory, boot_id: str, alive: Container[str] = frozenset()) -> Agent:
     async def listing() -> tuple[Holding, ...]:
         return ()
 
