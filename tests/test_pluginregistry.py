@@ -272,14 +272,15 @@ async def test_kubelet_restarted_twenty_times_registers_the_same_sockets_again(k
     where = plugin_sockets(kubelet_dir, DRIVER)
     async with FakeDraKubelet(kubelet_dir) as kubelet, running(plugin(kubelet_dir)) as one:
         await kubelet.wait_registered(DRIVER)
-        before = [sockets.identity(where.registration), sockets.identity(where.service)]
-        for turn in range(2, 22):
-            await kubelet.restart()
-            async with asyncio.timeout(5):
-                await kubelet.wait_registered(DRIVER, turn)
-                await kubelet.wait_health(DRIVER, POOL, "gpu-0", "HEALTHY")
-            assert (await kubelet.prepare(DRIVER, [ref(turn)]))[f"uid-{turn}"].devices
-        assert [sockets.identity(where.registration), sockets.identity(where.service)] == before
+        with sockets.SocketWatch(where.registration) as registration, sockets.SocketWatch(where.service) as service:
+            before = registration.look(), service.look()
+            for turn in range(2, 22):
+                await kubelet.restart()
+                async with asyncio.timeout(5):
+                    await kubelet.wait_registered(DRIVER, turn)
+                    await kubelet.wait_health(DRIVER, POOL, "gpu-0", "HEALTHY")
+                assert (await kubelet.prepare(DRIVER, [ref(turn)]))[f"uid-{turn}"].devices
+            assert (registration.look(), service.look()) == before
         await until(one, lambda state: state.times == 21)
 
 
@@ -353,8 +354,9 @@ async def test_a_refusal_is_shown_in_kubelet_s_words_and_tried_again(kubelet_dir
             async with running(plugin(kubelet_dir)) as one:
                 state = await until(one, lambda state: state.state == FAILED)
                 assert state.reason == f"cannot register {DRIVER} with kubelet: {DRIVER} is refused on purpose"
-                before = sockets.identity(path)
-                await seen_in(path.parent, lambda: sockets.identity(path) not in (before, None))
+                with sockets.SocketWatch(path) as watch:
+                    before = watch.look()
+                    await seen_in(path.parent, lambda: watch.look() not in (before, None))
                 assert one.registration.state == FAILED
                 kubelet.refuse(DRIVER, 1)
                 await until(one, lambda state: state.ready)

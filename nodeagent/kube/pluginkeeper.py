@@ -106,8 +106,10 @@ class PluginKeeper:
         )
 
     async def _serve(self) -> None:
+        # A kubelet that has just started has nothing to clean up after a stream of the one before.
+        known = self._offered_to is not None and self._offered_to == self._kubelet.look()
         self._offered_to, self._counted = None, False
-        if await self.server.stop():
+        if await self.server.stop() and known:
             self._let_clean_up()
         if await self.server.start():
             self._let_clean_up()
