@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import random
 import socket
 import tempfile
 from pathlib import Path
@@ -84,6 +86,27 @@ def test_what_cannot_be_seen_has_a_reason_and_no_identity(folder: Path) -> None:
         assert sockets.absence(path) == reason
     assert sockets.identity(folder) is not None
     assert sockets.absence(folder) == ""
+
+
+async def test_a_stop_or_start_that_is_cancelled_is_cancelled_at_any_moment(folder: Path) -> None:
+    """gRPC's own stop returns as if nothing had happened where the cancellation comes with its end."""
+    dice, lost = random.Random(1), []
+
+    async def up_and_down() -> None:
+        while True:
+            server = await sockets.serve(folder / "s", lambda one: None)
+            await sockets.stop(server, 1.0)
+
+    for turn in range(500):
+        task = asyncio.create_task(up_and_down())
+        for _ in range(dice.randrange(60)):
+            await asyncio.sleep(0)
+        task.cancel()
+        done, _ = await asyncio.wait({task}, timeout=2)
+        if not done:
+            lost.append(turn)
+            task.cancel()
+    assert lost == []
 
 
 def bound(path: Path) -> None:

@@ -71,7 +71,12 @@ class _Served:
     @property
     def stands(self) -> bool:
         """Whether what lies at the path is the socket that is served."""
-        return self._server is not None and sockets.identity(self.path) == self._bound
+        return self._bound is not None and sockets.identity(self.path) == self._bound
+
+    @property
+    def lost(self) -> bool:
+        """Whether what lies at the path is not the socket that is served, although one is."""
+        return self._bound is not None and not self.stands
 
     async def begin(self) -> None:
         """Serve on a fresh socket; HostError. PeerError where another process has taken the path and lives."""
@@ -82,10 +87,12 @@ class _Served:
         self._bound = sockets.identity(self.path)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, let those under way finish, remove the socket."""
-        server, self._server = self._server, None
-        if server is not None:
-            await sockets.stop(server, grace_s)
+        """Take no more calls, let those under way finish, remove the socket. May be called again where it was
+        cancelled."""
+        self._bound = None
+        if self._server is not None:
+            await sockets.stop(self._server, grace_s)
+            self._server = None
 
 
 class DraPlugin:
@@ -145,7 +152,8 @@ class DraPlugin:
         with FolderWatch(folder, poll_s=self._poll_s) as watch:
             while True:
                 now = (_is_there(folder), self._service.stands, self._registry.stands)
-                if now != before:
+                # A socket may be lost before it was ever seen here.
+                if now != before or self._service.lost or self._registry.lost:
                     self._woken.set()
                 before = now
                 await watch.wait()
