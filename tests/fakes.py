@@ -388,14 +388,21 @@ class FakeKubelet:
         finally:
             self._admitting.remove(pod)
         self.pods[namespace, name] = pod
+        self._folder_of(pod).mkdir(parents=True, exist_ok=True)
         self._write_checkpoint()
         self._tell()
         return pod
 
     async def delete_pod(self, namespace: str, name: str) -> None:
         """Forget a pod and what it held. The checkpoint keeps it until it is written next, as kubelet's does."""
-        del self.pods[namespace, name]
+        pod = self.pods.pop((namespace, name))
+        with contextlib.suppress(FileNotFoundError):
+            self._folder_of(pod).rmdir()
         self._tell()
+
+    def _folder_of(self, pod: Pod) -> Path:
+        """Kubelet makes it once it has admitted a pod, and removes it when nothing of the pod is left."""
+        return self.plugins_folder.parent / "pods" / pod.uid
 
     async def _admit_container(
         self, pod: Pod, container: str, wants: Mapping[str, int], reusable: Mapping[str, set[str]]

@@ -183,6 +183,7 @@ class World:
             kubelet.ended.add(pod.uid)
             return
         kubelet.devices[pod.uid] = set(ids)
+        self.disk.folders.add(pod.uid)
         self.disk.checkpoint = {uid: set(ids) for uid, ids in kubelet.devices.items()}
         kubelet.admitted.add(pod.uid)
 

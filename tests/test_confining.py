@@ -325,7 +325,7 @@ async def test_a_container_whose_question_was_cut_off_is_confined_and_shown_when
         await node.create("db", "main")
         path = node.path("db", "main")
         await node.until(lambda: node.tree.effective(path) == "4-5")
-        await node.until(lambda: node.pins.document()["drifts"] == 1)
+        await node.until(lambda: node.pins.document()["drifts"] == 1 and node.pins.document()["pinned"])
         assert node.pins.document()["pinned"][0]["ran_unpinned"]["wanted"] == "4-5"
 
 

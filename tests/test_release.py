@@ -107,8 +107,9 @@ def test_a_pod_that_kubelet_has_cleared_away_is_gone() -> None:
 
 
 def test_a_folder_that_was_never_seen_may_still_be_made() -> None:
-    """Kubelet makes it after it has admitted the pod."""
-    assert released_at(held(), asked(Sight.ABSENT, folders=frozenset(), given=RECORDED)) is None
+    """Kubelet makes it after it has admitted the pod: after a long time it would be there."""
+    assert released_at(held(), asked(Sight.ABSENT, folders=frozenset(), given=RECORDED)) == 600.0
+    assert released_at(held(), asked(Sight.ABSENT, folders=frozenset({"u"}), given=RECORDED)) is None
 
 
 def test_a_pod_that_kubelet_never_lists_is_given_up_once_it_lists_others() -> None:

@@ -15,6 +15,8 @@ Release needs proof. For a grant that is not listed, the first line that applies
       and is not, or nothing of it runs and the checkpoint lacks
       its devices                                                    released after confirmed_s; unconfirmed_s
                                                                      where it was never listed
+    its pod has no folder on the node, which kubelet makes as soon
+      as it has admitted a pod                                       released after unobserved_s
     kubelet is known to have received the API server's pods          released after unobserved_s
     otherwise                                                        held
 
@@ -145,6 +147,8 @@ def _verdict(grant: Grant, memory: Memory, witnesses: Witnesses, now: float, pat
         if not _pods(grant, witnesses) and grant.id in memory.inherited:
             limit_s = patience.unobserved_s
         return _Verdict(limit_s - absent_s, f"{_UNLISTED[dropped]}; {cleared}")
+    if _has_no_folder(grant, witnesses):
+        return _Verdict(patience.unobserved_s - absent_s, f"{_UNLISTED[dropped]}; its pod has no folder on the node")
     if memory.knows_since is not None:
         known_s = min(absent_s, now - memory.knows_since)
         return _Verdict(patience.unobserved_s - known_s, f"{_UNLISTED[dropped]}; nothing shows that its pod ended")
@@ -187,6 +191,11 @@ def _cleared_away(grant: Grant, memory: Memory, witnesses: Witnesses) -> str:
     if asked and witnesses.given is not None and not _in_checkpoint(grant, witnesses):
         return "kubelet's checkpoint lacks its devices"
     return ""
+
+
+def _has_no_folder(grant: Grant, witnesses: Witnesses) -> bool:
+    pods = _pods(grant, witnesses)
+    return bool(pods) and witnesses.folders is not None and witnesses.folders.isdisjoint(pods)
 
 
 def _gone(uid: str, before: Container[str], now: Container[str]) -> bool:
