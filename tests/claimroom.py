@@ -46,7 +46,7 @@ class Room:
     tree: DeviceTree
     config: Config
     agent: Agent
-    alive: set[str]
+    alive: set[str] = field(default_factory=set)
     """UIDs of the pods that have processes."""
     claims: Claims = None  # type: ignore[assignment]
     dra: Dra = None  # type: ignore[assignment]
