@@ -1,7 +1,7 @@
 """What the ledger's lock file carries: how far the ledger has counted, and why it may lack decisions.
 
-It lies beside the ledger, so it tells a ledger that was replaced by an older copy, or that lost its newest part, from a
-whole one; and two agents of which only one notices such a thing both learn of it. It is written after each decision,
+It lies next to the ledger, so it tells a ledger that was replaced by an older copy, or that lost its newest part, from
+a whole one; and two agents of which only one notices such a thing both learn of it. It is written after each decision,
 never before: it may lag behind the ledger, and a ledger that lags behind it has lost something.
 """
 
@@ -31,7 +31,7 @@ class LedgerMark:
         self._lock = lock
 
     def read(self) -> Mark | None:
-        """What it says; None where an older build, or nobody yet, has written it."""
+        """What it says; None where no build that knows it has written it."""
         number, _, reason = self._lock.content().decode("utf-8", "replace").rstrip("\n ").partition("\n")
         if not (number.isascii() and number.isdigit()):
             return None

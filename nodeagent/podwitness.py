@@ -27,10 +27,10 @@ log = structlog.get_logger()
 
 
 class PodWitness:
-    """Building it asks nobody."""
+    """Building it reads nothing."""
 
     def __init__(self, cgroups: PodCgroups, room: Room, plugins: Path, node_names: frozenset[str]) -> None:
-        """plugins: kubelet's device-plugins folder, where its checkpoint lies, beside the folders of its pods.
+        """plugins: kubelet's device-plugins folder, where its checkpoint is; its parent has the folders of pods.
         node_names: names that the Node may have; kubelet appends its name to those of static pods."""
         self._cgroups = cgroups
         self._room = room
@@ -48,7 +48,7 @@ class PodWitness:
         return {one.id: evidence for one in grants if (evidence := lives(one, witnesses))}
 
     async def witnesses(self, ledger: Ledger, listing: Listing) -> Witnesses:
-        """All that there is to know of the device plugin's grants beside a list of kubelet's that came just before."""
+        """What the other witnesses say of the device plugin's grants, right after kubelet gave `listing`."""
         checkpoint, folders = await asyncio.to_thread(lambda: (self._given(), self._folders()))
         mine = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN]
         return await self._ask(mine, listing, checkpoint, folders)

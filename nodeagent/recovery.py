@@ -38,7 +38,7 @@ log = structlog.get_logger()
 
 
 class Recovery:
-    """Building it asks nobody."""
+    """Building it reads nothing."""
 
     def __init__(
         self,

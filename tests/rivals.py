@@ -264,6 +264,8 @@ def published(world: World) -> dict[str, dict[str, Any]]:
 def write_node(folder: Path, api: FakeApiServer) -> list[str]:
     """The machine and the configuration; the words of the command."""
     root = machine(folder / "root", "1s2n8c", hugepages={(n, 2 * MIB): (PAGES_PER_NODE,) * 2 + (0,) for n in (0, 1)})
+    # Kubelet has cleared every pod's cgroup away: what it no longer lists is seen to have ended.
+    (root / "sys/fs/cgroup/pids/kubepods").mkdir(parents=True)
     tree = DeviceTree(root)
     for path in (*(f"/dev/ttyS{one}" for one in range(PORTS)), "/dev/null"):
         tree.node(path)

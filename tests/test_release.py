@@ -112,6 +112,11 @@ def test_a_folder_that_was_never_seen_may_still_be_made() -> None:
     assert released_at(held(), asked(Sight.ABSENT, folders=frozenset({"u"}), given=RECORDED)) is None
 
 
+def test_a_missing_folder_alone_is_no_proof() -> None:
+    """Kubelet may keep the folders of its pods below another --root-dir."""
+    assert released_at(held(), asked(Sight.UNSEEN, folders=frozenset(), given=RECORDED)) is None
+
+
 def test_a_pod_that_kubelet_never_lists_is_given_up_once_it_lists_others() -> None:
     """It then has what its API server says; a pod that is done and not deleted is never listed again."""
     assert released_at(held(), asked(Sight.EMPTY, knows=True, given=RECORDED)) == 600.0

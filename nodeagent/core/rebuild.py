@@ -1,5 +1,5 @@
 """A ledger that may lack decisions against everything that others know: what is put back, and what is still in use of
-which nobody knows what exactly it holds. Pure.
+although no source says what exactly it holds. Pure.
 
 A ledger counts as whole again only when every claim and every device in use is in it. Until then new grants are held
 back, and nothing that is not in the ledger counts as an orphan.
@@ -36,12 +36,12 @@ class ClaimInUse:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What is known beside the ledger. None: the source could not be asked."""
+    """What is known apart from the ledger. None: the source could not be asked."""
 
     recorded: Mapping[str, tuple[Grant, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """By claim UID: the grants that the claim's own file carries."""
     in_use: Mapping[str, ClaimInUse] = field(default_factory=lambda: MappingProxyType({}))
-    """By claim UID: the claims that anybody names."""
+    """By claim UID: the claims that kubelet, a file or a container names."""
     given: Given | None = None
     """Kubelet's device checkpoint."""
     living: frozenset[str] = frozenset()
@@ -57,13 +57,13 @@ class Account:
     ledger: Ledger
     changes: tuple[Change, ...] = ()
     unaccounted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Why the ledger may still lack something, by claim UID (nobody knows what the claim holds), "recorded/UID" (it is
+    """Why the ledger may still lack something, by claim UID (no source says what it holds), "recorded/UID" (it is
     known, and does not fit), "RESOURCE/POD UID/CONTAINER" or KUBELET."""
 
 
 def account(ledger: Ledger, sources: Sources, of: Of) -> Account:
-    """Put back what is known exactly, and name what is not. What an older copy of the ledger still has, and nobody else
-    knows any more, gives way."""
+    """Put back what is known exactly, and name what is not. What an older copy of the ledger still has, and no
+    source confirms, gives way."""
     book = _Book(ledger, sources)
     for uid, grants in sources.recorded.items():
         book.put_back(uid, [one for one in grants if one.id not in book.ledger.grants])
@@ -119,7 +119,7 @@ class _Book:
         self.changes.append(Change(action=ADOPTED, grant=grant))
 
     def _is_attested(self, grant: Grant) -> bool:
-        """Whether anybody but the ledger knows of a grant, or nobody could be asked."""
+        """Whether a source confirms a grant, or could not be asked."""
         if grant.id in self._sources.living:
             return True
         if grant.holder.api == CLAIM:

@@ -6,17 +6,17 @@ Release needs proof. For a grant that is not listed, the first line that applies
 
     a process of its pod runs                                        held, disputed, whatever lists say
     it was never listed, the checkpoint has it, and kubelet lists
-      another grant of its pod or nobody could be asked              held
+      another grant of its pod, or cgroup and runtime are silent     held
     this kubelet listed it before, and
       the pod's cgroup is removed                                    released at once
       nothing of the pod runs                                        released after confirmed_s
-      nobody could be asked                                          released after unobserved_s
+      cgroup and runtime are silent                                  released after unobserved_s
     kubelet has cleared the pod away: its folder or cgroup was there
       and is not, or nothing of it runs and the checkpoint lacks
       its devices                                                    released after confirmed_s; unconfirmed_s
                                                                      where it was never listed
     its pod has no folder on the node, which kubelet makes as soon
-      as it has admitted a pod                                       released after unobserved_s
+      as it has admitted a pod, and nothing of it runs               released after unobserved_s
     kubelet is known to have received the API server's pods          released after unobserved_s
     otherwise                                                        held
 
@@ -194,8 +194,12 @@ def _cleared_away(grant: Grant, memory: Memory, witnesses: Witnesses) -> str:
 
 
 def _has_no_folder(grant: Grant, witnesses: Witnesses) -> bool:
+    """Whether kubelet keeps no folder for a grant's pods, and the cgroup or the runtime agrees that nothing of them
+    runs. The folders alone are no proof: with another --root-dir of kubelet's they lie elsewhere."""
     pods = _pods(grant, witnesses)
-    return bool(pods) and witnesses.folders is not None and witnesses.folders.isdisjoint(pods)
+    if not pods or witnesses.folders is None or witnesses.sighting(pods).sight is Sight.UNSEEN:
+        return False
+    return witnesses.folders.isdisjoint(pods)
 
 
 def _gone(uid: str, before: Container[str], now: Container[str]) -> bool:

@@ -1,4 +1,4 @@
-"""What kubelet, the kernel and the container runtime say about pods at one moment. Values only; nobody decides here.
+"""What kubelet, the kernel and the container runtime say about pods at one moment. Values; core/release.py decides.
 
 Each witness may be silent, and silence is not an answer: None stands for "could not be asked", an empty value for
 "asked, and there is nothing".
@@ -47,7 +47,7 @@ NOT_SEEN = Sighting(Sight.UNSEEN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Witnesses:
-    """Everything that was asked beside kubelet's list of devices, in one round.
+    """Everything that was asked in addition to kubelet's list of devices, in one round.
 
     Ask kubelet for its list first and for these afterwards: what lived a moment before the list must not be called
     gone by a sight that is older than the list.
@@ -68,7 +68,7 @@ class Witnesses:
     """By grant id: UIDs of the pods that hold it, for each grant where any is known."""
 
     def sighting(self, uids: tuple[str, ...]) -> Sighting:
-        """The strongest sight of some pods: one that lives, else one that nobody could be asked about, and so on down
+        """The strongest sight of some pods: one that lives, else one that no witness can speak for, and so on down
         to ABSENT."""
         found = [self.sights.get(uid, NOT_SEEN) for uid in uids] or [NOT_SEEN]
         return min(found, key=lambda one: _STRENGTH[one.sight])
