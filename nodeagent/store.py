@@ -29,6 +29,8 @@ from nodeagent.ledgermark import LedgerMark, Mark
 from nodeagent.locks import FileLock
 
 FILE, LOCK = "ledger.db", "ledger.lock"
+COUNTED, WHOLE = "counted", "ledger-whole"
+"""Action of an audit line without a grant, which says only how far the ledger has counted; op of such a line."""
 BUSY_TIMEOUT_MS = 2000
 TURN_S, TURN_POLL_S = 20.0, 0.005
 """How long another process may take for its turn, and how often it is looked whether it is over."""
@@ -108,8 +110,9 @@ class Store:
 
     def found_whole(self) -> None:
         """Every decision that is in force is in the ledger. StateError where that cannot be remembered."""
-        with self._turn(), self._said("load"):
-            self._mark.write(Mark(newest=_last_seq(self._db)))
+        with self._turn(), self._said("save"):
+            self._write([], WHOLE, time.time())
+            self._mark.write(Mark(newest=self._seq))
             self.loss = ""
 
     def _lose(self, why: str) -> None:
@@ -281,17 +284,25 @@ class Store:
             # A file begun anew goes on counting, from the newest decision that anyone made: of two files the one that
             # counted further knows more.
             last = max(self._seq, _last_seq(self._db), (self._mark.read() or Mark()).newest)
-            for last, change in enumerate(changes, last + 1):  # noqa: B020 - the last number given stays
-                body = storedgrant.write(change.grant)
+            for change in changes:
+                last, body = last + 1, storedgrant.write(change.grant)
                 self._apply(change, body)
-                self._db.execute(
-                    "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)",
-                    (last, at, change.action, op, change.grant.id, str(change.grant.holder), body),
-                )
+                self._audit(last, at, change.action, op, change.grant.id, str(change.grant.holder), body)
+            if last > _last_seq(self._db):
+                # It holds nothing, so nothing else would say that it has counted so far: any copy of an earlier file
+                # would count for newer.
+                self._audit(last, at, COUNTED, op)
         self._seq = last
         # The decision is made: a mark that lags behind is weaker evidence, not an error.
         with contextlib.suppress(StateError):
             self._mark.advance(last)
+
+    def _audit(
+        self, number: int, at: float, action: str, op: str, grant: str = "", holder: str = "", body: str = ""
+    ) -> None:
+        self._db.execute(
+            "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)", (number, at, action, op, grant, holder, body)
+        )
 
     def _apply(self, change: Change, body: str) -> None:
         grant = change.grant

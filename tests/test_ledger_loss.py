@@ -95,6 +95,34 @@ def test_a_ledger_of_the_version_before_is_whole(folder: Path) -> None:
     assert loss(folder) == ""
 
 
+def test_a_copy_from_before_a_loss_is_noticed_also_when_nothing_was_held_after_it(folder: Path) -> None:
+    """The new file holds nothing, and counts on from where the old one was."""
+    filled(folder, 5)
+    copy = copied(folder)
+    (folder / FILE).unlink()
+    with contextlib.closing(Store(folder)) as store:
+        assert store.loss
+        store.found_whole()
+        store.save(granted(9), op="o", at=2)
+    assert loss(folder) == ""
+    shutil.copy(copy, folder / FILE)
+    assert "it is an older copy" in loss(folder)
+
+
+def test_a_ledger_that_was_begun_anew_without_grants_is_whole_at_the_next_start(folder: Path) -> None:
+    """It was damaged while it was open, and every grant had been released."""
+    filled(folder, 2)
+    with contextlib.closing(Store(folder)) as store:
+        store.save([Change(action=RELEASED, grant=one) for one in store.load()], op="o", at=2)
+        with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
+            db.execute("DROP TABLE grants")
+        store.begin()
+        store.news(())
+        store.end()
+        assert store.note and not store.loss
+    assert loss(folder) == ""
+
+
 @pytest.mark.parametrize("content", [b"\xff\xfe", b"-1\n", b"12", b"x" * 5000, b"12\nwhy\nmore"])
 def test_a_mark_that_makes_no_sense_does_not_stop_the_agent(content: bytes, folder: Path) -> None:
     """The ledger itself is what counts."""
