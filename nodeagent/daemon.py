@@ -170,6 +170,8 @@ class Daemon:
         )
         if store.fresh and (traces := self._recovery.traces()):
             store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
+        if not store.loss and (lacking := self._recovery.lacking(agent.ledger.grants.values())):
+            store.lose(f"{store.path}: {lacking}")
         self._lead = Lead(agent, store, where.state_dir, lambda: self.config.audit_days)
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()

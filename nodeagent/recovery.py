@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,35 @@ class Recovery:
 
     def traces(self) -> str:
         """What shows that claims were prepared here before, as a clause; "" where nothing does. Blocks."""
-        if files := self._cdi.uids() | self._readable.uids():
+        if files := self._claims_with_files():
             return f"there are files of {len(files)} claims"
-        with contextlib.suppress(InputError):
-            if claims := prepared(self._kubelet_dir, self._driver):
-                return f"kubelet has {len(claims)} claims prepared"
+        if claims := self._prepared():
+            return f"kubelet has {len(claims)} claims prepared"
         return ""
+
+    def lacking(self, grants: Iterable[Grant]) -> str:
+        """What shows that a ledger which ends where its mark says lacks claims all the same, as a clause; "" where
+        nothing does: the whole folder may be an older copy. Blocks.
+
+        Kubelet's record alone is no proof, for it outlives the answer that a claim is given back."""
+        known = {one.holder.uid for one in grants if one.holder.api == CLAIM}
+        missed = sorted(self._prepared() - known)
+        with contextlib.suppress(HostError):
+            missed = [one for one in missed if one in self._claims_with_files()]
+        return (
+            f"kubelet has claims prepared that it lacks, and their files are there: {', '.join(missed)}"
+            if missed
+            else ""
+        )
+
+    def _prepared(self) -> frozenset[str]:
+        """UIDs of the claims that kubelet has prepared, as far as its record can be read."""
+        with contextlib.suppress(InputError):
+            return frozenset(prepared(self._kubelet_dir, self._driver) or ())
+        return frozenset()
+
+    def _claims_with_files(self) -> frozenset[str]:
+        return frozenset(self._cdi.uids() | self._readable.uids())
 
     async def follow(self) -> None:
         """Whenever the ledger may lack something, look until it does not."""
@@ -134,7 +157,7 @@ class Recovery:
     def _files(self) -> tuple[dict[str, tuple[Grant, ...]], dict[str, str]]:
         """By claim UID, the grants that the claim's file carries; or why there are none, though there is a file."""
         recorded, unreadable = dict[str, tuple[Grant, ...]](), dict[str, str]()
-        for uid in sorted(self._cdi.uids() | self._readable.uids()):
+        for uid in sorted(self._claims_with_files()):
             try:
                 recorded[uid] = _grants(uid, self._readable.read(uid), str(self._readable.path(uid)))
             except NodeagentError as error:

@@ -125,6 +125,29 @@ async def test_orphans_of_ours_are_removed_and_those_of_others_are_not(folder: P
         assert foreign.exists()
 
 
+async def test_a_claim_outlives_a_state_folder_that_was_restored_from_an_older_copy(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """The ledger and its lock file together: nothing in them tells what is missing."""
+    async with dra_node(folder, tree, [CPUS]) as node:
+        await node.published("cpu")
+        await node.agent.stop(signal.SIGTERM)
+        shutil.copytree(folder / "state", folder / "copy")
+        await node.agent.start()
+        await node.dra.wait_registered(DRIVER, 2)
+        claim = node.claim("c", consumed("cpu", "numa0", cpus="2"))
+        first = await node.prepare(claim)
+        before, spec = await node.grants(), node.spec(claim)
+        await node.agent.stop(signal.SIGKILL)
+        shutil.rmtree(folder / "state")
+        shutil.copytree(folder / "copy", folder / "state")
+        await node.agent.start()
+        await node.dra.wait_registered(DRIVER, 3)
+        while (again := await node.prepare(claim)) != first:
+            assert "it is being rebuilt" in again[0].error
+        assert (await node.grants(), node.spec(claim)) == (before, spec)
+
+
 async def test_one_bad_claim_harms_no_other(folder: Path, tree: DeviceTree) -> None:
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu", "char")
