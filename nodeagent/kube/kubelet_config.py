@@ -20,6 +20,7 @@ import yaml
 
 from nodeagent.core.cpuset import EMPTY, CpuSet
 from nodeagent.errors import InputError
+from nodeagent.kube import mountedfile
 from nodeagent.kube.kubelet_flags import KEYS, Flags
 
 API_VERSION, KIND = "kubelet.config.k8s.io/v1beta1", "KubeletConfiguration"
@@ -153,7 +154,7 @@ def _drop_in(path: str) -> Layer:
 def _document(path: str) -> Mapping[str, Any]:
     """The first document of a file, as kubelet takes it."""
     try:
-        found = next(iter(yaml.safe_load_all(Path(path).read_bytes())), None)
+        found = next(iter(yaml.safe_load_all(mountedfile.read(Path(path)))), None)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

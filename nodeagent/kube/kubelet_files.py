@@ -6,6 +6,7 @@ Source: kubelet's checkpoint files.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -13,6 +14,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from nodeagent.errors import InputError
+from nodeagent.kube import mountedfile
 from nodeagent.kube.kubelet_config import KubeletConfig
 
 PODS = "pods"
@@ -84,9 +86,12 @@ def pods_there(kubelet_dir: Path) -> frozenset[str]:
 
 
 def _content(path: Path) -> bytes | None:
+    """None also where what is seen is an old file (mountedfile): kubelet writes its checkpoints anew all the time."""
     try:
-        return path.read_bytes()
+        return mountedfile.read(path)
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno == errno.ESTALE:
+            return None
         raise InputError(f"cannot read {path}: {error.strerror}") from None
