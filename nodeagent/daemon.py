@@ -91,7 +91,7 @@ def build(config: Config, where: Places, families: Sequence[kinds.Kind]) -> Daem
         now = settings(config, kubelet.look(config), where.sysfs.text(BOOT_ID, ""), inventory)
         room = Room(layouts(cgroup_root))
         names = frozenset({node_name(config), socket.gethostname().lower(), *kubelet.names()})
-        witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), room, plugins, names)
+        witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), room, plugins, names, now.boot_id)
         agent = Agent(store, inventory, now, pods.list, living=witness.living)
         return Daemon(config, where, families, agent, pods, witness, room, store, kubelet)
     except BaseException:

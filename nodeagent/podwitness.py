@@ -29,13 +29,16 @@ log = structlog.get_logger()
 class PodWitness:
     """Building it reads nothing."""
 
-    def __init__(self, cgroups: PodCgroups, room: Room, plugins: Path, node_names: frozenset[str]) -> None:
+    def __init__(
+        self, cgroups: PodCgroups, room: Room, plugins: Path, node_names: frozenset[str], boot_id: str = ""
+    ) -> None:
         """plugins: kubelet's device-plugins folder, where its checkpoint is; its parent has the folders of pods.
         node_names: names that the Node may have; kubelet appends its name to those of static pods."""
         self._cgroups = cgroups
         self._room = room
         self._plugins = plugins
         self._static = tuple(f"-{name}" for name in sorted(node_names))
+        self._boot_id = boot_id
         self._unread = ""
 
     async def living(self, grants: Sequence[Grant]) -> Mapping[str, str]:
@@ -66,6 +69,7 @@ class PodWitness:
         return Witnesses(
             kubelet=listing.kubelet,
             knows_pods=self.knows_pods(listing),
+            boot_id=self._boot_id,
             given=checkpoint,
             folders=folders,
             sights={uid: self._with_runtime(uid, by_kernel[uid]) for uid in uids},

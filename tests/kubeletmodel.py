@@ -88,7 +88,7 @@ class World:
         self.api: dict[str, Pod] = {}
         self.api_silent = False
         self.disk = Disk()
-        self.kubelets = 1
+        self.kubelets = self.boots = 1
         self.kubelet: Kubelet | None = Kubelet(number=1, devices={})
         self.sees_cgroups = self.draw.random() < 0.7
         self.sees_runtime = self.draw.random() < 0.6
@@ -235,6 +235,7 @@ class World:
         self.runtime_away = not self.runtime_away
 
     def reboot(self) -> None:
+        self.boots += 1
         self.disk.cgroups.clear()
         self.kubelet_stops()
         self.agent_restarts()
@@ -258,7 +259,8 @@ class World:
         for one in old:
             self.check_release(one)
         self.made += 1
-        grant = Grant(id=f"g{self.made}", holder=Holder(api=DEVICE_PLUGIN, resource=RESOURCE), ids=ids)
+        holder = Holder(api=DEVICE_PLUGIN, resource=RESOURCE)
+        grant = Grant(id=f"g{self.made}", holder=holder, ids=ids, boot_id=str(self.boots))
         self.ledger = ledger_of.grant(ledger_of.release(self.ledger, [one.id for one in old]), grant)
         self.granted[grant.id] = self.now
         self.counts["granted"] = self.counts.get("granted", 0) + 1
@@ -312,6 +314,7 @@ class World:
         return Witnesses(
             kubelet=kubelet,
             knows_pods=any(not one.name.endswith("-node") for one in pods),
+            boot_id=str(self.boots),
             given=given,
             folders=frozenset(self.disk.folders) if self.sees_folders else None,
             sights={uid: self._sighting(uid) for uids in holders.values() for uid in uids},

@@ -5,6 +5,7 @@ kubelet over random histories.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import pytest
 from kubeletmodel import PATIENCE, World
@@ -20,9 +21,9 @@ SHARE = 1.0 if os.environ.get("NODEAGENT_LONG") else 0.2
 PACKS = 8
 
 
-def held(*, confirmed: bool = True, pods: tuple[str, ...] = ("u",)) -> Ledger:
+def held(*, confirmed: bool = True, pods: tuple[str, ...] = ("u",), boot_id: str = "") -> Ledger:
     holder = Holder(api=DEVICE_PLUGIN, resource="r")
-    return grant(Ledger(), Grant(id="g", holder=holder, ids=("1",), confirmed=confirmed, pods=pods))
+    return grant(Ledger(), Grant(id="g", holder=holder, ids=("1",), confirmed=confirmed, pods=pods, boot_id=boot_id))
 
 
 def asked(
@@ -32,9 +33,10 @@ def asked(
     knows: bool = False,
     given: Given | None = None,
     folders: frozenset[str] | None = None,
+    boot_id: str = "",
 ) -> Witnesses:
     seen = {"u": Sighting(sight, "processes run in /x")}
-    return Witnesses(kubelet=kubelet, knows_pods=knows, given=given, folders=folders, sights=seen)
+    return Witnesses(kubelet=kubelet, knows_pods=knows, boot_id=boot_id, given=given, folders=folders, sights=seen)
 
 
 def after(ledger: Ledger, *rounds: tuple[float, bool, Witnesses]) -> Absences:
@@ -104,6 +106,24 @@ def test_a_pod_that_kubelet_has_cleared_away_is_gone() -> None:
     assert released_at(held(), gone, (-1, False, asked(folders=frozenset({"u"})))) == 5.0
     absent = asked(Sight.ABSENT, kubelet=2, given=RECORDED)
     assert released_at(held(), absent, (-1, False, asked(Sight.EMPTY, given=RECORDED))) == 5.0
+
+
+def test_a_pod_that_ended_while_the_agent_was_away_is_gone_once_kubelet_lists_others() -> None:
+    """It was listed before in this boot. After a reboot a pod has no cgroup until it is started again, and neither has
+    one that was only just admitted."""
+    ledger = held(boot_id="this")
+    gone = asked(Sight.ABSENT, knows=True, boot_id="this", folders=frozenset(), given=RECORDED)
+    assert released_at(ledger, gone) == 5.0
+    for other in (
+        replace(gone, folders=None),
+        replace(gone, boot_id="other"),
+        replace(gone, boot_id=""),
+        replace(gone, folders=frozenset({"u"})),
+        replace(gone, sights={"u": Sighting(Sight.EMPTY)}),
+        replace(gone, knows_pods=False),
+    ):
+        assert released_at(ledger, other) in (600.0, None)
+    assert released_at(held(boot_id="this", confirmed=False), gone) == 600.0
 
 
 def test_a_folder_that_was_never_seen_may_still_be_made() -> None:

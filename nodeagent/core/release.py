@@ -13,7 +13,8 @@ Release needs proof. For a grant that is not listed, the first line that applies
       cgroup and runtime are silent                                  released after unobserved_s
     kubelet has cleared the pod away: its folder or cgroup was there
       and is not, or nothing of it runs and the checkpoint lacks
-      its devices                                                    released after confirmed_s; unconfirmed_s
+      its devices; or it was listed in this boot, kubelet has the
+      API server's pods, and the pod has neither folder nor cgroup   released after confirmed_s; unconfirmed_s
                                                                      where it was never listed
     its pod has no folder on the node, which kubelet makes as soon
       as it has admitted a pod, and nothing of it runs               released after unobserved_s
@@ -185,12 +186,26 @@ def _cleared_away(grant: Grant, memory: Memory, witnesses: Witnesses) -> str:
         return "kubelet has removed its pod's folder"
     if pods and all(one in memory.had_cgroup and _sight(one, witnesses) is Sight.ABSENT for one in pods):
         return "its pod's cgroup is removed"
+    knows = memory.knows_since is not None and _was_listed_in_this_boot(grant, witnesses)
+    if pods and knows and _has_no_trace(pods, witnesses):
+        return "its pod has neither a cgroup nor a folder"
     # A checkpoint that was lost lacks the devices of pods that run too: another witness has to say that none does. A
     # grant that was never listed and whose pod is not known by UID was never recorded by kubelet at all.
     asked = witnesses.sighting(pods).sight is not Sight.UNSEEN if pods else not grant.confirmed
     if asked and witnesses.given is not None and not _in_checkpoint(grant, witnesses):
         return "kubelet's checkpoint lacks its devices"
     return ""
+
+
+def _was_listed_in_this_boot(grant: Grant, witnesses: Witnesses) -> bool:
+    return grant.confirmed and bool(witnesses.boot_id) and grant.boot_id == witnesses.boot_id
+
+
+def _has_no_trace(pods: tuple[str, ...], witnesses: Witnesses) -> bool:
+    """Whether all pods have neither a cgroup nor a folder. The cgroup alone is no proof: kubelet lists a pod as soon as
+    it has admitted it."""
+    absent = all(_sight(one, witnesses) is Sight.ABSENT for one in pods)
+    return absent and witnesses.folders is not None and witnesses.folders.isdisjoint(pods)
 
 
 def _has_no_folder(grant: Grant, witnesses: Witnesses) -> bool:

@@ -58,6 +58,8 @@ class Witnesses:
     knows_pods: bool = False
     """Whether the list shows that the API server's pods have reached kubelet, which calls that "sources ready": a pod
     that is not a static one is in it."""
+    boot_id: str = ""
+    """Of the host; "": not known."""
     given: Given | None = None
     """None: there is no checkpoint, or it cannot be read."""
     folders: frozenset[str] | None = None
