@@ -51,7 +51,7 @@ class Cluster:
         self.cdi = folder / "cdi"
         self.logs = folder / "logs"
         self.xid_file = folder / "xid"
-        self._ports = {name: _free_port() for name in ("api", "etcd", "peer", "kubelet")}
+        self._ports = {name: free_port() for name in ("api", "etcd", "peer", "kubelet")}
         self.api = KubeApi(self._ports["api"], ADMIN)
         self._inside: subprocess.Popen[str] | None = None
         for made in (self.cdi, self.logs, folder / "agent"):
@@ -263,7 +263,8 @@ def cluster(name: str) -> Iterator[Cluster]:
             made.down(name)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """One of loopback that nobody uses at this moment."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]

@@ -38,6 +38,11 @@ SYSCTLS += ("kernel/keys/root_maxkeys", "kernel/keys/root_maxbytes")
 
 def missing() -> str:
     """Why there can be no node here; "" where there can."""
+    return lacking() or next((f"{place} runs a kubelet already" for place in _kubelets()), "")
+
+
+def lacking() -> str:
+    """What this machine lacks for Kubernetes; "" where it has all."""
     if not (folder := os.environ.get("NODEAGENT_E2E_BIN", "")):
         return "NODEAGENT_E2E_BIN is not set: it names the folder with the binaries of Kubernetes"
     if not (CHECKOUT / "deploy").exists():
@@ -52,7 +57,7 @@ def missing() -> str:
         return f"TMPDIR={tempfile.gettempdir()}: the node has a /dev, /run and /var of its own, expected another folder"
     if busybox() is None:
         return "no static busybox for the image of the pods (package busybox-static)"
-    return next((f"{place} runs a kubelet already" for place in _kubelets()), "")
+    return ""
 
 
 def busybox() -> Path | None:

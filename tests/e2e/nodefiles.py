@@ -80,9 +80,9 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes = b"", **more: Any) -> 
     tar.addfile(entry, io.BytesIO(content))
 
 
-def write_kubeconfig(path: Path, port: int, token: str, ca: Path | None = None) -> None:
+def write_kubeconfig(path: Path, port: int, token: str, ca: Path | None = None, host: str = "127.0.0.1") -> None:
     """ca: the server's own certificate; without it, whoever answers is believed."""
-    cluster: dict[str, Any] = {"server": f"https://127.0.0.1:{port}"}
+    cluster: dict[str, Any] = {"server": f"https://{host}:{port}"}
     cluster.update({"certificate-authority": str(ca)} if ca else {"insecure-skip-tls-verify": True})
     document = {
         "apiVersion": "v1",

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,13 +81,14 @@ def _connected(path: Path, deadline: float) -> socket.socket:
 class Guest:
     """A context manager: entered, the guest has booted; left, it is gone."""
 
-    def __init__(self, image: Path, share: Path, *, life_s: float = LIFE_S) -> None:
-        """`image` is what vmimage made; `life_s` ends every wait, counted from the boot."""
+    def __init__(self, image: Path, share: Path, *, life_s: float = LIFE_S, devices: Sequence[str] = ()) -> None:
+        """`image` is what vmimage made; `life_s` ends every wait, counted from the boot; `devices` are more arguments
+        of QEMU's."""
         self.share = share
         self.version = _qemu_version()
         self.topology = vmmachine.big(self.version)
         self.boot_s = 0.0
-        self._image, self._life_s = image, life_s
+        self._image, self._life_s, self._devices = image, life_s, devices
         self._stack, self._machine = contextlib.ExitStack(), contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -186,6 +187,7 @@ class Guest:
             *("-chardev", f"socket,id=control,path={sockets}/control,server=on,wait=off"),
             *("-device", "virtserialport,chardev=control,name=vm.control"),
             *vmmachine.arguments(self.topology, self.version),
+            *self._devices,
         ]
 
 

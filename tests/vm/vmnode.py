@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -41,10 +41,14 @@ INSTALL_S = 300
 
 
 def install(guest: Guest) -> None:
-    """The wheel, the unit, a configuration and kubelet, all from the shared folder; nothing is started but kubelet."""
+    """The wheel, the unit and a configuration, all from the shared folder; nothing is started."""
     guest.run("/opt/nodeagent/bin/pip install -q --no-index --no-deps /share/nodeagent-*.whl", INSTALL_S)
     guest.run("install -D -m 644 -t /etc/systemd/system /share/systemd/nodeagent.service && systemctl daemon-reload")
     guest.run("install -D -m 644 -t /etc/nodeagent /share/config.yaml")
+
+
+def start_kubelet(guest: Guest) -> None:
+    """The double of inside/kubelet.py."""
     guest.run("systemd-run -q --unit=vm-kubelet /opt/nodeagent/bin/python /share/inside/kubelet.py")
     guest.run("test -S /run/vm-kubelet.sock", until=True)
 
@@ -81,6 +85,15 @@ def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
 def started(*, life_s: float = LIFE_S, **config: Any) -> Iterator[Guest]:
     """Booted, installed, the agent started and ready. config: keys of the configuration in place of those of CONFIG.
     Skips where there can be no guest."""
+    with booted(life_s=life_s, **config) as guest:
+        start_kubelet(guest)
+        _timed("start until ready", lambda: start(guest))
+        yield guest
+
+
+@contextlib.contextmanager
+def booted(*, life_s: float = LIFE_S, devices: Sequence[str] = (), **config: Any) -> Iterator[Guest]:
+    """Booted and installed; nothing is started. devices: more arguments of QEMU's."""
     if not os.environ.get("NODEAGENT_VM"):
         pytest.skip("tests in a guest run with `make vm-test`")
     reason = vmimage.missing()
@@ -91,10 +104,9 @@ def started(*, life_s: float = LIFE_S, **config: Any) -> Iterator[Guest]:
         image = _timed("image", _image)
         wheel = _timed("wheel", lambda: vmimage.wheel(image / "root"))
         fill(share, wheel, {**CONFIG, **config})
-        guest = stack.enter_context(Guest(image, share, life_s=life_s))
+        guest = stack.enter_context(Guest(image, share, life_s=life_s, devices=devices))
         print(f"vm: boot: {guest.boot_s:.1f} s", flush=True)
         _timed("install", lambda: install(guest))
-        _timed("start until ready", lambda: start(guest))
         yield guest
 
 

@@ -1,0 +1,141 @@
+"""A real kubelet on cgroup v2 and systemd: what pods hold stays theirs, and containers are on it, whatever restarts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import vmcluster
+from kubeapi import claim, request, until
+from vmcluster import STEP_S, Node
+
+SILENT_S = 60.0
+"""For how long kubelet's list has none of the running pods; the agent's patience is 5 s."""
+RESTARTS = 3
+OWN = {"one": 2, "two": 1}
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Node]:
+    with vmcluster.node() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pods(node: Node) -> Iterator[dict[str, str]]:
+    """Two pods with CPUs of their own, one of a claim, one without any; the CPUs on which each may run."""
+    for name, count in OWN.items():
+        node.run_pod(name, count)
+    node.api.create(claim("claim", request("cpus", "cpu", cpus="2")))
+    node.run_pod("claimed", claim="claim")
+    node.run_pod("shared")
+    found = {name: node.effective(name) for name in (*OWN, "claimed", "shared")}
+    assert sorted(found[name] for name in (*OWN, "claimed")) == sorted(node.grants().values())
+    yield found
+    for name in found:
+        node.delete_pod(name)
+
+
+def unchanged(node: Node, pods: dict[str, str], grants: dict[str, str]) -> None:
+    assert node.grants() == grants
+    assert {name: node.effective(name) for name in pods} == pods
+
+
+def listed_since(node: Node, since: float) -> None:
+    until("kubelet lists pods", lambda: (node.status()["listed_at"] or 0) > since, STEP_S)
+
+
+def test_pods_keep_their_cpus_over_restarts_of_kubelet(node: Node, pods: dict[str, str]) -> None:
+    grants = node.grants()
+    for _ in range(RESTARTS):
+        began = time.time()
+        node.guest.run("systemctl restart kubelet")
+        listed_since(node, began)
+        unchanged(node, pods, grants)
+        node.ready()
+        unchanged(node, pods, grants)
+
+
+def test_pods_keep_their_cpus_while_a_restarted_kubelet_cannot_reach_the_api_server(
+    node: Node, pods: dict[str, str]
+) -> None:
+    grants = node.grants()
+    with node.plane.silent():
+        began = time.time()
+        node.guest.run("systemctl restart kubelet")
+        for since in (began, began + SILENT_S):
+            listed_since(node, since)
+            unchanged(node, pods, grants)
+    node.ready()
+    unchanged(node, pods, grants)
+
+
+def test_a_deleted_pods_cpus_are_given_to_the_shared_pods_at_once(node: Node, pods: dict[str, str]) -> None:
+    """Also after a restart of kubelet."""
+    shared = node.effective("shared")
+    node.run_pod("short", 1)
+    assert node.effective("shared") != shared
+    node.delete_pod("short")
+    began = time.monotonic()
+    until("its CPU is shared again", lambda: node.effective("shared") == shared)
+    print(f"vm: a deleted pod's CPU is shared again: {time.monotonic() - began:.2f} s", flush=True)
+
+
+def test_what_a_pod_held_that_ended_while_the_agent_was_away_is_released_when_it_is_back(
+    node: Node, pods: dict[str, str]
+) -> None:
+    """Well before the patience of ten minutes for what nobody can confirm."""
+    grants = node.grants()
+    node.run_pod("away", 1)
+    node.guest.run("systemctl stop nodeagent")
+    node.delete_pod("away")
+    node.guest.run("systemctl start nodeagent")
+    began = time.monotonic()
+    until("its CPU is released", lambda: node.grants() == grants)
+    print(f"vm: released after the agent's return: {time.monotonic() - began:.1f} s", flush=True)
+
+
+def test_a_container_that_ran_unpinned_is_moved_and_shown_when_the_agent_is_back(
+    node: Node, pods: dict[str, str]
+) -> None:
+    """Restarted by kubelet while there was no agent."""
+    node.guest.run("systemctl stop nodeagent")
+    before = node.container("one")
+    node.kill("one")
+    until("kubelet has started it again", lambda: node.container("one") not in ("", before), STEP_S)
+    ran = node.effective("one")
+    took = node.guest.run(
+        "began=$(date +%s%N); systemctl start nodeagent; up=$(date +%s%N);"
+        f"scope=$({node.scope('one')});"
+        f"until [ $(cat $scope/cpuset.cpus.effective) = {pods['one']} ]; do sleep 0.02; done;"
+        "echo $(( (up - began) / 1000000 )) $(( ($(date +%s%N) - up) / 1000000 ))"
+    )
+    print(
+        f"vm: start of the unit, then until the container is on its CPUs (ms): {took.strip()}; it ran on {ran}",
+        flush=True,
+    )
+    node.ready()
+    (shown,) = [one for one in node.status()["pinning"]["pinned"] if one["id"] == node.container("one")]
+    assert (ran == pods["one"]) == (shown["ran_unpinned"] is None)
+    assert {name: node.effective(name) for name in pods} == pods
+
+
+def test_a_narrowed_kubepods_slice_is_said(node: Node, pods: dict[str, str]) -> None:
+    """CPUs outside it are not exclusive, and nothing new is granted of them."""
+    node.guest.run("systemctl set-property --runtime kubepods.slice AllowedCPUs=0-13")
+    try:
+        until("the CPUs outside are shown", lambda: node.status()["inventory"]["cpus_outside"] == "14-15", STEP_S)
+    finally:
+        node.guest.run("systemctl set-property --runtime kubepods.slice AllowedCPUs=")
+    until("everybody has them again", lambda: {name: node.effective(name) for name in pods} == pods, STEP_S)
+    node.ready()
+
+
+def test_a_prepared_claim_outlives_an_overwritten_ledger(node: Node, pods: dict[str, str]) -> None:
+    grants = node.grants()
+    node.guest.run("systemctl kill -s KILL nodeagent; rm -f /var/lib/nodeagent/ledger.db-*")
+    node.guest.run("head -c 20000 /dev/urandom >/var/lib/nodeagent/ledger.db; systemctl restart nodeagent")
+    node.ready()
+    assert sorted(node.grants().values()) == sorted(grants.values())
+    assert {name: node.effective(name) for name in pods} == pods

@@ -1,0 +1,221 @@
+"""A real kubelet in the guest, with containerd and systemd's cgroups; the rest of Kubernetes on this machine.
+
+    NODEAGENT_E2E_BIN=/folder make vm-test
+
+The folder is that of tests/e2e; kubelet has to be a static binary. The guest reaches this machine's loopback at
+HOST_ADDRESS (QEMU's user network). What is missing is said, and the tests are skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import vmnode
+import yaml
+from vmguest import Guest
+from vmpods import CPU
+
+E2E = Path(__file__).resolve().parents[1] / "e2e"
+sys.path.append(str(E2E))  # as pytest does for the tests there
+
+import grounds  # noqa: E402
+import kubeapi  # noqa: E402
+import nodefiles  # noqa: E402
+import programs  # noqa: E402
+from cluster import ADMIN, KUBELET, free_port  # noqa: E402
+from kubeapi import KubeApi, until  # noqa: E402
+
+HOST_ADDRESS, GUEST_ADDRESS, NODE = "10.0.2.2", "10.0.2.15", nodefiles.NODE
+NETWORK = ("-netdev", "user,id=user", "-netdev", "hubport,id=uplink,hubid=0,netdev=user")
+KUBECONFIG = "/etc/kubernetes/nodeagent.kubeconfig"
+LIFE_S, STEP_S = 2400.0, 240.0
+RESOURCES = [{"name": "cpu", "kind": "cpu", "serve": "both"}]
+UNIT = f"""
+[Unit]
+After=containerd.service
+[Service]
+ExecStart=/usr/local/bin/kubelet --config=/etc/kubernetes/kubelet.yaml --kubeconfig=/etc/kubernetes/kubelet.kubeconfig \
+--hostname-override={NODE} --node-ip={GUEST_ADDRESS}
+Restart=always
+RestartSec=1
+"""
+
+
+class ControlPlane:
+    """The API server and what it needs, as processes of this machine on loopback."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.ports = {name: free_port() for name in ("api", "etcd", "peer")}
+        self.api = KubeApi(self.ports["api"], ADMIN)
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def up(self) -> None:
+        tokens = (f"{ADMIN},admin,admin,system:masters", f"{KUBELET},system:node:{NODE},{NODE},system:nodes")
+        (self.folder / "tokens.csv").write_text("\n".join(tokens) + "\n")
+        nodefiles.write_kubeconfig(self.folder / "admin.kubeconfig", self.ports["api"], ADMIN)
+        for words in (("genrsa", "-out", "sa.key", "2048"), ("rsa", "-in", "sa.key", "-pubout", "-out", "sa.pub")):
+            subprocess.run(["openssl", *words], cwd=self.folder, check=True, capture_output=True)
+        for name in ("etcd", "kube-apiserver"):
+            self._start(name)
+        until("the API server is ready", self.api.ready, STEP_S)
+        for name in ("kube-controller-manager", "kube-scheduler"):
+            self._start(name)
+        account = "/api/v1/namespaces/default/serviceaccounts/default"
+        until("there is a default service account", lambda: self.api.find(account), STEP_S)
+        for name in ("rbac.yaml", "deviceclasses.yaml"):
+            for document in yaml.safe_load_all((vmnode.vmimage.CHECKOUT / "deploy" / name).read_text()):
+                self.api.create(document)
+
+    def down(self) -> None:
+        for process in reversed(self._processes.values()):
+            process.kill()
+            process.wait()
+
+    @contextlib.contextmanager
+    def silent(self) -> Iterator[None]:
+        """The API server keeps its connections and answers nothing."""
+        server = self._processes["kube-apiserver"]
+        server.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            server.send_signal(signal.SIGCONT)
+
+    def _start(self, name: str) -> None:
+        words = programs.command(name, self.folder, self.ports)
+        with (self.folder / f"{name}.log").open("wb") as log:
+            env = {**os.environ, "PATH": grounds.path()}
+            self._processes[name] = subprocess.Popen(words, stdout=log, stderr=log, env=env)
+
+
+class Node:
+    """What tests touch: the guest, and the API server that its kubelet belongs to."""
+
+    def __init__(self, guest: Guest, plane: ControlPlane) -> None:
+        self.guest, self.plane, self.api = guest, plane, plane.api
+        self._containers: dict[str, str] = {}
+        """By pod: what it ran when it was last looked at, for while the API server cannot be asked."""
+
+    def ready(self) -> None:
+        self.guest.run("nodeagent status | grep ', ready'", STEP_S, until=True)
+
+    def grants(self) -> dict[str, str]:
+        """CPUs by the id of their grant."""
+        return {one["id"]: one["cpus"] for one in json.loads(self.guest.run("nodeagent grants -o json"))}
+
+    def status(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(self.guest.run("nodeagent status -o json"))
+        return found
+
+    def run_pod(self, name: str, cpus: int = 0, claim: str = "") -> None:
+        """Create a pod with so many CPUs of its own, and wait until it runs."""
+        limits = {CPU: str(cpus)} if cpus else {}
+        self.api.create(kubeapi.pod(name, claims={"mine": claim} if claim else None, limits=limits))
+        until(f"pod {name} runs", lambda: self.container(name), STEP_S)
+
+    def container(self, pod: str) -> str:
+        """The id of a pod's running container; "" while there is none."""
+        status = (self.api.find(kubeapi.pod_path(pod)) or {"status": {}})["status"]
+        found = [one for one in status.get("containerStatuses", ()) if "running" in one["state"]]
+        self._containers[pod] = found[0]["containerID"].rpartition("/")[2] if found else ""
+        return self._containers[pod]
+
+    def delete_pod(self, name: str) -> None:
+        self.api.delete(kubeapi.pod_path(name))
+        until(f"pod {name} is gone", lambda: self.api.find(kubeapi.pod_path(name)) is None, STEP_S)
+
+    def effective(self, pod: str) -> str:
+        """On which CPUs a pod's container may run, by the kernel."""
+        return self.guest.run(f"cat $({self.scope(pod)})/cpuset.cpus.effective").strip()
+
+    def kill(self, pod: str) -> None:
+        """End the processes of a pod's container, for kubelet to start it again."""
+        self.guest.run(f"kill -9 $(cat $({self.scope(pod)})/cgroup.procs)")
+
+    def scope(self, pod: str) -> str:
+        """The command that finds the cgroup of a pod's container."""
+        return f"find /sys/fs/cgroup/kubepods.slice -name cri-containerd-{self._containers[pod]}.scope"
+
+
+@contextlib.contextmanager
+def node(**config: Any) -> Iterator[Node]:
+    """A node that is Ready in its API server, with the agent's unit running. config: keys of the agent's configuration.
+    Skips where there can be none."""
+    if not os.environ.get("NODEAGENT_VM"):
+        pytest.skip("tests in a guest run with `make vm-test`")
+    if reason := grounds.lacking():
+        pytest.skip(reason)
+    dra = {"kubeconfig": KUBECONFIG, "nodeName": NODE}
+    config = {"resyncSeconds": 3600, "release": {}, "resources": RESOURCES, "dra": dra, **config}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-plane-", ignore_cleanup_errors=True)))
+        plane = ControlPlane(folder)
+        stack.callback(plane.down)
+        plane.up()
+        guest = stack.enter_context(vmnode.booted(life_s=LIFE_S, devices=NETWORK, **config))
+        _prepare(guest, plane)
+        made = Node(guest, plane)
+        until("the node is Ready", lambda: _is_ready(plane.api), STEP_S)
+        _install_agent(guest, plane)
+        made.ready()
+        yield made
+
+
+def _prepare(guest: Guest, plane: ControlPlane) -> None:
+    """The network, the runtime with its images, kubelet."""
+    card = "$(basename $(dirname $(grep -l 52:54:00:00:00:01 /sys/class/net/*/address)))"
+    guest.run(
+        f"ip link set {card} up && ip addr add {GUEST_ADDRESS}/24 dev {card} && ip route add default via {HOST_ADDRESS}"
+    )
+    vmnode.prepare_runtime(guest)
+    nodefiles.write_image(guest.share / "box.tar", grounds.busybox() or Path())
+    guest.run("ctr -n k8s.io images import /share/box.tar")
+    kubernetes = guest.share / "kubernetes"
+    kubernetes.mkdir()
+    nodefiles.write_kubelet(kubernetes, 10250)
+    settings = json.loads((kubernetes / "kubelet.yaml").read_text())
+    settings |= {"cgroupDriver": "systemd", "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock"}
+    settings |= {"podLogsDir": "/var/log/pods", "failCgroupV1": True, "address": GUEST_ADDRESS}
+    (kubernetes / "kubelet.yaml").write_text(json.dumps(settings))
+    nodefiles.write_kubeconfig(kubernetes / "kubelet.kubeconfig", plane.ports["api"], KUBELET, host=HOST_ADDRESS)
+    (kubernetes / "kubelet.service").write_text(UNIT)
+    shutil.copy(Path(os.environ["NODEAGENT_E2E_BIN"]) / "kubelet", kubernetes)
+    guest.run(
+        "install -D -m 644 -t /etc/kubernetes /share/kubernetes/kubelet.yaml /share/kubernetes/kubelet.kubeconfig"
+    )
+    guest.run("install -m 755 /share/kubernetes/kubelet /usr/local/bin/ && mkdir -p /etc/cni/net.d", 300)
+    guest.run("cp /share/kubernetes/kubelet.service /etc/systemd/system/ && systemctl daemon-reload")
+    loopback = '{"cniVersion":"1.0.0","name":"lo","plugins":[{"type":"loopback"}]}'
+    guest.run(f"echo '{loopback}' >/etc/cni/net.d/10-lo.conflist && systemctl start kubelet")
+
+
+def _install_agent(guest: Guest, plane: ControlPlane) -> None:
+    """With the drop-in for DRA and the token that its pod on this node would have."""
+    uid = plane.api.call("GET", f"/api/v1/nodes/{NODE}")["metadata"]["uid"]
+    bound = {"apiVersion": "v1", "kind": "Node", "name": NODE, "uid": uid}
+    asked = {"kind": "TokenRequest", "apiVersion": "authentication.k8s.io/v1"}
+    asked["spec"] = {"boundObjectRef": bound, "audiences": ["https://e2e"]}
+    path = "/api/v1/namespaces/nodeagent/serviceaccounts/nodeagent/token"
+    token = plane.api.call("POST", path, asked)["status"]["token"]
+    nodefiles.write_kubeconfig(guest.share / "agent.kubeconfig", plane.ports["api"], token, host=HOST_ADDRESS)
+    guest.run(f"install -D -m 600 /share/agent.kubeconfig {KUBECONFIG}")
+    drop_in = "/etc/systemd/system/nodeagent.service.d/nodeagent-dra.conf"
+    guest.run(f"install -D -m 644 /share/systemd/nodeagent-dra.conf {drop_in} && systemctl daemon-reload")
+    guest.run("systemctl enable --now --no-block nodeagent")
+
+
+def _is_ready(api: KubeApi) -> bool:
+    found = api.find(f"/api/v1/nodes/{NODE}") or {"status": {}}
+    return any(one["type"] == "Ready" and one["status"] == "True" for one in found["status"].get("conditions", ()))
