@@ -9,7 +9,7 @@ BUILT := $(VENV)/.built
 .PHONY: demo test vm-test bench lint wheel pb clean
 
 demo: $(BUILT)
-	$(PYTHON) demo/demo.py
+	$(PYTHON) -m demo.demo
 
 test: $(BUILT)
 	$(PYTHON) -m pytest -q $(TESTS)
@@ -22,7 +22,7 @@ bench: $(BUILT)
 	$(PYTHON) -m benchmarks
 
 lint: $(BUILT)
-	$(PYTHON) -m pytest -q tests/test_house.py
+	$(PYTHON) -m pytest -q tests/rules/test_layout.py
 
 wheel: $(BUILT)
 	$(PYTHON) -m build --outdir dist .

@@ -21,19 +21,21 @@ from typing import Any
 import grpc
 import msgspec
 
-from nodeagent import log
-from nodeagent.agent import Agent, Settings
-from nodeagent.config import Config
-from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.ledger import GRANTED, Change
-from nodeagent.core.model import Cpu, Grant, Holder, Inventory, NumaNode
-from nodeagent.kube import sockets
-from nodeagent.kube.deviceplugin import Server
-from nodeagent.offer import Offer, offers
+from nodeagent.config.schema import Config
+from nodeagent.core.ledger.ledger import GRANTED, Change
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.grant import Grant, Holder
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.topology import Cpu, NumaNode
+from nodeagent.kube.kubelet import sockets
+from nodeagent.kube.kubelet.device_plugin import DevicePluginServer
+from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
-from nodeagent.served import Served
-from nodeagent.store import Store
+from nodeagent.resources.offer import Offer, offers
+from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.store import Store
+from nodeagent.telemetry import log
 
 CPUS, ROUNDS, PER_ROUND, WARM_UP = 512, 6, 400, 50
 Sample = list[float]
@@ -68,8 +70,8 @@ async def _nobody() -> tuple[()]:
 async def serve(folder: Path) -> None:
     """Serve both sockets; a line on stdin releases everything, its end ends the server."""
     log.configure("info", "json")
-    agent = Agent(Store(folder / "state"), machine(), Settings(boot_id="b"), _nobody)
-    server, empty = Server(Served(agent, offer()), folder), grpc.aio.server()
+    agent = Agent(Store(folder / "state"), machine(), AgentSettings(boot_id="b"), _nobody)
+    server, empty = DevicePluginServer(OfferAdapter(agent, offer()), folder), grpc.aio.server()
     rpc.add_DevicePluginServicer_to_server(_Empty(), empty)
     empty.add_insecure_port(f"unix:{folder}/empty.sock")
     await server.start()
@@ -133,7 +135,7 @@ async def over_sockets(folder: Path) -> tuple[Sample, Sample]:
 
 async def in_process(folder: Path) -> Sample:
     """The decision and its save without gRPC."""
-    agent, one, sample = Agent(Store(folder), machine(), Settings(boot_id="b"), _nobody), offer(), Sample()
+    agent, one, sample = Agent(Store(folder), machine(), AgentSettings(boot_id="b"), _nobody), offer(), Sample()
     for _ in range(ROUNDS):
         for number in range(PER_ROUND):
             began = time.perf_counter()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -13,12 +12,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from devices import DeviceTree
-from fakes import FakeKubelet
-from machines import machine
-from running import CPU, Running, running
+from tests.builders.devices import DeviceTree
+from tests.builders.machines import machine
+from tests.doubles.kubelet import FakeKubelet
+from tests.support.running import CPU, Running, running
 
 RUNS = 7
 IDLE_S = 60.0

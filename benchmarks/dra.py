@@ -14,31 +14,27 @@ import json
 import shutil
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from apiserver import CLAIMS, FakeApiServer
-from claimdesk import Desk, Vitals
-from dranode import CPUS, DRIVER, MEMORY, NODE, consumed
-from machines import machine
-
 from benchmarks.allocate import Sample, commits
 from benchmarks.daemon import resident_mib, uevent
 from benchmarks.node import beside, folders, node
-from nodeagent import log
-from nodeagent.host.nvml import Failure, Probe
-from nodeagent.kube import sockets
-from nodeagent.kube.pluginregistry import DraPlugin, plugin_sockets
+from nodeagent.host.nvml.client import Failure, Probe
+from nodeagent.kube.kubelet import sockets
+from nodeagent.kube.kubelet.plugin_registration import DraPlugin, plugin_sockets
 from nodeagent.pb import dra_v1_pb2 as pb
 from nodeagent.pb import dra_v1_pb2_grpc as rpc
+from nodeagent.telemetry import log
+from tests.builders.machines import machine
+from tests.doubles.api_server import CLAIMS, FakeApiServer
+from tests.support.claim_desk import Desk, Vitals
+from tests.support.dra_node import CPUS, DRIVER, MEMORY, NODE, consumed
+from tests.support.paths import NVML_DOUBLE
 
-TESTS = Path(__file__).resolve().parent.parent / "tests"
 HELD = (0, 100, 500)
 """Claims that are held before."""
 ONE, MANY = 150, 15
@@ -177,7 +173,7 @@ def hanging_nvml(folder: Path) -> Path | None:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         return None
-    source, built = TESTS / "nvml_double.c", folder / "libnvidia-ml.so.1"
+    source, built = NVML_DOUBLE, folder / "libnvidia-ml.so.1"
     subprocess.run([compiler, "-shared", "-fPIC", "-fvisibility=hidden", "-o", built, source], check=True)
     return folder
 

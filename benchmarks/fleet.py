@@ -15,13 +15,13 @@ from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nodeagent import log
-from nodeagent.core.pool import Part, Pool, PoolDevice
-from nodeagent.kube.apiserver import Event, Listing
-from nodeagent.kube.poollane import DEFAULT_PACE, PUBLISHED
-from nodeagent.kube.publisher import Publisher
-from nodeagent.kube.slices import Object
-from nodeagent.kube.waiting import Revision
+from nodeagent.aio.revision import Revision
+from nodeagent.core.dra.pool import DevicePart, Pool, PoolDevice
+from nodeagent.kube.apiserver.client import ObjectList, WatchEvent
+from nodeagent.kube.resourceslice.pool_writer import DEFAULT_PACE, PUBLISHED
+from nodeagent.kube.resourceslice.publisher import Publisher
+from nodeagent.kube.resourceslice.render import Object
+from nodeagent.telemetry import log
 
 FLEET, FEW, POOLS = 5000, 50, 8
 """Nodes; of them so many for an hour of rest; pools a node."""
@@ -70,9 +70,9 @@ class CountingApi:
         await self._answer(self.reads)
         return {"metadata": {"name": name, "uid": f"uid-{name}"}}
 
-    async def list(self, resource: Any, *, fields: Mapping[str, str]) -> Listing:
+    async def list(self, resource: Any, *, fields: Mapping[str, str]) -> ObjectList:
         await self._answer(self.reads)
-        return Listing((), str(self._revision))
+        return ObjectList((), str(self._revision))
 
     async def create(self, resource: Any, body: Object) -> Object:
         await self._answer(self.writes)
@@ -87,11 +87,11 @@ class CountingApi:
         await self._answer(self.writes)
         return True
 
-    async def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[Event]:
+    async def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[WatchEvent]:
         """Nothing happens to anybody's slices but by himself, which he knows."""
         await self._answer(self.reads)
         await asyncio.sleep(WATCH_S)
-        nothing: tuple[Event, ...] = ()
+        nothing: tuple[WatchEvent, ...] = ()
         for event in nothing:
             yield event
 
@@ -102,7 +102,7 @@ class CountingApi:
 
 def pools() -> tuple[Pool, ...]:
     """One slice each; what is in it makes no difference here."""
-    device = PoolDevice(name="device", part=Part())
+    device = PoolDevice(name="device", part=DevicePart())
     return tuple(Pool(kind=f"kind{number}", devices=(device,)) for number in range(POOLS))
 
 

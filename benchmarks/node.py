@@ -13,21 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from apiserver import FakeApiServer
-from drakubelet import FakeDraKubelet
-from dranode import DRIVER, NODE
-from fakes import FakeKubelet
-from running import Running, running
-
 from benchmarks.allocate import Sample
 from benchmarks.daemon import QUIET
-from nodeagent.kube import sockets
+from nodeagent.kube.kubelet import sockets
 from nodeagent.pb import dra_v1_pb2 as pb
 from nodeagent.pb import dra_v1_pb2_grpc as rpc
 from nodeagent.pb import pluginregistration_pb2 as registration_pb
 from nodeagent.pb import pluginregistration_pb2_grpc as registration_rpc
+from tests.doubles.api_server import FakeApiServer
+from tests.doubles.dra_kubelet import FakeDraKubelet
+from tests.doubles.kubelet import FakeKubelet
+from tests.support.dra_node import DRIVER, NODE
+from tests.support.running import Running, running
 
 PROBE_S = 0.002
 """Between two questions for GetInfo."""

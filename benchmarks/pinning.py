@@ -19,13 +19,10 @@ from pathlib import Path
 import pytest
 import structlog
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from pinnode import PinNode, pin_node
-
-from nodeagent.daemon import SWITCH_S
+from nodeagent.daemon.daemon import SWITCH_S
 from nodeagent.errors import HostError
-from nodeagent.host import cgroupset
+from nodeagent.host.cgroup import write as cgroupset
+from tests.support.pin_node import PinNode, pin_node
 
 PODS, TIMES = 250, 100
 SANDBOX_S = 0.1

@@ -14,10 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import MappingProxyType
 
-from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.ledger import Ledger
-from nodeagent.core.model import SINGLE, Cpu, Device, HugepagePool, Inventory, Link, NumaNode, Request
-from nodeagent.core.placement import place
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.device import Device, Link
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.request import SINGLE, Request
+from nodeagent.core.model.topology import Cpu, HugepagePool, NumaNode
+from nodeagent.core.placement.place import place
 from nodeagent.version import VERSION
 
 ROUNDS = 25

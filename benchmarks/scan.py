@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from nodeagent.host import kinds
-from nodeagent.host.scan import scan
-from nodeagent.host.sysfs import SysFs
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import SysFs
 
 MACHINE = Path(__file__).resolve().parents[2] / "shared" / "machines" / "256ppc-8n8s4t.tar.bz2"
 RUNS = 15
@@ -46,7 +46,7 @@ def main() -> None:
             tar.extraction_filter = lambda member, _: member  # an argument would need Python 3.11.4
             tar.extractall(name)
         tree = next(Path(name).iterdir())
-        families = kinds.load_kinds()
+        families = all_kinds.load_kinds()
         ours, theirs = median_ms(lambda: scan(SysFs(tree), families), lambda: lstopo(tree))
         files = sum(len(found) for _, _, found in os.walk(tree))
     print(f"{'full scan, 256 CPUs':44} {ours:8.1f} ms in the running agent")

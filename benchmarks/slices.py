@@ -16,17 +16,19 @@ from typing import Any
 import msgspec
 
 from benchmarks.placement import machine
-from nodeagent.catalog import dra_of
-from nodeagent.config import Config
-from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.health import NO_HEALTH
-from nodeagent.core.ledger import Ledger, grant
-from nodeagent.core.model import DEVICE_PLUGIN, Device, Grant, Holder, Inventory
-from nodeagent.core.pool import ALL_FEATURES, Pool
-from nodeagent.core.pools import PoolKind
-from nodeagent.host import kinds
-from nodeagent.kube.poollane import DEFAULT_PACE, PoolLane
-from nodeagent.kube.slices import Object, Owner, Plan, plan, render
+from nodeagent.config.schema import Config
+from nodeagent.core.dra.cpu_pool import PoolKind
+from nodeagent.core.dra.pool import ALL_FEATURES, Pool
+from nodeagent.core.ledger.ledger import Ledger, grant
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.health import NO_HEALTH
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.host.devices import all_kinds
+from nodeagent.kube.resourceslice.pool_writer import DEFAULT_PACE, PoolLane
+from nodeagent.kube.resourceslice.render import Object, Owner, SlicePlan, plan, render
+from nodeagent.resources.catalog import dra_of
 
 OWNER = Owner(driver="nodeagent.dev", node_name="node-a", node_uid="8f2d2c1e-0000-4000-8000-000000000001")
 EMPTY = Ledger()
@@ -101,7 +103,7 @@ def pools_of(resources: list[dict[str, Any]]) -> list[PoolKind]:
     """The pools that a configuration makes."""
     served = [{**one, "serve": "both" if one["kind"] != "memory" else "dra"} for one in resources]
     config = msgspec.convert({"resources": served}, Config)
-    return list(dra_of(config, kinds.load_kinds(), OWNER.node_name).catalog.kinds.values())
+    return list(dra_of(config, all_kinds.load_kinds(), OWNER.node_name).catalog.kinds.values())
 
 
 def cases() -> Iterator[Case]:
@@ -146,7 +148,7 @@ def stored(slices: tuple[Object, ...]) -> list[Object]:
     return [{**one, "metadata": {**one["metadata"], **added}} for one in slices]
 
 
-def encoded(todo: Plan) -> int:
+def encoded(todo: SlicePlan) -> int:
     """Bytes of what is written."""
     return sum(len(msgspec.json.encode(one)) for one in (*todo.create, *todo.replace))
 

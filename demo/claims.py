@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from apiserver import FakeApiServer
-from drakubelet import ClaimId, FakeDraKubelet, Outcome
-from fakes import AdmissionError, FakeKubelet
+from tests.doubles.api_server import FakeApiServer
+from tests.doubles.dra_kubelet import ClaimId, FakeDraKubelet, Outcome
+from tests.doubles.kubelet import AdmissionError, FakeKubelet
 
 DRIVER, NODE, DOMAIN = "nodeagent.dev", "demo-node", "nodeagent.dev"
 DEVICE = "zero"

@@ -17,13 +17,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-CHECKOUT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(CHECKOUT / "tests"))
-
-import claims  # noqa: E402
-from apiserver import FakeApiServer  # noqa: E402 - the tests' own servers, written once
-from drakubelet import FakeDraKubelet  # noqa: E402
-from fakes import FakeKubelet  # noqa: E402
+from demo import claims
+from tests.doubles.api_server import FakeApiServer
+from tests.doubles.dra_kubelet import FakeDraKubelet
+from tests.doubles.kubelet import FakeKubelet
 
 DOMAIN = "nodeagent.dev"
 PAGE_BYTES = 2 << 20

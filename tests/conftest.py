@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.support.paths import SHARED
+
 TEST_DEADLINE_S = 180
 """A safety net: no test waits for it."""
-SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 # A busy machine is no reason to fail; where a change has to pass, the same examples are tried each time.

@@ -6,11 +6,12 @@ import argparse
 import json
 from pathlib import Path
 
-from nodeagent import config as config_of
 from nodeagent.cli.run import DEFAULT_CONFIG
-from nodeagent.core.cpuset import CpuSet
-from nodeagent.host.kinds import load_kinds
-from nodeagent.offer import offers
+from nodeagent.config.load import load as load_config
+from nodeagent.config.schema import schema
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.host.devices.all_kinds import load_kinds
+from nodeagent.resources.offer import offers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.what == "schema":
-        print(json.dumps(config_of.schema(), indent=1))
+        print(json.dumps(schema(), indent=1))
         return 0
-    config = config_of.load(Path(args.file))
+    config = load_config(Path(args.file))
     CpuSet.parse(config.reserved_cpus or "", source=f"reservedCpus of {args.file}")
     served = offers(config, load_kinds())
     print(f"{args.file}: good; it serves {', '.join(offer.name for offer in served) or 'nothing'}")

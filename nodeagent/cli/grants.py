@@ -8,7 +8,7 @@ from typing import Any
 from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
-from nodeagent.core.model import KUBELET
+from nodeagent.core.model.grant import KUBELET
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent.cli.tables import print_table
-from nodeagent.core.assigned import Assigned, Said, assigned
-from nodeagent.core.imports import Plan
-from nodeagent.core.model import Grant
-from nodeagent.core.sizes import format_size
-from nodeagent.core.stock import MEMORY
-from nodeagent.kube import kubelet_state, memory_state
-from nodeagent.kube.kubelet_config import DEFAULT_PLACE
-from nodeagent.kube.kubelet_state import KubeletState
-from nodeagent.kube.memory_state import MemoryState
+from nodeagent.core.kubelet.assigned import Assigned, Said, assigned
+from nodeagent.core.kubelet.imports import ImportPlan
+from nodeagent.core.ledger.free import MEMORY
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.quantity import format_size
+from nodeagent.kube.kubelet_files import cpu_state as kubelet_state
+from nodeagent.kube.kubelet_files import memory_state
+from nodeagent.kube.kubelet_files.config import DEFAULT_PLACE
+from nodeagent.kube.kubelet_files.cpu_state import KubeletState
+from nodeagent.kube.kubelet_files.memory_state import MemoryState
 
 NEW, TAKEN, KNOWN, RELEASED, ENDED, REFUSED = "new", "taken", "held", "released", "ended", "refused"
 """What becomes of each: it would be taken over; it was; it had been before; kubelet has it otherwise now, and what was
@@ -49,7 +50,7 @@ class Report:
     """One run. applied: the plan is in the ledger now."""
 
     kubelet: Managers
-    plan: Plan
+    plan: ImportPlan
     applied: bool
 
     def show(self, form: str) -> None:
@@ -95,7 +96,7 @@ class Report:
         for grant in self.plan.released:
             yield _of_grant(grant, RELEASED, "kubelet has it otherwise now")
         for one in self.plan.ended:
-            yield _of_state(one, ENDED, "its pod has no folder any more: left alone")
+            yield _of_state(one, ENDED, "its pod no longer has a folder: left alone")
         for one, why in self.plan.refused:
             yield _of_state(one, REFUSED, why)
 

@@ -12,24 +12,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
-from nodeagent import beside
-from nodeagent import config as config_of
-from nodeagent import log as log_of
 from nodeagent.cli.import_report import Managers, Report
 from nodeagent.cli.run import DEFAULT_CONFIG
-from nodeagent.config import Config
-from nodeagent.core import imports
-from nodeagent.core.imports import Plan
-from nodeagent.core.ledger import Ledger
+from nodeagent.config.load import load as load_config
+from nodeagent.config.schema import Config
+from nodeagent.core.kubelet import imports
+from nodeagent.core.kubelet.imports import ImportPlan
+from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.errors import InputError, StateError
-from nodeagent.host.scan import scan
-from nodeagent.host.sysfs import BOOT_ID, SysFs
-from nodeagent.kube import kubelet_state
-from nodeagent.kube.kubelet_files import pods_there
-from nodeagent.kubelet import Kubelet, look
-from nodeagent.lead import tell
-from nodeagent.log import new_op
-from nodeagent.store import FILE, Store
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
+from nodeagent.kube.kubelet_files import cpu_state as kubelet_state
+from nodeagent.kube.kubelet_files.checkpoints import pods_there
+from nodeagent.managers import kubelet_conflicts as beside
+from nodeagent.managers.kubelet import Kubelet, look
+from nodeagent.state.leader import tell
+from nodeagent.state.store import FILE, Store
+from nodeagent.telemetry import log as log_of
+from nodeagent.telemetry.log import new_op
 
 DONE, REFUSED = 0, 3
 
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
-    config = config_of.load(path) if path is not None else Config()
+    config = load_config(path) if path is not None else Config()
     log_of.configure("error", config.log.format)
     state_dir, sysfs = Path(args.state_dir or config.state_dir), SysFs(args.root)
     folder = Path(args.kubelet_dir or config.kubelet_dir).absolute()
@@ -97,7 +97,7 @@ def _turn(state_dir: Path, *, make: bool) -> Iterator[Store | None]:
             store.end()
 
 
-def _save(store: Store, plan: Plan, before: Ledger, at: float) -> bool:
+def _save(store: Store, plan: ImportPlan, before: Ledger, at: float) -> bool:
     """Write all of it, or nothing where any of it is refused; whether it was written."""
     if plan.refused:
         return False

@@ -7,9 +7,10 @@ import sys
 
 from nodeagent.cli.source import add_root, read_root
 from nodeagent.cli.tables import print_document, print_table
-from nodeagent.core.document import to_document
-from nodeagent.core.model import ABSENT, HugepagePool, Inventory
-from nodeagent.core.sizes import format_size
+from nodeagent.core.model.inventory import ABSENT, Inventory
+from nodeagent.core.model.inventory_json import to_document
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.model.topology import HugepagePool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

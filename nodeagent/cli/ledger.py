@@ -33,16 +33,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _state_dir(config_file: str | None) -> Path:
-    from nodeagent import config as config_of
+    from nodeagent.config.load import load as load_config
+    from nodeagent.config.schema import Config
 
     path = Path(config_file) if config_file else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
-    return Path((config_of.load(path) if path is not None else config_of.Config()).state_dir)
+    return Path((load_config(path) if path is not None else Config()).state_dir)
 
 
 def _export(folder: Path, output: str | None) -> int:
-    from nodeagent.host import files
-    from nodeagent.store import read_only
-    from nodeagent.storedgrant import document
+    from nodeagent.host.sysfs import atomic_file as files
+    from nodeagent.state.grant_json import document
+    from nodeagent.state.store import read_only
 
     grants = [document(one) for one in read_only(folder)]
     data = msgspec.json.encode({"apiVersion": API_VERSION, "kind": KIND, "grants": grants})
@@ -58,12 +59,12 @@ def _import(folder: Path, file: str) -> int:
     """All grants of a file, or none. What the ledger has already is left as it is."""
     import time
 
-    from nodeagent.core import ledger as ledger_of
-    from nodeagent.core.ledger import ADOPTED, Change, Ledger
-    from nodeagent.lead import LOCK
-    from nodeagent.locks import FileLock
-    from nodeagent.store import Store
-    from nodeagent.storedgrant import from_document
+    from nodeagent.core.ledger import ledger as ledger_of
+    from nodeagent.core.ledger.ledger import ADOPTED, Change, Ledger
+    from nodeagent.state.grant_json import from_document
+    from nodeagent.state.leader import LOCK
+    from nodeagent.state.lock import FileLock
+    from nodeagent.state.store import Store
 
     grants = [from_document(one, file) for one in _read(file)]
     with (

@@ -13,13 +13,14 @@ import msgspec
 
 from nodeagent.cli.source import add_root, read_file, read_root
 from nodeagent.cli.tables import print_table
-from nodeagent.core.cpuset import CpuSet
-from nodeagent.core.describe import describe
-from nodeagent.core.ledger import Ledger
-from nodeagent.core.model import BEST_EFFORT, Inventory, Placement, Request
-from nodeagent.core.options import POLICIES, check_options, check_policy
-from nodeagent.core.placement import place
-from nodeagent.core.sizes import format_size, parse_size
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.options import POLICIES, check_options, check_policy
+from nodeagent.core.model.quantity import format_size, parse_size
+from nodeagent.core.model.request import BEST_EFFORT, Placement, Request
+from nodeagent.core.placement.describe import describe
+from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 
 DONE, REFUSED = 0, 3

@@ -22,12 +22,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     # gRPC's own core prints to stderr beside our log; it reads this once, when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from nodeagent import config as config_of
-    from nodeagent import daemon, log
-    from nodeagent.places import places
+    from nodeagent.config.load import load as load_config
+    from nodeagent.config.schema import Config
+    from nodeagent.daemon import daemon
+    from nodeagent.daemon.paths import places
+    from nodeagent.telemetry import log
 
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
-    config = config_of.load(path) if path is not None else config_of.Config()
+    config = load_config(path) if path is not None else Config()
     log.configure(config.log.level, config.log.format)
     where = places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir, accept_loss=args.accept_loss)
     asyncio.run(daemon.run(config, where))

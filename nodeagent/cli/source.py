@@ -6,15 +6,15 @@ import argparse
 import asyncio
 from pathlib import Path
 
-from nodeagent.core.document import from_document
-from nodeagent.core.model import Inventory
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.inventory_json import from_document
 from nodeagent.errors import InputError
-from nodeagent.host.kinds import load_kinds
-from nodeagent.host.nvml import Probe
-from nodeagent.host.nvmlvalues import Failure, Snapshot
+from nodeagent.host.devices.all_kinds import load_kinds
+from nodeagent.host.nvml.client import Probe
+from nodeagent.host.nvml.values import Failure, Snapshot
 from nodeagent.host.pci import NVIDIA
-from nodeagent.host.scan import scan
-from nodeagent.host.sysfs import SysFs
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import SysFs
 
 LARGEST_FILE_BYTES = 256 << 20
 

@@ -9,7 +9,7 @@ from typing import Any
 from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
-from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.model.cpuset import CpuSet
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,10 +18,10 @@ from typing import Any
 
 import msgspec
 
-from nodeagent.core.model import ContainerEdits, DeviceNode, Mount
+from nodeagent.core.model.device import ContainerEdits, DeviceNode, Mount
 from nodeagent.errors import HostError, InputError
-from nodeagent.host import files
-from nodeagent.host.sysfs import SysFs
+from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.sysfs import SysFs
 
 CLASS = "claim"
 UID = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?"

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from nodeagent.core.cpuset import EMPTY, CpuSet
-from nodeagent.core.model import NodeId
-from nodeagent.host.sysfs import SysFs
-from nodeagent.host.tolerant import Tolerant
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.topology import NodeId
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
 
 NVIDIA, AMD, INTEL = "10de", "1002", "8086"
 VFIO = "vfio-pci"

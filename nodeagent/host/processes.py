@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nodeagent.errors import HostError
-from nodeagent.host.sysfs import SysFs
+from nodeagent.host.sysfs.sysfs import SysFs
 
 INITIAL_NAMESPACE = "pid:[4026531836]"
 """/proc/self/ns/pid of the host (PROC_PID_INIT_INO of include/linux/proc_ns.h)."""

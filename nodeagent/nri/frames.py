@@ -76,7 +76,7 @@ def encode(message: Message) -> bytes:
     return b"".join(_FRAME_HEADER.pack(message.connection, len(piece)) + piece for piece in pieces if piece)
 
 
-class Parser:
+class FrameParser:
     """Reads one direction of a trunk, piece by piece."""
 
     def __init__(self, connections: Iterable[int]) -> None:

@@ -24,13 +24,14 @@ from typing import Any
 import structlog
 from google.protobuf.message import DecodeError
 
-from nodeagent import metrics
-from nodeagent.core.containers import Update
+from nodeagent.core.model.container import Update
 from nodeagent.errors import ConfigError, NodeagentError, PeerError
 from nodeagent.nri.service import Handler, PluginService
 from nodeagent.nri.translation import write_update
-from nodeagent.nri.ttrpc import Code, Connection, RpcError
+from nodeagent.nri.ttrpc import Code, RpcError, TtrpcConnection
 from nodeagent.pb import nri_pb2 as pb
+from nodeagent.telemetry import metrics
+from nodeagent.telemetry.once import Once
 
 RUNTIME = "nri.pkg.api.v1alpha1.Runtime"
 SERVES, CALLS = 1, 2
@@ -65,7 +66,7 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
+class NriTiming:
     """How fast things are tried, in seconds."""
 
     first_retry_s: float = 0.1
@@ -81,11 +82,11 @@ class Pace:
     longest_synchronize_s: float = 160.0
 
 
-DEFAULT_PACE = Pace()
+DEFAULT_PACE = NriTiming()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class NriState:
     """How the plugin stands with the runtime."""
 
     connected: bool = False
@@ -112,7 +113,7 @@ class NriPlugin:
         index: str,
         handler: Handler,
         *,
-        pace: Pace = DEFAULT_PACE,
+        pace: NriTiming = DEFAULT_PACE,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -129,19 +130,19 @@ class NriPlugin:
         self._pace = pace
         self._on_change = on_change
         self._clock = clock
-        self._standing = Standing(since_s=clock(), reason="not started")
+        self._standing = NriState(since_s=clock(), reason="not started")
         self._registration_s, self._request_s = pace.registration_s, pace.request_s
         self._synchronize_s = pace.synchronize_s
         self._service: PluginService | None = None
-        self._connection: Connection | None = None
+        self._connection: TtrpcConnection | None = None
         self._end: asyncio.Future[DisconnectedError] | None = None
         """Of the connection that stands: why it is to end."""
         self._retry_s = pace.first_retry_s
-        self._logged = ""
+        self._lost_once = Once("runtime-not-connected")
         self._jitter = random.Random(name)  # noqa: S311  spreads retries; the name makes it repeatable
 
     @property
-    def standing(self) -> Standing:
+    def standing(self) -> NriState:
         """How things are at this moment."""
         if self._service is None:
             return self._standing
@@ -191,7 +192,7 @@ class NriPlugin:
             on_failure=self._on_change,
             on_late=lambda why: self._give_up(Reason.LATE, why),
         )
-        connection = Connection(
+        connection = TtrpcConnection(
             stream, service.services(), serves=SERVES, calls=CALLS, on_served=service.served, clock=self._clock
         )
         self._service, self._connection, self._end = service, connection, asyncio.Future()
@@ -236,7 +237,7 @@ class NriPlugin:
         why = "the runtime closed the connection" if error is None else getattr(error, "strerror", None) or str(error)
         return DisconnectedError(Reason.CLOSED, f"cannot serve {self._socket} on: {why}")
 
-    async def _introduce(self, connection: Connection, service: PluginService) -> None:
+    async def _introduce(self, connection: TtrpcConnection, service: PluginService) -> None:
         """Register; then the runtime configures and synchronizes, the latter when its pods let it."""
         request = self._request.SerializeToString()
         try:
@@ -253,7 +254,7 @@ class NriPlugin:
             self._synchronize_s = min(2 * self._synchronize_s, self._pace.longest_synchronize_s)
             raise
         self._retry_s, self._synchronize_s = self._pace.first_retry_s, self._pace.synchronize_s
-        self._logged = ""
+        self._lost_once.clear()
         self._show(connected=True)
         log.info("runtime-connected", socket=str(self._socket), runtime=self._standing.runtime)
 
@@ -282,9 +283,7 @@ class NriPlugin:
         reason = f"cannot connect to {self._socket}: {error.strerror}" if isinstance(error, OSError) else str(error)
         unforeseen = None if isinstance(error, OSError | NodeagentError) else error
         self._show(reason=reason)
-        if reason != self._logged:
-            self._logged = reason
-            log.warning("runtime-not-connected", socket=str(self._socket), error=reason, exc_info=unforeseen)
+        self._lost_once.report(reason, socket=str(self._socket), exc_info=unforeseen)
 
     def _show(self, *, connected: bool = False, reason: str = "") -> None:
         before = self._standing

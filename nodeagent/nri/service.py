@@ -18,13 +18,13 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import structlog
 from google.protobuf.message import DecodeError, Message
 
-from nodeagent import metrics
-from nodeagent.core.containers import Adjustment, Container, Pod, Resources, Update
+from nodeagent.core.model.container import Adjustment, Container, Pod, Resources, Update
 from nodeagent.errors import NodeagentError
-from nodeagent.log import new_op
 from nodeagent.nri.translation import read_container, read_pod, read_resources, write_adjustment, write_update
-from nodeagent.nri.ttrpc import Code, Method, RpcError, Served, Services
+from nodeagent.nri.ttrpc import Code, Method, RpcError, ServedCall, Services
 from nodeagent.pb import nri_pb2 as pb
+from nodeagent.telemetry import metrics
+from nodeagent.telemetry.log import new_op
 
 PLUGIN = "nri.pkg.api.v1alpha1.Plugin"
 WAITING, PATIENCE, LATE = 0.7, 0.9, 0.95
@@ -157,7 +157,7 @@ class PluginService:
         """How long the runtime waits for an answer. waits_s: what the request says of that."""
         return self.request_timeout_s if waits_s is None else min(waits_s, self.request_timeout_s)
 
-    def served(self, one: Served) -> None:
+    def served(self, one: ServedCall) -> None:
         """Take note of how long an answer took, as the connection reports it."""
         if one.service != PLUGIN or one.method not in self._methods:
             return

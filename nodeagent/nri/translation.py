@@ -12,8 +12,8 @@ from types import MappingProxyType
 
 import structlog
 
-from nodeagent.core import containers as core
-from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.model import container as core
+from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import InputError
 from nodeagent.pb import nri_pb2 as pb
 

@@ -18,7 +18,7 @@ from google.protobuf.message import DecodeError
 
 from nodeagent.errors import NodeagentError, PeerError
 from nodeagent.nri import frames
-from nodeagent.nri.frames import LARGEST_DATA_BYTES, Message, Oversized, Parser, Received, Stray
+from nodeagent.nri.frames import LARGEST_DATA_BYTES, FrameParser, Message, Oversized, Received, Stray
 from nodeagent.pb import ttrpc_pb2 as pb
 
 Method: TypeAlias = Callable[[bytes, float | None], Awaitable[bytes]]
@@ -53,7 +53,7 @@ class RpcError(PeerError):
         self.code = code
 
 
-class Served(NamedTuple):
+class ServedCall(NamedTuple):
     """One call of the peer, over and done with."""
 
     service: str
@@ -66,11 +66,11 @@ class Served(NamedTuple):
     """False: the connection ended first."""
 
 
-def _pass_over(_: Served) -> None:
+def _pass_over(_: ServedCall) -> None:
     """Nobody wants to know how long calls took."""
 
 
-class Connection:
+class TtrpcConnection:
     """Both ends on one stream. Building it starts nothing; run() runs once."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Connection:
         *,
         serves: int,
         calls: int,
-        on_served: Callable[[Served], None] = _pass_over,
+        on_served: Callable[[ServedCall], None] = _pass_over,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`serves` and `calls`: the trunk ids of the services here and of those of the peer. `on_served` is called
@@ -100,7 +100,7 @@ class Connection:
     async def run(self) -> None:
         """Serve until the peer closes between two messages; FrameError where the stream breaks, OSError where it fails.
         At the end the stream is closed, calls in both directions end."""
-        parser = Parser((self._serves, self._calls))
+        parser = FrameParser((self._serves, self._calls))
         try:
             while data := await self._reader.read(_READ_BYTES):
                 for one in parser.feed(data):
@@ -200,7 +200,7 @@ class Connection:
         finally:
             if not isinstance(request, RpcError):
                 took_s, waits_s = self._clock() - arrived, _waits_s(request)
-                self._on_served(Served(request.service, request.method, took_s, waits_s, answered))
+                self._on_served(ServedCall(request.service, request.method, took_s, waits_s, answered))
 
     async def _answer_to(self, stream: int, request: pb.Request | RpcError) -> bytes:
         try:

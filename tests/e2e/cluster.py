@@ -29,17 +29,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import nodefiles
 import pytest
 import yaml
-from grounds import PREFIX, Shared, busybox, missing, path
-from kubeapi import KubeApi, until
-from nodefiles import NODE, PORTS
-from programs import command
-from running import CHECKOUT
+
+from tests.e2e import nodefiles
+from tests.e2e.grounds import PREFIX, Shared, busybox, missing, path
+from tests.e2e.kubeapi import KubeApi, until
+from tests.e2e.nodefiles import NODE, PORTS
+from tests.e2e.programs import command
+from tests.support.paths import NVML_DOUBLE
+from tests.support.running import CHECKOUT
 
 ADMIN, KUBELET = "e2e-admin-token", "e2e-kubelet-token"
-TESTS = Path(__file__).resolve().parents[1]
 STEP_S, STOP_S = 90.0, 20.0
 
 
@@ -166,7 +167,7 @@ class Cluster:
         (f / "nvml").mkdir()
         if compiler := shutil.which("cc"):
             library = f / "nvml/libnvidia-ml.so.1"
-            _run(compiler, "-shared", "-fPIC", "-fvisibility=hidden", "-o", library, TESTS / "nvml_double.c")
+            _run(compiler, "-shared", "-fPIC", "-fvisibility=hidden", "-o", library, NVML_DOUBLE)
 
     def _import_image(self) -> bool:
         words = ["ctr", "-a", f"{self.folder}/containerd.sock", "-n", "k8s.io", "images", "import"]

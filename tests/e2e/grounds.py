@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from running import CHECKOUT
+from tests.support.running import CHECKOUT
 
 BINARIES = (
     "etcd",

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from devices import DeviceTree
-from kubeapi import IMAGE
-from machines import MIB, build, named
+from tests.builders.devices import DeviceTree
+from tests.builders.machines import MIB, build, named
+from tests.e2e.kubeapi import IMAGE
 
 NODE, DRIVER = "e2e-node", "nodeagent.dev"
 PORTS = ("/dev/ttyE2E0", "/dev/ttyE2E1", "/dev/ttyE2E2")

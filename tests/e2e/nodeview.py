@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
-from cluster import Cluster, cluster
-from kubeapi import DRA, Object, claim_path, pod, pod_path, until
-from nodefiles import DRIVER, NODE
+
+from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.kubeapi import DRA, Object, claim_path, pod, pod_path, until
+from tests.e2e.nodefiles import DRIVER, NODE
 
 NUMA = "resource.kubernetes.io/numaNode"
 HELD, UNHEALTHY = f"{DRIVER}/held-by-device-plugin", f"{DRIVER}/unhealthy"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from nodefiles import NODE
+from tests.e2e.nodefiles import NODE
 
 
 def command(name: str, folder: Path, ports: Mapping[str, int]) -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import nodeview
-from cluster import Cluster
-from kubeapi import claim, pod, pod_path, request, until
-from nodefiles import PORTS
-from nodeview import (
+from nodeagent.core.model.cpuset import CpuSet
+from tests.e2e import nodeview
+from tests.e2e.cluster import Cluster
+from tests.e2e.kubeapi import claim, pod, pod_path, request, until
+from tests.e2e.nodefiles import PORTS
+from tests.e2e.nodeview import (
     HELD,
     UNHEALTHY,
     XID_GPU,
@@ -24,8 +25,6 @@ from nodeview import (
     taints,
     unschedulable,
 )
-
-from nodeagent.core.cpuset import CpuSet
 
 node, started = nodeview.node, nodeview.started
 

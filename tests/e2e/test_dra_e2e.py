@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import nodeview
 import pytest
 import yaml
-from cluster import Cluster
-from kubeapi import DRA, KubeApi, Refusal, claim, pod, request, template, until, wanted
-from nodefiles import CPUS_OF_NODE, DRIVER, GPUS, NODE, PORTS, RESOURCES
-from nodeview import (
+
+from nodeagent.core.model.cpuset import CpuSet
+from tests.e2e import nodeview
+from tests.e2e.cluster import Cluster
+from tests.e2e.kubeapi import DRA, KubeApi, Refusal, claim, pod, request, template, until, wanted
+from tests.e2e.nodefiles import CPUS_OF_NODE, DRIVER, GPUS, NODE, PORTS, RESOURCES
+from tests.e2e.nodeview import (
     DIVIDED_GPU,
     NUMA,
     claim_of,
@@ -24,9 +26,7 @@ from nodeview import (
     slices,
     unschedulable,
 )
-from running import CHECKOUT
-
-from nodeagent.core.cpuset import CpuSet
+from tests.support.running import CHECKOUT
 
 node, started = nodeview.node, nodeview.started
 

@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-import nodeview
-from cluster import Cluster
-from kubeapi import claim, request, until
-from nodeview import delete_pod, grants, run_pod, said
-from test_restarts_e2e import containers, hold_some
-
-from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.model.cpuset import CpuSet
+from tests.e2e import nodeview
+from tests.e2e.cluster import Cluster
+from tests.e2e.kubeapi import claim, request, until
+from tests.e2e.nodeview import delete_pod, grants, run_pod, said
+from tests.e2e.test_restarts_e2e import containers, hold_some
 
 node, started = nodeview.node, nodeview.started
 SILENT_S = 12.0

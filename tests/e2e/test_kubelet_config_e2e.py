@@ -13,9 +13,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nodeagent.kube import kubelet_config
-from nodeagent.kube.kubelet_config import API_VERSION, DEFAULTS, KIND
-from nodeagent.kube.kubelet_flags import parse
+from nodeagent.kube.kubelet_files import config as kubelet_config
+from nodeagent.kube.kubelet_files.config import API_VERSION, DEFAULTS, KIND
+from nodeagent.kube.kubelet_files.flags import parse
 
 KUBELET = Path(os.environ.get("NODEAGENT_E2E_BIN") or "/nonexistent") / "kubelet"
 LOGGED = re.compile(r'"Effective KubeletConfiguration" config=<\n(.*?)\n >', re.DOTALL)

@@ -9,13 +9,12 @@ import os
 import signal
 import time
 
-import nodeview
-from cluster import Cluster
-from kubeapi import until
-from nodefiles import DRIVER, PORTS
-from nodeview import delete_pod, run_pod
-
-from nodeagent.kube.podresources import PodResources
+from nodeagent.kube.kubelet.pod_resources import PodResources
+from tests.e2e import nodeview
+from tests.e2e.cluster import Cluster
+from tests.e2e.kubeapi import until
+from tests.e2e.nodefiles import DRIVER, PORTS
+from tests.e2e.nodeview import delete_pod, run_pod
 
 node, started = nodeview.node, nodeview.started
 

@@ -6,13 +6,12 @@ import signal
 from collections import Counter
 from typing import Any
 
-import nodeview
-from cluster import Cluster
-from kubeapi import DRA, claim, pod, pod_path, request, until
-from nodefiles import PORTS
-from nodeview import allocatable, allocated, devices, grants, run_pod, running, said, slices
-
-from nodeagent.core.cpuset import CpuSet
+from nodeagent.core.model.cpuset import CpuSet
+from tests.e2e import nodeview
+from tests.e2e.cluster import Cluster
+from tests.e2e.kubeapi import DRA, claim, pod, pod_path, request, until
+from tests.e2e.nodefiles import PORTS
+from tests.e2e.nodeview import allocatable, allocated, devices, grants, run_pod, running, said, slices
 
 node, started = nodeview.node, nodeview.started
 

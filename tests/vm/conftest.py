@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from vmguest import Guest
-from vmnode import CONFIG, prepare_runtime, started
-from vmpods import until_connected
+
+from tests.vm.vmguest import Guest
+from tests.vm.vmnode import CONFIG, prepare_runtime, started
+from tests.vm.vmpods import until_connected
 
 LIFE_S = 2400.0
 PAGES = [{"pageSize": "2Mi", "node": 1, "pages": 16}, {"pageSize": "1Gi", "node": 2, "pages": 1}]

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from vmguest import Guest
-from vmnode import started
+
+from tests.vm.vmguest import Guest
+from tests.vm.vmnode import started
 
 CPU, NVME, PAGES = "nodeagent.dev/cpu", "nodeagent.dev/nvme", "nodeagent.dev/hugepages-2Mi"
 DISK = "0000:41:00.0"

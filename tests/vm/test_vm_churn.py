@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 
-from vmguest import Guest
-from vmpods import PYTHON, pinning
+from tests.vm.vmguest import Guest
+from tests.vm.vmpods import PYTHON, pinning
 
 SEED = int(os.environ.get("NODEAGENT_VM_SEED", "2026"))
 SECONDS, PODS = 120, int(os.environ.get("NODEAGENT_VM_PODS", "40"))

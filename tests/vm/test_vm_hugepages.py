@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import pytest
-import vmpods
-from vmguest import Guest
+
+from tests.vm import vmpods
+from tests.vm.vmguest import Guest
 
 PROGRAM = "/run/vm-pages"
 

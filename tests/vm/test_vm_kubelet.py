@@ -6,9 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-import vmcluster
-from kubeapi import claim, request, until
-from vmcluster import STEP_S, Node
+
+from tests.e2e.kubeapi import claim, request, until
+from tests.vm import vmcluster
+from tests.vm.vmcluster import STEP_S, Node
 
 SILENT_S = 60.0
 """For how long kubelet's list has none of the running pods; the agent's patience is 5 s."""

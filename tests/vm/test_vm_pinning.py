@@ -6,9 +6,10 @@ import json
 from collections.abc import Iterator
 
 import pytest
-import vmpods
-from vmguest import Guest, GuestError
-from vmpods import Pod, cpus
+
+from tests.vm import vmpods
+from tests.vm.vmguest import Guest, GuestError
+from tests.vm.vmpods import Pod, cpus
 
 ALL, RESERVED, GRANTABLE = "0-15", "0-1", "2-15"
 REPAIR_S = 5.0

@@ -14,27 +14,20 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import vmnode
 import yaml
-from vmguest import Guest
-from vmpods import CPU
 
-E2E = Path(__file__).resolve().parents[1] / "e2e"
-sys.path.append(str(E2E))  # as pytest does for the tests there
-
-import grounds  # noqa: E402
-import kubeapi  # noqa: E402
-import nodefiles  # noqa: E402
-import programs  # noqa: E402
-from cluster import ADMIN, KUBELET, free_port  # noqa: E402
-from kubeapi import KubeApi, until  # noqa: E402
+from tests.e2e import grounds, kubeapi, nodefiles, programs
+from tests.e2e.cluster import ADMIN, KUBELET, free_port
+from tests.e2e.kubeapi import KubeApi, until
+from tests.vm import vmnode
+from tests.vm.vmguest import Guest
+from tests.vm.vmpods import CPU
 
 HOST_ADDRESS, GUEST_ADDRESS, NODE = "10.0.2.2", "10.0.2.15", nodefiles.NODE
 NETWORK = ("-netdev", "user,id=user", "-netdev", "hubport,id=uplink,hubid=0,netdev=user")

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import vmmachine
+from tests.vm import vmmachine
 
 QEMU = "qemu-system-x86_64"
 LOCK = Path(tempfile.gettempdir()) / "nodeagent-vm.lock"

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-import vmimage
-from vmguest import LIFE_S, Guest
+
+from tests.vm import vmimage
+from tests.vm.vmguest import LIFE_S, Guest
 
 T = TypeVar("T")
 HERE = Path(__file__).resolve().parent
@@ -73,9 +74,11 @@ def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
     shutil.copytree(HERE / "inside", share / "inside")
     protoc = (sys.executable, "-m", "grpc_tools.protoc", f"-I{HERE}", f"--python_out={share}/inside", "cri.proto")
     subprocess.run(protoc, check=True, timeout=60)
-    (share / "tests").mkdir()
-    for module in ("fakes.py", "kubeletplugins.py"):
-        shutil.copy(HERE.parent / module, share / "tests")
+    doubles = share / "tests" / "doubles"
+    doubles.mkdir(parents=True)
+    for module in ("__init__.py", "kubelet.py", "kubelet_plugins.py"):
+        shutil.copy(HERE.parent / "doubles" / module, doubles)
+    shutil.copy(HERE.parent / "__init__.py", share / "tests")
     shutil.copytree(vmimage.CHECKOUT / "systemd", share / "systemd")
     shutil.copy(wheel, share)
     (share / "config.yaml").write_text(json.dumps(config))

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from vmguest import Guest
+from tests.vm.vmguest import Guest
 
 CPU = "nodeagent.dev/cpu"
 PYTHON = "/opt/nodeagent/bin/python"

@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, "/share/tests")
+sys.path.insert(0, "/share")
 
-from fakes import AdmissionError, FakeKubelet
+from tests.doubles.kubelet import AdmissionError, FakeKubelet
 
 SOCKET = "/run/vm-kubelet.sock"
 NAMESPACE = "vm"

@@ -1,0 +1,1 @@
+"""Small asyncio helpers: waiting for changes, and tasks that run as long as the agent does."""

@@ -1,0 +1,25 @@
+"""A number that rises with each change and can be waited for."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Revision:
+    """A number from 1 up that rises with every change and can be waited for."""
+
+    def __init__(self) -> None:
+        self.value = 1
+        self._news = asyncio.Event()
+
+    def bump(self) -> None:
+        """Say that something changed."""
+        self.value += 1
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def changed(self, seen: int) -> int:
+        """The number, as soon as it differs from `seen` (0: at once)."""
+        while self.value == seen:
+            await self._news.wait()
+        return self.value

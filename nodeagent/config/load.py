@@ -1,0 +1,120 @@
+"""Reads a configuration: YAML, typed and strict. Reading it changes nothing; a bad one is refused whole.
+
+An unknown key is refused with its path and the nearest known key, a wrong value with its path and what is expected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import yaml
+
+from nodeagent.config import hints
+from nodeagent.config.schema import Config, schema
+from nodeagent.config.validate import wrong as mistakes
+from nodeagent.errors import ConfigError
+
+LARGEST_FILE_BYTES, MOST_VALUES = 256 << 10, 20_000
+
+
+def parse(text: str | bytes, *, source: str) -> Config:
+    """Read a configuration; ConfigError names the source, the path of the key and what is expected."""
+    found = _read_yaml(text, source)
+    for path, key, known in _unknown(found, schema(), "$"):
+        raise ConfigError(f"cannot use {source}: unknown key {path}; {hints.hint(key, sorted(known))}")
+    try:
+        config = msgspec.convert(found, Config)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        raise ConfigError(f"cannot use {source}: {error}{hints.found(found, str(error))}") from None
+    for wrong in mistakes(config):
+        raise ConfigError(f"cannot use {source}: {wrong}")
+    return config
+
+
+def load(path: Path) -> Config:
+    """Read a configuration file."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    return parse(text, source=str(path))
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What another configuration changes, one line a key, as PATH: OLD -> NEW."""
+    return sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
+
+
+def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in old.keys() | new.keys():
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+    elif old != new:
+        yield f"{path}: {old!r} -> {new!r}"
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as it is meant here: a key that stands twice is a mistake, not a choice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key {key.value!r} stands twice", problem_mark=key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(text: str | bytes, source: str) -> dict[Any, Any]:
+    """A mapping of limited size: a file of a few lines can name itself a billion times."""
+    if len(text) > LARGEST_FILE_BYTES:
+        raise ConfigError(f"cannot read {source}: it has more than {LARGEST_FILE_BYTES} bytes")
+    try:
+        found = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError(f"cannot read {source}: it is nested too deeply") from None
+    found = {} if found is None else found
+    if not isinstance(found, dict):
+        raise ConfigError(f"cannot read {source}: {type(found).__name__} at the top, expected a mapping")
+    _limit(found, source)
+    return found
+
+
+def _limit(found: Any, source: str) -> None:
+    waiting, count = [found], 0
+    while waiting:
+        one, count = waiting.pop(), count + 1
+        if count > MOST_VALUES:
+            raise ConfigError(f"cannot read {source}: it has more than {MOST_VALUES} values, aliases counted each time")
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+
+
+def _unknown(found: Any, form: Mapping[str, Any], path: str, root: Any = None) -> Iterator[tuple[str, str, list[str]]]:
+    """Keys that the schema does not have: (path, key, keys known there)."""
+    root = form if root is None else root
+    for option in _forms(form, root):
+        if isinstance(found, dict) and "properties" in option:
+            known = option["properties"]
+            for key, value in found.items():
+                if key not in known:
+                    yield f"{path}.{key}", str(key), list(known)
+                else:
+                    yield from _unknown(value, known[key], f"{path}.{key}", root)
+        if isinstance(found, list) and "items" in option:
+            for i, value in enumerate(found):
+                yield from _unknown(value, option["items"], f"{path}[{i}]", root)
+
+
+def _forms(form: Mapping[str, Any], root: Any) -> Iterator[Mapping[str, Any]]:
+    """A form with its references and alternatives followed."""
+    if "$ref" in form:
+        yield from _forms(root["$defs"][form["$ref"].rpartition("/")[2]], root)
+    for option in form.get("anyOf", ()):
+        yield from _forms(option, root)
+    yield form

@@ -1,0 +1,251 @@
+"""The configuration as types. Everything has a default; what is read is frozen.
+
+Keys are written as Kubernetes writes its own (camelCase). `schema()` is the same as JSON schema.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import msgspec
+import msgspec.inspect
+
+API_VERSION, KIND = "nodeagent.dev/v1alpha1", "NodeAgentConfiguration"
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400 * 366)]
+SMALLEST_PAGE_BYTES, LARGEST_PAGE_BYTES = 16 << 10, 16 << 30
+"""Of hugepages, over all processors that Linux runs on."""
+LONGEST_DOMAIN = 253
+NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
+DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
+Name = Annotated[str, msgspec.Meta(pattern=NAME)]
+DevPath = Annotated[str, msgspec.Meta(pattern=r"^/dev/[^\0]+$")]
+Absolute = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
+Variable = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+AT_START = msgspec.Meta(extra={"applied": "at start"})
+"""Marks a key that takes effect only when the agent starts."""
+Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
+
+
+class _Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """Every part of the configuration is frozen, named and strict."""
+
+
+class MountConfig(_Base, frozen=True):
+    """A folder or file of the host that the container gets, beside the device."""
+
+    host_path: Absolute
+    container_path: Absolute
+    read_only: bool = True
+
+
+class UsbConfig(_Base, frozen=True):
+    """USB devices by vendor and, where given, product (four hexadecimal digits) and serial number."""
+
+    vendor: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{4}$")]
+    product: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F]{4})?$")] = ""
+    serial: str = ""
+
+
+class CdiConfig(_Base, frozen=True):
+    """CDI names to hand to the runtime: CLASS=VALUE, VALUE being a field or attribute of the device."""
+
+    kind: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: str = "id"
+
+
+class ResourceConfig(_Base, frozen=True):
+    """One extended resource."""
+
+    name: Name
+    kind: Name
+    serve: Literal["device-plugin", "dra", "both"] = "device-plugin"
+    """Through which API pods get it."""
+    match: dict[str, str] = {}
+    """Shell patterns by field or attribute of a device, all of which have to match."""
+    paths: list[DevPath] = []
+    """kind char: globs of device nodes."""
+    usb: list[UsbConfig] = []
+    """kind usb: which devices."""
+    replicas: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
+    page_size: str = ""
+    """kind hugepages."""
+    pages_per_block: Positive = 1
+    options: list[str] = []
+    """kind cpu: placement options."""
+    numa: Literal["single", "restricted", "best-effort"] = "best-effort"
+    grouping: Literal["numa-node", "socket", "l3", "individual"] = "numa-node"
+    """kind cpu, through DRA: what one device is."""
+    device_nodes: bool = True
+    """Whether the container gets the device nodes themselves; false where CDI does all."""
+    cdi: CdiConfig | None = None
+    env: dict[Variable, Text] = {}
+    mounts: list[MountConfig] = []
+
+
+class DraConfig(_Base, frozen=True):
+    """Dynamic Resource Allocation: how this node takes part, where any resource is served through it."""
+
+    driver: Annotated[str, msgspec.Meta(pattern=DOMAIN, max_length=63), AT_START] = "nodeagent.dev"
+    node_name: Annotated[str, AT_START] = ""
+    """The Node's name; "": $NODE_NAME, or else the host's name."""
+    kubeconfig: Annotated[str, AT_START] = ""
+    """How to reach the API server; "": as a pod's service account."""
+    cdi_dir: Annotated[Absolute, AT_START] = "/var/run/cdi"
+    unhealthy_effect: Literal["NoSchedule", "NoExecute"] = "NoSchedule"
+    """The effect of the taint on a device that is not healthy."""
+    spread_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 10.0
+    """The first look at the API server comes after a random part of this: many nodes may start in the same moment."""
+    device_status: bool = True
+    """Whether what was prepared is written to the claim's status.devices."""
+
+
+class KubeletConfigConfig(_Base, frozen=True):
+    """Where kubelet's own configuration lies, where its command line cannot say so."""
+
+    file: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
+    """"": as of --config; config.yaml in kubelet_dir where kubelet's command line cannot be seen."""
+    drop_ins: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
+    """A folder. "": as of --config-dir; /etc/kubernetes/kubelet.conf.d where kubelet's command line cannot be seen."""
+
+
+class LogConfig(_Base, frozen=True):
+    """What is logged, and how: `auto` is `console` on a terminal and `json` elsewhere."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class StatusConfig(_Base, frozen=True):
+    """Who may read the status socket."""
+
+    group: Annotated[str, AT_START] = ""
+    """A group whose members may read; root always may."""
+
+
+class ReleaseConfig(_Base, frozen=True):
+    """How long a grant may be missing from kubelet's list before it is released."""
+
+    poll_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 15.0
+    """How often kubelet is asked what pods hold: the end of a pod changes no file that could be watched."""
+    unconfirmed_seconds: Seconds = 60.0
+    """Of a grant that was never listed: its pod may still be being admitted."""
+    confirmed_seconds: Seconds = 5.0
+    """Of a grant that was listed before, where the kernel or the runtime confirm that nothing of its pod runs."""
+    unobserved_seconds: Seconds = 600.0
+    """Where neither can confirm it."""
+
+
+class HealthConfig(_Base, frozen=True):
+    """How health is judged."""
+
+    recover_seconds: Seconds = 30.0
+    """How long all evidence must be good before what was unhealthy is healthy."""
+    nvml_seconds: Seconds = 30.0
+    """How often NVML is asked."""
+
+
+class PinningConfig(_Base, frozen=True):
+    """How containers are confined to what they hold, and all others kept off it."""
+
+    mode: Annotated[Literal["auto", "nri", "cgroup", "off"], AT_START] = "auto"
+    """auto: through the runtime (NRI) where its socket is there, by control groups alone elsewhere."""
+    nri_socket: Annotated[Absolute, AT_START] = "/var/run/nri/nri.sock"
+    nri_index: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{2}$"), AT_START] = "90"
+    """The agent's place among the runtime's plugins."""
+    on_failure: Literal["refuse", "warn"] = "refuse"
+    """A container that cannot be confined to what it holds: it is not started, or started and said."""
+    memory: Literal["granted", "local"] = "granted"
+    """Whose NUMA nodes a container's memory is bound to: those of pages and memory that it holds; local: where it holds
+    neither, those of its CPUs."""
+    strict_reservation: bool = True
+    """Whether containers without CPUs of their own are kept off the reserved CPUs too."""
+    verify_seconds: Annotated[Seconds, AT_START] = 30.0
+    """How often everything is read back without any event."""
+    cgroup_root: Annotated[Absolute, AT_START] = "/"
+    """Kubelet's cgroupRoot."""
+    partition: Literal["none", "root", "isolated"] = "none"
+    """Whether a container with exclusive CPUs becomes a cpuset partition."""
+    move_interrupts: bool = False
+    """Whether interrupts are moved away from exclusive CPUs."""
+    intruders_seconds: Seconds = 60.0
+    """How often threads of the host and interrupts on exclusive CPUs are looked for."""
+
+
+class HugepagesConfig(_Base, frozen=True):
+    """A pool of hugepages that the agent provides on one NUMA node."""
+
+    page_size: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,8}(Ki|Mi|Gi)$")]
+    node: Annotated[int, msgspec.Meta(ge=0)]
+    pages: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """The pool is made at least so large at the start, and kept so."""
+    max_pages: Annotated[int, msgspec.Meta(ge=0)] = 0
+    """How far the pool may grow when a claim needs more; 0: not at all."""
+
+
+class Config(_Base, frozen=True):
+    """The whole configuration; everything has a default."""
+
+    api_version: Literal["nodeagent.dev/v1alpha1"] = API_VERSION  # type: ignore[assignment]
+    kind: Literal["NodeAgentConfiguration"] = KIND  # type: ignore[assignment]
+    kubelet_dir: Annotated[Absolute, AT_START] = "/var/lib/kubelet"
+    kubelet_config: KubeletConfigConfig = KubeletConfigConfig()
+    state_dir: Annotated[Absolute, AT_START] = "/var/lib/nodeagent"
+    runtime_dir: Annotated[Absolute, AT_START] = "/run/nodeagent"
+    domain: Annotated[str, msgspec.Meta(pattern=DOMAIN)] = "nodeagent.dev"
+    reserved_cpus: str | None = None
+    """CPUs that are never granted; null: kubelet's reservedSystemCPUs, or else the first core."""
+    resources: list[ResourceConfig] | None = None
+    """null: DEFAULT_RESOURCES."""
+    resync_seconds: Seconds = 60.0
+    audit_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] = 30
+    log: LogConfig = LogConfig()
+    status: StatusConfig = StatusConfig()
+    release: ReleaseConfig = ReleaseConfig()
+    health: HealthConfig = HealthConfig()
+    dra: DraConfig = DraConfig()
+    pinning: PinningConfig = PinningConfig()
+    hugepages: list[HugepagesConfig] = []
+    """Pools to provide; those that are not named are left alone."""
+
+    @property
+    def served(self) -> list[ResourceConfig]:
+        return list(DEFAULT_RESOURCES) if self.resources is None else self.resources
+
+    @property
+    def served_by_dra(self) -> list[ResourceConfig]:
+        return [one for one in self.served if one.serve != "device-plugin"]
+
+
+DEFAULT_RESOURCES = (
+    ResourceConfig(name="cpu", kind="cpu"),
+    ResourceConfig(name="gpu", kind="gpu"),
+    ResourceConfig(name="vf", kind="nic", match={"sriov": "vf"}),
+    ResourceConfig(name="fuse", kind="char", paths=["/dev/fuse"], replicas=100),
+    ResourceConfig(name="kvm", kind="char", paths=["/dev/kvm"], replicas=100),
+)
+"""What needs no preparation and takes nothing from the host or from kubelet's own managers: no hugepages (kubelet
+counts the same pools), no physical function and no disk (the host may be using it)."""
+
+
+def schema() -> dict[str, Any]:
+    """The configuration as JSON schema."""
+    return msgspec.json.schema(Config)
+
+
+@functools.cache
+def keys_applied_at_start() -> frozenset[str]:
+    """Return the paths of all keys that are marked AT_START, such as "dra.driver"."""
+    return frozenset(_marked(msgspec.inspect.type_info(Config), ""))
+
+
+def _marked(info: msgspec.inspect.Type, path: str) -> Iterator[str]:
+    if isinstance(info, msgspec.inspect.Metadata):
+        if (info.extra or {}) == AT_START.extra:
+            yield path
+        info = info.type
+    if isinstance(info, msgspec.inspect.StructType):
+        for one in info.fields:
+            yield from _marked(one.type, f"{path}.{one.encode_name}" if path else one.encode_name)

@@ -1,0 +1,104 @@
+"""What types alone do not express: what is wrong with a configuration, one sentence each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import msgspec
+
+from nodeagent.config.schema import (
+    LARGEST_PAGE_BYTES,
+    LONGEST_DOMAIN,
+    SMALLEST_PAGE_BYTES,
+    Config,
+    HugepagesConfig,
+    ResourceConfig,
+)
+
+_MEANT_FOR = {
+    "paths": ("char",),
+    "usb": ("usb",),
+    "pageSize": ("hugepages",),
+    "pagesPerBlock": ("hugepages",),
+    "options": ("cpu",),
+    "numa": ("cpu",),
+    "grouping": ("cpu",),
+}
+_ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi")
+"""Keys that mean nothing where there is no device, only CPUs or pages."""
+_NEEDED = {
+    "char": ("paths", "globs such as /dev/ttyUSB*"),
+    "usb": ("usb", "vendor and product"),
+}
+
+
+def wrong(config: Config) -> Iterator[str]:
+    """What is wrong, one sentence each."""
+    yield from _wrong_domain(config.domain)
+    names: set[str] = set()
+    for i, one in enumerate(config.served):
+        where = f"$.resources[{i}]"
+        if one.name in names:
+            yield f"name {one.name!r} at {where}.name stands twice"
+        names.add(one.name)
+        yield from _misplaced(one, where)
+        yield from _missing(one, where)
+        yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
+    yield from _wrong_dra(config)
+    yield from _wrong_pages(config.hugepages)
+
+
+def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
+    """Sizes that no processor has, pools that stand twice, limits below what is wanted anyway."""
+    seen: dict[tuple[int, int], int] = {}
+    for i, one in enumerate(pools):
+        where = f"$.hugepages[{i}]"
+        page_bytes = int(one.page_size[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[one.page_size[-2:]]
+        if page_bytes & (page_bytes - 1) or not SMALLEST_PAGE_BYTES <= page_bytes <= LARGEST_PAGE_BYTES:
+            yield f"{one.page_size!r} at {where}.pageSize, expected a size that pages have, such as 2Mi or 1Gi"
+        first = seen.setdefault((one.node, page_bytes), i)
+        if first != i:
+            yield f"{one.page_size!r} on node {one.node} at {where} stands twice, first at $.hugepages[{first}]"
+        if 0 < one.max_pages < one.pages:
+            yield f"{one.max_pages} at {where}.maxPages, expected at least the {one.pages} of pages, or 0"
+
+
+def _wrong_dra(config: Config) -> Iterator[str]:
+    """One pool a kind: CPUs have one form in it, and its name is part of a DNS name."""
+    kinds = [one.kind for one in config.served_by_dra]
+    for kind in ("cpu", "memory"):
+        if kinds.count(kind) > 1:
+            yield f"kind {kind} at $.resources is served through DRA {kinds.count(kind)} times, expected once"
+    for kind in kinds:
+        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", kind):
+            yield f"kind {kind!r} at $.resources cannot name a pool: expected lower-case letters, digits and '-'"
+
+
+def _wrong_domain(domain: str) -> Iterator[str]:
+    if len(domain) > LONGEST_DOMAIN:
+        yield f"{len(domain)} characters at $.domain, expected at most {LONGEST_DOMAIN}"
+    if domain == "kubernetes.io" or domain.endswith(".kubernetes.io") or domain.startswith("requests."):
+        yield f"{domain!r} at $.domain belongs to Kubernetes itself, expected a domain of your own"
+
+
+def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
+    """Keys that say something although their kind has no use for them."""
+    said = msgspec.to_builtins(one)
+    silent = msgspec.to_builtins(ResourceConfig(name=one.name, kind=one.kind))
+    for key in (key for key in said if said[key] != silent[key]):
+        kinds = _MEANT_FOR.get(key, (one.kind,))
+        if one.kind not in kinds:
+            yield f"{where}.{key} has no meaning for kind {one.kind}, only for {', '.join(kinds)}"
+        if key in _ONLY_DEVICES and one.kind in ("cpu", "hugepages", "memory"):
+            yield f"{where}.{key} has no meaning for kind {one.kind}, only for devices"
+
+
+def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
+    if one.kind == "memory" and one.serve != "dra":
+        yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API cannot count memory"
+    if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):
+        yield f"{one.page_size!r} at {where}.pageSize, expected a size such as 2Mi"
+    key, expected = _NEEDED.get(one.kind, ("", ""))
+    if key and not getattr(one, key):
+        yield f"nothing at {where}.{key}, expected {expected}"

@@ -1,0 +1,183 @@
+"""Decisions about device-plugin containers: what granting exact ids does to the ledger, or why it cannot be.
+
+Pure. Kubelet has chosen the ids already; what is decided here is whether they can be had, and from whom they are taken
+over: a grant whose pod was never listed, or is gone, gives way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+
+from nodeagent.core.deviceplugin.devices import DeviceResource, refuse_missing_shares, relatives, shares_of, without
+from nodeagent.core.deviceplugin.view import Near, ResourceKind
+from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.free import grantable
+from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
+from nodeagent.core.model.cpuset import union
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import InputError, Refused
+
+SAME_POD_S = 5.0
+"""Kubelet admits one pod after the other: what was granted so recently and is not listed yet is likely of one pod."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stamp:
+    """What a new grant is marked with. at: seconds since the epoch."""
+
+    new_id: Callable[[], str]
+    at: float
+    boot_id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """One decision: the ledger after it, the changes that lead there, and the grant of each container."""
+
+    ledger: Ledger
+    changes: tuple[Change, ...] = ()
+    grants: tuple[Grant, ...] = ()
+
+
+def allocate(
+    inventory: Inventory, ledger: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]], stamp: Stamp
+) -> Decision:
+    """Grant each container its ids, all or nothing. InputError names ids that are unknown or asked for twice, Refused
+    the holder that is in the way. Who asks again for what is granted and not listed yet gets the same grant."""
+    check_ids(inventory, resource, containers)
+    decision = Decision(ledger=ledger)
+    for ids in containers:
+        decision = _one_more(inventory, decision, resource, ids, stamp)
+    return decision
+
+
+def check_ids(inventory: Inventory, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
+    """InputError where ids are unknown or asked for twice, or where a container asks for none."""
+    every = list(chain.from_iterable(containers))
+    twice = sorted(one for one, times in Counter(every).items() if times > 1)
+    if twice:
+        raise InputError(f"cannot allocate {resource.name}: asked for twice: {', '.join(twice)}")
+    if not all(containers):
+        raise InputError(f"cannot allocate {resource.name}: a container names no id")
+    resource.parts(inventory, every)
+
+
+def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], grant_id: str, stamp: Stamp) -> Grant:
+    """What ids stand for as a grant to a container not known by name; InputError where they are unknown."""
+    parts = resource.parts(inventory, ids)
+    return Grant(
+        id=grant_id,
+        holder=Holder(api=DEVICE_PLUGIN, resource=resource.name),
+        ids=tuple(ids),
+        cpus=parts.cpus,
+        hugepages=parts.hugepages,
+        devices=parts.devices,
+        shares=parts.shares,
+        granted_at=stamp.at,
+        boot_id=stamp.boot_id,
+    )
+
+
+def adopt(inventory: Inventory, ledger: Ledger, grants: Iterable[Grant]) -> tuple[Decision, tuple[str, ...]]:
+    """Record what kubelet says is held and nobody recorded, and why some of it cannot be."""
+    changes: list[Change] = []
+    conflicts: list[str] = []
+    for grant in grants:
+        try:
+            refuse_relatives(inventory, ledger, grant)
+            ledger = ledger_of.grant(ledger, grant)
+            changes.append(Change(action=ledger_of.ADOPTED, grant=grant))
+        except Refused as refusal:
+            conflicts.append(f"{grant.holder}: {refusal.why}")
+    decision = Decision(ledger=ledger, changes=tuple(changes), grants=tuple(one.grant for one in changes))
+    return decision, tuple(conflicts)
+
+
+def near(inventory: Inventory, ledger: Ledger, now: float) -> Near:
+    """What the pod that is being admitted right now is thought to hold already. now: seconds since the epoch."""
+    recent = [g for g in ledger.grants.values() if not g.confirmed and 0 <= now - g.granted_at < SAME_POD_S]
+    known = inventory.device_by_id
+    devices = tuple(one for grant in recent for one in (*grant.devices, *grant.shares) if one in known)
+    cpus = union(grant.cpus for grant in recent) & inventory.cpus_online
+    nodes = {inventory.cpu_by_id[one].numa_node for one in cpus}
+    nodes |= {pages.node for grant in recent for pages in grant.hugepages}
+    nodes |= {node for one in devices if (node := known[one].numa_node) is not None}
+    return Near(devices=devices, cpus=cpus, nodes=tuple(sorted(nodes)))
+
+
+def _one_more(
+    inventory: Inventory, before: Decision, resource: ResourceKind, ids: Sequence[str], stamp: Stamp
+) -> Decision:
+    keys = [(resource.name, one) for one in ids]
+    old = {held.id: held for key in keys if (held := before.ledger.by_id.get(key)) is not None}
+    same = next((held for held in old.values() if set(held.ids) == set(ids)), None)
+    again = same is not None and not same.confirmed
+    # What a listed pod held is another pod's now: the old id stays the old pod's, in the audit and in its variables.
+    grant = grant_of(inventory, resource, ids, same.id if same is not None and again else stamp.new_id(), stamp)
+    if same is not None and _says_the_same(same, grant):
+        return replace(before, grants=(*before.grants, same))
+    ledger, changes = before.ledger, list(before.changes)
+    for held in old.values():
+        ledger, change = _give_way(inventory, ledger, resource, held, ids)
+        changes.append(change)
+    refuse_relatives(inventory, ledger, grant)
+    refuse_missing_pages(inventory, ledger, grant)
+    if isinstance(resource, DeviceResource):
+        for device in grant.shares:
+            refuse_missing_shares(ledger, grant, device, resource.replicas, shares_of(grant, device))
+    ledger = ledger_of.grant(ledger, grant)
+    changes.append(Change(action=GRANTED, grant=grant))
+    return Decision(ledger=ledger, changes=tuple(changes), grants=(*before.grants, grant))
+
+
+def _says_the_same(held: Grant, asked: Grant) -> bool:
+    """Whether a grant that nobody has been named for is what is asked for: then the call is one repeated."""
+    if held.confirmed:
+        return False
+    return held == replace(asked, ids=held.ids, granted_at=held.granted_at, boot_id=held.boot_id)
+
+
+def _give_way(
+    inventory: Inventory, ledger: Ledger, resource: ResourceKind, held: Grant, ids: Sequence[str]
+) -> tuple[Ledger, Change]:
+    """The ledger without what a grant has of some ids."""
+    taken = [one for one in held.ids if one in ids]
+    rest = without(held, taken, resource.parts(inventory, taken))
+    ledger = ledger_of.release(ledger, [held.id])
+    if rest is None:
+        return ledger, Change(action=RELEASED, grant=held)
+    return ledger_of.grant(ledger, rest), Change(action=REDUCED, grant=rest)
+
+
+def refuse_relatives(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
+    """Refused where a part or the whole of what is granted is granted or held too: they are one device."""
+    mine = {*grant.devices, *grant.shares}
+    names = ", ".join(sorted(mine))
+    for one in sorted(mine):
+        if parts := mine.intersection(inventory.parts_of.get(one, ())):
+            why = f"cannot grant {names}: {', '.join(sorted(parts))} is a part of {one}"
+            raise Refused(why, want=len(mine), free=len(mine) - len(parts))
+    kin = (relatives(inventory, mine) - mine) & ledger.devices_held
+    for other in ledger.grants.values() if kin else ():
+        if taken := kin.intersection((*other.devices, *other.shares)):
+            same = ", ".join(sorted(taken))
+            why = f"cannot grant {names}: {same} is of the same device and held by {other.holder}"
+            raise Refused(why, want=len(mine), free=0)
+
+
+def refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
+    """Pages that the host has taken meanwhile are not promised."""
+    for want in grant.hugepages:
+        node = inventory.node_by_id[want.node]
+        free = sum(grantable(pool, ledger) for pool in node.hugepages if pool.page_bytes == want.page_bytes)
+        if want.pages > free:
+            raise Refused(
+                f"cannot grant {want.pages} hugepages of {want.page_bytes} bytes on NUMA node {want.node}: "
+                f"{free} can be granted",
+                want=want.pages,
+                free=free,
+            )

@@ -1,0 +1,272 @@
+"""Devices as the device-plugin API shows them: each an id, or as many shares as the configuration says.
+
+Pure. A device, what it is a part of and what is a part of it are one thing to give away: whoever has one has them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import hashlib
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.core.deviceplugin.view import Near, Parts, refuse_unknown
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.device import Advertised, Device
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Health, HealthState
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.request import Pages, Request
+from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.place import place
+from nodeagent.errors import Refused
+
+HOST_USES = ("in_use", "default_route")
+"""Attributes that say that the host itself uses a device."""
+SHARES = "shares"
+"""The capacity of a claim's device that is divided."""
+SHARE = "::"
+"""Between a device's id and the number of a share of it."""
+LONGEST_ID = 63
+"""Characters of an id that kubelet takes."""
+MOST_SHARES = 1024
+"""Shares of one device, as the configuration allows them."""
+_OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "speed_mbps", "phys_port_name", "phys_switch_id"})
+"""Attributes that an adapter has through its network interface."""
+_OF_LINK = frozenset({"speed_mbps"})
+_FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa_node", "parent")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceResource:
+    """Devices of one kind that match; with replicas > 1 each is shown as that many shares, "ID::0" and up."""
+
+    name: str
+    kind: str
+    match: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Shell patterns by field or attribute name; all have to match."""
+    replicas: int = 1
+
+    def devices(self, inventory: Inventory) -> list[Device]:
+        """The devices that this resource serves, in the inventory's order. What the host itself uses is served only
+        where `match` speaks of that."""
+        return [device for device in inventory.devices if self.serves(device)]
+
+    def serves(self, device: Device) -> bool:
+        return (
+            device.kind == self.kind
+            and self._matches(device)
+            and not any(device.attributes.get(use) and use not in self.match for use in HOST_USES)
+        )
+
+    def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
+        held = {one for (resource, one) in ledger.by_id if resource == self.name}
+        taken, shares = self._taken(inventory, ledger), shares_by_device(ledger.grants.values())
+        shown = [
+            Advertised(
+                id=one,
+                healthy=illness(device, health) is None and device.id not in taken and left,
+                numa_nodes=_device_node(device),
+                device=device.id,
+            )
+            for device in self.devices(inventory)
+            for one, left in self._left(device, shares[device.id], held)
+        ]
+        known = {one.id for one in shown}
+        return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
+
+    def _taken(self, inventory: Inventory, ledger: Ledger) -> frozenset[str]:
+        """Devices that no container of this resource can get (more of): held through another resource, held whole
+        where shares are shown or the other way round, or a part or the whole of a device that is held."""
+        ours: set[str] = set()
+        theirs: set[str] = set()
+        for grant in ledger.grants.values():
+            mine = grant.holder.resource == self.name
+            # Shares are alike: claims and containers may have some of the same device.
+            alike = mine or grant.holder.api == CLAIM
+            (ours if self.replicas > 1 and alike else theirs).update(grant.shares)
+            (ours if self.replicas == 1 and mine else theirs).update(grant.devices)
+        return relatives(inventory, theirs) | (relatives(inventory, ours) - ours)
+
+    def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
+        known = {one: device.id for device in self.devices(inventory) for one in self._ids(device)}
+        refuse_unknown(self.name, ids, known.keys())
+        found = tuple(dict.fromkeys(known[one] for one in ids))
+        return Parts(shares=found) if self.replicas > 1 else Parts(devices=found)
+
+    def prefer(
+        self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
+    ) -> list[str]:
+        if self.replicas > 1:
+            return self._prefer_shares(inventory, available, must, size)
+        every = frozenset(available)
+        request = Request(
+            devices={self.kind: size},
+            must_devices=frozenset(must),
+            within_devices=_parts_first(inventory, every, must),
+            near=near.devices,
+            near_nodes=near.nodes,
+        )
+        with contextlib.suppress(Refused):
+            return list(place(inventory, ledger, request).devices)
+        return list(place(inventory, ledger, replace(request, within_devices=every)).devices)
+
+    def _prefer_shares(
+        self, inventory: Inventory, available: Sequence[str], must: Sequence[str], size: int
+    ) -> list[str]:
+        """Shares of different devices, those with most shares to spare first."""
+        chosen = list(must)
+        order = {_share_base(device.id): i for i, device in enumerate(self.devices(inventory))}
+        free: dict[str, list[str]] = {}
+        for one in sorted(set(available) - set(must), key=lambda one: (order.get(_owner(one), 0), _share(one))):
+            free.setdefault(_owner(one), []).append(one)
+        while len(chosen) < size and any(free.values()):
+            taken = [_owner(one) for one in chosen]
+            device = min((d for d in free if free[d]), key=lambda d: (taken.count(d), -len(free[d]), order.get(d, 0)))
+            chosen.append(free[device].pop(0))
+        if len(chosen) < size:
+            raise Refused(f"cannot prefer {size} shares: too few are available", want=size, free=len(chosen))
+        return chosen
+
+    def _left(self, device: Device, shares: int, held: Container[str]) -> Iterator[tuple[str, bool]]:
+        """Each id of a device, and whether it can be had or is had. shares: how many are held of it, through both APIs;
+        as many of the free ids as claims hold are gone, the last ones first."""
+        spare = self.replicas - shares if self.replicas > 1 else 1
+        for one in self._ids(device):
+            spare -= one not in held
+            yield one, one in held or spare >= 0
+
+    def _ids(self, device: Device) -> list[str]:
+        if self.replicas == 1:
+            return [device.id]
+        base = _share_base(device.id)
+        return [f"{base}{SHARE}{share}" for share in range(self.replicas)]
+
+    def _matches(self, device: Device) -> bool:
+        return all(fnmatch.fnmatchcase(_field(device, name), pattern) for name, pattern in self.match.items())
+
+
+def _parts_first(inventory: Inventory, available: Iterable[str], must: Iterable[str]) -> frozenset[str]:
+    """What is available, a device and its parts not at once: where parts can be had, the whole is left alone, and
+    where it must be taken, its parts."""
+    every, chosen = frozenset(available), frozenset(must)
+    spoken_for = relatives(inventory, chosen) - chosen
+    return frozenset(
+        one for one in every - spoken_for if one in chosen or every.isdisjoint(inventory.parts_of.get(one, ()))
+    )
+
+
+def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inventory:
+    """A fresh snapshot in which adapters keep what was last told: of their interface while they are held, which in a
+    container's network namespace cannot be seen from here; of their speed also while the link is down."""
+
+    def told(device: Device) -> Device:
+        old = before.device_by_id.get(device.id)
+        names = _OF_INTERFACE if device.id in held else _OF_LINK
+        lost = {} if old is None else {name: old.attributes[name] for name in names & old.attributes.keys()}
+        if lost.keys() <= device.attributes.keys():
+            return device
+        return replace(device, attributes=MappingProxyType({**lost, **device.attributes}))
+
+    devices = tuple(map(told, after.devices))
+    same = all(a is b for a, b in zip(devices, after.devices, strict=True))
+    return after if same else replace(after, devices=devices)
+
+
+def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int, want: int) -> None:
+    """Refused where fewer than `want` of a device's shares are left beside other grants."""
+    others = [one for one in ledger.grants.values() if device in one.shares and one.id != grant.id]
+    free = max(0, shares - sum(shares_of(one, device) for one in others))
+    if want > free:
+        beside = f" beside {', '.join(dict.fromkeys(str(one.holder) for one in others))}" if others else ""
+        why = f"cannot grant {want} of {shares} shares of {device}: {free} are left{beside}"
+        raise Refused(why, want=want, free=free)
+
+
+def shares_by_device(grants: Iterable[Grant]) -> Counter[str]:
+    """How many shares some grants hold together of each device."""
+    held: Counter[str] = Counter()
+    for grant in grants:
+        for device in grant.shares:
+            held[device] += shares_of(grant, device)
+    return held
+
+
+def shares_of(grant: Grant, device: str) -> int:
+    """How many shares of a device a grant holds."""
+    if grant.result is not None:
+        return grant.result.consumed.get(SHARES, 1)
+    base = _share_base(device)
+    return sum(_owner(one) == base for one in grant.ids)
+
+
+def relatives(inventory: Inventory, ids: Iterable[str]) -> frozenset[str]:
+    """Devices, what they are a part of, and what is a part of them: one cannot be given away without the others."""
+    found = set(ids)
+    for one in tuple(found):
+        device = inventory.device_by_id.get(one)
+        while device is not None and device.parent is not None and device.parent not in found:
+            found.add(device.parent)
+            device = inventory.device_by_id.get(device.parent)
+        found.update(inventory.parts_of.get(one, ()))
+    return frozenset(found)
+
+
+def without(grant: Grant, ids: Iterable[str], parts: Parts) -> Grant | None:
+    """What is left of a grant when another takes some of its ids and what they stand for; None: nothing. The ids that
+    are left need not be known any more: a CPU that went offline stays held."""
+    taken = frozenset(ids)
+    rest = tuple(one for one in grant.ids if one not in taken)
+    if not rest:
+        return None
+    bases = {_owner(one) for one in rest}
+    return replace(
+        grant,
+        ids=rest,
+        cpus=grant.cpus - parts.cpus,
+        hugepages=_fewer(grant.hugepages, parts.hugepages),
+        devices=tuple(one for one in grant.devices if one not in parts.devices),
+        shares=tuple(one for one in grant.shares if _share_base(one) in bases),
+    )
+
+
+def _fewer(pages: Iterable[Pages], taken: Iterable[Pages]) -> tuple[Pages, ...]:
+    gone = {(one.node, one.page_bytes): one.pages for one in taken}
+    rest = (replace(one, pages=one.pages - gone.get((one.node, one.page_bytes), 0)) for one in pages)
+    return tuple(one for one in rest if one.pages > 0)
+
+
+def _field(device: Device, name: str) -> str:
+    value = getattr(device, name) if name in _FIELDS else device.attributes.get(name)
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def illness(device: Device, health: Health) -> HealthState | None:
+    """The worse state of a device and of what it is a part of; None: nothing is known against them."""
+    states = [health[one] for one in (device.id, device.parent) if one is not None and one in health]
+    ill = [one for one in states if one.state != HEALTHY]
+    return next((one for one in ill if one.state == UNHEALTHY), ill[0] if ill else None)
+
+
+def _share_base(device: str) -> str:
+    """What the ids of a device's shares begin with: its id, cut and made distinct where that would be too long."""
+    longest = LONGEST_ID - len(SHARE) - len(str(MOST_SHARES - 1))
+    if len(device) <= longest:
+        return device
+    return f"{device[: longest - 9]}-{hashlib.sha256(device.encode()).hexdigest()[:8]}"
+
+
+def _owner(share: str) -> str:
+    return share.rpartition(SHARE)[0]
+
+
+def _share(share: str) -> int:
+    number = share.rpartition(SHARE)[2]
+    return int(number) if number.isdigit() else 0
+
+
+def _device_node(device: Device) -> tuple[NodeId, ...]:
+    return () if device.numa_node is None else (device.numa_node,)

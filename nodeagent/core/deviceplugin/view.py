@@ -1,0 +1,214 @@
+"""What the device-plugin API shows: the ids of a resource, which of them are healthy, which are best for a container.
+
+Pure functions of (inventory, ledger, health). One class a family of resources: CPUs and hugepages here, devices in
+devices.py. Ids are stable over restarts, at most 63 characters, and listed in a fixed order.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from nodeagent.core.ledger.free import grantable
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.ledger.offline import outside_of
+from nodeagent.core.model.cpuset import CpuSet, union
+from nodeagent.core.model.device import Advertised
+from nodeagent.core.model.health import Health
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.model.request import BEST_EFFORT, Pages, Request
+from nodeagent.core.model.topology import HugepagePool, NodeId
+from nodeagent.core.placement.index import machine_of
+from nodeagent.core.placement.place import place
+from nodeagent.errors import InputError, Refused
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What some ids of a resource stand for."""
+
+    cpus: CpuSet = field(default_factory=CpuSet)
+    hugepages: tuple[Pages, ...] = ()
+    devices: tuple[str, ...] = ()
+    shares: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Near:
+    """What the same pod is thought to hold already."""
+
+    devices: tuple[str, ...] = ()
+    cpus: CpuSet = field(default_factory=CpuSet)
+    nodes: tuple[NodeId, ...] = ()
+
+
+class ResourceKind(Protocol):
+    """One resource. `name` is the extended resource's whole name, domain included."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
+        """Every id, in a fixed order."""
+        ...
+
+    def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
+        """What ids stand for; InputError names those that are none of this resource's."""
+        ...
+
+    def prefer(
+        self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
+    ) -> list[str]:
+        """The best `size` ids of `available`, those of `must` among them; Refused where there are too few."""
+        ...
+
+
+# ---------------------------------------------------------------- CPUs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CpuResource:
+    """Each CPU that may be granted is one id, "cpu12"."""
+
+    name: str
+    kind: str = "cpu"
+    options: frozenset[str] = frozenset()
+    numa: str = BEST_EFFORT
+
+    def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
+        held = {number for (resource, one) in ledger.by_id if resource == self.name for number in _cpu_numbers(one)}
+        elsewhere = union(grant.cpus for grant in ledger.grants.values() if grant.holder.resource != self.name)
+        outside = inventory.cpus_outside
+        shown = {
+            cpu.id: Advertised(
+                id=f"cpu{cpu.id}",
+                healthy=cpu.id not in elsewhere and cpu.id not in outside,
+                numa_nodes=_node(cpu.numa_node),
+                reason=outside_of(inventory) if cpu.id in outside else "",
+            )
+            for cpu in inventory.cpus
+            if cpu.id not in ledger.reserved
+        }
+        # A CPU that is held and went offline stays in the list, so that its pod is told.
+        shown.update({one: Advertised(id=f"cpu{one}", healthy=False) for one in held - shown.keys()})
+        return tuple(shown[one] for one in sorted(shown))
+
+    def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
+        numbers = [number for one in ids for number in _cpu_numbers(one) if number in inventory.cpu_by_id]
+        if len(numbers) < len(ids):
+            refuse_unknown(self.name, ids, {f"cpu{number}" for number in numbers})
+        if outside := CpuSet(numbers) & inventory.cpus_outside:
+            raise InputError(f"cannot allocate CPUs {outside} of {self.name}: {outside_of(inventory)}")
+        return Parts(cpus=CpuSet(numbers))
+
+    def prefer(
+        self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
+    ) -> list[str]:
+        request = Request(
+            cpus=size,
+            options=self.options,
+            numa=self.numa,
+            within_cpus=CpuSet(number for one in available for number in _cpu_numbers(one)) & inventory.cpus_online,
+            must_cpus=self.parts(inventory, must).cpus,
+            near=near.devices,
+            near_cpus=near.cpus,
+            near_nodes=near.nodes,
+        )
+        try:
+            found = place(inventory, ledger, request)
+        except Refused:
+            # Kubelet fails the pod on an error, and has decided already: better scattered CPUs than none.
+            found = place(inventory, ledger, replace(request, options=frozenset(), numa=BEST_EFFORT))
+        return [f"cpu{one}" for one in found.cpus]
+
+
+def _cpu_numbers(one: str) -> tuple[int, ...]:
+    """The number in an id, or nothing where it is none as this file writes them."""
+    return (int(one[3:]),) if re.fullmatch(r"cpu(0|[1-9][0-9]{0,6})", one, re.ASCII) else ()
+
+
+# ---------------------------------------------------------------- hugepages
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HugepageResource:
+    """Each id, "node0-2Mi-17", is a block of pages_per_block pages on one NUMA node."""
+
+    name: str
+    page_bytes: int
+    pages_per_block: int = 1
+    kind: str = "hugepages"
+
+    def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
+        held = {one for (resource, one) in ledger.by_id if resource == self.name}
+        shown: list[Advertised] = []
+        for pool in self._pools(inventory):
+            spare = grantable(pool, ledger) // self.pages_per_block
+            for one in self._ids(pool):
+                spare -= one not in held
+                shown.append(Advertised(id=one, healthy=one in held or spare >= 0, numa_nodes=_node(pool.node)))
+        known = {one.id for one in shown}
+        return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
+
+    def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
+        nodes = {one: node for one in ids for node in self._node_of(inventory, one)}
+        refuse_unknown(self.name, ids, nodes.keys())
+        counts: dict[NodeId, int] = {}
+        for one in ids:
+            counts[nodes[one]] = counts.get(nodes[one], 0) + self.pages_per_block
+        return Parts(
+            hugepages=tuple(
+                Pages(node=node, page_bytes=self.page_bytes, pages=count) for node, count in sorted(counts.items())
+            )
+        )
+
+    def prefer(
+        self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
+    ) -> list[str]:
+        """All on one node if that can be, the nearest to what the pod holds; of those the one with the fewest blocks
+        to spare."""
+        nodes: dict[NodeId, list[str]] = {}
+        free = frozenset(available) - frozenset(must)
+        for pool in self._pools(inventory):
+            nodes[pool.node] = [one for one in self._ids(pool) if one in free]
+        home = {pool.node for pool in self._pools(inventory) for one in self._ids(pool) if one in must}
+        machine = machine_of(inventory)
+        want = size - len(must)
+
+        def rank(node: NodeId) -> tuple[bool, int, bool, int, NodeId]:
+            far = sum(machine.proximity.node_distance(node, other) for other in near.nodes)
+            return bool(home) and node not in home, far, len(nodes[node]) < want, len(nodes[node]), node
+
+        rest = [one for node in sorted(nodes, key=rank) for one in nodes[node]]
+        if len(rest) < want:
+            raise Refused(f"cannot prefer {size} blocks: too few are available", want=size, free=len(rest) + len(must))
+        return [*must, *rest[:want]]
+
+    def _pools(self, inventory: Inventory) -> list[HugepagePool]:
+        return [pool for node in inventory.numa_nodes for pool in node.hugepages if pool.page_bytes == self.page_bytes]
+
+    def _node_of(self, inventory: Inventory, one: str) -> tuple[NodeId, ...]:
+        """The node of a block, or nothing where there is no such block. Asked without listing every block there is."""
+        found = re.fullmatch(rf"node([0-9]+)-{format_size(self.page_bytes)}-(0|[1-9][0-9]*)", one, re.ASCII)
+        if found is None:
+            return ()
+        blocks = {f"{pool.node}": pool.total_pages // self.pages_per_block for pool in self._pools(inventory)}
+        return (int(found[1]),) if int(found[2]) < blocks.get(found[1], 0) else ()
+
+    def _ids(self, pool: HugepagePool) -> list[str]:
+        size = format_size(pool.page_bytes)
+        return [f"node{pool.node}-{size}-{i}" for i in range(pool.total_pages // self.pages_per_block)]
+
+
+def _node(node: NodeId) -> tuple[NodeId, ...]:
+    return (node,) if node >= 0 else ()
+
+
+def refuse_unknown(name: str, ids: Iterable[str], known: Container[str]) -> None:
+    unknown = [one for one in ids if one not in known]
+    if unknown:
+        raise InputError(f"cannot allocate {', '.join(unknown)} of {name}: unknown")

@@ -1,0 +1,333 @@
+"""What DRA publishes of devices: one pool a kind, each device whole or by shares, its attributes, counters and taints.
+
+Pure. A device and what is a part of it consume one counter set, so that the scheduler never gives both. What is held
+through the device plugin, or is not healthy, is tainted. All but that is worked out once for each inventory.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from nodeagent.core.deviceplugin.devices import (
+    MOST_SHARES,
+    SHARES,
+    DeviceResource,
+    illness,
+    relatives,
+    shares_by_device,
+)
+from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, claimed_names, kept_by
+from nodeagent.core.dra.pool import (
+    NO_SCHEDULE,
+    UNHEALTHY_TAINT,
+    Capacity,
+    CounterSet,
+    DevicePart,
+    Features,
+    Pool,
+    PoolDevice,
+    Taint,
+    Value,
+)
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.grant import DEVICE_PLUGIN
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Health
+from nodeagent.core.model.inventory import Inventory
+
+MEMORY, SIZE = "memory", "size"
+"""Capacities: bytes of a GPU's memory; bytes of a disk."""
+PARTS = "parts"
+"""The counter of a device that has parts: each part takes one, the whole takes all."""
+MOST_COUNTER_SETS = 2
+"""That one device may consume."""
+LONGEST_LABEL, LONGEST_TEXT, LONGEST_NAME, MOST_ATTRIBUTES = 63, 64, 32, 32
+LONGEST_BASE = LONGEST_LABEL - len(f"-share{MOST_SHARES - 1}")
+"""Of the name of one share."""
+_PCIE_ROOT = re.compile(r"pci[0-9a-f]{4}:[0-9a-f]{2}")
+_PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]")
+_IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_PLAIN_IDS = (
+    re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f](/[a-z0-9]+(-[a-z0-9]+)*)?"),
+    re.compile(r"/dev(/[a-z0-9]+)+"),
+    re.compile(r"(?!dev-|[0-9a-f]{4,8}-[0-9a-f]{2}-[0-9a-f]{2}-[0-9a-f](-|$))[a-z0-9]+(-[a-z0-9]+)*"),
+)
+"""Ids that are told apart by letters and digits alone: no two of them are the same once every other sign is "-"."""
+_SHARE = re.compile(r"(.+)-share(0|[1-9][0-9]{0,3})", re.ASCII)
+_AS_CAPACITY = {"memory_bytes": MEMORY, "size_bytes": SIZE}
+_RENAMED = {"product": "productName", "speed_mbps": "linkSpeedMbps", "netdevs": "ifName"}
+_RESTLESS = frozenset(
+    {
+        "carrier",
+        "operstate",
+        "representors",
+        "ecc_uncorrected",
+        "state",
+        "manager_state",
+        "nvml",
+        "in_use",
+        "default_route",
+        "sriov_numvfs",
+    }
+)
+"""Attributes of a device that come and go while it stays the same: to publish them is to write for ever."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicePool:
+    """The devices of one kind that the configured resources serve."""
+
+    kind: str
+    resources: tuple[DeviceResource, ...]
+    """Where two have a device, it is the first one's."""
+    unhealthy_effect: str = NO_SCHEDULE
+    """Of what is known to be unhealthy; what is merely unknown keeps its pods."""
+
+    def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
+        still = self._still(inventory)
+        now = _Now.of(inventory, ledger, health)
+        shown = (
+            one
+            for forms in still.forms(consumable=features.consumable, counters=features.counters)
+            for one in now.tainted(forms, self.unhealthy_effect)
+        )
+        return Pool(
+            kind=self.kind,
+            devices=tuple(one for one in shown if features.taints or not one.taints),
+            counters=still.counters if features.counters else (),
+        )
+
+    def part(self, inventory: Inventory, name: str) -> DevicePart | None:
+        return self._still(inventory).part(name)
+
+    def _still(self, inventory: Inventory) -> _Still:
+        return kept_by(inventory, f"_devices_{self.kind}", self.resources, lambda: _Still(inventory, self.resources))
+
+
+class _Still:
+    """What is published of an inventory's devices while nothing is held and all are healthy."""
+
+    def __init__(self, inventory: Inventory, resources: Iterable[DeviceResource]) -> None:
+        served: dict[str, tuple[Device, DeviceResource]] = {}
+        for resource in resources:
+            for device in resource.devices(inventory):
+                served.setdefault(device.id, (device, resource))
+        self._names = {id: label(id) for id in served}
+        self._wholes = _wholes(inventory, served)
+        self._devices = [self._device(inventory, *one) for one in served.values()]
+        self._parts = {one.name: one.part for one in self._devices}
+        self._divided = {_cut(one.name, LONGEST_BASE): one.part for one in self._devices if one.part.shares}
+        self._forms: dict[tuple[bool, bool], tuple[tuple[PoolDevice, ...], ...]] = {}
+        self.counters = tuple(
+            CounterSet(name=self._names[id], counters={PARTS: parts}) for id, parts in self._wholes.items()
+        )
+
+    def forms(self, *, consumable: bool, counters: bool) -> tuple[tuple[PoolDevice, ...], ...]:
+        """What each device is published as: itself, or one device a share. Without counters a device that has parts
+        is left out: the scheduler could give both."""
+        key = consumable, counters
+        if key not in self._forms:
+            every = (one for one in self._devices if counters or one.part.device not in self._wholes)
+            every = every if counters else (replace(one, consumes={}) for one in every)
+            self._forms[key] = tuple((one,) if consumable else tuple(_shares(one)) for one in every)
+        return self._forms[key]
+
+    def part(self, name: str) -> DevicePart | None:
+        share = _SHARE.fullmatch(name)
+        if name in self._parts or share is None:
+            return self._parts.get(name)
+        part = self._divided.get(share[1])
+        return part if part is not None and int(share[2]) < part.shares else None
+
+    def _device(self, inventory: Inventory, device: Device, resource: DeviceResource) -> PoolDevice:
+        shares = resource.replicas if resource.replicas > 1 else 0
+        return PoolDevice(
+            name=self._names[device.id],
+            part=DevicePart(device=device.id, shares=shares),
+            attributes=_attributes(device, resource),
+            capacity={SHARES: Capacity(value=shares)} if shares else _capacity(device),
+            shared=bool(shares),
+            consumes=self._consumes(inventory, device),
+        )
+
+    def _consumes(self, inventory: Inventory, device: Device) -> dict[str, dict[str, int]]:
+        """Counters of the own set and of the sets of what this is a part of, the nearest first. Beyond what one device
+        may consume, the scheduler cannot know, and Prepare refuses."""
+        own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
+        above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
+        return dict([*own.items(), *above.items()][:MOST_COUNTER_SETS])
+
+
+def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
+    """How many of its parts are served, of each served device that has any."""
+    counts = {id: sum(part in served for part in inventory.parts_of.get(id, ())) for id in served}
+    return {id: count for id, count in counts.items() if count}
+
+
+def _above(inventory: Inventory, device: Device) -> Iterator[str]:
+    """What a device is a part of, the nearest first."""
+    seen = {device.id}
+    above: Device | None = device
+    while above is not None and above.parent is not None and above.parent not in seen:
+        yield above.parent
+        seen.add(above.parent)
+        above = inventory.device_by_id.get(above.parent)
+
+
+def _shares(one: PoolDevice) -> Iterator[PoolDevice]:
+    """One device a share, where the server knows no consumable capacity; a device that is not divided is itself."""
+    if not one.shared:
+        yield one
+    for share in range(one.part.shares):
+        yield replace(one, name=f"{_cut(one.name, LONGEST_BASE)}-share{share}", capacity={}, shared=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Now:
+    """What is not as it would be if nothing was held and all were healthy."""
+
+    inventory: Inventory
+    bad: Health
+    """Of those not healthy."""
+    held: frozenset[str]
+    """Devices of which the device plugin gave a part, or the whole of them."""
+    shares: Mapping[str, int]
+    """How many shares the device plugin gave of a device."""
+    claimed: frozenset[str]
+    """Names of devices that claims have."""
+
+    @classmethod
+    def of(cls, inventory: Inventory, ledger: Ledger, health: Health) -> _Now:
+        bad = {id: one for id, one in health.items() if one.state != HEALTHY}
+        given = [grant for grant in ledger.grants.values() if grant.holder.api == DEVICE_PLUGIN]
+        shares = shares_by_device(given)
+        held = relatives(inventory, {one for grant in given for one in grant.devices})
+        return cls(inventory, bad, held | (relatives(inventory, shares) - shares.keys()), shares, claimed_names(ledger))
+
+    def tainted(self, forms: tuple[PoolDevice, ...], effect: str) -> Iterable[PoolDevice]:
+        """The forms of one device with what is left of them."""
+        part = forms[0].part
+        held = part.device in self.held or (not part.shares and part.device in self.shares)
+        taints = (*self._unhealthy(part.device, effect), *((HELD,) if held else ()))
+        gone = self.shares.get(part.device, 0) if part.shares else 0
+        if not taints and not gone:
+            return forms
+        if forms[0].shared:
+            return (_with_less(forms[0], gone, taints),)
+        spare = [one.name for one in forms if one.name not in self.claimed]
+        lost = {*spare[max(0, len(spare) - gone) :]}
+        return [replace(one, taints=_held(taints) if one.name in lost else taints) for one in forms]
+
+    def _unhealthy(self, id: str, effect: str) -> tuple[Taint, ...]:
+        ill = illness(self.inventory.device_by_id[id], self.bad) if self.bad else None
+        if ill is None:
+            return ()
+        return (Taint(key=UNHEALTHY_TAINT, value=ill.state, effect=effect if ill.state == UNHEALTHY else NO_SCHEDULE),)
+
+
+def _with_less(one: PoolDevice, gone: int, taints: tuple[Taint, ...]) -> PoolDevice:
+    """A divided device some of whose shares are gone; without any left it has nothing to consume."""
+    left = max(0, one.part.shares - gone)
+    capacity = {**one.capacity, SHARES: Capacity(value=left)}
+    return replace(one, capacity=capacity, taints=taints if left else _held(taints))
+
+
+def _held(taints: tuple[Taint, ...]) -> tuple[Taint, ...]:
+    return taints if HELD in taints else (*taints, HELD)
+
+
+# ---------------------------------------------------------------- names
+
+
+def label(id: str) -> str:
+    """A device's id as a DNS label (RFC 1123): "0000:41:00.0" is "0000-41-00-0". No other id has the same label,
+    whatever devices there are: where the letters say too little of the id, a digest of it is appended."""
+    simple = any(one.fullmatch(id) for one in _PLAIN_IDS) and not _SHARE.fullmatch(id)
+    if simple and len(_plain(id)) <= LONGEST_LABEL:
+        return _plain(id)
+    return f"{(_plain(id) or 'device')[: LONGEST_LABEL - 9].rstrip('-')}-{_digest(id)}"
+
+
+def _plain(id: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", id.lower()).strip("-")
+
+
+def _cut(text: str, longest: int) -> str:
+    """The text itself, or where it is too long its beginning and a digest of the whole."""
+    return text if len(text) <= longest else f"{text[: longest - 9].rstrip('-')}-{_digest(text)}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:8]
+
+
+# ---------------------------------------------------------------- attributes
+
+
+def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
+    """As many as a device may have; the standard ones first, then ours, then the kind's."""
+    found: dict[str, Value | None] = {
+        **_standard(device),
+        "kind": device.kind,
+        "resource": resource.name.rpartition("/")[2],
+        "vendor": device.vendor,
+        "device": device.device,
+        "driver": device.driver,
+        "parent": device.parent,
+        "pciAddress": device.pci_address,
+        "iommuGroup": device.iommu_group,
+        **({"rdma": bool(device.attributes.get("rdma"))} if device.kind == "nic" else {}),
+        # Who has one share of a device consumes of each capacity: what is not counted is no capacity there.
+        **({f"{name}Bytes": one.value for name, one in _capacity(device).items()} if resource.replicas > 1 else {}),
+    }
+    for name, value in device.attributes.items():
+        if name not in _RESTLESS and name not in _AS_CAPACITY:
+            found.setdefault(_published_name(name), value)
+    most = MOST_ATTRIBUTES - len(_AS_CAPACITY) - 1  # and the shares
+    return dict(
+        [(name, value) for name, value in found.items() if value is not None and _is_name(name) and _fits(value)][:most]
+    )
+
+
+def _standard(device: Device) -> dict[str, Value | None]:
+    """The names of resource.kubernetes.io; left out where this machine's form is not theirs (Hyper-V, platform)."""
+    root, address = device.pcie_root or "", device.pci_address or ""
+    node = device.numa_node if device.numa_node is not None and device.numa_node >= 0 else None
+    return {
+        "numaNode": node,
+        STANDARD_NUMA: node,
+        "resource.kubernetes.io/pcieRoot": root if _PCIE_ROOT.fullmatch(root) else None,
+        "resource.kubernetes.io/pciBusID": address if _PCI_ADDRESS.fullmatch(address) else None,
+    }
+
+
+def _fits(value: object) -> bool:
+    """Whether the API server takes a value. What a third party's kind says may be anything."""
+    if not isinstance(value, str):
+        return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
+    try:
+        return 0 < len(value.encode()) <= LONGEST_TEXT
+    except UnicodeEncodeError:  # sysfs may hold bytes that are no text
+        return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _is_name(name: str) -> bool:
+    own = name.rpartition("/")[2]
+    return len(own) <= LONGEST_NAME and _IDENTIFIER.fullmatch(own) is not None
+
+
+@functools.lru_cache(maxsize=1024)
+def _published_name(name: str) -> str:
+    first, *rest = re.split(r"[^A-Za-z0-9]+", name)
+    return _RENAMED.get(name) or first + "".join(word[:1].upper() + word[1:] for word in rest)
+
+
+def _capacity(device: Device) -> dict[str, Capacity]:
+    told = ((name, device.attributes.get(key)) for key, name in _AS_CAPACITY.items())
+    found = {name: value for name, value in told if isinstance(value, int) and 0 < value < 1 << 63}
+    return {name: Capacity(value=value, binary=True) for name, value in found.items()}

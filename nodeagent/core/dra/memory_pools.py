@@ -1,0 +1,203 @@
+"""What DRA publishes of hugepages and memory: one device a NUMA node (and page size), with its bytes to consume.
+
+Pure functions of (inventory, ledger). What claims hold stays in the capacity: the scheduler counts it. A pool that may
+grow shows what it can grow to, and the memory for that is shown once, as pages.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from nodeagent.core.dra.cpu_pool import HELD, claimed_names, numa_attributes
+from nodeagent.core.dra.pool import Capacity, DevicePart, Features, Pool, PoolDevice, Value
+from nodeagent.core.ledger.free import PageLimit, grantable, memory_left, room
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.grant import CLAIM
+from nodeagent.core.model.health import Health
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.model.topology import HugepagePool, NodeId, NumaNode
+
+SIZE = "size"
+"""The capacity: bytes."""
+BASE_PAGE_BYTES = 4096
+"""Memory is given in steps of the smallest page that Linux has."""
+BLOCKS = 16
+"""Into how many devices the bytes of one node are divided where the API server knows no consumable capacity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagePool:
+    """Hugepages: one device a NUMA node and page size, consumed in whole pages."""
+
+    sizes: tuple[int, ...]
+    """Page sizes in bytes."""
+    limits: tuple[PageLimit, ...] = ()
+    """Pools that may grow."""
+    kind: str = "hugepages"
+
+    def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
+        ours = _pages_of_claims(ledger)
+        every = (
+            _pages(pool, ledger, ours[pool.node, pool.page_bytes], self._room(node, pool, ledger))
+            for node, pool in self._pools(inventory)
+        )
+        return _pool_of(self.kind, every, self._totals(inventory), ledger, features)
+
+    def part(self, inventory: Inventory, name: str) -> DevicePart | None:
+        return _part_of(self._totals(inventory), name)
+
+    def _totals(self, inventory: Inventory) -> dict[str, tuple[DevicePart, int]]:
+        totals = {}
+        for node, pool in self._pools(inventory):
+            most = pool.total_pages + room(node, pool, self.limits)
+            totals[_page_name(pool)] = (DevicePart(node=pool.node, page_bytes=pool.page_bytes), most * pool.page_bytes)
+        return totals
+
+    def _room(self, node: NumaNode, pool: HugepagePool, ledger: Ledger) -> int:
+        return room(node, pool, self.limits, ledger.memory_held.get(node.id, 0))
+
+    def _pools(self, inventory: Inventory) -> Iterator[tuple[NumaNode, HugepagePool]]:
+        """Those that have any page, or may get one."""
+        every = ((node, pool) for node in inventory.numa_nodes for pool in node.hugepages)
+        mine = ((node, pool) for node, pool in every if pool.page_bytes in self.sizes)
+        return ((node, pool) for node, pool in mine if pool.total_pages or room(node, pool, self.limits))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPool:
+    """Memory that is not in hugepages and that no pool of them may grow by: one device a NUMA node."""
+
+    limits: tuple[PageLimit, ...] = ()
+    """Pools of hugepages that may grow."""
+    kind: str = "memory"
+
+    def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
+        totals = self._totals(inventory)
+        left = ((node, totals[_memory_name(node)][1] - _elsewhere(ledger, node)) for node in self._nodes(inventory))
+        every = (_memory(node, max(0, size)) for node, size in left)
+        return _pool_of(self.kind, every, totals, ledger, features)
+
+    def part(self, inventory: Inventory, name: str) -> DevicePart | None:
+        return _part_of(self._totals(inventory), name)
+
+    def _totals(self, inventory: Inventory) -> dict[str, tuple[DevicePart, int]]:
+        return {
+            _memory_name(node): (DevicePart(node=node.id), self._left(node) // BASE_PAGE_BYTES * BASE_PAGE_BYTES)
+            for node in self._nodes(inventory)
+        }
+
+    def _nodes(self, inventory: Inventory) -> Iterator[NumaNode]:
+        return (node for node in inventory.numa_nodes if self._left(node) >= BASE_PAGE_BYTES)
+
+    def _left(self, node: NumaNode) -> int:
+        """Bytes."""
+        pages = sum(room(node, pool, self.limits) * pool.page_bytes for pool in node.hugepages)
+        return memory_left(node) - pages
+
+
+def _elsewhere(ledger: Ledger, node: NumaNode) -> int:
+    """Bytes of a node that are granted and that no claim holds, in whole pages."""
+    others = [grant for grant in ledger.grants.values() if grant.holder.api != CLAIM]
+    held = sum(size for grant in others for id, size in grant.memory if id == node.id)
+    return -(-held // BASE_PAGE_BYTES) * BASE_PAGE_BYTES
+
+
+def _page_name(pool: HugepagePool) -> str:
+    return f"{_numa_name(pool.node)}-{format_size(pool.page_bytes).lower()}"
+
+
+def _memory_name(node: NumaNode) -> str:
+    return _numa_name(node.id)
+
+
+def _numa_name(node: NodeId) -> str:
+    return f"numa{node}" if node >= 0 else "no-numa"
+
+
+def _pages_of_claims(ledger: Ledger) -> Counter[tuple[NodeId, int]]:
+    """Pages by (node, page_bytes)."""
+    found: Counter[tuple[NodeId, int]] = Counter()
+    for grant in ledger.grants.values():
+        for pages in grant.hugepages if grant.holder.api == CLAIM else ():
+            found[pages.node, pages.page_bytes] += pages.pages
+    return found
+
+
+def _pages(pool: HugepagePool, ledger: Ledger, ours: int, more: int) -> PoolDevice:
+    """ours: pages that claims hold; they stay in the capacity. more: pages that the pool may grow by."""
+    size = (min(pool.total_pages, grantable(pool, ledger) + ours) + more) * pool.page_bytes
+    attributes: dict[str, Value] = {"kind": "hugepages", "pageSize": format_size(pool.page_bytes)}
+    part = DevicePart(node=pool.node, page_bytes=pool.page_bytes)
+    return _sized(_page_name(pool), part, {**attributes, **numa_attributes(pool.node)}, size, pool.page_bytes)
+
+
+def _memory(node: NumaNode, size: int) -> PoolDevice:
+    attributes: dict[str, Value] = {"kind": "memory", "memoryKind": node.kind, **numa_attributes(node.id)}
+    return _sized(_memory_name(node), DevicePart(node=node.id), attributes, size, BASE_PAGE_BYTES)
+
+
+def _sized(name: str, part: DevicePart, attributes: Mapping[str, Value], size: int, step: int) -> PoolDevice:
+    return PoolDevice(
+        name=name,
+        part=part,
+        attributes=attributes,
+        capacity={SIZE: Capacity(value=size, binary=True, least=step, step=step)},
+        shared=True,
+        taints=() if size >= step else (HELD,),
+    )
+
+
+def _pool_of(
+    kind: str,
+    every: Iterable[PoolDevice],
+    totals: Mapping[str, tuple[DevicePart, int]],
+    ledger: Ledger,
+    features: Features,
+) -> Pool:
+    """totals: what a device stands for and how many bytes it has, by its name."""
+    if not features.consumable:
+        claimed = claimed_names(ledger)
+        every = (block for one in every for block in _as_blocks(one, totals[one.name][1], claimed))
+    return Pool(kind=kind, devices=tuple(one for one in every if features.taints or not one.taints))
+
+
+def _as_blocks(device: PoolDevice, total: int, claimed: frozenset[str]) -> Iterator[PoolDevice]:
+    """A device as blocks that are had whole. Those are tainted that are more than the device's capacity; never one that
+    a claim has."""
+    amount = device.capacity[SIZE]
+    names = {f"{device.name}-block{number}": size for number, size in enumerate(_blocks(total, amount.step))}
+    spare = amount.value - sum(size for name, size in names.items() if name in claimed)
+    for name, size in names.items():
+        spare -= size if name not in claimed else 0
+        yield PoolDevice(
+            name=name,
+            part=replace(device.part, amount=size),
+            attributes=device.attributes,
+            capacity={SIZE: Capacity(value=size, binary=True)},
+            taints=() if name in claimed or spare >= 0 else (HELD,),
+        )
+
+
+def _blocks(size: int, step: int) -> list[int]:
+    """Equal sizes in whole steps that a number of bytes is divided into; the last one has what is over."""
+    count = min(BLOCKS, size // step)
+    if not count:
+        return []
+    each = size // step // count * step
+    return [*[each] * (count - 1), size // step * step - each * (count - 1)]
+
+
+def _part_of(totals: Mapping[str, tuple[DevicePart, int]], name: str) -> DevicePart | None:
+    """What `name` says: the whole of a device, or a block of it."""
+    if name in totals:
+        return totals[name][0]
+    found = re.fullmatch(r"(.+)-block(0|[1-9][0-9]?)", name, re.ASCII)
+    if found is None or found[1] not in totals:
+        return None
+    part, total = totals[found[1]]
+    blocks, number = _blocks(total, part.page_bytes or BASE_PAGE_BYTES), int(found[2])
+    return replace(part, amount=blocks[number]) if number < len(blocks) else None

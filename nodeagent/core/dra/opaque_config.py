@@ -1,0 +1,276 @@
+"""What a claim's opaque configuration says of one of its devices, decoded strictly.
+
+For one device the last configuration that matches counts whole, the class's before the claim's, as Kubernetes lays them
+out: nothing is merged field by field, so that what is in force can be read in one place. A configuration without
+requests applies to the devices of its kind. One of the claim that names a request whose device is of another kind is a
+mistake; one of a class is not: a class may stand for several kinds and has no other way to configure each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, get_args
+
+import msgspec
+
+from nodeagent.config import hints
+from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
+from nodeagent.core.model.options import check_options
+from nodeagent.core.model.quantity import parse_quantity
+from nodeagent.errors import InputError
+
+API_VERSION = "nodeagent.dev/v1alpha1"
+OWN_VARIABLES = "NODEAGENT_"
+"""Variables that start so say what was granted; nobody else sets them."""
+KERNEL_FOLDERS = ("/proc", "/sys")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OpaqueConfig:
+    """What is in force for one device. What nobody configured is empty: the node's own configuration decides."""
+
+    options: frozenset[str] = frozenset()
+    """Names from core.model.options; the core type is among them."""
+    numa: str = ""
+    """Request.numa."""
+    mount_path: str = ""
+    """Where a hugetlbfs of the granted page size is mounted in the container."""
+    time_slice: str = ""
+    """Default, Short, Medium or Long: how long a container may use a shared GPU before the next one does."""
+    mps: bool = False
+    """The GPU is shared through NVIDIA's Multi-Process Service."""
+    mps_threads_percent: int | None = None
+    mps_pinned_bytes: int | None = None
+    rdma: bool | None = None
+    """Whether a container gets an adapter's RDMA device nodes."""
+    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+NO_SETTINGS = OpaqueConfig()
+
+
+def settings_for(result: Result, kind: str, configs: Sequence[Opaque], driver: str) -> OpaqueConfig:
+    """What is in force for one allocated device of a kind; InputError names the configuration, path and value."""
+    expected = CONFIG_KINDS.get(kind, "DeviceConfig")
+    found: dict[str, OpaqueConfig] = {}
+    for where, config in _ours(configs, driver):
+        if not _covers(config.requests, result.request):
+            continue
+        said = _decode(config.parameters, where)
+        if isinstance(said, FORMS[expected]):
+            found[config.source] = said.settings()
+        elif config.source == FROM_CLAIM and result.request in config.requests:
+            raise InputError(
+                f'cannot use {where}: {config.parameters["kind"]} is for request "{result.request}", which got device '
+                f'"{result.device}" of kind {kind}, expected {expected}'
+            )
+    return found.get(FROM_CLAIM, found.get(FROM_CLASS, NO_SETTINGS))
+
+
+def check_all(configs: Sequence[Opaque], driver: str) -> None:
+    """InputError for the first configuration of ours that is wrong, whether it applies to anything or not."""
+    for where, config in _ours(configs, driver):
+        _decode(config.parameters, where)
+
+
+def to_json(settings: OpaqueConfig) -> str:
+    """What is not empty, in a fixed order; "" for no settings."""
+    said = {one.name: getattr(settings, one.name) for one in fields(settings)}
+    said = {name: value for name, value in said.items() if value != getattr(NO_SETTINGS, name)}
+    return msgspec.json.encode(said, order="deterministic", enc_hook=dict).decode() if said else ""
+
+
+def from_json(text: str) -> OpaqueConfig:
+    """What `to_json` wrote; InputError where it did not."""
+    try:
+        found = msgspec.json.decode(text or "{}", type=dict[str, Any])
+        settings = msgspec.convert(found, OpaqueConfig)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise InputError(f"cannot read settings {text[:60]!r}: {error}") from None
+    for key in sorted(found.keys() - {one.name for one in fields(OpaqueConfig)}):
+        raise InputError(f"cannot read settings {text[:60]!r}: unknown key {key}")
+    return replace(settings, env=MappingProxyType(dict(settings.env)))
+
+
+def _ours(configs: Sequence[Opaque], driver: str) -> Iterator[tuple[str, Opaque]]:
+    """The configurations for this driver, each with its name in errors."""
+    for i, config in enumerate(configs):
+        if config.driver != driver:
+            continue
+        if config.source not in (FROM_CLASS, FROM_CLAIM):
+            raise InputError(
+                f"cannot use config[{i}]: {config.source!r} at source, expected {FROM_CLASS}, {FROM_CLAIM}"
+            )
+        yield f"config[{i}] ({config.source})", config
+
+
+def _covers(requests: Sequence[str], request: str) -> bool:
+    """Whether a configuration is for a request: "r" names "r/subrequest" too, and no names are all names."""
+    return not requests or request in requests or request.partition("/")[0] in requests
+
+
+# ---------------------------------------------------------------- the forms
+
+_Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
+_Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+@contextlib.contextmanager
+def _at(path: str) -> Iterator[None]:
+    """Add the path to what is wrong."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{error} at {path}") from None
+
+
+class _Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+    """What may be written in a configuration of one kind, beside apiVersion and kind."""
+
+    def settings(self) -> OpaqueConfig:
+        """The same as settings. InputError, with the path, for what types alone do not say."""
+        return NO_SETTINGS
+
+
+class _Cpu(_Form, frozen=True):
+    options: tuple[str, ...] = ()
+    numa: Literal["single", "restricted", "best-effort", ""] = ""
+    core_type: Literal["performance", "efficiency", ""] = ""
+
+    def settings(self) -> OpaqueConfig:
+        core = (f"require-{self.core_type}-cores",) if self.core_type else ()
+        with _at("$.options"):
+            return OpaqueConfig(options=check_options((*self.options, *core)), numa=self.numa)
+
+
+class _Hugepage(_Form, frozen=True):
+    mount_path: _Path | None = None
+
+    def settings(self) -> OpaqueConfig:
+        if self.mount_path is None:
+            return NO_SETTINGS
+        parts = [part for part in self.mount_path.split("/") if part]
+        if not parts or {".", ".."} & {*parts}:
+            raise InputError(f"{self.mount_path!r} at $.mountPath, expected the path of a folder, without . and ..")
+        if f"/{parts[0]}" in KERNEL_FOLDERS or parts == ["dev"]:
+            raise InputError(f"{self.mount_path!r} at $.mountPath would hide the kernel's own files")
+        return OpaqueConfig(mount_path="/" + "/".join(parts))
+
+
+class _Memory(_Form, frozen=True):
+    """Memory has nothing to configure yet."""
+
+
+class _TimeSlicing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    interval: Literal["Default", "Short", "Medium", "Long"] = "Default"
+
+
+class _Mps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    active_thread_percentage: _Percent | None = None
+    pinned_device_memory_limit: str | None = None
+
+    def pinned_bytes(self) -> int | None:
+        if self.pinned_device_memory_limit is None:
+            return None
+        with _at("$.mps.pinnedDeviceMemoryLimit"):
+            size = parse_quantity(self.pinned_device_memory_limit)
+            if not size:
+                raise InputError("a limit of nothing")
+            return size
+
+
+class _Gpu(_Form, frozen=True):
+    time_slicing: _TimeSlicing | None = None
+    mps: _Mps | None = None
+
+    def settings(self) -> OpaqueConfig:
+        if self.mps is None:
+            return OpaqueConfig(time_slice=self.time_slicing.interval if self.time_slicing is not None else "")
+        if self.time_slicing is not None:
+            raise InputError("$.timeSlicing and $.mps exclude each other")
+        percent, size = self.mps.active_thread_percentage, self.mps.pinned_bytes()
+        return OpaqueConfig(mps=True, mps_threads_percent=percent, mps_pinned_bytes=size)
+
+
+class _Nic(_Form, frozen=True):
+    rdma: bool | None = None
+
+    def settings(self) -> OpaqueConfig:
+        return OpaqueConfig(rdma=self.rdma)
+
+
+class _Device(_Form, frozen=True):
+    """For every kind that has no form of its own."""
+
+    env: dict[str, Any] = {}
+
+    def settings(self) -> OpaqueConfig:
+        for name, value in self.env.items():
+            if not (_VARIABLE.fullmatch(name) and isinstance(value, str) and "\0" not in value):
+                raise InputError(f"{name}: {hints.shown(value)} at $.env, expected the name of a variable and a text")
+            if name.startswith(OWN_VARIABLES):
+                raise InputError(f"{name} at $.env: variables that start with {OWN_VARIABLES} say what was granted")
+        return OpaqueConfig(env=MappingProxyType(dict(self.env)))
+
+
+FORMS: Mapping[str, type[_Form]] = MappingProxyType(
+    {
+        "CpuConfig": _Cpu,
+        "HugepageConfig": _Hugepage,
+        "MemoryConfig": _Memory,
+        "GpuConfig": _Gpu,
+        "NicConfig": _Nic,
+        "DeviceConfig": _Device,
+    }
+)
+"""By the configuration's kind."""
+CONFIG_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "cpu": "CpuConfig",
+        "hugepages": "HugepageConfig",
+        "memory": "MemoryConfig",
+        "gpu": "GpuConfig",
+        "nic": "NicConfig",
+    }
+)
+"""The configuration's kind by the device's; all others have a DeviceConfig."""
+
+
+# ---------------------------------------------------------------- strict decoding
+
+
+def _decode(parameters: Mapping[str, Any], where: str) -> _Form:
+    said = dict(parameters)
+    version, kind = said.pop("apiVersion", None), said.pop("kind", None)
+    if version != API_VERSION:
+        raise InputError(f"cannot use {where}: {hints.shown(version)} at $.apiVersion, expected {API_VERSION!r}")
+    form = FORMS.get(kind) if isinstance(kind, str) else None
+    if form is None:
+        raise InputError(f"cannot use {where}: {hints.shown(kind)} at $.kind; {hints.hint(str(kind), list(FORMS))}")
+    for path, key, known in _unknown(said, form, "$"):
+        raise InputError(f"cannot use {where}: {kind} has no key {path}; {hints.hint(key, known)}")
+    try:
+        found = msgspec.convert(said, form)
+        found.settings()
+    except msgspec.ValidationError as error:
+        raise InputError(f"cannot use {where}: {kind}: {error}{hints.found(said, str(error))}") from None
+    except InputError as error:
+        raise InputError(f"cannot use {where}: {kind}: {error}") from None
+    return found
+
+
+def _unknown(said: Mapping[str, Any], form: type[msgspec.Struct], path: str) -> Iterator[tuple[str, str, list[str]]]:
+    """Keys that a form does not have: (path, key, keys known there)."""
+    known = {one.encode_name: one.type for one in msgspec.structs.fields(form)}
+    for key, value in said.items():
+        if key in known:
+            for one in get_args(known[key]):
+                if isinstance(one, type) and issubclass(one, msgspec.Struct) and isinstance(value, Mapping):
+                    yield from _unknown(value, one, f"{path}.{key}")
+        else:
+            yield f"{path}.{key}", str(key), list(known)

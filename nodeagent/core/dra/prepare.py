@@ -1,0 +1,403 @@
+"""Decisions about claims: what the scheduler allocated becomes exact CPUs, pages and devices, or a refusal with reason.
+
+Pure. The scheduler has chosen the devices of the pools; what is decided here is which CPUs of a NUMA node, socket or L3
+group it shall be (those nearest to the GPUs and NICs of the same pod), and whether all of it can be had.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from types import MappingProxyType
+
+from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_missing_pages, refuse_relatives
+from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_shares
+from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
+from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
+from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, settings_for, to_json
+from nodeagent.core.dra.pool import DevicePart
+from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.free import memory_left
+from nodeagent.core.ledger.ledger import CONFIRMED, GRANTED, RELEASED, Change, Ledger
+from nodeagent.core.model.claim import Claim, Result
+from nodeagent.core.model.cpuset import CpuSet, union
+from nodeagent.core.model.grant import CLAIM, Grant, Holder
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.options import FULL_PCPUS, check_options
+from nodeagent.core.model.request import Pages, Request
+from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.place import place
+from nodeagent.errors import InputError, Refused
+
+MOST_NAMED = 3
+"""Holders that a refusal names."""
+
+MOST_RESULTS = 32
+"""Devices that one claim may be allocated (resource.k8s.io/v1, AllocationResultsMaxSize)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Catalog:
+    """What this driver publishes on this node."""
+
+    driver: str
+    node_name: str = ""
+    kinds: Mapping[str, PoolKind] = field(default_factory=lambda: MappingProxyType({}))
+    """By name of the kind; the pool is NODE/KIND."""
+
+    def find(self, inventory: Inventory, result: Result) -> tuple[PoolKind, DevicePart]:
+        """The kind and what the device stands for; InputError where there is no such pool or device."""
+        node, _, name = result.pool.rpartition("/")
+        kind = self.kinds.get(name) if node == self.node_name else None
+        if kind is None:
+            pools = ", ".join(f"{self.node_name}/{one}" for one in self.kinds) or "none"
+            raise InputError(f"there is no pool {result.pool!r} on this node (there are: {pools})")
+        part = kind.part(inventory, result.device)
+        if part is None:
+            raise InputError(f"pool {result.pool} has no device {result.device!r} (or no longer has it)")
+        return kind, part
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimDemand:
+    """One result of a claim, and all that is needed to decide on it."""
+
+    index: int
+    """Among the claim's results for this driver."""
+    result: Result
+    kind: PoolKind
+    part: DevicePart
+    settings: OpaqueConfig
+
+    @property
+    def cpus(self) -> int:
+        """How many CPUs it takes of those of its part; 0 where it stands for none."""
+        alone = len(self.part.cpus) == 1
+        return self.result.consumed.get(CPUS, int(alone)) if self.part.cpus else 0
+
+    @property
+    def bytes(self) -> int:
+        """How much it takes of pages or memory."""
+        return self.result.consumed.get(SIZE, self.part.amount)
+
+    @property
+    def shares(self) -> int:
+        """How many shares it takes of a divided device."""
+        return self.result.consumed.get(SHARES, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Claims decided together: one durable write for all. A claim is in `grants` or in `errors`, by UID."""
+
+    ledger: Ledger
+    changes: tuple[Change, ...] = ()
+    grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    errors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequence[Claim], stamp: Stamp) -> Batch:
+    """Grant each claim all that was allocated to it, or nothing with the reason. Kubelet brings all claims of a pod in
+    one call: their CPUs lie near to all their devices. A claim that is granted already keeps its grants, whatever of
+    it is there or served at this moment."""
+    call = _Call(inventory, catalog, stamp)
+    grants: dict[str, tuple[Grant, ...]] = {}
+    wanted: dict[str, tuple[ClaimDemand, ...]] = {}
+    errors: dict[str, str] = {}
+    changes: list[Change] = []
+    every = {claim.ref.uid: claim for claim in claims}
+    for uid, claim in every.items():
+        with _said(errors, claim):
+            results, held = results_of(catalog, claim), grants_of(ledger, uid)
+            if [grant.result for grant in held] == results:
+                known = reserved(ledger, uid, claim.reserved_for)
+                ledger, grants[uid] = known.ledger, known.grants
+                changes += known.changes
+            else:
+                wanted[uid] = _wanted(inventory, catalog, claim, results)
+    beside = _Beside.of(inventory, ledger, wanted.values(), grants.values(), stamp.at)
+    for uid, parts in wanted.items():
+        with _said(errors, every[uid]):
+            decision = _decide(call, ledger, every[uid], parts, beside)
+            ledger, grants[uid] = decision.ledger, decision.grants
+            changes += decision.changes
+            beside = beside.and_cpus(decision.grants)
+    return Batch(ledger=ledger, changes=tuple(changes), grants=grants, errors=errors)
+
+
+def reserved(ledger: Ledger, uid: str, pods: Sequence[str]) -> Decision:
+    """Note for which pods (their UIDs) a claim is reserved now; what it holds stays."""
+    held = grants_of(ledger, uid)
+    noted = tuple(replace(grant, pods=tuple(pods)) for grant in held)
+    if noted == held:
+        return Decision(ledger=ledger, grants=held)
+    changes = tuple(Change(action=CONFIRMED, grant=grant) for grant in noted)
+    return Decision(ledger=ledger_of.amend(ledger, noted), changes=changes, grants=noted)
+
+
+def unprepare(ledger: Ledger, uids: Iterable[str]) -> Decision:
+    """Release all that some claims hold; claims that hold nothing are no error."""
+    gone = [grant for uid in dict.fromkeys(uids) for grant in grants_of(ledger, uid)]
+    after = ledger_of.release(ledger, [grant.id for grant in gone])
+    return Decision(ledger=after, changes=tuple(Change(action=RELEASED, grant=grant) for grant in gone))
+
+
+def grants_of(ledger: Ledger, uid: str) -> tuple[Grant, ...]:
+    """What a claim holds, in the order of its allocation. Found by the ids that it must have: a ledger may be long."""
+    known = ledger.grants
+    return tuple(grant for index in range(MOST_RESULTS) if (grant := known.get(f"{uid}-{index}")) is not None)
+
+
+def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
+    """What was allocated from this driver. InputError where nothing is."""
+    if not claim.allocated:
+        raise InputError("it is not allocated")
+    mine = [result for result in claim.results if result.driver == catalog.driver]
+    if not mine:
+        drivers = ", ".join(sorted({result.driver for result in claim.results})) or "no driver"
+        raise InputError(f"it has no device of driver {catalog.driver}, only of {drivers}")
+    if len(mine) > MOST_RESULTS:
+        raise InputError(f"it has {len(mine)} devices of driver {catalog.driver}, at most {MOST_RESULTS} are possible")
+    return mine
+
+
+# ---------------------------------------------------------------- what is wanted
+
+
+def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Iterable[Result]) -> tuple[ClaimDemand, ...]:
+    check_all(claim.configs, catalog.driver)
+    return tuple(_one_wanted(inventory, catalog, claim, index, result) for index, result in enumerate(results))
+
+
+def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int, result: Result) -> ClaimDemand:
+    with _placed(result):
+        kind, part = catalog.find(inventory, result)
+        settings = settings_for(result, kind.kind, claim.configs, catalog.driver)
+        if settings.time_slice not in ("", "Default"):
+            raise InputError(f"time slice {settings.time_slice}: this driver leaves a GPU's time slice as it is")
+        one = ClaimDemand(index=index, result=result, kind=kind, part=part, settings=settings)
+        if not result.admin:
+            _check_amounts(one)
+    return one
+
+
+def _check_amounts(one: ClaimDemand) -> None:
+    """InputError where what is consumed is nothing that the device can give."""
+    part = one.part
+    if part.cpus and not 1 <= one.cpus <= len(part.cpus):
+        raise InputError(f"{one.cpus} CPUs are consumed of a device with {len(part.cpus)}")
+    if part.node is not None:
+        _check_bytes(one.bytes, part)
+    if part.shares and not 1 <= one.shares <= part.shares:
+        raise InputError(f"{one.shares} shares are consumed of a device with {part.shares}")
+
+
+def _check_bytes(size: int, part: DevicePart) -> None:
+    step = part.page_bytes or BASE_PAGE_BYTES
+    if size < 1 or size % step:
+        raise InputError(f"{size} bytes are consumed, expected a positive multiple of {step}")
+    if part.amount and size != part.amount:
+        raise InputError(f"{size} bytes are consumed of a device that is had whole, with {part.amount}")
+
+
+@contextlib.contextmanager
+def _said(errors: dict[str, str], claim: Claim) -> Iterator[None]:
+    """What is wrong with a claim is said of that claim, and costs no other one anything."""
+    try:
+        yield
+    except (Refused, InputError) as error:
+        errors[claim.ref.uid] = f"cannot prepare claim {claim.ref}: {error}"
+
+
+@contextlib.contextmanager
+def _placed(result: Result) -> Iterator[None]:
+    """Errors within say which device of which request they are about."""
+    where = f"request {result.request}, device {result.pool}/{result.device}"
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    except Refused as error:
+        why = f"{where}: {error.why}"
+        raise Refused(why, want=error.want, free=error.free, would_admit=error.would_admit) from None
+
+
+# ---------------------------------------------------------------- the decision
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What is the same for all claims of a call."""
+
+    inventory: Inventory
+    catalog: Catalog
+    stamp: Stamp
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What the CPUs of a pod are to lie near."""
+
+    devices: tuple[str, ...]
+    cpus: CpuSet
+    nodes: tuple[NodeId, ...]
+
+    @classmethod
+    def of(
+        cls,
+        inventory: Inventory,
+        ledger: Ledger,
+        wanted: Iterable[Iterable[ClaimDemand]],
+        held: Iterable[Iterable[Grant]],
+        at: float,
+    ) -> _Beside:
+        """What all its claims want or have, and what its containers were given just now. at: seconds since the
+        epoch."""
+        given, grants = near(inventory, ledger, at), list(chain.from_iterable(held))
+        parts = [one.part for one in chain.from_iterable(wanted) if not one.result.admin]
+        devices = dict.fromkeys(
+            (
+                *given.devices,
+                *(one for grant in grants for one in (*grant.devices, *grant.shares)),
+                *(part.device for part in parts),
+            )
+        )
+        nodes = {
+            *given.nodes,
+            *(pages.node for grant in grants for pages in grant.hugepages),
+            *(node for grant in grants for node, _ in grant.memory),
+            *(part.node for part in parts if part.node is not None),
+        }
+        there = tuple(one for one in devices if one in inventory.device_by_id)
+        return cls(there, given.cpus, tuple(sorted(nodes & inventory.node_by_id.keys()))).and_cpus(grants)
+
+    def and_cpus(self, grants: Iterable[Grant]) -> _Beside:
+        return replace(self, cpus=self.cpus | union(grant.cpus for grant in grants))
+
+
+def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDemand], beside: _Beside) -> Decision:
+    """All that a claim wants, or Refused. What it was allocated before under the same UID is released: nobody told us
+    that the old allocation ended."""
+    before = unprepare(ledger, [claim.ref.uid])
+    ledger, made = before.ledger, dict[int, Grant]()
+    for one in sorted(wanted, key=_first_fixed):
+        with _placed(one.result):
+            new = _grant(call, ledger, claim, one, beside.and_cpus(made.values()))
+            ledger = ledger_of.grant(ledger, new)
+        made[one.index] = new
+    grants = tuple(made[one.index] for one in wanted)
+    granted = (Change(action=GRANTED, grant=grant) for grant in grants)
+    return Decision(ledger=ledger, changes=(*before.changes, *granted), grants=grants)
+
+
+def _first_fixed(one: ClaimDemand) -> tuple[bool, int, int]:
+    """What leaves no choice first, then the largest sets of CPUs."""
+    return len(one.part.cpus) > 1, -one.cpus, one.index
+
+
+def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: _Beside) -> Grant:
+    """What one result holds; Refused, with the holders, where pages, memory, CPUs or shares are gone meanwhile."""
+    grant = Grant(
+        id=f"{claim.ref.uid}-{one.index}",
+        holder=Holder(
+            api=CLAIM,
+            resource=f"{one.kind.kind}.{call.catalog.driver}",
+            namespace=claim.ref.namespace,
+            claim=claim.ref.name,
+            uid=claim.ref.uid,
+        ),
+        ids=(_own_id(claim, one),),
+        granted_at=call.stamp.at,
+        confirmed=True,
+        boot_id=call.stamp.boot_id,
+        result=one.result,
+        settings=to_json(one.settings),
+        pods=claim.reserved_for,
+    )
+    if one.result.admin:
+        return grant
+    try:
+        grant = _holding(call.inventory, ledger, grant, one, beside)
+        _refuse_missing(call.inventory, ledger, one, grant)
+    except Refused as refusal:
+        raise _naming_holders(refusal, ledger, one.part) from None
+    return grant
+
+
+def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDemand, beside: _Beside) -> Grant:
+    """The grant with what it holds."""
+    part = one.part
+    if part.cpus:
+        return replace(grant, cpus=_cpus(inventory, ledger, one, beside))
+    if part.shares:
+        return replace(grant, shares=(part.device,))
+    if part.node is None:
+        return replace(grant, devices=(part.device,))
+    if not part.page_bytes:
+        return replace(grant, memory=((part.node, one.bytes),))
+    pages = Pages(node=part.node, page_bytes=part.page_bytes, pages=one.bytes // part.page_bytes)
+    return replace(grant, hugepages=(pages,))
+
+
+def _own_id(claim: Claim, one: ClaimDemand) -> str:
+    """The device's name; where several claims may have it, with what tells them apart."""
+    result, part = one.result, one.part
+    several = result.admin or part.shares or len(part.cpus) > 1 or (part.node is not None and not part.amount)
+    apart = result.share_id or (f"{claim.ref.uid}-{one.index}" if several else "")
+    return f"{result.device}/{apart}" if apart else result.device
+
+
+def _cpus(inventory: Inventory, ledger: Ledger, one: ClaimDemand, beside: _Beside) -> CpuSet:
+    """The best CPUs of a group."""
+    if len(one.part.cpus) == 1:
+        return one.part.cpus
+    options, numa = _preferences(one)
+    request = Request(
+        cpus=one.cpus,
+        within_cpus=one.part.cpus,
+        near=beside.devices,
+        near_cpus=beside.cpus & inventory.cpus_online,
+        near_nodes=beside.nodes,
+        options=options,
+        numa=numa,
+    )
+    return place(inventory, ledger, request).cpus
+
+
+def _preferences(one: ClaimDemand) -> tuple[frozenset[str], str]:
+    """(options, NUMA policy): the claim's, or where it says nothing the pool's; whole cores stay whole."""
+    own = one.kind if isinstance(one.kind, CpuPool) else CpuPool()
+    said = one.settings
+    whole = frozenset({FULL_PCPUS}) if own.whole_cores else frozenset()
+    return check_options(said.options | whole) if said.options else own.options, said.numa or own.numa
+
+
+def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, grant: Grant) -> None:
+    """Refused where pages, memory or shares are gone meanwhile, or a part or the whole of a device is held."""
+    refuse_relatives(inventory, ledger, grant)
+    refuse_missing_pages(inventory, ledger, grant)
+    for node, size in grant.memory:
+        free = memory_left(inventory.node_by_id[node]) - ledger.memory_held.get(node, 0)
+        if size > free:
+            why = f"cannot grant {size} bytes of memory on NUMA node {node}: {max(0, free)} can be granted"
+            raise Refused(why, want=size, free=max(0, free))
+    for device in grant.shares:
+        refuse_missing_shares(ledger, grant, device, one.part.shares, one.shares)
+
+
+def _naming_holders(refusal: Refused, ledger: Ledger, part: DevicePart) -> Refused:
+    """The refusal with those who hold CPUs, pages or memory of the same part; of a device it names them already."""
+    holders = list(dict.fromkeys(str(grant.holder) for grant in ledger.grants.values() if _has_of(grant, part)))
+    if not holders:
+        return refusal
+    others = f" and {len(holders) - MOST_NAMED} more" if len(holders) > MOST_NAMED else ""
+    why = f"{refusal.why}; held there by {', '.join(holders[:MOST_NAMED])}{others}"
+    return Refused(why, want=refusal.want, free=refusal.free, would_admit=refusal.would_admit)
+
+
+def _has_of(grant: Grant, part: DevicePart) -> bool:
+    if part.page_bytes:
+        return any((one.node, one.page_bytes) == (part.node, part.page_bytes) for one in grant.hugepages)
+    return not grant.cpus.isdisjoint(part.cpus) or any(node == part.node for node, _ in grant.memory)

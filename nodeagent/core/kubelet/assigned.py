@@ -1,0 +1,114 @@
+"""What kubelet's own managers gave to the containers of its pods, as values, in sets that have nothing in common. Pure.
+
+Containers of one pod may have the same CPUs: an init container's go on to those after it, and a pod may have CPUs of
+its own that several of its containers share. What such containers have is kept together, under all of their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from nodeagent.core.ledger.free import MEMORY
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.model.topology import NodeId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryBlock:
+    """Memory or hugepages that kubelet gave away on some NUMA nodes; how much on each of several it does not say."""
+
+    nodes: tuple[NodeId, ...]
+    page_bytes: int
+    """core.stock.MEMORY: not in hugepages."""
+    size_bytes: int
+
+    def __str__(self) -> str:
+        what = "memory" if self.page_bytes == MEMORY else f"{format_size(self.page_bytes)} pages"
+        return f"{self.size_bytes} bytes of {what} on NUMA node {','.join(str(node) for node in self.nodes)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assigned:
+    """What kubelet gave to one container of a pod, or to several together; to none: what the pod as a whole has."""
+
+    uid: str
+    """Of the pod."""
+    containers: tuple[str, ...] = ()
+    """In order of name."""
+    cpus: CpuSet = EMPTY
+    blocks: tuple[MemoryBlock, ...] = ()
+
+    @property
+    def container(self) -> str:
+        return ",".join(self.containers)
+
+    @property
+    def id(self) -> str:
+        """Of the grant."""
+        return f"k-{self.uid}-{self.container}" if self.containers else f"k-{self.uid}"
+
+    @property
+    def bytes_by_size(self) -> Mapping[int, int]:
+        """Bytes by page_bytes."""
+        found: dict[int, int] = {}
+        for block in self.blocks:
+            if block.size_bytes:
+                found[block.page_bytes] = found.get(block.page_bytes, 0) + block.size_bytes
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What kubelet's two states say. Only a manager that is on means anything by what it does not mention."""
+
+    assigned: tuple[Assigned, ...] = ()
+    unnamed: tuple[Assigned, ...] = ()
+    """Of containers that are known by their container ids alone, without a pod."""
+    cpus: bool = False
+    """The CPU manager is on."""
+    memory: bool = False
+    """The memory manager is on."""
+
+
+def assigned(
+    cpus: Mapping[tuple[str, str], CpuSet],
+    pod_cpus: Mapping[str, CpuSet],
+    blocks: Mapping[tuple[str, str], tuple[MemoryBlock, ...]],
+    pod_blocks: Mapping[str, tuple[MemoryBlock, ...]],
+) -> tuple[Assigned, ...]:
+    """What kubelet's two states say together, in order of pod and container. By (pod UID, container), and of whole
+    pods by UID."""
+    found: dict[tuple[str, tuple[str, ...]], Assigned] = {}
+    for uid in {uid for uid, _ in cpus} | pod_cpus.keys():
+        mine = {name: some for (pod, name), some in cpus.items() if pod == uid}
+        for names, some in _apart(mine, pod_cpus.get(uid, EMPTY)).items():
+            found[uid, names] = Assigned(uid=uid, containers=names, cpus=some)
+    for uid in {uid for uid, _ in blocks} | pod_blocks.keys():
+        own = {name: several for (pod, name), several in blocks.items() if pod == uid}
+        for names, several in _memory_of(own, pod_blocks.get(uid)).items():
+            one = found.get((uid, names)) or Assigned(uid=uid, containers=names)
+            found[uid, names] = replace(one, blocks=several)
+    return tuple(found[key] for key in sorted(found) if found[key].cpus or found[key].blocks)
+
+
+def _apart(mine: Mapping[str, CpuSet], whole: CpuSet) -> dict[tuple[str, ...], CpuSet]:
+    """The CPUs of one pod in sets that have none in common, each with the containers that have any of it. whole: what
+    the pod has as a whole, of which some may be no container's."""
+    sets: dict[tuple[str, ...], CpuSet] = {}
+    for name, cpus in sorted(mine.items()):
+        met = [names for names, others in sets.items() if not cpus.isdisjoint(others)]
+        together = union((cpus, *(sets.pop(names) for names in met)))
+        sets[tuple(sorted({name, *(one for names in met for one in names)}))] = together
+    rest = whole - union(sets.values())
+    return {**sets, **({(): rest} if rest else {})}
+
+
+def _memory_of(
+    own: Mapping[str, tuple[MemoryBlock, ...]], whole: tuple[MemoryBlock, ...] | None
+) -> dict[tuple[str, ...], tuple[MemoryBlock, ...]]:
+    """Memory by the containers that have it: of a pod that has it as a whole, all of its containers."""
+    if whole is not None:
+        return {tuple(sorted(own)): whole}
+    return {(name,): several for name, several in own.items()}

@@ -1,0 +1,180 @@
+"""What kubelet's own managers gave away, taken over as grants, and given back when its pods have ended.
+
+Pure. Kubelet's state outlives its pods: what it says of a pod that has no folder any more is left alone. All that can
+be taken over becomes grants of (pod UID, container) with ids that stay, so that importing again changes nothing.
+Containers that have the same CPUs hold one grant together, named "a,b".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.core.kubelet.assigned import Assigned, MemoryBlock, Said
+from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.free import MEMORY, memory_left
+from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change, Ledger
+from nodeagent.core.model.grant import KUBELET, Grant, Holder
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.request import Pages
+from nodeagent.core.model.topology import NodeId
+from nodeagent.errors import Refused
+
+OLD_FORM = "this old form of the state does not say which pod it is of: drain the node"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImportPlan:
+    """What importing does to the ledger."""
+
+    ledger: Ledger
+    taken: tuple[Grant, ...] = ()
+    """New grants, or grants that hold something else than before."""
+    known: tuple[Grant, ...] = ()
+    """Grants that were taken over before and stay as they are."""
+    released: tuple[Grant, ...] = ()
+    """Grants taken over before that kubelet's state contradicts."""
+    ended: tuple[Assigned, ...] = ()
+    """Of pods that are not there any more."""
+    refused: tuple[tuple[Assigned, str], ...] = ()
+    """What cannot be taken over, with the reason."""
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        released = (Change(action=RELEASED, grant=one) for one in self.released)
+        return (*released, *(Change(action=ADOPTED, grant=one) for one in self.taken))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """What a look at kubelet's pods says of the grants taken over from it."""
+
+    missing: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    """Since when the pod of each grant has been gone, by grant id."""
+    released: tuple[Grant, ...] = ()
+
+
+# ---------------------------------------------------------------- taking over
+
+
+def plan(
+    inventory: Inventory, ledger: Ledger, said: Said, there: Container[str], *, at: float, boot_id: str = ""
+) -> ImportPlan:
+    """Take over what kubelet gave away. there: UIDs of the pods that are there. at: seconds since the epoch."""
+    contradicted = [grant for grant in _imported(ledger) if not _still_so(grant, said)]
+    after = ledger_of.release(ledger, [one.id for one in contradicted])
+    granted: list[Grant] = []
+    refused = [(one, OLD_FORM) for one in said.unnamed]
+    for one in (one for one in said.assigned if one.uid in there):
+        try:
+            new = after.grants.get(one.id) or _grant(inventory, after, one, ledger.grants.get(one.id), said)
+            new = replace(new, granted_at=new.granted_at or at, boot_id=new.boot_id or boot_id)
+            after = ledger_of.grant(after, new)
+            granted.append(new)
+        except Refused as refusal:
+            refused.append((one, refusal.why))
+    known = tuple(one for one in granted if ledger.grants.get(one.id) == one)
+    # What only holds something else now is no release.
+    released = tuple(one for one in contradicted if one.id not in after.grants)
+    return ImportPlan(
+        ledger=after,
+        taken=tuple(one for one in granted if one not in known),
+        known=known,
+        released=released,
+        ended=tuple(one for one in said.assigned if one.uid not in there),
+        refused=tuple(refused),
+    )
+
+
+def _imported(ledger: Ledger) -> list[Grant]:
+    return [grant for grant in ledger.grants.values() if grant.holder.api == KUBELET]
+
+
+def _still_so(grant: Grant, said: Said) -> bool:
+    """Whether a grant taken over before is what kubelet says now. What a manager that is off does not mention goes on:
+    the container runs with it."""
+    now = next((one for one in said.assigned if one.id == grant.id), Assigned(uid=grant.holder.uid))
+    same_cpus = now.cpus == grant.cpus or not (now.cpus or said.cpus)
+    same_memory = now.bytes_by_size == _bytes_by_size(grant) or not (now.blocks or said.memory)
+    return same_cpus and same_memory
+
+
+def _bytes_by_size(grant: Grant) -> dict[int, int]:
+    found = dict[int, int]()
+    for pages in grant.hugepages:
+        found[pages.page_bytes] = found.get(pages.page_bytes, 0) + pages.pages * pages.page_bytes
+    if memory := sum(amount for _, amount in grant.memory):
+        found[MEMORY] = memory
+    return found
+
+
+def _grant(inventory: Inventory, ledger: Ledger, one: Assigned, old: Grant | None, said: Said) -> Grant:
+    """The grant of what containers have. old: what they held before. Refused where the machine has not got it."""
+    old = old or Grant(id=one.id, holder=Holder(api=KUBELET, uid=one.uid, container=one.container))
+    cpus = one.cpus if one.cpus or said.cpus else old.cpus
+    if lost := cpus - inventory.cpus_online:
+        raise Refused(f"CPUs {lost} are not online", want=len(cpus), free=len(cpus - lost))
+    new = replace(old, cpus=cpus, granted_at=0.0, confirmed=True, boot_id="")
+    if not one.blocks and not said.memory:
+        return new
+    amounts = sorted(_placed(inventory, ledger, one.blocks).items())
+    return replace(
+        new,
+        hugepages=tuple(
+            Pages(node=node, page_bytes=size, pages=amount // size)
+            for (size, node), amount in amounts
+            if size != MEMORY
+        ),
+        memory=tuple((node, amount) for (size, node), amount in amounts if size == MEMORY),
+    )
+
+
+def _placed(inventory: Inventory, ledger: Ledger, blocks: Iterable[MemoryBlock]) -> dict[tuple[int, NodeId], int]:
+    """Bytes by (page_bytes, node): of a block on several nodes as much as can be on the first, then on the next, which
+    is how kubelet fills them."""
+    taken: dict[tuple[int, NodeId], int] = {}
+    for block in blocks:
+        left = block.size_bytes
+        for node in block.nodes:
+            key = block.page_bytes, node
+            part = min(left, _room(inventory, ledger, *key) - taken.get(key, 0))
+            if part:
+                taken[key] = taken.get(key, 0) + part
+            left -= part
+        if left:
+            raise _no_room(block, block.size_bytes - left)
+        if block.page_bytes != MEMORY and block.size_bytes % block.page_bytes:
+            raise Refused(f"{block}, which is no whole number", want=block.size_bytes, free=0)
+    return taken
+
+
+def _room(inventory: Inventory, ledger: Ledger, page_bytes: int, node: NodeId) -> int:
+    """Bytes of a node that are not granted. What a running pod has is in use already, so that free pages say nothing
+    here."""
+    found = inventory.node_by_id.get(node)
+    if found is None:
+        return 0
+    if page_bytes == MEMORY:
+        return max(0, memory_left(found) - ledger.memory_held.get(node, 0))
+    total = sum(pool.total_pages for pool in found.hugepages if pool.page_bytes == page_bytes)
+    return max(0, total - ledger.pages_held.get((node, page_bytes), 0)) * page_bytes
+
+
+def _no_room(block: MemoryBlock, free: int) -> Refused:
+    return Refused(f"{block}, where {free} are not granted", want=block.size_bytes, free=free)
+
+
+# ---------------------------------------------------------------- giving back
+
+
+def ended(ledger: Ledger, there: Container[str], missing: Mapping[str, float], now: float, patience_s: float) -> Ended:
+    """What to give back of what was taken over: that of pods which two looks, patience_s apart, did not find.
+
+    there: UIDs of the pods that are there. missing: Ended.missing of the look before. now: in seconds, of any clock.
+    """
+    mine = [one for one in _imported(ledger) if one.holder.uid not in there]
+    since = {one.id: missing.get(one.id, now) for one in mine}
+    released = tuple(one for one in mine if one.id in missing and now - since[one.id] >= patience_s)
+    gone = {one.id for one in released}
+    return Ended(missing={one: at for one, at in since.items() if one not in gone}, released=released)

@@ -1,0 +1,1 @@
+"""Who holds what: grants, what may be granted, what may be released."""

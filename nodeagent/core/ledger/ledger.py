@@ -1,0 +1,151 @@
+"""The ledger: all grants at one moment. grant and release return a new Ledger and leave the old one as it was.
+
+No two exclusive grants overlap, whichever API they came through: `grant` refuses, naming the holder that is in the way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.topology import NodeId
+from nodeagent.errors import Refused
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ledger:
+    """Who holds what."""
+
+    grants: Mapping[str, Grant] = field(default_factory=lambda: MappingProxyType({}))
+    """By grant id."""
+    reserved: CpuSet = EMPTY
+    """CPUs that are never granted (the system's own)."""
+
+    @functools.cached_property
+    def cpus_held(self) -> CpuSet:
+        return union(grant.cpus for grant in self.grants.values())
+
+    @functools.cached_property
+    def pages_held(self) -> Mapping[tuple[NodeId, int], int]:
+        """Pages by (node, page_bytes)."""
+        held: dict[tuple[NodeId, int], int] = {}
+        for grant in self.grants.values():
+            for pages in grant.hugepages:
+                key = pages.node, pages.page_bytes
+                held[key] = held.get(key, 0) + pages.pages
+        return held
+
+    @functools.cached_property
+    def memory_held(self) -> Mapping[NodeId, int]:
+        """Bytes by node."""
+        held: dict[NodeId, int] = {}
+        for grant in self.grants.values():
+            for node, size in grant.memory:
+                held[node] = held.get(node, 0) + size
+        return held
+
+    @functools.cached_property
+    def devices_held(self) -> frozenset[str]:
+        """Devices of which anything is held, whole or a share."""
+        return frozenset(one for grant in self.grants.values() for one in (*grant.devices, *grant.shares))
+
+    @functools.cached_property
+    def devices_whole(self) -> frozenset[str]:
+        """Devices that one grant holds whole."""
+        return frozenset(one for grant in self.grants.values() for one in grant.devices)
+
+    @functools.cached_property
+    def by_id(self) -> Mapping[tuple[str, str], Grant]:
+        """The grant that holds an API's id: (resource, id)."""
+        return {(grant.holder.resource, one): grant for grant in self.grants.values() for one in grant.ids}
+
+
+GRANTED, REDUCED, RELEASED, CONFIRMED, ADOPTED = "granted", "reduced", "released", "confirmed", "adopted"
+"""Change.action: reduced is what is left of a grant when another has taken some of its ids."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """One line of the audit: what happened to a grant."""
+
+    action: str
+    grant: Grant
+
+
+def grant(ledger: Ledger, new: Grant) -> Ledger:
+    """The ledger with one grant more, or with another of the same id replaced; the same grant again is no change.
+    Refused if any part is held by another or reserved."""
+    if ledger.grants.get(new.id) == new:
+        return ledger
+    others = release(ledger, [new.id])
+    if _may_overlap(others, new):
+        for old in others.grants.values():
+            _refuse_overlap(old, new)
+    if taken := new.cpus & ledger.reserved:
+        raise Refused(f"cannot grant CPUs {taken}: they are reserved", want=len(new.cpus), free=len(new.cpus - taken))
+    return _plus(others, new)
+
+
+def release(ledger: Ledger, ids: Iterable[str]) -> Ledger:
+    """The ledger without these grants; unknown ids are no error."""
+    gone = frozenset(ids) & ledger.grants.keys()
+    if not gone:
+        return ledger
+    after = _with(ledger, {key: value for key, value in ledger.grants.items() if key not in gone})
+    lost = {(old.holder.resource, one) for old in map(ledger.grants.__getitem__, gone) for one in old.ids}
+    after.__dict__["by_id"] = {key: value for key, value in ledger.by_id.items() if key not in lost}
+    return after
+
+
+def amend(ledger: Ledger, changed: Iterable[Grant]) -> Ledger:
+    """The ledger with some grants replaced by what is now known of their holders; what they hold must be the same."""
+    grants = dict(ledger.grants)
+    for one in changed:
+        grants[one.id] = replace(grants[one.id], holder=one.holder, confirmed=one.confirmed, pods=one.pods)
+    return _with(ledger, grants)
+
+
+def with_reserved(ledger: Ledger, reserved: CpuSet) -> Ledger:
+    """The same grants beside other reserved CPUs."""
+    return ledger if ledger.reserved == reserved else Ledger(grants=ledger.grants, reserved=reserved)
+
+
+def _with(ledger: Ledger, grants: Mapping[str, Grant]) -> Ledger:
+    return Ledger(grants=MappingProxyType(dict(grants)), reserved=ledger.reserved)
+
+
+def _plus(ledger: Ledger, new: Grant) -> Ledger:
+    """The ledger with a grant that overlaps nothing. What is known of the old one is carried over: a decision among
+    hundreds of grants costs as much as one among few."""
+    after = _with(ledger, {**ledger.grants, new.id: new})
+    after.__dict__["by_id"] = {**ledger.by_id, **{(new.holder.resource, one): new for one in new.ids}}
+    after.__dict__["cpus_held"] = ledger.cpus_held | new.cpus
+    after.__dict__["devices_held"] = ledger.devices_held.union(new.devices, new.shares)
+    after.__dict__["devices_whole"] = ledger.devices_whole.union(new.devices)
+    return after
+
+
+def _may_overlap(ledger: Ledger, new: Grant) -> bool:
+    return not (
+        ledger.cpus_held.isdisjoint(new.cpus)
+        and ledger.devices_held.isdisjoint(new.devices)
+        and ledger.devices_whole.isdisjoint(new.shares)
+        and not any((new.holder.resource, one) in ledger.by_id for one in new.ids)
+    )
+
+
+def _refuse_overlap(old: Grant, new: Grant) -> None:
+    """Refused, naming the holder, where two grants share a CPU, a device held whole by either, or an id."""
+    if taken := old.cpus & new.cpus:
+        why = f"cannot grant CPUs {new.cpus}: {taken} held by {old.holder}"
+        raise Refused(why, want=len(new.cpus), free=len(new.cpus - taken))
+    whole = frozenset(new.devices) & {*old.devices, *old.shares} | frozenset(new.shares) & frozenset(old.devices)
+    same = frozenset(new.ids) & frozenset(old.ids) if new.holder.resource == old.holder.resource else frozenset()
+    for want, shared in ((len(new.devices) + len(new.shares), whole), (len(new.ids), same)):
+        if shared:
+            why = f"cannot grant {', '.join(sorted(shared))}: held by {old.holder}"
+            raise Refused(why, want=want, free=want - len(shared))

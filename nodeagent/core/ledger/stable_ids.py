@@ -1,0 +1,76 @@
+"""The numbers of sockets and L3 groups, kept while CPUs come and go.
+
+They count groups by their lowest online CPU: with that CPU offline, groups would change places, and with them the
+devices `socket1` and `l3-1` that claims are allocated from. So CPUs keep the number that they were known by; of a
+machine that is seen for the first time, those that claims hold tell how their groups were called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.grant import CLAIM
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.topology import Cpu
+
+_NAMED = re.compile(r"(?P<group>socket|l3-)(?P<number>0|[1-9][0-9]{0,4})", re.ASCII)
+_L3 = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """The socket and the L3 group of CPUs that were ever seen, by CPU."""
+
+    packages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    l3: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def numbers_held(ledger: Ledger) -> Numbers:
+    """What the claims' devices were called."""
+    found: dict[str, dict[int, int]] = {"socket": {}, "l3-": {}}
+    for grant in ledger.grants.values():
+        result = grant.result if grant.holder.api == CLAIM else None
+        if result is not None and (named := _NAMED.fullmatch(result.device)):
+            found[named["group"]].update(dict.fromkeys(grant.cpus, int(named["number"])))
+    return Numbers(packages=MappingProxyType(found["socket"]), l3=MappingProxyType(found["l3-"]))
+
+
+def numbered(inventory: Inventory, known: Numbers) -> tuple[Inventory, Numbers]:
+    """The same machine with the numbers that are known, and what is known from now on. A group whose CPUs were known by
+    several numbers, as on another machine, or by one that another group has, is numbered anew."""
+    packages = _renamed(inventory.cpus, lambda cpu: cpu.package, known.packages)
+    l3 = _renamed(inventory.cpus, lambda cpu: cpu.l3, known.l3)
+    if any(old != new for names in (packages, l3) for old, new in names.items()):
+        cpus = tuple(
+            replace(cpu, package=packages[cpu.package], l3=None if cpu.l3 is None else l3[cpu.l3])
+            for cpu in inventory.cpus
+        )
+        caches = (
+            replace(one, index=l3.get(one.index, one.index)) if one.level == _L3 else one for one in inventory.caches
+        )
+        ordered = sorted(caches, key=lambda one: (one.level, one.index))
+        inventory = replace(inventory, cpus=cpus, caches=tuple(ordered))
+    now = Numbers(
+        packages=MappingProxyType({**known.packages, **{cpu.id: cpu.package for cpu in inventory.cpus}}),
+        l3=MappingProxyType({**known.l3, **{cpu.id: cpu.l3 for cpu in inventory.cpus if cpu.l3 is not None}}),
+    )
+    return inventory, now
+
+
+def _renamed(cpus: Iterable[Cpu], group_of: Callable[[Cpu], int | None], known: Mapping[int, int]) -> Mapping[int, int]:
+    """The number of each group by the one that it has now."""
+    names: dict[int, set[int]] = {}
+    for cpu in cpus:
+        if (group := group_of(cpu)) is not None:
+            names.setdefault(group, set()).update({known[cpu.id]} if cpu.id in known else ())
+    kept: dict[int, int] = {}
+    for group, one in names.items():
+        if len(one) == 1 and not one & set(kept.values()):
+            kept[group] = min(one)
+    taken = {*kept.values(), *known.values()}
+    free = (number for number in range(len(names) + len(taken)) if number not in taken)
+    return {group: kept[group] if group in kept else next(free) for group in names}

@@ -1,0 +1,63 @@
+"""What is asked of placement, and where it goes. Frozen values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.topology import NodeId
+
+BEST_EFFORT, RESTRICTED, SINGLE = "best-effort", "restricted", "single"
+"""Request.numa: as close as can be; never over more NUMA nodes than an empty machine would need; one node or none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What is asked for in one decision. Everything left out is not asked for."""
+
+    cpus: int = 0
+    hugepages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Pages by page_bytes."""
+    memory_bytes: int = 0
+    devices: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    """Devices by kind."""
+    near: tuple[str, ...] = ()
+    """Ids of devices that the CPUs, pages and devices are to lie near."""
+    near_cpus: CpuSet = EMPTY
+    """CPUs that the CPUs asked for are to lie near."""
+    near_nodes: tuple[NodeId, ...] = ()
+    """NUMA nodes that everything asked for is to lie near."""
+    options: frozenset[str] = frozenset()
+    """Names from core.options."""
+    numa: str = BEST_EFFORT
+    within_cpus: CpuSet | None = None
+    """Choose among these CPUs only."""
+    must_cpus: CpuSet = EMPTY
+    within_devices: frozenset[str] | None = None
+    must_devices: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pages:
+    """Hugepages of one size on one NUMA node."""
+
+    node: NodeId
+    page_bytes: int
+    pages: int
+
+
+class Placement(NamedTuple):
+    """What was computed for a request, and what it cost. core.placement.describe says more about one."""
+
+    cpus: CpuSet = EMPTY
+    hugepages: tuple[Pages, ...] = ()
+    memory: tuple[tuple[NodeId, int], ...] = ()
+    """(node, bytes)."""
+    devices: tuple[str, ...] = ()
+    cost: tuple[int, ...] = ()
+    """In the order of core.placement.COST_ORDER."""
+    exact: bool = True
+    """False: the search ran out of steps and this is the best it saw."""

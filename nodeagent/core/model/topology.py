@@ -1,0 +1,100 @@
+"""CPUs, caches and NUMA nodes of a machine, as frozen values.
+
+Ids are the kernel's own (CPU numbers, NUMA node numbers). package, die, cluster, core, l2 and l3 of a CPU are indices,
+unique on the whole machine and numbered by lowest member CPU: the kernel's own core_id repeats on every package and is
+never used as an identity. Sizes are in bytes and say so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+
+NodeId = int
+
+
+NO_NODE = -1
+"""The NUMA node of what has none."""
+
+
+PERFORMANCE, BALANCED, EFFICIENCY = "performance", "balanced", "efficiency"
+"""Cpu.kind on hybrid machines, fastest first; "" where all CPUs are alike."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cpu:
+    """One online CPU (hardware thread)."""
+
+    id: int
+    package: int
+    die: int
+    cluster: int | None = None
+    core: int
+    numa_node: NodeId
+    l2: int | None = None
+    l3: int | None = None
+    kind: str = ""
+    isolated: bool = False
+    capacity: int | None = None
+    """cpu_capacity: 1024 is the fastest CPU of the machine."""
+    base_khz: int | None = None
+    max_khz: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheGroup:
+    """One data or unified cache and the online CPUs that share it."""
+
+    level: int
+    index: int
+    """Unique within the level; equals Cpu.l2 or Cpu.l3 for those levels."""
+    cpus: CpuSet
+    size_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HugepagePool:
+    """Pages of one size on one NUMA node (Documentation/admin-guide/mm/hugetlbpage.rst)."""
+
+    node: NodeId
+    page_bytes: int
+    total_pages: int
+    free_pages: int
+    reserved_pages: int = 0
+    """Promised to a mapping, not yet faulted. Only the machine-wide number exists in most kernels: then it stands on
+    the pool of the node that holds most free pages."""
+    surplus_pages: int = 0
+    overcommit_pages: int = 0
+    own_used_pages: int | None = None
+    """Faulted by our holders; None: nobody can tell them from others."""
+    own_reserved_pages: int | None = None
+    """Of the reserved ones those that our holders' mappings wait for; known where own_used_pages is."""
+
+    @property
+    def persistent_pages(self) -> int:
+        """Those that stay when they are given back."""
+        return self.total_pages - self.surplus_pages
+
+    @property
+    def foreign_pages(self) -> int | None:
+        """In use by none of our holders; None: nobody can tell."""
+        if self.own_used_pages is None:
+            return None
+        return max(0, self.total_pages - self.free_pages - self.own_used_pages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NumaNode:
+    """One NUMA node, with or without CPUs, with or without memory."""
+
+    id: NodeId
+    cpus: CpuSet = EMPTY
+    memory_bytes: int = 0
+    kind: str = "dram"
+    """dram, hbm, cxl, gpu, pmem or "none" (no memory)."""
+    distances: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))
+    """SLIT distance to each node by its id; empty where the kernel has none."""
+    hugepages: tuple[HugepagePool, ...] = ()

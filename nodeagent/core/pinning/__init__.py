@@ -1,0 +1,1 @@
+"""From the ledger and the containers to what each cgroup must be."""

@@ -1,0 +1,1 @@
+"""Where a request goes: every policy choice of placement."""

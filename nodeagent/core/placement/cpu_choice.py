@@ -1,0 +1,98 @@
+"""CPUs alone: what each option and each NUMA policy of a request means to the compiled core."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model import options as opt
+from nodeagent.core.model.request import BEST_EFFORT, SINGLE, Request
+from nodeagent.core.placement.index import MachineIndex
+
+if TYPE_CHECKING:
+    from nodeagent._fastpath import Choice
+
+Near = Sequence[tuple[int, int]]
+"""(mask of CPUs, what each of them costs)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How far the CPUs of a request may spread; 0 is no limit."""
+
+    packages: int = 0
+    nodes: int = 0
+    groups: int = 0
+
+
+NO_LIMITS = Limits()
+
+
+def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, limits: Limits) -> Choice | None:
+    """Ask the compiled core; what each option means to it is said here."""
+    chosen = request.options
+    found = machine.layout.choose(
+        free & allowed(machine, chosen) | request.must_cpus.mask,
+        request.cpus,
+        must=request.must_cpus.mask,
+        whole_cores=opt.FULL_PCPUS in chosen,
+        spread_cores=opt.SPREAD_CORES in chosen,
+        spread_nodes=opt.SPREAD_NUMA in chosen,
+        groups_first=opt.REQUIRE_L3 in chosen,
+        most_packages=limits.packages,
+        most_nodes=limits.nodes,
+        near=near,
+        taste=_tastes(machine, chosen),
+    )
+    if found is not None and limits.groups and found[6] > limits.groups:
+        return None
+    return found
+
+
+def allowed(machine: MachineIndex, chosen: frozenset[str]) -> int:
+    """The CPUs that options leave to choose from."""
+    cpus = machine.usable
+    for name, kind in opt.CORE_KINDS.items() if chosen else ():
+        if f"require-{name}-cores" in chosen:
+            cpus &= machine.of_kind(kind)
+    if "require-isolated-cpus" in chosen:
+        cpus &= machine.isolated
+    return cpus
+
+
+def _tastes(machine: MachineIndex, chosen: frozenset[str]) -> list[tuple[int, int]]:
+    """What options would rather not have: each such CPU costs 1."""
+    if not chosen:
+        return []
+    tastes = [
+        (machine.usable & ~machine.of_kind(kind), 1)
+        for name, kind in opt.CORE_KINDS.items()
+        if f"prefer-{name}-cores" in chosen
+    ]
+    if "prefer-isolated-cpus" in chosen:
+        tastes.append((machine.usable & ~machine.isolated, 1))
+    if "avoid-isolated-cpus" in chosen:
+        tastes.append((machine.isolated, 1))
+    return [taste for taste in tastes if taste[0]]
+
+
+def limits_of(machine: MachineIndex, ledger: Ledger, request: Request) -> Limits:
+    """How far the CPUs of a request may spread under its NUMA policy and options."""
+    if request.numa == BEST_EFFORT and opt.REQUIRE_L3 not in request.options:
+        return NO_LIMITS
+    empty = _on_empty(machine, ledger, request) if request.cpus else None
+    groups = empty[6] if empty and opt.REQUIRE_L3 in request.options else 0
+    if request.numa == BEST_EFFORT:
+        return Limits(groups=groups, nodes=groups, packages=groups)
+    most = 1 if request.numa == SINGLE else 0
+    if opt.ALIGN_SOCKET in request.options:
+        return Limits(packages=most or (empty[3] if empty else 1), groups=groups)
+    return Limits(nodes=most or (empty[4] if empty else 1), groups=groups)
+
+
+def _on_empty(machine: MachineIndex, ledger: Ledger, request: Request) -> Choice | None:
+    """What the compiled core would choose were nothing held."""
+    free = machine.usable & ~ledger.reserved.mask | request.must_cpus.mask
+    return search_cpus(machine, free, request, (), NO_LIMITS)

@@ -1,0 +1,81 @@
+"""What a placement is, in numbers an admin knows and in sentences: packages, NUMA nodes, L3 groups, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.model.request import Placement, Request
+from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.index import MachineIndex, machine_of
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """Ids in order. numa_nodes are those of CPUs, pages and memory, or else of the devices."""
+
+    packages: tuple[int, ...]
+    numa_nodes: tuple[NodeId, ...]
+    l3: tuple[int, ...]
+    split_cores: int
+    """Cores of which the placement has some CPUs and not all."""
+    why: tuple[str, ...]
+
+
+def describe(inventory: Inventory, request: Request, placement: Placement) -> Description:
+    """The description of a placement that was computed for this request on this inventory."""
+    machine = machine_of(inventory)
+    cpus = [inventory.cpu_by_id[one] for one in placement.cpus]
+    split = split_cores(machine, placement.cpus)
+    return Description(
+        packages=tuple(sorted({cpu.package for cpu in cpus})),
+        numa_nodes=_nodes(inventory, placement),
+        l3=tuple(sorted({cpu.l3 for cpu in cpus if cpu.l3 is not None})),
+        split_cores=split,
+        why=tuple(_sentences(machine, request, placement, split)),
+    )
+
+
+def split_cores(machine: MachineIndex, cpus: CpuSet) -> int:
+    return sum(1 for core in machine.cores.values() if core & cpus.mask and core & ~cpus.mask)
+
+
+def _nodes(inventory: Inventory, placement: Placement) -> tuple[NodeId, ...]:
+    nodes = machine_of(inventory).nodes_of(placement.cpus.mask)
+    nodes |= {pages.node for pages in placement.hugepages} | {node for node, _ in placement.memory}
+    if not nodes:
+        found = (inventory.device_by_id[one].numa_node for one in placement.devices)
+        nodes = frozenset(node for node in found if node is not None)
+    return tuple(sorted(nodes))
+
+
+def _sentences(machine: MachineIndex, request: Request, placement: Placement, split: int) -> list[str]:
+    nodes = _nodes(machine.inventory, placement)
+    out = []
+    if placement.cpus:
+        where = f"NUMA node {nodes[0]}" if len(nodes) == 1 else f"NUMA nodes {_list(nodes)}"
+        count = len({cpu.package for cpu in machine.inventory.cpus if cpu.id in placement.cpus})
+        out.append(f"{len(placement.cpus)} CPUs ({placement.cpus}) on {where}, {_count(count, 'socket')}")
+        out.append("whole cores only" if not split else f"{_count(split, 'core')} only in part")
+    for pages in placement.hugepages:
+        out.append(f"{pages.pages} pages of {format_size(pages.page_bytes)} on NUMA node {pages.node}")
+    for node, size in placement.memory:
+        out.append(f"{format_size(size)} of memory on NUMA node {node}")
+    if placement.devices:
+        out.append(f"devices {', '.join(placement.devices)}: the best linked set that is free")
+    if request.near or (placement.devices and placement.cpus):
+        near = placement.cost[1]
+        out.append("as near as can be: all local" if near == 0 else f"distance to the devices summed over CPUs: {near}")
+    if not placement.exact:
+        out.append("the search ran out of steps: this is the best placement it saw, a better one may exist")
+    return out
+
+
+def _list(ids: tuple[int, ...]) -> str:
+    return str(CpuSet(one for one in ids if one >= 0))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,162 @@
+"""An inventory as placement works on it: masks, indices and the compiled layout, worked out once for each snapshot."""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nodeagent._fastpath import Layout
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.device import LINK_WEIGHTS, Device
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.proximity import Place, Proximity
+
+
+class MachineIndex:
+    """Answers of one inventory, all as bit masks of CPU ids."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self.inventory = inventory
+        self.usable = sum(1 << cpu.id for cpu in inventory.cpus) & ~inventory.cpus_outside.mask
+        """Those that pods can run on. The layout and the cores have all that are online: a core is not whole without a
+        thread on which none can."""
+        self.isolated = self.usable & sum(1 << cpu.id for cpu in inventory.cpus if cpu.isolated)
+        self._cpus: dict[NodeId, int] = {node.id: 0 for node in inventory.numa_nodes}
+        self._packages: dict[NodeId, int] = {}
+        for cpu in inventory.cpus:
+            self._cpus[cpu.numa_node] = self._cpus.get(cpu.numa_node, 0) | 1 << cpu.id
+            self._packages[cpu.numa_node] = self._packages.get(cpu.numa_node, 0) | 1 << cpu.package
+        self.nodes: tuple[NodeId, ...] = tuple(sorted(self._cpus))
+        self._pools: dict[tuple[str, ...], DeviceIndex] = {}
+
+    @functools.cached_property
+    def proximity(self) -> Proximity:
+        return Proximity(self.inventory)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The compiled view of the CPUs. NUMA nodes are numbered in order of id, those without CPUs left out."""
+        nodes = [node for node in self.nodes if self._cpus[node]]
+        index = {node: i for i, node in enumerate(nodes)}
+        rows = [
+            (cpu.id, cpu.package, index[cpu.numa_node], -1 if cpu.l3 is None else cpu.l3, cpu.core)
+            for cpu in self.inventory.cpus
+        ]
+        distances = [self.proximity.node_distance(a, b) for a in nodes for b in nodes]
+        return Layout(rows, max(1, len(nodes)), distances or [10])
+
+    @functools.cached_property
+    def heaviest_link(self) -> int:
+        """The largest link weight on the machine."""
+        return max([*LINK_WEIGHTS.values(), *(link.weight for link in self.inventory.links)])
+
+    def far(self, a: Device, b: Device) -> int:
+        """What a pair of devices costs: by link weight, then by how near the two lie on PCIe and NUMA."""
+        nearest = LINK_WEIGHTS["pcie-switch"]
+        links = self.heaviest_link - self.proximity.weight(a, b)
+        return links * (nearest + 1) + nearest - self.proximity.place_weight(a, b)
+
+    @functools.cached_property
+    def cores(self) -> dict[int, int]:
+        """Mask of CPUs by core."""
+        cores: dict[int, int] = {}
+        for cpu in self.inventory.cpus:
+            cores[cpu.core] = cores.get(cpu.core, 0) | 1 << cpu.id
+        return cores
+
+    @functools.cached_property
+    def _groups(self) -> dict[int | None, int]:
+        """Mask of CPUs by L3 group; those without one are in none."""
+        groups: dict[int | None, int] = {}
+        for cpu in self.inventory.cpus:
+            if cpu.l3 is not None:
+                groups[cpu.l3] = groups.get(cpu.l3, 0) | 1 << cpu.id
+        return groups
+
+    def place(self, cpus: CpuSet) -> Place:
+        """The place of CPUs that something is to lie near: the CPUs of their L3 groups."""
+        known = self.inventory.cpu_by_id
+        some = [known[one] for one in cpus if one in known]
+        nodes, near = {cpu.numa_node for cpu in some}, 0
+        for cpu in some:
+            near |= self._groups.get(cpu.l3, 1 << cpu.id)
+        return near, min(nodes) if len(nodes) == 1 else None
+
+    def of_kind(self, kind: str) -> int:
+        """CPUs of a core kind; all usable ones where the machine has one kind only."""
+        if not any(cpu.kind for cpu in self.inventory.cpus):
+            return self.usable
+        return sum(1 << cpu.id for cpu in self.inventory.cpus if cpu.kind == kind)
+
+    def cpus_of(self, nodes: Iterable[NodeId]) -> int:
+        return sum(self._cpus.get(node, 0) for node in nodes)
+
+    def nodes_of(self, mask: int) -> frozenset[NodeId]:
+        """The nodes of some CPUs."""
+        return frozenset(node for node, cpus in self._cpus.items() if cpus & mask)
+
+    def packages_of(self, nodes: Iterable[NodeId]) -> int:
+        """A mask of the packages whose CPUs lie on some nodes."""
+        mask = 0
+        for node in nodes:
+            mask |= self._packages.get(node, 0)
+        return mask
+
+    def nodes_of_packages(self) -> list[frozenset[NodeId]]:
+        """The nodes of each package; a node without CPUs belongs to none."""
+        packages = CpuSet.of_mask(self.packages_of(self.nodes))
+        return [frozenset(n for n, mask in self._packages.items() if mask >> one & 1) for one in packages]
+
+    def pool(self, kinds: tuple[str, ...]) -> DeviceIndex:
+        """The devices of some kinds and what is known of their pairs."""
+        if kinds not in self._pools:
+            self._pools[kinds] = DeviceIndex.of(self, kinds)
+        return self._pools[kinds]
+
+    def distance(self, nodes: Iterable[NodeId]) -> int:
+        """The sum of the distances between nodes, both ways."""
+        some = list(nodes)
+        return sum(self.proximity.node_distance(a, b) for a in some for b in some if a != b)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceIndex:
+    """All devices of some kinds, those that nobody can tell apart together in a class."""
+
+    classes: tuple[tuple[Device, ...], ...]
+    places: tuple[Place, ...]
+    """Where the devices of each class lie."""
+    place_numbers: tuple[int, ...]
+    """The same number for the same place."""
+    links: array[int]
+    """classes x classes: link weights, row by row; inside a class on the diagonal."""
+    far: array[int]
+    """classes x classes: what a pair costs."""
+
+    @classmethod
+    def of(cls, machine: MachineIndex, kinds: tuple[str, ...]) -> DeviceIndex:
+        near = machine.proximity
+        devices = sorted(machine.inventory.devices, key=lambda device: (device.kind, device.id))
+        classes = near.classes([device for device in devices if device.kind in kinds])
+        pairs = [(a[0], b[-1]) for a in classes for b in classes]
+        places = tuple(near.place(members[0]) for members in classes)
+        numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
+        return cls(
+            classes=tuple(tuple(sorted(members, key=lambda device: device.id)) for members in classes),
+            places=places,
+            place_numbers=tuple(numbers[place] for place in places),
+            links=array("q", [near.weight(a, b) for a, b in pairs]),
+            far=array("q", [machine.far(a, b) for a, b in pairs]),
+        )
+
+
+def machine_of(inventory: Inventory) -> MachineIndex:
+    """The machine of an inventory, kept by the inventory itself."""
+    kept = inventory.__dict__
+    machine: MachineIndex | None = kept.get("_machine")
+    if machine is None:
+        machine = kept["_machine"] = MachineIndex(inventory)
+    return machine

@@ -1,0 +1,343 @@
+"""Devices, CPUs, hugepages and memory of one request in one decision.
+
+First the devices with the best links (every best set, one for each set of places they lie in), then the CPUs nearest
+to them, then as few packages and NUMA nodes as can be for CPUs, pages and memory together.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from nodeagent.core.ledger.free import Stock
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model import options as opt
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.request import BEST_EFFORT, SINGLE, Pages, Placement, Request
+from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.cpu_choice import NO_LIMITS, Limits, Near, allowed, limits_of, search_cpus
+from nodeagent.core.placement.device_choice import Pick, device_of, pick_devices
+from nodeagent.core.placement.index import MachineIndex
+from nodeagent.core.placement.node_sets import Cover, Steps, Unit
+from nodeagent.core.placement.proximity import Place
+
+if TYPE_CHECKING:
+    from nodeagent._fastpath import Choice
+
+MOST_UNIVERSES = 128
+"""Sets of NUMA nodes that a NUMA policy allows, each searched on its own."""
+Sets = list[tuple[NodeId, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A placement and all it is compared by: its cost and how far its CPUs by themselves spread."""
+
+    placement: Placement
+    key: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One request on one machine, and what is the same wherever it is tried."""
+
+    machine: MachineIndex
+    ledger: Ledger
+    request: Request
+    free: int
+    stock: Stock
+    fixed: tuple[Place, ...]
+    limits: Limits
+    steps: Steps
+
+
+def place_joint(machine: MachineIndex, free: int, ledger: Ledger, request: Request) -> Placement | None:
+    """The cheapest placement, or None where nothing fits."""
+    needs_l3 = opt.REQUIRE_L3 in request.options
+    limits = limits_of(machine, ledger, request) if needs_l3 else NO_LIMITS
+    stock = Stock.of(machine.inventory, ledger, request)
+    task = _Task(machine, ledger, request, free, stock, _fixed_places(machine, request), limits, Steps())
+    found = _place_within(task, None)
+    if found is not None and request.numa != BEST_EFFORT:
+        found = _under_policy(task, found)
+    if found is None:
+        return None
+    return found.placement._replace(exact=found.placement.exact and not task.steps.cut)
+
+
+def _fixed_places(machine: MachineIndex, request: Request) -> tuple[Place, ...]:
+    """Where the things lie that the whole request is to be near."""
+    places = [machine.proximity.place(device_of(machine, one)) for one in request.near]
+    places += [(0, node) for node in request.near_nodes]
+    if request.near_cpus:
+        places.append(machine.place(request.near_cpus))
+    return tuple(places)
+
+
+# ---------------------------------------------------------------- what a NUMA policy forbids
+
+
+def _under_policy(task: _Task, loose: _Found) -> _Found | None:
+    """The best placement that the policy allows; often the best of all is."""
+    units = _units(task)
+    most = 1 if task.request.numa == SINGLE else _least_units(task, units)
+    if _lies_in(task, loose.placement, units, most):
+        return loose
+    free = task.free & allowed(task.machine, task.request.options) | task.request.must_cpus.mask
+    taken = task.ledger.devices_held
+    cover = Cover(_measured(task, units, free, task.stock, taken), _wanted(task, taken), task.steps)
+    best: _Found | None = None
+    universes = cover.of_size(most)
+    for combination in itertools.islice(universes, MOST_UNIVERSES):
+        best = _better(best, _place_within(task, frozenset(n for unit in combination for n in unit.nodes)))
+    if next(universes, None) is not None:
+        task.steps.cut = True
+    return best
+
+
+def _units(task: _Task) -> list[frozenset[NodeId]]:
+    """What the policy counts: NUMA nodes, or the nodes of a socket."""
+    if opt.ALIGN_SOCKET in task.request.options:
+        return task.machine.nodes_of_packages()
+    return [frozenset({node}) for node in task.machine.nodes]
+
+
+def _least_units(task: _Task, units: Sequence[frozenset[NodeId]]) -> int:
+    """How many units an empty machine needs for what is asked."""
+    stock = Stock.of(task.machine.inventory, Ledger(reserved=task.ledger.reserved), task.request, empty=True)
+    cpus = task.machine.usable & ~task.ledger.reserved.mask & allowed(task.machine, task.request.options)
+    nothing: frozenset[str] = frozenset()
+    cover = Cover(_measured(task, units, cpus, stock, nothing), _wanted(task, nothing), Steps())
+    sizes = range(max(1, cover.least()), len(units) + 1)
+    return next((count for count in sizes if next(cover.of_size(count), None) is not None), len(units))
+
+
+def _wanted(task: _Task, taken: frozenset[str]) -> tuple[int, ...]:
+    """The request as a vector: CPUs, each page size and memory, devices of each kind. Devices whose node nobody knows
+    are there wherever the rest goes."""
+    anywhere = [one.kind for one in task.machine.inventory.devices if one.numa_node is None and one.id not in taken]
+    devices = (count - anywhere.count(kind) for kind, count in task.request.devices.items())
+    return (task.request.cpus, *task.stock.want.values(), *devices)
+
+
+def _measured(
+    task: _Task, units: Iterable[frozenset[NodeId]], cpus: int, stock: Stock, taken: frozenset[str]
+) -> list[Unit]:
+    """What each unit gives of every part of the vector."""
+    devices = [one for one in task.machine.inventory.devices if one.id not in taken]
+    return [
+        Unit(
+            tuple(sorted(nodes)),
+            (
+                (cpus & task.machine.cpus_of(nodes)).bit_count(),
+                *(stock.sum(size, nodes) for size in stock.want),
+                *(sum(one.kind == kind and one.numa_node in nodes for one in devices) for kind in task.request.devices),
+            ),
+            task.machine.packages_of(nodes),
+        )
+        for nodes in units
+    ]
+
+
+def _lies_in(task: _Task, placement: Placement, units: Sequence[frozenset[NodeId]], most: int) -> bool:
+    """Whether all parts of a placement lie in so many units."""
+    used = set(task.machine.nodes_of(placement.cpus.mask))
+    used |= {pages.node for pages in placement.hugepages} | {node for node, _ in placement.memory}
+    nodes = (task.machine.inventory.device_by_id[one].numa_node for one in placement.devices)
+    used |= {node for node in nodes if node is not None}
+    touched = [unit for unit in units if unit & used]
+    return len(touched) <= most and used <= frozenset().union(*touched)
+
+
+# ---------------------------------------------------------------- the best of one universe
+
+
+def _place_within(task: _Task, nodes: frozenset[NodeId] | None) -> _Found | None:
+    """The best on some nodes (None: on all) over all equally good sets of devices."""
+    usable = task.free if nodes is None else task.free & task.machine.cpus_of(nodes) | task.request.must_cpus.mask
+    if task.request.cpus > usable.bit_count() or not task.stock.enough(nodes):
+        return None
+    stock = task.stock.within(nodes)
+    picks = pick_devices(task.machine, task.ledger, task.request, nodes)
+    best: _Found | None = None
+    if not task.request.cpus:
+        for pick in picks:
+            best = _better(best, _span_pages(task, pick, stock))
+        return best
+    sets = _Once(_node_sets(task, usable, stock))
+    for pick, near, cpus in _nearest(task, usable, picks):
+        if best is not None and best.key <= _least_key(pick, cpus):
+            break
+        best = _better(best, _span(task, usable, pick, near, cpus, stock, sets))
+    return best
+
+
+def _better(one: _Found | None, other: _Found | None) -> _Found | None:
+    if one is None or other is None:
+        return one or other
+    return other if other.key < one.key else one
+
+
+def _nearest(task: _Task, usable: int, picks: Iterable[Pick]) -> list[tuple[Pick, Near, Choice]]:
+    """Of the best sets of devices those whose CPUs can lie nearest, with distances and the nearest CPUs."""
+    found = []
+    for pick in picks:
+        near = task.machine.proximity.cpu_weights((*task.fixed, *pick.places))
+        cpus = search_cpus(task.machine, usable, task.request, near, task.limits)
+        if cpus is not None:
+            found.append((pick, near, cpus))
+    least = min((cpus[1:3] for _, _, cpus in found), default=None)
+    return sorted((one for one in found if one[2][1:3] == least), key=lambda one: _least_key(one[0], one[2]))
+
+
+def _least_key(pick: Pick, cpus: Choice) -> tuple[int, ...]:
+    """What a placement with these devices compares by where pages and memory lie on the nodes of its best CPUs. Where
+    they do not, it compares by more."""
+    return (pick.links, *cpus[1:6], *cpus[3:11], pick.cut, cpus[11])
+
+
+# ---------------------------------------------------------------- pages and memory
+
+
+def _span(
+    task: _Task, usable: int, pick: Pick, near: Near, cpus: Choice, stock: Stock, node_sets: Iterable[Sets]
+) -> _Found:
+    """Pages and memory beside CPUs that are as near as `cpus`, all on as few nodes as can be."""
+    if stock.nothing_wanted:
+        return _answer(task, cpus, (), pick)
+    home = task.machine.nodes_of(cpus[0])
+    if stock.enough(home):
+        # The best CPUs of all are where there is enough of the rest: nothing can beat them.
+        return _filled(task, cpus, sorted(home), pick, stock)
+    for sets in node_sets:
+        found = _best_set(task, usable, near, sets, cpus)
+        if found is not None:
+            return _filled(task, found[0], found[1], pick, stock)
+    # Too many sets to look at: the CPUs as they are, pages from their nodes first, then from any.
+    task.steps.cut = True
+    return _filled(task, cpus, sorted(stock.nodes), pick, stock)
+
+
+def _best_set(
+    task: _Task, usable: int, near: Near, sets: Sets, nearest: Choice
+) -> tuple[Choice, tuple[NodeId, ...]] | None:
+    """Of equally small sets of nodes the one that lies closest together and lets CPUs be as near, and as much to
+    taste, as anywhere; then the one with the best CPUs."""
+    if len(sets[0]) == 1:
+        # One question for all single nodes: the core compares them itself.
+        union = task.machine.cpus_of(node for some in sets for node in some)
+        here = search_cpus(task.machine, usable & union, task.request, near, replace(task.limits, nodes=1))
+        if here is None or here[1:3] != nearest[1:3]:
+            return None
+        return here, tuple(task.machine.nodes_of(here[0]))
+    return _closest(task, usable, near, sets, nearest)
+
+
+def _closest(
+    task: _Task, usable: int, near: Near, sets: Sets, nearest: Choice
+) -> tuple[Choice, tuple[NodeId, ...]] | None:
+    """The same over sets of several nodes: no set is asked about that lies wider than one that will do."""
+    best: tuple[Choice, tuple[NodeId, ...]] | None = None
+    apart = -1
+    for distance, nodes in sorted((task.machine.distance(nodes), nodes) for nodes in sets):
+        if best is not None and distance > apart:
+            break
+        here = search_cpus(task.machine, usable & task.machine.cpus_of(nodes), task.request, near, task.limits)
+        if here is None or here[1:3] != nearest[1:3]:
+            continue
+        if best is None or here[3:12] < best[0][3:12]:
+            best, apart = (here, nodes), distance
+    return best
+
+
+def _filled(task: _Task, cpus: Choice, nodes: Sequence[NodeId], pick: Pick, stock: Stock) -> _Found:
+    """The placement with pages and memory taken from some nodes, those of the CPUs first."""
+    taken = task.machine.nodes_of(cpus[0])
+    pages, memory = stock.take(sorted(nodes, key=lambda node: (node not in taken, node)))
+    used = {one.node for one in pages} | {node for node, _ in memory}
+    return _answer(task, cpus, used, pick, pages, memory)
+
+
+def _span_pages(task: _Task, pick: Pick, stock: Stock) -> _Found | None:
+    """Pages and memory without CPUs: on the nodes nearest to the devices, then on as few as can be."""
+    if stock.nothing_wanted:
+        return _answer(task, None, (), pick)
+    places = (*task.fixed, *pick.places)
+    weights = {node: task.machine.proximity.node_weight(node, places) for node in stock.nodes}
+    for bound in sorted(set(weights.values())):
+        near = stock.within(frozenset(node for node in stock.nodes if weights[node] <= bound))
+        if near.enough(None):
+            nodes = _closest_pages(task, near)
+            pages, memory = near.take(sorted(nodes, key=lambda node: (weights[node], node)))
+            used = {one.node for one in pages} | {node for node, _ in memory}
+            return _answer(task, None, used, pick, pages, memory, bound)
+    return None
+
+
+def _closest_pages(task: _Task, stock: Stock) -> Sequence[NodeId]:
+    """The fewest nodes with enough, closest together; all of them where there are too many sets to look at."""
+    for sets in _node_sets(task, 0, stock):
+        return min(sets, key=lambda one: (task.machine.distance(one), one))
+    task.steps.cut = True
+    return sorted(stock.nodes)
+
+
+class _Once:
+    """An iterator that can be gone through again, computed once and only as far as anybody goes."""
+
+    def __init__(self, source: Iterator[Sets]) -> None:
+        self._source = source
+        self._seen: list[Sets] = []
+
+    def __iter__(self) -> Iterator[Sets]:
+        yield from list(self._seen)
+        for one in self._source:
+            self._seen.append(one)
+            yield one
+
+
+def _node_sets(task: _Task, usable: int, stock: Stock) -> Iterator[Sets]:
+    """Sets of nodes with enough of everything: all with the fewest packages and nodes first, then all with the next."""
+    machine = task.machine
+    nodes = sorted(stock.nodes | machine.nodes_of(usable))
+    want = (task.request.cpus, *stock.want.values())
+    units = []
+    for node in nodes:
+        there: Mapping[int, int] = stock.there.get(node, {})
+        gives = ((usable & machine.cpus_of((node,))).bit_count(), *(there.get(size, 0) for size in stock.want))
+        units.append(Unit((node,), gives, machine.packages_of((node,))))
+    needed = machine.nodes_of(task.request.must_cpus.mask)
+    for level in Cover(units, want, task.steps).by_size():
+        if sets := [some for units in level if needed <= set(some := tuple(unit.nodes[0] for unit in units))]:
+            yield sets
+
+
+# ---------------------------------------------------------------- the answer
+
+_NOTHING: Choice = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, True)
+
+
+def _answer(
+    task: _Task,
+    cpus: Choice | None,
+    nodes: Iterable[NodeId],
+    pick: Pick,
+    pages: Sequence[Pages] = (),
+    memory: Sequence[tuple[NodeId, int]] = (),
+    pages_near: int = 0,
+) -> _Found:
+    """Put the parts together; packages, nodes and distance count the nodes of pages and memory too."""
+    mask, near, taste, packages, spanned, distance, *rest, ids, exact = cpus or _NOTHING
+    own = packages, spanned, distance
+    used = task.machine.nodes_of(mask) | frozenset(nodes)
+    if len(used) > spanned:
+        spanned, distance = len(used), task.machine.distance(used)
+        packages = max(packages, task.machine.packages_of(used).bit_count())
+    first = (pick.links, near or pages_near, taste, packages, spanned, distance)
+    last = (*rest, pick.cut, ids)
+    placement = Placement(
+        CpuSet.of_mask(mask), tuple(pages), tuple(memory), pick.devices, first + last, bool(exact) and pick.exact
+    )
+    return _Found(placement, first + own + last)

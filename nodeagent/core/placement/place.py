@@ -1,0 +1,69 @@
+"""Where a request goes: place(). The same inventory, ledger and request give the same placement on every machine.
+
+The cost is compared part by part, in COST_ORDER, smallest first. What options and NUMA policies mean to CPUs is in
+choice.py; how devices, CPUs and pages of one request meet is in joint.py.
+"""
+
+from __future__ import annotations
+
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.request import BEST_EFFORT, Placement, Request
+from nodeagent.core.placement.cpu_choice import limits_of, search_cpus
+from nodeagent.core.placement.index import MachineIndex, machine_of
+from nodeagent.core.placement.joint import place_joint
+from nodeagent.core.placement.refusal import explain
+
+COST_ORDER = (
+    "device_links",
+    "near",
+    "preference",
+    "packages",
+    "numa_nodes",
+    "numa_distance",
+    "l3",
+    "split_cores",
+    "nodes_broken",
+    "l3_broken",
+    "cores_broken",
+    "links_cut",
+    "cpu_ids",
+)
+"""What each part of Placement.cost is; docs/placement.md says it in words."""
+_NOTHING = Placement(cost=(0,) * len(COST_ORDER))
+
+
+def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
+    """The cheapest placement of a request, or Refused with its numbers and what would admit it."""
+    machine = machine_of(inventory)
+    free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
+    if request.within_cpus is not None:
+        free &= request.within_cpus.mask
+    if request.must_cpus.mask:
+        free |= request.must_cpus.mask & machine.usable
+    found = _find(machine, free, ledger, request)
+    if found is None:
+        raise explain(machine, ledger, request, free, lambda other: _find(machine, free, ledger, other) is not None)
+    return found
+
+
+def _find(machine: MachineIndex, free: int, ledger: Ledger, request: Request) -> Placement | None:
+    if request.cpus > free.bit_count() or request.must_cpus.mask.bit_count() > request.cpus:
+        return None
+    alone = not (request.devices or request.hugepages or request.memory_bytes)
+    if not alone or request.near or request.near_cpus.mask or request.near_nodes:
+        return place_joint(machine, free, ledger, request)
+    return _place_cpus(machine, free, ledger, request)
+
+
+def _place_cpus(machine: MachineIndex, free: int, ledger: Ledger, request: Request) -> Placement | None:
+    if request.cpus == 0:
+        return _NOTHING
+    if request.numa == BEST_EFFORT and not request.options and not request.must_cpus.mask:
+        found = machine.layout.choose(free, request.cpus)
+    else:
+        found = search_cpus(machine, free, request, (), limits_of(machine, ledger, request))
+    if found is None:
+        return None
+    return Placement(CpuSet.of_mask(found[0]), (), (), (), (0, *found[1:11], 0, found[11]), found[12])

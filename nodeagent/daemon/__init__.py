@@ -1,0 +1,1 @@
+"""The managers wired together: start order, stop order, reload."""

@@ -1,0 +1,438 @@
+"""The parts put together. `build` reads the machine and opens the ledger and starts nothing; `run` is one TaskGroup
+with one stop order: what serves ends before what decides, and the store closes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import grp
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeagent.admin.http import UnixHttpServer
+from nodeagent.admin.status import Status
+from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.aio.supervise import cancel_all, race, supervise
+from nodeagent.config.load import differences
+from nodeagent.config.load import load as load_config
+from nodeagent.config.schema import Config, keys_applied_at_start
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked
+from nodeagent.daemon.reload import rewrites
+from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
+from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.host.cgroup.layout import layouts
+from nodeagent.host.cgroup.pods_alive import PodCgroups
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import BOOT_ID
+from nodeagent.host.systemd.notify import Notifier
+from nodeagent.kube.kubelet.pod_resources import PodResources
+from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
+from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
+from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, check, settings
+from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
+from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
+from nodeagent.managers.hugepages.manager import HugepagesManager
+from nodeagent.managers.inventory.scanner import InventoryScanner
+from nodeagent.managers.isolation.manager import IsolationManager
+from nodeagent.managers.kubelet_conflicts import KubeletConflicts, confines_all, managed_elsewhere, unprotected
+from nodeagent.managers.ledger_recovery import LedgerRecovery
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.pinning.containers import ContainerTable
+from nodeagent.managers.pinning.manager import PinningManager
+from nodeagent.managers.pod_witness import PodWitness
+from nodeagent.resources.offer import Offer, selectors
+from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.leader import Leader
+from nodeagent.state.store import Store
+from nodeagent.telemetry import log as log_of
+
+POD_RESOURCES = "pod-resources/kubelet.sock"
+LOCKED_RETRY_S = 2.0
+READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
+"""How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
+SWITCH_S = 0.001
+"""How long a thread that works may keep the loop from answering kubelet, a word at a time."""
+FOLDER_POLL_S = 30.0
+"""The safety net below the watch of a folder."""
+Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
+log = structlog.get_logger()
+
+
+def build(config: Config, where: Paths, families: Sequence[all_kinds.Kind]) -> Daemon:
+    """Read the machine, open the ledger, start nothing. StateError where another agent has the ledger; blocks."""
+    store = Store(where.state_dir, accept_loss=where.accept_loss)
+    try:
+        plugins, cgroup_root = where.kubelet_dir / PLUGINS, config.pinning.cgroup_root
+        inventory = scan(where.sysfs, families, selectors(config), cgroup_root=cgroup_root)
+        pods = PodResources(where.kubelet_dir / POD_RESOURCES, plugins / KUBELET_SOCKET)
+        kubelet = KubeletConflicts(where.sysfs, where.kubelet_dir)
+        now = settings(config, kubelet.look(config), where.sysfs.text(BOOT_ID, ""), inventory)
+        containers = ContainerTable(layouts(cgroup_root))
+        names = frozenset({node_name(config), socket.gethostname().lower(), *kubelet.names()})
+        witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), containers, plugins, names, now.boot_id)
+        agent = Agent(store, inventory, now, pods.list, living=witness.living)
+        return Daemon(config, where, families, agent, pods, witness, containers, store, kubelet)
+    except BaseException:
+        store.close()
+        raise
+
+
+class Daemon:
+    """All parts of one running agent."""
+
+    def __init__(
+        self,
+        config: Config,
+        where: Paths,
+        families: Sequence[all_kinds.Kind],
+        agent: Agent,
+        pods: PodResources,
+        witness: PodWitness,
+        containers: ContainerTable,
+        store: Store,
+        kubelet: KubeletConflicts,
+    ) -> None:
+        self.config = config
+        self.config_error = ""
+        """Why the newest configuration is not the one in force."""
+        self.agent = agent
+        self.started_at = time.time()
+        self._where = where
+        self._families = families
+        self._pods = pods
+        self._store = store
+        self._kubelet = kubelet
+        self._plugins = where.kubelet_dir / PLUGINS
+        self._leader = Leader(agent, store, where.state_dir, lambda: self.config.audit_days)
+        self._scanner = InventoryScanner(agent, where.sysfs, families, lambda: self.config, self._page_holders)
+        self._device_plugin = DevicePluginManager(
+            agent, where.kubelet_dir, families, self._managed_elsewhere, lambda: self._leader.held
+        )
+        self._hugepages = HugepagesManager(
+            agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
+        )
+        self._dra = DraManager(
+            agent,
+            config,
+            families,
+            where.sysfs,
+            where.kubelet_dir,
+            where.runtime_dir,
+            pods,
+            self._managed_elsewhere,
+            self._hugepages.growing,
+        )
+        self._pinning = PinningManager(
+            agent,
+            where.sysfs,
+            containers,
+            self._plugins,
+            lambda: self.config.pinning,
+            self._dra.api.claim,
+            self._scanner.rescan,
+            kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
+        )
+        self._isolation = IsolationManager(
+            where.sysfs,
+            lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
+            lambda: self._pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held,
+            lambda: self.config.pinning,
+            agent.revision.changed,
+            where.state_dir / "interrupts.json",
+        )
+        self._recovery = LedgerRecovery(
+            agent,
+            pods,
+            witness,
+            containers,
+            where.kubelet_dir,
+            self._plugins,
+            CdiFolder(Path(config.dra.cdi_dir), config.dra.driver, where.sysfs),
+            ClaimFiles(where.runtime_dir / CLAIMS),
+            config.dra.driver,
+            self._device_plugin.offers,
+        )
+        holders = HolderReconciler(
+            agent,
+            pods,
+            witness,
+            self._device_plugin.offers,
+            self._plugins,
+            containers.ended,
+            lambda: self.config.release.poll_seconds,
+        )
+        # In start order. What the ledger may lack is settled first; what kubelet is shown comes before what follows it.
+        self._managers: Sequence[Manager] = (
+            self._recovery,
+            self._scanner,
+            self._device_plugin,
+            self._dra,
+            self._pinning,
+            self._hugepages,
+            self._isolation,
+            holders,
+        )
+        if store.fresh and (traces := self._recovery.traces()):
+            store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
+        if not store.loss and (lacking := self._recovery.lacking(agent.ledger.grants.values())):
+            store.lose(f"{store.path}: {lacking}")
+        self._notifier = Notifier()
+        self._reload_asked = asyncio.Event()
+        self._reloading = asyncio.Lock()
+
+    def _page_holders(self) -> list[str] | None:
+        return self._pinning.page_holders()
+
+    # ---------------------------------------------------------------- what status reads
+
+    @property
+    def notes(self) -> list[str]:
+        by_managers = [note for one in self._managers for note in one.notes()]
+        return [*self._leader.notes, *self._kubelet.notes, *by_managers]
+
+    @property
+    def refused(self) -> Mapping[str, str]:
+        return {
+            **self._device_plugin.refused,
+            **{f"{kind} through DRA": why for kind, why in self._dra.refused.items()},
+        }
+
+    def offers(self) -> tuple[Offer, ...]:
+        return self._device_plugin.offers()
+
+    def registrations(self) -> tuple[Registration, ...]:
+        return self._device_plugin.registrations()
+
+    def not_ready(self) -> list[str]:
+        """Why nothing can be granted, why kubelet or the API server does not show what was sent, why containers may not
+        be pinned, and why what was granted is not exclusive."""
+        not_exclusive = unprotected(self._kubelet.kubelet, self.agent.ledger)
+        return [why for one in self._managers for why in one.not_ready()] + ([not_exclusive] if not_exclusive else [])
+
+    def _not_shown(self) -> list[str]:
+        return [*self._device_plugin.not_ready(), *self._dra.not_ready()]
+
+    def kubelet_document(self) -> dict[str, Any]:
+        return self._kubelet.document()
+
+    def dra_document(self) -> dict[str, Any]:
+        return self._dra.document()
+
+    def pinning_document(self) -> dict[str, Any]:
+        return {**self._pinning.document(), "intruders": self._isolation.document()}
+
+    # ---------------------------------------------------------------- running
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Run until `stop`, then stop in order. StateError: another agent leads, although this one did."""
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_asked.set)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                await self._apply(self.config)
+                serving = self._begin(tasks, self._always())
+                await race(self._leader.take(), stop.wait())
+                leading = await self._begin_to_lead(tasks) if self._leader.held else []
+                await race(stop.wait(), self._leader.lost())
+                log.info("stopping")
+                self._notifier.stopping()
+                for one in self._managers:
+                    await one.withdraw()
+                await cancel_all(leading)
+                await cancel_all(serving)
+        finally:
+            for one in reversed(self._managers):
+                await one.close()
+            await self.agent.close()
+            self._pods.close()
+        self._leader.close()
+
+    async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        await self._go_by_kubelet()
+        leading = self._begin(tasks, self._while_leading())
+        self._notifier.ready()
+        return leading
+
+    def _begin(self, tasks: asyncio.TaskGroup, parts: Parts) -> list[asyncio.Task[None]]:
+        return [tasks.create_task(supervise(name, part), name=name) for name, part in parts.items()]
+
+    def _always(self) -> Parts:
+        """What every agent does, also while another one leads."""
+        own = {"kubelet's starts": self._follow_starts, "configuration": self._follow_config}
+        return {one.name: one.serve for one in self._managers} | own
+
+    def _while_leading(self) -> Parts:
+        """What only one agent on a node may do."""
+        own = {
+            "status": self._serve_status,
+            "kubelet": self._follow_kubelet,
+            "housekeeping": self._leader.keep,
+            "watchdog": self._notifier.keep_alive,
+        }
+        return {one.name: one.lead for one in self._managers} | own
+
+    async def _serve_status(self) -> None:
+        """Serve the status socket, and again where somebody removed it."""
+        path = self._where.runtime_dir / STATUS_SOCKET
+        server = UnixHttpServer(path, Status(self).handle, group_id=_group(self.config))
+        try:
+            with FolderWatch(path.parent, poll_s=FOLDER_POLL_S) as folder:
+                while True:
+                    if server.lost:
+                        await server.stop()
+                        await server.start()
+                    await folder.wait()
+        finally:
+            await server.stop()
+
+    async def _follow_starts(self) -> None:
+        """Go by each kubelet from the moment it starts."""
+        async with contextlib.aclosing(kubelets(self._plugins)) as starts:
+            async for _ in starts:
+                await self._go_by_kubelet()
+
+    async def _follow_kubelet(self) -> None:
+        """Read back what kubelet shows; tell systemd how it stands."""
+        while True:
+            seen = self.agent.revision.value, self._device_plugin.revision.value
+            if self._kubelet.recovered(self.config):
+                await self._go_by_kubelet()
+            await self._device_plugin.read_back(self._pods)
+            self._kubelet.watch(self.agent.ledger)
+            self._notifier.status(self._summary())
+            await self._news(*seen)
+
+    async def _go_by_kubelet(self) -> None:
+        """A kubelet that starts may reserve and manage other CPUs than before: look before it asks for anything."""
+        if (now := self._settings(self.config)) != self.agent.settings:
+            self.agent.reserve(now)
+        async with self._reloading:
+            await self._apply(self.config)
+
+    async def _apply(self, config: Config) -> None:
+        for one in self._managers:
+            await one.apply(config)
+
+    def _managed_elsewhere(self) -> Mapping[str, str]:
+        return managed_elsewhere(self._kubelet.kubelet, self.agent.inventory, self.agent.settings.reserved)
+
+    async def _news(self, agent_seen: int, serving_seen: int) -> None:
+        """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
+        waits = [one.ready for one in self.registrations()]
+        poll_s = UNSHOWN_POLL_S if self._not_shown() and all(waits) else READ_BACK_S
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(poll_s):
+                await race(self.agent.revision.changed(agent_seen), self._device_plugin.revision.changed(serving_seen))
+        await asyncio.sleep(SETTLE_S)
+
+    def _summary(self) -> str:
+        reasons = self.not_ready()
+        state = f"{len(self.offers())} resources, {len(self.agent.ledger.grants)} grants"
+        return f"{state}; {reasons[0]}" if reasons else state
+
+    # ---------------------------------------------------------------- configuration, live
+
+    async def _follow_config(self) -> None:
+        """Reload when the file changes or a SIGHUP comes."""
+        path = self._where.config_file
+        if path is None:
+            return
+        async with contextlib.aclosing(rewrites(path, self._reload_asked)) as reasons:
+            async for why in reasons:
+                await self._reload_said(why)
+
+    async def _reload_said(self, why: str) -> None:
+        try:
+            log.info("configuration-reloaded", why=why, changed=await self.reload())
+        except ConfigError as error:
+            log.error("configuration-refused", why=why, error=str(error), kept="the old one")
+
+    async def reload(self) -> list[str]:
+        """Read the configuration again and go by it; what changed. ConfigError: the old one stays."""
+        async with self._reloading:
+            self._notifier.reloading()
+            try:
+                changed = await self._take(self._where.config_file)
+                self.config_error = ""
+            except ConfigError as error:
+                self.config_error = str(error)
+                raise
+            finally:
+                self._notifier.ready()
+        return changed
+
+    async def _take(self, path: Path | None) -> list[str]:
+        """Everything that can be refused comes before anything that changes."""
+        new = load_config(path) if path is not None else self.config
+        check(new, self._families, self._where.kubelet_dir)
+        now = self._settings(new)
+        changed, self.config = differences(self.config, new), new
+        log_of.configure(new.log.level, new.log.format)
+        self.agent.reserve(now)
+        await self._scanner.rescan()
+        await self._apply(new)
+        at_start = keys_applied_at_start()
+        return [f"{one} (after a restart)" if one.partition(":")[0] in at_start else one for one in changed]
+
+    def _settings(self, config: Config) -> AgentSettings:
+        return settings(config, self._kubelet.look(config), self.agent.settings.boot_id, self.agent.inventory)
+
+
+def _group(config: Config) -> int | None:
+    """The id of the group that may read the status; None: there is none, which is said."""
+    if not config.status.group:
+        return None
+    try:
+        return grp.getgrnam(config.status.group).gr_gid
+    except KeyError:
+        log.warning("no-status-group", group=config.status.group)
+        return None
+
+
+async def run(config: Config, where: Paths) -> None:
+    """Build, waiting for another agent that still has the ledger, and run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    sys.setswitchinterval(SWITCH_S)
+    loop.set_exception_handler(_log_unhandled)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(name, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # it must not kill while there is nothing to reload yet
+    daemon = await _built(config, where, stop)
+    # What is there by now stays: looking through it again and again for garbage would cost calls 20 ms now and then.
+    gc.collect()
+    gc.freeze()
+    if daemon is not None:
+        await daemon.run(stop)
+
+
+async def _built(config: Config, where: Paths, stop: asyncio.Event) -> Daemon | None:
+    """A daemon that can run; None where it is told to stop before."""
+    said, families = "", checked(config, where)
+    while not stop.is_set():
+        try:
+            return build(config, where, families)
+        except LedgerTooNewError:
+            raise
+        except StateError as error:
+            if str(error) != said:
+                log.error("cannot-start-yet", error=str(error), retry_s=LOCKED_RETRY_S)
+            said = str(error)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LOCKED_RETRY_S):
+                await stop.wait()
+    return None
+
+
+def _log_unhandled(loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    error = context.get("exception")
+    log.error("unforeseen", what=context.get("message", ""), exc_info=error, known=isinstance(error, NodeagentError))

@@ -1,0 +1,63 @@
+"""Where things are on this node, and whether they can be used: before anything is started."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from nodeagent.config.schema import Config
+from nodeagent.errors import ConfigError
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.kube.kubelet import sockets
+from nodeagent.managers.deviceplugin.manager import check
+
+STATUS_SOCKET = "status.sock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths:
+    """Where things are: from the configuration and the command line."""
+
+    sysfs: SysFs
+    config_file: Path | None
+    kubelet_dir: Path
+    state_dir: Path
+    runtime_dir: Path
+    accept_loss: bool = False
+    """Whether a ledger that a newer build wrote may be moved aside."""
+
+
+def places(
+    config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None, accept_loss: bool = False
+) -> Paths:
+    """The command line's folders before the configuration's."""
+    return Paths(
+        sysfs=SysFs(root),
+        config_file=config_file,
+        kubelet_dir=Path(kubelet_dir or config.kubelet_dir).absolute(),
+        state_dir=Path(config.state_dir),
+        runtime_dir=Path(config.runtime_dir),
+        accept_loss=accept_loss,
+    )
+
+
+def checked(config: Config, where: Paths) -> tuple[all_kinds.Kind, ...]:
+    """The kinds to look for; ConfigError where what is configured cannot be served here."""
+    families = all_kinds.load_kinds()
+    check(config, families, where.kubelet_dir)
+    sockets.checked(where.runtime_dir / STATUS_SOCKET)
+    _check_folder(where.state_dir, 0o700)
+    _check_folder(where.runtime_dir, 0o755)
+    return families
+
+
+def _check_folder(folder: Path, mode: int) -> None:
+    """Make a folder of the agent's own, if it is not there; ConfigError where it cannot be made or written to."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=mode)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(0, "no permission to write")
+    except OSError as error:
+        raise ConfigError(f"cannot use folder {folder}: {error.strerror}") from None

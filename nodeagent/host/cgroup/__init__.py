@@ -1,0 +1,1 @@
+"""Control groups of pods: named, read, watched, written."""

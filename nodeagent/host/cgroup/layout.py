@@ -1,0 +1,197 @@
+"""How kubelet and the container runtimes name cgroups: from a path to pod and container, and the other way round.
+
+Nothing is read here. Paths are relative to the root of the cgroup hierarchy and have no slash in front. Both cgroup
+drivers of kubelet, with and without its cgroupRoot:
+
+    systemd   a.slice/a-kubepods.slice/a-kubepods-burstable.slice/a-kubepods-burstable-podUID.slice/PREFIX-ID.scope
+    cgroupfs  a/kubepods/burstable/podUID/ID
+
+The systemd driver writes "_" for the "-" of a UID. Pods of class guaranteed lie directly below kubepods.
+Sources: k8s.io/kubernetes pkg/kubelet/cm/cgroup_manager_linux.go, systemd.slice(5), the runtimes' OCI cgroupsPath.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from nodeagent.errors import InputError
+
+SYSTEMD, CGROUPFS = "systemd", "cgroupfs"
+DRIVERS = (SYSTEMD, CGROUPFS)
+GUARANTEED, BURSTABLE, BEST_EFFORT = "guaranteed", "burstable", "besteffort"
+TOP, QOS, POD, CONTAINER = "top", "qos", "pod", "container"
+"""Cgroup.kind: kubepods itself, the folder of a QoS class, a pod, a container (or a pod's sandbox)."""
+
+_TOP = "kubepods"
+_CLASSES = (BURSTABLE, BEST_EFFORT)
+_POD = re.compile(r"pod([A-Za-z0-9][A-Za-z0-9_-]*)")
+_SCOPE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)\.scope")
+_BARE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)")
+_HELPER = "conmon"
+"""What watches over a container has a cgroup of its own beside it; it is no container."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cgroup:
+    """What a path below (or at) kubepods stands for."""
+
+    path: str
+    kind: str
+    driver: str
+    qos: str = ""
+    """Of a pod, a container or a QoS folder."""
+    pod_uid: str = ""
+    container_id: str = ""
+    """As the runtime knows it, without "containerd://"."""
+    prefix: str = ""
+    """What the runtime puts before the id: "cri-containerd", "crio"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupLayout:
+    """The names that one kubelet gives. cgroup_root: its cgroupRoot ("/" or "", "/a/b")."""
+
+    driver: str
+    cgroup_root: str = "/"
+
+    def __post_init__(self) -> None:
+        if self.driver not in DRIVERS:
+            raise InputError(f"cannot name cgroups: {self.driver!r} is not one of {', '.join(DRIVERS)}")
+        _parts(self.cgroup_root)
+
+    @property
+    def top(self) -> str:
+        """The path of kubepods."""
+        return self._path(_TOP)
+
+    def qos(self, qos: str) -> str:
+        """The folder that holds the pods of a class; for guaranteed that is kubepods itself."""
+        return self.top if qos == GUARANTEED else self._path(_TOP, _class(qos))
+
+    def pod(self, uid: str, qos: str) -> str:
+        """A pod's cgroup. InputError where the UID cannot be one."""
+        if not _POD.fullmatch(f"pod{uid}") or "_" in uid:
+            raise InputError(f"cannot name the cgroup of a pod: {uid!r} is not a UID")
+        between = () if qos == GUARANTEED else (_class(qos),)
+        return self._path(_TOP, *between, f"pod{uid}")
+
+    def container(self, uid: str, qos: str, container_id: str, prefix: str = "") -> str:
+        """A container's cgroup. prefix: what the runtime puts before the id, such as "cri-containerd"."""
+        name = f"{prefix}-{container_id}" if prefix else container_id
+        return f"{self.pod(uid, qos)}/{name}.scope" if self.driver == SYSTEMD else f"{self.pod(uid, qos)}/{name}"
+
+    def parse(self, path: str) -> Cgroup | None:
+        """What a path stands for; None: nothing of kubelet's, or what lies below a container."""
+        top = self.top
+        if path == top:
+            return Cgroup(path=path, kind=TOP, driver=self.driver)
+        if not path.startswith(f"{top}/"):
+            return None
+        return self._below(path, path[len(top) + 1 :].split("/"))
+
+    def _below(self, path: str, parts: list[str]) -> Cgroup | None:
+        first = self._own(parts[0], ())
+        qos = first if first in _CLASSES else GUARANTEED
+        if qos != GUARANTEED:
+            del parts[0]
+        if not parts:
+            return Cgroup(path=path, kind=QOS, driver=self.driver, qos=qos)
+        pod = _POD.fullmatch(self._own(parts[0], () if qos == GUARANTEED else (qos,)) or "")
+        if pod is None or len(parts) > 2:
+            return None
+        uid = pod[1].replace("_", "-") if self.driver == SYSTEMD else pod[1]
+        if len(parts) == 1:
+            return Cgroup(path=path, kind=POD, driver=self.driver, qos=qos, pod_uid=uid)
+        return self._container(path, parts[1], qos, uid)
+
+    def _container(self, path: str, name: str, qos: str, uid: str) -> Cgroup | None:
+        found = (_SCOPE if self.driver == SYSTEMD else _BARE).fullmatch(name)
+        prefix = (found["prefix"] or "") if found is not None else ""
+        if found is None or prefix.endswith(_HELPER):
+            return None
+        return Cgroup(
+            path=path,
+            kind=CONTAINER,
+            driver=self.driver,
+            qos=qos,
+            pod_uid=uid,
+            container_id=found["id"],
+            prefix=prefix,
+        )
+
+    def _own(self, name: str, between: tuple[str, ...]) -> str | None:
+        """What a folder's name adds to that of the folder above it."""
+        if self.driver == CGROUPFS:
+            return name
+        head = "-".join((*_escaped(_parts(self.cgroup_root)), _TOP, *between, ""))
+        return name[len(head) : -len(".slice")] if name.startswith(head) and name.endswith(".slice") else None
+
+    def _path(self, *names: str) -> str:
+        parts = (*_parts(self.cgroup_root), *names)
+        return "/".join(parts) if self.driver == CGROUPFS else expand_slice("-".join(_escaped(parts)) + ".slice")
+
+
+def layouts(cgroup_root: str = "/") -> tuple[CgroupLayout, ...]:
+    """The layouts of both drivers: which one a node has is seen by what is there."""
+    return tuple(CgroupLayout(driver=driver, cgroup_root=cgroup_root) for driver in DRIVERS)
+
+
+def runtime_path(cgroups_path: str) -> str:
+    """The path that a container runtime's cgroupsPath means: SLICE:PREFIX:ID (systemd) or a path (cgroupfs).
+
+    InputError where it is neither.
+    """
+    if ":" not in cgroups_path:
+        parts = _parts(cgroups_path)
+        if not parts:
+            raise InputError(f"cannot read cgroup path {cgroups_path[:200]!r}: it names no cgroup")
+        return "/".join(parts)
+    fields = cgroups_path.split(":")
+    if len(fields) != 3 or not fields[2] or any("/" in one or one in (".", "..") for one in fields):
+        raise InputError(f"cannot read cgroup path {cgroups_path[:200]!r}: expected SLICE:PREFIX:ID or a path")
+    above, prefix, name = fields
+    unit = name if name.endswith(".slice") else f"{prefix or 'runc'}-{name}.scope"
+    return "/".join(part for part in (expand_slice(above or "system.slice"), unit) if part)
+
+
+def expand_slice(name: str) -> str:
+    """The path of a systemd slice: "a-b.slice" lies in "a.slice"; "-.slice" is the root, ""."""
+    stem = name.removesuffix(".slice")
+    if stem == "-":
+        return ""
+    parts = stem.split("-")
+    if stem == name or not all(parts) or "/" in name:
+        raise InputError(f"cannot read slice {name[:200]!r}: expected NAME.slice with names between its dashes")
+    return "/".join("-".join(parts[: end + 1]) + ".slice" for end in range(len(parts)))
+
+
+def is_pods(path: str) -> bool:
+    """Whether a process in this cgroup (as /proc/PID/cgroup shows it) belongs to a pod, whatever kubelet's cgroupRoot.
+
+    Seen from a cgroup namespace a path may begin with "/..", and then the pod's folder may be all there is to see.
+    """
+    return any(_is_ours(part) for part in path.split("/"))
+
+
+def _is_ours(part: str) -> bool:
+    if part.endswith(".slice"):
+        return _TOP in part.removesuffix(".slice").split("-")
+    return part == _TOP or (part.count("-") == 4 and _POD.fullmatch(part) is not None)
+
+
+def _class(qos: str) -> str:
+    if qos not in _CLASSES:
+        raise InputError(f"cannot name cgroups: {qos!r} is not one of {GUARANTEED}, {', '.join(_CLASSES)}")
+    return qos
+
+
+def _escaped(parts: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(part.replace("-", "_") for part in parts)
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    parts = tuple(part for part in path.split("/") if part)
+    if any(part in (".", "..") or "\0" in part for part in parts):
+        raise InputError(f"cannot read cgroup path {path[:200]!r}: it does not stay below the root")
+    return parts

@@ -1,0 +1,80 @@
+"""Containers as the OCI runtime was told of them: the bundle that containerd or CRI-O leaves for each.
+
+What a container is called, whose it is and what its environment says is in its bundle before its control group exists.
+Read where nobody announces containers, which is where there is no NRI. Source: OCI runtime-spec config.md, the
+annotations of containerd's CRI plugin and of CRI-O.
+"""
+
+from __future__ import annotations
+
+import re
+from types import MappingProxyType
+
+import msgspec
+
+from nodeagent.core.model.container import RUNNING, Container
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs.sysfs import SysFs
+
+FOLDERS = (
+    "run/containerd/io.containerd.runtime.v2.task/k8s.io/{}/config.json",
+    "run/k3s/containerd/io.containerd.runtime.v2.task/k8s.io/{}/config.json",
+    "run/containers/storage/overlay-containers/{}/userdata/config.json",
+    "var/lib/containers/storage/overlay-containers/{}/userdata/config.json",
+)
+"""Where bundles lie, below the root, by the container's id."""
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+_KEYS = {
+    "name": ("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
+    "namespace": ("io.kubernetes.cri.sandbox-namespace", "io.kubernetes.pod.namespace"),
+    "pod_name": ("io.kubernetes.cri.sandbox-name", "io.kubernetes.pod.name"),
+    "pod_uid": ("io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"),
+    "pod_id": ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"),
+}
+
+
+class _Process(msgspec.Struct):
+    env: list[str] | None = None
+
+
+class _Linux(msgspec.Struct):
+    cgroups_path: str = msgspec.field(name="cgroupsPath", default="")
+
+
+class _Bundle(msgspec.Struct):
+    process: _Process | None = None
+    annotations: dict[str, str] | None = None
+    linux: _Linux | None = None
+
+
+def read(sysfs: SysFs, container_id: str) -> Container | None:
+    """The container of an id, or the sandbox, which has no name; None: it has no bundle here. HostError names the file
+    that cannot be read."""
+    if not _ID.fullmatch(container_id):
+        return None
+    for folder in FOLDERS:
+        path = folder.format(container_id)
+        if (text := sysfs.text(path, None)) is not None:
+            return _container(container_id, text, sysfs.path(path))
+    return None
+
+
+def _container(container_id: str, text: str, source: str) -> Container:
+    try:
+        bundle = msgspec.json.decode(text.encode(), type=_Bundle)
+    except msgspec.MsgspecError as error:
+        raise HostError(f"cannot read {source}: {error}") from None
+    said = bundle.annotations or {}
+    names = {field: next((said[key] for key in keys if key in said), "") for field, keys in _KEYS.items()}
+    pairs = (one.partition("=") for one in (bundle.process and bundle.process.env) or ())
+    return Container(
+        id=container_id,
+        state=RUNNING,
+        env=MappingProxyType({name: value for name, _, value in pairs}),
+        cgroup_path=bundle.linux.cgroups_path if bundle.linux else "",
+        name=names["name"],
+        namespace=names["namespace"],
+        pod_name=names["pod_name"],
+        pod_uid=names["pod_uid"],
+        pod_id=names["pod_id"],
+    )

@@ -1,0 +1,236 @@
+"""Which cgroups of pods came, went or were written to by anybody, as soon as it happens.
+
+One inotify watch per cgroup, on its folder, tells of the folders in it and of writes to its files, also of those that
+the kernel announces itself (cgroup.events, hugetlb.SIZE.events); effective values change without a word when a parent
+changes, so a write to a parent counts for all below. Nothing is missed: a folder is watched before it is reported as
+having come, what is in it by then is looked up, and where the kernel lost events everything is looked at again. Below
+containers nothing is watched: whoever runs in there could use up all watches.
+
+Where inotify cannot be had, or there are too few watches, the log says so once and the poll is what is left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+import structlog
+from asyncinotify import Event, Inotify, Mask
+
+from nodeagent.errors import HostError
+from nodeagent.host.cgroup.layout import CONTAINER, Cgroup, CgroupLayout
+from nodeagent.host.cgroup.read import folders
+
+log = structlog.get_logger()
+
+CAME, GONE, WRITTEN, LOOK = "came", "gone", "written", "look"
+"""Change.what. LOOK: anything may have changed anywhere; comes with every poll and after lost events."""
+
+_MASK = Mask.CREATE | Mask.DELETE | Mask.MODIFY | Mask.ONLYDIR
+_FILES = ("cpuset.", "hugetlb.")
+_OTHER_FILES = ("cgroup.subtree_control", "cgroup.events", "cpu.max")
+_AT_ONCE = 64
+"""Folders looked into before others get their turn on the loop."""
+_EVENTS_A_READ = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CgroupChange:
+    """Something happened to a cgroup."""
+
+    path: str
+    """Relative to the mount; "" with LOOK."""
+    what: str
+    file: str = ""
+    """With WRITTEN."""
+    cgroup: Cgroup | None = None
+    """What the path stands for; None: a cgroup above kubepods was written to."""
+
+
+class Watch:
+    """Watches the cgroups of `layouts` below `mount`, also where kubepods, or all above it, comes later."""
+
+    def __init__(self, mount: str, layouts: Iterable[CgroupLayout], *, poll_s: float) -> None:
+        self._mount = mount
+        self._layouts = tuple(layouts)
+        self._above = frozenset(path for layout in self._layouts for path in _parents(layout.top))
+        self._poll_s = poll_s
+        self._next_poll = 0.0
+        self._inotify: Inotify | None = None
+        self._known: dict[str, Cgroup | None] = {}
+        self._path_of: dict[int, str] = {}
+        self._to_visit: deque[str] = deque()
+        self._news: dict[CgroupChange, None] = {}
+        self._said = False
+
+    def __enter__(self) -> Self:
+        try:
+            self._inotify = Inotify(cache_size=_EVENTS_A_READ, sync_timeout=0)
+        except OSError as error:
+            self._say(self._mount, error.strerror)
+        self._to_visit.append("")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._inotify is not None:
+            self._inotify.close()
+            self._inotify = None
+
+    async def changes(self) -> tuple[CgroupChange, ...]:
+        """What changed since the last answer, each once, in order; waits for the first. Begins with all there is.
+
+        A LOOK is among them poll_s seconds after the last at the latest. Cancelling it loses nothing.
+        """
+        loop = asyncio.get_running_loop()
+        self._next_poll = self._next_poll or loop.time() + self._poll_s
+        while True:
+            await self._visit()
+            self._drain()
+            if self._to_visit:
+                continue
+            if loop.time() >= self._next_poll:
+                self._next_poll = loop.time() + self._poll_s
+                self._look_again()
+            elif self._news:
+                news, self._news = tuple(self._news), {}
+                return news
+            else:
+                await self._readable(self._next_poll)
+
+    async def _visit(self) -> None:
+        visited = 0
+        while self._to_visit:
+            self._enter(self._to_visit[0])
+            self._to_visit.popleft()
+            visited += 1
+            if visited % _AT_ONCE == 0:
+                await asyncio.sleep(0)
+
+    def _enter(self, path: str) -> None:
+        """Watch a folder, report it where it is new, then look for what is in it."""
+        cgroup = self._place(path)
+        if cgroup is None and path not in self._above:
+            return
+        inside = self._inside(path) if self._add(path) else None
+        if inside is None:
+            self._forget(path)
+            return
+        if path not in self._known:
+            self._known[path] = cgroup
+            if cgroup is not None:
+                self._tell(path, CAME)
+        if cgroup is None or cgroup.kind != CONTAINER:
+            self._to_visit.extend(_join(path, name) for name in inside)
+
+    def _add(self, path: str) -> bool:
+        """Whether the folder is there. Without a watch it is looked at by the poll."""
+        if self._inotify is not None:
+            try:
+                self._path_of[self._inotify.add_watch(self._full(path), _MASK).wd] = path
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.ENOTDIR):
+                    return False
+                self._say(self._full(path), error.strerror)
+        return True
+
+    def _inside(self, path: str) -> tuple[str, ...] | None:
+        try:
+            return folders(self._full(path))
+        except HostError as error:
+            self._say(self._full(path), str(error))
+            return ()
+
+    def _look_again(self) -> None:
+        """Find out anew what is there; what is known and is not is gone."""
+        for path in [path for path in self._known if not os.path.isdir(self._full(path))]:  # noqa: PTH112
+            self._forget(path)
+        self._to_visit.append("")
+        self._news[CgroupChange(path="", what=LOOK)] = None
+
+    async def _readable(self, until: float) -> None:
+        """Wait for events; they stay where they are. Nothing is read here, so that giving up loses none."""
+        if self._inotify is None:
+            await asyncio.sleep(max(0.0, until - asyncio.get_running_loop().time()))
+            return
+        loop, handle = asyncio.get_running_loop(), self._inotify.fd
+        readable = asyncio.Event()
+        loop.add_reader(handle, readable.set)
+        try:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await readable.wait()
+        finally:
+            loop.remove_reader(handle)
+
+    def _drain(self) -> None:
+        while self._inotify is not None and (event := self._inotify.sync_get()) is not None:
+            self._take(event)
+
+    def _take(self, event: Event) -> None:
+        if event.mask & Mask.Q_OVERFLOW:
+            log.warning("cgroup-events-lost", mount=self._mount)
+            self._look_again()
+            return
+        watch = event.watch
+        path = self._path_of.get(watch.wd) if watch is not None else None
+        if watch is None or path is None:
+            return
+        if event.mask & Mask.IGNORED:
+            del self._path_of[watch.wd]
+        elif event.name is not None:
+            self._take_entry(path, str(event.name), event.mask)
+
+    def _take_entry(self, folder: str, name: str, mask: Mask) -> None:
+        path = _join(folder, name)
+        if mask & Mask.ISDIR and mask & Mask.CREATE:
+            self._to_visit.append(path)
+        elif mask & Mask.ISDIR and mask & Mask.DELETE:
+            self._forget(path)
+        elif mask & Mask.MODIFY and (name.startswith(_FILES) or name in _OTHER_FILES):
+            self._tell(folder, WRITTEN, name)
+
+    def _forget(self, path: str) -> None:
+        """Say that a cgroup and all below it are gone."""
+        cgroup = self._known.get(path)
+        inside = () if cgroup is not None and cgroup.kind == CONTAINER else self._known_below(path)
+        for one in (*inside, path):
+            if self._known.get(one) is not None:
+                self._tell(one, GONE)
+            self._known.pop(one, None)
+
+    def _known_below(self, path: str) -> list[str]:
+        """Lowest first."""
+        head = f"{path}/" if path else ""
+        return [one for one in reversed(self._known) if one.startswith(head) and one != path]
+
+    def _tell(self, path: str, what: str, file: str = "") -> None:
+        change = CgroupChange(path=path, what=what, file=file, cgroup=self._known.get(path))
+        self._news.pop(change, None)
+        self._news[change] = None
+
+    def _place(self, path: str) -> Cgroup | None:
+        return next((found for layout in self._layouts if (found := layout.parse(path)) is not None), None)
+
+    def _full(self, path: str) -> str:
+        return f"{self._mount}/{path}" if path else self._mount
+
+    def _say(self, path: str, error: str | None) -> None:
+        if not self._said:
+            self._said = True
+            log.warning("cgroup-not-watched", path=path, error=error, poll_s=self._poll_s)
+
+
+def _parents(path: str) -> Iterable[str]:
+    """The folders above a path, the root "" among them."""
+    parts = path.split("/")
+    return ("/".join(parts[:end]) for end in range(len(parts)))
+
+
+def _join(folder: str, name: str) -> str:
+    return f"{folder}/{name}" if folder else name

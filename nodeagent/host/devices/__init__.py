@@ -1,0 +1,1 @@
+"""Devices of the machine: one file per kind."""

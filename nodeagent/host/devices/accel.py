@@ -1,0 +1,81 @@
+"""Accelerators that are not GPUs: Intel QAT, DSA and IAA, vector engines, /sys/class/accel, any PCI co-processor.
+
+DSA and IAA: Documentation/ABI/stable/sysfs-driver-dma-idxd; their PCI class says only "system peripheral", so that what
+they are is known from their bus.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from nodeagent.core.model.device import ContainerEdits, Device
+from nodeagent.core.model.inventory import PRESENT, KindState
+from nodeagent.host import pci
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+_CLASSES = ("0b40", "12")
+_IDXD_TOLD = ("state", "max_work_queues", "max_groups", "max_engines")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """What the kernel made of one function."""
+
+    paths: tuple[str, ...] = ()
+    attributes: Attributes
+
+
+class Accel:
+    """The kind `accel`."""
+
+    name = "accel"
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        reader = Tolerant(sysfs)
+        parts: Mapping[str, _Part] = dict((*_vector_engines(reader), *_accels(reader), *_idxd(reader)))
+        nothing = _Part(attributes={})
+        devices = []
+        for function in context.functions:
+            if function.is_class(*_CLASSES) or function.address in parts:
+                part = parts.get(function.address, nothing)
+                devices.append(pci_device(context, function, "accel", paths=part.paths, attributes=part.attributes))
+        state = KindState(kind="accel", state=PRESENT)
+        return Found(state=state, devices=tuple(devices), warnings=tuple(reader.warnings))
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        """The work queues or device nodes, or the vfio nodes."""
+        return node_edits(device, devices)
+
+
+def _accels(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
+    """Documentation/accel/introduction.rst: nodes below /dev/accel."""
+    for name, _, address, _ in pci.members(reader, "sys/class/accel"):
+        if address is not None:
+            yield address, _Part(paths=(f"/dev/accel/{name}",), attributes={"name": name})
+
+
+def _vector_engines(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
+    for name, _, address, _ in pci.members(reader, "sys/class/ve"):
+        if address is not None:
+            yield address, _Part(paths=(f"/dev/{name}",), attributes={"name": name})
+
+
+def _idxd(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
+    """The bus lists engines, groups and queues too: only the devices themselves sit right below their function."""
+    for name, path, address, tail in pci.members(reader, "sys/bus/dsa/devices"):
+        if address is None or tail != name:
+            continue
+        told = {key: reader.text(f"{path}/{key}") for key in _IDXD_TOLD}
+        attributes = {"name": name, **{key: value for key, value in told.items() if value is not None}}
+        yield address, _Part(paths=tuple(_queues(reader, name, path)), attributes=attributes)
+
+
+def _queues(reader: Tolerant, name: str, path: str) -> Iterator[str]:
+    """Nodes of the queues that are enabled for user space."""
+    folder = "iax" if name.startswith("iax") else "dsa"
+    for queue in reader.names(path):
+        if queue.startswith("wq") and reader.sysfs.exists(f"dev/{folder}/{queue}"):
+            yield f"/dev/{folder}/{queue}"

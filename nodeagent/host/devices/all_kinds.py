@@ -1,0 +1,203 @@
+"""All kinds of devices on a machine, looked for one by one and put together.
+
+Promises: a kind that raises is degraded and says why, and costs no other kind anything; every device appears once, with
+the kind that knows most about it; the order is by kind, then id. Third parties add a kind by an entry point in the
+group `nodeagent.kinds` (docs/kinds.md).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.device import ContainerEdits, Device, Link
+from nodeagent.core.model.inventory import DEGRADED, KindState
+from nodeagent.core.model.topology import NodeId
+from nodeagent.host.devices.accel import Accel
+from nodeagent.host.devices.base import (
+    LONGEST_ID,
+    SHARED_NODES,
+    CharSelector,
+    Context,
+    Found,
+    Kind,
+    PciSelector,
+    UsbSelector,
+)
+from nodeagent.host.devices.block import Block
+from nodeagent.host.devices.char import Char
+from nodeagent.host.devices.fpga import Fpga
+from nodeagent.host.devices.gpu import Gpu
+from nodeagent.host.devices.nic import Nic
+from nodeagent.host.devices.nvme import Nvme
+from nodeagent.host.devices.pci import Pci
+from nodeagent.host.devices.usb import Usb
+from nodeagent.host.nvml.client import Failure, Snapshot
+from nodeagent.host.pci import functions as read_functions
+from nodeagent.host.pci import order
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+__all__ = [
+    "CharSelector",
+    "Context",
+    "Devices",
+    "Found",
+    "Kind",
+    "PciSelector",
+    "UsbSelector",
+    "builtin_kinds",
+    "discover",
+    "edits",
+    "load_kinds",
+    "read_context",
+]
+GROUP = "nodeagent.kinds"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Devices:
+    """What all kinds found together."""
+
+    devices: tuple[Device, ...] = ()
+    """In order of kind, then id."""
+    links: tuple[Link, ...] = ()
+    kinds: tuple[KindState, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def builtin_kinds() -> tuple[Kind, ...]:
+    """Our own kinds, the most specific first: where two find one device, the earlier keeps it."""
+    return Gpu(), Nic(), Nvme(), Fpga(), Accel(), Block(), Usb(), Char(), Pci()
+
+
+def load_kinds() -> tuple[Kind, ...]:
+    """Third-party kinds, then our own. One that cannot be loaded is in its place as a kind that is degraded."""
+    entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
+    return (*(_load(entry) for entry in entries), *builtin_kinds())
+
+
+def read_context(
+    sysfs: SysFs,
+    *,
+    online: CpuSet = EMPTY,
+    nodes: Iterable[NodeId] = (),
+    char: tuple[CharSelector, ...] = (),
+    usb: tuple[UsbSelector, ...] = (),
+    pci_selectors: tuple[PciSelector, ...] = (),
+    nvml: Snapshot | Failure | None = None,
+) -> Context:
+    """Read once what several kinds look at. Blocks."""
+    reader = Tolerant(sysfs)
+    known = frozenset(nodes)
+    functions = read_functions(reader, online, known)
+    return Context(
+        functions=functions,
+        online=online,
+        nodes=known,
+        char=char,
+        usb=usb,
+        pci=pci_selectors,
+        nvml=nvml,
+        warnings=tuple(reader.warnings),
+    )
+
+
+def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
+    """Ask every kind, and keep each device once. Blocks."""
+    found = [_ask(kind, sysfs, context) for kind in kinds]
+    devices, repeated = _once(device for one in found for device in one.devices)
+    known = {device.id for device in devices}
+    return Devices(
+        devices=tuple(sorted(devices, key=_order)),
+        links=tuple(link for one in found for link in one.links if link.a in known and link.b in known),
+        kinds=tuple(sorted((one.state for one in found), key=lambda state: state.kind)),
+        warnings=(*context.warnings, *(warning for one in found for warning in one.warnings), *repeated),
+    )
+
+
+def edits(kind: Kind, devices: Sequence[Device], beside: Sequence[Device] | None = None) -> ContainerEdits:
+    """What a container needs for some devices of one kind, in their order, each node once. beside: all of the kind that
+    it gets; None: these."""
+    every = devices if beside is None else beside
+    parts = [kind.edits(device, every) for device in devices]
+    return ContainerEdits(
+        env=MappingProxyType({name: value for part in parts for name, value in part.env.items()}),
+        device_nodes=tuple(dict.fromkeys(node for part in parts for node in part.device_nodes)),
+        mounts=tuple(dict.fromkeys(mount for part in parts for mount in part.mounts)),
+        annotations=MappingProxyType({name: value for part in parts for name, value in part.annotations.items()}),
+        cdi_devices=tuple(dict.fromkeys(name for part in parts for name in part.cdi_devices)),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Broken:
+    """The place of a third-party kind that cannot be used."""
+
+    name: str
+    reason: str
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        return _degraded(self.name, self.reason)
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        return ContainerEdits()
+
+
+def _load(entry: importlib.metadata.EntryPoint) -> Kind:
+    try:
+        kind: object = entry.load()()
+    except Exception as error:  # whatever a third party's import or constructor raises
+        return _Broken(entry.name, f"cannot load {entry.value}: {_said(error)}")
+    if not isinstance(kind, Kind) or not isinstance(kind.name, str):
+        return _Broken(entry.name, f"cannot use {entry.value}: it lacks one of name, discover, edits")
+    if kind.name in {own.name for own in builtin_kinds()}:
+        return _Broken(entry.name, f"cannot use {entry.value}: the kind {kind.name!r} is built in")
+    return kind
+
+
+def _ask(kind: Kind, sysfs: SysFs, context: Context) -> Found:
+    try:
+        found = kind.discover(sysfs, context)
+        _check(kind, found)
+    except Exception as error:  # one kind's failure, of any sort, is that kind's state and nothing more
+        return _degraded(kind.name, f"cannot look for {kind.name} devices: {_said(error)}")
+    return found
+
+
+def _check(kind: Kind, found: object) -> None:
+    if not isinstance(found, Found):
+        raise TypeError(f"discover answered {type(found).__name__} instead of Found")
+    for device in found.devices:
+        if not 1 <= len(device.id) <= LONGEST_ID:
+            raise ValueError(f"device id {device.id!r} has {len(device.id)} characters, 1 to {LONGEST_ID} are allowed")
+
+
+def _degraded(name: str, reason: str) -> Found:
+    return Found(state=KindState(kind=name, state=DEGRADED, reason=reason))
+
+
+def _once(devices: Iterable[Device]) -> tuple[list[Device], list[str]]:
+    kept: dict[str, Device] = {}
+    owners: dict[str, Device] = {}
+    warnings = []
+    for device in devices:
+        owner = owners.get(device.id)
+        if owner is not None:
+            warnings.append(f"cannot serve {device.id} as {device.kind}: it is part of {owner.kind} {owner.id}")
+        elif device.id not in kept:
+            kept[device.id] = device
+            owners.update((path, device) for path in device.paths if path not in SHARED_NODES and path != device.id)
+    return list(kept.values()), warnings
+
+
+def _order(device: Device) -> tuple[str, tuple[int, ...], str]:
+    address = device.pci_address
+    return device.kind, order(address) if address is not None else (), device.id
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

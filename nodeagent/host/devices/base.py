@@ -1,0 +1,210 @@
+"""What a kind of device is: the Protocol, what it is given to read with, and what it hands back.
+
+A kind reads (`discover`) and describes (`edits`); it decides nothing, writes nothing and keeps no state. All that was
+read for several kinds at once (PCI functions, NVML's answer) comes in the Context, so no file is read twice.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Protocol, runtime_checkable
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Link
+from nodeagent.core.model.inventory import KindState
+from nodeagent.core.model.topology import NodeId
+from nodeagent.host.nvml.client import Failure, Snapshot
+from nodeagent.host.pci import VFIO, Function
+from nodeagent.host.sysfs.sysfs import SysFs
+
+Attributes = Mapping[str, str | int | bool]
+LONGEST_ID = 63
+SHARED_NODES = frozenset(
+    {
+        "/dev/dri",
+        "/dev/infiniband/rdma_cm",
+        "/dev/kfd",
+        "/dev/nvidia-modeset",
+        "/dev/nvidia-uvm",
+        "/dev/nvidia-uvm-tools",
+        "/dev/nvidiactl",
+        "/dev/vfio/vfio",
+    }
+)
+"""Device nodes that every holder of a device gets and that belong to none."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CharSelector:
+    """Character devices to serve. globs: paths below /dev ("/dev/ttyUSB*")."""
+
+    name: str
+    globs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsbSelector:
+    """USB devices to serve: four hexadecimal digits each; "" matches any."""
+
+    name: str
+    vendor: str
+    product: str = ""
+    serial: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PciSelector:
+    """PCI functions to mark with `name`. pci_class: leading digits of the six; "" matches any."""
+
+    name: str
+    vendor: str = ""
+    device: str = ""
+    pci_class: str = ""
+
+    def matches(self, function: Function) -> bool:
+        return (
+            self.vendor in ("", function.vendor)
+            and self.device in ("", function.device)
+            and (function.pci_class or "").startswith(self.pci_class)
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What has been read and configured before the kinds look."""
+
+    functions: tuple[Function, ...] = ()
+    """All PCI functions in order of address."""
+    online: CpuSet = EMPTY
+    nodes: frozenset[NodeId] = frozenset()
+    char: tuple[CharSelector, ...] = ()
+    usb: tuple[UsbSelector, ...] = ()
+    pci: tuple[PciSelector, ...] = ()
+    nvml: Snapshot | Failure | None = None
+    """None: NVML was not asked."""
+    warnings: tuple[str, ...] = ()
+    """From reading the above."""
+
+    @functools.cached_property
+    def function_by_address(self) -> Mapping[str, Function]:
+        return MappingProxyType({function.address: function for function in self.functions})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What one kind found."""
+
+    state: KindState
+    devices: tuple[Device, ...] = ()
+    links: tuple[Link, ...] = ()
+    warnings: tuple[str, ...] = ()
+    """Each with file and value."""
+
+
+@runtime_checkable
+class Kind(Protocol):
+    """A family of devices."""
+
+    @property
+    def name(self) -> str:
+        """One word, lower case; Device.kind of what it finds."""
+        ...
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        """Look for devices. Only reads; may block; runs in a thread; may raise: then the kind is degraded."""
+        ...
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        """What a container needs for `device`. devices: all of this kind that the container gets, `device` among them,
+        for what is said once for all (a variable that lists them)."""
+        ...
+
+
+def pci_device(
+    context: Context,
+    function: Function,
+    kind: str,
+    *,
+    paths: Iterable[str] = (),
+    attributes: Attributes = MappingProxyType({}),
+) -> Device:
+    """A PCI function as a device of a kind. Bound to vfio-pci it is used through its IOMMU group and nothing else."""
+    return Device(
+        kind=kind,
+        id=function.address,
+        pci_address=function.address,
+        pci_class=function.pci_class,
+        vendor=function.vendor,
+        device=function.device,
+        driver=function.driver,
+        numa_node=function.numa_node,
+        local_cpus=function.local_cpus,
+        pcie_root=function.pcie_root,
+        bridges=function.bridges,
+        iommu_group=function.iommu_group,
+        paths=vfio_paths(function) or tuple(paths),
+        parent=function.physical,
+        attributes=MappingProxyType({**_marks(context, function), **_sriov(context, function), **attributes}),
+    )
+
+
+def part_of(owner: Function | None, *, kind: str, id: str, paths: Iterable[str], attributes: Attributes) -> Device:
+    """A device that is no PCI function itself but hangs below one (a disk, a serial port): it lies where that lies."""
+    below = Device(kind=kind, id=short_id(id), paths=tuple(paths), attributes=MappingProxyType(dict(attributes)))
+    if owner is None:
+        return below
+    return Device(
+        kind=kind,
+        id=below.id,
+        paths=below.paths,
+        attributes=below.attributes,
+        numa_node=owner.numa_node,
+        local_cpus=owner.local_cpus,
+        pcie_root=owner.pcie_root,
+        bridges=(*owner.bridges, owner.address),
+        parent=owner.address,
+    )
+
+
+def vfio_paths(function: Function) -> tuple[str, ...]:
+    """Documentation/driver-api/vfio.rst: the container file and the group's own."""
+    if function.driver != VFIO or function.iommu_group is None:
+        return ()
+    return "/dev/vfio/vfio", f"/dev/vfio/{function.iommu_group}"
+
+
+def node_edits(device: Device, devices: Sequence[Device]) -> ContainerEdits:
+    """The device's nodes under their own names, and the PCI addresses of all of its kind in one variable."""
+    addresses = sorted({one.pci_address for one in devices if one.pci_address is not None})
+    env = {f"PCIDEVICE_NODEAGENT_{device.kind.upper()}": ",".join(addresses)} if addresses else {}
+    return ContainerEdits(env=MappingProxyType(env), device_nodes=nodes(device.paths))
+
+
+def nodes(paths: Iterable[str]) -> tuple[DeviceNode, ...]:
+    return tuple(DeviceNode(host_path=path, container_path=path) for path in paths)
+
+
+def short_id(text: str) -> str:
+    """The text itself, or where it is too long its beginning and a digest of the whole."""
+    if len(text) <= LONGEST_ID:
+        return text
+    return f"{text[: LONGEST_ID - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _marks(context: Context, function: Function) -> Attributes:
+    name = next((selector.name for selector in context.pci if selector.matches(function)), None)
+    return {} if name is None else {"selector": name}
+
+
+def _sriov(context: Context, function: Function) -> Attributes:
+    if function.physical is not None:
+        owner = context.function_by_address.get(function.physical)
+        index = owner.vfs.get(function.address) if owner is not None else None
+        return {"sriov": "vf"} if index is None else {"sriov": "vf", "vf_index": index}
+    if function.max_vfs:
+        return {"sriov": "pf", "sriov_totalvfs": function.max_vfs, "sriov_numvfs": len(function.vfs)}
+    return {}

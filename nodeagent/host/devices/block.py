@@ -1,0 +1,71 @@
+"""Whole disks that are not on NVMe: SCSI, SATA, virtio, SD cards. No partitions, and none of what is made in software.
+
+The id is what the disk says of itself (wwid, serial), so that it stays when names move; without such, where it hangs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from nodeagent.core.model.device import ContainerEdits, Device
+from nodeagent.core.model.inventory import PRESENT, KindState
+from nodeagent.host import pci
+from nodeagent.host.devices.base import Context, Found, node_edits, part_of, short_id
+from nodeagent.host.devices.disks import in_use, mounted, size_bytes
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+_NOT_DISKS = re.compile(r"(loop|ram|zram|dm-|md|nbd|rbd|drbd|fd|sr|nvme|mtdblock)\d+.*")
+_UNFIT = re.compile(r"[^A-Za-z0-9.:_-]+")
+
+
+class Block:
+    """The kind `block`."""
+
+    name = "block"
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        reader = Tolerant(sysfs)
+        devices = tuple(_distinct(_disks(reader, context, mounted(reader))))
+        return Found(state=KindState(kind="block", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        """The disk's node."""
+        return node_edits(device, devices)
+
+
+def _disks(reader: Tolerant, context: Context, mounts: frozenset[str]) -> Iterator[Device]:
+    for name, path, address, _ in pci.members(reader, "sys/class/block"):
+        if _NOT_DISKS.fullmatch(name) or reader.sysfs.exists(f"{path}/partition"):
+            continue
+        told = {
+            "name": name,
+            "model": reader.text(f"{path}/device/model"),
+            "serial": reader.text(f"{path}/serial"),
+            "wwid": reader.text(f"{path}/device/wwid") or reader.text(f"{path}/wwid"),
+            "size_bytes": size_bytes(reader, path),
+            "rotational": reader.text(f"{path}/queue/rotational") == "1",
+            "removable": reader.text(f"{path}/removable") == "1",
+            "in_use": in_use(reader, path, mounts),
+        }
+        attributes = {key: value for key, value in told.items() if value is not None}
+        owner = context.function_by_address.get(address) if address is not None else None
+        id = _id(name, address, attributes.get("wwid") or attributes.get("serial"))
+        yield part_of(owner, kind="block", id=id, paths=[f"/dev/{name}"], attributes=attributes)
+
+
+def _distinct(disks: Iterator[Device]) -> Iterator[Device]:
+    """Virtual disks may all have one serial number: then the name tells them apart."""
+    found = list(disks)
+    count = Counter(disk.id for disk in found)
+    for disk in found:
+        yield disk if count[disk.id] == 1 else replace(disk, id=short_id(f"{disk.id}-{disk.attributes['name']}"))
+
+
+def _id(name: str, address: str | None, told: object) -> str:
+    if told is not None:
+        return f"block-{_UNFIT.sub('-', str(told))}"
+    return f"block-{address}-{name}" if address is not None else f"block-{name}"

@@ -1,0 +1,37 @@
+"""What is true of any disk, NVMe namespaces included: its size, and whether the node itself uses it."""
+
+from __future__ import annotations
+
+import re
+
+from nodeagent.host.sysfs.lenient import Tolerant
+
+SECTOR_BYTES = 512
+"""`size` counts these whatever the disk's own blocks are (Documentation/ABI/stable/sysfs-block)."""
+_DEVICE = re.compile(r"[0-9]+:[0-9]+")
+
+
+def mounted(reader: Tolerant) -> frozenset[str]:
+    """MAJOR:MINOR of every mounted file system and swap in the namespace of the host (its process 1)."""
+    lines = (line.split() for line in (reader.text("proc/1/mountinfo") or "").splitlines())
+    found = {words[2] for words in lines if len(words) > 2 and _DEVICE.fullmatch(words[2])}
+    for line in (reader.text("proc/swaps") or "").splitlines()[1:]:
+        path = line.split()[0]
+        number = reader.text(f"sys/class/block/{path.rsplit('/', 1)[-1]}/dev")
+        found.update([number] if number else [])
+    return frozenset(found)
+
+
+def in_use(reader: Tolerant, path: str, mounts: frozenset[str]) -> bool:
+    """Whether the disk or a partition of it is mounted, swapped to, or held by device mapper or md."""
+    parts = [
+        path,
+        *(f"{path}/{name}" for name in reader.names(path) if reader.sysfs.exists(f"{path}/{name}/partition")),
+    ]
+    return any(reader.names(f"{part}/holders") or reader.text(f"{part}/dev") in mounts for part in parts)
+
+
+def size_bytes(reader: Tolerant, path: str) -> int | None:
+    """The capacity of a disk's folder."""
+    sectors = reader.number(f"{path}/size")
+    return None if sectors is None else sectors * SECTOR_BYTES

@@ -1,0 +1,170 @@
+"""GPUs: NVIDIA's by PCI and NVML, AMD's by DRM and KFD, Intel's by DRM (xe, i915).
+
+A GPU's id is its PCI address whatever NVML says, so that its identity outlives a driver that is away. A display
+controller that cannot compute (a server's own VGA, bochs, qxl: no render node) is no GPU and stays a PCI function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+
+from nodeagent.core.model.device import ContainerEdits, Device
+from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device
+from nodeagent.host.devices.gpu_links import nvlinks, xgmi_links
+from nodeagent.host.devices.kfd import KfdNode, kfd_nodes
+from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
+from nodeagent.host.pci import AMD, INTEL, NVIDIA, VFIO, Function
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+_DISPLAY, _PROCESSING = "03", "12"
+_COMPUTE_DRIVERS = frozenset({"amdgpu", "i915", "nvidia", "xe"})
+_NVIDIA_COMMON = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset")
+_NVIDIA_CAPS = "proc/driver/nvidia-caps/mig-minors"
+
+
+class Gpu:
+    """The kind `gpu`."""
+
+    name = "gpu"
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        reader = Tolerant(sysfs)
+        kfd = kfd_nodes(reader)
+        nvidia = _by_address(context.nvml)
+        devices = [
+            device
+            for function in context.functions
+            for device in _devices(reader, context, function, kfd, nvidia.get(function.address))
+        ]
+        return Found(
+            state=_state(context, devices),
+            devices=tuple(devices),
+            links=(*nvlinks(nvidia.values()), *xgmi_links(kfd.values())),
+            warnings=(*reader.warnings, *(context.nvml.errors if isinstance(context.nvml, Snapshot) else ())),
+        )
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        """The nodes; for NVIDIA also the variable that its container runtime and its libraries read."""
+        edits = node_edits(device, devices)
+        uuids = [str(one.attributes["uuid"]) for one in devices if "uuid" in one.attributes]
+        if device.vendor != NVIDIA or not uuids:
+            return edits
+        return replace(edits, env=MappingProxyType({**edits.env, "NVIDIA_VISIBLE_DEVICES": ",".join(uuids)}))
+
+
+def _by_address(nvml: Snapshot | Failure | None) -> Mapping[str, NvGpu]:
+    return {gpu.pci_address: gpu for gpu in nvml.gpus} if isinstance(nvml, Snapshot) else {}
+
+
+def _devices(
+    reader: Tolerant, context: Context, function: Function, kfd: Mapping[str, KfdNode], nvidia: NvGpu | None
+) -> Iterator[Device]:
+    node = kfd.get(function.address)
+    if node is None and nvidia is None and not function.is_class(_DISPLAY, _PROCESSING):
+        return
+    drm = reader.names(f"{function.path}/drm")
+    if node is None and nvidia is None and not _computes(function, drm):
+        return
+    paths = _nvidia_paths(reader, nvidia) if nvidia is not None else _drm_paths(drm, node)
+    attributes = {**_drm_attributes(drm), **_kfd_attributes(node), **_nvidia_attributes(context, function, nvidia)}
+    device = pci_device(context, function, "gpu", paths=paths, attributes=attributes)
+    yield device
+    if nvidia is not None:
+        yield from (_mig_device(reader, device, nvidia, mig) for mig in nvidia.migs)
+
+
+def _computes(function: Function, drm: list[str]) -> bool:
+    """Has a render node, a driver that makes one, or waits under vfio-pci for a virtual machine."""
+    if function.driver == VFIO:
+        return function.is_class(_DISPLAY) and function.vendor in (NVIDIA, AMD, INTEL)
+    if function.is_class(_PROCESSING):
+        return function.driver in _COMPUTE_DRIVERS
+    return (
+        function.vendor == NVIDIA
+        or function.driver in _COMPUTE_DRIVERS
+        or any(name.startswith("renderD") for name in drm)
+    )
+
+
+def _state(context: Context, devices: list[Device]) -> KindState:
+    nvml = context.nvml
+    if not isinstance(nvml, Failure):
+        return KindState(kind="gpu", state=PRESENT)
+    if not nvml.absent:
+        return KindState(kind="gpu", state=DEGRADED, reason=nvml.reason)
+    without_nvml = any(device.vendor != NVIDIA or device.driver == VFIO for device in devices)
+    return KindState(kind="gpu", state=PRESENT if without_nvml else ABSENT, reason=nvml.reason)
+
+
+def _drm_paths(drm: list[str], node: KfdNode | None) -> tuple[str, ...]:
+    nodes = tuple(f"/dev/dri/{name}" for name in drm if name.startswith(("card", "renderD")))
+    return ("/dev/kfd", *nodes) if node is not None else nodes
+
+
+def _nvidia_paths(reader: Tolerant, gpu: NvGpu) -> tuple[str, ...]:
+    own = () if gpu.minor is None else (f"/dev/nvidia{gpu.minor}",)
+    return (*own, *(path for path in _NVIDIA_COMMON if reader.sysfs.exists(path[1:])))
+
+
+def _drm_attributes(drm: list[str]) -> Attributes:
+    cards = ",".join(name for name in drm if name.startswith("card"))
+    render = ",".join(name for name in drm if name.startswith("renderD"))
+    return {key: value for key, value in (("drm_card", cards), ("drm_render", render)) if value}
+
+
+def _kfd_attributes(node: KfdNode | None) -> Attributes:
+    if node is None:
+        return {}
+    found: dict[str, str | int | bool] = {"kfd_node": node.number}
+    if node.memory_bytes:
+        found["memory_bytes"] = node.memory_bytes
+    if node.unique_id:
+        found["uuid"] = f"{node.unique_id:016x}"
+    return found
+
+
+def _nvidia_attributes(context: Context, function: Function, gpu: NvGpu | None) -> Attributes:
+    """A GPU that the driver holds and NVML does not show (it fell off the bus) says so."""
+    if not isinstance(context.nvml, Snapshot):
+        return {}
+    if gpu is None:
+        return {"nvml": "does not show this GPU"} if function.driver == "nvidia" else {}
+    found: dict[str, str | int | bool | None] = {
+        "uuid": gpu.uuid,
+        "product": gpu.name,
+        "driver_version": context.nvml.driver_version,
+        "memory_bytes": gpu.memory_bytes,
+        "minor": gpu.minor,
+        "mig": gpu.mig_enabled,
+        "ecc_uncorrected": gpu.ecc_uncorrected,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Device:
+    attributes: Attributes = {
+        "uuid": mig.uuid,
+        "product": nvidia.name,
+        "driver_version": gpu.attributes["driver_version"],
+        "mig_profile": mig.profile,
+        "memory_bytes": mig.memory_bytes,
+    }
+    return replace(
+        gpu,
+        id=f"{gpu.id}/mig-{mig.gpu_instance}-{mig.compute_instance}",
+        parent=gpu.id,
+        paths=(*gpu.paths, *_capabilities(reader, nvidia, mig)),
+        attributes=MappingProxyType(attributes),
+    )
+
+
+def _capabilities(reader: Tolerant, nvidia: NvGpu, mig: Mig) -> tuple[str, ...]:
+    """The capability nodes of an instance; lines of the driver's table read "gpu0/gi1/ci0/access 13"."""
+    instance = f"gpu{nvidia.minor}/gi{mig.gpu_instance}"
+    wanted = (f"{instance}/access", f"{instance}/ci{mig.compute_instance}/access")
+    table = dict(line.split(None, 1) for line in (reader.text(_NVIDIA_CAPS) or "").splitlines() if " " in line)
+    return tuple(f"/dev/nvidia-caps/nvidia-cap{table[name].strip()}" for name in wanted if name in table)

@@ -1,0 +1,178 @@
+"""Network and RDMA adapters: physical and virtual functions, and scalable functions on the auxiliary bus.
+
+A port that speaks for a virtual function inside the adapter's switch (a representor) is no device: it is named in the
+attributes of the physical function. The adapter that carries the node's default route is marked `default_route`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.core.model.device import ContainerEdits, Device
+from nodeagent.core.model.inventory import PRESENT, KindState
+from nodeagent.host import pci
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device, short_id
+from nodeagent.host.pci import Function
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+_BELOW = re.compile(r"(?:(?P<mid>[^/]+)/)?(?:net|infiniband|infiniband_verbs|infiniband_mad)/(?P<name>[^/]+)")
+"""What may lie between a function and its interface: nothing, virtioN or a device of the auxiliary bus; a USB adapter
+has more between and is not its host controller's."""
+_SCALABLE = re.compile(r"[\w-]+\.sf\.\d+")
+_REPRESENTOR = re.compile(r"(?:c\d+)?pf\d+(?:vf|sf)\d+")
+_RDMA_COMMON = "/dev/infiniband/rdma_cm"
+_IFF_UP = 1
+
+
+@dataclass(slots=True)
+class _Below:
+    """What was found below one function or scalable function."""
+
+    netdevs: list[str] = field(default_factory=list)
+    """Folders, below the root."""
+    rdma: list[str] = field(default_factory=list)
+    nodes: list[str] = field(default_factory=list)
+    """Device nodes."""
+
+
+class Nic:
+    """The kind `nic`."""
+
+    name = "nic"
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        reader = Tolerant(sysfs)
+        below, auxiliary = _all_below(reader), _auxiliary(reader)
+        routed = default_routes(reader)
+        devices: list[Device] = []
+        for function in context.functions:
+            if function.is_class("02") or (function.address, "") in below:
+                found = below.get((function.address, ""), _Below())
+                devices.append(_nic(reader, context, function, found, auxiliary.get(function.address, []), routed))
+                devices.extend(_scalable(reader, devices[-1], below, auxiliary.get(function.address, []), routed))
+        return Found(
+            state=KindState(kind="nic", state=PRESENT), devices=tuple(devices), warnings=tuple(reader.warnings)
+        )
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        """The PCI addresses, and the RDMA or vfio nodes. The interface itself is moved by the network plugin."""
+        return node_edits(device, devices)
+
+
+def default_routes(reader: Tolerant) -> frozenset[str]:
+    """Interfaces with a default route in the network namespace of the host (its process 1)."""
+    four = (line.split() for line in (reader.text("proc/1/net/route") or "").splitlines()[1:])
+    six = (line.split() for line in (reader.text("proc/1/net/ipv6_route") or "").splitlines())
+    return frozenset(
+        [words[0] for words in four if len(words) > 7 and words[1] == words[7] == "00000000"]
+        + [words[9] for words in six if len(words) > 9 and words[1] == "00" and words[9] != "lo"]
+    )
+
+
+def _all_below(reader: Tolerant) -> Mapping[tuple[str, str], _Below]:
+    """By address and scalable function ("" for the function itself)."""
+    found: dict[tuple[str, str], _Below] = defaultdict(_Below)
+    for kind in ("net", "infiniband", "infiniband_verbs", "infiniband_mad"):
+        for name, path, address, tail in pci.members(reader, f"sys/class/{kind}"):
+            match = _BELOW.fullmatch(tail)
+            if address is None or match is None:
+                continue
+            middle = match["mid"] or ""
+            _add(found[address, middle if _SCALABLE.fullmatch(middle) else ""], kind, name, path)
+    return dict(found)
+
+
+def _add(below: _Below, kind: str, name: str, path: str) -> None:
+    if kind == "net":
+        below.netdevs.append(path)
+    elif kind == "infiniband":
+        below.rdma.append(name)
+    else:
+        below.nodes.append(f"/dev/infiniband/{name}")
+
+
+def _auxiliary(reader: Tolerant) -> Mapping[str, list[str]]:
+    """Devices of the auxiliary bus by their PCI function (Documentation/driver-api/auxiliary_bus.rst)."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, _, address, _ in pci.members(reader, "sys/bus/auxiliary/devices"):
+        if address is not None:
+            found[address].append(name)
+    return found
+
+
+def _nic(
+    reader: Tolerant,
+    context: Context,
+    function: Function,
+    below: _Below,
+    auxiliary: list[str],
+    routed: frozenset[str],
+) -> Device:
+    attributes = {**_attributes(reader, below, routed), **({"auxiliary": ",".join(auxiliary)} if auxiliary else {})}
+    return pci_device(context, function, "nic", paths=_paths(reader, below), attributes=attributes)
+
+
+def _scalable(
+    reader: Tolerant,
+    owner: Device,
+    below: Mapping[tuple[str, str], _Below],
+    auxiliary: list[str],
+    routed: frozenset[str],
+) -> Iterator[Device]:
+    for name in filter(_SCALABLE.fullmatch, auxiliary):
+        found = below.get((owner.id, name), _Below())
+        yield replace(
+            owner,
+            id=short_id(f"{owner.id}/{name}"),
+            parent=owner.id,
+            paths=_paths(reader, found),
+            attributes=MappingProxyType({"auxiliary": name, **_attributes(reader, found, routed)}),
+        )
+
+
+def _paths(reader: Tolerant, below: _Below) -> tuple[str, ...]:
+    common = (_RDMA_COMMON,) if below.nodes and reader.sysfs.exists(_RDMA_COMMON[1:]) else ()
+    return (*below.nodes, *common)
+
+
+def _attributes(reader: Tolerant, below: _Below, routed: frozenset[str]) -> Attributes:
+    ports = {path: reader.if_told(f"{path}/phys_port_name") or "" for path in below.netdevs}
+    own = [path for path, port in ports.items() if not _REPRESENTOR.fullmatch(port)]
+    found: dict[str, str | int | bool | None] = {
+        "netdevs": _names(own),
+        "rdma": ",".join(below.rdma) or None,
+        "representors": ",".join(f"{_name(path)}={port}" for path, port in ports.items() if path not in own) or None,
+        "default_route": True if any(_name(path) in routed for path in ports) else None,
+        **(_port(reader, own[0]) if own else {}),
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _port(reader: Tolerant, path: str) -> dict[str, str | int | bool | None]:
+    """Of the first interface. While it is down, carrier and speed cannot be read."""
+    flags = reader.number(f"{path}/flags")
+    up = flags is None or bool(flags & _IFF_UP)
+    carrier = reader.number_if_told(f"{path}/carrier") if up else 0
+    speed = reader.number_if_told(f"{path}/speed") if up else None
+    return {
+        "operstate": reader.text(f"{path}/operstate"),
+        "carrier": None if carrier is None else carrier == 1,
+        "speed_mbps": speed if speed is not None and speed > 0 else None,
+        "mtu": reader.number(f"{path}/mtu"),
+        "mac": reader.text(f"{path}/address"),
+        "phys_port_name": reader.if_told(f"{path}/phys_port_name"),
+        "phys_switch_id": reader.if_told(f"{path}/phys_switch_id"),
+    }
+
+
+def _names(paths: list[str]) -> str | None:
+    return ",".join(_name(path) for path in paths) or None
+
+
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]

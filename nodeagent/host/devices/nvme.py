@@ -1,0 +1,91 @@
+"""NVMe controllers with all their namespaces, on PCI and over fabrics (Documentation/ABI/testing/sysfs-nvme).
+
+A controller is one device: its namespaces share queues and cannot be told apart by nearness. One whose disk the node
+itself uses is marked `in_use`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from nodeagent.core.model.device import ContainerEdits, Device
+from nodeagent.core.model.inventory import PRESENT, KindState
+from nodeagent.host import pci
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
+from nodeagent.host.devices.disks import in_use, mounted, size_bytes
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+_NAMESPACE = re.compile(r"nvme(\d+)(?:c\d+)?n(\d+)")
+_TOLD = ("model", "serial", "transport", "firmware_rev", "state")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Controller:
+    name: str
+    path: str
+    address: str | None
+
+
+class Nvme:
+    """The kind `nvme`."""
+
+    name = "nvme"
+
+    def discover(self, sysfs: SysFs, context: Context) -> Found:
+        reader = Tolerant(sysfs)
+        controllers = [
+            _Controller(name=name, path=path, address=address if tail == f"nvme/{name}" else None)
+            for name, path, address, tail in pci.members(reader, "sys/class/nvme")
+        ]
+        mounts = mounted(reader)
+        devices = (*_on_pci(reader, context, controllers, mounts), *_on_fabrics(reader, controllers, mounts))
+        return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
+
+    def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
+        """The namespaces as block devices, or the vfio nodes."""
+        return node_edits(device, devices)
+
+
+def _on_pci(
+    reader: Tolerant, context: Context, controllers: list[_Controller], mounts: frozenset[str]
+) -> Iterator[Device]:
+    by_address = {one.address: one for one in controllers if one.address is not None}
+    for function in context.functions:
+        controller = by_address.get(function.address)
+        if controller is None and not function.is_class("0108"):
+            continue
+        names = _namespaces(reader, controller) if controller is not None else []
+        attributes = _attributes(reader, controller, names, mounts) if controller is not None else {}
+        yield pci_device(context, function, "nvme", paths=[f"/dev/{name}" for name in names], attributes=attributes)
+
+
+def _on_fabrics(reader: Tolerant, controllers: list[_Controller], mounts: frozenset[str]) -> Iterator[Device]:
+    for controller in controllers:
+        if controller.address is None:
+            names = _namespaces(reader, controller)
+            told = _attributes(reader, controller, names, mounts)
+            id = f"nvme-{told.get('serial', controller.name)}-{reader.text(f'{controller.path}/cntlid') or 0}"
+            yield part_of(None, kind="nvme", id=id, paths=[f"/dev/{name}" for name in names], attributes=told)
+
+
+def _namespaces(reader: Tolerant, controller: _Controller) -> list[str]:
+    """Names of the disks. With several paths to a drive the folder holds nvme0c1n1 and the disk is nvme0n1."""
+    matches = (_NAMESPACE.fullmatch(name) for name in reader.names(controller.path))
+    return [f"nvme{match[1]}n{match[2]}" for match in matches if match is not None]
+
+
+def _attributes(reader: Tolerant, controller: _Controller, names: list[str], mounts: frozenset[str]) -> Attributes:
+    found: dict[str, str | int | bool] = {"controller": controller.name}
+    for name in _TOLD:
+        value = reader.text(f"{controller.path}/{name}")
+        if value is not None:
+            found[name] = value
+    if names:
+        folders = [reader.sysfs.real(f"sys/class/block/{name}") for name in names]
+        found["namespaces"] = ",".join(names)
+        found["size_bytes"] = sum(size_bytes(reader, folder) or 0 for folder in folders)
+        found["in_use"] = any(in_use(reader, folder, mounts) for folder in folders)
+    return found

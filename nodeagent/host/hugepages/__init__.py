@@ -1,0 +1,1 @@
+"""Hugepage pools: read, resized, and who uses them."""

@@ -1,0 +1,90 @@
+"""Hugepage pools: how many pages of each size each NUMA node has, and which of them nobody has claimed.
+
+Pools are read from /sys/devices/system/node/nodeN/hugepages, or from /sys/kernel/mm/hugepages on a machine without
+folders per node. Reserved pages and overcommit exist only for the machine as a whole
+(Documentation/admin-guide/mm/hugetlbpage.rst): reserved pages are laid on the nodes with most free pages, no node
+getting more than it has free; overcommit stands on the node with most free pages. So sums over nodes are the kernel's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+
+from nodeagent.core.model.topology import HugepagePool, NodeId
+from nodeagent.host.sysfs.lists import ListReader
+from nodeagent.host.sysfs.sysfs import SysFs
+
+_GLOBAL = "sys/kernel/mm/hugepages"
+_PREFIX, _SUFFIX = "hugepages-", "kB"
+
+
+def read(sysfs: SysFs, nodes: Sequence[NodeId], warnings: list[str]) -> Mapping[NodeId, tuple[HugepagePool, ...]]:
+    """The pools of each node, by page size. A pool that cannot be read is left out and named in `warnings`.
+
+    `nodes` are the nodes of the machine, in order of id; not empty.
+    """
+    reader = ListReader(sysfs, warnings)
+    pools = [pool for node in nodes for pool in _pools(reader, node, f"sys/devices/system/node/node{node}/hugepages")]
+    if not pools:
+        pools = _global(reader, nodes)
+    by_node: dict[NodeId, list[HugepagePool]] = {node: [] for node in nodes}
+    for page_bytes in sorted({pool.page_bytes for pool in pools}):
+        for pool in _with_promises(reader, [pool for pool in pools if pool.page_bytes == page_bytes]):
+            by_node[pool.node].append(pool)
+    return {node: tuple(found) for node, found in by_node.items()}
+
+
+def _pools(reader: ListReader, node: NodeId, folder: str) -> list[HugepagePool]:
+    pools = (_pool(reader, node, folder, name) for name in reader.names(folder) if name.startswith(_PREFIX))
+    return [pool for pool in pools if pool is not None]
+
+
+def _global(reader: ListReader, nodes: Sequence[NodeId]) -> list[HugepagePool]:
+    """The pools of a machine without pools per node; of several nodes nobody can say whose the pages are."""
+    pools = _pools(reader, nodes[0], _GLOBAL)
+    if len(nodes) == 1:
+        return pools
+    total = sum(pool.total_pages for pool in pools)
+    if total:
+        reader.refuse(_GLOBAL, f"{total} pages", f"cannot be laid on one of {len(nodes)} nodes")
+    return []
+
+
+def _pool(reader: ListReader, node: NodeId, folder: str, name: str) -> HugepagePool | None:
+    kib = name.removeprefix(_PREFIX).removesuffix(_SUFFIX)
+    if not (kib.isascii() and kib.isdigit() and name.endswith(_SUFFIX) and 0 < len(kib) < 12):
+        reader.refuse(folder, name, "names no page size")
+        return None
+    counts = [reader.need(f"{folder}/{name}/{what}_hugepages", _count) for what in ("nr", "free", "surplus")]
+    total, free, surplus = counts
+    if total is None or free is None:
+        return None
+    if free > total:
+        reader.refuse(f"{folder}/{name}/free_hugepages", str(free), f"is more than the {total} pages there are")
+        free = total
+    return HugepagePool(
+        node=node, page_bytes=int(kib) << 10, total_pages=total, free_pages=free, surplus_pages=surplus or 0
+    )
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError("expected a count of pages")
+    return int(text)
+
+
+def _with_promises(reader: ListReader, pools: list[HugepagePool]) -> Iterable[HugepagePool]:
+    """The pools of one page size with what the kernel promises for the whole machine laid on them."""
+    folder = f"{_GLOBAL}/{_PREFIX}{pools[0].page_bytes >> 10}{_SUFFIX}"
+    reserved = _promised(reader, f"{folder}/resv_hugepages")
+    overcommit = _promised(reader, f"{folder}/nr_overcommit_hugepages")
+    for pool in sorted(pools, key=lambda pool: (-pool.free_pages, pool.node)):
+        here = min(reserved, pool.free_pages)
+        yield dataclasses.replace(pool, reserved_pages=here, overcommit_pages=overcommit)
+        reserved, overcommit = reserved - here, 0
+
+
+def _promised(reader: ListReader, path: str) -> int:
+    """0 where the kernel is too old to say."""
+    return reader.given(path, _count) or 0

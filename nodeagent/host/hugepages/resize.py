@@ -1,0 +1,145 @@
+"""The size of one hugepage pool, changed: the pages of one size on one NUMA node.
+
+What the kernel gives is read back; where it gives less than asked, memory is compacted and it is asked again, for as
+long as that helps. A pool grows in steps, so that whoever waits can end it. It shrinks by free pages only: where it is
+made smaller than what is in use the kernel adds surplus pages, and nobody meant that.
+Source: Documentation/admin-guide/mm/hugetlbpage.rst. Everything blocks, growing for as long as the kernel looks for
+memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nodeagent.core.model.topology import NodeId
+from nodeagent.errors import HostError
+from nodeagent.host.cgroup.write import put as put_value
+from nodeagent.host.sysfs.sysfs import SysFs
+
+STEP_BYTES = 1 << 30
+"""How much is asked of the kernel at once."""
+TRIES = 4
+"""How often memory is compacted in one growing."""
+Put = Callable[[str, str], None]
+"""Writes a value to a file of the kernel's, by its full path; HostError where that is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What a pool has at this moment."""
+
+    total_pages: int
+    free_pages: int
+    surplus_pages: int = 0
+
+    @property
+    def persistent_pages(self) -> int:
+        """Those that stay when they are given back: the size that is asked for."""
+        return self.total_pages - self.surplus_pages
+
+
+def counts(sysfs: SysFs, node: NodeId, page_bytes: int) -> Counts:
+    """A pool's pages; HostError where there is no such pool or a file holds no count."""
+    return _counts(sysfs, _folder(node, page_bytes))
+
+
+def totals(sysfs: SysFs, node: NodeId) -> dict[int, int]:
+    """All pages by page_bytes, of the pools of a node that can be read: the least that shows that a pool changed."""
+    folder, found = f"sys/devices/system/node/node{node}/hugepages", {}
+    for name in sysfs.names(folder):
+        kib = name.removeprefix("hugepages-").removesuffix("kB")
+        with contextlib.suppress(HostError, ValueError):
+            found[int(kib) << 10] = _count(sysfs, f"{folder}/{name}/nr_hugepages")
+    return found
+
+
+def set_pages(
+    sysfs: SysFs,
+    node: NodeId,
+    page_bytes: int,
+    pages: int,
+    *,
+    put: Put = put_value,
+    go_on: Callable[[], bool] = lambda: True,
+) -> int:
+    """Give a pool this many pages, surplus ones not counted; how many it has then: fewer where the kernel finds no
+    memory or `go_on` says no before a step, more where pages are in use or promised. HostError where the pool cannot
+    be read or written."""
+    pool = _Pool(sysfs, node, page_bytes, put)
+    now = pool.counts().persistent_pages
+    return pool.grow(now, pages, go_on) if now < pages else pool.shrink(pages)
+
+
+class _Pool:
+    def __init__(self, sysfs: SysFs, node: NodeId, page_bytes: int, put: Put) -> None:
+        self._sysfs = sysfs
+        self._folder = _folder(node, page_bytes)
+        self._machine = f"sys/kernel/mm/hugepages/{_name(page_bytes)}"
+        self._compact = sysfs.path(f"sys/devices/system/node/node{node}/compact")
+        self._step = max(1, STEP_BYTES // page_bytes)
+        self._put = put
+
+    def counts(self) -> Counts:
+        return _counts(self._sysfs, self._folder)
+
+    def grow(self, now: int, pages: int, go_on: Callable[[], bool]) -> int:
+        tries = 0
+        while now < pages and go_on():
+            want = min(pages, now + self._step)
+            got = self._ask(want)
+            if got < want:
+                # A first shortfall may be fragments; one that compaction did not help is a lack of memory.
+                if tries == TRIES or (tries and got <= now):
+                    return got
+                tries += 1
+                self._compact_memory()
+            now = got
+        return now
+
+    def shrink(self, pages: int) -> int:
+        before = self.counts()
+        target = max(pages, before.persistent_pages - self._removable(before))
+        if target >= before.persistent_pages:
+            return before.persistent_pages
+        self._ask(target)
+        after = self.counts()
+        if (taken := after.surplus_pages - before.surplus_pages) > 0:  # mapped between the reading and the writing
+            return self._ask(after.persistent_pages + taken)
+        return after.persistent_pages
+
+    def _removable(self, here: Counts) -> int:
+        """Free pages that no mapping of the machine waits for."""
+        free = _count(self._sysfs, f"{self._machine}/free_hugepages")
+        reserved = _count(self._sysfs, f"{self._machine}/resv_hugepages")
+        return max(0, min(here.free_pages, free - reserved))
+
+    def _ask(self, pages: int) -> int:
+        self._put(self._sysfs.path(f"{self._folder}/nr_hugepages"), str(pages))
+        return self.counts().persistent_pages
+
+    def _compact_memory(self) -> None:
+        """What a kernel without compaction, or a container that may not ask for it, does not do."""
+        with contextlib.suppress(HostError):
+            self._put(self._compact, "1")
+
+
+def _folder(node: NodeId, page_bytes: int) -> str:
+    return f"sys/devices/system/node/node{node}/hugepages/{_name(page_bytes)}"
+
+
+def _name(page_bytes: int) -> str:
+    return f"hugepages-{page_bytes >> 10}kB"
+
+
+def _counts(sysfs: SysFs, folder: str) -> Counts:
+    total, free, surplus = (_count(sysfs, f"{folder}/{what}_hugepages") for what in ("nr", "free", "surplus"))
+    return Counts(total_pages=total, free_pages=free, surplus_pages=min(surplus, total))
+
+
+def _count(sysfs: SysFs, path: str) -> int:
+    text = sysfs.text(path)
+    if not (text.isascii() and text.isdigit()):
+        raise HostError(f"cannot read {sysfs.path(path)}: {text[:80]!r} is not a count of pages")
+    return int(text)

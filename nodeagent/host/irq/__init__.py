@@ -1,0 +1,1 @@
+"""Threads of the host and interrupts on exclusive CPUs."""

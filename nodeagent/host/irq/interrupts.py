@@ -1,0 +1,173 @@
+"""Interrupts moved away from exclusive CPUs, and given back when those CPUs are nobody's own any more.
+
+Where an interrupt goes follows from where it was asked to go before and from the CPUs that are exclusive: to those of
+its own that are left, or where none is left to the others. What was before is on disk before anything is moved, so that
+an agent that starts again can give it back. What somebody else has changed since is theirs and stays; what the kernel
+refuses is asked again only when other CPUs are exclusive. /proc/irq/default_smp_affinity is left alone.
+Source: Documentation/core-api/irq/irq-affinity.rst.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.errors import HostError
+from nodeagent.host.irq.intruders import Irq, interrupt_names, move_irq
+from nodeagent.host.irq.journal import Moved, load, save
+from nodeagent.host.sysfs.sysfs import SysFs
+
+OFTEN = 2
+"""So many returns of an interrupt are no chance."""
+NOT_YET = "it is asked to go elsewhere, and goes there when it next occurs"
+NOWHERE = "no CPUs are left for it"
+_ONLINE = "sys/devices/system/cpu/online"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """How interrupts stand after a round."""
+
+    moved: tuple[Moved, ...] = ()
+    """All that are away at this moment, by number."""
+    fresh: int = 0
+    """How many were moved away in this round."""
+    why: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Why an interrupt is where it should not be, by number: all that are still delivered to exclusive CPUs."""
+    notes: tuple[str, ...] = ()
+    """What an admin should know."""
+
+
+class Mover:
+    """Moves interrupts and remembers it in a file. Everything blocks; one round at a time."""
+
+    def __init__(self, sysfs: SysFs, memory: Path) -> None:
+        """memory: the file; it is read in the first round."""
+        self._sysfs = sysfs
+        self._memory = memory
+        self._loaded = False
+        self._unread = ""
+        self._moved: dict[int, Moved] = {}
+        self._exclusive = EMPTY
+        self._refused: dict[int, str] = {}
+        self._returns: dict[int, int] = {}
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is away that may have to be given back."""
+        return self._loaded and not self._moved
+
+    def settle(self, exclusive: CpuSet, others: CpuSet, found: Iterable[Irq]) -> Settled:
+        """Move away what is delivered to exclusive CPUs (`found`), give back what need not be away any more.
+
+        others: where an interrupt goes that has no CPU left of its own. HostError where it cannot be remembered: then
+        nothing is moved.
+        """
+        self._begin(exclusive)
+        hits = {one.irq: one for one in found}
+        ours = dict(self._still_ours(hits))
+        planned = self._planned(ours, others - exclusive, hits)
+        due = [one for one in planned.values() if self._is_due(one, ours, hits)]
+        self._remember(planned)
+        moves = {one.irq: self._put(one, ours.get(one.irq)) for one in due}
+        self._remember(self._moved)
+        kept_away = {irq: why for irq, why in self._refused.items() if irq in self._moved}
+        why = {irq: why for irq, one in hits.items() if (why := self._why(one, moves.get(irq)))}
+        return Settled(
+            moved=tuple(self._moved[irq] for irq in sorted(self._moved)),
+            fresh=sum(irq in hits and irq in self._moved and irq not in self._refused for irq in moves),
+            why=MappingProxyType({**kept_away, **why}),
+            notes=tuple(self._notes()),
+        )
+
+    def _begin(self, exclusive: CpuSet) -> None:
+        if not self._loaded:
+            self._moved, self._unread = load(self._sysfs, self._memory)
+            self._loaded = True
+        if exclusive != self._exclusive:
+            self._exclusive, self._refused = exclusive, {}
+        if not exclusive:
+            self._returns = {}
+
+    def _remember(self, moved: Mapping[int, Moved]) -> None:
+        save(self._sysfs, self._memory, moved.values())
+        self._moved = dict(moved)
+
+    # ---------------------------------------------------------------- what is to be done
+
+    def _still_ours(self, hits: Mapping[int, Irq]) -> Iterator[tuple[int, Moved]]:
+        """What nobody has changed since. What came back to exclusive CPUs is counted."""
+        names = interrupt_names(self._sysfs) if self._moved else {}
+        for irq, one in self._moved.items():
+            asked = self._asked(irq) if names.get(irq, "") == one.name else None
+            if asked is None:
+                self._returns.pop(irq, None)
+            elif asked in (one.wanted, one.seen):
+                yield irq, one
+            elif irq in hits:
+                self._returns[irq] = self._returns.get(irq, 0) + 1
+
+    def _planned(self, ours: Mapping[int, Moved], others: CpuSet, hits: Mapping[int, Irq]) -> dict[int, Moved]:
+        """What is away, and where it shall be."""
+        online = self._sysfs.cpus(_ONLINE)
+
+        def target(before: CpuSet) -> CpuSet:
+            left = before - self._exclusive
+            usable = left if online is None else left & online
+            return left if usable or left == before else others
+
+        planned = {irq: replace(one, wanted=target(one.before) or one.wanted) for irq, one in ours.items()}
+        for irq in (one for one in hits.values() if one.irq not in ours and one.irq not in self._refused):
+            wanted = target(irq.asked)
+            if wanted and wanted != irq.asked:
+                planned[irq.irq] = Moved(irq=irq.irq, name=irq.name, before=irq.asked, wanted=wanted, seen=wanted)
+        return planned
+
+    def _is_due(self, one: Moved, ours: Mapping[int, Moved], hits: Mapping[int, Irq]) -> bool:
+        """Whether it is to be written. What is to be given back, or is asked to stay on exclusive CPUs, was not written
+        by the agent that planned it."""
+        unfinished = one.wanted == one.before or (one.irq in hits and not hits[one.irq].asked <= one.wanted)
+        return one.irq not in self._refused and (unfinished or ours.get(one.irq) != one)
+
+    # ---------------------------------------------------------------- doing it
+
+    def _put(self, one: Moved, older: Moved | None) -> CpuSet | None:
+        """Where an interrupt is delivered after it was moved; None: it was not moved, and `_refused` says why."""
+        del self._moved[one.irq]
+        try:
+            delivered = move_irq(self._sysfs, one.irq, one.wanted)
+            asked = self._asked(one.irq)
+        except HostError as error:
+            self._refused[one.irq] = str(error)
+            self._moved.update({} if older is None else {one.irq: older})
+            return None
+        if asked is not None and one.wanted != one.before:
+            self._moved[one.irq] = replace(one, seen=asked)
+        return delivered
+
+    def _asked(self, irq: int) -> CpuSet | None:
+        """None where the interrupt is gone."""
+        return self._sysfs.cpus(f"proc/irq/{irq}/smp_affinity_list")
+
+    # ---------------------------------------------------------------- what is to be said
+
+    def _why(self, one: Irq, delivered: CpuSet | None) -> str:
+        """Why an interrupt is still delivered to exclusive CPUs; "": it is not."""
+        if one.irq in self._refused:
+            return self._refused[one.irq]
+        if delivered is not None:
+            return "" if delivered.isdisjoint(self._exclusive) else NOT_YET
+        return NOT_YET if one.irq in self._moved or one.asked.isdisjoint(self._exclusive) else NOWHERE
+
+    def _notes(self) -> Iterator[str]:
+        if self._unread:
+            yield self._unread
+        often = [str(irq) for irq, times in sorted(self._returns.items()) if times >= OFTEN]
+        if often:
+            yield (
+                f"interrupts {', '.join(often)} are moved back by another program: keep irqbalance off these CPUs "
+                f"(IRQBALANCE_BANNED_CPULIST={self._exclusive})"
+            )

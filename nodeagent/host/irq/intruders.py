@@ -1,0 +1,209 @@
+"""Who else runs on CPUs that are held exclusively: threads of the host and interrupts. Seen and said; and interrupts
+moved away where that is asked for.
+
+A thread of the host is one whose process is in no pod's cgroup. Threads of the kernel that serve one CPU (migration/3,
+ksoftirqd/3, kworker/3:1) belong to that CPU and are left out. An interrupt hits the CPUs in its effective affinity;
+where the kernel has none, those in the affinity asked for. What ends while it is looked at is passed over.
+Sources: proc(5), Documentation/core-api/irq/irq-affinity.rst, include/linux/sched.h (PF_*).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.errors import HostError, InputError
+from nodeagent.host.cgroup.layout import is_pods
+from nodeagent.host.cgroup.write import put
+from nodeagent.host.sysfs.sysfs import SysFs
+
+T = TypeVar("T")
+_KERNEL_THREAD, _CANNOT_MOVE = 0x00200000, 0x04000000
+"""PF_KTHREAD, PF_NO_SETAFFINITY."""
+_FLAGS_FIELD = 6
+"""Of /proc/PID/stat, counted after the name, which may hold anything."""
+_STATUS = re.compile(r"Name:\t(?P<name>[^\n]*)\n.*\nCpus_allowed_list:\t(?P<cpus>[0-9,-]*)", re.DOTALL)
+_INTERRUPT = re.compile(r"\s*(?P<irq>[0-9]+):(?:\s+[0-9]+)+\s+(?P<rest>.*?)\s*")
+_ACTION = re.compile(r"\S+\s+(?:[0-9]+(?:[- ]\S+)*)\s{2,}(?P<name>\S.*)")
+_HINT = {
+    "Input/output error": "; the kernel or the device's driver manages this interrupt",
+    "Operation not permitted": "; it is bound to its CPUs",
+    "No space left on device": "; these CPUs have no free vectors",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Thread:
+    """A thread of the host that may run on an exclusive CPU."""
+
+    pid: int
+    """Of its process."""
+    tid: int
+    comm: str
+    """The thread's own name."""
+    cpus: CpuSet
+    """All that it may run on."""
+    hits: CpuSet
+    """The exclusive ones among them."""
+    cgroup: str
+    kernel: bool
+    movable: bool
+    """sched_setaffinity(2) may change it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Irq:
+    """An interrupt that is delivered to an exclusive CPU."""
+
+    irq: int
+    name: str
+    """As /proc/interrupts has it; "": nobody has asked for it."""
+    cpus: CpuSet
+    """In effect."""
+    asked: CpuSet
+    """smp_affinity_list."""
+    hits: CpuSet
+
+
+def threads(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Thread, ...]:
+    """The threads of the host that may run on one of these CPUs, in order of process and thread.
+
+    Reads every process and the status of every thread of the host, about 50 microseconds each. What cannot be read is
+    named in `warnings`.
+    """
+    found = (one for pid, folder in sysfs.numbered("proc", "") for one in _of_process(sysfs, pid, folder, exclusive))
+    return tuple(_tolerated(found, warnings)) if exclusive else ()
+
+
+def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Irq, ...]:
+    """The interrupts that are delivered to one of these CPUs, by number. What cannot be read is in `warnings`."""
+    if not exclusive:
+        return ()
+    names = interrupt_names(sysfs)
+    return tuple(_tolerated((_irq(sysfs, *one, names, exclusive) for one in sysfs.numbered("proc/irq", "")), warnings))
+
+
+def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
+    """Have an interrupt delivered to these CPUs only; where it is delivered then.
+
+    HostError with cause and value where the kernel refuses: EIO and EPERM for interrupts that it or a driver manages,
+    ENOSPC where the CPUs have no vector left; ENOENT where the interrupt is gone.
+    """
+    if not cpus:
+        raise InputError(f"cannot move interrupt {irq}: no CPUs are left for it")
+    try:
+        put(sysfs.path(f"proc/irq/{irq}/smp_affinity_list"), str(cpus))
+    except HostError as error:
+        why = next((hint for cause, hint in _HINT.items() if cause in str(error)), "")
+        raise HostError(f"{error}{why}") from None
+    return _delivered(sysfs, f"proc/irq/{irq}") or cpus
+
+
+def interrupt_names(sysfs: SysFs) -> Mapping[int, str]:
+    """The names of interrupts in /proc/interrupts, several of one joined by ", "; what has no number is left out."""
+    found = (_INTERRUPT.fullmatch(line) for line in sysfs.text("proc/interrupts", "").splitlines())
+    return {int(one["irq"]): _action(one["rest"]) for one in found if one is not None}
+
+
+def _action(rest: str) -> str:
+    """What follows chip, number and trigger ("PCI-MSI 524288-edge      nvme0q1"); "" where nothing does."""
+    named = _ACTION.fullmatch(rest)
+    return named["name"] if named is not None else ""
+
+
+def _of_process(sysfs: SysFs, pid: int, folder: str, exclusive: CpuSet) -> Iterator[Thread | str]:
+    try:
+        cgroup = _cgroup(sysfs, folder)
+    except HostError as error:
+        yield str(error)
+        return
+    tasks = () if is_pods(cgroup) else sysfs.numbered(f"{folder}/task", "")
+    for tid, task in tasks:
+        try:
+            if (thread := _thread(sysfs, pid, tid, task, cgroup, exclusive)) is not None:
+                yield thread
+        except HostError as error:
+            yield str(error)
+
+
+def _thread(sysfs: SysFs, pid: int, tid: int, task: str, cgroup: str, exclusive: CpuSet) -> Thread | None:
+    comm, cpus = _affinity(sysfs, task)
+    flags = None if cpus.isdisjoint(exclusive) else _flags(sysfs, task)
+    if flags is None or (flags & _KERNEL_THREAD and len(cpus) == 1):
+        return None
+    return Thread(
+        pid=pid,
+        tid=tid,
+        comm=comm,
+        cpus=cpus,
+        hits=cpus & exclusive,
+        cgroup=cgroup,
+        kernel=bool(flags & _KERNEL_THREAD),
+        movable=not flags & _CANNOT_MOVE,
+    )
+
+
+def _affinity(sysfs: SysFs, task: str) -> tuple[str, CpuSet]:
+    """Name and CPUs of a thread; no CPUs where it ended."""
+    if not (text := _gone_is_none(sysfs, f"{task}/status")):
+        return "", EMPTY
+    if (found := _STATUS.match(text)) is None:
+        raise HostError(f"cannot read {sysfs.path(task)}/status: it has no Name and Cpus_allowed_list")
+    try:
+        return found["name"], CpuSet.parse(found["cpus"], source=sysfs.path(f"{task}/status"))
+    except InputError as error:
+        raise HostError(str(error)) from None
+
+
+def _cgroup(sysfs: SysFs, folder: str) -> str:
+    """A process's cgroup in the unified hierarchy, or a pod's in any."""
+    lines = (_gone_is_none(sysfs, f"{folder}/cgroup") or "").splitlines()
+    paths = {line.split(":", 2)[0]: line.split(":", 2)[-1] for line in lines}
+    return next((path for path in paths.values() if is_pods(path)), paths.get("0", ""))
+
+
+def _flags(sysfs: SysFs, task: str) -> int | None:
+    if not (text := _gone_is_none(sysfs, f"{task}/stat")):
+        return None
+    fields = text.rpartition(")")[2].split()
+    if len(fields) <= _FLAGS_FIELD or not fields[_FLAGS_FIELD].isdigit():
+        raise HostError(f"cannot read {sysfs.path(task)}/stat: {text[:80]!r} has no flags")
+    return int(fields[_FLAGS_FIELD])
+
+
+def _irq(sysfs: SysFs, irq: int, folder: str, names: Mapping[int, str], exclusive: CpuSet) -> Irq | str | None:
+    try:
+        cpus = _delivered(sysfs, folder)
+        asked = sysfs.cpus(f"{folder}/smp_affinity_list")
+    except HostError as error:
+        return str(error)
+    if cpus is None or cpus.isdisjoint(exclusive):
+        return None
+    return Irq(irq=irq, name=names.get(irq, ""), cpus=cpus, asked=asked or cpus, hits=cpus & exclusive)
+
+
+def _delivered(sysfs: SysFs, folder: str) -> CpuSet | None:
+    """Where an interrupt goes; empty before it is first switched on, None where it is gone."""
+    effective = sysfs.cpus(f"{folder}/effective_affinity_list")
+    return sysfs.cpus(f"{folder}/smp_affinity_list") if effective is None else effective
+
+
+def _gone_is_none(sysfs: SysFs, path: str) -> str | None:
+    """A file of a process; the kernel answers ESRCH for one that ended after the file was opened."""
+    try:
+        return sysfs.text(path, None)
+    except HostError as error:
+        if isinstance(error.__context__, ProcessLookupError):
+            return None
+        raise
+
+
+def _tolerated(found: Iterator[T | str | None], warnings: list[str]) -> Iterator[T]:
+    for one in found:
+        if isinstance(one, str):
+            warnings.append(one)
+        elif one is not None:
+            yield one

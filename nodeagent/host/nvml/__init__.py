@@ -1,0 +1,1 @@
+"""NVML, asked through a helper process that may be killed."""

@@ -1,0 +1,157 @@
+"""NVML asked from a distance: a helper process with a deadline per question, killed when late, started again later.
+
+Promises: `snapshot` always comes back by its deadline, with a value or with the reason why there is none; the daemon
+never loads NVML or its bindings; a library that is missing or hangs costs one process per back-off and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+from collections.abc import AsyncGenerator, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import msgspec
+
+from nodeagent.host.nvml.values import LENGTH, Failure, Mig, NvGpu, Reply, Snapshot, Xid
+from nodeagent.host.pci import NVIDIA, Function
+
+__all__ = ["Failure", "Mig", "NvGpu", "Probe", "Snapshot", "Xid", "has_nvidia"]
+
+_EVENTS_KEPT = 1000
+_COMMAND = (sys.executable, "-m", "nodeagent.host.nvml.helper")
+
+
+def has_nvidia(functions: Iterable[Function]) -> bool:
+    """Whether asking NVML makes sense: there is a display controller or 3D controller of that vendor."""
+    return any(function.vendor == NVIDIA and function.is_class("03") for function in functions)
+
+
+@dataclass(slots=True)
+class _Helper:
+    """One running process, the questions it has not answered, and the task that reads its answers."""
+
+    process: asyncio.subprocess.Process
+    waiting: dict[int, asyncio.Future[Reply]] = field(default_factory=dict)
+    reading: asyncio.Task[None] | None = None
+
+
+class Probe:
+    """The one asker. Nothing is started before the first question; `close` ends the process."""
+
+    def __init__(
+        self,
+        *,
+        env: Mapping[str, str] | None = None,
+        backoff_s: float = 1.0,
+        longest_backoff_s: float = 60.0,
+    ) -> None:
+        self._env = {**os.environ, **(env or {})}
+        self._first_s, self._longest_s = backoff_s, longest_backoff_s
+        self._backoff_s = backoff_s
+        self._not_before = 0.0
+        self._failure: Failure | None = None
+        self._helper: _Helper | None = None
+        self._asked = 0
+        self._turn = asyncio.Lock()
+        self._events: asyncio.Queue[Xid] = asyncio.Queue(_EVENTS_KEPT)
+
+    @property
+    def pid(self) -> int | None:
+        """The helper's process id while there is one."""
+        return self._helper.process.pid if self._helper is not None else None
+
+    async def snapshot(self, deadline_s: float = 5.0) -> Snapshot | Failure:
+        """What NVML says now, within the deadline. During a back-off: the failure that began it."""
+        async with self._turn:
+            if self._failure is not None and asyncio.get_running_loop().time() < self._not_before:
+                return self._failure
+            answer = await self._ask(deadline_s)
+            await self._judge(answer)
+            return answer
+
+    async def events(self) -> AsyncGenerator[Xid, None]:
+        """Each Xid as it happens, over restarts of the helper; begins to flow with the first snapshot. The oldest is
+        dropped where nobody reads."""
+        while True:
+            yield await self._events.get()
+
+    async def close(self) -> None:
+        """Kill the helper and wait for its end. A later question starts a new one."""
+        helper, self._helper = self._helper, None
+        if helper is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            helper.process.kill()
+        if helper.reading is not None:
+            await helper.reading
+        if helper.process.stdin is not None:
+            helper.process.stdin.close()
+        await helper.process.wait()
+
+    async def _ask(self, deadline_s: float) -> Snapshot | Failure:
+        try:
+            async with asyncio.timeout(deadline_s):
+                reply = await self._question()
+        except TimeoutError:
+            return Failure(absent=False, reason=f"NVML did not answer within {deadline_s:g} s")
+        except OSError as error:
+            return Failure(absent=False, reason=f"cannot start the NVML helper: {error}")
+        if reply.snapshot is not None:
+            return reply.snapshot
+        return reply.failure or Failure(absent=False, reason="the NVML helper gave an empty answer")
+
+    async def _question(self) -> Reply:
+        helper = self._helper = self._helper or await self._start()
+        self._asked += 1
+        answer = helper.waiting[self._asked] = asyncio.get_running_loop().create_future()
+        frame = msgspec.json.encode({"ask": self._asked})
+        assert helper.process.stdin is not None
+        helper.process.stdin.write(LENGTH.pack(len(frame)) + frame)
+        reply: Reply = await answer
+        return reply
+
+    async def _start(self) -> _Helper:
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(*_COMMAND, stdin=pipe, stdout=pipe, env=self._env)
+        helper = _Helper(process)
+        helper.reading = asyncio.create_task(self._read(helper), name="nvml-answers")
+        return helper
+
+    async def _read(self, helper: _Helper) -> None:
+        """Hand out answers and events until the process ends; then nobody is left waiting."""
+        assert helper.process.stdout is not None
+        try:
+            while True:
+                (length,) = LENGTH.unpack(await helper.process.stdout.readexactly(LENGTH.size))
+                frame = await helper.process.stdout.readexactly(length)
+                self._hand_out(helper, msgspec.json.decode(frame, type=Reply))
+        except (asyncio.IncompleteReadError, ConnectionError, msgspec.MsgspecError):
+            ended = Reply(failure=Failure(absent=False, reason="the NVML helper ended without an answer"))
+            for answer in helper.waiting.values():
+                if not answer.done():
+                    answer.set_result(ended)
+
+    def _hand_out(self, helper: _Helper, reply: Reply) -> None:
+        if reply.xid is not None:
+            if self._events.full():
+                self._events.get_nowait()
+            self._events.put_nowait(reply.xid)
+            return
+        answer = helper.waiting.pop(reply.to, None)
+        if answer is not None and not answer.done():
+            answer.set_result(reply)
+
+    async def _judge(self, answer: Snapshot | Failure) -> None:
+        """After a failure the process is ended (it may hang, or hold a library that is being replaced)."""
+        if isinstance(answer, Snapshot):
+            self._failure, self._backoff_s = None, self._first_s
+            return
+        await self.close()
+        if answer.absent:
+            self._backoff_s = self._longest_s
+        self._failure = answer
+        self._not_before = asyncio.get_running_loop().time() + self._backoff_s
+        self._backoff_s = min(self._backoff_s * 2, self._longest_s)

@@ -1,0 +1,218 @@
+"""The process that talks to NVML. NVML can hang in the driver, where no thread can
+be stopped, so the daemon never loads it: it asks this process over two pipes, and kills it when it is late. The process
+ends with its standard input, and with its parent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, BinaryIO, TypeVar
+
+import msgspec
+
+from nodeagent.host.nvml.values import LENGTH, Failure, Mig, NvGpu, Reply, Snapshot, Xid, read_frame, sysfs_address
+
+T = TypeVar("T")
+LIBRARY = "libnvidia-ml.so.1"
+_PR_SET_PDEATHSIG = 1
+_EVENT_WAIT_MS = 5_000
+_EVENT_RETRY_S = 5.0
+_NVLINKS = 36
+
+
+class Nvml:
+    """NVML's functions on one initialised library, as our values."""
+
+    def __init__(self, nvml: Any) -> None:  # the module pynvml, which has no types
+        self._nvml = nvml
+        nvml.nvmlInit()
+
+    def snapshot(self) -> Snapshot:
+        """Read all; one GPU's failure becomes a sentence."""
+        driver = self._nvml.nvmlSystemGetDriverVersion()
+        handles, errors = self.handles()
+        gpus = []
+        for address, handle in handles.items():
+            try:
+                gpus.append(self._gpu(address, handle, handles))
+            except self._nvml.NVMLError as error:
+                errors.append(f"cannot read GPU {address} through NVML: {error}")
+        return Snapshot(driver_version=driver, gpus=tuple(gpus), errors=tuple(errors))
+
+    def handles(self) -> tuple[dict[str, Any], list[str]]:
+        """A handle for each GPU that answers, by PCI address, and a sentence for each that does not."""
+        found, errors = {}, []
+        for index in range(self._nvml.nvmlDeviceGetCount()):
+            try:
+                handle = self._nvml.nvmlDeviceGetHandleByIndex(index)
+                found[self._address(handle)] = handle
+            except self._nvml.NVMLError as error:
+                errors.append(f"cannot read GPU number {index} through NVML: {error}")
+        return found, errors
+
+    def watch(self, tell: Callable[[Xid], None]) -> None:
+        """Tell each Xid; comes back only by raising."""
+        events = self._nvml.nvmlEventSetCreate()
+        try:
+            for handle in self.handles()[0].values():
+                self._if_supported(self._register, handle, events)
+            while True:
+                event = self._next_event(events)
+                if event is not None:
+                    tell(event)
+        finally:
+            self._nvml.nvmlEventSetFree(events)
+
+    def _register(self, handle: Any, events: Any) -> None:
+        supported = self._nvml.nvmlDeviceGetSupportedEventTypes(handle)
+        self._nvml.nvmlDeviceRegisterEvents(handle, supported & self._nvml.nvmlEventTypeXidCriticalError, events)
+
+    def _next_event(self, events: Any) -> Xid | None:
+        try:
+            data = self._nvml.nvmlEventSetWait_v2(events, _EVENT_WAIT_MS)
+        except self._nvml.NVMLError_Timeout:
+            return None
+        if data.eventType != self._nvml.nvmlEventTypeXidCriticalError:
+            return None
+        return Xid(pci_address=self._address(data.device), code=data.eventData)
+
+    def _gpu(self, address: str, handle: Any, handles: dict[str, Any]) -> NvGpu:
+        nvml, optional = self._nvml, self._if_supported
+        memory = optional(nvml.nvmlDeviceGetMemoryInfo, handle)
+        mode = optional(nvml.nvmlDeviceGetMigMode, handle)
+        ecc = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
+        return NvGpu(
+            pci_address=address,
+            uuid=nvml.nvmlDeviceGetUUID(handle),
+            name=nvml.nvmlDeviceGetName(handle),
+            minor=optional(nvml.nvmlDeviceGetMinorNumber, handle),
+            memory_bytes=memory.total if memory is not None else None,
+            mig_enabled=bool(mode and mode[0]),
+            migs=self._migs(handle) if mode and mode[0] else (),
+            nvlinks=self._nvlinks(handle),
+            levels=self._levels(handle, {to: other for to, other in handles.items() if to != address}),
+            ecc_uncorrected=optional(nvml.nvmlDeviceGetTotalEccErrors, handle, *ecc),
+        )
+
+    def _migs(self, handle: Any) -> tuple[Mig, ...]:
+        found = []
+        for index in range(self._nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
+            try:
+                found.append(self._mig(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
+            except self._nvml.NVMLError_NotFound:
+                continue  # the places of instances that nobody has made
+        return tuple(found)
+
+    def _mig(self, handle: Any) -> Mig:
+        name = self._nvml.nvmlDeviceGetName(handle)
+        profile = re.search(r"MIG (\S+)$", name)
+        return Mig(
+            uuid=self._nvml.nvmlDeviceGetUUID(handle),
+            profile=profile[1] if profile else name,
+            memory_bytes=self._nvml.nvmlDeviceGetMemoryInfo(handle).total,
+            gpu_instance=self._nvml.nvmlDeviceGetGpuInstanceId(handle),
+            compute_instance=self._nvml.nvmlDeviceGetComputeInstanceId(handle),
+        )
+
+    def _nvlinks(self, handle: Any) -> dict[str, int]:
+        """Active links only; the numbering has gaps where a link is not wired."""
+        counts: dict[str, int] = {}
+        for link in range(_NVLINKS):
+            try:
+                if self._nvml.nvmlDeviceGetNvLinkState(handle, link):
+                    bus_id = self._nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId
+                    peer = sysfs_address(_text(bus_id))
+                    counts[peer] = counts.get(peer, 0) + 1
+            except self._nvml.NVMLError_InvalidArgument:
+                break  # beyond the last link of this GPU
+            except self._nvml.NVMLError_NotSupported:
+                continue
+        return counts
+
+    def _levels(self, handle: Any, others: dict[str, Any]) -> dict[str, int]:
+        """A pair of which the other one is lost has no level; that is not this GPU's fault."""
+        levels = {}
+        for to, other in others.items():
+            try:
+                levels[to] = self._nvml.nvmlDeviceGetTopologyCommonAncestor(handle, other)
+            except self._nvml.NVMLError:
+                continue
+        return levels
+
+    def _address(self, handle: Any) -> str:
+        return sysfs_address(_text(self._nvml.nvmlDeviceGetPciInfo(handle).busId))
+
+    def _if_supported(self, ask: Callable[..., T], *args: object) -> T | None:
+        try:
+            return ask(*args)
+        except (self._nvml.NVMLError_NotSupported, self._nvml.NVMLError_FunctionNotFound):
+            return None
+
+
+class Helper:
+    """One loop over questions, one thread for events."""
+
+    def __init__(self, questions: BinaryIO, answers: BinaryIO) -> None:
+        self._questions, self._answers = questions, answers
+        self._one_at_a_time = threading.Lock()
+        self._nvml: Nvml | None = None
+
+    def run(self) -> None:
+        """Answer until the questions end."""
+        while (question := read_frame(self._questions)) is not None:
+            to = msgspec.json.decode(question, type=dict[str, int])["ask"]
+            self._send(self._answer(to))
+
+    def _answer(self, to: int) -> Reply:
+        import pynvml
+
+        try:
+            if self._nvml is None:
+                self._nvml = Nvml(pynvml)
+                threading.Thread(target=self._events, args=(self._nvml,), daemon=True).start()
+            return Reply(to=to, snapshot=self._nvml.snapshot())
+        except pynvml.NVMLError_LibraryNotFound:
+            return Reply(to=to, failure=Failure(absent=True, reason=f"there is no library {LIBRARY}"))
+        except (pynvml.NVMLError, ValueError, UnicodeError) as error:
+            return Reply(to=to, failure=Failure(absent=False, reason=f"NVML failed: {error}"))
+
+    def _events(self, nvml: Nvml) -> None:
+        """A set that fails (a GPU was lost) is made anew with the GPUs that are left."""
+        import pynvml
+
+        pause = threading.Event()
+        while True:
+            try:
+                nvml.watch(lambda xid: self._send(Reply(xid=xid)))
+            except pynvml.NVMLError_NotSupported:
+                return
+            except pynvml.NVMLError:
+                pause.wait(_EVENT_RETRY_S)
+
+    def _send(self, reply: Reply) -> None:
+        frame = msgspec.json.encode(reply)
+        with self._one_at_a_time:
+            self._answers.write(LENGTH.pack(len(frame)) + frame)
+            self._answers.flush()
+
+
+def _text(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def main() -> None:
+    """Serve the parent; die with it even inside a call that never returns."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the frames
+    Helper(sys.stdin.buffer, answers).run()
+
+
+if __name__ == "__main__":
+    main()

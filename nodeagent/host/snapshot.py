@@ -1,0 +1,84 @@
+"""One whole snapshot of the machine: topology and devices together. Blocks; meant for a thread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from nodeagent.core.model.inventory import Inventory, PodsCgroup
+from nodeagent.errors import HostError, InputError
+from nodeagent.host.cgroup.pods_cpus import pods_cgroup
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.hugepages import use as hugepageuse
+from nodeagent.host.nvml.client import Failure, Snapshot
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.topology import cpus as topology
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selectors:
+    """Which devices beyond the PCI tree are looked for (from configuration)."""
+
+    char: tuple[all_kinds.CharSelector, ...] = ()
+    usb: tuple[all_kinds.UsbSelector, ...] = ()
+    pci: tuple[all_kinds.PciSelector, ...] = ()
+
+
+NO_SELECTORS = Selectors()
+
+
+def scan(
+    sysfs: SysFs,
+    families: Sequence[all_kinds.Kind],
+    selectors: Selectors = NO_SELECTORS,
+    nvml: Snapshot | Failure | None = None,
+    generation: int = 1,
+    holders: Iterable[str] | None = None,
+    cgroup_root: str | None = None,
+    known: PodsCgroup | None = None,
+) -> Inventory:
+    """Read everything once. Never raises for what a file holds or lacks: Inventory.warnings says it.
+
+    holders: the cgroups of all who hold hugepages, below the mount of cgroup v2; None: nobody knows them. cgroup_root:
+    kubelet's, below which the cgroup of all pods is looked for; None: it is not. known: what that was before, which is
+    kept where it cannot be read.
+    """
+    found = _with_uses(sysfs, topology.read(sysfs), holders)
+    if cgroup_root is not None:
+        found = _with_pods(sysfs, found, cgroup_root, known)
+    context = all_kinds.read_context(
+        sysfs,
+        online=found.cpus_online,
+        nodes=[node.id for node in found.numa_nodes],
+        char=selectors.char,
+        usb=selectors.usb,
+        pci_selectors=selectors.pci,
+        nvml=nvml,
+    )
+    devices = all_kinds.discover(sysfs, families, context)
+    return replace(
+        found,
+        generation=generation,
+        devices=devices.devices,
+        links=devices.links,
+        kinds=devices.kinds,
+        warnings=(*found.warnings, *devices.warnings),
+    )
+
+
+def _with_pods(sysfs: SysFs, found: Inventory, cgroup_root: str, known: PodsCgroup | None) -> Inventory:
+    try:
+        return replace(found, pods_cgroup=pods_cgroup(sysfs, cgroup_root))
+    except (HostError, InputError) as error:
+        return replace(found, pods_cgroup=known, warnings=(*found.warnings, str(error)))
+
+
+def _with_uses(sysfs: SysFs, found: Inventory, holders: Iterable[str] | None) -> Inventory:
+    if holders is None:
+        return found
+    sizes = {pool.page_bytes for node in found.numa_nodes for pool in node.hugepages}
+    try:
+        uses = hugepageuse.uses(sysfs, holders, sorted(sizes))
+    except HostError as error:
+        return replace(found, warnings=(*found.warnings, str(error)))
+    return found if uses is None else replace(found, numa_nodes=hugepageuse.known(found.numa_nodes, uses))

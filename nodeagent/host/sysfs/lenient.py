@@ -1,0 +1,91 @@
+"""Reading that goes on: a file that cannot be read becomes a warning and None, never the end of a scan.
+
+SysFs stays strict; this is the one place where its refusals are turned into words for Inventory.warnings, so that one
+bad file costs one fact and not its device, and one device costs nobody else anything.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from typing import TypeVar
+
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs.sysfs import SysFs
+
+T = TypeVar("T")
+_UNSAID = (errno.EINVAL, errno.EOPNOTSUPP, errno.EIO)
+
+
+class Tolerant:
+    """A SysFs whose readers answer None for what is missing or bad; what is bad is also noted in `warnings`."""
+
+    def __init__(self, sysfs: SysFs) -> None:
+        self.sysfs = sysfs
+        self.warnings: list[str] = []
+
+    def read(self, reader: Callable[[str], T | None], path: str) -> T | None:
+        """What `reader` (a method of SysFs) makes of a path; None where it refuses."""
+        try:
+            return reader(path)
+        except HostError as error:
+            self.warnings.append(str(error))
+            return None
+
+    def text(self, path: str) -> str | None:
+        return self.read(lambda one: self.sysfs.text(one, None), path) or None
+
+    def number(self, path: str) -> int | None:
+        return self.read(self.sysfs.number, path)
+
+    def link_name(self, path: str) -> str | None:
+        return self.read(self.sysfs.link_name, path)
+
+    def names(self, path: str) -> list[str]:
+        return self.read(self.sysfs.names, path) or []
+
+    def cpu_mask(self, path: str) -> CpuSet | None:
+        return self.read(self.sysfs.cpu_mask, path)
+
+    def cpus(self, path: str) -> CpuSet | None:
+        return self.read(self.sysfs.cpus, path)
+
+    def hexadecimal(self, path: str, digits: int) -> str | None:
+        """ "0x8086" as "8086", lower case. The file must be there: the kernel always has it."""
+        text = self.read(self.sysfs.text, path)
+        if text is None:
+            return None
+        found = text[2:].lower()
+        if text[:2].lower() == "0x" and len(found) == digits and set(found) <= set("0123456789abcdef"):
+            return found
+        self.warn(path, f"{text[:80]!r} is not 0x and {digits} hexadecimal digits")
+        return None
+
+    def if_told(self, path: str) -> str | None:
+        """A text that a driver may decline to give: `speed`, `carrier` and `phys_port_name` of a network device answer
+        EINVAL or EOPNOTSUPP while there is nothing to say (Documentation/ABI/testing/sysfs-class-net)."""
+        try:
+            return self.sysfs.text(path, None) or None
+        except HostError as error:
+            if not _declined(error):
+                self.warnings.append(str(error))
+            return None
+
+    def number_if_told(self, path: str) -> int | None:
+        text = self.if_told(path)
+        if text is None:
+            return None
+        try:
+            return int(text)
+        except ValueError:
+            self.warn(path, f"{text[:80]!r} is not a number")
+            return None
+
+    def warn(self, path: str, cause: str) -> None:
+        self.warnings.append(f"cannot read {self.sysfs.path(path)}: {cause}")
+
+
+def _declined(error: HostError) -> bool:
+    cause = error.__context__
+    return isinstance(cause, OSError) and cause.errno in _UNSAID

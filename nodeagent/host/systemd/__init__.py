@@ -1,0 +1,1 @@
+"""What systemd is told: readiness, and the CPUs of slices."""

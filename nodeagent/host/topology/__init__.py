@@ -1,0 +1,1 @@
+"""CPUs, caches and NUMA nodes of the machine."""

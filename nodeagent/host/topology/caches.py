@@ -1,0 +1,115 @@
+"""Data and unified caches of every level and the online CPUs that share them.
+
+Machines that do not describe their caches (Arm with a device tree, ia64, some PowerPC and guests) have none here.
+Source: Documentation/ABI/testing/sysfs-devices-system-cpu, "cache".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.topology import CacheGroup
+from nodeagent.host.sysfs.lists import ListReader
+
+_CPU = "sys/devices/system/cpu"
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
+
+
+def read(reader: ListReader, online: CpuSet, cores: Iterable[CpuSet]) -> tuple[CacheGroup, ...]:
+    """All caches, by level, then by lowest member; `index` counts them within their level."""
+    levels: dict[int, dict[CpuSet, str]] = {}
+    core_of = {cpu: core for core in cores for cpu in core}
+    for level, cpus, path in _entries(reader, online, core_of):
+        if level:
+            _add(reader, levels.setdefault(level, {}), cpus, path)
+    return tuple(
+        CacheGroup(level=level, index=index, cpus=cpus, size_bytes=_size_bytes(reader, groups[cpus]))
+        for level, groups in sorted(levels.items())
+        for index, cpus in enumerate(sorted(groups, key=CpuSet.first))
+    )
+
+
+def _entries(reader: ListReader, online: CpuSet, core_of: Mapping[int, CpuSet]) -> Iterator[tuple[int, CpuSet, str]]:
+    """Level, members and folder of each cache, once for all its members: their folders are numbered alike.
+
+    A CPU that shares its first-level cache with one whose folders were all good shares the others too and is not
+    looked at.
+    """
+    known: dict[str, CpuSet] = {}
+    done = EMPTY
+    for cpu in online:
+        if cpu in done:
+            continue
+        fresh: dict[str, CpuSet] = {}
+        folders = [name for name in reader.names(f"{_CPU}/cpu{cpu}/cache") if name.startswith("index")]
+        for name in folders:
+            path = f"{_CPU}/cpu{cpu}/cache/{name}"
+            entry = None if cpu in known.get(name, EMPTY) else _entry(reader, cpu, core_of[cpu], path)
+            if entry is not None:
+                level, fresh[name] = entry
+                known[name] = known.get(name, EMPTY) | fresh[name]
+                yield level, fresh[name] & online, path
+        if all(cpu in known.get(name, EMPTY) for name in folders):
+            done |= fresh.get("index0", EMPTY)
+
+
+def _entry(reader: ListReader, cpu: int, core: CpuSet, path: str) -> tuple[int, CpuSet] | None:
+    """Level and members; level 0, of no further interest, for an instruction cache."""
+    kind = reader.need(f"{path}/type", _kind)
+    if kind is None:
+        return None
+    if kind == "Instruction":
+        return 0, core
+    level = reader.need(f"{path}/level", _level)
+    members = _members(reader, cpu, core, path)
+    return None if level is None or members is None else (level, members)
+
+
+def _members(reader: ListReader, cpu: int, core: CpuSet, path: str) -> CpuSet | None:
+    """Mask before list: kernels before 5.16 cut both off at one page, and a list of every second CPU gets there first.
+
+    An empty mask (ia64) is a cache that the kernel knows and nobody else shares: it is the core's.
+    """
+    for name in ("shared_cpu_map", "shared_cpu_list"):
+        members = reader.cpus(f"{path}/{name}")
+        if members is not None:
+            if cpu in members or not members:
+                return members or core
+            reader.refuse(f"{path}/{name}", str(members), f"does not name CPU {cpu}")
+    reader.warnings.append(f"cannot use {reader.sysfs.path(path)}: shared_cpu_map and shared_cpu_list name no CPUs")
+    return None
+
+
+def _add(reader: ListReader, groups: dict[CpuSet, str], cpus: CpuSet, path: str) -> None:
+    """Keep a cache unless it overlaps another of its level; the same cache found twice is one."""
+    if cpus in groups:
+        return
+    if all(cpus.isdisjoint(other) for other in groups):
+        groups[cpus] = path
+    else:
+        reader.refuse(path, str(cpus), "overlaps another cache of the same level: it is left out")
+
+
+def _kind(text: str) -> str:
+    if text not in ("Data", "Instruction", "Unified"):
+        raise ValueError("expected Data, Instruction or Unified")
+    return text
+
+
+def _level(text: str) -> int:
+    if not re.fullmatch("[1-9]", text, re.ASCII):
+        raise ValueError("expected a level of 1 to 9")
+    return int(text)
+
+
+def _size_bytes(reader: ListReader, path: str) -> int | None:
+    return reader.given(f"{path}/size", _size)
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,9})([KMG]?)", text, re.ASCII)
+    if match is None:
+        raise ValueError("expected a size such as 32K")
+    return int(match[1]) << _UNITS[match[2]]

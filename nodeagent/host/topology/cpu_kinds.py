@@ -1,0 +1,92 @@
+"""Which CPUs of a hybrid machine are fast and which are frugal.
+
+The first source that speaks of every online CPU decides: the PMUs cpu_core, cpu_atom and cpu_lowpower (Intel hybrid),
+cpu_capacity (Arm, and newer kernels elsewhere), the base frequency, the maximum frequency. Numbers make a new tier only
+where the next slower CPU is more than 15 % slower: cores of one kind differ by less ("favoured" cores turbo higher).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
+from nodeagent.core.model.topology import BALANCED, EFFICIENCY, PERFORMANCE
+from nodeagent.host.sysfs.lists import ListReader
+
+_SAME_KIND_PERCENT = 85
+_PMUS = ("cpu_core", "cpu_atom", "cpu_lowpower")
+"""Fastest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """How fast one CPU is, as far as the kernel says."""
+
+    capacity: int | None = None
+    base_khz: int | None = None
+    max_khz: int | None = None
+
+
+def speeds(reader: ListReader, cores: Iterable[CpuSet]) -> dict[int, Speed]:
+    """The speed of each CPU, read once per core: the threads of a core run at one clock."""
+    found: dict[int, Speed] = {}
+    for core in cores:
+        found.update(dict.fromkeys(core, _speed(reader, f"sys/devices/system/cpu/cpu{core.first()}")))
+    return found
+
+
+def _speed(reader: ListReader, folder: str) -> Speed:
+    return Speed(
+        capacity=_positive(reader, f"{folder}/cpu_capacity"),
+        base_khz=_positive(reader, f"{folder}/cpufreq/base_frequency"),
+        max_khz=_positive(reader, f"{folder}/cpufreq/cpuinfo_max_freq"),
+    )
+
+
+def _positive(reader: ListReader, path: str) -> int | None:
+    number = reader.number(path)
+    if number is not None and number <= 0:
+        reader.refuse(path, str(number), "is not a speed")
+        return None
+    return number
+
+
+def kinds(reader: ListReader, online: CpuSet, speed: Mapping[int, Speed]) -> dict[int, str]:
+    """The kind of each CPU; empty where all are alike or nothing tells them apart."""
+    tiers = _pmu_tiers(reader, online) or _speed_tiers(online, speed)
+    if len(tiers) < 2:
+        return {}
+    middle = [BALANCED] * (len(tiers) - 2)
+    names = [PERFORMANCE, *middle, EFFICIENCY]
+    return {cpu: name for tier, name in zip(tiers, names, strict=True) for cpu in tier}
+
+
+def _pmu_tiers(reader: ListReader, online: CpuSet) -> list[CpuSet]:
+    found = [(reader.given(f"sys/devices/{pmu}/cpus", CpuSet.parse) or EMPTY) & online for pmu in _PMUS]
+    tiers = [tier for tier in found if tier]
+    whole = union(tiers) == online and sum(map(len, tiers)) == len(online)
+    return tiers if whole else []
+
+
+def _speed_tiers(online: CpuSet, speed: Mapping[int, Speed]) -> list[CpuSet]:
+    by_capacity = _tiers(online, lambda cpu: speed[cpu].capacity)
+    if by_capacity:
+        return by_capacity
+    by_base = _tiers(online, lambda cpu: speed[cpu].base_khz)
+    return by_base if len(by_base) > 1 else _tiers(online, lambda cpu: speed[cpu].max_khz)
+
+
+def _tiers(online: CpuSet, ask: Callable[[int], int | None]) -> list[CpuSet]:
+    """CPUs of like numbers together, the largest first; nothing where the number of any CPU is unknown."""
+    numbers = {cpu: number for cpu in online if (number := ask(cpu)) is not None}
+    if len(numbers) < len(online):
+        return []
+    tiers: list[list[int]] = []
+    slowest = 0
+    for cpu in sorted(numbers, key=lambda cpu: (-numbers[cpu], cpu)):
+        if not tiers or numbers[cpu] * 100 < slowest * _SAME_KIND_PERCENT:
+            tiers.append([])
+        tiers[-1].append(cpu)
+        slowest = numbers[cpu]
+    return [CpuSet(tier) for tier in tiers]

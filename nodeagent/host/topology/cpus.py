@@ -1,0 +1,212 @@
+"""The CPUs of the machine: which there are, what they share, where they lie. With caches and NUMA nodes: its shape.
+
+Who shares a package, die, cluster or core is read from the kernel's lists of siblings, once for all members of a list:
+core_id repeats on every package and decides only on kernels that list no siblings. One bad file never fails another:
+its item is left out, and `Inventory.warnings` names file and value.
+Source: Documentation/admin-guide/cputopology.rst.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.topology import NO_NODE, CacheGroup, Cpu, NumaNode
+from nodeagent.host.sysfs.lists import ListReader
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.topology import caches
+from nodeagent.host.topology import cpu_kinds as cpukinds
+from nodeagent.host.topology import numa_nodes as memory
+
+_CPU = "sys/devices/system/cpu"
+_NO_SUCH_LEVEL = (-1, 65535)
+"""die_id and cluster_id where the platform has none; x86 stores -1 in 16 bits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Levels:
+    """Each level as disjoint groups of online CPUs."""
+
+    packages: Sequence[CpuSet]
+    dies: Sequence[CpuSet]
+    clusters: Sequence[CpuSet]
+    cores: Sequence[CpuSet]
+
+
+def read(sysfs: SysFs) -> Inventory:
+    """CPUs, caches, NUMA nodes and hugepages, as an inventory without devices. Never raises for what a file holds or
+    lacks. CPUs that are only possible (empty sockets, room for hotplug) are not offline."""
+    warnings: list[str] = []
+    reader = ListReader(sysfs, warnings)
+    online = _online(reader)
+    present = _listed(reader, "present") or CpuSet(reader.numbered(_CPU, "cpu")) or online
+    isolated = _listed(reader, "isolated") or EMPTY
+    levels = _levels(reader, online)
+    groups = caches.read(reader, online, levels.cores)
+    nodes = memory.read(reader, online)
+    return Inventory(
+        cpus=_cpus(reader, online, isolated, levels, groups, nodes),
+        cpus_possible=(_listed(reader, "possible") or present) | online,
+        cpus_online=online,
+        cpus_offline=present - online,
+        cpus_isolated=isolated,
+        cpus_nohz_full=_listed(reader, "nohz_full") or EMPTY,
+        numa_nodes=nodes,
+        caches=groups,
+        warnings=tuple(warnings),
+    )
+
+
+def _cpus(
+    reader: ListReader,
+    online: CpuSet,
+    isolated: CpuSet,
+    levels: _Levels,
+    groups: Iterable[CacheGroup],
+    nodes: Iterable[NumaNode],
+) -> tuple[Cpu, ...]:
+    package, die, core = _index(levels.packages), _index(levels.dies), _index(levels.cores)
+    cluster = _index(levels.clusters)
+    l2, l3 = ({cpu: group.index for group in groups if group.level == level for cpu in group.cpus} for level in (2, 3))
+    node_of = {cpu: node.id for node in nodes for cpu in node.cpus}
+    speeds = cpukinds.speeds(reader, levels.cores)
+    kinds = cpukinds.kinds(reader, online, speeds)
+    return tuple(
+        Cpu(
+            id=cpu,
+            package=package[cpu],
+            die=die[cpu],
+            cluster=cluster.get(cpu),
+            core=core[cpu],
+            numa_node=node_of.get(cpu, NO_NODE),
+            l2=l2.get(cpu),
+            l3=l3.get(cpu),
+            kind=kinds.get(cpu, ""),
+            isolated=cpu in isolated,
+            capacity=speeds[cpu].capacity,
+            base_khz=speeds[cpu].base_khz,
+            max_khz=speeds[cpu].max_khz,
+        )
+        for cpu in online
+    )
+
+
+def _index(groups: Iterable[CpuSet]) -> Mapping[int, int]:
+    """The number of each CPU's group, counted by lowest member."""
+    return {cpu: index for index, group in enumerate(sorted(groups, key=CpuSet.first)) for cpu in group}
+
+
+# ---------------------------------------------------------------- which CPUs there are
+
+
+def _listed(reader: ListReader, name: str) -> CpuSet | None:
+    """One of the lists beside the folders of the CPUs; None where it is missing or malformed."""
+    return reader.given(f"{_CPU}/{name}", _list)
+
+
+def _list(text: str) -> CpuSet:
+    return EMPTY if text == "(null)" else CpuSet.parse(text)  # how some kernels print nohz_full where it is not set
+
+
+def _online(reader: ListReader) -> CpuSet:
+    """The list; before 2.6.26, or where it is bad, the folders of the CPUs; without those /proc/cpuinfo."""
+    listed = _listed(reader, "online")
+    if listed:
+        return listed
+    if listed is not None:
+        reader.refuse(f"{_CPU}/online", "", "names no CPU")
+    numbers = reader.numbered(_CPU, "cpu")
+    # A CPU that cannot be taken offline has no file "online".
+    online = CpuSet(cpu for cpu in numbers if reader.number(f"{_CPU}/cpu{cpu}/online", 1) == 1)
+    return online or reader.need("proc/cpuinfo", _processors) or EMPTY
+
+
+def _processors(text: str) -> CpuSet:
+    """Lines "processor : 3", on s390 "processor 3: version = ..."."""
+    found = CpuSet(int(number) for number in re.findall(r"^processor\s*:?\s*(\d{1,5})\b", text, re.MULTILINE))
+    if not found:
+        raise ValueError("no processor line")
+    return found
+
+
+# ---------------------------------------------------------------- what CPUs share
+
+
+def _levels(reader: ListReader, online: CpuSet) -> _Levels:
+    first = online.first()
+    packages = _packages(reader, online)
+    has_dies, has_clusters = (
+        reader.number(f"{_CPU}/cpu{first}/topology/{name}") not in _NO_SUCH_LEVEL for name in ("die_id", "cluster_id")
+    )
+    return _Levels(
+        packages=packages,
+        dies=[die for package in packages for die in _dies(reader, package)] if has_dies else packages,
+        clusters=[one for package in packages for one in _clusters(reader, package)] if has_clusters else [],
+        cores=[core for package in packages for core in _cores(reader, package)],
+    )
+
+
+def _packages(reader: ListReader, online: CpuSet) -> list[CpuSet]:
+    files = ("package_cpus_list", "core_siblings_list", "package_cpus", "core_siblings")
+    groups, left = _siblings(reader, online, files)
+    by_id = _same_ids(reader, left, ("drawer_id", "book_id", "physical_package_id"))
+    return groups + [CpuSet(cpus) for cpus in by_id.values()]
+
+
+def _dies(reader: ListReader, package: CpuSet) -> list[CpuSet]:
+    """CPUs that no list puts on a die are one die, most often the whole package."""
+    groups, left = _siblings(reader, package, ("die_cpus_list", "die_cpus"))
+    return [*groups, left] if left else groups
+
+
+def _clusters(reader: ListReader, package: CpuSet) -> list[CpuSet]:
+    groups, _ = _siblings(reader, package, ("cluster_cpus_list", "cluster_cpus"))
+    return groups
+
+
+def _cores(reader: ListReader, package: CpuSet) -> list[CpuSet]:
+    """Without lists, equal ids at every level are one core; a CPU without core_id is a core of its own."""
+    files = ("core_cpus_list", "thread_siblings_list", "core_cpus", "thread_siblings")
+    groups, left = _siblings(reader, package, files)
+    by_id = _same_ids(reader, left, ("die_id", "cluster_id", "core_id"))
+    known = [CpuSet(cpus) for ids, cpus in by_id.items() if ids[-1] is not None]
+    alone = [CpuSet((cpu,)) for ids, cpus in by_id.items() if ids[-1] is None for cpu in cpus]
+    return groups + known + alone
+
+
+def _siblings(reader: ListReader, cpus: CpuSet, files: Sequence[str]) -> tuple[list[CpuSet], CpuSet]:
+    """Disjoint groups that cover those of `cpus` that any list names, and the CPUs that none names."""
+    groups, left = [], cpus
+    for cpu in cpus:
+        path, members = _members(reader, cpu, files) if cpu in left else ("", EMPTY)
+        if members & cpus - left:
+            reader.refuse(path, str(members), f"names CPUs {members & cpus - left} that share with others")
+        if members:
+            groups.append(members & left)
+            left = left - members
+    return groups, left
+
+
+def _members(reader: ListReader, cpu: int, files: Sequence[str]) -> tuple[str, CpuSet]:
+    """What the first good one of the files says, and which it was; empty where none is good."""
+    for name in files:
+        path = f"{_CPU}/cpu{cpu}/topology/{name}"
+        members = reader.cpus(path)
+        if members is not None:
+            if cpu in members:
+                return path, members
+            reader.refuse(path, str(members), f"does not name CPU {cpu}")
+    return "", EMPTY
+
+
+def _same_ids(reader: ListReader, cpus: CpuSet, names: Sequence[str]) -> dict[tuple[int | None, ...], list[int]]:
+    """CPUs by what those files of their folder hold; None for what is missing, bad or -1."""
+    groups: dict[tuple[int | None, ...], list[int]] = {}
+    for cpu in cpus:
+        numbers = (reader.number(f"{_CPU}/cpu{cpu}/topology/{name}") for name in names)
+        ids = tuple(None if number is None or number < 0 else number for number in numbers)
+        groups.setdefault(ids, []).append(cpu)
+    return groups

@@ -1,0 +1,172 @@
+"""The kernel's word that the machine has changed, as coalesced batches; and a slow tick for what is never announced.
+
+Promises: no thread; one Change per burst of events; events that were lost (a full socket buffer) are said, as a resync;
+without netlink (no permission, a network namespace of its own) the ticks go on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import os
+import socket
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from nodeagent.errors import HostError
+
+if TYPE_CHECKING:
+    import pyudev
+
+SUBSYSTEMS = (
+    *("accel", "auxiliary", "block", "cpu", "dax", "drm", "dsa", "fpga_manager", "fpga_region", "hidraw"),
+    *("infiniband", "infiniband_verbs", "kfd", "memory", "misc", "net", "node", "nvme", "pci", "sound"),
+    *("tty", "usb", "usbmisc", "vfio", "vfio-dev", "video4linux"),
+)
+"""What can change the inventory. Hugepage pools announce nothing: the resync finds them."""
+Source = Literal["udev", "kernel"]
+_CONTROL = "/run/udev/control"
+_BUFFER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Uevent:
+    """One event. action: add, remove, change, bind, unbind, online, offline, move."""
+
+    action: str
+    subsystem: str
+    path: str
+    """Below /sys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineChange:
+    """A reason to look at the machine again. events: each once, in order; none for a resync."""
+
+    reason: Literal["udev", "resync"]
+    events: tuple[Uevent, ...] = ()
+    lost: bool = False
+    """Events were dropped by the kernel: anything may have changed."""
+
+
+def source(control: str = _CONTROL) -> Source:
+    """udev's own events where udevd runs (they come when its rules are done), else the kernel's."""
+    return "udev" if Path(control).exists() else "kernel"
+
+
+async def watch(
+    *,
+    resync_s: float = 60.0,
+    quiet_s: float = 0.02,
+    longest_s: float = 0.1,
+    subsystems: Iterable[str] = SUBSYSTEMS,
+    origin: Source | None = None,
+) -> AsyncGenerator[MachineChange, None]:
+    """A Change when a burst has been quiet for quiet_s, at the latest longest_s after its first event, and one every
+    resync_s. Raises HostError where the event socket cannot be opened; `ticks` does without one."""
+    loop = asyncio.get_running_loop()
+    inbox = _Inbox(_open(origin or source(), subsystems))
+    loop.add_reader(inbox.fileno(), inbox.drain)
+    try:
+        resync_at = loop.time() + resync_s
+        while True:
+            if await _arrives(inbox.arrived, resync_at):
+                await _settle(inbox.arrived, quiet_s, longest_s)
+                yield inbox.take()
+            else:
+                resync_at = loop.time() + resync_s
+                yield MachineChange(reason="resync")
+    finally:
+        loop.remove_reader(inbox.fileno())
+
+
+async def ticks(resync_s: float = 60.0) -> AsyncGenerator[MachineChange, None]:
+    """Only the resync, for a machine whose events cannot be heard."""
+    while True:
+        await asyncio.sleep(resync_s)
+        yield MachineChange(reason="resync")
+
+
+class _Inbox:
+    """What has arrived since the last take."""
+
+    def __init__(self, monitor: pyudev.Monitor) -> None:
+        self._monitor = monitor
+        self._events: dict[Uevent, None] = {}
+        self._lost = False
+        self._broken: OSError | None = None
+        self.arrived = asyncio.Event()
+
+    def fileno(self) -> int:
+        return int(self._monitor.fileno())
+
+    def drain(self) -> None:
+        """Called by the loop when there is something to read."""
+        try:
+            while (device := self._receive()) is not None:
+                self._events[Uevent(action=device.action, subsystem=device.subsystem, path=device.device_path)] = None
+                self.arrived.set()
+        except OSError as error:
+            self._broken = error
+            self.arrived.set()
+
+    def take(self) -> MachineChange:
+        """All since the last take. Raises HostError where the socket is broken."""
+        if self._broken is not None:
+            raise HostError(f"cannot listen to events: {self._broken}")
+        events, lost = tuple(self._events), self._lost
+        self._events, self._lost = {}, False
+        self.arrived.clear()
+        return MachineChange(reason="resync" if lost else "udev", events=events, lost=lost)
+
+    def _receive(self) -> pyudev.Device | None:
+        """The next event. pyudev says of a socket in error only that it is: what error, the socket tells, once."""
+        try:
+            return self._monitor.poll(timeout=0)
+        except OSError:
+            if _pending_error(self.fileno()) != errno.ENOBUFS:
+                raise
+        self._lost = True
+        self.arrived.set()
+        return self._monitor.poll(timeout=0)
+
+
+def _pending_error(handle: int) -> int:
+    with socket.socket(fileno=os.dup(handle)) as same:
+        return same.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+
+
+def _open(origin: Source, subsystems: Iterable[str]) -> pyudev.Monitor:
+    import pyudev  # 30 ms and 2 MiB (ctypes and libudev): only who listens pays
+
+    try:
+        monitor = pyudev.Monitor.from_netlink(pyudev.Context(), origin)
+        for name in subsystems:
+            monitor.filter_by(name)
+        with contextlib.suppress(OSError):  # needs CAP_NET_ADMIN; the default size is only less patient
+            monitor.set_receive_buffer_size(_BUFFER_BYTES)
+        monitor.start()
+    except (OSError, ImportError) as error:
+        raise HostError(f"cannot listen to {origin} events: {error}") from error
+    return monitor
+
+
+async def _arrives(arrived: asyncio.Event, at: float) -> bool:
+    try:
+        async with asyncio.timeout_at(at):
+            await arrived.wait()
+    except TimeoutError:
+        return False
+    return True
+
+
+async def _settle(arrived: asyncio.Event, quiet_s: float, longest_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    end = loop.time() + longest_s
+    while (now := loop.time()) < end:
+        arrived.clear()
+        if not await _arrives(arrived, min(now + quiet_s, end)):
+            return

@@ -1,0 +1,31 @@
+"""The public API for third-party kinds of devices: everything that docs/kinds.md needs, and nothing else.
+
+A kind is a class with a name and two methods, `discover` and `edits`, named by an entry point in the group
+`nodeagent.kinds`. What is exported here keeps its meaning between minor versions; other modules may change at any time.
+"""
+
+from __future__ import annotations
+
+from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Link, Mount
+from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
+from nodeagent.host.devices.base import Context, Found, Kind, short_id
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+
+__all__ = [
+    "ABSENT",
+    "DEGRADED",
+    "PRESENT",
+    "ContainerEdits",
+    "Context",
+    "Device",
+    "DeviceNode",
+    "Found",
+    "Kind",
+    "KindState",
+    "Link",
+    "Mount",
+    "SysFs",
+    "Tolerant",
+    "short_id",
+]

@@ -1,0 +1,239 @@
+"""One request to the API server and its answer, with a deadline over all of it; every fault becomes an ApiError.
+
+Nothing is tried again here. A refused credential is forgotten with its connections, so that the next call begins with
+what lies on disk then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+import h11
+import msgspec
+
+from nodeagent.errors import PeerError
+from nodeagent.kube.apiserver.connection import FAULTS, ConnectionPool, HttpConnection, cause
+from nodeagent.kube.apiserver.credentials import Access, bearer
+from nodeagent.kube.apiserver.exec_plugin import Credential, Runner
+from nodeagent.version import VERSION
+
+MOST_CALLS = 4
+"""Calls under way at once, watches left aside."""
+LARGEST_ANSWER_BYTES = 64 << 20
+USER_AGENT = f"nodeagent/{VERSION}"
+JSON, APPLY = "application/json", "application/apply-patch+yaml"
+
+_LASTING = (400, 403, 404, 405, 422)
+_SAID_BYTES = 300
+"""So much of an answer that is no Status is shown."""
+
+
+class ApiError(PeerError):
+    """A call that failed."""
+
+    def __init__(self, text: str, *, status: int = 0, reason: str = "", retry_after_s: float | None = None) -> None:
+        """status 0: there was no whole answer. reason: Kubernetes' own word (Status.reason)."""
+        super().__init__(text)
+        self.status = status
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the same call would fail again soon."""
+        return self.status in _LASTING
+
+
+class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin anew, not a fault
+    """410 Gone: the server has forgotten the asked revision."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One request. `what` is its "VERB OBJECT" for messages; `name` the object whose absence is an answer."""
+
+    method: str
+    target: str
+    what: str
+    name: str = ""
+    body: bytes = b""
+    content_type: str = JSON
+
+
+class Caller:
+    """Asks one API server. Building it opens nothing."""
+
+    def __init__(self, access: Access, timeout_s: float) -> None:
+        self._access = access
+        self._timeout_s = timeout_s
+        self._pool = ConnectionPool(access)
+        self._plugin = Runner(access.plugin) if access.plugin else None
+        self._calls = asyncio.Semaphore(MOST_CALLS)
+
+    async def call(self, ask: Ask) -> dict[str, Any] | None:
+        """The answer as an object; None where the server has none of the asked name. ApiError."""
+        try:
+            async with asyncio.timeout(self._timeout_s), self._calls:
+                head, raw = await self._exchange(ask)
+        except FAULTS as error:
+            raise self._failed(ask, error) from None
+        if head.status_code < 300:
+            return self.decoded(ask, raw)
+        refusal = self._refusal(ask, head, raw)
+        if refusal.status == 404 and ask.name and _missing(raw) == ask.name:
+            return None
+        raise refusal
+
+    async def lines(self, ask: Ask, within_s: float) -> AsyncGenerator[bytes, None]:
+        """The lines of an answer that goes on for up to within_s, each as it comes. ApiError."""
+        clock = asyncio.get_running_loop().time
+        deadline_s, buffer = clock() + within_s, bytearray()
+        connection = await self._begin(ask)
+        try:
+            while (piece := await self._piece(ask, connection, deadline_s, bool(buffer))) is not None:
+                buffer += piece
+                *whole, rest = buffer.split(b"\n")
+                buffer = rest
+                for line in whole:
+                    yield bytes(line)
+                if len(buffer) > LARGEST_ANSWER_BYTES:
+                    raise self.error(ask, f"a line of more than {LARGEST_ANSWER_BYTES} bytes")
+            if buffer:
+                yield bytes(buffer)
+        finally:
+            connection.close()
+
+    def error(self, ask: Ask, why: str) -> ApiError:
+        """A failure that is not a refusal."""
+        return ApiError(f"cannot {ask.what} at {self._access.authority}: {why}")
+
+    def refused(self, ask: Ask, code: int, said: dict[str, Any], retry_after_s: float | None = None) -> ApiError:
+        """A refusal as a Status tells it (meta/v1)."""
+        reason, message = (str(said.get(key) or "") for key in ("reason", "message"))
+        if retry_after_s is None and isinstance(details := said.get("details"), dict):
+            retry_after_s = _seconds(str(details.get("retryAfterSeconds") or ""))
+        why = ": ".join(part for part in (f"{code} {reason}".strip(), message) if part)
+        text = f"cannot {ask.what} at {self._access.authority}: {why}"
+        return (Expired if code == 410 else ApiError)(text, status=code, reason=reason, retry_after_s=retry_after_s)
+
+    def decoded(self, ask: Ask, raw: bytes) -> dict[str, Any]:
+        """An answer, or a line of one, as an object; ApiError with what it is instead."""
+        try:
+            return msgspec.json.decode(raw, type=dict[str, Any])
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise self.error(ask, f"the answer is no JSON object: {error}: {_start(raw)!r}") from None
+
+    def close(self) -> None:
+        """Hang up on what is kept for later."""
+        self._pool.clear()
+
+    async def _begin(self, ask: Ask) -> HttpConnection:
+        """A connection on which a good answer has begun. ApiError."""
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                connection, head = await self._sent(ask)
+                if head.status_code < 300:
+                    return connection
+                with contextlib.closing(connection):
+                    raw = await _whole(connection)
+        except FAULTS as error:
+            raise self._failed(ask, error) from None
+        raise self._refusal(ask, head, raw)
+
+    async def _piece(self, ask: Ask, connection: HttpConnection, deadline_s: float, within_line: bool) -> bytes | None:
+        """Some bytes more. The peer may hang up between two lines, as a balancer does: that is an end like any."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await connection.more()
+        except TimeoutError as error:
+            raise self.error(ask, cause(error) if error.errno else "the peer is silent past the end") from None
+        except FAULTS as error:
+            if isinstance(error, h11.RemoteProtocolError) and connection.hung_up and not within_line:
+                return None
+            raise self.error(ask, cause(error)) from None
+
+    async def _exchange(self, ask: Ask) -> tuple[h11.Response, bytes]:
+        connection, head = await self._sent(ask)
+        try:
+            raw = await _whole(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._pool.give(connection)
+        return head, raw
+
+    async def _sent(self, ask: Ask) -> tuple[HttpConnection, h11.Response]:
+        """The connection that was asked, and the head of the answer. FAULTS."""
+        who = await self._credential()
+        connection = await self._pool.take(who.certificate)
+        try:
+            headers = self._headers(ask, who.token)
+            return connection, await connection.ask(ask.method, self._access.path + ask.target, headers, ask.body)
+        except BaseException:
+            connection.close()
+            raise
+
+    async def _credential(self) -> Credential:
+        if self._plugin is not None:
+            return await self._plugin.credential()
+        return Credential(token=bearer(self._access))
+
+    def _headers(self, ask: Ask, token: str) -> list[tuple[str, str]]:
+        headers = [("Host", self._access.authority), ("User-Agent", USER_AGENT), ("Accept", JSON)]
+        if token:
+            headers.append(("Authorization", f"Bearer {token}"))
+        if ask.body:
+            headers += [("Content-Type", ask.content_type), ("Content-Length", str(len(ask.body)))]
+        return headers
+
+    def _forget(self) -> None:
+        self._pool.clear()
+        if self._plugin is not None:
+            self._plugin.forget()
+
+    def _refusal(self, ask: Ask, head: h11.Response, raw: bytes) -> ApiError:
+        if head.status_code == 401:
+            self._forget()
+        said = _status(raw) or {"message": f"{bytes(head.reason).decode('latin-1')} {_start(raw)!r}".strip()}
+        retry_after = {bytes(name): value for name, value in head.headers}.get(b"retry-after", b"")
+        return self.refused(ask, head.status_code, said, _seconds(bytes(retry_after).decode("latin-1")))
+
+    def _failed(self, ask: Ask, error: Exception) -> ApiError:
+        late = isinstance(error, TimeoutError) and error.errno is None
+        return self.error(ask, f"no whole answer within {self._timeout_s:g} s" if late else cause(error))
+
+
+async def _whole(connection: HttpConnection) -> bytes:
+    raw = bytearray()
+    while (piece := await connection.more()) is not None:
+        raw += piece
+        if len(raw) > LARGEST_ANSWER_BYTES:
+            raise PeerError(f"the answer has more than {LARGEST_ANSWER_BYTES} bytes")
+    return bytes(raw)
+
+
+def _status(raw: bytes) -> dict[str, Any]:
+    """A Status, or {} where the answer is something else."""
+    with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = msgspec.json.decode(raw, type=dict[str, Any])
+        return found if found.get("kind") == "Status" else {}
+    return {}
+
+
+def _missing(raw: bytes) -> str:
+    """Which object a 404 speaks of; "" where the path itself is unknown, as in an older server."""
+    details = _status(raw).get("details")
+    return str(details.get("name") or "") if isinstance(details, dict) else ""
+
+
+def _seconds(text: str) -> float | None:
+    """Retry-After in seconds (RFC 9110, 10.2.3); a date counts as nothing said."""
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 7 else None
+
+
+def _start(raw: bytes) -> str:
+    return raw[:_SAID_BYTES].decode(errors="replace").strip()

@@ -1,0 +1,223 @@
+"""The Kubernetes API as this program uses it: objects as plain dicts, a deadline over every call, faults as ApiError.
+
+Nothing is tried again here: the caller knows what is worth it. Building an ApiServer opens nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import msgspec
+
+from nodeagent.kube.apiserver.call import APPLY, ApiError, Ask, Caller, Expired
+from nodeagent.kube.apiserver.credentials import Access
+from nodeagent.kube.apiserver.kubeconfig import access
+
+__all__ = [
+    "ADDED",
+    "BOOKMARK",
+    "CLAIMS",
+    "DELETED",
+    "MODIFIED",
+    "NODES",
+    "SLICES",
+    "Access",
+    "ApiError",
+    "ApiResource",
+    "ApiServer",
+    "Expired",
+    "ObjectList",
+    "WatchEvent",
+    "access",
+]
+
+PAGE = 500
+"""Items of a list that are asked for at once."""
+ADDED, MODIFIED, DELETED, BOOKMARK = "ADDED", "MODIFIED", "DELETED", "BOOKMARK"
+_EVENTS = (ADDED, MODIFIED, DELETED, BOOKMARK)
+_NO_FIELDS: Mapping[str, str] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class ApiResource:
+    """One kind of object, as the API's paths name it. group "" is the core group."""
+
+    group: str
+    version: str
+    plural: str
+    kind: str
+    namespaced: bool
+
+    @property
+    def api_version(self) -> str:
+        return f"{self.group}/{self.version}" if self.group else self.version
+
+    def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
+        """Of a collection, an object or a part of one."""
+        root = ("apis", self.group, self.version) if self.group else ("api", self.version)
+        place = ("namespaces", namespace) if namespace else ()
+        return "/" + "/".join(quote(part, safe="") for part in (*root, *place, self.plural, name, subresource) if part)
+
+    def shown(self, namespace: str = "", name: str = "") -> str:
+        """For messages."""
+        return f"{self.plural} {'/'.join(part for part in (namespace, name) if part)}".strip()
+
+
+NODES = ApiResource("", "v1", "nodes", "Node", False)
+SLICES = ApiResource("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", False)
+CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectList:
+    """What a list call found, and the revision at which it was so: a watch goes on from there."""
+
+    items: tuple[dict[str, Any], ...]
+    revision: str
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """One line of a watch. type: ADDED, MODIFIED, DELETED, or BOOKMARK (an object with a revision and nothing else)."""
+
+    type: str
+    object: dict[str, Any]
+
+
+class ApiServer:
+    """One API server."""
+
+    def __init__(self, access: Access, *, timeout_s: float = 10.0, watch_s: float = 300.0) -> None:
+        """timeout_s: deadline of a call; watch_s: how long a watch is asked to last (its deadline is their sum)."""
+        self._caller = Caller(access, timeout_s)
+        self._timeout_s = timeout_s
+        self._watch_s = watch_s
+
+    async def get(self, resource: ApiResource, name: str, namespace: str = "") -> dict[str, Any] | None:
+        """The object; None where the server has none of this name (not where it does not know the kind). ApiError."""
+        ask = Ask("GET", resource.path(namespace, name), f"get {resource.shown(namespace, name)}", name)
+        answer = await self._caller.call(ask)
+        return None if answer is None else self._checked(ask, resource.kind, answer)
+
+    async def list(
+        self, resource: ApiResource, *, namespace: str = "", fields: Mapping[str, str] = _NO_FIELDS
+    ) -> ObjectList:
+        """All objects that match, page by page; Expired where the pages ran out of date meanwhile. ApiError."""
+        items: list[dict[str, Any]] = []
+        query = {"limit": str(PAGE), **_selecting(fields)}
+        while True:
+            target = f"{resource.path(namespace)}?{urlencode(query)}"
+            ask = Ask("GET", target, f"list {resource.shown(namespace)}")
+            page = await self._object(ask, f"{resource.kind}List")
+            items += self._items(ask, page)
+            if not (more := page["metadata"].get("continue")):
+                return ObjectList(tuple(items), self._revision(ask, page))
+            query["continue"] = str(more)
+
+    async def create(self, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The object as it was stored; ApiError 409 where it exists."""
+        return await self._write("POST", resource, body)
+
+    async def replace(self, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
+        """The object as it was stored; ApiError 409 where it changed since, 404 where it is gone."""
+        return await self._write("PUT", resource, body)
+
+    async def delete(self, resource: ApiResource, name: str, *, namespace: str = "", uid: str = "") -> bool:
+        """Whether it was there. With a uid, ApiError 409 where another object has the name by now."""
+        options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions"}
+        if uid:
+            options["preconditions"] = {"uid": uid}
+        what, body = f"delete {resource.shown(namespace, name)}", msgspec.json.encode(options)
+        return await self._caller.call(Ask("DELETE", resource.path(namespace, name), what, name, body)) is not None
+
+    async def apply_status(
+        self, resource: ApiResource, name: str, namespace: str, body: Mapping[str, Any], *, manager: str
+    ) -> dict[str, Any]:
+        """Server-side apply of an object's status, taking over what others own; the object as stored. ApiError."""
+        query = urlencode({"fieldManager": manager, "force": "true"})
+        target = f"{resource.path(namespace, name, 'status')}?{query}"
+        what = f"apply the status of {resource.shown(namespace, name)}"
+        whole = {**_typed(resource, body), "metadata": {**body.get("metadata", {}), "name": name}}
+        if namespace:
+            whole["metadata"]["namespace"] = namespace
+        return await self._object(Ask("PATCH", target, what, "", msgspec.json.encode(whole), APPLY), resource.kind)
+
+    async def watch(
+        self, resource: ApiResource, *, fields: Mapping[str, str] = _NO_FIELDS, revision: str
+    ) -> AsyncGenerator[WatchEvent, None]:
+        """What changed since `revision`, until the server ends it; Expired where it does not know the revision.
+
+        The end comes after watch_s at the latest where the server lives. ApiError.
+        """
+        query = {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(max(1, round(self._watch_s)))}
+        query |= {"resourceVersion": revision, **_selecting(fields)}
+        ask = Ask("GET", f"{resource.path()}?{urlencode(query)}", f"watch {resource.shown()}")
+        async with contextlib.aclosing(self._caller.lines(ask, self._watch_s + self._timeout_s)) as lines:
+            async for line in lines:
+                yield self._event(ask, line)
+
+    async def close(self) -> None:
+        """Hang up. Calls under way end by themselves."""
+        self._caller.close()
+
+    async def _write(self, method: str, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
+        name, namespace = (str(body["metadata"].get(key, "")) for key in ("name", "namespace"))
+        verb, path = ("create", "") if method == "POST" else ("replace", name)
+        raw = msgspec.json.encode(_typed(resource, body))
+        what = f"{verb} {resource.shown(namespace, name)}"
+        return await self._object(Ask(method, resource.path(namespace, path), what, "", raw), resource.kind)
+
+    async def _object(self, ask: Ask, kind: str) -> dict[str, Any]:
+        return self._checked(ask, kind, await self._caller.call(ask) or {})
+
+    def _checked(self, ask: Ask, kind: str, answer: dict[str, Any]) -> dict[str, Any]:
+        """The answer itself where it is of the kind that was asked for."""
+        if answer.get("kind") != kind:
+            raise self._caller.error(ask, f"the answer is of kind {answer.get('kind')!r}, expected {kind!r}")
+        if not isinstance(answer.get("metadata"), dict):
+            raise self._caller.error(ask, "the answer has no metadata")
+        return answer
+
+    def _items(self, ask: Ask, page: dict[str, Any]) -> Sequence[dict[str, Any]]:
+        items = page.get("items") or []
+        if not isinstance(items, list) or not all(isinstance(one, dict) for one in items):
+            raise self._caller.error(ask, "the answer's items are not a list of objects")
+        return items
+
+    def _revision(self, ask: Ask, page: dict[str, Any]) -> str:
+        found = page["metadata"].get("resourceVersion")
+        if not isinstance(found, str) or not found:
+            raise self._caller.error(ask, f"the answer's resourceVersion is {found!r}")
+        return found
+
+    def _event(self, ask: Ask, line: bytes) -> WatchEvent:
+        """One line of a watch; Expired or ApiError where it is the server's last word."""
+        said = self._caller.decoded(ask, line)
+        kind, found = said.get("type"), said.get("object")
+        if not isinstance(found, dict):
+            raise self._caller.error(ask, f"an event {kind!r} without an object")
+        if kind == "ERROR":
+            code = found.get("code")
+            raise self._caller.refused(ask, code if isinstance(code, int) else 0, found)
+        if kind not in _EVENTS or not isinstance(found.get("metadata"), dict):
+            raise self._caller.error(ask, f"an event of type {kind!r}, or without metadata")
+        return WatchEvent(kind, found)
+
+
+def _typed(resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
+    return {"apiVersion": resource.api_version, "kind": resource.kind, **body}
+
+
+def _selecting(fields: Mapping[str, str]) -> dict[str, str]:
+    """As a query; a value's commas, equals signs and backslashes are escaped as the server's parser reads them."""
+    terms = (f"{name}={_escaped(value)}" for name, value in fields.items())
+    return {"fieldSelector": ",".join(terms)} if fields else {}
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", "\\\\").replace(",", "\\,").replace("=", "\\=")

@@ -1,0 +1,1 @@
+"""Kubelet's gRPC APIs: device plugin, DRA, plugin registration, pod-resources."""

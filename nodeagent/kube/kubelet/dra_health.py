@@ -1,0 +1,124 @@
+"""Health of the devices that claims hold, v1 and v1alpha1: what kubelet shows in the status of pods.
+
+Promises: kubelet has the complete list at once, after every change, and often enough that none of it grows too old for
+it. What is not known is said to be unknown. A list that cannot be had ends the stream: then kubelet says the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+from types import ModuleType
+from typing import Any, Protocol
+
+import grpc
+import structlog
+
+from nodeagent.aio.unless import unless
+from nodeagent.core.model.claim import DeviceHealth
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY
+from nodeagent.pb import drahealth_v1_pb2, drahealth_v1_pb2_grpc, drahealth_v1alpha1_pb2, drahealth_v1alpha1_pb2_grpc
+
+SERVICES = ("v1.DRAResourceHealth", "v1alpha1.DRAResourceHealth")
+"""As they are named at registration, newest first."""
+HEARTBEAT_S = 10.0
+TIMEOUT_S = 30
+"""After so many seconds without a message kubelet counts a device as unknown."""
+LONGEST_MESSAGE_BYTES = 1024
+"""Kubelet cuts there, in the middle of a character if need be."""
+log = structlog.get_logger()
+
+
+class HealthSource(Protocol):
+    """Whoever knows how the devices are."""
+
+    def states(self) -> tuple[DeviceHealth, ...]:
+        """The complete list at this moment, in fixed order. Cheap."""
+
+    async def changed(self, seen: int) -> int:
+        """The version of the list, from 1 up, as soon as it differs from `seen` (0: at once)."""
+
+
+def add_to(
+    server: grpc.aio.Server,
+    source: HealthSource,
+    ending: asyncio.Event,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+    on_watch: Callable[[int], None] = lambda change: None,
+) -> None:
+    """Serve `source` on a server, in both versions. `ending` ends the streams; `on_watch` is told +1 or -1 a stream."""
+    new = _Service(drahealth_v1_pb2, source, ending, heartbeat_s, on_watch)
+    old = _Service(drahealth_v1alpha1_pb2, source, ending, heartbeat_s, on_watch)
+    drahealth_v1_pb2_grpc.add_DRAResourceHealthServicer_to_server(new, server)  # type: ignore[no-untyped-call]
+    drahealth_v1alpha1_pb2_grpc.add_DRAResourceHealthServicer_to_server(old, server)  # type: ignore[no-untyped-call]
+
+
+class _Service:
+    """The stream in one version: `pb` is its module of messages."""
+
+    def __init__(
+        self,
+        pb: ModuleType,
+        source: HealthSource,
+        ending: asyncio.Event,
+        heartbeat_s: float,
+        on_watch: Callable[[int], None],
+    ) -> None:
+        self._pb: Any = pb
+        self._source = source
+        self._ending = ending
+        self._heartbeat_s = heartbeat_s
+        self._on_watch = on_watch
+
+    async def NodeWatchResources(self, request: Any, context: Any) -> None:  # noqa: N802
+        self._on_watch(+1)
+        try:
+            await self._send(context)
+        except Exception as error:
+            log.error("health-not-sent", error=str(error), exc_info=error)
+            text = f"cannot send the health of devices: unexpected {type(error).__name__}, see the agent's log"
+            await context.abort(grpc.StatusCode.INTERNAL, text)
+        finally:
+            self._on_watch(-1)
+
+    async def _send(self, context: Any) -> None:
+        clock, due_s = asyncio.get_running_loop().time, 0.0
+        seen, sent = 0, None
+        while not self._ending.is_set():
+            states = self._source.states()
+            if states != sent or clock() >= due_s:
+                await context.write(self._list(states))
+                sent, due_s = states, clock() + self._heartbeat_s
+            # Only the wait may be cut short: with a write under way, gRPC cannot send the stream's end.
+            seen = await unless(self._ending, self._news(seen, due_s)) or seen
+
+    async def _news(self, seen: int, due_s: float) -> int:
+        """The next version; the same one where it is time to say again what is known."""
+        try:
+            async with asyncio.timeout_at(due_s) as limit:
+                return await self._source.changed(seen)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+        return seen
+
+    def _list(self, states: Iterable[DeviceHealth]) -> Any:
+        now = int(time.time())
+        return self._pb.NodeWatchResourcesResponse(devices=[self._device(one, now) for one in states])
+
+    def _device(self, one: DeviceHealth, now: int) -> Any:
+        known = one.state in (HEALTHY, UNHEALTHY)
+        return self._pb.DeviceHealth(
+            device=self._pb.DeviceIdentifier(pool_name=one.pool, device_name=one.device),
+            health=self._pb.HealthStatus.Value(one.state.upper()) if known else self._pb.UNKNOWN,
+            last_updated_time=now,
+            health_check_timeout_seconds=TIMEOUT_S,
+            message=_cut(one.message or ("" if known else "health is not known yet")),
+        )
+
+
+def _cut(message: str) -> str:
+    """As much of a message as kubelet takes, in whole characters."""
+    return message.encode(errors="replace")[:LONGEST_MESSAGE_BYTES].decode(errors="ignore")

@@ -1,0 +1,301 @@
+"""Keeps the DRA driver registered with kubelet for ever: its two sockets, and what kubelet says of them.
+
+Kubelet finds the registration socket by itself, asks it what the driver is, and says whether it took it; it forgets the
+driver when that socket's file goes. So the driver is served before the registration socket appears, and is still served
+after that is gone. Both sockets come back whoever removed them, and with their folders. Answers to kubelet's question
+are constants: nothing that hangs can delay them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import grpc
+import structlog
+
+from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.aio.revision import Revision
+from nodeagent.errors import HostError, NodeagentError, PeerError
+from nodeagent.kube.kubelet import dra_health as drahealth
+from nodeagent.kube.kubelet import dra_plugin as dra
+from nodeagent.kube.kubelet import sockets
+from nodeagent.kube.kubelet.device_plugin import STOP_GRACE_S
+from nodeagent.kube.kubelet.plugin_sockets import PluginSockets, other_instance_serves, plugin_sockets, remove_stale
+from nodeagent.kube.kubelet.registration import FAILED, REGISTERED, WAITING
+from nodeagent.pb import pluginregistration_pb2 as pb
+from nodeagent.pb import pluginregistration_pb2_grpc as rpc
+
+__all__ = ["DraPlugin", "DraRegistration", "PluginSockets", "other_instance_serves", "plugin_sockets", "remove_stale"]
+
+PLUGIN_TYPE = "DRAPlugin"
+LAST_RETRY_S = 30.0
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraRegistration:
+    """How the driver stands with kubelet."""
+
+    driver: str
+    state: str = WAITING
+    """Waiting for kubelet; kubelet took it; kubelet refused it or a socket cannot be served."""
+    since_unix_s: float
+    """When the state began."""
+    reason: str = ""
+    """What is waited for, or why it failed."""
+    connected: bool = False
+    """Whether kubelet listens to the health of devices at this moment; kubelet before 1.36 does not by default."""
+    times: int = 0
+    """How often kubelet took it: rises when kubelet restarts."""
+
+    @property
+    def ready(self) -> bool:
+        return self.state == REGISTERED
+
+
+class _Served:
+    """A server on one socket that can be begun again."""
+
+    def __init__(self, path: Path, add: Callable[[grpc.aio.Server], None]) -> None:
+        self.path = path
+        self._add = add
+        self._server: grpc.aio.Server | None = None
+        self._bound: sockets.Identity | None = None
+
+    @property
+    def stands(self) -> bool:
+        """Whether what lies at the path is the socket that is served."""
+        return self._bound is not None and sockets.identity(self.path) == self._bound
+
+    @property
+    def lost(self) -> bool:
+        """Whether what lies at the path is not the socket that is served, although one is."""
+        return self._bound is not None and not self.stands
+
+    async def begin(self) -> None:
+        """Serve on a fresh socket; HostError. PeerError where another process has taken the path and lives."""
+        if sockets.is_served(self.path) and not self.stands:
+            raise PeerError(f"cannot serve {self.path}: another process serves it")
+        await self.stop(STOP_GRACE_S)
+        self._server = await sockets.serve(self.path, self._add)
+        self._bound = sockets.identity(self.path)
+
+    async def stop(self, grace_s: float) -> None:
+        """Take no more calls, let those under way finish, remove the socket. May be called again where it was
+        cancelled."""
+        self._bound = None
+        if self._server is not None:
+            await sockets.stop(self._server, grace_s)
+            self._server = None
+
+
+class DraPlugin:
+    """One driver with its claims and their health, kept registered while run() runs. Building it binds nothing."""
+
+    def __init__(
+        self,
+        driver: str,
+        sockets: PluginSockets,
+        claims: dra.ClaimHandler,
+        health: drahealth.HealthSource,
+        *,
+        poll_s: float = 15.0,
+        retry_s: float = 1.0,
+        heartbeat_s: float = drahealth.HEARTBEAT_S,
+    ) -> None:
+        """`poll_s` is the safety net below the watches of folders; `retry_s` the first wait after a failure;
+        `heartbeat_s` how often health is said again: so long is it unknown to kubelet after another instance has ended.
+        """
+        self.registration = DraRegistration(driver=driver, since_unix_s=time.time(), reason="not started")
+        self._sockets = sockets
+        self._claims = claims
+        self._health = health
+        self._poll_s = poll_s
+        self._heartbeat_s = heartbeat_s
+        self._first_retry_s = self._retry_s = retry_s
+        self._jitter = random.Random(str(sockets.service))  # noqa: S311  spreads retries; the name makes it repeatable
+        self._revision = Revision()
+        self._woken, self._ending = asyncio.Event(), asyncio.Event()
+        self._streams = 0
+        self._taken = False
+        self._refusal = ""
+        self._again_at_s = math.inf
+        self._service = _Served(sockets.service, self._add_service)
+        self._registry = _Served(sockets.registration, self._add_registration)
+
+    async def changed(self, seen: int) -> int:
+        """The version of `registration`, from 1 up, as soon as it differs from `seen` (0: at once)."""
+        return await self._revision.changed(seen)
+
+    async def run(self) -> None:
+        """Keep the driver registered until cancelled; then take it back and let calls under way finish."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for folder in (self._sockets.registration.parent, self._sockets.service.parent):
+                    tasks.create_task(self._watch(folder))
+                tasks.create_task(self._keep())
+        finally:
+            await self._registry.stop(0)
+            self._ending.set()
+            await self._service.stop(STOP_GRACE_S)
+            self._taken = False
+            self._show(WAITING, reason="stopped")
+
+    async def _watch(self, folder: Path) -> None:
+        before: object = None
+        with FolderWatch(folder, poll_s=self._poll_s) as watch:
+            while True:
+                now = (_is_there(folder), self._service.stands, self._registry.stands)
+                # A socket may be lost before it was ever seen here.
+                if now != before or self._service.lost or self._registry.lost:
+                    self._woken.set()
+                before = now
+                await watch.wait()
+
+    async def _keep(self) -> None:
+        """Try for ever; an error is shown, never raised."""
+        while True:
+            self._woken.clear()
+            try:
+                rest_s = await self._settle()
+            except Exception as error:
+                rest_s = self._failed(error)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rest_s):
+                    await self._woken.wait()
+
+    async def _settle(self) -> float:
+        """Bring both sockets into order; how long that may stand, in seconds."""
+        registry = self._sockets.registration.parent
+        if not _is_there(registry):
+            self._taken = False
+            self._show(WAITING, reason=f"waiting for {registry}: {sockets.absence(registry) or 'not a folder'}")
+            return self._poll_s
+        if not self._service.stands:
+            await self._serve()
+        if time.monotonic() >= self._again_at_s or not self._registry.stands:
+            await self._offer()
+        self._show_standing()
+        return max(0.0, min(self._again_at_s - time.monotonic(), self._poll_s))
+
+    async def _serve(self) -> None:
+        _make(self._sockets.service.parent)
+        self._ending.set()
+        self._ending = asyncio.Event()
+        await self._service.begin()
+
+    async def _offer(self) -> None:
+        """A fresh registration socket: kubelet forgets what it knew of the one before, and asks again."""
+        self._taken = False
+        self._again_at_s = math.inf
+        await self._registry.begin()
+        log.info("offered-to-kubelet", driver=self.registration.driver, socket=str(self._sockets.registration))
+
+    # ---------------------------------------------------------------- what the servers serve
+
+    def _add_service(self, server: grpc.aio.Server) -> None:
+        dra.add_to(server, self._claims)
+        drahealth.add_to(server, self._health, self._ending, heartbeat_s=self._heartbeat_s, on_watch=self._watched)
+
+    def _add_registration(self, server: grpc.aio.Server) -> None:
+        info = pb.PluginInfo(
+            type=PLUGIN_TYPE,
+            name=self.registration.driver,
+            endpoint=str(self._sockets.service),
+            supported_versions=[*dra.SERVICES, *drahealth.SERVICES],
+        )
+        rpc.add_RegistrationServicer_to_server(_Registration(info, self._told), server)  # type: ignore[no-untyped-call]
+
+    def _watched(self, change: int) -> None:
+        self._streams += change
+        self._show(self.registration.state, reason=self.registration.reason)
+
+    def _told(self, taken: bool, error: str) -> None:
+        """What kubelet said of the driver. It repeats a refused registration with longer and longer pauses itself; a
+        fresh socket makes it try at once.
+        """
+        self._taken = taken
+        if taken:
+            self._refusal, self._again_at_s, self._retry_s = "", math.inf, self._first_retry_s
+            self._show(REGISTERED, times=self.registration.times + 1)
+            log.info("registered", driver=self.registration.driver, times=self.registration.times)
+        else:
+            self._refusal = f"cannot register {self.registration.driver} with kubelet: {error or 'it does not say why'}"
+            self._again_at_s = time.monotonic() + self._failed(PeerError(self._refusal))
+        self._woken.set()
+
+    # ---------------------------------------------------------------- how it stands
+
+    def _show_standing(self) -> None:
+        """Both sockets are as they should be: the rest is kubelet's."""
+        if self._taken:
+            self._show(REGISTERED)
+        elif self._refusal:
+            self._show(FAILED, reason=self._refusal)
+        else:
+            self._retry_s = self._first_retry_s
+            self._show(WAITING, reason="waiting for kubelet to ask")
+
+    def _failed(self, error: Exception) -> float:
+        """Show an error, say it once, and when to try again, in seconds."""
+        reason = str(error) or type(error).__name__
+        said = (self.registration.state, self.registration.reason) == (FAILED, reason)
+        self._show(FAILED, reason=reason)
+        delay_s = self._retry_s * self._jitter.uniform(0.75, 1.0)
+        self._retry_s = min(2 * self._retry_s, LAST_RETRY_S)
+        if not said:
+            unforeseen = None if isinstance(error, NodeagentError | OSError) else error
+            log.warning("not-registered", driver=self.registration.driver, error=reason, exc_info=unforeseen)
+        return delay_s
+
+    def _show(self, state: str, *, reason: str = "", times: int | None = None) -> None:
+        before = self.registration
+        after = replace(
+            before,
+            state=state,
+            since_unix_s=before.since_unix_s if state == before.state else time.time(),
+            reason=reason,
+            connected=self._streams > 0,
+            times=before.times if times is None else times,
+        )
+        if after != before:
+            self.registration = after
+            self._revision.bump()
+
+
+class _Registration(rpc.RegistrationServicer):
+    """Kubelet's two questions. The first has to be answered within a second: it is a constant."""
+
+    def __init__(self, info: pb.PluginInfo, told: Callable[[bool, str], None]) -> None:
+        self._info = info
+        self._told = told
+
+    async def GetInfo(self, request: pb.InfoRequest, context: Any) -> pb.PluginInfo:  # noqa: N802
+        return self._info
+
+    async def NotifyRegistrationStatus(  # noqa: N802
+        self, request: pb.RegistrationStatus, context: Any
+    ) -> pb.RegistrationStatusResponse:
+        self._told(request.plugin_registered, request.error)
+        return pb.RegistrationStatusResponse()
+
+
+def _is_there(folder: Path) -> bool:
+    return folder.is_dir()
+
+
+def _make(folder: Path) -> None:
+    """HostError where a folder of the driver's own cannot be made."""
+    try:
+        folder.mkdir(mode=0o750, parents=True, exist_ok=True)
+    except OSError as error:
+        raise HostError(f"cannot make {folder}: {error.strerror}") from None

@@ -1,0 +1,101 @@
+"""Where an instance of the DRA driver is served, and what other instances of it left or hold.
+
+Each instance has two sockets of its own, named by its pod, so that two may be registered during a rolling upgrade. What
+another instance serves is never touched; only what the kernel says nobody listens on is removed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nodeagent.kube.kubelet import sockets
+
+REGISTRY, PLUGINS = "plugins_registry", "plugins"
+"""Below kubelet's folder."""
+
+_UID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
+_HASH = r"[0-9a-f]{12}"
+_INSTANCE = rf"(?:-(?:{_UID}|{_HASH}))?"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PluginSockets:
+    """The two sockets of one instance of a driver."""
+
+    registration: Path
+    service: Path
+
+
+def plugin_sockets(kubelet_dir: Path, driver: str, pod_uid: str = "") -> PluginSockets:
+    """Where an instance is served; `pod_uid` where it runs in a pod. ConfigError where kubelet's folder lies too deep.
+
+    What makes a path too long for a socket is in it as a hash, and so is a `pod_uid` that is no UUID: by their names
+    alone, an instance's sockets are told from those of a driver with a longer name.
+    """
+    instance = pod_uid if not pod_uid or re.fullmatch(_UID, pod_uid) else _hash(pod_uid)
+    short = _hash(pod_uid) if pod_uid else ""
+    every = [(driver, instance), (driver, short), (_hash(driver), short)]
+    registry, plugins = kubelet_dir / REGISTRY, kubelet_dir / PLUGINS
+    return PluginSockets(
+        registration=_first_that_fits([registry / f"{_joined(name, one)}-reg.sock" for name, one in every]),
+        service=_first_that_fits([plugins / name / f"{_joined('dra', one)}.sock" for name, one in every]),
+    )
+
+
+def _joined(name: str, instance: str) -> str:
+    return f"{name}-{instance}" if instance else name
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _first_that_fits(paths: Sequence[Path]) -> Path:
+    for path in paths:
+        if len(os.fsencode(path)) <= sockets.LONGEST_PATH_BYTES:
+            return path
+    return sockets.checked(paths[-1])
+
+
+# ---------------------------------------------------------------- other instances of the same driver
+
+
+def remove_stale(kubelet_dir: Path, driver: str, mine: PluginSockets) -> list[Path]:
+    """Remove the sockets of instances that no longer live, and say which. What somebody serves is left alone."""
+    removed = []
+    for path in (*_registrations(kubelet_dir, driver, mine), *_services(kubelet_dir, driver, mine)):
+        if sockets.is_dead(path):
+            with contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
+def other_instance_serves(kubelet_dir: Path, driver: str, mine: PluginSockets) -> bool:
+    """Whether another instance offers itself to kubelet at this moment."""
+    return any(sockets.is_served(path) for path in _registrations(kubelet_dir, driver, mine))
+
+
+def _registrations(kubelet_dir: Path, driver: str, mine: PluginSockets) -> Iterator[Path]:
+    pattern = re.compile(rf"(?:{re.escape(driver)}|{_hash(driver)}){_INSTANCE}-reg\.sock")
+    yield from _matching(kubelet_dir / REGISTRY, pattern, mine.registration)
+
+
+def _services(kubelet_dir: Path, driver: str, mine: PluginSockets) -> Iterator[Path]:
+    pattern = re.compile(rf"dra{_INSTANCE}\.sock")
+    for folder in (driver, _hash(driver)):
+        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, mine.service)
+
+
+def _matching(folder: Path, pattern: re.Pattern[str], mine: Path) -> Iterator[Path]:
+    """What lies in a folder under a name like that, without the own one, in the order of the names."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        for path in sorted(folder.iterdir()):
+            if pattern.fullmatch(path.name) and path != mine:
+                yield path

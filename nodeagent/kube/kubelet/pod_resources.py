@@ -1,0 +1,211 @@
+"""What kubelet says that pods hold: the pod-resources API v1, and the file that changes with it. Nothing is kept."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, Self
+
+import grpc
+import msgspec
+
+from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.core.ledger.witness import Given
+from nodeagent.core.model.claim import ClaimRef
+from nodeagent.core.model.grant import Holding
+from nodeagent.errors import InputError, PeerError
+from nodeagent.kube.kubelet import sockets
+from nodeagent.pb import podresources_pb2 as pb
+from nodeagent.pb import podresources_pb2_grpc as rpc
+
+CHECKPOINT = "kubelet_internal_checkpoint"
+"""The file in kubelet's device-plugins folder that is replaced whenever a pod gets or gives back devices."""
+LARGEST_ANSWER_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listing:
+    """One answer of kubelet's."""
+
+    holdings: tuple[Holding, ...]
+    """What every container holds of every device-plugin resource, in the order of their names."""
+    pods: frozenset[tuple[str, str]]
+    """(namespace, name) of every pod that is listed, also of those that hold nothing."""
+    claims: Mapping[str, ClaimRef]
+    """The claims of each CDI device that containers use, by the device's id; their UIDs are not listed."""
+    kubelet: Hashable
+    """Which kubelet answered: the identities of all sockets of kubelet. Each start of kubelet makes all of them again,
+    though seconds apart."""
+
+
+NO_LISTING = Listing(holdings=(), pods=frozenset(), claims=MappingProxyType({}), kubelet=None)
+"""Nobody was asked."""
+
+
+class PodResources:
+    """Asks kubelet; every call uses a connection of its own, so a restarted kubelet is found at once."""
+
+    def __init__(self, socket: Path, *others: Path) -> None:
+        """others: sockets of the same kubelet, which tell one start of it from another. ConfigError where the socket's
+        path is too long."""
+        self.path = sockets.checked(socket)
+        self._kubelets = tuple(sockets.SocketWatch(one) for one in (self.path, *others))
+
+    def close(self) -> None:
+        """Let go of what tells one kubelet from the next."""
+        for one in self._kubelets:
+            one.close()
+
+    async def list(self, timeout_s: float = 5.0) -> tuple[Holding, ...]:
+        """Listing.holdings alone; PeerError."""
+        return (await self.listing(timeout_s)).holdings
+
+    async def listing(self, timeout_s: float = 5.0) -> Listing:
+        """What kubelet lists; PeerError, also where kubelet restarted during the call: its answer may be the older
+        one's."""
+        before = self._kubelet()
+        answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
+        if self._kubelet() != before:
+            raise PeerError(f"cannot list pod resources at {self.path}: kubelet restarted meanwhile")
+        return Listing(
+            holdings=tuple(sorted(_holdings(answer), key=_names)),
+            pods=frozenset((pod.namespace, pod.name) for pod in answer.pod_resources),
+            claims=MappingProxyType(dict(_claims(answer))),
+            kubelet=before,
+        )
+
+    def _kubelet(self) -> Hashable:
+        return tuple(one.look() for one in self._kubelets)
+
+    async def claims(self, timeout_s: float = 5.0) -> frozenset[tuple[str, str]]:
+        """(namespace, name) of every ResourceClaim that a container uses; PeerError."""
+        answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
+        containers = (container for pod in answer.pod_resources for container in pod.containers)
+        return frozenset(
+            (one.claim_namespace, one.claim_name) for container in containers for one in container.dynamic_resources
+        )
+
+    async def allocatable(self, timeout_s: float = 5.0) -> Mapping[str, tuple[str, ...]]:
+        """The ids that kubelet counts as allocatable, by resource, both in order; PeerError."""
+        request = pb.AllocatableResourcesRequest()
+        answer = await self._ask("GetAllocatableResources", request, "read allocatable resources", timeout_s)
+        merged = _merged(answer.devices)
+        return MappingProxyType({name: merged[name] for name in sorted(merged)})
+
+    async def _ask(self, method: str, request: object, what: str, timeout_s: float) -> Any:
+        async with sockets.channel(self.path, largest_answer_bytes=LARGEST_ANSWER_BYTES) as channel:
+            stub = rpc.PodResourcesListerStub(channel)  # type: ignore[no-untyped-call]
+            try:
+                return await getattr(stub, method)(request, timeout=timeout_s)
+            except grpc.aio.AioRpcError as error:
+                raise PeerError(f"cannot {what} at {self.path}: {sockets.cause(error)}") from None
+
+
+class FileVersion(NamedTuple):
+    """Which content a file has that is replaced whole: the inode's number alone may be that of the file before it."""
+
+    device: int
+    inode: int
+    changed_ns: int
+
+
+def version(path: Path) -> FileVersion | None:
+    """Return the version of a file that is replaced whole, or None if it cannot be seen."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return FileVersion(found.st_dev, found.st_ino, found.st_mtime_ns)
+    return None
+
+
+class CheckpointWatch:
+    """Tells when kubelet's checkpoint file is replaced: the moment to ask what pods hold."""
+
+    def __init__(self, folder: Path, *, poll_s: float = 10.0) -> None:
+        """`folder` is kubelet's device-plugins folder; it need not exist yet."""
+        self._path = folder / CHECKPOINT
+        self._poll_s = poll_s
+        self._folder = FolderWatch(folder, poll_s=poll_s)
+        self._seen: FileVersion | None = None
+
+    def __enter__(self) -> Self:
+        self._folder.__enter__()
+        self._seen = version(self._path)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._folder.__exit__(*error)
+
+    async def wait(self) -> bool:
+        """Return after the file changed, however often, since the last return: True; False after poll_s without."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self._poll_s):
+                while version(self._path) == self._seen:
+                    await self._folder.wait()
+        before, self._seen = self._seen, version(self._path)
+        return self._seen != before
+
+
+class _Entry(msgspec.Struct):
+    pod_uid: str = msgspec.field(name="PodUID")
+    container: str = msgspec.field(name="ContainerName")
+    resource: str = msgspec.field(name="ResourceName")
+    ids: dict[str, list[str]] = msgspec.field(name="DeviceIDs", default_factory=dict)
+
+
+class _Data(msgspec.Struct):
+    entries: list[_Entry] | None = msgspec.field(name="PodDeviceEntries", default=None)
+
+
+class _Checkpoint(msgspec.Struct):
+    data: _Data = msgspec.field(name="Data")
+
+
+def given(folder: Path) -> Given | None:
+    """What kubelet's checkpoint has with containers, init containers included; None where there is no checkpoint.
+
+    Kubelet writes it before it starts any container of a pod, and clears ended pods away only when it next admits one.
+    InputError where it cannot be read."""
+    path = folder / CHECKPOINT
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    of: dict[tuple[str, str], set[tuple[str, str]]] = {}
+    for entry in found.data.entries or []:
+        ids = {(entry.resource, one) for some in entry.ids.values() for one in some}
+        of.setdefault((entry.pod_uid, entry.container), set()).update(ids)
+    return MappingProxyType({container: frozenset(ids) for container, ids in of.items()})
+
+
+def _claims(answer: pb.ListPodResourcesResponse) -> Iterator[tuple[str, ClaimRef]]:
+    containers = (container for pod in answer.pod_resources for container in pod.containers)
+    for claim in (one for container in containers for one in container.dynamic_resources):
+        for device in (device for resource in claim.claim_resources for device in resource.cdi_devices):
+            yield device.name, ClaimRef(namespace=claim.claim_namespace, name=claim.claim_name, uid="")
+
+
+def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:
+    for pod in answer.pod_resources:
+        for container in pod.containers:
+            for resource, ids in _merged(container.devices).items():
+                yield Holding(
+                    namespace=pod.namespace, pod=pod.name, container=container.name, resource=resource, ids=ids
+                )
+
+
+def _merged(entries: Iterable[pb.ContainerDevices]) -> dict[str, tuple[str, ...]]:
+    """Ids by resource: kubelet gives one resource as several entries, one for each NUMA node."""
+    merged: dict[str, set[str]] = {}
+    for entry in entries:
+        merged.setdefault(entry.resource_name, set()).update(entry.device_ids)
+    return {resource: tuple(sorted(ids)) for resource, ids in merged.items() if ids}
+
+
+def _names(holding: Holding) -> tuple[str, str, str, str]:
+    return holding.namespace, holding.pod, holding.container, holding.resource

@@ -1,0 +1,236 @@
+"""Unix sockets with gRPC on them, both ends. Serving is robust: a stale file is no obstacle, and what is one is named.
+
+gRPC removes the file of a socket when its server stops, whoever the file belongs to by then: a server is stopped before
+its successor binds the same path.
+
+One socket is told from the next at the same path by its inode number alone: times, mode and owner change without
+anybody having started anew. File systems reuse the number of an inode as soon as it is gone, so an inode is compared
+only while something keeps it: a socket that is served keeps its own, a SocketWatch that of another process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+from urllib.parse import quote
+
+import grpc
+
+from nodeagent.errors import ConfigError, HostError
+
+LONGEST_PATH_BYTES = 107
+"""sockaddr_un.sun_path less its final zero byte (unix(7))."""
+
+_PEER = struct.Struct("iII")
+"""struct ucred: process, user, group."""
+_CHANNEL_OPTIONS = (
+    # Channels share connections by default, and with them a back-off of seconds after a refused one.
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class Identity(NamedTuple):
+    """Which socket lies at a path. Compare it only while the socket is served or pinned, so that its inode exists."""
+
+    device: int
+    inode: int
+
+
+def identity(path: Path) -> Identity | None:
+    """Return which file lies at `path`, or None if it cannot be seen (`absence` gives the cause)."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return Identity(found.st_dev, found.st_ino)
+    return None
+
+
+class SocketIdentity(NamedTuple):
+    """One socket of another process, as a SocketWatch saw it: equal to no other socket that it ever sees."""
+
+    number: int
+    """How many sockets the watch had seen at the path by then."""
+    inode: int
+
+
+class SocketWatch:
+    """Tells which of another process's sockets lies at a path: a new one there is always another Sighting.
+
+    The inode seen last is kept open (O_PATH, which connects to nothing), so that its number is not reused, also while
+    nothing lies at the path. Building a watch opens nothing; close() lets the inode go.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._pinned: int | None = None
+        self._seen = SocketIdentity(0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def look(self) -> SocketIdentity | None:
+        """Return what lies at the path now, or None if it cannot be seen (`absence` gives the cause)."""
+        try:
+            if not self._is_pinned(self.path.stat()):
+                self._pin(os.open(self.path, os.O_PATH))
+        except OSError:
+            return None
+        return self._seen
+
+    def close(self) -> None:
+        """Forget the socket seen last; what look() sees afterwards is another one."""
+        pinned, self._pinned = self._pinned, None
+        if pinned is not None:
+            os.close(pinned)
+
+    def _is_pinned(self, found: os.stat_result) -> bool:
+        return self._pinned is not None and os.path.samestat(found, os.fstat(self._pinned))
+
+    def _pin(self, handle: int) -> None:
+        found = os.fstat(handle)
+        if self._is_pinned(found):
+            os.close(handle)
+            return
+        self.close()
+        self._pinned = handle
+        self._seen = SocketIdentity(self._seen.number + 1, found.st_ino)
+
+
+def absence(path: Path) -> str:
+    """Why nothing can be seen at `path`, in the kernel's words; "" where something is there."""
+    try:
+        path.stat()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def listener(path: Path) -> int | None:
+    """The process that listens at `path`; None where none does. Does not block.
+
+    0 where it is in a PID namespace that cannot be seen from here (unix(7), SO_PEERCRED).
+    """
+    with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
+        probe.setblocking(False)
+        probe.connect(str(path))
+        pid: int = _PEER.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[0]
+        return pid
+    return None
+
+
+def is_served(path: Path) -> bool:
+    """Whether some process accepts connections at `path` at this moment. Does not block."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(path))
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+    return True
+
+
+def is_dead(path: Path) -> bool:
+    """Whether a socket lies at `path` of which the kernel says that no process listens on it. Any other doubt counts as
+    alive; does not block."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return False
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            probe.connect(str(path))
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def checked(path: Path) -> Path:
+    """The path itself; ConfigError where it is too long for a socket."""
+    length = len(os.fsencode(path))
+    if length > LONGEST_PATH_BYTES:
+        raise ConfigError(f"cannot use socket {path}: the path has {length} bytes, the limit is {LONGEST_PATH_BYTES}")
+    return path
+
+
+async def serve(path: Path, add: Callable[[grpc.aio.Server], None]) -> grpc.aio.Server:
+    """A started server at `path`, with the services that `add` gives it; HostError with path and cause."""
+    checked(path)
+    _make_free(path)
+    server = grpc.aio.server()
+    add(server)
+    try:
+        server.add_insecure_port(_address(path))
+    except RuntimeError as error:
+        raise HostError(f"cannot serve {path}: {_why_not(path) or error}") from None
+    await _start(server)
+    return server
+
+
+async def _start(server: grpc.aio.Server) -> None:
+    """Start a server, or leave none where that is cancelled: gRPC's own start breaks if it is cancelled half-way."""
+    starting = asyncio.ensure_future(server.start())
+    try:
+        await asyncio.shield(starting)
+    except asyncio.CancelledError:
+        await starting
+        await stop(server, 0)
+        raise
+
+
+async def stop(server: grpc.aio.Server, grace_s: float) -> None:
+    """Take no more calls, let those under way finish, remove the socket. A cancelled stop goes on by itself, and may be
+    called again.
+
+    gRPC's own stop loses a cancellation that comes with its end (asyncio.wait_for of Python 3.11 does): whoever called
+    it would go on as if nothing had happened, and never end.
+    """
+    await asyncio.shield(asyncio.ensure_future(server.stop(grace_s)))
+
+
+def channel(path: Path, *, largest_answer_bytes: int = 4 << 20) -> grpc.aio.Channel:
+    """A channel to the socket at `path`; it connects with its first call."""
+    limit = ("grpc.max_receive_message_length", largest_answer_bytes)
+    return grpc.aio.insecure_channel(_address(path), options=(*_CHANNEL_OPTIONS, limit))
+
+
+def cause(error: grpc.aio.AioRpcError) -> str:
+    """A failed call as one line: the status code and what the peer said."""
+    return f"{error.code().name}: {error.details()}"
+
+
+def _address(path: Path) -> str:
+    return f"unix:{quote(os.fsencode(path))}"
+
+
+def _make_free(path: Path) -> None:
+    """Remove a stale socket."""
+    try:
+        if path.is_symlink() or path.exists():
+            path.unlink()
+    except OSError as error:
+        raise HostError(f"cannot serve {path}: {error.strerror or error}") from None
+
+
+def _why_not(path: Path) -> str:
+    """Why no socket can be bound at a path: gRPC's own error does not carry the cause."""
+    try:
+        with socket.socket(socket.AF_UNIX) as trial:
+            trial.bind(str(path))
+        path.unlink()
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""

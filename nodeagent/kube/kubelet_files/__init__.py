@@ -1,0 +1,1 @@
+"""Kubelet's files and command line: its configuration, checkpoints and state."""

@@ -1,0 +1,120 @@
+"""Which CPUs kubelet manages itself, by its configuration and its CPU manager's state.
+
+A function of configuration and state at one moment. An absent file says nothing; one that cannot be understood is an
+error.
+Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs); kubelet's checkpoint cpu_manager_state:
+by container id (its first form), by pod and container (second), with whole pods beside them (third), the same as text
+under "data" (fourth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
+from nodeagent.kube.kubelet_files import checkpoints as kubelet_files
+from nodeagent.kube.kubelet_files.config import KubeletConfig
+
+STATIC, NONE = "static", "none"
+STATE_FILE = "cpu_manager_state"
+POLICY, RESERVED = "cpuManagerPolicy", "reservedSystemCPUs"
+"""Keys of the configuration."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KubeletState:
+    """What kubelet does with CPUs."""
+
+    policy: str = NONE
+    """cpuManagerPolicy. "static" where either says so, configuration or state: kubelet refuses to start while they
+    differ."""
+    policy_source: str = ""
+    """The file or flag that says so; "" where none does."""
+    policy_conflict: str = ""
+    """How configuration and state contradict each other; "" where they do not."""
+    reserved: CpuSet = EMPTY
+    """reservedSystemCPUs."""
+    reserved_source: str = ""
+    """The file or flag that says so."""
+    shared: CpuSet | None = None
+    """The static policy's default set, from which it takes exclusive CPUs; None where the file does not say."""
+    assigned: Mapping[tuple[str, str], CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    """Exclusive CPUs by pod UID and container name."""
+    pods: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    """Exclusive CPUs of whole pods, by UID; those of their containers are among them."""
+    unnamed: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    """Exclusive CPUs by container id, in the oldest form: it does not say of which pod."""
+
+    @property
+    def static(self) -> bool:
+        return self.policy == STATIC
+
+    @property
+    def confined(self) -> CpuSet | None:
+        """All CPUs that the static CPU manager lets containers run on, one way or another; None where that cannot be
+        known (all)."""
+        if not self.static:
+            return EMPTY
+        if self.shared is None:
+            return None
+        return union((self.shared, *self.assigned.values(), *self.pods.values(), *self.unnamed.values()))
+
+    @property
+    def managed(self) -> CpuSet | None:
+        """All CPUs that the static CPU manager gives away or may give away; None where that cannot be known (all)."""
+        return None if self.confined is None else self.confined - self.reserved
+
+
+class _Pod(msgspec.Struct):
+    cpus: str = msgspec.field(name="cpuSet", default="")
+
+
+class _Checkpoint(msgspec.Struct):
+    policy: str = msgspec.field(name="policyName")
+    default: str = msgspec.field(name="defaultCpuSet", default="")
+    entries: dict[str, str | dict[str, str]] = {}
+    pods: dict[str, _Pod] = msgspec.field(name="podEntries", default_factory=dict)
+
+
+def read(kubelet_dir: Path, config: KubeletConfig) -> KubeletState:
+    """Read kubelet's folder (/var/lib/kubelet); InputError names the file or flag, the value and what is wrong."""
+    path = kubelet_dir / STATE_FILE
+    found = kubelet_files.checkpoint(path, _Checkpoint)
+    policy = kubelet_files.policy(config, POLICY, path, found.policy if found else "", managing=STATIC, none=NONE)
+    known = KubeletState(
+        policy=policy.name,
+        policy_source=policy.source,
+        policy_conflict=policy.conflict,
+        reserved=config.cpus(RESERVED),
+        reserved_source=config.places.get(RESERVED, ""),
+    )
+    if found is None:
+        return known
+    return replace(
+        known,
+        shared=_cpus(found.default, path) if found.default else None,
+        assigned=_assigned(found, path),
+        pods=MappingProxyType({uid: _cpus(pod.cpus, path) for uid, pod in sorted(found.pods.items())}),
+        unnamed=_unnamed(found, path),
+    )
+
+
+def _assigned(found: _Checkpoint, path: Path) -> Mapping[tuple[str, str], CpuSet]:
+    pods = [(uid, containers) for uid, containers in sorted(found.entries.items()) if isinstance(containers, dict)]
+    return MappingProxyType(
+        {(uid, name): _cpus(text, path) for uid, containers in pods for name, text in sorted(containers.items())}
+    )
+
+
+def _unnamed(found: _Checkpoint, path: Path) -> Mapping[str, CpuSet]:
+    entries = [(one, text) for one, text in sorted(found.entries.items()) if isinstance(text, str)]
+    return MappingProxyType({container: _cpus(text, path) for container, text in entries})
+
+
+def _cpus(text: str, path: Path) -> CpuSet:
+    return CpuSet.parse(text, source=str(path)) if text else EMPTY

@@ -1,0 +1,150 @@
+"""ResourceClaims of resource.k8s.io/v1 as the API server sends them: read strictly, written as device status.
+
+A claim that cannot be read is an InputError that names the field; fields that nobody here needs are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import msgspec
+
+from nodeagent.core.model.claim import Claim, ClaimRef, Opaque, Result
+from nodeagent.core.model.quantity import parse_quantity
+from nodeagent.errors import InputError
+
+
+class _Camel(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """As Kubernetes writes its fields; unknown ones are let pass: a newer server has more."""
+
+
+class _Meta(_Camel, frozen=True):
+    name: str
+    namespace: str
+    uid: str
+
+
+class _Opaque(_Camel, frozen=True):
+    driver: str
+    parameters: dict[str, Any] = {}
+
+
+class _Config(_Camel, frozen=True):
+    source: str
+    requests: tuple[str, ...] | None = None
+    opaque: _Opaque | None = None
+
+
+class _Result(_Camel, frozen=True):
+    request: str
+    driver: str
+    pool: str
+    device: str
+    admin_access: bool | None = None
+    share_id: str | None = msgspec.field(name="shareID", default=None)
+    consumed_capacity: dict[str, str | int | float] | None = None
+
+
+class _Devices(_Camel, frozen=True):
+    results: tuple[_Result, ...] | None = None
+    config: tuple[_Config, ...] | None = None
+
+
+class _Allocation(_Camel, frozen=True):
+    devices: _Devices = _Devices()
+
+
+class _Consumer(_Camel, frozen=True):
+    uid: str
+    resource: str = ""
+    name: str = ""
+
+
+class _Status(_Camel, frozen=True):
+    allocation: _Allocation | None = None
+    reserved_for: tuple[_Consumer, ...] | None = None
+
+
+class _ResourceClaim(_Camel, frozen=True):
+    metadata: _Meta
+    status: _Status | None = None
+
+
+def read(document: Mapping[str, Any], driver: str) -> Claim:
+    """A claim; InputError names the field and what was expected. Capacities lose the driver's own domain."""
+    try:
+        found = msgspec.convert(document, _ResourceClaim)
+    except msgspec.ValidationError as error:
+        raise InputError(f"it cannot be read: {error}") from None
+    status = found.status or _Status()
+    devices = status.allocation.devices if status.allocation is not None else _Devices()
+    return Claim(
+        ref=ClaimRef(namespace=found.metadata.namespace, name=found.metadata.name, uid=found.metadata.uid),
+        allocated=status.allocation is not None,
+        results=tuple(_result(i, one, driver) for i, one in enumerate(devices.results or ())),
+        configs=tuple(_opaque(one) for one in devices.config or () if one.opaque is not None),
+        reserved_for=tuple(one.uid for one in status.reserved_for or ()),
+        pods=tuple(one.name for one in status.reserved_for or () if one.resource == "pods"),
+    )
+
+
+def _result(index: int, found: _Result, driver: str) -> Result:
+    consumed = {}
+    for name, amount in (found.consumed_capacity or {}).items() if found.driver == driver else ():
+        try:
+            consumed[name.removeprefix(f"{driver}/")] = parse_quantity(str(amount))
+        except InputError as error:
+            where = f"$.status.allocation.devices.results[{index}].consumedCapacity.{name}"
+            raise InputError(f"{where}: {error}") from None
+    return Result(
+        request=found.request,
+        driver=found.driver,
+        pool=found.pool,
+        device=found.device,
+        share_id=found.share_id or "",
+        admin=bool(found.admin_access),
+        consumed=consumed,
+    )
+
+
+def _opaque(found: _Config) -> Opaque:
+    assert found.opaque is not None
+    return Opaque(
+        source=found.source,
+        driver=found.opaque.driver,
+        requests=found.requests or (),
+        parameters=found.opaque.parameters,
+    )
+
+
+# ---------------------------------------------------------------- status.devices
+
+
+def device_status(ref: ClaimRef, devices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """The body of a server-side apply of status.devices."""
+    return {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceClaim",
+        "metadata": {"namespace": ref.namespace, "name": ref.name, "uid": ref.uid},
+        "status": {"devices": list(devices)},
+    }
+
+
+def one_status(result: Result, *, ready: bool, reason: str, message: str, at: str, data: Mapping[str, Any]) -> Any:
+    """AllocatedDeviceStatus of one device. at: RFC 3339."""
+    condition = {
+        "type": "Ready",
+        "status": "True" if ready else "False",
+        "reason": reason,
+        "message": message[:32768],
+        "lastTransitionTime": at,
+    }
+    found: dict[str, Any] = {
+        "driver": result.driver,
+        "pool": result.pool,
+        "device": result.device,
+        "conditions": [condition],
+        **data,
+    }
+    return {**found, "shareID": result.share_id} if result.share_id else found

@@ -1,0 +1,1 @@
+"""ResourceSlices: rendered, validated, written, kept."""

@@ -1,0 +1,197 @@
+"""One pool on its way to the API server: what of it can be published, how fast it may be written, and why it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import structlog
+
+from nodeagent.core.dra.pool import Pool
+from nodeagent.errors import PeerError
+from nodeagent.kube.resourceslice.render import Object, Owner, pool_name, render
+from nodeagent.kube.resourceslice.validate import Broken, check
+
+WAITING, PUBLISHED, FAILED = "waiting", "published", "failed"
+"""Of a pool, and of all: not written yet, and nothing is wrong; the server holds it; the last try failed."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublishPace:
+    """How fast things are written and tried again, in seconds."""
+
+    start_jitter_s: float = 10.0
+    """The first look at the server comes after a random part of this. 5,000 nodes with 8 slices each that get power in
+    the same second write 4,000 a second for 10 s, not all at once; spread over a minute already, they write 700."""
+    batch_s: float = 1.0
+    """One pool is written once in so long, over time;"""
+    burst: int = 3
+    """so many times at once after a rest: a change, and its form for an older server."""
+    settle_s: float = 0.1
+    """How long somebody else's deletions may go on before they are answered."""
+    first_retry_s: float = 0.2
+    last_retry_s: float = 30.0
+    steady_s: float = 5.0
+    """A server that was good for so long is tried again fast."""
+    refused_s: float = 60.0
+    """First wait after a refusal that stands (no permission, not valid); doubled up to most_s."""
+    free_repeats: int = 5
+    """So often the same is written anew at once where somebody undoes it; then the wait doubles up to most_s."""
+    most_s: float = 600.0
+    withdraw_s: float = 3.0
+    """Deadline of withdraw()."""
+
+
+DEFAULT_PACE = PublishPace()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolStanding:
+    """How one pool stands with the server."""
+
+    kind: str
+    name: str
+    state: str = WAITING
+    reason: str = ""
+    generation: int = 0
+    """As the server holds it; 0: it holds none."""
+    slices: int = 0
+    devices: int = 0
+
+
+class PoolLane:
+    """What is known of one pool from one write to the next. Times are of a clock that never goes back, in seconds."""
+
+    def __init__(self, pace: PublishPace, *, name: str = "") -> None:
+        self.name = name
+        self.pool = Pool(kind="")
+        """What of the pool can be published."""
+        self.broken: tuple[Broken, ...] = ()
+        self.unfit = False
+        """Rules are broken by more than single devices: what the server holds stays as it is."""
+        self._pace = pace
+        self._given: tuple[Pool, Owner] | None = None
+        self._settled: dict[str, str] | None = None
+        self._state, self._reason = WAITING, ""
+        self._written: Pool | None = None
+        self._wrote_s = self._free_s = self._held_until_s = 0.0
+        self._why_held = ""
+        self._repeats = self._refusals = 0
+
+    def take(self, pool: Pool, owner: Owner) -> None:
+        """The newest form of the pool; devices that break a rule are left out and named."""
+        if self._given == (pool, owner):
+            return
+        before, sound = self.broken, self._known_sound(pool, owner)
+        self._given, self._settled = (pool, owner), None
+        self.name = pool_name(owner, pool.kind)
+        self._refusals, self._held_until_s = 0, 0.0
+        self.pool, self.broken = _sound(pool, owner, sound)
+        self.unfit = any(not one.device for one in self.broken)
+        for one in self.broken:
+            if one not in before:
+                log.error("slice-rule-broken", pool=one.pool, device=one.device, error=one.why)
+
+    def _known_sound(self, pool: Pool, owner: Owner) -> frozenset[str]:
+        """Devices that were checked already, the very same beside the same counters: most of a large pool."""
+        if self._given is None or self._given[1] != owner or self._given[0].counters != pool.counters:
+            return frozenset()
+        checked, bad = {id(one) for one in self._given[0].devices}, {one.device for one in self.broken}
+        return frozenset(one.name for one in pool.devices if id(one) in checked and one.name not in bad)
+
+    def is_settled(self, stored: Mapping[str, Object]) -> bool:
+        """Whether neither the pool nor what is stored of it changed since settle()."""
+        return self._settled is not None and self._settled == self._versions(stored)
+
+    def settle(self, stored: Mapping[str, Object]) -> None:
+        """Say that all that can be published is stored."""
+        self._settled = self._versions(stored)
+        self._state, self._reason = PUBLISHED, ""
+        if self.unfit:
+            self._state, self._reason = FAILED, str(next(one for one in self.broken if not one.device))
+
+    def wait_s(self, now_s: float) -> float:
+        """How long the next write has to wait."""
+        paced_s = self._free_s - (self._pace.burst - 1) * self._pace.batch_s
+        if self._held_until_s > now_s:
+            self._state, self._reason = FAILED, self._why_held
+        elif paced_s > now_s:
+            self._state, self._reason = WAITING, "written a moment ago, waiting before the next write"
+        return max(0.0, paced_s - now_s, self._held_until_s - now_s)
+
+    def wrote(self, now_s: float) -> None:
+        """A batch was written whole."""
+        again = self.pool == self._written and now_s - self._wrote_s < 2 * self._pace.most_s
+        self._repeats = self._repeats + 1 if again else 0
+        self._written, self._wrote_s = self.pool, now_s
+        self._spend(now_s)
+        self._refusals = 0
+        self._settled = None
+        beyond = self._repeats - self._pace.free_repeats
+        if beyond >= 0:
+            self._hold(now_s, beyond + 1, self._pace.batch_s, "it is changed back or taken away after each write")
+        if beyond == 0:
+            log.warning("pool-contested", pool=self.name, writes=self._repeats + 1)
+
+    def missed(self, now_s: float) -> None:
+        """What was to be written is another by now; a try counts for the pace like a write."""
+        self._spend(now_s)
+
+    def refused(self, now_s: float, error: PeerError) -> float:
+        """The server does not take it and will not soon; in how many seconds it is tried again."""
+        if not self._refusals or self._why_held != str(error):
+            log.warning("pool-refused", pool=self.name, error=str(error))
+        self._spend(now_s)
+        self._hold(now_s, self._refusals, self._pace.refused_s, str(error))
+        self._held_until_s = max(self._held_until_s, now_s + retry_after_s(error))
+        self._refusals += 1
+        return self.wait_s(now_s)
+
+    def standing(self, stored: Mapping[str, Object]) -> PoolStanding:
+        """How the pool stands, with what is stored of it."""
+        found = [one["spec"] for one in stored.values() if one["spec"]["pool"]["name"] == self.name]
+        return PoolStanding(
+            kind=self.pool.kind,
+            name=self.name,
+            state=self._state,
+            reason=self._reason,
+            generation=max((one["pool"]["generation"] for one in found), default=0),
+            slices=len(found),
+            devices=sum(len(one.get("devices", ())) for one in found),
+        )
+
+    def _spend(self, now_s: float) -> None:
+        self._free_s = max(now_s, self._free_s) + self._pace.batch_s
+
+    def _hold(self, now_s: float, doublings: int, first_s: float, why: str) -> None:
+        # The exponent is bounded: a large one is no float any more.
+        self._held_until_s = now_s + min(first_s * 2.0 ** min(doublings, 64), self._pace.most_s)
+        self._why_held = why
+
+    def _versions(self, stored: Mapping[str, Object]) -> dict[str, str]:
+        return {name: version(one) for name, one in stored.items() if one["spec"]["pool"]["name"] == self.name}
+
+
+def retry_after_s(error: Exception) -> float:
+    """What the server asked to wait, in seconds; 0 where it said nothing."""
+    return float(getattr(error, "retry_after_s", None) or 0.0)
+
+
+def uid(one: Object) -> str:
+    return str(one["metadata"].get("uid", ""))
+
+
+def version(one: Object) -> str:
+    return str(one["metadata"].get("resourceVersion", ""))
+
+
+def _sound(pool: Pool, owner: Owner, sound: frozenset[str]) -> tuple[Pool, tuple[Broken, ...]]:
+    """The pool without the devices that break a rule, and all rules that were broken. sound: as in check."""
+    broken = check(render(pool, owner, 1), sound)
+    bad = {one.device for one in broken if one.device}
+    if not bad:
+        return pool, tuple(broken)
+    rest = replace(pool, devices=tuple(one for one in pool.devices if one.name not in bad))
+    return rest, (*(one for one in broken if one.device), *check(render(rest, owner, 1), sound))

@@ -1,0 +1,383 @@
+"""Keeps this node's ResourceSlices as the pools are: published late, edited or deleted by others, refused, forgotten.
+
+What the server holds is known from one list and the watch that follows it; a write is made only where that differs
+from the pools. A server that is away costs nothing but freshness: it is tried again for ever, and shown. One pool that
+is refused or breaks a rule never keeps another from being published.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import structlog
+
+from nodeagent.aio.revision import Revision
+from nodeagent.core.dra.pool import ALL_FEATURES, Features, Pool
+from nodeagent.errors import NodeagentError, PeerError
+from nodeagent.kube.resourceslice.pool_writer import (
+    DEFAULT_PACE,
+    FAILED,
+    PUBLISHED,
+    WAITING,
+    PoolLane,
+    PoolStanding,
+    PublishPace,
+    retry_after_s,
+    uid,
+    version,
+)
+from nodeagent.kube.resourceslice.render import Object, Owner, SlicePlan, belongs, lost_features, plan, strays
+
+_NOT_FOUND = 404
+"""Of a write: the slice was there when it was planned."""
+_OUT_OF_DATE = (409, 410)
+"""Somebody was faster; nothing to speak of if it happens once."""
+_NEVER_S = float("inf")
+log = structlog.get_logger()
+
+
+class _NoNodeError(PeerError):
+    """The Node object is not there."""
+
+
+class SliceList(Protocol):
+    @property
+    def items(self) -> Sequence[Object]: ...
+    @property
+    def revision(self) -> str: ...
+
+
+class SliceEvent(Protocol):
+    @property
+    def type(self) -> str: ...
+    @property
+    def object(self) -> Object: ...
+
+
+class Api(Protocol):
+    """What is needed of the API server. Each raises PeerError, best with `status`, `lasting` and `retry_after_s`."""
+
+    async def get(self, resource: Any, name: str) -> Object | None: ...
+    async def list(self, resource: Any, *, fields: Mapping[str, str]) -> SliceList: ...
+    async def create(self, resource: Any, body: Object) -> Object: ...
+    async def replace(self, resource: Any, body: Object) -> Object: ...
+    async def delete(self, resource: Any, name: str, *, uid: str) -> bool: ...
+    def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[SliceEvent]: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PublicationState:
+    """How the publication stands."""
+
+    state: str = WAITING
+    reason: str = ""
+    """What is waited for, or why the last try failed."""
+    since_unix_s: float = 0.0
+    """When the state began."""
+    pools: tuple[PoolStanding, ...] = ()
+    lost: tuple[str, ...] = ()
+    """Names of Features that the server does not keep."""
+    broken: tuple[str, ...] = ()
+    """Rules that our own slices would break; what breaks them is left out."""
+    writes: int = 0
+    """Requests that create, replace or delete a slice, since the start."""
+
+
+class Publisher:
+    """Publishes pools while run() runs. Building it starts nothing."""
+
+    def __init__(
+        self,
+        api: Api,
+        driver: str,
+        node_name: str,
+        pools: Callable[[Features], Sequence[Pool]],
+        pools_changed: Callable[[int], Awaitable[int]],
+        *,
+        nodes: Any,
+        slices: Any,
+        pace: PublishPace = DEFAULT_PACE,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """nodes and slices: how `api` names these two kinds of objects. pools() holds one pool for each kind. clock:
+        in seconds, never back."""
+        self._api, self._nodes, self._slices = api, nodes, slices
+        self._owner = Owner(driver=driver, node_name=node_name)
+        self._fields = {"spec.nodeName": node_name, "spec.driver": driver}
+        self._pools, self._pools_changed = pools, pools_changed
+        self._pace = pace
+        self._clock = clock
+        self._features = ALL_FEATURES
+        self._stored: dict[str, Object] = {}
+        self._own_writes: set[str] = set()
+        self._lanes: dict[str, PoolLane] = {}
+        self._sweeper = PoolLane(pace, name="of kinds not served")
+        self._woken = asyncio.Event()
+        self._stale = False
+        self._retry_s = pace.first_retry_s
+        self._writes = 0
+        self._jitter = random.Random(f"{driver}/{node_name}")  # noqa: S311  spreads nodes; the name makes it repeatable
+        self._revision = Revision()
+        self._standing = PublicationState(since_unix_s=time.time(), reason="not started")
+
+    @property
+    def standing(self) -> PublicationState:
+        """How the publication stands at this moment."""
+        return self._standing
+
+    async def changed(self, seen: int) -> int:
+        """The version of `standing`, from 1 up, as soon as it differs from `seen` (0: at once)."""
+        return await self._revision.changed(seen)
+
+    async def run(self) -> None:
+        """Keep the slices right until cancelled; they stay then."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._heed())
+            tasks.create_task(self._keep())
+
+    async def withdraw(self) -> bool:
+        """Delete every slice of this driver and node within withdraw_s; whether none is left. Not beside run()."""
+        try:
+            async with asyncio.timeout(self._pace.withdraw_s):
+                found = [one for one in (await self._list()).items if belongs(one, self._owner)]
+                results = await asyncio.gather(*map(self._delete, found), return_exceptions=True)
+        except (NodeagentError, TimeoutError) as error:
+            results = [error]
+        failed = [one for one in results if isinstance(one, BaseException)]
+        if failed:
+            log.warning("slices-not-withdrawn", error=_text(failed[0]), failed=len(failed))
+            self._show(FAILED, f"not withdrawn: {_text(failed[0])}")
+        else:
+            self._show(WAITING, "withdrawn", pools=())
+        return not failed
+
+    async def _heed(self) -> None:
+        seen = 0
+        while True:
+            seen = await self._pools_changed(seen)
+            self._woken.set()
+
+    async def _keep(self) -> None:
+        """Try for ever; an error is shown, never raised."""
+        delay_s = self._jitter.uniform(0, self._pace.start_jitter_s)
+        self._show(WAITING, f"starting {delay_s:.1f} s late, so that not all nodes write at once")
+        await asyncio.sleep(delay_s)
+        while True:
+            began_s = self._clock()
+            try:
+                await self._session()
+                rest_s = self._pace.settle_s
+            except Exception as error:
+                if self._clock() - began_s > self._pace.steady_s:
+                    self._retry_s = self._pace.first_retry_s
+                rest_s = self._failed(error)
+            await asyncio.sleep(rest_s)
+
+    async def _session(self) -> None:
+        """From one list to the moment when what is stored has to be looked at anew."""
+        owner = await self._find_owner()
+        listing = await self._list()
+        self._stored = {one["metadata"]["name"]: one for one in listing.items if belongs(one, owner)}
+        self._own_writes.clear()
+        self._stale = False
+        watcher = asyncio.create_task(self._listen(listing.revision))
+        try:
+            while not self._stale:
+                self._woken.clear()
+                rest_s = await self._publish(owner)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if rest_s == _NEVER_S else rest_s):
+                        await self._woken.wait()
+        finally:
+            watcher.cancel()
+            await asyncio.wait({watcher})
+            fault = None if watcher.cancelled() else watcher.exception()
+        if fault is not None:
+            raise fault
+
+    async def _find_owner(self) -> Owner:
+        name = self._owner.node_name
+        node = await self._api.get(self._nodes, name)
+        if node is None:
+            raise _NoNodeError(f"cannot publish ResourceSlices: node {name} does not exist (yet)")
+        return replace(self._owner, node_uid=node["metadata"].get("uid", ""))
+
+    async def _list(self) -> SliceList:
+        return await self._api.list(self._slices, fields=self._fields)
+
+    # What others do
+
+    async def _listen(self, revision: str) -> None:
+        """Take in what changes on the server; ends with an error alone."""
+        try:
+            pause_s = self._pace.first_retry_s
+            while True:
+                began_s = self._clock()
+                async for event in self._api.watch(self._slices, fields=self._fields, revision=revision):
+                    revision = event.object["metadata"].get("resourceVersion", revision)
+                    self._take_in(event)
+                lasted = self._clock() - began_s > self._pace.steady_s
+                pause_s = self._pace.first_retry_s if lasted else min(2 * pause_s, self._pace.last_retry_s)
+                await asyncio.sleep(pause_s)
+        finally:
+            self._stale = True
+            self._woken.set()
+
+    def _take_in(self, event: SliceEvent) -> None:
+        metadata = event.object["metadata"]
+        name, revision = metadata.get("name", ""), metadata.get("resourceVersion", "")
+        known = self._stored.get(name)
+        if event.type == "BOOKMARK" or not belongs(event.object, self._owner):
+            return
+        if event.type == "DELETED":
+            # Not by us, or it would not be known. The Node may be another one by now, so all is looked at anew.
+            self._stale = self._stale or (known is not None and uid(known) == uid(event.object))
+        elif revision in self._own_writes or (known is not None and version(known) == revision):
+            self._own_writes.discard(revision)
+            return
+        else:
+            self._stored[name] = event.object
+        self._woken.set()
+
+    # Writing
+
+    async def _publish(self, owner: Owner) -> float:
+        """Write what differs and may be written now; in how many seconds there is more to do."""
+        pools = self._pools(self._features)
+        lanes = {pool.kind: self._lanes.get(pool.kind) or PoolLane(self._pace) for pool in pools}
+        if len(lanes) != len(pools):
+            raise AssertionError(f"two pools of one kind: {[pool.kind for pool in pools]}")
+        self._lanes = lanes
+        waits = [await self._sweep(owner), *[await self._settle(lanes[pool.kind], pool, owner) for pool in pools]]
+        self._show_pools()
+        return min(waits)
+
+    async def _settle(self, lane: PoolLane, pool: Pool, owner: Owner) -> float:
+        lane.take(pool, owner)
+        if lane.is_settled(self._stored):
+            return _NEVER_S
+        todo = SlicePlan() if lane.unfit else plan(self._stored.values(), lane.pool, owner)
+        if todo:
+            return await self._write(lane, todo)
+        lane.settle(self._stored)
+        return _NEVER_S
+
+    async def _sweep(self, owner: Owner) -> float:
+        """Delete what is stored of pools that are not served."""
+        surplus = strays(self._stored.values(), self._lanes, owner)
+        return await self._write(self._sweeper, SlicePlan(delete=surplus)) if surplus else _NEVER_S
+
+    async def _write(self, lane: PoolLane, todo: SlicePlan) -> float:
+        """Do it if the lane may write now; in how many seconds to look again. PeerError that concerns all pools."""
+        wait_s = lane.wait_s(self._clock())
+        if wait_s > 0:
+            return wait_s
+        try:
+            kept = await self._apply(todo)
+        except PeerError as error:
+            if _status(error) == _NOT_FOUND:
+                # What was to be replaced was deleted in the same moment: all is looked at anew, and at once.
+                lane.missed(self._clock())
+                self._stale = True
+                return 0.0
+            if not getattr(error, "lasting", False):
+                raise
+            return lane.refused(self._clock(), error)
+        lane.wrote(self._clock())
+        log.info("slices-written", pool=lane.name, **{verb: len(bodies) for verb, bodies in todo._asdict().items()})
+        self._lose(kept)
+        return 0.0  # to see that it is now as it should be
+
+    async def _apply(self, todo: SlicePlan) -> Features:
+        """The writes in order; what the server kept of them.
+
+        Stops at the first that lost a field: the rest would only complete a pool that is wrong.
+        """
+        changes = [
+            *((self._api.replace, one) for one in todo.replace),
+            *((self._api.create, one) for one in todo.create),
+        ]
+        for write, body in changes:
+            kept = lost_features(body, await self._stored_by(write, body))
+            if kept != ALL_FEATURES:
+                return kept
+        for one in todo.delete:
+            await self._delete(one)
+        return ALL_FEATURES
+
+    async def _stored_by(self, write: Callable[[Any, Object], Awaitable[Object]], body: Object) -> Object:
+        name = body["metadata"]["name"]
+        before = self._stored.get(name)
+        self._writes += 1
+        answer = await write(self._slices, body)
+        told = self._stored.get(name)
+        # The watch may have been faster than the answer. What else it told meanwhile may be older or newer.
+        self._stale = self._stale or (told is not before and (told is None or version(told) != version(answer)))
+        if told is before:
+            self._own_writes.add(version(answer))
+        self._stored[name] = answer
+        return answer
+
+    async def _delete(self, one: Object) -> None:
+        name = one["metadata"]["name"]
+        self._writes += 1
+        self._stored.pop(name, None)
+        await self._api.delete(self._slices, name, uid=uid(one))
+
+    def _lose(self, kept: Features) -> None:
+        both = {one.name: getattr(kept, one.name) and getattr(self._features, one.name) for one in fields(Features)}
+        if Features(**both) != self._features:
+            self._features = Features(**both)
+            log.warning("features-lost", lost=_names_lost(self._features))
+
+    # Showing
+
+    def _failed(self, error: Exception) -> float:
+        """Show a failure, say it once; how long to rest, in seconds."""
+        reason = _text(error)
+        state = WAITING if isinstance(error, _NoNodeError) else FAILED
+        said = (self._standing.state, self._standing.reason) == (state, reason)
+        first = self._retry_s == self._pace.first_retry_s
+        if not said and not (first and _status(error) in _OUT_OF_DATE):
+            log.warning(
+                "slices-not-published", error=reason, exc_info=None if isinstance(error, NodeagentError) else error
+            )
+        self._show(state, reason)
+        rest_s = self._retry_s * self._jitter.uniform(0.5, 1.0)
+        self._retry_s = min(2 * self._retry_s, self._pace.last_retry_s)
+        if getattr(error, "lasting", False):
+            rest_s = max(rest_s, self._pace.refused_s * self._jitter.uniform(0.5, 1.0))
+        return max(rest_s, retry_after_s(error))
+
+    def _show_pools(self) -> None:
+        shown = tuple(lane.standing(self._stored) for lane in self._lanes.values())
+        broken = tuple(str(one) for lane in self._lanes.values() for one in lane.broken)
+        bad = [one for one in shown if one.state == FAILED] or [one for one in shown if one.state == WAITING]
+        state, reason = (bad[0].state, bad[0].reason) if bad else (PUBLISHED, "")
+        self._show(state, reason, pools=shown, broken=broken, lost=_names_lost(self._features))
+
+    def _show(self, state: str, reason: str, **more: Any) -> None:
+        before = self._standing
+        since_s = before.since_unix_s if state == before.state else time.time()
+        after = replace(before, state=state, reason=reason, since_unix_s=since_s, writes=self._writes, **more)
+        if after != before:
+            self._standing = after
+            self._revision.bump()
+
+
+def _names_lost(features: Features) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(Features) if not getattr(features, one.name))
+
+
+def _status(error: Exception) -> int:
+    return int(getattr(error, "status", 0))
+
+
+def _text(error: BaseException) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,294 @@
+"""Pools as ResourceSlices (resource.k8s.io/v1): how they are written, and the smallest difference to what is stored.
+
+Pure: nothing here talks to a server. The same pool gives the same objects with the same names on every run, so a
+restart finds what it published and writes nothing. Writes of a plan, done in its order, never show the scheduler a
+complete pool that mixes two states: either one slice changes, or a higher generation stays incomplete to its end.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, NamedTuple, TypeVar
+
+from nodeagent.core.dra.pool import Capacity, CounterSet, Features, Pool, PoolDevice, Taint, Value
+
+Object = dict[str, Any]
+"""A Kubernetes object, or a part of one, as JSON has it."""
+
+API_VERSION, KIND = "resource.k8s.io/v1", "ResourceSlice"
+DEVICES_A_SLICE = 64
+"""Half of what a slice may hold: 64 is the limit once one device is tainted, and taints come and go. A larger chunk
+would have to be cut anew for a taint, which changes every slice after it and raises the pool's generation; so it
+changes one slice."""
+COUNTER_SETS_A_SLICE = 8
+LONGEST_NAME = 253
+
+_BINARY = ("", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei")
+_QUANTITY = re.compile(r"([+-]?(?:\d+\.?\d*|\.\d+))(?:([eE][+-]?\d+)|([KMGTPE]i|[numkMGTPE]))?")
+_SUFFIXES: Mapping[str, Fraction] = {
+    **{suffix: Fraction(1024) ** power for power, suffix in enumerate(_BINARY)},
+    **{suffix: Fraction(1000) ** power for power, suffix in enumerate("numkMGTPE", start=-3) if suffix in "num"},
+    **{suffix: Fraction(1000) ** power for power, suffix in enumerate("kMGTPE", start=1)},
+}
+_QUANTITY_FIELDS = frozenset({"value", "default", "min", "max", "step", "validValues"})
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owner:
+    """Whose slices they are."""
+
+    driver: str
+    node_name: str
+    node_uid: str = ""
+    """"": not known; the slices then have no owner."""
+
+
+class SlicePlan(NamedTuple):
+    """What to write, in this order, so that the server holds one pool as it is wanted."""
+
+    create: tuple[Object, ...] = ()
+    replace: tuple[Object, ...] = ()
+    """Each carries the resourceVersion that it replaces."""
+    delete: tuple[Object, ...] = ()
+    """As stored."""
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+
+def pool_name(owner: Owner, kind: str) -> str:
+    """The name of the pool of one kind; unique in the cluster, as a pool's name must be for one driver."""
+    return f"{owner.node_name}/{kind}"
+
+
+def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
+    """The pool's slices in a fixed order, counters first; none for a pool without devices."""
+    if not pool.devices:
+        return ()
+    parts: list[tuple[str, Object]] = [
+        (f"counters-{index:04d}", {"sharedCounters": [_counter_set(one) for one in chunk]})
+        for index, chunk in enumerate(_chunks(pool.counters, COUNTER_SETS_A_SLICE))
+    ]
+    parts += [
+        (f"{index:04d}", {"devices": [_device(one) for one in chunk]})
+        for index, chunk in enumerate(_chunks(pool.devices, DEVICES_A_SLICE))
+    ]
+    place = {"name": pool_name(owner, pool.kind), "generation": generation, "resourceSliceCount": len(parts)}
+    head = _name_head(owner, pool.kind)
+    return tuple(_slice(f"{head}-{tail}", owner, place, part) for tail, part in parts)
+
+
+def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
+    """The smallest difference between what is stored of this pool and the pool; empty where they are equal.
+
+    `stored` may hold slices of other pools. The generation rises unless one slice alone changes, or what is stored of
+    the newest generation is a part of what is wanted (a write that was cut off, a slice that somebody deleted).
+    """
+    place = pool_name(owner, pool.kind)
+    found = {one["metadata"]["name"]: one for one in stored if belongs(one, owner) and _place(one).get("name") == place}
+    newest = max((_generation(one) for one in found.values()), default=0)
+    wanted = render(pool, owner, max(newest, 1))
+    if not _may_keep_generation(found, wanted, newest):
+        wanted = render(pool, owner, newest + 1)
+    names = {one["metadata"]["name"] for one in wanted}
+    return SlicePlan(
+        create=tuple(one for one in wanted if one["metadata"]["name"] not in found),
+        replace=tuple(_replacement(old, one) for old, one in _pairs(found, wanted) if not same(old, one)),
+        delete=tuple(one for name, one in found.items() if name not in names),
+    )
+
+
+def strays(stored: Iterable[Object], kinds: Iterable[str], owner: Owner) -> tuple[Object, ...]:
+    """What is stored for this driver and node in pools that are not served (any more)."""
+    served = {pool_name(owner, kind) for kind in kinds}
+    return tuple(one for one in stored if belongs(one, owner) and _place(one).get("name") not in served)
+
+
+def belongs(one: Object, owner: Owner) -> bool:
+    """Whether a slice is of this driver on this node. No other is ever touched."""
+    spec = one.get("spec", {})
+    return bool(spec.get("driver") == owner.driver and spec.get("nodeName") == owner.node_name)
+
+
+def same(stored: Object, wanted: Object) -> bool:
+    """Whether they say the same, what the server adds left aside; quantities are compared by value."""
+    if _owners(stored) != _owners(wanted):
+        return False
+    a, b = stored["spec"], wanted["spec"]
+    if a == b:
+        return True
+    # To compare all of it takes long, and another generation is another whatever the rest says.
+    return _generation(stored) == _generation(wanted) and bool(_canonical(a) == _canonical(b))
+
+
+def lost_features(sent: Object, stored: Object) -> Features:
+    """What the server kept of a slice: a feature is False where a field of it was sent and is not in the answer."""
+    answered = {one["name"]: one for one in stored["spec"].get("devices", ())}
+    pairs = [(one, answered.get(one["name"], one)) for one in sent["spec"].get("devices", ())]
+    return Features(
+        consumable=not any(_lacks(a, b, "allowMultipleAllocations") or _lacks_policy(a, b) for a, b in pairs),
+        counters=not any(_lacks(a, b, "consumesCounters") for a, b in pairs)
+        and not _lacks(sent["spec"], stored["spec"], "sharedCounters"),
+        taints=not any(_lacks(a, b, "taints") for a, b in pairs),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def quantity(text: str) -> Fraction | None:
+    """The value of a Kubernetes quantity (apimachinery resource.Quantity); None where it is none."""
+    match = _QUANTITY.fullmatch(text)
+    if match is None:
+        return None
+    number, exponent, suffix = match.groups()
+    return Fraction(number + (exponent or "")) * _SUFFIXES[suffix or ""]
+
+
+# Writing
+
+
+def _slice(name: str, owner: Owner, place: Object, part: Object) -> Object:
+    metadata: Object = {"name": name}
+    if owner.node_uid:
+        node = {"apiVersion": "v1", "kind": "Node", "name": owner.node_name, "uid": owner.node_uid}
+        metadata["ownerReferences"] = [{**node, "controller": True}]
+    spec = {"driver": owner.driver, "nodeName": owner.node_name, "pool": dict(place), **part}
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
+
+
+@functools.lru_cache(maxsize=256)
+def _name_head(owner: Owner, kind: str) -> str:
+    """Readable, and unique by its hash: node, driver and kind may hold the sign that stands between them."""
+    triple = (owner.node_name, owner.driver, kind)
+    digest = hashlib.sha256("\0".join(triple).encode(errors="surrogateescape")).hexdigest()[:12]
+    readable = "-".join((owner.node_name, owner.driver, re.sub(r"[^a-z0-9-]", "-", kind)))
+    room = LONGEST_NAME - len(f"-{digest}-counters-0000")
+    return f"{readable[:room].rstrip('.-')}-{digest}"
+
+
+def _chunks(things: Sequence[T], size: int) -> list[Sequence[T]]:
+    return [things[start : start + size] for start in range(0, len(things), size)]
+
+
+def _counter_set(one: CounterSet) -> Object:
+    return {"name": one.name, "counters": _counters(one.counters)}
+
+
+def _counters(counters: Mapping[str, int]) -> Object:
+    return {name: {"value": str(value)} for name, value in counters.items()}
+
+
+def _device(device: PoolDevice) -> Object:
+    written: Object = {"name": device.name}
+    if device.attributes:
+        written["attributes"] = {name: _attribute(value) for name, value in device.attributes.items()}
+    if device.capacity:
+        written["capacity"] = {name: _capacity(one, device.shared) for name, one in device.capacity.items()}
+    if device.shared:
+        written["allowMultipleAllocations"] = True
+    if device.consumes:
+        written["consumesCounters"] = [
+            {"counterSet": name, "counters": _counters(counters)} for name, counters in device.consumes.items()
+        ]
+    if device.taints:
+        written["taints"] = [_taint(one) for one in device.taints]
+    return written
+
+
+def _attribute(value: Value) -> Object:
+    form = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "string"
+    return {form: value}
+
+
+def _taint(taint: Taint) -> Object:
+    value = {"value": taint.value} if taint.value else {}
+    return {"key": taint.key, **value, "effect": taint.effect}
+
+
+def _capacity(capacity: Capacity, shared: bool) -> Object:
+    write = _binary if capacity.binary else str
+    written: Object = {"value": write(capacity.value)}
+    if not shared or capacity.value < capacity.least:
+        return written
+    least = write(capacity.least)
+    if capacity.value >= capacity.least + capacity.step:
+        allowed: Object = {"validRange": {"min": least, "step": write(capacity.step)}}
+    else:
+        # The server refuses a range whose first step is beyond the value.
+        allowed = {"validValues": [least]}
+    return {**written, "requestPolicy": {"default": least, **allowed}}
+
+
+def _binary(value: int) -> str:
+    """Exact, with the largest suffix that divides it."""
+    power = 0
+    while value and value % 1024 == 0 and power < len(_BINARY) - 1:
+        value, power = value // 1024, power + 1
+    return f"{value}{_BINARY[power]}"
+
+
+# Comparing
+
+
+def _may_keep_generation(found: Mapping[str, Object], wanted: Sequence[Object], newest: int) -> bool:
+    live = {name: one for name, one in found.items() if _generation(one) == newest}
+    names = {one["metadata"]["name"] for one in wanted}
+    missing, surplus = len(names - live.keys()), len(live.keys() - names)
+    different = sum(not same(old, one) for old, one in _pairs(live, wanted))
+    if not different:
+        return not (missing and surplus)
+    return different == 1 and not missing and not surplus
+
+
+def _pairs(found: Mapping[str, Object], wanted: Sequence[Object]) -> list[tuple[Object, Object]]:
+    named = [(found.get(one["metadata"]["name"]), one) for one in wanted]
+    return [(old, one) for old, one in named if old is not None]
+
+
+def _replacement(old: Object, new: Object) -> Object:
+    """The new slice in the old one's place; labels and annotations that others set stay."""
+    kept = {key: value for key, value in old["metadata"].items() if key not in ("managedFields", "ownerReferences")}
+    return {**new, "metadata": {**kept, **new["metadata"]}}
+
+
+def _place(one: Object) -> Object:
+    found: Object = one.get("spec", {}).get("pool", {})
+    return found
+
+
+def _generation(one: Object) -> int:
+    return int(_place(one).get("generation", 0))
+
+
+def _owners(one: Object) -> list[tuple[Any, ...]]:
+    fields = ("apiVersion", "kind", "name", "uid", "controller")
+    return [tuple(owner.get(field) for field in fields) for owner in one["metadata"].get("ownerReferences", ())]
+
+
+def _canonical(value: Any, field: str = "") -> Any:
+    match value:
+        case dict():
+            inner = {key: _canonical(one, key) for key, one in value.items()}
+            return {key: one for key, one in inner.items() if one not in (None, [], {})}
+        case list() if field == "taints":
+            return [{key: one for key, one in taint.items() if key != "timeAdded"} for taint in value]
+        case list():
+            return [_canonical(one, field) for one in value]
+        case str() if field in _QUANTITY_FIELDS:
+            number = quantity(value)
+            return value if number is None else number
+    return value
+
+
+def _lacks(sent: Object, stored: Object, field: str) -> bool:
+    return bool(sent.get(field)) and not stored.get(field)
+
+
+def _lacks_policy(sent: Object, stored: Object) -> bool:
+    kept = stored.get("capacity", {})
+    return any(_lacks(one, kept.get(name, one), "requestPolicy") for name, one in sent.get("capacity", {}).items())

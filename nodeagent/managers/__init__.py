@@ -1,0 +1,1 @@
+"""What runs: each manager keeps one desired state in force."""

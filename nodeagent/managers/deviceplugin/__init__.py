@@ -1,0 +1,1 @@
+"""Serves resources through the device-plugin API."""

@@ -1,0 +1,40 @@
+"""An offer of the agent as the device-plugin adapter wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from nodeagent.core.model.device import Advertised, ContainerEdits
+from nodeagent.resources.offer import Offer
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry import metrics
+
+
+class OfferAdapter:
+    """An offer as the device-plugin adapter wants it."""
+
+    pre_start_required = False
+
+    def __init__(self, agent: Agent, offer: Offer) -> None:
+        self._agent = agent
+        self.offer = offer
+
+    @property
+    def name(self) -> str:
+        return self.offer.name
+
+    def advertised(self) -> tuple[Advertised, ...]:
+        return self._agent.advertised(self.offer)
+
+    async def changed(self, seen: int) -> int:
+        return await self._agent.revision.changed(seen)
+
+    def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
+        return self._agent.prefer(self.offer, available, must_include, size)
+
+    async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
+        with metrics.counted_allocation(self.name):
+            return await self._agent.allocate(self.offer, containers, op)
+
+    async def pre_start(self, ids: Sequence[str]) -> None:
+        """Nothing to prepare."""

@@ -1,0 +1,30 @@
+"""Notices each start of a kubelet."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.kube.kubelet import sockets
+from nodeagent.kube.kubelet.registration import KUBELET_SOCKET
+
+KUBELET_POLL_S = 15.0
+"""The safety net below the watch of kubelet's folder."""
+
+
+async def kubelets(plugins: Path) -> AsyncGenerator[None, None]:
+    """Yield at each start of a kubelet, first for the one that runs already.
+
+    plugins: kubelet's folder of device plugins, where it makes its socket before it calls any plugin.
+    """
+    before: sockets.SocketIdentity | None = None
+    with (
+        sockets.SocketWatch(plugins / KUBELET_SOCKET) as kubelet,
+        FolderWatch(plugins, poll_s=KUBELET_POLL_S) as folder,
+    ):
+        while True:
+            if (now := kubelet.look()) != before:
+                before = now
+                yield
+            await folder.wait()

@@ -1,0 +1,177 @@
+"""What is served: the configured resources, each kept registered with kubelet, less those that kubelet manages itself;
+and whether kubelet shows what was sent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import structlog
+
+from nodeagent.aio.revision import Revision
+from nodeagent.aio.supervise import cancel_all, supervise
+from nodeagent.config.schema import Config
+from nodeagent.core.ledger.release import Patience
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import PeerError
+from nodeagent.host.devices import all_kinds
+from nodeagent.kube.kubelet.device_plugin_sockets import PluginPaths
+from nodeagent.kube.kubelet.pod_resources import PodResources
+from nodeagent.kube.kubelet.registration import Registrar, Registration, RegistrationState, RegistrationTiming
+from nodeagent.managers import kubelet_conflicts as beside
+from nodeagent.managers.deviceplugin.adapter import OfferAdapter
+from nodeagent.managers.kubelet import Kubelet
+from nodeagent.managers.manager import Manager
+from nodeagent.resources.offer import Offer, offers
+from nodeagent.state.agent import Agent, AgentSettings
+
+PLUGINS = "device-plugins"
+"""Below kubelet's folder."""
+PACE = RegistrationTiming(poll_s=15.0)
+"""The watch of the folder is what counts; the poll below it costs every idle node."""
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class _One:
+    """One offer, and the task that keeps it registered."""
+
+    offer: Offer
+    registrar: Registrar
+    task: asyncio.Task[None]
+
+
+class DevicePluginManager(Manager):
+    """Serves resources to kubelet, on the leading agent alone."""
+
+    name = "device plugin"
+
+    def __init__(
+        self,
+        agent: Agent,
+        kubelet_dir: Path,
+        families: Sequence[all_kinds.Kind],
+        managed_elsewhere: Callable[[], Mapping[str, str]],
+        leads: Callable[[], bool],
+    ) -> None:
+        """managed_elsewhere: kinds that cannot be served while kubelet manages them, with the reason. leads: whether
+        this agent leads."""
+        self._leads = leads
+        self.refused: Mapping[str, str] = MappingProxyType({})
+        """Configured resources that are not served, with the reason."""
+        self.revision = Revision()
+        """Rises whenever a resource stands differently with kubelet."""
+        self._agent = agent
+        self._kubelet_dir = kubelet_dir
+        self._families = families
+        self._managed_elsewhere = managed_elsewhere
+        self._now: Mapping[str, _One] = MappingProxyType({})
+        self._shown: frozenset[tuple[str, str]] | None = None
+
+    def offers(self) -> tuple[Offer, ...]:
+        """What is served, in the order of the configuration."""
+        return tuple(one.offer for one in self._now.values())
+
+    def registrations(self) -> tuple[Registration, ...]:
+        """How each resource stands with kubelet, in the same order."""
+        return tuple(found for one in self._now.values() for found in one.registrar.registrations())
+
+    async def apply(self, config: Config) -> None:
+        """Serve what is configured: end what is no longer, begin what is new, leave alone what stays."""
+        if not self._leads():
+            return
+        wanted = {offer.name: offer for offer in self._admissible(config)}
+        kept_on = {name: one for name, one in self._now.items() if wanted.get(name) == one.offer}
+        # Kubelet up to 1.36 ends the new registration of a resource when the stream of its old one ends: that first.
+        await cancel_all(one.task for name, one in self._now.items() if name not in kept_on)
+        self._now = MappingProxyType({name: kept_on.get(name) or self._begin(offer) for name, offer in wanted.items()})
+        self._agent.revision.bump()
+        self.revision.bump()
+
+    async def withdraw(self) -> None:
+        """End everything and remove the sockets."""
+        await cancel_all(one.task for one in self._now.values())
+        self._now = MappingProxyType({})
+
+    def _begin(self, offer: Offer) -> _One:
+        registrar = Registrar([OfferAdapter(self._agent, offer)], self._kubelet_dir / PLUGINS, pace=PACE)
+        task = asyncio.create_task(supervise(offer.name, lambda: self._run(registrar)), name=offer.name)
+        return _One(offer, registrar, task)
+
+    async def _run(self, registrar: Registrar) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(registrar.run())
+            tasks.create_task(self._relay(registrar))
+
+    async def _relay(self, registrar: Registrar) -> None:
+        seen = 0
+        while True:
+            seen = await registrar.changed(seen)
+            self.revision.bump()
+
+    def _admissible(self, config: Config) -> Iterable[Offer]:
+        """The configured offers without those that would collide with kubelet's own managers."""
+        # What else is served through DRA does not concern kubelet's device plugins: their sockets stay as they are.
+        found = [one.by_device_plugin_alone() for one in offers(config, self._families) if one.by_device_plugin]
+        managed = self._managed_elsewhere()
+        refused = {one.name: managed[one.resource.kind] for one in found if one.resource.kind in managed}
+        if refused != self.refused:
+            for name, reason in refused.items():
+                log.warning("resource-refused", resource=name, reason=reason)
+        self.refused = MappingProxyType(refused)
+        return [one for one in found if one.name not in refused]
+
+    # ---------------------------------------------------------------- what kubelet makes of it
+
+    def not_ready(self) -> list[str]:
+        """Why kubelet does not show what was sent, one sentence a resource; none: it does."""
+        reasons = [_standing(one) for one in self.registrations() if not one.ready]
+        return reasons or [f"{name}: kubelet does not show what was sent" for name in self._unshown()]
+
+    def _unshown(self) -> list[str]:
+        if self._shown is None:
+            return []
+        sent = {(offer.name, one.id) for offer in self.offers() for one in self._agent.advertised(offer) if one.healthy}
+        shown = {(name, one) for name, one in self._shown if name in self._now}
+        return sorted({name for name, _ in sent ^ shown})
+
+    async def read_back(self, pods: PodResources) -> None:
+        """Ask kubelet what it counts as allocatable; a kubelet that cannot say is not held against it."""
+        try:
+            shown = await pods.allocatable()
+        except PeerError:
+            self._shown = None
+        else:
+            self._shown = frozenset((name, one) for name, ids in shown.items() for one in ids)
+
+
+def _standing(one: Registration) -> str:
+    reason = one.reason or (
+        "registered, and kubelet does not watch it" if one.state == RegistrationState.REGISTERED else one.state
+    )
+    return f"{one.resource}: {reason}"
+
+
+def check(config: Config, families: Sequence[all_kinds.Kind], kubelet_dir: Path) -> None:
+    """ConfigError where what is configured cannot be served anywhere."""
+    for offer in offers(config, families):
+        if offer.by_device_plugin:
+            PluginPaths(kubelet_dir / PLUGINS, offer.name)
+
+
+def settings(config: Config, kubelet: Kubelet, boot_id: str, inventory: Inventory) -> AgentSettings:
+    """What of the configuration the agent itself goes by."""
+    return AgentSettings(
+        boot_id=boot_id,
+        reserved=beside.reserved(config, kubelet, inventory),
+        patience=Patience(
+            unconfirmed_s=config.release.unconfirmed_seconds,
+            confirmed_s=config.release.confirmed_seconds,
+            unobserved_s=config.release.unobserved_seconds,
+        ),
+        recover_s=config.health.recover_seconds,
+    )

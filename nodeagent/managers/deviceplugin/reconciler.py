@@ -1,0 +1,112 @@
+"""Learns from kubelet who holds what, and that it is given back."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import structlog
+
+from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.aio.revision import Revision
+from nodeagent.aio.supervise import race
+from nodeagent.core.model.grant import KUBELET, Grant
+from nodeagent.errors import InputError, PeerError, StateError
+from nodeagent.kube.kubelet.pod_resources import CheckpointWatch, PodResources
+from nodeagent.kube.kubelet_files.checkpoints import PODS, pods_there
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.pod_witness import PodWitness
+from nodeagent.resources.offer import Offer
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry import metrics
+from nodeagent.telemetry.log import new_op
+from nodeagent.telemetry.once import Once
+
+ABSENCE_POLL_S = 1.0
+"""How soon kubelet is asked again at the earliest while a grant is missing from its list."""
+PODS_POLL_S = 3600.0
+"""The watch of the pods' folders only makes a release sooner: it needs no poll below it."""
+log = structlog.get_logger()
+
+
+class HolderReconciler(Manager):
+    """Learns from kubelet who holds what, and that it is given back."""
+
+    name = "holders"
+
+    def __init__(
+        self,
+        agent: Agent,
+        pods: PodResources,
+        witness: PodWitness,
+        offers: Callable[[], Sequence[Offer]],
+        plugins: Path,
+        ended: Revision,
+        poll_s: Callable[[], float],
+    ) -> None:
+        """plugins: kubelet's device-plugins folder, beside the folders of its pods. ended: rises with each end of a pod
+        or a container that the runtime or the kernel reports. poll_s: how often kubelet is asked without any event."""
+        self._agent = agent
+        self._pods = pods
+        self._witness = witness
+        self._offers = offers
+        self._plugins = plugins
+        self._ended = ended
+        self._poll_s = poll_s
+        self._unknown = Once("holders-unknown")
+        self._ended_unknown = Once("ended-pods-unknown")
+
+    async def lead(self) -> None:
+        """Kubelet's list after every change of its checkpoint and every end of a pod, when a release is due, and once
+        in a while without."""
+        watch = CheckpointWatch(self._plugins, poll_s=self._poll_s())
+        with watch, FolderWatch(self._plugins.parent / PODS, poll_s=PODS_POLL_S) as folders:
+            seen = self._ended.value
+            while True:
+                await self._reconcile()
+                await self._look_for_ended()
+                # Kubelet lists a pod for a moment longer than it lives.
+                due_s = 0.0 if self._ended.value != seen else self._agent.look_again_s
+                seen = self._ended.value
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(None if due_s is None else max(due_s, ABSENCE_POLL_S)):
+                        await race(watch.wait(), folders.wait(), self._ended.changed(seen))
+
+    async def _reconcile(self) -> None:
+        try:
+            asked_at = time.monotonic()
+            listing = await self._pods.listing()
+            witnesses = await self._witness.witnesses(self._agent.ledger, listing)
+            found = await self._agent.reconcile(
+                listing.holdings, self._offers(), new_op(), asked_at=asked_at, witnesses=witnesses
+            )
+        except (PeerError, StateError) as error:
+            self._unknown.report(str(error))
+            return
+        self._unknown.clear()
+        metrics.RELEASES.inc(len(found.released))
+        metrics.ADOPTIONS.inc(len(found.adopted))
+        _log_grants("released", found.released)
+        _log_grants("adopted", found.adopted)
+
+    async def _look_for_ended(self) -> None:
+        """What was taken over from kubelet's own managers is in no list of its: the folders of its pods tell."""
+        if not any(one.holder.api == KUBELET for one in self._agent.ledger.grants.values()):
+            return
+        try:
+            there = await asyncio.to_thread(pods_there, self._plugins.parent)
+            gone = await self._agent.release_ended(there, new_op())
+        except (InputError, StateError) as error:
+            self._ended_unknown.report(str(error))
+            return
+        self._ended_unknown.clear()
+        metrics.RELEASES.inc(len(gone))
+        _log_grants("released", gone)
+
+
+def _log_grants(event: str, grants: Sequence[Grant]) -> None:
+    for grant in grants:
+        log.info(event, grant=grant.id, ids=grant.ids, holder=str(grant.holder))

@@ -1,0 +1,1 @@
+"""Serves resources through Dynamic Resource Allocation."""

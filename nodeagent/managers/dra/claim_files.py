@@ -1,0 +1,156 @@
+"""What a claim leaves on disk: one CDI file, and one folder with what its containers may read. Both are a function of
+the ledger and the inventory, are written after the decision is durable, and are put back whenever they are not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from nodeagent.aio.supervise import run_to_end
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.device import Mount
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import HostError, InputError, NodeagentError
+from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
+from nodeagent.managers.dra import container_edits as handover
+from nodeagent.resources.catalog import Dra
+from nodeagent.state.agent import Agent
+
+P = ParamSpec("P")
+T = TypeVar("T")
+PACK = 16
+"""Claims whose files are looked at in one go."""
+log = structlog.get_logger()
+
+
+class _EveryClaim:
+    """Has every UID."""
+
+    def __contains__(self, uid: object) -> bool:
+        return True
+
+
+_EVERY_CLAIM = _EveryClaim()
+
+
+class ClaimRenderer:
+    """The files of all claims. One call at a time writes or removes."""
+
+    def __init__(self, agent: Agent, dra: Callable[[], Dra], cdi: CdiFolder, readable: ClaimFiles) -> None:
+        """dra: what is served at this moment."""
+        self._agent = agent
+        self._dra = dra
+        self._cdi = cdi
+        self._readable = readable
+        self._disk = asyncio.Lock()
+        self._unrendered: Mapping[str, str] = {}
+        """What was said last of claims whose files cannot be written."""
+
+    def hold(self, grants: Iterable[Grant]) -> bool:
+        """Whether these grants are in force, as they were made."""
+        now = self._agent.ledger.grants
+        return all(one.id in now and replace(now[one.id], pods=one.pods) == one for one in grants)
+
+    def cdi_id(self, grant: Grant) -> str:
+        """The name of a grant's CDI device, VENDOR/CLASS=NAME."""
+        return self._cdi.device_id(grant.holder.uid, _index(grant))
+
+    async def remove(self, uids: Sequence[str]) -> dict[str, str]:
+        """Remove the files of some claims; by UID "", or why something is left."""
+        return await run_to_end(self._alone(self._remove, uids))
+
+    async def _alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        async with self._disk:
+            return await asyncio.to_thread(work, *args, **kwargs)
+
+    async def restore(self) -> None:
+        """Put back what is missing of any claim and remove what is of none. Errors are said, claim by claim."""
+        on_disk = await asyncio.to_thread(lambda: self._cdi.uids() | self._readable.uids())
+        # Whoever wrote a file had decided before: what is unknown after this has no grant.
+        await self._agent.refresh()
+        held = claims_held(self._agent.ledger)
+        before, self._unrendered = self._unrendered, await self._write_all(held)
+        for uid, error in self._unrendered.items():
+            if before.get(uid) != error:
+                log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
+        if self._agent.loss:
+            return  # what is not in the ledger may be what it has lost
+        orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
+        await self.remove(orphans)
+        drafts = await run_to_end(self._alone(self._remove_drafts))
+        if orphans or drafts:
+            log.info("orphans-removed", claims=orphans, drafts=drafts)
+
+    async def _write_all(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """The same of many claims, a few at a time: kubelet's calls come in between."""
+        errors, every = dict[str, str](), list(claims.items())
+        for start in range(0, len(every), PACK):
+            errors |= await self.write(dict(every[start : start + PACK]))
+        return errors
+
+    async def write(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """Write the files of those claims whose grants are still in force; errors by UID."""
+        return await run_to_end(self._alone(self._write_held, claims))
+
+    def _write_held(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        some = {uid: grants for uid, grants in claims.items() if self.hold(grants)}
+        return self._write_some(self._dra(), self._agent.inventory, some)
+
+    def _write_some(self, dra: Dra, inventory: Inventory, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        errors = {}
+        for uid, grants in claims.items():
+            try:
+                self._write(dra, inventory, uid, grants)
+            except (NodeagentError, OSError) as error:
+                errors[uid] = f"cannot prepare {grants[0].holder}: {error}"
+        return errors
+
+    def _write(self, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
+        self._readable.write(uid, handover.metadata(dra, inventory, grants))
+        edits = handover.edits(dra, inventory, grants, self._mount(uid, grants[0].holder.claim))
+        names = [self._cdi.device_name(uid, _index(grant)) for grant in grants]
+        self._cdi.write(uid, [CdiDevice(name=name, edits=one) for name, one in zip(names, edits, strict=True)])
+
+    def _mount(self, uid: str, name: str) -> Mount:
+        return Mount(host_path=str(self._readable.path(uid).parent), container_path=f"{handover.CLAIMS_FOLDER}/{name}")
+
+    def _remove(self, uids: Iterable[str]) -> dict[str, str]:
+        errors = {}
+        for uid in uids:
+            try:
+                self._cdi.remove(uid)
+                self._readable.remove(uid)
+                errors[uid] = ""
+            except InputError:
+                errors[uid] = ""  # nothing of ours can be named after it
+            except (HostError, OSError) as error:
+                errors[uid] = f"cannot unprepare claim {uid}: {error}"
+        return errors
+
+    def _remove_drafts(self) -> list[str]:
+        """What a killed agent left half-written. Who is writing at this moment, as another instance may be, notices
+        and writes again."""
+        try:
+            return [*self._cdi.sweep(_EVERY_CLAIM), *self._readable.sweep(_EVERY_CLAIM)]
+        except (HostError, OSError) as error:
+            log.warning("drafts-not-removed", error=str(error))
+            return []
+
+
+def claims_held(ledger: Ledger) -> dict[str, tuple[Grant, ...]]:
+    """What each claim holds, by its UID, in the order of its allocation."""
+    held: dict[str, list[Grant]] = {}
+    for grant in ledger.grants.values():
+        if grant.holder.api == CLAIM:
+            held.setdefault(grant.holder.uid, []).append(grant)
+    return {uid: tuple(sorted(grants, key=lambda one: (len(one.id), one.id))) for uid, grants in held.items()}
+
+
+def _index(grant: Grant) -> str:
+    return grant.id.rpartition("-")[2]

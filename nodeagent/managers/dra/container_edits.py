@@ -1,0 +1,178 @@
+"""What the containers of a claim get, and what they can read about it. Joins what core knows of grants with what the
+kinds of the host know of devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json
+from nodeagent.core.model.device import ContainerEdits, Device, Mount
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.model.topology import NodeId
+from nodeagent.core.pinning.plan import variable
+from nodeagent.errors import HostError
+from nodeagent.resources.catalog import Dra
+from nodeagent.resources.offer import Offer, held_variables, nodes_of_cpus, numbers
+from nodeagent.state import grant_json as storedgrant
+
+CLAIMS_FOLDER = "/var/run/nodeagent/claims"
+"""Where a container finds what it holds: CLAIMS_FOLDER/NAME/metadata.json."""
+MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 - where NVIDIA's control daemon has its pipes unless told otherwise
+
+
+def edits(dra: Dra, inventory: Inventory, grants: Sequence[Grant], metadata: Mount) -> list[ContainerEdits]:
+    """For each grant of one claim what its CDI device gives a container; never nothing, the metadata are always there.
+    A variable speaks of all that the same request was given: a container that uses several requests finds each under
+    the request's own name, and all in the metadata. HostError, InputError where a device cannot be handed over."""
+    same = {request: [one for one in grants if _request(one) == request] for request in map(_request, grants)}
+    env = {request: _environment(inventory, request, some) for request, some in same.items()}
+    return [_edits(dra, inventory, one, same[_request(one)], env[_request(one)], metadata) for one in grants]
+
+
+def _edits(
+    dra: Dra, inventory: Inventory, grant: Grant, same_request: Sequence[Grant], env: Mapping[str, str], metadata: Mount
+) -> ContainerEdits:
+    own, settings = _device_edits(dra, inventory, grant, same_request), from_json(grant.settings)
+    return replace(
+        own,
+        env=MappingProxyType({**own.env, **_settings_env(settings), **env, variable(grant.id): grant.id}),
+        mounts=(*own.mounts, *_settings_mounts(settings, grant), metadata),
+    )
+
+
+def _request(grant: Grant) -> str:
+    """The request that containers ask by: of a subrequest the one that it is an alternative of. No claim is ever given
+    two alternatives of one."""
+    return grant.result.request.partition("/")[0] if grant.result is not None else ""
+
+
+def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: Iterable[Grant]) -> ContainerEdits:
+    device = device_of(dra, inventory, grant)
+    if device is None:
+        return ContainerEdits()
+    offer = next((one for one in dra.offers if _serves(one, device)), None)
+    if offer is None:
+        raise HostError(f"cannot hand over {device.id}: no configured resource serves it (or no longer does)")
+    beside = [found for one in same_request if (found := device_of(dra, inventory, one)) and found.kind == device.kind]
+    own = offer.device_edits(device, beside)
+    if from_json(grant.settings).rdma is False:
+        own = replace(own, device_nodes=tuple(n for n in own.device_nodes if "/infiniband/" not in n.host_path))
+    return own
+
+
+def device_of(dra: Dra, inventory: Inventory, grant: Grant) -> Device | None:
+    """The device of a grant, held or only looked at; None: it is CPUs, pages or memory. HostError: it is not there."""
+    one = next(iter((*grant.devices, *grant.shares)), "") or _looked_at(dra, inventory, grant)
+    if one and one not in inventory.device_by_id:
+        raise HostError(f"cannot hand over {one}: it is not there at this moment")
+    return inventory.device_by_id[one] if one else None
+
+
+def _looked_at(dra: Dra, inventory: Inventory, grant: Grant) -> str:
+    """The device that an administrator's claim sees without holding it; InputError: it is not there. "": it is none."""
+    if grant.result is None or not grant.result.admin:
+        return ""
+    return dra.catalog.find(inventory, grant.result)[1].device
+
+
+def cdi_names(dra: Dra, inventory: Inventory, grant: Grant) -> tuple[str, ...]:
+    """Names of other people's CDI specs that the device is configured to be handed over by."""
+    return _device_edits(dra, inventory, grant, [grant]).cdi_devices
+
+
+def _serves(offer: Offer, device: Device) -> bool:
+    return isinstance(offer.resource, DeviceResource) and offer.resource.serves(device)
+
+
+def _environment(inventory: Inventory, request: str, grants: Sequence[Grant]) -> dict[str, str]:
+    """What one request was given, under the usual names and under the request's own. A request is named by a DNS label:
+    two of them never make one variable."""
+    env = {**held_variables(inventory, grants), **_memory_env(grants)}
+    word = request.upper().replace("-", "_")
+    # The usual names win: a request may be called "numa-nodes".
+    return {**{f"{name}_{word}": value for name, value in env.items()}, **env}
+
+
+def _memory_env(grants: Iterable[Grant]) -> dict[str, str]:
+    memory = [one for grant in grants for one in grant.memory]
+    if not memory:
+        return {}
+    return {
+        "NODEAGENT_MEMORY_BYTES": str(sum(size for _, size in memory)),
+        "NODEAGENT_MEMORY_NUMA_NODES": numbers(node for node, _ in memory),
+    }
+
+
+def _settings_env(settings: OpaqueConfig) -> dict[str, str]:
+    env = dict(settings.env)
+    if settings.mps:
+        env["CUDA_MPS_PIPE_DIRECTORY"] = MPS_PIPES
+    if settings.mps_threads_percent is not None:
+        env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(settings.mps_threads_percent)
+    if settings.mps_pinned_bytes is not None:
+        env["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"0={-(-settings.mps_pinned_bytes // (1 << 20))}M"
+    return env
+
+
+def _settings_mounts(settings: OpaqueConfig, grant: Grant) -> Iterator[Mount]:
+    if settings.mount_path and grant.hugepages:
+        yield Mount(
+            host_path="nodev",
+            container_path=settings.mount_path,
+            read_only=False,
+            type="hugetlbfs",
+            options=(f"pagesize={grant.hugepages[0].page_bytes >> 10}K", "mode=1777"),
+        )
+    if settings.mps:
+        yield Mount(host_path=MPS_PIPES, container_path=MPS_PIPES, read_only=False)
+
+
+# ---------------------------------------------------------------- what a container can read
+
+
+def metadata(dra: Dra, inventory: Inventory, grants: Sequence[Grant]) -> dict[str, Any]:
+    """What a claim holds, for the application that holds it (docs/dra.md)."""
+    first = grants[0].holder
+    return {
+        "apiVersion": "nodeagent.dev/v1alpha1",
+        "kind": "ClaimMetadata",
+        "claim": {"namespace": first.namespace, "name": first.claim, "uid": first.uid},
+        "devices": [_device_metadata(dra, inventory, grant) for grant in grants],
+        "grants": [storedgrant.document(grant) for grant in grants],
+    }
+
+
+def _device_metadata(dra: Dra, inventory: Inventory, grant: Grant) -> dict[str, Any]:
+    result, device = grant.result, device_of(dra, inventory, grant)
+    pages = [{"size": format_size(one.page_bytes), "pages": one.pages, "numaNode": one.node} for one in grant.hugepages]
+    found: dict[str, Any] = {
+        "request": result.request if result else "",
+        "pool": result.pool if result else "",
+        "device": result.device if result else "",
+        "shareID": (result.share_id if result else "") or None,
+        "adminAccess": True if result and result.admin else None,
+        "kind": result.pool.rpartition("/")[2] if result else "",
+        "cpus": str(grant.cpus) or None,
+        "numaNodes": _nodes(inventory, grant, device) or None,
+        "hugepages": pages or None,
+        "memory": [{"bytes": size, "numaNode": node} for node, size in grant.memory] or None,
+        "id": device.id if device else None,
+        "pciAddress": device.pci_address if device else None,
+        "paths": list(device.paths) or None if device else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _nodes(inventory: Inventory, grant: Grant, device: Device | None) -> list[NodeId]:
+    nodes = {*nodes_of_cpus(inventory, grant.cpus), *(one.node for one in grant.hugepages)}
+    nodes |= {node for node, _ in grant.memory}
+    if device is not None and device.numa_node is not None:
+        nodes.add(device.numa_node)
+    return sorted(nodes)

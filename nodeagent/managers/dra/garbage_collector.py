@@ -1,0 +1,213 @@
+"""What happens to claims between kubelet's calls: files put back, status written, the forgotten released.
+
+Each loop runs until cancelled; nothing here keeps kubelet waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import structlog
+
+from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.aio.supervise import race
+from nodeagent.core.model.claim import Claim, ClaimRef, Result
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import InputError, PeerError
+from nodeagent.kube import resourceclaim as wire
+from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry.log import new_op
+
+FOLDER_POLL_S = 30.0
+"""The safety net below the watches of folders."""
+SETTLE_S = 0.2
+"""How long news may go on before files are looked at."""
+LOOK_S, SECOND_LOOK_S = 3600.0, 60.0
+"""How often it is asked whether claims still are, and how long one must be gone before it is released."""
+MOST_WAITING = 1000
+"""Claims whose status is to be written."""
+NOT_ALLOWED_S = 600.0
+"""How long no status is written after the API server said that it may not be."""
+log = structlog.get_logger()
+
+
+async def keep_rendered(agent: Agent, rendering: ClaimRenderer, folder: Path) -> None:
+    """Render at the start, whenever the machine or a grant changed, and when somebody changed the CDI folder."""
+    with FolderWatch(folder, poll_s=FOLDER_POLL_S) as watch:
+        while True:
+            seen = agent.revision.value
+            await rendering.restore()
+            await race(watch.wait(), agent.revision.changed(seen))
+            await asyncio.sleep(SETTLE_S)
+
+
+# ---------------------------------------------------------------- the forgotten
+
+
+class ClaimGarbageCollector:
+    """Releases what is held by claims that are no more, or that are reserved for nobody any more.
+
+    Kubelet has each claim unprepared; this is for those that it forgot. Both the API server and kubelet must say so,
+    and again SECOND_LOOK_S later, and no process of its pods may run: a container may outlive its pod's object.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        fetch: Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]],
+        in_use: Callable[[], Awaitable[frozenset[tuple[str, str]]]],
+        driver: str,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """in_use: (namespace, name) of the claims that kubelet has containers with; PeerError. clock: in seconds."""
+        self._agent = agent
+        self._fetch = fetch
+        self._in_use = in_use
+        self._driver = driver
+        self._clock = clock
+        self._gone_since: dict[str, float] = {}
+
+    async def follow(self) -> None:
+        while True:
+            await self.look()
+            await asyncio.sleep(SECOND_LOOK_S if self._gone_since else LOOK_S)
+
+    async def look(self) -> tuple[Grant, ...]:
+        """Look once; what was released. Where somebody does not answer, nothing that he was to be asked of is."""
+        released: list[Grant] = []
+        try:
+            for uid, ref in (await self._idle()).items():
+                released += await self._release_gone(uid, await self._is(ref))
+        except PeerError as error:
+            log.debug("claims-not-looked-for", error=str(error))
+        for grant in released:
+            log.warning("claim-forgotten", claim=str(grant.holder), uid=grant.holder.uid, grant=grant.id)
+        return tuple(released)
+
+    async def _release_gone(self, uid: str, there: bool) -> tuple[Grant, ...]:
+        """At once after the API server has said it: a claim that was reserved for nobody may be wanted again."""
+        if there:
+            self._gone_since.pop(uid, None)
+            return ()
+        since = self._gone_since.setdefault(uid, self._clock())
+        if self._clock() - since < SECOND_LOOK_S:
+            return ()
+        done = await self._agent.unprepare([uid], new_op())
+        if done.living:
+            why = f"cannot release claim {uid}, which is gone: it is in use, {done.living[uid]}"
+            log.warning("claim-in-use", uid=uid, error=why)
+        else:
+            del self._gone_since[uid]
+        return done.released
+
+    async def _idle(self) -> dict[str, ClaimRef]:
+        """The claims that hold something and that no container uses."""
+        held = {uid: _ref(grants) for uid, grants in claims_held(self._agent.ledger).items()}
+        used = await self._in_use() if held else frozenset()
+        idle = {uid: ref for uid, ref in held.items() if (ref.namespace, ref.name) not in used}
+        self._gone_since = {uid: since for uid, since in self._gone_since.items() if uid in idle}
+        return idle
+
+    async def _is(self, ref: ClaimRef) -> bool:
+        """Whether a claim is still there and reserved for somebody; one that cannot be read is."""
+        document = await self._fetch(ref)
+        if document is None:
+            return False
+        try:
+            found: Claim = wire.read(document, self._driver)
+        except InputError:
+            return True
+        return found.ref.uid == ref.uid and found.allocated and bool(found.reserved_for)
+
+
+def _ref(grants: Sequence[Grant]) -> ClaimRef:
+    holder = grants[0].holder
+    return ClaimRef(namespace=holder.namespace, name=holder.claim, uid=holder.uid)
+
+
+# ---------------------------------------------------------------- status.devices
+
+
+class StatusSender(Protocol):
+    async def __call__(self, ref: ClaimRef, body: Mapping[str, Any], manager: str) -> None: ...
+
+
+class StatusWriter:
+    """Writes what was prepared to the status of claims: conditions, and of network adapters their interface."""
+
+    def __init__(self, tell: StatusSender, driver: str, inventory: Callable[[], Inventory]) -> None:
+        self._tell = tell
+        self._driver = driver
+        self._inventory = inventory
+        self._waiting: dict[str, tuple[ClaimRef, list[Any]]] = {}
+        """By UID, the newest of each claim."""
+        self._news = asyncio.Event()
+        self._written: dict[str, list[Any]] = {}
+        self._not_before_s = 0.0
+
+    def told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
+        """Have it written, unless it is what was written last."""
+        devices = [self._device(grant, grant.result, error) for grant in grants if grant.result is not None]
+        self._waiting.pop(ref.uid, None)
+        full, silent = len(self._waiting) >= MOST_WAITING, time.monotonic() < self._not_before_s
+        if not devices or self._written.get(ref.uid) == devices or full or silent:
+            return
+        self._waiting[ref.uid] = ref, devices
+        self._news.set()
+
+    async def follow(self) -> None:
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            while self._waiting:
+                await self._write(*self._waiting.pop(next(iter(self._waiting))))
+
+    async def _write(self, ref: ClaimRef, devices: list[Any]) -> None:
+        try:
+            await self._tell(ref, wire.device_status(ref, devices), self._driver)
+        except PeerError as error:
+            self._failed(ref, error)
+        else:
+            self._written[ref.uid] = devices
+            self._forget_oldest()
+
+    def _failed(self, ref: ClaimRef, error: PeerError) -> None:
+        """A status is a courtesy: it is not tried again, and where it may not be written, not for a while."""
+        log.warning("claim-status-not-written", claim=str(ref), error=str(error))
+        if getattr(error, "status", 0) == 403:
+            self._not_before_s = time.monotonic() + NOT_ALLOWED_S
+            self._waiting.clear()
+
+    def _forget_oldest(self) -> None:
+        while len(self._written) > MOST_WAITING:
+            del self._written[next(iter(self._written))]
+
+    def _device(self, grant: Grant, result: Result, error: str) -> Any:
+        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(grant.granted_at))
+        reason, message = ("NotPrepared", error) if error else ("Prepared", _held(grant))
+        data = self._network(grant)
+        return wire.one_status(result, ready=not error, reason=reason, message=message, at=at, data=data)
+
+    def _network(self, grant: Grant) -> dict[str, Any]:
+        """NetworkDeviceData of an adapter whose interface is in the host's namespace at this moment."""
+        device = self._inventory().device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
+        name = str(device.attributes.get("netdevs", "")).partition(",")[0] if device else ""
+        if device is None or device.kind != "nic" or not name:
+            return {}
+        mac = device.attributes.get("mac")
+        return {"networkData": {"interfaceName": name, **({"hardwareAddress": str(mac)} if mac else {})}}
+
+
+def _held(grant: Grant) -> str:
+    """What a grant holds, in a few words."""
+    parts = [f"CPUs {grant.cpus}"] if grant.cpus else []
+    parts += [f"{one.pages} pages of {one.page_bytes} bytes on NUMA node {one.node}" for one in grant.hugepages]
+    parts += [f"{size} bytes on NUMA node {node}" for node, size in grant.memory]
+    return ", ".join([*parts, *grant.devices, *grant.shares]) or "no exclusive part"

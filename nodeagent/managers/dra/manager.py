@@ -1,0 +1,300 @@
+"""The DRA side of the agent: the driver's sockets, its claims, their health, and the slices in the API server.
+
+Two instances may serve at once, as during a rolling upgrade: each answers kubelet on sockets of its own. Only one
+leads: it publishes, looks after files and releases what was forgotten.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+
+from nodeagent.aio.supervise import race, supervise
+from nodeagent.config.schema import Config
+from nodeagent.core.deviceplugin.devices import illness
+from nodeagent.core.dra.pool import ALL_FEATURES, Features, Pool
+from nodeagent.core.ledger.offline import lost_cpus
+from nodeagent.core.model.claim import ClaimRef, DeviceHealth
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY
+from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.kube.apiserver.lazy import LazyApi
+from nodeagent.kube.kubelet.plugin_registration import DraPlugin
+from nodeagent.kube.kubelet.plugin_sockets import other_instance_serves, plugin_sockets, remove_stale
+from nodeagent.kube.kubelet.pod_resources import PodResources
+from nodeagent.kube.resourceslice.pool_writer import PUBLISHED, PublishPace
+from nodeagent.kube.resourceslice.publisher import Publisher
+from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
+from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
+from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
+from nodeagent.managers.manager import Manager
+from nodeagent.resources.catalog import Dra, dra_of
+from nodeagent.state.agent import Agent
+
+CLAIMS = "claims"
+"""In the runtime folder: what containers may read of their claims."""
+LINGER_S = 2.0
+"""How long kubelet is still answered when the last claim is gone and nothing is served any more."""
+log = structlog.get_logger()
+
+
+def node_name(config: Config) -> str:
+    """The Node's name: as configured, as the pod was told, or as kubelet names it by default."""
+    return config.dra.node_name or os.environ.get("NODE_NAME", "") or socket.gethostname().lower()
+
+
+class Pools:
+    """The pools at this moment; worked out once for one state of machine, ledger and health."""
+
+    def __init__(self, agent: Agent, dra: Callable[[], Dra]) -> None:
+        self._agent = agent
+        self._dra = dra
+        self._now: tuple[object, ...] = (None,) * 4
+        self._form: Features | None = None
+        self._pools: tuple[Pool, ...] = ()
+        """Of _now, in _form."""
+        self._published = ALL_FEATURES
+
+    def published(self, features: Features) -> tuple[Pool, ...]:
+        """As the API server keeps them."""
+        self._published = features
+        return self._of(features)
+
+    def known(self) -> tuple[Pool, ...]:
+        """Every device under the name that it was published by, also those that were left out for not being well."""
+        return self._of(replace(self._published, taints=True))
+
+    def _of(self, features: Features) -> tuple[Pool, ...]:
+        agent, every = self._agent, self._dra().catalog.kinds
+        now = (agent.inventory, agent.ledger, agent.health, every)
+        if features != self._form or any(a is not b for a, b in zip(self._now, now, strict=True)):
+            self._now, self._form = now, features
+            self._pools = tuple(
+                one.pool(agent.inventory, agent.ledger, agent.health, features) for one in every.values()
+            )
+        return self._pools
+
+
+class DraHealth:
+    """Health of every device of every pool, for the DRA plugin. A device that some of its claims lost CPUs of
+    is unhealthy for all of them, for kubelet knows one state a device: its message says whose CPUs they are."""
+
+    def __init__(self, agent: Agent, dra: Callable[[], Dra], pools: Pools) -> None:
+        self._agent = agent
+        self._dra = dra
+        self._pools = pools
+        # Times are worked out once: a list in which nothing changed is equal to the one before, and not sent again.
+        self._clock_at_unix_s = time.time() - time.monotonic()
+        self._began_unix_s = time.time()
+
+    async def changed(self, seen: int) -> int:
+        return await self._agent.revision.changed(seen)
+
+    def states(self) -> tuple[DeviceHealth, ...]:
+        node = self._dra().catalog.node_name
+        there = {
+            (f"{node}/{pool.kind}", device.name): device.part.device
+            for pool in self._pools.known()
+            for device in pool.devices
+        }
+        lost = lost_cpus(self._agent.inventory, self._agent.ledger)
+        found = [self._state(*at, id, lost.get(at, "")) for at, id in there.items()]
+        gone = (at for at in self._held() if at not in there)
+        return (*found, *(self._unhealthy(*at, lost.get(at, "it is no longer there")) for at in gone))
+
+    def _held(self) -> dict[tuple[str, str], None]:
+        """Devices that claims hold, each once; one that is not there any more is in no pool, and its pod is told."""
+        grants = sorted(self._agent.ledger.grants.values(), key=lambda grant: grant.id)
+        results = (one.result for one in grants if one.holder.api == CLAIM and one.result is not None)
+        return dict.fromkeys((one.pool, one.device) for one in results)
+
+    def _unhealthy(self, pool: str, name: str, message: str) -> DeviceHealth:
+        since_unix_s = self._began_unix_s
+        return DeviceHealth(pool=pool, device=name, state=UNHEALTHY, since_unix_s=since_unix_s, message=message)
+
+    def _state(self, pool: str, name: str, id: str, lost: str) -> DeviceHealth:
+        if lost:
+            return self._unhealthy(pool, name, lost)
+        device = self._agent.inventory.device_by_id.get(id)
+        ill = illness(device, self._agent.health) if device is not None else None
+        if ill is None:
+            return DeviceHealth(pool=pool, device=name, state=HEALTHY, since_unix_s=self._began_unix_s)
+        since_unix_s = self._clock_at_unix_s + ill.since
+        return DeviceHealth(pool=pool, device=name, state=ill.state, since_unix_s=since_unix_s, message=ill.reason)
+
+
+class DraManager(Manager):
+    """Serves what is configured. Building it starts nothing."""
+
+    name = "dra"
+
+    def __init__(
+        self,
+        agent: Agent,
+        config: Config,
+        families: Sequence[all_kinds.Kind],
+        sysfs: SysFs,
+        kubelet_dir: Path,
+        runtime_dir: Path,
+        pods: PodResources,
+        managed_elsewhere: Callable[[], Mapping[str, str]] = dict,
+        grow: Grow = never_grow,
+    ) -> None:
+        """managed_elsewhere: kinds that cannot be served while kubelet manages them, with the reason."""
+        self._managed_elsewhere = managed_elsewhere
+        self.config = config
+        self._agent = agent
+        self._families = families
+        self._kubelet_dir = kubelet_dir
+        self._pods = pods
+        self._node_name = node_name(config)
+        self._dra = dra_of(config, families, self._node_name)
+        self._sockets = plugin_sockets(kubelet_dir, config.dra.driver, os.environ.get("POD_UID", ""))
+        self._cdi_dir = Path(config.dra.cdi_dir)
+        self.api = LazyApi(config.dra.kubeconfig)
+        self.pools = Pools(agent, self.dra)
+        self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
+        folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
+        self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
+        self._claims = ClaimPreparer(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
+        self.refused: Mapping[str, str] = {}
+        """Kinds that are configured for DRA and not served, with the reason."""
+        self._health = DraHealth(agent, self.dra, self.pools)
+        self.plugin: DraPlugin | None = None
+        self.publisher: Publisher | None = None
+
+    def dra(self) -> Dra:
+        return self._dra
+
+    # ---------------------------------------------------------------- what is served
+
+    @property
+    def needed(self) -> bool:
+        """Whether anything is served, or held by a claim that kubelet will have unprepared."""
+        return self._dra.served or any(one.holder.api == CLAIM for one in self._agent.ledger.grants.values())
+
+    async def apply(self, config: Config) -> None:
+        """Take over a configuration. The driver's name stays what it was at the start: its sockets, files and slices
+        are named after it."""
+        refused = self._managed_elsewhere()
+        fixed = msgspec.structs.replace(config.dra, driver=self.config.dra.driver)
+        self.config = config = msgspec.structs.replace(config, dra=fixed)
+        mine = {one.kind: refused[one.kind] for one in config.served_by_dra if one.kind in refused}
+        for kind in mine if mine != self.refused else ():
+            log.warning("kind-refused", kind=kind, reason=mine[kind])
+        self.refused = mine
+        after = dra_of(config, self._families, self._node_name, refused)
+        if after != self._dra:
+            self._dra = after
+            self._agent.revision.bump()
+
+    def document(self) -> dict[str, Any]:
+        """How it stands, in plain types; nothing where nothing is served."""
+        if not self.needed:
+            return {}
+        registration = self.plugin.registration if self.plugin is not None else None
+        standing = self.publisher.standing if self.publisher is not None else None
+        return {
+            "driver": self._dra.catalog.driver,
+            "node": self._node_name,
+            "registered": registration.ready if registration else False,
+            "registration": registration.state if registration else "",
+            "reason": registration.reason if registration else "",
+            "health_watched": registration.connected if registration else False,
+            "slices": dataclasses.asdict(standing) if standing else {},
+            "claims": len(claims_held(self._agent.ledger)),
+        }
+
+    def not_ready(self) -> list[str]:
+        """Why pods cannot get claims prepared or scheduled here, one sentence each."""
+        plugin, publisher, driver = self.plugin, self.publisher, self.config.dra.driver
+        if not self._dra.served or plugin is None or publisher is None:
+            return []
+        reasons = [] if plugin.registration.ready else [f"{driver}: {plugin.registration.reason or 'not registered'}"]
+        standing = publisher.standing
+        if standing.state != PUBLISHED:
+            reasons.append(f"{driver}: slices not published: {standing.reason or standing.state}")
+        return reasons
+
+    def _told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
+        if self.config.dra.device_status:
+            self._status.told(ref, grants, error)
+
+    # ---------------------------------------------------------------- running
+
+    async def serve(self) -> None:
+        """Answer kubelet for as long as that is needed."""
+        await self._while_needed(self._serve)
+
+    async def lead(self) -> None:
+        """Publish and look after claims for as long as that is needed."""
+        await self._while_needed(self._lead)
+
+    async def close(self) -> None:
+        await self.api.close()
+
+    async def _while_needed(self, work: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            await self._until(lambda: self.needed)
+            await race(work(), self._needless())
+
+    async def _needless(self) -> None:
+        """Return when nothing has been needed for a moment: kubelet's last call is still to be answered."""
+        while self.needed:
+            await self._until(lambda: not self.needed)
+            await asyncio.sleep(LINGER_S)
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        seen = 0
+        while not holds():
+            seen = await self._agent.revision.changed(seen or self._agent.revision.value)
+
+    async def _serve(self) -> None:
+        for path in remove_stale(self._kubelet_dir, self.config.dra.driver, self._sockets):
+            log.info("stale-socket-removed", path=str(path))
+        self.plugin = DraPlugin(self._dra.catalog.driver, self._sockets, self._claims, self._health)
+        try:
+            await self.plugin.run()
+        finally:
+            self.plugin = None
+
+    async def _lead(self) -> None:
+        from nodeagent.kube.apiserver.client import NODES, SLICES
+
+        driver, node = self._dra.catalog.driver, self._node_name
+        self.publisher = Publisher(
+            self.api,
+            driver,
+            node,
+            self.pools.published,
+            self._agent.revision.changed,
+            nodes=NODES,
+            slices=SLICES,
+            pace=PublishPace(start_jitter_s=self.config.dra.spread_seconds),
+        )
+        forgotten = ClaimGarbageCollector(self._agent, self.api.claim, self._pods.claims, driver)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(supervise("slices", self.publisher.run))
+                tasks.create_task(
+                    supervise("claims", lambda: keep_rendered(self._agent, self._rendering, self._cdi_dir))
+                )
+                tasks.create_task(supervise("forgotten claims", forgotten.follow))
+                tasks.create_task(supervise("claim status", self._status.follow))
+        finally:
+            # During a rolling upgrade the other instance goes on with the same slices.
+            if not other_instance_serves(self._kubelet_dir, driver, self._sockets):
+                await self.publisher.withdraw()
+            self.publisher = None

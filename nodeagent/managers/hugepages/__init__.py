@@ -1,0 +1,1 @@
+"""Keeps hugepage pools as large as they have to be."""

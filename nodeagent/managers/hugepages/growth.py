@@ -1,0 +1,185 @@
+"""Hugepage pools that grow while claims need it, and shrink again.
+
+Growing and deciding are one turn: what was grown for a claim is not there for another one. What a refused claim made
+grow goes back at once, what a released one needed after a rest: pages that went may not come again. Where the agent is
+killed or hung up in between, the record on disk tells what is to go back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from nodeagent.config.schema import Config
+from nodeagent.core.dra.hugepage_demand import Amounts, Demand, concerned, demand, idle, is_granted
+from nodeagent.core.dra.prepare import Catalog
+from nodeagent.core.ledger.free import grantable
+from nodeagent.core.model.claim import Claim
+from nodeagent.core.model.quantity import format_size, parse_size
+from nodeagent.core.model.topology import HugepagePool
+from nodeagent.errors import HostError, StateError
+from nodeagent.managers.hugepages.journal import Grown, Key
+from nodeagent.managers.hugepages.pool_resizer import PoolResizer
+from nodeagent.resources.catalog import page_limits
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry.once import Once
+
+Explain = Callable[[str], str]
+"""Why the pools of a claim (its UID) did not grow as it needs; "": they did, or need not."""
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrowthTiming:
+    """How long things may take. Kubelet waits 45 s for a claim, of which reading it may take 25."""
+
+    poll_s: float = 2.0
+    """How often pools are looked at: they announce nothing."""
+    rest_s: float = 10.0
+    """How long a grown pool must be needless before it shrinks."""
+    lock_s: float = 6.0
+    grow_s: float = 8.0
+
+
+class PoolGrowth:
+    """Grows pools for claims and gives back. Building it changes nothing."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        sizes: PoolResizer,
+        config: Callable[[], Config],
+        rescan: Callable[[], Awaitable[object]],
+        pace: GrowthTiming,
+    ) -> None:
+        """rescan: has the agent see the machine as it is now."""
+        self._agent = agent
+        self._sizes = sizes
+        self._config = config
+        self._rescan = rescan
+        self._pace = pace
+        self._idle_since: dict[Key, float] = {}
+        self._not_given_back = Once("pages-not-given-back")
+
+    # ---------------------------------------------------------------- what claims need
+
+    @contextlib.asynccontextmanager
+    async def growing(self, catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Explain]:
+        """Decide on claims within: pools have grown by what these lack, as far as may be. On leaving, what those need
+        not that were granted goes back; where deciding failed or was given up, it goes back later."""
+        limits = page_limits(self._config())
+        if not concerned(self._agent.inventory, catalog, claims, limits):
+            yield lambda uid: ""
+            return
+        async with contextlib.AsyncExitStack() as held:
+            try:
+                await held.enter_async_context(self._sizes.alone(self._pace.lock_s))
+            except StateError as error:
+                why = str(error)
+                yield lambda uid: why
+                return
+            wants = await self._demand(catalog, claims)
+            grown, missing = await self._grow(wants.growth)
+            yield lambda uid: "; ".join(missing[key] for key in wants.wanted.get(uid, ()) if key in missing)
+            granted = {one.ref.uid for one in claims if is_granted(self._agent.ledger, catalog, one)}
+            await self._take_back(wants.unneeded(grown, granted))
+
+    async def _demand(self, catalog: Catalog, claims: Sequence[Claim]) -> Demand:
+        """What is lacking by what is known now; where anything is, by what the machine says then."""
+        agent, limits = self._agent, page_limits(self._config())
+        await agent.refresh()
+        found = demand(agent.inventory, agent.ledger, catalog, claims, limits)
+        if not found.growth:
+            return found
+        await self._rescan()
+        return demand(agent.inventory, agent.ledger, catalog, claims, limits)
+
+    async def _grow(self, growth: Amounts) -> tuple[Amounts, Mapping[Key, str]]:
+        """(by how many pages each pool grew, why that is too little)."""
+        grown, missing = dict[Key, int](), dict[Key, str]()
+        until_s = time.monotonic() + self._pace.grow_s
+        for key, pages in growth.items():
+            try:
+                grown[key] = await self._sizes.grow(key, pages, until_s - time.monotonic())
+            except HostError as error:
+                missing[key] = str(error)
+            if (given := grown.get(key, 0)) < pages:
+                missing.setdefault(key, f"the pool was to grow by {pages} pages, the kernel gave {given}")
+            log.info("pages-grown", **_names(key), wanted=pages, given=given, reason=missing.get(key, ""))
+        if growth:
+            await self._rescan()
+        return grown, missing
+
+    async def _take_back(self, unneeded: Amounts) -> None:
+        """Others may have been granted some of it meanwhile: that stays. What fails is tried again later."""
+        pools = self.pools()
+        spare = {key: min(pages, grantable(pools[key], self._agent.ledger)) for key, pages in unneeded.items()}
+        for key, pages in spare.items():
+            try:
+                await self._shrink(key, pages, "refused")
+            except HostError as error:
+                log.warning("pages-not-given-back", **_names(key), error=str(error))
+
+    async def _shrink(self, key: Key, pages: int, why: str) -> None:
+        gone = await self._sizes.shrink(key, pages, self._configured(key))
+        if gone:
+            log.info("pages-given-back", **_names(key), pages=gone, why=why)
+            await self._rescan()
+
+    # ---------------------------------------------------------------- what claims need no longer
+
+    async def give_back(self) -> None:
+        """Shrink pools that nobody has needed for a while to what they were. What fails is said once."""
+        try:
+            await self._give_back_rested()
+            self._not_given_back.clear()
+        except (HostError, StateError) as error:
+            self._not_given_back.report(str(error))
+
+    async def _give_back_rested(self) -> None:
+        found = self._needless(await self._sizes.grown())
+        now = time.monotonic()
+        self._idle_since = {key: self._idle_since.get(key, now) for key in found}
+        for key in [key for key, since in self._idle_since.items() if now - since >= self._pace.rest_s]:
+            async with self._sizes.alone(self._pace.lock_s):
+                await self._give_back(key)
+
+    async def _give_back(self, key: Key) -> None:
+        """What others decided and mapped meanwhile is heard first."""
+        await self._agent.refresh()
+        await self._rescan()
+        found = self._needless(await self._sizes.grown())
+        if (pages := found.get(key)) is None:
+            return
+        if pages:
+            await self._shrink(key, pages, "needed no longer")
+        else:
+            await self._sizes.forget(key)
+
+    def _needless(self, grown: Mapping[Key, Grown]) -> dict[Key, int]:
+        """How many pages can go back of each pool of which all can that it was grown by."""
+        found, pools = dict[Key, int](), self.pools()
+        for key in grown.keys() & pools.keys():
+            now = pools[key].persistent_pages
+            floor = max(grown[key].floor(now), self._configured(key))
+            pages = idle(pools[key], self._agent.ledger, floor)
+            if pages or now <= floor:
+                found[key] = pages
+        return found
+
+    def _configured(self, key: Key) -> int:
+        """What the configuration wants a pool to have at least."""
+        rules = (one for one in self._config().hugepages if (one.node, parse_size(one.page_size)) == key)
+        return max((one.pages for one in rules), default=0)
+
+    def pools(self) -> dict[Key, HugepagePool]:
+        every = (pool for node in self._agent.inventory.numa_nodes for pool in node.hugepages)
+        return {(pool.node, pool.page_bytes): pool for pool in every}
+
+
+def _names(key: Key) -> dict[str, object]:
+    return {"size": format_size(key[1]), "node": key[0]}

@@ -1,0 +1,147 @@
+"""Hugepage pools watched, made as large as the configuration says, and given back when claims need them no longer.
+
+A pool is never made smaller than it was found. What the kernel does not give is said, and asked for again whenever
+anything changed and once in a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
+
+import structlog
+
+from nodeagent.config.schema import Config, HugepagesConfig
+from nodeagent.core.model.quantity import parse_size
+from nodeagent.errors import HostError, StateError
+from nodeagent.host.cgroup.write import put as put_value
+from nodeagent.host.hugepages.resize import Put, totals
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.hugepages.growth import GrowthTiming, PoolGrowth
+from nodeagent.managers.hugepages.journal import Key
+from nodeagent.managers.hugepages.pool_resizer import PoolResizer
+from nodeagent.managers.manager import Manager
+from nodeagent.state.agent import Agent
+
+PACE = GrowthTiming()
+log = structlog.get_logger()
+
+
+class HugepagesManager(Manager):
+    """Provides the pools of the configuration, and grows and shrinks pools for claims."""
+
+    name = "hugepages"
+
+    def __init__(
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        state_dir: Path,
+        config: Callable[[], Config],
+        rescan: Callable[[], Awaitable[object]],
+        *,
+        put: Put = put_value,
+        pace: GrowthTiming = PACE,
+    ) -> None:
+        """rescan: has the agent see the machine as it is now."""
+        self._agent = agent
+        self._sysfs = sysfs
+        self._config = config
+        self._rescan = rescan
+        self._pace = pace
+        self._sizes = PoolResizer(sysfs, state_dir, agent.settings.boot_id, put=put)
+        self._growth = PoolGrowth(agent, self._sizes, config, rescan, pace)
+        self.growing = self._growth.growing
+        self._problems: Mapping[Key, str] = {}
+        self._provided: object = None
+        self._again_at = 0.0
+        self._unshown: object = None
+        """Sizes that a scan did not bring in: of a pool that is left out, which another scan would not change."""
+
+    def notes(self) -> list[str]:
+        """What the configuration wants and the kernel did not give, one sentence each."""
+        return list(self._problems.values())
+
+    async def close(self) -> None:
+        """Wait for a step of growing that is under way."""
+        await self._sizes.close()
+
+    # ---------------------------------------------------------------- what every agent does
+
+    async def serve(self) -> None:
+        """Have the machine read again soon after anybody changed a pool's size."""
+        while True:
+            config = self._config()
+            if config.hugepages or any(one.kind == "hugepages" for one in config.served):
+                await self._look()
+            await asyncio.sleep(self._pace.poll_s)
+
+    async def _look(self) -> None:
+        found = await asyncio.to_thread(self._totals)
+        if found == self._shown():
+            self._unshown = None
+        elif found != self._unshown:
+            await self._rescan()
+            self._unshown = found
+
+    def _totals(self) -> dict[Key, int]:
+        nodes = [node.id for node in self._agent.inventory.numa_nodes]
+        return {(node, size): total for node in nodes for size, total in totals(self._sysfs, node).items()}
+
+    def _shown(self) -> dict[Key, int]:
+        return {key: pool.total_pages for key, pool in self._growth.pools().items()}
+
+    # ---------------------------------------------------------------- what the leading agent does
+
+    async def lead(self) -> None:
+        """Provide what is configured; give back what was grown for claims that are gone."""
+        while True:
+            await self._provide()
+            await self._growth.give_back()
+            await asyncio.sleep(self._pace.poll_s)
+
+    async def _provide(self) -> None:
+        config = self._config()
+        if self._state(config) == self._provided and time.monotonic() < self._again_at:
+            return
+        found = {_key(rule): (rule, await self._provide_one(rule)) for rule in config.hugepages}
+        self._say({key: f"not provided: {_name(rule)}: {why}" for key, (rule, why) in found.items() if why})
+        self._provided, self._again_at = self._state(config), time.monotonic() + config.resync_seconds
+
+    def _state(self, config: Config) -> object:
+        """What makes it worth another try: another configuration, another machine, pages that somebody moved."""
+        shown = self._shown()
+        nodes = [node.id for node in self._agent.inventory.numa_nodes]
+        return list(config.hugepages), nodes, [shown.get(_key(rule)) for rule in config.hugepages]
+
+    async def _provide_one(self, rule: HugepagesConfig) -> str:
+        """Grow one pool, others having their turn between two steps; why it is too small, or ""."""
+        first: int | None = None
+        before, now = -1, 0
+        try:
+            while before < now < rule.pages or first is None:
+                async with self._sizes.alone(self._pace.lock_s):
+                    before, now = await self._sizes.step(_key(rule), rule.pages)
+                first = before if first is None else first
+        except (HostError, StateError) as error:
+            return str(error)
+        if now != first:
+            log.info("pages-provided", pool=_name(rule), before=first, pages=now)
+            await self._rescan()
+        return "" if now >= rule.pages else f"{rule.pages} wanted, {now} given"
+
+    def _say(self, problems: Mapping[Key, str]) -> None:
+        for key, problem in problems.items():
+            if problem != self._problems.get(key):
+                log.warning("pages-not-provided", problem=problem)
+        self._problems = problems
+
+
+def _key(rule: HugepagesConfig) -> Key:
+    return rule.node, parse_size(rule.page_size)
+
+
+def _name(rule: HugepagesConfig) -> str:
+    return f"{rule.page_size} on node {rule.node}"

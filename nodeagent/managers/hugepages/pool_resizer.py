@@ -1,0 +1,123 @@
+"""Sizes of hugepage pools, changed by one agent of the node at a time, in one thread, and remembered where it was done
+for claims. The locks are held over more than one change where what comes between must not be disturbed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+from nodeagent.errors import StateError
+from nodeagent.host.cgroup.write import put as put_value
+from nodeagent.host.hugepages.resize import STEP_BYTES, Put, counts, set_pages
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.hugepages.journal import Grown, GrowthJournal, Key
+from nodeagent.state.lock import FileLock
+
+T = TypeVar("T")
+P = ParamSpec("P")
+LOCK = "hugepages.lock"
+"""In the state folder."""
+LOCK_POLL_S = 0.05
+
+
+class PoolResizer:
+    """Reads and changes pools. Every change is HostError where the kernel or the disk refuses it."""
+
+    def __init__(self, sysfs: SysFs, state_dir: Path, boot_id: str, *, put: Put = put_value) -> None:
+        self._sysfs = sysfs
+        self._put = put
+        self._records = GrowthJournal(state_dir, boot_id)
+        self._lock_path = state_dir / LOCK
+        self._turn = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1, "hugepages")
+
+    async def close(self) -> None:
+        """Wait for a step that is under way."""
+        await asyncio.to_thread(self._thread.shutdown)
+
+    @contextlib.asynccontextmanager
+    async def alone(self, patience_s: float) -> AsyncIterator[None]:
+        """Nobody else changes pools within. StateError where somebody does for too long."""
+        until_s = time.monotonic() + patience_s
+        try:
+            async with asyncio.timeout(patience_s):
+                await self._turn.acquire()
+        except TimeoutError:
+            raise StateError(f"cannot change hugepage pools: busy for more than {patience_s:g} s") from None
+        lock: FileLock | None = None
+        try:
+            lock = FileLock(self._lock_path)
+            while not lock.try_take():
+                if time.monotonic() > until_s:
+                    raise StateError(f"cannot change hugepage pools: another agent has {self._lock_path}")
+                await asyncio.sleep(LOCK_POLL_S)
+            yield
+        finally:
+            if lock is not None:
+                lock.close()
+            self._turn.release()
+
+    async def grown(self) -> Mapping[Key, Grown]:
+        """Pools that were grown for claims."""
+        return await self._in_thread(self._records.read)
+
+    async def step(self, key: Key, pages: int) -> tuple[int, int]:
+        """Bring a pool a step nearer to so many pages; (what it had, what it has), surplus ones not counted."""
+        return await self._in_thread(self._step, key, pages)
+
+    async def grow(self, key: Key, pages: int, patience_s: float) -> int:
+        """Grow a pool for claims; by how many pages it grew. What it was is durable before."""
+        return await self._in_thread(self._grow, key, pages, patience_s)
+
+    async def shrink(self, key: Key, pages: int, least: int) -> int:
+        """Take back free pages of what a pool was grown by for claims, leaving at least so many; how many went."""
+        return await self._in_thread(self._shrink, key, pages, least)
+
+    async def forget(self, key: Key) -> None:
+        """A pool has nothing any more that it was grown by for claims."""
+        await self._in_thread(self._records.forget, key)
+
+    def _now(self, key: Key) -> int:
+        return counts(self._sysfs, *key).persistent_pages
+
+    def _step(self, key: Key, pages: int) -> tuple[int, int]:
+        now = self._now(key)
+        target = min(pages, now + max(1, STEP_BYTES // key[1]))
+        return now, set_pages(self._sysfs, *key, target, put=self._put) if now < target else now
+
+    def _grow(self, key: Key, pages: int, patience_s: float) -> int:
+        before, until_s = self._now(key), time.monotonic() + patience_s
+        self._records.grow(key, before, before + pages)
+        in_time = lambda: time.monotonic() < until_s  # noqa: E731 - one use, one line
+        try:
+            now = set_pages(self._sysfs, *key, before + pages, put=self._put, go_on=in_time)
+        finally:
+            self._records.now(key, self._now(key))
+        return max(0, now - before)
+
+    def _shrink(self, key: Key, pages: int, least: int) -> int:
+        before = self._now(key)
+        record = self._records.read().get(key)
+        if record is None:
+            return 0
+        floor = record.floor(before)
+        target = max(least, floor, before - pages)
+        now = set_pages(self._sysfs, *key, target, put=self._put) if target < before else before
+        self._records.shrunk(key, floor, now)
+        return before - now
+
+    async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Work in the one thread. Who is cancelled waits for it all the same: the locks go no sooner."""
+        future = asyncio.ensure_future(asyncio.wrap_future(self._thread.submit(work, *args, **kwargs)))
+        try:
+            return await asyncio.shield(future)
+        except asyncio.CancelledError:
+            await asyncio.wait([future])
+            future.exception()  # nobody is left to hear of it
+            raise

@@ -1,0 +1,175 @@
+"""Reads the machine again whenever it may have changed, asks NVML, and reports both to the agent. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import time
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+
+import structlog
+
+from nodeagent.aio.supervise import cancel_all, supervise
+from nodeagent.config.schema import Config
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import HostError
+from nodeagent.host import uevents as udev
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.nvml.client import Failure, Probe, Snapshot
+from nodeagent.host.pci import NVIDIA
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.inventory.recovery import recoveries
+from nodeagent.managers.manager import Manager
+from nodeagent.resources.offer import selectors
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry import metrics
+from nodeagent.telemetry.once import Once
+
+FOLLOW_S = 0.2
+"""How long the kernel may take to change cpusets when a CPU comes or goes: it does so after it has told of that."""
+LONGEST_REST_S = 1.0
+"""Between two scans while the kernel keeps announcing changes."""
+log = structlog.get_logger()
+
+
+class InventoryScanner(Manager):
+    """Reads the machine again whenever it may have changed, and hands the snapshot to the agent."""
+
+    name = "machine"
+
+    def __init__(
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        families: Sequence[all_kinds.Kind],
+        config: Callable[[], Config],
+        holders: Callable[[], Iterable[str] | None] = lambda: None,
+    ) -> None:
+        """`config` gives the configuration in force, `holders` the cgroups of all who hold hugepages, below the mount
+        of cgroup v2; None: they are not all known."""
+        self._agent = agent
+        self._sysfs = sysfs
+        self._families = families
+        self._config = config
+        self._holders = holders
+        self._live = sysfs.root == "/"
+        """A captured tree announces nothing, and NVML speaks of another machine."""
+        self._probe = Probe()
+        self._nvml: Snapshot | Failure | None = None
+        self._turn = asyncio.Lock()
+        self._deaf = Once("no-device-events")
+
+    async def close(self) -> None:
+        await self._probe.close()
+
+    async def serve(self) -> None:
+        """Follow the kernel's events and NVML, and let devices recover; each goes on where another one fails."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(supervise("machine", self.follow))
+            tasks.create_task(supervise("nvml", self.follow_nvml))
+            tasks.create_task(supervise("recoveries", lambda: recoveries(self._agent)))
+
+    async def follow(self) -> None:
+        """A new snapshot on every event of the kernel, and once in a while without."""
+        while True:
+            resync = self._config().resync_seconds
+            async with contextlib.aclosing(self._changes(resync)) as changes:
+                async for _ in changes:
+                    # The first of many events is answered at once; a storm of them may take a tenth of a core.
+                    await asyncio.sleep(min(LONGEST_REST_S, 10 * await self.rescan()))
+                    if self._config().resync_seconds != resync:
+                        break
+
+    async def _changes(self, resync_s: float) -> AsyncGenerator[udev.MachineChange, None]:
+        """Events and ticks; only the next tick where events cannot be heard: then it is tried again."""
+        if self._live:
+            try:
+                async with contextlib.aclosing(udev.watch(resync_s=resync_s)) as changes:
+                    async for change in changes:
+                        self._deaf.clear()
+                        yield change
+            except HostError as error:
+                self._deaf.report(str(error), resync_s=resync_s)
+        async with contextlib.aclosing(udev.ticks(resync_s)) as ticks:
+            yield await anext(ticks)
+
+    async def rescan(self) -> float:
+        """Read everything once more; the seconds it took."""
+        async with self._turn:
+            began = time.perf_counter()
+            inventory = await self._scan()
+            took_s = time.perf_counter() - began
+            metrics.SCANS.observe(took_s)
+            if inventory.cpus_outside - self._agent.inventory.cpus_outside:
+                # Cpusets follow a moment after a CPU came or went: what is outside only now may be on its way in.
+                await asyncio.sleep(FOLLOW_S)
+                inventory = await self._scan()
+            for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
+                log.warning("machine-unreadable", warning=warning)
+            self._agent.see(inventory)
+            return took_s
+
+    async def _scan(self) -> Inventory:
+        config, known = self._config(), self._agent.inventory.pods_cgroup
+        read = functools.partial(
+            scan,
+            self._sysfs,
+            self._families,
+            selectors(config),
+            self._nvml,
+            holders=self._holders(),
+            cgroup_root=config.pinning.cgroup_root,
+            known=known,
+        )
+        return await asyncio.to_thread(read)
+
+    # ---------------------------------------------------------------- NVML
+
+    async def follow_nvml(self) -> None:
+        """Ask NVML now and then, where there is an NVIDIA GPU at all; pass on every Xid."""
+        if not self._live:
+            return
+        xids = asyncio.create_task(supervise("xids", self._follow_xids))
+        try:
+            while True:
+                if _nvidia_gpus(self._agent.inventory):
+                    await self._ask_nvml()
+                await asyncio.sleep(self._config().health.nvml_seconds)
+        finally:
+            await cancel_all([xids])
+
+    async def _ask_nvml(self) -> None:
+        self._nvml = await self._probe.snapshot()
+        await self.rescan()
+        self._agent.observe(nvml_evidence(self._nvml, self._agent.inventory))
+
+    async def _follow_xids(self) -> None:
+        async for xid in self._probe.events():
+            log.warning("xid", device=xid.pci_address, code=xid.code)
+            reason = f"the driver reported Xid {xid.code}"
+            self._agent.observe([Evidence(device=xid.pci_address, source="nvml", state=UNHEALTHY, reason=reason)])
+
+
+def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
+    """What NVML's answer says of each NVIDIA GPU."""
+    gpus = _nvidia_gpus(inventory)
+    if isinstance(nvml, Snapshot):
+        shown = {gpu.pci_address for gpu in nvml.gpus}
+        return [_shown(gpu, shown) for gpu in gpus if gpu.parent is None]
+    if isinstance(nvml, Failure) and not nvml.absent:
+        return [Evidence(device=gpu.id, source="nvml", state=UNKNOWN, reason=nvml.reason) for gpu in gpus]
+    return []
+
+
+def _nvidia_gpus(inventory: Inventory) -> list[Device]:
+    return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
+
+
+def _shown(gpu: Device, shown: set[str]) -> Evidence:
+    if gpu.pci_address in shown or gpu.driver != "nvidia":
+        return Evidence(device=gpu.id, source="nvml", state=HEALTHY)
+    return Evidence(device=gpu.id, source="nvml", state=UNHEALTHY, reason="NVML does not show this GPU")

@@ -1,0 +1,1 @@
+"""Watches exclusive CPUs for threads and interrupts of others."""

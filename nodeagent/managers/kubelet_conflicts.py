@@ -1,0 +1,213 @@
+"""Beside kubelet: which CPUs are the system's own, which kinds kubelet's own managers give away themselves, so that the
+agent must not, and what the two disagree about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeagent.config.schema import Config
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
+from nodeagent.core.model.grant import KUBELET, Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.placement.index import machine_of
+from nodeagent.errors import ConfigError, InputError
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.kube.kubelet_files.flags import HOSTNAME, KEYS
+from nodeagent.managers.dra.manager import node_name
+from nodeagent.managers.kubelet import Kubelet, look
+from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY
+
+FIRST = " (before that, `nodeagent import kubelet-state` takes over what running pods have)"
+CGROUP_ROOT = "cgroupRoot"
+log = structlog.get_logger()
+
+
+class KubeletConflicts:
+    """The kubelet beside this agent, as it was at the last look. What is new about it is logged once."""
+
+    def __init__(self, sysfs: SysFs, kubelet_dir: Path) -> None:
+        """Looks at nothing yet."""
+        self.kubelet = Kubelet()
+        self.notes: list[str] = []
+        """What kubelet and the agent disagree about, and what of kubelet cannot be seen."""
+        self._sysfs = sysfs
+        self._kubelet_dir = kubelet_dir
+        self._said: Mapping[str, Any] = {}
+        self._unprotected = ""
+
+    def look(self, config: Config) -> Kubelet:
+        """Look at kubelet's process, its files and its managers' states again."""
+        known = self.kubelet = look(self._sysfs, self._kubelet_dir, config.kubelet_config, self.kubelet.started)
+        notes = [one for one in (known.unseen, *contradictions(known, config)) if one]
+        if (said := self.document()) != self._said:
+            (log.warning if known.cpus is None else log.info)("kubelet-configuration", **said)
+        for note in (one for one in notes if one not in self.notes):
+            log.warning("kubelet-contradiction", note=note)
+        self._said, self.notes = said, notes
+        return known
+
+    def names(self) -> frozenset[str]:
+        """Names that kubelet was told to give its node; none where its command line says nothing."""
+        started = self.kubelet.started
+        found = started.flags.last(HOSTNAME).strip().lower() if started is not None else ""
+        return frozenset({found} - {""})
+
+    def recovered(self, config: Config) -> bool:
+        """Whether kubelet's configuration and states can be read again after they could not be; looks only then."""
+        if not self._failed():
+            return False
+        self.look(config)
+        return not self._failed()
+
+    def _failed(self) -> bool:
+        return bool(self.kubelet.cpus_error or self.kubelet.memory_error)
+
+    def watch(self, ledger: Ledger) -> str:
+        """Why granted CPUs are not exclusive at this moment, or ""; logged when it changes."""
+        found = unprotected(self.kubelet, ledger)
+        if found and found != self._unprotected:
+            log.error("cpus-not-exclusive", reason=found)
+        self._unprotected = found
+        return found
+
+    def document(self) -> dict[str, Any]:
+        """How kubelet is configured, in plain types."""
+        known = self.kubelet
+        return {
+            "pid": known.started.pid if known.started is not None else None,
+            "sources": list(known.config.sources),
+            "settings": {key: value for key, value in sorted(known.config.values.items()) if key in KEYS},
+            "error": known.cpus_error or known.memory_error,
+        }
+
+
+# ---------------------------------------------------------------- the system's own CPUs
+
+
+def reserved(config: Config, kubelet: Kubelet, inventory: Inventory) -> CpuSet:
+    """The CPUs that are never granted: as configured, or kubelet's, or the first core. One that is offline stays so."""
+    if config.reserved_cpus is not None:
+        return _configured(config.reserved_cpus) & (inventory.cpus_possible | inventory.cpus_online)
+    return (kubelet.cpus.reserved if kubelet.cpus is not None else EMPTY) or _first_core(inventory)
+
+
+def _configured(text: str) -> CpuSet:
+    try:
+        return CpuSet.parse(text, source="reservedCpus")
+    except InputError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _first_core(inventory: Inventory) -> CpuSet:
+    if not inventory.cpus:
+        return EMPTY
+    return CpuSet.of_mask(machine_of(inventory).cores[inventory.cpus[0].core])
+
+
+# ---------------------------------------------------------------- what kubelet gives away itself
+
+
+def managed_elsewhere(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> Mapping[str, str]:
+    """Kinds that cannot be served beside kubelet's own managers, in either API, each with the reason."""
+    cpus, memory = _cpus_managed(kubelet, inventory, reserved), _memory_managed(kubelet)
+    every = {CPU: cpus, HUGEPAGES: memory, MEMORY: memory}
+    return {kind: why for kind, why in every.items() if why}
+
+
+def confines_all(kubelet: Kubelet) -> bool:
+    """Whether kubelet's CPU manager writes the cpuset of every container itself, as the static one does; where that
+    cannot be told it is left to it."""
+    return kubelet.cpus is None or kubelet.cpus.static
+
+
+def unprotected(kubelet: Kubelet, ledger: Ledger) -> str:
+    """Why CPUs that the agent granted are not exclusive while kubelet's CPU manager confines all containers, with the
+    CPUs and their holders; "" where none are.
+
+    What was taken over from kubelet's manager is confined by it all the same.
+    """
+    known = kubelet.cpus
+    pool = known.confined if known is not None else None
+    some = [one for one in ledger.grants.values() if one.cpus and one.holder.api != KUBELET]
+    hit = [one for one in some if pool is None or not pool.isdisjoint(one.cpus)]
+    if not hit or not confines_all(kubelet):
+        return ""
+    why = f"kubelet's CPU manager is static ({known.policy_source}) and confines all containers itself" if known else ""
+    why = why or f"cannot tell whether kubelet confines all containers itself: {kubelet.cpus_error}"
+    cpus = union(one.cpus for one in hit)
+    return f"CPUs {cpus} of {_holders(hit)} are not exclusive: {why}; set cpuManagerPolicy: none, or drain these pods"
+
+
+def _holders(grants: Iterable[Grant]) -> str:
+    return ", ".join(sorted({str(one.holder) for one in grants}))
+
+
+def _cpus_managed(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> str:
+    """Why CPUs cannot be served beside kubelet's CPU manager; "" where they can."""
+    known = kubelet.cpus
+    if known is None:
+        return f"cannot tell whether kubelet manages CPUs itself: {kubelet.cpus_error}"
+    if not known.static:
+        return ""
+    advice = f"set cpuManagerPolicy: none{FIRST}, or reservedCpus so that the two sets of CPUs have none in common"
+    if known.managed is None:
+        return f"kubelet's CPU manager is static ({known.policy_source}); {advice}"
+    common = known.managed & (inventory.cpus_online - reserved)
+    return f"kubelet's static CPU manager has CPUs {common} too ({known.policy_source}); {advice}" if common else ""
+
+
+def _memory_managed(kubelet: Kubelet) -> str:
+    """Why hugepages and memory cannot be served beside kubelet's memory manager; "" where they can."""
+    known = kubelet.memory
+    if known is None:
+        return f"cannot tell whether kubelet manages memory itself: {kubelet.memory_error}"
+    if not known.static:
+        return ""
+    return (
+        f"kubelet's memory manager is {known.policy} ({known.policy_source}): it gives from the same pools; set "
+        f"memoryManagerPolicy: None{FIRST}"
+    )
+
+
+# ---------------------------------------------------------------- contradictions
+
+
+def contradictions(kubelet: Kubelet, config: Config) -> Iterator[str]:
+    """What kubelet's configuration says otherwise than its managers' states, or than the agent's configuration."""
+    if kubelet.cpus is not None:
+        yield kubelet.cpus.policy_conflict
+        yield _reserved_otherwise(kubelet.cpus.reserved, kubelet.cpus.reserved_source, config)
+    if kubelet.memory is not None:
+        yield kubelet.memory.policy_conflict
+    yield _cgroups_elsewhere(kubelet, config)
+    yield _named_otherwise(kubelet, config)
+
+
+def _reserved_otherwise(theirs: CpuSet, source: str, config: Config) -> str:
+    ours = _configured(config.reserved_cpus) if config.reserved_cpus is not None else theirs
+    if not theirs or ours == theirs:
+        return ""
+    said = f"kubelet reserves CPUs {theirs} ({source}), reservedCpus says {ours or 'none'}"
+    return f"{said}: CPUs {theirs - ours} may be granted" if theirs - ours else said
+
+
+def _cgroups_elsewhere(kubelet: Kubelet, config: Config) -> str:
+    theirs, ours = str(kubelet.config.values.get(CGROUP_ROOT) or "/"), config.pinning.cgroup_root
+    if theirs.strip("/") == ours.strip("/") or not kubelet.config.known:
+        return ""
+    place = kubelet.config.places.get(CGROUP_ROOT, "its default")
+    return f"kubelet's cgroupRoot is {theirs} ({place}), pinning.cgroupRoot says {ours}: containers are not found there"
+
+
+def _named_otherwise(kubelet: Kubelet, config: Config) -> str:
+    theirs = kubelet.started.flags.last(HOSTNAME).strip().lower() if kubelet.started is not None else ""
+    ours = node_name(config)
+    if not theirs or theirs == ours or not config.served_by_dra:
+        return ""
+    return f"kubelet's node is {theirs} (--{HOSTNAME} of {kubelet.started}), the agent's {ours}: set dra.nodeName"

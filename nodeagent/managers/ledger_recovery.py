@@ -1,0 +1,205 @@
+"""Brings a ledger that may lack decisions back to what is really in use, and says what is still missing.
+
+Asks the claims' own files, kubelet's state on disk and its list, and the containers that the runtime shows. What is
+known exactly is put back; for the rest it asks again until it is known, has been prepared again, or has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeagent.aio.supervise import race
+from nodeagent.core.ledger.rebuild import ClaimInUse, Sources
+from nodeagent.core.model.claim import ClaimRef
+from nodeagent.core.model.container import STOPPED
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.pinning.plan import named_by
+from nodeagent.errors import HostError, InputError, NodeagentError, PeerError, StateError
+from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.kube.kubelet.pod_resources import NO_LISTING, Listing, PodResources, given
+from nodeagent.kube.kubelet_files.claim_state import prepared
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.pinning.containers import ContainerTable
+from nodeagent.managers.pod_witness import PodWitness
+from nodeagent.resources.offer import Offer
+from nodeagent.state import grant_json as storedgrant
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry.log import new_op
+from nodeagent.telemetry.once import Once
+
+_NOT_LISTED = "kubelet has listed no pod of the API server since it started"
+LOOK_S = 1.0
+"""How often it is looked again while something is missing."""
+log = structlog.get_logger()
+
+
+class LedgerRecovery(Manager):
+    """Building it reads nothing."""
+
+    name = "recovery"
+
+    def __init__(
+        self,
+        agent: Agent,
+        pods: PodResources,
+        witness: PodWitness,
+        room: ContainerTable,
+        kubelet_dir: Path,
+        plugins: Path,
+        cdi: CdiFolder,
+        readable: ClaimFiles,
+        driver: str,
+        offers: Callable[[], Sequence[Offer]],
+    ) -> None:
+        """plugins: kubelet's device-plugins folder. driver: the DRA driver's name."""
+        self._agent = agent
+        self._pods = pods
+        self._witness = witness
+        self._room = room
+        self._kubelet_dir = kubelet_dir
+        self._plugins = plugins
+        self._cdi = cdi
+        self._readable = readable
+        self._driver = driver
+        self._offers = offers
+        self._failed = Once("ledger-not-rebuilt")
+
+    def traces(self) -> str:
+        """What shows that claims were prepared here before, as a clause; "" where nothing does. Blocks."""
+        if files := self._claims_with_files():
+            return f"there are files of {len(files)} claims"
+        if claims := self._prepared():
+            return f"kubelet has {len(claims)} claims prepared"
+        return ""
+
+    def lacking(self, grants: Iterable[Grant]) -> str:
+        """What shows that a ledger which ends where its mark says lacks claims all the same, as a clause; "" where
+        nothing does: the whole folder may be an older copy. Blocks.
+
+        Kubelet's record alone is no proof, for it outlives the answer that a claim is given back."""
+        known = {one.holder.uid for one in grants if one.holder.api == CLAIM}
+        missed = sorted(self._prepared() - known)
+        with contextlib.suppress(HostError):
+            missed = [one for one in missed if one in self._claims_with_files()]
+        return (
+            f"kubelet has claims prepared that it lacks, and their files are there: {', '.join(missed)}"
+            if missed
+            else ""
+        )
+
+    def _prepared(self) -> frozenset[str]:
+        """UIDs of the claims that kubelet has prepared, as far as its record can be read."""
+        with contextlib.suppress(InputError):
+            return frozenset(prepared(self._kubelet_dir, self._driver) or ())
+        return frozenset()
+
+    def _claims_with_files(self) -> frozenset[str]:
+        return frozenset(self._cdi.uids() | self._readable.uids())
+
+    async def lead(self) -> None:
+        """Whenever the ledger may lack something, look until it does not."""
+        seen = 0
+        while True:
+            if self._agent.loss:
+                await self.look()
+                await race(asyncio.sleep(LOOK_S), self._agent.revision.changed(self._agent.revision.value))
+            else:
+                seen = await self._agent.revision.changed(seen)
+
+    def not_ready(self) -> list[str]:
+        """Why nothing new is granted: what the ledger may still lack."""
+        agent = self._agent
+        missing = list(agent.unaccounted.values()) or ["it is being rebuilt"]
+        return [f"ledger: {agent.loss}: {one}" for one in missing] if agent.loss else []
+
+    async def look(self) -> Mapping[str, str]:
+        """Ask everybody once; what is still missing, by what it is, with the reason."""
+        listing, silent = NO_LISTING, ""
+        try:
+            listing = await self._pods.listing()
+        except PeerError as error:
+            silent = str(error)
+        try:
+            sources = await self._sources(listing, silent)
+            return await self._agent.rebuild(sources, self._offers(), new_op())
+        except (HostError, InputError, StateError) as error:
+            self._failed.report(str(error))
+            return self._agent.unaccounted
+
+    # ---------------------------------------------------------------- the sources
+
+    async def _sources(self, listing: Listing, silent: str) -> Sources:
+        """A file of a claim alone is no proof that the claim is in use: an agent that was killed while it gave a claim
+        back leaves it. It counts unless kubelet's own record lacks the claim and nothing of its pods runs."""
+        recorded, unreadable = await asyncio.to_thread(self._files)
+        claims = await asyncio.to_thread(prepared, self._kubelet_dir, self._driver)
+        devices = await asyncio.to_thread(given, self._plugins)
+        known = [*self._agent.ledger.grants.values(), *(grant for grants in recorded.values() for grant in grants)]
+        living = await self._witness.living(known)
+        named = {**self._prepared_or_listed(claims or {}, listing), **dict(self._named_by_containers())}
+        counts = not silent and self._witness.knows_pods(listing)
+        if claims is None and not counts:
+            named = {**{uid: ClaimInUse(name=uid, source=why) for uid, why in unreadable.items()}, **named}
+            used = recorded
+        else:
+            run = {one.rpartition("-")[0] for one in living}
+            used = {uid: grants for uid, grants in recorded.items() if uid in named or uid in run}
+        silences = [
+            "" if counts or claims is not None or not (silent or recorded or unreadable) else silent or _NOT_LISTED,
+            "" if counts or devices is not None else silent or _NOT_LISTED,
+        ]
+        return Sources(
+            recorded=used,
+            in_use=named,
+            given=devices,
+            living=frozenset(living),
+            kubelet_silent=next(filter(None, silences), ""),
+        )
+
+    def _files(self) -> tuple[dict[str, tuple[Grant, ...]], dict[str, str]]:
+        """By claim UID, the grants that the claim's file carries; or why there are none, though there is a file."""
+        recorded, unreadable = dict[str, tuple[Grant, ...]](), dict[str, str]()
+        for uid in sorted(self._claims_with_files()):
+            try:
+                recorded[uid] = _grants(uid, self._readable.read(uid), str(self._readable.path(uid)))
+            except NodeagentError as error:
+                unreadable[uid] = str(error)
+        return recorded, unreadable
+
+    def _prepared_or_listed(self, claims: Mapping[str, ClaimRef], listing: Listing) -> dict[str, ClaimInUse]:
+        """What kubelet has prepared, by its state on disk or by its list."""
+        listed = {uid: ref for device, ref in listing.claims.items() if (uid := self._cdi.claim_of(device))}
+        return {
+            **{
+                uid: ClaimInUse(name=_name(ref), source="kubelet lists a container that uses it")
+                for uid, ref in listed.items()
+            },
+            **{uid: ClaimInUse(name=_name(ref), source="kubelet has it prepared") for uid, ref in claims.items()},
+        }
+
+    def _named_by_containers(self) -> Iterator[tuple[str, ClaimInUse]]:
+        """Claims that containers name in their environment, for a grant's id begins with its claim's UID."""
+        for container in (one for one in self._room.containers() if one.state != STOPPED):
+            for uid in {one.rpartition("-")[0] for one in named_by(container)}:
+                yield uid, ClaimInUse(name=uid, source=f"container {container} uses it")
+
+
+def _grants(uid: str, document: Any, source: str) -> tuple[Grant, ...]:
+    """The grants that a claim's file carries; StateError where they are not the claim's."""
+    bodies = document.get("grants") if isinstance(document, dict) else None
+    if not isinstance(bodies, list) or not bodies:
+        raise StateError(f"cannot read {source}: it carries no grants")
+    found = tuple(storedgrant.from_document(one, source) for one in bodies)
+    if any(one.holder.api != CLAIM or one.holder.uid != uid or not one.id.startswith(f"{uid}-") for one in found):
+        raise StateError(f"cannot read {source}: it carries grants of another claim")
+    return found
+
+
+def _name(ref: ClaimRef) -> str:
+    return f"{ref.namespace}/{ref.name}"

@@ -1,0 +1,46 @@
+"""What every manager has in common."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nodeagent.config.schema import Config
+
+
+class Manager:
+    """Keeps one desired state in force. Building one starts nothing.
+
+    The daemon has a list of managers. It applies each configuration to all of them in order, runs `serve` of all, and
+    `lead` of all while this agent leads the node. At the end it calls `withdraw`, cancels both, and closes them in
+    reverse order. Each method does nothing here: a manager has only those that it needs.
+    """
+
+    name = "manager"
+    """In the log, and of its tasks."""
+
+    async def apply(self, config: Config) -> None:
+        """Take over a configuration. Also called when a kubelet has started: it may manage other parts than before."""
+
+    async def serve(self) -> None:
+        """Do what every agent on a node does, until cancelled."""
+
+    async def lead(self) -> None:
+        """Do what only the leading agent on a node does, until cancelled."""
+
+    def not_ready(self) -> list[str]:
+        """Return the reasons why the agent is not ready, one sentence each."""
+        return []
+
+    def notes(self) -> list[str]:
+        """Return what an admin may want to change, one sentence each."""
+        return []
+
+    def document(self) -> dict[str, Any]:
+        """Return the state for `nodeagent status -o json`, in plain types."""
+        return {}
+
+    async def withdraw(self) -> None:
+        """Stop offering anything to kubelet, before any task is cancelled."""
+
+    async def close(self) -> None:
+        """Wait for what is under way and release what is open."""

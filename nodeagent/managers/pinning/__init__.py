@@ -1,0 +1,1 @@
+"""Confines containers to what they are granted."""

@@ -1,0 +1,216 @@
+"""Which pods and containers there are and where their control groups lie; and of a plan, what each of these is to be.
+
+Two tell of them: the runtime (NRI) of containers with names and environment, the watch of control groups of paths.
+Either may come first. What only the watch has seen has no name unless its bundle has one: most of these are sandboxes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.aio.revision import Revision
+from nodeagent.config.schema import PinningConfig
+from nodeagent.core.model.container import RUNNING, STOPPED, Container
+from nodeagent.core.model.cpuset import EMPTY
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.topology import HugepagePool
+from nodeagent.core.pinning.plan import Pin, PinPlan
+from nodeagent.errors import InputError
+from nodeagent.host.cgroup.enforcer import Target
+from nodeagent.host.cgroup.layout import CONTAINER, POD, Cgroup, CgroupLayout, runtime_path
+from nodeagent.host.cgroup.read import MEMBER
+
+
+@dataclass(slots=True, kw_only=True)
+class Place:
+    """A container, and what became of confining it."""
+
+    container: Container
+    path: str
+    """Of its control group; "": not known."""
+    named: bool
+    """Whether the runtime or its bundle has said what it is."""
+    ran: bool
+    """Whether it ran, or may have, before it could be confined."""
+    asked: bool = False
+    """Whether the runtime asked before it made it: then it is confined from its beginning, unless the runtime went on
+    without the answer."""
+    seen: bool = False
+    """Whether its control group was seen, and not that it is gone."""
+    quota_cpus: float | None = None
+    """CPU time that it may use, in CPUs, where that is less than the CPUs it is pinned to."""
+
+
+@dataclass(slots=True)
+class ContainerTable:
+    """`revision` rises with what is there."""
+
+    layouts: tuple[CgroupLayout, ...]
+    revision: int = 0
+    ended: Revision = field(default_factory=Revision)
+    """Rises with each end of a pod or a container."""
+    told_by_runtime: bool = False
+    """Whether the runtime tells of every container at this moment."""
+    places: dict[str, Place] = field(default_factory=dict)
+    """By container id."""
+    pods: dict[str, str] = field(default_factory=dict)
+    """Path of each pod's control group by its UID."""
+    ran: set[str] = field(default_factory=set)
+    """UIDs of the pods that were there before they could be confined."""
+
+    # ---------------------------------------------------------------- what there is
+
+    def containers(self) -> list[Container]:
+        """All that are known, stopped ones too."""
+        return [one.container for one in self.places.values()]
+
+    def by_path(self) -> dict[str, Place]:
+        """By the path of their control groups."""
+        return {one.path: one for one in self.places.values() if one.path}
+
+    def unnamed(self, pod_uid: str = "") -> frozenset[str]:
+        """Ids of the containers, in a pod or in all, of which only the control group was seen."""
+        every = self.places.items()
+        return frozenset(id for id, one in every if not one.named and pod_uid in ("", one.container.pod_uid))
+
+    def is_unnamed(self, container_id: str) -> bool:
+        """Whether nobody has said what a container is."""
+        place = self.places.get(container_id)
+        return place is None or not place.named
+
+    def tell(self, container: Container, *, ran: bool = False) -> Place:
+        """The runtime announces a container, or says something new of it; or its bundle does. ran: whether it is
+        running already, for one that was not announced before."""
+        place = self.places.get(container.id)
+        if place is None:
+            place = self.places[container.id] = Place(container=container, path="", named=True, ran=ran)
+        if place.container != container:
+            place.container = container
+        place.ran, place.named = place.ran or (ran and not place.named), True
+        place.path = place.path or self._path(container)
+        self._pod_of(place.path, container.pod_uid)
+        self.ran |= {container.pod_uid} if ran else set()
+        self.revision += 1
+        return place
+
+    @contextlib.contextmanager
+    def asking(self, container: Container) -> Iterator[None]:
+        """The runtime asks about a container that it wants to make. Where that ends in an error there is none, unless
+        the runtime has not waited for the answer."""
+        place = self.tell(container)
+        place.asked = True
+        try:
+            yield
+        except BaseException:
+            if not place.seen:
+                self.forget(container.id)
+            raise
+
+    def tell_all(self, containers: Iterable[Container]) -> None:
+        """The runtime lists all that it has; what it does not list, has a name and is not seen is gone."""
+        listed = {one.id: one for one in containers}
+        every = self.places.items()
+        for gone in [id for id, one in every if one.container.name and not one.seen and id not in listed]:
+            self.forget(gone)
+        for one in listed.values():
+            self.tell(one, ran=one.state == RUNNING)
+
+    def stopped(self, container_id: str) -> None:
+        if (place := self.places.get(container_id)) is not None:
+            place.container = replace(place.container, state=STOPPED)
+            self.revision += 1
+            self.ended.bump()
+
+    def forget(self, container_id: str) -> None:
+        if self.places.pop(container_id, None) is not None:
+            self.revision += 1
+            self.ended.bump()
+
+    def came(self, cgroup: Cgroup, *, ran: bool = False) -> None:
+        """A control group was seen. ran: whether it may have been there for a while, so that what is in it ran."""
+        if cgroup.kind == POD:
+            self.pods[cgroup.pod_uid] = cgroup.path
+            self.ran |= {cgroup.pod_uid} if ran else set()
+            self.revision += 1
+        if cgroup.kind == CONTAINER:
+            place = self.places.get(cgroup.container_id)
+            if place is None:
+                bare = Container(id=cgroup.container_id, pod_id="", pod_uid=cgroup.pod_uid, name="")
+                place = Place(container=bare, path=cgroup.path, named=False, ran=ran)
+                self.places[cgroup.container_id] = place
+            place.path, place.seen = cgroup.path, True
+            self.revision += 1
+
+    def gone(self, cgroup: Cgroup) -> None:
+        """A control group is there no more."""
+        if cgroup.kind == POD:
+            self.pods.pop(cgroup.pod_uid, None)
+            self.ran.discard(cgroup.pod_uid)
+            self.revision += 1
+            self.ended.bump()
+        if cgroup.kind == CONTAINER:
+            self.forget(cgroup.container_id)
+
+    def _path(self, container: Container) -> str:
+        with contextlib.suppress(InputError):
+            return runtime_path(container.cgroup_path) if container.cgroup_path else ""
+        return ""
+
+    def _pod_of(self, path: str, uid: str) -> None:
+        above = path.rpartition("/")[0]
+        found = next((one for layout in self.layouts if (one := layout.parse(above)) is not None), None)
+        if found is not None and found.kind == POD and uid:
+            self.pods.setdefault(uid, above)
+
+    def ran_before(self, path: str, place: Place | None) -> bool:
+        """Whether what is in a control group may have run before it could be confined. place: the container there;
+        None: it is a pod's. What has no name is a sandbox, which does nothing."""
+        if place is not None:
+            return (place.ran or place.asked) and bool(place.container.name)
+        return any(self.pods.get(uid) == path for uid in self.ran)
+
+    # ---------------------------------------------------------------- what it is to be
+
+    def targets(self, plan: PinPlan, inventory: Inventory, config: PinningConfig) -> dict[str, Target]:
+        """By path; pods before what is in them."""
+        whole = {
+            size: sum(pool.page_bytes * pool.total_pages for pool in _pools(inventory, size))
+            for size in {size for pod in plan.pods.values() for size in pod.hugepages_at_least}
+        }
+        pods = dict(self._pods(plan, whole, config))
+        live = [one for one in self.places.values() if one.path and one.container.state != STOPPED]
+        return pods | {one.path: self._target(plan, one.container, config) for one in live}
+
+    def _pods(self, plan: PinPlan, whole: dict[int, int], config: PinningConfig) -> Iterator[tuple[str, Target]]:
+        for uid, path in self.pods.items():
+            pin = plan.pod(uid)
+            yield (
+                path,
+                Target(
+                    cpus=pin.cpus,
+                    hugepages_at_least=pin.hugepages_at_least,
+                    hugepages_above=MappingProxyType({size: whole[size] for size in pin.hugepages_at_least}),
+                    let_go=pin.cpus - plan.shared if pin.cpus and config.partition != "none" else EMPTY,
+                ),
+            )
+
+    def _target(self, plan: PinPlan, container: Container, config: PinningConfig) -> Target:
+        pin = plan.containers.get(container.id, Pin())
+        return Target(
+            cpus=pin.cpus,
+            mems=pin.mems,
+            hugepage_limits=pin.hugepage_limits,
+            within=None if pin.exclusive else plan.pod(container.pod_uid).cpus,
+            partition=_partition(config) if pin.exclusive and not pin.lost else MEMBER,
+        )
+
+
+def _partition(config: PinningConfig) -> str:
+    return MEMBER if config.partition == "none" else config.partition
+
+
+def _pools(inventory: Inventory, page_bytes: int) -> Iterator[HugepagePool]:
+    return (pool for node in inventory.numa_nodes for pool in node.hugepages if pool.page_bytes == page_bytes)

@@ -1,0 +1,360 @@
+"""The enforcing side of the agent: connected to the container runtime, watching control groups, reading back.
+
+Only the agent that leads does this: a runtime takes one answer about a container, not two. Where control groups are not
+of version 2 nothing is enforced, which is shown; where they cannot be written the runtime has to do it all.
+
+Control groups do not wait for the runtime: what the ledger, kubelet's record and the containers' bundles prove is put
+in force at once, and a container that nobody has named yet is left as it is where it may hold something.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from nodeagent.aio.supervise import run_to_end, supervise
+from nodeagent.config.schema import Config, PinningConfig
+from nodeagent.core.ledger.offline import held_outside, narrowed
+from nodeagent.core.model.container import Container
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.quantity import format_size
+from nodeagent.core.pinning.plan import Pin
+from nodeagent.errors import HostError, InputError
+from nodeagent.host.cgroup import oci_bundle as bundles
+from nodeagent.host.cgroup.enforcer import Enforcer
+from nodeagent.host.cgroup.layout import CONTAINER, QOS, TOP, Cgroup
+from nodeagent.host.cgroup.pods_cpus import pods_cgroup
+from nodeagent.host.cgroup.read import CgroupReader, has_begun, hierarchy, page_sizes
+from nodeagent.host.cgroup.watch import CAME, GONE, LOOK, WRITTEN, CgroupChange, Watch
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.systemd.slice_drop_ins import SliceDropins
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.pinning.containers import ContainerTable, Place
+from nodeagent.managers.pinning.nri_hooks import NriHooks
+from nodeagent.managers.pinning.ownership import Fetch, GrantOwnership
+from nodeagent.managers.pinning.reconciler import CgroupReconciler
+from nodeagent.managers.pinning.slices import SliceNotifier
+from nodeagent.managers.pinning.unasked import unasked
+from nodeagent.nri.plugin import NriPlugin
+from nodeagent.resources.offer import CPU
+from nodeagent.state.agent import Agent
+
+NAME = "nodeagent"
+"""Among the runtime's plugins."""
+UNITS = "run/systemd/system"
+"""systemd's folder of runtime units."""
+GRACE_S = 5.0
+"""How long the runtime may be away before the agent is not ready: it may be restarting, or be connected to again."""
+LOOK_S = 5.0
+"""How long looking at all control groups may take before the plan is put in force of those that are known."""
+RESCAN_S = 2.0
+"""How long control groups wait for the machine to be read again; what is found later is put in force later."""
+_OF_CPUS = ("cpuset.cpus", "cpuset.cpus.partition")
+OFF, NRI, CGROUP = "off", "nri", "cgroup"
+log = structlog.get_logger()
+
+
+class PinningManager(Manager):
+    """Confines containers. Building it starts nothing and reads which cgroups there are."""
+
+    name = "pins"
+
+    def __init__(
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        room: ContainerTable,
+        plugins: Path,
+        config: Callable[[], PinningConfig],
+        fetch: Fetch,
+        rescan: Callable[[], Coroutine[Any, Any, object]],
+        *,
+        kubelet_confines: Callable[[], bool] = lambda: False,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server. rescan: reads the
+        machine again. kubelet_confines: whether kubelet's own CPU manager confines all containers. clock: seconds."""
+        self._kubelet_confines = kubelet_confines
+        self._agent = agent
+        self._sysfs = sysfs
+        self._config = config
+        self._rescan = rescan
+        self._clock = clock
+        self._started_with = config()
+        found = hierarchy(sysfs)
+        self.unsupported = found.unsupported
+        """Why nothing can be enforced here; "": it can."""
+        self._layouts = room.layouts
+        writable = bool(found.mount) and os.access(f"{found.mount}/cgroup.procs", os.W_OK)
+        reader = CgroupReader(found.mount, page_sizes(sysfs))
+        self._enforcer = Enforcer(reader, self._layouts) if writable and not found.unsupported else None
+        self._mount = found.mount
+        self._room = room
+        self.confining = CgroupReconciler(
+            agent,
+            self._room,
+            self._enforcer,
+            GrantOwnership(agent, plugins, fetch),
+            config,
+            began=functools.partial(has_begun, sysfs),
+            dropins=[SliceDropins(Path(sysfs.path(UNITS)), one) for one in self._layouts],
+        )
+        self._plugin: NriPlugin | None = None
+        self._seen = asyncio.Event()
+        """All control groups that there were have been looked at."""
+        self._tidied = False
+
+    @property
+    def mode(self) -> str:
+        """What is done: nothing, by the runtime's questions, or by what appears among control groups."""
+        wanted = self._started_with.mode
+        if self.unsupported or wanted == OFF:
+            return OFF
+        connected = self._plugin is not None and self._plugin.standing.connected
+        return NRI if wanted == NRI or (wanted != CGROUP and connected) else CGROUP
+
+    async def apply(self, config: Config) -> None:
+        """Take over a configuration, or what another kubelet confines itself."""
+        serves_cpus = any(one.kind == CPU for one in config.served)
+        self.confining.configure(cpus_served=serves_cpus, kubelet_confines=self._kubelet_confines())
+        self._agent.revision.bump()
+
+    @property
+    def shared_cpus(self) -> CpuSet:
+        """Where containers without CPUs of their own run; empty where that is not confined."""
+        return self.confining.plan().shared
+
+    def page_holders(self) -> list[str] | None:
+        """Paths of the control groups of all who hold hugepages; None: they are not all known."""
+        plan = self.confining.plan()
+        if not self._seen.is_set() or plan.open:
+            return None
+        pins = plan.containers
+        places = [self._room.places.get(id) for id, pin in pins.items() if any(pin.hugepage_limits.values())]
+        return [one.path for one in places if one is not None and one.path]
+
+    # ---------------------------------------------------------------- running
+
+    async def lead(self) -> None:
+        """Until cancelled; what was made so stays so."""
+        if self._started_with.mode == OFF:
+            return
+        if self.unsupported:
+            log.warning("nothing-is-pinned", reason=self.unsupported)
+            return
+        async with asyncio.TaskGroup() as tasks:
+            if self._started_with.mode != CGROUP:
+                tasks.create_task(self._serve_runtime())
+            tasks.create_task(supervise("pins", self._follow_agent))
+            if self._enforcer is not None:
+                tasks.create_task(supervise("control groups", self._follow_cgroups))
+                tasks.create_task(supervise("systemd's slices", SliceNotifier(self.confining, self._sysfs).run))
+
+    async def _serve_runtime(self) -> None:
+        config, handler = self._started_with, NriHooks(self._agent, self.confining, self._config)
+        self._plugin = NriPlugin(
+            Path(config.nri_socket),
+            NAME,
+            config.nri_index,
+            handler,
+            on_change=self._runtime_news,
+            clock=self._clock,
+        )
+        await self._plugin.run()
+
+    def _runtime_news(self) -> None:
+        self._room.told_by_runtime = self._plugin is not None and self._plugin.standing.connected
+        self._agent.revision.bump()
+
+    async def _follow_agent(self) -> None:
+        """Whatever changes the plan is put in force: grants that ended give back their CPUs, new ones take theirs."""
+        if self._enforcer is not None:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._seen.wait(), LOOK_S)
+        while True:
+            seen = self._agent.revision.value
+            await self.confining.settle()
+            await self._agent.revision.changed(seen)
+
+    async def _follow_cgroups(self) -> None:
+        with Watch(self._mount, self._layouts, poll_s=self._config().verify_seconds) as watch:
+            while True:
+                await self._take(await watch.changes())
+                if not self._tidied and not self.confining.plan().open:
+                    await self.confining.tidy()
+                    self._tidied = True
+                self._seen.set()
+
+    async def _take(self, changes: Sequence[CgroupChange]) -> None:
+        """What came is confined, what was written to is read back; now and then everything is."""
+        look = any(one.what == LOOK for one in changes)
+        if look or any(map(self._moves_all, changes)):
+            await self._look_at_pods_cgroup()
+        came = [one.cgroup for one in changes if one.what == CAME and one.cgroup is not None]
+        ids = [one.container_id for one in came if one.kind == CONTAINER]
+        known = await asyncio.to_thread(self._bundles, [*ids, *(self._room.unnamed() if look else ())])
+        # From here on without a pause: who asks for a plan in between must not take a known container for a stranger.
+        strangers = [one for one in came if one.kind == CONTAINER and one.container_id not in self._room.places]
+        self._note(changes, known)
+        self._look_for_silence(strangers, known)
+        for one in changes:
+            if one.what == GONE:
+                await self.confining.forget(one.path)
+        await self.confining.settle()
+        await self.confining.prove(known.values())
+        if look:
+            await self.confining.verify()
+            await self.confining.look_at_quotas()
+            return
+        # Of what came, nobody told what was written before it was watched.
+        written = {one.path: None for one in changes if one.what in (CAME, WRITTEN)}
+        found = {one.path for one in await self.confining.verify(written)}
+        # What is in effect below follows without a word: from a pod only where it was not what it is to be.
+        heads = tuple(f"{path}/" if path else "" for path in written if path in found or self._is_above_pods(path))
+        if heads:
+            await self.confining.verify([path for path in self.confining.applied() if path.startswith(heads)])
+
+    def _note(self, changes: Iterable[CgroupChange], known: Mapping[str, Container]) -> None:
+        """Take down what came and went. What was there before anybody looked ran, and so did, or may have, what a
+        runtime should have asked about before."""
+        old = not self._seen.is_set()
+        for one in changes:
+            if one.cgroup is not None and one.what == CAME:
+                self.confining.again(one.path)
+                self._room.came(one.cgroup, ran=old)
+            elif one.cgroup is not None and one.what == GONE:
+                self._room.gone(one.cgroup)
+        ran = old or self._runtime_wanted()
+        for container in known.values():
+            self._room.tell(container, ran=ran and bool(container.name))
+
+    def _moves_all(self, change: CgroupChange) -> bool:
+        """Whether a change may be one of the CPUs that all pods have."""
+        if change.what == WRITTEN:
+            return change.file in _OF_CPUS and self._is_above_pods(change.path)
+        return change.cgroup is not None and change.cgroup.kind == TOP
+
+    async def _look_at_pods_cgroup(self) -> None:
+        """Have the machine read again where pods have other CPUs than before; what cannot be read its scan shows."""
+        root, known = self._started_with.cgroup_root, self._agent.inventory.pods_cgroup
+        with contextlib.suppress(HostError, InputError, TimeoutError):
+            if await asyncio.to_thread(pods_cgroup, self._sysfs, root) != known:
+                await asyncio.wait_for(run_to_end(self._rescan()), RESCAN_S)
+
+    def _is_above_pods(self, path: str) -> bool:
+        place = next((found for one in self._layouts if (found := one.parse(path)) is not None), None)
+        return place is None or place.kind in (TOP, QOS)
+
+    def _bundles(self, ids: Iterable[str]) -> dict[str, Container]:
+        """What is known of containers and sandboxes that nobody announced, by id."""
+        found = {}
+        for id in ids:
+            try:
+                container = bundles.read(self._sysfs, id) if self._room.is_unnamed(id) else None
+            except HostError as error:
+                log.warning("container-not-known", container=id, error=str(error))
+                continue
+            if container is not None:
+                found[id] = container
+        return found
+
+    # ---------------------------------------------------------------- the runtime
+
+    def _runtime_wanted(self) -> bool:
+        """Whether the runtime is to ask before it makes a container."""
+        mode = self._started_with.mode
+        if self.unsupported or mode in (OFF, CGROUP):
+            return False
+        return mode == NRI or Path(self._started_with.nri_socket).exists()
+
+    def _look_for_silence(self, strangers: Sequence[Cgroup], known: Mapping[str, Container]) -> None:
+        """Connect again where containers start that a runtime which is connected should have asked about."""
+        plugin = self._plugin
+        if not self._seen.is_set() or plugin is None or not plugin.standing.connected:
+            return
+        if why := unasked(strangers, known, self._room, self.confining.plan()):
+            plugin.reconnect(why)
+
+    def not_ready(self) -> list[str]:
+        """Why containers may run elsewhere than on what they hold, one sentence each."""
+        reasons = (self._runtime_missed(), held_outside(self._agent.inventory, self._agent.ledger))
+        return [f"pinning: {why}" for why in reasons if why]
+
+    def _runtime_missed(self) -> str:
+        standing = self._plugin.standing if self._plugin is not None else None
+        if standing is None or standing.connected or not self._runtime_wanted():
+            return ""
+        away_s = self._clock() - standing.since_s
+        return f"the container runtime does not ask: {standing.reason}" if away_s > GRACE_S else ""
+
+    def notes(self) -> list[str]:
+        """What an admin may want to change, one sentence each."""
+        crowded = "no CPU is left for pods without CPUs of their own: they run on those of others"
+        reasons = (
+            narrowed(self._agent.inventory, self._agent.ledger),
+            crowded if self._enforcer is not None and self.confining.crowded() else "",
+        )
+        return [f"pinning: {why}" for why in reasons if why]
+
+    # ---------------------------------------------------------------- what it looks like
+
+    def document(self) -> dict[str, Any]:
+        """How containers are confined, in plain types."""
+        plan, standing = self.confining.plan(), self._plugin.standing if self._plugin is not None else None
+        places = sorted(self._room.places.values(), key=lambda one: (_pod(one), one.container.name, one.container.id))
+        pins = [(one, plan.containers.get(one.container.id, Pin())) for one in places]
+        drifts = self.confining.drifts.total()
+        return {
+            "mode": self.mode,
+            "unsupported": self.unsupported,
+            "runtime": f"{standing.runtime} {standing.version}".strip() if standing else "",
+            "connected": standing.connected if standing else False,
+            "reason": standing.reason if standing else "",
+            "shared_cpus": str(plan.shared),
+            "containers": len(places),
+            "drifts": drifts.found,
+            "drifts_repaired": drifts.repaired,
+            "drifts_not_repaired": drifts.open,
+            "errors": dict(self.confining.errors),
+            "pinned": [self._place(one, pin) for one, pin in pins if pin.grants or pin.unproven],
+        }
+
+    def _place(self, place: Place, pin: Pin) -> dict[str, Any]:
+        state = self._enforcer.states.get(place.path) if self._enforcer is not None else None
+        pod = self._room.pods.get(place.container.pod_uid, "")
+        drifts = self.confining.drifts.of(place.path, pod)
+        return {
+            "namespace": place.container.namespace,
+            "pod": place.container.pod_name,
+            "pod_uid": place.container.pod_uid,
+            "container": place.container.name,
+            "id": place.container.id,
+            "state": place.container.state,
+            "grants": list(pin.grants),
+            "granted_cpus": str(pin.held),
+            "effective_cpus": str(state.cpus_effective or "") if state is not None else "",
+            "granted_mems": str(pin.mems or ""),
+            "effective_mems": str(state.mems_effective or "") if state is not None else "",
+            "hugepage_limits": {format_size(size): limit for size, limit in pin.hugepage_limits.items()},
+            "lost_cpus": str(pin.lost),
+            "outside_cpus": str(pin.outside),
+            "drifts": drifts.found,
+            "drifts_not_repaired": drifts.open,
+            "ran_unpinned": dataclasses.asdict(drifts.elsewhere) if drifts.elsewhere is not None else None,
+            "quota_cpus": place.quota_cpus,
+            "unproven": list(pin.unproven),
+            "error": self.confining.errors.get(place.path, "") or self.confining.errors.get(pod, ""),
+        }
+
+
+def _pod(place: Place) -> tuple[str, str]:
+    return place.container.namespace, place.container.pod_name

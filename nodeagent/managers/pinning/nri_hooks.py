@@ -1,0 +1,129 @@
+"""What the container runtime is answered when it asks through NRI.
+
+A container that holds CPUs, pages or memory is created confined to them, and before it is created nobody else is on its
+CPUs any more: the answer waits until the others' control groups have been written and read back. Where they cannot be
+written, the same answer has the runtime change the others. Before its first instruction it is read back what the
+kernel made of it. A container that is not confined by then does not start, unless the configuration says otherwise; one
+that holds nothing is kept from starting only where it would run on CPUs that another one holds.
+
+The runtime waits two seconds at most and then drops the plugin. So what is waited for here has a limit; after it the
+answer follows from what is known, and what is not done by then is done afterwards all the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
+import structlog
+
+from nodeagent.config.schema import PinningConfig
+from nodeagent.core.dra.opaque_config import OWN_VARIABLES
+from nodeagent.core.ledger.offline import outside_of
+from nodeagent.core.model.container import CREATED, RUNNING, Adjustment, Container, Pod, Resources, Update
+from nodeagent.core.pinning.plan import Pin, named_by
+from nodeagent.errors import HostError
+from nodeagent.managers.pinning.reconciler import CgroupReconciler
+from nodeagent.state.agent import Agent
+
+log = structlog.get_logger()
+
+
+class NriHooks:
+    """As nri.service wants it."""
+
+    def __init__(self, agent: Agent, confining: CgroupReconciler, config: Callable[[], PinningConfig]) -> None:
+        self._agent = agent
+        self._confining = confining
+        self._config = config
+
+    async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
+        self._confining.room.tell_all(containers)
+        await self._confining.settle()
+        await self._confining.prove(containers)
+        return self._confining.updates(anew=True)
+
+    async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
+        with self._confining.room.asking(replace(container, state=CREATED)):
+            return await self._created(container, within_s)
+
+    async def _created(self, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
+        if late := await _within(within_s, self._make_way(container)):
+            self._go_on(container, late)
+        pin, updates = self._confining.pin(container.id), self._confining.updates(but=container.id)
+        if pin.held and pin.lost == pin.held:
+            where = outside_of(self._agent.inventory) if pin.outside else "offline"
+            self._refuse(container, f"its CPUs {pin.held} are {where}")
+        if pin.grants:
+            log.info("pinned", container=container.id, name=str(container), **_said(pin))
+        cpus = pin.cpus or self._confining.by_runtime(container.id)
+        return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
+
+    async def _make_way(self, container: Container) -> None:
+        """Learn all that may be known about what it holds, also what another agent has decided just now, and have all
+        others off that."""
+        await self._confining.ownership.hear_kubelet()
+        if any(one not in self._agent.ledger.grants for one in named_by(container)):
+            await self._agent.refresh()
+        if why := await self._confining.doubt(container):
+            self._refuse(container, why)
+        await self._confining.settle()
+
+    def _go_on(self, container: Container, late: str) -> None:
+        """Answer from what is known. That is enough for a container that holds nothing, and says so itself."""
+        pin = self._confining.pin(container.id)
+        if pin.grants or any(name.startswith(OWN_VARIABLES) for name in container.env):
+            self._refuse(container, f"others are not known to be off what it holds: {late}")
+        else:
+            log.warning("answered-from-what-is-known", container=str(container), why=late)
+
+    async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
+        """The last moment before its first instruction."""
+        why = await _within(within_s, self._confining.confirm(container.id))
+        pin = self._confining.pin(container.id)
+        if why and not pin.grants and not self._confining.trespasses(container.id):
+            log.warning("shared-container-unconfined", container=container.id, why=why)
+        elif why:
+            self._refuse(container, why)
+        if pin.exclusive and (others := self._confining.overlapping(container.id)):
+            self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
+
+    async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
+        """What kubelet wants of CPU time and memory passes; the sets of CPUs and nodes are ours."""
+        pin = self._confining.pin(container.id)
+        cpus = pin.cpus or self._confining.by_runtime(container.id)
+        if cpus is None and pin.mems is None:
+            return []
+        limits = pin.hugepage_limits
+        return [Update(container_id=container.id, cpus=cpus, mems=pin.mems, hugepage_limits=limits)]
+
+    async def started(self, pod: Pod, container: Container) -> None:
+        self._confining.room.tell(replace(container, state=RUNNING))
+
+    async def stopped(self, pod: Pod, container: Container) -> Sequence[Update]:
+        self._confining.room.stopped(container.id)
+        return self._confining.updates()
+
+    async def removed(self, pod: Pod, container: Container) -> None:
+        self._confining.room.forget(container.id)
+
+    def _refuse(self, container: Container, why: str) -> None:
+        if self._config().on_failure == "refuse":
+            raise HostError(f"cannot start container {container}: {why}")
+        log.error("started-unconfined", container=str(container), why=why)
+
+
+async def _within(limit_s: float, work: Awaitable[str | None]) -> str:
+    """What `work` has to say, or that it was not done in time."""
+    try:
+        async with asyncio.timeout(limit_s) as deadline:
+            return await work or ""
+    except TimeoutError:
+        if not deadline.expired():
+            raise
+        return f"not done within {limit_s:.3g} s"
+
+
+def _said(pin: Pin) -> dict[str, object]:
+    return {"grants": pin.grants, "cpus": str(pin.cpus or ""), "mems": str(pin.mems or ""), "lost": str(pin.lost)}

@@ -1,0 +1,389 @@
+"""Keeps in force what the ledger says of CPUs, memory and pages: plans, has control groups written, read back and
+repaired.
+
+One turn at a time touches control groups, in a thread. A plan is made anew for each turn, of what is known by then;
+what it changes is written, what is in force already is only read back: when somebody wrote there, and once in a while.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+import structlog
+
+from nodeagent.aio.revision import Revision
+from nodeagent.aio.supervise import run_to_end
+from nodeagent.config.schema import PinningConfig
+from nodeagent.core.model.container import Container, Update
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.pinning.plan import NO_PIN, Pin, PinPlan, Rules, Situation
+from nodeagent.errors import HostError, NodeagentError
+from nodeagent.host.cgroup.enforcer import Enforcer, Finding, Target
+from nodeagent.host.cgroup.read import CgroupState
+from nodeagent.host.cgroup.write import Drift
+from nodeagent.host.systemd.slice_drop_ins import SliceDropins
+from nodeagent.managers.pinning.containers import ContainerTable, Place
+from nodeagent.managers.pinning.drifts import Drifts, elsewhere
+from nodeagent.managers.pinning.ownership import GrantOwnership
+from nodeagent.state.agent import Agent
+
+PACK = 32
+"""Control groups that are read back in one turn."""
+log = structlog.get_logger()
+
+
+class CgroupReconciler:
+    """The plan and what is in force of it."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        room: ContainerTable,
+        enforcer: Enforcer | None,
+        ownership: GrantOwnership,
+        config: Callable[[], PinningConfig],
+        began: Callable[[CgroupState], bool] = lambda state: state.populated,
+        dropins: Sequence[SliceDropins] = (),
+    ) -> None:
+        """enforcer: None where control groups cannot be written. began: whether anything in a control group has run;
+        it may block. dropins: what systemd knows; none where it does not make the pods' cgroups."""
+        self.room = room
+        self.drifts = Drifts()
+        self.enforcer = enforcer
+        self.ownership = ownership
+        self._cpus_served = False
+        self._kubelet_confines = False
+        self._dropins = tuple(dropins)
+        self.news = Revision()
+        """Rises whenever control groups were written."""
+        self.errors: Mapping[str, str] = MappingProxyType({})
+        """Why some control groups are not what they are to be, by path."""
+        self._agent = agent
+        self._config = config
+        self._began = began
+        self._judged: dict[str, bool] = {}
+        """Paths of control groups of which it was looked where their processes were before they were confined for the
+        first time, and whether what they hold was known by then."""
+        self._turn = asyncio.Lock()
+        self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
+        self._planned_of: Situation | None = None
+        self._planned = config(), -1
+        self._plan = PinPlan()
+        self._targets: Mapping[str, Target] = MappingProxyType({})
+        self._applied: dict[str, Target] = {}
+        self._told: tuple[CpuSet, Mapping[str, CpuSet]] | None = None
+        self._untold = ""
+        self._updates: dict[str, tuple[CpuSet | None, CpuSet | None]] = {}
+        """What the runtime was told last, by container id."""
+
+    def configure(self, *, cpus_served: bool, kubelet_confines: bool) -> None:
+        """cpus_served: whether any container may come to hold CPUs, so that all others are confined. kubelet_confines:
+        whether kubelet's own CPU manager confines them."""
+        self._cpus_served, self._kubelet_confines = cpus_served, kubelet_confines
+
+    # ---------------------------------------------------------------- what is to be
+
+    def plan(self) -> PinPlan:
+        """Of all that is known at this moment; worked out once for that."""
+        situation, config = self._situation_now(), self._config()
+        now = config, self.room.revision
+        if self._planned_of is not situation or now != self._planned:
+            self._planned_of, self._planned = situation, now
+            self._plan = situation.plan(self.room.containers(), self.room.pods, self.room.unnamed())
+            self._targets = self.room.targets(self._plan, self._agent.inventory, config)
+        return self._plan
+
+    def _situation_now(self) -> Situation:
+        """The same object for as long as nothing of it changes: it remembers what was worked out."""
+        agent, config, given, known = self._agent, self._config(), self.ownership.given, self._situation
+        confine = not self._kubelet_confines and (self._cpus_served or bool(agent.ledger.cpus_held))
+        rules = Rules(memory=config.memory, confine_others=confine, strict_reservation=config.strict_reservation)
+        same = known.inventory is agent.inventory and known.ledger is agent.ledger and known.given is given
+        if not same or known.rules != rules:
+            self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules)
+        return self._situation
+
+    def crowded(self) -> bool:
+        """Whether others have to be kept off CPUs that containers hold, and there is none left for them."""
+        situation = self._situation_now()
+        return situation.rules.confine_others and bool(situation.ledger.cpus_held) and not situation.shared
+
+    def pin(self, container_id: str) -> Pin:
+        """What a container is to be confined to; nothing, where it is not known."""
+        return self.plan().containers.get(container_id, Pin())
+
+    async def doubt(self, container: Container) -> str:
+        """Why it cannot be known whether what a container names is its pod's, or ""."""
+        return await self.ownership.doubt(container, lambda: self.pin(container.id))
+
+    async def prove(self, containers: Iterable[Container]) -> None:
+        """Find out whether what containers name is their pods', all at a time; what is learnt of that is put in force,
+        and what cannot be known is logged."""
+        before, every = self._agent.ledger, list(containers)
+        for one, why in zip(every, await asyncio.gather(*map(self.doubt, every)), strict=True):
+            if why:
+                log.warning("holder-unknown", container=one.id, error=why)
+        if self._agent.ledger is not before:
+            await self.settle()
+
+    # ---------------------------------------------------------------- making it so
+
+    async def settle(self) -> Mapping[str, str]:
+        """Put the plan in force; why some of it is not, by path."""
+        await self.ownership.hear_kubelet()
+        await run_to_end(self._settle())
+        return self.errors
+
+    async def _settle(self) -> None:
+        async with self._turn:
+            self.plan()
+            if self.enforcer is None:
+                return
+            targets = self._targets
+            self._applied = {path: one for path, one in self._applied.items() if path in targets}
+            changed = {path: one for path, one in targets.items() if self._applied.get(path) != one}
+            await self._tell_systemd()
+            await self._apply(self.enforcer, changed)
+
+    async def _tell_systemd(self) -> None:
+        """Before the kernel, so that what systemd writes meanwhile is the new as well."""
+        shared, pods = self._plan.shared, self.room.pods
+        own = {pods[uid]: pin.cpus for uid, pin in self._plan.pods.items() if uid in pods and pin.cpus}
+        wanted = shared, {path: cpus for path, cpus in own.items() if cpus != shared}
+        if wanted == self._told:
+            return
+        try:
+            for one in self._dropins:
+                await asyncio.to_thread(one.keep, *wanted)
+            self._told = wanted
+        except HostError as error:
+            if str(error) != self._untold:
+                log.warning("systemd-not-told", error=str(error))
+            self._untold = str(error)
+
+    async def confirm(self, container_id: str) -> str:
+        """Have a container that exists, and does not run yet, confined, and its pod; why it is not, or ""."""
+        return await run_to_end(self._confirm(container_id))
+
+    async def _confirm(self, container_id: str) -> str:
+        async with self._turn:
+            self.plan()
+            place = self.room.places.get(container_id)
+            if self.enforcer is None or place is None:
+                return ""
+            pod = self.room.pods.get(place.container.pod_uid, "")
+            some = {path: self._targets[path] for path in (pod, place.path) if path in self._targets}
+            await self._apply(self.enforcer, some)
+            return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(place)
+
+    def _missing(self, place: Place) -> str:
+        """A control group that is not where it is said to be cannot be confined."""
+        pin = self._plan.containers.get(place.container.id, Pin())
+        if not pin.grants or self.enforcer is None or place.path in self.enforcer.states:
+            return ""
+        where = f"{self.enforcer.mount}/{place.path}" if place.path else "the cgroup hierarchy"
+        return f"cannot confine container {place.container}: it is not at {where}"
+
+    async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
+        if not some:
+            return
+        fresh = self._unjudged(some)
+        wrong = await self._wrong_before(enforcer, some, fresh)
+        errors = await asyncio.to_thread(enforcer.apply, some)
+        self._applied.update({path: one for path, one in some.items() if path not in errors})
+        # What is not there yet is looked at when it is.
+        self._judged.update({path: bool(pin.grants) for path, pin in fresh.items() if path in enforcer.states})
+        for path, drift in wrong.items():
+            self._ran_elsewhere(path, drift, errors.get(path, ""))
+        for path in some.keys() - errors.keys():
+            self.drifts.put_right(path)
+        for path in errors:
+            self._applied.pop(path, None)
+            if self.errors.get(path) != errors[path]:
+                log.error("not-confined", path=path, error=errors[path], container=self._whose(path))
+        others = {path: why for path, why in self.errors.items() if path in self._targets and path not in some}
+        self.errors = MappingProxyType({**others, **errors})
+        self.news.bump()
+
+    def _unjudged(self, paths: Iterable[str]) -> dict[str, Pin]:
+        """The pins of what lies at some paths, as far as it was never looked at with all that it holds."""
+        places, found = self.room.by_path(), {}
+        for path in paths:
+            place, known = places.get(path), self._judged.get(path)
+            pin = self._plan.containers.get(place.container.id, NO_PIN) if place is not None else NO_PIN
+            if known is None or (pin.grants and not known):
+                found[path] = pin
+        return found
+
+    async def _wrong_before(
+        self, enforcer: Enforcer, some: Mapping[str, Target], fresh: Mapping[str, Pin]
+    ) -> Mapping[str, Drift]:
+        """Which of those that are about to be confined for the first time ran elsewhere until now, and where."""
+        places = self.room.by_path()
+        ran = [path for path in fresh if self.room.ran_before(path, places.get(path))]
+        if not ran:
+            return {}
+        held, states = self._agent.ledger.cpus_held, await asyncio.to_thread(self._look, enforcer, ran)
+        own = {path: pin.exclusive and not pin.lost for path, pin in fresh.items()}
+        found = {path: elsewhere(state, some[path], own=own[path], held=held) for path, state in states.items()}
+        return {path: drift for path, drift in found.items() if drift is not None}
+
+    def _look(self, enforcer: Enforcer, paths: Iterable[str]) -> dict[str, CgroupState]:
+        """What control groups are in which something has run."""
+        return {path: state for path, state in enforcer.look(paths).items() if self._began(state)}
+
+    def _ran_elsewhere(self, path: str, drift: Drift, error: str) -> None:
+        self.drifts.ran_elsewhere(path, drift, repaired=not error)
+        what = {"file": drift.file, "found": drift.found, "wanted": drift.wanted}
+        log.warning("ran-unpinned", whose=self._whose(path), path=path, **what, error=error)
+
+    def applied(self) -> list[str]:
+        """Paths of what is in force."""
+        return list(self._applied)
+
+    def slices(self) -> dict[str, CpuSet]:
+        """The CPUs of pods' control groups that are in force, by path."""
+        some = {path: self._applied.get(path) for path in self.room.pods.values()}
+        return {path: one.cpus for path, one in some.items() if one is not None and one.cpus}
+
+    async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
+        """Have somebody told what a pod's control group is confined to, while nobody changes that."""
+        await run_to_end(self._unchanged(path, tell))
+
+    async def _unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
+        async with self._turn:
+            if (cpus := self.slices().get(path)) is not None:
+                await asyncio.to_thread(tell, path, cpus)
+
+    async def forget(self, path: str) -> None:
+        """A control group is gone."""
+        self._applied.pop(path, None)
+        self._judged.pop(path, None)
+        self.drifts.forget(path)
+        self.news.bump()
+        await run_to_end(self._forget(path))
+
+    async def _forget(self, path: str) -> None:
+        async with self._turn:
+            if self.enforcer is not None:
+                try:
+                    await asyncio.to_thread(self.enforcer.forget, path)
+                except NodeagentError as error:
+                    log.warning("partition-not-released", path=path, error=str(error))
+
+    async def tidy(self) -> None:
+        """Once all that there is was put in force: undo what only an agent before this one could still undo."""
+        await run_to_end(self._tidy())
+
+    async def _tidy(self) -> None:
+        async with self._turn:
+            if self.enforcer is not None:
+                await asyncio.to_thread(self.enforcer.tidy)
+
+    def again(self, path: str) -> None:
+        """What lies at a path is new, unless we have written there already: it is to be written whatever it was."""
+        if self.enforcer is None or path not in self.enforcer.states:
+            self._applied.pop(path, None)
+
+    # ---------------------------------------------------------------- reading it back
+
+    async def verify(self, paths: Iterable[str] | None = None) -> Sequence[Finding]:
+        """Read back what is in force at some paths (None: everywhere), and repair it; what was otherwise. A few at a
+        time: the runtime's questions come in between."""
+        every = list(self._applied if paths is None else paths)
+        packs = [every[start : start + PACK] for start in range(0, len(every), PACK)]
+        return [found for pack in packs for found in await run_to_end(self._verify(pack))]
+
+    async def _verify(self, paths: Sequence[str]) -> Sequence[Finding]:
+        if self.enforcer is None:
+            return ()
+        async with self._turn:
+            wanted = {path: self._applied[path] for path in paths if path in self._applied}
+            found = await asyncio.to_thread(self.enforcer.verify, wanted)
+            for one in found:
+                self._found(one)
+        return found
+
+    def _found(self, one: Finding) -> None:
+        self.drifts.found(one.path, one.drift, repaired=not one.error)
+        if one.error:
+            self.errors = MappingProxyType({**self.errors, one.path: one.error})
+            self._applied.pop(one.path, None)
+        files = [f"{drift.file}: {drift.found!r}, not {drift.wanted!r}" for drift in one.drift]
+        log.warning("drift", whose=self._whose(one.path), path=one.path, files=files, error=one.error)
+
+    async def look_at_quotas(self) -> None:
+        """Notice containers whose CPU time is limited below the CPUs that they are pinned to."""
+        plan, enforcer = self.plan(), self.enforcer
+        exclusive = [one for one in self.room.places.values() if plan.containers.get(one.container.id, Pin()).exclusive]
+        if enforcer is None or not exclusive:
+            return
+        limits = await asyncio.to_thread(lambda: [self._quota(enforcer, place) for place in exclusive])
+        for place, limit in zip(exclusive, limits, strict=True):
+            held = plan.containers[place.container.id].held
+            throttled = limit if limit is not None and limit < len(held) else None
+            if throttled is not None and place.quota_cpus != throttled:
+                log.warning("throttled", container=str(place.container), quota_cpus=throttled, cpus=str(held))
+            place.quota_cpus = throttled
+
+    def _quota(self, enforcer: Enforcer, place: Place) -> float | None:
+        """CPU time that a container may use, in CPUs: its own limit or its pod's."""
+        paths = (place.path, self.room.pods.get(place.container.pod_uid, ""))
+        return min((one for path in paths if path and (one := enforcer.quota_cpus(path)) is not None), default=None)
+
+    def overlapping(self, container_id: str) -> list[str]:
+        """Who else may be on a container's CPUs, of those that could not be confined."""
+        place, held = self.room.places.get(container_id), self.pin(container_id).held
+        if self.enforcer is None or place is None:
+            return []
+        own = {place.path, self.room.pods.get(place.container.pod_uid, "")}
+        states = [(path, self.enforcer.states.get(path)) for path in self.errors if path not in own]
+        return [
+            self._whose(path)
+            for path, state in states
+            if state is not None and state.cpus_effective is not None and not state.cpus_effective.isdisjoint(held)
+        ]
+
+    def trespasses(self, container_id: str) -> bool:
+        """Whether a container may run on CPUs that others hold, by what was read last of it or of its pod."""
+        place, own = self.room.places.get(container_id), self.pin(container_id).held
+        if self.enforcer is None or place is None:
+            return False
+        paths = (place.path, self.room.pods.get(place.container.pod_uid, ""))
+        state = next((one for path in paths if (one := self.enforcer.states.get(path)) is not None), None)
+        others = self._agent.ledger.cpus_held - own
+        return state is None or state.cpus_effective is None or not state.cpus_effective.isdisjoint(others)
+
+    def _whose(self, path: str) -> str:
+        place = self.room.by_path().get(path)
+        if place is not None:
+            return str(place.container)
+        return next((f"pod {uid}" for uid, one in self.room.pods.items() if one == path), path)
+
+    # ---------------------------------------------------------------- where the runtime has to do it
+
+    def by_runtime(self, container_id: str) -> CpuSet | None:
+        """The CPUs that the runtime has to give a container, as its own or its pod's control group cannot be written;
+        None: it can, or the container is left as it is."""
+        place = self.room.places.get(container_id)
+        if place is not None and not self._helpless(place):
+            return None
+        return self.pin(container_id).cpus or self.plan().shared or None
+
+    def _helpless(self, place: Place) -> bool:
+        """Whether its pod's control group cannot be written."""
+        pod = self.room.pods.get(place.container.pod_uid, "")
+        return self.enforcer is None or not pod or pod in self.errors
+
+    def updates(self, but: str = "", *, anew: bool = False) -> list[Update]:
+        """Changes for the runtime to make, of what it was not told already. but: the id of a container that is being
+        created. anew: it has forgotten what it was told."""
+        known = {} if anew else self._updates
+        places = self.room.places.items()
+        named = [id for id, one in places if one.container.name and id != but and self._helpless(one)]
+        wanted = {id: (self.by_runtime(id), self.pin(id).mems) for id in named}
+        self._updates = {id: one for id, one in wanted.items() if one[0] is not None}
+        changed = [(id, one) for id, one in self._updates.items() if known.get(id) != one]
+        return [Update(container_id=id, cpus=cpus, mems=mems) for id, (cpus, mems) in changed]

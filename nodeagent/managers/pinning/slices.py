@@ -1,0 +1,83 @@
+"""Keeps systemd told what pods' slices are confined to: what it was not told it resets, see host.units.
+
+A slice is told while nobody else changes it, and after its control group was written: the quick way first, this one in
+the background. The newest pods come first, as systemd is about to start their first container.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import structlog
+
+from nodeagent.aio.revision import Revision
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
+
+AT_ONCE = 16
+"""Slices told over one connection; then it is looked again which are the newest."""
+RETRY_S = 1.0
+log = structlog.get_logger()
+
+
+class InForce(Protocol):
+    """Who knows what pods' control groups are confined to."""
+
+    news: Revision
+
+    def slices(self) -> Mapping[str, CpuSet]: ...
+    async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None: ...
+
+
+class SliceNotifier:
+    """Building it starts nothing."""
+
+    def __init__(self, confining: InForce, sysfs: SysFs) -> None:
+        self._confining = confining
+        self._sysfs = sysfs
+        self._told: dict[str, CpuSet] = {}
+        self._refused: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Until cancelled; returns where there is no systemd to tell."""
+        if not self._sysfs.exists(SOCKET):
+            return
+        while True:
+            seen = self._confining.news.value
+            if todo := self._untold():
+                await self._tell(todo)
+            else:
+                await self._confining.news.changed(seen)
+
+    def _untold(self) -> list[str]:
+        """Paths of slices, those that were never told anything first."""
+        now: Mapping[str, CpuSet] = {path: cpus for path, cpus in self._confining.slices().items() if is_slice(path)}
+        self._told = {path: cpus for path, cpus in self._told.items() if path in now}
+        self._refused = {path: why for path, why in self._refused.items() if path in now}
+        todo = [path for path, cpus in now.items() if self._told.get(path) != cpus]
+        return sorted(todo, key=self._told.__contains__)[:AT_ONCE]
+
+    async def _tell(self, paths: list[str]) -> None:
+        try:
+            with contextlib.closing(await asyncio.to_thread(Systemd, self._sysfs)) as systemd:
+                for path in paths:
+                    await self._tell_one(systemd, path)
+        except HostError as error:
+            log.warning("systemd-not-told", slices=len(paths), error=str(error))
+            await asyncio.sleep(RETRY_S)
+
+    async def _tell_one(self, systemd: Systemd, path: str) -> None:
+        """A slice that is not loaded is one that nobody made through systemd, or that is gone."""
+        heard: list[tuple[CpuSet, str]] = []
+        unit = path.rpartition("/")[2]
+        await self._confining.unchanged(path, lambda path, cpus: heard.append((cpus, systemd.allow(unit, cpus))))
+        for cpus, why in heard:
+            self._told[path] = cpus
+            if why and why != self._refused.get(path):
+                log.info("slice-not-told", path=path, error=why)
+            self._refused[path] = why

@@ -1,0 +1,1 @@
+"""A configured resource: the core's resource joined with a host kind."""

@@ -1,0 +1,69 @@
+"""What of the configuration is served through DRA: the pools, and the resources that their devices come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from nodeagent.config.schema import Config
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.dra.cpu_pool import CpuPool, PoolKind
+from nodeagent.core.dra.device_pool import DevicePool
+from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
+from nodeagent.core.dra.prepare import Catalog
+from nodeagent.core.ledger.free import PageLimit
+from nodeagent.core.model.options import check_options
+from nodeagent.core.model.quantity import parse_size
+from nodeagent.errors import ConfigError, InputError
+from nodeagent.host.devices import all_kinds
+from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dra:
+    """All that is served through DRA."""
+
+    catalog: Catalog
+    offers: tuple[Offer, ...] = ()
+
+    @property
+    def served(self) -> bool:
+        return bool(self.catalog.kinds)
+
+
+def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, refused: Iterable[str] = ()) -> Dra:
+    """What a configuration serves through DRA, without some kinds; ConfigError where an option is unknown."""
+    mine = [offer for offer in offers(config, families) if offer.by_dra and offer.resource.kind not in {*refused}]
+    found: dict[str, PoolKind] = {}
+    for kind in dict.fromkeys(one.kind for one in config.served_by_dra if one.kind not in {*refused}):
+        found[kind] = _pool_kind(config, kind, [offer for offer in mine if offer.resource.kind == kind])
+    catalog = Catalog(driver=config.dra.driver, node_name=node_name, kinds=MappingProxyType(found))
+    return Dra(catalog=catalog, offers=tuple(mine))
+
+
+def page_limits(config: Config) -> tuple[PageLimit, ...]:
+    """The pools of hugepages that may grow for claims: those of sizes that claims can have."""
+    sizes = {parse_size(one.page_size) for one in config.served_by_dra if one.kind == HUGEPAGES}
+    every = (
+        PageLimit(node=one.node, page_bytes=parse_size(one.page_size), max_pages=one.max_pages)
+        for one in config.hugepages
+    )
+    return tuple(one for one in every if one.max_pages and one.page_bytes in sizes)
+
+
+def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
+    configs = [one for one in config.served_by_dra if one.kind == kind]
+    if kind == CPU:
+        try:
+            options = check_options(configs[0].options)
+        except InputError as error:
+            raise ConfigError(f"cannot serve {configs[0].name}: {error}") from None
+        return CpuPool(group=configs[0].grouping, options=options, numa=configs[0].numa)
+    if kind == HUGEPAGES:
+        sizes = tuple(dict.fromkeys(parse_size(one.page_size) for one in configs))
+        return PagePool(sizes=sizes, limits=page_limits(config))
+    if kind == MEMORY:
+        return MemoryPool(limits=page_limits(config))
+    resources = tuple(offer.resource for offer in mine if isinstance(offer.resource, DeviceResource))
+    return DevicePool(kind=kind, resources=resources, unhealthy_effect=config.dra.unhealthy_effect)

@@ -1,0 +1,169 @@
+"""One configured resource: what it shows, and what a container gets that is granted some of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import msgspec
+
+from nodeagent.config.schema import CdiConfig, Config, ResourceConfig
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
+from nodeagent.core.model.cpuset import CpuSet, union
+from nodeagent.core.model.device import ContainerEdits, Device, Mount
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.options import check_options
+from nodeagent.core.model.quantity import format_size, parse_size
+from nodeagent.core.model.topology import NodeId
+from nodeagent.errors import ConfigError, HostError, InputError
+from nodeagent.host.devices import all_kinds
+from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector
+from nodeagent.host.snapshot import Selectors
+
+CPU, HUGEPAGES, MEMORY = "cpu", "hugepages", "memory"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """A resource and the kind of devices behind it (None: CPUs and hugepages)."""
+
+    config: ResourceConfig
+    resource: ResourceKind
+    family: all_kinds.Kind | None = None
+
+    @property
+    def name(self) -> str:
+        """The extended resource's whole name."""
+        return self.resource.name
+
+    def edits(self, inventory: Inventory, grant: Grant) -> ContainerEdits:
+        """What the container of a grant gets."""
+        devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
+        own = self._edits(devices, devices)
+        said = {f"NODEAGENT_{_word(self.config.name)}_GRANT": grant.id, **held_variables(inventory, [grant])}
+        return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
+
+    def device_edits(self, device: Device, beside: Sequence[Device]) -> ContainerEdits:
+        """What the container of a claim's device gets. beside: all of its kind that go with it, itself among them."""
+        own = self._edits([device], beside)
+        return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
+
+    def _edits(self, devices: Sequence[Device], beside: Sequence[Device]) -> ContainerEdits:
+        own = all_kinds.edits(self.family, devices, beside) if self.family is not None and devices else ContainerEdits()
+        return ContainerEdits(
+            env=own.env,
+            device_nodes=own.device_nodes if self.config.device_nodes else (),
+            mounts=(*own.mounts, *_mounts(self.config)),
+            annotations=own.annotations,
+            cdi_devices=(*own.cdi_devices, *_cdi_names(self.config, devices)),
+        )
+
+    @property
+    def by_device_plugin(self) -> bool:
+        return self.config.serve != "dra"
+
+    def by_device_plugin_alone(self) -> Offer:
+        """The same without what is said of DRA."""
+        plain = ResourceConfig(name=self.config.name, kind=self.config.kind)
+        return replace(self, config=msgspec.structs.replace(self.config, serve=plain.serve, grouping=plain.grouping))
+
+    @property
+    def by_dra(self) -> bool:
+        return self.config.serve != "device-plugin"
+
+
+def offers(config: Config, families: Sequence[all_kinds.Kind]) -> tuple[Offer, ...]:
+    """The offers of a configuration, for either API; ConfigError where one names an unknown kind or option. Memory is
+    none: it has no ids."""
+    known = {family.name: family for family in families}
+    return tuple(_offer(config, one, known) for one in config.served if one.kind != MEMORY)
+
+
+def selectors(config: Config) -> Selectors:
+    """Which character and USB devices a configuration asks to look for."""
+    served = config.served
+    return Selectors(
+        char=tuple(CharSelector(name=one.name, globs=tuple(one.paths)) for one in served if one.kind == "char"),
+        usb=tuple(
+            UsbSelector(name=one.name, vendor=usb.vendor.lower(), product=usb.product.lower(), serial=usb.serial)
+            for one in served
+            for usb in one.usb
+        ),
+    )
+
+
+def _offer(config: Config, one: ResourceConfig, known: Mapping[str, all_kinds.Kind]) -> Offer:
+    name = f"{config.domain}/{one.name}"
+    if one.kind == CPU:
+        try:
+            options = check_options(one.options)
+        except InputError as error:
+            raise ConfigError(f"cannot serve {name}: {error}") from None
+        return Offer(config=one, resource=CpuResource(name=name, options=options, numa=one.numa))
+    if one.kind == HUGEPAGES:
+        size = parse_size(one.page_size)
+        return Offer(
+            config=one, resource=HugepageResource(name=name, page_bytes=size, pages_per_block=one.pages_per_block)
+        )
+    if one.kind not in known:
+        raise ConfigError(f"cannot serve {name}: unknown kind {one.kind!r}, expected one of {_names(known)}")
+    match = dict(one.match)
+    if one.kind in ("char", "usb"):
+        match["selector"] = one.name
+    resource = DeviceResource(name=name, kind=one.kind, match=MappingProxyType(match), replicas=one.replicas)
+    return Offer(config=one, resource=resource, family=known[one.kind])
+
+
+def _names(known: Iterable[str]) -> str:
+    return ", ".join(sorted({CPU, HUGEPAGES, MEMORY, *known}))
+
+
+def held_variables(inventory: Inventory, grants: Sequence[Grant]) -> dict[str, str]:
+    """The variables that say which CPUs and pages were granted; NODEAGENT_NUMA_NODES are those of the CPUs."""
+    env, cpus = dict[str, str](), union(grant.cpus for grant in grants)
+    if cpus:
+        env["NODEAGENT_CPUS"] = str(cpus)
+        env["NODEAGENT_NUMA_NODES"] = numbers(nodes_of_cpus(inventory, cpus))
+    pages = [one for grant in grants for one in grant.hugepages]
+    for size in sorted({one.page_bytes for one in pages}):
+        name, mine = f"NODEAGENT_HUGEPAGES_{format_size(size).upper()}", [it for it in pages if it.page_bytes == size]
+        env[name] = str(sum(one.pages for one in mine))
+        env[f"{name}_NUMA_NODES"] = numbers(one.node for one in mine)
+    return env
+
+
+def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:
+    """NUMA nodes of those CPUs that are online; none on a machine without NUMA."""
+    known = inventory.cpu_by_id
+    return sorted({node for cpu in cpus if cpu in known and (node := known[cpu].numa_node) >= 0})
+
+
+def numbers(nodes: Iterable[NodeId]) -> str:
+    """Each once, in order, as "0,1"."""
+    return ",".join(str(node) for node in sorted(set(nodes)))
+
+
+def _word(name: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in name).upper()
+
+
+def _mounts(config: ResourceConfig) -> tuple[Mount, ...]:
+    return tuple(
+        Mount(host_path=one.host_path, container_path=one.container_path, read_only=one.read_only)
+        for one in config.mounts
+    )
+
+
+def _cdi_names(config: ResourceConfig, devices: Iterable[Device]) -> tuple[str, ...]:
+    return () if config.cdi is None else tuple(_cdi_name(config.cdi, device) for device in devices)
+
+
+def _cdi_name(cdi: CdiConfig, device: Device) -> str:
+    """HostError where the device lacks what it is named by: a container must not start without it, silently."""
+    value = getattr(device, cdi.name, None) or device.attributes.get(cdi.name)
+    if value is None:
+        raise HostError(f"cannot name {device.id} for CDI kind {cdi.kind}: it has no {cdi.name!r} at this moment")
+    return f"{cdi.kind}={value}"

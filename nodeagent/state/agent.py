@@ -1,0 +1,485 @@
+"""The one owner of Inventory, Ledger and Health. Every change passes here, one at a time, and is durable before it is
+seen: the store first, then memory, then whoever waits for news.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import ParamSpec, TypeVar
+
+import structlog
+
+from nodeagent.core.deviceplugin import allocate as decide
+from nodeagent.core.deviceplugin.devices import still_told
+from nodeagent.core.dra import prepare as prepare_of
+from nodeagent.core.dra.prepare import Batch, Catalog
+from nodeagent.core.kubelet import imports
+from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.ledger import CONFIRMED, RELEASED, Change
+from nodeagent.core.ledger.rebuild import Sources, account
+from nodeagent.core.ledger.reconcile import Findings, compare
+from nodeagent.core.ledger.release import Absences, Memory, Patience
+from nodeagent.core.ledger.stable_ids import numbered, numbers_held
+from nodeagent.core.ledger.witness import NO_WITNESSES, Witnesses
+from nodeagent.core.model import health as health_of
+from nodeagent.core.model.claim import Claim
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.device import Advertised, ContainerEdits
+from nodeagent.core.model.grant import CLAIM, Grant, Holder, Holding
+from nodeagent.core.model.health import NO_HEALTH, Evidence, Health
+from nodeagent.core.model.inventory import Inventory, same_machine
+from nodeagent.errors import PeerError, Refused
+from nodeagent.resources.offer import Offer
+from nodeagent.state.decisions import Decisions
+from nodeagent.state.store import Store
+
+T = TypeVar("T")
+P = ParamSpec("P")
+List = Callable[[], Awaitable[tuple[Holding, ...]]]
+"""What kubelet says that pods hold; PeerError where it does not answer."""
+Living = Callable[[Sequence[Grant]], Awaitable[Mapping[str, str]]]
+"""Of some grants those whose pods live, by id, each with the evidence as a clause."""
+MOST_MISSING = 3
+"""So many of the things that a ledger lacks are named in a refusal."""
+FEW_CLAIMS = 4
+"""So many claims are decided at once; of more, others are heard in between."""
+log = structlog.get_logger()
+
+
+async def none_lives(grants: Sequence[Grant]) -> Mapping[str, str]:
+    """For a machine that has no pods."""
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unprepared:
+    """What became of claims that were to be released."""
+
+    released: tuple[Grant, ...] = ()
+    living: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Why a claim keeps what it holds, by UID: a pod of it lives."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """What of the configuration the agent itself goes by."""
+
+    boot_id: str = ""
+    reserved: CpuSet = EMPTY
+    patience: Patience = field(default_factory=Patience)
+    recover_s: float = health_of.RECOVER_S
+
+
+class Agent(Decisions):
+    """Holds the state. `revision` rises with every change of it."""
+
+    def __init__(
+        self,
+        store: Store,
+        inventory: Inventory,
+        settings: AgentSettings,
+        listing: List,
+        *,
+        living: Living = none_lives,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Take over what the store has; StateError where it cannot be read. Blocks.
+
+        living: asks the kernel and the runtime; what lives is not released, whoever says so. clock: in seconds."""
+        super().__init__(store, settings.reserved)
+        self.settings = settings
+        self.health: Health = NO_HEALTH
+        self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
+        self.conflicts: tuple[str, ...] = ()
+        """What kubelet says that contradicts the ledger, newest list only."""
+        self.unaccounted: Mapping[str, str] = MappingProxyType({})
+        """What the ledger may still lack, with the reason."""
+        self.listed_at: float | None = None
+        """When kubelet last said what pods hold, in seconds since the epoch."""
+        self._listing = listing
+        self._living = living
+        self._clock = clock
+        self._granted: dict[str, float] = {}
+        """When this process made each grant since kubelet was last asked."""
+        self._memory = Memory()
+        """What earlier lists of kubelet have shown."""
+        self._ended: Mapping[str, float] = MappingProxyType({})
+        """Since when the pods of grants taken over from kubelet have been gone, by grant id."""
+        self.held_back: Mapping[str, str] = MappingProxyType({})
+        """Why grants that kubelet does not list are not released, by grant id."""
+        self.disputed: frozenset[str] = frozenset()
+        """Ids of those among them whose pods live although kubelet has stopped listing them."""
+        self._release_due_s: float | None = None
+
+    # ---------------------------------------------------------------- the machine and its health
+
+    def see(self, inventory: Inventory) -> bool:
+        """Take a fresh snapshot; whether it shows anything new. If not, the old one stays, and all worked out of it."""
+        inventory, self._numbers = numbered(inventory, self._numbers)
+        inventory = still_told(self.inventory, inventory, self.ledger.devices_held)
+        if same_machine(self.inventory, inventory):
+            return False
+        gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
+        self.inventory = replace(inventory, generation=self.inventory.generation + 1)
+        self.health = health_of.forget(self.health, gone)
+        log.info("inventory-changed", generation=self.inventory.generation, devices_gone=sorted(gone))
+        self.revision.bump()
+        return True
+
+    def observe(self, evidence: Iterable[Evidence]) -> None:
+        """Take evidence of devices' health."""
+        self._take_health(health_of.observe(self.health, evidence, self._clock(), self.settings.recover_s))
+
+    def settle(self) -> float | None:
+        """Let recoveries happen that are due; seconds until the next one, or None."""
+        now = self._clock()
+        self._take_health(health_of.settle(self.health, now, self.settings.recover_s))
+        due = health_of.next_recovery(self.health, self.settings.recover_s)
+        return None if due is None else max(0.0, due - now)
+
+    def _take_health(self, after: Health) -> None:
+        if after is self.health:
+            return
+        for device, state in after.items():
+            before = self.health.get(device)
+            if before is None or before.state != state.state:
+                log.info("health-changed", device=device, state=state.state, reason=state.reason)
+        self.health = after
+        self.revision.bump()
+
+    def reserve(self, settings: AgentSettings) -> None:
+        """Go by other settings; grants stay as they are."""
+        self.settings = settings
+        self.ledger = ledger_of.with_reserved(self.ledger, settings.reserved)
+        self.revision.bump()
+
+    # ---------------------------------------------------------------- grants
+
+    def advertised(self, offer: Offer) -> tuple[Advertised, ...]:
+        """Every id of a resource. What a disputed grant holds is not healthy: kubelet believes that it is free. Of a
+        ledger that may lack decisions nothing is known to be free."""
+        shown = offer.resource.advertised(self.inventory, self.ledger, self.health)
+        disputed = [self.ledger.grants[one] for one in self.disputed if one in self.ledger.grants]
+        taken = {one for grant in disputed if grant.holder.resource == offer.name for one in grant.ids}
+        if self.loss:
+            taken |= {one.id for one in shown if (offer.name, one.id) not in self.ledger.by_id}
+        return tuple(replace(one, healthy=False) if one.id in taken else one for one in shown) if taken else shown
+
+    def prefer(self, offer: Offer, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
+        """The best `size` of the available ids. Kubelet knows better than a late list who has given back what."""
+        known = self.ledger.by_id
+        stale = {known[offer.name, one].id for one in available if (offer.name, one) in known}
+        ledger = ledger_of.release(self.ledger, stale)
+        near = decide.near(self.inventory, self.ledger, time.time())
+        return offer.resource.prefer(self.inventory, ledger, available, must, size, near)
+
+    async def allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
+        """Grant each container its ids, all or nothing, durably. Refused names the holder that is in the way."""
+        return await self._decided(self._allocate, offer, containers, op)
+
+    async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
+        """Release grants by id at an admin's word; those that were there. What a claim holds goes as a whole: kubelet
+        knows no half of a claim."""
+        return await self._decided(self._release, ids, op)
+
+    async def reconcile(
+        self,
+        holdings: Sequence[Holding],
+        offers: Sequence[Offer],
+        op: str,
+        *,
+        asked_at: float | None = None,
+        witnesses: Witnesses = NO_WITNESSES,
+    ) -> Findings:
+        """Take kubelet's list: name holders, release what is proven to be gone, adopt what was never recorded.
+
+        asked_at: when kubelet was asked, by the agent's clock; what was granted after that the list cannot know.
+        """
+        asked_at = self._clock() if asked_at is None else asked_at
+        return await self._decided(self._reconcile, holdings, offers, op, asked_at, witnesses)
+
+    async def release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
+        """Release what was taken over from kubelet's own managers for pods that are gone for good; what that was.
+
+        there: UIDs of the pods that have a folder now. A pod that two looks do not find, patience.confirmed_s apart, is
+        gone."""
+        return await self._decided(self._release_ended, there, op)
+
+    @property
+    def look_again_s(self) -> float | None:
+        """How soon kubelet is to be asked again for its list, in seconds; None: not before something changes."""
+        if self._granted or self._ended:
+            return 0.0
+        return self._release_due_s
+
+    # ---------------------------------------------------------------- claims
+
+    async def prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        """Grant claims what was allocated to them, each all or nothing, all durable on return."""
+        return await self._decided(self._prepare, catalog, claims, op)
+
+    async def reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
+        """Note for which pods (their UIDs) a claim is reserved now."""
+        await self._decided(self._reserved, uid, pods, op)
+
+    async def unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
+        """Release all that some claims hold, except for claims of which a pod lives. Durable on return; the unknown is
+        no error."""
+        return await self._decided(self._unprepare, uids, op)
+
+    async def refresh(self) -> None:
+        """Hear what another agent beside this one has decided."""
+        await self._decided(_nothing)
+
+    async def rebuild(self, sources: Sources, offers: Sequence[Offer], op: str) -> Mapping[str, str]:
+        """Put back what a ledger that may lack decisions is shown to lack; what is still missing, with the reason."""
+        return await self._decided(self._rebuild, sources, {offer.name: offer for offer in offers}, op)
+
+    async def prune(self, before: float) -> int:
+        """Forget audit lines older than a moment."""
+        return await self._decided(self._prune, before)
+
+    # ---------------------------------------------------------------- behind the turn
+
+    def _refuse_while_incomplete(self, what: str, want: int) -> None:
+        """Refused while the ledger may lack decisions: what looks free may be in use."""
+        if self.loss:
+            missing = "; ".join(list(self.unaccounted.values())[:MOST_MISSING]) or "it is being rebuilt"
+            raise Refused(
+                f"cannot grant {what}: the ledger may lack decisions ({self.loss}): {missing}", want=want, free=0
+            )
+
+    async def _rebuild(self, sources: Sources, offers: Mapping[str, Offer], op: str) -> Mapping[str, str]:
+        if not self.loss:
+            return self.unaccounted
+        found = account(self.ledger, sources, functools.partial(self._recorded, offers))
+        await self._save(found.changes, found.ledger, op)
+        for change in found.changes:
+            log.warning("grant-put-back", grant=change.grant.id, holder=str(change.grant.holder), ids=change.grant.ids)
+        if found.unaccounted != self.unaccounted:
+            log.warning("ledger-lacks", missing=dict(found.unaccounted))
+        self.unaccounted = found.unaccounted
+        if not found.unaccounted:
+            await self._on_disk(self._store.found_whole)
+        self._hear_loss()
+        return found.unaccounted
+
+    def _recorded(
+        self, offers: Mapping[str, Offer], resource: str, ids: tuple[str, ...], uid: str, container: str
+    ) -> Grant | None:
+        """A grant of what kubelet's checkpoint has with a container."""
+        if resource not in offers:
+            return None
+        stamp = self._stamp()
+        grant = decide.grant_of(self.inventory, offers[resource].resource, ids, stamp.new_id(), stamp)
+        return replace(grant, pods=(uid,))
+
+    async def _allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
+        await self._make_way(offer, containers)
+        decision = decide.allocate(self.inventory, self.ledger, offer.resource, containers, self._stamp())
+        if decision.changes:
+            self._refuse_while_incomplete(f"devices of {offer.name}", sum(map(len, containers)))
+        edits = [offer.edits(self.inventory, grant) for grant in decision.grants]
+        await self._save(decision.changes, decision.ledger, op)
+        self._begin_anew(decision.grants)
+        self._tell(_say_granted, op, offer.name, decision.grants)
+        return edits
+
+    async def _make_way(self, offer: Offer, containers: Sequence[Sequence[str]]) -> None:
+        """Kubelet asks for what another container held: Refused if that lives or is listed, or if nobody can say."""
+        known, ids = self.ledger.by_id, [one for container in containers for one in container]
+        old = {one: grant for one in ids if (grant := known.get((offer.name, one))) is not None}
+        if old:
+            decide.check_ids(self.inventory, offer.resource, containers)
+            _refuse_living(offer, ids, old, await self._living(list(old.values())))
+        held = {one: grant for one, grant in old.items() if grant.confirmed}
+        if not held:
+            return
+        try:
+            holdings = await self._listing()
+        except PeerError as error:
+            holder = next(iter(held.values())).holder
+            why = f"cannot grant {', '.join(held)} of {offer.name}: last held by {holder}, and {error}"
+            raise Refused(why, want=len(ids), free=len(ids) - len(held)) from None
+        for holding in holdings:
+            _refuse_listed(offer, ids, holding)
+
+    def _begin_anew(self, grants: Iterable[Grant]) -> None:
+        """Who asked just now is given all the time that a new pod has, also where the grant is an old one."""
+        now = self._clock()
+        self._granted.update((grant.id, now) for grant in grants)
+        missing = {one: since for one, since in self._memory.missing.items() if one not in self._granted}
+        self._memory = replace(self._memory, missing=missing, listed=self._memory.listed - self._granted.keys())
+
+    async def _release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
+        named = [self.ledger.grants[one] for one in ids if one in self.ledger.grants]
+        claims = {grant.holder.uid for grant in named if grant.holder.api == CLAIM}
+        others = [grant for grant in self.ledger.grants.values() if grant.holder.uid in claims]
+        gone = tuple({grant.id: grant for grant in (*named, *others)}.values())
+        changes = [Change(action=RELEASED, grant=grant) for grant in gone]
+        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in gone]), op)
+        return gone
+
+    async def _reconcile(
+        self,
+        holdings: Sequence[Holding],
+        offers: Sequence[Offer],
+        op: str,
+        asked_at: float,
+        witnesses: Witnesses,
+    ) -> Findings:
+        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at, witnesses)
+        ledger = ledger_of.release(self.ledger, [grant.id for grant in found.released])
+        ledger = ledger_of.amend(ledger, [grant for grant in found.confirmed if grant.id in ledger.grants])
+        adoption, conflicts = decide.adopt(self.inventory, ledger, found.adopted)
+        changes = [Change(action=CONFIRMED, grant=grant) for grant in found.confirmed]
+        changes += [Change(action=RELEASED, grant=grant) for grant in found.released]
+        await self._save([*changes, *adoption.changes], adoption.ledger, op)
+        self._take_absences(found.absences)
+        self._granted = {one: at for one, at in self._granted.items() if at >= asked_at}
+        self._say_conflicts((*conflicts, *(f"{h.namespace}/{h.pod}: {why}" for h, why in found.unknown)))
+        self.listed_at = time.time()
+        return replace(found, adopted=adoption.grants)
+
+    def _take_absences(self, found: Absences) -> None:
+        for one in found.disputed - self.disputed:
+            log.warning("grant-disputed", grant=one, holder=str(self.ledger.grants[one].holder), why=found.held[one])
+        if found.disputed != self.disputed:
+            self._tell(self.revision.bump)
+        self._memory, self.held_back, self.disputed = found.memory, found.held, found.disputed
+        self._release_due_s = found.due_s
+
+    async def _release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
+        patience_s = self.settings.patience.confirmed_s
+        found = imports.ended(self.ledger, there, self._ended, self._clock(), patience_s)
+        living = await self._living(found.released)
+        released = tuple(grant for grant in found.released if grant.id not in living)
+        changes = [Change(action=RELEASED, grant=grant) for grant in released]
+        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in released]), op)
+        self._ended = found.missing
+        return released
+
+    def _compare(
+        self,
+        holdings: Sequence[Holding],
+        offers: Mapping[str, Offer],
+        asked_at: float,
+        witnesses: Witnesses,
+    ) -> Findings:
+        return compare(
+            self.ledger,
+            holdings,
+            self._memory,
+            asked_at,
+            self.settings.patience,
+            offers,
+            lambda holding: self._adoptable(offers[holding.resource], holding),
+            young={one for one, at in self._granted.items() if at >= asked_at},
+            witnesses=witnesses,
+        )
+
+    def _say_conflicts(self, conflicts: tuple[str, ...]) -> None:
+        for one in conflicts:
+            if one not in self.conflicts:
+                log.warning("ledger-and-kubelet-disagree", why=one)
+        self.conflicts = conflicts
+
+    def _adoptable(self, offer: Offer, holding: Holding) -> Grant:
+        stamp = self._stamp()
+        grant = decide.grant_of(self.inventory, offer.resource, holding.ids, stamp.new_id(), stamp)
+        names = {"namespace": holding.namespace, "pod": holding.pod, "container": holding.container}
+        return replace(grant, holder=replace(grant.holder, **names), confirmed=True)
+
+    def _stamp(self) -> decide.Stamp:
+        return decide.Stamp(new_id=lambda: f"g-{secrets.token_hex(5)}", at=time.time(), boot_id=self.settings.boot_id)
+
+    async def _prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        if self.loss:
+            return await self._prepare_known(catalog, claims, op)
+        decide_all = functools.partial(prepare_of.prepare, self.inventory, self.ledger, catalog, claims, self._stamp())
+        # Many decisions take longer than kubelet may wait for a word in between. They are pure: a thread can make them.
+        batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
+        if living := await self._living([one.grant for one in batch.changes if one.action == RELEASED]):
+            batch = await self._prepare_others(catalog, claims, living)
+        await self._save(batch.changes, batch.ledger, op)
+        return batch
+
+    async def _prepare_known(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
+        """While the ledger may lack decisions: the claims that it has, and the one that it lacks, if there is only one
+        and no container of it runs; it is thereby accounted for."""
+        held = [one for one in claims if prepare_of.grants_of(self.ledger, one.ref.uid)]
+        known = [one for one in claims if one in held or await self._may_be_decided(one)]
+        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, known, self._stamp())
+        await self._save(batch.changes, batch.ledger, op)
+        errors = dict(batch.errors)
+        for claim in (one for one in claims if one not in known):
+            try:
+                self._refuse_while_incomplete(f"what is allocated to claim {claim.ref}", 1)
+            except Refused as refusal:
+                errors[claim.ref.uid] = f"cannot prepare claim {claim.ref}: {refusal}"
+        return replace(batch, errors=errors)
+
+    async def _may_be_decided(self, claim: Claim) -> bool:
+        """Whether a claim is all that the ledger lacks, and none of its containers still uses what it had before."""
+        if self.unaccounted.keys() != {claim.ref.uid}:
+            return False
+        before = Grant(id="", holder=Holder(api=CLAIM, uid=claim.ref.uid), pods=claim.reserved_for)
+        return not await self._living([before])
+
+    async def _prepare_others(self, catalog: Catalog, claims: Sequence[Claim], living: Mapping[str, str]) -> Batch:
+        """The decision without claims that were allocated something else before, and whose pods still use that."""
+        why = {self.ledger.grants[one].holder.uid: evidence for one, evidence in living.items()}
+        others = [claim for claim in claims if claim.ref.uid not in why]
+        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, others, self._stamp())
+        errors = {
+            claim.ref.uid: f"cannot prepare claim {claim.ref}: it was allocated something else before, and "
+            f"{why[claim.ref.uid]}"
+            for claim in claims
+            if claim.ref.uid in why
+        }
+        return replace(batch, errors={**batch.errors, **errors})
+
+    async def _reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
+        decision = prepare_of.reserved(self.ledger, uid, pods)
+        await self._save(decision.changes, decision.ledger, op)
+
+    async def _unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
+        held = [grant for uid in dict.fromkeys(uids) for grant in prepare_of.grants_of(self.ledger, uid)]
+        living = {self.ledger.grants[one].holder.uid: why for one, why in (await self._living(held)).items()}
+        decision = prepare_of.unprepare(self.ledger, [uid for uid in uids if uid not in living])
+        await self._save(decision.changes, decision.ledger, op)
+        return Unprepared(released=tuple(change.grant for change in decision.changes), living=living)
+
+    async def _prune(self, before: float) -> int:
+        return await self._on_disk(self._store.prune, before)
+
+
+def _refuse_living(offer: Offer, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]) -> None:
+    """Refused where a container that lives holds some of the ids, whatever kubelet has forgotten."""
+    taken = {one: grant for one, grant in old.items() if grant.id in living}
+    if taken:
+        grant = next(iter(taken.values()))
+        why = f"cannot grant {', '.join(taken)} of {offer.name}: held by {grant.holder}, and {living[grant.id]}"
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken))
+
+
+def _refuse_listed(offer: Offer, ids: Sequence[str], holding: Holding) -> None:
+    taken = sorted(set(holding.ids) & set(ids)) if holding.resource == offer.name else []
+    if taken:
+        where = f"{holding.namespace}/{holding.pod}/{holding.container}"
+        why = f"cannot grant {', '.join(taken)} of {offer.name}: held by {where}"
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken))
+
+
+async def _nothing() -> None:
+    """A turn in which nothing is decided."""
+
+
+def _say_granted(op: str, resource: str, grants: Iterable[Grant]) -> None:
+    log.info("granted", op=op, resource=resource, grants=[f"{one.id}: {', '.join(one.ids)}" for one in grants])

@@ -1,0 +1,121 @@
+"""One decision at a time on the ledger: made in a turn, durable before it is in force, and in force before it is known.
+
+Another process may decide on the same ledger, as during a rolling upgrade: each turn begins with what that one decided.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import MappingProxyType
+from typing import Any, ParamSpec, TypeVar
+
+import structlog
+
+from nodeagent.aio.revision import Revision
+from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.ledger import Change, Ledger
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.grant import Grant
+from nodeagent.errors import NodeagentError, StateError
+from nodeagent.state.store import Store
+
+T = TypeVar("T")
+P = ParamSpec("P")
+TELL_S = 0.001
+"""How long news of a decision wait for its answer to be under way."""
+log = structlog.get_logger()
+
+
+class Decisions:
+    """The ledger and its durable form. `revision` rises with every change of what the owner decides on."""
+
+    def __init__(self, store: Store, reserved: CpuSet) -> None:
+        """Take over what the store has; StateError where it cannot be read. Blocks."""
+        grants = MappingProxyType({one.id: one for one in store.load()})
+        self.ledger = Ledger(grants=grants, reserved=reserved)
+        self.loss = store.loss
+        """Why the ledger may lack decisions; until it is rebuilt nothing new is granted. "": it is whole."""
+        self.revision = Revision()
+        self.on_decision: Callable[[], None] | None = None
+        """Called after each durable change, where another agent has to learn of it."""
+        self._store = store
+        self._turn = asyncio.Lock()
+        self._under_way: set[asyncio.Task[Any]] = set()
+        self._closing = False
+        self._disk = ThreadPoolExecutor(1, "store")
+
+    async def close(self) -> None:
+        """Take no more decisions, let those under way finish, close the store."""
+        self._closing = True
+        while self._under_way:
+            await asyncio.wait(self._under_way)
+        self._disk.shutdown(wait=True)
+        self._store.close()
+
+    async def _decided(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """A decision in its turn. A peer that hangs up must not cut it in two: it is finished, and the answer dropped;
+        if it fails then, the log alone hears of it."""
+        if self._closing:
+            raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
+        task = asyncio.ensure_future(self._in_turn(lambda: work(*args, **kwargs)))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            task.add_done_callback(_say_failure)
+            raise
+
+    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """A decision of this process alone, on what is known by then: also on what another one decided before."""
+        async with self._turn:
+            if not self._store.try_begin():
+                await self._on_disk(self._store.begin)
+            try:
+                self._hear(self._store.news(self.ledger.grants.values()))
+                self._hear_loss()
+                return await work()
+            finally:
+                self._store.end()
+
+    def _hear(self, news: tuple[Grant, ...] | None) -> None:
+        if news is not None:
+            grants = MappingProxyType({one.id: one for one in news})
+            self.ledger = Ledger(grants=grants, reserved=self.ledger.reserved)
+            self.revision.bump()
+
+    def _hear_loss(self) -> None:
+        if self._store.loss != self.loss:
+            self.loss = self._store.loss
+            log.log(logging.ERROR if self.loss else logging.INFO, "ledger-incomplete" if self.loss else "ledger-whole")
+            self.revision.bump()
+
+    async def _save(self, changes: Sequence[Change], after: Ledger, op: str) -> None:
+        """Durable first, then in memory, then told."""
+        if not changes:
+            return
+        held = self.ledger.grants.values()
+        await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
+        self.ledger = ledger_of.with_reserved(after, self.ledger.reserved)
+        self._tell(self.revision.bump)
+        if self.on_decision is not None:
+            self._tell(self.on_decision)
+
+    def _tell(self, tell: Callable[..., object], *args: object) -> None:
+        """Have the rest of the world told a moment later: who asked is answered first."""
+        asyncio.get_running_loop().call_later(TELL_S, tell, *args)
+
+    async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+
+def _say_failure(task: asyncio.Task[Any]) -> None:
+    """Nobody waits any more for what a task raised."""
+    error = None if task.cancelled() else task.exception()
+    if error is not None:
+        unforeseen = None if isinstance(error, NodeagentError) else error
+        log.error("abandoned-decision-failed", error=str(error), exc_info=unforeseen)

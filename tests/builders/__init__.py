@@ -1,0 +1,1 @@
+"""Builds machines, inventories and objects for tests."""

@@ -1,0 +1,1 @@
+"""Real servers as strict as what they stand for."""

@@ -1,0 +1,1 @@
+"""A whole Kubernetes node from real binaries."""

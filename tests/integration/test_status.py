@@ -1,0 +1,207 @@
+"""The status socket of a running agent: what it shows, to whom, and what it lets whom change."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from nodeagent.cli import status as status_of
+from tests.builders.devices import DeviceTree
+from tests.builders.machines import machine
+from tests.doubles.kubelet import FakeKubelet
+from tests.support.running import CHAR, CPU, Running, running
+
+RESOURCES = [
+    {"name": "cpu", "kind": "cpu"},
+    {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"], "replicas": 2},
+]
+NOBODY = 65534
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+
+
+@contextlib.asynccontextmanager
+async def standing(folder: Path, tmp_path: Path, **config: Any) -> AsyncIterator[tuple[Running, FakeKubelet]]:
+    """An agent on a small machine with one pod on it."""
+    tree = DeviceTree(machine(tmp_path / "root", "1s1n4c"))
+    tree.node("/dev/ttyS0")
+    options = {
+        "resources": RESOURCES,
+        "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.1},
+        **config,
+    }
+    async with FakeKubelet(folder / "kubelet") as kubelet, running(folder, root=tree.root, **options) as agent:
+        await kubelet.wait_allocatable(CPU, 4)
+        await kubelet.wait_allocatable(CHAR, 2)
+        await kubelet.admit_pod("shop", "till", {"main": {CPU: 2, CHAR: 1}})
+        await agent.until("/v1/grants", lambda grants: len([one for one in grants if one["pod"]]) == 2)
+        await agent.ready()
+        yield agent, kubelet
+
+
+async def test_every_page_is_there_and_agrees_with_the_others(folder: Path, tmp_path: Path) -> None:
+    async with standing(folder, tmp_path) as (agent, _):
+        pages = {page: (await agent.ask(f"/v1/{page}"))[1] for page in ("status", "inventory", "grants", "devices")}
+        status, grants, devices = pages["status"], pages["grants"], pages["devices"]
+        assert status["ready"] and status["not_ready"] == []
+        assert status["grants"] == len(grants) == 2
+        assert {one["resource"] for one in grants} == {CPU, CHAR}
+        assert status["inventory"]["cpus_online"] == pages["inventory"]["cpus_online"] == "0-3"
+        held = {(one["resource"], one["id"]) for one in devices if one["holder"] == "shop/till/main"}
+        assert held == {(one["resource"], identity) for one in grants for identity in one["ids"]}
+        assert [(r["name"], r["devices"], r["healthy"], r["held"]) for r in status["resources"]] == [
+            (CPU, 4, 4, 2),
+            (CHAR, 2, 2, 1),
+        ]
+        assert (await agent.ask("/healthz")) == (200, "ok\n")
+        assert (await agent.ask("/readyz")) == (200, "ok\n")
+
+
+async def test_the_metrics_can_be_parsed_and_say_the_same(folder: Path, tmp_path: Path) -> None:
+    async with standing(folder, tmp_path) as (agent, kubelet):
+        _, text = await agent.ask("/metrics")
+        samples = {
+            (one.name, tuple(sorted(one.labels.items()))): one.value
+            for family in text_string_to_metric_families(text)
+            for one in family.samples
+        }
+
+        def value(name: str, **labels: str) -> float:
+            return samples[f"nodeagent_{name}", tuple(sorted(labels.items()))]
+
+        assert value("ready") == 1
+        assert value("registered", resource=CPU) == 1
+        assert value("devices", resource=CPU, health="healthy") == 4
+        assert value("held", resource=CPU) == 2
+        assert value("allocations_total", resource=CPU, outcome="granted") == 1
+        assert value("allocate_seconds_count", resource=CPU) == 1
+        assert value("holder", resource=CHAR, namespace="shop", pod="till", container="main", claim="") == 1
+        await kubelet.delete_pod("shop", "till")
+        await agent.until("/v1/grants", lambda grants: grants == [])
+        _, text = await agent.ask("/metrics")
+        assert "till" not in text
+        assert "nodeagent_releases_total 2.0" in text
+
+
+async def test_readyz_is_503_with_reasons_until_kubelet_comes(folder: Path, tmp_path: Path) -> None:
+    tree = machine(tmp_path / "root", "1s1n4c")
+    async with running(folder, root=tree, resources=RESOURCES[:1]) as agent:
+        await agent.until("/v1/status", lambda status: status["resources"])
+        code, text = await agent.ask("/readyz")
+        assert code == 503
+        assert text.startswith(f"{CPU}: waiting for ")
+        assert "nodeagent_ready 0.0" in (await agent.ask("/metrics"))[1]
+        assert (await agent.ask("/healthz"))[0] == 200
+        async with FakeKubelet(folder / "kubelet"):
+            await agent.ready()
+            assert (await agent.ask("/readyz")) == (200, "ok\n")
+
+
+@pytest.mark.parametrize(
+    ("method", "page", "code", "said"),
+    [
+        ("GET", "/v2/status", 404, "/v1/status"),
+        ("GET", "/v1/status/", 404, "/v1/status"),
+        ("DELETE", "/v1/status", 405, "only be read"),
+        ("PUT", "/v1/grants", 405, "only be read"),
+        ("DELETE", "/v1/grants/g-none", 404, "no such grant"),
+        ("GET", "/v1/reload", 404, "expected one of"),
+    ],
+)
+async def test_what_cannot_be_done_says_why(
+    folder: Path, tmp_path: Path, method: str, page: str, code: int, said: str
+) -> None:
+    async with running(folder, root=machine(tmp_path / "root", "1s1n4c"), resources=[]) as agent:
+        await agent.ready()
+        found, answer = await agent.ask(page, method)
+        assert found == code
+        assert said in answer["error"]
+
+
+def as_user(uid: int, gid: int, path: Path, request: str) -> str:
+    """The first line of the answer that somebody else gets, or why there is none."""
+    code = f"""
+import os, socket
+os.setgroups([]); os.setgid({gid}); os.setuid({uid})
+try:
+    s = socket.socket(socket.AF_UNIX); s.connect({str(path)!r})
+    s.sendall(b"{request} HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+    print(s.recv(100).decode().splitlines()[0])
+except OSError as error:
+    print(type(error).__name__)
+"""
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    return done.stdout.strip()
+
+
+@as_root
+async def test_a_member_of_the_group_may_read_and_change_nothing(folder: Path, tmp_path: Path) -> None:
+    """Everybody else may not even connect."""
+    import grp
+
+    other = next(one for one in grp.getgrall() if one.gr_gid not in (0, NOBODY))
+    folder.chmod(0o755)  # noqa: ASYNC240
+    async with standing(folder, tmp_path, status={"group": other.gr_name}) as (agent, _):
+        (grant, *_) = (await agent.ask("/v1/grants"))[1]
+        path = agent.socket
+        assert "200" in as_user(NOBODY, other.gr_gid, path, "GET /v1/status")
+        assert "403" in as_user(NOBODY, other.gr_gid, path, f"DELETE /v1/grants/{grant['id']}")
+        assert "403" in as_user(NOBODY, other.gr_gid, path, "POST /v1/reload")
+        assert as_user(NOBODY, NOBODY, path, "GET /v1/status") == "PermissionError"
+        assert len((await agent.ask("/v1/grants"))[1]) == 2
+
+
+async def test_a_group_that_does_not_exist_is_said(folder: Path, tmp_path: Path) -> None:
+    tree = machine(tmp_path / "root", "1s1n4c")
+    async with running(folder, root=tree, resources=[], status={"group": "no-such-group"}) as agent:
+        await agent.said("no-status-group", group="no-such-group")
+        await agent.ready()
+
+
+async def test_raw_garbage_does_not_disturb_the_agent(folder: Path, tmp_path: Path) -> None:
+    async with running(folder, root=machine(tmp_path / "root", "1s1n4c"), resources=[]) as agent:
+        await agent.ready()
+        for seed in range(20):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(str(agent.socket))
+                client.sendall(os.urandom(1 + seed * 50))
+        assert (await agent.ask("/healthz")) == (200, "ok\n")
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+async def test_curl_reads_it(folder: Path, tmp_path: Path) -> None:
+    async with running(folder, root=machine(tmp_path / "root", "1s1n4c"), resources=[]) as agent:
+        await agent.ready()
+        command = ["curl", "-sS", "--fail", "--unix-socket", str(agent.socket), "http://agent/v1/status"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)  # noqa: ASYNC221
+        assert json.loads(done.stdout)["ready"]
+
+
+@pytest.mark.parametrize(
+    ("ran", "note"),
+    [
+        (None, ""),
+        ({"file": "cpuset.cpus.effective", "until_unix_s": 1.0}, "ran on 0-15 instead of 4-7 until {}"),
+        ({"file": "cpuset.cpus.effective", "until_unix_s": None}, "runs on 0-15 instead of 4-7"),
+        (
+            {"file": "cpuset.mems.effective", "until_unix_s": 1.0},
+            "used memory of NUMA nodes 0-15 instead of 4-7 until {}",
+        ),
+    ],
+)
+def test_the_note_of_a_container_says_where_it_ran_before_it_was_pinned(ran: dict[str, Any] | None, note: str) -> None:
+    """With the time of day, of the machine where it is read."""
+    shown = {**ran, "found": "0-15", "wanted": "4-7"} if ran else None
+    one = {"error": "", "ran_unpinned": shown, "lost_cpus": "", "outside_cpus": "", "quota_cpus": None, "unproven": []}
+    assert status_of._note(one) == note.format(time.strftime("%H:%M:%S", time.localtime(1.0)))

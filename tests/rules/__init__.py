@@ -1,0 +1,1 @@
+"""What must hold for all files: layout, linters, packaging, documentation."""

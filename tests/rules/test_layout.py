@@ -1,0 +1,213 @@
+"""The rules of the house: linters, types, stubs, import layers, readable sizes, nothing that may not be said."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import nodeagent
+
+PACKAGE = Path(nodeagent.__file__).parent
+CHECKOUT = PACKAGE.parent
+BASE = ("errors", "version", "config", "telemetry", "aio", "pb", "_fastpath")
+"""Below everything: they know nothing of the rest."""
+ROOMS = ("host", "kube", "nri")
+"""They never import each other."""
+ORDER = (
+    BASE,
+    ("core.model",),
+    ("core.ledger",),
+    ("core.placement",),
+    ("core",),
+    ROOMS,
+    ("resources",),
+    ("state",),
+    ("managers",),
+    ("admin",),
+    ("daemon",),
+    ("cli", "kinds", "__main__"),
+)
+"""Packages from the bottom to the top: each may import those before it, and what is in it."""
+BASE_IMPORTS = {
+    "errors": set(),
+    "version": set(),
+    "aio": {"errors"},
+    "config": {"errors"},
+    "telemetry": {"errors", "version"},
+}
+MOST_MODULES = 14
+"""In one folder."""
+
+in_checkout = pytest.mark.skipif(
+    not (CHECKOUT / "pyproject.toml").exists(), reason="these look at the checkout; an installed package has none"
+)
+
+
+@in_checkout
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["mypy"],
+        ["mypy.stubtest", "nodeagent._fastpath"],
+    ],
+    ids=["ruff-check", "ruff-format", "mypy-strict", "stubtest"],
+)
+def test_the_tools_find_nothing(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", *command], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def modules() -> Iterator[tuple[str, ast.Module]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        if parts[0] != "pb" and parts != ("__init__",):
+            yield ".".join(parts), ast.parse(path.read_text())
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """The modules of this package that a file imports, without the package's name."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module == "nodeagent":
+            names = [f"nodeagent.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where things come from"
+            names = [node.module or ""]
+        else:
+            continue
+        yield from (name.removeprefix("nodeagent.") for name in names if name.startswith("nodeagent."))
+
+
+def package(module: str) -> tuple[int, str]:
+    """Where in ORDER a module lies, and in which of its packages: the longest that fits."""
+    found = [
+        (number, one)
+        for number, group in enumerate(ORDER)
+        for one in group
+        if module == one or module.startswith(f"{one}.")
+    ]
+    assert found, f"{module} is in no package of ORDER"
+    return max(found, key=lambda one: len(one[1]))
+
+
+def test_imports_point_one_way() -> None:
+    wrong = []
+    for name, tree in modules():
+        level, mine = package(name)
+        for other in imported(tree):
+            its, theirs = package(other)
+            beside = its == level and mine != theirs and mine in (*ROOMS, *BASE)
+            if mine in BASE_IMPORTS:
+                beside = theirs not in {mine, *BASE_IMPORTS[mine]}
+            if its > level or beside:
+                wrong.append(f"{name} imports {other}")
+    assert not wrong
+
+
+def test_no_folder_is_crowded() -> None:
+    folders = Counter(path.parent for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+    crowded = {str(one.relative_to(PACKAGE)): count for one, count in folders.items() if count > MOST_MODULES}
+    crowded.pop("pb", None)
+    assert not crowded
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    """Imports at the top of files form no cycle."""
+    graph = {name: {*imported_modules(tree)} for name, tree in modules()}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path, name))
+        if name not in done:
+            for other in graph.get(name, ()):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def imported_modules(tree: ast.Module) -> Iterator[str]:
+    """The same as files, as `from package import module` names them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nodeagent"):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}".removeprefix("nodeagent.")
+                is_module = (PACKAGE / Path(*whole.split("."))).with_suffix(".py").exists()
+                yield whole if is_module else node.module.removeprefix("nodeagent.")
+
+
+def test_the_core_is_pure() -> None:
+    """No I/O, no clock, no logging, no gRPC, no asyncio."""
+    forbidden = {
+        "asyncio",
+        "grpc",
+        "io",
+        "logging",
+        "os",
+        "pathlib",
+        "random",
+        "socket",
+        "structlog",
+        "subprocess",
+        "time",
+    }
+    for name, tree in modules():
+        if name.split(".")[0] != "core":
+            continue
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {one.split(".")[0] for one in names} & forbidden, name
+
+
+def functions() -> Iterator[tuple[str, int]]:
+    for name, tree in modules():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
+
+
+def test_the_median_function_is_under_ten_lines() -> None:
+    lengths = sorted(length for _, length in functions())
+    assert lengths[len(lengths) // 2] < 10
+
+
+def test_files_can_be_read_in_one_sitting() -> None:
+    long = {
+        p.name: n
+        for p in PACKAGE.rglob("*.p*")
+        if (n := p.read_bytes().count(b"\n")) > 500 and p.suffix in (".py", ".pyx", ".pxi")
+    }
+    assert not {name: lines for name, lines in long.items() if "_pb2" not in name}
+
+
+def test_every_module_and_public_function_says_what_it_is() -> None:
+    for name, tree in modules():
+        assert ast.get_docstring(tree), name
+
+
+@in_checkout
+def test_the_sources_speak_of_the_project_alone() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=CHECKOUT, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    hosts = re.compile(r"(?i)\b(pypi\.org|files\.pythonhosted|registry\.npmjs|deb\.debian\.org|proxy\.golang)\b|/work/")
+    for path in (CHECKOUT / line for line in listed.stdout.splitlines()):
+        if path.suffix in (".py", ".pyx", ".pxi", ".md", ".toml", ".sh", ".yaml", ".proto", "") and path.is_file():
+            assert path.name == "test_layout.py" or not hosts.search(path.read_text(errors="replace")), path
+
+
+def test_the_compiled_core_is_what_runs() -> None:
+    done = subprocess.run([sys.executable, "-m", "nodeagent", "--version"], capture_output=True, text=True, check=True)
+    assert "core: compiled" in done.stdout

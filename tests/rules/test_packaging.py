@@ -1,0 +1,88 @@
+"""What is shipped: the wheel and the sdist have what they need, and the wheel works outside the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import nodeagent
+from tests.support.paths import SHARED
+
+CHECKOUT = Path(nodeagent.__file__).parent.parent
+TESTS = CHECKOUT / "tests"
+pytestmark = pytest.mark.skipif(
+    not (CHECKOUT / "pyproject.toml").exists(), reason="an installed package is not built again"
+)
+OUTSIDE = (
+    "core/test_fastpath.py",
+    "host/test_topology.py",
+    "kube/test_device_plugin.py",
+    "state/test_store.py",
+    "config/test_config.py",
+)
+"""Unit tests that together touch every package."""
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the sdist, and the wheel built from it."""
+    out = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(CHECKOUT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return out
+
+
+def test_the_sdist_has_all_sources(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "nodeagent").rglob("*.p*") if _source(path)}
+    wanted |= {"LICENSE", "README.md", "setup.py", "tests/doubles/kubelet.py", "tests/doubles/nvml_double.c"}
+    assert not wanted - names
+
+
+def test_the_wheel_has_the_compiled_core_and_its_types(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert {f"nodeagent/_fastpath{suffix}", "nodeagent/_fastpath.pyi", "nodeagent/py.typed"} <= names
+    assert "nodeagent/pb/deviceplugin_pb2.py" in names
+    assert not [name for name in names if name.startswith(("tests", "demo", "benchmarks"))]
+
+
+def test_the_wheel_works_outside_the_checkout(built: Path, tmp_path: Path) -> None:
+    """Installed in an environment of its own, with the libraries of this one, it passes tests of every package."""
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    libraries = Path(sysconfig.get_paths()["purelib"])
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", next(built.glob("*.whl"))], check=True)
+    # Behind the environment's own packages; no link from there leads to the checkout (.pth files are read here only).
+    (Path(site) / "libraries.pth").write_text(f"{libraries}\n")
+    # pytest puts the folder above the package of tests into sys.path: it must not be the checkout.
+    shutil.copytree(TESTS, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "e2e", "vm"))
+    command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/unit/{name}" for name in OUTSIDE)]
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"NODEAGENT_SHARED": str(SHARED)}
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    where = subprocess.run(
+        [python, "-m", "nodeagent", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert str(tmp_path) in where.stdout
+
+
+def _source(path: Path) -> bool:
+    return path.suffix in (".py", ".pyx", ".pxi", ".pyi")

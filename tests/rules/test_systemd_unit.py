@@ -1,0 +1,78 @@
+"""The unit file: what systemd itself says of it, and that it fits what the agent does."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from nodeagent.config.schema import Config
+from tests.support.paths import CHECKOUT
+
+UNIT = CHECKOUT / "systemd" / "nodeagent.service"
+DROP_IN = UNIT.with_name("nodeagent-dra.conf")
+WORST_EXPOSURE = 2.5
+"""Of 10; docs/operations.md states the score."""
+
+pytestmark = pytest.mark.skipif(not UNIT.exists(), reason="the unit lies in the checkout")
+needs_systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd-analyze is not installed")
+
+
+def settings() -> list[tuple[str, str]]:
+    lines = [line for line in UNIT.read_text().splitlines() if re.match(r"[A-Z]\w*=", line)]
+    return [tuple(line.split("=", 1)) for line in lines]  # type: ignore[misc]
+
+
+def runnable(folder: Path) -> Path:
+    """The unit with a program that is there on every machine."""
+    copy = folder / UNIT.name
+    copy.write_text(re.sub(r"^ExecStart=.*$", "ExecStart=/bin/true", UNIT.read_text(), flags=re.MULTILINE))
+    return copy
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
+    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_dra(tmp_path: Path) -> None:
+    """And takes it: the families are added, the folders too, and the network is open."""
+    (tmp_path / f"{UNIT.name}.d").mkdir()
+    shutil.copy(DROP_IN, tmp_path / f"{UNIT.name}.d" / DROP_IN.name)
+    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    lines = DROP_IN.read_text().splitlines()
+    assert "IPAddressDeny=" in lines and "RestrictAddressFamilies=AF_INET AF_INET6" in lines
+    (writable,) = [line for line in lines if line.startswith("ReadWritePaths=")]
+    folders = ("/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", Config().dra.cdi_dir)
+    assert set(writable.removeprefix("ReadWritePaths=").replace("-/", "/").split()) == set(folders)
+
+
+@needs_systemd
+def test_the_exposure_is_what_the_documentation_says(tmp_path: Path) -> None:
+    command = ["systemd-analyze", "security", "--no-pager", "--offline=true", str(runnable(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    score = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert score is not None, done.stderr
+    assert float(score[1]) <= WORST_EXPOSURE
+    assert f"{score[1]} of 10" in (UNIT.parent.parent / "docs" / "operations.md").read_text()
+
+
+def test_it_knows_the_agents_folders_and_words() -> None:
+    found = dict(settings())
+    assert found["Type"] == "notify"
+    assert (found["StateDirectory"], found["RuntimeDirectory"]) == ("nodeagent", "nodeagent")
+    assert "-HUP" in found["ExecReload"]
+    assert float(found["WatchdogSec"].removesuffix("s")) >= 10
+
+
+def test_every_hardening_says_why_or_is_grouped_under_what_it_is_for() -> None:
+    comments = [line for line in UNIT.read_text().splitlines() if line.startswith("#")]
+    assert len(comments) >= 15

@@ -1,0 +1,12 @@
+"""Where things are, for tests that start programs or read files of the checkout."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+"""The folder that `tests` is a package in."""
+NVML_DOUBLE = CHECKOUT / "tests" / "doubles" / "nvml_double.c"
+SHARED = Path(os.environ.get("NODEAGENT_SHARED", CHECKOUT.parent / "shared"))
+"""Recorded data beside the checkout."""

@@ -1,0 +1,200 @@
+"""`nodeagent inventory`, and its JSON read back by `nodeagent place --inventory`, edited by hand or not."""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nodeagent.core.model.device import Device, Link
+from nodeagent.core.model.inventory_json import from_document, to_document
+from nodeagent.errors import InputError
+from tests.builders import machines
+from tests.builders.inventories import GIB, even_rows, inventory_of
+from tests.builders.machines import unpack
+from tests.conftest import shared_path
+from tests.unit.cli.test_place import complaint, nodeagent
+
+RECORDED = (
+    "256ppc-8n8s4t",
+    "48amd64-4pa2n6c-sparse",
+    "40intel64-2g2n4c+pcilocality",
+    "20s390-2g6s4c",
+    "fakeheterocpunuma",
+)
+KEYS = {
+    "generation",
+    "cpus",
+    "cpus_online",
+    "cpus_offline",
+    "cpus_isolated",
+    "numa_nodes",
+    "caches",
+    "devices",
+    "links",
+}
+CPU_KEYS = ["id", "package", "die", "cluster", "core", "numa_node", "l2", "l3", "kind", "isolated"]
+
+
+def recorded_tree(name: str, folder: Path) -> Path:
+    """Unpack a recorded machine; the folder that has sys in it."""
+    return unpack(shared_path(f"machines/{name}.tar.bz2"), folder)
+
+
+def inventory(root: Path, form: str) -> subprocess.CompletedProcess[bytes]:
+    done = nodeagent("inventory", "--root", str(root), "-o", form)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = machines.Shape(packages=2, threads=2, hugepages={(0, 2 << 20): (16, 8, 0)}, offline="3", isolated="1")
+    return machines.build(tmp_path_factory.mktemp("built"), shape)
+
+
+def test_the_json_has_the_documented_keys(built: Path) -> None:
+    found = json.loads(inventory(built, "json").stdout)
+    assert set(found) >= KEYS
+    assert list(found["cpus"][0]) == CPU_KEYS
+    assert (found["cpus_online"], found["cpus_offline"], found["cpus_isolated"]) == ("0-2,4-15", "3", "1")
+    assert found["numa_nodes"][0]["hugepages"] == [
+        {"page_bytes": 2 << 20, "total_pages": 16, "free_pages": 8, "reserved_pages": 0, "surplus_pages": 0}
+    ]
+    assert found["numa_nodes"][0]["distances"] == {"0": 10, "1": 20}
+
+
+def test_yaml_says_the_same_and_the_table_shows_it(built: Path) -> None:
+    assert yaml.safe_load(inventory(built, "yaml").stdout) == json.loads(inventory(built, "json").stdout)
+    table = inventory(built, "table").stdout.decode()
+    assert "15 CPUs online (0-2,4-15), 8 cores, 2 packages, offline 3, isolated 1" in table
+    assert "2Mi=8/16" in table
+
+
+REQUESTS = b"""{"cpus":1}
+{"cpus":3,"held":"0-1"}
+{"cpus":2,"options":["full-pcpus-only"]}
+{"cpus":8,"numa":"single"}
+{"cpus":9,"numa":"restricted","memory":"1Gi"}
+{"hugepages":{"2Mi":1}}
+{"cpus":4,"options":["distribute-cpus-across-numa"]}
+"""
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_place_answers_the_same_from_the_tree_and_from_its_json(name: str, tmp_path: Path) -> None:
+    root, path = recorded_tree(name, tmp_path / "tree"), tmp_path / "inventory.json"
+    path.write_bytes(inventory(root, "json").stdout)
+    from_tree = nodeagent("place", "--root", str(root), "--batch", "-", stdin=REQUESTS)
+    from_file = nodeagent("place", "--inventory", str(path), "--batch", "-", stdin=REQUESTS)
+    assert from_tree.returncode == from_file.returncode == 0
+    assert from_tree.stdout == from_file.stdout
+    assert len(from_tree.stdout.splitlines()) == 7
+    assert b'"error"' not in from_tree.stdout
+
+
+# ---------------------------------------------------------------- read back, edited by hand
+
+
+def document() -> dict[str, Any]:
+    """A small machine with everything in it."""
+    devices = [Device(kind="gpu", id=f"gpu{i}", numa_node=i, attributes={"name": "x", "n": 1}) for i in range(2)]
+    links = [Link(a="gpu0", b="gpu1", type="nvlink", weight=100)]
+    found = inventory_of(even_rows(2, 1, 1, 2, 2), pages={(0, GIB): 2}, devices=devices, links=links)
+    return to_document(found)
+
+
+def test_a_document_reads_back_as_it_was() -> None:
+    again = to_document(from_document(json.dumps(document()), source="test"))
+    assert again == document()
+
+
+def test_a_hand_written_file_needs_only_cpus_and_nodes(tmp_path: Path) -> None:
+    small = {
+        "cpus": [{"id": cpu, "package": 0, "core": cpu, "numa_node": 8, "remark": "mine"} for cpu in (0, 5)],
+        "numa_nodes": [{"id": 8}],
+        "something": "new",
+    }
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(small))
+    done = nodeagent("place", "--inventory", str(path), "--cpus", "2", "-o", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cpus"] == "0,5"
+
+
+Edit = Callable[[dict[str, Any]], object]
+BAD: dict[str, tuple[Edit, str]] = {
+    "cpu twice": (lambda d: d["cpus"].append(d["cpus"][0]), "id 0 stands twice in cpus"),
+    "node twice": (lambda d: d["numa_nodes"].append(d["numa_nodes"][0]), "id 0 stands twice in numa_nodes"),
+    "device twice": (lambda d: d["devices"].append(d["devices"][0]), "id gpu0 stands twice in devices"),
+    "negative distance": (lambda d: d["numa_nodes"][0]["distances"].update({"1": -5}), "distance -5"),
+    "node unknown": (lambda d: d["cpus"][0].update(numa_node=7), "numa_node 7 is not in numa_nodes"),
+    "negative package": (lambda d: d["cpus"][0].update(package=-1), "package -1 is not in 0 to 8191"),
+    "huge package": (lambda d: d["cpus"][0].update(package=10**12), "package 1000000000000 is not in 0 to 8191"),
+    "huge core": (lambda d: d["cpus"][0].update(core=10**30), "core"),
+    "huge cpu": (lambda d: d["cpus"][0].update(id=8192), "id 8192 is not in 0 to 8191"),
+    "huge node": (lambda d: d["numa_nodes"].append({"id": 10**6}), "id 1000000 is not in 0 to 8191"),
+    "core on two packages": (lambda d: d["cpus"][0].update(package=1), "core 0 lies on several packages"),
+    "negative pages": (lambda d: d["numa_nodes"][0]["hugepages"][0].update(free_pages=-1), "free_pages -1"),
+    "page size 0": (lambda d: d["numa_nodes"][0]["hugepages"][0].update(page_bytes=0), "page_bytes is 0"),
+    "more free than there": (lambda d: d["numa_nodes"][0]["hugepages"][0].update(free_pages=9), "9 of 2 pages"),
+    "size twice": (lambda d: d["numa_nodes"][0]["hugepages"].append(d["numa_nodes"][0]["hugepages"][0]), "twice"),
+    "negative memory": (lambda d: d["numa_nodes"][0].update(memory_bytes=-1), "memory_bytes -1"),
+    "device node unknown": (lambda d: d["devices"][0].update(numa_node=-4), "numa_node -4"),
+    "device without id": (lambda d: d["devices"][0].update(id=""), "empty"),
+    "bad local_cpus": (lambda d: d["devices"][0].update(local_cpus="3-1"), "devices, id gpu0"),
+    "heavy link": (lambda d: d["links"][0].update(weight=10**9), "weight 1000000000"),
+    "text for a number": (lambda d: d["cpus"][0].update(id="0"), "$.cpus[0].id"),
+    "no cpus": (lambda d: d.pop("cpus"), "cpus"),
+    "cpus a number": (lambda d: d.update(cpus=3), "$.cpus"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_inventory_is_refused_naming_the_value(name: str) -> None:
+    edit, expected = BAD[name]
+    bad = copy.deepcopy(document())
+    edit(bad)
+    with pytest.raises(InputError, match=r"cannot read .* ?here") as refused:
+        from_document(json.dumps(bad), source="here")
+    assert expected in str(refused.value)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"cpus":[],"numa_nodes":[]}x'])
+def test_what_is_no_inventory_exits_with_2_and_one_line(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(data)
+    assert str(path) in complaint(nodeagent("place", "--inventory", str(path), "--cpus", "1"))
+
+
+def test_an_empty_machine_refuses_and_does_not_fall_over() -> None:
+    found = from_document('{"cpus":[],"numa_nodes":[]}', source="x")
+    assert found.cpus == ()
+
+
+@pytest.mark.parametrize("words", [["--root", "/nowhere"], ["--root", "/etc/passwd"], ["--root", "/etc"]])
+def test_a_root_that_is_none_exits_with_2(words: list[str]) -> None:
+    assert words[1] in complaint(nodeagent("inventory", *words))
+
+
+@pytest.mark.parametrize("path", ["/nowhere", "/"])
+def test_a_file_that_cannot_be_read_exits_with_2(path: str) -> None:
+    assert path in complaint(nodeagent("place", "--inventory", path, "--cpus", "1"))
+
+
+def test_the_reader_may_go_away_in_the_middle(built: Path) -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m nodeagent inventory --root {built} -o json | head -1"],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.stdout == b"{\n"
+    assert done.stderr == b""

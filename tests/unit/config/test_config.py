@@ -1,0 +1,358 @@
+"""Every rule of the configuration, and what is said of whoever breaks one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from nodeagent.config import schema as schema_of
+from nodeagent.config.load import LARGEST_FILE_BYTES, differences, load, parse
+from nodeagent.config.schema import DEFAULT_RESOURCES, Config, schema
+from nodeagent.errors import ConfigError
+from tests.support.paths import CHECKOUT
+
+EXAMPLE = CHECKOUT / "systemd" / "config.example.yaml"
+
+
+def refusal(text: str | bytes) -> str:
+    """Why a configuration is refused: one line."""
+    with pytest.raises(ConfigError) as caught:
+        parse(text, source="here.yaml")
+    said = str(caught.value)
+    assert "\n" not in said
+    assert "here.yaml" in said
+    return said
+
+
+def resource(**keys: Any) -> str:
+    return json.dumps({"resources": [{"name": "it", **keys}]})
+
+
+@pytest.mark.parametrize("text", ["", "{}", "# nothing\n", "---\n", "null"])
+def test_nothing_is_the_default(text: str) -> None:
+    assert parse(text, source="here.yaml") == Config()
+
+
+def test_the_default_serves_what_needs_no_preparation() -> None:
+    """No hugepages, no physical function, no disk."""
+    assert Config().served == list(DEFAULT_RESOURCES)
+    assert {one.kind for one in Config().served} == {"cpu", "gpu", "nic", "char"}
+    assert [one.match for one in Config().served if one.kind == "nic"] == [{"sriov": "vf"}]
+
+
+def test_an_empty_list_serves_nothing() -> None:
+    assert parse("resources: []", source="here.yaml").served == []
+
+
+def test_every_key_is_read() -> None:
+    text = """
+apiVersion: nodeagent.dev/v1alpha1
+kind: NodeAgentConfiguration
+kubeletDir: /k
+stateDir: /s
+runtimeDir: /r
+domain: example.com
+reservedCpus: 0-1,4
+resyncSeconds: 5
+auditDays: 3
+log: {level: debug, format: json}
+status: {group: adm}
+release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
+health: {recoverSeconds: 8, nvmlSeconds: 9}
+kubeletConfig: {file: /k.yaml, dropIns: /k.d}
+dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
+pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
+  verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9}
+hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
+resources:
+- name: vf
+  kind: nic
+  serve: dra
+  match: {sriov: vf, driver: "ia*"}
+  replicas: 2
+  deviceNodes: false
+  cdi: {kind: vendor.com/net, name: pci_address}
+  env: {A_1: b}
+  mounts: [{hostPath: /a, containerPath: /b, readOnly: false}]
+- {name: port, kind: char, paths: [/dev/ttyUSB*]}
+- {name: cam, kind: usb, usb: [{vendor: 046D, product: 082d, serial: X}]}
+- {name: page, kind: hugepages, pageSize: 2Mi, pagesPerBlock: 64}
+- {name: cpu, kind: cpu, options: [full-pcpus-only], numa: single, serve: both, grouping: l3}
+"""
+    found = parse(text, source="here.yaml")
+    silent = parse("resources: [{name: x, kind: x}]", source="here.yaml")
+    unsaid = [key for key, value in msgspec.to_builtins(found).items() if value == msgspec.to_builtins(silent)[key]]
+    assert unsaid == ["apiVersion", "kind"]
+    assert found.served[0].cdi == schema_of.CdiConfig(kind="vendor.com/net", name="pci_address")
+    assert found.served[3].pages_per_block == 64
+    assert [one.name for one in found.served_by_dra] == ["vf", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("resorces: []", ["$.resorces", "did you mean resources?"]),
+        ("log: {levle: info}", ["$.log.levle", "did you mean level?"]),
+        (resource(kind="gpu", replica=2), ["$.resources[0].replica", "did you mean replicas?"]),
+        (resource(kind="gpu", cdi={"kind": "a/b", "nam": "x"}), ["$.resources[0].cdi.nam", "did you mean name?"]),
+        (resource(kind="usb", usb=[{"vendr": "1234"}]), ["$.resources[0].usb[0].vendr", "vendor?"]),
+        ("kubelet_dir: /x", ["$.kubelet_dir", "kubeletDir"]),
+        ("dra: {nodename: x}", ["$.dra.nodename", "did you mean nodeName?"]),
+        ("dra: {driver: x}", ["$.dra.driver", "'x'"]),
+        (resource(kind="memory"), ["$.resources[0].serve", "'dra'"]),
+        (resource(kind="Memory", serve="dra"), ["kind 'Memory'", "cannot name a pool"]),
+        (resource(kind="gpu", grouping="l3"), ["$.resources[0].grouping", "only for cpu"]),
+        (
+            "resources: [{name: a, kind: cpu, serve: dra}, {name: b, kind: cpu, serve: both}]",
+            ["kind cpu", "served through DRA 2 times"],
+        ),
+        ("zzz: 1", ["$.zzz", "expected one of apiVersion, auditDays"]),
+        ("1: 2", ["$.1", "expected one of"]),
+        ("null: 2", ["$.None", "expected one of"]),
+        ("on: 2", ["$.True", "expected one of"]),
+    ],
+)
+def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, expected: list[str]) -> None:
+    said = refusal(text)
+    assert all(part in said for part in expected), said
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("hugepages: [{pageSize: 2M, node: 0}]", "$.hugepages[0].pageSize", "'2M'"),
+        ("hugepages: [{pageSize: 3Mi, node: 0}]", "$.hugepages[0].pageSize", "'3Mi'"),
+        ("hugepages: [{pageSize: 4Ki, node: 0}]", "$.hugepages[0].pageSize", "'4Ki'"),
+        ("hugepages: [{pageSize: 64Gi, node: 0}]", "$.hugepages[0].pageSize", "'64Gi'"),
+        ("hugepages: [{pageSize: 2Mi, node: -1}]", "$.hugepages[0].node", "-1"),
+        ("hugepages: [{pageSize: 2Mi, node: 0, pages: 5, maxPages: 4}]", "$.hugepages[0].maxPages", "4"),
+        ("hugepages: [{pageSize: 1Gi, node: 0}, {pageSize: 1024Mi, node: 0}]", "$.hugepages[1]", "'1024Mi'"),
+        ("resyncSeconds: soon", "$.resyncSeconds", "'soon'"),
+        ("resyncSeconds: 0", "$.resyncSeconds", "0"),
+        ("resyncSeconds: .nan", "$.resyncSeconds", "nan"),
+        ("resyncSeconds: .inf", "$.resyncSeconds", "inf"),
+        ("auditDays: 0", "$.auditDays", "0"),
+        ("auditDays: 1.5", "$.auditDays", "1.5"),
+        ("auditDays: true", "$.auditDays", "True"),
+        ("reservedCpus: 0", "$.reservedCpus", "0"),
+        ("kubeletDir: relative", "$.kubeletDir", "'relative'"),
+        ("domain: nodots", "$.domain", "'nodots'"),
+        ("domain: Upper.case", "$.domain", "'Upper.case'"),
+        ("log: {level: trace}", "$.log.level", "'trace'"),
+        ("apiVersion: v2", "$.apiVersion", "'v2'"),
+        ("kind: Pod", "$.kind", "'Pod'"),
+        ("resources: 3", "$.resources", "3"),
+        ("resources: [3]", "$.resources[0]", "3"),
+        ("resources: [{kind: gpu}]", "$.resources[0]", "name"),
+        (resource(kind="gpu", replicas=0), "$.resources[0].replicas", "0"),
+        (resource(kind="gpu", replicas=100000), "$.resources[0].replicas", "100000"),
+        (resource(kind="gpu", env={"A": 1}), "$.resources[0].env", "int"),
+        (resource(kind="gpu", env={"1A": "x"}), "$.resources[0].env", "A-Za-z_"),
+        (resource(kind="gpu", env={"A": "x\0"}), "$.resources[0].env", "0"),
+        (resource(kind="gpu", cdi={"kind": "noslash"}), "$.resources[0].cdi.kind", "'noslash'"),
+        (resource(kind="gpu", mounts=[{"hostPath": "a", "containerPath": "/b"}]), "mounts[0].hostPath", "'a'"),
+        (resource(kind="char", paths=["/etc/shadow"]), "$.resources[0].paths[0]", "'/etc/shadow'"),
+        (resource(kind="char", paths=["/dev/../etc/x"]), "$.resources[0].paths", "'/dev/../etc/x'"),
+        (resource(kind="cpu", numa="maybe"), "$.resources[0].numa", "'maybe'"),
+        (resource(kind="usb", usb=[{"vendor": "12"}]), "$.resources[0].usb[0].vendor", "'12'"),
+        (resource(kind="hugepages"), "$.resources[0].pageSize", "''"),
+        (resource(kind="hugepages", pageSize="2M"), "$.resources[0].pageSize", "'2M'"),
+        (resource(kind="hugepages", pageSize="0Mi"), "$.resources[0].pageSize", "'0Mi'"),
+        (resource(kind="hugepages", pageSize="2Mi", pagesPerBlock=0), "$.resources[0].pagesPerBlock", "0"),
+        (resource(kind="char"), "$.resources[0].paths", "/dev/ttyUSB*"),
+        (resource(kind="usb"), "$.resources[0].usb", "vendor"),
+        (resource(kind="gpu", paths=["/dev/x"]), "$.resources[0].paths", "only for char"),
+        (resource(kind="gpu", options=["full-pcpus-only"]), "$.resources[0].options", "only for cpu"),
+        (resource(kind="cpu", replicas=2), "$.resources[0].replicas", "only for devices"),
+        (resource(kind="cpu", match={"a": "b"}), "$.resources[0].match", "only for devices"),
+        ('{"resources":[{"name":"a","kind":"gpu"},{"name":"a","kind":"nic"}]}', "$.resources[1].name", "twice"),
+        ("domain: kubernetes.io", "$.domain", "kubernetes.io"),
+        ("domain: gpu.kubernetes.io", "$.domain", "gpu.kubernetes.io"),
+        ("domain: requests.example.com", "$.domain", "requests"),
+        (f"domain: {'a' * 60}.{'b' * 60}.{'c' * 60}.{'d' * 60}.{'e' * 60}", "$.domain", "at most 253"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(text: str, path: str, value: str) -> None:
+    said = refusal(text)
+    assert path in said, said
+    assert value in said, said
+
+
+@pytest.mark.parametrize("name", ["", "-a", "a-", "a/b", "a b", "x" * 64, "ü"])
+def test_a_name_that_kubelet_would_refuse_is_refused_here(name: str) -> None:
+    assert "$.resources[0].name" in refusal(json.dumps({"resources": [{"name": name, "kind": "gpu"}]}))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a list",
+        "just text",
+        "{",
+        "a: [",
+        "\t",
+        "a: b: c",
+        "\x00",
+        b"\xff\xfe\x00",
+        b"\x80",
+        "!!python/object/apply:os.system [true]",
+        "a: !!binary '*'",
+        "a: 2026-13-45",
+        "? [a]\n: b",
+        "a: *nowhere",
+        "[" * 100_000,
+        "{a: " * 5_000,
+        "--- a\n--- b",
+    ],
+)
+def test_garbage_is_refused_in_one_line(text: str | bytes) -> None:
+    refusal(text)
+
+
+def test_a_key_that_stands_twice_is_refused() -> None:
+    """YAML would take the last, silently."""
+    assert "'domain' stands twice" in refusal("domain: a.b\ndomain: c.d\n")
+    assert "'name' stands twice" in refusal("resources: [{name: a, name: b, kind: gpu}]")
+
+
+def test_an_alias_is_fine_and_a_bomb_of_them_is_not() -> None:
+    aliased = "resources:\n- {name: a, kind: gpu, env: &e {A: b}}\n- {name: b, kind: gpu, env: *e}\n"
+    assert parse(aliased, source="here.yaml").served[1].env == {"A": "b"}
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 20)]
+    assert "values" in refusal("\n".join(lines))
+    assert "values" in refusal("a: &a [*a]")
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "here.yaml"
+    with file.open("wb") as sparse:
+        sparse.truncate(1 << 40)
+    with pytest.raises(ConfigError, match=str(LARGEST_FILE_BYTES)):
+        load(file)
+
+
+@pytest.mark.parametrize("what", ["missing", "folder"])
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "here.yaml" if what == "missing" else tmp_path
+    with pytest.raises(ConfigError, match="No such file" if what == "missing" else "directory"):
+        load(path)
+
+
+@given(some.binary(max_size=200))
+def test_bytes_are_a_configuration_or_refused(data: bytes) -> None:
+    try:
+        parse(data, source="here.yaml")
+    except ConfigError as error:
+        assert "here.yaml" in str(error)
+
+
+_VALUE = some.none() | some.booleans() | some.integers() | some.floats() | some.text(max_size=8)
+_PLAIN = _VALUE | some.lists(_VALUE, max_size=2) | some.dictionaries(some.text(max_size=4), _VALUE, max_size=2)
+
+
+@given(some.dictionaries(some.sampled_from([*schema()["$defs"]["Config"]["properties"]]), _PLAIN, max_size=3))
+def test_any_value_at_any_key_is_a_configuration_or_refused(document: dict[str, Any]) -> None:
+    try:
+        parse(json.dumps(document), source="here.yaml")
+    except ConfigError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_configuration_survives_being_written_and_read() -> None:
+    """Every default written out is what nothing means."""
+    document = msgspec.to_builtins(Config(resources=list(DEFAULT_RESOURCES)))
+    assert parse(json.dumps(document), source="here.yaml") == Config(resources=list(DEFAULT_RESOURCES))
+
+
+# ---------------------------------------------------------------- what changes
+
+
+def test_differences_name_each_key_once() -> None:
+    old = parse("auditDays: 3\nlog: {level: info}", source="x")
+    new = parse("auditDays: 4\nlog: {level: debug}", source="x")
+    assert differences(old, new) == ["auditDays: 3 -> 4", "log.level: 'info' -> 'debug'"]
+    assert differences(old, old) == []
+
+
+# ---------------------------------------------------------------- schema and command line
+
+
+def _keys(struct: type[msgspec.Struct]) -> set[str]:
+    return {field.encode_name for field in msgspec.structs.fields(struct)}
+
+
+def test_the_schema_has_every_key_and_allows_no_other() -> None:
+    parts = {
+        one.__name__: one
+        for one in vars(schema_of).values()
+        if isinstance(one, type) and issubclass(one, msgspec.Struct) and not one.__name__.startswith("_")
+    }
+    found = schema()["$defs"]
+    assert set(found) == set(parts)
+    for name, part in parts.items():
+        assert set(found[name]["properties"]) == _keys(part)
+        assert found[name]["additionalProperties"] is False
+        assert "description" in found[name], f"{name} does not say what it is"
+
+
+def cli(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nodeagent", "config", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=30)
+
+
+def test_config_schema_prints_it() -> None:
+    done = cli("schema")
+    assert json.loads(done.stdout) == schema()
+
+
+def test_config_check_says_what_is_served(tmp_path: Path) -> None:
+    file = tmp_path / "here.yaml"
+    file.write_text("domain: example.com\nresources: [{name: gpu, kind: gpu}]\n")
+    done = cli("check", str(file))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "example.com/gpu" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("resorces: []", "did you mean"),
+        (resource(kind="gpus"), "unknown kind 'gpus'"),
+        (resource(kind="cpu", options=["fast"]), "fast"),
+        ("reservedCpus: 3-1", "'3-1'"),
+    ],
+)
+def test_config_check_says_what_is_wrong_and_exits_with_2(tmp_path: Path, text: str, expected: str) -> None:
+    file = tmp_path / "here.yaml"
+    file.write_text(text)
+    done = cli("check", str(file))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert expected in done.stderr
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the example lies in the checkout")
+def test_the_example_is_good_and_has_every_key() -> None:
+    done = cli("check", str(EXAMPLE))
+    assert done.returncode == 0, done.stderr
+    text = EXAMPLE.read_text()
+    missing = [key for key in _keys(Config) | _keys(schema_of.ResourceConfig) if f"{key}:" not in text]
+    assert not missing
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the example lies in the checkout")
+def test_the_example_with_a_line_lost_is_good_or_refused() -> None:
+    lines = EXAMPLE.read_text().splitlines()
+    for lost in range(len(lines)):
+        try:
+            parse("\n".join(lines[:lost] + lines[lost + 1 :]), source="here.yaml")
+        except ConfigError as error:
+            assert "here.yaml" in str(error)

@@ -1,0 +1,106 @@
+"""From evidence to a state: bad counts at once, good must last, unknown is neither."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodeagent.core.model.health import (
+    HEALTHY,
+    NO_HEALTH,
+    UNHEALTHY,
+    UNKNOWN,
+    Evidence,
+    Health,
+    forget,
+    next_recovery,
+    observe,
+    settle,
+)
+
+
+def seen(health: Health, state: str, now: float, *, source: str = "nvml", reason: str = "") -> Health:
+    return observe(health, [Evidence(device="d", source=source, state=state, reason=reason)], now, 30)
+
+
+@pytest.mark.parametrize("state", [HEALTHY, UNHEALTHY, UNKNOWN])
+def test_the_first_evidence_counts_at_once(state: str) -> None:
+    """Nothing came before that it would have to outlast."""
+    assert seen(NO_HEALTH, state, 7, reason="why")["d"].state == state
+
+
+@pytest.mark.parametrize("bad", [UNHEALTHY, UNKNOWN])
+def test_bad_evidence_counts_at_once_and_good_must_last(bad: str) -> None:
+    """30 s of it, from the first good word."""
+    health = seen(seen(NO_HEALTH, HEALTHY, 0), bad, 10, reason="Xid 79")
+    assert (health["d"].state, health["d"].since, health["d"].reason) == (bad, 10, "Xid 79")
+    assert next_recovery(health, 30) is None
+    waiting = seen(seen(health, HEALTHY, 20), HEALTHY, 45)
+    assert (waiting["d"].state, waiting["d"].reason, next_recovery(waiting, 30)) == (bad, "Xid 79", 50)
+    assert settle(waiting, 49.9, 30) is waiting
+    well = settle(waiting, 50, 30)["d"]
+    assert (well.state, well.since, well.reason, well.good_since) == (HEALTHY, 50, "", None)
+
+
+def test_a_device_that_comes_and_goes_stays_unhealthy() -> None:
+    """Each fall begins the wait anew."""
+    health = seen(NO_HEALTH, UNHEALTHY, 0)
+    for now in range(0, 200, 20):
+        health = seen(seen(health, HEALTHY, now), UNHEALTHY, now + 19)
+    assert (health["d"].state, health["d"].since) == (UNHEALTHY, 0)
+    assert settle(health, 1e9, 30) is health
+
+
+def test_good_evidence_that_has_lasted_counts_without_settle() -> None:
+    """Whichever comes first."""
+    health = seen(seen(NO_HEALTH, UNHEALTHY, 0), HEALTHY, 10)
+    assert seen(health, HEALTHY, 40)["d"].state == HEALTHY
+
+
+def test_all_sources_have_to_be_good() -> None:
+    """The worst word counts, by the newest of each source; unhealthy is worse than unknown."""
+    health = seen(NO_HEALTH, HEALTHY, 0, source="inventory")
+    health = seen(health, UNKNOWN, 1, source="nvml", reason="no answer")
+    assert (health["d"].state, health["d"].reason) == (UNKNOWN, "no answer")
+    health = seen(health, UNHEALTHY, 2, source="admin", reason="taken out")
+    health = seen(health, HEALTHY, 3, source="nvml")
+    assert (health["d"].state, health["d"].reason) == (UNHEALTHY, "taken out")
+    health = seen(health, HEALTHY, 4, source="admin")
+    assert next_recovery(health, 30) == 34
+
+
+def test_what_changes_nothing_returns_the_same_health() -> None:
+    """So that nobody is told of it."""
+    health = seen(NO_HEALTH, UNHEALTHY, 0, reason="r")
+    assert seen(health, UNHEALTHY, 9, reason="r") is health
+    assert observe(health, [], 9) is health
+    assert forget(health, ["other"]) is health
+
+
+def test_a_device_that_is_gone_is_forgotten_with_its_evidence() -> None:
+    """When it comes back it is judged anew."""
+    health = forget(seen(NO_HEALTH, UNHEALTHY, 0), ["d"])
+    assert "d" not in health
+    assert seen(health, HEALTHY, 1)["d"].state == HEALTHY
+
+
+@given(st.lists(st.tuples(st.sampled_from([HEALTHY, UNHEALTHY, UNKNOWN]), st.floats(0, 40), st.sampled_from("ab"))))
+def test_a_device_is_healthy_only_after_30_good_seconds_or_if_it_never_was_bad(
+    story: list[tuple[str, float, str]],
+) -> None:
+    """Checked against the whole story."""
+    health, now = NO_HEALTH, 0.0
+    newest: dict[str, str] = {}
+    bad_at: float | None = None
+    for state, after, source in story:
+        now += after
+        newest[source] = state
+        health = settle(seen(health, state, now, source=source), now, 30)
+        if set(newest.values()) != {HEALTHY}:
+            bad_at = now
+            assert health["d"].state != HEALTHY
+        elif bad_at is not None and health["d"].state == HEALTHY:
+            assert now - bad_at >= 30
+        if bad_at is None:
+            assert health["d"].state == HEALTHY

@@ -1,0 +1,279 @@
+"""A claim's opaque configuration: what is in force, and what is refused with its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nodeagent.core.dra.opaque_config import (
+    API_VERSION,
+    CONFIG_KINDS,
+    FORMS,
+    NO_SETTINGS,
+    OpaqueConfig,
+    check_all,
+    from_json,
+    settings_for,
+    to_json,
+)
+from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
+from nodeagent.core.model.options import OPTIONS, POLICIES, check_options
+from nodeagent.errors import InputError
+
+DRIVER = "nodeagent.dev"
+
+
+def opaque(config: str, *, source: str = FROM_CLAIM, requests: tuple[str, ...] = (), **said: Any) -> Opaque:
+    parameters = {"apiVersion": API_VERSION, "kind": config, **said}
+    return Opaque(source=source, driver=DRIVER, requests=requests, parameters=parameters)
+
+
+def settings(kind: str, *configs: Opaque, request: str = "one") -> OpaqueConfig:
+    result = Result(request=request, driver=DRIVER, pool=f"node/{kind}", device="device-0")
+    return settings_for(result, kind, configs, DRIVER)
+
+
+def refusal(kind: str, *configs: Opaque, request: str = "one") -> str:
+    with pytest.raises(InputError) as error:
+        settings(kind, *configs, request=request)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------- what each kind says
+
+
+def test_nothing_configured_is_nothing_in_force() -> None:
+    assert settings("cpu") is NO_SETTINGS
+
+
+def test_the_core_type_is_an_option_of_the_request() -> None:
+    found = settings("cpu", opaque("CpuConfig", options=["full-pcpus-only"], numa="single", coreType="performance"))
+    assert found == OpaqueConfig(options=frozenset({"full-pcpus-only", "require-performance-cores"}), numa="single")
+    assert check_options(found.options) == found.options
+
+
+def test_every_policy_and_option_of_placement_can_be_configured() -> None:
+    for name in OPTIONS:
+        assert settings("cpu", opaque("CpuConfig", options=[name])).options == {name}
+    for policy in POLICIES:
+        assert settings("cpu", opaque("CpuConfig", numa=policy)).numa == policy
+
+
+def test_pages_are_mounted_where_the_claim_says() -> None:
+    found = settings("hugepages", opaque("HugepageConfig", mountPath="/dev/hugepages/"))
+    assert found.mount_path == "/dev/hugepages"
+
+
+def test_a_gpu_is_shared_in_one_way() -> None:
+    assert settings("gpu", opaque("GpuConfig", timeSlicing={"interval": "Long"})).time_slice == "Long"
+    assert settings("gpu", opaque("GpuConfig", timeSlicing={})).time_slice == "Default"
+    mps = {"activeThreadPercentage": 50, "pinnedDeviceMemoryLimit": "1Gi"}
+    found = settings("gpu", opaque("GpuConfig", mps=MappingProxyType(mps)))
+    assert found == OpaqueConfig(mps=True, mps_threads_percent=50, mps_pinned_bytes=1 << 30)
+    assert settings("gpu", opaque("GpuConfig", timeSlicing=None, mps={})) == OpaqueConfig(mps=True)
+
+
+def test_rdma_can_be_asked_for_refused_or_left_open() -> None:
+    assert [settings("nic", opaque("NicConfig", **said)).rdma for said in ({"rdma": True}, {"rdma": False}, {})] == [
+        True,
+        False,
+        None,
+    ]
+
+
+@pytest.mark.parametrize("kind", ["nvme", "pci", "char", "usb", "somebody-elses"])
+def test_a_kind_without_a_form_of_its_own_takes_variables(kind: str) -> None:
+    assert settings(kind, opaque("DeviceConfig", env={"SPEED": "115200"})).env == {"SPEED": "115200"}
+
+
+def test_every_form_is_some_kinds() -> None:
+    assert {*CONFIG_KINDS.values(), "DeviceConfig"} == FORMS.keys()
+
+
+# ---------------------------------------------------------------- which one is in force
+
+
+def test_the_claim_beats_the_class_in_any_order() -> None:
+    of_class = opaque("CpuConfig", source=FROM_CLASS, numa="single")
+    of_claim = opaque("CpuConfig", numa="restricted")
+    assert settings("cpu", of_class, of_claim) == settings("cpu", of_claim, of_class) == OpaqueConfig(numa="restricted")
+
+
+def test_the_later_of_one_source_beats_the_earlier() -> None:
+    first, last = opaque("CpuConfig", numa="single"), opaque("CpuConfig", numa="restricted")
+    assert settings("cpu", first, last).numa == "restricted"
+
+
+def test_a_configuration_replaces_the_whole_of_the_one_before() -> None:
+    of_class = opaque("CpuConfig", source=FROM_CLASS, options=["full-pcpus-only"], numa="single")
+    assert settings("cpu", of_class, opaque("CpuConfig", coreType="efficiency")) == OpaqueConfig(
+        options=frozenset({"require-efficiency-cores"})
+    )
+    assert settings("cpu", of_class, opaque("CpuConfig")) == NO_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("requests", "request_name", "applies"),
+    [
+        ((), "one", True),
+        ((), "one/a", True),
+        (("one",), "one", True),
+        (("one",), "one/a", True),
+        (("one/a",), "one/a", True),
+        (("one/a",), "one/b", False),
+        (("one/a",), "one", False),
+        (("two",), "one", False),
+        (("on",), "one/a", False),
+        (("a",), "one/a", False),
+        (("two", "one"), "one", True),
+    ],
+)
+def test_requests_are_named_whole_or_with_their_alternatives(
+    requests: tuple[str, ...], request_name: str, applies: bool
+) -> None:
+    found = settings("cpu", opaque("CpuConfig", requests=requests, numa="single"), request=request_name)
+    assert (found == OpaqueConfig(numa="single")) is applies
+
+
+def test_a_configuration_without_requests_is_for_its_kind_alone() -> None:
+    both = (opaque("CpuConfig", numa="single"), opaque("NicConfig", rdma=True))
+    assert settings("cpu", *both) == OpaqueConfig(numa="single")
+    assert settings("nic", *both) == OpaqueConfig(rdma=True)
+    assert settings("gpu", *both) == NO_SETTINGS
+
+
+def test_a_claim_that_names_a_request_of_another_kind_is_mistaken() -> None:
+    said = refusal("gpu", opaque("CpuConfig"), opaque("NicConfig", requests=("one",)))
+    assert said == (
+        'cannot use config[1] (FromClaim): NicConfig is for request "one", which got device "device-0" of kind gpu, '
+        "expected GpuConfig"
+    )
+
+
+def test_a_class_may_configure_several_kinds() -> None:
+    """The scheduler writes the request's name into what comes from a class."""
+    of_class = [opaque(one, source=FROM_CLASS, requests=("one",)) for one in FORMS]
+    assert settings("gpu", *of_class, opaque("GpuConfig", timeSlicing={})).time_slice == "Default"
+
+
+def test_a_request_with_alternatives_may_be_configured_for_each_of_their_kinds() -> None:
+    both = (opaque("CpuConfig", requests=("one",), numa="single"), opaque("GpuConfig", requests=("one",), mps={}))
+    assert settings("cpu", *both, request="one/a").numa == "single"
+    assert settings("gpu", *both, request="one/b").mps
+
+
+def test_other_drivers_are_left_alone() -> None:
+    foreign = Opaque(source="FromMars", driver="gpu.example.com", parameters={"apiVersion": 3, "mps": "?"})
+    assert settings("gpu", foreign) == NO_SETTINGS
+    check_all([foreign], DRIVER)
+
+
+def test_a_slip_is_told_even_where_it_applies_to_nothing() -> None:
+    with pytest.raises(
+        InputError, match=r"config\[1\] \(FromClass\): NicConfig has no key \$\.rdna; did you mean rdma\?"
+    ):
+        check_all([opaque("CpuConfig"), opaque("NicConfig", source=FROM_CLASS, requests=("two",), rdna=True)], DRIVER)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({}, "nothing at $.apiVersion, expected 'nodeagent.dev/v1alpha1'"),
+        ({"apiVersion": "nodeagent.dev/v1", "kind": "CpuConfig"}, "'nodeagent.dev/v1' at $.apiVersion, expected"),
+        ({"apiVersion": API_VERSION}, "nothing at $.kind; expected one of CpuConfig, HugepageConfig"),
+        ({"apiVersion": API_VERSION, "kind": "CpuConfg"}, "'CpuConfg' at $.kind; did you mean CpuConfig?"),
+        ({"apiVersion": API_VERSION, "kind": ["CpuConfig"]}, "['CpuConfig'] at $.kind;"),
+        ({"apiVersion": API_VERSION, "kind": "MemoryConfig", "x": 1}, "MemoryConfig has no key $.x; expected none"),
+    ],
+)
+def test_what_is_not_ours_to_read_is_named(parameters: Mapping[str, Any], said: str) -> None:
+    config = Opaque(source=FROM_CLAIM, driver=DRIVER, parameters=parameters)
+    assert refusal("cpu", config).startswith(f"cannot use config[0] (FromClaim): {said}")
+
+
+@pytest.mark.parametrize(
+    ("config", "said", "problem"),
+    [
+        ("CpuConfig", {"option": []}, "has no key $.option; did you mean options?"),
+        ("CpuConfig", {"options": "full-pcpus-only"}, "at `$.options`, found 'full-pcpus-only'"),
+        ("CpuConfig", {"options": ["full-pcpus-only", 3]}, "at `$.options[1]`, found 3"),
+        ("CpuConfig", {"options": ["full-pcpus"]}, 'did you mean "full-pcpus-only"? at $.options'),
+        (
+            "CpuConfig",
+            {"options": ["prefer-performance-cores"], "coreType": "efficiency"},
+            'it excludes "prefer-performance-cores" at $.options',
+        ),
+        ("CpuConfig", {"numa": "strict"}, "at `$.numa`, found 'strict'"),
+        ("CpuConfig", {"coreType": "fast"}, "at `$.coreType`, found 'fast'"),
+        ("HugepageConfig", {"mountPath": "hugepages"}, "at `$.mountPath`, found 'hugepages'"),
+        ("HugepageConfig", {"mountPath": "/a\0b"}, "at `$.mountPath`"),
+        ("HugepageConfig", {"mountPath": "/"}, "'/' at $.mountPath"),
+        ("HugepageConfig", {"mountPath": "/mnt/../etc"}, "'/mnt/../etc' at $.mountPath"),
+        ("HugepageConfig", {"mountPath": "//proc/1"}, "would hide the kernel's own files"),
+        ("HugepageConfig", {"mountPath": "/dev"}, "would hide the kernel's own files"),
+        ("GpuConfig", {"timeSlicing": {}, "mps": {}}, "$.timeSlicing and $.mps exclude each other"),
+        ("GpuConfig", {"timeSlicing": {"interval": "long"}}, "at `$.timeSlicing.interval`, found 'long'"),
+        ("GpuConfig", {"timeSlicing": {"intervall": "Long"}}, "$.timeSlicing.intervall; did you mean interval?"),
+        ("GpuConfig", {"mps": {"activeThreadPercentage": 0}}, "at `$.mps.activeThreadPercentage`, found 0"),
+        ("GpuConfig", {"mps": {"activeThreadPercentage": 101}}, "at `$.mps.activeThreadPercentage`, found 101"),
+        ("GpuConfig", {"mps": {"activeThreadPercentage": True}}, "at `$.mps.activeThreadPercentage`, found True"),
+        ("GpuConfig", {"mps": {"pinnedDeviceMemoryLimit": "100m"}}, "a whole number at $.mps.pinnedDeviceMemoryLimit"),
+        ("GpuConfig", {"mps": {"pinnedDeviceMemoryLimit": "0"}}, "nothing at $.mps.pinnedDeviceMemoryLimit"),
+        ("NicConfig", {"rdma": "true"}, "at `$.rdma`, found 'true'"),
+        ("DeviceConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
+        ("DeviceConfig", {"env": {"SPEED": 115200}}, "SPEED: 115200 at $.env"),
+        ("DeviceConfig", {"env": {"SPEED": "a\0b"}}, "SPEED: 'a\\x00b' at $.env"),
+        ("DeviceConfig", {"env": {"NODEAGENT_CPUS": "0-3"}}, "NODEAGENT_CPUS at $.env"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_path(config: str, said: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_all([opaque(config, **said)], DRIVER)
+    assert str(error.value).startswith(f"cannot use config[0] (FromClaim): {config}")
+    assert problem in str(error.value)
+
+
+def test_an_unknown_source_is_named() -> None:
+    assert "'FromMars' at source" in refusal("cpu", opaque("CpuConfig", source="FromMars"))
+
+
+# ---------------------------------------------------------------- kept
+
+KEPT = st.builds(
+    OpaqueConfig,
+    options=st.frozensets(st.sampled_from(sorted(OPTIONS))),
+    numa=st.sampled_from(["", *POLICIES]),
+    mount_path=st.sampled_from(["", "/dev/hugepages"]),
+    time_slice=st.sampled_from(["", "Default", "Long"]),
+    mps=st.booleans(),
+    mps_threads_percent=st.none() | st.integers(1, 100),
+    mps_pinned_bytes=st.none() | st.integers(1, 1 << 40),
+    rdma=st.none() | st.booleans(),
+    env=st.dictionaries(st.text(), st.text()).map(MappingProxyType),
+)
+
+
+@given(KEPT)
+def test_what_was_kept_is_read_again(kept: OpaqueConfig) -> None:
+    text = to_json(kept)
+    assert from_json(text) == kept
+    assert to_json(from_json(text)) == text
+
+
+def test_no_settings_take_no_room() -> None:
+    assert to_json(NO_SETTINGS) == ""
+    assert from_json("") == NO_SETTINGS
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"numa": 3}', '{"nume": "single"}', '{"env": {"A": 1}}', "\udc80"])
+def test_what_was_not_kept_by_us_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="cannot read settings"):
+        from_json(text)

@@ -1,0 +1,163 @@
+"""GPUs: what NVML, DRM and KFD tell becomes devices, links and what a container gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
+from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
+from nodeagent.host.devices.all_kinds import CharSelector
+from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
+from tests.builders.devices import DeviceTree
+from tests.support.looking import by_id, edits, kinds_of, look, paths, state
+
+NVIDIA_GPU = {"pci_class": "030200", "vendor": "10de", "device": "2330", "driver": "nvidia"}
+LIBRARY_GONE = Failure(absent=True, reason="there is no library libnvidia-ml.so.1")
+HANGS = Failure(absent=False, reason="NVML did not answer within 5 s")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> DeviceTree:
+    return DeviceTree(tmp_path)
+
+
+def nvidia(address: str, minor: int, **options: object) -> NvGpu:
+    """A GPU as NVML would tell it."""
+    facts = {"uuid": f"GPU-{minor}", "name": "NVIDIA H100", "memory_bytes": 80 << 30, "minor": minor, **options}
+    return NvGpu(pci_address=address, **facts)  # type: ignore[arg-type]
+
+
+def snapshot(*gpus: NvGpu, errors: tuple[str, ...] = ()) -> Snapshot:
+    return Snapshot(driver_version="580.95", gpus=gpus, errors=errors)
+
+
+def _four_gpus(tree: DeviceTree) -> list[str]:
+    addresses = [f"0000:{bus}:00.0" for bus in ("1b", "3b", "9b", "bb")]
+    for address in addresses:
+        tree.pci(address, **NVIDIA_GPU)  # type: ignore[arg-type]
+    return addresses
+
+
+def test_a_gpu_that_nvml_tells_of_has_its_facts_and_nodes(tree: DeviceTree) -> None:
+    """Its id is the PCI address; the UUID is an attribute."""
+    address = _four_gpus(tree)[0]
+    for node in ("nvidiactl", "nvidia-uvm", "nvidia-uvm-tools"):
+        tree.node(f"/dev/{node}")
+    found = by_id(look(tree, nvml=snapshot(nvidia(address, 0, ecc_uncorrected=0))))[address]
+    assert found.attributes == {
+        "uuid": "GPU-0",
+        "product": "NVIDIA H100",
+        "driver_version": "580.95",
+        "memory_bytes": 80 << 30,
+        "minor": 0,
+        "mig": False,
+        "ecc_uncorrected": 0,
+    }
+    given = edits(found)
+    assert paths(given) == ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"]
+    assert given.env == {"NVIDIA_VISIBLE_DEVICES": "GPU-0", "PCIDEVICE_NODEAGENT_GPU": address}
+
+
+def test_two_gpus_for_one_container_are_in_one_variable_and_share_their_common_nodes(tree: DeviceTree) -> None:
+    first, second, *_ = _four_gpus(tree)
+    tree.node("/dev/nvidiactl")
+    found = by_id(look(tree, nvml=snapshot(nvidia(first, 0), nvidia(second, 1))))
+    given = edits(found[first], found[second])
+    assert given.env["NVIDIA_VISIBLE_DEVICES"] == "GPU-0,GPU-1"
+    assert paths(given) == ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia1"]
+
+
+def test_mig_instances_are_parts_of_their_gpu_with_their_capability_nodes(tree: DeviceTree) -> None:
+    address = _four_gpus(tree)[3]
+    tree.write("proc/driver/nvidia-caps/mig-minors", "config 1\ngpu3/gi2/access 57\ngpu3/gi2/ci0/access 58")
+    mig = Mig(uuid="MIG-1", profile="3g.40gb", memory_bytes=40 << 30, gpu_instance=2, compute_instance=0)
+    found = by_id(look(tree, nvml=snapshot(nvidia(address, 3, mig_enabled=True, migs=(mig,)))))
+    part = found[f"{address}/mig-2-0"]
+    assert (part.kind, part.parent, part.pci_address) == ("gpu", address, address)
+    assert (part.attributes["mig_profile"], part.attributes["memory_bytes"]) == ("3g.40gb", 40 << 30)
+    given = edits(part)
+    assert given.env["NVIDIA_VISIBLE_DEVICES"] == "MIG-1"
+    assert paths(given) == ["/dev/nvidia3", "/dev/nvidia-caps/nvidia-cap57", "/dev/nvidia-caps/nvidia-cap58"]
+
+
+def test_nvlinks_become_links_that_weigh_by_their_number(tree: DeviceTree) -> None:
+    """Four direct ones; two and three to one switch count as two; a switch that only one reaches is none."""
+    a, b, c, d = _four_gpus(tree)
+    switch = "0000:d1:00.0"
+    gpus = (
+        nvidia(a, 0, nvlinks={b: 4}),
+        nvidia(b, 1, nvlinks={a: 4, "0000:d2:00.0": 6}),
+        nvidia(c, 2, nvlinks={switch: 2}),
+        nvidia(d, 3, nvlinks={switch: 3}),
+    )
+    weight = LINK_WEIGHTS["nvlink"]
+    assert look(tree, nvml=snapshot(*gpus)).links == (
+        Link(a=a, b=b, type="nvlink", weight=weight + 3 * NVLINK_STEP),
+        Link(a=c, b=d, type="nvlink", weight=weight + NVLINK_STEP),
+    )
+
+
+@pytest.mark.parametrize(
+    ("nvml", "wanted"),
+    [
+        (LIBRARY_GONE, KindState(kind="gpu", state=ABSENT, reason="there is no library libnvidia-ml.so.1")),
+        (HANGS, KindState(kind="gpu", state=DEGRADED, reason="NVML did not answer within 5 s")),
+        (None, KindState(kind="gpu", state=PRESENT)),
+    ],
+)
+def test_without_nvml_the_gpus_keep_their_identity_and_the_kind_says_why(
+    tree: DeviceTree, nvml: Failure | None, wanted: KindState
+) -> None:
+    addresses = _four_gpus(tree)
+    found = look(tree, nvml=nvml)
+    assert state(found, "gpu") == wanted
+    assert kinds_of(found) == dict.fromkeys(addresses, "gpu")
+
+
+def test_a_missing_library_does_not_make_the_gpus_of_others_absent(tree: DeviceTree) -> None:
+    tree.pci("0000:c1:00.0", pci_class="038000", vendor="1002", driver="amdgpu")
+    assert state(look(tree, nvml=LIBRARY_GONE), "gpu").state == PRESENT
+
+
+def test_a_gpu_that_fell_off_the_bus_says_so_and_the_others_are_whole(tree: DeviceTree) -> None:
+    first, lost, *_ = _four_gpus(tree)
+    said = "cannot read GPU number 1 through NVML: GPU is lost"
+    found = look(tree, nvml=snapshot(nvidia(first, 0), errors=(said,)))
+    assert by_id(found)[lost].attributes == {"nvml": "does not show this GPU"}
+    assert by_id(found)[first].attributes["uuid"] == "GPU-0"
+    assert said in found.warnings
+
+
+def test_amd_gpus_are_found_through_kfd_with_their_links(tree: DeviceTree) -> None:
+    """Two accelerators of class 12 with XGMI between them, and a CPU node that is none."""
+    tree.kfd(0, None)
+    for number, address in ((1, "0000:0c:00.0"), (2, "0001:22:00.0")):
+        tree.pci(address, pci_class="120000", vendor="1002", device="74a1", driver="amdgpu")
+        tree.drm(address, number)
+        tree.kfd(number, address, xgmi=[3 - number])
+    found = look(tree)
+    gpu = by_id(found)["0001:22:00.0"]
+    assert gpu.kind == "gpu"
+    assert gpu.attributes == {
+        "drm_card": "card2",
+        "drm_render": "renderD130",
+        "kfd_node": 2,
+        "memory_bytes": 192 << 30,
+        "uuid": "0000000000001234",
+    }
+    assert paths(edits(gpu)) == ["/dev/kfd", "/dev/dri/card2", "/dev/dri/renderD130"]
+    assert "NVIDIA_VISIBLE_DEVICES" not in edits(gpu).env
+    assert found.links == (Link(a="0000:0c:00.0", b="0001:22:00.0", type="nvlink", weight=LINK_WEIGHTS["nvlink"]),)
+
+
+def test_a_node_that_belongs_to_another_device_is_not_served_twice(tree: DeviceTree) -> None:
+    """A configured /dev/nvidia0 is part of a GPU; /dev/nvidiactl is everyone's."""
+    address = _four_gpus(tree)[0]
+    tree.node("/dev/nvidia0")
+    tree.node("/dev/nvidiactl")
+    selector = CharSelector(name="all", globs=("/dev/nvidia0", "/dev/nvidiactl"))
+    found = look(tree, char=(selector,), nvml=snapshot(nvidia(address, 0)))
+    assert [device.id for device in found.devices if device.kind == "char"] == ["/dev/nvidiactl"]
+    assert f"cannot serve /dev/nvidia0 as char: it is part of gpu {address}" in found.warnings

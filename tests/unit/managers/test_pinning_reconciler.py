@@ -1,0 +1,550 @@
+"""Containers confined to what they hold, and all others kept off it: over a real socket of a runtime's, on a hierarchy
+of control groups that answers as the kernel does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import time
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from nodeagent.config.schema import Config
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
+from nodeagent.managers.pinning.manager import GRACE_S
+from nodeagent.pb import nri_pb2 as pb
+from tests.doubles.runtime import PluginRefusedError
+from tests.support.pin_node import pin_node
+from tests.unit.state.test_agent import PAGES, machine
+
+MIB2 = 2 << 20
+
+
+async def test_a_container_is_created_on_the_cpus_that_it_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        answer = await node.run("db", "main")
+        assert answer.adjust.linux.resources.cpu.cpus == "4-5"
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+        (shown,) = node.pins.document()["pinned"]
+        assert (shown["granted_cpus"], shown["effective_cpus"], shown["drifts"]) == ("4-5", "4-5", 0)
+
+
+async def test_everybody_else_is_off_its_cpus_before_it_is_created(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        assert node.tree.effective(node.path("web", "main")) == "1-15"
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.create("db", "main")
+        assert node.tree.effective(node.path("web", "main")) == "1-3,6-15" == node.shared
+
+
+async def test_a_pod_that_comes_later_is_confined_without_a_question(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sandbox, and containers that were made while the runtime did not ask."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        pod = node.pod("late")
+        await node.until(lambda: node.tree.effective(pod) == "1-3,6-15")
+        node.tree.make(f"{pod}/sandbox")
+        assert node.tree.effective(f"{pod}/sandbox") == "1-3,6-15"
+
+
+async def test_the_shared_pool_grows_back_when_a_grant_ends(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        (grant,) = node.agent.ledger.grants
+        await node.remove("db", "main")
+        await node.agent.release([grant], "op")
+        await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-15")
+
+
+async def test_a_container_beside_one_with_cpus_of_its_own_is_kept_off_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("db", "sidecar")
+        assert node.tree.effective(node.pod("db")) == "1-15"
+        assert node.tree.effective(node.path("db", "sidecar")) == "1-3,6-15"
+        node.tree.make(f"{node.pod('db')}/sandbox")
+        await node.until(lambda: node.tree.effective(f"{node.pod('db')}/sandbox") == "1-3,6-15")
+
+
+async def test_init_container_and_container_that_share_ids_run_on_the_same_cpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "init", "cpu4", "cpu5")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        first = dict(node.entries[0], ContainerName="init")
+        node.entries.append(first)
+        node.write_checkpoint()
+        for name in ("init", "main"):
+            await node.run("db", name)
+            assert node.tree.effective(node.path("db", name)) == "4-5"
+
+
+async def test_a_forged_variable_moves_nobody(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        (grant,) = node.agent.ledger.grants
+        forged = [f"NODEAGENT_CPU_GRANT={grant}", f"NODEAGENT_GRANT_{grant.upper().replace('-', '_')}={grant}"]
+        await node.run("thief", "main", env=[*forged, "NODEAGENT_CPUS=4-5"])
+        assert node.tree.effective(node.path("thief", "main")) == "1-3,6-15"
+
+
+async def test_a_container_whose_grant_cannot_be_proven_is_not_created(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would run unpinned; kubelet tries again."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        (grant,) = node.agent.ledger.grants
+        (folder / CHECKPOINT).write_text("{")
+        with pytest.raises(
+            PluginRefusedError, match=r"cannot start container default/db/main: cannot read .*checkpoint"
+        ):
+            await node.create("db", "main", env=[f"NODEAGENT_CPU_GRANT={grant}"])
+        await node.run("web", "main")
+        node.write_checkpoint()
+        await node.run("db", "main", env=[f"NODEAGENT_CPU_GRANT={grant}"])
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+
+
+async def test_pages_are_bound_to_their_node_and_limited_to_the_granted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubelet limits the pod to none at all; both limits are raised, there and in the container."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", "node1-2Mi-1", offer=PAGES)
+        pod = node.pod("dpdk")
+        for file in ("hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"):
+            node.tree.set(pod, file, "0")
+        await node.run("dpdk", "main")
+        path, limit = node.path("dpdk", "main"), str(8 * MIB2)
+        assert node.tree.text(path, "cpuset.mems.effective") == "1"
+        for file in ("hugetlb.2MB.max", "hugetlb.2MB.rsvd.max"):
+            assert node.tree.text(path, file) == limit
+            assert int(node.tree.text(pod, file)) >= 8 * MIB2
+
+
+async def test_two_requests_of_one_page_size_add_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        node.entries.append(dict(node.entries[0], DeviceIDs={"-1": ["node1-2Mi-5"]}))
+        await node.agent.allocate(PAGES, [["node1-2Mi-5"]], "op")
+        node.write_checkpoint()
+        await node.run("dpdk", "main")
+        assert node.tree.text(node.path("dpdk", "main"), "hugetlb.2MB.max") == str(8 * MIB2)
+
+
+async def test_a_wrong_cpuset_is_repaired_counted_and_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        path = node.path("db", "main")
+        with capture_logs() as lines:
+            node.tree.set(path, "cpuset.cpus", "6")
+            await node.until(lambda: node.tree.effective(path) == "4-5")
+            node.tree.set(node.pod("web"), "cpuset.cpus", "0-15")
+            await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-3,6-15")
+            await node.until(lambda: node.pins.document()["drifts"] == 2)
+        said = [line for line in lines if line["event"] == "drift"]
+        assert [line["whose"] for line in said] == ["default/db/main", "pod uid-web"]
+        assert "cpuset.cpus: '6', not '4-5'" in said[0]["files"]
+        assert node.pins.document()["pinned"][0]["drifts"] == 1
+
+
+async def test_a_container_that_cannot_be_confined_does_not_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        await node.create("dpdk", "main")
+        file = f"{node.path('dpdk', 'main')}/hugetlb.2MB.rsvd.max"
+        node.tree.refuses[file] = errno.ENOSPC
+        with pytest.raises(PluginRefusedError, match=r"cannot start container default/dpdk/main: cannot write .*rsvd"):
+            await node.start("dpdk", "main")
+        del node.tree.refuses[file]
+        await node.start("dpdk", "main")
+
+
+async def test_others_go_on_where_one_cannot_be_confined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        bad, good = node.pod("bad"), node.pod("good")
+        node.tree.refuses[f"{bad}/cpuset.cpus"] = errno.EBUSY
+        await node.run("good", "main")
+        await node.until(lambda: node.tree.effective(good) == "1-15" and bad in node.pins.document()["errors"])
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.create("db", "main")
+        assert node.tree.effective(good) == "1-3,6-15"
+        with pytest.raises(PluginRefusedError, match="its CPUs 4-5 are used by pod uid-bad too"):
+            await node.start("db", "main")
+        node.tree.refuses.clear()
+        node.agent.revision.bump()
+        await node.until(lambda: node.tree.effective(bad) == "1-3,6-15")
+        await node.start("db", "main")
+
+
+async def test_who_holds_nothing_is_kept_from_starting_only_where_he_would_be_on_held_cpus(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        node.tree.refuses[f"{node.pod('web')}/cpuset.cpus"] = errno.EBUSY
+        await node.run("web", "first")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        answer = await node.run("web", "second")
+        assert answer.adjust.linux.resources.cpu.cpus == node.tree.effective(node.path("web", "second")) == "1-3,6-15"
+        await node.create("web", "third")
+        node.tree.set(node.path("web", "third"), "cpuset.cpus", "")
+        with pytest.raises(PluginRefusedError, match=r"cannot start container default/web/third: cannot write .*web"):
+            await node.start("web", "third")
+
+
+async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch, onFailure="warn") as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        await node.create("dpdk", "main")
+        node.tree.refuses[f"{node.path('dpdk', 'main')}/hugetlb.2MB.max"] = errno.EINVAL
+        with capture_logs() as lines:
+            await node.start("dpdk", "main")
+        assert any(line["event"] == "started-unconfined" for line in lines)
+
+
+# An agent, or a runtime, that was away
+
+
+async def test_what_ran_unpinned_while_no_agent_ran_is_put_right_before_the_runtime_is_heard(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the ledger, kubelet's record and the bundles prove needs no runtime; it is counted and shown."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        await node.end()
+        node.runtime.synchronize_after = asyncio.Event()
+        await node.remove("db", "main")
+        again = f"{node.pod('db')}/again"
+        node.bundle("again", "db", "main")
+        node.tree.make(again)
+        node.tree.set(node.pod("web"), "cpuset.cpus", "0-15")
+        assert node.tree.effective(again) == "1-15"
+        with capture_logs() as lines:
+            node.begin()
+            async with asyncio.timeout(5):
+                await node.until(lambda: node.tree.effective(again) == "4-5")
+                await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-3,6-15")
+                await node.until(lambda: node.pins.document()["drifts"] == 2)
+        shown = node.pins.document()
+        assert not shown["connected"] and (shown["drifts_repaired"], shown["drifts_not_repaired"]) == (2, 0)
+        (one,) = shown["pinned"]
+        assert (one["id"], one["drifts"]) == ("again", 1)
+        ran = one["ran_unpinned"]
+        assert (ran["file"], ran["found"], ran["wanted"]) == ("cpuset.cpus.effective", "1-15", "4-5")
+        assert ran["until_unix_s"] <= time.time()
+        said = [(line["whose"], line["found"], line["wanted"]) for line in lines if line["event"] == "ran-unpinned"]
+        assert sorted(said) == [("default/db/main", "1-15", "4-5"), ("pod uid-web", "0-15", "1-3,6-15")]
+
+
+async def test_a_container_that_nobody_has_named_yet_keeps_what_its_pod_was_given(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that does not list its containers, and no bundles, as in a DaemonSet: that is no proof that they hold
+    nothing. Others are confined meanwhile, and what is named later was seen to have been right."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        await node.end()
+        node.runtime.synchronize_after = asyncio.Event()
+        node.tree.set(node.pod("web"), "cpuset.cpus", "0-15")
+        node.begin()
+        async with asyncio.timeout(5):
+            await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-3,6-15")
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+        assert node.tree.effective(node.pod("db")) == "1-15" and node.pins.page_holders() is None
+        node.runtime.synchronize_after.set()
+        await node.until(lambda: [one["pod"] for one in node.pins.document()["pinned"]] == ["db"])
+        assert node.pins.document()["pinned"][0]["drifts"] == 0
+
+
+@pytest.mark.parametrize("has_bundle", [True, False], ids=["bundle", "no-bundle"])
+async def test_a_runtime_that_starts_a_container_without_a_question_is_connected_to_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, has_bundle: bool
+) -> None:
+    """It has dropped the agent and kept the connection open. The container is put right, counted and shown."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.run("web", "main")
+        node.runtime.forget()
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.tree.make(f"{node.pod('db')}/sandbox")
+        await node.until(lambda: node.tree.effective(f"{node.pod('db')}/sandbox") == "1-15")
+        assert node.runtime.connections == 1
+        path = node.path("db", "main")
+        if has_bundle:
+            node.bundle("db_main", "db", "main")
+        with capture_logs() as lines:
+            node.runtime.add("db_main", pod="db", called="main", cgroup=f"/{path}")
+            node.tree.make(path)
+            await node.until(lambda: node.tree.effective(path) == "4-5")
+            await node.runtime.connected(2)
+        named = "default/db/main" if has_bundle else "of pod uid-db"
+        why = [line["error"] for line in lines if line["event"] == "runtime-not-connected"]
+        assert why[0].startswith(
+            f"cannot rely on {node.runtime.socket}: a container {named} started without a question"
+        )
+        await node.until(lambda: node.tree.effective(f"{node.pod('db')}/sandbox") == "1-3,6-15")
+        (one,) = node.pins.document()["pinned"]
+        assert one["drifts"] == 1 and one["ran_unpinned"]["found"] == "1-15"
+
+
+async def test_a_container_whose_question_was_cut_off_is_confined_and_shown_when_it_appears(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runtime gave up on the answer, closed the connection and made the container without it."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.runtime.forgives_late, node.runtime.gives_up_s = True, {"CreateContainer": 0.0}
+        node.runtime.synchronize_after = asyncio.Event()
+        node.bundle("db_main", "db", "main")
+        await node.create("db", "main")
+        path = node.path("db", "main")
+        await node.until(lambda: node.tree.effective(path) == "4-5")
+        await node.until(lambda: node.pins.document()["drifts"] == 1 and node.pins.document()["pinned"])
+        assert node.pins.document()["pinned"][0]["ran_unpinned"]["wanted"] == "4-5"
+
+
+async def test_sandboxes_and_containers_that_were_asked_about_are_no_evidence_against_the_runtime(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        for number in range(3):
+            pod = f"p{number}"
+            await node.admit(pod, "main", f"cpu{2 * number + 1}")
+            if number:
+                node.bundle(f"s{number}", pod, "")
+            sandbox = f"{node.pod(pod)}/s{number}"
+            node.tree.make(sandbox)
+            await node.run(pod, "main")
+            await node.run(pod, "side")
+            await node.until(lambda sandbox=sandbox: node.tree.effective(sandbox) == node.shared)  # type: ignore[misc]
+        assert node.runtime.connections == 1 and node.pins.document()["drifts"] == 0
+
+
+async def test_a_drift_that_cannot_be_put_right_is_counted_apart_until_it_is(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def counts() -> tuple[int, int, int]:
+        shown = node.pins.document()
+        return shown["drifts"], shown["drifts_repaired"], shown["drifts_not_repaired"]
+
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        path = node.path("db", "main")
+        node.tree.refuses[f"{path}/cpuset.cpus"] = errno.EBUSY
+        node.tree.set(path, "cpuset.cpus", "6")
+        await node.until(lambda: counts() == (1, 0, 1))
+        assert node.pins.document()["pinned"][0]["drifts_not_repaired"] == 1
+        node.tree.refuses.clear()
+        node.agent.revision.bump()
+        await node.until(lambda: counts() == (1, 1, 0))
+        assert node.tree.effective(path) == "4-5"
+
+
+async def test_a_runtime_that_is_away_for_longer_than_a_moment_makes_the_agent_not_ready(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not at each connection that is made again; and without a socket there is nothing to wait for."""
+    async with pin_node(folder, monkeypatch) as node:
+        assert node.pins.not_ready() == []
+        await node.runtime.stop()
+        await node.until(lambda: not node.pins.document()["connected"])
+        assert node.pins.not_ready() == []
+        node.now_s += GRACE_S + 1
+        await node.until(lambda: "Connection refused" in node.pins.document()["reason"])
+        (why,) = node.pins.not_ready()
+        assert why.startswith("pinning: the container runtime does not ask: cannot connect to ")
+        await node.runtime.start()
+        await node.until(lambda: node.pins.document()["connected"])
+        assert node.pins.not_ready() == []
+        await node.runtime.stop()
+        node.runtime.socket.unlink()
+        await node.until(lambda: not node.pins.document()["connected"])
+        node.now_s += GRACE_S + 1
+        assert node.pins.not_ready() == []
+
+
+@pytest.mark.parametrize(("mode", "waits"), [("nri", True), ("auto", False), ("cgroup", False), ("off", False)])
+async def test_a_runtime_that_was_never_there_is_missed_only_where_it_has_to_be(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, mode: str, waits: bool
+) -> None:
+    async with pin_node(folder, monkeypatch, connected=False, mode=mode) as node:
+        await node.until(lambda: not waits or "No such file" in node.pins.document()["reason"])
+        node.now_s += GRACE_S + 1
+        assert bool(node.pins.not_ready()) == waits
+
+
+# What takes too long
+
+
+async def test_a_container_that_holds_nothing_is_answered_in_time_whatever_hangs(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pod is confined afterwards; it does not start on CPUs that others hold before that."""
+    async with pin_node(folder, monkeypatch, request_timeout_s=0.3) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        node.tree.answers.clear()
+        with capture_logs() as lines:
+            await node.create("web", "main")
+        assert [line["container"] for line in lines if line["event"] == "answered-from-what-is-known"] == [
+            "default/web/main"
+        ]
+        with pytest.raises(
+            PluginRefusedError, match=r"cannot start container default/web/main: not done within 0\.21 s"
+        ):
+            await node.start("web", "main")
+        node.tree.answers.set()
+        await node.until(lambda: node.tree.effective(node.pod("web")) == "1-3,6-15")
+        await node.start("web", "main")
+        assert node.runtime.connections == 1
+
+
+@pytest.mark.parametrize("on_failure", ["refuse", "warn"])
+async def test_a_container_that_holds_cpus_while_all_hangs_is_made_only_where_a_warning_is_enough(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, on_failure: str
+) -> None:
+    async with pin_node(folder, monkeypatch, request_timeout_s=0.3, onFailure=on_failure) as node:
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.tree.answers.clear()
+        with capture_logs() as lines, contextlib.suppress(PluginRefusedError):
+            await node.create("db", "main")
+        node.tree.answers.set()
+        why = "others are not known to be off what it holds: not done within 0.21 s"
+        if on_failure == "refuse":
+            failed = [line["error"] for line in lines if line["event"] == "nri-call-failed"]
+            assert (
+                failed == [f"cannot start container default/db/main: {why}"]
+                and "db_main" not in node.runtime.containers
+            )
+        else:
+            assert [line["why"] for line in lines if line["event"] == "started-unconfined"] == [why]
+            assert node.runtime.cpus("db_main") == "4-5"
+            await node.until(lambda: node.tree.effective(node.path("web", "main")) == "1-3,6-15")
+        assert node.runtime.connections == 1
+
+
+async def test_a_cpu_that_is_lost_leaves_the_others_of_its_grant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        node.tree.hotplug("0-4,6-15")
+        node.agent.see(machine(without=[5]))
+        await node.until(lambda: node.pins.document()["pinned"][0]["lost_cpus"] == "5")
+        assert node.tree.effective(node.path("db", "main")) == "4"
+        node.tree.hotplug("0-3,6-15")
+        node.agent.see(machine(without=[4, 5]))
+        # The kernel would give it all that its pod has; that is nobody else's CPU.
+        await node.until(lambda: node.tree.text(node.path("db", "main"), "cpuset.cpus") == "1-3,6-15")
+        node.tree.hotplug("0-15")
+        node.agent.see(machine())
+        await node.until(lambda: node.tree.effective(node.path("db", "main")) == "4-5")
+        assert node.tree.effective(node.path("web", "main")) == "1-3,6-15"
+
+
+async def test_a_container_whose_cpus_are_all_offline_is_not_created(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.tree.hotplug("0-3,6-15")
+        node.agent.see(machine(without=[4, 5]))
+        with pytest.raises(PluginRefusedError, match="its CPUs 4-5 are offline"):
+            await node.create("db", "main")
+
+
+async def test_less_cpu_time_than_cpus_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch, verifySeconds=0.2) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        node.tree.set(node.pod("db"), "cpu.max", "150000 100000")
+        await node.until(lambda: node.pins.document()["pinned"][0]["quota_cpus"] == 1.5)
+        node.tree.set(node.pod("db"), "cpu.max", "200000 100000")
+        await node.until(lambda: node.pins.document()["pinned"][0]["quota_cpus"] is None)
+
+
+async def test_kubelet_s_resize_keeps_the_cpus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.runtime.resize("db_main", pb.LinuxResources(cpu=pb.LinuxCPU(cpus="0-15")))
+        assert node.runtime.cpus("db_main") == "4-5"
+
+
+async def test_a_restarted_agent_finds_everything_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what was changed while nobody looked is put right."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        await node.runtime.drop("")
+        node.tree.writes.clear()
+        await node.runtime.connected(2)
+        assert node.tree.writes == [] and node.pins.document()["drifts"] == 0
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+
+
+async def test_without_a_runtime_that_asks_containers_are_confined_when_they_appear(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch, connected=False, mode="cgroup") as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        node.bundle("abc", "db", "main")
+        pod = node.pod("db")
+        node.tree.make(f"{pod}/cri-containerd-abc")
+        await node.until(lambda: node.tree.effective(f"{pod}/cri-containerd-abc") == "4-5")
+        assert node.pins.document()["mode"] == "cgroup"
+        assert [one["pod"] for one in node.pins.document()["pinned"]] == ["db"]
+
+
+async def test_where_control_groups_cannot_be_written_the_runtime_changes_the_others(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch, writable=False) as node:
+        await node.create("web", "main")
+        assert node.runtime.cpus("web_main") == "1-15"
+        await node.admit("db", "own", "cpu4", "cpu5")
+        answer = await node.create("db", "own")
+        assert node.runtime.cpus("db_own") == "4-5" and node.runtime.cpus("web_main") == "1-3,6-15"
+        assert [one.container_id for one in answer.update] == ["web_main"]
+
+
+async def test_beside_kubelet_s_own_cpu_manager_nobody_else_is_touched(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        node.kubelet_confines = True
+        await node.pins.apply(Config())
+        await node.run("web", "main")
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+        assert CpuSet.parse(node.tree.effective(node.path("web", "main"))) == CpuSet(range(16))

@@ -1,0 +1,90 @@
+"""A configured resource: what its containers get, and what cannot be offered."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+from typing import Any
+
+import msgspec
+import pytest
+
+from nodeagent.config.schema import Config
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.device import Device, DeviceNode, Mount
+from nodeagent.core.model.grant import Grant, Holder
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.request import Pages
+from nodeagent.errors import ConfigError, HostError
+from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector, builtin_kinds
+from nodeagent.resources.offer import Offer, offers, selectors
+from tests.builders.inventories import even_rows, inventory_of
+
+HOLDER = Holder(api="device-plugin", resource="nodeagent.dev/r")
+
+
+def configured(**resource: Any) -> Config:
+    return msgspec.convert({"resources": [{"name": "r", **resource}]}, Config)
+
+
+def offer(**resource: Any) -> Offer:
+    (one,) = offers(configured(**resource), builtin_kinds())
+    return one
+
+
+def machine(**attributes: str) -> Inventory:
+    gpu = Device(kind="gpu", id="0000:01:00.0", paths=("/dev/dri/card0",), attributes=MappingProxyType(attributes))
+    return inventory_of(even_rows(1, 2, 1, 4, 1), devices=[gpu])
+
+
+def gpu_grant() -> Grant:
+    return Grant(id="g-1", holder=HOLDER, ids=("0000:01:00.0",), devices=("0000:01:00.0",))
+
+
+def test_cpus_and_pages_are_told_in_variables() -> None:
+    pages = (Pages(node=0, page_bytes=2 << 20, pages=8), Pages(node=1, page_bytes=2 << 20, pages=4))
+    grant = Grant(id="g-1", holder=HOLDER, cpus=CpuSet([2, 3, 5]), hugepages=pages)
+    assert dict(offer(kind="cpu").edits(machine(), grant).env) == {
+        "NODEAGENT_R_GRANT": "g-1",
+        "NODEAGENT_CPUS": "2-3,5",
+        "NODEAGENT_NUMA_NODES": "0,1",
+        "NODEAGENT_HUGEPAGES_2MI": "12",
+        "NODEAGENT_HUGEPAGES_2MI_NUMA_NODES": "0,1",
+    }
+
+
+def test_what_is_configured_comes_with_what_the_kind_needs() -> None:
+    one = offer(kind="gpu", env={"A": "b"}, mounts=[{"hostPath": "/opt/gpu", "containerPath": "/gpu"}])
+    edits = one.edits(machine(), gpu_grant())
+    assert edits.env["A"] == "b"
+    assert edits.mounts == (Mount(host_path="/opt/gpu", container_path="/gpu", read_only=True),)
+    assert edits.device_nodes == (DeviceNode(host_path="/dev/dri/card0", container_path="/dev/dri/card0"),)
+    assert offer(kind="gpu", deviceNodes=False).edits(machine(), gpu_grant()).device_nodes == ()
+
+
+def test_a_device_is_named_for_cdi_by_a_field_or_an_attribute() -> None:
+    by_id = offer(kind="gpu", cdi={"kind": "vendor.com/gpu"})
+    assert by_id.edits(machine(), gpu_grant()).cdi_devices == ("vendor.com/gpu=0000:01:00.0",)
+    by_uuid = offer(kind="gpu", cdi={"kind": "vendor.com/gpu", "name": "uuid"})
+    assert by_uuid.edits(machine(uuid="GPU-7"), gpu_grant()).cdi_devices == ("vendor.com/gpu=GPU-7",)
+
+
+def test_a_container_does_not_start_without_a_device_that_cannot_be_named() -> None:
+    """The library that knows the UUID is away: nothing may be granted that the container would not get."""
+    by_uuid = offer(kind="gpu", deviceNodes=False, cdi={"kind": "vendor.com/gpu", "name": "uuid"})
+    with pytest.raises(HostError, match=r"cannot name 0000:01:00\.0 for CDI kind vendor\.com/gpu: it has no 'uuid'"):
+        by_uuid.edits(machine(), gpu_grant())
+
+
+def test_what_cannot_be_offered_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"cannot serve nodeagent\.dev/r: unknown kind 'gpus', expected one of .*gpu"):
+        offer(kind="gpus")
+    with pytest.raises(ConfigError, match='did you mean "full-pcpus-only"'):
+        offer(kind="cpu", options=["full-pcpu-only"])
+
+
+def test_the_machine_is_searched_for_what_is_configured() -> None:
+    assert selectors(configured(kind="char", paths=["/dev/ttyS*"])).char == (
+        CharSelector(name="r", globs=("/dev/ttyS*",)),
+    )
+    found = selectors(configured(kind="usb", usb=[{"vendor": "046D", "product": "082d"}])).usb
+    assert found == (UsbSelector(name="r", vendor="046d", product="082d"),)
