@@ -212,10 +212,12 @@ class Config(_Base, frozen=True):
 
     @property
     def served(self) -> list[ResourceConfig]:
+        """Return the configured resources, or the default ones if none are configured."""
         return list(DEFAULT_RESOURCES) if self.resources is None else self.resources
 
     @property
     def served_by_dra(self) -> list[ResourceConfig]:
+        """Return those of them that are served through DRA, alone or with the device plugin."""
         return [one for one in self.served if one.serve != "device-plugin"]
 
 

@@ -66,6 +66,7 @@ def order(address: str) -> tuple[int, ...]:
 
 
 def is_address(text: str) -> bool:
+    """Return whether a text is a PCI address, such as 0000:3b:00.0."""
     return _IS_ADDRESS.fullmatch(text) is not None
 
 

@@ -29,6 +29,7 @@ class Dra:
 
     @property
     def served(self) -> bool:
+        """Return whether any kind is served through DRA."""
         return bool(self.catalog.kinds)
 
 

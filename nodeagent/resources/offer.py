@@ -63,6 +63,7 @@ class Offer:
 
     @property
     def by_device_plugin(self) -> bool:
+        """Return whether the resource is served through the device plugin."""
         return self.config.serve != "dra"
 
     def by_device_plugin_alone(self) -> Offer:
@@ -72,6 +73,7 @@ class Offer:
 
     @property
     def by_dra(self) -> bool:
+        """Return whether the resource is served through DRA."""
         return self.config.serve != "device-plugin"
 
 

@@ -43,6 +43,7 @@ class Leader:
 
     @property
     def held(self) -> bool:
+        """Return whether this agent leads."""
         return self._lock.held
 
     def close(self) -> None:

@@ -56,6 +56,8 @@ class DeviceResource:
         return [device for device in inventory.devices if self.serves(device)]
 
     def serves(self, device: Device) -> bool:
+        """Return whether a device is of this kind, matches, and is not in use by the node itself unless that is
+        asked for."""
         return (
             device.kind == self.kind
             and self._matches(device)

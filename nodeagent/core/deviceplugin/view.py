@@ -209,6 +209,7 @@ def _node(node: NodeId) -> tuple[NodeId, ...]:
 
 
 def refuse_unknown(name: str, ids: Iterable[str], known: Container[str]) -> None:
+    """Raise InputError that names those ids which are not known."""
     unknown = [one for one in ids if one not in known]
     if unknown:
         raise InputError(f"cannot allocate {', '.join(unknown)} of {name}: unknown")

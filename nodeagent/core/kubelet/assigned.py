@@ -42,6 +42,7 @@ class Assigned:
 
     @property
     def container(self) -> str:
+        """Return the names of the containers, with commas."""
         return ",".join(self.containers)
 
     @property

@@ -42,6 +42,7 @@ class ImportPlan:
 
     @property
     def changes(self) -> tuple[Change, ...]:
+        """Return what the plan does to the ledger, releases first."""
         released = (Change(action=RELEASED, grant=one) for one in self.released)
         return (*released, *(Change(action=ADOPTED, grant=one) for one in self.taken))
 

@@ -43,6 +43,7 @@ class Stock:
 
     @property
     def nothing_wanted(self) -> bool:
+        """Return whether no hugepages and no memory are asked for."""
         return not self.want
 
     @property

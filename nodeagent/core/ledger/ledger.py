@@ -27,6 +27,7 @@ class Ledger:
 
     @functools.cached_property
     def cpus_held(self) -> CpuSet:
+        """Return the CPUs of all grants."""
         return union(grant.cpus for grant in self.grants.values())
 
     @functools.cached_property

@@ -33,6 +33,7 @@ class Findings:
 
     @property
     def released(self) -> tuple[Grant, ...]:
+        """Return the grants to release."""
         return self.absences.released
 
 

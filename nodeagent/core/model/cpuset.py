@@ -107,6 +107,7 @@ class CpuSet:
         return self.mask & ~other.mask == 0
 
     def isdisjoint(self, other: CpuSet) -> bool:
+        """Return whether the two sets have no member in common."""
         return self.mask & other.mask == 0
 
     def first(self) -> int:

@@ -74,6 +74,7 @@ class Inventory:
 
     @functools.cached_property
     def device_by_id(self) -> Mapping[str, Device]:
+        """Return all devices by their id."""
         return MappingProxyType({device.id: device for device in self.devices})
 
     @functools.cached_property
@@ -90,10 +91,12 @@ class Inventory:
 
     @functools.cached_property
     def cpu_by_id(self) -> Mapping[int, Cpu]:
+        """Return all online CPUs by their number."""
         return MappingProxyType({cpu.id: cpu for cpu in self.cpus})
 
     @functools.cached_property
     def node_by_id(self) -> Mapping[NodeId, NumaNode]:
+        """Return all NUMA nodes by their number."""
         return MappingProxyType({node.id: node for node in self.numa_nodes})
 
 

@@ -60,6 +60,7 @@ class Pin:
 
     @property
     def exclusive(self) -> bool:
+        """Return whether the container holds CPUs."""
         return bool(self.held)
 
 

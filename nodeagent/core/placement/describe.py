@@ -39,6 +39,7 @@ def describe(inventory: Inventory, request: Request, placement: Placement) -> De
 
 
 def split_cores(machine: MachineIndex, cpus: CpuSet) -> int:
+    """Return the number of cores of which some, but not all, threads are in a set of CPUs."""
     return sum(1 for core in machine.cores.values() if core & cpus.mask and core & ~cpus.mask)
 
 

@@ -103,6 +103,7 @@ def inside(device: Device, nodes: frozenset[NodeId] | None) -> bool:
 
 
 def device_of(machine: MachineIndex, name: str) -> Device:
+    """Return the device with an id. InputError if there is none."""
     device = machine.inventory.device_by_id.get(name)
     if device is None:
         raise InputError(f'cannot place near "{name}": there is no such device')

@@ -34,6 +34,7 @@ class MachineIndex:
 
     @functools.cached_property
     def proximity(self) -> Proximity:
+        """Return how near the devices and CPUs of the inventory are to each other."""
         return Proximity(self.inventory)
 
     @functools.cached_property
@@ -92,6 +93,7 @@ class MachineIndex:
         return sum(1 << cpu.id for cpu in self.inventory.cpus if cpu.kind == kind)
 
     def cpus_of(self, nodes: Iterable[NodeId]) -> int:
+        """Return the mask of the CPUs of some NUMA nodes."""
         return sum(self._cpus.get(node, 0) for node in nodes)
 
     def nodes_of(self, mask: int) -> frozenset[NodeId]:

@@ -27,6 +27,7 @@ class Steps:
     """Something was left out: the answer may not be the best."""
 
     def take(self) -> bool:
+        """Count one step. Return whether any was left."""
         self.left -= 1
         if self.left < 0:
             self.cut = True

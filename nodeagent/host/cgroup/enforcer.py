@@ -47,10 +47,12 @@ class Target:
 
     @property
     def wanted(self) -> CgroupTarget:
+        """Return the values to write."""
         return CgroupTarget(cpus=self.cpus, mems=self.mems, hugetlb=self.hugepage_limits)
 
     @property
     def parts(self) -> CgroupPart:
+        """Return which files of the cgroup have to be read back."""
         limits = self.hugepage_limits or self.hugepages_at_least
         return CgroupPart.LIMITS if limits else CgroupPart.CPUSET
 
@@ -78,6 +80,7 @@ class Enforcer:
 
     @property
     def mount(self) -> str:
+        """Return the mount point of the hierarchy."""
         return self._reader.mount
 
     def apply(self, targets: Mapping[str, Target]) -> dict[str, str]:

@@ -291,6 +291,7 @@ class _Folder:
         return True, value if value < _BEYOND_LIMITS else None
 
     def count(self, name: str) -> int | None:
+        """Return the number in a file, or None if there is no such file. HostError if it is no number."""
         text = self.text(name)
         return None if text is None else self.number(name, text)
 
@@ -300,11 +301,13 @@ class _Folder:
         return {key: self.number(name, value) for key, _, value in pairs}
 
     def number(self, name: str, text: str) -> int:
+        """Return a text as a number. HostError names the file if it is none."""
         if not (text.isascii() and text.isdigit() and len(text) < 24):
             raise self.bad(name, text, "a number")
         return int(text)
 
     def bad(self, name: str, text: str, wanted: str) -> HostError:
+        """Return the error for a file with an unexpected content."""
         return HostError(f"cannot read {self.path}/{name}: {text[:80]!r} is not {wanted}")
 
 

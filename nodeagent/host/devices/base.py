@@ -66,6 +66,7 @@ class PciSelector:
     pci_class: str = ""
 
     def matches(self, function: Function) -> bool:
+        """Return whether a PCI function has the vendor, device and class that are asked for."""
         return (
             self.vendor in ("", function.vendor)
             and self.device in ("", function.device)
@@ -91,6 +92,7 @@ class Context:
 
     @functools.cached_property
     def function_by_address(self) -> Mapping[str, Function]:
+        """Return all PCI functions by their address."""
         return MappingProxyType({function.address: function for function in self.functions})
 
 
@@ -185,6 +187,7 @@ def node_edits(device: Device, devices: Sequence[Device]) -> ContainerEdits:
 
 
 def nodes(paths: Iterable[str]) -> tuple[DeviceNode, ...]:
+    """Return device nodes that have the same path in the container as on the host."""
     return tuple(DeviceNode(host_path=path, container_path=path) for path in paths)
 
 

@@ -82,9 +82,12 @@ class _Pool:
         self._put = put
 
     def counts(self) -> Counts:
+        """Return how many pages of each state the pool has now. HostError."""
         return _counts(self._sysfs, self._folder)
 
     def grow(self, now: int, pages: int, go_on: Callable[[], bool]) -> int:
+        """Grow the pool from `now` to `pages` pages in steps while `go_on()`. Return the pages that it has then.
+        HostError."""
         tries = 0
         while now < pages and go_on():
             want = min(pages, now + self._step)
@@ -99,6 +102,8 @@ class _Pool:
         return now
 
     def shrink(self, pages: int) -> int:
+        """Shrink the pool to `pages`, or as far as no used page is lost. Return the pages that it has then.
+        HostError."""
         before = self.counts()
         target = max(pages, before.persistent_pages - self._removable(before))
         if target >= before.persistent_pages:

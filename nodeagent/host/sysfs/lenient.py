@@ -34,21 +34,27 @@ class Tolerant:
             return None
 
     def text(self, path: str) -> str | None:
+        """Return the stripped content of a file, or None if it is missing, empty or unreadable."""
         return self.read(lambda one: self.sysfs.text(one, None), path) or None
 
     def number(self, path: str) -> int | None:
+        """Return the number in a file, or None."""
         return self.read(self.sysfs.number, path)
 
     def link_name(self, path: str) -> str | None:
+        """Return the last part of what a link points to, or None."""
         return self.read(self.sysfs.link_name, path)
 
     def names(self, path: str) -> list[str]:
+        """Return the names in a folder in order; none if it cannot be listed."""
         return self.read(self.sysfs.names, path) or []
 
     def cpu_mask(self, path: str) -> CpuSet | None:
+        """Return a set of CPUs that is written as a hexadecimal mask, or None."""
         return self.read(self.sysfs.cpu_mask, path)
 
     def cpus(self, path: str) -> CpuSet | None:
+        """Return a set of CPUs in list syntax, or None."""
         return self.read(self.sysfs.cpus, path)
 
     def hexadecimal(self, path: str, digits: int) -> str | None:
@@ -73,6 +79,7 @@ class Tolerant:
             return None
 
     def number_if_told(self, path: str) -> int | None:
+        """Return the number in a file that the kernel may leave empty or refuse to answer, or None."""
         text = self.if_told(path)
         if text is None:
             return None
@@ -83,6 +90,7 @@ class Tolerant:
             return None
 
     def warn(self, path: str, cause: str) -> None:
+        """Add a warning about a path."""
         self.warnings.append(f"cannot read {self.sysfs.path(path)}: {cause}")
 
 

@@ -38,6 +38,7 @@ class SysFs:
         return self.root + path
 
     def exists(self, path: str) -> bool:
+        """Return whether there is anything at a path."""
         return os.path.exists(self.root + path)
 
     @overload

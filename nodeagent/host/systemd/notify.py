@@ -21,12 +21,15 @@ class Notifier:
         """How often the watchdog wants a sign of life (half its limit); None: there is none."""
 
     def ready(self) -> None:
+        """Report that the service has started, or that a reload has ended."""
         self._send("READY=1")
 
     def reloading(self) -> None:
+        """Report that the configuration is being reloaded."""
         self._send(f"RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}")
 
     def stopping(self) -> None:
+        """Report that the service is stopping."""
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:

@@ -56,6 +56,7 @@ class Systemd:
             raise
 
     def close(self) -> None:
+        """Close the connection."""
         self._socket.close()
 
     def allow(self, unit: str, cpus: CpuSet) -> str:

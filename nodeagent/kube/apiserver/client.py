@@ -55,6 +55,7 @@ class ApiResource:
 
     @property
     def api_version(self) -> str:
+        """Return GROUP/VERSION, or the version alone for the core group."""
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:

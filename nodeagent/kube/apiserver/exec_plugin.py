@@ -47,6 +47,7 @@ class Credential:
 
     @property
     def stale(self) -> bool:
+        """Return whether the credential has expired or is about to."""
         return time.time() >= self.expires_unix_s - EARLY_S
 
 

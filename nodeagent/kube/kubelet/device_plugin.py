@@ -82,6 +82,7 @@ class DevicePluginServer:
 
     @property
     def serving(self) -> bool:
+        """Return whether the socket is served."""
         return self._bound is not None
 
     @property
@@ -96,6 +97,7 @@ class DevicePluginServer:
 
     @property
     def options(self) -> pb.DevicePluginOptions:
+        """Return what the resource supports, as Register sends it."""
         return _options(self.resource)
 
     async def start(self) -> bool:
@@ -137,6 +139,7 @@ class _Service(rpc.DevicePluginServicer):
         self._on_watch = on_watch
 
     def add_to(self, server: grpc.aio.Server) -> None:
+        """Register the service with a gRPC server."""
         rpc.add_DevicePluginServicer_to_server(self, server)  # type: ignore[no-untyped-call]
 
     async def GetDevicePluginOptions(self, request: pb.Empty, context: Any) -> pb.DevicePluginOptions:  # noqa: N802

@@ -59,6 +59,7 @@ class DraRegistration:
 
     @property
     def ready(self) -> bool:
+        """Return whether kubelet has taken the driver."""
         return self.state == REGISTERED
 
 

@@ -32,6 +32,7 @@ class Registration:
 
     @property
     def ready(self) -> bool:
+        """Return whether kubelet has taken the resource and watches it."""
         return self.state == RegistrationState.REGISTERED and self.watched
 
 
