@@ -1,7 +1,7 @@
 """Where a request goes: place(). The same inventory, ledger and request give the same placement on every machine.
 
 The cost is compared part by part, in COST_ORDER, smallest first. What options and NUMA policies mean to CPUs is in
-choice.py; how devices, CPUs and pages of one request meet is in joint.py.
+cpu_choice.py; how devices, CPUs and pages of one request meet is in joint.py.
 """
 
 from __future__ import annotations
