@@ -78,6 +78,16 @@ def test_a_deleted_plugin_socket_is_replaced(node: Cluster) -> None:
     given(node, "replaced")
 
 
+def test_a_reload_keeps_what_is_shown(node: Cluster) -> None:
+    """SIGHUP again and again registers nothing again."""
+    times = registrations(node)
+    for _ in range(REPLACED):
+        node.send("nodeagent", signal.SIGHUP)
+    given(node, "reloaded")
+    assert registrations(node) == times
+    shown(node)
+
+
 def restarted(node: Cluster, how: signal.Signals) -> None:
     node.stop("nodeagent", how)
     shown(node, 0)
