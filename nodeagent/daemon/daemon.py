@@ -184,8 +184,10 @@ class Daemon:
         )
         if store.fresh and (traces := self._recovery.traces()):
             store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
-        if not store.loss and (lacking := self._recovery.lacking(agent.ledger.grants.values())):
-            store.lose(f"{store.path}: {lacking}")
+        # The ledger is asked last: another agent may have prepared a claim a moment ago.
+        if not store.loss and (missed := store.never_had(self._recovery.claims_in_use())):
+            why = "kubelet has claims prepared that it never had, and their files are there"
+            store.lose(f"{store.path}: {why}: {', '.join(missed)}")
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()

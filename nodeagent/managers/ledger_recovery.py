@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,20 +78,13 @@ class LedgerRecovery(Manager):
             return f"kubelet has {len(claims)} claims prepared"
         return ""
 
-    def lacking(self, grants: Iterable[Grant]) -> str:
-        """What shows that a ledger which ends where its mark says lacks claims all the same, as a clause; "" where
-        nothing does: the whole folder may be an older copy. Blocks.
+    def claims_in_use(self) -> frozenset[str]:
+        """UIDs of the claims that kubelet has prepared and whose files are there. Blocks.
 
         Kubelet's record alone is no proof, for it outlives the answer that a claim is given back."""
-        known = {one.holder.uid for one in grants if one.holder.api == CLAIM}
-        missed = sorted(self._prepared() - known)
         with contextlib.suppress(HostError):
-            missed = [one for one in missed if one in self._claims_with_files()]
-        return (
-            f"kubelet has claims prepared that it lacks, and their files are there: {', '.join(missed)}"
-            if missed
-            else ""
-        )
+            return self._prepared() & self._claims_with_files()
+        return frozenset()
 
     def _prepared(self) -> frozenset[str]:
         """UIDs of the claims that kubelet has prepared, as far as its record can be read."""

@@ -87,6 +87,18 @@ class Store:
         with self._said("load"):
             return tuple(_grants(self._db, str(self.path)))
 
+    def never_had(self, claims: Iterable[str]) -> list[str]:
+        """Return those of some claims, by UID, of which the file has neither a grant nor any line of the audit.
+        StateError."""
+        grant = "SELECT 1 FROM grants WHERE id >= ?1 || '-' AND id < ?1 || '.'"
+        line = "SELECT 1 FROM audit WHERE grant_id >= ?1 || '-' AND grant_id < ?1 || '.'"
+        with self._said("load"):
+            return [
+                uid
+                for uid in sorted(claims)
+                if not self._db.execute(f"{grant} UNION ALL {line} LIMIT 1", (uid,)).fetchone()
+            ]
+
     # ---------------------------------------------------------------- whole or not
 
     def _judge(self, existed: bool) -> None:

@@ -768,7 +768,7 @@ EXEC = {"apiVersion": "client.authentication.k8s.io/v1", "command": "x"}
         (with_user(**{"client-certificate": "a"}), "need each other"),
         (with_user(**{"client-certificate": "a", "client-key": "b"}), "a with key .*b: No such file"),
         (with_user(exec={**EXEC, "apiVersion": "client.authentication.k8s.io/v1alpha1"}), "exec.apiVersion is"),
-        (with_user(exec={**EXEC, "interactiveMode": "Always"}), "nobody is there to ask"),
+        (with_user(exec={**EXEC, "interactiveMode": "Always"}), "there is no terminal to ask at"),
     ],
 )
 def test_a_bad_kubeconfig_is_refused_with_place_and_cause(tmp_path: Path, config: Any, said: str) -> None:

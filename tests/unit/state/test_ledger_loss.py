@@ -109,6 +109,21 @@ def test_a_copy_from_before_a_loss_is_noticed_also_when_nothing_was_held_after_i
     assert "it is an older copy" in loss(folder)
 
 
+def test_it_is_known_which_claims_a_ledger_never_had(folder: Path) -> None:
+    """Neither what it holds nor what it has released; a copy from before a grant never had it."""
+    uid, other, third = (f"6f4929bc-484a-4e6b-bfa5-a5fea530e88{n}" for n in range(3))
+    grants = [replace(grant_of(1), id=f"{one}-0") for one in (uid, other)]
+    with contextlib.closing(Store(folder)) as store:
+        empty = copied(folder)
+        store.save([Change(action=GRANTED, grant=one) for one in grants], op="o", at=1)
+        store.save([Change(action=RELEASED, grant=grants[0])], op="o", at=2)
+        assert store.never_had([third, uid, other]) == [third]
+    (folder / FILE).unlink()
+    shutil.copy(empty, folder / FILE)
+    with contextlib.closing(Store(folder)) as store:
+        assert store.never_had([uid, other, uid[:-1]]) == [uid[:-1], uid, other]
+
+
 def test_a_ledger_that_was_begun_anew_without_grants_is_whole_at_the_next_start(folder: Path) -> None:
     """It was damaged while it was open, and every grant had been released."""
     filled(folder, 2)

@@ -321,7 +321,7 @@ def test_two_agents_agree_after_the_file_was_damaged(folder: Path) -> None:
             db.execute("DROP TABLE grants")
         assert new.news([grant_of(1)]) is None
         new.save(granted(2), op="op", at=2, held=[grant_of(1)])
-        assert "begun anew" in new.note
+        assert "replaced by a new file" in new.note
         assert old.news([grant_of(1)]) == (grant_of(1), grant_of(2))
         assert old.note == ""
 
