@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -122,9 +121,11 @@ async def test_a_bad_configuration_shows_in_the_status(folder: Path, tmp_path: P
         assert "configuration: " in done.stdout and "did you mean resources?" in done.stdout
 
 
-def _take_interrupts() -> None:
-    """A shell that starts tests in the background has its children ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+INTERRUPTIBLE = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "import runpy; runpy.run_module('nodeagent', run_name='__main__', alter_sys=True)"
+)
+"""The program, also where the tests were started in the background by a shell: it has its children ignore SIGINT."""
 
 
 async def test_watch_shows_it_again_when_it_changes(folder: Path, tmp_path: Path) -> None:
@@ -132,7 +133,7 @@ async def test_watch_shows_it_again_when_it_changes(folder: Path, tmp_path: Path
     async with standing(folder, tmp_path) as (agent, kubelet):
         words = ("-m", "nodeagent", "grants", "--watch", "--socket", str(agent.socket))
         watching = await asyncio.create_subprocess_exec(
-            sys.executable, *words, stdout=asyncio.subprocess.PIPE, preexec_fn=_take_interrupts
+            sys.executable, "-c", INTERRUPTIBLE, *words[2:], stdout=asyncio.subprocess.PIPE
         )
         assert watching.stdout is not None
         assert b"GRANT" in await watching.stdout.readline()
