@@ -1,4 +1,4 @@
-"""What every test may use: coroutines as tests, and the recorded data that lies beside the checkout."""
+"""What every test may use: coroutines as tests, and the recorded data that lies next to the checkout."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""`nodeagent import kubelet-state`: take over what kubelet's own managers gave away. A dry run unless --apply is said.
+"""`nodeagent import kubelet-state`: take over what kubelet's own managers gave away. A dry run unless --apply is given.
 
-Works beside a running agent: the ledger is read, decided on and written in one turn, all or nothing.
+Works alongside a running agent: the ledger is read, decided on and written in one turn, all or nothing.
 """
 
 from __future__ import annotations

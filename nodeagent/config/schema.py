@@ -34,7 +34,7 @@ class _Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class MountConfig(_Base, frozen=True):
-    """A folder or file of the host that the container gets, beside the device."""
+    """A folder or file of the host that the container gets in addition to the device."""
 
     host_path: Absolute
     container_path: Absolute

@@ -14,7 +14,7 @@ CONFIG_POLL_S = 5.0
 
 
 async def rewrites(path: Path, asked: asyncio.Event) -> AsyncGenerator[str, None]:
-    """Why a file is to be read again, whenever it is: it changed, or somebody asked. A file that is written in place is
+    """Yield why a file has to be read again: it changed, or a reload was requested. A file that is written in place is
     found by the poll alone."""
     seen = _content(path)
     with FolderWatch(path.parent, poll_s=CONFIG_POLL_S) as folder:

@@ -139,7 +139,7 @@ class FrameParser:
         self._missing = payload_bytes
 
     def _stray(self) -> Iterator[Stray]:
-        """Forget a header that is complete; say so where its frame is for nobody."""
+        """Forget a header that is complete; report it if its frame is for no connection."""
         if len(self._header) == _FRAME_HEADER.size:
             if self._current is None and self._fault is None:
                 yield Stray(*_FRAME_HEADER.unpack(self._header))

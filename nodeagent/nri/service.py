@@ -1,4 +1,4 @@
-"""The Plugin service: what the runtime asks on one connection, handed to whoever decides.
+"""The Plugin service: what the runtime asks on one connection, handed to the handler that decides.
 
 Promises: each question has its answer inside the time limit of the runtime. A container whose creation cannot be
 decided is not created, with the reason; any other failure is logged and answered with "no change", because an error

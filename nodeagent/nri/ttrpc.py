@@ -22,7 +22,7 @@ from nodeagent.nri.frames import LARGEST_DATA_BYTES, FrameParser, Message, Overs
 from nodeagent.pb import ttrpc_pb2 as pb
 
 Method: TypeAlias = Callable[[bytes, float | None], Awaitable[bytes]]
-"""Takes the request and the seconds that the caller waits (None: for ever); returns the answer or raises."""
+"""Takes the request and the seconds that the caller waits (None: indefinitely); returns the answer or raises."""
 Services: TypeAlias = Mapping[str, Mapping[str, Method]]
 """Methods by service and name."""
 

@@ -55,7 +55,7 @@ def test_pods_keep_what_they_hold_while_a_restarted_kubelet_cannot_reach_the_api
 
 
 def test_a_prepared_claim_outlives_an_overwritten_ledger(node: Cluster) -> None:
-    """The same grants afterwards, and nobody else gets the CPUs of the containers that run on."""
+    """The same grants afterwards, and no other pod gets the CPUs of the containers that run on."""
     before, alive = hold_some(node), containers(node)
     assert node.stop("nodeagent", signal.SIGKILL) == -signal.SIGKILL
     for journal in ledger(node).parent.glob("ledger.db-*"):

@@ -115,7 +115,7 @@ def test_a_kubelet_that_restarts_shows_everything_again(node: Cluster) -> None:
 
 
 def test_a_kubelet_that_stood_still_shows_what_is_advertised_when_it_goes_on(node: Cluster) -> None:
-    """For longer than a Register may take, the agent having been started anew meanwhile: and again, it having not."""
+    """For longer than a Register may take, first with an agent that was restarted meanwhile, then with the same one."""
     for act in (lambda: late(node), lambda: None):
         node.send("kubelet", signal.SIGSTOP)
         began = time.monotonic()

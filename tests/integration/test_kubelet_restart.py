@@ -17,7 +17,7 @@ import pytest
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.builders.pod_cgroups import PodCgroupTree
-from tests.doubles.kubelet import AdmissionError, FakeKubelet
+from tests.doubles.kubelet import AdmissionError, FakeKubelet, Pod
 from tests.support.running import CPU, Running, running
 
 CPUS = 8
@@ -53,15 +53,21 @@ async def holders(agent: Running) -> dict[str, str]:
     return {one["cpus"]: one["pod"] for one in (await agent.ask("/v1/grants"))[1]}
 
 
+async def book_runs(agent: Running, kubelet: FakeKubelet, tmp_path: Path) -> tuple[Pod, PodCgroupTree]:
+    """Start the pod "book" with 3 CPUs. Return it, once the agent knows its name, and the cgroups that it runs in."""
+    cgroups = PodCgroupTree(tmp_path / "root")
+    pod = await kubelet.admit_pod("default", "book", {"main": {CPU: 3}})
+    cgroups.run(pod.uid)
+    await agent.until("/v1/grants", lambda grants: [one["pod"] for one in grants] == ["book"])
+    return pod, cgroups
+
+
 async def test_running_pods_keep_their_cpus_while_a_restarted_kubelet_lists_nothing(
     folder: Path, tree: DeviceTree, tmp_path: Path
 ) -> None:
     """Its API server is silent for longer than any patience; then it lists them again, and nothing has changed."""
     async with node(folder, tree) as (agent, kubelet):
-        cgroups = PodCgroupTree(tmp_path / "root")
-        pod = await kubelet.admit_pod("default", "book", {"main": {CPU: 3}})
-        cgroups.run(pod.uid)
-        await agent.until("/v1/grants", lambda grants: [one["pod"] for one in grants] == ["book"])
+        await book_runs(agent, kubelet, tmp_path)
         before = await holders(agent)
         kubelet.knows_pods = False
         await kubelet.restart()
@@ -80,10 +86,7 @@ async def test_running_pods_keep_their_cpus_while_kubelet_and_agent_both_start_a
 ) -> None:
     """The agent remembers nothing of what was listed before."""
     async with node(folder, tree) as (agent, kubelet):
-        cgroups = PodCgroupTree(tmp_path / "root")
-        pod = await kubelet.admit_pod("default", "book", {"main": {CPU: 3}})
-        cgroups.run(pod.uid)
-        await agent.until("/v1/grants", lambda grants: [one["pod"] for one in grants] == ["book"])
+        await book_runs(agent, kubelet, tmp_path)
         before = await holders(agent)
         await agent.stop(signal.SIGKILL)
         kubelet.knows_pods = False
@@ -115,10 +118,7 @@ async def test_a_deleted_pod_gives_its_cpus_back_at_once(folder: Path, tree: Dev
     """Kubelet has removed its cgroup and lists it no longer: no patience is needed."""
     patient = {**PATIENT, "confirmedSeconds": 3600, "unobservedSeconds": 3600}
     async with node(folder, tree, release=patient) as (agent, kubelet):
-        cgroups = PodCgroupTree(tmp_path / "root")
-        pod = await kubelet.admit_pod("default", "book", {"main": {CPU: 3}})
-        cgroups.run(pod.uid)
-        await agent.until("/v1/grants", lambda grants: [one["pod"] for one in grants] == ["book"])
+        pod, cgroups = await book_runs(agent, kubelet, tmp_path)
         await listed(agent, 1)
         cgroups.remove(pod.uid)
         await kubelet.delete_pod("default", "book")

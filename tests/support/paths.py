@@ -9,4 +9,4 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder that `tests` is a package in."""
 NVML_DOUBLE = CHECKOUT / "tests" / "doubles" / "nvml_double.c"
 SHARED = Path(os.environ.get("NODEAGENT_SHARED", CHECKOUT.parent / "shared"))
-"""Recorded data beside the checkout."""
+"""Recorded data, next to the checkout."""

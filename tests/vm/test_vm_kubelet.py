@@ -86,7 +86,7 @@ def test_a_deleted_pods_cpus_are_given_to_the_shared_pods_at_once(node: Node, po
 def test_what_a_pod_held_that_ended_while_the_agent_was_away_is_released_when_it_is_back(
     node: Node, pods: dict[str, str]
 ) -> None:
-    """Well before the patience of ten minutes for what nobody can confirm."""
+    """Well before the patience of ten minutes for what no witness can confirm."""
     grants = node.grants()
     node.run_pod("away", 1)
     node.guest.run("systemctl stop nodeagent")

@@ -3,7 +3,7 @@
     NODEAGENT_E2E_BIN=/folder make vm-test
 
 The folder is that of tests/e2e; kubelet has to be a static binary. The guest reaches this machine's loopback at
-HOST_ADDRESS (QEMU's user network). What is missing is said, and the tests are skipped.
+HOST_ADDRESS (QEMU's user network). Without it the tests are skipped, with the reason.
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ class HugepagePool:
     surplus_pages: int = 0
     overcommit_pages: int = 0
     own_used_pages: int | None = None
-    """Faulted by our holders; None: nobody can tell them from others."""
+    """Faulted by our holders; None: they cannot be distinguished from others."""
     own_reserved_pages: int | None = None
     """Of the reserved ones those that our holders' mappings wait for; known where own_used_pages is."""
 

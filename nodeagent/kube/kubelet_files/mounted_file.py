@@ -1,7 +1,7 @@
 """Reading a file that may be mounted here by itself, as a pod's hostPath of one file is.
 
-Such a mount shows one inode for ever. Most editors, `sed -i` and kubelet itself write a new file and rename it: what is
-mounted is then the old one, which no folder has any more.
+Such a mount always shows the same inode. Most editors, `sed -i` and kubelet itself write a new file and rename it: what
+is mounted is then the old file, which no folder contains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 _STALE = "it was replaced on the host after it was mounted here; restart the agent's pod"
 _LOOKS, _BETWEEN_S = 5, 0.01
-"""A rename in progress looks the same for a moment: the old file has no name any more, and the name leads to it."""
+"""A rename in progress looks the same for a moment: the old file has lost its name, which still leads to it."""
 
 
 def read(path: Path) -> bytes:

@@ -47,7 +47,7 @@ class HolderReconciler(Manager):
         ended: Revision,
         poll_s: Callable[[], float],
     ) -> None:
-        """plugins: kubelet's device-plugins folder, beside the folders of its pods. ended: rises with each end of a pod
+        """plugins: kubelet's device-plugins folder, next to the folder of its pods. ended: rises with each end of a pod
         or a container that the runtime or the kernel reports. poll_s: how often kubelet is asked without any event."""
         self._agent = agent
         self._pods = pods

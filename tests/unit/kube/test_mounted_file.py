@@ -19,7 +19,7 @@ from nodeagent.kube.kubelet_files.claim_state import STATE_FILE, prepared
 
 @pytest.fixture
 def replaced(tmp_path: Path) -> Iterator[Path]:
-    """A path at which an inode is seen that no folder has any more, as such a mount shows it."""
+    """A path at which an inode is seen that no folder contains any longer, as such a mount shows it."""
     path = tmp_path / "config.yaml"
     path.write_text("cpuManagerPolicy: none\n")
     with path.open() as file:
