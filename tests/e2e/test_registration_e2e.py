@@ -15,6 +15,7 @@ from tests.e2e.cluster import Cluster
 from tests.e2e.kubeapi import until
 from tests.e2e.nodefiles import DRIVER, PORTS
 from tests.e2e.nodeview import delete_pod, run_pod
+from tests.support.long_form import LONG
 
 node, started = nodeview.node, nodeview.started
 
@@ -22,7 +23,6 @@ PORT = f"{DRIVER}/port"
 AGAIN_S = 2.0
 REGISTER_S = 20.0
 """A Register's deadline, and some more."""
-LONG = bool(os.environ.get("NODEAGENT_LONG"))
 RESTARTS, KUBELET_RESTARTS, REPLACED = (200, 50, 20) if LONG else (10, 2, 3)
 """How often each is done: NODEAGENT_LONG=1 for all that is promised."""
 STOPPED_S = 48.0 if LONG else 0.0

@@ -29,10 +29,11 @@ from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from tests.builders.machines import MIB, Shape, build
 from tests.doubles.kubelet import AdmissionError, FakeKubelet, Pod
+from tests.support.long_form import share_of
 from tests.support.mortal import Life, Nursery, ask, nursery
 
 CPU, PINNED, PAGES, SHARED = (f"nodeagent.dev/{name}" for name in ("cpu", "pinned", "pages", "shared"))
-LIVES, SEEDS = 25, 8
+LIVES, SEEDS = 25, share_of(8, 0.5)
 BIRTH_S, STREAM_S = 0.25, 0.08
 """The longest time from birth, or from the first call, to death."""
 CALL_S = 0.006
@@ -287,7 +288,7 @@ def union(sets: Iterable[CpuSet]) -> CpuSet:
 
 @pytest.mark.parametrize("seed", range(SEEDS))
 async def test_after_kill_9_at_any_moment_no_answer_is_lost_and_nothing_is_given_twice(seed: int, folder: Path) -> None:
-    """25 deaths for each of 8 seeds; the last life is asked for the same again. The moments are spread: some grants
+    """25 deaths for each seed; the last life is asked for the same again. The moments are spread: some grants
     were on disk and not answered, some calls had not come that far."""
     words = write_node(folder)
     async with FakeKubelet(folder / "kubelet", seed=seed) as kubelet, nursery(folder / "log") as born:

@@ -32,6 +32,7 @@ from tests.doubles.api_server import CLAIMS, FakeApiServer, Fault
 from tests.doubles.dra_kubelet import ClaimId, DraCallError, FakeDraKubelet, Outcome
 from tests.doubles.kubelet import AdmissionError, FakeKubelet
 from tests.support.dra_node import DRIVER, consumed
+from tests.support.long_form import share_of
 from tests.support.mortal import Life, Nursery, ask, nursery
 from tests.support.rivals import (
     ASKED,
@@ -53,7 +54,7 @@ from tests.support.rivals import (
     write_node,
 )
 
-SEEDS, STEPS, KILLS = 8, 1280, 13
+SEEDS, STEPS, KILLS = share_of(8, 0.5), 1280, 13
 """Of each seed: at least so many steps, and so many agents killed."""
 WAIT_S = 10.0
 """The longest that anything may take to settle."""
@@ -554,8 +555,8 @@ async def said(folder: Path, text: str) -> str:
 
 @pytest.mark.parametrize("seeds", [(one, one + 1) for one in range(0, SEEDS, 2)])
 async def test_over_both_apis_nothing_is_held_twice_and_nothing_is_lost(seeds: Sequence[int], folder: Path) -> None:
-    """More than 10,000 steps over all seeds, and more than 100 agents killed in the middle of them. Two nodes live at
-    once: most of a life is waiting."""
+    """In the long form more than 10,000 steps over all seeds, and more than 100 agents killed in the middle of them.
+    Two nodes live at once: most of a life is waiting."""
     async with asyncio.TaskGroup() as nodes:
         for seed in seeds:
             (folder / str(seed)).mkdir()

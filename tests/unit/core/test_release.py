@@ -4,7 +4,6 @@ kubelet over random histories.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
 import pytest
@@ -14,10 +13,9 @@ from nodeagent.core.ledger.release import Absences, Memory, judge
 from nodeagent.core.ledger.witness import Given, Sight, Sighting, Witnesses
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from tests.doubles.kubelet_model import PATIENCE, World
+from tests.support.long_form import share_of
 
-HISTORIES, STEPS = 20_000, 60
-SHARE = 1.0 if os.environ.get("NODEAGENT_LONG") else 0.2
-"""Of the histories that one run goes through: NODEAGENT_LONG=1 has them all."""
+HISTORIES, STEPS = share_of(20_000, 0.2), 60
 PACKS = 8
 
 
@@ -163,7 +161,7 @@ def test_an_init_container_that_is_only_in_the_checkpoint_is_nothing_to_report()
 def test_nothing_that_lives_is_released_and_nothing_that_is_gone_stays(pack: int) -> None:
     """Kubelet, runtime, API server and agent restart and fall silent in any order, pods come and go and reuse names,
     checkpoints are lost; some nodes can be asked about cgroups, some about the runtime, some about neither."""
-    count, done = int(HISTORIES * SHARE) // PACKS, {"granted": 0, "released": 0}
+    count, done = HISTORIES // PACKS, {"granted": 0, "released": 0}
     for seed in range(pack * count, (pack + 1) * count):
         world = World(seed)
         try:

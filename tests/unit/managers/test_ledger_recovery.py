@@ -40,10 +40,9 @@ from nodeagent.state.layout import LedgerLayout, migrate
 from nodeagent.state.store import FILE
 from tests.support.claim_node import Room, claim_room, config_of
 from tests.support.dra_node import CPUS, DRIVER, SERIAL, consumed, result
+from tests.support.long_form import share_of
 
-STEPS_IN_ALL, HISTORIES = 100_000, 16
-SHARE = 1.0 if os.environ.get("NODEAGENT_LONG") else 0.2
-"""Of the steps that one run goes through: NODEAGENT_LONG=1 has them all."""
+STEPS_IN_ALL, HISTORIES = share_of(100_000, 0.2), 16
 BOTH = ({**CPUS, "serve": "both"}, {**SERIAL, "serve": "both"})
 
 
@@ -430,7 +429,7 @@ async def test_whatever_happens_to_the_ledger_nothing_is_held_twice_and_nothing_
     moment; kubelet may be silent meanwhile."""
     async with node(memory_folder) as one:
         history = History(one, seed)
-        for _ in range(int(STEPS_IN_ALL * SHARE) // HISTORIES):
+        for _ in range(STEPS_IN_ALL // HISTORIES):
             await history.step()
         one.silent = False
         await one.look()
