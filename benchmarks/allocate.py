@@ -139,7 +139,7 @@ async def in_process(folder: Path) -> Sample:
     for _ in range(ROUNDS):
         for number in range(PER_ROUND):
             began = time.perf_counter()
-            await agent.allocate(one, [[f"cpu{number}"]], "bench")
+            await agent.allocate(one.resource, [[f"cpu{number}"]], one.edits, "bench")
             sample.append(time.perf_counter() - began)
         await agent.release(list(agent.ledger.grants), "bench")
     await agent.close()

@@ -1,4 +1,4 @@
-"""What confining costs with 250 containers on the node: answers to CreateContainer, rounds of reading back, repairs.
+"""What pinning costs with 250 containers on the node: answers to CreateContainer, rounds of reading back, repairs.
 
 The runtime asks over a real socket; the control groups are plain files in memory that answer writes as the kernel does,
 so what the kernel itself takes for a write is not in here (the guest of `make vm-test` has that).
@@ -76,7 +76,7 @@ async def _one(node: PinNode, pod: str, *, settled: bool) -> float:
     node.pod(pod)
     await node.admit(pod, "main", "cpu4", "cpu5")
     if settled:
-        await node.pins.confining.settle()
+        await node.pins.reconciler.enforce()
     await asyncio.sleep(SANDBOX_S if settled else 0)
     began = time.perf_counter()
     answer = await node.ask(pod, "main")
@@ -86,7 +86,7 @@ async def _one(node: PinNode, pod: str, *, settled: bool) -> float:
     await node.remove(pod, "main")
     node.tree.remove(node.pod(pod))
     await node.agent.release(list(node.agent.ledger.grants), "op")
-    await node.pins.confining.settle()
+    await node.pins.reconciler.enforce()
     return took_ms
 
 
@@ -94,7 +94,7 @@ async def _verify(node: PinNode) -> None:
     took_ms, cpu_ms = [], []
     for _ in range(50):
         began, cpu = time.perf_counter(), time.process_time()
-        found = await node.pins.confining.verify()
+        found = await node.pins.reconciler.verify()
         took_ms.append((time.perf_counter() - began) * 1e3)
         cpu_ms.append((time.process_time() - cpu) * 1e3)
         assert not found
@@ -104,7 +104,7 @@ async def _verify(node: PinNode) -> None:
 async def _repair(node: PinNode) -> None:
     await node.admit("db", "main", "cpu4", "cpu5")
     await node.run("db", "main")
-    await node.pins.confining.settle()
+    await node.pins.reconciler.enforce()
     took_ms = []
     for _ in range(TIMES):
         began = time.perf_counter()

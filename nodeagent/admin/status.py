@@ -130,7 +130,7 @@ class Status:
         }
 
     def _resource(self, offer: Offer) -> dict[str, Any]:
-        shown = self._watched.agent.advertised(offer)
+        shown = self._watched.agent.advertised(offer.resource)
         held = sum(1 for resource, _ in self._watched.agent.ledger.by_id if resource == offer.name)
         known = next((one for one in self._watched.registrations() if one.resource == offer.name), None)
         return {
@@ -168,7 +168,7 @@ class Status:
         parts = _by_part(agent.ledger.grants.values())
         out = []
         for offer in self._watched.offers():
-            for one in agent.advertised(offer):
+            for one in agent.advertised(offer.resource):
                 grant = agent.ledger.by_id.get((offer.name, one.id)) or parts.get(one.device or one.id)
                 state = agent.health.get(one.device)
                 out.append(

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 
 
 class Revision:
     """A number from 1 up that rises with every change and can be waited for."""
 
-    def __init__(self) -> None:
+    def __init__(self, *sources: Revision) -> None:
+        """sources: it rises with each of them too."""
         self.value = 1
         self._news = asyncio.Event()
+        self._followers: weakref.WeakSet[Revision] = weakref.WeakSet()
+        for one in sources:
+            one._followers.add(self)
 
     def bump(self) -> None:
         """Say that something changed."""
         self.value += 1
         news, self._news = self._news, asyncio.Event()
         news.set()
+        for one in tuple(self._followers):
+            one.bump()
 
     async def changed(self, seen: int) -> int:
         """The number, as soon as it differs from `seen` (0: at once)."""

@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     # After kubelet's state: a pod that is in it and came just now has its folder already.
     there = pods_there(folder)
     inventory = scan(sysfs, ())
-    reserved = beside.reserved(config, known, inventory)
+    reserved = beside.reserved_cpus(config, known, inventory)
     with _turn(state_dir, make=args.apply) as store:
         grants = {one.id: one for one in store.load()} if store is not None else {}
         ledger = Ledger(grants=MappingProxyType(grants), reserved=reserved)

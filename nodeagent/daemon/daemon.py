@@ -21,6 +21,7 @@ import structlog
 from nodeagent.admin.http import UnixHttpServer
 from nodeagent.admin.status import Status
 from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all, race, supervise
 from nodeagent.config.load import differences
 from nodeagent.config.load import load as load_config
@@ -147,7 +148,7 @@ class Daemon:
             lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
             lambda: self._pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held,
             lambda: self.config.pinning,
-            agent.revision.changed,
+            self._pinning.revision.changed,
             where.state_dir / "interrupts.json",
         )
         self._recovery = LedgerRecovery(
@@ -188,6 +189,8 @@ class Daemon:
         if not store.loss and (missed := store.never_had(self._recovery.claims_in_use())):
             why = "kubelet has claims prepared that it never had, and their files are there"
             store.lose(f"{store.path}: {why}: {', '.join(missed)}")
+        self._news = Revision(*agent.revisions, self._device_plugin.revision, self._pinning.revision)
+        """Rises with whatever systemd is told of."""
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -305,18 +308,18 @@ class Daemon:
     async def _follow_kubelet(self) -> None:
         """Read back what kubelet shows; tell systemd how it stands."""
         while True:
-            seen = self.agent.revision.value, self._device_plugin.revision.value
+            seen = self._news.value
             if self._kubelet.recovered(self.config):
                 await self._go_by_kubelet()
             await self._device_plugin.read_back(self._pods)
             self._kubelet.watch(self.agent.ledger)
             self._notifier.status(self._summary())
-            await self._news(*seen)
+            await self._news_since(seen)
 
     async def _go_by_kubelet(self) -> None:
         """A kubelet that starts may reserve and manage other CPUs than before: look before it asks for anything."""
         if (now := self._settings(self.config)) != self.agent.settings:
-            self.agent.reserve(now)
+            self.agent.apply_settings(now)
         async with self._reloading:
             await self._apply(self.config)
 
@@ -327,13 +330,13 @@ class Daemon:
     def _managed_elsewhere(self) -> Mapping[str, str]:
         return managed_elsewhere(self._kubelet.kubelet, self.agent.inventory, self.agent.settings.reserved)
 
-    async def _news(self, agent_seen: int, serving_seen: int) -> None:
+    async def _news_since(self, seen: int) -> None:
         """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
         waits = [one.ready for one in self.registrations()]
         poll_s = UNSHOWN_POLL_S if self._not_shown() and all(waits) else READ_BACK_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(poll_s):
-                await race(self.agent.revision.changed(agent_seen), self._device_plugin.revision.changed(serving_seen))
+                await self._news.changed(seen)
         await asyncio.sleep(SETTLE_S)
 
     def _summary(self) -> str:
@@ -379,7 +382,7 @@ class Daemon:
         now = self._settings(new)
         changed, self.config = differences(self.config, new), new
         log_of.configure(new.log.level, new.log.format)
-        self.agent.reserve(now)
+        self.agent.apply_settings(now)
         await self._scanner.rescan()
         await self._apply(new)
         at_start = keys_applied_at_start()

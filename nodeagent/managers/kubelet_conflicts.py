@@ -90,7 +90,7 @@ class KubeletConflicts:
 # ---------------------------------------------------------------- the system's own CPUs
 
 
-def reserved(config: Config, kubelet: Kubelet, inventory: Inventory) -> CpuSet:
+def reserved_cpus(config: Config, kubelet: Kubelet, inventory: Inventory) -> CpuSet:
     """The CPUs that are never granted: as configured, or kubelet's, or the first core. One that is offline stays so."""
     if config.reserved_cpus is not None:
         return _configured(config.reserved_cpus) & (inventory.cpus_possible | inventory.cpus_online)

@@ -49,7 +49,7 @@ class LedgerRecovery(Manager):
         agent: Agent,
         pods: PodResources,
         witness: PodWitness,
-        room: ContainerTable,
+        table: ContainerTable,
         kubelet_dir: Path,
         plugins: Path,
         cdi: CdiFolder,
@@ -61,7 +61,7 @@ class LedgerRecovery(Manager):
         self._agent = agent
         self._pods = pods
         self._witness = witness
-        self._room = room
+        self._table = table
         self._kubelet_dir = kubelet_dir
         self._plugins = plugins
         self._cdi = cdi
@@ -97,13 +97,13 @@ class LedgerRecovery(Manager):
 
     async def lead(self) -> None:
         """Whenever the ledger may lack something, look until it does not."""
-        seen = 0
+        seen, ledger = 0, self._agent.revisions.ledger
         while True:
             if self._agent.loss:
                 await self.look()
-                await race(asyncio.sleep(LOOK_S), self._agent.revision.changed(self._agent.revision.value))
+                await race(asyncio.sleep(LOOK_S), ledger.changed(ledger.value))
             else:
-                seen = await self._agent.revision.changed(seen)
+                seen = await ledger.changed(seen)
 
     def not_ready(self) -> list[str]:
         """Why nothing new is granted: what the ledger may still lack."""
@@ -120,7 +120,7 @@ class LedgerRecovery(Manager):
             silent = str(error)
         try:
             sources = await self._sources(listing, silent)
-            return await self._agent.rebuild(sources, self._offers(), new_op())
+            return await self._agent.rebuild(sources, [one.resource for one in self._offers()], new_op())
         except (HostError, InputError, StateError) as error:
             self._failed.report(str(error))
             return self._agent.unaccounted
@@ -178,7 +178,7 @@ class LedgerRecovery(Manager):
 
     def _named_by_containers(self) -> Iterator[tuple[str, ClaimInUse]]:
         """Claims that containers name in their environment, for a grant's id begins with its claim's UID."""
-        for container in (one for one in self._room.containers() if one.state != STOPPED):
+        for container in (one for one in self._table.containers() if one.state != STOPPED):
             for uid in {one.rpartition("-")[0] for one in named_by(container)}:
                 yield uid, ClaimInUse(name=uid, source=f"container {container} uses it")
 

@@ -31,12 +31,12 @@ class PodWitness:
     """Building it reads nothing."""
 
     def __init__(
-        self, cgroups: PodCgroups, room: ContainerTable, plugins: Path, node_names: frozenset[str], boot_id: str = ""
+        self, cgroups: PodCgroups, table: ContainerTable, plugins: Path, node_names: frozenset[str], boot_id: str = ""
     ) -> None:
         """plugins: kubelet's device-plugins folder, where its checkpoint is; its parent has the folders of pods.
         node_names: names that the Node may have; kubelet appends its name to those of static pods."""
         self._cgroups = cgroups
-        self._room = room
+        self._table = table
         self._plugins = plugins
         self._static = tuple(f"-{name}" for name in sorted(node_names))
         self._boot_id = boot_id
@@ -94,7 +94,7 @@ class PodWitness:
         """UIDs of pods by (namespace, name), and by (id, "") of a grant that their containers name. Of a pod that
         kubelet lists it says itself what it holds."""
         found: dict[tuple[str, str], set[str]] = {}
-        for one in (one for one in self._room.containers() if one.pod_uid):
+        for one in (one for one in self._table.containers() if one.pod_uid):
             if one.pod_name and (one.namespace, one.pod_name) not in listing.pods:
                 found.setdefault((one.namespace, one.pod_name), set()).add(one.pod_uid)
             for grant in _named(one):
@@ -105,9 +105,9 @@ class PodWitness:
 
     def _with_runtime(self, uid: str, by_kernel: Sighting) -> Sighting:
         """The kernel's word and the runtime's, where it is connected: one that says that a pod lives is enough."""
-        if by_kernel.sight is Sight.LIVES or not self._room.told_by_runtime:
+        if by_kernel.sight is Sight.LIVES or not self._table.told_by_runtime:
             return by_kernel
-        alive = next((one for one in self._room.containers() if one.pod_uid == uid and one.state in _ALIVE), None)
+        alive = next((one for one in self._table.containers() if one.pod_uid == uid and one.state in _ALIVE), None)
         if alive is not None:
             return Sighting(Sight.LIVES, f"the runtime runs container {alive}")
         return Sighting(Sight.STOPPED) if by_kernel.sight is Sight.UNSEEN else by_kernel

@@ -17,6 +17,7 @@ import structlog
 
 from nodeagent.core.deviceplugin import allocate as decide
 from nodeagent.core.deviceplugin.devices import still_told
+from nodeagent.core.deviceplugin.view import ResourceKind
 from nodeagent.core.dra import prepare as prepare_of
 from nodeagent.core.dra.prepare import Batch, Catalog
 from nodeagent.core.kubelet import imports
@@ -35,7 +36,6 @@ from nodeagent.core.model.grant import CLAIM, Grant, Holder, Holding
 from nodeagent.core.model.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.model.inventory import Inventory, same_machine
 from nodeagent.errors import PeerError, Refused
-from nodeagent.resources.offer import Offer
 from nodeagent.state.decisions import Decisions
 from nodeagent.state.store import Store
 
@@ -43,6 +43,8 @@ T = TypeVar("T")
 P = ParamSpec("P")
 List = Callable[[], Awaitable[tuple[Holding, ...]]]
 """What kubelet says that pods hold; PeerError where it does not answer."""
+Render = Callable[[Inventory, Grant], ContainerEdits]
+"""What the container of a grant gets."""
 Living = Callable[[Sequence[Grant]], Awaitable[Mapping[str, str]]]
 """Of some grants those whose pods live, by id, each with the evidence as a clause."""
 MOST_MISSING = 3
@@ -77,7 +79,7 @@ class AgentSettings:
 
 
 class Agent(Decisions):
-    """Holds the state. `revision` rises with every change of it."""
+    """Holds the state."""
 
     def __init__(
         self,
@@ -127,19 +129,21 @@ class Agent(Decisions):
             return False
         gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
         self.inventory = replace(inventory, generation=self.inventory.generation + 1)
-        self.health = health_of.forget(self.health, gone)
+        before, self.health = self.health, health_of.forget(self.health, gone)
         log.info("inventory-changed", generation=self.inventory.generation, devices_gone=sorted(gone))
-        self.revision.bump()
+        self.revisions.inventory.bump()
+        if before is not self.health:
+            self.revisions.health.bump()
         return True
 
     def observe(self, evidence: Iterable[Evidence]) -> None:
         """Take evidence of devices' health."""
         self._take_health(health_of.observe(self.health, evidence, self._clock(), self.settings.recover_s))
 
-    def settle(self) -> float | None:
+    def recover_due(self) -> float | None:
         """Let recoveries happen that are due; seconds until the next one, or None."""
         now = self._clock()
-        self._take_health(health_of.settle(self.health, now, self.settings.recover_s))
+        self._take_health(health_of.recovered(self.health, now, self.settings.recover_s))
         due = health_of.next_recovery(self.health, self.settings.recover_s)
         return None if due is None else max(0.0, due - now)
 
@@ -151,37 +155,40 @@ class Agent(Decisions):
             if before is None or before.state != state.state:
                 log.info("health-changed", device=device, state=state.state, reason=state.reason)
         self.health = after
-        self.revision.bump()
+        self.revisions.health.bump()
 
-    def reserve(self, settings: AgentSettings) -> None:
+    def apply_settings(self, settings: AgentSettings) -> None:
         """Go by other settings; grants stay as they are."""
         self.settings = settings
         self.ledger = ledger_of.with_reserved(self.ledger, settings.reserved)
-        self.revision.bump()
+        self.revisions.ledger.bump()
 
     # ---------------------------------------------------------------- grants
 
-    def advertised(self, offer: Offer) -> tuple[Advertised, ...]:
+    def advertised(self, resource: ResourceKind) -> tuple[Advertised, ...]:
         """Every id of a resource. What a disputed grant holds is not healthy: kubelet believes that it is free. Of a
         ledger that may lack decisions nothing is known to be free."""
-        shown = offer.resource.advertised(self.inventory, self.ledger, self.health)
+        shown = resource.advertised(self.inventory, self.ledger, self.health)
         disputed = [self.ledger.grants[one] for one in self.disputed if one in self.ledger.grants]
-        taken = {one for grant in disputed if grant.holder.resource == offer.name for one in grant.ids}
+        taken = {one for grant in disputed if grant.holder.resource == resource.name for one in grant.ids}
         if self.loss:
-            taken |= {one.id for one in shown if (offer.name, one.id) not in self.ledger.by_id}
+            taken |= {one.id for one in shown if (resource.name, one.id) not in self.ledger.by_id}
         return tuple(replace(one, healthy=False) if one.id in taken else one for one in shown) if taken else shown
 
-    def prefer(self, offer: Offer, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
+    def prefer(self, resource: ResourceKind, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
         """The best `size` of the available ids. Kubelet knows better than a late list who has given back what."""
         known = self.ledger.by_id
-        stale = {known[offer.name, one].id for one in available if (offer.name, one) in known}
+        stale = {known[resource.name, one].id for one in available if (resource.name, one) in known}
         ledger = ledger_of.release(self.ledger, stale)
         near = decide.near(self.inventory, self.ledger, time.time())
-        return offer.resource.prefer(self.inventory, ledger, available, must, size, near)
+        return resource.prefer(self.inventory, ledger, available, must, size, near)
 
-    async def allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
-        """Grant each container its ids, all or nothing, durably. Refused names the holder that is in the way."""
-        return await self._decided(self._allocate, offer, containers, op)
+    async def allocate(
+        self, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render, op: str
+    ) -> list[ContainerEdits]:
+        """Grant each container its ids, all or nothing, durably; what each gets, as rendered. Refused names the holder
+        that is in the way."""
+        return await self._decided(self._allocate, resource, containers, render, op)
 
     async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
         """Release grants by id at an admin's word; those that were there. What a claim holds goes as a whole: kubelet
@@ -191,7 +198,7 @@ class Agent(Decisions):
     async def reconcile(
         self,
         holdings: Sequence[Holding],
-        offers: Sequence[Offer],
+        resources: Sequence[ResourceKind],
         op: str,
         *,
         asked_at: float | None = None,
@@ -202,7 +209,7 @@ class Agent(Decisions):
         asked_at: when kubelet was asked, by the agent's clock; what was granted after that the list cannot know.
         """
         asked_at = self._clock() if asked_at is None else asked_at
-        return await self._decided(self._reconcile, holdings, offers, op, asked_at, witnesses)
+        return await self._decided(self._reconcile, holdings, resources, op, asked_at, witnesses)
 
     async def release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
         """Release what was taken over from kubelet's own managers for pods that are gone for good; what that was.
@@ -224,9 +231,9 @@ class Agent(Decisions):
         """Grant claims what was allocated to them, each all or nothing, all durable on return."""
         return await self._decided(self._prepare, catalog, claims, op)
 
-    async def reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
+    async def record_reserved_for(self, uid: str, pods: Sequence[str], op: str) -> None:
         """Note for which pods (their UIDs) a claim is reserved now."""
-        await self._decided(self._reserved, uid, pods, op)
+        await self._decided(self._record_reserved_for, uid, pods, op)
 
     async def unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
         """Release all that some claims hold, except for claims of which a pod lives. Durable on return; the unknown is
@@ -237,9 +244,9 @@ class Agent(Decisions):
         """Hear what another agent beside this one has decided."""
         await self._decided(_nothing)
 
-    async def rebuild(self, sources: Sources, offers: Sequence[Offer], op: str) -> Mapping[str, str]:
+    async def rebuild(self, sources: Sources, resources: Sequence[ResourceKind], op: str) -> Mapping[str, str]:
         """Put back what a ledger that may lack decisions is shown to lack; what is still missing, with the reason."""
-        return await self._decided(self._rebuild, sources, {offer.name: offer for offer in offers}, op)
+        return await self._decided(self._rebuild, sources, {one.name: one for one in resources}, op)
 
     async def prune(self, before: float) -> int:
         """Forget audit lines older than a moment."""
@@ -255,10 +262,10 @@ class Agent(Decisions):
                 f"cannot grant {what}: the ledger may lack decisions ({self.loss}): {missing}", want=want, free=0
             )
 
-    async def _rebuild(self, sources: Sources, offers: Mapping[str, Offer], op: str) -> Mapping[str, str]:
+    async def _rebuild(self, sources: Sources, resources: Mapping[str, ResourceKind], op: str) -> Mapping[str, str]:
         if not self.loss:
             return self.unaccounted
-        found = account(self.ledger, sources, functools.partial(self._recorded, offers))
+        found = account(self.ledger, sources, functools.partial(self._recorded, resources))
         await self._save(found.changes, found.ledger, op)
         for change in found.changes:
             log.warning("grant-put-back", grant=change.grant.id, holder=str(change.grant.holder), ids=change.grant.ids)
@@ -271,33 +278,35 @@ class Agent(Decisions):
         return found.unaccounted
 
     def _recorded(
-        self, offers: Mapping[str, Offer], resource: str, ids: tuple[str, ...], uid: str, container: str
+        self, resources: Mapping[str, ResourceKind], name: str, ids: tuple[str, ...], uid: str, container: str
     ) -> Grant | None:
         """A grant of what kubelet's checkpoint has with a container."""
-        if resource not in offers:
+        if name not in resources:
             return None
         stamp = self._stamp()
-        grant = decide.grant_of(self.inventory, offers[resource].resource, ids, stamp.new_id(), stamp)
+        grant = decide.grant_of(self.inventory, resources[name], ids, stamp.new_id(), stamp)
         return replace(grant, pods=(uid,))
 
-    async def _allocate(self, offer: Offer, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
-        await self._make_way(offer, containers)
-        decision = decide.allocate(self.inventory, self.ledger, offer.resource, containers, self._stamp())
+    async def _allocate(
+        self, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render, op: str
+    ) -> list[ContainerEdits]:
+        await self._make_way(resource, containers)
+        decision = decide.allocate(self.inventory, self.ledger, resource, containers, self._stamp())
         if decision.changes:
-            self._refuse_while_incomplete(f"devices of {offer.name}", sum(map(len, containers)))
-        edits = [offer.edits(self.inventory, grant) for grant in decision.grants]
+            self._refuse_while_incomplete(f"devices of {resource.name}", sum(map(len, containers)))
+        edits = [render(self.inventory, grant) for grant in decision.grants]
         await self._save(decision.changes, decision.ledger, op)
         self._begin_anew(decision.grants)
-        self._tell(_say_granted, op, offer.name, decision.grants)
+        self._tell(_say_granted, op, resource.name, decision.grants)
         return edits
 
-    async def _make_way(self, offer: Offer, containers: Sequence[Sequence[str]]) -> None:
+    async def _make_way(self, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
         """Kubelet asks for what another container held: Refused if that lives or is listed, or if nobody can say."""
         known, ids = self.ledger.by_id, [one for container in containers for one in container]
-        old = {one: grant for one in ids if (grant := known.get((offer.name, one))) is not None}
+        old = {one: grant for one in ids if (grant := known.get((resource.name, one))) is not None}
         if old:
-            decide.check_ids(self.inventory, offer.resource, containers)
-            _refuse_living(offer, ids, old, await self._living(list(old.values())))
+            decide.check_ids(self.inventory, resource, containers)
+            _refuse_living(resource, ids, old, await self._living(list(old.values())))
         held = {one: grant for one, grant in old.items() if grant.confirmed}
         if not held:
             return
@@ -305,10 +314,10 @@ class Agent(Decisions):
             holdings = await self._listing()
         except PeerError as error:
             holder = next(iter(held.values())).holder
-            why = f"cannot grant {', '.join(held)} of {offer.name}: last held by {holder}, and {error}"
+            why = f"cannot grant {', '.join(held)} of {resource.name}: last held by {holder}, and {error}"
             raise Refused(why, want=len(ids), free=len(ids) - len(held)) from None
         for holding in holdings:
-            _refuse_listed(offer, ids, holding)
+            _refuse_listed(resource, ids, holding)
 
     def _begin_anew(self, grants: Iterable[Grant]) -> None:
         """Who asked just now is given all the time that a new pod has, also where the grant is an old one."""
@@ -329,12 +338,12 @@ class Agent(Decisions):
     async def _reconcile(
         self,
         holdings: Sequence[Holding],
-        offers: Sequence[Offer],
+        resources: Sequence[ResourceKind],
         op: str,
         asked_at: float,
         witnesses: Witnesses,
     ) -> Findings:
-        found = self._compare(holdings, {offer.name: offer for offer in offers}, asked_at, witnesses)
+        found = self._compare(holdings, {one.name: one for one in resources}, asked_at, witnesses)
         ledger = ledger_of.release(self.ledger, [grant.id for grant in found.released])
         ledger = ledger_of.amend(ledger, [grant for grant in found.confirmed if grant.id in ledger.grants])
         adoption, conflicts = decide.adopt(self.inventory, ledger, found.adopted)
@@ -351,7 +360,7 @@ class Agent(Decisions):
         for one in found.disputed - self.disputed:
             log.warning("grant-disputed", grant=one, holder=str(self.ledger.grants[one].holder), why=found.held[one])
         if found.disputed != self.disputed:
-            self._tell(self.revision.bump)
+            self._tell(self.revisions.ledger.bump)
         self._memory, self.held_back, self.disputed = found.memory, found.held, found.disputed
         self._release_due_s = found.due_s
 
@@ -368,7 +377,7 @@ class Agent(Decisions):
     def _compare(
         self,
         holdings: Sequence[Holding],
-        offers: Mapping[str, Offer],
+        resources: Mapping[str, ResourceKind],
         asked_at: float,
         witnesses: Witnesses,
     ) -> Findings:
@@ -378,8 +387,8 @@ class Agent(Decisions):
             self._memory,
             asked_at,
             self.settings.patience,
-            offers,
-            lambda holding: self._adoptable(offers[holding.resource], holding),
+            resources,
+            lambda holding: self._adoptable(resources[holding.resource], holding),
             young={one for one, at in self._granted.items() if at >= asked_at},
             witnesses=witnesses,
         )
@@ -390,9 +399,9 @@ class Agent(Decisions):
                 log.warning("ledger-and-kubelet-disagree", why=one)
         self.conflicts = conflicts
 
-    def _adoptable(self, offer: Offer, holding: Holding) -> Grant:
+    def _adoptable(self, resource: ResourceKind, holding: Holding) -> Grant:
         stamp = self._stamp()
-        grant = decide.grant_of(self.inventory, offer.resource, holding.ids, stamp.new_id(), stamp)
+        grant = decide.grant_of(self.inventory, resource, holding.ids, stamp.new_id(), stamp)
         names = {"namespace": holding.namespace, "pod": holding.pod, "container": holding.container}
         return replace(grant, holder=replace(grant.holder, **names), confirmed=True)
 
@@ -445,8 +454,8 @@ class Agent(Decisions):
         }
         return replace(batch, errors={**batch.errors, **errors})
 
-    async def _reserved(self, uid: str, pods: Sequence[str], op: str) -> None:
-        decision = prepare_of.reserved(self.ledger, uid, pods)
+    async def _record_reserved_for(self, uid: str, pods: Sequence[str], op: str) -> None:
+        decision = prepare_of.record_reserved_for(self.ledger, uid, pods)
         await self._save(decision.changes, decision.ledger, op)
 
     async def _unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
@@ -460,20 +469,22 @@ class Agent(Decisions):
         return await self._on_disk(self._store.prune, before)
 
 
-def _refuse_living(offer: Offer, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]) -> None:
+def _refuse_living(
+    resource: ResourceKind, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]
+) -> None:
     """Refused where a container that lives holds some of the ids, whatever kubelet has forgotten."""
     taken = {one: grant for one, grant in old.items() if grant.id in living}
     if taken:
         grant = next(iter(taken.values()))
-        why = f"cannot grant {', '.join(taken)} of {offer.name}: held by {grant.holder}, and {living[grant.id]}"
+        why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {grant.holder}, and {living[grant.id]}"
         raise Refused(why, want=len(ids), free=len(ids) - len(taken))
 
 
-def _refuse_listed(offer: Offer, ids: Sequence[str], holding: Holding) -> None:
-    taken = sorted(set(holding.ids) & set(ids)) if holding.resource == offer.name else []
+def _refuse_listed(resource: ResourceKind, ids: Sequence[str], holding: Holding) -> None:
+    taken = sorted(set(holding.ids) & set(ids)) if holding.resource == resource.name else []
     if taken:
         where = f"{holding.namespace}/{holding.pod}/{holding.container}"
-        why = f"cannot grant {', '.join(taken)} of {offer.name}: held by {where}"
+        why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {where}"
         raise Refused(why, want=len(ids), free=len(ids) - len(taken))
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import MappingProxyType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import structlog
 
@@ -30,8 +30,16 @@ TELL_S = 0.001
 log = structlog.get_logger()
 
 
+class Revisions(NamedTuple):
+    """One for each part of the state. They rise in this package alone; whoever waits, waits for those that it uses."""
+
+    inventory: Revision
+    ledger: Revision
+    health: Revision
+
+
 class Decisions:
-    """The ledger and its durable form. `revision` rises with every change of what the owner decides on."""
+    """The ledger and its durable form."""
 
     def __init__(self, store: Store, reserved: CpuSet) -> None:
         """Take over what the store has; StateError where it cannot be read. Blocks."""
@@ -39,7 +47,7 @@ class Decisions:
         self.ledger = Ledger(grants=grants, reserved=reserved)
         self.loss = store.loss
         """Why the ledger may lack decisions; until it is rebuilt nothing new is granted. "": it is whole."""
-        self.revision = Revision()
+        self.revisions = Revisions(Revision(), Revision(), Revision())
         self.on_decision: Callable[[], None] | None = None
         """Called after each durable change, where another agent has to learn of it."""
         self._store = store
@@ -86,13 +94,13 @@ class Decisions:
         if news is not None:
             grants = MappingProxyType({one.id: one for one in news})
             self.ledger = Ledger(grants=grants, reserved=self.ledger.reserved)
-            self.revision.bump()
+            self.revisions.ledger.bump()
 
     def _hear_loss(self) -> None:
         if self._store.loss != self.loss:
             self.loss = self._store.loss
             log.log(logging.ERROR if self.loss else logging.INFO, "ledger-incomplete" if self.loss else "ledger-whole")
-            self.revision.bump()
+            self.revisions.ledger.bump()
 
     async def _save(self, changes: Sequence[Change], after: Ledger, op: str) -> None:
         """Durable first, then in memory, then told."""
@@ -101,7 +109,7 @@ class Decisions:
         held = self.ledger.grants.values()
         await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
         self.ledger = ledger_of.with_reserved(after, self.ledger.reserved)
-        self._tell(self.revision.bump)
+        self._tell(self.revisions.ledger.bump)
         if self.on_decision is not None:
             self._tell(self.on_decision)
 

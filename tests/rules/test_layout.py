@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import pytest
 
@@ -169,6 +170,23 @@ def test_the_core_is_pure() -> None:
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {one.split(".")[0] for one in names} & forbidden, name
+
+
+def test_the_state_knows_no_configuration_and_no_hardware() -> None:
+    """What it decides on comes as core values; what a container gets is rendered by whoever asks."""
+    known = {other for name, tree in modules() if package(name)[1] == "state" for other in imported(tree)}
+    assert not {one for one in known if package(one)[1] in ("config", "resources", *ROOMS)}
+
+
+def test_the_revisions_of_the_state_rise_in_the_state_alone() -> None:
+    """Others have revisions of their own."""
+    for name, tree in modules():
+        raised = {ast.unparse(node.value) for node in ast.walk(tree) if _is_bump(node)}
+        assert package(name)[1] == "state" or not any("revisions" in one for one in raised), (name, raised)
+
+
+def _is_bump(node: ast.AST) -> TypeGuard[ast.Attribute]:
+    return isinstance(node, ast.Attribute) and node.attr == "bump"
 
 
 def functions() -> Iterator[tuple[str, int]]:

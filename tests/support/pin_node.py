@@ -98,7 +98,7 @@ class PinNode:
 
     @property
     def shared(self) -> str:
-        return str(self.pins.confining.plan().shared)
+        return str(self.pins.reconciler.plan().shared)
 
     async def fetch(self, ref: ClaimRef) -> Mapping[str, Any] | None:
         return self.claims.get(ref.name)
@@ -114,7 +114,7 @@ class PinNode:
 
     async def admit(self, pod: str, name: str, *ids: str, offer: Offer = CPU) -> None:
         """Kubelet asks for a container's devices and writes them down."""
-        await self.agent.allocate(offer, [ids], "op")
+        await self.agent.allocate(offer.resource, [ids], offer.edits, "op")
         entry = {"PodUID": f"uid-{pod}", "ContainerName": name, "ResourceName": offer.name, "DeviceIDs": {"-1": ids}}
         self.entries = [one for one in self.entries if not set(ids) & set(one["DeviceIDs"]["-1"])]
         self.entries.append(entry)

@@ -112,7 +112,7 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
         with _said(errors, claim):
             results, held = results_of(catalog, claim), grants_of(ledger, uid)
             if [grant.result for grant in held] == results:
-                known = reserved(ledger, uid, claim.reserved_for)
+                known = record_reserved_for(ledger, uid, claim.reserved_for)
                 ledger, grants[uid] = known.ledger, known.grants
                 changes += known.changes
             else:
@@ -127,7 +127,7 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
     return Batch(ledger=ledger, changes=tuple(changes), grants=grants, errors=errors)
 
 
-def reserved(ledger: Ledger, uid: str, pods: Sequence[str]) -> Decision:
+def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str]) -> Decision:
     """Note for which pods (their UIDs) a claim is reserved now; what it holds stays."""
     held = grants_of(ledger, uid)
     noted = tuple(replace(grant, pods=tuple(pods)) for grant in held)

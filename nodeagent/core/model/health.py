@@ -51,14 +51,14 @@ def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s:
     return health if after == health else MappingProxyType(after)
 
 
-def settle(health: Health, now: float, recover_s: float = RECOVER_S) -> Health:
+def recovered(health: Health, now: float, recover_s: float = RECOVER_S) -> Health:
     """The health once time has passed: what has been good for long enough is healthy."""
-    after = {device: _settled(state, now, recover_s) for device, state in health.items()}
+    after = {device: _recovered(state, now, recover_s) for device, state in health.items()}
     return health if after == health else MappingProxyType(after)
 
 
 def next_recovery(health: Health, recover_s: float = RECOVER_S) -> float | None:
-    """When `settle` next has something to do; None: not before new evidence."""
+    """When `recovered` next has something to do; None: not before new evidence."""
     return min((s.good_since + recover_s for s in health.values() if s.good_since is not None), default=None)
 
 
@@ -80,10 +80,10 @@ def _judge(before: HealthState | None, one: Evidence, now: float, recover_s: flo
     waiting = HealthState(
         state=before.state, since=before.since, reason=before.reason, seen=seen, good_since=good_since
     )
-    return _settled(waiting, now, recover_s)
+    return _recovered(waiting, now, recover_s)
 
 
-def _settled(state: HealthState, now: float, recover_s: float) -> HealthState:
+def _recovered(state: HealthState, now: float, recover_s: float) -> HealthState:
     if state.good_since is None or now - state.good_since < recover_s:
         return state
     return HealthState(state=HEALTHY, since=now, seen=state.seen)

@@ -114,7 +114,7 @@ class Watch:
 
     def _enter(self, path: str) -> None:
         """Watch a folder, report it where it is new, then look for what is in it."""
-        cgroup = self._place(path)
+        cgroup = self._cgroup_at(path)
         if cgroup is None and path not in self._above:
             return
         inside = self._inside(path) if self._add(path) else None
@@ -214,7 +214,7 @@ class Watch:
         self._news.pop(change, None)
         self._news[change] = None
 
-    def _place(self, path: str) -> Cgroup | None:
+    def _cgroup_at(self, path: str) -> Cgroup | None:
         return next((found for layout in self._layouts if (found := layout.parse(path)) is not None), None)
 
     def _full(self, path: str) -> str:

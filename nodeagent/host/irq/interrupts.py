@@ -28,7 +28,7 @@ _ONLINE = "sys/devices/system/cpu/online"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
+class InterruptMoves:
     """How interrupts stand after a round."""
 
     moved: tuple[Moved, ...] = ()
@@ -60,7 +60,7 @@ class Mover:
         """Whether nothing is away that may have to be given back."""
         return self._loaded and not self._moved
 
-    def settle(self, exclusive: CpuSet, others: CpuSet, found: Iterable[Irq]) -> Settled:
+    def move(self, exclusive: CpuSet, others: CpuSet, found: Iterable[Irq]) -> InterruptMoves:
         """Move away what is delivered to exclusive CPUs (`found`), give back what need not be away any more.
 
         others: where an interrupt goes that has no CPU left of its own. HostError where it cannot be remembered: then
@@ -76,7 +76,7 @@ class Mover:
         self._remember(self._moved)
         kept_away = {irq: why for irq, why in self._refused.items() if irq in self._moved}
         why = {irq: why for irq, one in hits.items() if (why := self._why(one, moves.get(irq)))}
-        return Settled(
+        return InterruptMoves(
             moved=tuple(self._moved[irq] for irq in sorted(self._moved)),
             fresh=sum(irq in hits and irq in self._moved and irq not in self._refused for irq in moves),
             why=MappingProxyType({**kept_away, **why}),

@@ -73,7 +73,7 @@ class PoolLane:
         """Rules are broken by more than single devices: what the server holds stays as it is."""
         self._pace = pace
         self._given: tuple[Pool, Owner] | None = None
-        self._settled: dict[str, str] | None = None
+        self._written_of: dict[str, str] | None = None
         self._state, self._reason = WAITING, ""
         self._written: Pool | None = None
         self._wrote_s = self._free_s = self._held_until_s = 0.0
@@ -85,7 +85,7 @@ class PoolLane:
         if self._given == (pool, owner):
             return
         before, sound = self.broken, self._known_sound(pool, owner)
-        self._given, self._settled = (pool, owner), None
+        self._given, self._written_of = (pool, owner), None
         self.name = pool_name(owner, pool.kind)
         self._refusals, self._held_until_s = 0, 0.0
         self.pool, self.broken = _sound(pool, owner, sound)
@@ -101,13 +101,13 @@ class PoolLane:
         checked, bad = {id(one) for one in self._given[0].devices}, {one.device for one in self.broken}
         return frozenset(one.name for one in pool.devices if id(one) in checked and one.name not in bad)
 
-    def is_settled(self, stored: Mapping[str, Object]) -> bool:
-        """Whether neither the pool nor what is stored of it changed since settle()."""
-        return self._settled is not None and self._settled == self._versions(stored)
+    def is_written(self, stored: Mapping[str, Object]) -> bool:
+        """Whether neither the pool nor what is stored of it changed since mark_written()."""
+        return self._written_of is not None and self._written_of == self._versions(stored)
 
-    def settle(self, stored: Mapping[str, Object]) -> None:
+    def mark_written(self, stored: Mapping[str, Object]) -> None:
         """Say that all that can be published is stored."""
-        self._settled = self._versions(stored)
+        self._written_of = self._versions(stored)
         self._state, self._reason = PUBLISHED, ""
         if self.unfit:
             self._state, self._reason = FAILED, str(next(one for one in self.broken if not one.device))
@@ -128,7 +128,7 @@ class PoolLane:
         self._written, self._wrote_s = self.pool, now_s
         self._spend(now_s)
         self._refusals = 0
-        self._settled = None
+        self._written_of = None
         beyond = self._repeats - self._pace.free_repeats
         if beyond >= 0:
             self._hold(now_s, beyond + 1, self._pace.batch_s, "it is changed back or taken away after each write")

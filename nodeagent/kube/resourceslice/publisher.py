@@ -260,12 +260,12 @@ class Publisher:
 
     async def _settle(self, lane: PoolLane, pool: Pool, owner: Owner) -> float:
         lane.take(pool, owner)
-        if lane.is_settled(self._stored):
+        if lane.is_written(self._stored):
             return _NEVER_S
         todo = SlicePlan() if lane.unfit else plan(self._stored.values(), lane.pool, owner)
         if todo:
             return await self._write(lane, todo)
-        lane.settle(self._stored)
+        lane.mark_written(self._stored)
         return _NEVER_S
 
     async def _sweep(self, owner: Owner) -> float:

@@ -91,7 +91,9 @@ def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
     the newest generation is a part of what is wanted (a write that was cut off, a slice that somebody deleted).
     """
     place = pool_name(owner, pool.kind)
-    found = {one["metadata"]["name"]: one for one in stored if belongs(one, owner) and _place(one).get("name") == place}
+    found = {
+        one["metadata"]["name"]: one for one in stored if belongs(one, owner) and _pool_of(one).get("name") == place
+    }
     newest = max((_generation(one) for one in found.values()), default=0)
     wanted = render(pool, owner, max(newest, 1))
     if not _may_keep_generation(found, wanted, newest):
@@ -107,7 +109,7 @@ def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
 def strays(stored: Iterable[Object], kinds: Iterable[str], owner: Owner) -> tuple[Object, ...]:
     """What is stored for this driver and node in pools that are not served (any more)."""
     served = {pool_name(owner, kind) for kind in kinds}
-    return tuple(one for one in stored if belongs(one, owner) and _place(one).get("name") not in served)
+    return tuple(one for one in stored if belongs(one, owner) and _pool_of(one).get("name") not in served)
 
 
 def belongs(one: Object, owner: Owner) -> bool:
@@ -256,13 +258,13 @@ def _replacement(old: Object, new: Object) -> Object:
     return {**new, "metadata": {**kept, **new["metadata"]}}
 
 
-def _place(one: Object) -> Object:
+def _pool_of(one: Object) -> Object:
     found: Object = one.get("spec", {}).get("pool", {})
     return found
 
 
 def _generation(one: Object) -> int:
-    return int(_place(one).get("generation", 0))
+    return int(_pool_of(one).get("generation", 0))
 
 
 def _owners(one: Object) -> list[tuple[Any, ...]]:

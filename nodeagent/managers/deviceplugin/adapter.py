@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from nodeagent.aio.revision import Revision
 from nodeagent.core.model.device import Advertised, ContainerEdits
 from nodeagent.resources.offer import Offer
 from nodeagent.state.agent import Agent
@@ -18,23 +19,24 @@ class OfferAdapter:
     def __init__(self, agent: Agent, offer: Offer) -> None:
         self._agent = agent
         self.offer = offer
+        self._shown = Revision(*agent.revisions)
 
     @property
     def name(self) -> str:
         return self.offer.name
 
     def advertised(self) -> tuple[Advertised, ...]:
-        return self._agent.advertised(self.offer)
+        return self._agent.advertised(self.offer.resource)
 
     async def changed(self, seen: int) -> int:
-        return await self._agent.revision.changed(seen)
+        return await self._shown.changed(seen)
 
     def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
-        return self._agent.prefer(self.offer, available, must_include, size)
+        return self._agent.prefer(self.offer.resource, available, must_include, size)
 
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         with metrics.counted_allocation(self.name):
-            return await self._agent.allocate(self.offer, containers, op)
+            return await self._agent.allocate(self.offer.resource, containers, self.offer.edits, op)
 
     async def pre_start(self, ids: Sequence[str]) -> None:
         """Nothing to prepare."""

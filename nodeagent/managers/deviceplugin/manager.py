@@ -89,7 +89,6 @@ class DevicePluginManager(Manager):
         # Kubelet up to 1.36 ends the new registration of a resource when the stream of its old one ends: that first.
         await cancel_all(one.task for name, one in self._now.items() if name not in kept_on)
         self._now = MappingProxyType({name: kept_on.get(name) or self._begin(offer) for name, offer in wanted.items()})
-        self._agent.revision.bump()
         self.revision.bump()
 
     async def withdraw(self) -> None:
@@ -135,7 +134,12 @@ class DevicePluginManager(Manager):
     def _unshown(self) -> list[str]:
         if self._shown is None:
             return []
-        sent = {(offer.name, one.id) for offer in self.offers() for one in self._agent.advertised(offer) if one.healthy}
+        sent = {
+            (offer.name, one.id)
+            for offer in self.offers()
+            for one in self._agent.advertised(offer.resource)
+            if one.healthy
+        }
         shown = {(name, one) for name, one in self._shown if name in self._now}
         return sorted({name for name, _ in sent ^ shown})
 
@@ -167,7 +171,7 @@ def settings(config: Config, kubelet: Kubelet, boot_id: str, inventory: Inventor
     """What of the configuration the agent itself goes by."""
     return AgentSettings(
         boot_id=boot_id,
-        reserved=beside.reserved(config, kubelet, inventory),
+        reserved=beside.reserved_cpus(config, kubelet, inventory),
         patience=Patience(
             unconfirmed_s=config.release.unconfirmed_seconds,
             confirmed_s=config.release.confirmed_seconds,

@@ -80,8 +80,9 @@ class HolderReconciler(Manager):
             asked_at = time.monotonic()
             listing = await self._pods.listing()
             witnesses = await self._witness.witnesses(self._agent.ledger, listing)
+            resources = [one.resource for one in self._offers()]
             found = await self._agent.reconcile(
-                listing.holdings, self._offers(), new_op(), asked_at=asked_at, witnesses=witnesses
+                listing.holdings, resources, new_op(), asked_at=asked_at, witnesses=witnesses
             )
         except (PeerError, StateError) as error:
             self._unknown.report(str(error))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import structlog
 
 from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race
 from nodeagent.core.model.claim import Claim, ClaimRef, Result
 from nodeagent.core.model.grant import Grant
@@ -37,13 +38,13 @@ NOT_ALLOWED_S = 600.0
 log = structlog.get_logger()
 
 
-async def keep_rendered(agent: Agent, rendering: ClaimRenderer, folder: Path) -> None:
-    """Render at the start, whenever the machine or a grant changed, and when somebody changed the CDI folder."""
+async def keep_rendered(rendered_of: Revision, rendering: ClaimRenderer, folder: Path) -> None:
+    """Render at the start, whenever what is rendered changed, and when somebody changed the CDI folder."""
     with FolderWatch(folder, poll_s=FOLDER_POLL_S) as watch:
         while True:
-            seen = agent.revision.value
+            seen = rendered_of.value
             await rendering.restore()
-            await race(watch.wait(), agent.revision.changed(seen))
+            await race(watch.wait(), rendered_of.changed(seen))
             await asyncio.sleep(SETTLE_S)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 import structlog
 
+from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race, supervise
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import illness
@@ -91,16 +92,18 @@ class DraHealth:
     """Health of every device of every pool, for the DRA plugin. A device that some of its claims lost CPUs of
     is unhealthy for all of them, for kubelet knows one state a device: its message says whose CPUs they are."""
 
-    def __init__(self, agent: Agent, dra: Callable[[], Dra], pools: Pools) -> None:
+    def __init__(self, agent: Agent, dra: Callable[[], Dra], pools: Pools, revision: Revision) -> None:
+        """revision: rises with all that the first three say."""
         self._agent = agent
         self._dra = dra
         self._pools = pools
+        self._revision = revision
         # Times are worked out once: a list in which nothing changed is equal to the one before, and not sent again.
         self._clock_at_unix_s = time.time() - time.monotonic()
         self._began_unix_s = time.time()
 
     async def changed(self, seen: int) -> int:
-        return await self._agent.revision.changed(seen)
+        return await self._revision.changed(seen)
 
     def states(self) -> tuple[DeviceHealth, ...]:
         node = self._dra().catalog.node_name
@@ -156,6 +159,8 @@ class DraManager(Manager):
         self._managed_elsewhere = managed_elsewhere
         self.config = config
         self._agent = agent
+        self._revision = Revision(*agent.revisions)
+        """Rises with all that is served and shown: the state, and what of it the configuration serves."""
         self._families = families
         self._kubelet_dir = kubelet_dir
         self._pods = pods
@@ -171,7 +176,7 @@ class DraManager(Manager):
         self._claims = ClaimPreparer(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
         self.refused: Mapping[str, str] = {}
         """Kinds that are configured for DRA and not served, with the reason."""
-        self._health = DraHealth(agent, self.dra, self.pools)
+        self._health = DraHealth(agent, self.dra, self.pools, self._revision)
         self.plugin: DraPlugin | None = None
         self.publisher: Publisher | None = None
 
@@ -198,7 +203,7 @@ class DraManager(Manager):
         after = dra_of(config, self._families, self._node_name, refused)
         if after != self._dra:
             self._dra = after
-            self._agent.revision.bump()
+            self._revision.bump()
 
     def document(self) -> dict[str, Any]:
         """How it stands, in plain types; nothing where nothing is served."""
@@ -259,7 +264,7 @@ class DraManager(Manager):
     async def _until(self, holds: Callable[[], bool]) -> None:
         seen = 0
         while not holds():
-            seen = await self._agent.revision.changed(seen or self._agent.revision.value)
+            seen = await self._revision.changed(seen or self._revision.value)
 
     async def _serve(self) -> None:
         for path in remove_stale(self._kubelet_dir, self.config.dra.driver, self._sockets):
@@ -279,7 +284,7 @@ class DraManager(Manager):
             driver,
             node,
             self.pools.published,
-            self._agent.revision.changed,
+            self._revision.changed,
             nodes=NODES,
             slices=SLICES,
             pace=PublishPace(start_jitter_s=self.config.dra.spread_seconds),
@@ -289,7 +294,7 @@ class DraManager(Manager):
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(supervise("slices", self.publisher.run))
                 tasks.create_task(
-                    supervise("claims", lambda: keep_rendered(self._agent, self._rendering, self._cdi_dir))
+                    supervise("claims", lambda: keep_rendered(self._revision, self._rendering, self._cdi_dir))
                 )
                 tasks.create_task(supervise("forgotten claims", forgotten.follow))
                 tasks.create_task(supervise("claim status", self._status.follow))

@@ -12,7 +12,7 @@ async def recoveries(agent: Agent) -> None:
     """Let devices recover when their time has come."""
     seen = 0
     while True:
-        due = agent.settle()
+        due = agent.recover_due()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(due):
-                seen = await agent.revision.changed(seen)
+                seen = await agent.revisions.health.changed(seen)

@@ -21,7 +21,7 @@ import structlog
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError
-from nodeagent.host.irq.interrupts import Mover, Settled
+from nodeagent.host.irq.interrupts import InterruptMoves, Mover
 from nodeagent.host.irq.intruders import Irq, Thread, irqs, threads
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.manager import Manager
@@ -50,13 +50,13 @@ class IntruderReport:
     irqs: tuple[Irq, ...] = ()
     moving: bool = False
     """Whether interrupts were moved."""
-    settled: Settled = field(default_factory=Settled)
+    moves: InterruptMoves = field(default_factory=InterruptMoves)
     warnings: tuple[str, ...] = ()
 
     @property
     def left(self) -> tuple[Irq, ...]:
         """The interrupts that are still delivered to exclusive CPUs."""
-        return tuple(one for one in self.irqs if one.irq in self.settled.why or not self.moving)
+        return tuple(one for one in self.irqs if one.irq in self.moves.why or not self.moving)
 
 
 class IsolationManager(Manager):
@@ -109,7 +109,7 @@ class IsolationManager(Manager):
             self._found = await asyncio.to_thread(self._look, exclusive, others, config.move_interrupts)
         metrics.INTRUDERS.labels("thread").set(len(self._found.threads))
         metrics.INTRUDERS.labels("irq").set(len(self._found.left))
-        metrics.INTERRUPTS_MOVED.inc(self._found.settled.fresh)
+        metrics.INTERRUPTS_MOVED.inc(self._found.moves.fresh)
         self._say()
 
     def document(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class IsolationManager(Manager):
             "threads": [_thread(one) for one in found.threads[:MOST_SHOWN]],
             "threads_total": len(found.threads),
             "irqs": _irqs(found),
-            "warnings": _first([*found.settled.notes, *found.warnings]),
+            "warnings": _first([*found.moves.notes, *found.warnings]),
         }
 
     # ---------------------------------------------------------------- when
@@ -144,10 +144,10 @@ class IsolationManager(Manager):
             found = replace(found, threads=_sorted(threads(self._sysfs, exclusive, warnings)))
             found = replace(found, irqs=irqs(self._sysfs, exclusive, warnings))
             if move:
-                settled = self._mover.settle(exclusive, others, found.irqs)
-                found = replace(found, moving=True, settled=settled)
+                moves = self._mover.move(exclusive, others, found.irqs)
+                found = replace(found, moving=True, moves=moves)
             elif not self._mover.idle:
-                found = replace(found, settled=self._mover.settle(EMPTY, others, ()))
+                found = replace(found, moves=self._mover.move(EMPTY, others, ()))
         except HostError as error:
             warnings.append(str(error))
         return replace(found, took_s=time.thread_time() - began, warnings=tuple(warnings))
@@ -160,9 +160,9 @@ class IsolationManager(Manager):
         said = (
             tuple(sorted({_name(one) for one in found.threads})),
             tuple(f"{one.irq} {one.name}" for one in found.left),
-            tuple(f"{one.irq} {one.name} to {one.wanted}" for one in found.settled.moved),
-            tuple(sorted(set(found.settled.why.values()))),
-            found.settled.notes,
+            tuple(f"{one.irq} {one.name} to {one.wanted}" for one in found.moves.moved),
+            tuple(sorted(set(found.moves.why.values()))),
+            found.moves.notes,
         )
         if said == self._said or now - self._said_at < SAY_S:
             return
@@ -203,7 +203,7 @@ def _thread(one: Thread) -> dict[str, Any]:
 
 def _irqs(found: IntruderReport) -> list[dict[str, Any]]:
     """Those that are on exclusive CPUs, and those that were moved away from there, by number."""
-    moved, left = {one.irq: one for one in found.settled.moved}, {one.irq: one for one in found.left}
+    moved, left = {one.irq: one for one in found.moves.moved}, {one.irq: one for one in found.left}
     shown = []
     for irq in sorted(moved.keys() | left.keys()):
         away, here = moved.get(irq), left.get(irq)
@@ -215,7 +215,7 @@ def _irqs(found: IntruderReport) -> list[dict[str, Any]]:
                 "hits": str(here.hits) if here else "",
                 "moved": away is not None,
                 "before": str(away.before) if away else "",
-                "why": found.settled.why.get(irq, ""),
+                "why": found.moves.why.get(irq, ""),
             }
         )
     return shown

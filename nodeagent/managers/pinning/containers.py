@@ -7,8 +7,8 @@ Either may come first. What only the watch has seen has no name unless its bundl
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from nodeagent.aio.revision import Revision
@@ -25,7 +25,7 @@ from nodeagent.host.cgroup.read import MEMBER
 
 
 @dataclass(slots=True, kw_only=True)
-class Place:
+class ContainerEntry:
     """A container, and what became of confining it."""
 
     container: Container
@@ -40,115 +40,120 @@ class Place:
     without the answer."""
     seen: bool = False
     """Whether its control group was seen, and not that it is gone."""
-    quota_cpus: float | None = None
-    """CPU time that it may use, in CPUs, where that is less than the CPUs it is pinned to."""
 
 
-@dataclass(slots=True)
 class ContainerTable:
-    """`revision` rises with what is there."""
+    """All containers and pods that are known, as the runtime, bundles and the kernel tell. Only its methods write."""
 
-    layouts: tuple[CgroupLayout, ...]
-    revision: int = 0
-    ended: Revision = field(default_factory=Revision)
-    """Rises with each end of a pod or a container."""
-    told_by_runtime: bool = False
-    """Whether the runtime tells of every container at this moment."""
-    places: dict[str, Place] = field(default_factory=dict)
-    """By container id."""
-    pods: dict[str, str] = field(default_factory=dict)
-    """Path of each pod's control group by its UID."""
-    ran: set[str] = field(default_factory=set)
-    """UIDs of the pods that were there before they could be confined."""
+    def __init__(self, layouts: tuple[CgroupLayout, ...]) -> None:
+        self.layouts = layouts
+        self.revision = 0
+        """Rises with what is there."""
+        self.ended = Revision()
+        """Rises with each end of a pod or a container."""
+        self.told_by_runtime = False
+        """Whether the runtime tells of every container at this moment."""
+        self._entries: dict[str, ContainerEntry] = {}
+        self.entries: Mapping[str, ContainerEntry] = MappingProxyType(self._entries)
+        """By container id."""
+        self._pod_paths: dict[str, str] = {}
+        self.pods: Mapping[str, str] = MappingProxyType(self._pod_paths)
+        """Path of each pod's control group by its UID."""
+        self._ran: set[str] = set()
+        """UIDs of the pods that were there before they could be confined."""
 
     # ---------------------------------------------------------------- what there is
 
     def containers(self) -> list[Container]:
         """All that are known, stopped ones too."""
-        return [one.container for one in self.places.values()]
+        return [one.container for one in self._entries.values()]
 
-    def by_path(self) -> dict[str, Place]:
+    def by_path(self) -> dict[str, ContainerEntry]:
         """By the path of their control groups."""
-        return {one.path: one for one in self.places.values() if one.path}
+        return {one.path: one for one in self._entries.values() if one.path}
 
     def unnamed(self, pod_uid: str = "") -> frozenset[str]:
         """Ids of the containers, in a pod or in all, of which only the control group was seen."""
-        every = self.places.items()
+        every = self._entries.items()
         return frozenset(id for id, one in every if not one.named and pod_uid in ("", one.container.pod_uid))
 
     def is_unnamed(self, container_id: str) -> bool:
         """Whether nobody has said what a container is."""
-        place = self.places.get(container_id)
-        return place is None or not place.named
+        entry = self._entries.get(container_id)
+        return entry is None or not entry.named
 
-    def tell(self, container: Container, *, ran: bool = False) -> Place:
+    def runtime_connected(self, connected: bool) -> None:
+        """The runtime is there to tell of every container, or is gone."""
+        self.told_by_runtime = connected
+
+    def tell(self, container: Container, *, ran: bool = False) -> ContainerEntry:
         """The runtime announces a container, or says something new of it; or its bundle does. ran: whether it is
         running already, for one that was not announced before."""
-        place = self.places.get(container.id)
-        if place is None:
-            place = self.places[container.id] = Place(container=container, path="", named=True, ran=ran)
-        if place.container != container:
-            place.container = container
-        place.ran, place.named = place.ran or (ran and not place.named), True
-        place.path = place.path or self._path(container)
-        self._pod_of(place.path, container.pod_uid)
-        self.ran |= {container.pod_uid} if ran else set()
+        entry = self._entries.get(container.id)
+        if entry is None:
+            entry = self._entries[container.id] = ContainerEntry(container=container, path="", named=True, ran=ran)
+        if entry.container != container:
+            entry.container = container
+        entry.ran, entry.named = entry.ran or (ran and not entry.named), True
+        entry.path = entry.path or self._path(container)
+        self._pod_of(entry.path, container.pod_uid)
+        self._ran |= {container.pod_uid} if ran else set()
         self.revision += 1
-        return place
+        return entry
 
     @contextlib.contextmanager
     def asking(self, container: Container) -> Iterator[None]:
         """The runtime asks about a container that it wants to make. Where that ends in an error there is none, unless
         the runtime has not waited for the answer."""
-        place = self.tell(container)
-        place.asked = True
+        entry = self.tell(container)
+        entry.asked = True
         try:
             yield
         except BaseException:
-            if not place.seen:
+            if not entry.seen:
                 self.forget(container.id)
             raise
 
     def tell_all(self, containers: Iterable[Container]) -> None:
         """The runtime lists all that it has; what it does not list, has a name and is not seen is gone."""
         listed = {one.id: one for one in containers}
-        every = self.places.items()
+        every = self._entries.items()
         for gone in [id for id, one in every if one.container.name and not one.seen and id not in listed]:
             self.forget(gone)
         for one in listed.values():
             self.tell(one, ran=one.state == RUNNING)
 
     def stopped(self, container_id: str) -> None:
-        if (place := self.places.get(container_id)) is not None:
-            place.container = replace(place.container, state=STOPPED)
+        if (entry := self._entries.get(container_id)) is not None:
+            entry.container = replace(entry.container, state=STOPPED)
             self.revision += 1
             self.ended.bump()
 
     def forget(self, container_id: str) -> None:
-        if self.places.pop(container_id, None) is not None:
+        if self._entries.pop(container_id, None) is not None:
             self.revision += 1
             self.ended.bump()
 
     def came(self, cgroup: Cgroup, *, ran: bool = False) -> None:
         """A control group was seen. ran: whether it may have been there for a while, so that what is in it ran."""
         if cgroup.kind == POD:
-            self.pods[cgroup.pod_uid] = cgroup.path
-            self.ran |= {cgroup.pod_uid} if ran else set()
+            self._pod_paths[cgroup.pod_uid] = cgroup.path
+            self._ran |= {cgroup.pod_uid} if ran else set()
             self.revision += 1
         if cgroup.kind == CONTAINER:
-            place = self.places.get(cgroup.container_id)
-            if place is None:
+            entry = self._entries.get(cgroup.container_id)
+            if entry is None:
                 bare = Container(id=cgroup.container_id, pod_id="", pod_uid=cgroup.pod_uid, name="")
-                place = Place(container=bare, path=cgroup.path, named=False, ran=ran)
-                self.places[cgroup.container_id] = place
-            place.path, place.seen = cgroup.path, True
+                entry = ContainerEntry(container=bare, path=cgroup.path, named=False, ran=ran)
+                self._entries[cgroup.container_id] = entry
+            entry.path, entry.seen = cgroup.path, True
             self.revision += 1
 
     def gone(self, cgroup: Cgroup) -> None:
         """A control group is there no more."""
         if cgroup.kind == POD:
-            self.pods.pop(cgroup.pod_uid, None)
-            self.ran.discard(cgroup.pod_uid)
+            self._pod_paths.pop(cgroup.pod_uid, None)
+            self._ran.discard(cgroup.pod_uid)
             self.revision += 1
             self.ended.bump()
         if cgroup.kind == CONTAINER:
@@ -163,14 +168,14 @@ class ContainerTable:
         above = path.rpartition("/")[0]
         found = next((one for layout in self.layouts if (one := layout.parse(above)) is not None), None)
         if found is not None and found.kind == POD and uid:
-            self.pods.setdefault(uid, above)
+            self._pod_paths.setdefault(uid, above)
 
-    def ran_before(self, path: str, place: Place | None) -> bool:
-        """Whether what is in a control group may have run before it could be confined. place: the container there;
+    def ran_before(self, path: str, entry: ContainerEntry | None) -> bool:
+        """Whether what is in a control group may have run before it could be confined. entry: the container there;
         None: it is a pod's. What has no name is a sandbox, which does nothing."""
-        if place is not None:
-            return (place.ran or place.asked) and bool(place.container.name)
-        return any(self.pods.get(uid) == path for uid in self.ran)
+        if entry is not None:
+            return (entry.ran or entry.asked) and bool(entry.container.name)
+        return any(self._pod_paths.get(uid) == path for uid in self._ran)
 
     # ---------------------------------------------------------------- what it is to be
 
@@ -181,11 +186,11 @@ class ContainerTable:
             for size in {size for pod in plan.pods.values() for size in pod.hugepages_at_least}
         }
         pods = dict(self._pods(plan, whole, config))
-        live = [one for one in self.places.values() if one.path and one.container.state != STOPPED]
+        live = [one for one in self._entries.values() if one.path and one.container.state != STOPPED]
         return pods | {one.path: self._target(plan, one.container, config) for one in live}
 
     def _pods(self, plan: PinPlan, whole: dict[int, int], config: PinningConfig) -> Iterator[tuple[str, Target]]:
-        for uid, path in self.pods.items():
+        for uid, path in self._pod_paths.items():
             pin = plan.pod(uid)
             yield (
                 path,

@@ -21,6 +21,7 @@ from typing import Any
 
 import structlog
 
+from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end, supervise
 from nodeagent.config.schema import Config, PinningConfig
 from nodeagent.core.ledger.offline import held_outside, narrowed
@@ -38,7 +39,7 @@ from nodeagent.host.cgroup.watch import CAME, GONE, LOOK, WRITTEN, CgroupChange,
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.managers.manager import Manager
-from nodeagent.managers.pinning.containers import ContainerTable, Place
+from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.nri_hooks import NriHooks
 from nodeagent.managers.pinning.ownership import Fetch, GrantOwnership
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
@@ -72,7 +73,7 @@ class PinningManager(Manager):
         self,
         agent: Agent,
         sysfs: SysFs,
-        room: ContainerTable,
+        table: ContainerTable,
         plugins: Path,
         config: Callable[[], PinningConfig],
         fetch: Fetch,
@@ -85,6 +86,8 @@ class PinningManager(Manager):
         machine again. kubelet_confines: whether kubelet's own CPU manager confines all containers. clock: seconds."""
         self._kubelet_confines = kubelet_confines
         self._agent = agent
+        self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
+        """Rises with whatever changes where containers are to run."""
         self._sysfs = sysfs
         self._config = config
         self._rescan = rescan
@@ -93,15 +96,15 @@ class PinningManager(Manager):
         found = hierarchy(sysfs)
         self.unsupported = found.unsupported
         """Why nothing can be enforced here; "": it can."""
-        self._layouts = room.layouts
+        self._layouts = table.layouts
         writable = bool(found.mount) and os.access(f"{found.mount}/cgroup.procs", os.W_OK)
         reader = CgroupReader(found.mount, page_sizes(sysfs))
         self._enforcer = Enforcer(reader, self._layouts) if writable and not found.unsupported else None
         self._mount = found.mount
-        self._room = room
-        self.confining = CgroupReconciler(
+        self._table = table
+        self.reconciler = CgroupReconciler(
             agent,
-            self._room,
+            self._table,
             self._enforcer,
             GrantOwnership(agent, plugins, fetch),
             config,
@@ -125,22 +128,22 @@ class PinningManager(Manager):
     async def apply(self, config: Config) -> None:
         """Take over a configuration, or what another kubelet confines itself."""
         serves_cpus = any(one.kind == CPU for one in config.served)
-        self.confining.configure(cpus_served=serves_cpus, kubelet_confines=self._kubelet_confines())
-        self._agent.revision.bump()
+        self.reconciler.configure(cpus_served=serves_cpus, kubelet_confines=self._kubelet_confines())
+        self.revision.bump()
 
     @property
     def shared_cpus(self) -> CpuSet:
         """Where containers without CPUs of their own run; empty where that is not confined."""
-        return self.confining.plan().shared
+        return self.reconciler.plan().shared
 
     def page_holders(self) -> list[str] | None:
         """Paths of the control groups of all who hold hugepages; None: they are not all known."""
-        plan = self.confining.plan()
+        plan = self.reconciler.plan()
         if not self._seen.is_set() or plan.open:
             return None
         pins = plan.containers
-        places = [self._room.places.get(id) for id, pin in pins.items() if any(pin.hugepage_limits.values())]
-        return [one.path for one in places if one is not None and one.path]
+        entries = [self._table.entries.get(id) for id, pin in pins.items() if any(pin.hugepage_limits.values())]
+        return [one.path for one in entries if one is not None and one.path]
 
     # ---------------------------------------------------------------- running
 
@@ -157,10 +160,10 @@ class PinningManager(Manager):
             tasks.create_task(supervise("pins", self._follow_agent))
             if self._enforcer is not None:
                 tasks.create_task(supervise("control groups", self._follow_cgroups))
-                tasks.create_task(supervise("systemd's slices", SliceNotifier(self.confining, self._sysfs).run))
+                tasks.create_task(supervise("systemd's slices", SliceNotifier(self.reconciler, self._sysfs).run))
 
     async def _serve_runtime(self) -> None:
-        config, handler = self._started_with, NriHooks(self._agent, self.confining, self._config)
+        config, handler = self._started_with, NriHooks(self._agent, self._table, self.reconciler, self._config)
         self._plugin = NriPlugin(
             Path(config.nri_socket),
             NAME,
@@ -172,8 +175,8 @@ class PinningManager(Manager):
         await self._plugin.run()
 
     def _runtime_news(self) -> None:
-        self._room.told_by_runtime = self._plugin is not None and self._plugin.standing.connected
-        self._agent.revision.bump()
+        self._table.runtime_connected(self._plugin is not None and self._plugin.standing.connected)
+        self.revision.bump()
 
     async def _follow_agent(self) -> None:
         """Whatever changes the plan is put in force: grants that ended give back their CPUs, new ones take theirs."""
@@ -181,16 +184,16 @@ class PinningManager(Manager):
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._seen.wait(), LOOK_S)
         while True:
-            seen = self._agent.revision.value
-            await self.confining.settle()
-            await self._agent.revision.changed(seen)
+            seen = self.revision.value
+            await self.reconciler.enforce()
+            await self.revision.changed(seen)
 
     async def _follow_cgroups(self) -> None:
         with Watch(self._mount, self._layouts, poll_s=self._config().verify_seconds) as watch:
             while True:
                 await self._take(await watch.changes())
-                if not self._tidied and not self.confining.plan().open:
-                    await self.confining.tidy()
+                if not self._tidied and not self.reconciler.plan().open:
+                    await self.reconciler.tidy()
                     self._tidied = True
                 self._seen.set()
 
@@ -201,27 +204,27 @@ class PinningManager(Manager):
             await self._look_at_pods_cgroup()
         came = [one.cgroup for one in changes if one.what == CAME and one.cgroup is not None]
         ids = [one.container_id for one in came if one.kind == CONTAINER]
-        known = await asyncio.to_thread(self._bundles, [*ids, *(self._room.unnamed() if look else ())])
+        known = await asyncio.to_thread(self._bundles, [*ids, *(self._table.unnamed() if look else ())])
         # From here on without a pause: who asks for a plan in between must not take a known container for a stranger.
-        strangers = [one for one in came if one.kind == CONTAINER and one.container_id not in self._room.places]
+        strangers = [one for one in came if one.kind == CONTAINER and one.container_id not in self._table.entries]
         self._note(changes, known)
         self._look_for_silence(strangers, known)
         for one in changes:
             if one.what == GONE:
-                await self.confining.forget(one.path)
-        await self.confining.settle()
-        await self.confining.prove(known.values())
+                await self.reconciler.forget(one.path)
+        await self.reconciler.enforce()
+        await self.reconciler.prove(known.values())
         if look:
-            await self.confining.verify()
-            await self.confining.look_at_quotas()
+            await self.reconciler.verify()
+            await self.reconciler.look_at_quotas()
             return
         # Of what came, nobody told what was written before it was watched.
         written = {one.path: None for one in changes if one.what in (CAME, WRITTEN)}
-        found = {one.path for one in await self.confining.verify(written)}
+        found = {one.path for one in await self.reconciler.verify(written)}
         # What is in effect below follows without a word: from a pod only where it was not what it is to be.
         heads = tuple(f"{path}/" if path else "" for path in written if path in found or self._is_above_pods(path))
         if heads:
-            await self.confining.verify([path for path in self.confining.applied() if path.startswith(heads)])
+            await self.reconciler.verify([path for path in self.reconciler.applied() if path.startswith(heads)])
 
     def _note(self, changes: Iterable[CgroupChange], known: Mapping[str, Container]) -> None:
         """Take down what came and went. What was there before anybody looked ran, and so did, or may have, what a
@@ -229,13 +232,13 @@ class PinningManager(Manager):
         old = not self._seen.is_set()
         for one in changes:
             if one.cgroup is not None and one.what == CAME:
-                self.confining.again(one.path)
-                self._room.came(one.cgroup, ran=old)
+                self.reconciler.again(one.path)
+                self._table.came(one.cgroup, ran=old)
             elif one.cgroup is not None and one.what == GONE:
-                self._room.gone(one.cgroup)
+                self._table.gone(one.cgroup)
         ran = old or self._runtime_wanted()
         for container in known.values():
-            self._room.tell(container, ran=ran and bool(container.name))
+            self._table.tell(container, ran=ran and bool(container.name))
 
     def _moves_all(self, change: CgroupChange) -> bool:
         """Whether a change may be one of the CPUs that all pods have."""
@@ -251,15 +254,15 @@ class PinningManager(Manager):
                 await asyncio.wait_for(run_to_end(self._rescan()), RESCAN_S)
 
     def _is_above_pods(self, path: str) -> bool:
-        place = next((found for one in self._layouts if (found := one.parse(path)) is not None), None)
-        return place is None or place.kind in (TOP, QOS)
+        cgroup = next((found for one in self._layouts if (found := one.parse(path)) is not None), None)
+        return cgroup is None or cgroup.kind in (TOP, QOS)
 
     def _bundles(self, ids: Iterable[str]) -> dict[str, Container]:
         """What is known of containers and sandboxes that nobody announced, by id."""
         found = {}
         for id in ids:
             try:
-                container = bundles.read(self._sysfs, id) if self._room.is_unnamed(id) else None
+                container = bundles.read(self._sysfs, id) if self._table.is_unnamed(id) else None
             except HostError as error:
                 log.warning("container-not-known", container=id, error=str(error))
                 continue
@@ -281,7 +284,7 @@ class PinningManager(Manager):
         plugin = self._plugin
         if not self._seen.is_set() or plugin is None or not plugin.standing.connected:
             return
-        if why := unasked(strangers, known, self._room, self.confining.plan()):
+        if why := unasked(strangers, known, self._table, self.reconciler.plan()):
             plugin.reconnect(why)
 
     def not_ready(self) -> list[str]:
@@ -301,7 +304,7 @@ class PinningManager(Manager):
         crowded = "no CPU is left for pods without CPUs of their own: they run on those of others"
         reasons = (
             narrowed(self._agent.inventory, self._agent.ledger),
-            crowded if self._enforcer is not None and self.confining.crowded() else "",
+            crowded if self._enforcer is not None and self.reconciler.crowded() else "",
         )
         return [f"pinning: {why}" for why in reasons if why]
 
@@ -309,10 +312,10 @@ class PinningManager(Manager):
 
     def document(self) -> dict[str, Any]:
         """How containers are confined, in plain types."""
-        plan, standing = self.confining.plan(), self._plugin.standing if self._plugin is not None else None
-        places = sorted(self._room.places.values(), key=lambda one: (_pod(one), one.container.name, one.container.id))
-        pins = [(one, plan.containers.get(one.container.id, Pin())) for one in places]
-        drifts = self.confining.drifts.total()
+        plan, standing = self.reconciler.plan(), self._plugin.standing if self._plugin is not None else None
+        entries = sorted(self._table.entries.values(), key=_by_name)
+        pins = [(one, plan.containers.get(one.container.id, Pin())) for one in entries]
+        drifts = self.reconciler.drifts.total()
         return {
             "mode": self.mode,
             "unsupported": self.unsupported,
@@ -320,25 +323,25 @@ class PinningManager(Manager):
             "connected": standing.connected if standing else False,
             "reason": standing.reason if standing else "",
             "shared_cpus": str(plan.shared),
-            "containers": len(places),
+            "containers": len(entries),
             "drifts": drifts.found,
             "drifts_repaired": drifts.repaired,
             "drifts_not_repaired": drifts.open,
-            "errors": dict(self.confining.errors),
-            "pinned": [self._place(one, pin) for one, pin in pins if pin.grants or pin.unproven],
+            "errors": dict(self.reconciler.errors),
+            "pinned": [self._pin_document(one, pin) for one, pin in pins if pin.grants or pin.unproven],
         }
 
-    def _place(self, place: Place, pin: Pin) -> dict[str, Any]:
-        state = self._enforcer.states.get(place.path) if self._enforcer is not None else None
-        pod = self._room.pods.get(place.container.pod_uid, "")
-        drifts = self.confining.drifts.of(place.path, pod)
+    def _pin_document(self, entry: ContainerEntry, pin: Pin) -> dict[str, Any]:
+        state = self._enforcer.states.get(entry.path) if self._enforcer is not None else None
+        pod = self._table.pods.get(entry.container.pod_uid, "")
+        drifts = self.reconciler.drifts.of(entry.path, pod)
         return {
-            "namespace": place.container.namespace,
-            "pod": place.container.pod_name,
-            "pod_uid": place.container.pod_uid,
-            "container": place.container.name,
-            "id": place.container.id,
-            "state": place.container.state,
+            "namespace": entry.container.namespace,
+            "pod": entry.container.pod_name,
+            "pod_uid": entry.container.pod_uid,
+            "container": entry.container.name,
+            "id": entry.container.id,
+            "state": entry.container.state,
             "grants": list(pin.grants),
             "granted_cpus": str(pin.held),
             "effective_cpus": str(state.cpus_effective or "") if state is not None else "",
@@ -350,11 +353,12 @@ class PinningManager(Manager):
             "drifts": drifts.found,
             "drifts_not_repaired": drifts.open,
             "ran_unpinned": dataclasses.asdict(drifts.elsewhere) if drifts.elsewhere is not None else None,
-            "quota_cpus": place.quota_cpus,
+            "quota_cpus": self.reconciler.quotas.get(entry.container.id),
             "unproven": list(pin.unproven),
-            "error": self.confining.errors.get(place.path, "") or self.confining.errors.get(pod, ""),
+            "error": self.reconciler.errors.get(entry.path, "") or self.reconciler.errors.get(pod, ""),
         }
 
 
-def _pod(place: Place) -> tuple[str, str]:
-    return place.container.namespace, place.container.pod_name
+def _by_name(entry: ContainerEntry) -> tuple[str, str, str, str]:
+    one = entry.container
+    return one.namespace, one.pod_name, one.name, one.id

@@ -24,6 +24,7 @@ from nodeagent.core.ledger.offline import outside_of
 from nodeagent.core.model.container import CREATED, RUNNING, Adjustment, Container, Pod, Resources, Update
 from nodeagent.core.pinning.plan import Pin, named_by
 from nodeagent.errors import HostError
+from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
 from nodeagent.state.agent import Agent
 
@@ -33,46 +34,53 @@ log = structlog.get_logger()
 class NriHooks:
     """As nri.service wants it."""
 
-    def __init__(self, agent: Agent, confining: CgroupReconciler, config: Callable[[], PinningConfig]) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        table: ContainerTable,
+        reconciler: CgroupReconciler,
+        config: Callable[[], PinningConfig],
+    ) -> None:
         self._agent = agent
-        self._confining = confining
+        self._table = table
+        self._reconciler = reconciler
         self._config = config
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
-        self._confining.room.tell_all(containers)
-        await self._confining.settle()
-        await self._confining.prove(containers)
-        return self._confining.updates(anew=True)
+        self._table.tell_all(containers)
+        await self._reconciler.enforce()
+        await self._reconciler.prove(containers)
+        return self._reconciler.updates(anew=True)
 
     async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
-        with self._confining.room.asking(replace(container, state=CREATED)):
+        with self._table.asking(replace(container, state=CREATED)):
             return await self._created(container, within_s)
 
     async def _created(self, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
         if late := await _within(within_s, self._make_way(container)):
             self._go_on(container, late)
-        pin, updates = self._confining.pin(container.id), self._confining.updates(but=container.id)
+        pin, updates = self._reconciler.pin(container.id), self._reconciler.updates(but=container.id)
         if pin.held and pin.lost == pin.held:
             where = outside_of(self._agent.inventory) if pin.outside else "offline"
             self._refuse(container, f"its CPUs {pin.held} are {where}")
         if pin.grants:
             log.info("pinned", container=container.id, name=str(container), **_said(pin))
-        cpus = pin.cpus or self._confining.by_runtime(container.id)
+        cpus = pin.cpus or self._reconciler.by_runtime(container.id)
         return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
 
     async def _make_way(self, container: Container) -> None:
         """Learn all that may be known about what it holds, also what another agent has decided just now, and have all
         others off that."""
-        await self._confining.ownership.hear_kubelet()
+        await self._reconciler.ownership.hear_kubelet()
         if any(one not in self._agent.ledger.grants for one in named_by(container)):
             await self._agent.refresh()
-        if why := await self._confining.doubt(container):
+        if why := await self._reconciler.doubt(container):
             self._refuse(container, why)
-        await self._confining.settle()
+        await self._reconciler.enforce()
 
     def _go_on(self, container: Container, late: str) -> None:
         """Answer from what is known. That is enough for a container that holds nothing, and says so itself."""
-        pin = self._confining.pin(container.id)
+        pin = self._reconciler.pin(container.id)
         if pin.grants or any(name.startswith(OWN_VARIABLES) for name in container.env):
             self._refuse(container, f"others are not known to be off what it holds: {late}")
         else:
@@ -80,33 +88,33 @@ class NriHooks:
 
     async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
         """The last moment before its first instruction."""
-        why = await _within(within_s, self._confining.confirm(container.id))
-        pin = self._confining.pin(container.id)
-        if why and not pin.grants and not self._confining.trespasses(container.id):
+        why = await _within(within_s, self._reconciler.confirm(container.id))
+        pin = self._reconciler.pin(container.id)
+        if why and not pin.grants and not self._reconciler.trespasses(container.id):
             log.warning("shared-container-unconfined", container=container.id, why=why)
         elif why:
             self._refuse(container, why)
-        if pin.exclusive and (others := self._confining.overlapping(container.id)):
+        if pin.exclusive and (others := self._reconciler.overlapping(container.id)):
             self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
 
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
         """What kubelet wants of CPU time and memory passes; the sets of CPUs and nodes are ours."""
-        pin = self._confining.pin(container.id)
-        cpus = pin.cpus or self._confining.by_runtime(container.id)
+        pin = self._reconciler.pin(container.id)
+        cpus = pin.cpus or self._reconciler.by_runtime(container.id)
         if cpus is None and pin.mems is None:
             return []
         limits = pin.hugepage_limits
         return [Update(container_id=container.id, cpus=cpus, mems=pin.mems, hugepage_limits=limits)]
 
     async def started(self, pod: Pod, container: Container) -> None:
-        self._confining.room.tell(replace(container, state=RUNNING))
+        self._table.tell(replace(container, state=RUNNING))
 
     async def stopped(self, pod: Pod, container: Container) -> Sequence[Update]:
-        self._confining.room.stopped(container.id)
-        return self._confining.updates()
+        self._table.stopped(container.id)
+        return self._reconciler.updates()
 
     async def removed(self, pod: Pod, container: Container) -> None:
-        self._confining.room.forget(container.id)
+        self._table.forget(container.id)
 
     def _refuse(self, container: Container, why: str) -> None:
         if self._config().on_failure == "refuse":

@@ -79,7 +79,7 @@ class GrantOwnership:
                 document = await self._fetch(ref)
             claim = wire.read(document, "") if document is not None else None
             if claim is not None and claim.ref.uid == ref.uid:
-                await self._agent.reserved(ref.uid, claim.reserved_for, new_op())
+                await self._agent.record_reserved_for(ref.uid, claim.reserved_for, new_op())
         except (TimeoutError, PeerError, InputError) as error:
             why = str(error) or f"the API server did not answer within {CLAIM_S:g} s"
             return f"cannot tell whom claim {ref} is reserved for: {why}"

@@ -24,13 +24,14 @@ from nodeagent.host.cgroup.enforcer import Enforcer, Finding, Target
 from nodeagent.host.cgroup.read import CgroupState
 from nodeagent.host.cgroup.write import Drift
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
-from nodeagent.managers.pinning.containers import ContainerTable, Place
+from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.drifts import Drifts, elsewhere
 from nodeagent.managers.pinning.ownership import GrantOwnership
 from nodeagent.state.agent import Agent
 
 PACK = 32
 """Control groups that are read back in one turn."""
+NO_QUOTAS: Mapping[str, float] = MappingProxyType({})
 log = structlog.get_logger()
 
 
@@ -40,7 +41,7 @@ class CgroupReconciler:
     def __init__(
         self,
         agent: Agent,
-        room: ContainerTable,
+        table: ContainerTable,
         enforcer: Enforcer | None,
         ownership: GrantOwnership,
         config: Callable[[], PinningConfig],
@@ -49,7 +50,7 @@ class CgroupReconciler:
     ) -> None:
         """enforcer: None where control groups cannot be written. began: whether anything in a control group has run;
         it may block. dropins: what systemd knows; none where it does not make the pods' cgroups."""
-        self.room = room
+        self.table = table
         self.drifts = Drifts()
         self.enforcer = enforcer
         self.ownership = ownership
@@ -60,6 +61,8 @@ class CgroupReconciler:
         """Rises whenever control groups were written."""
         self.errors: Mapping[str, str] = MappingProxyType({})
         """Why some control groups are not what they are to be, by path."""
+        self.quotas = NO_QUOTAS
+        """CPU time that containers may use, in CPUs, where that is less than the CPUs they are pinned to, by id."""
         self._agent = agent
         self._config = config
         self._began = began
@@ -88,11 +91,11 @@ class CgroupReconciler:
     def plan(self) -> PinPlan:
         """Of all that is known at this moment; worked out once for that."""
         situation, config = self._situation_now(), self._config()
-        now = config, self.room.revision
+        now = config, self.table.revision
         if self._planned_of is not situation or now != self._planned:
             self._planned_of, self._planned = situation, now
-            self._plan = situation.plan(self.room.containers(), self.room.pods, self.room.unnamed())
-            self._targets = self.room.targets(self._plan, self._agent.inventory, config)
+            self._plan = situation.plan(self.table.containers(), self.table.pods, self.table.unnamed())
+            self._targets = self.table.targets(self._plan, self._agent.inventory, config)
         return self._plan
 
     def _situation_now(self) -> Situation:
@@ -126,17 +129,17 @@ class CgroupReconciler:
             if why:
                 log.warning("holder-unknown", container=one.id, error=why)
         if self._agent.ledger is not before:
-            await self.settle()
+            await self.enforce()
 
     # ---------------------------------------------------------------- making it so
 
-    async def settle(self) -> Mapping[str, str]:
+    async def enforce(self) -> Mapping[str, str]:
         """Put the plan in force; why some of it is not, by path."""
         await self.ownership.hear_kubelet()
-        await run_to_end(self._settle())
+        await run_to_end(self._enforce())
         return self.errors
 
-    async def _settle(self) -> None:
+    async def _enforce(self) -> None:
         async with self._turn:
             self.plan()
             if self.enforcer is None:
@@ -149,7 +152,7 @@ class CgroupReconciler:
 
     async def _tell_systemd(self) -> None:
         """Before the kernel, so that what systemd writes meanwhile is the new as well."""
-        shared, pods = self._plan.shared, self.room.pods
+        shared, pods = self._plan.shared, self.table.pods
         own = {pods[uid]: pin.cpus for uid, pin in self._plan.pods.items() if uid in pods and pin.cpus}
         wanted = shared, {path: cpus for path, cpus in own.items() if cpus != shared}
         if wanted == self._told:
@@ -170,21 +173,21 @@ class CgroupReconciler:
     async def _confirm(self, container_id: str) -> str:
         async with self._turn:
             self.plan()
-            place = self.room.places.get(container_id)
-            if self.enforcer is None or place is None:
+            entry = self.table.entries.get(container_id)
+            if self.enforcer is None or entry is None:
                 return ""
-            pod = self.room.pods.get(place.container.pod_uid, "")
-            some = {path: self._targets[path] for path in (pod, place.path) if path in self._targets}
+            pod = self.table.pods.get(entry.container.pod_uid, "")
+            some = {path: self._targets[path] for path in (pod, entry.path) if path in self._targets}
             await self._apply(self.enforcer, some)
-            return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(place)
+            return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(entry)
 
-    def _missing(self, place: Place) -> str:
+    def _missing(self, entry: ContainerEntry) -> str:
         """A control group that is not where it is said to be cannot be confined."""
-        pin = self._plan.containers.get(place.container.id, Pin())
-        if not pin.grants or self.enforcer is None or place.path in self.enforcer.states:
+        pin = self._plan.containers.get(entry.container.id, Pin())
+        if not pin.grants or self.enforcer is None or entry.path in self.enforcer.states:
             return ""
-        where = f"{self.enforcer.mount}/{place.path}" if place.path else "the cgroup hierarchy"
-        return f"cannot confine container {place.container}: it is not at {where}"
+        where = f"{self.enforcer.mount}/{entry.path}" if entry.path else "the cgroup hierarchy"
+        return f"cannot confine container {entry.container}: it is not at {where}"
 
     async def _apply(self, enforcer: Enforcer, some: Mapping[str, Target]) -> None:
         if not some:
@@ -209,10 +212,10 @@ class CgroupReconciler:
 
     def _unjudged(self, paths: Iterable[str]) -> dict[str, Pin]:
         """The pins of what lies at some paths, as far as it was never looked at with all that it holds."""
-        places, found = self.room.by_path(), {}
+        entries, found = self.table.by_path(), {}
         for path in paths:
-            place, known = places.get(path), self._judged.get(path)
-            pin = self._plan.containers.get(place.container.id, NO_PIN) if place is not None else NO_PIN
+            entry, known = entries.get(path), self._judged.get(path)
+            pin = self._plan.containers.get(entry.container.id, NO_PIN) if entry is not None else NO_PIN
             if known is None or (pin.grants and not known):
                 found[path] = pin
         return found
@@ -221,8 +224,8 @@ class CgroupReconciler:
         self, enforcer: Enforcer, some: Mapping[str, Target], fresh: Mapping[str, Pin]
     ) -> Mapping[str, Drift]:
         """Which of those that are about to be confined for the first time ran elsewhere until now, and where."""
-        places = self.room.by_path()
-        ran = [path for path in fresh if self.room.ran_before(path, places.get(path))]
+        entries = self.table.by_path()
+        ran = [path for path in fresh if self.table.ran_before(path, entries.get(path))]
         if not ran:
             return {}
         held, states = self._agent.ledger.cpus_held, await asyncio.to_thread(self._look, enforcer, ran)
@@ -245,7 +248,7 @@ class CgroupReconciler:
 
     def slices(self) -> dict[str, CpuSet]:
         """The CPUs of pods' control groups that are in force, by path."""
-        some = {path: self._applied.get(path) for path in self.room.pods.values()}
+        some = {path: self._applied.get(path) for path in self.table.pods.values()}
         return {path: one.cpus for path, one in some.items() if one is not None and one.cpus}
 
     async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
@@ -317,28 +320,32 @@ class CgroupReconciler:
     async def look_at_quotas(self) -> None:
         """Notice containers whose CPU time is limited below the CPUs that they are pinned to."""
         plan, enforcer = self.plan(), self.enforcer
-        exclusive = [one for one in self.room.places.values() if plan.containers.get(one.container.id, Pin()).exclusive]
+        exclusive = [one for id, one in self.table.entries.items() if plan.containers.get(id, Pin()).exclusive]
         if enforcer is None or not exclusive:
+            self.quotas = NO_QUOTAS
             return
-        limits = await asyncio.to_thread(lambda: [self._quota(enforcer, place) for place in exclusive])
-        for place, limit in zip(exclusive, limits, strict=True):
-            held = plan.containers[place.container.id].held
-            throttled = limit if limit is not None and limit < len(held) else None
-            if throttled is not None and place.quota_cpus != throttled:
-                log.warning("throttled", container=str(place.container), quota_cpus=throttled, cpus=str(held))
-            place.quota_cpus = throttled
+        quotas: dict[str, float] = {}
+        limits = await asyncio.to_thread(lambda: [self._quota(enforcer, entry) for entry in exclusive])
+        for entry, limit in zip(exclusive, limits, strict=True):
+            held = plan.containers[entry.container.id].held
+            if limit is None or limit >= len(held):
+                continue
+            quotas[entry.container.id] = limit
+            if self.quotas.get(entry.container.id) != limit:
+                log.warning("throttled", container=str(entry.container), quota_cpus=limit, cpus=str(held))
+        self.quotas = MappingProxyType(quotas)
 
-    def _quota(self, enforcer: Enforcer, place: Place) -> float | None:
+    def _quota(self, enforcer: Enforcer, entry: ContainerEntry) -> float | None:
         """CPU time that a container may use, in CPUs: its own limit or its pod's."""
-        paths = (place.path, self.room.pods.get(place.container.pod_uid, ""))
+        paths = (entry.path, self.table.pods.get(entry.container.pod_uid, ""))
         return min((one for path in paths if path and (one := enforcer.quota_cpus(path)) is not None), default=None)
 
     def overlapping(self, container_id: str) -> list[str]:
         """Who else may be on a container's CPUs, of those that could not be confined."""
-        place, held = self.room.places.get(container_id), self.pin(container_id).held
-        if self.enforcer is None or place is None:
+        entry, held = self.table.entries.get(container_id), self.pin(container_id).held
+        if self.enforcer is None or entry is None:
             return []
-        own = {place.path, self.room.pods.get(place.container.pod_uid, "")}
+        own = {entry.path, self.table.pods.get(entry.container.pod_uid, "")}
         states = [(path, self.enforcer.states.get(path)) for path in self.errors if path not in own]
         return [
             self._whose(path)
@@ -348,41 +355,41 @@ class CgroupReconciler:
 
     def trespasses(self, container_id: str) -> bool:
         """Whether a container may run on CPUs that others hold, by what was read last of it or of its pod."""
-        place, own = self.room.places.get(container_id), self.pin(container_id).held
-        if self.enforcer is None or place is None:
+        entry, own = self.table.entries.get(container_id), self.pin(container_id).held
+        if self.enforcer is None or entry is None:
             return False
-        paths = (place.path, self.room.pods.get(place.container.pod_uid, ""))
+        paths = (entry.path, self.table.pods.get(entry.container.pod_uid, ""))
         state = next((one for path in paths if (one := self.enforcer.states.get(path)) is not None), None)
         others = self._agent.ledger.cpus_held - own
         return state is None or state.cpus_effective is None or not state.cpus_effective.isdisjoint(others)
 
     def _whose(self, path: str) -> str:
-        place = self.room.by_path().get(path)
-        if place is not None:
-            return str(place.container)
-        return next((f"pod {uid}" for uid, one in self.room.pods.items() if one == path), path)
+        entry = self.table.by_path().get(path)
+        if entry is not None:
+            return str(entry.container)
+        return next((f"pod {uid}" for uid, one in self.table.pods.items() if one == path), path)
 
     # ---------------------------------------------------------------- where the runtime has to do it
 
     def by_runtime(self, container_id: str) -> CpuSet | None:
         """The CPUs that the runtime has to give a container, as its own or its pod's control group cannot be written;
         None: it can, or the container is left as it is."""
-        place = self.room.places.get(container_id)
-        if place is not None and not self._helpless(place):
+        entry = self.table.entries.get(container_id)
+        if entry is not None and not self._helpless(entry):
             return None
         return self.pin(container_id).cpus or self.plan().shared or None
 
-    def _helpless(self, place: Place) -> bool:
+    def _helpless(self, entry: ContainerEntry) -> bool:
         """Whether its pod's control group cannot be written."""
-        pod = self.room.pods.get(place.container.pod_uid, "")
+        pod = self.table.pods.get(entry.container.pod_uid, "")
         return self.enforcer is None or not pod or pod in self.errors
 
     def updates(self, but: str = "", *, anew: bool = False) -> list[Update]:
         """Changes for the runtime to make, of what it was not told already. but: the id of a container that is being
         created. anew: it has forgotten what it was told."""
         known = {} if anew else self._updates
-        places = self.room.places.items()
-        named = [id for id, one in places if one.container.name and id != but and self._helpless(one)]
+        entries = self.table.entries.items()
+        named = [id for id, one in entries if one.container.name and id != but and self._helpless(one)]
         wanted = {id: (self.by_runtime(id), self.pin(id).mems) for id in named}
         self._updates = {id: one for id, one in wanted.items() if one[0] is not None}
         changed = [(id, one) for id, one in self._updates.items() if known.get(id) != one]

@@ -37,8 +37,8 @@ class InForce(Protocol):
 class SliceNotifier:
     """Building it starts nothing."""
 
-    def __init__(self, confining: InForce, sysfs: SysFs) -> None:
-        self._confining = confining
+    def __init__(self, reconciler: InForce, sysfs: SysFs) -> None:
+        self._reconciler = reconciler
         self._sysfs = sysfs
         self._told: dict[str, CpuSet] = {}
         self._refused: dict[str, str] = {}
@@ -48,15 +48,15 @@ class SliceNotifier:
         if not self._sysfs.exists(SOCKET):
             return
         while True:
-            seen = self._confining.news.value
+            seen = self._reconciler.news.value
             if todo := self._untold():
                 await self._tell(todo)
             else:
-                await self._confining.news.changed(seen)
+                await self._reconciler.news.changed(seen)
 
     def _untold(self) -> list[str]:
         """Paths of slices, those that were never told anything first."""
-        now: Mapping[str, CpuSet] = {path: cpus for path, cpus in self._confining.slices().items() if is_slice(path)}
+        now: Mapping[str, CpuSet] = {path: cpus for path, cpus in self._reconciler.slices().items() if is_slice(path)}
         self._told = {path: cpus for path, cpus in self._told.items() if path in now}
         self._refused = {path: why for path, why in self._refused.items() if path in now}
         todo = [path for path, cpus in now.items() if self._told.get(path) != cpus]
@@ -75,7 +75,7 @@ class SliceNotifier:
         """A slice that is not loaded is one that nobody made through systemd, or that is gone."""
         heard: list[tuple[CpuSet, str]] = []
         unit = path.rpartition("/")[2]
-        await self._confining.unchanged(path, lambda path, cpus: heard.append((cpus, systemd.allow(unit, cpus))))
+        await self._reconciler.unchanged(path, lambda path, cpus: heard.append((cpus, systemd.allow(unit, cpus))))
         for cpus, why in heard:
             self._told[path] = cpus
             if why and why != self._refused.get(path):

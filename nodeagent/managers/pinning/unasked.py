@@ -16,16 +16,16 @@ from nodeagent.host.cgroup.layout import Cgroup
 from nodeagent.managers.pinning.containers import ContainerTable
 
 
-def unasked(came: Iterable[Cgroup], bundles: Mapping[str, Container], room: ContainerTable, plan: PinPlan) -> str:
+def unasked(came: Iterable[Cgroup], bundles: Mapping[str, Container], table: ContainerTable, plan: PinPlan) -> str:
     """Which container shows that the runtime does not ask; "" where none does.
 
     came: control groups that appeared while the runtime was connected, of containers that it had not announced, and
-    that `room` knows by now. bundles: what these say, by container id.
+    that `table` knows by now. bundles: what these say, by container id.
     """
     for one in came:
         container = bundles.get(one.container_id)
         if container is not None and container.name:
             return f"a container {container} started without a question"
-        if container is None and one.pod_uid in plan.open and len(room.unnamed(one.pod_uid)) > 1:
+        if container is None and one.pod_uid in plan.open and len(table.unnamed(one.pod_uid)) > 1:
             return f"a container of pod {one.pod_uid} started without a question"
     return ""

@@ -16,7 +16,7 @@ from nodeagent.core.model.health import (
     forget,
     next_recovery,
     observe,
-    settle,
+    recovered,
 )
 
 
@@ -38,8 +38,8 @@ def test_bad_evidence_counts_at_once_and_good_must_last(bad: str) -> None:
     assert next_recovery(health, 30) is None
     waiting = seen(seen(health, HEALTHY, 20), HEALTHY, 45)
     assert (waiting["d"].state, waiting["d"].reason, next_recovery(waiting, 30)) == (bad, "Xid 79", 50)
-    assert settle(waiting, 49.9, 30) is waiting
-    well = settle(waiting, 50, 30)["d"]
+    assert recovered(waiting, 49.9, 30) is waiting
+    well = recovered(waiting, 50, 30)["d"]
     assert (well.state, well.since, well.reason, well.good_since) == (HEALTHY, 50, "", None)
 
 
@@ -49,10 +49,10 @@ def test_a_device_that_comes_and_goes_stays_unhealthy() -> None:
     for now in range(0, 200, 20):
         health = seen(seen(health, HEALTHY, now), UNHEALTHY, now + 19)
     assert (health["d"].state, health["d"].since) == (UNHEALTHY, 0)
-    assert settle(health, 1e9, 30) is health
+    assert recovered(health, 1e9, 30) is health
 
 
-def test_good_evidence_that_has_lasted_counts_without_settle() -> None:
+def test_good_evidence_that_has_lasted_counts_without_a_look() -> None:
     """Whichever comes first."""
     health = seen(seen(NO_HEALTH, UNHEALTHY, 0), HEALTHY, 10)
     assert seen(health, HEALTHY, 40)["d"].state == HEALTHY
@@ -96,7 +96,7 @@ def test_a_device_is_healthy_only_after_30_good_seconds_or_if_it_never_was_bad(
     for state, after, source in story:
         now += after
         newest[source] = state
-        health = settle(seen(health, state, now, source=source), now, 30)
+        health = recovered(seen(health, state, now, source=source), now, 30)
         if set(newest.values()) != {HEALTHY}:
             bad_at = now
             assert health["d"].state != HEALTHY

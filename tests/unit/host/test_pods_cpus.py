@@ -215,7 +215,7 @@ async def test_cpus_that_kubepods_loses_are_lost_and_come_back(folder: Path, mon
         assert node.pins.notes() == [
             "pinning: CPUs 5,10-15 are not offered: outside the cpuset of kubepods, which has 0-4,6-9"
         ]
-        ids = {one.id: one for one in node.agent.advertised(CPU_OFFER)}
+        ids = {one.id: one for one in node.agent.advertised(CPU_OFFER.resource)}
         assert (ids["cpu5"].healthy, ids["cpu12"].healthy, ids["cpu9"].healthy) == (False, False, True)
         node.tree.set("kubepods", "cpuset.cpus", "")
         await node.until(lambda: node.tree.effective(node.path("lost", "main")) == "12")

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from nodeagent.aio.revision import Revision
 from nodeagent.core.dra.device_pool import label
 from nodeagent.core.model.claim import ClaimRef, Result
 from nodeagent.core.model.cpuset import CpuSet
@@ -248,7 +249,7 @@ async def test_looking_goes_on_sooner_while_something_is_missed(folder: Path, mo
         gone(look)
         async with asyncio.timeout(5):
             while look.room.agent.ledger.grants:
-                await look.room.agent.revision.changed(look.room.agent.revision.value)
+                await look.room.agent.revisions.ledger.changed(look.room.agent.revisions.ledger.value)
         task.cancel()
         await asyncio.wait({task})
 
@@ -479,7 +480,7 @@ async def test_files_are_kept_whatever_happens_to_them_or_to_the_grants(
         await room.prepare(claim)
         before = room.files()
         shutil.rmtree(room.cdi)
-        task = asyncio.create_task(keep_rendered(room.agent, room.rendering, room.cdi))
+        task = asyncio.create_task(keep_rendered(Revision(*room.agent.revisions), room.rendering, room.cdi))
         await eventually(room, before)
         room.spec_file(claim).unlink()
         await eventually(room, before)

@@ -476,9 +476,9 @@ def test_where_it_was_is_on_disk_before_an_interrupt_is_moved(stand: Stand, monk
     sysfs, own = SysFs(stand.root), CpuSet([3])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(intruders, "put", killed)
-        Mover(sysfs, stand.memory).settle(own, ALL - own, irqs(sysfs, own, []))
+        Mover(sysfs, stand.memory).move(own, ALL - own, irqs(sysfs, own, []))
     stand.ask(27, "5")
-    assert Mover(sysfs, stand.memory).settle(EMPTY, ALL, ()).moved == ()
+    assert Mover(sysfs, stand.memory).move(EMPTY, ALL, ()).moved == ()
     assert stand.asked(27) == "5"
 
 
@@ -507,7 +507,7 @@ def test_an_agent_killed_between_any_two_steps_ends_as_if_it_had_not_been(
 
 def turn(stand: Stand, mover: Mover, held: str) -> None:
     own = CpuSet.parse(held)
-    mover.settle(own, ALL - own, irqs(SysFs(stand.root), own, []))
+    mover.move(own, ALL - own, irqs(SysFs(stand.root), own, []))
 
 
 def until_killed(left: Iterator[int], step: Callable[..., None]) -> Callable[..., None]:

@@ -56,14 +56,14 @@ def static(shared: str) -> str:
 def test_a_cpu_reserved_in_a_drop_in_is_reserved(node: Node) -> None:
     put(node.root / "etc/kubelet.d/20-reserve.conf", 'reservedSystemCPUs: "0,8"\n')
     node.starts("--config-dir=/etc/kubelet.d", config="cpuManagerPolicy: none\n")
-    assert beside.reserved(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
+    assert beside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
 
 
 def test_what_the_admin_reserves_counts_more_than_kubelets_and_that_they_differ_is_reported(node: Node) -> None:
     node.starts("--reserved-cpus=0,8")
     config = parse("reservedCpus: '0-1'", source="test")
     known = node.beside.look(config)
-    assert beside.reserved(config, known, INVENTORY) == CpuSet.parse("0-1")
+    assert beside.reserved_cpus(config, known, INVENTORY) == CpuSet.parse("0-1")
     assert node.beside.notes == [
         "kubelet reserves CPUs 0,8 (--reserved-cpus of kubelet (process 812)), reservedCpus says 0-1: CPUs 8 may be "
         "granted"
@@ -148,7 +148,7 @@ def test_flags_are_remembered_while_kubelet_is_away(node: Node) -> None:
     node.starts("--reserved-cpus=0,8")
     node.look()
     ends(node.root / "proc/812")
-    assert beside.reserved(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
+    assert beside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
     assert node.beside.document()["pid"] == 812
 
 

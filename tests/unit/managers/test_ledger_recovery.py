@@ -230,15 +230,15 @@ async def test_until_kubelet_has_been_asked_nothing_new_is_granted(folder: Path)
         assert await one.look() == {"kubelet": "cannot list pod resources: on purpose"}
         offer = one.offers[0].by_device_plugin_alone()
         with pytest.raises(Refused, match=r"the ledger may lack decisions \(.*\): cannot list pod resources"):
-            await one.room.agent.allocate(offer, [["cpu1"]], "op")
-        assert not [shown for shown in one.room.agent.advertised(offer) if shown.healthy]
+            await one.room.agent.allocate(offer.resource, [["cpu1"]], offer.edits, "op")
+        assert not [shown for shown in one.room.agent.advertised(offer.resource) if shown.healthy]
         (new,) = await one.room.prepare(one.room.claim("new", consumed("cpu", "numa1", cpus="1")))
         assert "the ledger may lack decisions" in new.error
         assert [answer.error for answer in await one.room.prepare(claim)] == [""]
         one.silent = False
         one.write()
         assert await one.look() == {}
-        await one.room.agent.allocate(offer, [["cpu1"]], "op")
+        await one.room.agent.allocate(offer.resource, [["cpu1"]], offer.edits, "op")
 
 
 async def test_a_claim_whose_files_are_lost_too_holds_everything_back_while_it_runs(folder: Path) -> None:
@@ -262,7 +262,7 @@ async def test_devices_of_kubelets_checkpoint_are_adopted_before_kubelet_lists_t
     """Also those of init containers, which it never lists."""
     async with node(folder) as one:
         offer = one.offers[0].by_device_plugin_alone()
-        await one.room.agent.allocate(offer, [["cpu2", "cpu3"]], "op")
+        await one.room.agent.allocate(offer.resource, [["cpu2", "cpu3"]], offer.edits, "op")
         one.pods["u"] = Pod("u", offer.name, ("cpu2", "cpu3"))
         one.write()
         await one.lost(remove)
@@ -318,12 +318,12 @@ class History:
         node = self.node
         offer = self.draw.choice(node.offers).by_device_plugin_alone()
         taken = {one for pod in node.pods.values() if pod.resource == offer.name for one in pod.ids}
-        healthy = [one.id for one in node.room.agent.advertised(offer) if one.healthy and one.id not in taken]
+        healthy = [one.id for one in node.room.agent.advertised(offer.resource) if one.healthy and one.id not in taken]
         if not healthy:
             return
         ids = tuple(self.draw.sample(healthy, min(len(healthy), self.draw.choice((1, 1, 2)))))
         try:
-            await node.room.agent.allocate(offer, [ids], "op")
+            await node.room.agent.allocate(offer.resource, [ids], offer.edits, "op")
         except NodeagentError:
             node.counts["refused"] += 1
             return
@@ -345,7 +345,7 @@ class History:
         uids = {uid for grant in agent.ledger.grants.values() for uid in grant.pods}
         sights = {uid: Sighting(Sight.LIVES if uid in node.pods else Sight.ABSENT, "it runs") for uid in uids}
         witnesses = Witnesses(kubelet=1, knows_pods=True, given=given, sights=sights)
-        mine = [one.by_device_plugin_alone() for one in node.offers]
+        mine = [one.resource for one in node.offers]
         for after_s in (0.0, 100.0, 1000.0):
             await agent.reconcile([], mine, "op", asked_at=agent._clock() + after_s, witnesses=witnesses)
 

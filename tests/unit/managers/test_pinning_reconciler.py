@@ -145,7 +145,7 @@ async def test_two_requests_of_one_page_size_add_up(folder: Path, monkeypatch: p
     async with pin_node(folder, monkeypatch) as node:
         await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
         node.entries.append(dict(node.entries[0], DeviceIDs={"-1": ["node1-2Mi-5"]}))
-        await node.agent.allocate(PAGES, [["node1-2Mi-5"]], "op")
+        await node.agent.allocate(PAGES.resource, [["node1-2Mi-5"]], PAGES.edits, "op")
         node.write_checkpoint()
         await node.run("dpdk", "main")
         assert node.tree.text(node.path("dpdk", "main"), "hugetlb.2MB.max") == str(8 * MIB2)
@@ -195,7 +195,7 @@ async def test_others_go_on_where_one_cannot_be_confined(folder: Path, monkeypat
         with pytest.raises(PluginRefusedError, match="its CPUs 4-5 are used by pod uid-bad too"):
             await node.start("db", "main")
         node.tree.refuses.clear()
-        node.agent.revision.bump()
+        node.agent.revisions.ledger.bump()
         await node.until(lambda: node.tree.effective(bad) == "1-3,6-15")
         await node.start("db", "main")
 
@@ -362,7 +362,7 @@ async def test_a_drift_that_cannot_be_put_right_is_counted_apart_until_it_is(
         await node.until(lambda: counts() == (1, 0, 1))
         assert node.pins.document()["pinned"][0]["drifts_not_repaired"] == 1
         node.tree.refuses.clear()
-        node.agent.revision.bump()
+        node.agent.revisions.ledger.bump()
         await node.until(lambda: counts() == (1, 1, 0))
         assert node.tree.effective(path) == "4-5"
 

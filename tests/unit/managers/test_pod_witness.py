@@ -30,8 +30,8 @@ class Node:
         self.folder = folder
         self.plugins = folder / "kubelet/device-plugins"
         self.plugins.mkdir(parents=True)
-        self.room = ContainerTable(layouts())
-        self.witness = PodWitness(PodCgroups(SysFs(folder)), self.room, self.plugins, frozenset({"n1"}))
+        self.table = ContainerTable(layouts())
+        self.witness = PodWitness(PodCgroups(SysFs(folder)), self.table, self.plugins, frozenset({"n1"}))
 
     def checkpoint(self, uid: str, *ids: str) -> None:
         entries = [{"PodUID": uid, "ContainerName": "c", "ResourceName": "r", "DeviceIDs": {"-1": list(ids)}}]
@@ -39,7 +39,7 @@ class Node:
 
     def runs(self, uid: str, *, pod: str = "p", state: str = RUNNING, env: dict[str, str] | None = None) -> None:
         named = {"namespace": "ns", "pod_name": pod, "name": "c", "env": env or {}}
-        self.room.tell(Container(id=f"id-{uid}", pod_id="s", pod_uid=uid, state=state, **named))  # type: ignore[arg-type]
+        self.table.tell(Container(id=f"id-{uid}", pod_id="s", pod_uid=uid, state=state, **named))  # type: ignore[arg-type]
 
     async def ask(self, one: Grant, *listed: str) -> Witnesses:
         pods = frozenset(("ns", name) for name in listed)
@@ -99,7 +99,7 @@ async def test_without_cgroups_the_runtime_is_asked_as_long_as_it_tells(
     """What it told before its connection ended may be old."""
     node = Node(folder)
     node.runs("u", state=state)
-    node.room.told_by_runtime = connected
+    node.table.runtime_connected(connected)
     assert await node.sight(held(pods=("u",))) is sight
 
 
@@ -107,7 +107,7 @@ async def test_the_runtime_may_know_better_than_a_cgroup_that_is_not_there(folde
     """A runtime may keep a pod's processes in cgroups of its own."""
     node = Node(folder)
     PodCgroupTree(folder)
-    node.room.told_by_runtime = True
+    node.table.runtime_connected(True)
     node.runs("u")
     assert await node.sight(held(pods=("u",))) is Sight.LIVES
     assert await node.witness.living([held(pods=("u",))]) == {"g-1": "the runtime runs container ns/p/c"}

@@ -49,6 +49,7 @@ def offered(*resources: Mapping[str, object]) -> dict[str, Offer]:
 
 
 OFFERS = offered()
+RESOURCES = [one.resource for one in OFFERS.values()]
 CPU, FULL, PAGES, GPU, ANY_GPU, FUSE = (OFFERS[name] for name in ("cpu", "fullcpu", "pages", "gpu", "anygpu", "fuse"))
 WHOLE_FUSE = replace(FUSE, resource=DeviceResource(name="nodeagent.dev/wholefuse", kind="char"))
 
@@ -109,7 +110,7 @@ class Node:
         return tuple(self.lists)
 
     async def allocate(self, offer: Offer, *ids: str) -> ContainerEdits:
-        return (await self.agent.allocate(offer, [ids], "op"))[0]
+        return (await self.agent.allocate(offer.resource, [ids], offer.edits, "op"))[0]
 
     async def grant(self, offer: Offer, *ids: str) -> Grant:
         await self.allocate(offer, *ids)
@@ -118,8 +119,8 @@ class Node:
     async def reconcile(self, *holdings: Holding, after_s: float = 0.0, by: Sequence[Offer] | None = None) -> None:
         self.now_s += after_s + 0.001
         self.lists = list(holdings)
-        offers = list(OFFERS.values()) if by is None else by
-        await self.agent.reconcile(holdings, offers, "op", witnesses=self.witnesses(*holdings))
+        resources = RESOURCES if by is None else [one.resource for one in by]
+        await self.agent.reconcile(holdings, resources, "op", witnesses=self.witnesses(*holdings))
 
     def witnesses(self, *holdings: Holding) -> Witnesses:
         """A checkpoint that says the same as the list, and what there is to see of every pod."""
@@ -193,7 +194,7 @@ async def test_unknown_ids_are_named_and_nothing_is_granted(
     async with node(folder) as one:
         for containers in ([ids], [[good], [x for x in ids if x != good]]):
             with pytest.raises(InputError) as error:
-                await one.agent.allocate(offer, containers, "op")
+                await one.agent.allocate(offer.resource, containers, offer.edits, "op")
             assert str(error.value) == f"cannot allocate {text} of {offer.name}: unknown"
         assert not one.agent.ledger.grants
 
@@ -203,7 +204,7 @@ async def test_ids_asked_for_twice_are_named_and_nothing_is_granted(containers: 
     """In one container or in two."""
     async with node(folder) as one:
         with pytest.raises(InputError, match=f"cannot allocate {CPU.name}: asked for twice: cpu1"):
-            await one.agent.allocate(CPU, containers, "op")
+            await one.agent.allocate(CPU.resource, containers, CPU.edits, "op")
         assert not one.agent.ledger.grants
 
 
@@ -212,9 +213,9 @@ async def test_several_containers_are_granted_all_or_none(folder: Path) -> None:
     async with node(folder) as one:
         held = await one.grant(FULL, "cpu5")
         with pytest.raises(Refused, match=r"5 held by a container not yet listed \(nodeagent.dev/fullcpu\)"):
-            await one.agent.allocate(CPU, [["cpu1"], ["cpu2"], ["cpu5"]], "op")
+            await one.agent.allocate(CPU.resource, [["cpu1"], ["cpu2"], ["cpu5"]], CPU.edits, "op")
         assert dict(one.agent.ledger.grants) == {held.id: held}
-        assert len(await one.agent.allocate(CPU, [["cpu1"], ["cpu2"]], "op")) == 2
+        assert len(await one.agent.allocate(CPU.resource, [["cpu1"], ["cpu2"]], CPU.edits, "op")) == 2
 
 
 async def test_the_same_ids_again_are_the_same_grant(folder: Path) -> None:
@@ -294,7 +295,9 @@ async def test_a_part_and_its_whole_are_not_given_to_two(folder: Path) -> None:
         for offer in (GPU, ANY_GPU):
             with pytest.raises(Refused, match="cannot grant gpu1: gpu2 is of the same device and held by"):
                 await one.allocate(offer, "gpu1")
-        shown = {(offer.name, x.id): x.healthy for offer in (GPU, ANY_GPU) for x in one.agent.advertised(offer)}
+        shown = {
+            (offer.name, x.id): x.healthy for offer in (GPU, ANY_GPU) for x in one.agent.advertised(offer.resource)
+        }
         assert [key[1] for key, healthy in shown.items() if healthy] == ["gpu0", "gpu2", "gpu0"]
         await one.allocate(GPU, "gpu0")
 
@@ -305,9 +308,9 @@ async def test_a_part_and_its_whole_do_not_count_as_two(folder: Path) -> None:
         with pytest.raises(Refused, match="cannot grant gpu1, gpu2: gpu2 is a part of gpu1"):
             await one.allocate(GPU, "gpu2", "gpu1")
         every = ["gpu0", "gpu1", "gpu2"]
-        assert sorted(one.agent.prefer(GPU, every, [], 2)) == ["gpu0", "gpu2"]
-        assert sorted(one.agent.prefer(GPU, every, ["gpu1"], 2)) == ["gpu0", "gpu1"]
-        assert sorted(one.agent.prefer(GPU, every, [], 3)) == every
+        assert sorted(one.agent.prefer(GPU.resource, every, [], 2)) == ["gpu0", "gpu2"]
+        assert sorted(one.agent.prefer(GPU.resource, every, ["gpu1"], 2)) == ["gpu0", "gpu1"]
+        assert sorted(one.agent.prefer(GPU.resource, every, [], 3)) == every
 
 
 async def test_a_device_is_held_whole_or_by_shares_never_both(folder: Path) -> None:
@@ -317,7 +320,7 @@ async def test_a_device_is_held_whole_or_by_shares_never_both(folder: Path) -> N
             await one.allocate(FUSE, f"/dev/fuse::{share}")
         with pytest.raises(Refused, match="cannot grant /dev/fuse: held by"):
             await one.allocate(WHOLE_FUSE, "/dev/fuse")
-        assert not any(x.healthy for x in one.agent.advertised(WHOLE_FUSE))
+        assert not any(x.healthy for x in one.agent.advertised(WHOLE_FUSE.resource))
 
 
 async def test_pages_that_the_host_has_taken_meanwhile_are_refused(folder: Path) -> None:
@@ -335,7 +338,7 @@ async def test_reserved_cpus_are_refused(folder: Path) -> None:
     async with node(folder, settings=AgentSettings(reserved=CpuSet([0, 1]))) as one:
         with pytest.raises(Refused, match="cannot grant CPUs 1: they are reserved"):
             await one.allocate(CPU, "cpu1", "cpu2")
-        assert [x.id for x in one.agent.advertised(CPU)] == [f"cpu{n}" for n in range(2, 16)]
+        assert [x.id for x in one.agent.advertised(CPU.resource)] == [f"cpu{n}" for n in range(2, 16)]
 
 
 async def test_cpus_that_become_reserved_during_a_decision_stay_reserved(folder: Path) -> None:
@@ -350,7 +353,7 @@ async def test_cpus_that_become_reserved_during_a_decision_stay_reserved(folder:
         async def slow(*args: object) -> object:
             saving.set()
             await asyncio.sleep(0)
-            one.agent.reserve(AgentSettings(reserved=CpuSet([0])))
+            one.agent.apply_settings(AgentSettings(reserved=CpuSet([0])))
             return await save(*args)  # type: ignore[arg-type]
 
         one.agent._on_disk = slow  # type: ignore[assignment, method-assign]
@@ -414,14 +417,14 @@ async def test_a_save_that_fails_leaves_memory_and_disk_as_they_were(
     """The same call later is good."""
     async with node(folder) as one:
         held = await one.grant(CPU, "cpu1")
-        seen = await one.agent.revision.changed(1)  # the news of a decision comes a moment after its answer
+        seen = await one.agent.revisions.ledger.changed(1)  # the news of a decision comes a moment after its answer
         with monkeypatch.context() as patch:
             patch.setattr(Store, "save", _full)
             with pytest.raises(StateError, match="disk is full"):
                 await one.allocate(CPU, "cpu1", "cpu2")
             with pytest.raises(StateError, match="disk is full"):
                 await one.reconcile(holding("a", CPU, "cpu1"))
-        assert (dict(one.agent.ledger.grants), one.agent.revision.value) == ({held.id: held}, seen)
+        assert (dict(one.agent.ledger.grants), one.agent.revisions.ledger.value) == ({held.id: held}, seen)
         one.check()
         one.lists = []
         assert (await one.grant(CPU, "cpu1", "cpu2")).cpus == CpuSet([1, 2])
@@ -517,7 +520,7 @@ async def test_the_cpus_of_a_running_pod_are_not_given_to_another_that_kubelet_p
             await one.reconcile(after_s=100)
         assert one.agent.disputed == {grant.id}
         assert one.agent.held_back == {grant.id: "kubelet no longer lists it, and it runs"}
-        assert "cpu1" not in {shown.id for shown in one.agent.advertised(CPU) if shown.healthy}
+        assert "cpu1" not in {shown.id for shown in one.agent.advertised(CPU.resource) if shown.healthy}
         with pytest.raises(Refused, match="held by ns/a/main, and it runs"):
             await one.allocate(CPU, "cpu1")
         one.alive.clear()
@@ -535,9 +538,7 @@ async def test_a_list_from_before_a_grant_says_nothing_about_it(folder: Path) ->
         await one.reconcile(*stale)
         asked_at, one.now_s, one.lists = one.now_s, one.now_s + 0.1, []
         new = await one.grant(CPU, "cpu1")
-        await one.agent.reconcile(
-            stale, list(OFFERS.values()), "op", asked_at=asked_at, witnesses=one.witnesses(*stale)
-        )
+        await one.agent.reconcile(stale, RESOURCES, "op", asked_at=asked_at, witnesses=one.witnesses(*stale))
         assert one.agent.ledger.grants[new.id] == new
         assert one.agent.look_again_s == 0.0
         await one.reconcile(after_s=10)
@@ -566,7 +567,7 @@ async def test_a_lost_ledger_is_rebuilt_from_kubelets_list(folder: Path) -> None
         assert {grant.holder.pod for grant in held.grants.values()} == {"a", "b", "c"}
         assert (held.cpus_held, held.devices_held) == (CpuSet([1, 9]), {"gpu0"})
         assert held.pages_held == {(1, 2 * MIB): 4}
-        assert await one.agent.reconcile(lists, list(OFFERS.values()), "op") is not None
+        assert await one.agent.reconcile(lists, RESOURCES, "op") is not None
         assert len(one.agent.ledger.grants) == 3
 
 
@@ -622,10 +623,10 @@ async def test_cpus_are_preferred_near_the_gpu_granted_a_moment_ago(folder: Path
     every = [f"cpu{n}" for n in range(16)]
     async with node(folder) as one:
         await one.grant(GPU, "gpu1")
-        assert set(one.agent.prefer(CPU, every, [], 2)) <= {f"cpu{n}" for n in range(8, 16)}
+        assert set(one.agent.prefer(CPU.resource, every, [], 2)) <= {f"cpu{n}" for n in range(8, 16)}
         await one.grant(CPU, "cpu9")
         blocks = [f"node{n}-2Mi-{block}" for n in (0, 1) for block in range(8)]
-        assert one.agent.prefer(PAGES, blocks, [], 2) == ["node1-2Mi-0", "node1-2Mi-1"]
+        assert one.agent.prefer(PAGES.resource, blocks, [], 2) == ["node1-2Mi-0", "node1-2Mi-1"]
 
 
 async def test_what_is_available_by_kubelets_word_is_preferred_whoever_held_it(folder: Path) -> None:
@@ -633,49 +634,49 @@ async def test_what_is_available_by_kubelets_word_is_preferred_whoever_held_it(f
     async with node(folder) as one:
         await one.grant(CPU, "cpu1", "cpu2")
         await one.reconcile(holding("a", CPU, "cpu1", "cpu2"))
-        assert sorted(one.agent.prefer(CPU, ["cpu1", "cpu2", "cpu99"], ["cpu2"], 2)) == ["cpu1", "cpu2"]
+        assert sorted(one.agent.prefer(CPU.resource, ["cpu1", "cpu2", "cpu99"], ["cpu2"], 2)) == ["cpu1", "cpu2"]
 
 
 async def test_news_of_machine_health_and_settings_are_told_and_no_news_are_not(folder: Path) -> None:
     """The same machine seen again keeps the snapshot and all that was worked out of it."""
     async with node(folder) as one:
-        agent, seen = one.agent, one.agent.revision.value
-        before = agent.inventory
+        agent = one.agent
+        before, seen = agent.inventory, [each.value for each in agent.revisions]
         assert not agent.see(machine())
         assert agent.inventory is before
         agent.observe([])
-        assert agent.revision.value == seen
+        assert [each.value for each in agent.revisions] == seen
         assert agent.see(machine(without=[5]))
         agent.observe([Evidence(device="gpu0", source="nvml", state=UNHEALTHY, reason="Xid 79")])
-        agent.reserve(AgentSettings(reserved=CpuSet([0])))
-        assert agent.revision.value == seen + 3
-        assert {x.id: x.healthy for x in agent.advertised(GPU)} == {"gpu0": False, "gpu1": True, "gpu2": True}
+        agent.apply_settings(AgentSettings(reserved=CpuSet([0])))
+        assert [each.value for each in agent.revisions] == [number + 1 for number in seen]
+        assert {x.id: x.healthy for x in agent.advertised(GPU.resource)} == {"gpu0": False, "gpu1": True, "gpu2": True}
 
 
 async def test_a_device_that_recovers_is_shown_again_when_its_time_has_come(folder: Path) -> None:
-    """settle says when to come back."""
+    """recover_due says when to come back."""
     async with node(folder) as one:
         for state in (UNHEALTHY, "healthy"):
             one.agent.observe([Evidence(device="gpu0", source="nvml", state=state)])
-        assert one.agent.settle() == 30.0
+        assert one.agent.recover_due() == 30.0
         one.now_s += 29
-        assert one.agent.settle() == 1.0
-        assert not one.agent.advertised(GPU)[0].healthy
+        assert one.agent.recover_due() == 1.0
+        assert not one.agent.advertised(GPU.resource)[0].healthy
         one.now_s += 1
-        assert one.agent.settle() is None
-        assert one.agent.advertised(GPU)[0].healthy
+        assert one.agent.recover_due() is None
+        assert one.agent.advertised(GPU.resource)[0].healthy
 
 
 async def test_whoever_watches_is_told_of_a_decision_after_it_is_in_force(folder: Path) -> None:
     """Who asked is answered first; one telling for one decision, none for a call repeated."""
     async with node(folder) as one:
-        await asyncio.wait_for(one.agent.revision.changed(0), 5)
-        seen = one.agent.revision.value
+        await asyncio.wait_for(one.agent.revisions.ledger.changed(0), 5)
+        seen = one.agent.revisions.ledger.value
         await one.grant(CPU, "cpu1")
-        assert await asyncio.wait_for(one.agent.revision.changed(seen), 5) == seen + 1
+        assert await asyncio.wait_for(one.agent.revisions.ledger.changed(seen), 5) == seen + 1
         await one.grant(CPU, "cpu1")
         await one.reconcile(holding("a", CPU, "cpu1"))
-        assert await asyncio.wait_for(one.agent.revision.changed(seen + 1), 5) == seen + 2
+        assert await asyncio.wait_for(one.agent.revisions.ledger.changed(seen + 1), 5) == seen + 2
 
 
 async def test_old_lines_of_the_audit_go_with_prune(folder: Path) -> None:
@@ -711,7 +712,7 @@ class Crowd:
     async def admit(self) -> None:
         """Kubelet chooses among what is shown healthy and is not held by its own account."""
         offer = self.random.choice([CPU, CPU, FULL, PAGES, GPU, ANY_GPU, FUSE])
-        healthy = [one.id for one in self.node.agent.advertised(offer) if one.healthy]
+        healthy = [one.id for one in self.node.agent.advertised(offer.resource) if one.healthy]
         free = [one for one in healthy if one not in self.held(offer)]
         if not free:
             return
@@ -747,7 +748,7 @@ class Crowd:
         self.node.now_s += 0.1
         await self.admit()
         witnesses = self.node.witnesses(*lists)
-        await self.node.agent.reconcile(lists, list(OFFERS.values()), "op", asked_at=asked_at, witnesses=witnesses)
+        await self.node.agent.reconcile(lists, RESOURCES, "op", asked_at=asked_at, witnesses=witnesses)
 
     async def restart(self) -> None:
         await self.node.restart()
@@ -761,7 +762,7 @@ class Crowd:
         self.node.agent = self.node.open(machine())
         given = self.node.witnesses(*self.holdings()).given
         if self.node.agent.loss:
-            assert await self.node.agent.rebuild(Sources(given=given), list(OFFERS.values()), "op") == {}
+            assert await self.node.agent.rebuild(Sources(given=given), RESOURCES, "op") == {}
         await self.node.reconcile(*self.holdings())
         assert (self.node.agent.conflicts, self.node.agent.loss) == ((), "")
 
@@ -771,7 +772,9 @@ class Crowd:
 
     async def hang_up(self) -> None:
         """A call that is not waited for: kubelet never hears of it."""
-        free = [one.id for one in self.node.agent.advertised(CPU) if one.healthy and one.id not in self.held(CPU)]
+        free = [
+            one.id for one in self.node.agent.advertised(CPU.resource) if one.healthy and one.id not in self.held(CPU)
+        ]
         if not free:
             return
         self.node.lists = self.holdings()
