@@ -17,6 +17,11 @@ class NodeagentError(Exception):
     """Whatever this program raises on purpose."""
 
 
+def cause_of(error: Exception) -> str:
+    """Return what went wrong, for the end of a message: of a system call's error without its number and path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 class Refused(NodeagentError):  # noqa: N818 - a refusal is an answer, not an error
     """A request that was understood and does not fit.
 
@@ -52,7 +57,15 @@ class LedgerTooNewError(StateError):
 
 
 class PeerError(NodeagentError):
-    """Kubelet or another peer did not do its part."""
+    """Kubelet or another peer did not do its part.
+
+    status: the HTTP status of its answer, 0 where there was none. retry_after_s: how long it asked to be left alone.
+    lasting: whether the same call would fail again soon.
+    """
+
+    status: int = 0
+    retry_after_s: float = 0.0
+    lasting: bool = False
 
 
 class ConfigError(NodeagentError):

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nodeagent.errors import PeerError
+from nodeagent.errors import PeerError, cause_of
 
 SOCKET = "/run/nodeagent/status.sock"
 TIMEOUT_S = 10.0
@@ -60,7 +60,7 @@ def ask(path: str, page: str) -> Any:
         body = answer.read()
         document = json.loads(body)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise PeerError(f"cannot ask the agent at {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise PeerError(f"cannot ask the agent at {path}: {cause_of(error)}") from None
     finally:
         connection.close()
     if answer.status != http.client.OK:

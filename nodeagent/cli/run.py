@@ -25,12 +25,14 @@ def run(args: argparse.Namespace) -> int:
     from nodeagent.config.load import load as load_config
     from nodeagent.config.schema import Config
     from nodeagent.daemon import daemon
-    from nodeagent.daemon.paths import places
+    from nodeagent.daemon.paths import paths_of
     from nodeagent.telemetry import log
 
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     config = load_config(path) if path is not None else Config()
     log.configure(config.log.level, config.log.format)
-    where = places(config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir, accept_loss=args.accept_loss)
+    where = paths_of(
+        config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir, accept_loss=args.accept_loss
+    )
     asyncio.run(daemon.run(config, where))
     return 0

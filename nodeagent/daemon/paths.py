@@ -29,7 +29,7 @@ class Paths:
     """Whether a ledger that a newer build wrote may be moved aside."""
 
 
-def places(
+def paths_of(
     config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None, accept_loss: bool = False
 ) -> Paths:
     """The command line's folders before the configuration's."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.device import PciFacts
 from nodeagent.core.model.topology import NodeId
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -25,24 +26,12 @@ _BUS = "sys/bus/pci/devices"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Function:
+class Function(PciFacts):
     """One PCI function: what its folder says, None for what it does not say."""
 
     address: str
     path: str
     """Its folder below the root, links followed."""
-    pci_class: str | None = None
-    """Six hexadecimal digits: class, subclass, programming interface."""
-    vendor: str | None = None
-    device: str | None = None
-    driver: str | None = None
-    numa_node: NodeId | None = None
-    local_cpus: CpuSet = EMPTY
-    pcie_root: str | None = None
-    """The outermost root bus: drives behind a VMD controller count as where the controller is."""
-    bridges: tuple[str, ...] = ()
-    """Functions above, the one nearest the root first."""
-    iommu_group: int | None = None
     physical: str | None = None
     """Address of the physical function, of a virtual one."""
     vfs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))

@@ -25,7 +25,7 @@ import structlog
 from google.protobuf.message import DecodeError
 
 from nodeagent.core.model.container import Update
-from nodeagent.errors import ConfigError, NodeagentError, PeerError
+from nodeagent.errors import ConfigError, NodeagentError, PeerError, cause_of
 from nodeagent.nri.service import Handler, PluginService
 from nodeagent.nri.translation import write_update
 from nodeagent.nri.ttrpc import Code, RpcError, TtrpcConnection
@@ -234,7 +234,7 @@ class NriPlugin:
         """What to raise where the stream ended, with what its reader raised."""
         if error is not None and not isinstance(error, OSError | NodeagentError):
             return error
-        why = "the runtime closed the connection" if error is None else getattr(error, "strerror", None) or str(error)
+        why = "the runtime closed the connection" if error is None else cause_of(error)
         return DisconnectedError(Reason.CLOSED, f"cannot serve {self._socket} on: {why}")
 
     async def _introduce(self, connection: TtrpcConnection, service: PluginService) -> None:

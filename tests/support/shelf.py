@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nodeagent.aio.revision import Revision
+from nodeagent.core.deviceplugin.allocate import check_asked
 from nodeagent.core.model.device import Advertised, ContainerEdits
 
 CPU, GPU = "nodeagent.dev/cpu", "nodeagent.dev/gpu"
@@ -50,6 +51,7 @@ class Shelf:
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         if self.fault is not None:
             raise self.fault
+        check_asked(self.name, containers)
         self.allocations.append([[*ids] for ids in containers])
         self.ops.append(op)
         if self.edits is not None:

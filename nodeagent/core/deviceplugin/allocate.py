@@ -56,14 +56,20 @@ def allocate(
 
 
 def check_ids(inventory: Inventory, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
-    """InputError where ids are unknown or asked for twice, or where a container asks for none."""
-    every = list(chain.from_iterable(containers))
-    twice = sorted(one for one, times in Counter(every).items() if times > 1)
-    if twice:
-        raise InputError(f"cannot allocate {resource.name}: asked for twice: {', '.join(twice)}")
+    """InputError where ids are unknown or asked for twice, where a container asks for none, or where there is none."""
+    check_asked(resource.name, containers)
+    resource.parts(inventory, list(chain.from_iterable(containers)))
+
+
+def check_asked(name: str, containers: Sequence[Sequence[str]]) -> None:
+    """InputError unless a request for a resource has a container, each names ids, and no id stands twice."""
+    if not containers:
+        raise InputError(f"cannot allocate {name}: the request names no container")
     if not all(containers):
-        raise InputError(f"cannot allocate {resource.name}: a container names no id")
-    resource.parts(inventory, every)
+        raise InputError(f"cannot allocate {name}: the request of a container names no id")
+    twice = sorted(one for one, times in Counter(chain.from_iterable(containers)).items() if times > 1)
+    if twice:
+        raise InputError(f"cannot allocate {name}: asked for twice: {', '.join(twice)}")
 
 
 def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], grant_id: str, stamp: Stamp) -> Grant:

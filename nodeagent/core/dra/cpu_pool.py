@@ -21,6 +21,7 @@ from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import Health
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.memo import kept_by
 from nodeagent.core.model.options import CORE_KINDS, FULL_PCPUS
 from nodeagent.core.model.request import BEST_EFFORT
 from nodeagent.core.model.topology import Cpu, NodeId
@@ -50,15 +51,6 @@ class PoolKind(Protocol):
     def part(self, inventory: Inventory, name: str) -> DevicePart | None:
         """What a device of this pool stands for, in whichever form it was published; None: there is none such."""
         ...
-
-
-def kept_by(inventory: Inventory, name: str, of: object, make: Callable[[], T]) -> T:
-    """What is worked out of an inventory and some settings alone, kept by the inventory itself. It is made once, and
-    again where the settings are others."""
-    kept: tuple[object, T] | None = inventory.__dict__.get(name)
-    if kept is None or kept[0] != of:
-        kept = inventory.__dict__[name] = (of, make())
-    return kept[1]
 
 
 def claimed_names(ledger: Ledger) -> frozenset[str]:
@@ -95,11 +87,11 @@ class CpuPool:
         return Pool(kind=self.kind, devices=tuple(one for one in shown if features.taints or not one.taints))
 
     def part(self, inventory: Inventory, name: str) -> DevicePart | None:
-        return kept_by(inventory, "_cpu_parts", None, lambda: _cpu_parts(inventory)).get(name)
+        return kept_by(inventory, "_cpu_parts", lambda: _cpu_parts(inventory)).get(name)
 
     def _less(self, inventory: Inventory, reserved: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
         """The groups without what is gone. One that nothing can ever be had of is left out."""
-        every = kept_by(inventory, f"_cpu_{self.group}", self.options, lambda: self._all(inventory))
+        every = kept_by(inventory, f"_cpu_{self.group}", lambda: self._all(inventory), self.options)
         for one in every:
             amount = one.capacity[CPUS]
             if self._count(inventory, one.part.cpus - reserved, amount.step) < amount.step:
@@ -156,7 +148,7 @@ def _cpu_parts(inventory: Inventory) -> Mapping[str, DevicePart]:
 
 
 def _individual(inventory: Inventory) -> tuple[PoolDevice, ...]:
-    return kept_by(inventory, "_cpu_individual", None, lambda: tuple(_one(inventory, cpu) for cpu in inventory.cpus))
+    return kept_by(inventory, "_cpu_individual", lambda: tuple(_one(inventory, cpu) for cpu in inventory.cpus))
 
 
 def _one(inventory: Inventory, cpu: Cpu) -> PoolDevice:

@@ -20,7 +20,7 @@ from nodeagent.core.deviceplugin.devices import (
     relatives,
     shares_by_device,
 )
-from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, claimed_names, kept_by
+from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, claimed_names
 from nodeagent.core.dra.pool import (
     NO_SCHEDULE,
     UNHEALTHY_TAINT,
@@ -38,6 +38,7 @@ from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import DEVICE_PLUGIN
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Health
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.memo import kept_by
 
 MEMORY, SIZE = "memory", "size"
 """Capacities: bytes of a GPU's memory; bytes of a disk."""
@@ -105,7 +106,7 @@ class DevicePool:
         return self._still(inventory).part(name)
 
     def _still(self, inventory: Inventory) -> _Still:
-        return kept_by(inventory, f"_devices_{self.kind}", self.resources, lambda: _Still(inventory, self.resources))
+        return kept_by(inventory, f"_devices_{self.kind}", lambda: _Still(inventory, self.resources), self.resources)
 
 
 class _Still:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.memo import seed
 from nodeagent.core.model.topology import NodeId
 from nodeagent.errors import Refused
 
@@ -65,15 +67,27 @@ class Ledger:
         return {(grant.holder.resource, one): grant for grant in self.grants.values() for one in grant.ids}
 
 
-GRANTED, REDUCED, RELEASED, CONFIRMED, ADOPTED = "granted", "reduced", "released", "confirmed", "adopted"
-"""Change.action: reduced is what is left of a grant when another has taken some of its ids."""
+class Action(StrEnum):
+    """What happens to a grant."""
+
+    GRANTED = "granted"
+    REDUCED = "reduced"
+    """It is what is left after another has taken some of its ids."""
+    RELEASED = "released"
+    CONFIRMED = "confirmed"
+    """Its holder is known now, or is another than before."""
+    ADOPTED = "adopted"
+    """It was found, not decided on."""
+
+
+GRANTED, REDUCED, RELEASED, CONFIRMED, ADOPTED = Action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
     """One line of the audit: what happened to a grant."""
 
-    action: str
+    action: Action
     grant: Grant
 
 
@@ -98,7 +112,7 @@ def release(ledger: Ledger, ids: Iterable[str]) -> Ledger:
         return ledger
     after = _with(ledger, {key: value for key, value in ledger.grants.items() if key not in gone})
     lost = {(old.holder.resource, one) for old in map(ledger.grants.__getitem__, gone) for one in old.ids}
-    after.__dict__["by_id"] = {key: value for key, value in ledger.by_id.items() if key not in lost}
+    seed(after, by_id={key: value for key, value in ledger.by_id.items() if key not in lost})
     return after
 
 
@@ -123,10 +137,13 @@ def _plus(ledger: Ledger, new: Grant) -> Ledger:
     """The ledger with a grant that overlaps nothing. What is known of the old one is carried over: a decision among
     hundreds of grants costs as much as one among few."""
     after = _with(ledger, {**ledger.grants, new.id: new})
-    after.__dict__["by_id"] = {**ledger.by_id, **{(new.holder.resource, one): new for one in new.ids}}
-    after.__dict__["cpus_held"] = ledger.cpus_held | new.cpus
-    after.__dict__["devices_held"] = ledger.devices_held.union(new.devices, new.shares)
-    after.__dict__["devices_whole"] = ledger.devices_whole.union(new.devices)
+    seed(
+        after,
+        by_id={**ledger.by_id, **{(new.holder.resource, one): new for one in new.ids}},
+        cpus_held=ledger.cpus_held | new.cpus,
+        devices_held=ledger.devices_held.union(new.devices, new.shares),
+        devices_whole=ledger.devices_whole.union(new.devices),
+    )
     return after
 
 

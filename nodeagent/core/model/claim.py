@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
+from nodeagent.core.model.health import DeviceState
+
 FROM_CLASS, FROM_CLAIM = "FromClass", "FromClaim"
 """Opaque.source, in the order in which they are applied."""
 
@@ -90,10 +92,10 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceHealth:
-    """Health of one device of a pool, as kubelet is told of it. state: core.model.health's words."""
+    """Health of one device of a pool, as kubelet is told of it."""
 
     pool: str
     device: str
-    state: str
+    state: DeviceState
     since_unix_s: float
     message: str = ""

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import CpuSet
 
-UNKNOWN, CREATED, PAUSED, RUNNING, STOPPED = "unknown", "created", "paused", "running", "stopped"
-"""Container.state."""
+
+class ContainerState(StrEnum):
+    """As the container runtime says."""
+
+    UNKNOWN = "unknown"
+    CREATED = "created"
+    PAUSED = "paused"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+
+UNKNOWN, CREATED, PAUSED, RUNNING, STOPPED = ContainerState
 
 
 def _none() -> Mapping[str, str]:
@@ -59,7 +70,7 @@ class Container:
     namespace: str = ""
     pod_name: str = ""
     name: str
-    state: str = UNKNOWN
+    state: ContainerState = UNKNOWN
     env: Mapping[str, str] = field(default_factory=_none)
     annotations: Mapping[str, str] = field(default_factory=_none)
     cgroup_path: str = ""

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+from typing import Any
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import NodeId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Device:
-    """One thing that can be given away whole. `id` is stable over reboots and driver failures."""
+class PciFacts:
+    """What a PCI function is and where it lies; None: it does not say."""
 
-    kind: str
-    id: str
-    pci_address: str | None = None
-    """dddd:bb:dd.f, lower case; the domain may have more than four digits."""
     pci_class: str | None = None
     """Six hexadecimal digits: class, subclass, programming interface."""
     vendor: str | None = None
@@ -27,10 +24,24 @@ class Device:
     """None: the firmware does not say."""
     local_cpus: CpuSet = EMPTY
     pcie_root: str | None = None
-    """pciDDDD:BB, as the kernel names the root bus."""
+    """pciDDDD:BB, as the kernel names the outermost root bus: drives behind a VMD controller count as where that is."""
     bridges: tuple[str, ...] = ()
     """PCI addresses of the bridges above, the one nearest the root first."""
     iommu_group: int | None = None
+
+    def pci_facts(self) -> dict[str, Any]:
+        """Return these fields by name, to make another value of them."""
+        return {one.name: getattr(self, one.name) for one in fields(PciFacts)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device(PciFacts):
+    """One thing that can be given away whole. `id` is stable over reboots and driver failures."""
+
+    kind: str
+    id: str
+    pci_address: str | None = None
+    """dddd:bb:dd.f, lower case; the domain may have more than four digits."""
     paths: tuple[str, ...] = ()
     """Device nodes a container needs, below /dev."""
     parent: str | None = None

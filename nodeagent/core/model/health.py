@@ -9,20 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from types import MappingProxyType
 
-HEALTHY, UNHEALTHY, UNKNOWN = "healthy", "unhealthy", "unknown"
+
+class DeviceState(StrEnum):
+    """How a device is."""
+
+    HEALTHY = "healthy"
+    UNHEALTHY = "unhealthy"
+    UNKNOWN = "unknown"
+
+
+HEALTHY, UNHEALTHY, UNKNOWN = DeviceState
 RECOVER_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What one source saw of one device. state: healthy, unhealthy or unknown."""
+    """What one source saw of one device."""
 
     device: str
     source: str
     """Who saw it: "inventory", "nvml", "admin" …; each source's newest evidence counts."""
-    state: str
+    state: DeviceState
     reason: str = ""
 
 
@@ -30,10 +40,10 @@ class Evidence:
 class HealthState:
     """One device's health. since and good_since are in seconds of the caller's clock."""
 
-    state: str
+    state: DeviceState
     since: float
     reason: str = ""
-    seen: Mapping[str, tuple[str, str]] = field(default_factory=lambda: MappingProxyType({}))
+    seen: Mapping[str, tuple[DeviceState, str]] = field(default_factory=lambda: MappingProxyType({}))
     """Newest (state, reason) by source."""
     good_since: float | None = None
     """Since when all evidence is good again, while the state is not yet."""
@@ -89,7 +99,7 @@ def _recovered(state: HealthState, now: float, recover_s: float) -> HealthState:
     return HealthState(state=HEALTHY, since=now, seen=state.seen)
 
 
-def _worst(seen: Mapping[str, tuple[str, str]]) -> tuple[str, str]:
+def _worst(seen: Mapping[str, tuple[DeviceState, str]]) -> tuple[DeviceState, str]:
     for state in (UNHEALTHY, UNKNOWN):
         for source in sorted(seen):
             if seen[source][0] == state:

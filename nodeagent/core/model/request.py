@@ -49,6 +49,27 @@ class Pages:
     pages: int
 
 
+class PlacementCost(NamedTuple):
+    """What a placement costs, part by part, the most important first; docs/placement.md says each in words."""
+
+    device_links: int = 0
+    near: int = 0
+    preference: int = 0
+    packages: int = 0
+    numa_nodes: int = 0
+    numa_distance: int = 0
+    l3: int = 0
+    split_cores: int = 0
+    nodes_broken: int = 0
+    l3_broken: int = 0
+    cores_broken: int = 0
+    links_cut: int = 0
+    cpu_ids: int = 0
+
+
+NO_COST = PlacementCost()
+
+
 class Placement(NamedTuple):
     """What was computed for a request, and what it cost. core.placement.describe says more about one."""
 
@@ -57,7 +78,6 @@ class Placement(NamedTuple):
     memory: tuple[tuple[NodeId, int], ...] = ()
     """(node, bytes)."""
     devices: tuple[str, ...] = ()
-    cost: tuple[int, ...] = ()
-    """In the order of core.placement.COST_ORDER."""
+    cost: PlacementCost = NO_COST
     exact: bool = True
     """False: the search ran out of steps and this is the best it saw."""

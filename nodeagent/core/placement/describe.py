@@ -67,7 +67,7 @@ def _sentences(machine: MachineIndex, request: Request, placement: Placement, sp
     if placement.devices:
         out.append(f"devices {', '.join(placement.devices)}: the best linked set that is free")
     if request.near or (placement.devices and placement.cpus):
-        near = placement.cost[1]
+        near = placement.cost.near
         out.append("as near as can be: all local" if near == 0 else f"distance to the devices summed over CPUs: {near}")
     if not placement.exact:
         out.append("the search ran out of steps: this is the best placement it saw, a better one may exist")

@@ -11,6 +11,7 @@ from nodeagent._fastpath import Layout
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import LINK_WEIGHTS, Device
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.memo import kept_by
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.proximity import Place, Proximity
 
@@ -157,8 +158,4 @@ class DeviceIndex:
 
 def machine_of(inventory: Inventory) -> MachineIndex:
     """The machine of an inventory, kept by the inventory itself."""
-    kept = inventory.__dict__
-    machine: MachineIndex | None = kept.get("_machine")
-    if machine is None:
-        machine = kept["_machine"] = MachineIndex(inventory)
-    return machine
+    return kept_by(inventory, "_machine", lambda: MachineIndex(inventory))

@@ -15,7 +15,7 @@ from nodeagent.core.ledger.free import Stock
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.request import BEST_EFFORT, SINGLE, Pages, Placement, Request
+from nodeagent.core.model.request import BEST_EFFORT, SINGLE, Pages, Placement, PlacementCost, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.cpu_choice import NO_LIMITS, Limits, Near, allowed, limits_of, search_cpus
 from nodeagent.core.placement.device_choice import Pick, device_of, pick_devices
@@ -337,7 +337,8 @@ def _answer(
         packages = max(packages, task.machine.packages_of(used).bit_count())
     first = (pick.links, near or pages_near, taste, packages, spanned, distance)
     last = (*rest, pick.cut, ids)
+    cost = PlacementCost(*first, *last)
     placement = Placement(
-        CpuSet.of_mask(mask), tuple(pages), tuple(memory), pick.devices, first + last, bool(exact) and pick.exact
+        CpuSet.of_mask(mask), tuple(pages), tuple(memory), pick.devices, cost, bool(exact) and pick.exact
     )
     return _Found(placement, first + own + last)

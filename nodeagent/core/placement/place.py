@@ -1,6 +1,6 @@
 """Where a request goes: place(). The same inventory, ledger and request give the same placement on every machine.
 
-The cost is compared part by part, in COST_ORDER, smallest first. What options and NUMA policies mean to CPUs is in
+The cost is compared part by part, smallest first. What options and NUMA policies mean to CPUs is in
 cpu_choice.py; how devices, CPUs and pages of one request meet is in joint.py.
 """
 
@@ -9,29 +9,13 @@ from __future__ import annotations
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.request import BEST_EFFORT, Placement, Request
+from nodeagent.core.model.request import BEST_EFFORT, Placement, PlacementCost, Request
 from nodeagent.core.placement.cpu_choice import limits_of, search_cpus
 from nodeagent.core.placement.index import MachineIndex, machine_of
 from nodeagent.core.placement.joint import place_joint
 from nodeagent.core.placement.refusal import explain
 
-COST_ORDER = (
-    "device_links",
-    "near",
-    "preference",
-    "packages",
-    "numa_nodes",
-    "numa_distance",
-    "l3",
-    "split_cores",
-    "nodes_broken",
-    "l3_broken",
-    "cores_broken",
-    "links_cut",
-    "cpu_ids",
-)
-"""What each part of Placement.cost is; docs/placement.md says it in words."""
-_NOTHING = Placement(cost=(0,) * len(COST_ORDER))
+_NOTHING = Placement()
 
 
 def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
@@ -66,4 +50,5 @@ def _place_cpus(machine: MachineIndex, free: int, ledger: Ledger, request: Reque
         found = search_cpus(machine, free, request, (), limits_of(machine, ledger, request))
     if found is None:
         return None
-    return Placement(CpuSet.of_mask(found[0]), (), (), (), (0, *found[1:11], 0, found[11]), found[12])
+    cost = PlacementCost(0, *found[1:11], 0, found[11])
+    return Placement(CpuSet.of_mask(found[0]), (), (), (), cost, found[12])

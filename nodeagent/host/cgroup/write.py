@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.errors import HostError, InputError
+from nodeagent.errors import HostError, InputError, cause_of
 from nodeagent.host.cgroup.layout import CgroupLayout
 from nodeagent.host.cgroup.read import ISOLATED, MEMBER, ROOT, CgroupPart, CgroupReader, CgroupState, Hugetlb, size_name
 
@@ -274,4 +274,4 @@ def _text(path: str) -> str:
         with open(path, encoding="ascii") as file:  # noqa: PTH123 - a Path costs more than the read
             return file.read().strip()
     except (OSError, ValueError) as error:
-        raise HostError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise HostError(f"cannot read {path}: {cause_of(error)}") from None

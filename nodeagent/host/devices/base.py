@@ -139,18 +139,10 @@ def pci_device(
         kind=kind,
         id=function.address,
         pci_address=function.address,
-        pci_class=function.pci_class,
-        vendor=function.vendor,
-        device=function.device,
-        driver=function.driver,
-        numa_node=function.numa_node,
-        local_cpus=function.local_cpus,
-        pcie_root=function.pcie_root,
-        bridges=function.bridges,
-        iommu_group=function.iommu_group,
         paths=vfio_paths(function) or tuple(paths),
         parent=function.physical,
         attributes=MappingProxyType({**_marks(context, function), **_sriov(context, function), **attributes}),
+        **function.pci_facts(),
     )
 
 

@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.errors import HostError
+from nodeagent.errors import HostError, cause_of
 from nodeagent.host.sysfs.sysfs import SysFs
 
 SOCKET = "run/systemd/private"
@@ -81,7 +81,7 @@ class Systemd:
         try:
             yield
         except (OSError, ValueError, struct.error) as error:
-            why = getattr(error, "strerror", None) or str(error)
+            why = cause_of(error)
             raise HostError(f"cannot {what} {self._address}: {why}") from None
 
     def _introduce(self) -> None:

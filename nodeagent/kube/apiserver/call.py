@@ -35,17 +35,13 @@ _SAID_BYTES = 300
 class ApiError(PeerError):
     """A call that failed."""
 
-    def __init__(self, text: str, *, status: int = 0, reason: str = "", retry_after_s: float | None = None) -> None:
+    def __init__(self, text: str, *, status: int = 0, reason: str = "", retry_after_s: float = 0.0) -> None:
         """status 0: there was no whole answer. reason: Kubernetes' own word (Status.reason)."""
         super().__init__(text)
         self.status = status
         self.reason = reason
         self.retry_after_s = retry_after_s
-
-    @property
-    def lasting(self) -> bool:
-        """Whether the same call would fail again soon."""
-        return self.status in _LASTING
+        self.lasting = status in _LASTING
 
 
 class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin anew, not a fault
@@ -118,7 +114,9 @@ class Caller:
             retry_after_s = _seconds(str(details.get("retryAfterSeconds") or ""))
         why = ": ".join(part for part in (f"{code} {reason}".strip(), message) if part)
         text = f"cannot {ask.what} at {self._access.authority}: {why}"
-        return (Expired if code == 410 else ApiError)(text, status=code, reason=reason, retry_after_s=retry_after_s)
+        return (Expired if code == 410 else ApiError)(
+            text, status=code, reason=reason, retry_after_s=retry_after_s or 0.0
+        )
 
     def decoded(self, ask: Ask, raw: bytes) -> dict[str, Any]:
         """An answer, or a line of one, as an object; ApiError with what it is instead."""

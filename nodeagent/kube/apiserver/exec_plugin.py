@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from nodeagent.errors import PeerError
+from nodeagent.errors import PeerError, cause_of
 
 VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
 EARLY_S = 10.0
@@ -107,7 +107,7 @@ async def _output(command: tuple[str, ...], environment: Mapping[str, str]) -> t
             *command, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe
         )
     except (OSError, ValueError) as error:
-        raise PeerError(f"cannot run {command[0]}: {getattr(error, 'strerror', None) or error}") from None
+        raise PeerError(f"cannot run {command[0]}: {cause_of(error)}") from None
     try:
         out, err = await process.communicate()
     finally:

@@ -10,9 +10,7 @@ import asyncio
 import contextlib
 import errno
 import secrets
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -165,7 +163,6 @@ class _Service(rpc.DevicePluginServicer):
     async def Allocate(self, request: pb.AllocateRequest, context: Any) -> pb.AllocateResponse:  # noqa: N802
         async with self._call("allocate", context) as op:
             containers = [list(one.devices_ids) for one in request.container_requests]
-            _check_ids(f"cannot allocate {self.resource.name}", containers)
             edits = await self.resource.allocate(containers, op)
             if len(edits) != len(containers):
                 raise AssertionError(f"{len(edits)} answers for {len(containers)} containers")
@@ -175,7 +172,6 @@ class _Service(rpc.DevicePluginServicer):
         self, request: pb.PreStartContainerRequest, context: Any
     ) -> pb.PreStartContainerResponse:
         async with self._call("prepare", context):
-            _check_ids(f"cannot prepare {self.resource.name}", [list(request.devices_ids)])
             await self.resource.pre_start(list(request.devices_ids))
             return pb.PreStartContainerResponse()
 
@@ -225,17 +221,6 @@ def _check_choice(chosen: Sequence[str], every: Sequence[str], must: Sequence[st
             f"cannot use the preference {list(chosen)}: {size} different ids are wanted, "
             f"{sorted(outside)} are not available, {sorted(missing)} must be included"
         )
-
-
-def _check_ids(cannot: str, containers: Sequence[Sequence[str]]) -> None:
-    """InputError unless there is a container, each has ids, and no id stands twice."""
-    if not containers:
-        raise InputError(f"{cannot}: the request names no container")
-    if not all(containers):
-        raise InputError(f"{cannot}: the request of a container names no id")
-    twice = sorted(one for one, times in Counter(chain.from_iterable(containers)).items() if times > 1)
-    if twice:
-        raise InputError(f"{cannot}: asked for twice: {', '.join(twice)}")
 
 
 def _status(error: Exception, cannot: str, op: str) -> tuple[grpc.StatusCode, str]:

@@ -14,7 +14,7 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.device_plugin import STOP_GRACE_S
 from nodeagent.kube.kubelet.plugin_sockets import PluginSockets, other_instance_serves, plugin_sockets, remove_stale
 from nodeagent.kube.kubelet.registration import FAILED, REGISTERED, WAITING
+from nodeagent.kube.kubelet.registration_state import RegistrationState, Standing
 from nodeagent.pb import pluginregistration_pb2 as pb
 from nodeagent.pb import pluginregistration_pb2_grpc as rpc
 
@@ -42,16 +43,10 @@ log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DraRegistration:
-    """How the driver stands with kubelet."""
+class DraRegistration(Standing):
+    """How the driver stands with kubelet; failed: kubelet refused it, or a socket cannot be served."""
 
     driver: str
-    state: str = WAITING
-    """Waiting for kubelet; kubelet took it; kubelet refused it or a socket cannot be served."""
-    since_unix_s: float
-    """When the state began."""
-    reason: str = ""
-    """What is waited for, or why it failed."""
     connected: bool = False
     """Whether kubelet listens to the health of devices at this moment; kubelet before 1.36 does not by default."""
     times: int = 0
@@ -167,14 +162,14 @@ class DraPlugin:
         while True:
             self._woken.clear()
             try:
-                rest_s = await self._settle()
+                rest_s = await self._put_in_order()
             except Exception as error:
                 rest_s = self._failed(error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(rest_s):
                     await self._woken.wait()
 
-    async def _settle(self) -> float:
+    async def _put_in_order(self) -> float:
         """Bring both sockets into order; how long that may stand, in seconds."""
         registry = self._sockets.registration.parent
         if not _is_there(registry):
@@ -258,16 +253,9 @@ class DraPlugin:
             log.warning("not-registered", driver=self.registration.driver, error=reason, exc_info=unforeseen)
         return delay_s
 
-    def _show(self, state: str, *, reason: str = "", times: int | None = None) -> None:
+    def _show(self, state: RegistrationState, *, reason: str = "", times: int | None = None) -> None:
         before = self.registration
-        after = replace(
-            before,
-            state=state,
-            since_unix_s=before.since_unix_s if state == before.state else time.time(),
-            reason=reason,
-            connected=self._streams > 0,
-            times=before.times if times is None else times,
-        )
+        after = before.to(state, reason, connected=self._streams > 0, times=before.times if times is None else times)
         if after != before:
             self.registration = after
             self._revision.bump()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import Any, Self
 
 
 class RegistrationState(StrEnum):
+    """Of a resource or a driver, with kubelet."""
+
     WAITING = "waiting"
     """There is no kubelet yet."""
     REGISTERED = "registered"
@@ -16,19 +20,30 @@ class RegistrationState(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Registration:
-    """How one resource stands with kubelet."""
+class Standing:
+    """How something stands with kubelet, and since when."""
 
-    resource: str
     state: RegistrationState = RegistrationState.WAITING
     since_unix_s: float
     """When the state began."""
+    reason: str = ""
+    """What is waited for, or why the last try failed."""
+
+    def to(self, state: RegistrationState, reason: str, **changes: Any) -> Self:
+        """Return what it is from now on."""
+        since_unix_s = self.since_unix_s if state == self.state else time.time()
+        return replace(self, state=state, since_unix_s=since_unix_s, reason=reason, **changes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Registration(Standing):
+    """How one resource stands with kubelet."""
+
+    resource: str
     kubelet_inode: int | None = None
     """The kubelet.sock that took the last registration."""
     watched: bool = False
     """Whether kubelet listens to the list of devices at this moment."""
-    reason: str = ""
-    """What is waited for, or why the last try failed."""
 
     @property
     def ready(self) -> bool:

@@ -7,7 +7,6 @@ import contextlib
 import random
 import time
 from collections.abc import Callable
-from dataclasses import replace
 
 import structlog
 
@@ -195,13 +194,8 @@ class PluginKeeper:
 
     def _show(self, state: RegistrationState, *, reason: str = "", kubelet_inode: int | None = None) -> None:
         before = self.registration
-        after = replace(
-            before,
-            state=state,
-            since_unix_s=before.since_unix_s if state == before.state else time.time(),
-            kubelet_inode=kubelet_inode or before.kubelet_inode,
-            watched=self.server.watched,
-            reason=reason,
+        after = before.to(
+            state, reason, kubelet_inode=kubelet_inode or before.kubelet_inode, watched=self.server.watched
         )
         if after != before:
             self.registration = after

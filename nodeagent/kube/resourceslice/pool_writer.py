@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import structlog
 
@@ -12,7 +13,16 @@ from nodeagent.errors import PeerError
 from nodeagent.kube.resourceslice.render import Object, Owner, pool_name, render
 from nodeagent.kube.resourceslice.validate import Broken, check
 
-WAITING, PUBLISHED, FAILED = "waiting", "published", "failed"
+
+class PublishState(StrEnum):
+    """How a pool stands with the API server."""
+
+    WAITING = "waiting"
+    PUBLISHED = "published"
+    FAILED = "failed"
+
+
+WAITING, PUBLISHED, FAILED = PublishState
 """Of a pool, and of all: not written yet, and nothing is wrong; the server holds it; the last try failed."""
 
 log = structlog.get_logger()
@@ -53,7 +63,7 @@ class PoolStanding:
 
     kind: str
     name: str
-    state: str = WAITING
+    state: PublishState = WAITING
     reason: str = ""
     generation: int = 0
     """As the server holds it; 0: it holds none."""
@@ -176,7 +186,7 @@ class PoolLane:
 
 def retry_after_s(error: Exception) -> float:
     """What the server asked to wait, in seconds; 0 where it said nothing."""
-    return float(getattr(error, "retry_after_s", None) or 0.0)
+    return error.retry_after_s if isinstance(error, PeerError) else 0.0
 
 
 def uid(one: Object) -> str:

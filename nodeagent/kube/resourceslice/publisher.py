@@ -28,6 +28,7 @@ from nodeagent.kube.resourceslice.pool_writer import (
     PoolLane,
     PoolStanding,
     PublishPace,
+    PublishState,
     retry_after_s,
     uid,
     version,
@@ -75,7 +76,7 @@ class Api(Protocol):
 class PublicationState:
     """How the publication stands."""
 
-    state: str = WAITING
+    state: PublishState = WAITING
     reason: str = ""
     """What is waited for, or why the last try failed."""
     since_unix_s: float = 0.0
@@ -286,7 +287,7 @@ class Publisher:
                 lane.missed(self._clock())
                 self._stale = True
                 return 0.0
-            if not getattr(error, "lasting", False):
+            if not _lasts(error):
                 raise
             return lane.refused(self._clock(), error)
         lane.wrote(self._clock())
@@ -351,7 +352,7 @@ class Publisher:
         self._show(state, reason)
         rest_s = self._retry_s * self._jitter.uniform(0.5, 1.0)
         self._retry_s = min(2 * self._retry_s, self._pace.last_retry_s)
-        if getattr(error, "lasting", False):
+        if _lasts(error):
             rest_s = max(rest_s, self._pace.refused_s * self._jitter.uniform(0.5, 1.0))
         return max(rest_s, retry_after_s(error))
 
@@ -362,7 +363,7 @@ class Publisher:
         state, reason = (bad[0].state, bad[0].reason) if bad else (PUBLISHED, "")
         self._show(state, reason, pools=shown, broken=broken, lost=_names_lost(self._features))
 
-    def _show(self, state: str, reason: str, **more: Any) -> None:
+    def _show(self, state: PublishState, reason: str, **more: Any) -> None:
         before = self._standing
         since_s = before.since_unix_s if state == before.state else time.time()
         after = replace(before, state=state, reason=reason, since_unix_s=since_s, writes=self._writes, **more)
@@ -376,7 +377,11 @@ def _names_lost(features: Features) -> tuple[str, ...]:
 
 
 def _status(error: Exception) -> int:
-    return int(getattr(error, "status", 0))
+    return error.status if isinstance(error, PeerError) else 0
+
+
+def _lasts(error: Exception) -> bool:
+    return isinstance(error, PeerError) and error.lasting
 
 
 def _text(error: BaseException) -> str:

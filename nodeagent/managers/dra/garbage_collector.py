@@ -182,7 +182,7 @@ class StatusWriter:
     def _failed(self, ref: ClaimRef, error: PeerError) -> None:
         """A status is a courtesy: it is not tried again, and where it may not be written, not for a while."""
         log.warning("claim-status-not-written", claim=str(ref), error=str(error))
-        if getattr(error, "status", 0) == 403:
+        if isinstance(error, PeerError) and error.status == 403:
             self._not_before_s = time.monotonic() + NOT_ALLOWED_S
             self._waiting.clear()
 

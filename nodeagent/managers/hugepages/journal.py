@@ -14,6 +14,7 @@ import msgspec
 import structlog
 
 from nodeagent.core.model.topology import NodeId
+from nodeagent.errors import cause_of
 from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.telemetry.once import Once
 
@@ -59,9 +60,8 @@ class GrowthJournal:
         except FileNotFoundError:
             return {}
         except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-            cause = getattr(error, "strerror", None) or error
             left = "pools that were grown stay as they are"
-            self._unreadable.report(f"cannot read {self.path}: {cause}", left=left)
+            self._unreadable.report(f"cannot read {self.path}: {cause_of(error)}", left=left)
             return {}
         return {(one.node, one.page_bytes): one for one in found if one.boot_id == self._boot_id}
 

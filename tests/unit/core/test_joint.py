@@ -14,8 +14,8 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device, Link
 from nodeagent.core.model.grant import Grant, Holder
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.request import BEST_EFFORT, RESTRICTED, SINGLE, Request
-from nodeagent.core.placement.place import COST_ORDER, place
+from nodeagent.core.model.request import BEST_EFFORT, RESTRICTED, SINGLE, PlacementCost, Request
+from nodeagent.core.placement.place import place
 from nodeagent.errors import Refused
 from tests.builders.inventories import GIB, inventory_of
 from tests.oracles.joint import Oracle
@@ -112,7 +112,7 @@ def test_a_joint_placement_costs_what_the_best_of_all_costs(seed: int) -> None:
         return
     assert expected is not None
     shown = (*expected[: OWN.start], *expected[OWN.stop :])
-    assert dict(zip(COST_ORDER, placement.cost, strict=True)) == dict(zip(COST_ORDER, shown, strict=True))
+    assert placement.cost == PlacementCost(*shown)
     assert placement.exact
     check_whole(inventory, request, held, gone, placement)
 

@@ -19,7 +19,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, RESTRICTED, SINGLE, Pages, Placement, Request
 from nodeagent.core.model.topology import EFFICIENCY, PERFORMANCE
 from nodeagent.core.placement.describe import describe
-from nodeagent.core.placement.place import COST_ORDER, place
+from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 from tests.builders.inventories import GIB, even_distances, even_rows, inventory_of
 from tests.unit.core.test_joint import ledger_of, random_machine, random_request
@@ -214,16 +214,16 @@ def test_isolated_cpus_are_required_preferred_or_avoided() -> None:
 def test_align_by_socket_counts_sockets() -> None:
     assert refusal(TWO_SOCKETS, Request(cpus=20, numa=SINGLE)).free == 16
     found = place(TWO_SOCKETS, EMPTY, Request(cpus=20, numa=SINGLE, options=frozenset({opt.ALIGN_SOCKET})))
-    assert found.cost[3] == 1
+    assert found.cost.packages == 1
     assert refusal(TWO_SOCKETS, Request(cpus=40, numa=SINGLE, options=frozenset({opt.ALIGN_SOCKET}))).free == 32
 
 
 def test_few_l3_groups_can_be_required() -> None:
     half = CpuSet(cpu for cpu in range(64) if cpu % 4 < 2)
     wide = Request(cpus=8, within_cpus=half)
-    assert place(TWO_SOCKETS, EMPTY, wide).cost[6] == 2
+    assert place(TWO_SOCKETS, EMPTY, wide).cost.l3 == 2
     assert refusal(TWO_SOCKETS, replace(wide, options=frozenset({opt.REQUIRE_L3}))).free == 4
-    assert place(TWO_SOCKETS, EMPTY, Request(cpus=12, options=frozenset({opt.REQUIRE_L3}))).cost[6] == 2
+    assert place(TWO_SOCKETS, EMPTY, Request(cpus=12, options=frozenset({opt.REQUIRE_L3}))).cost.l3 == 2
 
 
 def test_options_that_exclude_each_other_are_refused() -> None:
@@ -243,7 +243,7 @@ def test_spreading_takes_one_cpu_of_a_core_and_equal_shares_of_nodes() -> None:
 def test_cpus_that_must_be_taken_are_taken_with_their_neighbours() -> None:
     found = place(TWO_SOCKETS, EMPTY, Request(cpus=4, must_cpus=CpuSet([17, 49])))
     assert CpuSet([17, 49]) <= found.cpus
-    assert found.cost[6] == 1
+    assert found.cost.l3 == 1
     only = place(TWO_SOCKETS, EMPTY, Request(cpus=3, must_cpus=CpuSet([0]), within_cpus=CpuSet([0, 20, 21, 22])))
     assert only.cpus <= CpuSet([0, 20, 21, 22])
     assert 0 in only.cpus
@@ -287,7 +287,7 @@ def test_pages_come_from_a_node_without_cpus_where_only_it_has_them() -> None:
     machine = inventory_of(even_rows(1, 2, 1, 2, 1), more_nodes=[8], pages={(8, GIB): 4})
     found = place(machine, EMPTY, Request(cpus=2, hugepages={GIB: 3}))
     assert found.hugepages == (Pages(node=8, page_bytes=GIB, pages=3),)
-    assert found.cost[4] == 2
+    assert found.cost.numa_nodes == 2
     assert refusal(machine, Request(cpus=2, hugepages={GIB: 3}, numa=SINGLE)).would_admit.startswith("NUMA policy")
 
 
@@ -308,7 +308,7 @@ def test_pages_of_thirty_four_nodes_are_gathered_in_bounded_work() -> None:
 
 
 def test_nothing_asked_is_nothing_placed() -> None:
-    assert place(TWO_SOCKETS, EMPTY, Request()) == Placement(cost=(0,) * len(COST_ORDER))
+    assert place(TWO_SOCKETS, EMPTY, Request()) == Placement()
 
 
 def test_what_others_hold_is_not_given_twice() -> None:
