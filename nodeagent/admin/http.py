@@ -39,6 +39,8 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
+    """One answer: status, headers and body."""
+
     status: int
     body: bytes
     content_type: str = "application/json"

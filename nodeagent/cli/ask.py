@@ -19,6 +19,7 @@ WATCH_S = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of verbs that ask a running agent."""
     parser.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the agent's status socket ({SOCKET})")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
     parser.add_argument("-w", "--watch", action="store_true", help="show it again whenever it changes")

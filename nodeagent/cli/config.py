@@ -15,6 +15,7 @@ from nodeagent.resources.offer import offers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent config`."""
     verbs = parser.add_subparsers(dest="what", metavar="check|schema", required=True)
     check = verbs.add_parser("check", help="read a configuration and say what is wrong with it")
     check.add_argument("file", nargs="?", default=str(DEFAULT_CONFIG), metavar="FILE")
@@ -22,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     if args.what == "schema":
         print(json.dumps(schema(), indent=1))
         return 0

@@ -11,6 +11,7 @@ from nodeagent.cli.tables import print_table
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     return show(args, "/v1/devices", _print)
 
 

@@ -12,6 +12,7 @@ from nodeagent.core.model.grant import KUBELET
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     return show(args, "/v1/grants", _print)
 
 

@@ -37,6 +37,7 @@ class Managers:
 
     @property
     def said(self) -> Said:
+        """Return what both managers gave away, and whether they are the static ones."""
         return Said(
             assigned=assigned(self.cpus.assigned, self.cpus.pods, self.memory.assigned, self.memory.pods),
             unnamed=tuple(Assigned(uid="", containers=(one,), cpus=cpus) for one, cpus in self.cpus.unnamed.items()),

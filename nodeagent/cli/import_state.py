@@ -35,6 +35,7 @@ DONE, REFUSED = 0, 3
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent import`."""
     what = parser.add_subparsers(dest="what", metavar="kubelet-state", required=True)
     text = "take over what cpu_manager_state and memory_manager_state have; a dry run without --apply"
     verb = what.add_parser("kubelet-state", help=text, description=text)
@@ -47,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     config = load_config(path) if path is not None else Config()
     log_of.configure("error", config.log.format)

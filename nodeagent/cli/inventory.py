@@ -14,11 +14,13 @@ from nodeagent.core.model.topology import HugepagePool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent inventory`."""
     add_root(parser)
     parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     inventory = read_root(args.root)
     if args.output == "table":
         _print_tables(inventory)

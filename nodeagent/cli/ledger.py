@@ -17,6 +17,7 @@ API_VERSION, KIND = "nodeagent.dev/v1alpha1", "Ledger"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent ledger`."""
     verbs = parser.add_subparsers(dest="what", metavar="VERB", required=True)
     export = verbs.add_parser("export", help="write all grants as JSON; also while the agent runs")
     export.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     folder = Path(args.state_dir) if args.state_dir else _state_dir(args.config)
     return _export(folder, args.output) if args.what == "export" else _import(folder, args.file)
 

@@ -43,6 +43,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent place`."""
     add_root(parser)
     parser.add_argument("--inventory", metavar="FILE", help="read the JSON of `nodeagent inventory -o json` instead")
     parser.add_argument("--cpus", metavar="N", default="0", help="exclusive CPUs")
@@ -59,6 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     if args.inventory is not None and args.root is not None:
         raise InputError("cannot use --inventory and --root together: expected one of them")
     inventory = read_file(args.inventory) if args.inventory is not None else read_root(args.root)

@@ -11,6 +11,7 @@ DEFAULT_CONFIG = Path("/etc/nodeagent/config.yaml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent run`."""
     parser.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
     parser.add_argument("--root", metavar="DIR", default="/", help="read the machine from a captured tree")
     parser.add_argument("--kubelet-dir", metavar="DIR", help="kubelet's folder (default: /var/lib/kubelet)")
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # gRPC's own core prints to stderr alongside our log; it reads this once, when it is imported.
+    """Run the verb; return its exit code."""
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from nodeagent.config.load import load as load_config
     from nodeagent.config.schema import Config

@@ -20,6 +20,7 @@ LARGEST_FILE_BYTES = 256 << 20
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
+    """Add the option that says where the machine is read from."""
     parser.add_argument("--root", metavar="DIR", help="read a captured tree of /sys, /proc and /dev (default: /)")
 
 

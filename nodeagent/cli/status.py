@@ -13,6 +13,7 @@ from nodeagent.core.model.cpuset import CpuSet
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the verb; return its exit code."""
     return show(args, "/v1/status", _print)
 
 

@@ -30,6 +30,7 @@ log = structlog.get_logger()
 
 
 def read_pod(pod: pb.PodSandbox) -> core.Pod:
+    """Return a pod sandbox as a core value."""
     return core.Pod(
         id=pod.id,
         uid=pod.uid,

@@ -49,9 +49,13 @@ class ResourceKind(Protocol):
     """One resource. `name` is the extended resource's whole name, domain included."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Return the extended resource's whole name, domain included."""
+
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Return the kind's name, as in the configuration."""
+
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         """Every id, in a fixed order."""
         ...

@@ -43,7 +43,9 @@ class PoolKind(Protocol):
     """How one kind is published."""
 
     @property
-    def kind(self) -> str: ...
+    def kind(self) -> str:
+        """Return the kind's name, as in the pool's."""
+
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         """The whole pool, in a form that the API server keeps."""
         ...

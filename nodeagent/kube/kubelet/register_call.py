@@ -18,6 +18,8 @@ _UNANSWERED = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grp
 
 
 class Outcome(StrEnum):
+    """What is known of a path after a Register."""
+
     TAKEN = "taken"
     """Kubelet said yes: it is about to watch."""
     UNANSWERED = "unanswered"
@@ -29,6 +31,8 @@ class Outcome(StrEnum):
 
 
 class RegisterOutcome(NamedTuple):
+    """What came of a Register, and why."""
+
     outcome: Outcome
     reason: str = ""
     """Why it was not taken, on one line."""

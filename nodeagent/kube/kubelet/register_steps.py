@@ -26,6 +26,8 @@ class OfferedTo(StrEnum):
 
 
 class Step(StrEnum):
+    """What a resource needs next."""
+
     REST = "rest"
     AWAIT_KUBELET = "await-kubelet"
     SERVE = "serve"

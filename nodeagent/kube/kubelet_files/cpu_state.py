@@ -52,6 +52,7 @@ class KubeletState:
 
     @property
     def static(self) -> bool:
+        """Return whether the static CPU manager wrote it."""
         return self.policy == STATIC
 
     @property

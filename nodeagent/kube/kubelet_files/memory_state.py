@@ -47,6 +47,7 @@ class MemoryState:
 
     @property
     def static(self) -> bool:
+        """Return whether the static memory manager wrote it."""
         return self.policy == STATIC
 
 

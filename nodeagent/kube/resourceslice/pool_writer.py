@@ -190,10 +190,12 @@ def retry_after_s(error: Exception) -> float:
 
 
 def uid(one: Object) -> str:
+    """Return metadata.uid of an object."""
     return str(one["metadata"].get("uid", ""))
 
 
 def version(one: Object) -> str:
+    """Return metadata.resourceVersion of an object."""
     return str(one["metadata"].get("resourceVersion", ""))
 
 

@@ -48,17 +48,27 @@ class _NoNodeError(PeerError):
 
 
 class SliceList(Protocol):
+    """The slices at one revision."""
+
     @property
-    def items(self) -> Sequence[Object]: ...
+    def items(self) -> Sequence[Object]:
+        """Return the slices, as decoded JSON."""
+
     @property
-    def revision(self) -> str: ...
+    def revision(self) -> str:
+        """Return where a watch goes on from."""
 
 
 class SliceEvent(Protocol):
+    """One line of a watch."""
+
     @property
-    def type(self) -> str: ...
+    def type(self) -> str:
+        """Return ADDED, MODIFIED, DELETED or BOOKMARK."""
+
     @property
-    def object(self) -> Object: ...
+    def object(self) -> Object:
+        """Return the slice, as decoded JSON."""
 
 
 class Api(Protocol):

@@ -137,6 +137,8 @@ def _ref(grants: Sequence[Grant]) -> ClaimRef:
 
 
 class StatusSender(Protocol):
+    """Writes a body to the status of a claim as a field manager; PeerError, ApiError among them."""
+
     async def __call__(self, ref: ClaimRef, body: Mapping[str, Any], manager: str) -> None: ...
 
 

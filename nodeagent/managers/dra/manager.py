@@ -181,6 +181,7 @@ class DraManager(Manager):
         self.publisher: Publisher | None = None
 
     def dra(self) -> Dra:
+        """Return what is served at this moment."""
         return self._dra
 
     # ---------------------------------------------------------------- what is served

@@ -177,6 +177,7 @@ class PoolGrowth:
         return max((one.pages for one in rules), default=0)
 
     def pools(self) -> dict[Key, HugepagePool]:
+        """Return the pools of the machine by NUMA node and page_bytes."""
         every = (pool for node in self._agent.inventory.numa_nodes for pool in node.hugepages)
         return {(pool.node, pool.page_bytes): pool for pool in every}
 

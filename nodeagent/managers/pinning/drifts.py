@@ -38,6 +38,7 @@ class Tally:
 
     @property
     def repaired(self) -> int:
+        """Return how many were put right."""
         return self.found - self.open
 
 
