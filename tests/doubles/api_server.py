@@ -27,6 +27,7 @@ import msgspec
 import yaml
 
 from tests.oracles import api_rules as apirules
+from tests.support.until import News
 
 DRA, CORE = "resource.k8s.io/v1", "v1"
 SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
@@ -37,6 +38,7 @@ SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "nodes",
     "pods",
 )
+
 CONSUMABLE, COUNTERS, TAINTS = "consumable", "counters", "taints"
 """What `dropped_fields` may hold: the fields that an older server, or one without the feature, drops without a word."""
 
@@ -187,7 +189,7 @@ class FakeApiServer:
         self._watches: set[_Watch] = set()
         self._server: asyncio.Server | None = None
         self._clients: set[asyncio.Task[None]] = set()
-        self._news = asyncio.Event()
+        self._news = News()
         self.certificate = _certificate(tls) if tls is not None else None
         """Paths of certificate (its own authority) and key."""
 
@@ -223,7 +225,7 @@ class FakeApiServer:
         for client in clients:
             client.cancel()
         await asyncio.gather(*clients, return_exceptions=True)
-        self._tell()
+        self._news.tell()
 
     @contextlib.asynccontextmanager
     async def away(self) -> Any:
@@ -369,13 +371,8 @@ class FakeApiServer:
             self.answers.append(Fault(status=status, verb=verb, resource=resource, retry_after_s=retry_after_s))
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Return once `holds()`, which is asked after every change and every request; the caller sets the deadline."""
-        while not holds():
-            await self._news.wait()
-
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        """Return once `holds()`, which is asked after every change and every request."""
+        await self._news.until(holds)
 
     # The store
 
@@ -418,7 +415,7 @@ class FakeApiServer:
         for watch in self._watches:
             if (line := self._seen_by(watch, change)) is not None:
                 watch.queue.put_nowait(line)
-        self._tell()
+        self._news.tell()
         return found
 
     def _seen_by(self, watch: _Watch, change: _Change) -> bytes | None:
@@ -474,7 +471,7 @@ class FakeApiServer:
             verb = "deletecollection"
         found = Seen(verb, resource, namespace, name, subresource, query, headers, body)
         self.requests.append(found)
-        self._tell()
+        self._news.tell()
         if resource not in _KINDS or resource in self.absent or _KINDS[resource][0] != group:
             raise Refusal(404, "the server could not find the requested resource", details={})
         if bool(namespace) != _KINDS[resource][2] and (name or verb == "create"):
@@ -700,12 +697,12 @@ class FakeApiServer:
             if change.revision > since > 0 and (line := self._seen_by(watch, change)) is not None:
                 watch.queue.put_nowait(line)
         self._watches.add(watch)
-        self._tell()
+        self._news.tell()
         try:
             yield watch
         finally:
             self._watches.discard(watch)
-            self._tell()
+            self._news.tell()
 
 
 class _Client:

@@ -35,6 +35,7 @@ from nodeagent.pb import (
 )
 from nodeagent.pb import pluginregistration_pb2 as pb
 from nodeagent.pb import pluginregistration_pb2_grpc as rpc
+from tests.support.until import News
 
 DIAL_S, GET_INFO_S, NOTIFY_S, CALL_S = 10.0, 1.0, 5.0, 45.0
 FIRST_RETRY_S, LAST_RETRY_S = 0.05, 1.0
@@ -51,6 +52,7 @@ _CHANNEL = (
     ("grpc.min_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 200),
 )
+
 _STUBS: Mapping[str, tuple[ModuleType, Callable[[Any], Any]]] = {
     V1: (dra_v1_pb2, dra_v1_pb2_grpc.DRAPluginStub),
     V1BETA1: (dra_v1beta1_pb2, dra_v1beta1_pb2_grpc.DRAPluginStub),
@@ -169,7 +171,7 @@ class FakeDraKubelet:
         self._actual: dict[Path, tuple[object, Plugin]] = {}
         self._keepers: dict[Path, asyncio.Task[None]] = {}
         self._watcher: asyncio.Task[None] | None = None
-        self._news = asyncio.Event()
+        self._news = News()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -213,7 +215,7 @@ class FakeDraKubelet:
         self._wanted.clear()
         self._actual.clear()
         self._health.clear()
-        self._tell()
+        self._news.tell()
 
     async def restart(self) -> None:
         """Stop and start: every socket that is there is registered anew."""
@@ -274,16 +276,11 @@ class FakeDraKubelet:
         await self.until(lambda: self.health(driver).get((pool, device), (UNKNOWN, ""))[0] == health)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Return once `holds()`, which is asked after every change here; the caller sets the deadline."""
-        while not holds():
-            await self._news.wait()
+        """Return once `holds()`, which is asked after every change here."""
+        await self._news.until(holds)
 
     def _connected(self, driver: str) -> bool:
         return all(one.connected for one in self.plugins.get(driver, ()))
-
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
 
     # Registration
 
@@ -310,7 +307,7 @@ class FakeDraKubelet:
         keeper = self._keepers.get(path)
         if keeper is None or keeper.done():
             self._keepers[path] = asyncio.create_task(self._settle(path))
-        self._tell()
+        self._news.tell()
 
     async def _settle(self, path: Path) -> None:
         retry_s = FIRST_RETRY_S
@@ -378,7 +375,7 @@ class FakeDraKubelet:
             await self._deregister(path)
         else:
             self.registrations[driver] = self.registrations.get(driver, 0) + 1
-            self._tell()
+            self._news.tell()
 
     def _wrong_with_info(self, info: pb.PluginInfo) -> str:
         endpoint, versions = Path(info.endpoint), [*info.supported_versions]
@@ -417,25 +414,25 @@ class FakeDraKubelet:
             plugin.tasks.append(asyncio.create_task(self._follow_health(plugin)))
         self._actual[path] = (mark, plugin)
         self.plugins.setdefault(info.name, []).append(plugin)
-        self._tell()
+        self._news.tell()
 
     async def _deregister(self, path: Path) -> None:
         _, plugin = self._actual.pop(path, (None, None))
         if plugin is not None:
             self.plugins[plugin.driver].remove(plugin)
             await plugin.close()
-            self._tell()
+            self._news.tell()
 
     async def _follow_connection(self, plugin: Plugin) -> None:
         while True:
             state = plugin.channel.get_state(try_to_connect=True)
             plugin.connected = state is grpc.ChannelConnectivity.READY
-            self._tell()
+            self._news.tell()
             await plugin.channel.wait_for_state_change(state)
 
     def _violation(self, text: str) -> None:
         self.violations.append(DraViolation(text))
-        self._tell()
+        self._news.tell()
 
     # Claims
 
@@ -521,7 +518,7 @@ class FakeDraKubelet:
                 pass
             finally:
                 self._health.pop(plugin.driver, None)
-                self._tell()
+                self._news.tell()
             await asyncio.sleep(self._health_retry_s)
 
     def _take_health(self, driver: str, message: Any, pb: Any) -> None:
@@ -536,7 +533,7 @@ class FakeDraKubelet:
             until_s = time.monotonic() + self._age_s + seconds
             known[key] = DeviceState(pb.HealthStatus.Name(one.health), one.message, until_s)
         self._lists[driver] = self._lists.get(driver, 0) + 1
-        self._tell()
+        self._news.tell()
 
 
 def _status(error: str) -> pb.RegistrationStatus:

@@ -26,6 +26,7 @@ from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from nodeagent.pb import podresources_pb2 as pods_pb
 from nodeagent.pb import podresources_pb2_grpc as pods_rpc
 from tests.doubles.kubelet_plugins import AlreadyConnectedError, Endpoint, Version, table_of
+from tests.support.until import News
 
 CHECKPOINT = "kubelet_internal_checkpoint"
 UNAWARE_S = 2.0
@@ -101,7 +102,7 @@ class FakeKubelet:
         self._admitting: list[Pod] = []
         self._servers: list[grpc.aio.Server] = []
         self._random = random.Random(seed)
-        self._news = asyncio.Event()
+        self._news = News()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -134,7 +135,7 @@ class FakeKubelet:
             server.add_insecure_port(f"unix:{path}")
             await server.start()
             self._servers.append(server)
-        self._tell()
+        self._news.tell()
 
     async def stop(self, *, leave_socket: bool = False) -> None:
         """Hang up on every plugin and stop; `leave_socket` leaves a dead kubelet.sock, as a killed kubelet does."""
@@ -149,7 +150,7 @@ class FakeKubelet:
         self._table = table_of(self._version)
         if leave_socket:
             aside.rename(self.socket)
-        self._tell()
+        self._news.tell()
 
     async def restart(self, *, wipe: bool = True) -> None:
         """Stop and start; what pods hold is read back from the checkpoint."""
@@ -244,13 +245,8 @@ class FakeKubelet:
         await self.until(lambda: self.registrations.get(resource, 0) >= times)
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Return once `holds()`, which is asked after every change here; the caller sets the deadline."""
-        while not holds():
-            await self._news.wait()
-
-    def _tell(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()
+        """Return once `holds()`, which is asked after every change here."""
+        await self._news.until(holds)
 
     # Registration
 
@@ -315,7 +311,7 @@ class FakeKubelet:
         self._open.append(endpoint)
         endpoint.stream = endpoint.stub.ListAndWatch(pb.Empty())
         endpoint.watcher = asyncio.create_task(self._watch(endpoint))
-        self._tell()
+        self._news.tell()
 
     def _check_registration(self, request: pb.RegisterRequest) -> None:
         name = _EXTENDED_NAME.fullmatch(request.resource_name)
@@ -335,7 +331,7 @@ class FakeKubelet:
                 await self._going.wait()
                 self._table.devices[endpoint.resource] = self._checked_list(endpoint.resource, message)
                 self._write_checkpoint()
-                self._tell()
+                self._news.tell()
         except grpc.aio.AioRpcError:
             pass
         except asyncio.CancelledError:
@@ -345,14 +341,14 @@ class FakeKubelet:
         await self._going.wait()
         endpoint.ended.set()
         self._judge_streams(endpoint, OVERTAKE_S)
-        self._tell()
+        self._news.tell()
         await asyncio.sleep(self._clean_up_s)
         other = self._table.ended(endpoint)
         if other is not None and other is not endpoint:
             other.hang_up()
         self._open.remove(endpoint)
         await endpoint.channel.close(None)
-        self._tell()
+        self._news.tell()
 
     def _checked_list(self, resource: str, message: pb.ListAndWatchResponse) -> dict[str, pb.Device]:
         good: dict[str, pb.Device] = {}
@@ -390,7 +386,7 @@ class FakeKubelet:
         self.pods[namespace, name] = pod
         self._folder_of(pod).mkdir(parents=True, exist_ok=True)
         self._write_checkpoint()
-        self._tell()
+        self._news.tell()
         return pod
 
     async def delete_pod(self, namespace: str, name: str) -> None:
@@ -398,7 +394,7 @@ class FakeKubelet:
         pod = self.pods.pop((namespace, name))
         with contextlib.suppress(FileNotFoundError):
             self._folder_of(pod).rmdir()
-        self._tell()
+        self._news.tell()
 
     def _folder_of(self, pod: Pod) -> Path:
         """Kubelet makes it once it has admitted a pod, and removes it when nothing of the pod is left."""

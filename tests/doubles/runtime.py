@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 
 from nodeagent.pb import nri_pb2 as pb
 from nodeagent.pb import ttrpc_pb2
+from tests.support.until import News
 
 PLUGIN, RUNTIME = 1, 2
 REQUEST, RESPONSE, DATA = 1, 2, 3
@@ -216,7 +217,7 @@ class FakeRuntime:
         self._server: asyncio.Server | None = None
         self._starting: set[asyncio.Task[None]] = set()
         self._creating = ""
-        self._news = asyncio.Event()
+        self._news = News()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -243,9 +244,8 @@ class FakeRuntime:
             await plugin.wire.close()
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        """Return once `holds()`, which is asked after every change here; the caller sets the deadline."""
-        while not holds():
-            await self._news.wait()
+        """Return once `holds()`, which is asked after every change here."""
+        await self._news.until(holds)
 
     async def connected(self, times: int = 1) -> None:
         """Return once a plugin is synchronized that is at least the `times`th to connect."""
@@ -378,7 +378,7 @@ class FakeRuntime:
                 failed.append(update)
             elif update.container_id in self.containers:
                 self.containers[update.container_id].linux.resources.cpu.MergeFrom(update.linux.resources.cpu)
-        self._tell_news()
+        self._news.tell()
         return failed
 
     # The plugin's connection
@@ -417,7 +417,7 @@ class FakeRuntime:
             await self.synchronize_after.wait()
         await self._synchronize(plugin)
         self.plugin = plugin
-        self._tell_news()
+        self._news.tell()
 
     async def _synchronize(self, plugin: _Plugin) -> None:
         pods, containers = list(self.pods.values()), list(self.containers.values())
@@ -463,7 +463,7 @@ class FakeRuntime:
             self.violated(why)
         if plugin is not None:
             await plugin.wire.close()
-            self._tell_news()
+            self._news.tell()
 
     async def late(self, plugin: _Plugin, method: str) -> None:
         """A plugin did not answer in time: it is dropped, but after Synchronize only forgotten."""
@@ -471,7 +471,7 @@ class FakeRuntime:
             self.violated(f"{method} was not answered within {self.request_timeout_s} s")
         if method == "Synchronize":
             self.forgotten.append(plugin)
-            self._tell_news()
+            self._news.tell()
         elif plugin is self.plugin:
             await self.drop("")
 
@@ -481,11 +481,7 @@ class FakeRuntime:
         plugin.wire.writer.transport.abort()
         if plugin is self.plugin:
             self.plugin = None
-        self._tell_news()
+        self._news.tell()
 
     def violated(self, what: str) -> None:
         self.violations.append(ContractViolation(what))
-
-    def _tell_news(self) -> None:
-        news, self._news = self._news, asyncio.Event()
-        news.set()

@@ -6,9 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -32,6 +30,7 @@ from tests.support.dra_node import (
     result,
 )
 from tests.support.running import running
+from tests.support.until import until
 
 HELD, UNHEALTHY = "nodeagent.dev/held-by-device-plugin", "nodeagent.dev/unhealthy"
 
@@ -53,12 +52,6 @@ def port(node: DraNode, number: int) -> str:
 
 def taints(node: DraNode, kind: str, name: str) -> list[str]:
     return [taint["key"] for taint in node.devices(kind)[name].get("taints", ())]
-
-
-async def until(holds: Callable[[], Any]) -> None:
-    """What files show; there is nothing to wait on."""
-    while not holds():  # noqa: ASYNC110
-        await asyncio.sleep(0.02)
 
 
 # ---------------------------------------------------------------- one claim

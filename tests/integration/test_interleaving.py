@@ -53,6 +53,7 @@ from tests.support.rivals import (
     published,
     write_node,
 )
+from tests.support.until import until
 
 SEEDS, STEPS, KILLS = share_of(8, 0.5), 1280, 13
 """Of each seed: at least so many steps, and so many agents killed."""
@@ -429,7 +430,7 @@ async def recall(node: Node) -> None:
     if leaving:
         await insist(lambda: unprepare(node, leaving))
     await compare(node)
-    await until(lambda: files_are_of(node, world.some(HELD)))
+    await until_right(lambda: files_are_of(node, world.some(HELD)))
 
 
 async def insist(call: Callable[[], Awaitable[bool]]) -> None:
@@ -470,20 +471,24 @@ async def give_everything_back(node: Node) -> None:
         await delete(node, name)
     bids = world.some(NEW, ASKED, HELD, LEAVING)
     await insist(lambda: unprepare(node, bids))
-    await until(lambda: nothing_is_held(node))
+    await until_right(lambda: nothing_is_held(node))
     full = {CPU: CPUS, PAGES: 16, PORT: 4, SHARED: 4}
-    await until(lambda: same({one: world.kubelet.allocatable(one) for one in EVERY}, full))
-    await until(lambda: same(published(world), world.names))
-    await until(lambda: same([*(world.folder / "cdi").iterdir()], []))
-    await until(lambda: same([*(world.folder / "run" / "claims").iterdir()], []))
+    await until_right(lambda: same({one: world.kubelet.allocatable(one) for one in EVERY}, full))
+    await until_right(lambda: same(published(world), world.names))
+    await until_right(lambda: same([*(world.folder / "cdi").iterdir()], []))
+    await until_right(lambda: same([*(world.folder / "run" / "claims").iterdir()], []))
 
 
-async def until(holds: Callable[[], Awaitable[str]]) -> None:
+async def until_right(wrong: Callable[[], Awaitable[str]]) -> None:
     """Return once nothing is wrong; what is, when WAIT_S have passed."""
-    deadline = time.monotonic() + WAIT_S
-    while why := await holds():
-        assert time.monotonic() < deadline, why
-        await asyncio.sleep(0.02)
+    last = ""
+
+    async def right() -> bool:
+        nonlocal last
+        last = await wrong()
+        return not last
+
+    await until(right, limit_s=WAIT_S, otherwise=lambda: last)
 
 
 async def same(found: object, wanted: object) -> str:
@@ -535,7 +540,7 @@ async def test_a_claim_that_kubelet_gave_up_while_it_was_read_holds_nothing(fold
         await world.api.until(lambda: world.api.count("get", CLAIMS) == 1)
         task.cancel()
         assert await world.dra.unprepare(DRIVER, [bid.claim]) == {bid.claim.uid: ""}
-        await until(lambda: said(folder, "it was unprepared meanwhile"))
+        await until_right(lambda: said(folder, "it was unprepared meanwhile"))
         assert await ask(world.status, "/v1/grants") == []
         assert (await world.dra.prepare(DRIVER, [bid.claim]))[bid.claim.uid].error == ""
 
@@ -546,7 +551,7 @@ async def test_what_a_killed_agent_left_half_written_is_removed(folder: Path) ->
         left.parent.mkdir()
         left.write_text("{")
         await begin(node)
-        await until(lambda: files_are_of(node, []))
+        await until_right(lambda: files_are_of(node, []))
 
 
 async def said(folder: Path, text: str) -> str:

@@ -32,6 +32,7 @@ from tests.doubles.api_server import CLAIMS
 from tests.doubles.dra_kubelet import ClaimId, Plugin
 from tests.support.dra_node import CPU, CPUS, DRIVER, SERIAL, DraNode, consumed, dra_node, result
 from tests.support.running import Running, block, put_back
+from tests.support.until import until
 
 NOBODY = ClaimId("default", "nobody", "8f2d2c1e-0000-4000-8000-0000000000ff")
 OTHER_POD = "8f2d2c1e-0000-4000-8000-00000000000a"
@@ -174,9 +175,7 @@ async def test_the_other_takes_over_within_seconds_after_kill_9(folder: Path, tr
 
 
 async def appears(path: Path) -> None:
-    async with asyncio.timeout(FAILOVER_S):
-        while not path.exists():  # noqa: ASYNC110, ASYNC240
-            await asyncio.sleep(0.02)
+    await until(path.exists, limit_s=FAILOVER_S)
 
 
 @contextlib.contextmanager

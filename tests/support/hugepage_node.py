@@ -29,6 +29,7 @@ from tests.builders.machines import MIB
 from tests.doubles.hugepage_kernel import PageKernel
 from tests.support.claim_node import Room, _agent, claim_room, config_of, scan_of
 from tests.support.dra_node import NODE, PAGES, consumed
+from tests.support.until import until
 
 SIZE = 2 * MIB
 POOL = (0, SIZE)
@@ -36,7 +37,6 @@ QUICK = GrowthTiming(poll_s=0.01, rest_s=0, lock_s=5, grow_s=5)
 RULE: Mapping[str, Any] = {"pageSize": "2Mi", "node": 0, "maxPages": 2000}
 START = {POOL: (8, 8, 0), (1, SIZE): (4, 4, 0)}
 CLAIM_UID = "11111111-2222-4333-8444-555555555555"
-POLL_S = 0.005
 STEPS = ("recorded", "half-way", "grown", "decided")
 
 
@@ -113,11 +113,7 @@ class PageRoom:
 
     async def until(self, holds: Callable[[], bool]) -> None:
         """Return soon after it holds."""
-        async with asyncio.timeout(20):
-            while True:
-                if holds():
-                    return
-                await asyncio.sleep(POLL_S)
+        await until(holds)
 
 
 @contextlib.asynccontextmanager

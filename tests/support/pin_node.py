@@ -33,10 +33,10 @@ from nodeagent.state.agent import Agent, AgentSettings
 from nodeagent.state.store import Store
 from tests.builders.cgroup_tree import CgroupTree
 from tests.doubles.runtime import FakeRuntime
+from tests.support.until import until
 from tests.unit.state.test_agent import CPU, machine
 
 RESERVED = "0"
-POLL_S = 0.01
 
 
 @dataclass
@@ -162,9 +162,8 @@ class PinNode:
         (path / "config.json").write_text(json.dumps({"process": {"env": env}, "annotations": annotations}))
 
     async def until(self, holds: Any) -> None:
-        """Return once something holds; the test's deadline is the limit."""
-        while not holds():  # noqa: ASYNC110 - what is waited for are files
-            await asyncio.sleep(POLL_S)
+        """Return once something holds: what is waited for are files."""
+        await until(holds)
 
     def _files(self, resources: Any) -> dict[str, str]:
         said = {"cpuset__cpus": resources.cpu.cpus, "cpuset__mems": resources.cpu.mems}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import json
 import os
 import shutil
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.paths import CHECKOUT
+from tests.support.until import until
 
 CPU, CHAR = "nodeagent.dev/cpu", "nodeagent.dev/serial"
-POLL_S = 0.02
 
 
 class Running:
@@ -125,12 +126,15 @@ class Running:
 
     async def until(self, page: str, holds: Callable[[Any], bool]) -> Any:
         """The page, once it is there and as wanted."""
-        while True:
+
+        async def look() -> list[Any]:
             with contextlib.suppress(OSError, IndexError):
                 _, found = await self.ask(page)
-                if holds(found):
-                    return found
-            await asyncio.sleep(POLL_S)
+                return [found] if holds(found) else []
+            return []
+
+        (found,) = await until(look, otherwise=lambda: f"{page}: {inspect.getsource(holds).strip()}")
+        return found
 
     async def ready(self) -> Any:
         return await self.until("/v1/status", lambda status: status["ready"])

@@ -15,6 +15,7 @@ import pytest
 from nodeagent.admin import http as http_of
 from nodeagent.admin.http import LARGEST_REQUEST_BYTES, MOST_CLIENTS, HttpAnswer, Peer, UnixHttpServer
 from nodeagent.errors import HostError
+from tests.support.until import until
 
 BIG = b"x" * (8 << 20)
 
@@ -160,8 +161,7 @@ async def test_a_client_that_never_reads_is_hung_up_on(folder: Path, monkeypatch
             lazy.setblocking(False)
             await asyncio.get_running_loop().sock_connect(lazy, str(path))
             await asyncio.get_running_loop().sock_sendall(lazy, get("/big"))
-            while not server._clients:  # noqa: ASYNC110
-                await asyncio.sleep(0)
+            await until(lambda: server._clients, poll_s=0)
             await asyncio.gather(*server._clients, return_exceptions=True)
             await asyncio.sleep(0)  # the transport closes in the loop's next turn
             assert len(os.listdir("/proc/self/fd")) == handles + 1

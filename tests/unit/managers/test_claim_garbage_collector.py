@@ -30,6 +30,7 @@ from nodeagent.managers.dra.garbage_collector import SECOND_LOOK_S, ClaimGarbage
 from tests.builders.inventories import even_rows, inventory_of
 from tests.support.claim_node import Gate, Room, claim_room
 from tests.support.dra_node import DRIVER, consumed, result
+from tests.support.until import until
 
 PORT = label("/dev/ttyS0")
 
@@ -494,6 +495,4 @@ async def test_files_are_kept_whatever_happens_to_them_or_to_the_grants(
 
 
 async def eventually(room: Room, files: list[str]) -> None:
-    async with asyncio.timeout(5):
-        while room.files() != files:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+    await until(lambda: room.files() == files, otherwise=lambda: f"{room.files()}, expected {files}")

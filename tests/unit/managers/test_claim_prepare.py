@@ -9,7 +9,6 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.claim_files import claims_held
 from tests.support.claim_node import Gate, Room, claim_room
 from tests.support.dra_node import CPUS, PAGES, SERIAL, consumed, result
+from tests.support.until import until
 
 CPUS_OF_NODE_0 = CpuSet([0, 4])
 PORT, OTHER_PORT = label("/dev/ttyS0"), label("/dev/ttyS1")
@@ -156,12 +156,6 @@ async def test_what_was_prepared_again_meanwhile_is_written_as_it_is_held_now(fo
         assert answers == ["cannot prepare claim default/c: it was unprepared meanwhile", "", ""]
         assert await away == [""]
         assert room.cpus(claim) == new.cpus
-
-
-async def until(holds: Callable[[], bool]) -> None:
-    async with asyncio.timeout(5):
-        while not holds():  # noqa: ASYNC110
-            await asyncio.sleep(0)
 
 
 async def test_asked_for_many_times_at_once_a_claim_is_granted_once(folder: Path) -> None:

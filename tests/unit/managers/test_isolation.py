@@ -27,6 +27,7 @@ from nodeagent.host.irq.intruders import irqs
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.isolation.manager import MOST_SHOWN, SAY_S, IsolationManager
 from nodeagent.telemetry import metrics
+from tests.support.until import until
 from tests.unit.host.test_intruders import KTHREAD, irq, thread
 
 LONG_S = 1000.0
@@ -190,32 +191,30 @@ async def test_one_looks_soon_after_other_cpus_became_exclusive(stand: Stand) ->
     thread(stand.root, 11, "4", name="four")
     stand.hold("3")
     async with following(stand):
-        await until(stand, lambda shown: [one["comm"] for one in shown["threads"]] == ["three"])
+        await shown(stand, lambda shown: [one["comm"] for one in shown["threads"]] == ["three"])
         stand.revision.bump()
-        await until(stand, lambda _: stand.waits[-1] == stand.revision.value)
+        await shown(stand, lambda _: stand.waits[-1] == stand.revision.value)
         assert stand.waits.count(0) == 1, "nobody began to wait anew, after another look"
         stand.hold("3-4")
-        await until(stand, lambda shown: shown["threads_total"] == 2)
+        await shown(stand, lambda shown: shown["threads_total"] == 2)
         stand.irq(27, "3")
         stand.config = PinningConfig(intruders_seconds=LONG_S, verify_seconds=LONG_S)
         stand.revision.bump()
-        await until(stand, lambda shown: [one["irq"] for one in shown["irqs"]] == [27])
+        await shown(stand, lambda shown: [one["irq"] for one in shown["irqs"]] == [27])
 
 
 async def test_one_looks_every_now_and_then_without_any_news(stand: Stand) -> None:
     stand.config = PinningConfig(intruders_seconds=0.1)
     stand.hold("3")
     async with following(stand):
-        await until(stand, lambda shown: shown["looked_at"])
+        await shown(stand, lambda shown: shown["looked_at"])
         thread(stand.root, 10, "3")
-        await until(stand, lambda shown: shown["threads_total"] == 1)
+        await shown(stand, lambda shown: shown["threads_total"] == 1)
 
 
-async def until(stand: Stand, holds: Any) -> None:
-    """Once the document is so; it has nothing to wait on."""
-    async with asyncio.timeout(20):
-        while not holds(stand.intruding.document()):  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
+async def shown(stand: Stand, holds: Any) -> None:
+    """Return once the document is so."""
+    await until(lambda: holds(stand.intruding.document()), otherwise=stand.intruding.document)
 
 
 # ---------------------------------------------------------------- said

@@ -22,6 +22,7 @@ from nodeagent.nri.translation import page_bytes, page_name, read_container, wri
 from nodeagent.pb import nri_pb2 as pb
 from nodeagent.telemetry import metrics
 from tests.doubles.runtime import ContractViolation, FakeRuntime, PluginRefusedError
+from tests.support.until import News
 
 QUICK = NriTiming(first_retry_s=0.01, last_retry_s=0.05)
 
@@ -111,16 +112,14 @@ class Changes:
 
     def __init__(self) -> None:
         self.count = 0
-        self._news = asyncio.Event()
+        self._news = News()
 
     def __call__(self) -> None:
         self.count += 1
-        self._news.set()
+        self._news.tell()
 
     async def until(self, holds: Callable[[], bool]) -> None:
-        while not holds():
-            self._news.clear()
-            await self._news.wait()
+        await self._news.until(holds)
 
 
 @contextlib.asynccontextmanager
