@@ -131,7 +131,9 @@ def _find(sysfs: SysFs, kubelet_dir: Path) -> tuple[Started | None, str]:
     mine = mine or [one for one in kubelets if _has_folder(sysfs, one, kubelet_dir)]
     if len(mine) > 1:
         pids = " and ".join(str(one.pid) for one in mine)
-        raise InputError(f"cannot tell which kubelet is this node's: processes {pids} both have folder {kubelet_dir}")
+        raise InputError(
+            f"cannot determine which kubelet is this node's: processes {pids} both have folder {kubelet_dir}"
+        )
     return (mine[0], "") if mine else (None, _unseen(sysfs, there, kubelets, kubelet_dir))
 
 
@@ -159,7 +161,7 @@ def _has_folder(sysfs: SysFs, started: Started, kubelet_dir: Path) -> bool:
 
 def _unseen(sysfs: SysFs, there: Iterable[Process], others: Iterable[Started], kubelet_dir: Path) -> str:
     if embedding := next((found for one in there if (found := _embedding(one))), ""):
-        return f"kubelet runs inside {embedding} and shows no flags of its own"
+        return f"kubelet runs inside {embedding} and its command line shows no flags"
     if other := next(iter(others), None):
         return f"{other} has folder {other.flags.last(ROOT_DIR) or ROOT}, not {kubelet_dir}, and is not looked at"
     if not processes.sees_all(sysfs):

@@ -139,7 +139,7 @@ def unprotected(kubelet: Kubelet, ledger: Ledger) -> str:
     if not hit or not confines_all(kubelet):
         return ""
     why = f"kubelet's CPU manager is static ({known.policy_source}) and confines all containers itself" if known else ""
-    why = why or f"cannot tell whether kubelet confines all containers itself: {kubelet.cpus_error}"
+    why = why or f"cannot determine whether kubelet confines all containers itself: {kubelet.cpus_error}"
     cpus = union(one.cpus for one in hit)
     return f"CPUs {cpus} of {_holders(hit)} are not exclusive: {why}; set cpuManagerPolicy: none, or drain these pods"
 
@@ -152,7 +152,7 @@ def _cpus_managed(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> s
     """Why CPUs cannot be served beside kubelet's CPU manager; "" where they can."""
     known = kubelet.cpus
     if known is None:
-        return f"cannot tell whether kubelet manages CPUs itself: {kubelet.cpus_error}"
+        return f"cannot determine whether kubelet manages CPUs itself: {kubelet.cpus_error}"
     if not known.static:
         return ""
     advice = f"set cpuManagerPolicy: none{FIRST}, or reservedCpus so that the two sets of CPUs have none in common"
@@ -166,7 +166,7 @@ def _memory_managed(kubelet: Kubelet) -> str:
     """Why hugepages and memory cannot be served beside kubelet's memory manager; "" where they can."""
     known = kubelet.memory
     if known is None:
-        return f"cannot tell whether kubelet manages memory itself: {kubelet.memory_error}"
+        return f"cannot determine whether kubelet manages memory itself: {kubelet.memory_error}"
     if not known.static:
         return ""
     return (

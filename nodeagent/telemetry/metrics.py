@@ -40,7 +40,10 @@ HOLDER = Gauge(
     registry=REGISTRY,
 )
 DRIFT = Counter(
-    "nodeagent_pin_drift", "Files of control groups that were not what they are to be.", ["file"], registry=REGISTRY
+    "nodeagent_pin_drift",
+    "Cgroup files that were found with another value than the desired one.",
+    ["file"],
+    registry=REGISTRY,
 )
 LEDGER_WHOLE = Gauge(
     "nodeagent_ledger_whole",
@@ -59,11 +62,9 @@ DRIFT_UNREPAIRED = Counter(
     registry=REGISTRY,
 )
 PINNED = Gauge("nodeagent_pinned_containers", "Containers confined to what they hold.", registry=REGISTRY)
-UNCONFINED = Gauge(
-    "nodeagent_unconfined_cgroups", "Control groups that are not what they are to be.", registry=REGISTRY
-)
+UNCONFINED = Gauge("nodeagent_unconfined_cgroups", "Cgroups that are not in their desired state.", registry=REGISTRY)
 THROTTLED = Gauge(
-    "nodeagent_throttled_containers", "Containers with less CPU time than CPUs of their own.", registry=REGISTRY
+    "nodeagent_throttled_containers", "Containers with less CPU time than exclusive CPUs.", registry=REGISTRY
 )
 RUNTIME_CONNECTED = Gauge(
     "nodeagent_runtime_connected", "1 where the container runtime asks through NRI.", registry=REGISTRY
@@ -104,7 +105,7 @@ SLICE_WRITES = Gauge(
 )
 HUGEPAGES = Gauge(
     "nodeagent_hugepages",
-    "Pages of each pool: total, free, reserved, and where it can be told foreign, in use by none of our holders.",
+    "Pages of each pool: total, free, reserved, and, if known, foreign: in use by no holder of a grant.",
     ["node", "size", "state"],
     registry=REGISTRY,
 )

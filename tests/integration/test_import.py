@@ -689,4 +689,4 @@ async def test_a_memory_state_that_cannot_be_read_is_a_reason_too(the_node: Node
     the_node.kubelet_says({"policyName": "none", "defaultCpuSet": "", "checksum": 1})
     async with FakeKubelet(the_node.kubelet), beside(the_node, resources=[pages]) as agent:
         status = await agent.until("/v1/status", lambda status: status["refused"])
-        assert "cannot tell whether kubelet manages memory itself" in status["refused"]["nodeagent.dev/pages"]
+        assert "cannot determine whether kubelet manages memory itself" in status["refused"]["nodeagent.dev/pages"]

@@ -104,7 +104,7 @@ async def test_a_drop_in_that_cannot_be_read_keeps_all_cpus_back(folder: Path, t
     async with running(folder, root=tree.root, **config) as agent, FakeKubelet(folder / "kubelet") as node:
         status = await agent.until("/v1/status", lambda found: found["refused"])
         assert status["refused"][CPU].startswith(
-            "cannot tell whether kubelet manages CPUs itself: cannot read CPU list '1-' of reservedSystemCPUs of "
+            "cannot determine whether kubelet manages CPUs itself: cannot read CPU list '1-' of reservedSystemCPUs of "
             f"{bad}: "
         )
         put(bad, "reservedSystemCPUs: '1'\n")

@@ -99,7 +99,7 @@ async def test_claims_are_their_pods_and_nobody_else_s(folder: Path, tree: Devic
         shown = {one["pod"]: one["granted_cpus"] for one in await pinned(node.agent, 3)}
         assert shown == {"first": "2,6", "second": "2,6", "thief": ""}
         async with node.api.away():
-            with pytest.raises(PluginRefusedError, match="cannot tell whom claim default/c is reserved for"):
+            with pytest.raises(PluginRefusedError, match="cannot determine for which pods claim default/c is reserved"):
                 await create(runtime, known(runtime, "third", "uid-third"), env)
 
 

@@ -301,7 +301,7 @@ class PinningManager(Manager):
 
     def notes(self) -> list[str]:
         """What an admin may want to change, one sentence each."""
-        crowded = "no CPU is left for pods without CPUs of their own: they run on those of others"
+        crowded = "no CPU is left for pods without exclusive CPUs: they run on the exclusive CPUs of others"
         reasons = (
             narrowed(self._agent.inventory, self._agent.ledger),
             crowded if self._enforcer is not None and self.reconciler.crowded() else "",

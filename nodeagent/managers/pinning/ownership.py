@@ -82,7 +82,7 @@ class GrantOwnership:
                 await self._agent.record_reserved_for(ref.uid, claim.reserved_for, new_op())
         except (TimeoutError, PeerError, InputError) as error:
             why = str(error) or f"the API server did not answer within {CLAIM_S:g} s"
-            return f"cannot tell whom claim {ref} is reserved for: {why}"
+            return f"cannot determine for which pods claim {ref} is reserved: {why}"
         return ""
 
     def _ref(self, grant_id: str) -> ClaimRef:

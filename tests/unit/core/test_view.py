@@ -301,7 +301,9 @@ def test_as_many_shares_are_healthy_and_free_as_neither_claims_nor_containers_ha
         free = [one for one in well(shared.advertised(inventory, ledger, {})) if ("r/nic", one) not in ledger.by_id]
         assert len(free) == 6 - used
         if count > len(free):
-            with pytest.raises(Refused, match=rf"cannot grant {count} of 6 shares of a: {len(free)} are left beside "):
+            with pytest.raises(
+                Refused, match=rf"cannot grant {count} of 6 shares of a: {len(free)} are left, others are held by "
+            ):
                 refuse_missing_shares(ledger, Grant(id="x", holder=Holder(api=CLAIM)), "a", 6, count)
             continue
         used += count
@@ -319,7 +321,8 @@ def test_a_refusal_of_shares_names_every_holder_once_and_nobody_where_there_is_n
     with pytest.raises(Refused) as refusal:
         refuse_missing_shares(ledger, one, "a", 3, 2)
     assert refusal.value.why == (
-        "cannot grant 2 of 3 shares of a: 0 are left beside a container not yet listed (r/nic), claim ns/b, claim ns/c"
+        "cannot grant 2 of 3 shares of a: 0 are left, others are held by "
+        "a container not yet listed (r/nic), claim ns/b, claim ns/c"
     )
     assert (refusal.value.want, refusal.value.free) == (2, 0)
     with pytest.raises(Refused, match=r"^cannot grant 4 of 3 shares of b: 3 are left$"):

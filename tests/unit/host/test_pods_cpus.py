@@ -257,7 +257,7 @@ async def test_where_nothing_is_left_for_others_that_is_said(folder: Path, monke
         node.tree.set("kubepods", "cpuset.cpus", "4-5")
         await node.until(lambda: node.shared == "")
         assert (
-            "pinning: no CPU is left for pods without CPUs of their own: they run on those of others"
+            "pinning: no CPU is left for pods without exclusive CPUs: they run on the exclusive CPUs of others"
             in node.pins.notes()
         )
 

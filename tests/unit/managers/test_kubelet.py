@@ -145,7 +145,7 @@ def test_of_several_kubelets_none_is_guessed(node: Node) -> None:
     found = node.look()
     assert found.cpus is None and found.memory is None
     assert found.cpus_error == (
-        f"cannot tell which kubelet is this node's: processes 812 and 900 both have folder {node.dir}"
+        f"cannot determine which kubelet is this node's: processes 812 and 900 both have folder {node.dir}"
     )
 
 
@@ -180,7 +180,7 @@ def test_a_kubelet_inside_another_program_has_no_flags_to_see(words: tuple[str, 
     process(node.root, 77, *words, name=name)
     found = node.look()
     assert found.unseen == (
-        f"kubelet runs inside {name} (process 77) and shows no flags of its own: its defaults are assumed; "
+        f"kubelet runs inside {name} (process 77) and its command line shows no flags: its defaults are assumed; "
         "kubeletConfig names where it lies"
     )
     named = node.look(drop_ins=str(drop_in.parent))
