@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -18,7 +18,6 @@ from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
 NVIDIA, AMD, INTEL = "10de", "1002", "8086"
-VFIO = "vfio-pci"
 _ADDRESS = r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]"
 _IS_ADDRESS = re.compile(_ADDRESS)
 _IS_ROOT = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
@@ -37,6 +36,13 @@ class Function(PciFacts):
     vfs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Addresses of the virtual functions that exist now, to their index."""
     max_vfs: int = 0
+    vfio_nodes: tuple[str, ...] = ()
+    """What a virtual machine opens of a function that is bound to vfio-pci or a variant driver of it; else empty."""
+
+    @property
+    def has_vfio(self) -> bool:
+        """Return whether the function is bound to vfio-pci or a variant driver, such as mlx5_vfio_pci."""
+        return (self.driver or "").replace("_", "-").endswith("vfio-pci")
 
     def is_class(self, *prefixes: str) -> bool:
         """Whether the class begins with one of these hexadecimal digits ("03", "0108")."""
@@ -102,7 +108,7 @@ def _function(reader: Tolerant, address: str, path: str, online: CpuSet, nodes: 
     above = path.split("/")[:-1]
     local = _local_cpus(reader, path)
     max_vfs = reader.number(f"{path}/sriov_totalvfs") or 0
-    return Function(
+    function = Function(
         address=address,
         path=path,
         pci_class=reader.hexadecimal(f"{path}/class", 6),
@@ -118,6 +124,22 @@ def _function(reader: Tolerant, address: str, path: str, online: CpuSet, nodes: 
         vfs=_virtual(reader.sysfs, path) if max_vfs else MappingProxyType({}),
         max_vfs=max_vfs,
     )
+    return replace(function, vfio_nodes=_vfio_nodes(reader, function)) if function.has_vfio else function
+
+
+def _vfio_nodes(reader: Tolerant, function: Function) -> tuple[str, ...]:
+    """The device nodes that are there, of the group (Documentation/driver-api/vfio.rst; without an IOMMU under another
+    name) and of the device itself (iommufd, from 6.6 on); of a captured tree without nodes, those of the group."""
+    group, found = function.iommu_group, list[str]()
+    if group is not None:
+        unsafe = reader.text(f"sys/kernel/iommu_groups/{group}/name") == "vfio-noiommu"
+        node = f"/dev/vfio/noiommu-{group}" if unsafe else f"/dev/vfio/{group}"
+        if unsafe or reader.sysfs.exists(node[1:]) or not reader.sysfs.exists("dev/vfio"):
+            found += ["/dev/vfio/vfio", node]
+    own = [f"/dev/vfio/devices/{name}" for name in reader.names(f"{function.path}/vfio-dev")]
+    if there := [node for node in own if reader.sysfs.exists(node[1:])]:
+        found += ["/dev/iommu", *there]
+    return tuple(found)
 
 
 def _local_cpus(reader: Tolerant, path: str) -> CpuSet:

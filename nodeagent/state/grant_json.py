@@ -47,6 +47,7 @@ class _Body(msgspec.Struct, omit_defaults=True):
     memory: list[tuple[int, int]] = []
     devices: list[str] = []
     shares: list[str] = []
+    things: list[tuple[str, str]] = []
     granted_at: float = 0.0
     confirmed: bool = False
     boot_id: str = ""
@@ -82,6 +83,7 @@ def _body(grant: Grant) -> _Body:
         memory=list(grant.memory),
         devices=list(grant.devices),
         shares=list(grant.shares),
+        things=list(grant.things),
         granted_at=grant.granted_at,
         confirmed=grant.confirmed,
         boot_id=grant.boot_id,
@@ -129,6 +131,7 @@ def _grant(found: _Body, source: str) -> Grant:
         memory=tuple(found.memory),
         devices=tuple(found.devices),
         shares=tuple(found.shares),
+        things=tuple(found.things),
         granted_at=found.granted_at,
         confirmed=found.confirmed,
         boot_id=found.boot_id,

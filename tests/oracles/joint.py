@@ -23,7 +23,8 @@ class Oracle:
         self.inventory, self.request = inventory, request
         self.only = "require-isolated-cpus" in request.options
         self.free = {cpu.id for cpu in inventory.cpus if cpu.isolated or not self.only} - set(held)
-        self.devices = [one for one in inventory.devices if one.id not in set(gone)]
+        held_things = {thing for one in inventory.devices if one.id in set(gone) for thing in self.things(one)}
+        self.devices = [one for one in inventory.devices if held_things.isdisjoint(self.things(one))]
         self.nodes = [node.id for node in inventory.numa_nodes]
         self.near = [inventory.device_by_id[one] for one in request.near]
         self.near += [Device(kind="node", id=f"node {one}", numa_node=one) for one in request.near_nodes]
@@ -69,10 +70,16 @@ class Oracle:
                     1 for cpu in self.inventory.cpus if cpu.numa_node in nodes and (cpu.isolated or not self.only)
                 )
                 devices = [d for d in self.inventory.devices if d.numa_node is None or d.numa_node in nodes]
-                kinds = all(sum(d.kind == k for d in devices) >= n for k, n in self.request.devices.items())
+                kinds = all(self.most(devices, k) >= n for k, n in self.request.devices.items())
                 if cpus >= self.request.cpus and kinds and self.enough(nodes):
                     return most
         return len(units)
+
+    def most(self, devices: Sequence[Device], kind: str) -> int:
+        """How many of a kind can be given away together."""
+        mine = [one for one in devices if one.kind == kind]
+        sizes = range(len(mine), 0, -1)
+        return next((n for n in sizes if any(self.together(one) for one in itertools.combinations(mine, n))), 0)
 
     def enough(self, nodes: Iterable[NodeId]) -> bool:
         """Whether the nodes have the pages and the memory."""
@@ -134,6 +141,16 @@ class Oracle:
 
     # ---------------------------------------------------------------- devices
 
+    def things(self, device: Device) -> set[str]:
+        """What a device hands over: itself, its nodes, and all that its parts hand over."""
+        parts = [one for one in self.inventory.devices if one.parent == device.id]
+        return {device.id, *device.paths}.union(*map(self.things, parts))
+
+    def together(self, devices: Sequence[Device]) -> bool:
+        """Whether no two of some devices hand over the same thing."""
+        every = [thing for one in devices for thing in self.things(one)]
+        return len(every) == len(set(every))
+
     def device_sets(self, nodes: frozenset[NodeId]) -> list[tuple[Device, ...]]:
         kinds = [
             itertools.combinations(
@@ -141,7 +158,8 @@ class Oracle:
             )
             for kind, count in self.request.devices.items()
         ]
-        return [tuple(itertools.chain.from_iterable(some)) for some in itertools.product(*kinds)]
+        sets = [tuple(itertools.chain.from_iterable(some)) for some in itertools.product(*kinds)]
+        return [one for one in sets if self.together(one)]
 
     def device_links(self, devices: Sequence[Device]) -> int:
         pairs = [*itertools.combinations(devices, 2), *itertools.product(devices, self.near)]

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from nodeagent.core.deviceplugin.devices import DeviceResource, refuse_missing_shares, relatives, shares_of, without
+from nodeagent.core.deviceplugin.devices import DeviceResource, refuse_missing_shares, shares_of, without
 from nodeagent.core.deviceplugin.view import Near, ResourceKind
 from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.exclusion import excluded_with, things_of
 from nodeagent.core.ledger.free import grantable
 from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
 from nodeagent.core.model.cpuset import union
@@ -23,6 +24,10 @@ from nodeagent.errors import InputError, Refused
 
 SAME_POD_S = 5.0
 """Kubelet admits one pod after the other: what was granted so recently and is not listed yet is likely of one pod."""
+
+
+MOST_NAMED = 4
+"""So many shared things are named in a refusal."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +88,7 @@ def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], g
         hugepages=parts.hugepages,
         devices=parts.devices,
         shares=parts.shares,
+        things=things_of(inventory, (*parts.devices, *parts.shares)),
         granted_at=stamp.at,
         boot_id=stamp.boot_id,
     )
@@ -94,7 +100,7 @@ def adopt(inventory: Inventory, ledger: Ledger, grants: Iterable[Grant]) -> tupl
     conflicts: list[str] = []
     for grant in grants:
         try:
-            refuse_relatives(inventory, ledger, grant)
+            refuse_excluded(inventory, ledger, grant)
             ledger = ledger_of.grant(ledger, grant)
             changes.append(Change(action=ledger_of.ADOPTED, grant=grant))
         except Refused as refusal:
@@ -130,7 +136,7 @@ def _one_more(
     for held in old.values():
         ledger, change = _give_way(inventory, ledger, resource, held, ids)
         changes.append(change)
-    refuse_relatives(inventory, ledger, grant)
+    refuse_excluded(inventory, ledger, grant)
     refuse_missing_pages(inventory, ledger, grant)
     if isinstance(resource, DeviceResource):
         for device in grant.shares:
@@ -159,20 +165,30 @@ def _give_way(
     return ledger_of.grant(ledger, rest), Change(action=REDUCED, grant=rest)
 
 
-def refuse_relatives(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
-    """Refused where a part or the whole of what is granted is granted or held too: they are one device."""
+def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
+    """Refused where two devices of a grant exclude each other, or where one is excluded by a device that is held."""
     mine = {*grant.devices, *grant.shares}
     names = ", ".join(sorted(mine))
     for one in sorted(mine):
-        if parts := mine.intersection(inventory.parts_of.get(one, ())):
-            why = f"cannot grant {names}: {', '.join(sorted(parts))} is a part of {one}"
-            raise Refused(why, want=len(mine), free=len(mine) - len(parts))
-    kin = (relatives(inventory, mine) - mine) & ledger.devices_held
+        if others := mine & inventory.excluded_by.get(one, frozenset()):
+            why = f"cannot grant {names}: {_clash(inventory, one, others)}"
+            raise Refused(why, want=len(mine), free=len(mine) - len(others))
+    kin = (excluded_with(inventory, ledger, mine) - mine) & ledger.devices_held
     for other in ledger.grants.values() if kin else ():
         if taken := kin.intersection((*other.devices, *other.shares)):
             same = ", ".join(sorted(taken))
             why = f"cannot grant {names}: {same} is of the same device and held by {other.holder}"
             raise Refused(why, want=len(mine), free=0)
+
+
+def _clash(inventory: Inventory, one: str, others: set[str]) -> str:
+    """Why a device and others cannot be given away together."""
+    if parts := others.intersection(inventory.parts_of.get(one, ())):
+        return f"{', '.join(sorted(parts))} is a part of {one}"
+    if wholes := [other for other in sorted(others) if one in inventory.parts_of.get(other, ())]:
+        return f"{one} is a part of {wholes[0]}"
+    shared = sorted({thing for other in others for thing in inventory.things_of[one] & inventory.things_of[other]})
+    return f"{one} and {', '.join(sorted(others))} both hand over {', '.join(shared[:MOST_NAMED])}"
 
 
 def refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:

@@ -1,6 +1,6 @@
 """Devices as the device-plugin API shows them: each an id, or as many shares as the configuration says.
 
-Pure. A device, what it is a part of and what is a part of it are one thing to give away: whoever has one has them all.
+Pure. What cannot be given away together is in core/ledger/exclusion.py.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from nodeagent.core.deviceplugin.view import Near, Parts, refuse_unknown
+from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Advertised, Device
 from nodeagent.core.model.grant import CLAIM, Grant
@@ -82,7 +83,7 @@ class DeviceResource:
 
     def _taken(self, inventory: Inventory, ledger: Ledger) -> frozenset[str]:
         """Devices that no container of this resource can get (more of): held through another resource, held whole
-        where shares are shown or the other way round, or a part or the whole of a device that is held."""
+        where shares are shown or the other way round, or excluded by a device that is held."""
         ours: set[str] = set()
         theirs: set[str] = set()
         for grant in ledger.grants.values():
@@ -91,7 +92,7 @@ class DeviceResource:
             alike = mine or grant.holder.api == CLAIM
             (ours if self.replicas > 1 and alike else theirs).update(grant.shares)
             (ours if self.replicas == 1 and mine else theirs).update(grant.devices)
-        return relatives(inventory, theirs) | (relatives(inventory, ours) - ours)
+        return excluded_with(inventory, ledger, theirs) | (excluded_with(inventory, ledger, ours) - ours)
 
     def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
         known = {one: device.id for device in self.devices(inventory) for one in self._ids(device)}
@@ -108,7 +109,7 @@ class DeviceResource:
         request = Request(
             devices={self.kind: size},
             must_devices=frozenset(must),
-            within_devices=_parts_first(inventory, every, must),
+            within_devices=_parts_first(inventory, every, frozenset(must)),
             near=near.devices,
             near_nodes=near.nodes,
         )
@@ -151,14 +152,9 @@ class DeviceResource:
         return all(fnmatch.fnmatchcase(_field(device, name), pattern) for name, pattern in self.match.items())
 
 
-def _parts_first(inventory: Inventory, available: Iterable[str], must: Iterable[str]) -> frozenset[str]:
-    """What is available, a device and its parts not at once: where parts can be had, the whole is left alone, and
-    where it must be taken, its parts."""
-    every, chosen = frozenset(available), frozenset(must)
-    spoken_for = relatives(inventory, chosen) - chosen
-    return frozenset(
-        one for one in every - spoken_for if one in chosen or every.isdisjoint(inventory.parts_of.get(one, ()))
-    )
+def _parts_first(inventory: Inventory, available: frozenset[str], must: frozenset[str]) -> frozenset[str]:
+    """What is available without the devices whose parts are available too, except for those that must be taken."""
+    return frozenset(one for one in available if one in must or available.isdisjoint(inventory.parts_of.get(one, ())))
 
 
 def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inventory:
@@ -206,18 +202,6 @@ def shares_of(grant: Grant, device: str) -> int:
     return sum(_owner(one) == base for one in grant.ids)
 
 
-def relatives(inventory: Inventory, ids: Iterable[str]) -> frozenset[str]:
-    """Devices, what they are a part of, and what is a part of them: one cannot be given away without the others."""
-    found = set(ids)
-    for one in tuple(found):
-        device = inventory.device_by_id.get(one)
-        while device is not None and device.parent is not None and device.parent not in found:
-            found.add(device.parent)
-            device = inventory.device_by_id.get(device.parent)
-        found.update(inventory.parts_of.get(one, ()))
-    return frozenset(found)
-
-
 def without(grant: Grant, ids: Iterable[str], parts: Parts) -> Grant | None:
     """What is left of a grant when another takes some of its ids and what they stand for; None: nothing. The ids that
     are left need not be known any more: a CPU that went offline stays held."""
@@ -226,13 +210,16 @@ def without(grant: Grant, ids: Iterable[str], parts: Parts) -> Grant | None:
     if not rest:
         return None
     bases = {_owner(one) for one in rest}
+    devices = tuple(one for one in grant.devices if one not in parts.devices)
+    shares = tuple(one for one in grant.shares if _share_base(one) in bases)
     return replace(
         grant,
         ids=rest,
         cpus=grant.cpus - parts.cpus,
         hugepages=_fewer(grant.hugepages, parts.hugepages),
-        devices=tuple(one for one in grant.devices if one not in parts.devices),
-        shares=tuple(one for one in grant.shares if _share_base(one) in bases),
+        devices=devices,
+        shares=shares,
+        things=tuple((one, thing) for one, thing in grant.things if one in devices or one in shares),
     )
 
 

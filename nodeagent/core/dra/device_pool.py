@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nodeagent.core.deviceplugin.devices import (
@@ -17,7 +17,6 @@ from nodeagent.core.deviceplugin.devices import (
     SHARES,
     DeviceResource,
     illness,
-    relatives,
     shares_by_device,
 )
 from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, claimed_names
@@ -33,6 +32,7 @@ from nodeagent.core.dra.pool import (
     Taint,
     Value,
 )
+from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import DEVICE_PLUGIN
@@ -119,20 +119,23 @@ class _Still:
                 served.setdefault(device.id, (device, resource))
         self._names = {id: label(id) for id in served}
         self._wholes = _wholes(inventory, served)
+        self._shared = _shared_things(inventory, served)
         self._devices = [self._device(inventory, *one) for one in served.values()]
         self._parts = {one.name: one.part for one in self._devices}
         self._divided = {_cut(one.name, LONGEST_BASE): one.part for one in self._devices if one.part.shares}
         self._forms: dict[tuple[bool, bool], tuple[tuple[PoolDevice, ...], ...]] = {}
-        self.counters = tuple(
-            CounterSet(name=self._names[id], counters={PARTS: parts}) for id, parts in self._wholes.items()
+        self.counters = (
+            *(CounterSet(name=self._names[id], counters={PARTS: parts}) for id, parts in self._wholes.items()),
+            *(CounterSet(name=self._shared_name(ids), counters={PARTS: 1}) for ids in self._shared),
         )
 
     def forms(self, *, consumable: bool, counters: bool) -> tuple[tuple[PoolDevice, ...], ...]:
         """What each device is published as: itself, or one device a share. Without counters a device that has parts
-        is left out: the scheduler could give both."""
+        is left out, and of several that hand over the same thing all but the first: the scheduler could give both."""
         key = consumable, counters
         if key not in self._forms:
-            every = (one for one in self._devices if counters or one.part.device not in self._wholes)
+            left_out = {*self._wholes, *(one for ids in self._shared for one in ids[1:])}
+            every = (one for one in self._devices if counters or one.part.device not in left_out)
             every = every if counters else (replace(one, consumes={}) for one in every)
             self._forms[key] = tuple((one,) if consumable else tuple(_shares(one)) for one in every)
         return self._forms[key]
@@ -156,17 +159,39 @@ class _Still:
         )
 
     def _consumes(self, inventory: Inventory, device: Device) -> dict[str, dict[str, int]]:
-        """Counters of the own set and of the sets of what this is a part of, the nearest first. Beyond what one device
-        may consume, the scheduler cannot know, and Prepare refuses."""
+        """Counters of the own set, of the sets of what this is a part of, the nearest first, and of what it hands over
+        as others do. Beyond what one device may consume, the scheduler cannot know, and Prepare refuses."""
         own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
         above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
-        return dict([*own.items(), *above.items()][:MOST_COUNTER_SETS])
+        shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared if device.id in ids}
+        return dict([*own.items(), *above.items(), *shared.items()][:MOST_COUNTER_SETS])
+
+    def _shared_name(self, ids: Sequence[str]) -> str:
+        return _cut(f"{self._names[ids[0]]}-{_digest(' '.join(ids))}", LONGEST_LABEL)
 
 
 def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
     """How many of its parts are served, of each served device that has any."""
     counts = {id: sum(part in served for part in inventory.parts_of.get(id, ())) for id in served}
     return {id: count for id, count in counts.items() if count}
+
+
+def _shared_things(inventory: Inventory, served: Collection[str]) -> list[tuple[str, ...]]:
+    """Served devices that hand over the same thing without one being a part of the other, each group once."""
+    found: dict[frozenset[str], None] = {}
+    for _, ids in sorted(inventory.devices_by_thing.items()):
+        mine = ids & frozenset(served)
+        if len(mine) > 1 and not _is_chain(inventory, mine):
+            found[mine] = None
+    largest = [ids for ids in found if not any(ids < other for other in found)]
+    return sorted(tuple(sorted(ids)) for ids in largest)
+
+
+def _is_chain(inventory: Inventory, ids: frozenset[str]) -> bool:
+    """Whether of any two devices one is a part of the other: then the counters of wholes keep them apart."""
+    return all(
+        a == b or a in inventory.parts_of.get(b, ()) or b in inventory.parts_of.get(a, ()) for a in ids for b in ids
+    )
 
 
 def _above(inventory: Inventory, device: Device) -> Iterator[str]:
@@ -206,8 +231,9 @@ class _Now:
         bad = {id: one for id, one in health.items() if one.state != HEALTHY}
         given = [grant for grant in ledger.grants.values() if grant.holder.api == DEVICE_PLUGIN]
         shares = shares_by_device(given)
-        held = relatives(inventory, {one for grant in given for one in grant.devices})
-        return cls(inventory, bad, held | (relatives(inventory, shares) - shares.keys()), shares, claimed_names(ledger))
+        held = excluded_with(inventory, ledger, {one for grant in given for one in grant.devices})
+        held |= excluded_with(inventory, ledger, shares) - shares.keys()
+        return cls(inventory, bad, held, shares, claimed_names(ledger))
 
     def tainted(self, forms: tuple[PoolDevice, ...], effect: str) -> Iterable[PoolDevice]:
         """The forms of one device with what is left of them."""

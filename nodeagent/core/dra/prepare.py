@@ -12,13 +12,14 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import MappingProxyType
 
-from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_missing_pages, refuse_relatives
+from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_excluded, refuse_missing_pages
 from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_shares
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
 from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, settings_for, to_json
 from nodeagent.core.dra.pool import DevicePart
 from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.exclusion import things_of
 from nodeagent.core.ledger.free import memory_left
 from nodeagent.core.ledger.ledger import CONFIRMED, GRANTED, RELEASED, Change, Ledger
 from nodeagent.core.model.claim import Claim, Result
@@ -112,7 +113,7 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
         with _said(errors, claim):
             results, held = results_of(catalog, claim), grants_of(ledger, uid)
             if [grant.result for grant in held] == results:
-                known = record_reserved_for(ledger, uid, claim.reserved_for)
+                known = record_reserved_for(ledger, uid, claim.reserved_for, inventory)
                 ledger, grants[uid] = known.ledger, known.grants
                 changes += known.changes
             else:
@@ -127,14 +128,22 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
     return Batch(ledger=ledger, changes=tuple(changes), grants=grants, errors=errors)
 
 
-def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str]) -> Decision:
-    """Note for which pods (their UIDs) a claim is reserved now; what it holds stays."""
+def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str], inventory: Inventory | None = None) -> Decision:
+    """Note for which pods (their UIDs) a claim is reserved now; what it holds stays. inventory: if given, note too what
+    its devices hand over now: after a reboot their nodes may have other names."""
     held = grants_of(ledger, uid)
-    noted = tuple(replace(grant, pods=tuple(pods)) for grant in held)
+    noted = tuple(replace(grant, pods=tuple(pods), things=_things_now(grant, inventory)) for grant in held)
     if noted == held:
         return Decision(ledger=ledger, grants=held)
     changes = tuple(Change(action=CONFIRMED, grant=grant) for grant in noted)
     return Decision(ledger=ledger_of.amend(ledger, noted), changes=changes, grants=noted)
+
+
+def _things_now(grant: Grant, inventory: Inventory | None) -> tuple[tuple[str, str], ...]:
+    devices = (*grant.devices, *grant.shares)
+    if inventory is None or any(one not in inventory.device_by_id for one in devices):
+        return grant.things
+    return things_of(inventory, devices)
 
 
 def unprepare(ledger: Ledger, uids: Iterable[str]) -> Decision:
@@ -332,9 +341,9 @@ def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDeman
     if part.cpus:
         return replace(grant, cpus=_cpus(inventory, ledger, one, beside))
     if part.shares:
-        return replace(grant, shares=(part.device,))
+        return replace(grant, shares=(part.device,), things=things_of(inventory, [part.device]))
     if part.node is None:
-        return replace(grant, devices=(part.device,))
+        return replace(grant, devices=(part.device,), things=things_of(inventory, [part.device]))
     if not part.page_bytes:
         return replace(grant, memory=((part.node, one.bytes),))
     pages = Pages(node=part.node, page_bytes=part.page_bytes, pages=one.bytes // part.page_bytes)
@@ -375,8 +384,8 @@ def _preferences(one: ClaimDemand) -> tuple[frozenset[str], str]:
 
 
 def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, grant: Grant) -> None:
-    """Refused where pages, memory or shares are gone meanwhile, or a part or the whole of a device is held."""
-    refuse_relatives(inventory, ledger, grant)
+    """Refused where pages, memory or shares are gone meanwhile, or where a held device excludes one."""
+    refuse_excluded(inventory, ledger, grant)
     refuse_missing_pages(inventory, ledger, grant)
     for node, size in grant.memory:
         free = memory_left(inventory.node_by_id[node]) - ledger.memory_held.get(node, 0)

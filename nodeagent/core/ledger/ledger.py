@@ -62,6 +62,20 @@ class Ledger:
         return frozenset(one for grant in self.grants.values() for one in grant.devices)
 
     @functools.cached_property
+    def things_by_device(self) -> Mapping[str, frozenset[str]]:
+        """What held devices handed over when they were granted, by their ids."""
+        found: dict[str, frozenset[str]] = {}
+        for grant in self.grants.values():
+            for device, thing in grant.things:
+                found[device] = found.get(device, frozenset()) | {thing}
+        return found
+
+    @functools.cached_property
+    def things_held(self) -> frozenset[str]:
+        """Everything that held devices handed over."""
+        return frozenset(thing for grant in self.grants.values() for _, thing in grant.things)
+
+    @functools.cached_property
     def by_id(self) -> Mapping[tuple[str, str], Grant]:
         """The grant that holds an API's id: (resource, id)."""
         return {(grant.holder.resource, one): grant for grant in self.grants.values() for one in grant.ids}
@@ -120,7 +134,8 @@ def amend(ledger: Ledger, changed: Iterable[Grant]) -> Ledger:
     """The ledger with some grants replaced by what is now known of their holders; what they hold must be the same."""
     grants = dict(ledger.grants)
     for one in changed:
-        grants[one.id] = replace(grants[one.id], holder=one.holder, confirmed=one.confirmed, pods=one.pods)
+        known = grants[one.id]
+        grants[one.id] = replace(known, holder=one.holder, confirmed=one.confirmed, pods=one.pods, things=one.things)
     return _with(ledger, grants)
 
 
@@ -143,6 +158,7 @@ def _plus(ledger: Ledger, new: Grant) -> Ledger:
         cpus_held=ledger.cpus_held | new.cpus,
         devices_held=ledger.devices_held.union(new.devices, new.shares),
         devices_whole=ledger.devices_whole.union(new.devices),
+        things_held=ledger.things_held.union(thing for _, thing in new.things),
     )
     return after
 
@@ -152,18 +168,26 @@ def _may_overlap(ledger: Ledger, new: Grant) -> bool:
         ledger.cpus_held.isdisjoint(new.cpus)
         and ledger.devices_held.isdisjoint(new.devices)
         and ledger.devices_whole.isdisjoint(new.shares)
+        and ledger.things_held.isdisjoint(thing for _, thing in new.things)
         and not any((new.holder.resource, one) in ledger.by_id for one in new.ids)
     )
 
 
 def _refuse_overlap(old: Grant, new: Grant) -> None:
-    """Refused, naming the holder, where two grants share a CPU, a device held whole by either, or an id."""
+    """Refused, naming the holder, where two grants share a CPU, a device held whole by either, a thing that two devices
+    hand over, or an id."""
     if taken := old.cpus & new.cpus:
         why = f"cannot grant CPUs {new.cpus}: {taken} held by {old.holder}"
         raise Refused(why, want=len(new.cpus), free=len(new.cpus - taken))
     whole = frozenset(new.devices) & {*old.devices, *old.shares} | frozenset(new.shares) & frozenset(old.devices)
+    whole |= {f"{device} ({thing})" for device, thing in new.things if _is_taken(old, device, thing)}
     same = frozenset(new.ids) & frozenset(old.ids) if new.holder.resource == old.holder.resource else frozenset()
     for want, shared in ((len(new.devices) + len(new.shares), whole), (len(new.ids), same)):
         if shared:
             why = f"cannot grant {', '.join(sorted(shared))}: held by {old.holder}"
             raise Refused(why, want=want, free=want - len(shared))
+
+
+def _is_taken(old: Grant, device: str, thing: str) -> bool:
+    """Return whether a grant has a thing through another device than `device`, which is to be granted."""
+    return any(one != device and other == thing for one, other in old.things)

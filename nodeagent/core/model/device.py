@@ -34,6 +34,22 @@ class PciFacts:
         return {one.name: getattr(self, one.name) for one in fields(PciFacts)}
 
 
+SHARED_NODES = frozenset(
+    {
+        "/dev/dri",
+        "/dev/infiniband/rdma_cm",
+        "/dev/iommu",
+        "/dev/kfd",
+        "/dev/nvidia-modeset",
+        "/dev/nvidia-uvm",
+        "/dev/nvidia-uvm-tools",
+        "/dev/nvidiactl",
+        "/dev/vfio/vfio",
+    }
+)
+"""Device nodes that every holder of a device gets and that belong to no device."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device(PciFacts):
     """One thing that can be given away whole. `id` is stable over reboots and driver failures."""
@@ -46,7 +62,16 @@ class Device(PciFacts):
     """Device nodes a container needs, below /dev."""
     parent: str | None = None
     """id of the device this is a part of (PF of a VF, GPU of a MIG instance)."""
+    exclusive: tuple[str, ...] | None = None
+    """What only one holder may have of it: device nodes, "wwid:…". None: all of `paths` but SHARED_NODES."""
     attributes: Mapping[str, str | int | bool] = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def exclusive_parts(self) -> tuple[str, ...]:
+        """Return what is handed over with the device and belongs to its holder alone, besides the device itself."""
+        if self.exclusive is not None:
+            return self.exclusive
+        return tuple(path for path in self.paths if path not in SHARED_NODES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

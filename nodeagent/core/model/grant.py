@@ -63,6 +63,8 @@ class Grant:
     """Devices held whole."""
     shares: tuple[str, ...] = ()
     """Devices held by some of several shares."""
+    things: tuple[tuple[str, str], ...] = ()
+    """(device id, thing): what `devices` and `shares` handed over when they were granted; core/ledger/exclusion.py."""
     granted_at: float = 0.0
     """Seconds since the epoch."""
     confirmed: bool = False

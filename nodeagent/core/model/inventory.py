@@ -77,6 +77,15 @@ class Inventory:
         """Return all devices by their id."""
         return MappingProxyType({device.id: device for device in self.devices})
 
+    def wholes_of(self, id: str) -> tuple[str, ...]:
+        """Return what a device is a part of, the nearest first; the last may be no device of the inventory."""
+        found: list[str] = []
+        device = self.device_by_id.get(id)
+        while device is not None and device.parent is not None and device.parent not in (id, *found):
+            found.append(device.parent)
+            device = self.device_by_id.get(device.parent)
+        return tuple(found)
+
     @functools.cached_property
     def parts_of(self) -> Mapping[str, tuple[str, ...]]:
         """What is a part of a device, directly or not, by the device's id."""
@@ -88,6 +97,34 @@ class Inventory:
                 above = self.device_by_id.get(parent)
                 parent = above.parent if above is not None else None
         return MappingProxyType({one: tuple(found) for one, found in parts.items()})
+
+    @functools.cached_property
+    def things_of(self) -> Mapping[str, frozenset[str]]:
+        """What each device hands over, by its id: itself, its exclusive parts, and what its parts hand over."""
+        own = {device.id: {device.id, *device.exclusive_parts} for device in self.devices}
+        whole = {
+            one: frozenset(things.union(*(own[part] for part in self.parts_of.get(one, ()))))
+            for one, things in own.items()
+        }
+        return MappingProxyType(whole)
+
+    @functools.cached_property
+    def devices_by_thing(self) -> Mapping[str, frozenset[str]]:
+        """Devices that hand over a thing, by the thing."""
+        found: dict[str, set[str]] = {}
+        for device, things in self.things_of.items():
+            for thing in things:
+                found.setdefault(thing, set()).add(device)
+        return MappingProxyType({thing: frozenset(devices) for thing, devices in found.items()})
+
+    @functools.cached_property
+    def excluded_by(self) -> Mapping[str, frozenset[str]]:
+        """Other devices that cannot be given away together with a device, by its id; only devices that have any."""
+        found: dict[str, set[str]] = {}
+        for devices in self.devices_by_thing.values():
+            for one in devices if len(devices) > 1 else ():
+                found.setdefault(one, set()).update(devices - {one})
+        return MappingProxyType({one: frozenset(others) for one, others in found.items()})
 
     @functools.cached_property
     def cpu_by_id(self) -> Mapping[int, Cpu]:

@@ -79,6 +79,7 @@ class _Device(msgspec.Struct):
     iommu_group: int | None = None
     paths: list[str] = []
     parent: str | None = None
+    exclusive: list[str] | None = None
     attributes: dict[str, str | int | bool] = {}
 
 
@@ -155,6 +156,7 @@ def device_document(device: Device) -> dict[str, Any]:
         "iommu_group": device.iommu_group,
         "paths": list(device.paths),
         "parent": device.parent,
+        **({} if device.exclusive is None else {"exclusive": list(device.exclusive)}),
         "attributes": dict(device.attributes),
     }
 
@@ -383,5 +385,6 @@ def _device_in(device: _Device, source: str) -> Device:
         iommu_group=device.iommu_group,
         paths=tuple(device.paths),
         parent=device.parent,
+        exclusive=None if device.exclusive is None else tuple(device.exclusive),
         attributes=MappingProxyType(dict(device.attributes)),
     )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nodeagent._fastpath import choose_devices
+from nodeagent.core.ledger.exclusion import blocked
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.request import Request
 from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.device_sets import without_conflicts
 from nodeagent.core.placement.index import DeviceIndex, MachineIndex
 from nodeagent.core.placement.proximity import Place
 from nodeagent.errors import InputError
@@ -29,14 +31,39 @@ class Pick:
 def pick_devices(
     machine: MachineIndex, ledger: Ledger, request: Request, nodes: frozenset[NodeId] | None
 ) -> Sequence[Pick]:
-    """Every best set of the devices asked for, one for each set of places they lie in."""
-    held = ledger.devices_held
+    """Every best set of the devices asked for, one for each set of places they lie in. No two of a set exclude each
+    other (core/ledger/exclusion.py)."""
     if not request.devices:
         return (Pick((), 0, 0, (), True),)
+    pool = machine.pool(tuple(sorted(request.devices)))
+    taken = blocked(machine.inventory, ledger)
+    usable = _usable_members(pool, taken, request, nodes)
+    excluded = machine.inventory.excluded_by
+    if not excluded:
+        return _picks_among(machine, request, pool, usable, taken)
+    classes = {device.id: number for number, members in enumerate(usable) for device in members}
+    things = machine.inventory.things_of
+    sets, complete = without_conflicts(classes, excluded, things, classes, request.must_devices)
+    found: dict[tuple[str, ...], Pick] = {}
+    for left_out in sets:
+        some = [[device for device in members if device.id not in left_out] for members in usable]
+        for pick in _picks_among(machine, request, pool, some if left_out else usable, taken):
+            found.setdefault(pick.devices, pick if complete else replace(pick, exact=False))
+    least = min((pick.links for pick in found.values()), default=0)
+    return [pick for pick in found.values() if pick.links == least]
+
+
+def _picks_among(
+    machine: MachineIndex,
+    request: Request,
+    pool: DeviceIndex,
+    usable: Sequence[Sequence[Device]],
+    taken: frozenset[str],
+) -> Sequence[Pick]:
+    """The best sets of some devices, none of which excludes another. usable: by class of the pool. taken: devices that
+    cannot be granted."""
     kinds = tuple(sorted(request.devices))
     index = {kind: number for number, kind in enumerate(kinds)}
-    pool = machine.pool(kinds)
-    usable = _usable_members(pool, held, request, nodes)
     near = [device_of(machine, one) for one in request.near]
     # A node is near as a device on it would be that shares no part of the PCIe tree.
     near += [Device(kind="node", id="", numa_node=node) for node in request.near_nodes]
@@ -47,7 +74,7 @@ def pick_devices(
             sum(1 for device in free if device.id in request.must_devices) if request.must_devices else 0,
             place,
             sum(machine.far(members[0], other) for other in near) if near else 0,
-            max(len(free), sum(1 for device in members if device.id not in held) if held else len(members)),
+            max(len(free), sum(1 for device in members if device.id not in taken) if taken else len(members)),
         )
         for members, free, place in zip(pool.classes, usable, pool.place_numbers, strict=True)
     ]
@@ -55,24 +82,24 @@ def pick_devices(
     if found is None:
         return ()
     cost, ties, exact = found
-    return [_pick_of(request, pool, usable, cost, cut, taken, exact) for cut, taken in ties]
+    return [_pick_of(request, pool, usable, cost, cut, counts, exact) for cut, counts in ties]
 
 
 def _usable_members(
-    pool: DeviceIndex, held: frozenset[str], request: Request, nodes: frozenset[NodeId] | None
+    pool: DeviceIndex, taken: frozenset[str], request: Request, nodes: frozenset[NodeId] | None
 ) -> Sequence[Sequence[Device]]:
     """Of each class the devices that may be taken."""
-    if nodes is None and not held and request.within_devices is None:
+    if nodes is None and not taken and request.within_devices is None:
         return pool.classes
-    return [[device for device in members if _usable(device, held, request, nodes)] for members in pool.classes]
+    return [[device for device in members if _usable(device, taken, request, nodes)] for members in pool.classes]
 
 
-def _usable(device: Device, held: frozenset[str], request: Request, nodes: frozenset[NodeId] | None) -> bool:
+def _usable(device: Device, taken: frozenset[str], request: Request, nodes: frozenset[NodeId] | None) -> bool:
     if device.id in request.must_devices:
         return True
     if request.within_devices is not None and device.id not in request.within_devices:
         return False
-    return device.id not in held and inside(device, nodes)
+    return device.id not in taken and inside(device, nodes)
 
 
 def _pick_of(

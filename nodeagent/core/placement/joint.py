@@ -11,10 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from nodeagent.core.ledger.exclusion import blocked, most_together
 from nodeagent.core.ledger.free import Stock
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.device import Device
 from nodeagent.core.model.request import BEST_EFFORT, SINGLE, Pages, Placement, PlacementCost, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.cpu_choice import NO_LIMITS, Limits, Near, allowed, limits_of, search_cpus
@@ -86,7 +88,7 @@ def _under_policy(task: _Task, loose: _Found) -> _Found | None:
     if _lies_in(task, loose.placement, units, most):
         return loose
     free = task.free & allowed(task.machine, task.request.options) | task.request.must_cpus.mask
-    taken = task.ledger.devices_held
+    taken = blocked(task.machine.inventory, task.ledger)
     cover = Cover(_measured(task, units, free, task.stock, taken), _wanted(task, taken), task.steps)
     best: _Found | None = None
     universes = cover.of_size(most)
@@ -117,9 +119,16 @@ def _least_units(task: _Task, units: Sequence[frozenset[NodeId]]) -> int:
 def _wanted(task: _Task, taken: frozenset[str]) -> tuple[int, ...]:
     """The request as a vector: CPUs, each page size and memory, devices of each kind. Devices whose node nobody knows
     are there wherever the rest goes."""
-    anywhere = [one.kind for one in task.machine.inventory.devices if one.numa_node is None and one.id not in taken]
-    devices = (count - anywhere.count(kind) for kind, count in task.request.devices.items())
+    known = task.machine.inventory.device_by_id
+    anywhere = [one for one in known.values() if one.numa_node is None and one.id not in taken]
+    devices = (count - _together(task, anywhere, kind) for kind, count in task.request.devices.items())
     return (task.request.cpus, *task.stock.want.values(), *devices)
+
+
+def _together(task: _Task, devices: Iterable[Device], kind: str) -> int:
+    """How many of some devices are of a kind and can be given away together."""
+    mine = [one.id for one in devices if one.kind == kind]
+    return len(most_together(task.machine.inventory, mine)) if task.machine.inventory.excluded_by else len(mine)
 
 
 def _measured(
@@ -133,7 +142,10 @@ def _measured(
             (
                 (cpus & task.machine.cpus_of(nodes)).bit_count(),
                 *(stock.sum(size, nodes) for size in stock.want),
-                *(sum(one.kind == kind and one.numa_node in nodes for one in devices) for kind in task.request.devices),
+                *(
+                    _together(task, (one for one in devices if one.numa_node in nodes), kind)
+                    for kind in task.request.devices
+                ),
             ),
             task.machine.packages_of(nodes),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from nodeagent.core.ledger.exclusion import blocked, most_together
 from nodeagent.core.ledger.free import MEMORY, Stock
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
@@ -42,10 +43,12 @@ def _too_few_cpus(machine: MachineIndex, ledger: Ledger, request: Request, free:
 def _too_few_devices(machine: MachineIndex, ledger: Ledger, request: Request) -> Refused | None:
     for kind, want in sorted(request.devices.items()):
         there = [device.id for device in machine.inventory.devices if device.kind == kind]
-        free = sum(1 for one in there if one not in ledger.devices_held)
-        if want > free:
-            why = f"cannot place {want} devices of kind {kind}: {free} of {len(there)} are free"
-            return Refused(why, want=want, free=free, would_admit=f"{want - free} more would admit it")
+        free = [one for one in there if one not in blocked(machine.inventory, ledger)]
+        together = len(most_together(machine.inventory, free))
+        if want > together:
+            what = "are free" if together == len(free) else "can be given away together"
+            why = f"cannot place {want} devices of kind {kind}: {together} of {len(there)} {what}"
+            return Refused(why, want=want, free=together, would_admit=f"{want - together} more would admit it")
     return None
 
 

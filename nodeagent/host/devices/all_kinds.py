@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.core.model.device import ContainerEdits, Device, Link
+from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, Link
 from nodeagent.core.model.inventory import DEGRADED, KindState
 from nodeagent.core.model.topology import NodeId
 from nodeagent.host.devices.accel import Accel
 from nodeagent.host.devices.base import (
     LONGEST_ID,
-    SHARED_NODES,
     CharSelector,
     Context,
     Found,

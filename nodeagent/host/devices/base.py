@@ -14,28 +14,15 @@ from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Link
+from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
 from nodeagent.core.model.inventory import KindState
 from nodeagent.core.model.topology import NodeId
 from nodeagent.host.nvml.client import Failure, Snapshot
-from nodeagent.host.pci import VFIO, Function
+from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.sysfs import SysFs
 
 Attributes = Mapping[str, str | int | bool]
 LONGEST_ID = 63
-SHARED_NODES = frozenset(
-    {
-        "/dev/dri",
-        "/dev/infiniband/rdma_cm",
-        "/dev/kfd",
-        "/dev/nvidia-modeset",
-        "/dev/nvidia-uvm",
-        "/dev/nvidia-uvm-tools",
-        "/dev/nvidiactl",
-        "/dev/vfio/vfio",
-    }
-)
-"""Device nodes that every holder of a device gets and that belong to none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,12 +121,16 @@ def pci_device(
     paths: Iterable[str] = (),
     attributes: Attributes = MappingProxyType({}),
 ) -> Device:
-    """A PCI function as a device of a kind. Bound to vfio-pci it is used through its IOMMU group and nothing else."""
+    """A PCI function as a device of a kind. Bound to vfio-pci it is used through its IOMMU group and nothing else, and
+    whoever has one function of the group has them all."""
+    vfio = function.vfio_nodes
+    group = (f"iommu-group:{function.iommu_group}",)
     return Device(
         kind=kind,
         id=function.address,
         pci_address=function.address,
-        paths=vfio_paths(function) or tuple(paths),
+        paths=vfio or tuple(paths),
+        exclusive=(*(one for one in vfio if one not in SHARED_NODES), *group) if vfio else None,
         parent=function.physical,
         attributes=MappingProxyType({**_marks(context, function), **_sriov(context, function), **attributes}),
         **function.pci_facts(),
@@ -162,13 +153,6 @@ def part_of(owner: Function | None, *, kind: str, id: str, paths: Iterable[str],
         bridges=(*owner.bridges, owner.address),
         parent=owner.address,
     )
-
-
-def vfio_paths(function: Function) -> tuple[str, ...]:
-    """Documentation/driver-api/vfio.rst: the container file and the group's own."""
-    if function.driver != VFIO or function.iommu_group is None:
-        return ()
-    return "/dev/vfio/vfio", f"/dev/vfio/{function.iommu_group}"
 
 
 def node_edits(device: Device, devices: Sequence[Device]) -> ContainerEdits:

@@ -54,7 +54,10 @@ def _disks(reader: Tolerant, context: Context, mounts: frozenset[str]) -> Iterat
         attributes = {key: value for key, value in told.items() if value is not None}
         owner = context.function_by_address.get(address) if address is not None else None
         id = _id(name, address, attributes.get("wwid") or attributes.get("serial"))
-        yield part_of(owner, kind="block", id=id, paths=[f"/dev/{name}"], attributes=attributes)
+        disk = part_of(owner, kind="block", id=id, paths=[f"/dev/{name}"], attributes=attributes)
+        wwid = attributes.get("wwid")
+        # A LUN that is reached over several paths is a disk for each of them.
+        yield disk if wwid is None else replace(disk, exclusive=(*disk.paths, f"wwid:{wwid}"))
 
 
 def _distinct(disks: Iterator[Device]) -> Iterator[Device]:

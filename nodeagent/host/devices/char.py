@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -74,4 +75,5 @@ def _device(reader: Tolerant, context: Context, selector: str, path: str, target
         attributes.update(major=major, minor=minor)
         address, _ = pci.split(reader.sysfs.real(f"sys/dev/char/{major}:{minor}"))
         owner = context.function_by_address.get(address) if address is not None else None
-    yield part_of(owner, kind="char", id=short_id(path), paths=(path,), attributes=MappingProxyType(attributes))
+    device = part_of(owner, kind="char", id=short_id(path), paths=(path,), attributes=MappingProxyType(attributes))
+    yield replace(device, exclusive=(target,))

@@ -16,7 +16,7 @@ from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, 
 from nodeagent.host.devices.gpu_links import nvlinks, xgmi_links
 from nodeagent.host.devices.kfd import KfdNode, kfd_nodes
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
-from nodeagent.host.pci import AMD, INTEL, NVIDIA, VFIO, Function
+from nodeagent.host.pci import AMD, INTEL, NVIDIA, Function
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -79,7 +79,7 @@ def _devices(
 
 def _computes(function: Function, drm: list[str]) -> bool:
     """Has a render node, a driver that makes one, or waits under vfio-pci for a virtual machine."""
-    if function.driver == VFIO:
+    if function.has_vfio:
         return function.is_class(_DISPLAY) and function.vendor in (NVIDIA, AMD, INTEL)
     if function.is_class(_PROCESSING):
         return function.driver in _COMPUTE_DRIVERS
@@ -96,7 +96,7 @@ def _state(context: Context, devices: list[Device]) -> KindState:
         return KindState(kind="gpu", state=PRESENT)
     if not nvml.absent:
         return KindState(kind="gpu", state=DEGRADED, reason=nvml.reason)
-    without_nvml = any(device.vendor != NVIDIA or device.driver == VFIO for device in devices)
+    without_nvml = any(device.vendor != NVIDIA or "/dev/vfio/vfio" in device.paths for device in devices)
     return KindState(kind="gpu", state=PRESENT if without_nvml else ABSENT, reason=nvml.reason)
 
 
@@ -153,11 +153,13 @@ def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Devic
         "mig_profile": mig.profile,
         "memory_bytes": mig.memory_bytes,
     }
+    capabilities = _capabilities(reader, nvidia, mig)
     return replace(
         gpu,
         id=f"{gpu.id}/mig-{mig.gpu_instance}-{mig.compute_instance}",
         parent=gpu.id,
-        paths=(*gpu.paths, *_capabilities(reader, nvidia, mig)),
+        paths=(*gpu.paths, *capabilities),
+        exclusive=capabilities,
         attributes=MappingProxyType(attributes),
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
@@ -59,7 +59,9 @@ def _on_pci(
             continue
         names = _namespaces(reader, controller) if controller is not None else []
         attributes = _attributes(reader, controller, names, mounts) if controller is not None else {}
-        yield pci_device(context, function, "nvme", paths=[f"/dev/{name}" for name in names], attributes=attributes)
+        paths = [f"/dev/{name}" for name in names]
+        device = pci_device(context, function, "nvme", paths=paths, attributes=attributes)
+        yield device if function.has_vfio else _with_wwids(reader, device, names)
 
 
 def _on_fabrics(reader: Tolerant, controllers: list[_Controller], mounts: frozenset[str]) -> Iterator[Device]:
@@ -68,7 +70,14 @@ def _on_fabrics(reader: Tolerant, controllers: list[_Controller], mounts: frozen
             names = _namespaces(reader, controller)
             told = _attributes(reader, controller, names, mounts)
             id = f"nvme-{told.get('serial', controller.name)}-{reader.text(f'{controller.path}/cntlid') or 0}"
-            yield part_of(None, kind="nvme", id=id, paths=[f"/dev/{name}" for name in names], attributes=told)
+            device = part_of(None, kind="nvme", id=id, paths=[f"/dev/{name}" for name in names], attributes=told)
+            yield _with_wwids(reader, device, names)
+
+
+def _with_wwids(reader: Tolerant, device: Device, names: list[str]) -> Device:
+    """Several controllers may lead to one namespace: by one disk (native multipath), or by a disk for each of them."""
+    told = (reader.text(f"sys/class/block/{name}/wwid") for name in names)
+    return replace(device, exclusive=(*device.paths, *(f"wwid:{wwid}" for wwid in told if wwid)))
 
 
 def _namespaces(reader: Tolerant, controller: _Controller) -> list[str]:

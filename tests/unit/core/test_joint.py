@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from types import MappingProxyType
 
 from hypothesis import example, given, settings
@@ -42,6 +43,7 @@ def random_machine(pick: random.Random) -> Inventory:
     pages = {(node, size): pick.randint(0, 3) for node in used for size in (MIB2, GIB)}
     memory = {node: pick.choice([0, 1, 4]) * GIB for node in used}
     devices = [random_device(pick, number, used, cpus) for number in range(pick.randint(0, 5))]
+    devices = random_parts(pick, devices)
     pairs = [(a.id, b.id) for a in devices for b in devices if a.id < b.id]
     links = [Link(a=a, b=b, type="nvlink", weight=pick.choice([100, 110])) for a, b in pairs if pick.random() < 0.3]
     isolated = [cpu for cpu in range(cpus) if pick.random() < 0.2]
@@ -65,6 +67,21 @@ def random_device(pick: random.Random, number: int, nodes: list[int], cpus: int)
     bridges = (f"{root}-{pick.randint(0, 1)}",) if root and pick.random() < 0.7 else ()
     kind = pick.choice(["gpu", "gpu", "nic"])
     return Device(kind=kind, id=f"{kind}{number}", numa_node=node, local_cpus=local, pcie_root=root, bridges=bridges)
+
+
+def random_parts(pick: random.Random, devices: list[Device]) -> list[Device]:
+    """Some are a part of an earlier one, some share a device node."""
+    if pick.random() < 0.5:
+        return devices
+    nodes = ("/dev/x", "/dev/y")
+    return [
+        replace(
+            one,
+            parent=pick.choice(devices[:number]).id if number and pick.random() < 0.3 else None,
+            paths=tuple(node for node in nodes if pick.random() < 0.25),
+        )
+        for number, one in enumerate(devices)
+    ]
 
 
 def random_request(pick: random.Random, inventory: Inventory) -> Request:

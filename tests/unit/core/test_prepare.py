@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from nodeagent.core.deviceplugin.allocate import allocate
-from nodeagent.core.deviceplugin.devices import DeviceResource, relatives, shares_of
+from nodeagent.core.deviceplugin.devices import DeviceResource, shares_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.dra.cpu_pool import CPUS, INDIVIDUAL, L3, NUMA_NODE, SOCKET, CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import DevicePart, Features, PoolDevice
 from nodeagent.core.dra.prepare import Batch, Catalog, grants_of, prepare, unprepare
+from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.free import grantable
 from nodeagent.core.ledger.ledger import GRANTED, RELEASED, Ledger, grant, release
 from nodeagent.core.model.claim import Claim, Result
@@ -525,7 +526,8 @@ class OneLedger(RuleBasedStateMachine):
         cpus = Counter(cpu for one in grants for cpu in one.cpus)
         assert not cpus or (max(cpus.values()) == 1 and 0 not in cpus)
         whole = [it for one in grants for it in one.devices]
-        assert all(not relatives(self.inventory, [it]) & {*whole[:i], *whole[i + 1 :]} for i, it in enumerate(whole))
+        for i, one in enumerate(whole):
+            assert excluded_with(self.inventory, Ledger(), [one]).isdisjoint({*whole[:i], *whole[i + 1 :]})
         shared = sum(shares_of(one, it) for one in grants for it in one.shares)
         assert shared <= CHARS.replicas
         assert not {*whole} & {it for one in grants for it in one.shares}

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.core.deviceplugin.devices import LONGEST_ID, DeviceResource, refuse_missing_shares, relatives, without
+from nodeagent.core.deviceplugin.devices import LONGEST_ID, DeviceResource, refuse_missing_shares, without
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, Near, Parts, ResourceKind
+from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.cpuset import CpuSet
@@ -342,9 +343,9 @@ def test_relatives_are_all_above_and_all_below_and_no_siblings() -> None:
     inventory = machine(
         nic("pf", parent="card"), nic("vf1", parent="pf"), nic("vf2", parent="pf"), nic("q", parent="vf1")
     )
-    assert relatives(inventory, ["vf1"]) == {"vf1", "pf", "card", "q"}
-    assert relatives(inventory, ["pf"]) == {"pf", "card", "vf1", "vf2", "q"}
-    assert relatives(inventory, ["gone"]) == {"gone"}
+    assert excluded_with(inventory, NOBODY, ["vf1"]) == {"vf1", "pf", "card", "q"}
+    assert excluded_with(inventory, NOBODY, ["pf"]) == {"pf", "card", "vf1", "vf2", "q"}
+    assert excluded_with(inventory, NOBODY, ["gone"]) == {"gone"}
 
 
 # What all have in common

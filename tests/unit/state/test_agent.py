@@ -310,7 +310,8 @@ async def test_a_part_and_its_whole_do_not_count_as_two(folder: Path) -> None:
         every = ["gpu0", "gpu1", "gpu2"]
         assert sorted(one.agent.prefer(GPU.resource, every, [], 2)) == ["gpu0", "gpu2"]
         assert sorted(one.agent.prefer(GPU.resource, every, ["gpu1"], 2)) == ["gpu0", "gpu1"]
-        assert sorted(one.agent.prefer(GPU.resource, every, [], 3)) == every
+        with pytest.raises(Refused, match="cannot place 3 devices of kind gpu: 2 of 3 can be given away together"):
+            one.agent.prefer(GPU.resource, every, [], 3)
 
 
 async def test_a_device_is_held_whole_or_by_shares_never_both(folder: Path) -> None:
