@@ -31,7 +31,7 @@ def has_nvidia(functions: Iterable[Function]) -> bool:
 
 @dataclass(slots=True)
 class _Helper:
-    """One running process, the questions it has not answered, and the task that reads its answers."""
+    """One running process, its unanswered questions, and the task that reads its answers."""
 
     process: asyncio.subprocess.Process
     waiting: dict[int, asyncio.Future[Reply]] = field(default_factory=dict)
