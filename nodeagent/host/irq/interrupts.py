@@ -1,9 +1,9 @@
 """Moves interrupts off exclusive CPUs, and restores them when those CPUs are no longer exclusive.
 
-The target of an interrupt follows from its previous affinity and the exclusive CPUs: what is left of its own CPUs, or,
-if none is left, the other CPUs. The previous affinity is written to disk before an interrupt is moved, so a restarted
-agent can restore it. What another program has changed since is left alone; what the kernel refuses is retried only when
-the exclusive CPUs change. /proc/irq/default_smp_affinity is left alone.
+The target of an interrupt follows from its previous affinity and the exclusive CPUs: what is left of that affinity or,
+if nothing is left, the other CPUs. The previous affinity is written to disk before an interrupt is moved, so a
+restarted agent can restore it. What another program has changed since is left alone; what the kernel refuses is retried
+only when the exclusive CPUs change. /proc/irq/default_smp_affinity is left alone.
 Source: Documentation/core-api/irq/irq-affinity.rst.
 """
 

@@ -57,7 +57,7 @@ class Nvml:
         return found, errors
 
     def watch(self, tell: Callable[[Xid], None]) -> None:
-        """Report each Xid to `tell`; only an exception ends this."""
+        """Report each Xid through the callback; only an exception ends this."""
         events = self._nvml.nvmlEventSetCreate()
         try:
             for handle in self.handles()[0].values():
