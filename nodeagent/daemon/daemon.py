@@ -62,7 +62,8 @@ LOCKED_RETRY_S = 2.0
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """Intervals of reading back what kubelet shows: without news; while it differs from what was sent; after news."""
 SWITCH_S = 0.001
-"""The longest time for which a busy thread may delay the loop's answers to kubelet."""
+"""The interpreter's switch interval: how long a busy thread may hold up the loop, and so an answer to kubelet, each
+time."""
 FOLDER_POLL_S = 30.0
 """Fallback for the folder watch."""
 Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
@@ -334,8 +335,8 @@ class Daemon:
         return managed_elsewhere(self._kubelet.kubelet, self.agent.inventory, self.agent.settings.reserved)
 
     async def _news_since(self, seen: int) -> None:
-        """Return when kubelet may show something else, or a moment after news from here:
-        kubelet needs time to show it."""
+        """Return when kubelet may show something else: after news from here or the poll interval, plus the moment that
+        kubelet needs to show it."""
         waits = [one.ready for one in self.registrations()]
         poll_s = UNSHOWN_POLL_S if self._not_shown() and all(waits) else READ_BACK_S
         with contextlib.suppress(TimeoutError):

@@ -125,7 +125,7 @@ class Enforcer:
         held = union(self._partitions.values())
         for layout in self._layouts:
             for above in dict.fromkeys(layout.qos(one) for one in CLASSES):
-                with contextlib.suppress(HostError):  # it is not there, or the kernel knows no remote partitions
+                with contextlib.suppress(HostError):  # it does not exist, or the kernel lacks remote partitions
                     self._writer.keep_back(above, held)
 
     # ---------------------------------------------------------------- one cgroup

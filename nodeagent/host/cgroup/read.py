@@ -294,7 +294,7 @@ class _Folder:
         return True, value if value < _BEYOND_LIMITS else None
 
     def count(self, name: str) -> int | None:
-        """Return the number in a file, or None if there is no such file. HostError if it is no number."""
+        """Return the number in a file, or None if there is no such file. Raise HostError if it is not a number."""
         text = self.text(name)
         return None if text is None else self.number(name, text)
 
@@ -304,13 +304,13 @@ class _Folder:
         return {key: self.number(name, value) for key, _, value in pairs}
 
     def number(self, name: str, text: str) -> int:
-        """Return a text as a number. HostError names the file if it is none."""
+        """Return a text as a number. Raise HostError, naming the file, if it is not a number."""
         if not (text.isascii() and text.isdigit() and len(text) < 24):
             raise self.bad(name, text, "a number")
         return int(text)
 
     def bad(self, name: str, text: str, wanted: str) -> HostError:
-        """Return the error for a file with an unexpected content."""
+        """Return the error for a file with unexpected content."""
         return HostError(f"cannot read {self.path}/{name}: {text[:80]!r} is not {wanted}")
 
 

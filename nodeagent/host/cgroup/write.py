@@ -138,7 +138,7 @@ class Writer:
         return tuple(written)
 
     def enable(self, layout: CgroupLayout, path: str, controllers: Iterable[str] = CONTROLLERS) -> tuple[Written, ...]:
-        """Enable controllers in a cgroup: switch them on in kubepods and every cgroup in
+        """Enable controllers in a cgroup: switch them on in cgroup.subtree_control of kubepods and every cgroup in
         between. Return what was changed.
 
         Raise HostError if kubepods itself lacks one; only the cgroups above it can provide it.

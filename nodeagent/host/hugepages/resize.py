@@ -111,7 +111,7 @@ class _Pool:
             return before.persistent_pages
         self._ask(target)
         after = self.counts()
-        if (taken := after.surplus_pages - before.surplus_pages) > 0:  # mapped between the reading and the writing
+        if (taken := after.surplus_pages - before.surplus_pages) > 0:  # mapped between the read and the write
             return self._ask(after.persistent_pages + taken)
         return after.persistent_pages
 

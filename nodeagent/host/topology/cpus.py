@@ -108,7 +108,7 @@ def _listed(reader: ListReader, name: str) -> CpuSet | None:
 
 
 def _list(text: str) -> CpuSet:
-    return EMPTY if text == "(null)" else CpuSet.parse(text)  # how some kernels print nohz_full where it is not set
+    return EMPTY if text == "(null)" else CpuSet.parse(text)  # how some kernels print an unset nohz_full
 
 
 def _online(reader: ListReader) -> CpuSet:
