@@ -62,8 +62,7 @@ LOCKED_RETRY_S = 2.0
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """Intervals of reading back what kubelet shows: without news; while it differs from what was sent; after news."""
 SWITCH_S = 0.001
-"""The interpreter's switch interval: how long a busy thread may hold up the loop, and so an answer to kubelet, each
-time."""
+"""The interpreter's switch interval: how long a busy thread may delay the loop, and so kubelet's answer, each time."""
 FOLDER_POLL_S = 30.0
 """Fallback for the folder watch."""
 Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
