@@ -1,6 +1,6 @@
-"""A small HTTP/1.1 server on a unix socket: h11 reads the protocol, this file moves the bytes.
+"""A small HTTP/1.1 server on a Unix socket: h11 handles the protocol, this file the I/O.
 
-Garbage, a request that never ends or a client that never reads costs its own connection and nothing else.
+Garbage, a request that never ends or a client that never reads affects only its own connection.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import structlog
 from nodeagent.errors import HostError
 
 REQUEST_S = 5.0
-"""How long a client may take to say a request, and how long to take its answer."""
+"""How long a client may take to send a request, and how long to receive its answer."""
 LARGEST_REQUEST_BYTES = 64 << 10
 MOST_CLIENTS = 64
 _BACKLOG = 256
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who asks (SO_PEERCRED, unix(7))."""
+    """The process that sends a request (SO_PEERCRED, unix(7))."""
 
     pid: int
     uid: int
@@ -39,7 +39,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class HttpAnswer:
-    """One answer: status, headers and body."""
+    """One answer: status, body and content type."""
 
     status: int
     body: bytes
@@ -51,15 +51,15 @@ Handler = Callable[[str, str, Peer], Awaitable[HttpAnswer]]
 
 
 def problem(status: int, text: str) -> HttpAnswer:
-    """An answer that says in one sentence what is wrong."""
+    """Return an answer that states the problem in one sentence."""
     return HttpAnswer(status, json.dumps({"error": text}).encode() + b"\n")
 
 
 class UnixHttpServer:
-    """Serves one socket. Building it binds nothing; it may start again."""
+    """Serves one socket. Building it binds nothing; it can be started again after a stop."""
 
     def __init__(self, path: Path, handler: Handler, *, group_id: int | None = None) -> None:
-        """Members of a given group may connect, beside root and the own user."""
+        """group_id: members of this group may connect, in addition to root and the agent's own user."""
         self.path = path
         self._handler = handler
         self._group_id = group_id
@@ -70,17 +70,17 @@ class UnixHttpServer:
 
     @property
     def lost(self) -> bool:
-        """Whether what lies at the path is not the socket that is served."""
+        """Return whether the file at the path is not the socket being served."""
         return self._server is None or _inode(self.path) != self._bound
 
     async def start(self) -> None:
-        """Serve; HostError where the socket cannot be made."""
+        """Serve. Raise HostError if the socket cannot be created."""
         bound = _bind(self.path, self._group_id)
         self._bound = _inode(self.path)
         self._server = await asyncio.start_unix_server(self._connected, sock=bound, backlog=_BACKLOG)
 
     async def stop(self) -> None:
-        """Hang up on every client and remove the socket."""
+        """Disconnect every client and remove the socket."""
         server, self._server = self._server, None
         if server is None:
             return
@@ -108,13 +108,13 @@ class UnixHttpServer:
                 await _close(writer)
 
     def _part(self, task: asyncio.Task[None], writer: asyncio.StreamWriter) -> None:
-        """The end of a client, even of one that was never attended to: what it did not take is given up."""
+        """End a client, even one that was never served; unsent data is dropped."""
         self._clients.discard(task)
         writer.transport.abort()
 
 
 def _bind(path: Path, group_id: int | None) -> socket.socket:
-    """Bind beside the path and rename, so that a half-made socket is never seen and a stale one never in the way."""
+    """Bind next to the path and rename, so that no half-made socket is visible and a stale one is never in the way."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     bound = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
@@ -125,7 +125,7 @@ def _bind(path: Path, group_id: int | None) -> socket.socket:
         if group_id is not None:
             os.chown(draft, -1, group_id)
         if path.is_dir() and not path.is_symlink():
-            path.rmdir()  # a container's mount of a socket that was not there yet leaves an empty folder
+            path.rmdir()  # a container's mount of a socket that does not exist yet leaves an empty folder
         draft.rename(path)
     except OSError as error:
         bound.close()
@@ -144,7 +144,7 @@ def _inode(path: Path) -> tuple[int, int] | None:
 
 
 async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, handler: Handler) -> None:
-    """Requests one after the other, until the client has no more."""
+    """Serve requests one after another until the client has no more."""
     peer = _peer(writer)
     talk = h11.Connection(h11.SERVER, max_incomplete_event_size=LARGEST_REQUEST_BYTES)
     while True:
@@ -162,7 +162,7 @@ async def _converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, 
 
 
 async def _answer(handler: Handler, request: h11.Request, peer: Peer) -> HttpAnswer:
-    """The handler's answer; 500 for what it did not foresee, which is in the log."""
+    """Return the handler's answer, or 500 for an unexpected error, which is logged."""
     method, target = request.method.decode(), request.target.decode("latin-1")
     try:
         return await handler(method, target, peer)
@@ -172,7 +172,7 @@ async def _answer(handler: Handler, request: h11.Request, peer: Peer) -> HttpAns
 
 
 async def _request(reader: asyncio.StreamReader, talk: h11.Connection) -> h11.Request | None:
-    """The next whole request; None where the client is done."""
+    """Return the next whole request, or None if the client is done."""
     found: h11.Request | None = None
     read = 0
     async with asyncio.timeout(REQUEST_S):
@@ -195,7 +195,7 @@ async def _request(reader: asyncio.StreamReader, talk: h11.Connection) -> h11.Re
 async def _reply(
     writer: asyncio.StreamWriter, talk: h11.Connection, request: h11.Request | None, answer: HttpAnswer
 ) -> None:
-    """Send an answer; `request` is None where none could be read."""
+    """Send an answer; `request` is None if none could be read."""
     headers = [("content-type", answer.content_type), ("content-length", str(len(answer.body)))]
     if request is None:
         headers.append(("connection", "close"))

@@ -1,4 +1,4 @@
-"""What admins see: the status socket. Reads the same frozen values the agent decides on; changes need root.
+"""What admins see: the status socket. It reads the frozen values on which the agent decides; changes need root.
 
 GET /v1/status /v1/inventory /v1/grants /v1/devices /healthz /readyz /metrics
 DELETE /v1/grants/ID releases a grant by hand; POST /v1/reload reads the configuration again.
@@ -27,7 +27,7 @@ from nodeagent.version import VERSION
 
 
 class Watched(Protocol):
-    """What the daemon tells about itself."""
+    """What the daemon reports about itself."""
 
     agent: Agent
     started_at: float
@@ -41,23 +41,23 @@ class Watched(Protocol):
     def offers(self) -> Sequence[Offer]: ...
     def registrations(self) -> Sequence[Registration]: ...
     def kubelet_document(self) -> dict[str, Any]:
-        """How kubelet is configured, as far as it concerns the agent."""
+        """Return kubelet's configuration, as far as it concerns the agent."""
         ...
 
     def dra_document(self) -> dict[str, Any]:
-        """How the DRA side stands; {}: nothing is served through it."""
+        """Return the state of DRA, or {} if nothing is served through it."""
         ...
 
     def pinning_document(self) -> dict[str, Any]:
-        """How containers are confined to what they hold."""
+        """Return how containers are confined to what they hold."""
         ...
 
     def not_ready(self) -> Sequence[str]:
-        """Why the agent is not ready, one sentence each; none: it is."""
+        """Return why the agent is not ready, one sentence each; empty if it is."""
         ...
 
     async def reload(self) -> list[str]:
-        """Read the configuration again; what changed. ConfigError: the old one stays."""
+        """Read the configuration again and return what changed. On ConfigError the old one stays."""
         ...
 
 
@@ -68,7 +68,7 @@ class Status:
         self._watched = watched
 
     async def handle(self, method: str, target: str, peer: Peer) -> HttpAnswer:
-        """One request. 403 for whoever may not, 404 and 405 as usual, 500 never without a reason."""
+        """Answer one request: 403 if the peer lacks permission, 404 and 405 as usual, never 500 without a reason."""
         path = target.partition("?")[0]
         if method not in ("GET", "HEAD") and peer.uid not in (0, os.geteuid()):
             return _problem(403, f"cannot {method} {path}: only root may, uid {peer.uid} asks")
@@ -95,7 +95,7 @@ class Status:
         }
 
     def status(self) -> dict[str, Any]:
-        """The whole state in brief."""
+        """Return the whole state in brief."""
         agent, reasons = self._watched.agent, list(self._watched.not_ready())
         return {
             "version": VERSION,
@@ -145,7 +145,7 @@ class Status:
         }
 
     def grants(self) -> list[dict[str, Any]]:
-        """All grants, oldest first."""
+        """Return all grants, oldest first."""
         agent = self._watched.agent
         every = sorted(agent.ledger.grants.values(), key=lambda g: (g.granted_at, g.id))
         return [
@@ -158,12 +158,12 @@ class Status:
         ]
 
     def _disputed(self) -> list[str]:
-        """Ids of the grants that kubelet has stopped listing although their pods live."""
+        """Return the ids of the grants that kubelet has stopped listing although their pods are alive."""
         agent = self._watched.agent
         return sorted(one for one in agent.disputed if one in agent.ledger.grants)
 
     def devices(self) -> list[dict[str, Any]]:
-        """Every id shown to kubelet, with its health, its NUMA node and its holder."""
+        """Return every id advertised to kubelet, with its health, NUMA nodes and holder."""
         agent = self._watched.agent
         parts = _by_part(agent.ledger.grants.values())
         out = []
@@ -252,7 +252,7 @@ class Status:
 
 
 def grant_document(grant: Grant) -> dict[str, Any]:
-    """One grant in plain types."""
+    """Return one grant in plain types."""
     return {
         "id": grant.id,
         "api": grant.holder.api,
@@ -276,7 +276,7 @@ def grant_document(grant: Grant) -> dict[str, Any]:
 
 
 def _by_part(grants: Iterable[Grant]) -> dict[str, Grant]:
-    """Who holds a device or a CPU whole, whichever API it came through."""
+    """Return the grant that holds each whole device or CPU, whichever API it came through."""
     found = {}
     for grant in grants:
         found.update(dict.fromkeys((*grant.devices, *(f"cpu{cpu}" for cpu in grant.cpus)), grant))

@@ -1,4 +1,4 @@
-"""Waiting for entries of a folder to come or go, also of a folder that is not there yet."""
+"""Waiting for entries of a folder to appear or disappear, even if the folder does not exist yet."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ log = structlog.get_logger()
 
 
 class FolderWatch:
-    """Tells when entries of a folder come or go, also where the folder itself does.
+    """Notifies when entries of a folder appear or disappear, or the folder itself does.
 
-    Uses inotify on the folder, or on the nearest folder above that exists; where inotify cannot be had, only the poll
-    is left, and the log says so.
+    Uses inotify on the folder, or on its nearest existing parent. If inotify is unavailable, only the
+    poll remains, and this is logged.
     """
 
     def __init__(self, folder: Path, *, poll_s: float) -> None:
@@ -36,7 +36,7 @@ class FolderWatch:
         self._close()
 
     async def wait(self) -> None:
-        """Return when something may have changed since the last return, poll_s seconds later at the latest."""
+        """Return when something may have changed since the last return, at the latest after poll_s seconds."""
         if self._arm():
             return
         if self._inotify is None:
@@ -49,7 +49,8 @@ class FolderWatch:
                 self._drain(self._inotify)
 
     def _arm(self) -> bool:
-        """Watch the folder, or what there is of its parents; whether that is another one than before."""
+        """Watch the folder, or its nearest existing parent. Return whether that differs
+        from what was watched before."""
         target = _nearest(self._folder)
         if target == self._armed:
             return False
@@ -82,7 +83,7 @@ class FolderWatch:
 
 
 def _nearest(folder: Path) -> tuple[Path, int]:
-    """The folder or the nearest above it that exists, with its inode."""
+    """Return the folder, or its nearest existing parent, with its inode."""
     for one in (folder, *folder.parents):
         with contextlib.suppress(OSError):
             return one, (one / ".").stat().st_ino

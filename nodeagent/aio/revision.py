@@ -7,10 +7,10 @@ import weakref
 
 
 class Revision:
-    """A number from 1 up that rises with every change and can be waited for."""
+    """A number, from 1, that rises with each change and can be waited for."""
 
     def __init__(self, *sources: Revision) -> None:
-        """sources: it rises with each of them too."""
+        """sources: this number also rises with each of them."""
         self.value = 1
         self._news = asyncio.Event()
         self._followers: weakref.WeakSet[Revision] = weakref.WeakSet()
@@ -18,7 +18,7 @@ class Revision:
             one._followers.add(self)
 
     def bump(self) -> None:
-        """Say that something changed."""
+        """Report a change."""
         self.value += 1
         news, self._news = self._news, asyncio.Event()
         news.set()
@@ -26,7 +26,7 @@ class Revision:
             one.bump()
 
     async def changed(self, seen: int) -> int:
-        """The number, as soon as it differs from `seen` (0: at once)."""
+        """Return the number as soon as it differs from `seen`; with 0, at once."""
         while self.value == seen:
             await self._news.wait()
         return self.value

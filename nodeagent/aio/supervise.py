@@ -1,4 +1,4 @@
-"""Parts that run for as long as the agent does: kept going, waited for, ended."""
+"""Tasks that run as long as the agent: restarting them, waiting for them, ending them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = structlog.get_logger()
 
 
 async def supervise(what: str, part: Callable[[], Awaitable[None]], *, retry_s: float = RETRY_S) -> None:
-    """Begin a part again whenever it fails: the failure is said and costs no other part anything."""
+    """Run a part, restarting it retry_s seconds after each failure; the failure is logged and affects no other part."""
     while True:
         try:
             return await part()
@@ -27,7 +27,7 @@ async def supervise(what: str, part: Callable[[], Awaitable[None]], *, retry_s: 
 
 
 async def race(*works: Awaitable[object]) -> None:
-    """Return when one is done; the others are cancelled. What the one raised is raised."""
+    """Return when one is done and cancel the others. Raise what it raised."""
     tasks = [asyncio.ensure_future(work) for work in works]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -38,15 +38,15 @@ async def race(*works: Awaitable[object]) -> None:
 
 
 async def run_to_end(work: Coroutine[Any, Any, T]) -> T:
-    """Have something done to its end, also where nobody waits for it any more: a lock that it holds is not let go while
-    a thread still works under it."""
+    """Run work to its end even if the caller is cancelled: a lock that it holds is not released while a thread still
+    works under it. Return its result."""
     task = asyncio.ensure_future(work)
     task.add_done_callback(lambda done: done.cancelled() or done.exception())
     return await asyncio.shield(task)
 
 
 async def cancel_all(tasks: Iterable[asyncio.Future[Any]]) -> None:
-    """Cancel tasks and wait for their ends."""
+    """Cancel tasks and wait until they have ended."""
     some = list(tasks)
     for task in some:
         task.cancel()

@@ -1,4 +1,4 @@
-"""Work that an event ends."""
+"""Work that an event can end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 async def unless(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """What `work` returns; None, with the work cancelled, where the event comes first."""
+    """Return the result of `work`, or None, with the work cancelled, if the event comes first."""
     task, stop = asyncio.ensure_future(work), asyncio.ensure_future(event.wait())
     try:
         await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)

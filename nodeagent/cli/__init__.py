@@ -1,4 +1,4 @@
-"""The command line: `nodeagent VERB`. One file a verb; this one only finds the verb and turns errors into exit codes.
+"""The command line: `nodeagent VERB`. One file per verb; this one finds the verb and turns errors into exit codes.
 
 Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused.
 """
@@ -27,12 +27,12 @@ VERBS = {
     "import": "take over what kubelet's own managers gave away",
 }
 FILES = {"import": "import_state"}
-"""The file of a verb whose name no module can have."""
+"""The module of a verb whose name cannot be a module name."""
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line and exits with 2."""
+    """Reports errors in one line and exits with 2."""
 
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: {message}", file=sys.stderr)
@@ -40,18 +40,18 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; the exit code."""
+    """Run one verb. Return the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words)
-        sys.stdout.flush()  # here, where a reader that went away is noticed
+        sys.stdout.flush()  # here, so that a closed pipe is noticed
         return code
     except (InputError, ConfigError, LedgerTooNewError) as error:
         return _fail(str(error), BAD_INPUT)
     except NodeagentError as error:
         return _fail(str(error), FAILED)
     except BrokenPipeError:
-        # The reader went away (`| head`): not an error, and nothing may be written any more.
+        # The reader has closed the pipe (`| head`): not an error, and nothing more may be written.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except KeyboardInterrupt:
@@ -64,7 +64,7 @@ def _run(words: list[str]) -> int:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name, text in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text, add_help=words[:1] == [name])
-        # Only the verb that is called is imported: `place` needs no gRPC.
+        # Import only the verb that is called: `place` needs no gRPC.
         if words[:1] == [name]:
             _module(name).add_arguments(verb)
     args = parser.parse_args(words)
@@ -82,7 +82,7 @@ def _module(verb: str) -> Any:
 
 
 def version_line() -> str:
-    """The version and the compiled core's own word that it is compiled."""
+    """Return the version and whether the core is compiled, as the core itself reports it."""
     import nodeagent._fastpath as core
 
     kind = "compiled" if core.COMPILED and not str(core.__file__).endswith((".py", ".pyc")) else "NOT compiled"

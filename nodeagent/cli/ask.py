@@ -1,4 +1,4 @@
-"""Asking a running agent over its status socket."""
+"""Queries a running agent over its status socket."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WATCH_S = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of verbs that ask a running agent."""
+    """Add the options of verbs that query a running agent."""
     parser.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the agent's status socket ({SOCKET})")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
     parser.add_argument("-w", "--watch", action="store_true", help="show it again whenever it changes")
 
 
 def show(args: argparse.Namespace, page: str, print_table: Callable[[Any], None]) -> int:
-    """Print a page once, or again and again as it changes; a watch outlives a restart of the agent."""
+    """Print a page once, or, when watching, each time it changes; a watch survives a restart of the agent."""
     seen = ask(args.socket, page)
     _print(args, seen, print_table)
     while args.watch:
@@ -53,7 +53,7 @@ def _print(args: argparse.Namespace, document: Any, print_table: Callable[[Any],
 
 
 def ask(path: str, page: str) -> Any:
-    """The JSON of one page; PeerError where the agent does not answer."""
+    """Return the JSON of one page. Raise PeerError if the agent does not answer."""
     connection = _Connection(path)
     try:
         connection.request("GET", page)
@@ -70,7 +70,7 @@ def ask(path: str, page: str) -> Any:
 
 
 class _Connection(http.client.HTTPConnection):
-    """HTTP over a unix socket."""
+    """HTTP over a Unix socket."""
 
     def __init__(self, path: str) -> None:
         super().__init__("localhost", timeout=TIMEOUT_S)

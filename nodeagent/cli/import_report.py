@@ -1,4 +1,4 @@
-"""What `nodeagent import kubelet-state` says: what is taken over, what is not and why, and what to do next."""
+"""The report of `nodeagent import kubelet-state`: what is taken over, what is not and why, and the next steps."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from nodeagent.kube.kubelet_files.cpu_state import KubeletState
 from nodeagent.kube.kubelet_files.memory_state import MemoryState
 
 NEW, TAKEN, KNOWN, RELEASED, ENDED, REFUSED = "new", "taken", "held", "released", "ended", "refused"
-"""What becomes of each: it would be taken over; it was; it had been before; kubelet has it otherwise now, and what was
-taken over is released; its pod has ended, so that it is left alone; it cannot be taken over."""
+"""What happens to each: it would be taken over; it was; it had been before; kubelet has it differently now, so what was
+taken over is released; its pod has ended, so it is left alone; it cannot be taken over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Managers:
-    """Kubelet's managers as its configuration and its files have them."""
+    """Kubelet's managers according to its configuration and files."""
 
     folder: Path
     cpus: KubeletState
     memory: MemoryState
     places: Mapping[str, str]
-    """Which file or flag sets each key of kubelet's configuration."""
+    """The file or flag that sets each key of kubelet's configuration."""
 
     @property
     def said(self) -> Said:
-        """Return what both managers gave away, and whether they are the static ones."""
+        """Return what both managers assigned, and whether each uses the static policy."""
         return Said(
             assigned=assigned(self.cpus.assigned, self.cpus.pods, self.memory.assigned, self.memory.pods),
             unnamed=tuple(Assigned(uid="", containers=(one,), cpus=cpus) for one, cpus in self.cpus.unnamed.items()),
@@ -48,14 +48,14 @@ class Managers:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run. applied: the plan is in the ledger now."""
+    """One run. applied: the plan is now in the ledger."""
 
     kubelet: Managers
     plan: ImportPlan
     applied: bool
 
     def show(self, form: str) -> None:
-        """Print it as json or as a table."""
+        """Print the report as json or as a table."""
         rows = [*self._rows()]
         if form == "json":
             print(
@@ -102,7 +102,7 @@ class Report:
             yield _of_state(one, REFUSED, why)
 
     def next(self) -> list[str]:
-        """What to do now, in order."""
+        """Return the next steps, in order."""
         if self.plan.refused:
             return [
                 "nothing is taken over while any of it is refused: drain these pods or make way for them, run it again"
@@ -125,7 +125,7 @@ class Report:
         return f"in {place}" if place != DEFAULT_PLACE else "wherever it is set"
 
     def _managing(self) -> Iterator[tuple[str, str, str]]:
-        """(key of the configuration, what it has to be, the manager's state file) of each that is on."""
+        """Yield (configuration key, required value, state file) for each manager that is active."""
         if self.kubelet.cpus.static:
             yield kubelet_state.POLICY, kubelet_state.NONE, kubelet_state.STATE_FILE
         if self.kubelet.memory.static:

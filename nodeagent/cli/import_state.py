@@ -1,6 +1,6 @@
-"""`nodeagent import kubelet-state`: take over what kubelet's own managers gave away. A dry run unless --apply is given.
+"""`nodeagent import kubelet-state`: take over what kubelet's own managers assigned. A dry run unless --apply is given.
 
-Works alongside a running agent: the ledger is read, decided on and written in one turn, all or nothing.
+Works while an agent runs: the ledger is read, decided on and written in one turn, all or nothing.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.kubelet_dir or config.kubelet_dir).absolute()
     known = look(sysfs, folder, config.kubelet_config)
     kubelet = _managers(folder, known)
-    # After kubelet's state: a pod that is in it and came just now has its folder already.
+    # After kubelet's state: a pod that has just arrived and is in that state then already has its folder.
     there = pods_there(folder)
     inventory = scan(sysfs, ())
     reserved = beside.reserved_cpus(config, known, inventory)
@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _managers(folder: Path, known: Kubelet) -> Managers:
-    """InputError where a state is in a form that this build does not know: to take over half of it were worse."""
+    """Return kubelet's managers. Raise InputError if a state is in an unknown format:
+    importing half of it would be worse."""
     if known.cpus is None or known.memory is None:
         raise InputError(known.cpus_error or known.memory_error)
     path = folder / kubelet_state.STATE_FILE
@@ -84,8 +85,8 @@ def _managers(folder: Path, known: Kubelet) -> Managers:
 
 @contextlib.contextmanager
 def _turn(state_dir: Path, *, make: bool) -> Iterator[Store | None]:
-    """The ledger, in a turn in which no agent decides anything; None where there is none and none is to be made.
-    StateError where it was damaged: what is held is known to nobody then but to an agent."""
+    """Yield the ledger, during a turn in which no agent decides anything, or None if there is none and `make` is False.
+    Raise StateError if it was damaged: then only an agent can rebuild what is held."""
     if not make and not (state_dir / FILE).exists():
         yield None
         return
@@ -100,7 +101,7 @@ def _turn(state_dir: Path, *, make: bool) -> Iterator[Store | None]:
 
 
 def _save(store: Store, plan: ImportPlan, before: Ledger, at: float) -> bool:
-    """Write all of it, or nothing where any of it is refused; whether it was written."""
+    """Write the whole plan, or nothing if any of it is refused. Return whether it was written."""
     if plan.refused:
         return False
     if plan.changes:

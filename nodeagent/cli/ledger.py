@@ -1,4 +1,4 @@
-"""`nodeagent ledger`: carry the grants of one ledger to another, between versions or machines' disks."""
+"""`nodeagent ledger`: transfer the grants of one ledger to another, between versions or the disks of machines."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _export(folder: Path, output: str | None) -> int:
 
 
 def _import(folder: Path, file: str) -> int:
-    """All grants of a file, or none. What the ledger has already is left as it is."""
+    """Import all grants of a file or none. Grants that the ledger already has stay as they are."""
     import time
 
     from nodeagent.core.ledger import ledger as ledger_of

@@ -1,4 +1,4 @@
-"""`nodeagent place`: where a request would go, without giving anything away. One request, or one a line."""
+"""`nodeagent place`: where a request would go, without granting anything. One request, or one per line."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _line_of(args: argparse.Namespace) -> Line:
-    """The options of the command line, checked, each error naming its option."""
+    """Return the command-line options, checked; each error names its option."""
     return Line(
         cpus=_option("--cpus", args.cpus, "a whole number of 0 or more", _count),
         held=args.held,
@@ -106,7 +106,7 @@ def _count(text: str) -> int:
 
 
 def _pairs(name: str, values: Iterable[str], expected: str) -> dict[str, int]:
-    """KEY=COUNT values; the same key twice adds up."""
+    """Return KEY=COUNT values; counts of the same key add up."""
     pairs: dict[str, int] = {}
     for value in values:
         key, equals, count = value.partition("=")
@@ -135,7 +135,7 @@ def _one(inventory: Inventory, line: Line, form: str) -> int:
 
 
 def _request(inventory: Inventory, line: Line) -> Request:
-    """A line as a request that this machine can be asked."""
+    """Return a line as a request. Raise InputError if this machine cannot be asked for it."""
     if line.cpus < 0 or line.cpus > MOST:
         raise InputError(f"cannot use cpus {line.cpus}: expected a whole number of 0 or more")
     for name, counts in (("hugepages", line.hugepages), ("devices", line.devices)):
@@ -157,7 +157,7 @@ def _request(inventory: Inventory, line: Line) -> Request:
 
 
 def _ledger(inventory: Inventory, line: Line) -> Ledger:
-    """What is held and reserved; both are never granted."""
+    """Return a ledger in which held and reserved CPUs are never granted."""
     held = CpuSet.parse(line.held, source="held")
     reserved = CpuSet.parse(line.reserved, source="reserved")
     return Ledger(reserved=(held | reserved) & inventory.cpus_online)
@@ -167,7 +167,7 @@ def _ledger(inventory: Inventory, line: Line) -> Ledger:
 
 
 def _batch(inventory: Inventory, path: str, defaults: Line) -> int:
-    """Answer every line in order; what a line leaves out is as on the command line."""
+    """Answer every line in order; what a line omits is taken from the command line."""
     lines = sys.stdin.buffer if path == "-" else _open(path)
     base = msgspec.structs.asdict(defaults)
     with lines:
@@ -202,7 +202,7 @@ def _answer(inventory: Inventory, text: bytes, base: Mapping[str, Any], number: 
 
 
 def _document(inventory: Inventory, request: Request, placement: Placement) -> dict[str, Any]:
-    """The documented answer."""
+    """Return the answer in its documented form."""
     more = describe(inventory, request, placement)
     pages: dict[str, dict[str, int]] = {}
     for one in placement.hugepages:

@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    # gRPC's own core prints to stderr alongside our log; it reads this once, when it is imported.
     """Run the verb; return its exit code."""
+    # gRPC's core prints to stderr alongside our log; it reads this once, when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from nodeagent.config.load import load as load_config
     from nodeagent.config.schema import Config

@@ -1,4 +1,4 @@
-"""Where the offline verbs get their inventory from: a file, a captured tree, or this machine."""
+"""Where the offline verbs get their inventory: a file, a captured tree, or this machine."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ LARGEST_FILE_BYTES = 256 << 20
 
 
 def add_root(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says where the machine is read from."""
+    """Add the option that selects the tree to read the machine from."""
     parser.add_argument("--root", metavar="DIR", help="read a captured tree of /sys, /proc and /dev (default: /)")
 
 
 def read_root(root: str | None) -> Inventory:
-    """The inventory of this machine, or of a captured tree (NVML is asked on the machine itself only)."""
+    """Return the inventory of this machine, or of a captured tree (NVML is queried only on the machine itself). Raise
+    InputError if `root` is not a captured tree."""
     if root is not None and not Path(root).is_dir():
         raise InputError(f"cannot read --root {root}: expected a folder with sys below it")
     if root is not None and not (Path(root) / "sys").is_dir():
@@ -46,7 +47,7 @@ async def _ask_nvml() -> Snapshot | Failure:
 
 
 def read_file(path: str) -> Inventory:
-    """The inventory of a JSON file."""
+    """Return the inventory in a JSON file. Raise InputError if it cannot be read."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)

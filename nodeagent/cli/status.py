@@ -1,4 +1,4 @@
-"""`nodeagent status`: how a running agent stands."""
+"""`nodeagent status`: the state of a running agent."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _print(status: Any) -> None:
 
 
 def _print_pinned(pinned: Any) -> None:
-    """Per container: what it was granted, and what is in effect."""
+    """Print for each container what it was granted and what is in effect."""
     print()
     print_table(
         ("POD", "CONTAINER", "GRANTED", "EFFECTIVE", "NUMA", "DRIFT", "NOTE"),
@@ -80,7 +80,7 @@ def _print_pinned(pinned: Any) -> None:
 
 
 def _kubelet(kubelet: Any) -> str:
-    """How kubelet is configured, in a line."""
+    """Return kubelet's configuration in one line."""
     process = f"process {kubelet['pid']}" if kubelet["pid"] is not None else "process not seen"
     if kubelet["error"]:
         return f"{process}; {kubelet['error']}"
@@ -98,7 +98,7 @@ def _kubelet(kubelet: Any) -> str:
 
 
 def _pinning(pinning: Any) -> list[str]:
-    """How containers are confined, in a few lines."""
+    """Return how containers are confined, in a few lines."""
     if pinning["mode"] == "off":
         return [f"off: {pinning['unsupported'] or 'as configured'}"]
     by = pinning["runtime"] if pinning["mode"] == "nri" else "control groups alone"
@@ -116,7 +116,7 @@ def _intruders(found: Any) -> list[str]:
 
 
 def _note(one: Any) -> str:
-    """What is wrong with a container's pins."""
+    """Return what is wrong with a container's pins."""
     notes = [one["error"], _ran(one["ran_unpinned"]) if one["ran_unpinned"] else ""]
     outside = CpuSet.parse(one["outside_cpus"])
     offline = CpuSet.parse(one["lost_cpus"]) - outside
@@ -128,7 +128,7 @@ def _note(one: Any) -> str:
 
 
 def _ran(elsewhere: Any) -> str:
-    """Where a container ran before it was pinned for the first time, in this machine's local time."""
+    """Return where a container ran before it was first pinned, in the machine's local time."""
     now, found, wanted = elsewhere["until_unix_s"] is None, elsewhere["found"], elsewhere["wanted"]
     if elsewhere["file"].startswith("cpuset.mems"):
         what = f"{'uses' if now else 'used'} memory of NUMA nodes {found} instead of {wanted}"
@@ -138,7 +138,7 @@ def _ran(elsewhere: Any) -> str:
 
 
 def _dra(dra: Any) -> list[str]:
-    """The DRA side in a few lines."""
+    """Return the state of DRA in a few lines."""
     state = "registered" if dra["registered"] else f"NOT registered: {dra['reason'] or dra['registration']}"
     lines = [f"{dra['driver']} on node {dra['node']}: {state}, {dra['claims']} claims"]
     slices = dra["slices"]

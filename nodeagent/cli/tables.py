@@ -1,4 +1,4 @@
-"""Rows of text under headings, as `kubectl get` shows them."""
+"""Rows of text under headings, as in `kubectl get`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Columns as wide as their widest cell; None is shown as "-"."""
+    """Print columns as wide as their widest cell; None and empty cells are shown as "-"."""
     cells = [list(headings), *([("-" if one in (None, "") else str(one)) for one in row] for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(headings))]
     for row in cells:
@@ -17,7 +17,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> No
 
 
 def print_document(document: Any, form: str) -> None:
-    """A document as json or yaml."""
+    """Print a document as json or yaml."""
     if form == "yaml":
         import yaml
 

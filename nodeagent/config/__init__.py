@@ -1,1 +1,1 @@
-"""The configuration file: its schema, how it is loaded and what is wrong with it."""
+"""The configuration file: schema, loading and validation."""

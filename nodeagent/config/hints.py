@@ -1,4 +1,4 @@
-"""What a strict reader says of a mistake beyond its place: the value that stands there, and the word that was meant."""
+"""Hints for errors of a strict reader: the value found, and the key that was probably meant."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST_SHOWN = 60
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """The known word that is nearest, or all of them."""
+    """Return the nearest known word as a hint, or all of them if none is near."""
     words = list(known)
     near = difflib.get_close_matches(word, words, n=1)
     if near:
@@ -20,13 +20,13 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as a message may quote it."""
+    """Return a value as quoted in a message."""
     return "nothing" if value is None else repr(value)[:LONGEST_SHOWN]
 
 
 def found(document: Any, error: str) -> str:
-    """What stands at the place that msgspec's ValidationError names at its end, as an addition to that message; nothing
-    where it is no single value."""
+    """Return ", found VALUE" for the place named at the end of msgspec's ValidationError;
+    empty if it is not a scalar."""
     place = re.search(r"at `\$([^`]*)`$", error)
     try:
         for key, index in re.findall(r"\.([^.\[]+)|\[(\d+)\]", place[1] if place else "["):

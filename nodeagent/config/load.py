@@ -1,6 +1,6 @@
-"""Reads a configuration: YAML, typed and strict. Reading it changes nothing; a bad one is refused whole.
+"""Reads a configuration: typed, strict YAML. Reading changes nothing; a bad configuration is rejected as a whole.
 
-An unknown key is refused with its path and the nearest known key, a wrong value with its path and what is expected.
+An unknown key is rejected with its path and the nearest known key, a wrong value with its path and what is expected.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LARGEST_FILE_BYTES, MOST_VALUES = 256 << 10, 20_000
 
 
 def parse(text: str | bytes, *, source: str) -> Config:
-    """Read a configuration; ConfigError names the source, the path of the key and what is expected."""
+    """Return a configuration. Raise ConfigError with the source, the path of the key and what is expected."""
     found = _read_yaml(text, source)
     for path, key, known in _unknown(found, schema(), "$"):
         raise ConfigError(f"cannot use {source}: unknown key {path}; {hints.hint(key, sorted(known))}")
@@ -35,7 +35,7 @@ def parse(text: str | bytes, *, source: str) -> Config:
 
 
 def load(path: Path) -> Config:
-    """Read a configuration file."""
+    """Return the configuration in a file. Raise ConfigError."""
     try:
         with path.open("rb") as file:
             text = file.read(LARGEST_FILE_BYTES + 1)
@@ -45,7 +45,7 @@ def load(path: Path) -> Config:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """What another configuration changes, one line a key, as PATH: OLD -> NEW."""
+    """Return what another configuration changes, one line per key, as PATH: OLD -> NEW."""
     return sorted(_differences(msgspec.to_builtins(old), msgspec.to_builtins(new), ""))
 
 
@@ -58,7 +58,7 @@ def _differences(old: Any, new: Any, path: str) -> Iterator[str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as it is meant here: a key that stands twice is a mistake, not a choice."""
+    """The YAML loader. A duplicate key is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_yaml(text: str | bytes, source: str) -> dict[Any, Any]:
-    """A mapping of limited size: a file of a few lines can name itself a billion times."""
+    """Return a mapping of limited size: through aliases, a file of a few lines can expand to a billion values."""
     if len(text) > LARGEST_FILE_BYTES:
         raise ConfigError(f"cannot read {source}: it has more than {LARGEST_FILE_BYTES} bytes")
     try:
@@ -96,7 +96,7 @@ def _limit(found: Any, source: str) -> None:
 
 
 def _unknown(found: Any, form: Mapping[str, Any], path: str, root: Any = None) -> Iterator[tuple[str, str, list[str]]]:
-    """Keys that the schema does not have: (path, key, keys known there)."""
+    """Yield keys that are not in the schema, as (path, key, keys known there)."""
     root = form if root is None else root
     for option in _forms(form, root):
         if isinstance(found, dict) and "properties" in option:
@@ -112,7 +112,7 @@ def _unknown(found: Any, form: Mapping[str, Any], path: str, root: Any = None) -
 
 
 def _forms(form: Mapping[str, Any], root: Any) -> Iterator[Mapping[str, Any]]:
-    """A form with its references and alternatives followed."""
+    """Yield a schema form and those that its references and alternatives lead to."""
     if "$ref" in form:
         yield from _forms(root["$defs"][form["$ref"].rpartition("/")[2]], root)
     for option in form.get("anyOf", ()):

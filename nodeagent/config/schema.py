@@ -1,6 +1,6 @@
-"""The configuration as types. Everything has a default; what is read is frozen.
+"""The configuration as types. Everything has a default; a loaded configuration is frozen.
 
-Keys are written as Kubernetes writes its own (camelCase). `schema()` is the same as JSON schema.
+Keys are camelCase, as in Kubernetes. `schema()` returns the same as JSON schema.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ API_VERSION, KIND = "nodeagent.dev/v1alpha1", "NodeAgentConfiguration"
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400 * 366)]
 SMALLEST_PAGE_BYTES, LARGEST_PAGE_BYTES = 16 << 10, 16 << 30
-"""Of hugepages, over all processors that Linux runs on."""
+"""Limits of hugepage sizes, over all processors that Linux supports."""
 LONGEST_DOMAIN = 253
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
@@ -30,11 +30,11 @@ Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
 
 
 class _Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
-    """Every part of the configuration is frozen, named and strict."""
+    """Base of all parts of the configuration: frozen, keyword-only and strict."""
 
 
 class MountConfig(_Base, frozen=True):
-    """A folder or file of the host that the container gets in addition to the device."""
+    """A file or folder of the host that the container gets in addition to the device."""
 
     host_path: Absolute
     container_path: Absolute
@@ -42,7 +42,7 @@ class MountConfig(_Base, frozen=True):
 
 
 class UsbConfig(_Base, frozen=True):
-    """USB devices by vendor and, where given, product (four hexadecimal digits) and serial number."""
+    """USB devices by vendor and, if given, product (four hexadecimal digits each) and serial number."""
 
     vendor: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-fA-F]{4}$")]
     product: Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F]{4})?$")] = ""
@@ -50,7 +50,7 @@ class UsbConfig(_Base, frozen=True):
 
 
 class CdiConfig(_Base, frozen=True):
-    """CDI names to hand to the runtime: CLASS=VALUE, VALUE being a field or attribute of the device."""
+    """CDI names to pass to the runtime: CLASS=VALUE, where VALUE is a field or attribute of the device."""
 
     kind: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$")]
     name: str = "id"
@@ -62,9 +62,9 @@ class ResourceConfig(_Base, frozen=True):
     name: Name
     kind: Name
     serve: Literal["device-plugin", "dra", "both"] = "device-plugin"
-    """Through which API pods get it."""
+    """The API through which pods get it."""
     match: dict[str, str] = {}
-    """Shell patterns by field or attribute of a device, all of which have to match."""
+    """Shell patterns by field or attribute of a device; all must match."""
     paths: list[DevPath] = []
     """kind char: globs of device nodes."""
     usb: list[UsbConfig] = []
@@ -79,36 +79,37 @@ class ResourceConfig(_Base, frozen=True):
     grouping: Literal["numa-node", "socket", "l3", "individual"] = "numa-node"
     """kind cpu, through DRA: what one device is."""
     device_nodes: bool = True
-    """Whether the container gets the device nodes themselves; false where CDI does all."""
+    """Whether the container gets the device nodes themselves; false if CDI provides everything."""
     cdi: CdiConfig | None = None
     env: dict[Variable, Text] = {}
     mounts: list[MountConfig] = []
 
 
 class DraConfig(_Base, frozen=True):
-    """Dynamic Resource Allocation: how this node takes part, where any resource is served through it."""
+    """Dynamic Resource Allocation: how this node takes part if any resource is served through it."""
 
     driver: Annotated[str, msgspec.Meta(pattern=DOMAIN, max_length=63), AT_START] = "nodeagent.dev"
     node_name: Annotated[str, AT_START] = ""
-    """The Node's name; "": $NODE_NAME, or else the host's name."""
+    """The Node's name. Empty: $NODE_NAME, or otherwise the host name."""
     kubeconfig: Annotated[str, AT_START] = ""
-    """How to reach the API server; "": as a pod's service account."""
+    """How to reach the API server. Empty: as a pod's service account."""
     cdi_dir: Annotated[Absolute, AT_START] = "/var/run/cdi"
     unhealthy_effect: Literal["NoSchedule", "NoExecute"] = "NoSchedule"
     """The effect of the taint on a device that is not healthy."""
     spread_seconds: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 10.0
-    """The first look at the API server comes after a random part of this: many nodes may start in the same moment."""
+    """The first request to the API server is delayed by a random part of this, as many nodes
+    may start at the same moment."""
     device_status: bool = True
-    """Whether what was prepared is written to the claim's status.devices."""
+    """Whether prepared devices are written to the claim's status.devices."""
 
 
 class KubeletConfigConfig(_Base, frozen=True):
-    """Where kubelet's own configuration lies, where its command line cannot say so."""
+    """Where kubelet's own configuration is, if its command line cannot show it."""
 
     file: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
-    """"": as of --config; config.yaml in kubelet_dir where kubelet's command line cannot be seen."""
+    """Empty: as in --config; config.yaml in kubelet_dir if kubelet's command line is not visible."""
     drop_ins: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
-    """A folder. "": as of --config-dir; /etc/kubernetes/kubelet.conf.d where kubelet's command line cannot be seen."""
+    """A folder. Empty: as in --config-dir; /etc/kubernetes/kubelet.conf.d if kubelet's command line is not visible."""
 
 
 class LogConfig(_Base, frozen=True):
@@ -122,7 +123,7 @@ class StatusConfig(_Base, frozen=True):
     """Who may read the status socket."""
 
     group: Annotated[str, AT_START] = ""
-    """A group whose members may read; root always may."""
+    """A group whose members may read it; root always may."""
 
 
 class ReleaseConfig(_Base, frozen=True):
@@ -131,39 +132,40 @@ class ReleaseConfig(_Base, frozen=True):
     poll_seconds: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 15.0
     """How often kubelet is asked what pods hold: the end of a pod changes no file that could be watched."""
     unconfirmed_seconds: Seconds = 60.0
-    """Of a grant that was never listed: its pod may still be being admitted."""
+    """For a grant that was never listed: its pod may still be in admission."""
     confirmed_seconds: Seconds = 5.0
-    """Of a grant that was listed before, where the kernel or the runtime confirm that nothing of its pod runs."""
+    """For a grant that was listed before, if the kernel or the runtime confirms that nothing of its pod runs."""
     unobserved_seconds: Seconds = 600.0
-    """Where neither can confirm it."""
+    """For a grant where neither can confirm that."""
 
 
 class HealthConfig(_Base, frozen=True):
     """How health is judged."""
 
     recover_seconds: Seconds = 30.0
-    """How long all evidence must be good before what was unhealthy is healthy."""
+    """How long all evidence must be good before an unhealthy device is healthy again."""
     nvml_seconds: Seconds = 30.0
-    """How often NVML is asked."""
+    """How often NVML is queried."""
 
 
 class PinningConfig(_Base, frozen=True):
     """How containers are confined to what they hold, and all others kept off it."""
 
     mode: Annotated[Literal["auto", "nri", "cgroup", "off"], AT_START] = "auto"
-    """auto: through the runtime (NRI) where its socket is there, by control groups alone elsewhere."""
+    """auto: through the runtime (NRI) if its socket exists, otherwise by cgroups alone."""
     nri_socket: Annotated[Absolute, AT_START] = "/var/run/nri/nri.sock"
     nri_index: Annotated[str, msgspec.Meta(pattern=r"^[0-9]{2}$"), AT_START] = "90"
     """The agent's place among the runtime's plugins."""
     on_failure: Literal["refuse", "warn"] = "refuse"
-    """A container that cannot be confined to what it holds: it is not started, or started and said."""
+    """What happens to a container that cannot be confined to what it holds: it is not
+    started, or started with a warning."""
     memory: Literal["granted", "local"] = "granted"
-    """Whose NUMA nodes a container's memory is bound to: those of pages and memory that it holds; local: where it holds
-    neither, those of its CPUs."""
+    """The NUMA nodes to which a container's memory is bound: those of the pages and memory that it holds; with local,
+    if it holds neither, those of its CPUs."""
     strict_reservation: bool = True
-    """Whether containers without CPUs of their own are kept off the reserved CPUs too."""
+    """Whether containers without exclusive CPUs are kept off the reserved CPUs too."""
     verify_seconds: Annotated[Seconds, AT_START] = 30.0
-    """How often everything is read back without any event."""
+    """How often everything is read back without an event."""
     cgroup_root: Annotated[Absolute, AT_START] = "/"
     """Kubelet's cgroupRoot."""
     partition: Literal["none", "root", "isolated"] = "none"
@@ -171,16 +173,16 @@ class PinningConfig(_Base, frozen=True):
     move_interrupts: bool = False
     """Whether interrupts are moved away from exclusive CPUs."""
     intruders_seconds: Seconds = 60.0
-    """How often threads of the host and interrupts on exclusive CPUs are looked for."""
+    """How often to look for host threads and interrupts on exclusive CPUs."""
 
 
 class HugepagesConfig(_Base, frozen=True):
-    """A pool of hugepages that the agent provides on one NUMA node."""
+    """A hugepage pool that the agent provides on one NUMA node."""
 
     page_size: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,8}(Ki|Mi|Gi)$")]
     node: Annotated[int, msgspec.Meta(ge=0)]
     pages: Annotated[int, msgspec.Meta(ge=0)] = 0
-    """The pool is made at least so large at the start, and kept so."""
+    """The pool is made at least this large at the start, and kept so."""
     max_pages: Annotated[int, msgspec.Meta(ge=0)] = 0
     """How far the pool may grow when a claim needs more; 0: not at all."""
 
@@ -196,7 +198,7 @@ class Config(_Base, frozen=True):
     runtime_dir: Annotated[Absolute, AT_START] = "/run/nodeagent"
     domain: Annotated[str, msgspec.Meta(pattern=DOMAIN)] = "nodeagent.dev"
     reserved_cpus: str | None = None
-    """CPUs that are never granted; null: kubelet's reservedSystemCPUs, or else the first core."""
+    """CPUs that are never granted. null: kubelet's reservedSystemCPUs, or otherwise the first core."""
     resources: list[ResourceConfig] | None = None
     """null: DEFAULT_RESOURCES."""
     resync_seconds: Seconds = 60.0
@@ -208,7 +210,7 @@ class Config(_Base, frozen=True):
     dra: DraConfig = DraConfig()
     pinning: PinningConfig = PinningConfig()
     hugepages: list[HugepagesConfig] = []
-    """Pools to provide; those that are not named are left alone."""
+    """Pools to provide; others are left alone."""
 
     @property
     def served(self) -> list[ResourceConfig]:
@@ -217,7 +219,7 @@ class Config(_Base, frozen=True):
 
     @property
     def served_by_dra(self) -> list[ResourceConfig]:
-        """Return those of them that are served through DRA, alone or with the device plugin."""
+        """Return the served resources that use DRA, alone or together with the device plugin."""
         return [one for one in self.served if one.serve != "device-plugin"]
 
 
@@ -228,12 +230,12 @@ DEFAULT_RESOURCES = (
     ResourceConfig(name="fuse", kind="char", paths=["/dev/fuse"], replicas=100),
     ResourceConfig(name="kvm", kind="char", paths=["/dev/kvm"], replicas=100),
 )
-"""What needs no preparation and takes nothing from the host or from kubelet's own managers: no hugepages (kubelet
-counts the same pools), no physical function and no disk (the host may be using it)."""
+"""Resources that need no preparation and take nothing from the host or from kubelet's own managers: no hugepages
+(kubelet counts the same pools), no physical function and no disk (the host may be using it)."""
 
 
 def schema() -> dict[str, Any]:
-    """The configuration as JSON schema."""
+    """Return the configuration's JSON schema."""
     return msgspec.json.schema(Config)
 
 

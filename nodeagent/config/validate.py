@@ -1,4 +1,4 @@
-"""What types alone do not express: what is wrong with a configuration, one sentence each."""
+"""Checks that types alone cannot express: reports what is wrong with a configuration, one sentence each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MEANT_FOR = {
     "grouping": ("cpu",),
 }
 _ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi")
-"""Keys that mean nothing where there is no device, only CPUs or pages."""
+"""Keys that apply only to devices, not to CPUs or pages."""
 _NEEDED = {
     "char": ("paths", "globs such as /dev/ttyUSB*"),
     "usb": ("usb", "vendor and product"),
@@ -34,7 +34,7 @@ _NEEDED = {
 
 
 def wrong(config: Config) -> Iterator[str]:
-    """What is wrong, one sentence each."""
+    """Yield what is wrong, one sentence each."""
     yield from _wrong_domain(config.domain)
     names: set[str] = set()
     for i, one in enumerate(config.served):
@@ -50,7 +50,7 @@ def wrong(config: Config) -> Iterator[str]:
 
 
 def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
-    """Sizes that no processor has, pools that stand twice, limits below what is wanted anyway."""
+    """Yield sizes that no processor has, duplicate pools, and limits below the configured size."""
     seen: dict[tuple[int, int], int] = {}
     for i, one in enumerate(pools):
         where = f"$.hugepages[{i}]"
@@ -65,7 +65,8 @@ def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
 
 
 def _wrong_dra(config: Config) -> Iterator[str]:
-    """One pool a kind: CPUs have one form in it, and its name is part of a DNS name."""
+    """Yield what DRA cannot serve: there is one pool per kind, so CPUs have one form, and its
+    name is part of a DNS name."""
     kinds = [one.kind for one in config.served_by_dra]
     for kind in ("cpu", "memory"):
         if kinds.count(kind) > 1:
@@ -83,7 +84,7 @@ def _wrong_domain(domain: str) -> Iterator[str]:
 
 
 def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
-    """Keys that say something although their kind has no use for them."""
+    """Yield keys that are set although their kind does not use them."""
     said = msgspec.to_builtins(one)
     silent = msgspec.to_builtins(ResourceConfig(name=one.name, kind=one.kind))
     for key in (key for key in said if said[key] != silent[key]):

@@ -1,1 +1,1 @@
-"""The managers wired together: start order, stop order, reload."""
+"""Wires the managers together: start order, stop order, reload."""

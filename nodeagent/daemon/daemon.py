@@ -1,5 +1,5 @@
-"""The parts put together. `build` reads the machine and opens the ledger and starts nothing; `run` is one TaskGroup
-with one stop order: what serves ends before what decides, and the store closes last.
+"""All parts wired together. `build` reads the machine and opens the ledger but starts nothing; `run` is one TaskGroup
+with one stop order: serving parts end before deciding ones, and the store closes last.
 """
 
 from __future__ import annotations
@@ -60,17 +60,18 @@ from nodeagent.telemetry import log as log_of
 POD_RESOURCES = "pod-resources/kubelet.sock"
 LOCKED_RETRY_S = 2.0
 READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
-"""How often it is read back what kubelet shows: without any news; while it is not what was sent; after news."""
+"""Intervals of reading back what kubelet shows: without news; while it differs from what was sent; after news."""
 SWITCH_S = 0.001
-"""How long a thread that works may keep the loop from answering kubelet, a word at a time."""
+"""The interpreter's switch interval: how long a busy thread may delay the loop, and so kubelet's answer, each time."""
 FOLDER_POLL_S = 30.0
-"""The safety net below the watch of a folder."""
+"""Fallback for the folder watch."""
 Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
 log = structlog.get_logger()
 
 
 def build(config: Config, where: Paths, families: Sequence[all_kinds.Kind]) -> Daemon:
-    """Read the machine, open the ledger, start nothing. StateError where another agent has the ledger; blocks."""
+    """Read the machine and open the ledger, but start nothing. Raise StateError if another
+    agent has the ledger. Blocks."""
     store = Store(where.state_dir, accept_loss=where.accept_loss)
     try:
         plugins, cgroup_root = where.kubelet_dir / PLUGINS, config.pinning.cgroup_root
@@ -105,7 +106,7 @@ class Daemon:
     ) -> None:
         self.config = config
         self.config_error = ""
-        """Why the newest configuration is not the one in force."""
+        """Why the newest configuration is not in force."""
         self.agent = agent
         self.started_at = time.time()
         self._where = where
@@ -172,7 +173,7 @@ class Daemon:
             containers.ended,
             lambda: self.config.release.poll_seconds,
         )
-        # In start order. What the ledger may lack is settled first; what kubelet is shown comes before what follows it.
+        # In start order. Losses of the ledger are resolved first; what kubelet is shown comes before what follows it.
         self._managers: Sequence[Manager] = (
             self._recovery,
             self._scanner,
@@ -185,12 +186,12 @@ class Daemon:
         )
         if store.fresh and (traces := self._recovery.traces()):
             store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
-        # The ledger is asked last: another agent may have prepared a claim a moment ago.
+        # Query the ledger last: another agent may have prepared a claim a moment ago.
         if not store.loss and (missed := store.never_had(self._recovery.claims_in_use())):
             why = "kubelet has claims prepared that it never had, and their files are there"
             store.lose(f"{store.path}: {why}: {', '.join(missed)}")
         self._news = Revision(*agent.revisions, self._device_plugin.revision, self._pinning.revision)
-        """Rises with whatever systemd is told of."""
+        """Rises with everything that is reported to systemd."""
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -219,8 +220,8 @@ class Daemon:
         return self._device_plugin.registrations()
 
     def not_ready(self) -> list[str]:
-        """Why nothing can be granted, why kubelet or the API server does not show what was sent, why containers may not
-        be pinned, and why what was granted is not exclusive."""
+        """Return why nothing can be granted, kubelet or the API server does not show what was sent, containers may not
+        be pinned, or what was granted is not exclusive."""
         not_exclusive = unprotected(self._kubelet.kubelet, self.agent.ledger)
         return [why for one in self._managers for why in one.not_ready()] + ([not_exclusive] if not_exclusive else [])
 
@@ -239,7 +240,8 @@ class Daemon:
     # ---------------------------------------------------------------- running
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Run until `stop`, then stop in order. StateError: another agent leads, although this one did."""
+        """Run until `stop`, then stop in order. Raise StateError if another agent has taken
+        over the lead from this one."""
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload_asked.set)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -271,12 +273,12 @@ class Daemon:
         return [tasks.create_task(supervise(name, part), name=name) for name, part in parts.items()]
 
     def _always(self) -> Parts:
-        """What every agent does, also while another one leads."""
+        """Return the parts that every agent runs, even while another one leads."""
         own = {"kubelet's starts": self._follow_starts, "configuration": self._follow_config}
         return {one.name: one.serve for one in self._managers} | own
 
     def _while_leading(self) -> Parts:
-        """What only one agent on a node may do."""
+        """Return the parts that only one agent on a node may run."""
         own = {
             "status": self._serve_status,
             "kubelet": self._follow_kubelet,
@@ -286,7 +288,7 @@ class Daemon:
         return {one.name: one.lead for one in self._managers} | own
 
     async def _serve_status(self) -> None:
-        """Serve the status socket, and again where somebody removed it."""
+        """Serve the status socket, and again if another process removes it."""
         path = self._where.runtime_dir / STATUS_SOCKET
         server = UnixHttpServer(path, Status(self).handle, group_id=_group(self.config))
         try:
@@ -300,13 +302,13 @@ class Daemon:
             await server.stop()
 
     async def _follow_starts(self) -> None:
-        """Go by each kubelet from the moment it starts."""
+        """Apply the settings of each kubelet as soon as it starts."""
         async with contextlib.aclosing(kubelets(self._plugins)) as starts:
             async for _ in starts:
                 await self._go_by_kubelet()
 
     async def _follow_kubelet(self) -> None:
-        """Read back what kubelet shows; tell systemd how it stands."""
+        """Read back what kubelet shows; report the status to systemd."""
         while True:
             seen = self._news.value
             if self._kubelet.recovered(self.config):
@@ -317,7 +319,8 @@ class Daemon:
             await self._news_since(seen)
 
     async def _go_by_kubelet(self) -> None:
-        """A kubelet that starts may reserve and manage other CPUs than before: look before it asks for anything."""
+        """Apply kubelet's settings. A kubelet that starts may reserve and manage other CPUs than before, so look
+        before it asks for anything."""
         if (now := self._settings(self.config)) != self.agent.settings:
             self.agent.apply_settings(now)
         async with self._reloading:
@@ -331,7 +334,8 @@ class Daemon:
         return managed_elsewhere(self._kubelet.kubelet, self.agent.inventory, self.agent.settings.reserved)
 
     async def _news_since(self, seen: int) -> None:
-        """Return when kubelet may show something else, a moment after news from here: kubelet needs time to show it."""
+        """Return when kubelet may show something else: after news from here or the poll interval, plus the moment that
+        kubelet needs to show it."""
         waits = [one.ready for one in self.registrations()]
         poll_s = UNSHOWN_POLL_S if self._not_shown() and all(waits) else READ_BACK_S
         with contextlib.suppress(TimeoutError):
@@ -347,7 +351,7 @@ class Daemon:
     # ---------------------------------------------------------------- configuration, live
 
     async def _follow_config(self) -> None:
-        """Reload when the file changes or a SIGHUP comes."""
+        """Reload when the file changes or a SIGHUP arrives."""
         path = self._where.config_file
         if path is None:
             return
@@ -362,7 +366,7 @@ class Daemon:
             log.error("configuration-refused", why=why, error=str(error), kept="the old one")
 
     async def reload(self) -> list[str]:
-        """Read the configuration again and go by it; what changed. ConfigError: the old one stays."""
+        """Read the configuration again, apply it and return what changed. On ConfigError the old one stays."""
         async with self._reloading:
             self._notifier.reloading()
             try:
@@ -376,7 +380,7 @@ class Daemon:
         return changed
 
     async def _take(self, path: Path | None) -> list[str]:
-        """Everything that can be refused comes before anything that changes."""
+        """Apply a configuration. Everything that can be refused comes before anything that changes."""
         new = load_config(path) if path is not None else self.config
         check(new, self._families, self._where.kubelet_dir)
         now = self._settings(new)
@@ -393,7 +397,7 @@ class Daemon:
 
 
 def _group(config: Config) -> int | None:
-    """The id of the group that may read the status; None: there is none, which is said."""
+    """Return the id of the group that may read the status, or None if there is none; a missing group is logged."""
     if not config.status.group:
         return None
     try:
@@ -404,16 +408,16 @@ def _group(config: Config) -> int | None:
 
 
 async def run(config: Config, where: Paths) -> None:
-    """Build, waiting for another agent that still has the ledger, and run until SIGTERM or SIGINT."""
+    """Build, waiting while another agent still has the ledger, and run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     sys.setswitchinterval(SWITCH_S)
     loop.set_exception_handler(_log_unhandled)
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # it must not kill while there is nothing to reload yet
+    loop.add_signal_handler(signal.SIGHUP, lambda: None)  # must not kill the process while nothing can be reloaded yet
     daemon = await _built(config, where, stop)
-    # What is there by now stays: looking through it again and again for garbage would cost calls 20 ms now and then.
+    # Existing objects are permanent: collecting them again and again would occasionally cost a call 20 ms.
     gc.collect()
     gc.freeze()
     if daemon is not None:
@@ -421,7 +425,7 @@ async def run(config: Config, where: Paths) -> None:
 
 
 async def _built(config: Config, where: Paths, stop: asyncio.Event) -> Daemon | None:
-    """A daemon that can run; None where it is told to stop before."""
+    """Return a daemon that can run, or None if `stop` is set first."""
     said, families = "", checked(config, where)
     while not stop.is_set():
         try:

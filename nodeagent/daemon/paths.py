@@ -1,4 +1,4 @@
-"""Where things are on this node, and whether they can be used: before anything is started."""
+"""Paths on this node, and whether they can be used, checked before anything is started."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STATUS_SOCKET = "status.sock"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Paths:
-    """Where things are: from the configuration and the command line."""
+    """Paths and options from the configuration and the command line."""
 
     sysfs: SysFs
     config_file: Path | None
@@ -26,13 +26,13 @@ class Paths:
     state_dir: Path
     runtime_dir: Path
     accept_loss: bool = False
-    """Whether a ledger that a newer build wrote may be moved aside."""
+    """Whether a ledger written by a newer build may be moved aside."""
 
 
 def paths_of(
     config: Config, *, config_file: Path | None, root: str, kubelet_dir: str | None, accept_loss: bool = False
 ) -> Paths:
-    """The command line's folders before the configuration's."""
+    """Return the paths; the command line takes precedence over the configuration."""
     return Paths(
         sysfs=SysFs(root),
         config_file=config_file,
@@ -44,7 +44,7 @@ def paths_of(
 
 
 def checked(config: Config, where: Paths) -> tuple[all_kinds.Kind, ...]:
-    """The kinds to look for; ConfigError where what is configured cannot be served here."""
+    """Return the kinds to look for. Raise ConfigError if what is configured cannot be served here."""
     families = all_kinds.load_kinds()
     check(config, families, where.kubelet_dir)
     sockets.checked(where.runtime_dir / STATUS_SOCKET)
@@ -54,7 +54,7 @@ def checked(config: Config, where: Paths) -> tuple[all_kinds.Kind, ...]:
 
 
 def _check_folder(folder: Path, mode: int) -> None:
-    """Make a folder of the agent's own, if it is not there; ConfigError where it cannot be made or written to."""
+    """Create a folder of the agent if it is missing. Raise ConfigError if it cannot be created or written to."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=mode)
         if not os.access(folder, os.W_OK | os.X_OK):

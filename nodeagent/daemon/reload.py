@@ -1,4 +1,4 @@
-"""Notices that the configuration is to be read again: its file has changed, or SIGHUP came."""
+"""Detects that the configuration has to be read again: its file has changed, or SIGHUP arrived."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.supervise import race
 
 CONFIG_POLL_S = 5.0
-"""The safety net below the watch of the configuration's folder."""
+"""Fallback for the watch of the configuration's folder."""
 
 
 async def rewrites(path: Path, asked: asyncio.Event) -> AsyncGenerator[str, None]:
-    """Yield why a file has to be read again: it changed, or a reload was requested. A file that is written in place is
-    found by the poll alone."""
+    """Yield why a file has to be read again: it changed, or a reload was requested. Only the poll finds a file
+    that is rewritten in place."""
     seen = _content(path)
     with FolderWatch(path.parent, poll_s=CONFIG_POLL_S) as folder:
         while True:

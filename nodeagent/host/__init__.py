@@ -1,1 +1,1 @@
-"""The machine, read and written. Returns core values."""
+"""Reads and writes the machine; returns core values."""

@@ -1,8 +1,8 @@
-"""What a prepared claim leaves on disk for the container runtime: one CDI file a claim, never edited, only replaced.
+"""Files of a prepared claim for the container runtime: one CDI file per claim, always replaced and never edited.
 
-Source: the Container Device Interface specification, 0.3.0 to 1.1.0. A file states the lowest version that has what it
-uses, its bytes are a function of what it says, and other people's files in the same folder are left alone. Names are
-those that CDI gives transient specs, VENDOR-CLASS_ID.json, the ID being the claim's UID.
+Source: the Container Device Interface specification, 0.3.0 to 1.1.0. A file states the lowest version that has the
+features it uses, its bytes are a function of its content, and files of other drivers in the same folder are left alone.
+Names follow CDI's rule for transient specs, VENDOR-CLASS_ID.json, where ID is the claim's UID.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 
 CLASS = "claim"
 UID = r"[A-Za-z0-9]([A-Za-z0-9._-]{0,126}[A-Za-z0-9])?"
-"""Of a claim, as it may stand in a file's name and in a device's."""
+"""A claim's UID, in the form allowed in file names and device names."""
 MOUNT_OPTIONS = ("nosuid", "nodev")
 _KIND = re.compile(r"[A-Za-z]([A-Za-z0-9._-]*[A-Za-z0-9])?/[A-Za-z]([A-Za-z0-9._-]*[A-Za-z0-9])?")
 _DEVICE = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._:-]*[A-Za-z0-9])?")
@@ -35,9 +35,9 @@ _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CdiDevice:
-    """One device of a spec. The runtime applies the edits to every container that asks for the device.
+    """One device of a spec. The runtime applies the edits to every container that requests the device.
 
-    Annotations and other CDI names among the edits have no place in a spec: they are for the answer to kubelet.
+    Annotations and CDI names among the edits are not written to the spec; they go into the answer to kubelet.
     """
 
     name: str
@@ -46,7 +46,7 @@ class CdiDevice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """What the host's device node is (inode(7))."""
+    """Properties of the host's device node (inode(7))."""
 
     type: str
     """c, b or p (a pipe)."""
@@ -59,9 +59,9 @@ class NodeFacts:
 
 
 def node_facts(sysfs: SysFs, devices: Sequence[CdiDevice]) -> dict[str, NodeFacts]:
-    """Facts of all device nodes by host path; HostError where one is not there. Blocks.
+    """Return the facts of all device nodes by host path. Raise HostError if one is missing. Blocks.
 
-    A captured tree has no device nodes: below any other root than / what is not there is left out.
+    A captured tree has no device nodes, so below any root other than / missing nodes are left out.
     """
     paths = sorted({node.host_path for device in devices for node in device.edits.device_nodes})
     found = {path: _facts(sysfs, path) for path in paths}
@@ -69,7 +69,8 @@ def node_facts(sysfs: SysFs, devices: Sequence[CdiDevice]) -> dict[str, NodeFact
 
 
 def spec(kind: str, devices: Sequence[CdiDevice], nodes: Mapping[str, NodeFacts]) -> bytes:
-    """A CDI file's content. InputError names what CDI does not allow: every runtime would pass over the whole file."""
+    """Return the content of a CDI file. Raise InputError for what CDI forbids: every
+    runtime would skip the whole file."""
     if not _KIND.fullmatch(kind):
         raise InputError(
             f'cannot write CDI kind "{kind}": expected VENDOR/CLASS, each of letters, digits, ".", "_", "-"'
@@ -81,7 +82,7 @@ def spec(kind: str, devices: Sequence[CdiDevice], nodes: Mapping[str, NodeFacts]
 
 
 class CdiFolder:
-    """The CDI files of a driver's claims in a folder (/var/run/cdi) that belongs to all drivers."""
+    """The CDI files of one driver's claims, in a folder (/var/run/cdi) shared by all drivers."""
 
     def __init__(self, folder: Path, driver: str, sysfs: SysFs) -> None:
         self.kind = f"{driver}/{CLASS}"
@@ -93,34 +94,34 @@ class CdiFolder:
         self._name = f"{re.escape(self._stem)}({UID})\\.json"
 
     def device_id(self, uid: str, name: str) -> str:
-        """The name that kubelet hands to the runtime, VENDOR/CLASS=NAME."""
+        """Return the name that kubelet passes to the runtime, VENDOR/CLASS=NAME."""
         return f"{self.kind}={self.device_name(uid, name)}"
 
     def device_name(self, uid: str, name: str) -> str:
-        """CdiDevice.name of a claim's device: unique on the node, as CDI wants it."""
+        """Return CdiDevice.name for a claim's device: unique on the node, as CDI requires."""
         return _checked_device(f"{_checked_uid(uid)}-{name}")
 
     def write(self, uid: str, devices: Sequence[CdiDevice]) -> None:
-        """Write a claim's file, whole; what is there already is not written again. HostError with path and cause."""
+        """Write a claim's whole file unless it is unchanged. Raise HostError with path and cause."""
         path = self._path(uid)
         files.replace(path, spec(self.kind, devices, node_facts(self._sysfs, devices)))
 
     def remove(self, uid: str) -> bool:
-        """Whether the claim had a file."""
+        """Remove a claim's file. Return whether it existed."""
         return files.remove(self._path(uid))
 
     def claim_of(self, device_id: str) -> str:
-        """The claim that a name of `device_id` stands for, by its UID; "" where it is none of ours."""
+        """Return the UID of the claim that a `device_id` refers to, or an empty string if it is not one of ours."""
         kind, _, name = device_id.partition("=")
         return name.rpartition("-")[0] if kind == self.kind else ""
 
     def uids(self) -> frozenset[str]:
-        """The claims that have a file of ours."""
+        """Return the UIDs of the claims that have a file of ours."""
         found = (re.fullmatch(self._name, entry.name) for entry in files.entries(self._folder))
         return frozenset(one[1] for one in found if one is not None)
 
     def sweep(self, keep: Container[str]) -> list[str]:
-        """Remove our files of all other claims, and what half-written ones a killed agent left; their names."""
+        """Remove our files of all other claims and drafts left by a killed agent. Return their names."""
         orphans = [self._path(uid) for uid in sorted(self.uids()) if uid not in keep]
         left = files.drafts(self._folder, self._name)
         return [path.name for path in (*orphans, *left) if files.remove(path)]
@@ -130,7 +131,7 @@ class CdiFolder:
 
 
 class ClaimFiles:
-    """What a claim's containers may read of it: FOLDER/UID/metadata.json, a folder each so that it can be mounted."""
+    """Files that a claim's containers may read: FOLDER/UID/metadata.json, one mountable folder per claim."""
 
     NAME = "metadata.json"
 
@@ -138,16 +139,17 @@ class ClaimFiles:
         self._folder = folder
 
     def path(self, uid: str) -> Path:
-        """The file of a claim, whether it is there or not. A mount of its folder shows each later version of it."""
+        """Return the path of a claim's file, existing or not. A mount of its folder shows
+        every later version of the file."""
         return self._folder / _checked_uid(uid) / self.NAME
 
     def write(self, uid: str, content: Mapping[str, Any]) -> None:
-        """Write a claim's file, whole and readable for everybody, its keys in order."""
+        """Write a claim's whole file, world-readable, with its keys in order."""
         data = msgspec.json.encode(content, order="deterministic", enc_hook=_plain)
         files.replace(self.path(uid), msgspec.json.format(data, indent=2) + b"\n")
 
     def read(self, uid: str) -> Any:
-        """What a claim's file says; HostError where it cannot be read, or is no JSON."""
+        """Return the content of a claim's file. Raise HostError if it cannot be read or is not JSON."""
         path = self.path(uid)
         try:
             return msgspec.json.decode(path.read_bytes())
@@ -155,17 +157,17 @@ class ClaimFiles:
             raise HostError(f"cannot read {path}: {error}") from None
 
     def remove(self, uid: str) -> bool:
-        """Whether there was anything of the claim."""
+        """Remove a claim's file and folder. Return whether there were any."""
         return files.remove_folder(self.path(uid).parent)
 
     def uids(self) -> frozenset[str]:
-        """The claims that have a folder, be there a file in it or not."""
+        """Return the UIDs of the claims that have a folder, with or without a file in it."""
         return frozenset(
             one.name for one in files.entries(self._folder) if re.fullmatch(UID, one.name) and one.is_dir()
         )
 
     def sweep(self, keep: Container[str]) -> list[str]:
-        """Remove what there is of all other claims, and half-written files; their names."""
+        """Remove the files of all other claims and half-written files. Return their names."""
         gone = [uid for uid in sorted(self.uids()) if uid not in keep and self.remove(uid)]
         left = [one for uid in sorted(self.uids()) for one in files.drafts(self._folder / uid, re.escape(self.NAME))]
         return gone + [f"{path.parent.name}/{path.name}" for path in left if files.remove(path)]
@@ -215,7 +217,7 @@ def _check_edits(name: str, edits: ContainerEdits) -> None:
 
 
 def _version(kind: str, devices: Sequence[CdiDevice]) -> str:
-    """The lowest version that has all that is used."""
+    """Return the lowest version that has all features in use."""
     edits = [device.edits for device in devices]
     if "." in kind.partition("/")[2]:
         return "0.6.0"
@@ -236,7 +238,8 @@ def _edits(edits: ContainerEdits, nodes: Mapping[str, NodeFacts]) -> dict[str, A
 
 
 def _node(node: DeviceNode, facts: NodeFacts | None) -> dict[str, Any]:
-    """Owner and group root are left to the runtime: it gives the node to those that the container runs as."""
+    """Return a device node. If its owner or group is root, leave it to the runtime, which
+    uses those of the container."""
     found: dict[str, Any] = {"path": node.container_path}
     if node.host_path != node.container_path:
         found["hostPath"] = node.host_path
@@ -250,7 +253,7 @@ def _node(node: DeviceNode, facts: NodeFacts | None) -> dict[str, Any]:
 
 
 def _mount(mount: Mount) -> dict[str, Any]:
-    """A mount without a type shows a part of the host, which OCI calls a bind."""
+    """Return a mount. One without a type exposes part of the host, which OCI calls a bind."""
     access = "ro" if mount.read_only else "rw"
     options = (access, *MOUNT_OPTIONS, *(() if mount.type else ("bind",)), *mount.options)
     found = {
@@ -262,7 +265,7 @@ def _mount(mount: Mount) -> dict[str, Any]:
 
 
 def _facts(sysfs: SysFs, path: str) -> NodeFacts | None:
-    """None below a captured root, where there is no such device node."""
+    """Return the facts of a device node, or None if it is missing below a captured root."""
     captured = sysfs.root != "/"
     try:
         found = os.stat(sysfs.path(path.lstrip("/")))  # noqa: PTH116 - SysFs speaks in strings

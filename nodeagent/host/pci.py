@@ -1,7 +1,7 @@
 """PCI functions as the kernel shows them (Documentation/ABI/testing/sysfs-bus-pci). Nothing is written, bound or reset.
 
-Promises: every function below the root appears once, in order of its address, whatever of its files can be read; where
-a function sits comes from the real path of its folder, so captured trees answer like the machine they were taken from.
+Promises: every function below the root appears once, in order of address, however many of its files are readable. The
+position of a function comes from the real path of its folder, so captured trees answer like the original machine.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ _BUS = "sys/bus/pci/devices"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Function(PciFacts):
-    """One PCI function: what its folder says, None for what it does not say."""
+    """One PCI function, with what its folder shows; None for what it does not show."""
 
     address: str
     path: str
-    """Its folder below the root, links followed."""
+    """Its folder below the root, with links resolved."""
     physical: str | None = None
-    """Address of the physical function, of a virtual one."""
+    """Address of the physical function; only for a virtual function."""
     vfs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Addresses of the virtual functions that exist now, to their index."""
+    """Index of each existing virtual function, by address."""
     max_vfs: int = 0
     vfio_nodes: tuple[str, ...] = ()
     """What a virtual machine opens of a function that is bound to vfio-pci or a variant driver of it; else empty."""
@@ -45,18 +45,18 @@ class Function(PciFacts):
         return (self.driver or "").replace("_", "-").endswith("vfio-pci")
 
     def is_class(self, *prefixes: str) -> bool:
-        """Whether the class begins with one of these hexadecimal digits ("03", "0108")."""
+        """Return whether the class begins with one of these hexadecimal prefixes ("03", "0108")."""
         return self.pci_class is not None and self.pci_class.startswith(prefixes)
 
 
 def functions(reader: Tolerant, online: CpuSet = EMPTY, nodes: frozenset[NodeId] = frozenset()) -> tuple[Function, ...]:
-    """All PCI functions in order of address. Empty `online` or `nodes`: not known, nothing is checked against it."""
+    """Return all PCI functions in order of address. If `online` or `nodes` is empty, it is unknown and not checked."""
     found = [_function(reader, address, path, online, nodes) for address, path in _folders(reader)]
     return tuple(sorted(found, key=lambda function: order(function.address)))
 
 
 def order(address: str) -> tuple[int, ...]:
-    """Sorts addresses by number: domain, bus, device, function (domains may have more digits than others)."""
+    """Return a sort key that orders addresses by domain, bus, device and function (domains vary in length)."""
     return tuple(int(part, 16) for part in re.split(r"[:.]", address))
 
 
@@ -66,8 +66,8 @@ def is_address(text: str) -> bool:
 
 
 def split(path: str) -> tuple[str | None, str]:
-    """The last PCI address in a real path and what follows it: ".../0000:00:03.0/virtio0/net/eth0" belongs to
-    0000:00:03.0 as "virtio0/net/eth0"."""
+    """Return the last PCI address in a real path, or None, and what follows it: ".../0000:00:03.0/virtio0/net/eth0"
+    belongs to 0000:00:03.0 as "virtio0/net/eth0"."""
     parts = path.split("/")
     for at in range(len(parts) - 1, -1, -1):
         if is_address(parts[at]):
@@ -76,7 +76,7 @@ def split(path: str) -> tuple[str | None, str]:
 
 
 def members(reader: Tolerant, folder: str) -> Iterator[tuple[str, str, str | None, str]]:
-    """The entries of a class or bus folder ("sys/class/net") as (name, real path, PCI address, path below it)."""
+    """Yield the entries of a class or bus folder ("sys/class/net") as (name, real path, PCI address, path below it)."""
     for name in reader.names(folder):
         real = reader.sysfs.real(f"{folder}/{name}")
         yield name, real, *split(real)
@@ -91,7 +91,7 @@ def _folders(reader: Tolerant) -> Iterator[tuple[str, str]]:
 
 
 def _below_roots(reader: Tolerant) -> Iterator[tuple[str, str]]:
-    """Captured trees may lack the bus folder: then the functions are found where they sit."""
+    """Yield the functions below the PCI root bridges, for captured trees without the bus folder."""
     for name in reader.names("sys/devices"):
         if _IS_ROOT.fullmatch(name):
             yield from _below(reader, f"sys/devices/{name}")
@@ -143,7 +143,7 @@ def _vfio_nodes(reader: Tolerant, function: Function) -> tuple[str, ...]:
 
 
 def _local_cpus(reader: Tolerant, path: str) -> CpuSet:
-    """local_cpus is in every kernel; local_cpulist is the same set, and newer."""
+    """Return the local CPUs of a function. Every kernel has local_cpus; local_cpulist is the same set, but newer."""
     found = reader.cpu_mask(f"{path}/local_cpus")
     if found is None:
         found = reader.cpus(f"{path}/local_cpulist")

@@ -1,7 +1,7 @@
-"""Programs that run on this machine, with the words that they were started with (proc(5)).
+"""Programs that run on this machine, with their command lines (proc(5)).
 
-What ends while it is looked at is passed over, and so is a process whose name may not be read. A command line is read
-only where the name fits: reading it can wait for a process that is stuck.
+Processes that end meanwhile, or whose name may not be read, are skipped. A command line is read only if the name
+matches: the read can block on a stuck process.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ INITIAL_NAMESPACE = "pid:[4026531836]"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Process:
-    """A program that runs."""
+    """A running program."""
 
     pid: int
     parent: int
     words: tuple[str, ...]
-    """Its command line, from argv[0] on; never empty."""
+    """Its command line, argv[0] included; never empty."""
     folder: str = ""
-    """Its working directory; "" where that may not be read."""
+    """Its working directory; empty if it may not be read."""
 
 
 def running(sysfs: SysFs, like: Callable[[str], bool]) -> tuple[Process, ...]:
-    """Return the processes whose name is `like`, by number. Name: the kernel's (comm), at most 15 characters.
+    """Return the processes whose name is `like`, in order of pid. The name is the kernel's
+    (comm), at most 15 characters.
 
-    HostError where the command line of such a process cannot be read.
+    Raise HostError if the command line of such a process cannot be read.
     """
     folders = (one for one in sysfs.numbered("proc", "") if like(_name(sysfs, one[1])))
     return tuple(found for pid, folder in folders if (found := _process(sysfs, pid, folder)) is not None)
 
 
 def sees_all(sysfs: SysFs) -> bool:
-    """Whether no process of the host is hidden in another PID namespace; True for a captured tree, which has what it
-    has."""
+    """Return whether no process of the host is hidden in another PID namespace. True for a captured tree, which is
+    complete by definition."""
     return sysfs.link("proc/self/ns/pid") in (INITIAL_NAMESPACE, None)
 
 
@@ -58,7 +59,7 @@ def _process(sysfs: SysFs, pid: int, folder: str) -> Process | None:
         if isinstance(error.__context__, ProcessLookupError | FileNotFoundError):
             return None
         raise
-    # Every word ends in NUL; a program that has ended has none.
+    # Every word ends in NUL; a process that has ended has none.
     words = words[:-1] if words[-1] == "" else words
     return (
         Process(pid=pid, parent=_parent(sysfs, folder), words=(*words,), folder=_cwd(sysfs, folder)) if words else None
@@ -66,7 +67,7 @@ def _process(sysfs: SysFs, pid: int, folder: str) -> Process | None:
 
 
 def _parent(sysfs: SysFs, folder: str) -> int:
-    """0 where it is not known."""
+    """Return the parent's pid, or 0 if it is unknown."""
     return next((int(one) for one in _fields(sysfs, folder, "PPid:") if one.isdigit()), 0)
 
 
@@ -79,7 +80,8 @@ def _fields(sysfs: SysFs, folder: str, key: str) -> Iterator[str]:
 
 
 def _cwd(sysfs: SysFs, folder: str) -> str:
-    """A process may be looked at more closely only by one that has all its capabilities (ptrace(2))."""
+    """Return the working directory, or an empty string if unreadable: only a process with all of its
+    capabilities may read it (ptrace(2))."""
     try:
         return sysfs.link(f"{folder}/cwd") or ""
     except HostError:

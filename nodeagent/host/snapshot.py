@@ -1,4 +1,4 @@
-"""One whole snapshot of the machine: topology and devices together. Blocks; meant for a thread."""
+"""A complete snapshot of the machine: topology and devices. Blocks; run it in a thread."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nodeagent.host.topology import cpus as topology
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selectors:
-    """Which devices beyond the PCI tree are looked for (from configuration)."""
+    """Which devices outside the PCI tree to look for (from the configuration)."""
 
     char: tuple[all_kinds.CharSelector, ...] = ()
     usb: tuple[all_kinds.UsbSelector, ...] = ()
@@ -37,11 +37,12 @@ def scan(
     cgroup_root: str | None = None,
     known: PodsCgroup | None = None,
 ) -> Inventory:
-    """Read everything once. Never raises for what a file holds or lacks: Inventory.warnings says it.
+    """Read everything once and return the inventory. Faulty or missing files raise nothing;
+    Inventory.warnings names them.
 
-    holders: the cgroups of all who hold hugepages, below the mount of cgroup v2; None: nobody knows them. cgroup_root:
-    kubelet's, below which the cgroup of all pods is looked for; None: it is not. known: what that was before, which is
-    kept where it cannot be read.
+    holders: the cgroups of all holders of hugepages, below the mount of cgroup v2, or None if they are unknown.
+    cgroup_root: kubelet's cgroupRoot, below which to look for the cgroup of all pods, or None to skip that. known: the
+    previous value of that cgroup, kept if it cannot be read now.
     """
     found = _with_uses(sysfs, topology.read(sysfs), holders)
     if cgroup_root is not None:

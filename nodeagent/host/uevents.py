@@ -1,7 +1,7 @@
-"""The kernel's word that the machine has changed, as coalesced batches; and a slow tick for what is never announced.
+"""Kernel notifications that the machine has changed, in coalesced batches, and a slow tick for unannounced changes.
 
-Promises: no thread; one Change per burst of events; events that were lost (a full socket buffer) are said, as a resync;
-without netlink (no permission, a network namespace of its own) the ticks go on.
+Promises: no thread; one MachineChange per burst of events; lost events (a full socket buffer) are reported as a resync.
+Without netlink (no permission, a private network namespace) the ticks continue.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SUBSYSTEMS = (
     *("infiniband", "infiniband_verbs", "kfd", "memory", "misc", "net", "node", "nvme", "pci", "sound"),
     *("tty", "usb", "usbmisc", "vfio", "vfio-dev", "video4linux"),
 )
-"""What can change the inventory. Hugepage pools announce nothing: the resync finds them."""
+"""Subsystems that can change the inventory. Hugepage pools send no events; the resync finds their changes."""
 Source = Literal["udev", "kernel"]
 _CONTROL = "/run/udev/control"
 _BUFFER_BYTES = 16 << 20
@@ -39,21 +39,21 @@ class Uevent:
     action: str
     subsystem: str
     path: str
-    """Below /sys."""
+    """Path below /sys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MachineChange:
-    """A reason to look at the machine again. events: each once, in order; none for a resync."""
+    """A reason to read the machine again. events: each once, in order; empty for a resync."""
 
     reason: Literal["udev", "resync"]
     events: tuple[Uevent, ...] = ()
     lost: bool = False
-    """Events were dropped by the kernel: anything may have changed."""
+    """The kernel dropped events: anything may have changed."""
 
 
 def source(control: str = _CONTROL) -> Source:
-    """udev's own events where udevd runs (they come when its rules are done), else the kernel's."""
+    """Return "udev" if udevd runs (its events arrive once its rules are done), else "kernel"."""
     return "udev" if Path(control).exists() else "kernel"
 
 
@@ -65,8 +65,8 @@ async def watch(
     subsystems: Iterable[str] = SUBSYSTEMS,
     origin: Source | None = None,
 ) -> AsyncGenerator[MachineChange, None]:
-    """A Change when a burst has been quiet for quiet_s, at the latest longest_s after its first event, and one every
-    resync_s. Raises HostError where the event socket cannot be opened; `ticks` does without one."""
+    """Yield a MachineChange when a burst has been quiet for quiet_s, at the latest longest_s after its first event, and
+    one every resync_s. Raise HostError if the event socket cannot be opened; `ticks` works without one."""
     loop = asyncio.get_running_loop()
     inbox = _Inbox(_open(origin or source(), subsystems))
     loop.add_reader(inbox.fileno(), inbox.drain)
@@ -84,14 +84,14 @@ async def watch(
 
 
 async def ticks(resync_s: float = 60.0) -> AsyncGenerator[MachineChange, None]:
-    """Only the resync, for a machine whose events cannot be heard."""
+    """Yield only resyncs, for a machine whose events cannot be received."""
     while True:
         await asyncio.sleep(resync_s)
         yield MachineChange(reason="resync")
 
 
 class _Inbox:
-    """What has arrived since the last take."""
+    """The events received since the last take."""
 
     def __init__(self, monitor: pyudev.Monitor) -> None:
         self._monitor = monitor
@@ -104,7 +104,7 @@ class _Inbox:
         return int(self._monitor.fileno())
 
     def drain(self) -> None:
-        """Called by the loop when there is something to read."""
+        """Receive everything that is readable; the event loop calls this."""
         try:
             while (device := self._receive()) is not None:
                 self._events[Uevent(action=device.action, subsystem=device.subsystem, path=device.device_path)] = None
@@ -114,7 +114,7 @@ class _Inbox:
             self.arrived.set()
 
     def take(self) -> MachineChange:
-        """All since the last take. Raises HostError where the socket is broken."""
+        """Return everything received since the last take. Raise HostError if the socket is broken."""
         if self._broken is not None:
             raise HostError(f"cannot listen to events: {self._broken}")
         events, lost = tuple(self._events), self._lost
@@ -123,7 +123,8 @@ class _Inbox:
         return MachineChange(reason="resync" if lost else "udev", events=events, lost=lost)
 
     def _receive(self) -> pyudev.Device | None:
-        """The next event. pyudev says of a socket in error only that it is: what error, the socket tells, once."""
+        """Return the next event. pyudev reports only that the socket has an error; which one must
+        be read once from the socket."""
         try:
             return self._monitor.poll(timeout=0)
         except OSError:
@@ -140,13 +141,13 @@ def _pending_error(handle: int) -> int:
 
 
 def _open(origin: Source, subsystems: Iterable[str]) -> pyudev.Monitor:
-    import pyudev  # 30 ms and 2 MiB (ctypes and libudev): only who listens pays
+    import pyudev  # 30 ms and 2 MiB (ctypes and libudev): only listeners pay for it
 
     try:
         monitor = pyudev.Monitor.from_netlink(pyudev.Context(), origin)
         for name in subsystems:
             monitor.filter_by(name)
-        with contextlib.suppress(OSError):  # needs CAP_NET_ADMIN; the default size is only less patient
+        with contextlib.suppress(OSError):  # needs CAP_NET_ADMIN; the default size only overflows sooner
             monitor.set_receive_buffer_size(_BUFFER_BYTES)
         monitor.start()
     except (OSError, ImportError) as error:

@@ -1,2 +1,2 @@
-"""The container runtime's plugin interface (NRI) over ttrpc. Protobuf in, core values through, protobuf out.
-No decisions."""
+"""The container runtime's plugin interface (NRI) over ttrpc. Converts protobuf to core values
+and back; makes no decisions."""

@@ -1,7 +1,7 @@
-"""Frames of the NRI trunk and messages of ttrpc in them: bytes to values and back. No I/O.
+"""Frames of the NRI trunk and the ttrpc messages in them: bytes to values and back. No I/O.
 
-A stream may be cut anywhere. Every message that was complete before a fault is given out; after the fault nothing is.
-What is kept between two pieces is bounded: one unfinished message for each logical connection that is known.
+A stream may be split anywhere. Every message that was complete before a fault is returned; after the fault nothing is.
+What is buffered between two pieces is bounded: one unfinished message per known logical connection.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import NamedTuple, TypeAlias
 from nodeagent.errors import InputError, PeerError
 
 REQUEST, RESPONSE, DATA = 1, 2, 3
-"""Message.type. Others are given out too: they are for the reader to pass over."""
+"""Values of Message.type. Others are returned too; the reader must skip them."""
 LARGEST_DATA_BYTES = 4 << 20
-"""Of one message; ttrpc's own limit."""
+"""Limit for one message; ttrpc's own limit."""
 
 _FRAME_HEADER = struct.Struct(">II")
 _HEADER = struct.Struct(">IIBB")
 LARGEST_FRAME_BYTES = _HEADER.size + LARGEST_DATA_BYTES
-"""Payload of one frame of the trunk: the most that the runtime's own multiplexer writes."""
+"""Payload limit for one frame of the trunk: the most that the runtime's own multiplexer writes."""
 _FIRST_FRAME_BYTES = 4096
-"""A runtime reads a message's beginning into a buffer of this size and fails where a frame does not fit into it; what
-remains it reads into the message's own memory, so that comes in one frame (it keeps only 256 frames)."""
+"""A runtime reads a message's beginning into a buffer of this size and fails if a frame does not fit into it. It reads
+the rest into the message's own memory, so the rest is sent as one frame (it queues only 256 frames)."""
 
 
 class FrameError(PeerError):
-    """A stream that cannot be read any further. `offset`: bytes from its beginning to the fault."""
+    """A stream that cannot be read further. `offset`: bytes from its beginning to the fault."""
 
     def __init__(self, offset: int, why: str) -> None:
         super().__init__(f"cannot read stream at byte {offset}: {why}")
@@ -45,7 +45,7 @@ class Message(NamedTuple):
 
 
 class Oversized(NamedTuple):
-    """A message that was announced with more data than is allowed; its data is passed over."""
+    """A message announced with more data than is allowed; its data is skipped."""
 
     connection: int
     stream: int
@@ -54,7 +54,7 @@ class Oversized(NamedTuple):
 
 
 class Stray(NamedTuple):
-    """A frame for a logical connection that is not known; its payload is passed over."""
+    """A frame for an unknown logical connection; its payload is skipped."""
 
     connection: int
     payload_bytes: int
@@ -64,7 +64,7 @@ Received: TypeAlias = Message | Oversized | Stray
 
 
 def encode(message: Message) -> bytes:
-    """The message as frames of the trunk; InputError where it has too much data."""
+    """Return a message as frames of the trunk. Raise InputError if it has too much data."""
     if len(message.data) > LARGEST_DATA_BYTES:
         raise InputError(
             f"cannot send message on stream {message.stream}: {len(message.data)} bytes, the limit is "
@@ -80,7 +80,7 @@ class FrameParser:
     """Reads one direction of a trunk, piece by piece."""
 
     def __init__(self, connections: Iterable[int]) -> None:
-        """`connections`: the ids of the logical connections that are read."""
+        """`connections`: the ids of the logical connections to read."""
         self._messages = {one: _Assembler(one) for one in connections}
         self._offset = 0
         self._header = bytearray()
@@ -90,11 +90,11 @@ class FrameParser:
 
     @property
     def held_bytes(self) -> int:
-        """What is kept of unfinished headers and messages."""
+        """Return the number of bytes buffered of unfinished headers and messages."""
         return len(self._header) + sum(one.held_bytes for one in self._messages.values())
 
     def feed(self, data: bytes) -> Iterator[Received]:
-        """What `data` completes, in order; FrameError after it where the stream is broken. To be read to its end."""
+        """Yield what `data` completes, in order, then raise FrameError if the stream is broken. Iterate to the end."""
         rest = memoryview(data)
         while rest and self._fault is None:
             if self._missing:
@@ -107,7 +107,7 @@ class FrameParser:
             raise self._fault
 
     def end(self) -> None:
-        """Say that the stream has ended; FrameError where that is in the middle of a message."""
+        """Note that the stream has ended. Raise FrameError if it ended within a message."""
         unfinished = self._missing or self._header or any(one.busy for one in self._messages.values())
         if self._fault is None and unfinished:
             self._fault = FrameError(self._offset, f"it ends within a message, {self.held_bytes} bytes of it were read")
@@ -121,7 +121,7 @@ class FrameParser:
             yield from self._current.feed(piece)
 
     def _take_header(self, data: memoryview) -> memoryview:
-        """Read (more of) a frame's header; what is left of the data."""
+        """Read (more of) a frame's header. Return the rest of the data."""
         wanted = _FRAME_HEADER.size - len(self._header)
         self._header += data[:wanted]
         self._offset += len(data[:wanted])
@@ -139,7 +139,7 @@ class FrameParser:
         self._missing = payload_bytes
 
     def _stray(self) -> Iterator[Stray]:
-        """Forget a header that is complete; report it if its frame is for no connection."""
+        """Discard a complete header; yield a Stray if its frame is for an unknown connection."""
         if len(self._header) == _FRAME_HEADER.size:
             if self._current is None and self._fault is None:
                 yield Stray(*_FRAME_HEADER.unpack(self._header))
@@ -147,7 +147,7 @@ class FrameParser:
 
 
 class _Assembler:
-    """Puts the messages of one logical connection together."""
+    """Assembles the messages of one logical connection."""
 
     def __init__(self, connection: int) -> None:
         self._connection = connection
@@ -163,7 +163,7 @@ class _Assembler:
         return bool(self._buffer or self._skip)
 
     def feed(self, piece: memoryview) -> Iterator[Message | Oversized]:
-        """What the piece completes. Nothing of a refused message is kept."""
+        """Yield what the piece completes. The data of an oversized message is not kept."""
         while piece:
             taken = min(len(piece), self._skip or self._wanted())
             part, piece = piece[:taken], piece[taken:]
@@ -174,7 +174,7 @@ class _Assembler:
                 yield from self._complete()
 
     def _wanted(self) -> int:
-        """How many more bytes the header needs, or the message whose header is there."""
+        """Return how many bytes the header still needs, or, once it is complete, the message."""
         if len(self._buffer) < _HEADER.size:
             return _HEADER.size - len(self._buffer)
         data_bytes: int = _HEADER.unpack_from(self._buffer)[0]

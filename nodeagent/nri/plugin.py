@@ -1,12 +1,14 @@
-"""Keeps the agent connected to the container runtime as an NRI plugin: late, restarted and silent as that may be.
+"""Keeps the agent connected to the container runtime as an NRI plugin, even if the runtime starts
+late, restarts or stops answering.
 
-The runtime's socket is tried at a growing distance, which starts again at its smallest once a connection stood.
-Connected means registered, configured and synchronized: from then on no container is created without a question.
+Connections to the runtime's socket are retried at growing intervals, starting again from the shortest once a connection
+was established. Connected means registered, configured and synchronized: from then on the runtime asks before it
+creates any container.
 
-A runtime that has given up on a plugin may keep the connection open and never ask again (containerd 1.7 does, where
-Synchronize was answered late). So no connection is kept whose peer may have dropped us: it ends when Synchronize does
-not come in time, when an answer was late, and when `reconnect` is told of evidence; the next one begins with a
-Synchronize.
+A runtime that has given up on a plugin may keep the connection open and never ask again (containerd 1.7 does
+so after a late answer to Synchronize). So a connection whose peer may have dropped the plugin is not kept: it
+ends if Synchronize does not arrive in time, if an answer was late, or if `reconnect` reports evidence. The
+next one begins with a Synchronize.
 """
 
 from __future__ import annotations
@@ -35,26 +37,26 @@ from nodeagent.telemetry.once import Once
 
 RUNTIME = "nri.pkg.api.v1alpha1.Runtime"
 SERVES, CALLS = 1, 2
-"""Trunk ids of the plugin's service and the runtime's."""
+"""Trunk ids of the plugin's service and of the runtime's."""
 UPDATE_S = 30.0
-"""Deadline of an update that was not asked for: the runtime changes container after container meanwhile."""
+"""Deadline of an unsolicited update, during which the runtime changes container after container."""
 
 
 class Reason(enum.StrEnum):
     """Why a connection ended."""
 
     CLOSED = "closed"
-    """The runtime closed it, or does not keep to the protocol."""
+    """The runtime closed it or violated the protocol."""
     UNSYNCHRONIZED = "unsynchronized"
     """The runtime did not register, configure or synchronize the plugin in time."""
     LATE = "late"
     """An answer was late: the runtime has given up on this plugin, or may have."""
     UNASKED = "unasked"
-    """There is evidence that the runtime asks no more."""
+    """There is evidence that the runtime no longer asks."""
 
 
 class DisconnectedError(PeerError):
-    """A connection that stood and has ended."""
+    """An established connection that has ended."""
 
     def __init__(self, reason: Reason, text: str) -> None:
         super().__init__(text)
@@ -67,18 +69,18 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NriTiming:
-    """How fast things are tried, in seconds."""
+    """Retry intervals and deadlines, in seconds."""
 
     first_retry_s: float = 0.1
     last_retry_s: float = 1.0
-    """A container that is created while there is no connection is not asked about: so this is short."""
+    """The runtime does not ask about containers created while there is no connection, so this is short."""
     registration_s: float = 5.0
-    """How long the runtime may take to register and configure, until it has said so itself."""
+    """How long the runtime may take to register and configure, until it announces its own limit."""
     request_s: float = 2.0
-    """How long the runtime waits for an answer, until it has said so itself."""
+    """How long the runtime waits for an answer, until it announces its own limit."""
     synchronize_s: float = 10.0
-    """How long the runtime may take to synchronize once it has configured. It does so when no pod is being made, so
-    this doubles each time it was not enough, up to the next."""
+    """How long the runtime may take to synchronize after configuring. It synchronizes only while no pod is being
+    created, so this doubles each time it was not enough, up to longest_synchronize_s."""
     longest_synchronize_s: float = 160.0
 
 
@@ -87,24 +89,24 @@ DEFAULT_PACE = NriTiming()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NriState:
-    """How the plugin stands with the runtime."""
+    """The state of the connection to the runtime."""
 
     connected: bool = False
     since_s: float
-    """When `connected` became what it is, by the monotonic clock."""
+    """When `connected` last changed, by the monotonic clock."""
     runtime: str = ""
     """Name of the runtime that is connected, or was last."""
     version: str = ""
     reason: str = ""
-    """What is waited for, or why the last connection ended."""
+    """What the plugin is waiting for, or why the last connection ended."""
     calls: int = 0
-    """Questions of the runtime since the start."""
+    """Number of the runtime's calls since the start."""
     failed: int = 0
-    """Those among them that could not be decided."""
+    """Number of those calls that failed."""
 
 
 class NriPlugin:
-    """One plugin of the runtime whose NRI socket lies at a path."""
+    """One plugin of the runtime whose NRI socket is at a path."""
 
     def __init__(
         self,
@@ -117,9 +119,10 @@ class NriPlugin:
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`index`: two digits, the plugin's place among others. `on_change` is called when `standing` changes in more
-        than `calls`. `clock`: in seconds. ConfigError where name or index are not what a runtime takes. Starts
-        nothing."""
+        """Create the plugin without starting anything.
+
+        `index`: two digits, the plugin's place among others. `on_change` is called when `standing` changes in more than
+        `calls`. `clock`: in seconds. Raise ConfigError if a runtime would not accept the name or index."""
         if not _NAME.fullmatch(name):
             raise ConfigError(f'cannot register plugin "{name}": expected letters, digits and _ . + - only')
         if not _INDEX.fullmatch(index):
@@ -136,21 +139,21 @@ class NriPlugin:
         self._service: PluginService | None = None
         self._connection: TtrpcConnection | None = None
         self._end: asyncio.Future[DisconnectedError] | None = None
-        """Of the connection that stands: why it is to end."""
+        """Of the current connection: why it has to end."""
         self._retry_s = pace.first_retry_s
         self._lost_once = Once("runtime-not-connected")
         self._jitter = random.Random(name)  # noqa: S311  spreads retries; the name makes it repeatable
 
     @property
     def standing(self) -> NriState:
-        """How things are at this moment."""
+        """Return the current state."""
         if self._service is None:
             return self._standing
         calls, failed = self._standing.calls + self._service.calls, self._standing.failed + self._service.failed
         return replace(self._standing, calls=calls, failed=failed)
 
     async def run(self) -> None:
-        """Connect and serve until cancelled; an error is shown, never raised."""
+        """Connect and serve until cancelled. Errors are shown in `standing` and logged, never raised."""
         while True:
             try:
                 await self._serve()
@@ -160,9 +163,11 @@ class NriPlugin:
             self._retry_s = min(2 * self._retry_s, self._pace.last_retry_s)
 
     async def update_containers(self, updates: Sequence[Update], *, timeout_s: float = UPDATE_S) -> tuple[str, ...]:
-        """Have the runtime change containers now; ids of those that it says it could not. PeerError where there is no
-        runtime, or it fails the whole call (containerd does for one that fails, without naming it). Never to be called
-        from a Handler's method: the runtime would wait for both."""
+        """Make the runtime change containers now. Return the ids of those that it reports as failed.
+
+        Raise PeerError if there is no runtime, or if it fails the whole call (containerd does if one
+        container fails, without naming it). Never call this from a Handler's method: the runtime and the
+        agent would wait for each other."""
         if self._connection is None or not self._standing.connected:
             why = f"{self._socket} is not connected: {self._standing.reason}"
             raise PeerError(f"cannot update {len(updates)} containers: {why}")
@@ -176,7 +181,7 @@ class NriPlugin:
             raise PeerError(f"cannot read what {self._socket} answers to an update: {error}") from None
 
     def reconnect(self, why: str) -> None:
-        """Take it that the runtime asks no more, where there is a connection: end it and connect again."""
+        """End the connection, if there is one, and connect again: the runtime is assumed to have stopped asking."""
         self._give_up(Reason.UNASKED, f"cannot rely on {self._socket}: {why}")
 
     def _give_up(self, reason: Reason, text: str) -> None:
@@ -184,7 +189,7 @@ class NriPlugin:
             self._end.set_result(DisconnectedError(reason, text))
 
     async def _serve(self) -> None:
-        """One connection from its beginning to its end, which is raised."""
+        """Serve one connection from start to end. Always ends by raising the reason."""
         stream = await self._open()
         service = PluginService(
             self._handler,
@@ -207,7 +212,7 @@ class NriPlugin:
             running.cancel()
             introducing.cancel()
             await asyncio.gather(running, introducing, return_exceptions=True)
-            stream[1].transport.abort()  # also where the task that reads it was never begun
+            stream[1].transport.abort()  # even if the task that reads it never started
             self._forget()
 
     async def _open(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -220,7 +225,7 @@ class NriPlugin:
     async def _until_end(
         self, running: asyncio.Task[None], introducing: asyncio.Task[None], end: asyncio.Future[DisconnectedError]
     ) -> None:
-        """Wait until a connection ends or is to end; DisconnectedError, whose reason is the first there was."""
+        """Wait until a connection ends or has to end. Raise DisconnectedError with the first reason."""
         every: set[asyncio.Future[Any]] = {running, introducing, end}
         await asyncio.wait(every, return_when=asyncio.FIRST_COMPLETED)
         if not running.done() and not end.done():
@@ -231,14 +236,15 @@ class NriPlugin:
         raise self._ended(running.exception())
 
     def _ended(self, error: BaseException | None) -> BaseException:
-        """What to raise where the stream ended, with what its reader raised."""
+        """Return what to raise when the stream ended, given the error of its reader."""
         if error is not None and not isinstance(error, OSError | NodeagentError):
             return error
         why = "the runtime closed the connection" if error is None else cause_of(error)
         return DisconnectedError(Reason.CLOSED, f"cannot serve {self._socket} on: {why}")
 
     async def _introduce(self, connection: TtrpcConnection, service: PluginService) -> None:
-        """Register; then the runtime configures and synchronizes, the latter when its pods let it."""
+        """Register, then wait until the runtime has configured and synchronized the plugin; it synchronizes
+        once no pod is being created."""
         request = self._request.SerializeToString()
         try:
             await connection.call(RUNTIME, "RegisterPlugin", request, timeout_s=self._registration_s)
@@ -259,7 +265,7 @@ class NriPlugin:
         log.info("runtime-connected", socket=str(self._socket), runtime=self._standing.runtime)
 
     async def _come(self, event: asyncio.Event, what: str, within_s: float) -> None:
-        """Wait for what the runtime is to do next."""
+        """Wait for the next step of the runtime."""
         try:
             async with asyncio.timeout(within_s):
                 await event.wait()

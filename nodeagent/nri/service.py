@@ -1,12 +1,12 @@
-"""The Plugin service: what the runtime asks on one connection, handed to the handler that decides.
+"""The Plugin service: passes the runtime's calls on one connection to the handler that decides.
 
-Promises: each question has its answer inside the time limit of the runtime. A container whose creation cannot be
-decided is not created, with the reason; any other failure is logged and answered with "no change", because an error
-there would only keep a container from being stopped or removed.
+Promises: each call is answered within the runtime's time limit. If the creation of a container cannot be decided, the
+container is refused with the reason; any other failure is logged and answered with "no change", because an error there
+would only prevent a container from being stopped or removed.
 
-A runtime gives up on a plugin whose answer is late (containerd/nri pkg/adaptation): after a question about a container
-it closes the connection; after Synchronize it closes it too or, as containerd 1.7 was seen to, keeps it open and never
-asks anything. So an answer that was late all the same is reported, for the connection to be made again.
+A runtime gives up on a plugin whose answer is late (containerd/nri pkg/adaptation). After a call about a container it
+closes the connection; after Synchronize it closes it too or, as observed with containerd 1.7, keeps it open and never
+asks again. So an answer that was nevertheless late is reported, for the connection to be re-established.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from nodeagent.telemetry.log import new_op
 
 PLUGIN = "nri.pkg.api.v1alpha1.Plugin"
 WAITING, PATIENCE, LATE = 0.7, 0.9, 0.95
-"""Parts of the runtime's time limit: how long a handler may wait for anything before it answers from what it knows; how
-long a decision may take at all; and from when on the runtime may have given up. It began to count before its request
-arrived."""
+"""Fractions of the runtime's time limit: how long a handler may wait before it answers from what it knows;
+how long a decision may take at all; and from when on the runtime may have given up, as its clock started
+before the request arrived."""
 MOST_LISTED = 1 << 16
-"""Pods and containers in one synchronization; more are refused."""
+"""Most pods and containers in one synchronization; more are refused."""
 
 T = TypeVar("T")
 Q = TypeVar("Q", bound=Message)
@@ -40,49 +40,51 @@ log = structlog.get_logger()
 
 
 class Handler(Protocol):
-    """Who decides. None of these may call back into the runtime before it has returned: the runtime waits meanwhile."""
+    """Makes the decisions. No method may call back into the runtime before returning: the
+    runtime is waiting meanwhile."""
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
-        """All that exists, at each connection; what is to be changed of it."""
+        """Receive everything that exists, at each connection. Return what to change."""
 
     async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
-        """What a new container gets, and what changes for others before it is there. Raising refuses the container.
-        within_s: how long it may wait for anything; after that it is to answer from what is known."""
+        """Return what a new container gets, and what changes for others before it exists. Raising refuses the
+        container. within_s: how long it may wait for anything; after that it answers from what is known."""
 
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
-        """Kubelet changes a container to `resources`; an update of the container itself takes precedence over that."""
+        """Handle kubelet changing a container to `resources`. An update of the container itself
+        takes precedence over them."""
 
     async def stopped(self, pod: Pod, container: Container) -> Sequence[Update]:
-        """A container has stopped; what changes for others."""
+        """Handle a stopped container. Return what changes for others."""
 
     async def removed(self, pod: Pod, container: Container) -> None:
-        """A container is gone."""
+        """Handle a removed container."""
 
 
 @runtime_checkable
 class HearsStarts(Protocol):
-    """A handler that also wants to know when containers start."""
+    """A handler that is also notified when containers start."""
 
     async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
-        """The container is there and runs its first instruction after this. Raising keeps it from starting. within_s:
-        how long it may wait for anything."""
+        """Handle a container that exists and is about to run its first instruction. Raising prevents its start.
+        within_s: how long it may wait for anything."""
 
     async def started(self, pod: Pod, container: Container) -> None:
-        """The container's process runs."""
+        """Handle a container whose process runs."""
 
 
 @runtime_checkable
 class HearsPods(Protocol):
-    """A handler that also wants to know of pods."""
+    """A handler that is also notified about pods."""
 
     async def pod_started(self, pod: Pod) -> None:
-        """The sandbox is there, its containers are not yet."""
+        """Handle a pod whose sandbox exists and whose containers do not yet."""
 
     async def pod_stopped(self, pod: Pod) -> None:
-        """All its containers have stopped."""
+        """Handle a pod whose containers have all stopped."""
 
     async def pod_removed(self, pod: Pod) -> None:
-        """The sandbox is gone."""
+        """Handle a pod whose sandbox is gone."""
 
 
 _ALWAYS = (pb.CREATE_CONTAINER, pb.UPDATE_CONTAINER, pb.STOP_CONTAINER, pb.REMOVE_CONTAINER)
@@ -91,14 +93,14 @@ _PODS = (pb.RUN_POD_SANDBOX, pb.STOP_POD_SANDBOX, pb.REMOVE_POD_SANDBOX)
 
 
 def event_mask(handler: Handler) -> int:
-    """The events that the handler hears, as the runtime is told."""
+    """Return the event mask to which the handler subscribes."""
     starts = _STARTS if isinstance(handler, HearsStarts) else ()
     pods = _PODS if isinstance(handler, HearsPods) else ()
     return sum(1 << (event - 1) for event in (*_ALWAYS, *starts, *pods))
 
 
 class PluginService:
-    """Serves one connection. `calls` and `failed` count the questions, and those whose handler failed."""
+    """Serves one connection. `calls` counts the calls, `failed` those whose handler failed."""
 
     def __init__(
         self,
@@ -108,10 +110,10 @@ class PluginService:
         on_failure: Callable[[], None],
         on_late: Callable[[str], None],
     ) -> None:
-        """`on_failure` is called after each failure, `on_late` with a reason after an answer that the runtime may not
-        have waited for."""
+        """`on_failure` is called after each failure; `on_late`, with a reason, after an answer for which the
+        runtime may not have waited."""
         self.configured, self.synchronized = asyncio.Event(), asyncio.Event()
-        """The latter once the runtime has the answer to all that it listed."""
+        """`synchronized` is set once the runtime has the answer to everything that it listed."""
         self.runtime = pb.ConfigureRequest()
         self.calls = self.failed = 0
         self._listed_all = False
@@ -124,11 +126,11 @@ class PluginService:
 
     @property
     def request_timeout_s(self) -> float:
-        """How long the runtime waits for an answer."""
+        """Return how long the runtime waits for an answer, in seconds."""
         return self.runtime.request_timeout / 1e3 if self.runtime.request_timeout > 0 else self._request_timeout_s
 
     def services(self) -> Services:
-        """The methods as a connection serves them."""
+        """Return the methods in the form that a connection serves."""
         return {PLUGIN: self._methods}
 
     def _served_methods(self) -> dict[str, Method]:
@@ -154,11 +156,11 @@ class PluginService:
         return served
 
     def _limit_s(self, waits_s: float | None) -> float:
-        """How long the runtime waits for an answer. waits_s: what the request says of that."""
+        """Return how long the runtime waits for an answer. waits_s: the limit in the request, or None."""
         return self.request_timeout_s if waits_s is None else min(waits_s, self.request_timeout_s)
 
     def served(self, one: ServedCall) -> None:
-        """Take note of how long an answer took, as the connection reports it."""
+        """Record how long an answer took, as reported by the connection."""
         if one.service != PLUGIN or one.method not in self._methods:
             return
         limit_s = self._limit_s(one.waits_s)
@@ -188,9 +190,9 @@ class PluginService:
         return pb.Empty()
 
     async def _synchronize(self, request: pb.SynchronizeRequest, limit_s: float) -> pb.SynchronizeResponse:
-        """Parts are kept until the last: a container may come before its pod."""
+        """Synchronize once the last part is there: a container may be listed before its pod."""
         if request.more and not request.pods and not request.containers:
-            # containerd sends such parts without end where one pod has more containers than fit into a message.
+            # containerd sends such parts endlessly if one pod has more containers than fit into a message.
             log.error("runtime-lists-in-empty-parts", runtime=self.runtime.runtime_name)
             raise RpcError(Code.INVALID_ARGUMENT, "cannot synchronize: an empty part that is not the last")
         self._listed.MergeFrom(request)
@@ -229,7 +231,7 @@ class PluginService:
         return pb.StopContainerResponse(update=await self._or_none("stopped", work, limit_s, **_names(container)))
 
     async def _state_change(self, request: pb.StateChangeEvent, limit_s: float) -> pb.Empty:
-        """How older runtimes tell what needs no answer."""
+        """Handle notifications that need no answer, as older runtimes send them."""
         await self._tell(request.event, request.pod, request.container, limit_s)
         return pb.Empty()
 
@@ -253,14 +255,14 @@ class PluginService:
         return [write_update(one) for one in await work]
 
     async def _or_none(self, call: str, work: Awaitable[T], limit_s: float, **names: object) -> T | None:
-        """What `work` returns; None where it fails, which is logged."""
+        """Return the result of `work`, or None if it fails, which is logged."""
         try:
             return await self._decide(call, work, limit_s, **names)
         except RpcError:
             return None
 
     async def _decide(self, call: str, work: Awaitable[T], limit_s: float, **names: object) -> T:
-        """What `work` returns, in time; RpcError with the cause otherwise."""
+        """Return the result of `work`. Raise RpcError with the cause if it fails or is late."""
         most_s = PATIENCE * limit_s
         with structlog.contextvars.bound_contextvars(op=new_op()):
             try:
@@ -295,4 +297,4 @@ _EVENTS: dict[str, tuple[type[Any], pb.Event, type[Message]]] = {
     "RemoveContainer": (pb.RemoveContainerRequest, pb.REMOVE_CONTAINER, pb.RemoveContainerResponse),
 }
 _OF_CONTAINERS = (pb.StartContainerRequest, pb.PostStartContainerRequest, pb.RemoveContainerRequest)
-"""Requests that name a container beside the pod."""
+"""Requests that name a container in addition to the pod."""

@@ -1,7 +1,7 @@
-"""Pods, containers and their changes: from the runtime's messages to values and back.
+"""Converts pods, containers and changes between the runtime's messages and core values.
 
-What a runtime says of a container and cannot be read is left out of the value and logged with the container's id: one
-odd container must not keep the others from being seen. What is to be written is checked strictly.
+Unreadable fields of a container are left out of the value and logged with the container's id: one odd container must
+not hide the others. Values to be written are checked strictly.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def read_pod(pod: pb.PodSandbox) -> core.Pod:
 
 
 def read_container(container: pb.Container, pod: core.Pod | None) -> core.Container:
-    """`pod`: the container's own, None where the runtime did not list it."""
+    """Return a container as a core value. `pod` is its pod, or None if the runtime did not list it."""
     return core.Container(
         id=container.id,
         pod_id=container.pod_sandbox_id,
@@ -60,7 +60,7 @@ def read_container(container: pb.Container, pod: core.Pod | None) -> core.Contai
 
 
 def read_resources(resources: pb.LinuxResources, container_id: str) -> core.Resources:
-    """`container_id` is for the log."""
+    """Return the resources as a core value. `container_id` is for the log."""
     cpu = resources.cpu
     return core.Resources(
         cpus=_read_set(cpu.cpus, "cpus", container_id),
@@ -72,7 +72,7 @@ def read_resources(resources: pb.LinuxResources, container_id: str) -> core.Reso
 
 
 def write_adjustment(adjustment: core.Adjustment) -> pb.ContainerAdjustment:
-    """InputError where a set is empty or a limit is no size."""
+    """Return an adjustment as protobuf. Raise InputError if a set is empty or a limit is out of range."""
     resources = _write_resources(adjustment, "new container")
     return pb.ContainerAdjustment(
         env=[pb.KeyValue(key=key, value=value) for key, value in adjustment.env.items()],
@@ -81,7 +81,7 @@ def write_adjustment(adjustment: core.Adjustment) -> pb.ContainerAdjustment:
 
 
 def write_update(update: core.Update) -> pb.ContainerUpdate:
-    """InputError where a set is empty or a limit is no size."""
+    """Return an update as protobuf. Raise InputError if a set is empty or a limit is out of range."""
     resources = _write_resources(update, f"container {update.container_id}")
     return pb.ContainerUpdate(
         container_id=update.container_id, linux=pb.LinuxContainerUpdate(resources=resources or pb.LinuxResources())
@@ -89,7 +89,7 @@ def write_update(update: core.Update) -> pb.ContainerUpdate:
 
 
 def page_bytes(name: str) -> int:
-    """Bytes of "2MB", as the kernel's hugetlb controller names page sizes; InputError names the text."""
+    """Return the bytes of a page size named as in the hugetlb controller, "2MB". Raise InputError, quoting the text."""
     found = _PAGE_SIZE.fullmatch(name)
     if found is None:
         raise InputError(f'cannot read page size "{name[:40]}": expected a number with KB, MB or GB, such as 2MB')
@@ -97,7 +97,7 @@ def page_bytes(name: str) -> int:
 
 
 def page_name(size_bytes: int) -> str:
-    """The kernel's name of a page size, "1GB"; InputError where there is none."""
+    """Return the kernel's name of a page size, such as "1GB". Raise InputError if it has none."""
     for unit, unit_bytes in _PAGE_UNITS.items():
         if size_bytes > 0 and size_bytes % unit_bytes == 0:
             return f"{size_bytes // unit_bytes}{unit}"
@@ -105,7 +105,7 @@ def page_name(size_bytes: int) -> str:
 
 
 def _read_env(env: Iterable[str]) -> Mapping[str, str]:
-    """By name; what stands last counts. An entry without "=" has no value."""
+    """Return variables by name; the last entry of a name counts. An entry without "=" has an empty value."""
     pairs = (entry.partition("=") for entry in env)
     return MappingProxyType({name: value for name, _, value in pairs})
 
@@ -129,7 +129,7 @@ def _read_limits(limits: Iterable[pb.HugepageLimit], container_id: str) -> Mappi
 
 
 def _write_resources(change: core.Adjustment | core.Update, where: str) -> pb.LinuxResources | None:
-    """None where nothing of it is to be changed."""
+    """Return the resources to write, or None if nothing changes."""
     if change.cpus is None and change.mems is None and not change.hugepage_limits:
         return None
     return pb.LinuxResources(
@@ -139,7 +139,7 @@ def _write_resources(change: core.Adjustment | core.Update, where: str) -> pb.Li
 
 
 def _write_set(ids: CpuSet | None, what: str, where: str) -> str:
-    """On the wire an empty set would mean "leave it as it is"."""
+    """Return a set as text. Raise InputError if it is empty: on the wire that would mean "leave it as it is"."""
     if ids is not None and not ids:
         raise InputError(f"cannot confine {where}: its set of {what} is empty")
     return str(ids) if ids is not None else ""

@@ -1,8 +1,8 @@
 """Unary ttrpc calls in both directions on one stream: methods served on one trunk id, calls made on another.
 
-Promises: whatever a peer sends, other calls go on; only a stream that cannot be read any further ends the connection.
-Every call ends: with its answer, its deadline or the connection. Answers go out as they are ready, in any order. How
-long each answer took is reported: a peer that has stopped waiting does not say so.
+Promises: whatever a peer sends, other calls continue; only an unreadable stream ends the connection. Every call ends:
+with its answer, its deadline or the connection. Answers are sent as they are ready, in any order. The time of each
+answer is reported, because a peer that has stopped waiting gives no notice.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from nodeagent.nri.frames import LARGEST_DATA_BYTES, FrameParser, Message, Overs
 from nodeagent.pb import ttrpc_pb2 as pb
 
 Method: TypeAlias = Callable[[bytes, float | None], Awaitable[bytes]]
-"""Takes the request and the seconds that the caller waits (None: indefinitely); returns the answer or raises."""
+"""Takes the request and the seconds that the caller waits (None: indefinitely). Returns the answer or raises."""
 Services: TypeAlias = Mapping[str, Mapping[str, Method]]
 """Methods by service and name."""
 
 MOST_SERVED = 128
-"""Calls that are served at once; one more is refused. A runtime asks its plugins one thing at a time."""
+"""Most calls served at once; one more is refused. A runtime sends its plugins one call at a time."""
 _READ_BYTES = 1 << 16
 log = structlog.get_logger()
 
 
 class Code(enum.IntEnum):
-    """Status codes, those of gRPC, as far as they are used here."""
+    """Status codes, as in gRPC; only those used here."""
 
     OK = 0
     UNKNOWN = 2
@@ -46,7 +46,7 @@ class Code(enum.IntEnum):
 
 
 class RpcError(PeerError):
-    """A call that failed, with its status: one made here, or one served here that is to be answered so."""
+    """A failed call with its status: one made here, or one served here, which is then answered with this status."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -54,24 +54,24 @@ class RpcError(PeerError):
 
 
 class ServedCall(NamedTuple):
-    """One call of the peer, over and done with."""
+    """One completed call of the peer."""
 
     service: str
     method: str
     took_s: float
-    """From the arrival of its request until the answer was handed to the kernel, or until the connection ended."""
+    """From the arrival of the request until the answer was handed to the kernel, or until the connection ended."""
     waits_s: float | None
-    """How long the peer waits for the answer, as its request says."""
+    """How long the peer waits for the answer, from its request."""
     answered: bool
-    """False: the connection ended first."""
+    """False if the connection ended first."""
 
 
 def _pass_over(_: ServedCall) -> None:
-    """Nobody wants to know how long calls took."""
+    """Ignore how long a call took."""
 
 
 class TtrpcConnection:
-    """Both ends on one stream. Building it starts nothing; run() runs once."""
+    """Both ends of one stream. Building it starts nothing; run() may be called once."""
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class TtrpcConnection:
         on_served: Callable[[ServedCall], None] = _pass_over,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`serves` and `calls`: the trunk ids of the services here and of those of the peer. `on_served` is called
-        after each call that was served. `clock`: in seconds."""
+        """`serves` and `calls`: the trunk ids of the services here and of the peer's. `on_served` is called after each
+        call that was served. `clock`: in seconds."""
         self._reader, self._writer = stream
         self._ended = False
         self._services = services
@@ -98,8 +98,9 @@ class TtrpcConnection:
         self._next_stream = 1
 
     async def run(self) -> None:
-        """Serve until the peer closes between two messages; FrameError where the stream breaks, OSError where it fails.
-        At the end the stream is closed, calls in both directions end."""
+        """Serve until the peer closes the stream between two messages. At the end, close the stream and end all calls.
+
+        Raise FrameError if the stream is malformed, OSError if it fails."""
         parser = FrameParser((self._serves, self._calls))
         try:
             while data := await self._reader.read(_READ_BYTES):
@@ -112,7 +113,8 @@ class TtrpcConnection:
             await self._end()
 
     async def call(self, service: str, method: str, payload: bytes, *, timeout_s: float) -> bytes:
-        """What the peer's method answers; RpcError with its status, the deadline or the connection's end."""
+        """Return the answer of the peer's method. Raise RpcError with its status, or for the
+        deadline or the connection's end."""
         if self._ended:
             raise _failed(service, method, Code.UNAVAILABLE, "the connection has ended")
         request = pb.Request(service=service, method=method, payload=payload, timeout_nano=int(timeout_s * 1e9))
@@ -168,7 +170,8 @@ class TtrpcConnection:
         task.add_done_callback(self._serving.discard)
 
     async def _room(self) -> None:
-        """Read no further while the peer takes no answers: all but MOST_SERVED of these are only waiting to be sent."""
+        """Pause reading while the peer takes no answers: all calls beyond MOST_SERVED only wait
+        for their answers to be sent."""
         while len(self._serving) >= 2 * MOST_SERVED:
             await asyncio.wait(self._serving, return_when=asyncio.FIRST_COMPLETED)
 
@@ -193,7 +196,7 @@ class TtrpcConnection:
             raise RpcError(Code.INVALID_ARGUMENT, f"cannot read request on stream {one.stream}: {error}") from None
 
     async def _serve(self, stream: int, request: pb.Request | RpcError, arrived: float) -> None:
-        """Answer a request, or what is wrong with it, and report how long that took."""
+        """Answer a request, or report what is wrong with it, and report how long that took."""
         answered = False
         try:
             answered = await self._answer(stream, await self._answer_to(stream, request))
@@ -219,7 +222,7 @@ class TtrpcConnection:
         return answer
 
     async def _served(self, request: pb.Request) -> bytes:
-        """The answer of the method that is asked for, within the time that the caller waits."""
+        """Return the answer of the requested method, within the time that the caller waits."""
         methods = self._services.get(request.service)
         method = methods.get(request.method) if methods is not None else None
         if method is None:
@@ -228,7 +231,7 @@ class TtrpcConnection:
         return await _in_time(method, request)
 
     async def _answer(self, stream: int, data: bytes) -> bool:
-        """Whether the answer was handed over."""
+        """Send an answer. Return whether it was handed to the kernel."""
         try:
             await self._send(Message(self._serves, stream, frames.RESPONSE, 0, data))
         except OSError as error:
@@ -287,7 +290,7 @@ async def _in_time(method: Method, request: pb.Request) -> bytes:
 
 
 def _status(code: int, text: str) -> bytes:
-    """A failed answer; the text is cut where it is very long."""
+    """Return a failed answer; a very long text is truncated."""
     return pb.Response(status=pb.Status(code=code, message=text[:4096])).SerializeToString()
 
 

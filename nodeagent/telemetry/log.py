@@ -1,4 +1,4 @@
-"""Logging: events with fields. A console form on a terminal, JSON lines otherwise; one op id a call (contextvars)."""
+"""Logging: events with fields. Console format on a terminal, JSON lines otherwise; one op id per call (contextvars)."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def configure(level: str = "info", form: str = "auto", stream: TextIO | None = N
 
 
 def new_op() -> str:
-    """A short id for one call, to find all its lines by."""
+    """Return a short id for one call, to find all its log lines by."""
     return secrets.token_hex(4)

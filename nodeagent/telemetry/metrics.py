@@ -14,7 +14,7 @@ from nodeagent.errors import InputError, Refused
 from nodeagent.version import VERSION
 
 REGISTRY = CollectorRegistry()
-"""The one registry of the process; nothing else registers here."""
+"""The process's only registry; nothing else registers here."""
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 
@@ -141,12 +141,12 @@ def counted_allocation(resource: str) -> Iterator[None]:
 
 
 def count_prepared(errors: int, good: int, took_s: float) -> None:
-    """Count one call that prepared claims."""
+    """Count one call that prepared claims, with its failed and prepared claims and its duration."""
     PREPARES.labels("prepared").inc(good)
     PREPARES.labels("failed").inc(errors)
     PREPARE_SECONDS.observe(took_s)
 
 
 def render() -> bytes:
-    """All metrics in the text format that Prometheus reads."""
+    """Return all metrics in Prometheus's text format."""
     return generate_latest(REGISTRY)

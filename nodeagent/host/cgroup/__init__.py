@@ -1,1 +1,1 @@
-"""Control groups of pods: named, read, watched, written."""
+"""Cgroups of pods: naming, reading, watching and writing them."""

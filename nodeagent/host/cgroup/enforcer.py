@@ -1,9 +1,9 @@
-"""Makes control groups agree with what was decided, and reads back that they do.
+"""Makes cgroups agree with the decisions, and reads back that they do.
 
-A target is the whole of what one cgroup is to be; what it does not name is left alone. Every write is read back: what
-the kernel took but did not put into effect is an error, as is what it refused. CPUs are taken away from everybody who
-loses any before they are given to anybody.
-Every call blocks; an `Enforcer` is used from one thread at a time.
+A target is the complete desired state of one cgroup; what it does not name is left alone. Every write is read back: a
+value that the kernel accepted without putting it into effect is an error, just like one that it refused. CPUs are first
+taken from every cgroup that loses some, and only then given to others.
+Every call blocks; use an `Enforcer` from one thread at a time.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ def _none() -> Mapping[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Target:
-    """What one cgroup is to be. None, or a page size left out: left alone."""
+    """The desired state of one cgroup. Fields that are None and page sizes that are left out stay unchanged."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     hugepage_limits: Mapping[int, int] = field(default_factory=_none)
-    """Bytes by page_bytes, exactly."""
+    """Exact limits in bytes, by page_bytes."""
     hugepages_at_least: Mapping[int, int] = field(default_factory=_none)
-    """Bytes by page_bytes that it has to let through."""
+    """Least limits in bytes, by page_bytes, that it must allow."""
     hugepages_above: Mapping[int, int] = field(default_factory=_none)
-    """Bytes by page_bytes that those above it have to let through."""
+    """Least limits in bytes, by page_bytes, that the cgroups above it must allow."""
     within: CpuSet | None = None
-    """The CPUs in effect are to be among these, whatever is written: for what lies below a confined cgroup."""
+    """CPUs that the effective CPUs must stay within, whatever is written: for cgroups below a confined one."""
     partition: str = MEMBER
     let_go: CpuSet = EMPTY
-    """What partitions below it may take of its CPUs: then these are in effect there and not here."""
+    """CPUs that partitions below may take: these are then in effect there and not here."""
 
     @property
     def wanted(self) -> CgroupTarget:
@@ -59,17 +59,17 @@ class Target:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One cgroup that was not what it is to be."""
+    """One cgroup that was not in its desired state."""
 
     path: str
     drift: tuple[Drift, ...] = ()
-    """Empty where it could not even be read."""
+    """Empty if the cgroup could not even be read."""
     error: str = ""
-    """Why it still is not; "": it was repaired, and read back."""
+    """Why it is still not in its desired state; empty if it was repaired and read back."""
 
 
 class Enforcer:
-    """Writes and reads back below one mount. `states` has what was read last of each cgroup."""
+    """Writes cgroups below one mount and reads them back. `states` has the last state read of each cgroup."""
 
     def __init__(self, reader: CgroupReader, layouts: Iterable[CgroupLayout]) -> None:
         self.states: dict[str, CgroupState] = {}
@@ -84,7 +84,7 @@ class Enforcer:
         return self._reader.mount
 
     def apply(self, targets: Mapping[str, Target]) -> dict[str, str]:
-        """Make cgroups be so; why some are not, by path. What is not there is passed over."""
+        """Bring cgroups into their desired state. Return by path why some could not be. Missing cgroups are skipped."""
         errors: dict[str, str] = {}
         for path, target in targets.items():
             self._noted(errors, path, self._take_away, target)
@@ -94,7 +94,7 @@ class Enforcer:
         return errors
 
     def look(self, paths: Iterable[str]) -> dict[str, CgroupState]:
-        """What cgroups are confined to at this moment; those that are gone or cannot be read are left out."""
+        """Return the current state of cgroups. Those that are gone or cannot be read are left out."""
         found: dict[str, CgroupState] = {}
         for path in paths:
             with contextlib.suppress(HostError):
@@ -103,29 +103,29 @@ class Enforcer:
         return found
 
     def verify(self, targets: Mapping[str, Target]) -> tuple[Finding, ...]:
-        """Read back, and repair what is otherwise; what was found."""
+        """Read back, repair what differs, and return what was found."""
         return tuple(found for path, target in targets.items() if (found := self._verify(path, target)) is not None)
 
     def quota_cpus(self, path: str) -> float | None:
-        """The CPU time that a cgroup may use, in CPUs; None: all it can get, or it is gone."""
+        """Return the CPU time that a cgroup may use, in CPUs, or None if it is unlimited or the cgroup is gone."""
         state = self._reader.read(path, CgroupPart.CPU_TIME)
         if state is None or state.quota_us is None or not state.period_us:
             return None
         return state.quota_us / state.period_us
 
     def forget(self, path: str) -> None:
-        """A cgroup is gone: what was let through to its partition is kept back again."""
+        """Note that a cgroup is gone, and stop passing CPUs on to its partition."""
         self.states.pop(path, None)
         if (cpus := self._partitions.pop(path, None)) and (layout := self._layout(path)):
             self._writer.release(layout, path, cpus)
 
     def tidy(self) -> None:
-        """Keep back what is let through to partitions that are gone: an agent before this one may have died before it
-        did. To be called once all that is there was made what it is to be."""
+        """Stop passing CPUs on to partitions that are gone: a previous agent may have died before doing so. Call this
+        once all existing cgroups are in their desired state."""
         held = union(self._partitions.values())
         for layout in self._layouts:
             for above in dict.fromkeys(layout.qos(one) for one in CLASSES):
-                with contextlib.suppress(HostError):  # it is not there, or the kernel knows no remote partitions
+                with contextlib.suppress(HostError):  # it does not exist, or the kernel lacks remote partitions
                     self._writer.keep_back(above, held)
 
     # ---------------------------------------------------------------- one cgroup
@@ -138,7 +138,7 @@ class Enforcer:
                 errors[path] = str(error)
 
     def _take_away(self, path: str, target: Target) -> None:
-        """Before anybody is given anything."""
+        """Take CPUs away before any cgroup is given some."""
         if target.cpus is None or (state := self.states.get(path) or self._read(path, CgroupPart.CPUSET)) is None:
             return
         now = state.cpus_effective or target.cpus
@@ -146,8 +146,8 @@ class Enforcer:
             self._writer.write(path, CgroupTarget(cpus=(now & target.cpus) or target.cpus))
 
     def _moved(self, path: str, target: Target) -> bool:
-        """Whether other CPUs were all that was to be written, as they are for every pod when a container takes some of
-        its own: then one write and one read will do."""
+        """Write only the CPUs if nothing else differs, and return whether that sufficed. When a container takes
+        exclusive CPUs, this applies to every other pod: one write and one read are enough."""
         known = self.states.get(path)
         if known is None or known.cpus in (None, target.cpus) or target != Target(cpus=target.cpus) or not target.cpus:
             return False
@@ -164,7 +164,7 @@ class Enforcer:
             self._writer.raise_limits(layout, path, target.hugepages_above)
         if not _drifts(state, target):
             if target.partition != MEMBER and target.cpus:
-                self._partitions[path] = target.cpus  # also what an agent before this one has made
+                self._partitions[path] = target.cpus  # also one made by a previous agent
             return
         self._write(path, target, state)
         if (state := self._read(path, target.parts)) is not None and (left := _drifts(state, target)):
@@ -177,7 +177,7 @@ class Enforcer:
         if layout is not None and target.wanted != CgroupTarget():
             self._writer.enable(layout, path, _controllers(target))
         if layout is not None and target.hugepages_at_least:
-            # Its own limits are raised as those above something in it.
+            # The cgroup's own limits are raised as those above a path inside it.
             self._writer.raise_limits(layout, f"{path}/-", target.hugepages_at_least)
         self._writer.write(path, target.wanted)
         if target.partition != MEMBER and layout is not None and target.cpus:
@@ -220,7 +220,7 @@ def _is_let_go(one: Drift, target: Target) -> bool:
 
 
 def _beyond(state: CgroupState, target: Target) -> Iterator[Drift]:
-    """CPUs in effect that are none of its own."""
+    """Yield a drift if CPUs outside `within` are in effect."""
     now = state.cpus_effective
     if target.within is not None and now is not None and now - target.within:
         yield Drift(file="cpuset.cpus.effective", found=str(now), wanted=f"within {target.within}")
@@ -236,7 +236,7 @@ def _too_low(state: CgroupState, target: Target) -> Iterator[Drift]:
 
 
 def _is_needless(state: CgroupState, target: Target) -> bool:
-    """Whether what we confine is a partition, and is not to be one any more."""
+    """Return whether the cgroup is a partition although its target no longer is one."""
     return target.partition == MEMBER and target.cpus is not None and state.partition not in (None, MEMBER)
 
 

@@ -1,12 +1,12 @@
-"""How kubelet and the container runtimes name cgroups: from a path to pod and container, and the other way round.
+"""How kubelet and the container runtimes name cgroups: from a path to pod and container, and back.
 
-Nothing is read here. Paths are relative to the root of the cgroup hierarchy and have no slash in front. Both cgroup
-drivers of kubelet, with and without its cgroupRoot:
+Nothing is read here. Paths are relative to the root of the cgroup hierarchy and have no leading slash. Both of
+kubelet's cgroup drivers, with and without its cgroupRoot:
 
     systemd   a.slice/a-kubepods.slice/a-kubepods-burstable.slice/a-kubepods-burstable-podUID.slice/PREFIX-ID.scope
     cgroupfs  a/kubepods/burstable/podUID/ID
 
-The systemd driver writes "_" for the "-" of a UID. Pods of class guaranteed lie directly below kubepods.
+The systemd driver replaces each "-" in a UID with "_". Guaranteed pods are directly below kubepods.
 Sources: k8s.io/kubernetes pkg/kubelet/cm/cgroup_manager_linux.go, systemd.slice(5), the runtimes' OCI cgroupsPath.
 """
 
@@ -29,28 +29,28 @@ _POD = re.compile(r"pod([A-Za-z0-9][A-Za-z0-9_-]*)")
 _SCOPE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)\.scope")
 _BARE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)")
 _HELPER = "conmon"
-"""What watches over a container has a cgroup of its own beside it; it is no container."""
+"""The container monitor has its own cgroup next to the container's; it is not a container."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cgroup:
-    """What a path below (or at) kubepods stands for."""
+    """What a path at or below kubepods refers to."""
 
     path: str
     kind: str
     driver: str
     qos: str = ""
-    """Of a pod, a container or a QoS folder."""
+    """QoS class of a pod, a container or a QoS folder."""
     pod_uid: str = ""
     container_id: str = ""
-    """As the runtime knows it, without "containerd://"."""
+    """The id as the runtime knows it, without "containerd://"."""
     prefix: str = ""
-    """What the runtime puts before the id: "cri-containerd", "crio"."""
+    """The runtime's prefix before the id: "cri-containerd", "crio"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupLayout:
-    """The names that one kubelet gives. cgroup_root: its cgroupRoot ("/" or "", "/a/b")."""
+    """The names that one kubelet uses. cgroup_root is its cgroupRoot ("/" or "", "/a/b")."""
 
     driver: str
     cgroup_root: str = "/"
@@ -62,27 +62,27 @@ class CgroupLayout:
 
     @property
     def top(self) -> str:
-        """The path of kubepods."""
+        """Return the path of kubepods."""
         return self._path(_TOP)
 
     def qos(self, qos: str) -> str:
-        """The folder that holds the pods of a class; for guaranteed that is kubepods itself."""
+        """Return the folder that holds the pods of a QoS class; for guaranteed, that is kubepods itself."""
         return self.top if qos == GUARANTEED else self._path(_TOP, _class(qos))
 
     def pod(self, uid: str, qos: str) -> str:
-        """A pod's cgroup. InputError where the UID cannot be one."""
+        """Return the path of a pod's cgroup. Raise InputError if `uid` is not a valid UID."""
         if not _POD.fullmatch(f"pod{uid}") or "_" in uid:
             raise InputError(f"cannot name the cgroup of a pod: {uid!r} is not a UID")
         between = () if qos == GUARANTEED else (_class(qos),)
         return self._path(_TOP, *between, f"pod{uid}")
 
     def container(self, uid: str, qos: str, container_id: str, prefix: str = "") -> str:
-        """A container's cgroup. prefix: what the runtime puts before the id, such as "cri-containerd"."""
+        """Return the path of a container's cgroup. prefix: the runtime's prefix of the id, such as "cri-containerd"."""
         name = f"{prefix}-{container_id}" if prefix else container_id
         return f"{self.pod(uid, qos)}/{name}.scope" if self.driver == SYSTEMD else f"{self.pod(uid, qos)}/{name}"
 
     def parse(self, path: str) -> Cgroup | None:
-        """What a path stands for; None: nothing of kubelet's, or what lies below a container."""
+        """Return what a path refers to, or None if it is not one of kubelet's cgroups or is below a container."""
         top = self.top
         if path == top:
             return Cgroup(path=path, kind=TOP, driver=self.driver)
@@ -121,7 +121,7 @@ class CgroupLayout:
         )
 
     def _own(self, name: str, between: tuple[str, ...]) -> str | None:
-        """What a folder's name adds to that of the folder above it."""
+        """Return what a folder's name adds to that of its parent, or None if it does not extend it."""
         if self.driver == CGROUPFS:
             return name
         head = "-".join((*_escaped(_parts(self.cgroup_root)), _TOP, *between, ""))
@@ -133,14 +133,14 @@ class CgroupLayout:
 
 
 def layouts(cgroup_root: str = "/") -> tuple[CgroupLayout, ...]:
-    """The layouts of both drivers: which one a node has is seen by what is there."""
+    """Return the layouts of both drivers. Which one a node uses is found by looking at its cgroups."""
     return tuple(CgroupLayout(driver=driver, cgroup_root=cgroup_root) for driver in DRIVERS)
 
 
 def runtime_path(cgroups_path: str) -> str:
-    """The path that a container runtime's cgroupsPath means: SLICE:PREFIX:ID (systemd) or a path (cgroupfs).
+    """Return the path that a runtime's cgroupsPath stands for: SLICE:PREFIX:ID (systemd) or a path (cgroupfs).
 
-    InputError where it is neither.
+    Raise InputError if it is neither.
     """
     if ":" not in cgroups_path:
         parts = _parts(cgroups_path)
@@ -156,7 +156,8 @@ def runtime_path(cgroups_path: str) -> str:
 
 
 def expand_slice(name: str) -> str:
-    """The path of a systemd slice: "a-b.slice" lies in "a.slice"; "-.slice" is the root, ""."""
+    """Return the path of a systemd slice: "a-b.slice" is in "a.slice"; "-.slice" is the root, "". Raise InputError if
+    the name is malformed."""
     stem = name.removesuffix(".slice")
     if stem == "-":
         return ""
@@ -167,9 +168,9 @@ def expand_slice(name: str) -> str:
 
 
 def is_pods(path: str) -> bool:
-    """Whether a process in this cgroup (as /proc/PID/cgroup shows it) belongs to a pod, whatever kubelet's cgroupRoot.
+    """Return whether a process in this cgroup (as shown in /proc/PID/cgroup) belongs to a pod, for any cgroupRoot.
 
-    Seen from a cgroup namespace a path may begin with "/..", and then the pod's folder may be all there is to see.
+    Within a cgroup namespace a path may begin with "/..", and the pod's folder may be the only visible part.
     """
     return any(_is_ours(part) for part in path.split("/"))
 

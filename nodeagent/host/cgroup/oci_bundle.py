@@ -1,8 +1,8 @@
-"""Containers as the OCI runtime was told of them: the bundle that containerd or CRI-O leaves for each.
+"""Containers as the OCI runtime sees them, read from the bundle that containerd or CRI-O leaves for each.
 
-What a container is called, whose it is and what its environment says is in its bundle before its control group exists.
-Read where nobody announces containers, which is where there is no NRI. Source: OCI runtime-spec config.md, the
-annotations of containerd's CRI plugin and of CRI-O.
+The bundle names a container, its pod and its environment before the container's cgroup exists. It is read where no
+runtime announces containers, that is, without NRI. Source: OCI runtime-spec config.md, the annotations of containerd's
+CRI plugin and of CRI-O.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ FOLDERS = (
     "run/containers/storage/overlay-containers/{}/userdata/config.json",
     "var/lib/containers/storage/overlay-containers/{}/userdata/config.json",
 )
-"""Where bundles lie, below the root, by the container's id."""
+"""Paths of a bundle below the root; the container's id goes into the braces."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _KEYS = {
     "name": ("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
@@ -48,8 +48,8 @@ class _Bundle(msgspec.Struct):
 
 
 def read(sysfs: SysFs, container_id: str) -> Container | None:
-    """The container of an id, or the sandbox, which has no name; None: it has no bundle here. HostError names the file
-    that cannot be read."""
+    """Return the container with an id, or None if it has no bundle here. A sandbox is returned without a name.
+    Raise HostError, naming the file, if a bundle cannot be read."""
     if not _ID.fullmatch(container_id):
         return None
     for folder in FOLDERS:

@@ -1,6 +1,6 @@
-"""Whether a pod lives, by its cgroup: kubelet makes one for each pod before its sandbox and removes it after its end.
+"""Whether a pod is alive, by its cgroup: kubelet creates it before the sandbox and removes it after the pod ends.
 
-Reads cgroup v2 and, for nodes that still have it, v1. Nothing is kept; a cgroup that cannot be read is no answer.
+Reads cgroup v2 and, on nodes that still use it, v1. Keeps no state; a cgroup that cannot be read proves nothing.
 Sources: Documentation/admin-guide/cgroup-v2.rst (cgroup.events), pkg/kubelet/cm/pod_container_manager_linux.go.
 """
 
@@ -17,12 +17,12 @@ from nodeagent.host.sysfs.sysfs import SysFs
 
 _MOUNT = "sys/fs/cgroup"
 _CONTROLLERS = ("pids", "cpuset", "memory", "cpu,cpuacct", "cpu", "systemd")
-"""Hierarchies of cgroup v1 in which kubelet makes a pod's cgroup."""
+"""cgroup v1 hierarchies in which kubelet creates a pod's cgroup."""
 _QOS = (GUARANTEED, BURSTABLE, BEST_EFFORT)
 
 
 class PodCgroups:
-    """Looks at pods' cgroups. A node's kubelet may start later than the agent: each look finds the hierarchy again."""
+    """Looks up the cgroups of pods. Kubelet may start after the agent, so each lookup detects the hierarchy again."""
 
     def __init__(self, sysfs: SysFs, cgroup_root: str = "/") -> None:
         """cgroup_root: kubelet's cgroupRoot."""
@@ -30,7 +30,7 @@ class PodCgroups:
         self._layouts = layouts(cgroup_root)
 
     def sights(self, uids: Iterable[str]) -> Mapping[str, Sighting]:
-        """Of each pod: LIVES, EMPTY or ABSENT; UNSEEN where kubelet's cgroups cannot be read. Blocks."""
+        """Return for each pod LIVES, EMPTY or ABSENT, or UNSEEN if kubelet's cgroups cannot be read. Blocks."""
         try:
             tops = list(self._tops())
             return {uid: self._sighting(uid, tops) if tops else NOT_SEEN for uid in uids}
@@ -38,8 +38,8 @@ class PodCgroups:
             return dict.fromkeys(uids, NOT_SEEN)
 
     def _tops(self) -> Iterator[tuple[str, CgroupLayout]]:
-        """Hierarchies that have kubelet's top cgroup, each with the names that kubelet uses in it. None of them can be
-        left out: after a change of the cgroup driver the pods of before still run below the old names."""
+        """Yield each hierarchy that has kubelet's top cgroup, with kubelet's naming in it. All of them are needed:
+        after a change of cgroup driver, older pods still run under the old names."""
         unified = hierarchy(self._sysfs).mode == V2
         bases = (_MOUNT,) if unified else tuple(f"{_MOUNT}/{one}" for one in _CONTROLLERS)
         yield from (
@@ -54,20 +54,21 @@ class PodCgroups:
         return Sighting(Sight.EMPTY if there else Sight.ABSENT)
 
     def _populated(self, path: str) -> bool:
-        """Whether there is a process in a cgroup or below it. A cgroup that vanishes meanwhile has none."""
+        """Return whether a process runs in a cgroup or below it. A cgroup that vanishes meanwhile counts as empty."""
         events = self._sysfs.text(f"{path}/cgroup.events", None)
         if events is not None:
             return "populated 1" in events.splitlines()
         return any(self._sysfs.text(f"{one}/cgroup.procs", "") for one in self._below(path))
 
     def _below(self, path: str) -> Iterator[str]:
-        """A cgroup of v1 and all below it: only there a pod's own cgroup does not say whether it is populated."""
+        """Yield a v1 cgroup and everything below it: in v1, a pod's own cgroup does not
+        show whether it is populated."""
         full, root = self._sysfs.path(path), self._sysfs.root
         yield from (folder[len(root) :] for folder, _, _ in os.walk(full))
 
 
 def _paths(base: str, layout: CgroupLayout, uid: str) -> list[str]:
-    """Where a pod's cgroup may be: its class of quality of service is in the path."""
+    """Return the possible paths of a pod's cgroup, one per QoS class."""
     try:
         return [f"{base}/{layout.pod(uid, qos)}" for qos in _QOS]
     except InputError:

@@ -1,8 +1,8 @@
-"""The CPUs that pods can have at all: what is in effect in the control group of all pods, kubepods.
+"""The CPUs available to pods: those in effect in kubepods, the cgroup of all pods.
 
-Whoever confines that cgroup (`systemctl set-property kubepods.slice AllowedCPUs=…`, another agent's partition) confines
-every pod: what is written below has no effect beyond it. CPUs that kubepods lets through to partitions below it are in
-effect there and not in kubepods itself, so these count too.
+Confining that cgroup (`systemctl set-property kubepods.slice AllowedCPUs=…`, a partition made by another agent)
+confines every pod: writes below it cannot exceed it. CPUs that kubepods passes on to partitions below it are in effect
+there and not in kubepods itself, so they count too.
 Source: Documentation/admin-guide/cgroup-v2.rst, cpuset.cpus.effective and cpuset.cpus.exclusive.
 """
 
@@ -16,10 +16,10 @@ from nodeagent.host.sysfs.sysfs import SysFs
 
 
 def pods_cgroup(sysfs: SysFs, cgroup_root: str = "/") -> PodsCgroup | None:
-    """The cgroup of all pods and its CPUs; None where there is none, or nothing that confines it. HostError where it
-    cannot be read. cgroup_root: kubelet's cgroupRoot.
+    """Return the cgroup of all pods with its CPUs, or None if there is no such cgroup or no CPUs are in effect in it.
+    cgroup_root is kubelet's cgroupRoot. Raise HostError if the cgroup cannot be read.
 
-    Of the cgroups of both drivers, the ones that have processes count; one that a former driver left has none.
+    If the cgroups of both drivers exist, those with processes count; one left over from a former driver has none.
     """
     found = hierarchy(sysfs)
     if found.unsupported:
@@ -33,7 +33,7 @@ def pods_cgroup(sysfs: SysFs, cgroup_root: str = "/") -> PodsCgroup | None:
 
 
 def _cpus(sysfs: SysFs, reader: CgroupReader, top: str) -> CpuSet:
-    """Read in this order, no CPU is missed that becomes part of a partition, or stops being it, in between."""
+    """Return the cgroup's CPUs. This read order misses no CPU that joins or leaves a partition in between."""
     before = reader.effective(top) or EMPTY
     file = f"sys/fs/cgroup/{top}/cpuset.cpus.exclusive"
     through = CpuSet.parse(sysfs.text(file, "") if before else "", source=sysfs.path(file))

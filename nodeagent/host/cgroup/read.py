@@ -1,9 +1,9 @@
-"""Control groups of pods, read: which there are and what the kernel confines them to.
+"""Reads cgroups of pods: which ones exist and what the kernel confines them to.
 
-Only the unified hierarchy (cgroup v2) can be enforced on; `hierarchy` says what a machine has. A value of None stands
-for a file that the kernel does not show because the controller is off; content that cannot be read is a HostError with
-file and value. A cgroup that vanished while it was read is None as a whole: that is no error, containers end.
-No file stays open between two calls; paths are strings, as a round reads thousands of files.
+Only the unified hierarchy (cgroup v2) can be enforced; `hierarchy` reports what a machine has. A value is None if the
+kernel does not show the file because the controller is off; unreadable content is a HostError with file and value. If a
+cgroup vanishes while it is read, its whole state is None: containers end, so that is no error.
+No file stays open between two calls. Paths are strings because one round reads thousands of files.
 Source: Documentation/admin-guide/cgroup-v2.rst.
 """
 
@@ -22,26 +22,27 @@ from nodeagent.host.cgroup.layout import CONTAINER, POD, Cgroup, CgroupLayout, l
 from nodeagent.host.sysfs.sysfs import SysFs
 
 V2, HYBRID, V1, NONE = "v2", "hybrid", "v1", "none"
-"""Hierarchy.mode."""
+"""Values of Hierarchy.mode."""
 MEMBER, ROOT, ISOLATED = "member", "root", "isolated"
-"""CgroupState.partition: no partition; one; one without load balancing."""
+"""Values of CgroupState.partition: no partition, a partition, a partition without load balancing."""
 
 _MOUNT = "sys/fs/cgroup"
 _NEEDED = "cpuset"
 _PAGES = "sys/kernel/mm/hugepages"
 _VANISHED = (errno.ENOENT, errno.ENODEV, errno.ENOTDIR)
 _UNSAID = (*_VANISHED, errno.EOPNOTSUPP)
-"""EOPNOTSUPP: cgroup.procs of a threaded cgroup, cpu.max of one without bandwidth control."""
+"""Errors that mean "no value". EOPNOTSUPP: cgroup.procs of a threaded cgroup, cpu.max of
+one without bandwidth control."""
 _PIECE_BYTES = 1 << 12
 _UNLIMITED = "max"
 _WAITING = ("runc:[", "crun")
-"""How the names of OCI runtimes' own processes begin."""
+"""Prefixes of the names of OCI runtimes' own processes."""
 _BEYOND_LIMITS = (1 << 63) - (1 << 36)
-"""The kernel shows a limit that was never set as a number just below 2**63, as sizes of pages let it round."""
+"""The kernel shows a limit that was never set as a number just below 2**63, rounded to the page size."""
 
 
 class CgroupPart(enum.Flag):
-    """What of a cgroup to read. LIMITS is what a check of pins and limits needs."""
+    """What to read of a cgroup. LIMITS is what a check of pins and limits needs."""
 
     CPUSET = enum.auto()
     HUGETLB_LIMITS = enum.auto()
@@ -54,27 +55,27 @@ class CgroupPart(enum.Flag):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hierarchy:
-    """What control groups a machine has."""
+    """The cgroup hierarchies of a machine."""
 
     mode: str
     mount: str = ""
-    """Full path of the unified hierarchy; "": there is none."""
+    """Full path of the unified hierarchy; empty if there is none."""
     controllers: frozenset[str] = frozenset()
-    """What the unified hierarchy can control."""
+    """Controllers of the unified hierarchy."""
     unsupported: str = ""
-    """Why nothing can be enforced here; "": it can."""
+    """Why nothing can be enforced here; empty if it can."""
     namespaced: bool = False
-    """The mount shows a part of the hierarchy only, as in a container with a cgroup namespace."""
+    """The mount shows only part of the hierarchy, as in a container with a cgroup namespace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hugetlb:
-    """Hugepages of one size in one cgroup, in bytes; a limit of None is "max". What was not asked for is None too."""
+    """Hugepages of one size in one cgroup, in bytes. A limit of None is "max"; what was not requested is None too."""
 
     max_bytes: int | None = None
     rsvd_max_bytes: int | None = None
     has_rsvd: bool = False
-    """Kernels before 5.7 have no limit of reservations."""
+    """Kernels before 5.7 have no limit on reservations."""
     current_bytes: int | None = None
     rsvd_current_bytes: int | None = None
     failures: int | None = None
@@ -83,7 +84,7 @@ class Hugetlb:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupState:
-    """One cgroup as the kernel shows it. An empty `cpus` or `mems`: nothing is written there, the parent's apply."""
+    """One cgroup as the kernel shows it. If `cpus` or `mems` is empty, nothing is set and the parent's apply."""
 
     path: str
     parts: CgroupPart
@@ -94,21 +95,21 @@ class CgroupState:
     mems_effective: CpuSet | None = None
     partition: str | None = None
     partition_invalid: str = ""
-    """Why the kernel does not honour the partition; "": it does, or none is asked for."""
+    """Why the kernel does not honour the partition; empty if it does or none is requested."""
     hugetlb: Mapping[int, Hugetlb] | None = None
-    """By page_bytes; None: the controller is off."""
+    """By page_bytes, or None if the controller is off."""
     quota_us: int | None = None
-    """CPU time in a period; None: unlimited, or `period_us` is None too."""
+    """CPU time in a period, or None if unlimited or if `period_us` is None too."""
     period_us: int | None = None
     throttled_count: int | None = None
     throttled_us: int | None = None
     processes: int | None = None
     populated: bool = False
-    """There is a live process in it or below."""
+    """A live process is in it or below it."""
 
 
 def hierarchy(sysfs: SysFs) -> Hierarchy:
-    """What control groups the machine has. HostError where the files that say so cannot be read."""
+    """Return the cgroup hierarchies of the machine. Raise HostError if the files that show them cannot be read."""
     if (controllers := sysfs.text(f"{_MOUNT}/cgroup.controllers", None)) is not None:
         return _unified(sysfs, frozenset(controllers.split()))
     if (controllers := sysfs.text(f"{_MOUNT}/unified/cgroup.controllers", None)) is not None:
@@ -126,26 +127,26 @@ def hierarchy(sysfs: SysFs) -> Hierarchy:
 def _unified(sysfs: SysFs, controllers: frozenset[str]) -> Hierarchy:
     mount = sysfs.path(_MOUNT)
     lacking = "" if _NEEDED in controllers else f"{mount}/cgroup.controllers has no {_NEEDED}"
-    # The true root alone has no cgroup.type.
+    # Only the true root has no cgroup.type.
     namespaced = sysfs.exists(f"{_MOUNT}/cgroup.type")
     return Hierarchy(mode=V2, mount=mount, controllers=controllers, unsupported=lacking, namespaced=namespaced)
 
 
 def page_sizes(sysfs: SysFs) -> tuple[int, ...]:
-    """Sizes of hugepages that the kernel knows, in bytes, smallest first."""
+    """Return the hugepage sizes that the kernel supports, in bytes, smallest first."""
     found = (name.removeprefix("hugepages-").removesuffix("kB") for name in sysfs.names(_PAGES))
     return tuple(sorted(int(kib) << 10 for kib in found if kib.isascii() and kib.isdigit()))
 
 
 def find(mount: str, cgroup_root: str = "/") -> tuple[Cgroup, ...]:
-    """The cgroups of all pods and containers, of whichever driver, in order of path. Nothing that vanishes meanwhile
-    fails it; HostError where a folder cannot be listed, InputError for a `cgroup_root` that cannot be one."""
+    """Return the cgroups of all pods and containers, for both drivers, in order of path. Cgroups that vanish meanwhile
+    do no harm. Raise HostError if a folder cannot be listed, InputError if `cgroup_root` is invalid."""
     found = (one for layout in layouts(cgroup_root) for one in below(mount, layout, layout.top))
     return tuple(sorted((one for one in found if one.kind in (POD, CONTAINER)), key=lambda one: one.path))
 
 
 def below(mount: str, layout: CgroupLayout, path: str) -> Iterator[Cgroup]:
-    """A cgroup of kubelet's and those below it, down to containers; nothing where there is none."""
+    """Yield a cgroup of kubelet's and those below it, down to containers; nothing if it does not exist."""
     here = layout.parse(path)
     if here is None:
         return
@@ -158,7 +159,8 @@ def below(mount: str, layout: CgroupLayout, path: str) -> Iterator[Cgroup]:
 
 
 def folders(path: str) -> tuple[str, ...] | None:
-    """Names of the folders in a folder; None where it is gone."""
+    """Return the names of a folder's subfolders, or None if the folder is gone. Raise
+    HostError if it cannot be listed."""
     try:
         with os.scandir(path) as entries:
             return tuple(entry.name for entry in entries if entry.is_dir(follow_symlinks=False))
@@ -169,14 +171,15 @@ def folders(path: str) -> tuple[str, ...] | None:
 
 
 class CgroupReader:
-    """Reads cgroups below `mount`, not the root itself. sizes: the sizes of hugepages to look at, in bytes."""
+    """Reads cgroups below `mount`, not the root itself. sizes: the hugepage sizes to read, in bytes."""
 
     def __init__(self, mount: str, sizes: Iterable[int]) -> None:
         self.mount = mount
         self.sizes = {page_bytes: size_name(page_bytes) for page_bytes in sizes}
 
     def read(self, path: str, parts: CgroupPart = CgroupPart.ALL) -> CgroupState | None:
-        """One cgroup; None where it is gone. HostError where a file cannot be read, with its path and value."""
+        """Return the state of a cgroup, or None if it is gone. Raise HostError, with path and
+        value, for an unreadable file."""
         full = f"{self.mount}/{path}"
         try:
             folder = os.open(full, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -190,7 +193,7 @@ class CgroupReader:
             os.close(folder)
 
     def effective(self, path: str) -> CpuSet | None:
-        """The CPUs in effect alone; None where the cgroup is gone. HostError where they cannot be read."""
+        """Return only the effective CPUs, or None if the cgroup is gone. Raise HostError if they cannot be read."""
         full = f"{self.mount}/{path}"
         try:
             with open(f"{full}/cpuset.cpus.effective", encoding="ascii") as file:  # noqa: PTH123 - a Path costs more
@@ -219,7 +222,7 @@ class CgroupReader:
             throttled_count=stat.get("nr_throttled"),
             throttled_us=stat.get("throttled_usec"),
             processes=_lines(folder.text("cgroup.procs")) if CgroupPart.PROCESSES in parts else None,
-            # The last to be read: a cgroup that vanished before is gone for this file too.
+            # Read last: if the cgroup vanished before, this file is gone too.
             populated=bool((events := folder.counts("cgroup.events")).get("populated")),
         )
         return state if events else None
@@ -233,9 +236,9 @@ class CgroupReader:
 
 
 def has_begun(sysfs: SysFs, state: CgroupState) -> bool:
-    """Whether anything of a container has run. Before that its first process, which is still one of the OCI runtime's
-    own, waits in the container's cgroup: runc names it runc:[2:INIT] (libcontainer/nsenter/nsexec.c), crun's is a fork
-    of crun. What cannot be seen is taken to have run."""
+    """Return whether anything of a container has run. Before that, its first process, still part of the OCI runtime,
+    waits in the container's cgroup: runc names it runc:[2:INIT] (libcontainer/nsenter/nsexec.c), crun's is a fork of
+    crun. What cannot be read is assumed to have run."""
     if not state.populated:
         return False
     try:
@@ -247,7 +250,7 @@ def has_begun(sysfs: SysFs, state: CgroupState) -> bool:
 
 
 def size_name(page_bytes: int) -> str:
-    """How the kernel names a size in hugetlb.SIZE.max: 2097152 is "2MB"."""
+    """Return the kernel's name of a size in hugetlb.SIZE.max: 2097152 is "2MB"."""
     for unit, shift in (("GB", 30), ("MB", 20)):
         if page_bytes >> shift:
             return f"{page_bytes >> shift}{unit}"
@@ -255,8 +258,8 @@ def size_name(page_bytes: int) -> str:
 
 
 class _Folder:
-    """An open cgroup: its files are opened relative to it, which is quicker and never reaches one of the same name
-    that was made later."""
+    """An open cgroup. Its files are opened relative to it, which is faster and never reaches a
+    later cgroup of the same name."""
 
     __slots__ = ("handle", "path")
 
@@ -265,7 +268,7 @@ class _Folder:
         self.path = path
 
     def text(self, name: str) -> str | None:
-        """A file's text without its line end; None where there is no such file (any more)."""
+        """Return a file's text without the trailing newline, or None if the file does not exist or is gone."""
         try:
             return _read(self.handle, name).decode("ascii", "backslashreplace").rstrip()
         except OSError as error:
@@ -274,7 +277,7 @@ class _Folder:
             raise HostError(f"cannot read {self.path}/{name}: {error.strerror}") from None
 
     def set(self, name: str) -> CpuSet | None:
-        """A list file."""
+        """Return the CpuSet in a list file, or None if there is no such file."""
         if (text := self.text(name)) is None:
             return None
         try:
@@ -283,7 +286,7 @@ class _Folder:
             raise self.bad(name, text, "a list such as 0-3,8") from None
 
     def limit(self, name: str) -> tuple[bool, int | None]:
-        """Whether there is such a limit, and its value; no limit is None."""
+        """Return whether a limit exists, and its value, or None for no limit."""
         text = self.text(name)
         if text is None or text == _UNLIMITED:
             return text is not None, None
@@ -291,28 +294,28 @@ class _Folder:
         return True, value if value < _BEYOND_LIMITS else None
 
     def count(self, name: str) -> int | None:
-        """Return the number in a file, or None if there is no such file. HostError if it is no number."""
+        """Return the number in a file, or None if there is no such file. Raise HostError if it is not a number."""
         text = self.text(name)
         return None if text is None else self.number(name, text)
 
     def counts(self, name: str) -> dict[str, int]:
-        """A file of "key number" lines."""
+        """Return the "key number" lines of a file as a dict."""
         pairs = (line.rpartition(" ") for line in (self.text(name) or "").splitlines())
         return {key: self.number(name, value) for key, _, value in pairs}
 
     def number(self, name: str, text: str) -> int:
-        """Return a text as a number. HostError names the file if it is none."""
+        """Return a text as a number. Raise HostError, naming the file, if it is not a number."""
         if not (text.isascii() and text.isdigit() and len(text) < 24):
             raise self.bad(name, text, "a number")
         return int(text)
 
     def bad(self, name: str, text: str, wanted: str) -> HostError:
-        """Return the error for a file with an unexpected content."""
+        """Return the error for a file with unexpected content."""
         return HostError(f"cannot read {self.path}/{name}: {text[:80]!r} is not {wanted}")
 
 
 def _read(folder: int, name: str) -> bytes:
-    """The whole file; all but cgroup.procs are given in one piece (kernfs shows them at once)."""
+    """Read a whole file. All files but cgroup.procs arrive in one piece (kernfs shows them at once)."""
     handle = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=folder)
     try:
         data = piece = os.read(handle, _PIECE_BYTES)
@@ -334,7 +337,7 @@ def _cpuset(folder: _Folder) -> dict[str, CpuSet | None]:
 
 
 def _invalid(partition: str | None) -> str:
-    """ "isolated invalid (Parent is not a partition root)" -> the reason."""
+    """Return the reason in "isolated invalid (Parent is not a partition root)"."""
     _, _, rest = (partition or "").partition(" ")
     return rest.removeprefix("invalid").strip(" ()") or rest
 
@@ -356,7 +359,7 @@ def _pages(folder: _Folder, stem: str, parts: CgroupPart) -> Hugetlb | None:
 
 
 def _quota(folder: _Folder) -> tuple[int | None, int | None]:
-    """cpu.max, "QUOTA PERIOD" in microseconds."""
+    """Return quota and period, in microseconds, of cpu.max, "QUOTA PERIOD"."""
     if (text := folder.text("cpu.max")) is None:
         return None, None
     quota, _, period = text.partition(" ")

@@ -1,12 +1,12 @@
-"""Which cgroups of pods came, went or were written to by anybody, as soon as it happens.
+"""Reports at once which pod cgroups appeared, disappeared or were written to by any process.
 
-One inotify watch per cgroup, on its folder, tells of the folders in it and of writes to its files, also of those that
-the kernel announces itself (cgroup.events, hugetlb.SIZE.events); effective values change without a word when a parent
-changes, so a write to a parent counts for all below. Nothing is missed: a folder is watched before it is reported as
-having come, what is in it by then is looked up, and where the kernel lost events everything is looked at again. Below
-containers nothing is watched: whoever runs in there could use up all watches.
+One inotify watch per cgroup, on its folder, reports its subfolders and writes to its files, including the kernel's own
+notifications (cgroup.events, hugetlb.SIZE.events). Effective values change without an event when a parent changes, so a
+write to a parent counts for everything below. Nothing is missed: a folder is watched before its arrival is reported,
+its content is then listed, and if the kernel lost events everything is checked again. Nothing below containers is
+watched: a container could otherwise use up all watches.
 
-Where inotify cannot be had, or there are too few watches, the log says so once and the poll is what is left.
+If inotify is unavailable or its watches run out, this is logged once and only the poll remains.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from nodeagent.host.cgroup.read import folders
 log = structlog.get_logger()
 
 CAME, GONE, WRITTEN, LOOK = "came", "gone", "written", "look"
-"""Change.what. LOOK: anything may have changed anywhere; comes with every poll and after lost events."""
+"""Values of CgroupChange.what. LOOK: anything may have changed anywhere; sent with every poll and after lost events."""
 
 _MASK = Mask.CREATE | Mask.DELETE | Mask.MODIFY | Mask.ONLYDIR
 _FILES = ("cpuset.", "hugetlb.")
 _OTHER_FILES = ("cgroup.subtree_control", "cgroup.events", "cpu.max")
 _AT_ONCE = 64
-"""Folders looked into before others get their turn on the loop."""
+"""Folders visited before the loop gets a turn."""
 _EVENTS_A_READ = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupChange:
-    """Something happened to a cgroup."""
+    """A change to a cgroup."""
 
     path: str
-    """Relative to the mount; "" with LOOK."""
+    """Relative to the mount; empty with LOOK."""
     what: str
     file: str = ""
-    """With WRITTEN."""
+    """The file written to; only with WRITTEN."""
     cgroup: Cgroup | None = None
-    """What the path stands for; None: a cgroup above kubepods was written to."""
+    """What the path refers to, or None for a cgroup above kubepods that was written to."""
 
 
 class Watch:
-    """Watches the cgroups of `layouts` below `mount`, also where kubepods, or all above it, comes later."""
+    """Watches the cgroups of `layouts` below `mount`. kubepods, and everything above it, may appear later."""
 
     def __init__(self, mount: str, layouts: Iterable[CgroupLayout], *, poll_s: float) -> None:
         self._mount = mount
@@ -83,9 +83,10 @@ class Watch:
             self._inotify = None
 
     async def changes(self) -> tuple[CgroupChange, ...]:
-        """What changed since the last answer, each once, in order; waits for the first. Begins with all there is.
+        """Wait for the first change, then return all changes since the last call, each once, in order.
 
-        A LOOK is among them poll_s seconds after the last at the latest. Cancelling it loses nothing.
+        The first call returns everything that exists. A LOOK is included at the latest poll_s seconds after the
+        previous one. Cancelling loses nothing.
         """
         loop = asyncio.get_running_loop()
         self._next_poll = self._next_poll or loop.time() + self._poll_s
@@ -113,7 +114,7 @@ class Watch:
                 await asyncio.sleep(0)
 
     def _enter(self, path: str) -> None:
-        """Watch a folder, report it where it is new, then look for what is in it."""
+        """Watch a folder, report it if it is new, then queue its subfolders."""
         cgroup = self._cgroup_at(path)
         if cgroup is None and path not in self._above:
             return
@@ -129,7 +130,7 @@ class Watch:
             self._to_visit.extend(_join(path, name) for name in inside)
 
     def _add(self, path: str) -> bool:
-        """Whether the folder is there. Without a watch it is looked at by the poll."""
+        """Return whether the folder exists. If it cannot be watched, only the poll covers it."""
         if self._inotify is not None:
             try:
                 self._path_of[self._inotify.add_watch(self._full(path), _MASK).wd] = path
@@ -147,14 +148,14 @@ class Watch:
             return ()
 
     def _look_again(self) -> None:
-        """Find out anew what is there; what is known and is not is gone."""
+        """List everything again; what is known but no longer exists is gone."""
         for path in [path for path in self._known if not os.path.isdir(self._full(path))]:  # noqa: PTH112
             self._forget(path)
         self._to_visit.append("")
         self._news[CgroupChange(path="", what=LOOK)] = None
 
     async def _readable(self, until: float) -> None:
-        """Wait for events; they stay where they are. Nothing is read here, so that giving up loses none."""
+        """Wait until events are readable. They are not read here, so cancelling loses none."""
         if self._inotify is None:
             await asyncio.sleep(max(0.0, until - asyncio.get_running_loop().time()))
             return
@@ -196,7 +197,7 @@ class Watch:
             self._tell(folder, WRITTEN, name)
 
     def _forget(self, path: str) -> None:
-        """Say that a cgroup and all below it are gone."""
+        """Report a cgroup and everything below it as gone."""
         cgroup = self._known.get(path)
         inside = () if cgroup is not None and cgroup.kind == CONTAINER else self._known_below(path)
         for one in (*inside, path):
@@ -205,7 +206,7 @@ class Watch:
             self._known.pop(one, None)
 
     def _known_below(self, path: str) -> list[str]:
-        """Lowest first."""
+        """Return the known paths below a path, the deepest first."""
         head = f"{path}/" if path else ""
         return [one for one in reversed(self._known) if one.startswith(head) and one != path]
 
@@ -227,7 +228,7 @@ class Watch:
 
 
 def _parents(path: str) -> Iterable[str]:
-    """The folders above a path, the root "" among them."""
+    """Return all parent folders of a path, including the root ""."""
     parts = path.split("/")
     return ("/".join(parts[:end]) for end in range(len(parts)))
 

@@ -1,12 +1,12 @@
-"""Control groups of pods, written: pins, hugepage limits, controllers, partitions. What to write is decided elsewhere.
+"""Writes cgroups of pods: pins, hugepage limits, controllers, partitions. What to write is decided elsewhere.
 
-Only what differs is written, and in an order in which no step allows more than both the old and the new state: limits
-that fall, then memory nodes, then CPUs, then limits that rise. Of the two limits of a page size the one on reservations
-falls first and rises last, so that a page that could be reserved can be had (the other way round ends in SIGBUS).
+Only what differs is written, in an order in which no step allows more than both the old and the new state: falling
+limits, then memory nodes, then CPUs, then rising limits. Of the two limits of a page size, the one on reservations
+falls first and rises last, so a page that could be reserved can also be allocated (the other order ends in SIGBUS).
 
-A write that the kernel refuses is "cannot write PATH: CAUSE, value V". In cgroup v2 the kernel takes CPUs and nodes
-that the parent does not have and then gives others: `drift` after a write tells. Nothing above kubepods is
-written, but for cgroupRoot's own cgroups where they have to let CPUs through to a partition.
+If the kernel refuses a write, the error is "cannot write PATH: CAUSE, value V". In cgroup v2 the kernel accepts CPUs
+and nodes that the parent does not have and then uses others: `drift` after a write shows this. Nothing above kubepods
+is written, except the cgroups of cgroupRoot where they must pass CPUs on to a partition.
 Source: Documentation/admin-guide/cgroup-v2.rst.
 """
 
@@ -29,13 +29,13 @@ _UNLIMITED = "max"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CgroupTarget:
-    """What a cgroup is to be confined to. None, or a page size left out: left as it is."""
+    """What to confine a cgroup to. Fields that are None and page sizes that are left out stay unchanged."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     """NUMA nodes."""
     hugetlb: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Bytes by page_bytes, for pages in use and reserved ones alike; a multiple of page_bytes."""
+    """Limits in bytes, by page_bytes, for used and reserved pages alike; multiples of page_bytes."""
 
     def __post_init__(self) -> None:
         for page_bytes, limit in self.hugetlb.items():
@@ -50,24 +50,24 @@ class Written:
     """One file that was changed."""
 
     path: str
-    """In full."""
+    """Full path."""
     before: str
     value: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """One file of a cgroup that does not say what it is to say."""
+    """One cgroup file whose content differs from what is wanted."""
 
     file: str
     found: str
-    """"": nothing, or there is no such file."""
+    """Empty if there is no value or no such file."""
     wanted: str
 
 
 def drift(state: CgroupState, wanted: CgroupTarget) -> tuple[Drift, ...]:
-    """Where a cgroup differs from what is wanted, also where what is in effect does: the parent has too little, or a
-    CPU is gone. `state` must have been read with Part.LIMITS."""
+    """Return where a cgroup differs from what is wanted, in configured or effective values (the parent has too little,
+    or a CPU is gone). `state` must have been read with CgroupPart.LIMITS."""
     cpus = _sets("cpuset.cpus", state.cpus, state.cpus_effective, wanted.cpus)
     mems = _sets("cpuset.mems", state.mems, state.mems_effective, wanted.mems)
     return (*cpus, *mems, *(one for size, limit in wanted.hugetlb.items() for one in _limits(state, size, limit)))
@@ -89,7 +89,7 @@ def _limits(state: CgroupState, page_bytes: int, limit: int) -> Iterator[Drift]:
 
 
 def _limit_files(page_bytes: int, pages: Hugetlb) -> Iterator[tuple[str, int | None]]:
-    """The limits of a page size and what they are, in the order in which they rise."""
+    """Yield the limit files of a page size with their values, in the order in which limits rise."""
     stem = f"hugetlb.{size_name(page_bytes)}"
     yield f"{stem}.max", pages.max_bytes
     if pages.has_rsvd:
@@ -101,7 +101,8 @@ def _limit(value: int | None) -> str:
 
 
 def put(path: str, value: str) -> None:
-    """Write a value to a file of the kernel's, in one write; never makes a file. HostError names path, cause, value."""
+    """Write a value to a kernel file in one write; never create the file. Raise HostError
+    with path, cause and value."""
     try:
         handle = os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC)
         try:
@@ -119,24 +120,28 @@ class Writer:
         self._reader = reader
 
     def write(self, path: str, wanted: CgroupTarget) -> tuple[Written, ...]:
-        """Make a cgroup be what is wanted; what was changed, in order. HostError where the cgroup is gone, a
-        controller is off in it (see `enable`) or the kernel refuses; what was written before that stays."""
+        """Confine a cgroup to what is wanted. Return what was changed, in order.
+
+        Raise HostError if the cgroup is gone, a controller is off in it (see `enable`) or the kernel refuses. Earlier
+        writes are not undone."""
         state = self._there(path)
         changes = [*_falling(state, wanted), *_confining(state, wanted), *_rising(state, wanted.hugetlb)]
         return tuple(self._put(path, changes))
 
     def raise_limits(self, layout: CgroupLayout, path: str, at_least: Mapping[int, int]) -> tuple[Written, ...]:
-        """Raise hugepage limits above a cgroup, kubepods first, to at least so many bytes by page_bytes: kubelet
-        limits what a pod does not ask of it to 0 in the pod's cgroup. Nothing is ever lowered."""
+        """Raise hugepage limits above a cgroup, kubepods first, to at least the given bytes by page_bytes:
+        kubelet limits page sizes that a pod does not request to 0 in the pod's cgroup. Never lower a
+        limit. Return what was changed."""
         written: list[Written] = []
         for above in _above(layout, path):
             written += self._put(above, list(_rising(self._there(above), at_least)))
         return tuple(written)
 
     def enable(self, layout: CgroupLayout, path: str, controllers: Iterable[str] = CONTROLLERS) -> tuple[Written, ...]:
-        """Have controllers on in a cgroup: switch them on below kubepods and every cgroup between.
+        """Enable controllers in a cgroup: switch them on in cgroup.subtree_control of kubepods and every cgroup in
+        between. Return what was changed.
 
-        HostError where kubepods itself does not have them, which is for those above it to give.
+        Raise HostError if kubepods itself lacks one; only the cgroups above it can provide it.
         """
         written: list[Written] = []
         for above in _above(layout, path):
@@ -152,11 +157,12 @@ class Writer:
         return tuple(written)
 
     def isolate(self, layout: CgroupLayout, path: str, cpus: CpuSet, partition: str = ISOLATED) -> tuple[Written, ...]:
-        """Make a cgroup a partition of its own CPUs ("isolated", or "root": with load balancing).
+        """Make a cgroup a partition with exclusive CPUs ("isolated", or "root" with load
+        balancing). Return what was changed.
 
-        The cgroups above are no partitions, so this is a remote one: each of them first lets the CPUs through
-        (cpuset.cpus.exclusive, Linux 6.7 and later). HostError where the kernel refuses or says afterwards that it is
-        invalid, and why; then it is undone.
+        The cgroups above are not partitions, so this is a remote partition: each of them first passes the CPUs on
+        (cpuset.cpus.exclusive, Linux 6.7 and later). Raise HostError, after undoing it, if the kernel refuses or
+        reports the partition as invalid.
         """
         if partition not in (ROOT, ISOLATED):
             raise InputError(f"cannot make a partition of {path}: {partition!r} is not {ROOT} or {ISOLATED}")
@@ -179,8 +185,8 @@ class Writer:
         return written
 
     def release(self, layout: CgroupLayout, path: str, cpus: CpuSet) -> tuple[Written, ...]:
-        """Undo `isolate`: no partition any more, and the cgroups above keep these CPUs back no longer. A cgroup that
-        is gone was released by the kernel; those above it are still told."""
+        """Undo `isolate`: end the partition and stop passing these CPUs on in the cgroups above. Return what was
+        changed. If the cgroup is gone, the kernel has ended the partition, and only the cgroups above are written."""
         written: list[Written] = []
         if self._reader.read(path, CgroupPart.CPUSET) is not None:
             written += self._partition(path, MEMBER)
@@ -191,7 +197,8 @@ class Writer:
         return tuple(written)
 
     def keep_back(self, path: str, but: CpuSet) -> tuple[Written, ...]:
-        """Let no CPUs through to partitions below a cgroup but these. HostError where it cannot be read or written."""
+        """Pass no CPUs except `but` on to partitions below a cgroup. Raise HostError if
+        it cannot be read or written."""
         return tuple(self._let_through(path, self._exclusive(path) & but))
 
     def _there(self, path: str, parts: CgroupPart = CgroupPart.LIMITS) -> CgroupState:
@@ -227,7 +234,8 @@ class Writer:
 
 
 def _falling(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, str, str]]:
-    """Limits to be lowered, as (file, before, value); a limit that is missing is written so that the kernel says so."""
+    """Yield the limits to lower, as (file, before, value). A missing limit is included, so
+    the kernel reports the error."""
     for page_bytes, limit in wanted.hugetlb.items():
         pages = (state.hugetlb or {}).get(page_bytes, Hugetlb(has_rsvd=True))
         for file, now in reversed(list(_limit_files(page_bytes, pages))):
@@ -236,7 +244,7 @@ def _falling(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, st
 
 
 def _rising(state: CgroupState, limits: Mapping[int, int]) -> Iterator[tuple[str, str, str]]:
-    """Limits to be raised, as (file, before, value)."""
+    """Yield the limits to raise, as (file, before, value)."""
     for page_bytes, limit in limits.items():
         for file, now in _limit_files(page_bytes, (state.hugetlb or {}).get(page_bytes, Hugetlb())):
             if now is not None and now < limit:
@@ -244,14 +252,15 @@ def _rising(state: CgroupState, limits: Mapping[int, int]) -> Iterator[tuple[str
 
 
 def _confining(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, str, str]]:
-    """Nodes before CPUs, so that memory follows to where the threads are about to run."""
+    """Yield nodes before CPUs, so that memory moves to where the threads are about to run."""
     for file, now, want in (("cpuset.mems", state.mems, wanted.mems), ("cpuset.cpus", state.cpus, wanted.cpus)):
         if want is not None and now != want:
             yield file, "" if now is None else str(now), str(want)
 
 
 def _above(layout: CgroupLayout, path: str) -> tuple[str, ...]:
-    """kubepods and what lies between it and a cgroup, from the top. InputError where the path is not kubelet's."""
+    """Return kubepods and the cgroups between it and a path, top first. Raise InputError
+    if the path is not kubelet's."""
     top = layout.top
     if not path.startswith(f"{top}/"):
         raise InputError(f"cannot write above cgroup {path[:200]!r}: it is not below {top}")
@@ -260,7 +269,7 @@ def _above(layout: CgroupLayout, path: str) -> tuple[str, ...]:
 
 
 def _path_to(layout: CgroupLayout, path: str) -> tuple[str, ...]:
-    """All cgroups above one but the root, which lets everything through."""
+    """Return all cgroups above a path except the root, which passes everything on."""
     roots = layout.top.split("/")[:-1]
     return (*("/".join(roots[: end + 1]) for end in range(len(roots))), *_above(layout, path))
 

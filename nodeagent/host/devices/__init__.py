@@ -1,1 +1,1 @@
-"""Devices of the machine: one file per kind."""
+"""Devices of the machine, one file per kind."""

@@ -1,7 +1,7 @@
-"""Accelerators that are not GPUs: Intel QAT, DSA and IAA, vector engines, /sys/class/accel, any PCI co-processor.
+"""Accelerators other than GPUs: Intel QAT, DSA and IAA, vector engines, /sys/class/accel, any PCI co-processor.
 
-DSA and IAA: Documentation/ABI/stable/sysfs-driver-dma-idxd; their PCI class says only "system peripheral", so that what
-they are is known from their bus.
+DSA and IAA: Documentation/ABI/stable/sysfs-driver-dma-idxd. Their PCI class is only "system peripheral", so they are
+recognised by their bus.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _IDXD_TOLD = ("state", "max_work_queues", "max_groups", "max_engines")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Part:
-    """What the kernel made of one function."""
+    """The kernel's nodes and attributes of one function."""
 
     paths: tuple[str, ...] = ()
     attributes: Attributes
@@ -46,12 +46,12 @@ class Accel:
         return Found(state=state, devices=tuple(devices), warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The work queues or device nodes, or the vfio nodes."""
+        """Return the work queues or device nodes, or the vfio nodes."""
         return node_edits(device, devices)
 
 
 def _accels(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
-    """Documentation/accel/introduction.rst: nodes below /dev/accel."""
+    """Yield accelerators with nodes below /dev/accel, by PCI address (Documentation/accel/introduction.rst)."""
     for name, _, address, _ in pci.members(reader, "sys/class/accel"):
         if address is not None:
             yield address, _Part(paths=(f"/dev/accel/{name}",), attributes={"name": name})
@@ -64,7 +64,8 @@ def _vector_engines(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
 
 
 def _idxd(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
-    """The bus lists engines, groups and queues too: only the devices themselves sit right below their function."""
+    """Yield DSA and IAA devices. The bus also lists engines, groups and queues; only devices are
+    directly below their function."""
     for name, path, address, tail in pci.members(reader, "sys/bus/dsa/devices"):
         if address is None or tail != name:
             continue
@@ -74,7 +75,7 @@ def _idxd(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
 
 
 def _queues(reader: Tolerant, name: str, path: str) -> Iterator[str]:
-    """Nodes of the queues that are enabled for user space."""
+    """Yield the nodes of the queues that are enabled for user space."""
     folder = "iax" if name.startswith("iax") else "dsa"
     for queue in reader.names(path):
         if queue.startswith("wq") and reader.sysfs.exists(f"dev/{folder}/{queue}"):

@@ -1,8 +1,8 @@
-"""All kinds of devices on a machine, looked for one by one and put together.
+"""Discovers the devices of all kinds, one kind at a time, and merges them.
 
-Promises: a kind that raises is degraded and says why, and costs no other kind anything; every device appears once, with
-the kind that knows most about it; the order is by kind, then id. Third parties add a kind by an entry point in the
-group `nodeagent.kinds` (docs/kinds.md).
+Promises: a kind that raises is degraded, with its reason, and affects no other kind; every device appears once, under
+the most specific kind; the order is by kind, then id. Third parties add a kind by an entry point in the group
+`nodeagent.kinds` (docs/kinds.md).
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ GROUP = "nodeagent.kinds"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """What all kinds found together."""
+    """The devices of all kinds together."""
 
     devices: tuple[Device, ...] = ()
     """In order of kind, then id."""
@@ -69,12 +69,12 @@ class Devices:
 
 
 def builtin_kinds() -> tuple[Kind, ...]:
-    """Our own kinds, the most specific first: where two find one device, the earlier keeps it."""
+    """Return the built-in kinds, the most specific first: if two find the same device, the earlier one keeps it."""
     return Gpu(), Nic(), Nvme(), Fpga(), Accel(), Block(), Usb(), Char(), Pci()
 
 
 def load_kinds() -> tuple[Kind, ...]:
-    """Third-party kinds, then our own. One that cannot be loaded is in its place as a kind that is degraded."""
+    """Return third-party kinds, then the built-in ones. One that cannot be loaded is replaced by a degraded kind."""
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
     return (*(_load(entry) for entry in entries), *builtin_kinds())
 
@@ -89,7 +89,7 @@ def read_context(
     pci_selectors: tuple[PciSelector, ...] = (),
     nvml: Snapshot | Failure | None = None,
 ) -> Context:
-    """Read once what several kinds look at. Blocks."""
+    """Read once what several kinds need. Blocks."""
     reader = Tolerant(sysfs)
     known = frozenset(nodes)
     functions = read_functions(reader, online, known)
@@ -106,7 +106,7 @@ def read_context(
 
 
 def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
-    """Ask every kind, and keep each device once. Blocks."""
+    """Run discovery of every kind, keeping each device once. Blocks."""
     found = [_ask(kind, sysfs, context) for kind in kinds]
     devices, repeated = _once(device for one in found for device in one.devices)
     known = {device.id for device in devices}
@@ -119,8 +119,8 @@ def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
 
 
 def edits(kind: Kind, devices: Sequence[Device], beside: Sequence[Device] | None = None) -> ContainerEdits:
-    """What a container needs for some devices of one kind, in their order, each node once. beside: all of the kind that
-    it gets; None: these."""
+    """Return what a container needs for some devices of one kind, in their order, each node once. beside: all devices
+    of the kind that the container gets, or None if these are all."""
     every = devices if beside is None else beside
     parts = [kind.edits(device, every) for device in devices]
     return ContainerEdits(
@@ -134,7 +134,7 @@ def edits(kind: Kind, devices: Sequence[Device], beside: Sequence[Device] | None
 
 @dataclass(frozen=True, slots=True)
 class _Broken:
-    """The place of a third-party kind that cannot be used."""
+    """Placeholder for a third-party kind that cannot be used."""
 
     name: str
     reason: str
@@ -162,7 +162,7 @@ def _ask(kind: Kind, sysfs: SysFs, context: Context) -> Found:
     try:
         found = kind.discover(sysfs, context)
         _check(kind, found)
-    except Exception as error:  # one kind's failure, of any sort, is that kind's state and nothing more
+    except Exception as error:  # any failure of one kind degrades only that kind
         return _degraded(kind.name, f"cannot look for {kind.name} devices: {_said(error)}")
     return found
 

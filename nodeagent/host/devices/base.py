@@ -1,7 +1,7 @@
-"""What a kind of device is: the Protocol, what it is given to read with, and what it hands back.
+"""The Protocol of a kind of device, with its input and its result.
 
-A kind reads (`discover`) and describes (`edits`); it decides nothing, writes nothing and keeps no state. All that was
-read for several kinds at once (PCI functions, NVML's answer) comes in the Context, so no file is read twice.
+A kind reads (`discover`) and describes (`edits`); it decides nothing, writes nothing and keeps no state. What several
+kinds need (PCI functions, NVML's answer) comes in the Context, so no file is read twice.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class CharSelector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsbSelector:
-    """USB devices to serve: four hexadecimal digits each; "" matches any."""
+    """USB devices to serve. vendor and product: four hexadecimal digits. An empty product or serial matches any."""
 
     name: str
     vendor: str
@@ -45,7 +45,7 @@ class UsbSelector:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PciSelector:
-    """PCI functions to mark with `name`. pci_class: leading digits of the six; "" matches any."""
+    """PCI functions to mark with `name`. pci_class: leading digits of the six. An empty field matches any."""
 
     name: str
     vendor: str = ""
@@ -53,7 +53,7 @@ class PciSelector:
     pci_class: str = ""
 
     def matches(self, function: Function) -> bool:
-        """Return whether a PCI function has the vendor, device and class that are asked for."""
+        """Return whether a PCI function matches the vendor, device and class."""
         return (
             self.vendor in ("", function.vendor)
             and self.device in ("", function.device)
@@ -63,7 +63,7 @@ class PciSelector:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What has been read and configured before the kinds look."""
+    """What was read and configured before discovery."""
 
     functions: tuple[Function, ...] = ()
     """All PCI functions in order of address."""
@@ -73,9 +73,9 @@ class Context:
     usb: tuple[UsbSelector, ...] = ()
     pci: tuple[PciSelector, ...] = ()
     nvml: Snapshot | Failure | None = None
-    """None: NVML was not asked."""
+    """None if NVML was not queried."""
     warnings: tuple[str, ...] = ()
-    """From reading the above."""
+    """Warnings from reading the above."""
 
     @functools.cached_property
     def function_by_address(self) -> Mapping[str, Function]:
@@ -91,7 +91,7 @@ class Found:
     devices: tuple[Device, ...] = ()
     links: tuple[Link, ...] = ()
     warnings: tuple[str, ...] = ()
-    """Each with file and value."""
+    """Each names a file and a value."""
 
 
 @runtime_checkable
@@ -100,16 +100,16 @@ class Kind(Protocol):
 
     @property
     def name(self) -> str:
-        """One word, lower case; Device.kind of what it finds."""
+        """One lower-case word; Device.kind of what it finds."""
         ...
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
-        """Look for devices. Only reads; may block; runs in a thread; may raise: then the kind is degraded."""
+        """Return the devices found. Runs in a thread, may block, and only reads. If it raises, the kind is degraded."""
         ...
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """What a container needs for `device`. devices: all of this kind that the container gets, `device` among them,
-        for what is said once for all (a variable that lists them)."""
+        """Return what a container needs for `device`. devices: all devices of this kind that the container gets,
+        including `device`, for what is set once for all of them (a variable that lists them)."""
         ...
 
 
@@ -121,8 +121,8 @@ def pci_device(
     paths: Iterable[str] = (),
     attributes: Attributes = MappingProxyType({}),
 ) -> Device:
-    """A PCI function as a device of a kind. Bound to vfio-pci it is used through its IOMMU group and nothing else, and
-    whoever has one function of the group has them all."""
+    """Return a PCI function as a device of a kind. If bound to vfio, it is used only through its IOMMU group: the
+    holder of one function of the group has them all."""
     vfio = function.vfio_nodes
     group = (f"iommu-group:{function.iommu_group}",)
     return Device(
@@ -138,7 +138,8 @@ def pci_device(
 
 
 def part_of(owner: Function | None, *, kind: str, id: str, paths: Iterable[str], attributes: Attributes) -> Device:
-    """A device that is no PCI function itself but hangs below one (a disk, a serial port): it lies where that lies."""
+    """Return a device that is not a PCI function but is attached below one (a disk, a
+    serial port), with its location."""
     below = Device(kind=kind, id=short_id(id), paths=tuple(paths), attributes=MappingProxyType(dict(attributes)))
     if owner is None:
         return below
@@ -156,7 +157,7 @@ def part_of(owner: Function | None, *, kind: str, id: str, paths: Iterable[str],
 
 
 def node_edits(device: Device, devices: Sequence[Device]) -> ContainerEdits:
-    """The device's nodes under their own names, and the PCI addresses of all of its kind in one variable."""
+    """Return the device's nodes under their own paths, and one variable with the PCI addresses of all of its kind."""
     addresses = sorted({one.pci_address for one in devices if one.pci_address is not None})
     env = {f"PCIDEVICE_NODEAGENT_{device.kind.upper()}": ",".join(addresses)} if addresses else {}
     return ContainerEdits(env=MappingProxyType(env), device_nodes=nodes(device.paths))
@@ -168,7 +169,7 @@ def nodes(paths: Iterable[str]) -> tuple[DeviceNode, ...]:
 
 
 def short_id(text: str) -> str:
-    """The text itself, or where it is too long its beginning and a digest of the whole."""
+    """Return the text, or, if it is too long, its beginning and a digest of the whole."""
     if len(text) <= LONGEST_ID:
         return text
     return f"{text[: LONGEST_ID - 9]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -1,6 +1,6 @@
-"""Whole disks that are not on NVMe: SCSI, SATA, virtio, SD cards. No partitions, and none of what is made in software.
+"""Whole disks other than NVMe: SCSI, SATA, virtio, SD cards. No partitions and no software devices.
 
-The id is what the disk says of itself (wwid, serial), so that it stays when names move; without such, where it hangs.
+The id is the disk's own identifier (wwid, serial), so it survives renaming; without one, it is the disk's position.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Block:
         return Found(state=KindState(kind="block", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The disk's node."""
+        """Return the disk's node."""
         return node_edits(device, devices)
 
 
@@ -61,7 +61,7 @@ def _disks(reader: Tolerant, context: Context, mounts: frozenset[str]) -> Iterat
 
 
 def _distinct(disks: Iterator[Device]) -> Iterator[Device]:
-    """Virtual disks may all have one serial number: then the name tells them apart."""
+    """Yield the disks with distinct ids. Virtual disks may all share one serial number; then the name is added."""
     found = list(disks)
     count = Counter(disk.id for disk in found)
     for disk in found:

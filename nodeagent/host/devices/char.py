@@ -1,7 +1,7 @@
-"""Character devices that the configuration names by glob: /dev/fuse, /dev/kvm, serial ports.
+"""Character devices that the configuration selects by glob: /dev/fuse, /dev/kvm, serial ports.
 
-The id is the path as matched, so a stable link (/dev/serial/by-id/...) gives a stable id. In a captured tree, where
-device nodes cannot be kept, a plain file counts as one.
+The id is the path as matched, so a stable link (/dev/serial/by-id/...) gives a stable id. In a captured tree, which
+cannot hold device nodes, a plain file counts as one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Char:
         return Found(state=KindState(kind="char", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The node under the name it was matched by, whatever that links to."""
+        """Return the node under the path it was matched by, whatever that links to."""
         target = str(device.attributes.get("target", device.paths[0]))
         return ContainerEdits(device_nodes=(DeviceNode(host_path=target, container_path=device.paths[0]),))
 

@@ -1,4 +1,4 @@
-"""What is true of any disk, NVMe namespaces included: its size, and whether the node itself uses it."""
+"""What applies to any disk, including NVMe namespaces: its size, and whether the node itself uses it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 from nodeagent.host.sysfs.lenient import Tolerant
 
 SECTOR_BYTES = 512
-"""`size` counts these whatever the disk's own blocks are (Documentation/ABI/stable/sysfs-block)."""
+"""Unit of `size`, whatever the disk's own block size (Documentation/ABI/stable/sysfs-block)."""
 _DEVICE = re.compile(r"[0-9]+:[0-9]+")
 
 
 def mounted(reader: Tolerant) -> frozenset[str]:
-    """MAJOR:MINOR of every mounted file system and swap in the namespace of the host (its process 1)."""
+    """Return MAJOR:MINOR of every mounted file system and swap in the host's namespace (that of process 1)."""
     lines = (line.split() for line in (reader.text("proc/1/mountinfo") or "").splitlines())
     found = {words[2] for words in lines if len(words) > 2 and _DEVICE.fullmatch(words[2])}
     for line in (reader.text("proc/swaps") or "").splitlines()[1:]:
@@ -23,7 +23,7 @@ def mounted(reader: Tolerant) -> frozenset[str]:
 
 
 def in_use(reader: Tolerant, path: str, mounts: frozenset[str]) -> bool:
-    """Whether the disk or a partition of it is mounted, swapped to, or held by device mapper or md."""
+    """Return whether the disk or one of its partitions is mounted, used as swap, or held by device mapper or md."""
     parts = [
         path,
         *(f"{path}/{name}" for name in reader.names(path) if reader.sysfs.exists(f"{path}/{name}/partition")),
@@ -32,6 +32,6 @@ def in_use(reader: Tolerant, path: str, mounts: frozenset[str]) -> bool:
 
 
 def size_bytes(reader: Tolerant, path: str) -> int | None:
-    """The capacity of a disk's folder."""
+    """Return the capacity of the disk whose sysfs folder is `path`, or None if it cannot be read."""
     sectors = reader.number(f"{path}/size")
     return None if sectors is None else sectors * SECTOR_BYTES

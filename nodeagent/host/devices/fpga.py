@@ -37,7 +37,7 @@ class Fpga:
         return Found(state=KindState(kind="fpga", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The ports' nodes, or the vfio nodes."""
+        """Return the ports' nodes, or the vfio nodes."""
         return node_edits(device, devices)
 
 
@@ -49,7 +49,7 @@ def _device(context: Context, place: str, fpga: _Fpga) -> Device:
 
 
 def _fpgas(reader: Tolerant) -> dict[str, _Fpga]:
-    """By PCI address, or by name of the platform device."""
+    """Return the FPGAs by PCI address, or by name of the platform device."""
     found: dict[str, _Fpga] = defaultdict(_Fpga)
     for name, path, address, _ in pci.members(reader, "sys/class/fpga_manager"):
         fpga = found[address or _platform(path)]
@@ -64,7 +64,8 @@ def _fpgas(reader: Tolerant) -> dict[str, _Fpga]:
 
 
 def _platform(path: str) -> str:
-    """ "sys/devices/platform/axi/f8007000.devcfg/fpga_manager/fpga0" hangs below f8007000.devcfg."""
+    """Return the platform device of a path: f8007000.devcfg for
+    "sys/devices/platform/axi/f8007000.devcfg/fpga_manager/fpga0"."""
     parts = path.split("/")
     return parts[-3] if len(parts) > 2 else parts[-1]
 

@@ -1,7 +1,7 @@
-"""GPUs: NVIDIA's by PCI and NVML, AMD's by DRM and KFD, Intel's by DRM (xe, i915).
+"""GPUs: NVIDIA's from PCI and NVML, AMD's from DRM and KFD, Intel's from DRM (xe, i915).
 
-A GPU's id is its PCI address whatever NVML says, so that its identity outlives a driver that is away. A display
-controller that cannot compute (a server's own VGA, bochs, qxl: no render node) is no GPU and stays a PCI function.
+A GPU's id is its PCI address whatever NVML reports, so its identity survives a missing driver. A display controller
+that cannot compute (a server's on-board VGA, bochs, qxl: no render node) is not a GPU and stays a PCI function.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Gpu:
         )
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The nodes; for NVIDIA also the variable that its container runtime and its libraries read."""
+        """Return the nodes; for NVIDIA also the variable that its container runtime and libraries read."""
         edits = node_edits(device, devices)
         uuids = [str(one.attributes["uuid"]) for one in devices if "uuid" in one.attributes]
         if device.vendor != NVIDIA or not uuids:
@@ -78,7 +78,7 @@ def _devices(
 
 
 def _computes(function: Function, drm: list[str]) -> bool:
-    """Has a render node, a driver that makes one, or waits under vfio-pci for a virtual machine."""
+    """Return whether a function has a render node or a driver that makes one, or is bound to vfio for a virtual machine."""
     if function.has_vfio:
         return function.is_class(_DISPLAY) and function.vendor in (NVIDIA, AMD, INTEL)
     if function.is_class(_PROCESSING):
@@ -128,7 +128,7 @@ def _kfd_attributes(node: KfdNode | None) -> Attributes:
 
 
 def _nvidia_attributes(context: Context, function: Function, gpu: NvGpu | None) -> Attributes:
-    """A GPU that the driver holds and NVML does not show (it fell off the bus) says so."""
+    """Return NVML's attributes. A GPU that the driver holds but NVML does not show (it fell off the bus) is marked."""
     if not isinstance(context.nvml, Snapshot):
         return {}
     if gpu is None:
@@ -165,7 +165,7 @@ def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Devic
 
 
 def _capabilities(reader: Tolerant, nvidia: NvGpu, mig: Mig) -> tuple[str, ...]:
-    """The capability nodes of an instance; lines of the driver's table read "gpu0/gi1/ci0/access 13"."""
+    """Return the capability nodes of an instance; lines of the driver's table read "gpu0/gi1/ci0/access 13"."""
     instance = f"gpu{nvidia.minor}/gi{mig.gpu_instance}"
     wanted = (f"{instance}/access", f"{instance}/ci{mig.compute_instance}/access")
     table = dict(line.split(None, 1) for line in (reader.text(_NVIDIA_CAPS) or "").splitlines() if " " in line)

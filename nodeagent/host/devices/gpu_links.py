@@ -1,4 +1,4 @@
-"""Links between GPUs: NVLink and XGMI. Nearness over PCIe follows from where devices sit and is not said here."""
+"""Links between GPUs: NVLink and XGMI. Proximity over PCIe follows from device positions and is not covered here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nodeagent.host.nvml.client import NvGpu
 
 
 def nvlinks(gpus: Iterable[NvGpu]) -> tuple[Link, ...]:
-    """One Link per pair, by address."""
+    """Return one Link per connected pair, in order of address."""
     ordered = sorted(gpus, key=lambda gpu: gpu.pci_address)
     addresses = {gpu.pci_address for gpu in ordered}
     counts = ((a, b, _direct(a, b) + _switched(a, b, addresses)) for a, b in combinations(ordered, 2))
@@ -19,7 +19,7 @@ def nvlinks(gpus: Iterable[NvGpu]) -> tuple[Link, ...]:
 
 
 def xgmi_links(nodes: Iterable[KfdNode]) -> tuple[Link, ...]:
-    """One Link per pair of KFD nodes of which one names the other."""
+    """Return one Link per pair of KFD nodes where either names the other."""
     ordered = sorted(nodes, key=lambda node: node.pci_address)
     return tuple(
         _link(a.pci_address, b.pci_address, 1)
@@ -29,12 +29,14 @@ def xgmi_links(nodes: Iterable[KfdNode]) -> tuple[Link, ...]:
 
 
 def _direct(a: NvGpu, b: NvGpu) -> int:
-    """Both ends count the same links; one end may be unable to tell."""
+    """Return the number of direct links. Both ends count the same links, but one of them
+    may be unable to report them."""
     return max(a.nvlinks.get(b.pci_address, 0), b.nvlinks.get(a.pci_address, 0))
 
 
 def _switched(a: NvGpu, b: NvGpu, gpus: set[str]) -> int:
-    """Through switches that both reach any two GPUs have as many links as the one with fewer."""
+    """Return the number of links through switches that both reach: per switch, that of the
+    GPU with fewer links to it."""
     common = (a.nvlinks.keys() & b.nvlinks.keys()) - gpus
     return sum(min(a.nvlinks[switch], b.nvlinks[switch]) for switch in common)
 

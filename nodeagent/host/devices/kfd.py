@@ -9,7 +9,7 @@ from nodeagent.host.sysfs.lenient import Tolerant
 
 _NODES = "sys/class/kfd/kfd/topology/nodes"
 _XGMI = 11
-"""io_link type of AMD's link between GPUs (HSA_IOLINKTYPE_XGMI)."""
+"""io_link type of AMD's links between GPUs (HSA_IOLINKTYPE_XGMI)."""
 _NO_DEVICE = 0
 
 
@@ -26,7 +26,7 @@ class KfdNode:
 
 
 def kfd_nodes(reader: Tolerant) -> Mapping[str, KfdNode]:
-    """The GPUs among the nodes, by PCI address; of one partitioned into several nodes, the first."""
+    """Return the GPUs among the nodes, by PCI address; for a GPU partitioned into several nodes, the first."""
     found: dict[str, KfdNode] = {}
     for number, path in _numbers(reader):
         node = _node(reader, number, path)
@@ -57,7 +57,7 @@ def _node(reader: Tolerant, number: int, path: str) -> KfdNode | None:
 
 
 def properties(reader: Tolerant, path: str) -> dict[str, int]:
-    """Lines of "name number"."""
+    """Return the values in lines of "name number"."""
     found = {}
     for line in (reader.text(path) or "").splitlines():
         name, _, value = line.partition(" ")
@@ -69,7 +69,7 @@ def properties(reader: Tolerant, path: str) -> dict[str, int]:
 
 
 def _address(domain: int, location: int) -> str:
-    """location_id is bus << 8 | device << 3 | function; bits above are the partition."""
+    """Return the PCI address. location_id is bus << 8 | device << 3 | function; higher bits are the partition."""
     return f"{domain:04x}:{location >> 8 & 0xFF:02x}:{location >> 3 & 0x1F:02x}.{location & 7}"
 
 

@@ -1,7 +1,7 @@
 """Network and RDMA adapters: physical and virtual functions, and scalable functions on the auxiliary bus.
 
-A port that speaks for a virtual function inside the adapter's switch (a representor) is no device: it is named in the
-attributes of the physical function. The adapter that carries the node's default route is marked `default_route`.
+A port that represents a virtual function inside the adapter's switch (a representor) is not a device; the attributes of
+the physical function name it. The adapter with the node's default route is marked `default_route`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
 _BELOW = re.compile(r"(?:(?P<mid>[^/]+)/)?(?:net|infiniband|infiniband_verbs|infiniband_mad)/(?P<name>[^/]+)")
-"""What may lie between a function and its interface: nothing, virtioN or a device of the auxiliary bus; a USB adapter
-has more between and is not its host controller's."""
+"""Path between a function and its interface: empty, virtioN or an auxiliary device. A USB adapter has a longer path
+and does not belong to the function of its host controller."""
 _SCALABLE = re.compile(r"[\w-]+\.sf\.\d+")
 _REPRESENTOR = re.compile(r"(?:c\d+)?pf\d+(?:vf|sf)\d+")
 _RDMA_COMMON = "/dev/infiniband/rdma_cm"
@@ -34,7 +34,7 @@ class _Below:
     """What was found below one function or scalable function."""
 
     netdevs: list[str] = field(default_factory=list)
-    """Folders, below the root."""
+    """Sysfs folders, below the root."""
     rdma: list[str] = field(default_factory=list)
     nodes: list[str] = field(default_factory=list)
     """Device nodes."""
@@ -60,12 +60,12 @@ class Nic:
         )
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The PCI addresses, and the RDMA or vfio nodes. The interface itself is moved by the network plugin."""
+        """Return the PCI addresses, and the RDMA or vfio nodes. The network plugin moves the interface itself."""
         return node_edits(device, devices)
 
 
 def default_routes(reader: Tolerant) -> frozenset[str]:
-    """Interfaces with a default route in the network namespace of the host (its process 1)."""
+    """Return the interfaces with a default route in the host's network namespace (that of process 1)."""
     four = (line.split() for line in (reader.text("proc/1/net/route") or "").splitlines()[1:])
     six = (line.split() for line in (reader.text("proc/1/net/ipv6_route") or "").splitlines())
     return frozenset(
@@ -75,7 +75,7 @@ def default_routes(reader: Tolerant) -> frozenset[str]:
 
 
 def _all_below(reader: Tolerant) -> Mapping[tuple[str, str], _Below]:
-    """By address and scalable function ("" for the function itself)."""
+    """Return what is below each function, by address and scalable function ("" for the function itself)."""
     found: dict[tuple[str, str], _Below] = defaultdict(_Below)
     for kind in ("net", "infiniband", "infiniband_verbs", "infiniband_mad"):
         for name, path, address, tail in pci.members(reader, f"sys/class/{kind}"):
@@ -97,7 +97,7 @@ def _add(below: _Below, kind: str, name: str, path: str) -> None:
 
 
 def _auxiliary(reader: Tolerant) -> Mapping[str, list[str]]:
-    """Devices of the auxiliary bus by their PCI function (Documentation/driver-api/auxiliary_bus.rst)."""
+    """Return the auxiliary devices by their PCI function (Documentation/driver-api/auxiliary_bus.rst)."""
     found: dict[str, list[str]] = defaultdict(list)
     for name, _, address, _ in pci.members(reader, "sys/bus/auxiliary/devices"):
         if address is not None:
@@ -154,7 +154,7 @@ def _attributes(reader: Tolerant, below: _Below, routed: frozenset[str]) -> Attr
 
 
 def _port(reader: Tolerant, path: str) -> dict[str, str | int | bool | None]:
-    """Of the first interface. While it is down, carrier and speed cannot be read."""
+    """Return the attributes of one interface. While it is down, carrier and speed cannot be read."""
     flags = reader.number(f"{path}/flags")
     up = flags is None or bool(flags & _IFF_UP)
     carrier = reader.number_if_told(f"{path}/carrier") if up else 0

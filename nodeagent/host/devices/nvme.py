@@ -1,7 +1,7 @@
 """NVMe controllers with all their namespaces, on PCI and over fabrics (Documentation/ABI/testing/sysfs-nvme).
 
-A controller is one device: its namespaces share queues and cannot be told apart by nearness. One whose disk the node
-itself uses is marked `in_use`.
+A controller is one device: its namespaces share queues and have the same location. A controller with a disk that the
+node itself uses is marked `in_use`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Nvme:
         return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The namespaces as block devices, or the vfio nodes."""
+        """Return the namespaces as block devices, or the vfio nodes."""
         return node_edits(device, devices)
 
 
@@ -81,7 +81,7 @@ def _with_wwids(reader: Tolerant, device: Device, names: list[str]) -> Device:
 
 
 def _namespaces(reader: Tolerant, controller: _Controller) -> list[str]:
-    """Names of the disks. With several paths to a drive the folder holds nvme0c1n1 and the disk is nvme0n1."""
+    """Return the names of the disks. With multipath, the folder holds nvme0c1n1 and the disk is nvme0n1."""
     matches = (_NAMESPACE.fullmatch(name) for name in reader.names(controller.path))
     return [f"nvme{match[1]}n{match[2]}" for match in matches if match is not None]
 

@@ -1,4 +1,4 @@
-"""PCI functions that no other kind knows better: bridges (kind `bridge`, never given away) and the rest (`pci`)."""
+"""PCI functions that no other kind claims: bridges (kind `bridge`, never granted) and the rest (`pci`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ _BRIDGE = "06"
 
 
 class Pci:
-    """The kind `pci`. It offers all functions and comes last: what an earlier kind found stays with that."""
+    """The kind `pci`. It offers all functions and comes last, so functions found by an
+    earlier kind stay with that kind."""
 
     name = "pci"
 
@@ -27,5 +28,5 @@ class Pci:
         return Found(state=KindState(kind="pci", state=PRESENT), devices=tuple(devices))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The vfio nodes of a function bound to vfio-pci, and its address."""
+        """Return the vfio nodes of a function bound to vfio-pci, and its address."""
         return node_edits(device, devices)

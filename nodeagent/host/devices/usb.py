@@ -1,6 +1,6 @@
-"""USB devices that the configuration names by vendor, product and serial number, with the nodes their drivers made.
+"""USB devices that the configuration selects by vendor, product and serial number, with the nodes of their drivers.
 
-The id is the port ("usb-1-1.4"), which is what stays when a device without a serial number is plugged in again.
+The id is the port ("usb-1-1.4"), which stays the same when a device without a serial number is plugged in again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Usb:
         return Found(state=KindState(kind="usb", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
-        """The raw USB node and the nodes of its drivers."""
+        """Return the raw USB node and the nodes of its drivers."""
         return node_edits(device, devices)
 
 
@@ -71,7 +71,7 @@ def _raw_node(reader: Tolerant, path: str) -> tuple[str, ...]:
 
 
 def _driver_nodes(reader: Tolerant) -> dict[str, str]:
-    """Device nodes by the real path of their class device: serial ports, cameras, raw HID, modems, sound."""
+    """Return device nodes by the real path of their class device: serial ports, cameras, raw HID, modems, sound."""
     found = {}
     for name in _CLASSES:
         for member, real, _, _ in pci.members(reader, f"sys/class/{name}"):

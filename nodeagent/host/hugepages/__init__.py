@@ -1,1 +1,1 @@
-"""Hugepage pools: read, resized, and who uses them."""
+"""Hugepage pools: reading and resizing them, and who uses them."""

@@ -1,9 +1,10 @@
-"""Hugepage pools: how many pages of each size each NUMA node has, and which of them nobody has claimed.
+"""Hugepage pools: how many pages of each size each NUMA node has, and how many are unused.
 
-Pools are read from /sys/devices/system/node/nodeN/hugepages, or from /sys/kernel/mm/hugepages on a machine without
-folders per node. Reserved pages and overcommit exist only for the machine as a whole
-(Documentation/admin-guide/mm/hugetlbpage.rst): reserved pages are laid on the nodes with most free pages, no node
-getting more than it has free; overcommit stands on the node with most free pages. So sums over nodes are the kernel's.
+Pools are read from /sys/devices/system/node/nodeN/hugepages, or from /sys/kernel/mm/hugepages on a machine
+without node folders. Reserved pages and overcommit exist only for the machine as a whole
+(Documentation/admin-guide/mm/hugetlbpage.rst). Reserved pages are assigned to the nodes with the most free
+pages, at most as many as a node has free; overcommit is assigned to the node with the most free pages. So the
+sums over all nodes match the kernel's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PREFIX, _SUFFIX = "hugepages-", "kB"
 
 
 def read(sysfs: SysFs, nodes: Sequence[NodeId], warnings: list[str]) -> Mapping[NodeId, tuple[HugepagePool, ...]]:
-    """The pools of each node, by page size. A pool that cannot be read is left out and named in `warnings`.
+    """Return the pools of each node, by page size. A pool that cannot be read is left out and named in `warnings`.
 
     `nodes` are the nodes of the machine, in order of id; not empty.
     """
@@ -41,7 +42,8 @@ def _pools(reader: ListReader, node: NodeId, folder: str) -> list[HugepagePool]:
 
 
 def _global(reader: ListReader, nodes: Sequence[NodeId]) -> list[HugepagePool]:
-    """The pools of a machine without pools per node; of several nodes nobody can say whose the pages are."""
+    """Return the pools of a machine without per-node pools. With several nodes, the pages
+    cannot be attributed to one."""
     pools = _pools(reader, nodes[0], _GLOBAL)
     if len(nodes) == 1:
         return pools
@@ -75,7 +77,7 @@ def _count(text: str) -> int:
 
 
 def _with_promises(reader: ListReader, pools: list[HugepagePool]) -> Iterable[HugepagePool]:
-    """The pools of one page size with what the kernel promises for the whole machine laid on them."""
+    """Return the pools of one page size, with the machine-wide reserved pages and overcommit assigned to them."""
     folder = f"{_GLOBAL}/{_PREFIX}{pools[0].page_bytes >> 10}{_SUFFIX}"
     reserved = _promised(reader, f"{folder}/resv_hugepages")
     overcommit = _promised(reader, f"{folder}/nr_overcommit_hugepages")
@@ -86,5 +88,5 @@ def _with_promises(reader: ListReader, pools: list[HugepagePool]) -> Iterable[Hu
 
 
 def _promised(reader: ListReader, path: str) -> int:
-    """0 where the kernel is too old to say."""
+    """Return a count, or 0 if the kernel is too old to report it."""
     return reader.given(path, _count) or 0

@@ -1,10 +1,10 @@
-"""The size of one hugepage pool, changed: the pages of one size on one NUMA node.
+"""Resizes one hugepage pool: the pages of one size on one NUMA node.
 
-What the kernel gives is read back; where it gives less than asked, memory is compacted and it is asked again, for as
-long as that helps. A pool grows in steps, so that whoever waits can end it. It shrinks by free pages only: where it is
-made smaller than what is in use the kernel adds surplus pages, and nobody meant that.
-Source: Documentation/admin-guide/mm/hugetlbpage.rst. Everything blocks, growing for as long as the kernel looks for
-memory.
+What the kernel provides is read back. If it is less than requested, memory is compacted and the request is repeated, as
+long as that helps. A pool grows in steps, so that a caller can stop it. It shrinks only by free pages: if a pool is
+made smaller than its use, the kernel turns pages into surplus pages, which is not intended.
+Source: Documentation/admin-guide/mm/hugetlbpage.rst. Everything blocks; growing blocks for as long as the kernel
+searches for memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nodeagent.host.cgroup.write import put as put_value
 from nodeagent.host.sysfs.sysfs import SysFs
 
 STEP_BYTES = 1 << 30
-"""How much is asked of the kernel at once."""
+"""Most bytes requested from the kernel at once."""
 TRIES = 4
-"""How often memory is compacted in one growing."""
+"""How often memory is compacted while a pool grows."""
 Put = Callable[[str, str], None]
-"""Writes a value to a file of the kernel's, by its full path; HostError where that is refused."""
+"""Writes a value to a kernel file, by its full path; raises HostError if that is refused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Counts:
-    """What a pool has at this moment."""
+    """The current page counts of a pool."""
 
     total_pages: int
     free_pages: int
@@ -36,17 +36,18 @@ class Counts:
 
     @property
     def persistent_pages(self) -> int:
-        """Those that stay when they are given back: the size that is asked for."""
+        """Return the pages that remain when they are freed: the configured size of the pool."""
         return self.total_pages - self.surplus_pages
 
 
 def counts(sysfs: SysFs, node: NodeId, page_bytes: int) -> Counts:
-    """A pool's pages; HostError where there is no such pool or a file holds no count."""
+    """Return a pool's pages. Raise HostError if there is no such pool or a file holds no count."""
     return _counts(sysfs, _folder(node, page_bytes))
 
 
 def totals(sysfs: SysFs, node: NodeId) -> dict[int, int]:
-    """All pages by page_bytes, of the pools of a node that can be read: the least that shows that a pool changed."""
+    """Return the total pages by page_bytes of a node's readable pools: the minimum that
+    shows whether a pool changed."""
     folder, found = f"sys/devices/system/node/node{node}/hugepages", {}
     for name in sysfs.names(folder):
         kib = name.removeprefix("hugepages-").removesuffix("kB")
@@ -64,9 +65,9 @@ def set_pages(
     put: Put = put_value,
     go_on: Callable[[], bool] = lambda: True,
 ) -> int:
-    """Give a pool this many pages, surplus ones not counted; how many it has then: fewer where the kernel finds no
-    memory or `go_on` says no before a step, more where pages are in use or promised. HostError where the pool cannot
-    be read or written."""
+    """Set the number of pages of a pool, without surplus pages. Return how many it has then: fewer if the kernel finds
+    no memory or `go_on` returns False before a step, more if pages are in use or reserved. Raise HostError if the pool
+    cannot be read or written."""
     pool = _Pool(sysfs, node, page_bytes, put)
     now = pool.counts().persistent_pages
     return pool.grow(now, pages, go_on) if now < pages else pool.shrink(pages)
@@ -82,18 +83,18 @@ class _Pool:
         self._put = put
 
     def counts(self) -> Counts:
-        """Return how many pages of each state the pool has now. HostError."""
+        """Return the pool's current page counts. Raise HostError if they cannot be read."""
         return _counts(self._sysfs, self._folder)
 
     def grow(self, now: int, pages: int, go_on: Callable[[], bool]) -> int:
-        """Grow the pool from `now` to `pages` pages in steps while `go_on()`. Return the pages that it has then.
-        HostError."""
+        """Grow the pool from `now` to `pages` pages in steps while `go_on()`. Return the pages that it has then. Raise
+        HostError if it cannot be read or written."""
         tries = 0
         while now < pages and go_on():
             want = min(pages, now + self._step)
             got = self._ask(want)
             if got < want:
-                # A first shortfall may be fragments; one that compaction did not help is a lack of memory.
+                # A first shortfall may be fragmentation; one that compaction did not help is a lack of memory.
                 if tries == TRIES or (tries and got <= now):
                     return got
                 tries += 1
@@ -102,20 +103,20 @@ class _Pool:
         return now
 
     def shrink(self, pages: int) -> int:
-        """Shrink the pool to `pages`, or as far as no used page is lost. Return the pages that it has then.
-        HostError."""
+        """Shrink the pool to `pages`, or as far as possible without losing a used page. Return the pages that it has
+        then. Raise HostError if it cannot be read or written."""
         before = self.counts()
         target = max(pages, before.persistent_pages - self._removable(before))
         if target >= before.persistent_pages:
             return before.persistent_pages
         self._ask(target)
         after = self.counts()
-        if (taken := after.surplus_pages - before.surplus_pages) > 0:  # mapped between the reading and the writing
+        if (taken := after.surplus_pages - before.surplus_pages) > 0:  # mapped between the read and the write
             return self._ask(after.persistent_pages + taken)
         return after.persistent_pages
 
     def _removable(self, here: Counts) -> int:
-        """Free pages that no mapping of the machine waits for."""
+        """Return the free pages that are not reserved by a mapping of the machine."""
         free = _count(self._sysfs, f"{self._machine}/free_hugepages")
         reserved = _count(self._sysfs, f"{self._machine}/resv_hugepages")
         return max(0, min(here.free_pages, free - reserved))
@@ -125,7 +126,7 @@ class _Pool:
         return self.counts().persistent_pages
 
     def _compact_memory(self) -> None:
-        """What a kernel without compaction, or a container that may not ask for it, does not do."""
+        """Request compaction; ignore the failure of a kernel without it, or of a container without permission."""
         with contextlib.suppress(HostError):
             self._put(self._compact, "1")
 

@@ -1,4 +1,4 @@
-"""Whose hugepages are in use: what the cgroups of holders have faulted, on which NUMA node, and have reserved.
+"""Who uses hugepages: what the cgroups of holders have faulted, on which NUMA node, and have reserved.
 
 Source: hugetlb.SIZE.numa_stat (Linux 5.16 and later), .current and .rsvd.current of cgroup v2, whose counts include the
 cgroups below. Reservations have no node: see `known`.
@@ -22,17 +22,18 @@ _MOUNT = "sys/fs/cgroup"
 
 @dataclass(frozen=True, slots=True)
 class Uses:
-    """What some cgroups have of hugepages, in pages."""
+    """Hugepages used by a set of cgroups, in pages."""
 
     used: Mapping[tuple[NodeId, int], int] = field(default_factory=lambda: MappingProxyType({}))
     """Faulted, by (node, page_bytes)."""
     reserved: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Promised to a mapping and not yet faulted, by page_bytes."""
+    """Reserved by a mapping and not yet faulted, by page_bytes."""
 
 
 def uses(sysfs: SysFs, paths: Iterable[str], sizes: Iterable[int]) -> Uses | None:
-    """What cgroups (below the mount of cgroup v2) have of pages of these sizes, in bytes. None where the kernel does
-    not say on which nodes; a cgroup that is gone has nothing. HostError where a file cannot be read."""
+    """Return the hugepages of the given sizes, in bytes, that cgroups (paths below the mount of cgroup v2)
+    use. Return None if the kernel does not report their nodes; a cgroup that is gone uses none. Raise
+    HostError if a file cannot be read."""
     used: Counter[tuple[NodeId, int]] = Counter()
     reserved: Counter[int] = Counter()
     names = {page_bytes: size_name(page_bytes) for page_bytes in sizes}
@@ -52,7 +53,7 @@ def uses(sysfs: SysFs, paths: Iterable[str], sizes: Iterable[int]) -> Uses | Non
 
 
 def _topmost(paths: Iterable[str]) -> Iterator[str]:
-    """Those that are below none of the others, whose counts include them."""
+    """Yield the paths that are not below another one, as the counts of that one include theirs."""
     every = {path.strip("/") for path in paths}
     for path in sorted(every):
         above = path
@@ -64,7 +65,7 @@ def _topmost(paths: Iterable[str]) -> Iterator[str]:
 
 
 def _numa_stat(sysfs: SysFs, path: str) -> Mapping[NodeId, int] | None:
-    """Bytes by node, of "total=4194304 N0=4194304 N1=0"."""
+    """Return bytes by node from "total=4194304 N0=4194304 N1=0", or None if there is no such file."""
     text = sysfs.text(path, None)
     if text is None:
         return None
@@ -76,8 +77,8 @@ def _numa_stat(sysfs: SysFs, path: str) -> Mapping[NodeId, int] | None:
 
 
 def known(nodes: Sequence[NumaNode], found: Uses) -> tuple[NumaNode, ...]:
-    """Nodes whose pools say what is our holders'. Of the reserved pages of a size those that others have are laid on
-    the nodes with most free pages first, as all of them are: where they will be faulted nobody can say."""
+    """Return the nodes with our holders' share recorded in their pools. Reserved pages of others are assigned to the
+    nodes with the most free pages first, like all reserved pages: on which node they will be faulted is unknown."""
     others = Counter({size: -count for size, count in found.reserved.items()})
     every = [pool for node in nodes for pool in node.hugepages]
     others.update(_sums(every))

@@ -1,1 +1,1 @@
-"""Threads of the host and interrupts on exclusive CPUs."""
+"""Host threads and interrupts on exclusive CPUs."""

@@ -1,9 +1,9 @@
-"""Interrupts moved away from exclusive CPUs, and given back when those CPUs are nobody's own any more.
+"""Moves interrupts off exclusive CPUs, and restores them when those CPUs are no longer exclusive.
 
-Where an interrupt goes follows from where it was asked to go before and from the CPUs that are exclusive: to those of
-its own that are left, or where none is left to the others. What was before is on disk before anything is moved, so that
-an agent that starts again can give it back. What somebody else has changed since is theirs and stays; what the kernel
-refuses is asked again only when other CPUs are exclusive. /proc/irq/default_smp_affinity is left alone.
+The target of an interrupt follows from its previous affinity and the exclusive CPUs: what is left of that affinity or,
+if nothing is left, the other CPUs. The previous affinity is written to disk before an interrupt is moved, so a
+restarted agent can restore it. What another program has changed since is left alone; what the kernel refuses is retried
+only when the exclusive CPUs change. /proc/irq/default_smp_affinity is left alone.
 Source: Documentation/core-api/irq/irq-affinity.rst.
 """
 
@@ -21,7 +21,7 @@ from nodeagent.host.irq.journal import Moved, load, save
 from nodeagent.host.sysfs.sysfs import SysFs
 
 OFTEN = 2
-"""So many returns of an interrupt are no chance."""
+"""From this many returns on, an interrupt is being moved back by another program."""
 NOT_YET = "it is asked to go elsewhere, and goes there when it next occurs"
 NOWHERE = "no CPUs are left for it"
 _ONLINE = "sys/devices/system/cpu/online"
@@ -29,20 +29,20 @@ _ONLINE = "sys/devices/system/cpu/online"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InterruptMoves:
-    """How interrupts stand after a round."""
+    """The state of interrupts after a round."""
 
     moved: tuple[Moved, ...] = ()
-    """All that are away at this moment, by number."""
+    """All interrupts that are currently moved away, by number."""
     fresh: int = 0
     """How many were moved away in this round."""
     why: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Why an interrupt is where it should not be, by number: all that are still delivered to exclusive CPUs."""
+    """Why an interrupt is where it should not be, by number: includes all still delivered to exclusive CPUs."""
     notes: tuple[str, ...] = ()
-    """What an admin should know."""
+    """Texts for the admin."""
 
 
 class Mover:
-    """Moves interrupts and remembers it in a file. Everything blocks; one round at a time."""
+    """Moves interrupts and records this in a file. Everything blocks; one round at a time."""
 
     def __init__(self, sysfs: SysFs, memory: Path) -> None:
         """memory: the file; it is read in the first round."""
@@ -57,14 +57,14 @@ class Mover:
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is away that may have to be given back."""
+        """Return whether no moved interrupt is left to restore."""
         return self._loaded and not self._moved
 
     def move(self, exclusive: CpuSet, others: CpuSet, found: Iterable[Irq]) -> InterruptMoves:
-        """Move away what is delivered to exclusive CPUs (`found`), give back what need not be away any more.
+        """Move interrupts delivered to exclusive CPUs (`found`) away, and restore those that no longer need to be away.
 
-        others: where an interrupt goes that has no CPU left of its own. HostError where it cannot be remembered: then
-        nothing is moved.
+        others: the target of an interrupt whose own CPUs are all exclusive. Raise HostError if the moves cannot be
+        recorded; then nothing is moved.
         """
         self._begin(exclusive)
         hits = {one.irq: one for one in found}
@@ -99,7 +99,7 @@ class Mover:
     # ---------------------------------------------------------------- what is to be done
 
     def _still_ours(self, hits: Mapping[int, Irq]) -> Iterator[tuple[int, Moved]]:
-        """What nobody has changed since. What came back to exclusive CPUs is counted."""
+        """Yield the moved interrupts that no other program has changed since. Count those back on exclusive CPUs."""
         names = interrupt_names(self._sysfs) if self._moved else {}
         for irq, one in self._moved.items():
             asked = self._asked(irq) if names.get(irq, "") == one.name else None
@@ -111,7 +111,7 @@ class Mover:
                 self._returns[irq] = self._returns.get(irq, 0) + 1
 
     def _planned(self, ours: Mapping[int, Moved], others: CpuSet, hits: Mapping[int, Irq]) -> dict[int, Moved]:
-        """What is away, and where it shall be."""
+        """Return all interrupts that must be away or restored, with their targets."""
         online = self._sysfs.cpus(_ONLINE)
 
         def target(before: CpuSet) -> CpuSet:
@@ -127,15 +127,16 @@ class Mover:
         return planned
 
     def _is_due(self, one: Moved, ours: Mapping[int, Moved], hits: Mapping[int, Irq]) -> bool:
-        """Whether it is to be written. What is to be given back, or is asked to stay on exclusive CPUs, was not written
-        by the agent that planned it."""
+        """Return whether an interrupt has to be written. If it is being restored, or its affinity still includes
+        exclusive CPUs, the agent that planned the write did not complete it."""
         unfinished = one.wanted == one.before or (one.irq in hits and not hits[one.irq].asked <= one.wanted)
         return one.irq not in self._refused and (unfinished or ours.get(one.irq) != one)
 
     # ---------------------------------------------------------------- doing it
 
     def _put(self, one: Moved, older: Moved | None) -> CpuSet | None:
-        """Where an interrupt is delivered after it was moved; None: it was not moved, and `_refused` says why."""
+        """Move an interrupt and return where it is delivered then, or None, with the reason in
+        `_refused`, if that failed."""
         del self._moved[one.irq]
         try:
             delivered = move_irq(self._sysfs, one.irq, one.wanted)
@@ -149,13 +150,13 @@ class Mover:
         return delivered
 
     def _asked(self, irq: int) -> CpuSet | None:
-        """None where the interrupt is gone."""
+        """Return the affinity set for an interrupt, or None if it is gone."""
         return self._sysfs.cpus(f"proc/irq/{irq}/smp_affinity_list")
 
     # ---------------------------------------------------------------- what is to be said
 
     def _why(self, one: Irq, delivered: CpuSet | None) -> str:
-        """Why an interrupt is still delivered to exclusive CPUs; "": it is not."""
+        """Return why an interrupt is still delivered to exclusive CPUs; empty if it is not."""
         if one.irq in self._refused:
             return self._refused[one.irq]
         if delivered is not None:

@@ -1,9 +1,8 @@
-"""Who else runs on CPUs that are held exclusively: threads of the host and interrupts. Seen and said; and interrupts
-moved away where that is asked for.
+"""Host threads and interrupts on exclusive CPUs: found and reported; interrupts can also be moved away.
 
-A thread of the host is one whose process is in no pod's cgroup. Threads of the kernel that serve one CPU (migration/3,
-ksoftirqd/3, kworker/3:1) belong to that CPU and are left out. An interrupt hits the CPUs in its effective affinity;
-where the kernel has none, those in the affinity asked for. What ends while it is looked at is passed over.
+A host thread is one whose process is in no pod's cgroup. Kernel threads that serve a single CPU (migration/3,
+ksoftirqd/3, kworker/3:1) belong to that CPU and are left out. An interrupt is delivered to the CPUs in its effective
+affinity or, if the kernel shows none, in the configured one. What ends meanwhile is skipped.
 Sources: proc(5), Documentation/core-api/irq/irq-affinity.rst, include/linux/sched.h (PF_*).
 """
 
@@ -24,7 +23,7 @@ T = TypeVar("T")
 _KERNEL_THREAD, _CANNOT_MOVE = 0x00200000, 0x04000000
 """PF_KTHREAD, PF_NO_SETAFFINITY."""
 _FLAGS_FIELD = 6
-"""Of /proc/PID/stat, counted after the name, which may hold anything."""
+"""In /proc/PID/stat, counted after the name, which may contain anything."""
 _STATUS = re.compile(r"Name:\t(?P<name>[^\n]*)\n.*\nCpus_allowed_list:\t(?P<cpus>[0-9,-]*)", re.DOTALL)
 _INTERRUPT = re.compile(r"\s*(?P<irq>[0-9]+):(?:\s+[0-9]+)+\s+(?P<rest>.*?)\s*")
 _ACTION = re.compile(r"\S+\s+(?:[0-9]+(?:[- ]\S+)*)\s{2,}(?P<name>\S.*)")
@@ -37,21 +36,21 @@ _HINT = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thread:
-    """A thread of the host that may run on an exclusive CPU."""
+    """A host thread that may run on an exclusive CPU."""
 
     pid: int
-    """Of its process."""
+    """Pid of its process."""
     tid: int
     comm: str
     """The thread's own name."""
     cpus: CpuSet
-    """All that it may run on."""
+    """All CPUs that it may run on."""
     hits: CpuSet
-    """The exclusive ones among them."""
+    """The exclusive CPUs among them."""
     cgroup: str
     kernel: bool
     movable: bool
-    """sched_setaffinity(2) may change it."""
+    """Whether sched_setaffinity(2) may change its CPUs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,26 +59,26 @@ class Irq:
 
     irq: int
     name: str
-    """As /proc/interrupts has it; "": nobody has asked for it."""
+    """As in /proc/interrupts; empty if no driver has requested it."""
     cpus: CpuSet
-    """In effect."""
+    """Effective affinity."""
     asked: CpuSet
-    """smp_affinity_list."""
+    """Configured affinity, smp_affinity_list."""
     hits: CpuSet
 
 
 def threads(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Thread, ...]:
-    """The threads of the host that may run on one of these CPUs, in order of process and thread.
+    """Return the host threads that may run on one of these CPUs, in order of process and thread.
 
-    Reads every process and the status of every thread of the host, about 50 microseconds each. What cannot be read is
-    named in `warnings`.
+    Reads every process and the status of every host thread, about 50 microseconds each. What cannot
+    be read is named in `warnings`.
     """
     found = (one for pid, folder in sysfs.numbered("proc", "") for one in _of_process(sysfs, pid, folder, exclusive))
     return tuple(_tolerated(found, warnings)) if exclusive else ()
 
 
 def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Irq, ...]:
-    """The interrupts that are delivered to one of these CPUs, by number. What cannot be read is in `warnings`."""
+    """Return the interrupts delivered to one of these CPUs, by number. What cannot be read is named in `warnings`."""
     if not exclusive:
         return ()
     names = interrupt_names(sysfs)
@@ -87,10 +86,11 @@ def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Irq, ...
 
 
 def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
-    """Have an interrupt delivered to these CPUs only; where it is delivered then.
+    """Restrict an interrupt to these CPUs. Return where it is delivered then.
 
-    HostError with cause and value where the kernel refuses: EIO and EPERM for interrupts that it or a driver manages,
-    ENOSPC where the CPUs have no vector left; ENOENT where the interrupt is gone.
+    Raise HostError with cause and value if the kernel refuses: EIO and EPERM for interrupts managed by the
+    kernel or a driver, ENOSPC if the CPUs have no vector left, ENOENT if the interrupt is gone. Raise
+    InputError if `cpus` is empty.
     """
     if not cpus:
         raise InputError(f"cannot move interrupt {irq}: no CPUs are left for it")
@@ -103,13 +103,14 @@ def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
 
 
 def interrupt_names(sysfs: SysFs) -> Mapping[int, str]:
-    """The names of interrupts in /proc/interrupts, several of one joined by ", "; what has no number is left out."""
+    """Return the names of interrupts in /proc/interrupts, several of one joined by ", ";
+    unnumbered ones are left out."""
     found = (_INTERRUPT.fullmatch(line) for line in sysfs.text("proc/interrupts", "").splitlines())
     return {int(one["irq"]): _action(one["rest"]) for one in found if one is not None}
 
 
 def _action(rest: str) -> str:
-    """What follows chip, number and trigger ("PCI-MSI 524288-edge      nvme0q1"); "" where nothing does."""
+    """Return what follows chip, number and trigger ("PCI-MSI 524288-edge      nvme0q1"); empty if there is nothing."""
     named = _ACTION.fullmatch(rest)
     return named["name"] if named is not None else ""
 
@@ -147,7 +148,7 @@ def _thread(sysfs: SysFs, pid: int, tid: int, task: str, cgroup: str, exclusive:
 
 
 def _affinity(sysfs: SysFs, task: str) -> tuple[str, CpuSet]:
-    """Name and CPUs of a thread; no CPUs where it ended."""
+    """Return name and CPUs of a thread; no CPUs if it has ended."""
     if not (text := _gone_is_none(sysfs, f"{task}/status")):
         return "", EMPTY
     if (found := _STATUS.match(text)) is None:
@@ -159,7 +160,7 @@ def _affinity(sysfs: SysFs, task: str) -> tuple[str, CpuSet]:
 
 
 def _cgroup(sysfs: SysFs, folder: str) -> str:
-    """A process's cgroup in the unified hierarchy, or a pod's in any."""
+    """Return a process's cgroup in the unified hierarchy, or, if it is a pod's, in any hierarchy."""
     lines = (_gone_is_none(sysfs, f"{folder}/cgroup") or "").splitlines()
     paths = {line.split(":", 2)[0]: line.split(":", 2)[-1] for line in lines}
     return next((path for path in paths.values() if is_pods(path)), paths.get("0", ""))
@@ -186,13 +187,13 @@ def _irq(sysfs: SysFs, irq: int, folder: str, names: Mapping[int, str], exclusiv
 
 
 def _delivered(sysfs: SysFs, folder: str) -> CpuSet | None:
-    """Where an interrupt goes; empty before it is first switched on, None where it is gone."""
+    """Return where an interrupt is delivered; empty before it is first enabled, None if it is gone."""
     effective = sysfs.cpus(f"{folder}/effective_affinity_list")
     return sysfs.cpus(f"{folder}/smp_affinity_list") if effective is None else effective
 
 
 def _gone_is_none(sysfs: SysFs, path: str) -> str | None:
-    """A file of a process; the kernel answers ESRCH for one that ended after the file was opened."""
+    """Return a file of a process, or None if it has ended; ESRCH means that it ended after the file was opened."""
     try:
         return sysfs.text(path, None)
     except HostError as error:

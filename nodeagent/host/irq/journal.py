@@ -1,5 +1,5 @@
-"""Which interrupts were moved and where they were before, in a file that outlives the agent but not the boot: after a
-reboot the kernel numbers interrupts anew and has forgotten what was asked of them.
+"""Which interrupts were moved and their previous affinity, in a file that survives the agent but not the boot: after a
+reboot the kernel renumbers interrupts and has lost their affinity.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Moved:
 
     irq: int
     name: str
-    """As /proc/interrupts has it: another device's may get the same number."""
+    """As in /proc/interrupts: the same number may later belong to another device."""
     before: CpuSet
-    """smp_affinity_list as it was found."""
+    """smp_affinity_list before the move."""
     wanted: CpuSet
     """What was written last."""
     seen: CpuSet
-    """What the kernel made of that."""
+    """What the kernel made of it."""
 
 
 class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,7 +50,7 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 def load(sysfs: SysFs, path: Path) -> tuple[dict[int, Moved], str]:
-    """What was moved since the machine booted, by number; and why that cannot be known, or ""."""
+    """Return what was moved since boot, by number, and why that is unknown; empty if it is known."""
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_File)
         if found.boot_id != _boot_id(sysfs):
@@ -66,8 +66,7 @@ def load(sysfs: SysFs, path: Path) -> tuple[dict[int, Moved], str]:
 
 
 def save(sysfs: SysFs, path: Path, moved: Iterable[Moved]) -> None:
-    """Remember this and nothing else; the file is there only where there is something to remember. HostError with the
-    cause."""
+    """Record exactly these moves; the file exists only if there are any. Raise HostError with the cause."""
     lines = [_line(one) for one in sorted(moved, key=lambda one: one.irq)]
     if not lines:
         files.remove(path)

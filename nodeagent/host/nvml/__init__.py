@@ -1,1 +1,1 @@
-"""NVML, asked through a helper process that may be killed."""
+"""NVML, queried through a helper process that can be killed."""

@@ -1,7 +1,7 @@
-"""NVML asked from a distance: a helper process with a deadline per question, killed when late, started again later.
+"""NVML, queried through a helper process: a deadline per question; killed when late; restarted later.
 
-Promises: `snapshot` always comes back by its deadline, with a value or with the reason why there is none; the daemon
-never loads NVML or its bindings; a library that is missing or hangs costs one process per back-off and nothing else.
+Promises: `snapshot` always returns by its deadline, with a value or the reason why there is none; the daemon never
+loads NVML or its bindings; a missing or hanging library costs one process per back-off and nothing else.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _COMMAND = (sys.executable, "-m", "nodeagent.host.nvml.helper")
 
 
 def has_nvidia(functions: Iterable[Function]) -> bool:
-    """Whether asking NVML makes sense: there is a display controller or 3D controller of that vendor."""
+    """Return whether asking NVML makes sense: a display or 3D controller of NVIDIA exists."""
     return any(function.vendor == NVIDIA and function.is_class("03") for function in functions)
 
 
 @dataclass(slots=True)
 class _Helper:
-    """One running process, the questions it has not answered, and the task that reads its answers."""
+    """One running process, its unanswered questions, and the task that reads its answers."""
 
     process: asyncio.subprocess.Process
     waiting: dict[int, asyncio.Future[Reply]] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class _Helper:
 
 
 class Probe:
-    """The one asker. Nothing is started before the first question; `close` ends the process."""
+    """The only client of NVML. Nothing starts before the first question; `close` ends the process."""
 
     def __init__(
         self,
@@ -60,11 +60,11 @@ class Probe:
 
     @property
     def pid(self) -> int | None:
-        """The helper's process id while there is one."""
+        """The helper's process id, or None while there is no helper."""
         return self._helper.process.pid if self._helper is not None else None
 
     async def snapshot(self, deadline_s: float = 5.0) -> Snapshot | Failure:
-        """What NVML says now, within the deadline. During a back-off: the failure that began it."""
+        """Return what NVML shows now, within the deadline. During a back-off, return the failure that started it."""
         async with self._turn:
             if self._failure is not None and asyncio.get_running_loop().time() < self._not_before:
                 return self._failure
@@ -73,8 +73,8 @@ class Probe:
             return answer
 
     async def events(self) -> AsyncGenerator[Xid, None]:
-        """Each Xid as it happens, over restarts of the helper; begins to flow with the first snapshot. The oldest is
-        dropped where nobody reads."""
+        """Yield each Xid as it happens, across restarts of the helper, from the first snapshot on. If nothing reads
+        them, the oldest are dropped."""
         while True:
             yield await self._events.get()
 
@@ -121,7 +121,7 @@ class Probe:
         return helper
 
     async def _read(self, helper: _Helper) -> None:
-        """Hand out answers and events until the process ends; then nobody is left waiting."""
+        """Deliver answers and events until the process ends; then answer all pending questions with a failure."""
         assert helper.process.stdout is not None
         try:
             while True:
@@ -145,7 +145,8 @@ class Probe:
             answer.set_result(reply)
 
     async def _judge(self, answer: Snapshot | Failure) -> None:
-        """After a failure the process is ended (it may hang, or hold a library that is being replaced)."""
+        """Record the outcome and the back-off. After a failure the process is killed: it may hang, or hold a library
+        that is being replaced."""
         if isinstance(answer, Snapshot):
             self._failure, self._backoff_s = None, self._first_s
             return

@@ -1,6 +1,6 @@
-"""The process that talks to NVML. NVML can hang in the driver, where no thread can
-be stopped, so the daemon never loads it: it asks this process over two pipes, and kills it when it is late. The process
-ends with its standard input, and with its parent.
+"""The process that calls NVML. NVML can hang in the driver, where no thread can be stopped. So the daemon
+never loads it but asks this process over two pipes, and kills it when it is late. The process ends with its
+standard input, and with its parent.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _NVLINKS = 36
 
 
 class Nvml:
-    """NVML's functions on one initialised library, as our values."""
+    """NVML's functions on one initialised library, returning our values."""
 
     def __init__(self, nvml: Any) -> None:  # the module pynvml, which has no types
         self._nvml = nvml
         nvml.nvmlInit()
 
     def snapshot(self) -> Snapshot:
-        """Read all; one GPU's failure becomes a sentence."""
+        """Read everything; a GPU that fails becomes an error message."""
         driver = self._nvml.nvmlSystemGetDriverVersion()
         handles, errors = self.handles()
         gpus = []
@@ -46,7 +46,7 @@ class Nvml:
         return Snapshot(driver_version=driver, gpus=tuple(gpus), errors=tuple(errors))
 
     def handles(self) -> tuple[dict[str, Any], list[str]]:
-        """A handle for each GPU that answers, by PCI address, and a sentence for each that does not."""
+        """Return a handle for each GPU that answers, by PCI address, and an error message for each that does not."""
         found, errors = {}, []
         for index in range(self._nvml.nvmlDeviceGetCount()):
             try:
@@ -57,7 +57,7 @@ class Nvml:
         return found, errors
 
     def watch(self, tell: Callable[[Xid], None]) -> None:
-        """Tell each Xid; comes back only by raising."""
+        """Report each Xid through the callback; only an exception ends this."""
         events = self._nvml.nvmlEventSetCreate()
         try:
             for handle in self.handles()[0].values():
@@ -106,7 +106,7 @@ class Nvml:
             try:
                 found.append(self._mig(self._nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index)))
             except self._nvml.NVMLError_NotFound:
-                continue  # the places of instances that nobody has made
+                continue  # slots of instances that have not been created
         return tuple(found)
 
     def _mig(self, handle: Any) -> Mig:
@@ -121,7 +121,7 @@ class Nvml:
         )
 
     def _nvlinks(self, handle: Any) -> dict[str, int]:
-        """Active links only; the numbering has gaps where a link is not wired."""
+        """Return the number of active links by remote PCI address. The numbering has gaps where a link is not wired."""
         counts: dict[str, int] = {}
         for link in range(_NVLINKS):
             try:
@@ -136,7 +136,8 @@ class Nvml:
         return counts
 
     def _levels(self, handle: Any, others: dict[str, Any]) -> dict[str, int]:
-        """A pair of which the other one is lost has no level; that is not this GPU's fault."""
+        """Return the topology level to each other GPU. A pair whose other GPU is lost has no
+        level; this GPU is not at fault."""
         levels = {}
         for to, other in others.items():
             try:
@@ -156,7 +157,7 @@ class Nvml:
 
 
 class Helper:
-    """One loop over questions, one thread for events."""
+    """One loop for questions, one thread for events."""
 
     def __init__(self, questions: BinaryIO, answers: BinaryIO) -> None:
         self._questions, self._answers = questions, answers
@@ -183,7 +184,7 @@ class Helper:
             return Reply(to=to, failure=Failure(absent=False, reason=f"NVML failed: {error}"))
 
     def _events(self, nvml: Nvml) -> None:
-        """A set that fails (a GPU was lost) is made anew with the GPUs that are left."""
+        """Watch for events. If the event set fails (a GPU was lost), create a new one with the remaining GPUs."""
         import pynvml
 
         pause = threading.Event()
@@ -207,10 +208,10 @@ def _text(value: bytes | str) -> str:
 
 
 def main() -> None:
-    """Serve the parent; die with it even inside a call that never returns."""
+    """Serve the parent, and die with it even inside a call that never returns."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints must not get between the frames
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library's own output must not get between the frames
     Helper(sys.stdin.buffer, answers).run()
 
 

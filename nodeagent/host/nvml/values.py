@@ -1,7 +1,7 @@
-"""What is said between the daemon and the process that talks to NVML: values, and the frames that carry them.
+"""What the daemon and the process that calls NVML exchange: values, and the frames that carry them.
 
-A frame is four bytes of length, little endian, then JSON. The question is {"ask": N}; the answer is a Reply with the
-same N; an Xid that happens meanwhile is a Reply with N = 0.
+A frame is four bytes of length, little endian, followed by JSON. The question is {"ask": N}; the answer is a Reply with
+the same N; an Xid that happens meanwhile is a Reply with N = 0.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LENGTH = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mig:
-    """One MIG instance: a part of a GPU that is given away on its own."""
+    """One MIG instance: a part of a GPU that is allocated separately."""
 
     uuid: str
     profile: str
@@ -28,10 +28,10 @@ class Mig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NvGpu:
-    """One GPU as NVML sees it. What a GPU does not support is None."""
+    """One GPU as NVML sees it. What the GPU does not support is None."""
 
     pci_address: str
-    """In the form of sysfs: 0000:3b:00.0."""
+    """In sysfs form: 0000:3b:00.0."""
     uuid: str
     name: str
     minor: int | None = None
@@ -40,16 +40,17 @@ class NvGpu:
     mig_enabled: bool = False
     migs: tuple[Mig, ...] = ()
     nvlinks: dict[str, int] = field(default_factory=dict)
-    """Active NVLinks by the PCI address at the other end; that may be a switch."""
+    """Number of active NVLinks by the PCI address of the other end, which may be a switch."""
     levels: dict[str, int] = field(default_factory=dict)
-    """NVML's nearest common ancestor with each other GPU: 10 one switch, 20 more, 30 host bridge, 40 node, 50 any."""
+    """NVML's nearest common ancestor with each other GPU: 10 one switch, 20 several, 30
+    host bridge, 40 node, 50 any."""
     ecc_uncorrected: int | None = None
     """Uncorrected memory errors since the driver was loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """All that NVML says now. errors: one sentence for each GPU that does not answer."""
+    """The current state according to NVML. errors: one message for each GPU that does not answer."""
 
     driver_version: str
     gpus: tuple[NvGpu, ...] = ()
@@ -73,7 +74,7 @@ class Xid:
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One frame from the helper; exactly one of the last three is set."""
+    """One frame from the helper; exactly one of the last three fields is set."""
 
     to: int = 0
     snapshot: Snapshot | None = None
@@ -82,12 +83,12 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 def sysfs_address(bus_id: str) -> str:
-    """NVML's "00000000:3B:00.0" as sysfs writes it: at least four digits of domain, lower case."""
+    """Return NVML's "00000000:3B:00.0" in sysfs form: at least four domain digits, lower case."""
     domain, _, rest = bus_id.lower().partition(":")
     return f"{int(domain, 16):04x}:{rest}"
 
 
 def read_frame(stream: BinaryIO) -> bytes | None:
-    """The next frame; None where the stream ends."""
+    """Return the next frame, or None at the end of the stream."""
     head = stream.read(LENGTH.size)
     return stream.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else None

@@ -1,1 +1,1 @@
-"""Reading and writing files of the machine."""
+"""Reads and writes files of the machine."""

@@ -1,7 +1,7 @@
-"""Files of the agent's own, replaced whole: a reader sees the old content or the new one, also after a power cut.
+"""Files of the agent, replaced as a whole: readers see the old content or the new one, even after a power cut.
 
-The draft lies in the same folder as the file, under a name that starts with a dot and ends in `.tmp`, which container
-runtimes pass over; `drafts` finds what a killed agent left. Folders that are gone are made again. Everything blocks.
+The draft is in the same folder as the file. Its name starts with a dot and ends in `.tmp`, so container runtimes ignore
+it; `drafts` finds those that a killed agent left behind. Missing folders are created. Everything blocks.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from nodeagent.errors import HostError
 DRAFT_END = ".tmp"
 READABLE = 0o644
 _TRIES = 3
-"""The folder, or a draft in it, may be deleted by others between two steps."""
+"""Another process may delete the folder, or a draft in it, between two steps."""
 
 
 def replace(path: Path, content: bytes, *, mode: int = READABLE) -> bool:
-    """Give a file this content and mode; False, and nothing is written, where it has them. HostError with the cause."""
+    """Give a file this content and mode. Return False, without writing, if it has them already.
+    Raise HostError with the cause."""
     try:
         if _has(path, content, mode):
             return False
@@ -34,7 +35,7 @@ def replace(path: Path, content: bytes, *, mode: int = READABLE) -> bool:
 
 
 def remove(path: Path) -> bool:
-    """Whether there was a file to remove; HostError with the cause where there is one that cannot be."""
+    """Remove a file. Return whether it existed. Raise HostError with the cause if it cannot be removed."""
     try:
         path.unlink()
         _settle(path.parent)
@@ -46,8 +47,8 @@ def remove(path: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Whether there was a folder to remove, with the files in it; it has no folders below. Who puts a file there at the
-    same moment gives up sooner than this."""
+    """Remove a folder and its files; it has no subfolders. Return whether there was anything to remove. Raise HostError
+    with the cause. It retries more often than `replace`, which may put a file there at the same moment."""
     removed = []
     for left in reversed(range(2 * _TRIES)):
         removed += [remove(entry) for entry in entries(folder)]
@@ -64,7 +65,8 @@ def remove_folder(folder: Path) -> bool:
 
 
 def entries(folder: Path) -> list[Path]:
-    """What lies in a folder, in order of name; nothing where there is no such folder."""
+    """Return the entries of a folder in order of name; empty if it does not exist. Raise
+    HostError if it cannot be listed."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
@@ -74,19 +76,19 @@ def entries(folder: Path) -> list[Path]:
 
 
 def drafts(folder: Path, name: str) -> list[Path]:
-    """Drafts of files whose name matches a regular expression, half-written or given up."""
+    """Return drafts, half-written or abandoned, of files whose name matches a regular expression."""
     pattern = re.compile(rf"\.(?:{name})\.[^.]+{re.escape(DRAFT_END)}")
     return [entry for entry in entries(folder) if pattern.fullmatch(entry.name)]
 
 
 def _has(path: Path, content: bytes, mode: int) -> bool:
-    """Whether a plain file with this content and mode lies there. Never waits, whatever lies there."""
+    """Return whether the path is a plain file with this content and mode. Never blocks, whatever is there."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except NotADirectoryError:
         raise
     except OSError:
-        return False  # nothing, or what is to be replaced
+        return False  # nothing there, or something to be replaced
     try:
         found = os.fstat(handle)
         alike = stat.S_ISREG(found.st_mode) and stat.S_IMODE(found.st_mode) == mode and found.st_size == len(content)
@@ -107,7 +109,7 @@ def _replace_patiently(path: Path, content: bytes, mode: int) -> None:
 
 
 def _make(folder: Path) -> None:
-    """A folder that everybody may look into, whatever the umask; one that is there stays as it is."""
+    """Create a folder that everyone may read, whatever the umask; leave an existing one as it is."""
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         folder.chmod(0o755)
@@ -130,7 +132,7 @@ def _replace(path: Path, content: bytes, mode: int) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Make what was renamed or removed in a folder outlive a power cut; nothing to do where the folder is gone."""
+    """Make renames and removals in a folder survive a power cut; do nothing if the folder is gone."""
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""Reading that goes on: a file that cannot be read becomes a warning and None, never the end of a scan.
+"""Lenient reading: an unreadable file becomes a warning and None, and never ends a scan.
 
-SysFs stays strict; this is the one place where its refusals are turned into words for Inventory.warnings, so that one
-bad file costs one fact and not its device, and one device costs nobody else anything.
+SysFs stays strict; only here are its errors turned into texts for Inventory.warnings. So one bad file costs one fact
+rather than its device, and one bad device affects no other.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _UNSAID = (errno.EINVAL, errno.EOPNOTSUPP, errno.EIO)
 
 
 class Tolerant:
-    """A SysFs whose readers answer None for what is missing or bad; what is bad is also noted in `warnings`."""
+    """A SysFs whose readers return None for what is missing or bad; bad files are also noted in `warnings`."""
 
     def __init__(self, sysfs: SysFs) -> None:
         self.sysfs = sysfs
         self.warnings: list[str] = []
 
     def read(self, reader: Callable[[str], T | None], path: str) -> T | None:
-        """What `reader` (a method of SysFs) makes of a path; None where it refuses."""
+        """Return what `reader` (a method of SysFs) makes of a path, or None if it raises HostError."""
         try:
             return reader(path)
         except HostError as error:
@@ -58,7 +58,7 @@ class Tolerant:
         return self.read(self.sysfs.cpus, path)
 
     def hexadecimal(self, path: str, digits: int) -> str | None:
-        """ "0x8086" as "8086", lower case. The file must be there: the kernel always has it."""
+        """Return "0x8086" as "8086", in lower case, or None. The file must exist: the kernel always provides it."""
         text = self.read(self.sysfs.text, path)
         if text is None:
             return None
@@ -69,8 +69,9 @@ class Tolerant:
         return None
 
     def if_told(self, path: str) -> str | None:
-        """A text that a driver may decline to give: `speed`, `carrier` and `phys_port_name` of a network device answer
-        EINVAL or EOPNOTSUPP while there is nothing to say (Documentation/ABI/testing/sysfs-class-net)."""
+        """Return a text that a driver may decline to provide, or None: `speed`, `carrier` and `phys_port_name` of a
+        network device fail with EINVAL or EOPNOTSUPP while they have no value
+        (Documentation/ABI/testing/sysfs-class-net)."""
         try:
             return self.sysfs.text(path, None) or None
         except HostError as error:

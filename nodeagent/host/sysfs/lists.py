@@ -1,4 +1,4 @@
-"""The tolerant reader of the machine's shape: lists and masks of CPUs, numbered folders, files that must be there."""
+"""The lenient reader of the machine's topology: CPU lists and masks, numbered folders, files that must exist."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ _LISTS = ("list", "/online")
 
 
 class ListReader(Tolerant):
-    """Never raises. `warnings` is the caller's list and only ever grows."""
+    """Never raises. `warnings` is the caller's list and only grows."""
 
     def __init__(self, sysfs: SysFs, warnings: list[str]) -> None:
         super().__init__(sysfs)
         self.warnings = warnings
 
     def number(self, path: str, missing: int | None = None) -> int | None:
-        """A number; `missing` where there is no such file or it is empty, None where it is malformed."""
+        """Return a number, `missing` if the file is missing or empty, or None if it is malformed."""
         return self.read(lambda one: self.sysfs.number(one, missing), path)
 
     def cpus(self, path: str) -> CpuSet | None:
-        """A list file, or a mask file where the name does not say list; None where it is missing or malformed."""
+        """Return the CPUs in a list file, or, if the name is not that of a list, a mask file.
+        None if missing or malformed."""
         return self.read(self.sysfs.cpus if path.endswith(_LISTS) else self.sysfs.cpu_mask, path)
 
     def need(self, path: str, convert: Callable[[str], T]) -> T | None:
-        """A file through `convert`; that it is missing or empty is a warning as well."""
+        """Return a file's text through `convert`, or None with a warning; a missing or empty file is a warning too."""
         return self._through(lambda: self.sysfs.text(path), path, convert)
 
     def given(self, path: str, convert: Callable[[str], T]) -> T | None:
-        """A file through `convert`; None where the kernel does not have it. An empty one is converted too."""
+        """Return a file's text through `convert`, or None if the kernel does not have it. An
+        empty file is converted too."""
         return self._through(lambda: self.sysfs.text(path, None), path, convert)
 
     def _through(self, ask: Callable[[], str | None], path: str, convert: Callable[[str], T]) -> T | None:
@@ -49,7 +51,7 @@ class ListReader(Tolerant):
         return None
 
     def numbered(self, path: str, prefix: str) -> list[int]:
-        """The numbers N of the entries "prefixN" of a folder, sorted."""
+        """Return the numbers N of a folder's entries "prefixN", sorted."""
         found = self.read(lambda one: [number for number, _ in self.sysfs.numbered(one, prefix)], path) or []
         for number in found:
             if number > MAX_ID:

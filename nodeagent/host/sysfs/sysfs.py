@@ -1,9 +1,9 @@
 # ruff: noqa: PTH100, PTH110, PTH115, PTH118, PTH119, PTH208
 # Paths are strings here: a scan opens thousands of files, and building a Path costs more than a read.
-"""The one door to /sys, /proc and /dev. It takes a root, so a captured tree reads like the machine itself.
+"""The only access to /sys, /proc and /dev. It takes a root, so a captured tree reads like the machine itself.
 
-Reading is strict here and nowhere else: a value is what it must be, or HostError names the file and the value. What is
-optional is asked for with a default; a default answers for a missing file only, never for a malformed one.
+Reading is strict here and only here: a value is valid, or HostError names the file and the value. Optional files are
+read with a default, which applies only to a missing file, never to a malformed one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class SysFs:
         return f"SysFs({self.root!r})"
 
     def path(self, path: str) -> str:
-        """The full path of a file."""
+        """Return the full path of a file."""
         return self.root + path
 
     def exists(self, path: str) -> bool:
@@ -46,7 +46,9 @@ class SysFs:
     @overload
     def text(self, path: str, default: T) -> str | T: ...
     def text(self, path: str, default: object = _REFUSE) -> object:
-        """A file's text without the white space around it (kernel files end in a newline, some in NUL)."""
+        """Return a file's text without surrounding white space (kernel files end in a newline, some in NUL).
+
+        Raise HostError if it cannot be read; if it is missing, return the default if one is given."""
         try:
             return _read(self.root + path).decode("utf-8", "backslashreplace").strip("\0 \t\r\n")
         except OSError as error:
@@ -55,14 +57,14 @@ class SysFs:
             raise HostError(f"cannot read {self.root + path}: {error.strerror}") from None
 
     def content(self, path: str) -> bytes:
-        """A file's bytes as they are."""
+        """Return a file's raw bytes. Raise HostError if it cannot be read."""
         try:
             return _read(self.root + path)
         except OSError as error:
             raise HostError(f"cannot read {self.root + path}: {error.strerror}") from None
 
     def value(self, path: str, convert: Callable[[str], T], default: T | None = None) -> T | None:
-        """A file's text through `convert`; None or `default` where the file is missing or empty."""
+        """Return a file's text through `convert`, or `default` if the file is missing or empty."""
         text = self.text(path, None)
         if not text:
             return default
@@ -72,21 +74,21 @@ class SysFs:
             raise HostError(f"cannot read {self.path(path)}: {text[:80]!r} is not valid ({error})") from None
 
     def number(self, path: str, default: int | None = None) -> int | None:
-        """A decimal number, or one with 0x before it."""
+        """Return a number, decimal or with a 0x prefix."""
         return self.value(path, _number, default)
 
     def cpus(self, path: str, default: CpuSet | None = None) -> CpuSet | None:
-        """A list file ("0-3,8"); an empty file is the empty set, a missing one the default."""
+        """Return the CPUs in a list file ("0-3,8"). An empty file is the empty set, a missing one the default."""
         text = self.text(path, None)
         return default if text is None else _strictly(CpuSet.parse, text, self.path(path))
 
     def cpu_mask(self, path: str, default: CpuSet | None = None) -> CpuSet | None:
-        """An older mask file ("ffffffff,00000001")."""
+        """Return the CPUs in an older mask file ("ffffffff,00000001")."""
         text = self.text(path, None)
         return default if not text else _strictly(CpuSet.parse_mask, text, self.path(path))
 
     def names(self, path: str) -> list[str]:
-        """What lies in a folder, sorted; nothing where there is no such folder."""
+        """Return the names in a folder, sorted; empty if there is no such folder."""
         try:
             return sorted(os.listdir(self.root + path))
         except OSError as error:
@@ -95,7 +97,7 @@ class SysFs:
             raise HostError(f"cannot list {self.root + path}: {error.strerror}") from None
 
     def numbered(self, path: str, prefix: str) -> Iterator[tuple[int, str]]:
-        """The entries "prefixN" of a folder as (N, path of the entry), by N."""
+        """Yield the entries "prefixN" of a folder as (N, path of the entry), by N."""
         found = []
         for name in self.names(path):
             tail = name[len(prefix) :]
@@ -104,12 +106,12 @@ class SysFs:
         yield from sorted(found)
 
     def link_name(self, path: str) -> str | None:
-        """The last part of where a link points ("driver" -> "ixgbe"); None where there is no link."""
+        """Return the last part of a link's target ("driver" -> "ixgbe"), or None if there is no link."""
         target = self.link(path)
         return os.path.basename(target) if target is not None else None
 
     def link(self, path: str) -> str | None:
-        """Where a link points, as written."""
+        """Return a link's target as written, or None if there is no link."""
         try:
             return os.readlink(self.root + path)
         except OSError as error:
@@ -118,13 +120,14 @@ class SysFs:
             raise HostError(f"cannot read link {self.root + path}: {error.strerror}") from None
 
     def real(self, path: str) -> str:
-        """The path with its links followed, still below the root; the path itself where it leaves the root."""
+        """Return the path with links resolved, below the root; the path itself if it leaves the root."""
         full = os.path.realpath(self.root + path)
         return full[len(self.root) :] if full.startswith(self.root) else path
 
 
 def _read(path: str) -> bytes:
-    """The whole file: the kernel gives larger ones (/proc/cpuinfo, CPU lists of large machines) page by page."""
+    """Return a whole file: the kernel delivers larger ones (/proc/cpuinfo, CPU lists of
+    large machines) page by page."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         data = piece = os.read(handle, _PIECE_BYTES)

@@ -1,1 +1,1 @@
-"""What systemd is told: readiness, and the CPUs of slices."""
+"""Notifies systemd of readiness and of the CPUs of slices."""

@@ -1,4 +1,4 @@
-"""What systemd is told (sd_notify(3)). Without systemd every call does nothing."""
+"""Notifications to systemd (sd_notify(3)). Without systemd every call does nothing."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 
 
 class Notifier:
-    """Speaks to the socket that systemd names in NOTIFY_SOCKET."""
+    """Sends to the socket that systemd names in NOTIFY_SOCKET."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         self._address = environment.get("NOTIFY_SOCKET", "")
         usec = environment.get("WATCHDOG_USEC", "")
         mine = environment.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         self.watchdog_s = int(usec) / 2e6 if usec.isdecimal() and int(usec) and mine else None
-        """How often the watchdog wants a sign of life (half its limit); None: there is none."""
+        """Interval of the watchdog's keep-alives in seconds (half its limit), or None if there is no watchdog."""
 
     def ready(self) -> None:
         """Report that the service has started, or that a reload has ended."""
@@ -33,11 +33,11 @@ class Notifier:
         self._send("STOPPING=1")
 
     def status(self, text: str) -> None:
-        """One line for `systemctl status`; a line end in it would begin another word."""
+        """Set the line shown by `systemctl status`; line ends are removed, as they would start another variable."""
         self._send(f"STATUS={' '.join(text.split())}")
 
     async def keep_alive(self) -> None:
-        """Signs of life from the event loop itself, for as long as it turns."""
+        """Send keep-alives from the event loop itself, as long as it runs."""
         while self.watchdog_s is not None:
             self._send("WATCHDOG=1")
             await asyncio.sleep(self.watchdog_s)

@@ -1,10 +1,10 @@
-"""What systemd is told of the CPUs of pods' slices: drop-ins, in the folder of runtime units.
+"""Drop-ins in the folder of runtime units that give systemd the CPUs of pods' slices.
 
-systemd writes `cpuset.cpus` of a slice itself, from what its units say: when the first scope in it starts, and at each
-daemon-reload. Where no unit says anything it writes that every CPU may be used, over whatever was there. So it is told
-the same as the kernel: the shared pool in a drop-in for every slice whose name begins with kubepods, which new pods
-have from their first moment on, also while no agent runs; another one for each pod with CPUs of its own; and none for
-the slices of QoS classes, which hold both. Files in /run are gone with the next boot.
+systemd itself writes `cpuset.cpus` of a slice, from its units: when the first scope in it starts, and at each
+daemon-reload. Without a unit that sets CPUs it allows all of them, overwriting the current value. So systemd gets the
+same values as the kernel: the shared pool in a drop-in for every slice whose name begins with kubepods, which applies
+to new pods from their start, even while no agent runs; another drop-in for each pod with exclusive CPUs; and one
+without CPUs for the slices of QoS classes, which hold both. Files in /run do not survive a reboot.
 Source: systemd.unit(5) on drop-ins of prefixes, systemd.resource-control(5) AllowedCPUs=.
 """
 
@@ -22,16 +22,16 @@ from nodeagent.host.sysfs import atomic_file as files
 FILE = "50-nodeagent.conf"
 _HEAD = "# Kept by nodeagent: the CPUs of pods (docs/pinning.md). Changed at any time.\n[Slice]\n"
 _ONLY = f"{_HEAD}AllowedCPUs=\nAllowedCPUs="
-"""What several files assign adds up; an empty assignment forgets what was before."""
+"""Assignments in several files add up; an empty assignment discards earlier ones."""
 _CPUS = f"{_HEAD}AllowedCPUs=\nAllowedCPUs={{}}\n"
-"""Lists add up unless an empty one comes first: what was set before, by name of the file, counts no more."""
+"""Lists add up unless an empty assignment comes first, which discards those of files earlier in name order."""
 
 
 class SliceDropins:
-    """The drop-ins below one folder. What is on disk already is not written again."""
+    """The drop-ins below one folder. A file that is already up to date is not written again."""
 
     def __init__(self, folder: Path, layout: CgroupLayout) -> None:
-        """folder: of systemd's runtime units, /run/systemd/system."""
+        """folder: systemd's folder of runtime units, /run/systemd/system."""
         self._folder = folder
         self._classes = [layout.qos(qos).rpartition("/")[2] for qos in (BURSTABLE, BEST_EFFORT)]
         self._every = layout.top.rpartition("/")[2].removesuffix(".slice") + "-.slice"
@@ -39,13 +39,13 @@ class SliceDropins:
         self._applies = layout.driver == SYSTEMD
 
     def keep(self, shared: CpuSet | None, pods: Mapping[str, CpuSet]) -> None:
-        """Have systemd know the shared pool, and the CPUs of pods that have others, by the path of their cgroup. None:
-        pods are not confined. HostError where a file cannot be written or removed."""
+        """Write drop-ins for the shared pool and, by cgroup path, the CPUs of pods that have others. If `shared` is
+        None, pods are not confined. Raise HostError if a file cannot be written or removed."""
         if not self._applies or not self._folder.is_dir():
             return
         wanted = self._wanted(shared, pods) if shared else {}
         known = self._found() if self._there is None else self._there
-        # The classes come first: theirs is what keeps the one for all from them.
+        # Classes come first: theirs override the one for all slices.
         for unit, text in wanted.items():
             if known.get(unit) != text:
                 self._write(unit, text)
@@ -56,7 +56,7 @@ class SliceDropins:
         self._there = known
 
     def _wanted(self, shared: CpuSet, pods: Mapping[str, CpuSet]) -> dict[str, str]:
-        """Text by unit. A file of the same name in a folder that is named more exactly takes the place of another."""
+        """Return drop-in texts by unit. A drop-in of a more specific unit replaces one of the same name."""
         own = {path.rpartition("/")[2]: cpus for path, cpus in pods.items() if path.endswith(".slice")}
         return {
             **dict.fromkeys(self._classes, _HEAD),
@@ -65,7 +65,7 @@ class SliceDropins:
         }
 
     def _found(self) -> dict[str, str]:
-        """What an agent before this one has left."""
+        """Return the drop-ins that a previous agent left."""
         head = self._every.removesuffix(".slice")
         try:
             return {
@@ -81,6 +81,6 @@ class SliceDropins:
     def _remove(self, unit: str) -> None:
         path = self._folder / f"{unit}.d" / FILE
         files.remove(path)
-        # What somebody else has put there keeps the folder.
+        # Files of other programs keep the folder.
         with contextlib.suppress(OSError):
             path.parent.rmdir()

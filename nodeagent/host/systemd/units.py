@@ -1,9 +1,9 @@
-"""Tells systemd what its slices are confined to, so that it does not undo it.
+"""Passes the cpusets of slices to systemd, so that systemd does not undo them.
 
-A slice's cpuset is systemd's own: it writes the file anew whenever it realizes the slice, which it does when the first
-container in it starts and at `daemon-reload`, and what it was not told it resets. Once told it writes the same as we.
-Only what systemd calls transient is set: nothing stays over a reboot, or over the slice.
-Speaks D-Bus with systemd's private socket, one method of it; each call blocks, no longer than CALL_S.
+systemd owns a slice's cpuset: it rewrites the file whenever it realizes the slice, that is, when the first container in
+it starts and at `daemon-reload`, and resets what it does not know. Once it knows the CPUs, it writes the same values as
+the agent. Only transient properties are set: nothing outlives a reboot or the slice.
+Calls one method over D-Bus on systemd's private socket; each call blocks for at most CALL_S.
 Sources: org.freedesktop.systemd1(5), the D-Bus specification (message protocol, SASL), systemd.resource-control(5).
 """
 
@@ -21,28 +21,28 @@ from nodeagent.host.sysfs.sysfs import SysFs
 
 SOCKET = "run/systemd/private"
 CALL_S = 0.5
-"""Control groups wait meanwhile, and with them the runtime, which drops a plugin that is silent for 2 s. systemd may be
-silent for longer, as while it reloads: it is asked again."""
+"""Cgroups wait for a call, and with them the runtime, which drops a plugin that is silent for 2 s. systemd may be
+silent for longer, as during a reload; then the call is repeated later."""
 _MANAGER, _PATH = "org.freedesktop.systemd1.Manager", "/org/freedesktop/systemd1"
 _PEER = "org.freedesktop.DBus.Peer"
 _CALL, _RETURN, _ERROR = 1, 2, 3
-"""Types of messages."""
+"""Message types."""
 _AT_PATH, _INTERFACE, _MEMBER, _REPLY_TO, _SIGNATURE = 1, 2, 3, 5, 8
-"""Fields of their headers."""
+"""Header fields."""
 _FIXED = struct.Struct("<cBBBIII")
 _LARGEST_BYTES = 1 << 16
 
 
 def is_slice(path: str) -> bool:
-    """Whether a cgroup is one of systemd's slices."""
+    """Return whether a cgroup is one of systemd's slices."""
     return path.endswith(".slice")
 
 
 class Systemd:
-    """One connection, for a few calls in a row; `close` ends it."""
+    """One connection for a few calls in a row; `close` ends it."""
 
     def __init__(self, sysfs: SysFs) -> None:
-        """Connects. HostError where there is no systemd, or it does not want us."""
+        """Connect. Raise HostError if there is no systemd or it rejects the connection."""
         self._address = sysfs.path(SOCKET)
         self._serial = 0
         self._socket = socket.socket(socket.AF_UNIX)
@@ -60,16 +60,16 @@ class Systemd:
         self._socket.close()
 
     def allow(self, unit: str, cpus: CpuSet) -> str:
-        """Have systemd write these CPUs for a slice, now and whenever it writes; why it does not want to, or "".
-        HostError: it does not answer, and this connection is of no use any more."""
+        """Have systemd set these CPUs for a slice, now and at each later write. Return why it refuses; empty if it
+        agrees. Raise HostError if it does not answer; the connection is then unusable."""
         with self._said(f"confine {unit} through"):
             refusal = self._call(_MANAGER, "SetUnitProperties", b"sba(sv)", _properties(unit, cpus))
-            # It writes after its answer and before the next one: after this nothing of it is still to come.
+            # systemd writes after this answer and before the next one: after the Ping no write is outstanding.
             self._call(_PEER, "Ping")
         return refusal
 
     def _call(self, interface: str, member: str, signature: bytes = b"", body: bytes = b"") -> str:
-        """What it says against it, or ""."""
+        """Return the error message of a call; empty if it succeeded."""
         self._serial += 1
         self._socket.sendall(_message(self._serial, interface, member, signature, body))
         while (answer := self._answered()) is None:
@@ -85,8 +85,8 @@ class Systemd:
             raise HostError(f"cannot {what} {self._address}: {why}") from None
 
     def _introduce(self) -> None:
-        """SASL: who we are the kernel says. All at once, as systemd's own library does: what follows a BEGIN that came
-        alone is left lying."""
+        """Authenticate with SASL; the kernel provides our identity. Send everything at once, as systemd's own library
+        does: data after a BEGIN sent on its own is not read."""
         user = str(os.geteuid()).encode().hex().encode()
         self._socket.sendall(b"\0AUTH EXTERNAL " + user + b"\r\nNEGOTIATE_UNIX_FD\r\nBEGIN\r\n")
         for wanted in (b"OK ", b"AGREE_UNIX_FD"):
@@ -97,7 +97,8 @@ class Systemd:
                 raise ValueError(f"it answers {answer[:80]!r}")
 
     def _answered(self) -> str | None:
-        """Read one message: what it says against the call, ""; None: it is about something else."""
+        """Read one message. Return the error message of the call, empty if it succeeded, or
+        None for an unrelated message."""
         _, kind, _, _, body_bytes, _, fields_bytes = _FIXED.unpack(self._read(_FIXED.size))
         if max(body_bytes, fields_bytes) > _LARGEST_BYTES:
             raise ValueError(f"it answers with {body_bytes} and {fields_bytes} bytes")
@@ -119,7 +120,8 @@ class Systemd:
 
 
 def _properties(unit: str, cpus: CpuSet) -> bytes:
-    """The arguments of SetUnitProperties: unit, "only until it ends", and one property, an array of bytes of bits."""
+    """Return the arguments of SetUnitProperties: unit, runtime (not persistent), and one
+    property, a byte array of bits."""
     mask = cpus.mask
     bits = mask.to_bytes(max(1, (mask.bit_length() + 7) // 8), "little")
     head = _string(unit)

@@ -18,7 +18,7 @@ _UNITS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
 def read(reader: ListReader, online: CpuSet, cores: Iterable[CpuSet]) -> tuple[CacheGroup, ...]:
-    """All caches, by level, then by lowest member; `index` counts them within their level."""
+    """Return all caches, by level, then by lowest member; `index` counts them within their level."""
     levels: dict[int, dict[CpuSet, str]] = {}
     core_of = {cpu: core for core in cores for cpu in core}
     for level, cpus, path in _entries(reader, online, core_of):
@@ -32,10 +32,9 @@ def read(reader: ListReader, online: CpuSet, cores: Iterable[CpuSet]) -> tuple[C
 
 
 def _entries(reader: ListReader, online: CpuSet, core_of: Mapping[int, CpuSet]) -> Iterator[tuple[int, CpuSet, str]]:
-    """Level, members and folder of each cache, once for all its members: their folders are numbered alike.
+    """Yield level, members and folder of each cache, once for all its members: their folders have the same numbers.
 
-    A CPU that shares its first-level cache with one whose folders were all good shares the others too and is not
-    looked at.
+    A CPU that shares its first-level cache with one whose folders were all valid shares the others too and is skipped.
     """
     known: dict[str, CpuSet] = {}
     done = EMPTY
@@ -56,7 +55,7 @@ def _entries(reader: ListReader, online: CpuSet, core_of: Mapping[int, CpuSet]) 
 
 
 def _entry(reader: ListReader, cpu: int, core: CpuSet, path: str) -> tuple[int, CpuSet] | None:
-    """Level and members; level 0, of no further interest, for an instruction cache."""
+    """Return level and members, or None if unreadable. Instruction caches, which are not used, get level 0."""
     kind = reader.need(f"{path}/type", _kind)
     if kind is None:
         return None
@@ -68,9 +67,10 @@ def _entry(reader: ListReader, cpu: int, core: CpuSet, path: str) -> tuple[int, 
 
 
 def _members(reader: ListReader, cpu: int, core: CpuSet, path: str) -> CpuSet | None:
-    """Mask before list: kernels before 5.16 cut both off at one page, and a list of every second CPU gets there first.
+    """Return the CPUs that share a cache, or None if neither file is valid. The mask comes before the list: kernels
+    before 5.16 truncate both at one page, and a list of every second CPU reaches that first.
 
-    An empty mask (ia64) is a cache that the kernel knows and nobody else shares: it is the core's.
+    An empty mask (ia64) is a known cache that no other core shares; it belongs to this core.
     """
     for name in ("shared_cpu_map", "shared_cpu_list"):
         members = reader.cpus(f"{path}/{name}")
@@ -83,7 +83,7 @@ def _members(reader: ListReader, cpu: int, core: CpuSet, path: str) -> CpuSet | 
 
 
 def _add(reader: ListReader, groups: dict[CpuSet, str], cpus: CpuSet, path: str) -> None:
-    """Keep a cache unless it overlaps another of its level; the same cache found twice is one."""
+    """Add a cache unless it overlaps another of its level. The same cache found twice counts once."""
     if cpus in groups:
         return
     if all(cpus.isdisjoint(other) for other in groups):

@@ -1,8 +1,9 @@
-"""Which CPUs of a hybrid machine are fast and which are frugal.
+"""Which CPUs of a hybrid machine are fast and which are efficient.
 
-The first source that speaks of every online CPU decides: the PMUs cpu_core, cpu_atom and cpu_lowpower (Intel hybrid),
-cpu_capacity (Arm, and newer kernels elsewhere), the base frequency, the maximum frequency. Numbers make a new tier only
-where the next slower CPU is more than 15 % slower: cores of one kind differ by less ("favoured" cores turbo higher).
+The first source that covers every online CPU decides: the PMUs cpu_core, cpu_atom and cpu_lowpower (Intel
+hybrid), cpu_capacity (Arm, and newer kernels elsewhere), the base frequency, the maximum frequency. Numbers
+start a new tier only where the next slower CPU is more than 15 % slower: cores of one kind differ by less
+("favoured" cores turbo higher).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _PMUS = ("cpu_core", "cpu_atom", "cpu_lowpower")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:
-    """How fast one CPU is, as far as the kernel says."""
+    """The speed of one CPU, as far as the kernel reports it."""
 
     capacity: int | None = None
     base_khz: int | None = None
@@ -29,7 +30,7 @@ class Speed:
 
 
 def speeds(reader: ListReader, cores: Iterable[CpuSet]) -> dict[int, Speed]:
-    """The speed of each CPU, read once per core: the threads of a core run at one clock."""
+    """Return the speed of each CPU, read once per core: the threads of a core run at the same clock."""
     found: dict[int, Speed] = {}
     for core in cores:
         found.update(dict.fromkeys(core, _speed(reader, f"sys/devices/system/cpu/cpu{core.first()}")))
@@ -53,7 +54,7 @@ def _positive(reader: ListReader, path: str) -> int | None:
 
 
 def kinds(reader: ListReader, online: CpuSet, speed: Mapping[int, Speed]) -> dict[int, str]:
-    """The kind of each CPU; empty where all are alike or nothing tells them apart."""
+    """Return the kind of each CPU; empty if all are alike or cannot be distinguished."""
     tiers = _pmu_tiers(reader, online) or _speed_tiers(online, speed)
     if len(tiers) < 2:
         return {}
@@ -78,7 +79,7 @@ def _speed_tiers(online: CpuSet, speed: Mapping[int, Speed]) -> list[CpuSet]:
 
 
 def _tiers(online: CpuSet, ask: Callable[[int], int | None]) -> list[CpuSet]:
-    """CPUs of like numbers together, the largest first; nothing where the number of any CPU is unknown."""
+    """Return groups of CPUs with similar numbers, the largest numbers first; empty if any CPU's number is unknown."""
     numbers = {cpu: number for cpu in online if (number := ask(cpu)) is not None}
     if len(numbers) < len(online):
         return []

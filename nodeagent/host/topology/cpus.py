@@ -1,8 +1,8 @@
-"""The CPUs of the machine: which there are, what they share, where they lie. With caches and NUMA nodes: its shape.
+"""The CPUs of the machine: which exist, what they share, where they are. With caches and NUMA nodes: the topology.
 
-Who shares a package, die, cluster or core is read from the kernel's lists of siblings, once for all members of a list:
-core_id repeats on every package and decides only on kernels that list no siblings. One bad file never fails another:
-its item is left out, and `Inventory.warnings` names file and value.
+Packages, dies, clusters and cores come from the kernel's sibling lists, read once for all members of a list. core_id
+repeats in every package and is used only on kernels without sibling lists. One bad file never affects another: its item
+is left out, and `Inventory.warnings` names file and value.
 Source: Documentation/admin-guide/cputopology.rst.
 """
 
@@ -23,7 +23,7 @@ from nodeagent.host.topology import numa_nodes as memory
 
 _CPU = "sys/devices/system/cpu"
 _NO_SUCH_LEVEL = (-1, 65535)
-"""die_id and cluster_id where the platform has none; x86 stores -1 in 16 bits."""
+"""die_id and cluster_id if the platform has none; x86 stores -1 in 16 bits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +37,8 @@ class _Levels:
 
 
 def read(sysfs: SysFs) -> Inventory:
-    """CPUs, caches, NUMA nodes and hugepages, as an inventory without devices. Never raises for what a file holds or
-    lacks. CPUs that are only possible (empty sockets, room for hotplug) are not offline."""
+    """Return CPUs, caches, NUMA nodes and hugepages as an inventory without devices. Faulty or missing files raise
+    nothing. CPUs that are only possible (empty sockets, hotplug slots) do not count as offline."""
     warnings: list[str] = []
     reader = ListReader(sysfs, warnings)
     online = _online(reader)
@@ -95,7 +95,7 @@ def _cpus(
 
 
 def _index(groups: Iterable[CpuSet]) -> Mapping[int, int]:
-    """The number of each CPU's group, counted by lowest member."""
+    """Return the index of each CPU's group, counted by lowest member."""
     return {cpu: index for index, group in enumerate(sorted(groups, key=CpuSet.first)) for cpu in group}
 
 
@@ -103,16 +103,16 @@ def _index(groups: Iterable[CpuSet]) -> Mapping[int, int]:
 
 
 def _listed(reader: ListReader, name: str) -> CpuSet | None:
-    """One of the lists beside the folders of the CPUs; None where it is missing or malformed."""
+    """Return one of the lists next to the CPU folders, or None if it is missing or malformed."""
     return reader.given(f"{_CPU}/{name}", _list)
 
 
 def _list(text: str) -> CpuSet:
-    return EMPTY if text == "(null)" else CpuSet.parse(text)  # how some kernels print nohz_full where it is not set
+    return EMPTY if text == "(null)" else CpuSet.parse(text)  # how some kernels print an unset nohz_full
 
 
 def _online(reader: ListReader) -> CpuSet:
-    """The list; before 2.6.26, or where it is bad, the folders of the CPUs; without those /proc/cpuinfo."""
+    """Return the online list; if it is bad (or before 2.6.26), the CPU folders; without those, /proc/cpuinfo."""
     listed = _listed(reader, "online")
     if listed:
         return listed
@@ -125,7 +125,7 @@ def _online(reader: ListReader) -> CpuSet:
 
 
 def _processors(text: str) -> CpuSet:
-    """Lines "processor : 3", on s390 "processor 3: version = ..."."""
+    """Return the CPUs in lines "processor : 3" (on s390 "processor 3: version = ...")."""
     found = CpuSet(int(number) for number in re.findall(r"^processor\s*:?\s*(\d{1,5})\b", text, re.MULTILINE))
     if not found:
         raise ValueError("no processor line")
@@ -157,7 +157,7 @@ def _packages(reader: ListReader, online: CpuSet) -> list[CpuSet]:
 
 
 def _dies(reader: ListReader, package: CpuSet) -> list[CpuSet]:
-    """CPUs that no list puts on a die are one die, most often the whole package."""
+    """Return the dies of a package. CPUs in no die list form one die, usually the whole package."""
     groups, left = _siblings(reader, package, ("die_cpus_list", "die_cpus"))
     return [*groups, left] if left else groups
 
@@ -168,7 +168,7 @@ def _clusters(reader: ListReader, package: CpuSet) -> list[CpuSet]:
 
 
 def _cores(reader: ListReader, package: CpuSet) -> list[CpuSet]:
-    """Without lists, equal ids at every level are one core; a CPU without core_id is a core of its own."""
+    """Return the cores. Without lists, equal ids at every level are one core; a CPU without core_id is its own core."""
     files = ("core_cpus_list", "thread_siblings_list", "core_cpus", "thread_siblings")
     groups, left = _siblings(reader, package, files)
     by_id = _same_ids(reader, left, ("die_id", "cluster_id", "core_id"))
@@ -178,7 +178,7 @@ def _cores(reader: ListReader, package: CpuSet) -> list[CpuSet]:
 
 
 def _siblings(reader: ListReader, cpus: CpuSet, files: Sequence[str]) -> tuple[list[CpuSet], CpuSet]:
-    """Disjoint groups that cover those of `cpus` that any list names, and the CPUs that none names."""
+    """Return disjoint groups of the CPUs that any list names, and the CPUs that none names."""
     groups, left = [], cpus
     for cpu in cpus:
         path, members = _members(reader, cpu, files) if cpu in left else ("", EMPTY)
@@ -191,7 +191,7 @@ def _siblings(reader: ListReader, cpus: CpuSet, files: Sequence[str]) -> tuple[l
 
 
 def _members(reader: ListReader, cpu: int, files: Sequence[str]) -> tuple[str, CpuSet]:
-    """What the first good one of the files says, and which it was; empty where none is good."""
+    """Return the first valid file and its members; empty if none is valid."""
     for name in files:
         path = f"{_CPU}/cpu{cpu}/topology/{name}"
         members = reader.cpus(path)
@@ -203,7 +203,7 @@ def _members(reader: ListReader, cpu: int, files: Sequence[str]) -> tuple[str, C
 
 
 def _same_ids(reader: ListReader, cpus: CpuSet, names: Sequence[str]) -> dict[tuple[int | None, ...], list[int]]:
-    """CPUs by what those files of their folder hold; None for what is missing, bad or -1."""
+    """Return CPUs by the ids in those files of their folder; None for what is missing, bad or -1."""
     groups: dict[tuple[int | None, ...], list[int]] = {}
     for cpu in cpus:
         numbers = (reader.number(f"{_CPU}/cpu{cpu}/topology/{name}") for name in names)

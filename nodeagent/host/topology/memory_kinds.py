@@ -1,12 +1,12 @@
-"""What kind of memory a NUMA node has, decided in this order:
+"""The kind of memory of a NUMA node, decided in this order:
 
 1. no memory: "none";
-2. the NVIDIA driver names the node as a GPU's memory (/proc/driver/nvidia/gpus/*/numa_status): "gpu";
+2. the NVIDIA driver lists the node as a GPU's memory (/proc/driver/nvidia/gpus/*/numa_status): "gpu";
 3. no CPUs, and a DAX device onlined it as memory: below an NVDIMM bus "pmem", below a CXL region "cxl";
 4. the firmware's bandwidth to the nearest CPUs (ACPI HMAT, access1 then access0): twice that of the slowest node with
    CPUs or more is "hbm"; half of it or less, without CPUs, is "cxl";
 5. no CPUs and no bandwidth: a faster memory tier than that of all nodes with CPUs is "hbm", a slower one "cxl";
-6. else "dram".
+6. otherwise "dram".
 
 Sources: Documentation/admin-guide/mm/numaperf.rst, Documentation/ABI/testing/sysfs-kernel-mm-memory-tiers.
 """
@@ -28,20 +28,20 @@ _TIERS = "sys/devices/virtual/memory_tiering"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Evidence:
-    """What the machine says of its nodes, by node."""
+    """What the machine reports about its nodes, by node."""
 
     gpu: frozenset[NodeId]
     dax: Mapping[NodeId, str]
     bandwidth: Mapping[NodeId, int]
     """MB/s."""
     tier: Mapping[NodeId, int]
-    """The lower the faster."""
+    """Lower is faster."""
 
 
 def kinds(
     reader: ListReader, cpus: Mapping[NodeId, CpuSet], memory_bytes: Mapping[NodeId, int]
 ) -> Mapping[NodeId, str]:
-    """The kind of each node; `cpus` and `memory_bytes` have the same keys."""
+    """Return the kind of each node; `cpus` and `memory_bytes` have the same keys."""
     with_cpus = [node for node in cpus if cpus[node]]
     found = _Evidence(gpu=_gpu_nodes(reader), dax=_dax(reader), bandwidth=_bandwidth(reader, cpus), tier=_tiers(reader))
     return {node: _kind(node, found, with_cpus) if memory_bytes[node] else "none" for node in cpus}
@@ -75,7 +75,8 @@ def _by_tier(node: NodeId, found: _Evidence, with_cpus: list[NodeId]) -> str:
 
 
 def _gpu_nodes(reader: ListReader) -> frozenset[NodeId]:
-    """The file exists where the driver gives GPU memory to the kernel (Grace Hopper, POWER9)."""
+    """Return the nodes with GPU memory. The file exists if the driver gives GPU memory to the
+    kernel (Grace Hopper, POWER9)."""
     nodes = (reader.given(f"{_GPUS}/{name}/numa_status", _numa_status) for name in reader.names(_GPUS))
     return frozenset(node for node in nodes if node is not None)
 
@@ -88,7 +89,7 @@ def _numa_status(text: str) -> NodeId:
 
 
 def _dax(reader: ListReader) -> dict[NodeId, str]:
-    """Nodes whose memory is a persistent or CXL memory device. Soft-reserved memory (hmem) can be of any kind."""
+    """Return the nodes with persistent or CXL memory. Soft-reserved memory (hmem) can be of any kind."""
     found: dict[NodeId, str] = {}
     for name in reader.names(_DAX):
         path = f"{_DAX}/{name}"
@@ -101,7 +102,7 @@ def _dax(reader: ListReader) -> dict[NodeId, str]:
 
 
 def _bandwidth(reader: ListReader, nodes: Mapping[NodeId, CpuSet]) -> dict[NodeId, int]:
-    """Read bandwidth from the nearest CPUs (access1); access0 counts other initiators such as GPUs as well."""
+    """Return the read bandwidth from the nearest CPUs (access1); access0 also counts other initiators such as GPUs."""
     found: dict[NodeId, int] = {}
     for node in nodes:
         for access in ("access1", "access0"):

@@ -1,4 +1,4 @@
-"""NUMA nodes: their CPUs, memory, distances and hugepages, and what kind of memory each has.
+"""NUMA nodes: their CPUs, memory, distances and hugepages, and the kind of memory of each.
 
 Any ids, nodes without CPUs and nodes without memory are normal. A machine without node folders (s390, Arm, kernels
 without NUMA) is one node 0 with all online CPUs and the memory of /proc/meminfo.
@@ -22,7 +22,7 @@ _NODE = "sys/devices/system/node"
 
 
 def read(reader: ListReader, online: CpuSet) -> tuple[NumaNode, ...]:
-    """All nodes in order of id. Every online CPU is on at most one of them."""
+    """Return all nodes in order of id. Every online CPU is on at most one of them."""
     ids = reader.numbered(_NODE, "node")
     cpus = _cpus(reader, ids, online) if ids else {0: online}
     memory_bytes = {node: _total(reader, f"{_NODE}/node{node}/meminfo" if ids else "proc/meminfo") for node in cpus}
@@ -46,7 +46,7 @@ def read(reader: ListReader, online: CpuSet) -> tuple[NumaNode, ...]:
 
 
 def _total(reader: ListReader, path: str) -> int:
-    """Bytes of memory; 0 where the file cannot be read."""
+    """Return the bytes of memory, or 0 if the file cannot be read."""
     return reader.need(path, _read_total) or 0
 
 
@@ -61,7 +61,7 @@ def _read_total(text: str) -> int:
 
 
 def _cpus(reader: ListReader, ids: Sequence[NodeId], online: CpuSet) -> dict[NodeId, CpuSet]:
-    """The online CPUs of each node. Where lists overlap or are bad, the link in the CPU's folder decides."""
+    """Return the online CPUs of each node. If lists overlap or are bad, the link in the CPU's folder decides."""
     claims = dict.fromkeys(ids, EMPTY)
     disputed = EMPTY
     for node in ids:
@@ -75,7 +75,7 @@ def _cpus(reader: ListReader, ids: Sequence[NodeId], online: CpuSet) -> dict[Nod
 
 
 def _claim(reader: ListReader, node: NodeId) -> tuple[str, CpuSet]:
-    """What the node says of itself, and the file that says it."""
+    """Return the file with the node's own CPU list, and its CPUs."""
     for name in ("cpulist", "cpumap"):
         path = f"{_NODE}/node{node}/{name}"
         cpus = reader.cpus(path)
@@ -99,7 +99,7 @@ def _settled(
 
 
 def _home(reader: ListReader, cpu: int, claims: Mapping[NodeId, CpuSet]) -> NodeId | None:
-    """The node that the kernel itself counts the CPU to; without that, the lowest node that lists it."""
+    """Return the node to which the kernel assigns the CPU; without that, the lowest node that lists it, or None."""
     for node in reader.numbered(f"{_CPU}/cpu{cpu}", "node"):
         if node in claims:
             return node
@@ -110,7 +110,7 @@ def _home(reader: ListReader, cpu: int, claims: Mapping[NodeId, CpuSet]) -> Node
 
 
 def _order(reader: ListReader, ids: Sequence[NodeId]) -> list[NodeId]:
-    """The nodes in the columns of a distance row: the online ones, which a partial capture may not hold all."""
+    """Return the nodes in the columns of a distance row: the online ones, some of which a partial capture may lack."""
     listed = reader.cpus(f"{_NODE}/online")
     return list(listed) if listed else list(ids)
 
