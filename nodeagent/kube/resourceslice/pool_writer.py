@@ -180,7 +180,7 @@ class PoolLane:
         self._free_s = max(now_s, self._free_s) + self._pace.batch_s
 
     def _hold(self, now_s: float, doublings: int, first_s: float, why: str) -> None:
-        # The exponent is bounded: 2.0 to a larger one overflows a float.
+        # The exponent is bounded: a very large one would overflow the float.
         self._held_until_s = now_s + min(first_s * 2.0 ** min(doublings, 64), self._pace.most_s)
         self._why_held = why
 
