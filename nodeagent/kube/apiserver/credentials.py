@@ -44,7 +44,7 @@ class Access:
 
     @property
     def authority(self) -> str:
-        """host:port, as messages and the Host header show it."""
+        """Return host:port, as messages and the Host header show it."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 

@@ -57,7 +57,7 @@ class SocketIdentity(NamedTuple):
     """One socket of another process, as a SocketWatch saw it: different from every other socket that watch sees."""
 
     number: int
-    """How many sockets the watch had seen at the path by then."""
+    """How many sockets the watch has seen at the path, including this one."""
     inode: int
 
 

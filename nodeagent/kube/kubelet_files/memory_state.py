@@ -40,9 +40,9 @@ class MemoryState:
     policy_conflict: str = ""
     """How configuration and state contradict each other, or "" if they agree."""
     assigned: Mapping[tuple[str, str], tuple[MemoryBlock, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """By pod UID and container name."""
+    """Memory by pod UID and container name."""
     pods: Mapping[str, tuple[MemoryBlock, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """Of whole pods, by UID; includes what their containers have."""
+    """Memory of whole pods, by UID; it includes that of their containers."""
 
     @property
     def static(self) -> bool:

@@ -23,7 +23,7 @@ class PublishState(StrEnum):
 
 
 WAITING, PUBLISHED, FAILED = PublishState
-"""Of one pool, or of all: not written yet, without any error; stored by the server; the last attempt failed."""
+"""State of one pool, or of all: not written yet, without any error; stored by the server; the last attempt failed."""
 
 log = structlog.get_logger()
 

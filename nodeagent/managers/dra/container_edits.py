@@ -22,7 +22,7 @@ from nodeagent.resources.offer import Offer, held_variables, nodes_of_cpus, numb
 from nodeagent.state import grant_json as storedgrant
 
 CLAIMS_FOLDER = "/var/run/nodeagent/claims"
-"""Where a container finds what it holds: CLAIMS_FOLDER/NAME/metadata.json."""
+"""Where a container finds the metadata of its claims: CLAIMS_FOLDER/NAME/metadata.json."""
 MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 - where NVIDIA's control daemon has its pipes unless told otherwise
 
 

@@ -106,8 +106,8 @@ class ContainerTable:
 
     @contextlib.contextmanager
     def asking(self, container: Container) -> Iterator[None]:
-        """Record a container that the runtime wants to create. If the context ends in an error there is none, unless
-        its cgroup appeared because the runtime did not wait for the answer."""
+        """Record a container that the runtime wants to create. If the context ends in an error, forget it again, unless
+        its cgroup has appeared because the runtime did not wait for the answer."""
         entry = self.tell(container)
         entry.asked = True
         try:

@@ -71,8 +71,8 @@ class CgroupReconciler:
         self._config = config
         self._began = began
         self._judged: dict[str, bool] = {}
-        """Paths of cgroups whose location before their first confinement was checked, and whether their grants were
-        known by then."""
+        """Paths of cgroups that were checked for where their processes ran before they were first confined, and whether
+        their grants were known by then."""
         self._turn = asyncio.Lock()
         self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
         self._planned_of: Situation | None = None
@@ -191,7 +191,7 @@ class CgroupReconciler:
             return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(entry)
 
     def _missing(self, entry: ContainerEntry) -> str:
-        """Return why a container cannot be confined whose cgroup is not at its reported path, or ""."""
+        """Return why a container cannot be confined because its cgroup is not at its reported path, or ""."""
         pin = self._plan.containers.get(entry.container.id, Pin())
         if not pin.grants or self.enforcer is None or entry.path in self.enforcer.states:
             return ""
