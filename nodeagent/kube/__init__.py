@@ -1,1 +1,1 @@
-"""Wire adapters: protobuf in, core values through, protobuf out. No decisions."""
+"""Wire adapters: protobuf or JSON in, core values, protobuf or JSON out. No decisions."""

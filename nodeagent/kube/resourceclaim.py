@@ -1,6 +1,6 @@
-"""ResourceClaims of resource.k8s.io/v1 as the API server sends them: read strictly, written as device status.
+"""ResourceClaims of resource.k8s.io/v1 as the API server sends them: strict parsing, and device status for writing.
 
-A claim that cannot be read is an InputError that names the field; fields that nobody here needs are passed over.
+A claim that cannot be parsed raises InputError naming the field; fields that the agent does not use are ignored.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from nodeagent.errors import InputError
 
 
 class _Camel(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
-    """As Kubernetes writes its fields; unknown ones are let pass: a newer server has more."""
+    """Base of structs with Kubernetes field names (camelCase). Unknown fields are ignored: a newer server sends
+    more."""
 
 
 class _Meta(_Camel, frozen=True):
@@ -72,7 +73,11 @@ class _ResourceClaim(_Camel, frozen=True):
 
 
 def read(document: Mapping[str, Any], driver: str) -> Claim:
-    """A claim; InputError names the field and what was expected. Capacities lose the driver's own domain."""
+    """Return the claim in a decoded JSON document.
+
+    `driver` is this driver's name: its domain prefix is removed from the names of consumed capacities. Raise InputError
+    with the field and what was expected.
+    """
     try:
         found = msgspec.convert(document, _ResourceClaim)
     except msgspec.ValidationError as error:
@@ -122,7 +127,7 @@ def _opaque(found: _Config) -> Opaque:
 
 
 def device_status(ref: ClaimRef, devices: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """The body of a server-side apply of status.devices."""
+    """Return the body for a server-side apply of status.devices."""
     return {
         "apiVersion": "resource.k8s.io/v1",
         "kind": "ResourceClaim",
@@ -132,7 +137,7 @@ def device_status(ref: ClaimRef, devices: Iterable[Mapping[str, Any]]) -> dict[s
 
 
 def one_status(result: Result, *, ready: bool, reason: str, message: str, at: str, data: Mapping[str, Any]) -> Any:
-    """AllocatedDeviceStatus of one device. at: RFC 3339."""
+    """Return the AllocatedDeviceStatus of one device, with `at` in RFC 3339 as the condition's transition time."""
     condition = {
         "type": "Ready",
         "status": "True" if ready else "False",

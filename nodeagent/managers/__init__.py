@@ -1,1 +1,1 @@
-"""What runs: each manager keeps one desired state in force."""
+"""The managers: each keeps one desired state in force."""

@@ -1,8 +1,8 @@
-"""This node's kubelet at one moment: how it was started, how it is configured, what its managers have given away.
+"""This node's kubelet at one moment: how it was started, how it is configured, what its managers have assigned.
 
-Its command line says where its configuration lies and is part of it. Where no command line can be seen, as from a
-container in a PID namespace of its own, or of a kubelet that runs inside another program, what is usual is assumed, and
-`unseen` says so.
+Its command line says where its configuration is, and is part of it. If no command line is visible (from a container in
+its own PID namespace, or for a kubelet embedded in another program), the usual locations are assumed, and `unseen` says
+so.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from nodeagent.kube.kubelet_files.memory_state import MemoryState
 
 T = TypeVar("T")
 ROOT = "/var/lib/kubelet"
-"""kubelet's --root-dir where it is not given."""
+"""Kubelet's default --root-dir."""
 CONFIG_FILE, DROP_INS = "config.yaml", "etc/kubernetes/kubelet.conf.d"
-"""Where kubeadm puts the file of --config, below kubelet's folder; the folder of --config-dir in Kubernetes'
-documentation. Kubelet itself reads neither unless a flag names it."""
+"""Where kubeadm puts the --config file, in kubelet's folder; the --config-dir folder in the Kubernetes documentation.
+Kubelet itself reads neither unless a flag names it."""
 SOCKET = "device-plugins/kubelet.sock"
 NAMES = ("kubel", "hyperkube", "k3s")
-"""Parts of the names (comm) of kubelets and of the programs below."""
+"""Parts of the process names (comm) of kubelets and of the programs below."""
 EMBEDDING = {"kubelite": (), "k3s": ("server", "agent"), "k3s-server": (), "k3s-agent": ()}
-"""Programs that run a kubelet inside themselves, with the subcommands with which they do."""
+"""Programs that embed a kubelet, with the subcommands that start it; none if every invocation does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class Started:
     pid: int
     flags: Flags
     folder: str
-    """Its working directory; "" where it may not be read."""
+    """Its working directory, or "" if it cannot be read."""
 
     def __str__(self) -> str:
         return f"kubelet (process {self.pid})"
@@ -56,15 +56,15 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kubelet:
-    """What is known of this node's kubelet."""
+    """What is known about this node's kubelet."""
 
     started: Started | None = None
-    """None where its command line cannot be seen."""
+    """None if its command line is not visible."""
     unseen: str = ""
-    """Why its command line cannot be seen and what is assumed; "" where it is seen or there is no kubelet."""
+    """Why its command line is not visible and what is assumed; "" if it is visible or there is no kubelet."""
     config: KubeletConfig = field(default_factory=KubeletConfig)
     cpus: KubeletState | None = None
-    """None: it cannot be told, `cpus_error` says why."""
+    """None if unknown; `cpus_error` says why."""
     cpus_error: str = ""
     memory: MemoryState | None = None
     memory_error: str = ""
@@ -73,10 +73,10 @@ class Kubelet:
 def look(
     sysfs: SysFs, kubelet_dir: Path, named: KubeletConfigConfig | None = None, before: Started | None = None
 ) -> Kubelet:
-    """Look at the kubelet whose folder this is (/var/lib/kubelet). Blocks for some milliseconds; raises nothing.
+    """Inspect the kubelet whose folder this is (/var/lib/kubelet). Blocks for some milliseconds; raises nothing.
 
-    named: where its configuration lies, in place of what its command line says. before: how it was started when it was
-    last seen, which counts while there is none.
+    `named` gives the location of its configuration, overriding its command line. `before` is how it was started when it
+    was last seen, and is used while none is found.
     """
     named = named or KubeletConfigConfig()
     known = Kubelet(started=before)
@@ -122,8 +122,11 @@ def _assumed(config: KubeletConfig) -> str:
 
 
 def _find(sysfs: SysFs, kubelet_dir: Path) -> tuple[Started | None, str]:
-    """(this node's kubelet, why it cannot be seen): the one that listens on the socket in this folder, or else the one
-    whose folder it is. InputError where several have it."""
+    """Return (this node's kubelet, why it is not visible).
+
+    It is the process listening on the socket in this folder, or else the one whose root folder this is. Raise
+    InputError if several qualify.
+    """
     there = processes.running(sysfs, lambda name: any(one in name for one in NAMES))
     kubelets = [*_kubelets(there)]
     listening = sockets.listener(kubelet_dir / SOCKET) if sysfs.root == "/" else None
@@ -138,7 +141,7 @@ def _find(sysfs: SysFs, kubelet_dir: Path) -> tuple[Started | None, str]:
 
 
 def _kubelets(there: Iterable[Process]) -> Iterator[Started]:
-    """Those that run pods. A child that kubelet is just starting has the same command line for a moment."""
+    """Yield the kubelets that run pods. A child that kubelet has just forked briefly shows the same command line."""
     known = {one.pid: words for one in there if (words := _words(one)) is not None}
     for one in (one for one in there if one.pid in known and one.parent not in known):
         flags = kubelet_flags.parse(known[one.pid], f"kubelet (process {one.pid})")
@@ -147,7 +150,7 @@ def _kubelets(there: Iterable[Process]) -> Iterator[Started]:
 
 
 def _words(process: Process) -> tuple[str, ...] | None:
-    """What a kubelet was started with after its own name; None where it is no kubelet."""
+    """Return a kubelet's arguments without the program name, or None if the process is not a kubelet."""
     name, rest = os.path.basename(process.words[0]), process.words[1:]  # noqa: PTH119
     if name == "hyperkube" and rest[:1] == ("kubelet",):
         return rest[1:]
@@ -170,7 +173,7 @@ def _unseen(sysfs: SysFs, there: Iterable[Process], others: Iterable[Started], k
 
 
 def _embedding(process: Process) -> str:
-    """The name and number of a program that has a kubelet inside; some give themselves a title of several words."""
+    """Return name and PID of a program that embeds a kubelet, or "". Some set a process title of several words."""
     words = [*process.words[0].split(), *process.words[1:]]
     name = os.path.basename(words[0]) if words else ""  # noqa: PTH119
     subcommands = EMBEDDING.get(name)
@@ -183,7 +186,7 @@ def _embedding(process: Process) -> str:
 
 
 def _files(sysfs: SysFs, kubelet_dir: Path, named: KubeletConfigConfig, started: Started | None) -> tuple[str, str]:
-    """(the file of --config, the folder of --config-dir); "" for either: there is none."""
+    """Return (the --config file, the --config-dir folder), each "" if there is none."""
     if started is not None:
         return (
             named.file or _resolved(sysfs, started, CONFIG),
@@ -194,7 +197,7 @@ def _files(sysfs: SysFs, kubelet_dir: Path, named: KubeletConfigConfig, started:
 
 
 def _resolved(sysfs: SysFs, started: Started, flag: str) -> str:
-    """The path that a flag gives, from kubelet's working directory; "" where the flag is not given."""
+    """Return the path that a flag gives, relative to kubelet's working directory, or "" if the flag is not given."""
     given = started.flags.last(flag)
     if not given:
         return ""
@@ -203,12 +206,12 @@ def _resolved(sysfs: SysFs, started: Started, flag: str) -> str:
             f"cannot find --{flag} of {started}: {given!r} is relative, and its working directory cannot be read; "
             "kubeletConfig names where kubelet's configuration lies"
         )
-    # A slash at the end counts: with it a link to a folder is followed.
+    # A trailing slash matters: with it a symlink to a folder is followed.
     return sysfs.path(os.path.join(started.folder, given).lstrip("/"))  # noqa: PTH118
 
 
 def _if_there(path: str) -> str:
-    """The path; "" where nothing is there. What may not be looked at is there."""
+    """Return the path, or "" if nothing exists there. A path that cannot be inspected counts as existing."""
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):

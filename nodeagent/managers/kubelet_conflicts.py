@@ -1,6 +1,5 @@
-"""Beside kubelet: which CPUs are the system's own, which kinds kubelet's own managers give away themselves, so that the
-agent must not, and what the two disagree about.
-"""
+"""Coexistence with kubelet: the CPUs reserved for the system, the kinds that kubelet's own managers assign, so that the
+agent must not serve them, and where the two contradict each other."""
 
 from __future__ import annotations
 
@@ -29,20 +28,20 @@ log = structlog.get_logger()
 
 
 class KubeletConflicts:
-    """The kubelet beside this agent, as it was at the last look. What is new about it is logged once."""
+    """This node's kubelet as of the last look. Changes are logged once."""
 
     def __init__(self, sysfs: SysFs, kubelet_dir: Path) -> None:
-        """Looks at nothing yet."""
+        """Store where to look; nothing is read yet."""
         self.kubelet = Kubelet()
         self.notes: list[str] = []
-        """What kubelet and the agent disagree about, and what of kubelet cannot be seen."""
+        """Contradictions between kubelet and the agent, and what cannot be determined about kubelet."""
         self._sysfs = sysfs
         self._kubelet_dir = kubelet_dir
         self._said: Mapping[str, Any] = {}
         self._unprotected = ""
 
     def look(self, config: Config) -> Kubelet:
-        """Look at kubelet's process, its files and its managers' states again."""
+        """Inspect kubelet's process, its files and its managers' states again."""
         known = self.kubelet = look(self._sysfs, self._kubelet_dir, config.kubelet_config, self.kubelet.started)
         notes = [one for one in (known.unseen, *contradictions(known, config)) if one]
         if (said := self.document()) != self._said:
@@ -53,13 +52,13 @@ class KubeletConflicts:
         return known
 
     def names(self) -> frozenset[str]:
-        """Names that kubelet was told to give its node; none where its command line says nothing."""
+        """Return the node name given on the kubelet command line, or none if it gives none."""
         started = self.kubelet.started
         found = started.flags.last(HOSTNAME).strip().lower() if started is not None else ""
         return frozenset({found} - {""})
 
     def recovered(self, config: Config) -> bool:
-        """Whether kubelet's configuration and states can be read again after they could not be; looks only then."""
+        """Return whether kubelet's configuration and states have become readable again. Looks only if they were not."""
         if not self._failed():
             return False
         self.look(config)
@@ -69,7 +68,7 @@ class KubeletConflicts:
         return bool(self.kubelet.cpus_error or self.kubelet.memory_error)
 
     def watch(self, ledger: Ledger) -> str:
-        """Why granted CPUs are not exclusive at this moment, or ""; logged when it changes."""
+        """Return why granted CPUs are not exclusive now, or "". Logged when it changes."""
         found = unprotected(self.kubelet, ledger)
         if found and found != self._unprotected:
             log.error("cpus-not-exclusive", reason=found)
@@ -77,7 +76,7 @@ class KubeletConflicts:
         return found
 
     def document(self) -> dict[str, Any]:
-        """How kubelet is configured, in plain types."""
+        """Return kubelet's configuration in plain types."""
         known = self.kubelet
         return {
             "pid": known.started.pid if known.started is not None else None,
@@ -87,11 +86,14 @@ class KubeletConflicts:
         }
 
 
-# ---------------------------------------------------------------- the system's own CPUs
+# ---------------------------------------------------------------- CPUs reserved for the system
 
 
 def reserved_cpus(config: Config, kubelet: Kubelet, inventory: Inventory) -> CpuSet:
-    """The CPUs that are never granted: as configured, or kubelet's, or the first core. One that is offline stays so."""
+    """Return the CPUs that are never granted: as configured, else kubelet's, else the first core.
+
+    A configured CPU that is offline stays reserved. Raise ConfigError if the configured list cannot be parsed.
+    """
     if config.reserved_cpus is not None:
         return _configured(config.reserved_cpus) & (inventory.cpus_possible | inventory.cpus_online)
     return (kubelet.cpus.reserved if kubelet.cpus is not None else EMPTY) or _first_core(inventory)
@@ -110,27 +112,29 @@ def _first_core(inventory: Inventory) -> CpuSet:
     return CpuSet.of_mask(machine_of(inventory).cores[inventory.cpus[0].core])
 
 
-# ---------------------------------------------------------------- what kubelet gives away itself
+# ---------------------------------------------------------------- what kubelet assigns itself
 
 
 def managed_elsewhere(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> Mapping[str, str]:
-    """Kinds that cannot be served beside kubelet's own managers, in either API, each with the reason."""
+    """Return the kinds that cannot be served, in either API, because of kubelet's own managers, with the reason."""
     cpus, memory = _cpus_managed(kubelet, inventory, reserved), _memory_managed(kubelet)
     every = {CPU: cpus, HUGEPAGES: memory, MEMORY: memory}
     return {kind: why for kind, why in every.items() if why}
 
 
 def confines_all(kubelet: Kubelet) -> bool:
-    """Whether kubelet's CPU manager writes the cpuset of every container itself, as the static one does; where that
-    cannot be told it is left to it."""
+    """Return whether kubelet's CPU manager itself writes the cpuset of every container, as the static one does.
+
+    If that is unknown, it is assumed.
+    """
     return kubelet.cpus is None or kubelet.cpus.static
 
 
 def unprotected(kubelet: Kubelet, ledger: Ledger) -> str:
-    """Why CPUs that the agent granted are not exclusive while kubelet's CPU manager confines all containers, with the
-    CPUs and their holders; "" where none are.
+    """Return why CPUs granted by the agent are not exclusive, or "" if they are.
 
-    What was taken over from kubelet's manager is confined by it all the same.
+    The text names the CPUs and their holders. This happens while kubelet's CPU manager confines all containers. Grants
+    adopted from kubelet's manager are not affected: kubelet confines them anyway.
     """
     known = kubelet.cpus
     pool = known.confined if known is not None else None
@@ -149,7 +153,7 @@ def _holders(grants: Iterable[Grant]) -> str:
 
 
 def _cpus_managed(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> str:
-    """Why CPUs cannot be served beside kubelet's CPU manager; "" where they can."""
+    """Return why CPUs cannot be served alongside kubelet's CPU manager, or "" if they can."""
     known = kubelet.cpus
     if known is None:
         return f"cannot determine whether kubelet manages CPUs itself: {kubelet.cpus_error}"
@@ -163,7 +167,7 @@ def _cpus_managed(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> s
 
 
 def _memory_managed(kubelet: Kubelet) -> str:
-    """Why hugepages and memory cannot be served beside kubelet's memory manager; "" where they can."""
+    """Return why hugepages and memory cannot be served alongside kubelet's memory manager, or "" if they can."""
     known = kubelet.memory
     if known is None:
         return f"cannot determine whether kubelet manages memory itself: {kubelet.memory_error}"
@@ -179,7 +183,8 @@ def _memory_managed(kubelet: Kubelet) -> str:
 
 
 def contradictions(kubelet: Kubelet, config: Config) -> Iterator[str]:
-    """What kubelet's configuration says otherwise than its managers' states, or than the agent's configuration."""
+    """Yield where kubelet's configuration contradicts its managers' states or the agent's configuration; "" for
+    none."""
     if kubelet.cpus is not None:
         yield kubelet.cpus.policy_conflict
         yield _reserved_otherwise(kubelet.cpus.reserved, kubelet.cpus.reserved_source, config)

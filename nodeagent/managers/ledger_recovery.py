@@ -1,7 +1,8 @@
-"""Brings a ledger that may lack decisions back to what is really in use, and says what is still missing.
+"""Rebuilds a ledger that may lack decisions from what is really in use, and reports what is still missing.
 
-Asks the claims' own files, kubelet's state on disk and its list, and the containers that the runtime shows. What is
-known exactly is put back; for the rest it asks again until it is known, has been prepared again, or has ended.
+The sources are the claims' own files, kubelet's state on disk and its list, and the containers that the runtime shows.
+What is known exactly is restored. For the rest the sources are read again until it is known, has been prepared again,
+or has ended.
 """
 
 from __future__ import annotations
@@ -35,12 +36,12 @@ from nodeagent.telemetry.once import Once
 
 _NOT_LISTED = "kubelet has listed no pod of the API server since it started"
 LOOK_S = 1.0
-"""How often it is looked again while something is missing."""
+"""How often the sources are read again while something is missing."""
 log = structlog.get_logger()
 
 
 class LedgerRecovery(Manager):
-    """Building it reads nothing."""
+    """Rebuilds the ledger after a loss. Building one reads nothing."""
 
     name = "recovery"
 
@@ -57,7 +58,10 @@ class LedgerRecovery(Manager):
         driver: str,
         offers: Callable[[], Sequence[Offer]],
     ) -> None:
-        """plugins: kubelet's device-plugins folder. driver: the DRA driver's name."""
+        """Store the sources.
+
+        `plugins` is kubelet's device-plugins folder; `driver` the DRA driver's name.
+        """
         self._agent = agent
         self._pods = pods
         self._witness = witness
@@ -71,7 +75,7 @@ class LedgerRecovery(Manager):
         self._failed = Once("ledger-not-rebuilt")
 
     def traces(self) -> str:
-        """What shows that claims were prepared here before, as a clause; "" where nothing does. Blocks."""
+        """Return, as a clause, evidence that claims were prepared here before, or "" if there is none. Blocks."""
         if files := self._claims_with_files():
             return f"there are files of {len(files)} claims"
         if claims := self._prepared():
@@ -79,15 +83,16 @@ class LedgerRecovery(Manager):
         return ""
 
     def claims_in_use(self) -> frozenset[str]:
-        """UIDs of the claims that kubelet has prepared and whose files are there. Blocks.
+        """Return the UIDs of claims that kubelet has prepared and whose files exist. Blocks.
 
-        Kubelet's record alone is no proof, for it outlives the answer that a claim is given back."""
+        Kubelet's record alone is no proof: it outlives the response that a claim was released.
+        """
         with contextlib.suppress(HostError):
             return self._prepared() & self._claims_with_files()
         return frozenset()
 
     def _prepared(self) -> frozenset[str]:
-        """UIDs of the claims that kubelet has prepared, as far as its record can be read."""
+        """Return the UIDs of the claims that kubelet has prepared, as far as its record is readable."""
         with contextlib.suppress(InputError):
             return frozenset(prepared(self._kubelet_dir, self._driver) or ())
         return frozenset()
@@ -96,7 +101,7 @@ class LedgerRecovery(Manager):
         return frozenset(self._cdi.uids() | self._readable.uids())
 
     async def lead(self) -> None:
-        """Whenever the ledger may lack something, look until it does not."""
+        """While the ledger may lack something, look until it does not."""
         seen, ledger = 0, self._agent.revisions.ledger
         while True:
             if self._agent.loss:
@@ -106,13 +111,13 @@ class LedgerRecovery(Manager):
                 seen = await ledger.changed(seen)
 
     def not_ready(self) -> list[str]:
-        """Why nothing new is granted: what the ledger may still lack."""
+        """Return why nothing new is granted: what the ledger may still lack."""
         agent = self._agent
         missing = list(agent.unaccounted.values()) or ["it is being rebuilt"]
         return [f"ledger: {agent.loss}: {one}" for one in missing] if agent.loss else []
 
     async def look(self) -> Mapping[str, str]:
-        """Ask everybody once; what is still missing, by what it is, with the reason."""
+        """Query every source once. Return what is still missing, mapped to the reason."""
         listing, silent = NO_LISTING, ""
         try:
             listing = await self._pods.listing()
@@ -128,8 +133,11 @@ class LedgerRecovery(Manager):
     # ---------------------------------------------------------------- the sources
 
     async def _sources(self, listing: Listing, silent: str) -> Sources:
-        """A file of a claim alone is no proof that the claim is in use: an agent that was killed while it gave a claim
-        back leaves it. It counts unless kubelet's own record lacks the claim and nothing of its pods runs."""
+        """Read all sources.
+
+        A claim's file alone does not prove that the claim is in use: an agent killed while releasing a claim leaves it
+        behind. The file counts unless kubelet's own record lacks the claim and nothing of its pods is running.
+        """
         recorded, unreadable = await asyncio.to_thread(self._files)
         claims = await asyncio.to_thread(prepared, self._kubelet_dir, self._driver)
         devices = await asyncio.to_thread(given, self._plugins)
@@ -156,7 +164,7 @@ class LedgerRecovery(Manager):
         )
 
     def _files(self) -> tuple[dict[str, tuple[Grant, ...]], dict[str, str]]:
-        """By claim UID, the grants that the claim's file carries; or why there are none, though there is a file."""
+        """Return, by claim UID, the grants in the claim's file, and why a file's grants cannot be read."""
         recorded, unreadable = dict[str, tuple[Grant, ...]](), dict[str, str]()
         for uid in sorted(self._claims_with_files()):
             try:
@@ -166,7 +174,7 @@ class LedgerRecovery(Manager):
         return recorded, unreadable
 
     def _prepared_or_listed(self, claims: Mapping[str, ClaimRef], listing: Listing) -> dict[str, ClaimInUse]:
-        """What kubelet has prepared, by its state on disk or by its list."""
+        """Return the claims that kubelet has prepared, from its state on disk or its list."""
         listed = {uid: ref for device, ref in listing.claims.items() if (uid := self._cdi.claim_of(device))}
         return {
             **{
@@ -177,14 +185,14 @@ class LedgerRecovery(Manager):
         }
 
     def _named_by_containers(self) -> Iterator[tuple[str, ClaimInUse]]:
-        """Claims that containers name in their environment, for a grant's id begins with its claim's UID."""
+        """Yield the claims that containers name in their environment; a grant's id begins with its claim's UID."""
         for container in (one for one in self._table.containers() if one.state != STOPPED):
             for uid in {one.rpartition("-")[0] for one in named_by(container)}:
                 yield uid, ClaimInUse(name=uid, source=f"container {container} uses it")
 
 
 def _grants(uid: str, document: Any, source: str) -> tuple[Grant, ...]:
-    """The grants that a claim's file carries; StateError where they are not the claim's."""
+    """Return the grants in a claim's file. Raise StateError if they are not the claim's."""
     bodies = document.get("grants") if isinstance(document, dict) else None
     if not isinstance(bodies, list) or not bodies:
         raise StateError(f"cannot read {source}: it carries no grants")

@@ -1,4 +1,4 @@
-"""What every manager has in common."""
+"""The interface that all managers share."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ class Manager:
     """Keeps one desired state in force. Building one starts nothing.
 
     The daemon has a list of managers. It applies each configuration to all of them in order, runs `serve` of all, and
-    `lead` of all while this agent leads the node. At the end it calls `withdraw`, cancels both, and closes them in
-    reverse order. Each method does nothing here: a manager has only those that it needs.
+    `lead` of all while this agent leads the node. On shutdown it calls `withdraw`, cancels both, and closes them in
+    reverse order. The methods here do nothing: a manager overrides only those it needs.
     """
 
     name = "manager"
-    """In the log, and of its tasks."""
+    """Used in the log and as the name of its tasks."""
 
     async def apply(self, config: Config) -> None:
-        """Take over a configuration. Also called when a kubelet has started: it may manage other parts than before."""
+        """Apply a configuration. Also called when a kubelet has started, since it may manage different resources than
+        before."""
 
     async def serve(self) -> None:
         """Do what every agent on a node does, until cancelled."""
@@ -43,4 +44,4 @@ class Manager:
         """Stop offering anything to kubelet, before any task is cancelled."""
 
     async def close(self) -> None:
-        """Wait for what is under way and release what is open."""
+        """Wait for work in progress and release open resources."""

@@ -1,6 +1,5 @@
-"""Asks everybody but kubelet's list whether the pods that hold grants live: the kernel by their cgroups, the container
-runtime by what it told, kubelet by its checkpoint and its pods' folders.
-"""
+"""Determines from sources other than kubelet's list whether the pods that hold grants are alive: the kernel (their
+cgroups), the container runtime (its events), and kubelet's checkpoint and pod folders."""
 
 from __future__ import annotations
 
@@ -28,13 +27,16 @@ log = structlog.get_logger()
 
 
 class PodWitness:
-    """Building it reads nothing."""
+    """Gathers evidence on pods. Building one reads nothing."""
 
     def __init__(
         self, cgroups: PodCgroups, table: ContainerTable, plugins: Path, node_names: frozenset[str], boot_id: str = ""
     ) -> None:
-        """plugins: kubelet's device-plugins folder, where its checkpoint is; its parent has the folders of pods.
-        node_names: names that the Node may have; kubelet appends its name to those of static pods."""
+        """Store the sources.
+
+        `plugins` is kubelet's device-plugins folder with its checkpoint; the parent has the pods' folders. `node_names`
+        are the possible names of the Node: kubelet appends its name to those of static pods.
+        """
         self._cgroups = cgroups
         self._table = table
         self._plugins = plugins
@@ -43,8 +45,10 @@ class PodWitness:
         self._unread = Once("given-devices-unknown")
 
     async def living(self, grants: Sequence[Grant]) -> Mapping[str, str]:
-        """Of some grants those whose pods live, by id, with the evidence. While kubelet asks for what another pod held,
-        its checkpoint on disk still names that one."""
+        """Return the evidence that a grant's pods are alive, by grant id; grants of other pods are left out.
+
+        While kubelet is requesting what another pod held, its checkpoint on disk still names that other pod.
+        """
         if not grants:
             return MappingProxyType({})
         checkpoint = await asyncio.to_thread(self._given)
@@ -52,13 +56,14 @@ class PodWitness:
         return {one.id: evidence for one in grants if (evidence := lives(one, witnesses))}
 
     async def witnesses(self, ledger: Ledger, listing: Listing) -> Witnesses:
-        """What the other witnesses say of the device plugin's grants, right after kubelet gave `listing`."""
+        """Return the evidence on the device plugin's grants, right after kubelet returned `listing`."""
         checkpoint, folders = await asyncio.to_thread(lambda: (self._given(), self._folders()))
         mine = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN]
         return await self._ask(mine, listing, checkpoint, folders)
 
     def knows_pods(self, listing: Listing) -> bool:
-        """Whether a list shows that the API server's pods have reached kubelet: it has one that is not static."""
+        """Return whether a list shows that the API server's pods have reached kubelet: it has a pod that is not
+        static."""
         return any(not name.endswith(self._static) for _, name in listing.pods)
 
     async def _ask(
@@ -77,13 +82,13 @@ class PodWitness:
             pods_of=pods,
         )
 
-    # ---------------------------------------------------------------- whose a grant is
+    # ---------------------------------------------------------------- pods of a grant
 
     def _pods_of(
         self, grants: Iterable[Grant], listing: Listing, checkpoint: Given | None
     ) -> dict[str, tuple[str, ...]]:
-        """UIDs of each grant's pods: by kubelet's checkpoint, else as recorded, else by what the runtime shows of a pod
-        of the holder's name or of containers that name the grant."""
+        """Return the UIDs of each grant's pods: by kubelet's checkpoint, else as recorded, else by what the runtime
+        shows for a pod of the holder's name or for containers that name the grant."""
         found = pods_by_checkpoint(grants, checkpoint)
         if not all(found.values()):
             shown = self._shown(listing)
@@ -91,8 +96,10 @@ class PodWitness:
         return found
 
     def _shown(self, listing: Listing) -> dict[tuple[str, str], tuple[str, ...]]:
-        """UIDs of pods by (namespace, name), and by (id, "") of a grant that their containers name. Of a pod that
-        kubelet lists it says itself what it holds."""
+        """Return UIDs of pods by (namespace, name), and by (id, "") of a grant that their containers name.
+
+        Pods that kubelet lists are left out of the former: kubelet itself reports what they hold.
+        """
         found: dict[tuple[str, str], set[str]] = {}
         for one in (one for one in self._table.containers() if one.pod_uid):
             if one.pod_name and (one.namespace, one.pod_name) not in listing.pods:
@@ -101,10 +108,10 @@ class PodWitness:
                 found.setdefault((grant, ""), set()).add(one.pod_uid)
         return {key: tuple(sorted(uids)) for key, uids in found.items()}
 
-    # ---------------------------------------------------------------- what is seen
+    # ---------------------------------------------------------------- sightings
 
     def _with_runtime(self, uid: str, by_kernel: Sighting) -> Sighting:
-        """The kernel's word and the runtime's, where it is connected: one that says that a pod lives is enough."""
+        """Combine the kernel's evidence with the runtime's, if it is connected: one that shows a live pod is enough."""
         if by_kernel.sight is Sight.LIVES or not self._table.told_by_runtime:
             return by_kernel
         alive = next((one for one in self._table.containers() if one.pod_uid == uid and one.state in _ALIVE), None)
@@ -132,6 +139,6 @@ def _name(grant: Grant) -> tuple[str, str]:
 
 
 def _named(container: Container) -> Iterable[str]:
-    """What a container's environment may name as a grant. A pod that forges it only keeps a grant from being released
-    of which nothing better is known."""
+    """Return what a container's environment may name as a grant. A pod that forges it can only delay the release of a
+    grant about which nothing better is known."""
     return {value for name, value in container.env.items() if name.startswith("NODEAGENT_")}

@@ -1,1 +1,1 @@
-"""The API server: how it is reached, and requests to it."""
+"""The API server: credentials, connections and requests."""

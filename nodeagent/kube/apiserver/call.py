@@ -1,7 +1,7 @@
-"""One request to the API server and its answer, with a deadline over all of it; every fault becomes an ApiError.
+"""One request to the API server and its response, under one deadline; every fault becomes an ApiError.
 
-Nothing is tried again here. A refused credential is forgotten with its connections, so that the next call begins with
-what lies on disk then.
+Nothing is retried here. When the server rejects a credential, the credential and its connections are dropped, so the
+next call starts with what is on disk then.
 """
 
 from __future__ import annotations
@@ -22,21 +22,25 @@ from nodeagent.kube.apiserver.exec_plugin import Credential, Runner
 from nodeagent.version import VERSION
 
 MOST_CALLS = 4
-"""Calls under way at once, watches left aside."""
+"""Maximum number of concurrent calls, not counting watches."""
 LARGEST_ANSWER_BYTES = 64 << 20
 USER_AGENT = f"nodeagent/{VERSION}"
 JSON, APPLY = "application/json", "application/apply-patch+yaml"
 
 _LASTING = (400, 403, 404, 405, 422)
 _SAID_BYTES = 300
-"""So much of an answer that is no Status is shown."""
+"""How much of a response that is not a Status is included in the error."""
 
 
 class ApiError(PeerError):
-    """A call that failed."""
+    """A failed API call."""
 
     def __init__(self, text: str, *, status: int = 0, reason: str = "", retry_after_s: float = 0.0) -> None:
-        """status 0: there was no whole answer. reason: Kubernetes' own word (Status.reason)."""
+        """Create the error from its message, HTTP status and Status.reason.
+
+        `status` is 0 if no complete response arrived. `reason` is Kubernetes' own term (Status.reason), and
+        `retry_after_s` what the server asked for, 0 if nothing.
+        """
         super().__init__(text)
         self.status = status
         self.reason = reason
@@ -45,12 +49,13 @@ class ApiError(PeerError):
 
 
 class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin anew, not a fault
-    """410 Gone: the server has forgotten the asked revision."""
+    """410 Gone: the server no longer has the requested revision."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One request. `what` is its "VERB OBJECT" for messages; `name` the object whose absence is an answer."""
+    """One request. `what` is its "VERB OBJECT" for messages; `name` is the object whose absence (404) counts as an
+    answer rather than an error."""
 
     method: str
     target: str
@@ -61,7 +66,7 @@ class Ask:
 
 
 class Caller:
-    """Asks one API server. Building it opens nothing."""
+    """Sends requests to one API server. Construction opens no connection."""
 
     def __init__(self, access: Access, timeout_s: float) -> None:
         self._access = access
@@ -71,7 +76,7 @@ class Caller:
         self._calls = asyncio.Semaphore(MOST_CALLS)
 
     async def call(self, ask: Ask) -> dict[str, Any] | None:
-        """The answer as an object; None where the server has none of the asked name. ApiError."""
+        """Return the response as an object, or None if the server has no object named `ask.name`. Raise ApiError."""
         try:
             async with asyncio.timeout(self._timeout_s), self._calls:
                 head, raw = await self._exchange(ask)
@@ -85,7 +90,7 @@ class Caller:
         raise refusal
 
     async def lines(self, ask: Ask, within_s: float) -> AsyncGenerator[bytes, None]:
-        """The lines of an answer that goes on for up to within_s, each as it comes. ApiError."""
+        """Yield the lines of a response as they arrive, for up to `within_s` seconds. Raise ApiError."""
         clock = asyncio.get_running_loop().time
         deadline_s, buffer = clock() + within_s, bytearray()
         connection = await self._begin(ask)
@@ -104,11 +109,11 @@ class Caller:
             connection.close()
 
     def error(self, ask: Ask, why: str) -> ApiError:
-        """A failure that is not a refusal."""
+        """Return the error for a failure other than a refusal by the server."""
         return ApiError(f"cannot {ask.what} at {self._access.authority}: {why}")
 
     def refused(self, ask: Ask, code: int, said: dict[str, Any], retry_after_s: float | None = None) -> ApiError:
-        """A refusal as a Status tells it (meta/v1)."""
+        """Return the error for a refusal, from the HTTP code and the Status object (meta/v1) in `said`."""
         reason, message = (str(said.get(key) or "") for key in ("reason", "message"))
         if retry_after_s is None and isinstance(details := said.get("details"), dict):
             retry_after_s = _seconds(str(details.get("retryAfterSeconds") or ""))
@@ -119,18 +124,18 @@ class Caller:
         )
 
     def decoded(self, ask: Ask, raw: bytes) -> dict[str, Any]:
-        """An answer, or a line of one, as an object; ApiError with what it is instead."""
+        """Return a response, or one line of it, as an object. Raise ApiError showing the start of anything else."""
         try:
             return msgspec.json.decode(raw, type=dict[str, Any])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise self.error(ask, f"the answer is no JSON object: {error}: {_start(raw)!r}") from None
 
     def close(self) -> None:
-        """Hang up on what is kept for later."""
+        """Close the idle connections."""
         self._pool.clear()
 
     async def _begin(self, ask: Ask) -> HttpConnection:
-        """A connection on which a good answer has begun. ApiError."""
+        """Return a connection on which a successful response has begun. Raise ApiError."""
         try:
             async with asyncio.timeout(self._timeout_s):
                 connection, head = await self._sent(ask)
@@ -143,7 +148,8 @@ class Caller:
         raise self._refusal(ask, head, raw)
 
     async def _piece(self, ask: Ask, connection: HttpConnection, deadline_s: float, within_line: bool) -> bytes | None:
-        """Some bytes more. The peer may hang up between two lines, as a balancer does: that is an end like any."""
+        """Return the next bytes, or None at the end. If the peer hangs up between two lines, as load balancers do, that
+        is a normal end."""
         try:
             async with asyncio.timeout_at(deadline_s):
                 return await connection.more()
@@ -165,7 +171,7 @@ class Caller:
         return head, raw
 
     async def _sent(self, ask: Ask) -> tuple[HttpConnection, h11.Response]:
-        """The connection that was asked, and the head of the answer. FAULTS."""
+        """Send the request and return the connection and the head of the response. Raise one of FAULTS."""
         who = await self._credential()
         connection = await self._pool.take(who.certificate)
         try:
@@ -215,7 +221,7 @@ async def _whole(connection: HttpConnection) -> bytes:
 
 
 def _status(raw: bytes) -> dict[str, Any]:
-    """A Status, or {} where the answer is something else."""
+    """Return the Status object in a response, or {} if the response is something else."""
     with contextlib.suppress(msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         found = msgspec.json.decode(raw, type=dict[str, Any])
         return found if found.get("kind") == "Status" else {}
@@ -223,13 +229,13 @@ def _status(raw: bytes) -> dict[str, Any]:
 
 
 def _missing(raw: bytes) -> str:
-    """Which object a 404 speaks of; "" where the path itself is unknown, as in an older server."""
+    """Return the name of the object that a 404 is about, or "" if the path itself is unknown, as on an older server."""
     details = _status(raw).get("details")
     return str(details.get("name") or "") if isinstance(details, dict) else ""
 
 
 def _seconds(text: str) -> float | None:
-    """Retry-After in seconds (RFC 9110, 10.2.3); a date counts as nothing said."""
+    """Return Retry-After in seconds (RFC 9110, 10.2.3), or None if absent; a date is treated as absent."""
     return float(text) if text.isascii() and text.isdigit() and len(text) < 7 else None
 
 

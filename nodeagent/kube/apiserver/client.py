@@ -1,6 +1,6 @@
-"""The Kubernetes API as this program uses it: objects as plain dicts, a deadline over every call, faults as ApiError.
+"""The Kubernetes API as the agent uses it: objects as plain dicts, a deadline on every call, faults as ApiError.
 
-Nothing is tried again here: the caller knows what is worth it. Building an ApiServer opens nothing.
+Nothing is retried here: the caller knows what is worth retrying. Building an ApiServer opens no connection.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 PAGE = 500
-"""Items of a list that are asked for at once."""
+"""Items requested per page of a list."""
 ADDED, MODIFIED, DELETED, BOOKMARK = "ADDED", "MODIFIED", "DELETED", "BOOKMARK"
 _EVENTS = (ADDED, MODIFIED, DELETED, BOOKMARK)
 _NO_FIELDS: Mapping[str, str] = MappingProxyType({})
@@ -45,7 +45,7 @@ _NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class ApiResource:
-    """One kind of object, as the API's paths name it. group "" is the core group."""
+    """One kind of object as API paths name it. `group` is "" for the core group."""
 
     group: str
     version: str
@@ -59,13 +59,13 @@ class ApiResource:
         return f"{self.group}/{self.version}" if self.group else self.version
 
     def path(self, namespace: str = "", name: str = "", subresource: str = "") -> str:
-        """Of a collection, an object or a part of one."""
+        """Return the path of a collection, an object, or a subresource."""
         root = ("apis", self.group, self.version) if self.group else ("api", self.version)
         place = ("namespaces", namespace) if namespace else ()
         return "/" + "/".join(quote(part, safe="") for part in (*root, *place, self.plural, name, subresource) if part)
 
     def shown(self, namespace: str = "", name: str = "") -> str:
-        """For messages."""
+        """Return the plural and the object name, for messages."""
         return f"{self.plural} {'/'.join(part for part in (namespace, name) if part)}".strip()
 
 
@@ -76,7 +76,7 @@ CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim",
 
 @dataclass(frozen=True, slots=True)
 class ObjectList:
-    """What a list call found, and the revision at which it was so: a watch goes on from there."""
+    """Result of a list call and the revision it reflects; a watch continues from that revision."""
 
     items: tuple[dict[str, Any], ...]
     revision: str
@@ -84,23 +84,28 @@ class ObjectList:
 
 @dataclass(frozen=True, slots=True)
 class WatchEvent:
-    """One line of a watch. type: ADDED, MODIFIED, DELETED, or BOOKMARK (an object with a revision and nothing else)."""
+    """One line of a watch. `type` is ADDED, MODIFIED, DELETED, or BOOKMARK (an object with only a revision)."""
 
     type: str
     object: dict[str, Any]
 
 
 class ApiServer:
-    """One API server."""
+    """Client of one API server."""
 
     def __init__(self, access: Access, *, timeout_s: float = 10.0, watch_s: float = 300.0) -> None:
-        """timeout_s: deadline of a call; watch_s: how long a watch is asked to last (its deadline is their sum)."""
+        """Set up the client without connecting.
+
+        `timeout_s` is the deadline of a call; `watch_s` is how long a watch is asked to last. The deadline of a watch
+        is their sum.
+        """
         self._caller = Caller(access, timeout_s)
         self._timeout_s = timeout_s
         self._watch_s = watch_s
 
     async def get(self, resource: ApiResource, name: str, namespace: str = "") -> dict[str, Any] | None:
-        """The object; None where the server has none of this name (not where it does not know the kind). ApiError."""
+        """Return the object, or None if the server has none of this name. Raise ApiError, also if the server does not
+        know the kind."""
         ask = Ask("GET", resource.path(namespace, name), f"get {resource.shown(namespace, name)}", name)
         answer = await self._caller.call(ask)
         return None if answer is None else self._checked(ask, resource.kind, answer)
@@ -108,7 +113,8 @@ class ApiServer:
     async def list(
         self, resource: ApiResource, *, namespace: str = "", fields: Mapping[str, str] = _NO_FIELDS
     ) -> ObjectList:
-        """All objects that match, page by page; Expired where the pages ran out of date meanwhile. ApiError."""
+        """Return all matching objects, fetched page by page. Raise ApiError, or Expired if the continue token expires
+        between pages."""
         items: list[dict[str, Any]] = []
         query = {"limit": str(PAGE), **_selecting(fields)}
         while True:
@@ -121,15 +127,17 @@ class ApiServer:
             query["continue"] = str(more)
 
     async def create(self, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The object as it was stored; ApiError 409 where it exists."""
+        """Create an object and return it as stored. Raise ApiError, with status 409 if it exists already."""
         return await self._write("POST", resource, body)
 
     async def replace(self, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
-        """The object as it was stored; ApiError 409 where it changed since, 404 where it is gone."""
+        """Replace an object and return it as stored. Raise ApiError, with status 409 if it has changed since or 404 if
+        it is gone."""
         return await self._write("PUT", resource, body)
 
     async def delete(self, resource: ApiResource, name: str, *, namespace: str = "", uid: str = "") -> bool:
-        """Whether it was there. With a uid, ApiError 409 where another object has the name by now."""
+        """Delete an object and return whether it existed. Raise ApiError, with status 409 if `uid` is given and the
+        name now belongs to another object."""
         options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions"}
         if uid:
             options["preconditions"] = {"uid": uid}
@@ -139,7 +147,10 @@ class ApiServer:
     async def apply_status(
         self, resource: ApiResource, name: str, namespace: str, body: Mapping[str, Any], *, manager: str
     ) -> dict[str, Any]:
-        """Server-side apply of an object's status, taking over what others own; the object as stored. ApiError."""
+        """Apply an object's status (server-side apply) and return the object as stored.
+
+        Fields owned by other managers are taken over (force). Raise ApiError.
+        """
         query = urlencode({"fieldManager": manager, "force": "true"})
         target = f"{resource.path(namespace, name, 'status')}?{query}"
         what = f"apply the status of {resource.shown(namespace, name)}"
@@ -151,9 +162,10 @@ class ApiServer:
     async def watch(
         self, resource: ApiResource, *, fields: Mapping[str, str] = _NO_FIELDS, revision: str
     ) -> AsyncGenerator[WatchEvent, None]:
-        """What changed since `revision`, until the server ends it; Expired where it does not know the revision.
+        """Yield the changes since `revision` until the server ends the watch.
 
-        The end comes after watch_s at the latest where the server lives. ApiError.
+        A responsive server ends it after watch_s at the latest. Raise ApiError, or Expired if the server no longer has
+        the revision.
         """
         query = {"watch": "true", "allowWatchBookmarks": "true", "timeoutSeconds": str(max(1, round(self._watch_s)))}
         query |= {"resourceVersion": revision, **_selecting(fields)}
@@ -163,7 +175,7 @@ class ApiServer:
                 yield self._event(ask, line)
 
     async def close(self) -> None:
-        """Hang up. Calls under way end by themselves."""
+        """Close the idle connections. Calls in progress finish on their own."""
         self._caller.close()
 
     async def _write(self, method: str, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -177,7 +189,7 @@ class ApiServer:
         return self._checked(ask, kind, await self._caller.call(ask) or {})
 
     def _checked(self, ask: Ask, kind: str, answer: dict[str, Any]) -> dict[str, Any]:
-        """The answer itself where it is of the kind that was asked for."""
+        """Return the response itself if it is of the requested kind, or raise ApiError."""
         if answer.get("kind") != kind:
             raise self._caller.error(ask, f"the answer is of kind {answer.get('kind')!r}, expected {kind!r}")
         if not isinstance(answer.get("metadata"), dict):
@@ -197,7 +209,7 @@ class ApiServer:
         return found
 
     def _event(self, ask: Ask, line: bytes) -> WatchEvent:
-        """One line of a watch; Expired or ApiError where it is the server's last word."""
+        """Return one line of a watch. Raise Expired or ApiError if the line is an error that ends the watch."""
         said = self._caller.decoded(ask, line)
         kind, found = said.get("type"), said.get("object")
         if not isinstance(found, dict):
@@ -215,7 +227,8 @@ def _typed(resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _selecting(fields: Mapping[str, str]) -> dict[str, str]:
-    """As a query; a value's commas, equals signs and backslashes are escaped as the server's parser reads them."""
+    """Return a fieldSelector query. Commas, equals signs and backslashes in values are escaped for the server's
+    parser."""
     terms = (f"{name}={_escaped(value)}" for name, value in fields.items())
     return {"fieldSelector": ",".join(terms)} if fields else {}
 

@@ -1,7 +1,7 @@
-"""HTTP/1.1 connections to the API server: h11 speaks the protocol, this file moves the bytes and keeps a few for reuse.
+"""HTTP/1.1 connections to the API server: h11 implements the protocol; this file moves the bytes and pools connections.
 
-Nothing here has a deadline of its own: every caller sets one. A connection is opened with the credentials as they are
-on disk at that moment; the kernel tells of a peer that died without a word.
+Nothing here has its own deadline: every caller sets one. A connection is opened with the credentials that are on disk
+at that moment. TCP keepalive detects a peer that disappears silently.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nodeagent.kube.apiserver.credentials import Access, Pem, tls_context
 
 MOST_IDLE = 4
 IDLE_S = 30.0
-"""A connection unused for longer is not trusted: load balancers forget it without telling."""
+"""A connection idle for longer is not reused: load balancers drop such connections silently."""
 _READ_BYTES = 64 << 10
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -32,11 +32,11 @@ _KEEPALIVE = (
 """A dead peer is noticed within about 50 s (tcp(7))."""
 
 FAULTS = (OSError, h11.ProtocolError, NodeagentError)
-"""What a call here may raise; `cause` says it in words."""
+"""What a call here may raise; `cause` renders it as text."""
 
 
 def cause(error: BaseException) -> str:
-    """A fault as one line."""
+    """Return an error as one line of text."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
@@ -51,7 +51,7 @@ def cause(error: BaseException) -> str:
 
 
 class HttpConnection:
-    """One connection and at most one request on it at a time."""
+    """One connection with at most one request in progress."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -61,17 +61,17 @@ class HttpConnection:
 
     @property
     def fresh(self) -> bool:
-        """Whether it can be asked something, as far as can be known."""
+        """Return whether the connection can take a request, as far as can be determined."""
         alive = self._talk.our_state is h11.IDLE and not self._reader.at_eof() and not self._writer.is_closing()
         return alive and time.monotonic() - self._used_at_s < IDLE_S and not self._spoke()
 
     @property
     def hung_up(self) -> bool:
-        """Whether the peer has ended the connection."""
+        """Return whether the peer has closed the connection."""
         return self._reader.at_eof()
 
     async def ask(self, method: str, target: str, headers: list[tuple[str, str]], body: bytes) -> h11.Response:
-        """Send one request; the head of its answer. FAULTS."""
+        """Send one request and return the head of the response. Raise one of FAULTS."""
         parts = (h11.Request(method=method, target=target, headers=headers), h11.Data(data=body), h11.EndOfMessage())
         self._writer.write(b"".join(self._talk.send(part) or b"" for part in parts))
         while True:
@@ -80,7 +80,7 @@ class HttpConnection:
                 return event
 
     async def more(self) -> bytes | None:
-        """The next piece of the answer's body; None at its end. FAULTS."""
+        """Return the next piece of the response body, or None at its end. Raise one of FAULTS."""
         while True:
             event = await self._next()
             if isinstance(event, h11.Data):
@@ -89,17 +89,18 @@ class HttpConnection:
                 return None
 
     def finish(self) -> None:
-        """Make ready for the next request, where the peer allows one."""
+        """Prepare for the next request if the peer allows one."""
         if self._talk.our_state is h11.DONE and self._talk.their_state is h11.DONE:
             self._talk.start_next_cycle()
             self._used_at_s = time.monotonic()
 
     def close(self) -> None:
-        """Hang up at once."""
+        """Close the connection immediately."""
         self._writer.transport.abort()
 
     def _spoke(self) -> bool:
-        """Whether the peer said something unasked that the loop has not read yet: as a rule that it hung up."""
+        """Return whether the peer has sent something unsolicited that the event loop has not read yet: usually that it
+        has hung up."""
         poll = select.poll()
         poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLIN)
         return bool(poll.poll(0))
@@ -121,14 +122,14 @@ class HttpConnection:
 
 
 class ConnectionPool:
-    """The connections to one API server."""
+    """Idle connections to one API server."""
 
     def __init__(self, access: Access) -> None:
         self._access = access
         self._idle: list[HttpConnection] = []
 
     async def take(self, certificate: tuple[Pem, Pem] | None = None) -> HttpConnection:
-        """A connection for one request: one kept, or a new one. FAULTS."""
+        """Return a connection for one request, reused or new. Raise one of FAULTS."""
         while self._idle:
             kept = self._idle.pop()
             if kept.fresh:
@@ -137,7 +138,7 @@ class ConnectionPool:
         return await self._open(certificate)
 
     def give(self, connection: HttpConnection) -> None:
-        """Take back a connection; it is kept where it can be of use."""
+        """Take back a connection: keep it if it is reusable, close it otherwise."""
         connection.finish()
         if connection.fresh and len(self._idle) < MOST_IDLE:
             self._idle.append(connection)
@@ -145,7 +146,7 @@ class ConnectionPool:
             connection.close()
 
     def clear(self) -> None:
-        """Close what is kept."""
+        """Close the idle connections."""
         for connection in self._idle:
             connection.close()
         self._idle.clear()

@@ -1,6 +1,6 @@
-"""Where the API server is and how it knows us, as values; what others renew on disk is read each time it is used.
+"""Where the API server is and how the agent authenticates, as values. Files that others renew are read on every use.
 
-Kubelet replaces a service account's token about every hour; client certificates and authorities are renewed too.
+Kubelet replaces a service account token about every hour; client certificates and CA certificates are renewed as well.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nodeagent.errors import ConfigError
 from nodeagent.kube.apiserver.exec_plugin import Plugin
 
 Pem = Path | bytes
-"""Read at each use, or the text itself."""
+"""A file, read on every use, or the PEM text itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,18 +24,18 @@ class Access:
     """How to reach one API server. Secrets are not in its repr."""
 
     source: str
-    """What it was read from."""
+    """Where these settings were read from."""
     host: str
     port: int
     path: str = ""
-    """Before every request's path, without a slash at its end."""
+    """Prefix of every request's path, without a trailing slash."""
     tls: bool = True
     server_name: str = ""
-    """What the server's certificate must be for; "": the host."""
+    """Name that the server's certificate must be valid for, or "" for the host."""
     insecure: bool = False
-    """The server's certificate is not checked."""
+    """Whether to skip verification of the server's certificate."""
     ca: Pem | None = None
-    """None: the system's."""
+    """CA certificates, or None for the system's."""
     certificate: tuple[Pem, Pem] | None = field(default=None, repr=False)
     """Client certificate and key."""
     token: str = field(default="", repr=False)
@@ -44,12 +44,12 @@ class Access:
 
     @property
     def authority(self) -> str:
-        """host:port, as messages and the Host header show it."""
+        """Return host:port, as messages and the Host header show it."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
 def bearer(access: Access) -> str:
-    """The token as it is at this moment, "" where there is none; ConfigError where its file cannot be read."""
+    """Return the current bearer token, or "" if none is configured. Raise ConfigError if its file cannot be read."""
     if access.token_file is None:
         return access.token
     try:
@@ -62,7 +62,10 @@ def bearer(access: Access) -> str:
 
 
 def tls_context(access: Access, certificate: tuple[Pem, Pem] | None = None) -> ssl.SSLContext | None:
-    """For one connection, from the files as they are now; None without TLS. ConfigError with the file and the cause."""
+    """Return the TLS context for one connection, from the files as they are now, or None without TLS.
+
+    `certificate` (certificate and key) replaces the one in `access`. Raise ConfigError with the file and the cause.
+    """
     if not access.tls:
         return None
     context = _trusting(access.ca)
@@ -84,12 +87,12 @@ def _trusting(ca: Pem | None) -> ssl.SSLContext:
 
 
 def _verify_as_go_does(context: ssl.SSLContext) -> None:
-    """Accept the certificates of a server that kubelet and the other programs of a cluster, all in Go, accept.
+    """Accept the server certificates that kubelet and other cluster components, all written in Go, accept.
 
-    Python 3.13 and later refuse by default what does not follow RFC 5280 to the letter, among it authorities without
-    keyUsage or key identifiers, which many clusters have. For Go every certificate that is given as an authority is
-    one to trust, an intermediate one too, and a server's name is never in its subject's common name.
-    Source: crypto/x509 of Go 1.26 (Certificate.Verify, VerifyHostname); ssl.create_default_context.
+    Python 3.13 and later reject certificates that do not strictly follow RFC 5280 by default, including CAs without
+    keyUsage or key identifiers, which many clusters have. Go trusts every certificate given as an authority, including
+    an intermediate one, and never takes a server's name from the subject's common name. Source: crypto/x509 of Go 1.26
+    (Certificate.Verify, VerifyHostname); ssl.create_default_context.
     """
     context.verify_flags &= ~ssl.VERIFY_X509_STRICT
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
@@ -113,7 +116,7 @@ def _no_password() -> str:
 
 @contextlib.contextmanager
 def _as_file(pem: Pem) -> Iterator[str]:
-    """OpenSSL takes a key from a file alone: this one is in memory."""
+    """Yield a path for a PEM: OpenSSL reads a key only from a file, so in-memory data goes into a memfd."""
     if isinstance(pem, Path):
         yield str(pem)
         return

@@ -1,6 +1,6 @@
-"""A program of the kubeconfig that says who we are (client.authentication.k8s.io): run, read strictly, remembered.
+"""Kubeconfig credential plugins (client.authentication.k8s.io): run, parsed strictly, cached.
 
-Its answer is used until shortly before it expires, or until the API server refuses it.
+An answer is used until shortly before it expires, or until the API server rejects it.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from nodeagent.errors import PeerError, cause_of
 
 VERSIONS = ("client.authentication.k8s.io/v1", "client.authentication.k8s.io/v1beta1")
 EARLY_S = 10.0
-"""So long before its end a credential is asked for anew."""
+"""How long before its expiry a credential is renewed."""
 _ANSWER_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plugin:
-    """What to run."""
+    """The command to run."""
 
     version: str
     command: tuple[str, ...]
     environment: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     cluster: Mapping[str, Any] | None = None
-    """What it is told of the API server (provideClusterInfo)."""
+    """Cluster information passed to the plugin (provideClusterInfo), or None."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credential:
-    """Who we are, until a time."""
+    """The agent's identity until it expires."""
 
     token: str = field(default="", repr=False)
     certificate: tuple[bytes, bytes] | None = field(default=None, repr=False)
@@ -65,7 +65,7 @@ class _Answer(msgspec.Struct, rename="camel"):
 
 
 class Runner:
-    """Runs a plugin when its last answer is of no more use; one run at a time."""
+    """Runs a plugin when its last answer is no longer usable; one run at a time."""
 
     def __init__(self, plugin: Plugin) -> None:
         self._plugin = plugin
@@ -73,19 +73,22 @@ class Runner:
         self._known: Credential | None = None
 
     async def credential(self) -> Credential:
-        """The answer remembered, or a new one; PeerError with the program and the cause. The caller sets a deadline."""
+        """Return the cached credential, or a new one. Raise PeerError with the program and the cause.
+
+        The caller sets a deadline.
+        """
         async with self._turn:
             if self._known is None or self._known.stale:
                 self._known = await run(self._plugin)
             return self._known
 
     def forget(self) -> None:
-        """The API server refused the answer: the next call asks again."""
+        """Drop the cached credential because the API server rejected it; the next call runs the plugin again."""
         self._known = None
 
 
 async def run(plugin: Plugin) -> Credential:
-    """Ask once; PeerError with the program and the cause."""
+    """Run the plugin once and return its credential. Raise PeerError with the program and the cause."""
     spec = {"interactive": False} | ({"cluster": dict(plugin.cluster)} if plugin.cluster is not None else {})
     info = {"apiVersion": plugin.version, "kind": "ExecCredential", "spec": spec}
     environment = {**os.environ, **dict(plugin.environment), "KUBERNETES_EXEC_INFO": json.dumps(info)}
@@ -100,7 +103,7 @@ async def run(plugin: Plugin) -> Credential:
 
 
 async def _output(command: tuple[str, ...], environment: Mapping[str, str]) -> tuple[int, bytes, bytes]:
-    """Status, standard output and error; a program still running when this is cancelled is killed."""
+    """Return exit status, standard output and standard error. If cancelled, kill the program."""
     pipe = asyncio.subprocess.PIPE
     try:
         process = await asyncio.create_subprocess_exec(

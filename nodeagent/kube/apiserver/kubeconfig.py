@@ -1,4 +1,4 @@
-"""Reads how to reach the API server: from the pod's service account, or from a kubeconfig's current context. Strict.
+"""How to reach the API server, from the pod's service account or a kubeconfig's current context. Parsing is strict.
 
 Passwords, auth providers, proxies and impersonation are refused by name.
 """
@@ -25,7 +25,11 @@ SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 def access(
     kubeconfig: str | None, *, environ: Mapping[str, str] = os.environ, account: Path = SERVICE_ACCOUNT
 ) -> Access:
-    """From a kubeconfig's current context; None: from the service account of this pod. ConfigError: place and cause."""
+    """Return the access settings of a kubeconfig's current context, or of this pod's service account if None.
+
+    `kubeconfig` is a path; `account` is the folder of the service account. Raise ConfigError with place and cause, also
+    if the token or the certificates cannot be read.
+    """
     found = _in_cluster(environ, account) if kubeconfig is None else _from_file(Path(kubeconfig).expanduser())
     try:
         tls_context(found)
@@ -172,7 +176,7 @@ def _refuse_unknown(cluster: _Cluster, user: _User) -> None:
 
 
 def _pem(path: Path, file: str, data: str, what: str) -> Pem | None:
-    """Data wins over a file, and a file is relative to the kubeconfig, as kubectl has it."""
+    """Return the data or the file. Data takes precedence, and a file is relative to the kubeconfig, as in kubectl."""
     if not data:
         return path.parent / file if file else None
     try:

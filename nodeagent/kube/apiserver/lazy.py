@@ -1,7 +1,7 @@
-"""The API server, reached only when somebody asks it: its client is not even imported on a node without DRA.
+"""The API server, reached only on first use: a node without DRA does not even import its client.
 
-What keeps it from being reached, as a service account that is not mounted yet, is said by each call and tried again by
-the next.
+If it cannot be reached, for example because a service account is not mounted yet, each call raises the error and the
+next one tries again.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class LazyApi:
-    """As the publisher and the claim preparer use it; each call raises PeerError where the server cannot be asked."""
+    """API client of the publisher and the claim preparer. Each call raises PeerError if the server cannot be asked."""
 
     def __init__(self, kubeconfig: str) -> None:
-        """kubeconfig: a path; "": as the service account of this pod."""
+        """Store the path of the kubeconfig, or "" for this pod's service account."""
         self._kubeconfig = kubeconfig
         self._server: ApiServer | None = None
 
@@ -43,7 +43,7 @@ class LazyApi:
         return self._reached().watch(resource, fields=fields, revision=revision)
 
     async def claim(self, ref: ClaimRef) -> Mapping[str, Any] | None:
-        """The claim of that name; None: there is none."""
+        """Return the claim of that name, or None if there is none."""
         from nodeagent.kube.apiserver.client import CLAIMS
 
         return await self._reached().get(CLAIMS, ref.name, ref.namespace)

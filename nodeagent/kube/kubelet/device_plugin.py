@@ -1,7 +1,7 @@
-"""The device-plugin API v1beta1: one resource, one socket. Protobuf in, core values through, protobuf out.
+"""The device-plugin API v1beta1: one resource, one socket. Protobuf in, core values, protobuf out.
 
-Promises: kubelet always has the newest full list while it watches; a question for a preference always gets an answer
-while enough is available; an allocation gives all containers their edits or fails with one clear line.
+Guarantees: while kubelet watches, it always has the latest full list; GetPreferredAllocation always gets an answer if
+enough devices are available; an allocation returns edits for all containers or fails with one clear line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
 VERSION = "v1beta1"
 STOP_GRACE_S = 1.0
-"""How long calls under way may still take when a server stops."""
+"""How long calls in progress may still take when a server stops."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 log = structlog.get_logger()
@@ -38,70 +38,77 @@ class Resource(Protocol):
 
     @property
     def name(self) -> str:
-        """The extended resource name, domain/name."""
+        """Return the extended resource name, domain/name."""
 
     @property
     def pre_start_required(self) -> bool:
-        """Whether kubelet must call pre_start before each start of a container."""
+        """Return whether kubelet must call pre_start before each container start."""
 
     def advertised(self) -> tuple[Advertised, ...]:
-        """The full list at this moment, in fixed order. Cheap."""
+        """Return the current full list, in a fixed order. Cheap."""
 
     async def changed(self, seen: int) -> int:
-        """The version of the list, from 1 up, as soon as it differs from `seen` (0: at once)."""
+        """Return the version of the list, counted from 1, as soon as it differs from `seen` (0: immediately)."""
 
     def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
-        """The best `size` of the available ids, with all of must_include. Quick."""
+        """Return the best `size` of the available ids, including all of must_include. Quick."""
 
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
-        """One edit for each container's ids, all or nothing; Refused, InputError or StateError. Durable on return."""
+        """Return one edit per container for its ids, all or nothing. Durable on return.
+
+        Raise Refused, InputError or StateError.
+        """
 
     async def pre_start(self, ids: Sequence[str]) -> None:
-        """Make the devices ready for a container that is about to start."""
+        """Prepare the devices for a container that is about to start."""
 
 
 class DevicePluginServer:
-    """Serves one resource in kubelet's device-plugins folder, at another path each time it starts. Building it binds
-    nothing.
-    """
+    """Serves one resource in kubelet's device-plugins folder, at a different path each time it starts. Building one
+    binds nothing."""
 
     def __init__(self, resource: Resource, folder: Path, *, on_watch: Callable[[], None] = lambda: None) -> None:
-        """`on_watch` is called when kubelet begins or ends to watch. ConfigError where the path is too long."""
+        """Choose a path without binding it.
+
+        `on_watch` is called when kubelet starts or stops watching. Raise ConfigError if the path is too long.
+        """
         self.resource = resource
         self._paths = PluginPaths(folder, resource.name)
         self.path = self._paths.fresh()
-        """Where it is served, or will be when it starts next."""
+        """Where it is served, or will be at its next start."""
         self._on_watch = on_watch
         self._service: _Service | None = None
         self._server: grpc.aio.Server | None = None
         self._bound: sockets.Identity | None = None
         self._others = False
-        """Whether another server of the resource was seen, alive or dead, since this one started last."""
+        """Whether another server of the resource, alive or dead, was seen since the last start of this one."""
 
     @property
     def serving(self) -> bool:
-        """Return whether the socket is served."""
+        """Return whether the socket is being served."""
         return self._bound is not None
 
     @property
     def watched(self) -> bool:
-        """Whether a ListAndWatch stream is open."""
+        """Return whether a ListAndWatch stream is open."""
         return self._service is not None and self._service.streams > 0
 
     @property
     def lost(self) -> bool:
-        """Whether the socket that is served is no longer what lies at the path."""
+        """Return whether the path no longer refers to the socket being served."""
         return self._bound is not None and sockets.identity(self.path) != self._bound
 
     @property
     def options(self) -> pb.DevicePluginOptions:
-        """Return what the resource supports, as Register sends it."""
+        """Return the options that Register sends for this resource."""
         return _options(self.resource)
 
     async def start(self) -> bool:
-        """Serve on a fresh socket; remove those that dead servers of the resource left. Return whether another server
-        of it may have ended just now. HostError with the path and the cause; PeerError where another process serves the
-        resource: kubelet bears one at a time."""
+        """Serve on a fresh socket and remove sockets of dead servers of the resource.
+
+        Return whether another server of the resource may have ended just now. Raise HostError with path and cause, or
+        PeerError if another process serves the resource: kubelet supports one server at a time.
+        """
         self._others |= self._paths.remove_dead()
         if other := self._paths.served():
             self._others = True
@@ -114,8 +121,10 @@ class DevicePluginServer:
         return others
 
     async def stop(self) -> bool:
-        """End the streams in order, let calls under way finish (STOP_GRACE_S), remove the socket. Return whether a
-        stream was open. May be called again, also where an earlier call was cancelled."""
+        """End the streams in an orderly way, let calls in progress finish (STOP_GRACE_S), and remove the socket.
+
+        Return whether a stream was open. May be called again, even if an earlier call was cancelled.
+        """
         self._bound = None
         if self._server is None or self._service is None:
             return False
@@ -188,7 +197,7 @@ class _Service(rpc.DevicePluginServicer):
 
     @contextlib.asynccontextmanager
     async def _call(self, verb: str, context: Any) -> AsyncIterator[str]:
-        """One call under one op id; whatever is raised becomes a status with one line of text."""
+        """Run one call under one op id; any exception becomes a status with one line of text."""
         op = secrets.token_hex(4)
         with structlog.contextvars.bound_contextvars(op=op, resource=self.resource.name):
             try:
@@ -224,7 +233,7 @@ def _check_choice(chosen: Sequence[str], every: Sequence[str], must: Sequence[st
 
 
 def _status(error: Exception, cannot: str, op: str) -> tuple[grpc.StatusCode, str]:
-    """The status that fits an error, and its text; what nobody foresaw shows its type and the op id alone."""
+    """Return the gRPC status and text for an error. An unexpected one shows only its type and the op id."""
     match error:
         case InputError():
             return grpc.StatusCode.INVALID_ARGUMENT, str(error)

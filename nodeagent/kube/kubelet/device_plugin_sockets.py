@@ -1,9 +1,10 @@
-"""Where a resource is served for kubelet's device-plugin API: at another path each time its server starts.
+"""Socket paths of a resource's device-plugin server: a different path each time the server starts.
 
-Since 1.37 kubelet refuses a Register for a path whose stream it holds to be open, and where that stream then ends it
-refuses the path until it restarts itself. A path that it has never seen is accepted at once by every version.
+Since 1.37 kubelet refuses a Register for a path whose stream it believes to be open; if that stream then ends, kubelet
+refuses the path until kubelet itself restarts. Every version accepts a path it has never seen.
 
-What another process serves is never touched; only what the kernel says nobody listens on is removed.
+Sockets served by another process are never touched; only a socket that the kernel reports as having no listener is
+removed.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ _TOKEN = rf"[0-9a-f]{{{2 * _TOKEN_BYTES}}}"
 
 
 class PluginPaths:
-    """The socket paths of one resource: `nodeagent-RESOURCE-TOKEN.sock` with a new token each time, and a hash in place
-    of the resource's name where the path would be too long for a socket.
-    """
+    """The socket paths of one resource: `nodeagent-RESOURCE-TOKEN.sock` with a new token each time. If that path would
+    be too long for a socket, a hash replaces the resource name."""
 
     def __init__(self, folder: Path, resource: str) -> None:
-        """`folder` is kubelet's device-plugins folder; it need not exist. ConfigError where it lies too deep."""
+        """Prepare the paths in `folder`, kubelet's device-plugins folder, which need not exist.
+
+        Raise ConfigError if the folder's path is too long for a socket in it.
+        """
         self._folder = folder
         readable = re.sub(r"[^A-Za-z0-9.-]", "_", resource)
         self._stem = f"nodeagent-{readable}"
@@ -37,19 +40,19 @@ class PluginPaths:
         sockets.checked(self._path("0" * 2 * _TOKEN_BYTES))
 
     def fresh(self) -> Path:
-        """Return a path at which nothing lies, and which no kubelet has been offered."""
+        """Return a path at which no file exists and that no kubelet has been offered."""
         while os.path.lexists(path := self._path(secrets.token_hex(_TOKEN_BYTES))):
             pass
         return path
 
     def existing(self) -> Iterator[Path]:
-        """What lies in the folder under names of this resource, in their order."""
+        """Yield the existing paths in the folder that carry names of this resource, in order."""
         pattern = re.compile(rf"{re.escape(self._stem)}-{_TOKEN}\.sock")
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             yield from (path for path in sorted(self._folder.iterdir()) if pattern.fullmatch(path.name))
 
     def remove_dead(self) -> bool:
-        """Remove the sockets of servers that no longer live; return whether there were any."""
+        """Remove the sockets of servers that have died; return whether there were any."""
         dead = [path for path in self.existing() if sockets.is_dead(path)]
         for path in dead:
             with contextlib.suppress(OSError):
@@ -57,7 +60,7 @@ class PluginPaths:
         return bool(dead)
 
     def served(self) -> Path | None:
-        """Return a path of this resource that some process serves at this moment, or None."""
+        """Return a path of this resource that some process is serving now, or None."""
         return next((path for path in self.existing() if sockets.is_served(path)), None)
 
     def _path(self, token: str) -> Path:

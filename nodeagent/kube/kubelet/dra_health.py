@@ -1,7 +1,8 @@
-"""Health of the devices that claims hold, v1 and v1alpha1: what kubelet shows in the status of pods.
+"""Health of the devices that claims hold, v1 and v1alpha1; kubelet shows it in pod status.
 
-Promises: kubelet has the complete list at once, after every change, and often enough that none of it grows too old for
-it. What is not known is said to be unknown. A list that cannot be had ends the stream: then kubelet says the same.
+Guarantees: kubelet receives the complete list at once, after every change, and often enough that no entry expires.
+Unknown health is reported as unknown. If the list cannot be obtained, the stream ends, and kubelet then reports unknown
+as well.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from nodeagent.core.model.health import HEALTHY, UNHEALTHY
 from nodeagent.pb import drahealth_v1_pb2, drahealth_v1_pb2_grpc, drahealth_v1alpha1_pb2, drahealth_v1alpha1_pb2_grpc
 
 SERVICES = ("v1.DRAResourceHealth", "v1alpha1.DRAResourceHealth")
-"""As they are named at registration, newest first."""
+"""Service names used at registration, newest first."""
 HEARTBEAT_S = 10.0
 TIMEOUT_S = 30
-"""After so many seconds without a message kubelet counts a device as unknown."""
+"""Kubelet counts a device as unknown after this many seconds without a message."""
 LONGEST_MESSAGE_BYTES = 1024
-"""Kubelet cuts there, in the middle of a character if need be."""
+"""Kubelet truncates here, even in the middle of a character."""
 log = structlog.get_logger()
 
 
 class HealthSource(Protocol):
-    """Whoever knows how the devices are."""
+    """Provides the health of the devices."""
 
     def states(self) -> tuple[DeviceHealth, ...]:
-        """The complete list at this moment, in fixed order. Cheap."""
+        """Return the current complete list, in a fixed order. Cheap."""
 
     async def changed(self, seen: int) -> int:
-        """The version of the list, from 1 up, as soon as it differs from `seen` (0: at once)."""
+        """Return the version of the list, counted from 1, as soon as it differs from `seen` (0: immediately)."""
 
 
 def add_to(
@@ -48,7 +49,10 @@ def add_to(
     heartbeat_s: float = HEARTBEAT_S,
     on_watch: Callable[[int], None] = lambda change: None,
 ) -> None:
-    """Serve `source` on a server, in both versions. `ending` ends the streams; `on_watch` is told +1 or -1 a stream."""
+    """Serve `source` on a server, in both API versions.
+
+    Setting `ending` ends the streams; `on_watch` is called with +1 when a stream starts and -1 when it ends.
+    """
     new = _Service(drahealth_v1_pb2, source, ending, heartbeat_s, on_watch)
     old = _Service(drahealth_v1alpha1_pb2, source, ending, heartbeat_s, on_watch)
     drahealth_v1_pb2_grpc.add_DRAResourceHealthServicer_to_server(new, server)  # type: ignore[no-untyped-call]
@@ -56,7 +60,7 @@ def add_to(
 
 
 class _Service:
-    """The stream in one version: `pb` is its module of messages."""
+    """The stream in one version; `pb` is its message module."""
 
     def __init__(
         self,
@@ -91,11 +95,11 @@ class _Service:
             if states != sent or clock() >= due_s:
                 await context.write(self._list(states))
                 sent, due_s = states, clock() + self._heartbeat_s
-            # Only the wait may be cut short: with a write under way, gRPC cannot send the stream's end.
+            # Only the wait may be interrupted: while a write is in progress, gRPC cannot send the end of the stream.
             seen = await unless(self._ending, self._news(seen, due_s)) or seen
 
     async def _news(self, seen: int, due_s: float) -> int:
-        """The next version; the same one where it is time to say again what is known."""
+        """Return the next version, or `seen` itself when the heartbeat is due."""
         try:
             async with asyncio.timeout_at(due_s) as limit:
                 return await self._source.changed(seen)
@@ -120,5 +124,5 @@ class _Service:
 
 
 def _cut(message: str) -> str:
-    """As much of a message as kubelet takes, in whole characters."""
+    """Return as much of a message as kubelet accepts, in whole characters."""
     return message.encode(errors="replace")[:LONGEST_MESSAGE_BYTES].decode(errors="ignore")

@@ -1,8 +1,8 @@
-"""Dynamic Resource Allocation, v1 and v1beta1: kubelet has claims prepared and unprepared. Protobuf in, core values
-through, protobuf out.
+"""Dynamic Resource Allocation, v1 and v1beta1: kubelet's calls to prepare and unprepare claims. Protobuf in, core
+values, protobuf out.
 
-Promises: every call is answered, with exactly the claims that were asked for. What goes wrong with one is its own error
-and harms no other; what kubelet no longer waits for is finished all the same, so that its next try finds it done.
+Guarantees: every call is answered, with exactly the claims it asked for. A failure of one claim is reported for that
+claim and affects no other. Work that kubelet no longer waits for is still finished, so its next attempt finds it done.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from nodeagent.errors import NodeagentError, Refused
 from nodeagent.pb import dra_v1_pb2, dra_v1_pb2_grpc, dra_v1beta1_pb2, dra_v1beta1_pb2_grpc
 
 SERVICES = ("v1.DRAPlugin", "v1beta1.DRAPlugin")
-"""As they are named at registration, newest first."""
+"""Service names used at registration, newest first."""
 CALL_S = 40.0
 """How long a call waits for its claims; kubelet gives up after 45 s."""
 
@@ -34,24 +34,24 @@ log = structlog.get_logger()
 
 
 class ClaimHandler(Protocol):
-    """Who prepares claims. Both calls may be repeated at any time, also while the one before is under way."""
+    """Prepares claims. Both calls may be repeated at any time, even while the previous one is in progress."""
 
     async def prepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, Prepared]:
-        """By UID, exactly the asked ones. Durable on return."""
+        """Return one result per claim, by UID, for exactly the requested claims. Durable on return."""
 
     async def unprepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, str]:
-        """By UID: "", or why the claim is still held. Durable on return; one that is unknown is no error."""
+        """Return, by UID, "" or why the claim is still held. Durable on return; an unknown claim is not an error."""
 
 
 def add_to(server: grpc.aio.Server, claims: ClaimHandler, *, call_s: float = CALL_S) -> None:
-    """Serve `claims` on a server, in both versions."""
+    """Serve `claims` on a server, in both API versions. `call_s` limits how long one call waits."""
     calls = _Calls(claims, call_s)
     dra_v1_pb2_grpc.add_DRAPluginServicer_to_server(_Service(dra_v1_pb2, calls), server)  # type: ignore[no-untyped-call]
     dra_v1beta1_pb2_grpc.add_DRAPluginServicer_to_server(_Service(dra_v1beta1_pb2, calls), server)  # type: ignore[no-untyped-call]
 
 
 class _Service:
-    """The two calls in one version: `pb` is its module of messages."""
+    """The two calls in one version; `pb` is its message module."""
 
     def __init__(self, pb: ModuleType, calls: _Calls) -> None:
         self._pb: Any = pb
@@ -91,7 +91,7 @@ class _Service:
 
 
 class _Calls:
-    """What both versions have in common: which claims are asked for, and an answer for each."""
+    """What both versions share: the requested claims, and an answer for each."""
 
     def __init__(self, claims: ClaimHandler, call_s: float) -> None:
         self._work: Mapping[str, Work] = {PREPARE: claims.prepare, UNPREPARE: claims.unprepare}
@@ -101,7 +101,7 @@ class _Calls:
     async def answers(
         self, verb: str, claims: Iterable[Any], build: Callable[[Any], T], failed: Callable[[str], T]
     ) -> dict[str, T]:
-        """One answer for each UID: what `build` makes of the claim's result, or `failed` of what went wrong with it."""
+        """Return one answer per UID: `build` applied to the result of the claim, or `failed` applied to its error."""
         op = secrets.token_hex(4)
         with structlog.contextvars.bound_contextvars(op=op):
             good, bad = _sorted_out(verb, claims)
@@ -112,7 +112,7 @@ class _Calls:
             return answers | {uid: failed(_sendable(error)) for uid, error in bad.items()}
 
     async def _results(self, verb: str, refs: Mapping[str, ClaimRef], op: str) -> Mapping[str, Any]:
-        """By UID, a result or the Exception for it. The work is left to finish where nobody waits any longer."""
+        """Return, by UID, a result or the exception for it. Work that exceeds the wait continues in the background."""
         task = asyncio.create_task(self._do(verb, refs, op))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
@@ -138,7 +138,7 @@ class _Calls:
 
 
 def _sorted_out(verb: str, claims: Iterable[Any]) -> tuple[dict[str, ClaimRef], dict[str, str]]:
-    """The claims that can be worked on by UID, and why the others cannot; the same one twice counts once."""
+    """Return the valid claims by UID, and why the others are invalid; duplicates count once."""
     good: dict[str, ClaimRef] = {}
     bad: dict[str, str] = {}
     for one in claims:
@@ -152,7 +152,7 @@ def _sorted_out(verb: str, claims: Iterable[Any]) -> tuple[dict[str, ClaimRef], 
 
 
 def _wrong_with(verb: str, ref: ClaimRef, earlier: ClaimRef) -> str:
-    """What is wrong with a claim as kubelet names it; "": nothing. What was prepared is found by the UID alone."""
+    """Return what is wrong with a claim as kubelet names it, or "". Unprepare needs only the UID."""
     if not _UID.fullmatch(ref.uid):
         return f"uid {ref.uid!r} is not one that Kubernetes gives"
     if verb == UNPREPARE:
@@ -165,7 +165,7 @@ def _wrong_with(verb: str, ref: ClaimRef, earlier: ClaimRef) -> str:
 def _answer(
     verb: str, ref: ClaimRef, found: Mapping[str, Any], build: Callable[[Any], T], failed: Callable[[str], T], op: str
 ) -> T:
-    """The answer for one claim; whatever is wrong with its result is its own error."""
+    """Return the answer for one claim; any fault in its result becomes its own error."""
     cannot = f"cannot {verb} claim {ref}"
     try:
         result = found.get(ref.uid, KeyError("no result"))
@@ -178,7 +178,7 @@ def _answer(
 
 
 def _text(error: Exception, cannot: str, op: str) -> str:
-    """What kubelet shows of an error: never empty; what nobody foresaw shows its type and the op id alone."""
+    """Return the error text for kubelet, never empty. An unexpected error shows only its type and the op id."""
     name = type(error).__name__
     match error:
         case Refused() | OSError():
@@ -189,5 +189,5 @@ def _text(error: Exception, cannot: str, op: str) -> str:
 
 
 def _sendable(text: str) -> str:
-    """Protobuf takes UTF-8 alone; names of files may be anything."""
+    """Return the text as valid UTF-8, which protobuf requires; file names may contain arbitrary bytes."""
     return text.encode(errors="backslashreplace").decode()

@@ -1,9 +1,9 @@
-"""Keeps the DRA driver registered with kubelet for ever: its two sockets, and what kubelet says of them.
+"""Keeps the DRA driver registered with kubelet indefinitely: its two sockets, and kubelet's response to them.
 
-Kubelet finds the registration socket by itself, asks it what the driver is, and says whether it took it; it forgets the
-driver when that socket's file goes. So the driver is served before the registration socket appears, and is still served
-after that is gone. Both sockets come back whoever removed them, and with their folders. Answers to kubelet's question
-are constants: nothing that hangs can delay them.
+Kubelet discovers the registration socket, asks it for the driver's details, and reports whether it accepted the driver;
+it forgets the driver when that socket's file is removed. So the driver is served before the registration socket appears
+and still served after it is gone. Both sockets are re-created after any removal, including that of their folders.
+Answers to kubelet's query are constants: nothing that can hang delays them.
 """
 
 from __future__ import annotations
@@ -44,22 +44,22 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraRegistration(Standing):
-    """How the driver stands with kubelet; failed: kubelet refused it, or a socket cannot be served."""
+    """Registration status of the driver. FAILED: kubelet refused it, or a socket cannot be served."""
 
     driver: str
     connected: bool = False
-    """Whether kubelet listens to the health of devices at this moment; kubelet before 1.36 does not by default."""
+    """Whether kubelet is watching device health now; by default, kubelet before 1.36 does not."""
     times: int = 0
-    """How often kubelet took it: rises when kubelet restarts."""
+    """How often kubelet has accepted the driver: increases when kubelet restarts."""
 
     @property
     def ready(self) -> bool:
-        """Return whether kubelet has taken the driver."""
+        """Return whether kubelet has accepted the driver."""
         return self.state == REGISTERED
 
 
 class _Served:
-    """A server on one socket that can be begun again."""
+    """A restartable server on one socket."""
 
     def __init__(self, path: Path, add: Callable[[grpc.aio.Server], None]) -> None:
         self.path = path
@@ -69,16 +69,16 @@ class _Served:
 
     @property
     def stands(self) -> bool:
-        """Whether what lies at the path is the socket that is served."""
+        """Return whether the path refers to the socket being served."""
         return self._bound is not None and sockets.identity(self.path) == self._bound
 
     @property
     def lost(self) -> bool:
-        """Whether what lies at the path is not the socket that is served, although one is."""
+        """Return whether a socket is being served but the path no longer refers to it."""
         return self._bound is not None and not self.stands
 
     async def begin(self) -> None:
-        """Serve on a fresh socket; HostError. PeerError where another process has taken the path and lives."""
+        """Serve on a fresh socket. Raise HostError, or PeerError if a live process has taken the path."""
         if sockets.is_served(self.path) and not self.stands:
             raise PeerError(f"cannot serve {self.path}: another process serves it")
         await self.stop(STOP_GRACE_S)
@@ -86,8 +86,8 @@ class _Served:
         self._bound = sockets.identity(self.path)
 
     async def stop(self, grace_s: float) -> None:
-        """Take no more calls, let those under way finish, remove the socket. May be called again where it was
-        cancelled."""
+        """Accept no more calls, let those in progress finish, and remove the socket. May be called again after a
+        cancellation."""
         self._bound = None
         if self._server is not None:
             await sockets.stop(self._server, grace_s)
@@ -95,7 +95,8 @@ class _Served:
 
 
 class DraPlugin:
-    """One driver with its claims and their health, kept registered while run() runs. Building it binds nothing."""
+    """One driver with its claims and their health, kept registered while run() is running. Building it binds
+    nothing."""
 
     def __init__(
         self,
@@ -108,8 +109,10 @@ class DraPlugin:
         retry_s: float = 1.0,
         heartbeat_s: float = drahealth.HEARTBEAT_S,
     ) -> None:
-        """`poll_s` is the safety net below the watches of folders; `retry_s` the first wait after a failure;
-        `heartbeat_s` how often health is said again: so long is it unknown to kubelet after another instance has ended.
+        """Set up both sockets without binding them.
+
+        `poll_s` is the fallback interval of the folder watches; `retry_s` the first wait after a failure; `heartbeat_s`
+        how often health is repeated, and thus how long it is unknown to kubelet after another instance has ended.
         """
         self.registration = DraRegistration(driver=driver, since_unix_s=time.time(), reason="not started")
         self._sockets = sockets
@@ -129,11 +132,11 @@ class DraPlugin:
         self._registry = _Served(sockets.registration, self._add_registration)
 
     async def changed(self, seen: int) -> int:
-        """The version of `registration`, from 1 up, as soon as it differs from `seen` (0: at once)."""
+        """Return the version of `registration`, counted from 1, as soon as it differs from `seen` (0: immediately)."""
         return await self._revision.changed(seen)
 
     async def run(self) -> None:
-        """Keep the driver registered until cancelled; then take it back and let calls under way finish."""
+        """Keep the driver registered until cancelled; then withdraw it and let calls in progress finish."""
         try:
             async with asyncio.TaskGroup() as tasks:
                 for folder in (self._sockets.registration.parent, self._sockets.service.parent):
@@ -151,14 +154,14 @@ class DraPlugin:
         with FolderWatch(folder, poll_s=self._poll_s) as watch:
             while True:
                 now = (_is_there(folder), self._service.stands, self._registry.stands)
-                # A socket may be lost before it was ever seen here.
+                # A socket may be lost before this loop ever saw it.
                 if now != before or self._service.lost or self._registry.lost:
                     self._woken.set()
                 before = now
                 await watch.wait()
 
     async def _keep(self) -> None:
-        """Try for ever; an error is shown, never raised."""
+        """Retry indefinitely; errors are reported, never raised."""
         while True:
             self._woken.clear()
             try:
@@ -170,7 +173,7 @@ class DraPlugin:
                     await self._woken.wait()
 
     async def _put_in_order(self) -> float:
-        """Bring both sockets into order; how long that may stand, in seconds."""
+        """Restore both sockets; return after how many seconds to check again."""
         registry = self._sockets.registration.parent
         if not _is_there(registry):
             self._taken = False
@@ -190,7 +193,7 @@ class DraPlugin:
         await self._service.begin()
 
     async def _offer(self) -> None:
-        """A fresh registration socket: kubelet forgets what it knew of the one before, and asks again."""
+        """Serve a fresh registration socket: kubelet drops what it knew of the previous one and asks again."""
         self._taken = False
         self._again_at_s = math.inf
         await self._registry.begin()
@@ -216,9 +219,8 @@ class DraPlugin:
         self._show(self.registration.state, reason=self.registration.reason)
 
     def _told(self, taken: bool, error: str) -> None:
-        """What kubelet said of the driver. It repeats a refused registration with longer and longer pauses itself; a
-        fresh socket makes it try at once.
-        """
+        """Handle kubelet's verdict on the driver. Kubelet itself retries a refused registration at growing intervals; a
+        fresh socket makes it retry immediately."""
         self._taken = taken
         if taken:
             self._refusal, self._again_at_s, self._retry_s = "", math.inf, self._first_retry_s
@@ -229,10 +231,10 @@ class DraPlugin:
             self._again_at_s = time.monotonic() + self._failed(PeerError(self._refusal))
         self._woken.set()
 
-    # ---------------------------------------------------------------- how it stands
+    # ---------------------------------------------------------------- status
 
     def _show_standing(self) -> None:
-        """Both sockets are as they should be: the rest is kubelet's."""
+        """Report the status when both sockets are in order: the rest is up to kubelet."""
         if self._taken:
             self._show(REGISTERED)
         elif self._refusal:
@@ -242,7 +244,7 @@ class DraPlugin:
             self._show(WAITING, reason="waiting for kubelet to ask")
 
     def _failed(self, error: Exception) -> float:
-        """Show an error, say it once, and when to try again, in seconds."""
+        """Report an error, log it once, and return after how many seconds to retry."""
         reason = str(error) or type(error).__name__
         said = (self.registration.state, self.registration.reason) == (FAILED, reason)
         self._show(FAILED, reason=reason)
@@ -262,7 +264,7 @@ class DraPlugin:
 
 
 class _Registration(rpc.RegistrationServicer):
-    """Kubelet's two questions. The first has to be answered within a second: it is a constant."""
+    """Kubelet's two registration calls. GetInfo must be answered within a second: the answer is a constant."""
 
     def __init__(self, info: pb.PluginInfo, told: Callable[[bool, str], None]) -> None:
         self._info = info
@@ -283,7 +285,7 @@ def _is_there(folder: Path) -> bool:
 
 
 def _make(folder: Path) -> None:
-    """HostError where a folder of the driver's own cannot be made."""
+    """Create a folder of the driver. Raise HostError if it cannot be created."""
     try:
         folder.mkdir(mode=0o750, parents=True, exist_ok=True)
     except OSError as error:

@@ -1,7 +1,7 @@
-"""Where an instance of the DRA driver is served, and what other instances of it left or hold.
+"""Sockets of an instance of the DRA driver, and those that other instances left behind or serve.
 
-Each instance has two sockets of its own, named by its pod, so that two may be registered during a rolling upgrade. What
-another instance serves is never touched; only what the kernel says nobody listens on is removed.
+Each instance has its own two sockets, named after its pod, so two can be registered during a rolling upgrade. Sockets
+served by another instance are never touched; only a socket that the kernel reports as having no listener is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from nodeagent.kube.kubelet import sockets
 
 REGISTRY, PLUGINS = "plugins_registry", "plugins"
-"""Below kubelet's folder."""
+"""In kubelet's folder."""
 
 _UID = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _HASH = r"[0-9a-f]{12}"
@@ -33,10 +33,11 @@ class PluginSockets:
 
 
 def plugin_sockets(kubelet_dir: Path, driver: str, pod_uid: str = "") -> PluginSockets:
-    """Where an instance is served; `pod_uid` where it runs in a pod. ConfigError where kubelet's folder lies too deep.
+    """Return the socket paths of an instance. Raise ConfigError if kubelet's folder is too deep.
 
-    What makes a path too long for a socket is in it as a hash, and so is a `pod_uid` that is no UUID: by their names
-    alone, an instance's sockets are told from those of a driver with a longer name.
+    `pod_uid` is given if the instance runs in a pod. Name parts that would make a path too long for a socket are
+    hashed, and so is a `pod_uid` that is not a UUID: the names alone then distinguish the sockets from those of a
+    driver with a longer name.
     """
     instance = pod_uid if not pod_uid or re.fullmatch(_UID, pod_uid) else _hash(pod_uid)
     short = _hash(pod_uid) if pod_uid else ""
@@ -67,7 +68,7 @@ def _first_that_fits(paths: Sequence[Path]) -> Path:
 
 
 def remove_stale(kubelet_dir: Path, driver: str, mine: PluginSockets) -> list[Path]:
-    """Remove the sockets of instances that no longer live, and say which. What somebody serves is left alone."""
+    """Remove the sockets of dead instances and return their paths. Sockets that a process serves are left alone."""
     removed = []
     for path in (*_registrations(kubelet_dir, driver, mine), *_services(kubelet_dir, driver, mine)):
         if sockets.is_dead(path):
@@ -78,7 +79,7 @@ def remove_stale(kubelet_dir: Path, driver: str, mine: PluginSockets) -> list[Pa
 
 
 def other_instance_serves(kubelet_dir: Path, driver: str, mine: PluginSockets) -> bool:
-    """Whether another instance offers itself to kubelet at this moment."""
+    """Return whether another instance is offering itself to kubelet now."""
     return any(sockets.is_served(path) for path in _registrations(kubelet_dir, driver, mine))
 
 
@@ -94,7 +95,7 @@ def _services(kubelet_dir: Path, driver: str, mine: PluginSockets) -> Iterator[P
 
 
 def _matching(folder: Path, pattern: re.Pattern[str], mine: Path) -> Iterator[Path]:
-    """What lies in a folder under a name like that, without the own one, in the order of the names."""
+    """Yield the paths in a folder whose names match, except `mine`, in order of their names."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.iterdir()):
             if pattern.fullmatch(path.name) and path != mine:

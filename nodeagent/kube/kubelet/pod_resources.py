@@ -1,4 +1,5 @@
-"""What kubelet says that pods hold: the pod-resources API v1, and the file that changes with it. Nothing is kept."""
+"""What kubelet reports that pods hold: the pod-resources API v1, and the file that changes with it. Nothing is
+cached."""
 
 from __future__ import annotations
 
@@ -23,50 +24,53 @@ from nodeagent.pb import podresources_pb2 as pb
 from nodeagent.pb import podresources_pb2_grpc as rpc
 
 CHECKPOINT = "kubelet_internal_checkpoint"
-"""The file in kubelet's device-plugins folder that is replaced whenever a pod gets or gives back devices."""
+"""The file in kubelet's device-plugins folder that is replaced whenever a pod receives or releases devices."""
 LARGEST_ANSWER_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listing:
-    """One answer of kubelet's."""
+    """One response from kubelet."""
 
     holdings: tuple[Holding, ...]
-    """What every container holds of every device-plugin resource, in the order of their names."""
+    """What every container holds of every device-plugin resource, ordered by name."""
     pods: frozenset[tuple[str, str]]
-    """(namespace, name) of every pod that is listed, also of those that hold nothing."""
+    """(namespace, name) of every listed pod, including those that hold nothing."""
     claims: Mapping[str, ClaimRef]
-    """The claims of each CDI device that containers use, by the device's id; their UIDs are not listed."""
+    """The claim behind each CDI device that containers use, by device id. Claim UIDs are not listed."""
     kubelet: Hashable
-    """Which kubelet answered: the identities of all sockets of kubelet. Each start of kubelet makes all of them again,
-    though seconds apart."""
+    """Which kubelet answered: the identities of all its sockets. Every kubelet start re-creates all of them, though
+    seconds apart."""
 
 
 NO_LISTING = Listing(holdings=(), pods=frozenset(), claims=MappingProxyType({}), kubelet=None)
-"""Nobody was asked."""
+"""Placeholder when kubelet was not asked."""
 
 
 class PodResources:
-    """Asks kubelet; every call uses a connection of its own, so a restarted kubelet is found at once."""
+    """Client of the pod-resources API. Every call opens its own connection, so a restarted kubelet is found at once."""
 
     def __init__(self, socket: Path, *others: Path) -> None:
-        """others: sockets of the same kubelet, which tell one start of it from another. ConfigError where the socket's
-        path is too long."""
+        """Watch the sockets without connecting.
+
+        `others` are further sockets of the same kubelet that distinguish one start from another. Raise ConfigError if
+        the socket's path is too long.
+        """
         self.path = sockets.checked(socket)
         self._kubelets = tuple(sockets.SocketWatch(one) for one in (self.path, *others))
 
     def close(self) -> None:
-        """Let go of what tells one kubelet from the next."""
+        """Release the open handles that distinguish one kubelet start from the next."""
         for one in self._kubelets:
             one.close()
 
     async def list(self, timeout_s: float = 5.0) -> tuple[Holding, ...]:
-        """Listing.holdings alone; PeerError."""
+        """Return Listing.holdings. Raise PeerError."""
         return (await self.listing(timeout_s)).holdings
 
     async def listing(self, timeout_s: float = 5.0) -> Listing:
-        """What kubelet lists; PeerError, also where kubelet restarted during the call: its answer may be the older
-        one's."""
+        """Return what kubelet lists. Raise PeerError, also if kubelet restarted during the call: the response may be
+        from the previous one."""
         before = self._kubelet()
         answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
         if self._kubelet() != before:
@@ -82,7 +86,7 @@ class PodResources:
         return tuple(one.look() for one in self._kubelets)
 
     async def claims(self, timeout_s: float = 5.0) -> frozenset[tuple[str, str]]:
-        """(namespace, name) of every ResourceClaim that a container uses; PeerError."""
+        """Return (namespace, name) of every ResourceClaim that a container uses. Raise PeerError."""
         answer = await self._ask("List", pb.ListPodResourcesRequest(), "list pod resources", timeout_s)
         containers = (container for pod in answer.pod_resources for container in pod.containers)
         return frozenset(
@@ -90,7 +94,7 @@ class PodResources:
         )
 
     async def allocatable(self, timeout_s: float = 5.0) -> Mapping[str, tuple[str, ...]]:
-        """The ids that kubelet counts as allocatable, by resource, both in order; PeerError."""
+        """Return the ids that kubelet counts as allocatable, by resource, both sorted. Raise PeerError."""
         request = pb.AllocatableResourcesRequest()
         answer = await self._ask("GetAllocatableResources", request, "read allocatable resources", timeout_s)
         merged = _merged(answer.devices)
@@ -106,7 +110,7 @@ class PodResources:
 
 
 class FileVersion(NamedTuple):
-    """Which content a file has that is replaced whole: the inode's number alone may be that of the file before it."""
+    """Identifies the content of a file that is always replaced whole. An inode number alone may be reused."""
 
     device: int
     inode: int
@@ -114,7 +118,7 @@ class FileVersion(NamedTuple):
 
 
 def version(path: Path) -> FileVersion | None:
-    """Return the version of a file that is replaced whole, or None if it cannot be seen."""
+    """Return the version of a file that is always replaced whole, or None if it cannot be seen."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return FileVersion(found.st_dev, found.st_ino, found.st_mtime_ns)
@@ -122,10 +126,10 @@ def version(path: Path) -> FileVersion | None:
 
 
 class CheckpointWatch:
-    """Tells when kubelet's checkpoint file is replaced: the moment to ask what pods hold."""
+    """Reports when kubelet's checkpoint file is replaced: the moment to ask what pods hold."""
 
     def __init__(self, folder: Path, *, poll_s: float = 10.0) -> None:
-        """`folder` is kubelet's device-plugins folder; it need not exist yet."""
+        """Set up the watch. `folder` is kubelet's device-plugins folder; it need not exist yet."""
         self._path = folder / CHECKPOINT
         self._poll_s = poll_s
         self._folder = FolderWatch(folder, poll_s=poll_s)
@@ -140,7 +144,8 @@ class CheckpointWatch:
         self._folder.__exit__(*error)
 
     async def wait(self) -> bool:
-        """Return after the file changed, however often, since the last return: True; False after poll_s without."""
+        """Return True once the file has changed since the last return, however often, or False after poll_s without a
+        change."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(self._poll_s):
                 while version(self._path) == self._seen:
@@ -165,10 +170,12 @@ class _Checkpoint(msgspec.Struct):
 
 
 def given(folder: Path) -> Given | None:
-    """What kubelet's checkpoint has with containers, init containers included; None where there is no checkpoint.
+    """Return the devices that kubelet's checkpoint assigns to containers, including init containers, or None without a
+    checkpoint.
 
-    Kubelet writes it before it starts any container of a pod, and clears ended pods away only when it next admits one.
-    InputError where it cannot be read."""
+    Kubelet writes it before it starts any container of a pod, and drops ended pods only when it next admits one. Raise
+    InputError if it cannot be read.
+    """
     path = folder / CHECKPOINT
     try:
         found = msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
@@ -200,7 +207,7 @@ def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:
 
 
 def _merged(entries: Iterable[pb.ContainerDevices]) -> dict[str, tuple[str, ...]]:
-    """Ids by resource: kubelet gives one resource as several entries, one for each NUMA node."""
+    """Return ids by resource: kubelet reports one resource as several entries, one per NUMA node."""
     merged: dict[str, set[str]] = {}
     for entry in entries:
         merged.setdefault(entry.resource_name, set()).update(entry.device_ids)

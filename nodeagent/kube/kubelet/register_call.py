@@ -1,4 +1,5 @@
-"""The Register call, and what its end says of the path that it named: the one place that reads kubelet's errors."""
+"""The Register call, and what its result means for the path it named: the only place that interprets kubelet's
+errors."""
 
 from __future__ import annotations
 
@@ -13,33 +14,33 @@ from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
 _UNSENT = "failed to connect to all addresses"
-"""How gRPC's text begins where the call found no server: the one failure that kubelet cannot have heard of."""
+"""How gRPC's text starts when the call found no server: the only failure that cannot have reached kubelet."""
 _UNANSWERED = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
 
 
 class Outcome(StrEnum):
-    """What is known of a path after a Register."""
+    """What is known about a path after a Register."""
 
     TAKEN = "taken"
-    """Kubelet said yes: it is about to watch."""
+    """Kubelet accepted it and is about to watch."""
     UNANSWERED = "unanswered"
-    """Kubelet may have taken it, or may be about to."""
+    """Kubelet may have accepted it, or may be about to."""
     REFUSED = "refused"
-    """Kubelet said no, also "already connected" (1.37): what it knows of the path by now is not known."""
+    """Kubelet refused, including with "already connected" (1.37); what it now knows of the path is unknown."""
     UNSENT = "unsent"
-    """Kubelet has not heard of the path."""
+    """The call never reached kubelet."""
 
 
 class RegisterOutcome(NamedTuple):
-    """What came of a Register, and why."""
+    """Result of a Register call."""
 
     outcome: Outcome
     reason: str = ""
-    """Why it was not taken, on one line."""
+    """Why it was not accepted, on one line."""
 
 
 async def register(kubelet: Path, request: pb.RegisterRequest, timeout_s: float) -> RegisterOutcome:
-    """Call Register at kubelet's socket, and return what came of it."""
+    """Call Register at kubelet's socket and return the result."""
     async with sockets.channel(kubelet) as channel:
         try:
             stub = rpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
@@ -51,7 +52,7 @@ async def register(kubelet: Path, request: pb.RegisterRequest, timeout_s: float)
 
 
 def outcome_of(code: grpc.StatusCode, details: str) -> Outcome:
-    """What a failed Register says of the path. What is not known for certain to be UNSENT is not."""
+    """Return what a failed Register means for the path. Only a certain failure to send counts as UNSENT."""
     if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_UNSENT):
         return Outcome.UNSENT
     return Outcome.UNANSWERED if code in _UNANSWERED else Outcome.REFUSED

@@ -1,13 +1,14 @@
-"""What to do next to have one resource registered, as a table. Pure.
+"""The next step in registering a resource, as a table. Pure.
 
-What the table goes by, of kubelet's device manager (Kubernetes 1.36 and 1.37):
+The table relies on these properties of kubelet's device manager (Kubernetes 1.36 and 1.37):
 
-- kubelet empties the folder when it starts and dials back inside Register: serve after it has started, and before.
-- Up to 1.36 the end of a stream ends whichever registration its resource has by then; from 1.37 a Register for a path
-  whose stream is open is refused, and that path is lost. So nothing is registered while a stream is open, and no path
-  is offered twice.
-- A stream on a path can only come from the kubelet that the path was offered to: it proves that kubelet took it,
-  whatever became of the answer.
+- Kubelet empties the folder when it starts and dials back inside Register: serve after it has started, and before
+  Register.
+- Up to 1.36 the end of a stream ends the current registration of its resource, whichever that is; from 1.37 a Register
+  for a path whose stream is open is refused, and that path is lost. So nothing is registered while a stream is open,
+  and no path is offered twice.
+- A stream on a path can only come from the kubelet that was offered the path: it proves that kubelet accepted it,
+  whatever became of the response.
 """
 
 from __future__ import annotations
@@ -17,48 +18,48 @@ from enum import StrEnum
 
 
 class OfferedTo(StrEnum):
-    """The kubelet that the current path was named to in a Register."""
+    """The kubelet that was given the current path in a Register."""
 
     NONE = "none"
     ANOTHER = "another"
-    """One whose socket no longer lies in the folder."""
+    """One whose socket is no longer in the folder."""
     CURRENT = "current"
 
 
 class Step(StrEnum):
-    """What a resource needs next."""
+    """The next step for a resource."""
 
     REST = "rest"
     AWAIT_KUBELET = "await-kubelet"
     SERVE = "serve"
-    """End the server there is, with its streams, and serve on a new path."""
+    """Stop the current server, ending its streams, and serve on a new path."""
     GIVE_UP = "give-up"
-    """The same, because kubelet does not watch the path that it was offered."""
+    """The same, because kubelet does not watch the path it was offered."""
     OFFER = "offer"
     """Call Register with the path."""
     COUNT = "count"
-    """Kubelet watches: that counts as registered."""
+    """Kubelet watches: count the resource as registered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """All that the next step depends on."""
+    """All inputs of the decision."""
 
     kubelet: bool
-    """Whether kubelet's socket is there."""
+    """Whether kubelet's socket exists."""
     served: bool
-    """Whether the socket that is served lies at its path."""
+    """Whether the socket being served is still at its path."""
     offered_to: OfferedTo
     watched: bool
     """Whether a ListAndWatch stream is open."""
     due: bool
-    """Whether the time is over that the last step was given to take effect."""
+    """Whether the last step has had its allotted time to take effect."""
 
 
 def next_step(facts: Facts) -> Step:
-    """Return the step for these facts: the first line that matches."""
+    """Return the step for these facts: the first case that matches."""
     match facts:
-        # Where nobody could register again, a stream that works is kept.
+        # Without kubelet's socket nothing can be registered again, so a working stream is kept.
         case Facts(kubelet=False, watched=True):
             return Step.REST
         case Facts(kubelet=False):

@@ -1,6 +1,7 @@
-"""Keeps every resource registered with kubelet indefinitely: late, restarted, wiped or forgetful as kubelet may be.
+"""Keeps every resource registered with kubelet indefinitely, even if kubelet starts late, restarts, empties its folder
+or forgets.
 
-Each resource has its own task, so none waits for another. What a resource needs next is decided in registersteps.py.
+Each resource has its own task, so none waits for another. The next step of a resource is decided in register_steps.py.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ WAITING, REGISTERED, FAILED = RegistrationState
 
 
 class Registrar:
-    """Serves the resources in the device-plugins folder and keeps them registered while run() runs."""
+    """Serves the resources in the device-plugins folder and keeps them registered while run() is running."""
 
     def __init__(
         self, resources: Sequence[deviceplugin.Resource], folder: Path, *, pace: RegistrationTiming = DEFAULT_PACE
     ) -> None:
-        """ConfigError where a socket's path would be too long. Starts nothing."""
+        """Set up without starting anything. Raise ConfigError if a socket's path would be too long."""
         self._folder = folder
         self._pace = pace
         self._revision = Revision()
@@ -45,30 +46,32 @@ class Registrar:
         self._plugins = [PluginKeeper(one, self._kubelet, pace, self._revision.bump) for one in resources]
 
     def registrations(self) -> tuple[Registration, ...]:
-        """How each resource stands, in the order given."""
+        """Return the registration status of each resource, in the order given."""
         return tuple(plugin.registration for plugin in self._plugins)
 
     @property
     def ready(self) -> bool:
-        """Whether kubelet took every resource and watches it."""
+        """Return whether kubelet has accepted and watches every resource."""
         return all(one.ready for one in self.registrations())
 
     async def changed(self, seen: int) -> int:
-        """The version of registrations(), from 1 up, as soon as it differs from `seen` (0: at once)."""
+        """Return the version of registrations(), counted from 1, as soon as it differs from `seen` (0: immediately)."""
         return await self._revision.changed(seen)
 
     async def wait_ready(self) -> None:
-        """Return once every resource is ready."""
+        """Wait until every resource is ready."""
         while not self.ready:
             await self.changed(self._revision.value)
 
     async def run(self) -> None:
-        """Keep everything registered until cancelled; then end all streams, remove the sockets, and return once kubelet
-        has had the time to notice."""
+        """Keep everything registered until cancelled.
+
+        Then end all streams, remove the sockets, and return once kubelet has had time to notice.
+        """
         with self._kubelet:
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    # The watch first: what it finds at the start must not interrupt a try that is under way.
+                    # The watch first: what it finds at the start must not interrupt an attempt in progress.
                     tasks.create_task(self._watch())
                     for plugin in self._plugins:
                         tasks.create_task(plugin.keep())

@@ -1,4 +1,4 @@
-"""One resource: its server, how it stands with kubelet, and the loop that keeps it registered."""
+"""One resource: its server, its registration with kubelet, and the loop that keeps it registered."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class PluginKeeper:
-    """Keeps one resource registered while keep() runs. Building it serves nothing."""
+    """Keeps one resource registered while keep() is running. Building one serves nothing."""
 
     def __init__(
         self,
@@ -32,8 +32,11 @@ class PluginKeeper:
         pace: RegistrationTiming,
         on_change: Callable[[], None],
     ) -> None:
-        """`kubelet`: of the socket that resources are registered at; they are served in its folder. `on_change` is
-        called when `registration` has changed."""
+        """Set up the server without starting it.
+
+        `kubelet` watches the socket at which resources are registered; they are served in its folder. `on_change` is
+        called when `registration` has changed.
+        """
         self.server = deviceplugin.DevicePluginServer(resource, kubelet.path.parent, on_watch=self._watch_changed)
         self.registration = Registration(resource=resource.name, since_unix_s=time.time(), reason="not started")
         self._kubelet = kubelet
@@ -41,25 +44,25 @@ class PluginKeeper:
         self._on_change = on_change
         self._woken, self._moved = asyncio.Event(), asyncio.Event()
         self._offered_to: sockets.SocketIdentity | None = None
-        """The kubelet that the server's path was named to in a Register."""
+        """The kubelet that was given the server's path in a Register."""
         self._counted = False
-        """Whether that counts as registered."""
+        """Whether the resource counts as registered with it."""
         self._due_s = self._clean_s = self._changed_s = time.monotonic()
-        """When the last step should have had its effect; when kubelet should have cleaned up after what was ended; when
-        kubelet began or ended to watch."""
+        """Monotonic times: when the last step should have taken effect; when kubelet should have cleaned up after a
+        stream or call that was ended; when kubelet last started or stopped watching."""
         self._patience_s = pace.unwatched_s
         self._retry_s = pace.first_retry_s
         self._jitter = random.Random(resource.name)  # noqa: S311  spreads retries; the name makes it repeatable
 
     def interrupt(self) -> None:
-        """Say that kubelet's socket or the own one changed: a try under way is pointless."""
+        """Notify that kubelet's socket or this server's socket has changed: an attempt in progress is pointless."""
         self._retry_s, self._patience_s = self._pace.first_retry_s, self._pace.unwatched_s
         self._due_s = time.monotonic()
         self._moved.set()
         self._woken.set()
 
     async def keep(self) -> None:
-        """Try until cancelled; an error is shown, never raised. end() has to follow."""
+        """Retry until cancelled; errors are reported, never raised. The caller must then call end()."""
         while True:
             self._woken.clear()
             self._moved.clear()
@@ -73,7 +76,7 @@ class PluginKeeper:
                     await self._woken.wait()
 
     async def end(self) -> None:
-        """End the streams, remove the socket, and give kubelet the time to notice that a stream has ended."""
+        """End the streams, remove the socket, and give kubelet time to notice that a stream has ended."""
         if await self.server.stop():
             await asyncio.sleep(self._pace.clean_up_s)
 
@@ -106,7 +109,7 @@ class PluginKeeper:
         )
 
     async def _serve(self) -> None:
-        # A kubelet that has just started has nothing to clean up after a stream of the one before.
+        # A kubelet that has just started has nothing to clean up from its predecessor's streams.
         known = self._offered_to is not None and self._offered_to == self._kubelet.look()
         self._offered_to, self._counted = None, False
         if await self.server.stop() and known:
@@ -158,7 +161,7 @@ class PluginKeeper:
     # ---------------------------------------------------------------- time
 
     def _left_s(self) -> float:
-        """How long until the next step is due; not above 0 where it is."""
+        """Return how long until the next step is due; zero or negative if it is due."""
         return max(self._due_s, self._clean_s) - time.monotonic()
 
     def _rest_s(self) -> float:
@@ -173,7 +176,7 @@ class PluginKeeper:
         self._retry_s = min(2 * self._retry_s, self._pace.last_retry_s)
 
     def _watch_changed(self) -> None:
-        """Kubelet began or ended to watch. A stream that lasted shows that patience helped."""
+        """Handle the start or end of a watch by kubelet. A stream that lasted shows that waiting longer helped."""
         now_s = time.monotonic()
         if not self.server.watched:
             if now_s - self._changed_s >= self._patience_s:
@@ -183,7 +186,7 @@ class PluginKeeper:
         self._show(self.registration.state, reason=self.registration.reason)
         self._woken.set()
 
-    # ---------------------------------------------------------------- how it stands
+    # ---------------------------------------------------------------- status
 
     def _failed(self, reason: str, error: Exception | None = None) -> None:
         said = (self.registration.state, self.registration.reason) == (RegistrationState.FAILED, reason)

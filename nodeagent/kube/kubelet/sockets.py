@@ -1,11 +1,11 @@
-"""Unix sockets with gRPC on them, both ends. Serving is robust: a stale file is no obstacle, and what is one is named.
+"""Unix sockets with gRPC on them, both ends. Serving copes with stale files, and reports what does prevent it.
 
-gRPC removes the file of a socket when its server stops, whoever the file belongs to by then: a server is stopped before
-its successor binds the same path.
+When a gRPC server stops, it removes the file of its socket, even if the file belongs to another server by then: stop a
+server before its successor binds the same path.
 
-One socket is told from the next at the same path by its inode number alone: times, mode and owner change without
-anybody having started anew. File systems reuse the number of an inode as soon as it is gone, so an inode is compared
-only while something keeps it: a socket that is served keeps its own, a SocketWatch that of another process.
+One socket is distinguished from the next at the same path by its inode number alone: times, mode and owner change
+without any restart. File systems reuse an inode number as soon as the inode is gone, so inodes are compared only while
+something keeps them alive: a served socket keeps its own, a SocketWatch that of another process.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ import grpc
 from nodeagent.errors import ConfigError, HostError
 
 LONGEST_PATH_BYTES = 107
-"""sockaddr_un.sun_path less its final zero byte (unix(7))."""
+"""sockaddr_un.sun_path without its terminating zero byte (unix(7))."""
 
 _PEER = struct.Struct("iII")
-"""struct ucred: process, user, group."""
+"""struct ucred: pid, uid, gid."""
 _CHANNEL_OPTIONS = (
-    # Channels share connections by default, and with them a back-off of seconds after a refused one.
+    # By default channels share connections, and with them a back-off of seconds after a refused connection.
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.enable_http_proxy", 0),
 )
 
 
 class Identity(NamedTuple):
-    """Which socket lies at a path. Compare it only while the socket is served or pinned, so that its inode exists."""
+    """Identity of the socket at a path. Compare it only while the socket is served or pinned, so its inode exists."""
 
     device: int
     inode: int
 
 
 def identity(path: Path) -> Identity | None:
-    """Return which file lies at `path`, or None if it cannot be seen (`absence` gives the cause)."""
+    """Return the identity of the file at `path`, or None if it cannot be seen (`absence` gives the cause)."""
     with contextlib.suppress(OSError):
         found = path.stat()
         return Identity(found.st_dev, found.st_ino)
@@ -54,18 +54,18 @@ def identity(path: Path) -> Identity | None:
 
 
 class SocketIdentity(NamedTuple):
-    """One socket of another process, as a SocketWatch saw it: equal to no other socket that it ever sees."""
+    """One socket of another process, as a SocketWatch saw it: different from every other socket that watch sees."""
 
     number: int
-    """How many sockets the watch had seen at the path by then."""
+    """How many sockets the watch has seen at the path, including this one."""
     inode: int
 
 
 class SocketWatch:
-    """Tells which of another process's sockets lies at a path: a new one there is always another Sighting.
+    """Reports which of another process's sockets is at a path: a new one always yields another SocketIdentity.
 
-    The inode seen last is kept open (O_PATH, which connects to nothing), so that its number is not reused, also while
-    nothing lies at the path. Building a watch opens nothing; close() lets the inode go.
+    The inode seen last is kept open (O_PATH, which does not connect), so its number is not reused, even while nothing
+    is at the path. Building a watch opens nothing; close() releases the inode.
     """
 
     def __init__(self, path: Path) -> None:
@@ -80,7 +80,7 @@ class SocketWatch:
         self.close()
 
     def look(self) -> SocketIdentity | None:
-        """Return what lies at the path now, or None if it cannot be seen (`absence` gives the cause)."""
+        """Return which socket is at the path now, or None if none can be seen (`absence` gives the cause)."""
         try:
             if not self._is_pinned(self.path.stat()):
                 self._pin(os.open(self.path, os.O_PATH))
@@ -89,7 +89,7 @@ class SocketWatch:
         return self._seen
 
     def close(self) -> None:
-        """Forget the socket seen last; what look() sees afterwards is another one."""
+        """Release the socket seen last; whatever look() sees afterwards counts as another one."""
         pinned, self._pinned = self._pinned, None
         if pinned is not None:
             os.close(pinned)
@@ -108,7 +108,7 @@ class SocketWatch:
 
 
 def absence(path: Path) -> str:
-    """Why nothing can be seen at `path`, in the kernel's words; "" where something is there."""
+    """Return why nothing can be seen at `path`, in the kernel's words, or "" if something is there."""
     try:
         path.stat()
     except OSError as error:
@@ -117,9 +117,9 @@ def absence(path: Path) -> str:
 
 
 def listener(path: Path) -> int | None:
-    """The process that listens at `path`; None where none does. Does not block.
+    """Return the PID of the process listening at `path`, or None if there is none. Does not block.
 
-    0 where it is in a PID namespace that cannot be seen from here (unix(7), SO_PEERCRED).
+    The PID is 0 if the process is in a PID namespace that is not visible from here (unix(7), SO_PEERCRED).
     """
     with socket.socket(socket.AF_UNIX) as probe, contextlib.suppress(OSError):
         probe.setblocking(False)
@@ -130,7 +130,7 @@ def listener(path: Path) -> int | None:
 
 
 def is_served(path: Path) -> bool:
-    """Whether some process accepts connections at `path` at this moment. Does not block."""
+    """Return whether some process accepts connections at `path` now. Does not block."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)
         try:
@@ -143,8 +143,10 @@ def is_served(path: Path) -> bool:
 
 
 def is_dead(path: Path) -> bool:
-    """Whether a socket lies at `path` of which the kernel says that no process listens on it. Any other doubt counts as
-    alive; does not block."""
+    """Return whether `path` is a socket that, according to the kernel, no process listens on. Does not block.
+
+    In any other doubt the socket counts as alive.
+    """
     try:
         if not stat.S_ISSOCK(path.lstat().st_mode):
             return False
@@ -159,7 +161,7 @@ def is_dead(path: Path) -> bool:
 
 
 def checked(path: Path) -> Path:
-    """The path itself; ConfigError where it is too long for a socket."""
+    """Return the path. Raise ConfigError if it is too long for a socket."""
     length = len(os.fsencode(path))
     if length > LONGEST_PATH_BYTES:
         raise ConfigError(f"cannot use socket {path}: the path has {length} bytes, the limit is {LONGEST_PATH_BYTES}")
@@ -167,7 +169,7 @@ def checked(path: Path) -> Path:
 
 
 async def serve(path: Path, add: Callable[[grpc.aio.Server], None]) -> grpc.aio.Server:
-    """A started server at `path`, with the services that `add` gives it; HostError with path and cause."""
+    """Return a started server at `path` with the services that `add` registers. Raise HostError with path and cause."""
     checked(path)
     _make_free(path)
     server = grpc.aio.server()
@@ -181,7 +183,7 @@ async def serve(path: Path, add: Callable[[grpc.aio.Server], None]) -> grpc.aio.
 
 
 async def _start(server: grpc.aio.Server) -> None:
-    """Start a server, or leave none where that is cancelled: gRPC's own start breaks if it is cancelled half-way."""
+    """Start a server, or leave none running if cancelled: gRPC's own start breaks if it is cancelled half-way."""
     starting = asyncio.ensure_future(server.start())
     try:
         await asyncio.shield(starting)
@@ -192,23 +194,23 @@ async def _start(server: grpc.aio.Server) -> None:
 
 
 async def stop(server: grpc.aio.Server, grace_s: float) -> None:
-    """Take no more calls, let those under way finish, remove the socket. A cancelled stop goes on by itself, and may be
-    called again.
+    """Accept no more calls, let those in progress finish for up to `grace_s`, and remove the socket.
 
-    gRPC's own stop loses a cancellation that comes with its end (asyncio.wait_for of Python 3.11 does): whoever called
-    it would go on as if nothing had happened, and never end.
+    A cancelled stop continues in the background, and may be called again. gRPC's own stop loses a cancellation that
+    arrives as it ends (asyncio.wait_for of Python 3.11 does): its caller would carry on as if nothing had happened and
+    never end.
     """
     await asyncio.shield(asyncio.ensure_future(server.stop(grace_s)))
 
 
 def channel(path: Path, *, largest_answer_bytes: int = 4 << 20) -> grpc.aio.Channel:
-    """A channel to the socket at `path`; it connects with its first call."""
+    """Return a channel to the socket at `path`; it connects on its first call."""
     limit = ("grpc.max_receive_message_length", largest_answer_bytes)
     return grpc.aio.insecure_channel(_address(path), options=(*_CHANNEL_OPTIONS, limit))
 
 
 def cause(error: grpc.aio.AioRpcError) -> str:
-    """A failed call as one line: the status code and what the peer said."""
+    """Return a failed call as one line: the status code and the details from the peer."""
     return f"{error.code().name}: {error.details()}"
 
 
@@ -217,7 +219,7 @@ def _address(path: Path) -> str:
 
 
 def _make_free(path: Path) -> None:
-    """Remove a stale socket."""
+    """Remove a stale socket. Raise HostError if that fails."""
     try:
         if path.is_symlink() or path.exists():
             path.unlink()
@@ -226,7 +228,7 @@ def _make_free(path: Path) -> None:
 
 
 def _why_not(path: Path) -> str:
-    """Why no socket can be bound at a path: gRPC's own error does not carry the cause."""
+    """Return why no socket can be bound at a path: gRPC's own error does not carry the cause."""
     try:
         with socket.socket(socket.AF_UNIX) as trial:
             trial.bind(str(path))

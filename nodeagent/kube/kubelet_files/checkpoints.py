@@ -1,7 +1,7 @@
-"""Kubelet's own files below its folder (/var/lib/kubelet): its checkpoints, the folders of its pods.
+"""Kubelet's own files in its folder (/var/lib/kubelet): its checkpoints and the folders of its pods.
 
-Read at one moment. An absent file says nothing; one that cannot be understood is an error with its place.
-Source: kubelet's checkpoint files.
+Read at one moment. A missing file is no evidence; one that cannot be parsed is an error that names its path. Source:
+kubelet's checkpoint files.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ E = TypeVar("E")
 
 
 class _Enveloped(msgspec.Struct):
-    """Newer checkpoints carry what counts as text; what older kubelets read stands beside it."""
+    """Newer checkpoints carry the authoritative content as text in `data`, alongside fields for older kubelets."""
 
     data: str = ""
 
@@ -33,13 +33,14 @@ class Policy(NamedTuple):
 
     name: str
     source: str
-    """Which file or flag says so; "" where none does."""
+    """The file or flag that sets it, or "" if none does."""
     conflict: str
-    """How configuration and checkpoint contradict each other; "" where they do not."""
+    """How configuration and checkpoint contradict each other, or "" if they agree."""
 
 
 def checkpoint(path: Path, form: type[T]) -> T | None:
-    """A checkpoint; None where there is no file. Fields that this build does not know are passed over."""
+    """Return a checkpoint, or None if there is no file. Unknown fields are ignored. Raise InputError if it cannot be
+    read."""
     data = _content(path)
     if data is None:
         return None
@@ -51,7 +52,8 @@ def checkpoint(path: Path, form: type[T]) -> T | None:
 
 
 def nested(path: Path, envelope: type[E], text_of: Callable[[E], str], form: type[T]) -> T | None:
-    """A checkpoint whose content stands as text in an envelope; None where there is no file. InputError."""
+    """Return a checkpoint whose content is text inside an envelope, or None if there is no file. Raise InputError if it
+    cannot be read."""
     data = _content(path)
     if data is None:
         return None
@@ -62,10 +64,10 @@ def nested(path: Path, envelope: type[E], text_of: Callable[[E], str], form: typ
 
 
 def policy(config: KubeletConfig, key: str, path: Path, checkpointed: str, *, managing: str, none: str) -> Policy:
-    """What a manager does, by its key of the configuration and by its checkpoint ("" where there is none).
+    """Return the policy of a kubelet manager, from its configuration key and its checkpoint ("" without one).
 
-    The one that manages, where either says so: kubelet refuses to start while they differ, and one that runs goes by
-    the configuration that it was started with. managing, none: the names of the two policies.
+    The managing policy wins if either names it: kubelet refuses to start while they differ, and a running kubelet uses
+    the configuration it was started with. `managing` and `none` are the names of the two policies.
     """
     configured, place = config.text(key), config.places.get(key, "")
     said = [one for one in ((configured, place), (checkpointed, str(path))) if one[0]]
@@ -76,8 +78,10 @@ def policy(config: KubeletConfig, key: str, path: Path, checkpointed: str, *, ma
 
 
 def pods_there(kubelet_dir: Path) -> frozenset[str]:
-    """UIDs of the pods that have a folder: kubelet makes it before a pod's first container and removes it when the pod
-    is gone for good. InputError where that cannot be known."""
+    """Return the UIDs of the pods that have a folder. Raise InputError if they cannot be listed.
+
+    Kubelet creates the folder before a pod's first container and removes it when the pod is gone for good.
+    """
     path = kubelet_dir / PODS
     try:
         return frozenset(one.name for one in path.iterdir())
@@ -86,7 +90,8 @@ def pods_there(kubelet_dir: Path) -> frozenset[str]:
 
 
 def _content(path: Path) -> bytes | None:
-    """None also where what is seen is an old file (mountedfile): kubelet writes its checkpoints anew all the time."""
+    """Return the content of a file, or None if there is none or only an old copy is visible (see mounted_file): kubelet
+    rewrites its checkpoints all the time."""
     try:
         return mountedfile.read(path)
     except FileNotFoundError:

@@ -1,7 +1,7 @@
-"""The claims that kubelet has prepared, as its DRA manager remembers them on disk: dra_manager_state in its folder.
+"""The claims that kubelet has prepared, as recorded by its DRA manager on disk: dra_manager_state in kubelet's folder.
 
-Kubelet adds a claim before it calls NodePrepareResources and removes it after NodeUnprepareResources.
-Source: k8s.io/kubernetes pkg/kubelet/cm/dra/state, 1.34 to 1.37 (checkpoint.dra.kubelet.k8s.io/v1).
+Kubelet adds a claim before it calls NodePrepareResources and removes it after NodeUnprepareResources. Source:
+k8s.io/kubernetes pkg/kubelet/cm/dra/state, 1.34 to 1.37 (checkpoint.dra.kubelet.k8s.io/v1).
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ class _File(msgspec.Struct):
 
 
 def prepared(kubelet_dir: Path, driver: str) -> Mapping[str, ClaimRef] | None:
-    """By UID the claims that kubelet has prepared, or is preparing, with a driver; None where there is no such file.
-    InputError where it cannot be read."""
+    """Return, by UID, the claims that kubelet has prepared or is preparing with a driver, or None without a file.
+
+    Raise InputError if the file cannot be read.
+    """
     found = kubelet_files.nested(kubelet_dir / STATE_FILE, _File, lambda file: file.data, _State)
     if found is None:
         return None

@@ -1,9 +1,9 @@
-"""Kubelet's effective configuration: its defaults, then the file of --config, then the drop-ins of --config-dir in
+"""Kubelet's effective configuration: its defaults, then the --config file, then the drop-ins of --config-dir in
 kubelet's order, then its flags.
 
-A drop-in is a JSON merge patch (RFC 7386): mappings are merged key by key, everything else is replaced, and null takes
-a key back to its default. Of defaults only those of DEFAULTS are filled in; any other key that nothing sets is absent.
-Source: cmd/kubelet/app/server.go of Kubernetes 1.33 to 1.37, and what kubelet 1.37 logs as its effective configuration.
+A drop-in is a JSON merge patch (RFC 7386): mappings are merged key by key, everything else is replaced, and null resets
+a key to its default. Only the defaults in DEFAULTS are filled in; any other key that nothing sets is absent. Source:
+cmd/kubelet/app/server.go of Kubernetes 1.33 to 1.37, and what kubelet 1.37 logs as its effective configuration.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ class Layer(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubeletConfig:
-    """What kubelet is configured to do."""
+    """Kubelet's effective configuration."""
 
     values: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Which file or flag each key was set by last."""
+    """The file or flag that set each key last."""
     sources: tuple[str, ...] = ()
-    """The files read, in order, and the flags that count."""
+    """The files read, in order, followed by the flags that set a key."""
 
     @property
     def known(self) -> bool:
-        """Whether anything is known of kubelet's configuration; if not, not even that its defaults hold."""
+        """Return whether anything is known of kubelet's configuration. If not, even its defaults cannot be assumed."""
         return bool(self.values)
 
     def text(self, key: str) -> str:
-        """Return a value, or "" if nothing sets it. InputError where it is no text."""
+        """Return a value, or "" if nothing sets it. Raise InputError if it is not a string."""
         value = self.values.get(key)
         if value is None:
             return ""
@@ -71,13 +71,13 @@ class KubeletConfig:
         return value
 
     def cpus(self, key: str) -> CpuSet:
-        """Return a list of CPUs, empty if nothing sets it. InputError where it is none."""
+        """Return a CPU list, empty if nothing sets it. Raise InputError if it cannot be parsed."""
         text = self.text(key)
         return CpuSet.parse(text, source=f"{key} of {self.places[key]}") if text else EMPTY
 
 
 def merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
-    """A document after a JSON merge patch. Pure; neither is changed."""
+    """Return a document with a JSON merge patch applied. Pure; neither argument is modified."""
     after = dict(base)
     for key, value in patch.items():
         if value is None:
@@ -91,9 +91,10 @@ def merge(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def effective(base: Layer | None, drop_ins: Iterable[Layer], flags: Flags = NO_FLAGS, whose: str = "") -> KubeletConfig:
-    """Put a configuration together. whose: whose command line the flags are of, "" where none is known. Pure.
+    """Combine files and flags into a configuration. Pure.
 
-    InputError names flag and value where kubelet would refuse it.
+    `whose` names the process whose command line the flags are from, or is "" if none is known. Raise InputError naming
+    flag and value if kubelet would reject it.
     """
     files = [*([Layer(base.place, _in_file(base.document))] if base else []), *drop_ins]
     values, places = dict(DEFAULTS), dict.fromkeys(DEFAULTS, DEFAULT_PLACE)
@@ -114,19 +115,20 @@ def effective(base: Layer | None, drop_ins: Iterable[Layer], flags: Flags = NO_F
 
 
 def read(file: str, folder: str, flags: Flags = NO_FLAGS, whose: str = "") -> KubeletConfig:
-    """Read a configuration. file: the path of --config; folder: of --config-dir; "" for either: there is none.
+    """Read a configuration.
 
-    InputError names the file where one is not there, cannot be read or would be refused by kubelet.
+    `file` is the path given by --config and `folder` the one given by --config-dir, each "" if there is none. Raise
+    InputError naming the file if one is missing, unreadable, or would be rejected by kubelet.
     """
     base = Layer(file, _document(file)) if file else None
     return effective(base, (_drop_in(path) for path in drop_ins(folder)) if folder else (), flags, whose)
 
 
 def drop_ins(folder: str) -> Iterator[str]:
-    """The drop-ins below a folder in the order in which kubelet reads them.
+    """Yield the drop-ins in a folder in the order in which kubelet reads them.
 
-    By the bytes of their names, a folder's own in its place; links to folders are not followed, and neither is `folder`
-    itself where it is one. InputError where it is not there or cannot be read.
+    Entries are sorted by the bytes of their names, and a subfolder's files come in its place. Symlinks to folders are
+    not followed, including `folder` itself. Raise InputError if it is missing or unreadable.
     """
     try:
         if not stat.S_ISDIR(os.lstat(folder).st_mode):
@@ -152,7 +154,7 @@ def _drop_in(path: str) -> Layer:
 
 
 def _document(path: str) -> Mapping[str, Any]:
-    """The first document of a file, as kubelet takes it."""
+    """Return the first document of a file, as kubelet does."""
     try:
         found = next(iter(yaml.safe_load_all(mountedfile.read(Path(path)))), None)
     except OSError as error:
@@ -174,15 +176,15 @@ def _right(key: str) -> str:
 
 
 def _in_file(document: Mapping[Any, Any]) -> dict[str, Any]:
-    """What counts in the file of --config: there kubelet passes over a key that is written in other cases. Nothing at
-    all is the default."""
+    """Return the effective keys of the --config file: kubelet ignores keys there whose case does not match. An empty
+    value means the default."""
     right = {key: value for key, value in document.items() if isinstance(key, str) and _right(key) == key}
     return {key: value for key, value in right.items() if value not in (None, "", [], {})}
 
 
 def _spelled(values: Mapping[str, Any], places: Mapping[str, str]) -> tuple[dict[str, Any], dict[str, str]]:
-    """In a drop-in upper and lower case do not matter: of several spellings the last by its bytes counts, and mappings
-    are put together."""
+    """Return values and places under canonical keys. Drop-ins are case-insensitive: of several spellings the last in
+    byte order wins, and mappings are merged."""
     found: dict[str, Any] = {}
     whence: dict[str, str] = {}
     for key in sorted((key for key in values if isinstance(key, str)), key=str.encode):

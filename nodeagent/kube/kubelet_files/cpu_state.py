@@ -1,10 +1,9 @@
-"""Which CPUs kubelet manages itself, by its configuration and its CPU manager's state.
+"""Which CPUs kubelet manages itself, from its configuration and its CPU manager's state.
 
-A function of configuration and state at one moment. An absent file says nothing; one that cannot be understood is an
-error.
-Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs); kubelet's checkpoint cpu_manager_state:
-by container id (its first form), by pod and container (second), with whole pods beside them (third), the same as text
-under "data" (fourth).
+A function of configuration and state at one moment. A missing file is no evidence; one that cannot be parsed is an
+error. Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs); kubelet's checkpoint
+cpu_manager_state: by container id (its first form), by pod and container (second), with whole pods in addition (third),
+the same as text under "data" (fourth).
 """
 
 from __future__ import annotations
@@ -23,42 +22,43 @@ from nodeagent.kube.kubelet_files.config import KubeletConfig
 STATIC, NONE = "static", "none"
 STATE_FILE = "cpu_manager_state"
 POLICY, RESERVED = "cpuManagerPolicy", "reservedSystemCPUs"
-"""Keys of the configuration."""
+"""Configuration keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KubeletState:
-    """What kubelet does with CPUs."""
+    """How kubelet manages CPUs."""
 
     policy: str = NONE
-    """cpuManagerPolicy. "static" where either says so, configuration or state: kubelet refuses to start while they
+    """cpuManagerPolicy; "static" if either configuration or state says so, because kubelet refuses to start while they
     differ."""
     policy_source: str = ""
-    """The file or flag that says so; "" where none does."""
+    """The file or flag that sets it, or "" if none does."""
     policy_conflict: str = ""
-    """How configuration and state contradict each other; "" where they do not."""
+    """How configuration and state contradict each other, or "" if they agree."""
     reserved: CpuSet = EMPTY
     """reservedSystemCPUs."""
     reserved_source: str = ""
-    """The file or flag that says so."""
+    """The file or flag that sets it."""
     shared: CpuSet | None = None
-    """The static policy's default set, from which it takes exclusive CPUs; None where the file does not say."""
+    """The default set of the static policy, from which it takes exclusive CPUs, or None if the file does not name
+    it."""
     assigned: Mapping[tuple[str, str], CpuSet] = field(default_factory=lambda: MappingProxyType({}))
     """Exclusive CPUs by pod UID and container name."""
     pods: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
-    """Exclusive CPUs of whole pods, by UID; those of their containers are among them."""
+    """Exclusive CPUs of whole pods, by UID; they include those of their containers."""
     unnamed: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
-    """Exclusive CPUs by container id, in the oldest form: it does not say of which pod."""
+    """Exclusive CPUs by container id, from the oldest form, which does not name the pod."""
 
     @property
     def static(self) -> bool:
-        """Return whether the static CPU manager wrote it."""
+        """Return whether kubelet's CPU manager policy is static."""
         return self.policy == STATIC
 
     @property
     def confined(self) -> CpuSet | None:
-        """All CPUs that the static CPU manager lets containers run on, one way or another; None where that cannot be
-        known (all)."""
+        """Return all CPUs that the static CPU manager lets containers run on, shared or exclusive, or None if unknown
+        (treat as all)."""
         if not self.static:
             return EMPTY
         if self.shared is None:
@@ -67,7 +67,7 @@ class KubeletState:
 
     @property
     def managed(self) -> CpuSet | None:
-        """All CPUs that the static CPU manager gives away or may give away; None where that cannot be known (all)."""
+        """Return all CPUs that the static CPU manager assigns or may assign, or None if unknown (treat as all)."""
         return None if self.confined is None else self.confined - self.reserved
 
 
@@ -83,7 +83,8 @@ class _Checkpoint(msgspec.Struct):
 
 
 def read(kubelet_dir: Path, config: KubeletConfig) -> KubeletState:
-    """Read kubelet's folder (/var/lib/kubelet); InputError names the file or flag, the value and what is wrong."""
+    """Read the state from kubelet's folder (/var/lib/kubelet). Raise InputError with the file or flag, the value and
+    the fault."""
     path = kubelet_dir / STATE_FILE
     found = kubelet_files.checkpoint(path, _Checkpoint)
     policy = kubelet_files.policy(config, POLICY, path, found.policy if found else "", managing=STATIC, none=NONE)

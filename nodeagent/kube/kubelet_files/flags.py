@@ -1,9 +1,9 @@
-"""Kubelet's command line: what its flags say, and what they make of its configuration. Pure.
+"""Kubelet's command line: its flags, and their effect on its configuration. Pure.
 
-Flags are read as kubelet reads them (spf13/pflag): `--flag=value` or `--flag value`, `_` counts as `-`, a flag given
-again replaces its earlier value or, where it holds KEY=VALUE pairs, adds to it. A flag replaces what the configuration
-says; only feature gates are added to those of the configuration.
-Source: cmd/kubelet/app/options and component-base/cli/flag of Kubernetes 1.33 to 1.37.
+Flags are parsed as kubelet parses them (spf13/pflag): `--flag=value` or `--flag value`, `_` equals `-`, and a repeated
+flag replaces its earlier value or, if it holds KEY=VALUE pairs, adds to it. A flag overrides the configuration, except
+that feature gates are merged with those of the configuration. Source: cmd/kubelet/app/options and
+component-base/cli/flag of Kubernetes 1.33 to 1.37.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from nodeagent.errors import InputError
 CONFIG, CONFIG_DIR, ROOT_DIR, HOSTNAME = "config", "config-dir", "root-dir", "hostname-override"
 Given = Sequence[str]
 Setter = Callable[[Any, Given], Any]
-"""(what the configuration says, each value of the flag in order) -> what kubelet goes by. ValueError says what is
+"""(configured value, values of the flag in order) -> value that kubelet uses. Raises ValueError with what is
 expected."""
 
 
 @dataclass(frozen=True, slots=True)
 class Flags:
-    """The flags that matter here, each with all its values in the order given."""
+    """The relevant flags, each with all its values in the order given."""
 
     given: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
     ends_at_once: bool = False
-    """Asked for its version or its help: this is no kubelet that runs pods."""
+    """Whether it was asked for its version or help, so this kubelet runs no pods."""
 
     def last(self, name: str) -> str:
-        """The value in force; "" where the flag is not given."""
+        """Return the value in force, or "" if the flag is not given."""
         return self.given.get(name, ("",))[-1]
 
     def over(self, values: Mapping[str, Any], source: str) -> Iterator[tuple[str, str, Any]]:
-        """What the flags change of a configuration: (flag, key, value) each.
+        """Yield (flag, key, value) for each configuration value that a flag overrides.
 
-        source: whose command line it is, for messages. InputError names flag and value where kubelet would refuse it.
+        `source` names the command line in messages. Raise InputError naming flag and value if kubelet would reject it.
         """
         for name, (key, setter) in _SETTINGS.items():
             if (given := self.given.get(name)) is None:
@@ -50,10 +50,10 @@ class Flags:
 
 
 def parse(words: Sequence[str], source: str) -> Flags:
-    """Read a command line without the program's name. InputError where a flag has no value.
+    """Parse a command line without the program name. Raise InputError if a flag has no value.
 
-    Kubelet takes no other words than flags and their values, so a word that belongs to no flag known here is the value
-    of one that does not matter.
+    Kubelet accepts only flags and their values, so a word that belongs to no flag known here is the value of an
+    irrelevant one.
     """
     given: dict[str, list[str]] = {}
     ends, rest = False, iter(words)
@@ -71,7 +71,7 @@ def parse(words: Sequence[str], source: str) -> Flags:
     return Flags(MappingProxyType({name: tuple(values) for name, values in given.items()}), ends)
 
 
-# ---------------------------------------------------------------- what a flag makes of a value
+# ---------------------------------------------------------------- effect of a flag on a value
 
 
 def _text(_: Any, given: Given) -> str:
@@ -104,7 +104,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _truth(text: str) -> bool:
-    """As Go's strconv.ParseBool."""
+    """Parse a boolean as Go's strconv.ParseBool does."""
     if text in ("1", "t", "T", "TRUE", "true", "True"):
         return True
     if text in ("0", "f", "F", "FALSE", "false", "False"):
@@ -136,7 +136,7 @@ _SETTINGS: Mapping[str, tuple[str, Setter]] = MappingProxyType(
         "feature-gates": ("featureGates", _gates),
     }
 )
-"""Flags that stand for a key of the configuration."""
+"""Flags that override a configuration key."""
 KEYS = frozenset(key for key, _ in _SETTINGS.values())
 _KNOWN = frozenset((*_SETTINGS, CONFIG, CONFIG_DIR, ROOT_DIR, HOSTNAME))
 """All of them take a value."""

@@ -1,9 +1,8 @@
-"""What kubelet's memory manager has given away, by its configuration and its state.
+"""What kubelet's memory manager has assigned, from its configuration and its state.
 
-A function of configuration and state at one moment. An absent file says nothing; one that cannot be understood is an
-error.
-Sources: kubelet.config.k8s.io/v1beta1 (memoryManagerPolicy); kubelet's checkpoint memory_manager_state: by pod and
-container (its first form), with whole pods beside them (second), the same as text under "data" (third).
+A function of configuration and state at one moment. A missing file is no evidence; one that cannot be parsed is an
+error. Sources: kubelet.config.k8s.io/v1beta1 (memoryManagerPolicy); kubelet's checkpoint memory_manager_state: by pod
+and container (its first form), with whole pods in addition (second), the same as text under "data" (third).
 """
 
 from __future__ import annotations
@@ -26,28 +25,28 @@ from nodeagent.kube.kubelet_files.config import KubeletConfig
 STATIC, NONE = "Static", "None"
 STATE_FILE, PAGES = "memory_manager_state", "hugepages-"
 POLICY = "memoryManagerPolicy"
-"""The key of the configuration."""
+"""The configuration key."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryState:
-    """What kubelet does with memory and hugepages."""
+    """How kubelet manages memory and hugepages."""
 
     policy: str = NONE
-    """memoryManagerPolicy. "Static" where either says so, configuration or state: kubelet refuses to start while they
-    differ."""
+    """memoryManagerPolicy; "Static" if either configuration or state says so, because kubelet refuses to start while
+    they differ."""
     policy_source: str = ""
-    """The file or flag that says so; "" where none does."""
+    """The file or flag that sets it, or "" if none does."""
     policy_conflict: str = ""
-    """How configuration and state contradict each other; "" where they do not."""
+    """How configuration and state contradict each other, or "" if they agree."""
     assigned: Mapping[tuple[str, str], tuple[MemoryBlock, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """By pod UID and container name."""
+    """Memory by pod UID and container name."""
     pods: Mapping[str, tuple[MemoryBlock, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """Of whole pods, by UID; what their containers have is part of it."""
+    """Memory of whole pods, by UID; it includes that of their containers."""
 
     @property
     def static(self) -> bool:
-        """Return whether the static memory manager wrote it."""
+        """Return whether kubelet's memory manager policy is static."""
         return self.policy == STATIC
 
 
@@ -67,13 +66,15 @@ class _Pod(msgspec.Struct):
 class _Checkpoint(msgspec.Struct):
     policy: str = msgspec.field(name="policyName")
     machine: dict[str, Any] | None = msgspec.field(name="machineState")
-    """Not used: what is left is counted anew. Kubelet always writes it, so that without it this is something else."""
+    """Not used: free memory is computed from the assignments. Kubelet always writes it, so a file without it is not
+    this checkpoint."""
     entries: dict[str, dict[str, list[_Block]]] = {}
     pods: dict[str, _Pod] = msgspec.field(name="podEntries", default_factory=dict)
 
 
 def read(kubelet_dir: Path, config: KubeletConfig) -> MemoryState:
-    """Read kubelet's folder (/var/lib/kubelet); InputError names the file or flag, the value and what is wrong."""
+    """Read the state from kubelet's folder (/var/lib/kubelet). Raise InputError with the file or flag, the value and
+    the fault."""
     path = kubelet_dir / STATE_FILE
     found = kubelet_files.checkpoint(path, _Checkpoint)
     policy = kubelet_files.policy(config, POLICY, path, found.policy if found else "", managing=STATIC, none=NONE)
@@ -96,7 +97,7 @@ def _blocks(some: Iterable[_Block], path: Path) -> tuple[MemoryBlock, ...]:
 
 
 def _page_bytes(type: str, path: Path) -> int:
-    """core.stock.MEMORY for memory that is in no hugepages."""
+    """Return the page size of a memory type, or core.ledger.free.MEMORY for ordinary memory."""
     if type == "memory":
         return MEMORY
     if not type.startswith(PAGES):

@@ -1,1 +1,1 @@
-"""ResourceSlices: rendered, validated, written, kept."""
+"""ResourceSlices: rendering, validation, publication."""

@@ -1,4 +1,4 @@
-"""One pool on its way to the API server: what of it can be published, how fast it may be written, and why it is not."""
+"""One pool on its way to the API server: what of it can be published, the pace of writes, and why a write waits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nodeagent.kube.resourceslice.validate import Broken, check
 
 
 class PublishState(StrEnum):
-    """How a pool stands with the API server."""
+    """Publication status of a pool."""
 
     WAITING = "waiting"
     PUBLISHED = "published"
@@ -23,32 +23,34 @@ class PublishState(StrEnum):
 
 
 WAITING, PUBLISHED, FAILED = PublishState
-"""Of a pool, and of all: not written yet, and nothing is wrong; the server holds it; the last try failed."""
+"""State of one pool, or of all: not written yet, without any error; stored by the server; the last attempt failed."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublishPace:
-    """How fast things are written and tried again, in seconds."""
+    """Timing of writes and retries, in seconds."""
 
     start_jitter_s: float = 10.0
-    """The first look at the server comes after a random part of this. 5,000 nodes with 8 slices each that get power in
-    the same second write 4,000 a second for 10 s, not all at once; spread over a minute already, they write 700."""
+    """The first list request is delayed by a random part of this. If 5,000 nodes with 8 slices each are powered on in
+    the same second, they write 4,000 slices a second for 10 s rather than all at once; if their start is already spread
+    over a minute, they write 700 a second."""
     batch_s: float = 1.0
-    """One pool is written once in so long, over time;"""
+    """Average interval between writes of one pool."""
     burst: int = 3
-    """so many times at once after a rest: a change, and its form for an older server."""
+    """Writes allowed back to back after a quiet period: a change, and its rewrite for an older server."""
     settle_s: float = 0.1
-    """How long somebody else's deletions may go on before they are answered."""
+    """How long to wait after a deletion by another client before listing and writing again."""
     first_retry_s: float = 0.2
     last_retry_s: float = 30.0
     steady_s: float = 5.0
-    """A server that was good for so long is tried again fast."""
+    """After a session of at least this length, retries start from first_retry_s again."""
     refused_s: float = 60.0
-    """First wait after a refusal that stands (no permission, not valid); doubled up to most_s."""
+    """First wait after a lasting refusal (no permission, not valid); doubled up to most_s."""
     free_repeats: int = 5
-    """So often the same is written anew at once where somebody undoes it; then the wait doubles up to most_s."""
+    """How often identical content is rewritten without extra delay when another writer undoes it; after that the wait
+    doubles up to most_s."""
     most_s: float = 600.0
     withdraw_s: float = 3.0
     """Deadline of withdraw()."""
@@ -59,28 +61,28 @@ DEFAULT_PACE = PublishPace()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolStanding:
-    """How one pool stands with the server."""
+    """Publication status of one pool, and what the server stores of it."""
 
     kind: str
     name: str
     state: PublishState = WAITING
     reason: str = ""
     generation: int = 0
-    """As the server holds it; 0: it holds none."""
+    """As stored by the server, or 0 if it stores no slice of the pool."""
     slices: int = 0
     devices: int = 0
 
 
 class PoolLane:
-    """What is known of one pool from one write to the next. Times are of a clock that never goes back, in seconds."""
+    """State of one pool between writes. Times are from a monotonic clock, in seconds."""
 
     def __init__(self, pace: PublishPace, *, name: str = "") -> None:
         self.name = name
         self.pool = Pool(kind="")
-        """What of the pool can be published."""
+        """The publishable part of the pool."""
         self.broken: tuple[Broken, ...] = ()
         self.unfit = False
-        """Rules are broken by more than single devices: what the server holds stays as it is."""
+        """Whether rules are broken by more than single devices. What the server stores is then left unchanged."""
         self._pace = pace
         self._given: tuple[Pool, Owner] | None = None
         self._written_of: dict[str, str] | None = None
@@ -91,7 +93,7 @@ class PoolLane:
         self._repeats = self._refusals = 0
 
     def take(self, pool: Pool, owner: Owner) -> None:
-        """The newest form of the pool; devices that break a rule are left out and named."""
+        """Take the latest state of the pool. Devices that break a rule are left out and logged."""
         if self._given == (pool, owner):
             return
         before, sound = self.broken, self._known_sound(pool, owner)
@@ -105,25 +107,26 @@ class PoolLane:
                 log.error("slice-rule-broken", pool=one.pool, device=one.device, error=one.why)
 
     def _known_sound(self, pool: Pool, owner: Owner) -> frozenset[str]:
-        """Devices that were checked already, the very same beside the same counters: most of a large pool."""
+        """Return the devices already checked: the identical objects with the same counters, which is most of a large
+        pool."""
         if self._given is None or self._given[1] != owner or self._given[0].counters != pool.counters:
             return frozenset()
         checked, bad = {id(one) for one in self._given[0].devices}, {one.device for one in self.broken}
         return frozenset(one.name for one in pool.devices if id(one) in checked and one.name not in bad)
 
     def is_written(self, stored: Mapping[str, Object]) -> bool:
-        """Whether neither the pool nor what is stored of it changed since mark_written()."""
+        """Return whether neither the pool nor its stored slices have changed since mark_written()."""
         return self._written_of is not None and self._written_of == self._versions(stored)
 
     def mark_written(self, stored: Mapping[str, Object]) -> None:
-        """Say that all that can be published is stored."""
+        """Record that everything publishable is stored."""
         self._written_of = self._versions(stored)
         self._state, self._reason = PUBLISHED, ""
         if self.unfit:
             self._state, self._reason = FAILED, str(next(one for one in self.broken if not one.device))
 
     def wait_s(self, now_s: float) -> float:
-        """How long the next write has to wait."""
+        """Return how long the next write has to wait."""
         paced_s = self._free_s - (self._pace.burst - 1) * self._pace.batch_s
         if self._held_until_s > now_s:
             self._state, self._reason = FAILED, self._why_held
@@ -132,7 +135,7 @@ class PoolLane:
         return max(0.0, paced_s - now_s, self._held_until_s - now_s)
 
     def wrote(self, now_s: float) -> None:
-        """A batch was written whole."""
+        """Record that a batch was written completely."""
         again = self.pool == self._written and now_s - self._wrote_s < 2 * self._pace.most_s
         self._repeats = self._repeats + 1 if again else 0
         self._written, self._wrote_s = self.pool, now_s
@@ -146,11 +149,12 @@ class PoolLane:
             log.warning("pool-contested", pool=self.name, writes=self._repeats + 1)
 
     def missed(self, now_s: float) -> None:
-        """What was to be written is another by now; a try counts for the pace like a write."""
+        """Record that the plan was out of date when it was written. The attempt counts towards the pace like a
+        write."""
         self._spend(now_s)
 
     def refused(self, now_s: float, error: PeerError) -> float:
-        """The server does not take it and will not soon; in how many seconds it is tried again."""
+        """Record a refusal that will not clear soon; return after how many seconds to retry."""
         if not self._refusals or self._why_held != str(error):
             log.warning("pool-refused", pool=self.name, error=str(error))
         self._spend(now_s)
@@ -160,7 +164,7 @@ class PoolLane:
         return self.wait_s(now_s)
 
     def standing(self, stored: Mapping[str, Object]) -> PoolStanding:
-        """How the pool stands, with what is stored of it."""
+        """Return the status of the pool, given the stored slices."""
         found = [one["spec"] for one in stored.values() if one["spec"]["pool"]["name"] == self.name]
         return PoolStanding(
             kind=self.pool.kind,
@@ -176,7 +180,7 @@ class PoolLane:
         self._free_s = max(now_s, self._free_s) + self._pace.batch_s
 
     def _hold(self, now_s: float, doublings: int, first_s: float, why: str) -> None:
-        # The exponent is bounded: a large one is no float any more.
+        # The exponent is bounded: a very large one would overflow the float.
         self._held_until_s = now_s + min(first_s * 2.0 ** min(doublings, 64), self._pace.most_s)
         self._why_held = why
 
@@ -185,7 +189,7 @@ class PoolLane:
 
 
 def retry_after_s(error: Exception) -> float:
-    """What the server asked to wait, in seconds; 0 where it said nothing."""
+    """Return how long the server asked to wait, in seconds, or 0 if it did not."""
     return error.retry_after_s if isinstance(error, PeerError) else 0.0
 
 
@@ -200,7 +204,7 @@ def version(one: Object) -> str:
 
 
 def _sound(pool: Pool, owner: Owner, sound: frozenset[str]) -> tuple[Pool, tuple[Broken, ...]]:
-    """The pool without the devices that break a rule, and all rules that were broken. sound: as in check."""
+    """Return the pool without the devices that break a rule, and all broken rules. `sound` is passed to `check`."""
     broken = check(render(pool, owner, 1), sound)
     bad = {one.device for one in broken if one.device}
     if not bad:

@@ -1,8 +1,8 @@
-"""Keeps this node's ResourceSlices as the pools are: published late, edited or deleted by others, refused, forgotten.
+"""Keeps this node's ResourceSlices equal to the pools: created late, edited or deleted by others, refused, forgotten.
 
-What the server holds is known from one list and the watch that follows it; a write is made only where that differs
-from the pools. A server that is away costs nothing but freshness: it is tried again for ever, and shown. One pool that
-is refused or breaks a rule never keeps another from being published.
+The stored state is known from one list and the watch that follows it; a slice is written only where it differs from the
+pools. An unreachable server costs only freshness: it is retried indefinitely, and the status reports it. A pool that is
+refused or breaks a rule never prevents another from being published.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from nodeagent.kube.resourceslice.pool_writer import (
 from nodeagent.kube.resourceslice.render import Object, Owner, SlicePlan, belongs, lost_features, plan, strays
 
 _NOT_FOUND = 404
-"""Of a write: the slice was there when it was planned."""
+"""Status of a write whose slice was deleted after it was planned."""
 _OUT_OF_DATE = (409, 410)
-"""Somebody was faster; nothing to speak of if it happens once."""
+"""Another writer was faster; not logged if it happens only once."""
 _NEVER_S = float("inf")
 log = structlog.get_logger()
 
 
 class _NoNodeError(PeerError):
-    """The Node object is not there."""
+    """The Node object does not exist."""
 
 
 class SliceList(Protocol):
@@ -56,7 +56,7 @@ class SliceList(Protocol):
 
     @property
     def revision(self) -> str:
-        """Return where a watch goes on from."""
+        """Return the revision from which a watch continues."""
 
 
 class SliceEvent(Protocol):
@@ -72,7 +72,8 @@ class SliceEvent(Protocol):
 
 
 class Api(Protocol):
-    """What is needed of the API server. Each raises PeerError, best with `status`, `lasting` and `retry_after_s`."""
+    """What the publisher needs of the API server. Each call raises PeerError, preferably with `status`, `lasting` and
+    `retry_after_s`."""
 
     async def get(self, resource: Any, name: str) -> Object | None: ...
     async def list(self, resource: Any, *, fields: Mapping[str, str]) -> SliceList: ...
@@ -84,24 +85,24 @@ class Api(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicationState:
-    """How the publication stands."""
+    """Publication status of all pools."""
 
     state: PublishState = WAITING
     reason: str = ""
-    """What is waited for, or why the last try failed."""
+    """What is being waited for, or why the last attempt failed."""
     since_unix_s: float = 0.0
     """When the state began."""
     pools: tuple[PoolStanding, ...] = ()
     lost: tuple[str, ...] = ()
     """Names of Features that the server does not keep."""
     broken: tuple[str, ...] = ()
-    """Rules that our own slices would break; what breaks them is left out."""
+    """Rules that our own slices would break; the offending devices or pools are not written."""
     writes: int = 0
-    """Requests that create, replace or delete a slice, since the start."""
+    """Requests that create, replace or delete a slice since the start."""
 
 
 class Publisher:
-    """Publishes pools while run() runs. Building it starts nothing."""
+    """Publishes pools while run() is running. Building one starts nothing."""
 
     def __init__(
         self,
@@ -116,8 +117,11 @@ class Publisher:
         pace: PublishPace = DEFAULT_PACE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """nodes and slices: how `api` names these two kinds of objects. pools() holds one pool for each kind. clock:
-        in seconds, never back."""
+        """Set up without starting anything.
+
+        `nodes` and `slices` are the names that `api` uses for these two resources. `pools()` returns one pool per kind.
+        `clock` is monotonic, in seconds.
+        """
         self._api, self._nodes, self._slices = api, nodes, slices
         self._owner = Owner(driver=driver, node_name=node_name)
         self._fields = {"spec.nodeName": node_name, "spec.driver": driver}
@@ -139,21 +143,24 @@ class Publisher:
 
     @property
     def standing(self) -> PublicationState:
-        """How the publication stands at this moment."""
+        """Return the current publication status."""
         return self._standing
 
     async def changed(self, seen: int) -> int:
-        """The version of `standing`, from 1 up, as soon as it differs from `seen` (0: at once)."""
+        """Return the version of `standing`, counted from 1, as soon as it differs from `seen` (0: immediately)."""
         return await self._revision.changed(seen)
 
     async def run(self) -> None:
-        """Keep the slices right until cancelled; they stay then."""
+        """Keep the slices correct until cancelled; they remain after that."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._heed())
             tasks.create_task(self._keep())
 
     async def withdraw(self) -> bool:
-        """Delete every slice of this driver and node within withdraw_s; whether none is left. Not beside run()."""
+        """Delete every slice of this driver and node within withdraw_s and return whether none is left.
+
+        Not to be called while run() is running.
+        """
         try:
             async with asyncio.timeout(self._pace.withdraw_s):
                 found = [one for one in (await self._list()).items if belongs(one, self._owner)]
@@ -175,7 +182,7 @@ class Publisher:
             self._woken.set()
 
     async def _keep(self) -> None:
-        """Try for ever; an error is shown, never raised."""
+        """Retry indefinitely; errors are reported, never raised."""
         delay_s = self._jitter.uniform(0, self._pace.start_jitter_s)
         self._show(WAITING, f"starting {delay_s:.1f} s late, so that not all nodes write at once")
         await asyncio.sleep(delay_s)
@@ -191,7 +198,7 @@ class Publisher:
             await asyncio.sleep(rest_s)
 
     async def _session(self) -> None:
-        """From one list to the moment when what is stored has to be looked at anew."""
+        """Publish from one list until the stored slices have to be listed again."""
         owner = await self._find_owner()
         listing = await self._list()
         self._stored = {one["metadata"]["name"]: one for one in listing.items if belongs(one, owner)}
@@ -222,10 +229,10 @@ class Publisher:
     async def _list(self) -> SliceList:
         return await self._api.list(self._slices, fields=self._fields)
 
-    # What others do
+    # Changes by others
 
     async def _listen(self, revision: str) -> None:
-        """Take in what changes on the server; ends with an error alone."""
+        """Apply changes on the server to the stored state; ends only with an error."""
         try:
             pause_s = self._pace.first_retry_s
             while True:
@@ -247,7 +254,7 @@ class Publisher:
         if event.type == "BOOKMARK" or not belongs(event.object, self._owner):
             return
         if event.type == "DELETED":
-            # Not by us, or it would not be known. The Node may be another one by now, so all is looked at anew.
+            # Not by us, or it would be unknown. The Node may have been replaced, so everything is listed again.
             self._stale = self._stale or (known is not None and uid(known) == uid(event.object))
         elif revision in self._own_writes or (known is not None and version(known) == revision):
             self._own_writes.discard(revision)
@@ -259,7 +266,7 @@ class Publisher:
     # Writing
 
     async def _publish(self, owner: Owner) -> float:
-        """Write what differs and may be written now; in how many seconds there is more to do."""
+        """Write what differs and may be written now; return after how many seconds there is more to do."""
         pools = self._pools(self._features)
         lanes = {pool.kind: self._lanes.get(pool.kind) or PoolLane(self._pace) for pool in pools}
         if len(lanes) != len(pools):
@@ -280,12 +287,13 @@ class Publisher:
         return _NEVER_S
 
     async def _sweep(self, owner: Owner) -> float:
-        """Delete what is stored of pools that are not served."""
+        """Delete stored slices of pools that are not served."""
         surplus = strays(self._stored.values(), self._lanes, owner)
         return await self._write(self._sweeper, SlicePlan(delete=surplus)) if surplus else _NEVER_S
 
     async def _write(self, lane: PoolLane, todo: SlicePlan) -> float:
-        """Do it if the lane may write now; in how many seconds to look again. PeerError that concerns all pools."""
+        """Write if the lane may write now; return after how many seconds to look again. Raise a PeerError that concerns
+        all pools."""
         wait_s = lane.wait_s(self._clock())
         if wait_s > 0:
             return wait_s
@@ -293,7 +301,7 @@ class Publisher:
             kept = await self._apply(todo)
         except PeerError as error:
             if _status(error) == _NOT_FOUND:
-                # What was to be replaced was deleted in the same moment: all is looked at anew, and at once.
+                # The slice to be replaced has just been deleted: list everything again, immediately.
                 lane.missed(self._clock())
                 self._stale = True
                 return 0.0
@@ -303,12 +311,12 @@ class Publisher:
         lane.wrote(self._clock())
         log.info("slices-written", pool=lane.name, **{verb: len(bodies) for verb, bodies in todo._asdict().items()})
         self._lose(kept)
-        return 0.0  # to see that it is now as it should be
+        return 0.0  # to check the result
 
     async def _apply(self, todo: SlicePlan) -> Features:
-        """The writes in order; what the server kept of them.
+        """Perform the writes in order and return which features the server kept.
 
-        Stops at the first that lost a field: the rest would only complete a pool that is wrong.
+        Stop at the first write that lost a field: the rest would only complete an incorrect pool.
         """
         changes = [
             *((self._api.replace, one) for one in todo.replace),
@@ -328,7 +336,7 @@ class Publisher:
         self._writes += 1
         answer = await write(self._slices, body)
         told = self._stored.get(name)
-        # The watch may have been faster than the answer. What else it told meanwhile may be older or newer.
+        # The watch may have been faster than the response. Other events that it delivered may be older or newer.
         self._stale = self._stale or (told is not before and (told is None or version(told) != version(answer)))
         if told is before:
             self._own_writes.add(version(answer))
@@ -347,10 +355,10 @@ class Publisher:
             self._features = Features(**both)
             log.warning("features-lost", lost=_names_lost(self._features))
 
-    # Showing
+    # Reporting
 
     def _failed(self, error: Exception) -> float:
-        """Show a failure, say it once; how long to rest, in seconds."""
+        """Report a failure, log it once, and return how long to wait, in seconds."""
         reason = _text(error)
         state = WAITING if isinstance(error, _NoNodeError) else FAILED
         said = (self._standing.state, self._standing.reason) == (state, reason)

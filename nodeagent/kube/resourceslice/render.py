@@ -1,8 +1,9 @@
-"""Pools as ResourceSlices (resource.k8s.io/v1): how they are written, and the smallest difference to what is stored.
+"""Pools as ResourceSlices (resource.k8s.io/v1): rendering, and the smallest difference from what is stored.
 
-Pure: nothing here talks to a server. The same pool gives the same objects with the same names on every run, so a
-restart finds what it published and writes nothing. Writes of a plan, done in its order, never show the scheduler a
-complete pool that mixes two states: either one slice changes, or a higher generation stays incomplete to its end.
+Pure: nothing here talks to a server. The same pool yields the same objects with the same names on every run, so after a
+restart the published slices match and nothing is written. The writes of a plan, performed as replace, create, delete,
+never show the scheduler a complete pool that mixes two states: either a single slice changes, or the higher generation
+stays incomplete until all its slices are written.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ from typing import Any, NamedTuple, TypeVar
 from nodeagent.core.dra.pool import Capacity, CounterSet, Features, Pool, PoolDevice, Taint, Value
 
 Object = dict[str, Any]
-"""A Kubernetes object, or a part of one, as JSON has it."""
+"""A Kubernetes object, or a part of one, as decoded JSON."""
 
 API_VERSION, KIND = "resource.k8s.io/v1", "ResourceSlice"
 DEVICES_A_SLICE = 64
-"""Half of what a slice may hold: 64 is the limit once one device is tainted, and taints come and go. A larger chunk
-would have to be cut anew for a taint, which changes every slice after it and raises the pool's generation; so it
-changes one slice."""
+"""Half the maximum of a slice: the limit drops to 64 as soon as one device is tainted, and taints come and go. With
+larger slices a taint would force the devices to be split differently, which changes every following slice and raises
+the pool's generation; this way it changes one slice."""
 COUNTER_SETS_A_SLICE = 8
 LONGEST_NAME = 253
 
@@ -41,16 +42,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Owner:
-    """Whose slices they are."""
+    """Driver and node that the slices belong to."""
 
     driver: str
     node_name: str
     node_uid: str = ""
-    """"": not known; the slices then have no owner."""
+    """UID of the Node object. Without it (an empty string) the slices get no owner reference."""
 
 
 class SlicePlan(NamedTuple):
-    """What to write, in this order, so that the server holds one pool as it is wanted."""
+    """The writes after which the server stores the desired pool. The publisher replaces, creates, then deletes."""
 
     create: tuple[Object, ...] = ()
     replace: tuple[Object, ...] = ()
@@ -63,12 +64,12 @@ class SlicePlan(NamedTuple):
 
 
 def pool_name(owner: Owner, kind: str) -> str:
-    """The name of the pool of one kind; unique in the cluster, as a pool's name must be for one driver."""
+    """Return the name of one kind's pool: unique in the cluster, as a driver's pool names must be."""
     return f"{owner.node_name}/{kind}"
 
 
 def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
-    """The pool's slices in a fixed order, counters first; none for a pool without devices."""
+    """Return the pool's slices in a fixed order, counters first; none for a pool without devices."""
     if not pool.devices:
         return ()
     parts: list[tuple[str, Object]] = [
@@ -85,10 +86,11 @@ def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
 
 
 def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
-    """The smallest difference between what is stored of this pool and the pool; empty where they are equal.
+    """Return the smallest difference between the stored slices of this pool and the pool; empty if they are equal.
 
-    `stored` may hold slices of other pools. The generation rises unless one slice alone changes, or what is stored of
-    the newest generation is a part of what is wanted (a write that was cut off, a slice that somebody deleted).
+    `stored` may contain slices of other pools. The generation rises unless only one slice changes, or the stored slices
+    of the newest generation are a subset of the desired ones (an interrupted write, or a slice deleted by another
+    client).
     """
     place = pool_name(owner, pool.kind)
     found = {
@@ -107,30 +109,32 @@ def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
 
 
 def strays(stored: Iterable[Object], kinds: Iterable[str], owner: Owner) -> tuple[Object, ...]:
-    """What is stored for this driver and node in pools that are not served (any more)."""
+    """Return the stored slices of this driver and node whose pools are not, or no longer, served."""
     served = {pool_name(owner, kind) for kind in kinds}
     return tuple(one for one in stored if belongs(one, owner) and _pool_of(one).get("name") not in served)
 
 
 def belongs(one: Object, owner: Owner) -> bool:
-    """Whether a slice is of this driver on this node. No other is ever touched."""
+    """Return whether a slice belongs to this driver on this node. No other slice is ever touched."""
     spec = one.get("spec", {})
     return bool(spec.get("driver") == owner.driver and spec.get("nodeName") == owner.node_name)
 
 
 def same(stored: Object, wanted: Object) -> bool:
-    """Whether they say the same, what the server adds left aside; quantities are compared by value."""
+    """Return whether two slices are equivalent. Fields added by the server are ignored and quantities are compared by
+    value."""
     if _owners(stored) != _owners(wanted):
         return False
     a, b = stored["spec"], wanted["spec"]
     if a == b:
         return True
-    # To compare all of it takes long, and another generation is another whatever the rest says.
+    # A full comparison is slow, and a different generation differs whatever the rest says.
     return _generation(stored) == _generation(wanted) and bool(_canonical(a) == _canonical(b))
 
 
 def lost_features(sent: Object, stored: Object) -> Features:
-    """What the server kept of a slice: a feature is False where a field of it was sent and is not in the answer."""
+    """Return which features the server kept of a slice: False for a feature of which a field was sent and is missing in
+    the response."""
     answered = {one["name"]: one for one in stored["spec"].get("devices", ())}
     pairs = [(one, answered.get(one["name"], one)) for one in sent["spec"].get("devices", ())]
     return Features(
@@ -143,7 +147,7 @@ def lost_features(sent: Object, stored: Object) -> Features:
 
 @functools.lru_cache(maxsize=4096)
 def quantity(text: str) -> Fraction | None:
-    """The value of a Kubernetes quantity (apimachinery resource.Quantity); None where it is none."""
+    """Return the value of a Kubernetes quantity (apimachinery resource.Quantity), or None if it is not one."""
     match = _QUANTITY.fullmatch(text)
     if match is None:
         return None
@@ -165,7 +169,7 @@ def _slice(name: str, owner: Owner, place: Object, part: Object) -> Object:
 
 @functools.lru_cache(maxsize=256)
 def _name_head(owner: Owner, kind: str) -> str:
-    """Readable, and unique by its hash: node, driver and kind may hold the sign that stands between them."""
+    """Return a readable prefix made unique by a hash: node, driver and kind may themselves contain the separator."""
     triple = (owner.node_name, owner.driver, kind)
     digest = hashlib.sha256("\0".join(triple).encode(errors="surrogateescape")).hexdigest()[:12]
     readable = "-".join((owner.node_name, owner.driver, re.sub(r"[^a-z0-9-]", "-", kind)))
@@ -221,13 +225,13 @@ def _capacity(capacity: Capacity, shared: bool) -> Object:
     if capacity.value >= capacity.least + capacity.step:
         allowed: Object = {"validRange": {"min": least, "step": write(capacity.step)}}
     else:
-        # The server refuses a range whose first step is beyond the value.
+        # The server rejects a range whose first step exceeds the value.
         allowed = {"validValues": [least]}
     return {**written, "requestPolicy": {"default": least, **allowed}}
 
 
 def _binary(value: int) -> str:
-    """Exact, with the largest suffix that divides it."""
+    """Return the exact value with the largest suffix that divides it."""
     power = 0
     while value and value % 1024 == 0 and power < len(_BINARY) - 1:
         value, power = value // 1024, power + 1
@@ -253,7 +257,7 @@ def _pairs(found: Mapping[str, Object], wanted: Sequence[Object]) -> list[tuple[
 
 
 def _replacement(old: Object, new: Object) -> Object:
-    """The new slice in the old one's place; labels and annotations that others set stay."""
+    """Return the new slice as a replacement of the old one, keeping labels and annotations set by others."""
     kept = {key: value for key, value in old["metadata"].items() if key not in ("managedFields", "ownerReferences")}
     return {**new, "metadata": {**kept, **new["metadata"]}}
 

@@ -1,7 +1,7 @@
-"""The rules a ResourceSlice must keep, tried before anything is sent. A broken one is a fault of ours and is named.
+"""The rules for ResourceSlices, checked before anything is sent. Breaking one is our own bug and is reported.
 
 The rules are those of resource.k8s.io/v1 up to Kubernetes 1.37 (types and validation of the API, and what the scheduler
-asks of a whole pool), a little stricter where the server is lax: names in lower case, steps above zero.
+requires of a whole pool), slightly stricter where the server is lax: names in lower case, steps above zero.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _SCOPES = ("nodeName", "nodeSelector", "allNodes", "perDeviceNodeSelection")
 
 
 class Broken(NamedTuple):
-    """One rule that one object breaks. device: "" where it is the pool that breaks it."""
+    """One rule broken by one object. `device` is "" if the pool itself breaks it."""
 
     pool: str
     device: str
@@ -50,8 +50,10 @@ class Broken(NamedTuple):
 
 
 def check(slices: Sequence[Object], sound: Container[str] = frozenset()) -> list[Broken]:
-    """Every rule that the slices break; they are taken as the whole of their pools. sound: names of devices that are
-    known to break none beside these counters."""
+    """Return every rule that the slices break. They are taken to be complete pools.
+
+    `sound` names devices already known to break no rule with these counters; they are skipped.
+    """
     pools: dict[str, list[Object]] = {}
     for one in slices:
         pools.setdefault(one["spec"]["pool"]["name"], []).append(one)

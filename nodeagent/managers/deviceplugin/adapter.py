@@ -1,4 +1,4 @@
-"""An offer of the agent as the device-plugin adapter wants it."""
+"""An agent's offer as the device-plugin server expects it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nodeagent.telemetry import metrics
 
 
 class OfferAdapter:
-    """An offer as the device-plugin adapter wants it."""
+    """Implements device_plugin.Resource for one offer."""
 
     pre_start_required = False
 
@@ -39,4 +39,4 @@ class OfferAdapter:
             return await self._agent.allocate(self.offer.resource, containers, self.offer.edits, op)
 
     async def pre_start(self, ids: Sequence[str]) -> None:
-        """Nothing to prepare."""
+        """Do nothing: no preparation is needed."""

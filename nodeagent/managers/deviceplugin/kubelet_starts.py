@@ -1,4 +1,4 @@
-"""Notices each start of a kubelet."""
+"""Detects each start of a kubelet."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET
 
 KUBELET_POLL_S = 15.0
-"""The safety net below the watch of kubelet's folder."""
+"""Fallback poll interval in addition to the watch of kubelet's folder."""
 
 
 async def kubelets(plugins: Path) -> AsyncGenerator[None, None]:
-    """Yield at each start of a kubelet, first for the one that runs already.
+    """Yield at each start of a kubelet, first for the one already running.
 
-    plugins: kubelet's folder of device plugins, where it makes its socket before it calls any plugin.
+    `plugins` is kubelet's device-plugins folder, where kubelet creates its socket before it calls any plugin.
     """
     before: sockets.SocketIdentity | None = None
     with (

@@ -1,6 +1,5 @@
-"""What is served: the configured resources, each kept registered with kubelet, less those that kubelet manages itself;
-and whether kubelet shows what was sent.
-"""
+"""The configured resources, each kept registered with kubelet, except those that kubelet manages itself; and whether
+kubelet shows what was sent."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ from nodeagent.resources.offer import Offer, offers
 from nodeagent.state.agent import Agent, AgentSettings
 
 PLUGINS = "device-plugins"
-"""Below kubelet's folder."""
+"""In kubelet's folder."""
 PACE = RegistrationTiming(poll_s=15.0)
-"""The watch of the folder is what counts; the poll below it costs every idle node."""
+"""Changes are detected by the folder watch; frequent polling would cost every idle node."""
 log = structlog.get_logger()
 
 
@@ -46,7 +45,7 @@ class _One:
 
 
 class DevicePluginManager(Manager):
-    """Serves resources to kubelet, on the leading agent alone."""
+    """Serves resources to kubelet, only on the leading agent."""
 
     name = "device plugin"
 
@@ -58,13 +57,16 @@ class DevicePluginManager(Manager):
         managed_elsewhere: Callable[[], Mapping[str, str]],
         leads: Callable[[], bool],
     ) -> None:
-        """managed_elsewhere: kinds that cannot be served while kubelet manages them, with the reason. leads: whether
-        this agent leads."""
+        """Set up without serving.
+
+        `managed_elsewhere` returns the kinds that cannot be served while kubelet manages them, with the reason. `leads`
+        returns whether this agent leads.
+        """
         self._leads = leads
         self.refused: Mapping[str, str] = MappingProxyType({})
         """Configured resources that are not served, with the reason."""
         self.revision = Revision()
-        """Rises whenever a resource stands differently with kubelet."""
+        """Increases whenever a resource's registration status changes."""
         self._agent = agent
         self._kubelet_dir = kubelet_dir
         self._families = families
@@ -73,26 +75,26 @@ class DevicePluginManager(Manager):
         self._shown: frozenset[tuple[str, str]] | None = None
 
     def offers(self) -> tuple[Offer, ...]:
-        """What is served, in the order of the configuration."""
+        """Return what is served, in the order of the configuration."""
         return tuple(one.offer for one in self._now.values())
 
     def registrations(self) -> tuple[Registration, ...]:
-        """How each resource stands with kubelet, in the same order."""
+        """Return the registration status of each resource, in the same order."""
         return tuple(found for one in self._now.values() for found in one.registrar.registrations())
 
     async def apply(self, config: Config) -> None:
-        """Serve what is configured: end what is no longer, begin what is new, leave alone what stays."""
+        """Serve what is configured: stop removed resources, start new ones, leave unchanged ones alone."""
         if not self._leads():
             return
         wanted = {offer.name: offer for offer in self._admissible(config)}
         kept_on = {name: one for name, one in self._now.items() if wanted.get(name) == one.offer}
-        # Kubelet up to 1.36 ends the new registration of a resource when the stream of its old one ends: that first.
+        # Kubelet up to 1.36 ends a resource's new registration when its old stream ends, so end that first.
         await cancel_all(one.task for name, one in self._now.items() if name not in kept_on)
         self._now = MappingProxyType({name: kept_on.get(name) or self._begin(offer) for name, offer in wanted.items()})
         self.revision.bump()
 
     async def withdraw(self) -> None:
-        """End everything and remove the sockets."""
+        """Stop everything and remove the sockets."""
         await cancel_all(one.task for one in self._now.values())
         self._now = MappingProxyType({})
 
@@ -113,8 +115,8 @@ class DevicePluginManager(Manager):
             self.revision.bump()
 
     def _admissible(self, config: Config) -> Iterable[Offer]:
-        """The configured offers without those that would collide with kubelet's own managers."""
-        # What else is served through DRA does not concern kubelet's device plugins: their sockets stay as they are.
+        """Return the configured offers without those that would conflict with kubelet's own managers."""
+        # Settings for DRA do not concern device plugins: their sockets stay as they are.
         found = [one.by_device_plugin_alone() for one in offers(config, self._families) if one.by_device_plugin]
         managed = self._managed_elsewhere()
         refused = {one.name: managed[one.resource.kind] for one in found if one.resource.kind in managed}
@@ -124,10 +126,10 @@ class DevicePluginManager(Manager):
         self.refused = MappingProxyType(refused)
         return [one for one in found if one.name not in refused]
 
-    # ---------------------------------------------------------------- what kubelet makes of it
+    # ---------------------------------------------------------------- what kubelet shows
 
     def not_ready(self) -> list[str]:
-        """Why kubelet does not show what was sent, one sentence a resource; none: it does."""
+        """Return why kubelet does not show what was sent, one sentence per resource; empty if it does."""
         reasons = [_standing(one) for one in self.registrations() if not one.ready]
         return reasons or [f"{name}: kubelet does not show what was sent" for name in self._unshown()]
 
@@ -144,7 +146,7 @@ class DevicePluginManager(Manager):
         return sorted({name for name, _ in sent ^ shown})
 
     async def read_back(self, pods: PodResources) -> None:
-        """Ask kubelet what it counts as allocatable; a kubelet that cannot say is not held against it."""
+        """Ask kubelet what it counts as allocatable. If kubelet cannot answer, that is not reported as a failure."""
         try:
             shown = await pods.allocatable()
         except PeerError:
@@ -161,14 +163,14 @@ def _standing(one: Registration) -> str:
 
 
 def check(config: Config, families: Sequence[all_kinds.Kind], kubelet_dir: Path) -> None:
-    """ConfigError where what is configured cannot be served anywhere."""
+    """Raise ConfigError if a resource has an unknown kind or option, or its socket path would be too long."""
     for offer in offers(config, families):
         if offer.by_device_plugin:
             PluginPaths(kubelet_dir / PLUGINS, offer.name)
 
 
 def settings(config: Config, kubelet: Kubelet, boot_id: str, inventory: Inventory) -> AgentSettings:
-    """What of the configuration the agent itself goes by."""
+    """Return the agent's settings that follow from the configuration, kubelet and the inventory."""
     return AgentSettings(
         boot_id=boot_id,
         reserved=beside.reserved_cpus(config, kubelet, inventory),

@@ -1,4 +1,4 @@
-"""Learns from kubelet who holds what, and that it is given back."""
+"""Learns from kubelet who holds what, and when it is released."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from nodeagent.telemetry.log import new_op
 from nodeagent.telemetry.once import Once
 
 ABSENCE_POLL_S = 1.0
-"""How soon kubelet is asked again at the earliest while a grant is missing from its list."""
+"""Minimum interval between queries to kubelet while a grant is missing from its list."""
 PODS_POLL_S = 3600.0
-"""The watch of the pods' folders only makes a release sooner: it needs no poll below it."""
+"""The watch of the pods' folders only speeds up a release, so it needs no frequent polling in addition."""
 log = structlog.get_logger()
 
 
 class HolderReconciler(Manager):
-    """Learns from kubelet who holds what, and that it is given back."""
+    """Learns from kubelet who holds what, and when it is released."""
 
     name = "holders"
 
@@ -47,8 +47,12 @@ class HolderReconciler(Manager):
         ended: Revision,
         poll_s: Callable[[], float],
     ) -> None:
-        """plugins: kubelet's device-plugins folder, next to the folder of its pods. ended: rises with each end of a pod
-        or a container that the runtime or the kernel reports. poll_s: how often kubelet is asked without any event."""
+        """Set up without asking kubelet.
+
+        `plugins` is kubelet's device-plugins folder, next to the folder of its pods. `ended` increases with each end of
+        a pod or container that the runtime or the kernel reports. `poll_s` returns how often kubelet is asked without
+        any event.
+        """
         self._agent = agent
         self._pods = pods
         self._witness = witness
@@ -60,15 +64,15 @@ class HolderReconciler(Manager):
         self._ended_unknown = Once("ended-pods-unknown")
 
     async def lead(self) -> None:
-        """Kubelet's list after every change of its checkpoint and every end of a pod, when a release is due, and once
-        in a while without."""
+        """Reconcile with kubelet's list after every change of its checkpoint, after every end of a pod, when a release
+        is due, and periodically."""
         watch = CheckpointWatch(self._plugins, poll_s=self._poll_s())
         with watch, FolderWatch(self._plugins.parent / PODS, poll_s=PODS_POLL_S) as folders:
             seen = self._ended.value
             while True:
                 await self._reconcile()
                 await self._look_for_ended()
-                # Kubelet lists a pod for a moment longer than it lives.
+                # Kubelet lists a pod slightly longer than it lives.
                 due_s = 0.0 if self._ended.value != seen else self._agent.look_again_s
                 seen = self._ended.value
                 with contextlib.suppress(TimeoutError):
@@ -94,7 +98,8 @@ class HolderReconciler(Manager):
         _log_grants("adopted", found.adopted)
 
     async def _look_for_ended(self) -> None:
-        """What was taken over from kubelet's own managers is in no list of its: the folders of its pods tell."""
+        """Release ended grants that were adopted from kubelet's own managers. Kubelet does not list them, so the
+        folders of its pods are the evidence."""
         if not any(one.holder.api == KUBELET for one in self._agent.ledger.grants.values()):
             return
         try:

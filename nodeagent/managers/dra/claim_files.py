@@ -1,6 +1,5 @@
-"""What a claim leaves on disk: one CDI file, and one folder with what its containers may read. Both are a function of
-the ledger and the inventory, are written after the decision is durable, and are put back whenever they are not there.
-"""
+"""Files of a claim: one CDI file, and one folder that its containers can read. Both are functions of the ledger and the
+inventory, are written after the decision is durable, and are restored whenever they are missing."""
 
 from __future__ import annotations
 
@@ -25,12 +24,12 @@ from nodeagent.state.agent import Agent
 P = ParamSpec("P")
 T = TypeVar("T")
 PACK = 16
-"""Claims whose files are looked at in one go."""
+"""Number of claims whose files are checked in one go."""
 log = structlog.get_logger()
 
 
 class _EveryClaim:
-    """Has every UID."""
+    """Contains every UID."""
 
     def __contains__(self, uid: object) -> bool:
         return True
@@ -40,29 +39,29 @@ _EVERY_CLAIM = _EveryClaim()
 
 
 class ClaimRenderer:
-    """The files of all claims. One call at a time writes or removes."""
+    """Writes and removes the files of all claims, one call at a time."""
 
     def __init__(self, agent: Agent, dra: Callable[[], Dra], cdi: CdiFolder, readable: ClaimFiles) -> None:
-        """dra: what is served at this moment."""
+        """Store the folders. `dra` returns what is currently served."""
         self._agent = agent
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
         self._disk = asyncio.Lock()
         self._unrendered: Mapping[str, str] = {}
-        """What was said last of claims whose files cannot be written."""
+        """The last logged errors of claims whose files cannot be written, by UID."""
 
     def hold(self, grants: Iterable[Grant]) -> bool:
-        """Whether these grants are in force, as they were made."""
+        """Return whether these grants are in force, unchanged apart from the recorded pods."""
         now = self._agent.ledger.grants
         return all(one.id in now and replace(now[one.id], pods=one.pods) == one for one in grants)
 
     def cdi_id(self, grant: Grant) -> str:
-        """The name of a grant's CDI device, VENDOR/CLASS=NAME."""
+        """Return the name of a grant's CDI device, VENDOR/CLASS=NAME."""
         return self._cdi.device_id(grant.holder.uid, _index(grant))
 
     async def remove(self, uids: Sequence[str]) -> dict[str, str]:
-        """Remove the files of some claims; by UID "", or why something is left."""
+        """Remove the files of some claims. Return, by UID, "" or why something is left."""
         return await run_to_end(self._alone(self._remove, uids))
 
     async def _alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -70,9 +69,9 @@ class ClaimRenderer:
             return await asyncio.to_thread(work, *args, **kwargs)
 
     async def restore(self) -> None:
-        """Put back what is missing of any claim and remove what is of none. Errors are said, claim by claim."""
+        """Restore the missing files of claims and remove files without a claim. Errors are logged per claim."""
         on_disk = await asyncio.to_thread(lambda: self._cdi.uids() | self._readable.uids())
-        # Whoever wrote a file had decided before: what is unknown after this has no grant.
+        # A file is written after its decision: a claim still unknown after the refresh has no grant.
         await self._agent.refresh()
         held = claims_held(self._agent.ledger)
         before, self._unrendered = self._unrendered, await self._write_all(held)
@@ -80,7 +79,7 @@ class ClaimRenderer:
             if before.get(uid) != error:
                 log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
         if self._agent.loss:
-            return  # what is not in the ledger may be what it has lost
+            return  # a claim that is not in the ledger may be one that it lost
         orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
         await self.remove(orphans)
         drafts = await run_to_end(self._alone(self._remove_drafts))
@@ -88,14 +87,14 @@ class ClaimRenderer:
             log.info("orphans-removed", claims=orphans, drafts=drafts)
 
     async def _write_all(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """The same of many claims, a few at a time: kubelet's calls come in between."""
+        """Write the files of many claims, a few at a time, so that kubelet's calls can run in between."""
         errors, every = dict[str, str](), list(claims.items())
         for start in range(0, len(every), PACK):
             errors |= await self.write(dict(every[start : start + PACK]))
         return errors
 
     async def write(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """Write the files of those claims whose grants are still in force; errors by UID."""
+        """Write the files of those claims whose grants are still in force. Return errors by UID."""
         return await run_to_end(self._alone(self._write_held, claims))
 
     def _write_held(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
@@ -128,14 +127,14 @@ class ClaimRenderer:
                 self._readable.remove(uid)
                 errors[uid] = ""
             except InputError:
-                errors[uid] = ""  # nothing of ours can be named after it
+                errors[uid] = ""  # no file of ours can have such a name
             except (HostError, OSError) as error:
                 errors[uid] = f"cannot unprepare claim {uid}: {error}"
         return errors
 
     def _remove_drafts(self) -> list[str]:
-        """What a killed agent left half-written. Who is writing at this moment, as another instance may be, notices
-        and writes again."""
+        """Remove files that a killed agent left half-written. A writer that is active now, such as another instance,
+        notices and writes again."""
         try:
             return [*self._cdi.sweep(_EVERY_CLAIM), *self._readable.sweep(_EVERY_CLAIM)]
         except (HostError, OSError) as error:
@@ -144,7 +143,7 @@ class ClaimRenderer:
 
 
 def claims_held(ledger: Ledger) -> dict[str, tuple[Grant, ...]]:
-    """What each claim holds, by its UID, in the order of its allocation."""
+    """Return what each claim holds, by UID, in the order of its allocation."""
     held: dict[str, list[Grant]] = {}
     for grant in ledger.grants.values():
         if grant.holder.api == CLAIM:

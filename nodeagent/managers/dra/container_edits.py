@@ -1,6 +1,5 @@
-"""What the containers of a claim get, and what they can read about it. Joins what core knows of grants with what the
-kinds of the host know of devices.
-"""
+"""What the containers of a claim are given, and what they can read about it. Combines what core knows about grants with
+what the host kinds know about devices."""
 
 from __future__ import annotations
 
@@ -23,14 +22,18 @@ from nodeagent.resources.offer import Offer, held_variables, nodes_of_cpus, numb
 from nodeagent.state import grant_json as storedgrant
 
 CLAIMS_FOLDER = "/var/run/nodeagent/claims"
-"""Where a container finds what it holds: CLAIMS_FOLDER/NAME/metadata.json."""
+"""Where a container finds the metadata of its claims: CLAIMS_FOLDER/NAME/metadata.json."""
 MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 - where NVIDIA's control daemon has its pipes unless told otherwise
 
 
 def edits(dra: Dra, inventory: Inventory, grants: Sequence[Grant], metadata: Mount) -> list[ContainerEdits]:
-    """For each grant of one claim what its CDI device gives a container; never nothing, the metadata are always there.
-    A variable speaks of all that the same request was given: a container that uses several requests finds each under
-    the request's own name, and all in the metadata. HostError, InputError where a device cannot be handed over."""
+    """Return, for each grant of one claim, the edits of its CDI device; never empty, as the metadata mount is always
+    there.
+
+    A variable covers everything granted to the same request. A container that uses several requests finds each under
+    the request's own name, and all of them in the metadata. Raise HostError or InputError if a device cannot be handed
+    over.
+    """
     same = {request: [one for one in grants if _request(one) == request] for request in map(_request, grants)}
     env = {request: _environment(inventory, request, some) for request, some in same.items()}
     return [_edits(dra, inventory, one, same[_request(one)], env[_request(one)], metadata) for one in grants]
@@ -48,8 +51,8 @@ def _edits(
 
 
 def _request(grant: Grant) -> str:
-    """The request that containers ask by: of a subrequest the one that it is an alternative of. No claim is ever given
-    two alternatives of one."""
+    """Return the request name that containers use; for a subrequest, the request it is an alternative of. A claim is
+    never allocated two alternatives of one request."""
     return grant.result.request.partition("/")[0] if grant.result is not None else ""
 
 
@@ -68,7 +71,8 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
 
 
 def device_of(dra: Dra, inventory: Inventory, grant: Grant) -> Device | None:
-    """The device of a grant, held or only looked at; None: it is CPUs, pages or memory. HostError: it is not there."""
+    """Return the device of a grant, held or only accessed, or None for CPUs, pages or memory. Raise HostError if it is
+    missing."""
     one = next(iter((*grant.devices, *grant.shares)), "") or _looked_at(dra, inventory, grant)
     if one and one not in inventory.device_by_id:
         raise HostError(f"cannot hand over {one}: it is not there at this moment")
@@ -76,14 +80,15 @@ def device_of(dra: Dra, inventory: Inventory, grant: Grant) -> Device | None:
 
 
 def _looked_at(dra: Dra, inventory: Inventory, grant: Grant) -> str:
-    """The device that an administrator's claim sees without holding it; InputError: it is not there. "": it is none."""
+    """Return the device that a claim with admin access sees without holding it, or "" if there is none. Raise
+    InputError if it is missing."""
     if grant.result is None or not grant.result.admin:
         return ""
     return dra.catalog.find(inventory, grant.result)[1].device
 
 
 def cdi_names(dra: Dra, inventory: Inventory, grant: Grant) -> tuple[str, ...]:
-    """Names of other people's CDI specs that the device is configured to be handed over by."""
+    """Return names from third-party CDI specs through which the device is configured to be handed over."""
     return _device_edits(dra, inventory, grant, [grant]).cdi_devices
 
 
@@ -92,8 +97,8 @@ def _serves(offer: Offer, device: Device) -> bool:
 
 
 def _environment(inventory: Inventory, request: str, grants: Sequence[Grant]) -> dict[str, str]:
-    """What one request was given, under the usual names and under the request's own. A request is named by a DNS label:
-    two of them never make one variable."""
+    """Return what one request was granted, under the usual names and with the request's name appended. Requests are
+    named by DNS labels, so two never map to the same variable."""
     env = {**held_variables(inventory, grants), **_memory_env(grants)}
     word = request.upper().replace("-", "_")
     # The usual names win: a request may be called "numa-nodes".
@@ -138,7 +143,7 @@ def _settings_mounts(settings: OpaqueConfig, grant: Grant) -> Iterator[Mount]:
 
 
 def metadata(dra: Dra, inventory: Inventory, grants: Sequence[Grant]) -> dict[str, Any]:
-    """What a claim holds, for the application that holds it (docs/dra.md)."""
+    """Return what a claim holds, for the application that uses it (docs/dra.md)."""
     first = grants[0].holder
     return {
         "apiVersion": "nodeagent.dev/v1alpha1",

@@ -1,6 +1,6 @@
-"""What happens to claims between kubelet's calls: files put back, status written, the forgotten released.
+"""Work on claims between kubelet's calls: restoring files, writing status, releasing forgotten claims.
 
-Each loop runs until cancelled; nothing here keeps kubelet waiting.
+Each loop runs until cancelled; nothing here makes kubelet wait.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from nodeagent.state.agent import Agent
 from nodeagent.telemetry.log import new_op
 
 FOLDER_POLL_S = 30.0
-"""The safety net below the watches of folders."""
+"""Fallback poll interval in addition to the folder watches."""
 SETTLE_S = 0.2
-"""How long news may go on before files are looked at."""
+"""How long to wait after a change before files are checked, so that further changes are collected."""
 LOOK_S, SECOND_LOOK_S = 3600.0, 60.0
-"""How often it is asked whether claims still are, and how long one must be gone before it is released."""
+"""How often to check whether claims still exist, and how long one must be gone before it is released."""
 MOST_WAITING = 1000
-"""Claims whose status is to be written."""
+"""Maximum number of claims whose status is waiting to be written."""
 NOT_ALLOWED_S = 600.0
-"""How long no status is written after the API server said that it may not be."""
+"""How long no status is written after the API server has forbidden it."""
 log = structlog.get_logger()
 
 
 async def keep_rendered(rendered_of: Revision, rendering: ClaimRenderer, folder: Path) -> None:
-    """Render at the start, whenever what is rendered changed, and when somebody changed the CDI folder."""
+    """Render at start, whenever the input changes, and whenever another process changes the CDI folder."""
     with FolderWatch(folder, poll_s=FOLDER_POLL_S) as watch:
         while True:
             seen = rendered_of.value
@@ -48,14 +48,14 @@ async def keep_rendered(rendered_of: Revision, rendering: ClaimRenderer, folder:
             await asyncio.sleep(SETTLE_S)
 
 
-# ---------------------------------------------------------------- the forgotten
+# ---------------------------------------------------------------- forgotten claims
 
 
 class ClaimGarbageCollector:
-    """Releases what is held by claims that are no more, or that are reserved for nobody any more.
+    """Releases what is held by claims that no longer exist or are no longer reserved for anyone.
 
-    Kubelet has each claim unprepared; this is for those that it forgot. Both the API server and kubelet must say so,
-    and again SECOND_LOOK_S later, and no process of its pods may run: a container may outlive its pod's object.
+    Kubelet unprepares each claim; this covers those it forgot. Both the API server and kubelet must confirm it, again
+    SECOND_LOOK_S later, and no process of the claim's pods may be running: a container may outlive its pod object.
     """
 
     def __init__(
@@ -67,7 +67,11 @@ class ClaimGarbageCollector:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """in_use: (namespace, name) of the claims that kubelet has containers with; PeerError. clock: in seconds."""
+        """Store the sources.
+
+        `in_use` returns (namespace, name) of the claims that kubelet's containers use, or raises PeerError. `clock` is
+        in seconds.
+        """
         self._agent = agent
         self._fetch = fetch
         self._in_use = in_use
@@ -81,7 +85,8 @@ class ClaimGarbageCollector:
             await asyncio.sleep(SECOND_LOOK_S if self._gone_since else LOOK_S)
 
     async def look(self) -> tuple[Grant, ...]:
-        """Look once; what was released. Where somebody does not answer, nothing that he was to be asked of is."""
+        """Look once and return what was released. If the API server or kubelet does not answer, claims whose check
+        depends on it are not released."""
         released: list[Grant] = []
         try:
             for uid, ref in (await self._idle()).items():
@@ -93,7 +98,8 @@ class ClaimGarbageCollector:
         return tuple(released)
 
     async def _release_gone(self, uid: str, there: bool) -> tuple[Grant, ...]:
-        """At once after the API server has said it: a claim that was reserved for nobody may be wanted again."""
+        """Release a claim that has been gone long enough. Must follow the API server's answer immediately: a claim
+        without a reservation may be needed again."""
         if there:
             self._gone_since.pop(uid, None)
             return ()
@@ -109,7 +115,7 @@ class ClaimGarbageCollector:
         return done.released
 
     async def _idle(self) -> dict[str, ClaimRef]:
-        """The claims that hold something and that no container uses."""
+        """Return the claims that hold something and that no container uses."""
         held = {uid: _ref(grants) for uid, grants in claims_held(self._agent.ledger).items()}
         used = await self._in_use() if held else frozenset()
         idle = {uid: ref for uid, ref in held.items() if (ref.namespace, ref.name) not in used}
@@ -117,7 +123,7 @@ class ClaimGarbageCollector:
         return idle
 
     async def _is(self, ref: ClaimRef) -> bool:
-        """Whether a claim is still there and reserved for somebody; one that cannot be read is."""
+        """Return whether a claim still exists and is reserved; an unreadable claim counts as both."""
         document = await self._fetch(ref)
         if document is None:
             return False
@@ -137,26 +143,26 @@ def _ref(grants: Sequence[Grant]) -> ClaimRef:
 
 
 class StatusSender(Protocol):
-    """Writes a body to the status of a claim as a field manager; PeerError, ApiError among them."""
+    """Writes a body to the status of a claim as a field manager. Raises PeerError, including ApiError."""
 
     async def __call__(self, ref: ClaimRef, body: Mapping[str, Any], manager: str) -> None: ...
 
 
 class StatusWriter:
-    """Writes what was prepared to the status of claims: conditions, and of network adapters their interface."""
+    """Writes the result of prepare to the status of claims: conditions, and the interface of a network adapter."""
 
     def __init__(self, tell: StatusSender, driver: str, inventory: Callable[[], Inventory]) -> None:
         self._tell = tell
         self._driver = driver
         self._inventory = inventory
         self._waiting: dict[str, tuple[ClaimRef, list[Any]]] = {}
-        """By UID, the newest of each claim."""
+        """The newest status of each claim, by UID."""
         self._news = asyncio.Event()
         self._written: dict[str, list[Any]] = {}
         self._not_before_s = 0.0
 
     def told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
-        """Have it written, unless it is what was written last."""
+        """Queue the status, unless it equals the one written last."""
         devices = [self._device(grant, grant.result, error) for grant in grants if grant.result is not None]
         self._waiting.pop(ref.uid, None)
         full, silent = len(self._waiting) >= MOST_WAITING, time.monotonic() < self._not_before_s
@@ -182,7 +188,7 @@ class StatusWriter:
             self._forget_oldest()
 
     def _failed(self, ref: ClaimRef, error: PeerError) -> None:
-        """A status is a courtesy: it is not tried again, and where it may not be written, not for a while."""
+        """Log a failure. A status is optional: it is not retried, and after a 403 none is written for a while."""
         log.warning("claim-status-not-written", claim=str(ref), error=str(error))
         if isinstance(error, PeerError) and error.status == 403:
             self._not_before_s = time.monotonic() + NOT_ALLOWED_S
@@ -199,7 +205,7 @@ class StatusWriter:
         return wire.one_status(result, ready=not error, reason=reason, message=message, at=at, data=data)
 
     def _network(self, grant: Grant) -> dict[str, Any]:
-        """NetworkDeviceData of an adapter whose interface is in the host's namespace at this moment."""
+        """Return NetworkDeviceData of an adapter whose interface is currently in the host's network namespace."""
         device = self._inventory().device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
         name = str(device.attributes.get("netdevs", "")).partition(",")[0] if device else ""
         if device is None or device.kind != "nic" or not name:
@@ -209,7 +215,7 @@ class StatusWriter:
 
 
 def _held(grant: Grant) -> str:
-    """What a grant holds, in a few words."""
+    """Return a short description of what a grant holds."""
     parts = [f"CPUs {grant.cpus}"] if grant.cpus else []
     parts += [f"{one.pages} pages of {one.page_bytes} bytes on NUMA node {one.node}" for one in grant.hugepages]
     parts += [f"{size} bytes on NUMA node {node}" for node, size in grant.memory]

@@ -1,7 +1,7 @@
-"""The DRA side of the agent: the driver's sockets, its claims, their health, and the slices in the API server.
+"""The DRA side of the agent: the driver's sockets, its claims, device health, and the slices in the API server.
 
-Two instances may serve at once, as during a rolling upgrade: each answers kubelet on sockets of its own. Only one
-leads: it publishes, looks after files and releases what was forgotten.
+Two instances may serve at once, as during a rolling upgrade: each answers kubelet on its own sockets. Only one leads:
+it publishes, maintains files and releases forgotten claims.
 """
 
 from __future__ import annotations
@@ -45,19 +45,19 @@ from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.state.agent import Agent
 
 CLAIMS = "claims"
-"""In the runtime folder: what containers may read of their claims."""
+"""In the runtime folder: what containers may read about their claims."""
 LINGER_S = 2.0
-"""How long kubelet is still answered when the last claim is gone and nothing is served any more."""
+"""How long kubelet is still answered after the last claim is gone and nothing is served any longer."""
 log = structlog.get_logger()
 
 
 def node_name(config: Config) -> str:
-    """The Node's name: as configured, as the pod was told, or as kubelet names it by default."""
+    """Return the Node's name: as configured, from NODE_NAME in the environment, or kubelet's default."""
     return config.dra.node_name or os.environ.get("NODE_NAME", "") or socket.gethostname().lower()
 
 
 class Pools:
-    """The pools at this moment; worked out once for one state of machine, ledger and health."""
+    """The current pools, computed once per state of inventory, ledger, health and served kinds."""
 
     def __init__(self, agent: Agent, dra: Callable[[], Dra]) -> None:
         self._agent = agent
@@ -65,16 +65,16 @@ class Pools:
         self._now: tuple[object, ...] = (None,) * 4
         self._form: Features | None = None
         self._pools: tuple[Pool, ...] = ()
-        """Of _now, in _form."""
+        """Computed from _now, in the form _form."""
         self._published = ALL_FEATURES
 
     def published(self, features: Features) -> tuple[Pool, ...]:
-        """As the API server keeps them."""
+        """Return the pools with the features that the API server keeps, and remember these features."""
         self._published = features
         return self._of(features)
 
     def known(self) -> tuple[Pool, ...]:
-        """Every device under the name that it was published by, also those that were left out for not being well."""
+        """Return every device under its published name, including those left out because they are unhealthy."""
         return self._of(replace(self._published, taints=True))
 
     def _of(self, features: Features) -> tuple[Pool, ...]:
@@ -89,16 +89,19 @@ class Pools:
 
 
 class DraHealth:
-    """Health of every device of every pool, for the DRA plugin. A device that some of its claims lost CPUs of
-    is unhealthy for all of them, for kubelet knows one state a device: its message says whose CPUs they are."""
+    """Health of every device of every pool, for the DRA plugin.
+
+    A device of which some claims have lost CPUs is unhealthy for all of its claims, because kubelet tracks one state
+    per device; the message says whose CPUs were lost.
+    """
 
     def __init__(self, agent: Agent, dra: Callable[[], Dra], pools: Pools, revision: Revision) -> None:
-        """revision: rises with all that the first three say."""
+        """Store the sources. `revision` increases with every change of the other three."""
         self._agent = agent
         self._dra = dra
         self._pools = pools
         self._revision = revision
-        # Times are worked out once: a list in which nothing changed is equal to the one before, and not sent again.
+        # Times are computed once, so that an unchanged list equals the previous one and is not sent again.
         self._clock_at_unix_s = time.time() - time.monotonic()
         self._began_unix_s = time.time()
 
@@ -118,7 +121,8 @@ class DraHealth:
         return (*found, *(self._unhealthy(*at, lost.get(at, "it is no longer there")) for at in gone))
 
     def _held(self) -> dict[tuple[str, str], None]:
-        """Devices that claims hold, each once; one that is not there any more is in no pool, and its pod is told."""
+        """Return the devices that claims hold, each once. A device that is gone is in no pool, but its pod must still
+        be notified."""
         grants = sorted(self._agent.ledger.grants.values(), key=lambda grant: grant.id)
         results = (one.result for one in grants if one.holder.api == CLAIM and one.result is not None)
         return dict.fromkeys((one.pool, one.device) for one in results)
@@ -139,7 +143,7 @@ class DraHealth:
 
 
 class DraManager(Manager):
-    """Serves what is configured. Building it starts nothing."""
+    """Serves the configured resources through DRA. Building it starts nothing."""
 
     name = "dra"
 
@@ -155,12 +159,14 @@ class DraManager(Manager):
         managed_elsewhere: Callable[[], Mapping[str, str]] = dict,
         grow: Grow = never_grow,
     ) -> None:
-        """managed_elsewhere: kinds that cannot be served while kubelet manages them, with the reason."""
+        """Set up. `managed_elsewhere` returns the kinds that cannot be served while kubelet manages them, with the
+        reason."""
         self._managed_elsewhere = managed_elsewhere
         self.config = config
         self._agent = agent
         self._revision = Revision(*agent.revisions)
-        """Rises with all that is served and shown: the state, and what of it the configuration serves."""
+        """Increases with every change of what is served or reported: the state, and the configuration of what is
+        served."""
         self._families = families
         self._kubelet_dir = kubelet_dir
         self._pods = pods
@@ -175,25 +181,25 @@ class DraManager(Manager):
         self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
         self._claims = ClaimPreparer(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
         self.refused: Mapping[str, str] = {}
-        """Kinds that are configured for DRA and not served, with the reason."""
+        """Kinds that are configured for DRA but not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools, self._revision)
         self.plugin: DraPlugin | None = None
         self.publisher: Publisher | None = None
 
     def dra(self) -> Dra:
-        """Return what is served at this moment."""
+        """Return what is currently served."""
         return self._dra
 
     # ---------------------------------------------------------------- what is served
 
     @property
     def needed(self) -> bool:
-        """Whether anything is served, or held by a claim that kubelet will have unprepared."""
+        """Return whether anything is served, or held by a claim that kubelet will unprepare."""
         return self._dra.served or any(one.holder.api == CLAIM for one in self._agent.ledger.grants.values())
 
     async def apply(self, config: Config) -> None:
-        """Take over a configuration. The driver's name stays what it was at the start: its sockets, files and slices
-        are named after it."""
+        """Apply a configuration. The driver's name stays as at the start: its sockets, files and slices are named after
+        it."""
         refused = self._managed_elsewhere()
         fixed = msgspec.structs.replace(config.dra, driver=self.config.dra.driver)
         self.config = config = msgspec.structs.replace(config, dra=fixed)
@@ -207,7 +213,7 @@ class DraManager(Manager):
             self._revision.bump()
 
     def document(self) -> dict[str, Any]:
-        """How it stands, in plain types; nothing where nothing is served."""
+        """Return the status in plain types; empty if nothing is served."""
         if not self.needed:
             return {}
         registration = self.plugin.registration if self.plugin is not None else None
@@ -224,7 +230,7 @@ class DraManager(Manager):
         }
 
     def not_ready(self) -> list[str]:
-        """Why pods cannot get claims prepared or scheduled here, one sentence each."""
+        """Return why pods cannot be scheduled here or have claims prepared, one sentence each."""
         plugin, publisher, driver = self.plugin, self.publisher, self.config.dra.driver
         if not self._dra.served or plugin is None or publisher is None:
             return []
@@ -241,11 +247,11 @@ class DraManager(Manager):
     # ---------------------------------------------------------------- running
 
     async def serve(self) -> None:
-        """Answer kubelet for as long as that is needed."""
+        """Answer kubelet while needed."""
         await self._while_needed(self._serve)
 
     async def lead(self) -> None:
-        """Publish and look after claims for as long as that is needed."""
+        """Publish and maintain claims while needed."""
         await self._while_needed(self._lead)
 
     async def close(self) -> None:
@@ -257,7 +263,7 @@ class DraManager(Manager):
             await race(work(), self._needless())
 
     async def _needless(self) -> None:
-        """Return when nothing has been needed for a moment: kubelet's last call is still to be answered."""
+        """Return when nothing has been needed for LINGER_S: kubelet's last call must still be answered."""
         while self.needed:
             await self._until(lambda: not self.needed)
             await asyncio.sleep(LINGER_S)
@@ -300,7 +306,7 @@ class DraManager(Manager):
                 tasks.create_task(supervise("forgotten claims", forgotten.follow))
                 tasks.create_task(supervise("claim status", self._status.follow))
         finally:
-            # During a rolling upgrade the other instance goes on with the same slices.
+            # During a rolling upgrade the other instance continues with the same slices.
             if not other_instance_serves(self._kubelet_dir, driver, self._sockets):
                 await self.publisher.withdraw()
             self.publisher = None

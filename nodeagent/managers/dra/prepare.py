@@ -1,6 +1,5 @@
-"""What kubelet asks about claims: each is read from the API server, decided by the agent (durable), rendered to files,
-and answered. What kubelet no longer waits for, and has unprepared, comes to nothing.
-"""
+"""Kubelet's calls for claims: each claim is read from the API server, decided by the agent (durable), rendered to
+files, and answered. A prepare that kubelet has abandoned and followed by an unprepare has no effect."""
 
 from __future__ import annotations
 
@@ -25,35 +24,36 @@ from nodeagent.state.agent import Agent, Unprepared
 from nodeagent.telemetry import metrics
 
 MOST_READS, READ_S = 4, 25.0
-"""Claims that are read from the API server at once, and how long those of one call may take together: kubelet waits for
-45 s, and what is granted already can be answered without."""
+"""Maximum number of claims read from the API server concurrently, and the time limit for all reads of one call. Kubelet
+waits 45 s, and existing grants can be returned without reading."""
 ENDING_S, ENDING_POLL_S = 2.0, 0.05
 """How long the last process of a pod may take to end after kubelet has seen its containers end."""
 log = structlog.get_logger()
 Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
-"""A claim's object from the API server; None: there is none. PeerError where that cannot be known."""
+"""Returns a claim's object from the API server, or None if there is none. Raises PeerError if that is unknown."""
 
 
 Grow = Callable[[Catalog, Sequence[Claim]], AbstractAsyncContextManager[Callable[[str], str]]]
-"""Have pools of hugepages grow for claims that are decided within; why they did not, by UID of the claim."""
+"""Grows hugepage pools for claims that are decided inside the context. Yields a function that returns, by claim UID,
+why they did not grow."""
 _IN_USE = "cannot unprepare claim {}: it is in use, {}"
 _UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
 
 
 class StatusNotifier(Protocol):
-    """Who is told what was prepared, when kubelet has its answer."""
+    """Notified of what was prepared, when the answer for kubelet is ready."""
 
     def __call__(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None: ...
 
 
 @contextlib.asynccontextmanager
 async def never_grow(catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Callable[[str], str]]:
-    """Pools of hugepages are what they are."""
+    """Leave hugepage pools as they are."""
     yield lambda uid: ""
 
 
 class ClaimPreparer:
-    """Prepares and unprepares claims, as the DRA plugin calls it."""
+    """Prepares and unprepares claims: the DRA plugin's ClaimHandler."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class ClaimPreparer:
         told: StatusNotifier = lambda ref, grants, error: None,
         grow: Grow = never_grow,
     ) -> None:
-        """dra: what is served at this moment."""
+        """Store the parts. `dra` returns what is currently served."""
         self._agent = agent
         self._dra = dra
         self._fetch = fetch
@@ -77,7 +77,10 @@ class ClaimPreparer:
     # ---------------------------------------------------------------- kubelet's calls
 
     async def prepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, Prepared]:
-        """By UID: the devices of each claim, or why it cannot be prepared. Claims of one call are of one pod."""
+        """Return, by UID, the devices of each claim, or why it cannot be prepared.
+
+        All claims of one call belong to one pod.
+        """
         began = time.perf_counter()
         granted, errors = await self._decided(claims, op)
         errors.update(await self._rendering.write(granted))
@@ -93,9 +96,12 @@ class ClaimPreparer:
         return answers
 
     async def unprepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, str]:
-        """By UID: "", or why something of a claim is left. A prepare that kubelet gave up, and that is still being
-        read, comes to nothing: nobody would ever give back what it were granted. Of a claim whose pod lives nothing is
-        released, whatever kubelet has forgotten: it asks again."""
+        """Return, by UID, "" or why something of a claim is left.
+
+        A prepare that kubelet has abandoned and that is still reading has no effect: nothing would ever release what it
+        was granted. Nothing is released of a claim whose pod is alive, whatever kubelet has forgotten: kubelet asks
+        again.
+        """
         for waited_for in self._reading:
             waited_for.difference_update(ref.uid for ref in claims)
         done = await self._unprepared([ref.uid for ref in claims], op)
@@ -107,7 +113,7 @@ class ClaimPreparer:
         return errors | await self._rendering.remove([ref.uid for ref in claims if ref.uid not in errors])
 
     async def _unprepared(self, uids: Sequence[str], op: str) -> Unprepared:
-        """What became of some claims. A runtime's helper may outlive its container by a moment."""
+        """Unprepare some claims and return the result. A runtime's helper process may briefly outlive its container."""
         until_s = time.monotonic() + ENDING_S
         done = await self._agent.unprepare(uids, op)
         while done.living and time.monotonic() < until_s:
@@ -119,14 +125,14 @@ class ClaimPreparer:
     # ---------------------------------------------------------------- deciding
 
     async def _decided(self, claims: Sequence[ClaimRef], op: str) -> tuple[dict[str, Sequence[Grant]], dict[str, str]]:
-        """What each claim is granted, or why it is not, by UID."""
+        """Return, by UID, what each claim is granted, and why others are not."""
         with self._waited_for(claims) as waited_for:
             until_s = asyncio.get_running_loop().time() + READ_S
             read = await asyncio.gather(*(self._read(ref, until_s) for ref in claims))
             found = [one for one in read if isinstance(one, Claim) and one.ref.uid in waited_for]
             catalog = self._dra().catalog
             async with self._grow(catalog, found) as too_small:
-                found = [one for one in found if one.ref.uid in waited_for]  # growing takes its time
+                found = [one for one in found if one.ref.uid in waited_for]  # growing takes time
                 batch = await self._agent.prepare(catalog, found, op)
                 errors = {uid: _because(why, too_small(uid)) for uid, why in batch.errors.items()}
         granted = dict[str, Sequence[Grant]](batch.grants)
@@ -144,7 +150,7 @@ class ClaimPreparer:
 
     @contextlib.contextmanager
     def _waited_for(self, claims: Sequence[ClaimRef]) -> Iterator[set[str]]:
-        """The UIDs of claims that are being read: those that are unprepared meanwhile drop out."""
+        """Yield the UIDs of claims being read; those unprepared meanwhile are removed from the set."""
         uids = {ref.uid for ref in claims}
         self._reading.append(uids)
         try:
@@ -153,8 +159,8 @@ class ClaimPreparer:
             self._reading = [one for one in self._reading if one is not uids]
 
     async def _read(self, ref: ClaimRef, until_s: float) -> Claim | NodeagentError:
-        """The claim, or why it cannot be had: PeerError where that is the API server's doing. until_s: by the loop's
-        clock."""
+        """Return the claim, or why it cannot be obtained: PeerError if the API server is at fault. `until_s` is a time
+        of the loop's clock."""
         try:
             async with asyncio.timeout_at(until_s), self._reads:
                 document = await self._fetch(ref)
@@ -183,7 +189,7 @@ class ClaimPreparer:
             return Prepared(error=why)
         try:
             return Prepared(devices=tuple(self._device(grant) for grant in granted[ref.uid]))
-        except NodeagentError as error:  # the device went away since it was rendered
+        except NodeagentError as error:  # the device disappeared after it was rendered
             return Prepared(error=f"cannot prepare claim {ref}: {error}")
 
     def _device(self, grant: Grant) -> PreparedDevice:
@@ -213,5 +219,5 @@ def _because(error: str, why: str) -> str:
 
 
 def _names(request: str) -> tuple[str, ...]:
-    """Under which names containers may ask: of a subrequest its own and its request's."""
+    """Return the names that containers may use: for a subrequest, its own and that of its request."""
     return tuple(dict.fromkeys((request.partition("/")[0], request)))

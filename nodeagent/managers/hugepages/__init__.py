@@ -1,1 +1,1 @@
-"""Keeps hugepage pools as large as they have to be."""
+"""Keeps hugepage pools at the required size."""

@@ -1,8 +1,8 @@
 """Hugepage pools that grow while claims need it, and shrink again.
 
-Growing and deciding are one turn: what was grown for a claim is not there for another one. What a refused claim made
-grow goes back at once, what a released one needed after a rest: pages that went may not come again. Where the agent is
-killed or hung up in between, the record on disk tells what is to go back.
+Growing and deciding happen under one lock: pages grown for one claim are not taken by another. Pages grown for a
+refused claim are returned immediately, those of a released claim after a delay, because pages once returned may not be
+available again. If the agent is killed or the call cancelled in between, the record on disk says what to return.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from nodeagent.state.agent import Agent
 from nodeagent.telemetry.once import Once
 
 Explain = Callable[[str], str]
-"""Why the pools of a claim (its UID) did not grow as it needs; "": they did, or need not."""
+"""Return why the pools for a claim (by UID) did not grow as needed, or "" if they did or need not."""
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrowthTiming:
-    """How long things may take. Kubelet waits 45 s for a claim, of which reading it may take 25."""
+    """Time limits. Kubelet waits 45 s for a claim, of which reading it may take 25."""
 
     poll_s: float = 2.0
-    """How often pools are looked at: they announce nothing."""
+    """How often pools are read: the kernel does not announce changes."""
     rest_s: float = 10.0
-    """How long a grown pool must be needless before it shrinks."""
+    """How long a grown pool must be unneeded before it shrinks."""
     lock_s: float = 6.0
     grow_s: float = 8.0
 
 
 class PoolGrowth:
-    """Grows pools for claims and gives back. Building it changes nothing."""
+    """Grows pools for claims and shrinks them again. Building one changes nothing."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class PoolGrowth:
         rescan: Callable[[], Awaitable[object]],
         pace: GrowthTiming,
     ) -> None:
-        """rescan: has the agent see the machine as it is now."""
+        """Store the parts. `rescan` makes the agent take a new snapshot of the machine."""
         self._agent = agent
         self._sizes = sizes
         self._config = config
@@ -69,8 +69,11 @@ class PoolGrowth:
 
     @contextlib.asynccontextmanager
     async def growing(self, catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Explain]:
-        """Decide on claims within: pools have grown by what these lack, as far as may be. On leaving, what those need
-        not that were granted goes back; where deciding failed or was given up, it goes back later."""
+        """Grow pools by what the claims lack, as far as possible, while the caller decides on them.
+
+        On exit, pages not needed by the claims that were granted are returned. If deciding failed or was cancelled,
+        they are returned later.
+        """
         limits = page_limits(self._config())
         if not concerned(self._agent.inventory, catalog, claims, limits):
             yield lambda uid: ""
@@ -89,7 +92,7 @@ class PoolGrowth:
             await self._take_back(wants.unneeded(grown, granted))
 
     async def _demand(self, catalog: Catalog, claims: Sequence[Claim]) -> Demand:
-        """What is lacking by what is known now; where anything is, by what the machine says then."""
+        """Return what is lacking. If anything is, take a new snapshot of the machine and compute it again."""
         agent, limits = self._agent, page_limits(self._config())
         await agent.refresh()
         found = demand(agent.inventory, agent.ledger, catalog, claims, limits)
@@ -99,7 +102,7 @@ class PoolGrowth:
         return demand(agent.inventory, agent.ledger, catalog, claims, limits)
 
     async def _grow(self, growth: Amounts) -> tuple[Amounts, Mapping[Key, str]]:
-        """(by how many pages each pool grew, why that is too little)."""
+        """Return (by how many pages each pool grew, why that is too little)."""
         grown, missing = dict[Key, int](), dict[Key, str]()
         until_s = time.monotonic() + self._pace.grow_s
         for key, pages in growth.items():
@@ -115,7 +118,7 @@ class PoolGrowth:
         return grown, missing
 
     async def _take_back(self, unneeded: Amounts) -> None:
-        """Others may have been granted some of it meanwhile: that stays. What fails is tried again later."""
+        """Return unneeded pages, except those granted to others meanwhile. Failures are retried later."""
         pools = self.pools()
         spare = {key: min(pages, grantable(pools[key], self._agent.ledger)) for key, pages in unneeded.items()}
         for key, pages in spare.items():
@@ -130,10 +133,10 @@ class PoolGrowth:
             log.info("pages-given-back", **_names(key), pages=gone, why=why)
             await self._rescan()
 
-    # ---------------------------------------------------------------- what claims need no longer
+    # ---------------------------------------------------------------- what claims no longer need
 
     async def give_back(self) -> None:
-        """Shrink pools that nobody has needed for a while to what they were. What fails is said once."""
+        """Shrink pools that have not been needed for a while to their original size. A failure is logged once."""
         try:
             await self._give_back_rested()
             self._not_given_back.clear()
@@ -149,7 +152,7 @@ class PoolGrowth:
                 await self._give_back(key)
 
     async def _give_back(self, key: Key) -> None:
-        """What others decided and mapped meanwhile is heard first."""
+        """Shrink one pool, after taking into account what others decided and mapped meanwhile."""
         await self._agent.refresh()
         await self._rescan()
         found = self._needless(await self._sizes.grown())
@@ -161,7 +164,7 @@ class PoolGrowth:
             await self._sizes.forget(key)
 
     def _needless(self, grown: Mapping[Key, Grown]) -> dict[Key, int]:
-        """How many pages can go back of each pool of which all can that it was grown by."""
+        """Return, for each pool whose growth can be undone completely, how many pages can be returned."""
         found, pools = dict[Key, int](), self.pools()
         for key in grown.keys() & pools.keys():
             now = pools[key].persistent_pages
@@ -172,7 +175,7 @@ class PoolGrowth:
         return found
 
     def _configured(self, key: Key) -> int:
-        """What the configuration wants a pool to have at least."""
+        """Return the minimum size of a pool that the configuration demands, in pages."""
         rules = (one for one in self._config().hugepages if (one.node, parse_size(one.page_size)) == key)
         return max((one.pages for one in rules), default=0)
 

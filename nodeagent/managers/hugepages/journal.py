@@ -1,7 +1,7 @@
-"""Which hugepage pools were grown for claims, and what they are to go back to: a small file, written before one grows.
+"""Which hugepage pools were grown for claims, and the size to restore: a small file, written before a pool grows.
 
-After kill -9 between growing and deciding this is all that tells the agent's own pages from everybody's. What cannot be
-read is nothing, and is said: pages are then kept for good rather than taken from somebody.
+After kill -9 between growing and deciding, only this file distinguishes the agent's own pages from those of others. An
+unreadable file counts as empty, and this is logged: pages are then kept for good rather than taken from other users.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ Key = tuple[NodeId, int]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Grown:
-    """A pool that is larger than it was found; in pages, surplus ones not counted."""
+    """A pool larger than it was found. Sizes are in pages, without surplus pages."""
 
     node: NodeId
     page_bytes: int
     base_pages: int
-    """What it was."""
+    """Its original size."""
     grown_pages: int
-    """What it was made; what is beyond is somebody else's."""
+    """The size it was grown to; anything beyond that was added by others."""
     boot_id: str
-    """Pools begin anew with the machine."""
+    """Pools are reset at boot."""
 
     def floor(self, now_pages: int) -> int:
-        """What a pool of so many pages is to go back to."""
+        """Return the size to restore for a pool that now has `now_pages`."""
         return self.base_pages + max(0, now_pages - self.grown_pages)
 
 
 class GrowthJournal:
-    """The file. Every call reads or writes it: another agent may do so too. Blocks."""
+    """The file. Every call reads or writes it, because another agent may do so too. Blocks."""
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
         self.path = state_dir / NAME
@@ -53,7 +53,7 @@ class GrowthJournal:
         self._unreadable = Once("page-records-unreadable", level="error")
 
     def read(self) -> Mapping[Key, Grown]:
-        """What this boot grew, by pool."""
+        """Return what was grown since boot, by pool."""
         try:
             with self.path.open("rb") as file:
                 found = msgspec.json.decode(file.read(_LARGEST_FILE_BYTES), type=list[Grown])
@@ -66,7 +66,8 @@ class GrowthJournal:
         return {(one.node, one.page_bytes): one for one in found if one.boot_id == self._boot_id}
 
     def grow(self, key: Key, now_pages: int, pages: int) -> None:
-        """A pool that has now_pages is about to be made larger; durable on return. HostError where it cannot be."""
+        """Record that a pool of `now_pages` is about to grow to `pages`. Durable on return. Raise HostError if it
+        cannot be written."""
         known = dict(self.read())
         before = known.get(key)
         base = before.floor(now_pages) if before is not None else now_pages
@@ -76,7 +77,7 @@ class GrowthJournal:
         self._write(known.values())
 
     def now(self, key: Key, pages: int) -> None:
-        """A pool that was grown has this many pages now; HostError where that cannot be written."""
+        """Record the current size of a pool that was grown. Raise HostError if it cannot be written."""
         known = dict(self.read())
         if (one := known.pop(key, None)) is None:
             return
@@ -85,7 +86,8 @@ class GrowthJournal:
         self._write(known.values())
 
     def shrunk(self, key: Key, floor_pages: int, pages: int) -> None:
-        """A pool that was to go back to floor_pages, what others added among them, has this many now."""
+        """Record the current size of a pool that was to shrink to `floor_pages`, which includes pages added by others.
+        Raise HostError if it cannot be written."""
         known = dict(self.read())
         one = known.pop(key)
         if pages > floor_pages:
@@ -93,7 +95,7 @@ class GrowthJournal:
         self._write(known.values())
 
     def forget(self, key: Key) -> None:
-        """A pool is what it was; HostError where that cannot be written."""
+        """Record that a pool has its original size again. Raise HostError if it cannot be written."""
         self._write(one for other, one in self.read().items() if other != key)
 
     def _write(self, known: Iterable[Grown]) -> None:

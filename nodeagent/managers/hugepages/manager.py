@@ -1,7 +1,7 @@
-"""Hugepage pools watched, made as large as the configuration says, and given back when claims need them no longer.
+"""Watches hugepage pools, grows them to the configured size, and shrinks them when claims no longer need them.
 
-A pool is never made smaller than it was found. What the kernel does not give is said, and asked for again whenever
-anything changed and once in a while.
+A pool is never made smaller than it was found. Pages that the kernel does not provide are reported, and requested again
+after any change and periodically.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ log = structlog.get_logger()
 
 
 class HugepagesManager(Manager):
-    """Provides the pools of the configuration, and grows and shrinks pools for claims."""
+    """Provides the configured pools, and grows and shrinks pools for claims."""
 
     name = "hugepages"
 
@@ -45,7 +45,7 @@ class HugepagesManager(Manager):
         put: Put = put_value,
         pace: GrowthTiming = PACE,
     ) -> None:
-        """rescan: has the agent see the machine as it is now."""
+        """Set up without changing anything. `rescan` makes the agent take a new snapshot of the machine."""
         self._agent = agent
         self._sysfs = sysfs
         self._config = config
@@ -58,20 +58,21 @@ class HugepagesManager(Manager):
         self._provided: object = None
         self._again_at = 0.0
         self._unshown: object = None
-        """Sizes that a scan did not bring in: of a pool that is left out, which another scan would not change."""
+        """Sizes that a scan did not pick up, from a pool that the inventory leaves out: another scan would not change
+        that."""
 
     def notes(self) -> list[str]:
-        """What the configuration wants and the kernel did not give, one sentence each."""
+        """Return what the configuration demands and the kernel did not provide, one sentence each."""
         return list(self._problems.values())
 
     async def close(self) -> None:
-        """Wait for a step of growing that is under way."""
+        """Wait for a growth step in progress."""
         await self._sizes.close()
 
     # ---------------------------------------------------------------- what every agent does
 
     async def serve(self) -> None:
-        """Have the machine read again soon after anybody changed a pool's size."""
+        """Trigger a rescan soon after any process changes a pool's size."""
         while True:
             config = self._config()
             if config.hugepages or any(one.kind == "hugepages" for one in config.served):
@@ -96,7 +97,7 @@ class HugepagesManager(Manager):
     # ---------------------------------------------------------------- what the leading agent does
 
     async def lead(self) -> None:
-        """Provide what is configured; give back what was grown for claims that are gone."""
+        """Provide what is configured; shrink pools that were grown for claims that are gone."""
         while True:
             await self._provide()
             await self._growth.give_back()
@@ -111,13 +112,13 @@ class HugepagesManager(Manager):
         self._provided, self._again_at = self._state(config), time.monotonic() + config.resync_seconds
 
     def _state(self, config: Config) -> object:
-        """What makes it worth another try: another configuration, another machine, pages that somebody moved."""
+        """Return what justifies another attempt when it changes: configuration, NUMA nodes, pool sizes."""
         shown = self._shown()
         nodes = [node.id for node in self._agent.inventory.numa_nodes]
         return list(config.hugepages), nodes, [shown.get(_key(rule)) for rule in config.hugepages]
 
     async def _provide_one(self, rule: HugepagesConfig) -> str:
-        """Grow one pool, others having their turn between two steps; why it is too small, or ""."""
+        """Grow one pool, releasing the lock between steps; return why it is too small, or ""."""
         first: int | None = None
         before, now = -1, 0
         try:

@@ -1,6 +1,5 @@
-"""Sizes of hugepage pools, changed by one agent of the node at a time, in one thread, and remembered where it was done
-for claims. The locks are held over more than one change where what comes between must not be disturbed.
-"""
+"""Resizes hugepage pools: one agent of the node at a time, in one thread, with a record of what was grown for claims.
+The locks may be held across several changes if nothing must interfere in between."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ LOCK_POLL_S = 0.05
 
 
 class PoolResizer:
-    """Reads and changes pools. Every change is HostError where the kernel or the disk refuses it."""
+    """Reads and resizes pools. Every change raises HostError if the kernel or the disk refuses it."""
 
     def __init__(self, sysfs: SysFs, state_dir: Path, boot_id: str, *, put: Put = put_value) -> None:
         self._sysfs = sysfs
@@ -38,12 +37,13 @@ class PoolResizer:
         self._thread = ThreadPoolExecutor(1, "hugepages")
 
     async def close(self) -> None:
-        """Wait for a step that is under way."""
+        """Wait for a step in progress."""
         await asyncio.to_thread(self._thread.shutdown)
 
     @contextlib.asynccontextmanager
     async def alone(self, patience_s: float) -> AsyncIterator[None]:
-        """Nobody else changes pools within. StateError where somebody does for too long."""
+        """Hold the right to change pools exclusively. Raise StateError if another holder keeps it for longer than
+        `patience_s`."""
         until_s = time.monotonic() + patience_s
         try:
             async with asyncio.timeout(patience_s):
@@ -64,23 +64,25 @@ class PoolResizer:
             self._turn.release()
 
     async def grown(self) -> Mapping[Key, Grown]:
-        """Pools that were grown for claims."""
+        """Return the pools that were grown for claims."""
         return await self._in_thread(self._records.read)
 
     async def step(self, key: Key, pages: int) -> tuple[int, int]:
-        """Bring a pool a step nearer to so many pages; (what it had, what it has), surplus ones not counted."""
+        """Grow a pool one step towards `pages`; return (size before, size now), without surplus pages."""
         return await self._in_thread(self._step, key, pages)
 
     async def grow(self, key: Key, pages: int, patience_s: float) -> int:
-        """Grow a pool for claims; by how many pages it grew. What it was is durable before."""
+        """Grow a pool by `pages` for claims; return by how many pages it grew. Its original size is durable before it
+        grows."""
         return await self._in_thread(self._grow, key, pages, patience_s)
 
     async def shrink(self, key: Key, pages: int, least: int) -> int:
-        """Take back free pages of what a pool was grown by for claims, leaving at least so many; how many went."""
+        """Remove up to `pages` free pages that were added for claims, leaving at least `least`; return how many were
+        removed."""
         return await self._in_thread(self._shrink, key, pages, least)
 
     async def forget(self, key: Key) -> None:
-        """A pool has nothing any more that it was grown by for claims."""
+        """Record that nothing of a pool was added for claims any longer."""
         await self._in_thread(self._records.forget, key)
 
     def _now(self, key: Key) -> int:
@@ -113,11 +115,12 @@ class PoolResizer:
         return before - now
 
     async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Work in the one thread. Who is cancelled waits for it all the same: the locks go no sooner."""
+        """Run `work` in the single thread. A cancelled caller still waits for it, so the locks are not released
+        early."""
         future = asyncio.ensure_future(asyncio.wrap_future(self._thread.submit(work, *args, **kwargs)))
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
             await asyncio.wait([future])
-            future.exception()  # nobody is left to hear of it
+            future.exception()  # retrieved, so that asyncio does not log it: no caller is left
             raise

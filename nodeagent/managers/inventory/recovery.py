@@ -1,4 +1,4 @@
-"""Lets devices recover when their time has come."""
+"""Lets devices recover when they are due."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nodeagent.state.agent import Agent
 
 
 async def recoveries(agent: Agent) -> None:
-    """Let devices recover when their time has come."""
+    """Mark devices as recovered when they are due, until cancelled."""
     seen = 0
     while True:
         due = agent.recover_due()

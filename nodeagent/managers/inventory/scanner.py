@@ -1,4 +1,4 @@
-"""Reads the machine again whenever it may have changed, asks NVML, and reports both to the agent. Decides nothing."""
+"""Rescans the machine whenever it may have changed, queries NVML, and reports both to the agent. Decides nothing."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from nodeagent.telemetry import metrics
 from nodeagent.telemetry.once import Once
 
 FOLLOW_S = 0.2
-"""How long the kernel may take to change cpusets when a CPU comes or goes: it does so after it has told of that."""
+"""How long the kernel may take to update cpusets after it has announced that a CPU came or went."""
 LONGEST_REST_S = 1.0
-"""Between two scans while the kernel keeps announcing changes."""
+"""Longest pause between two scans while the kernel keeps announcing changes."""
 log = structlog.get_logger()
 
 
 class InventoryScanner(Manager):
-    """Reads the machine again whenever it may have changed, and hands the snapshot to the agent."""
+    """Rescans the machine whenever it may have changed, and passes the snapshot to the agent."""
 
     name = "machine"
 
@@ -49,15 +49,18 @@ class InventoryScanner(Manager):
         config: Callable[[], Config],
         holders: Callable[[], Iterable[str] | None] = lambda: None,
     ) -> None:
-        """`config` gives the configuration in force, `holders` the cgroups of all who hold hugepages, below the mount
-        of cgroup v2; None: they are not all known."""
+        """Set up without reading anything.
+
+        `config` returns the configuration in force; `holders` returns the cgroups of all containers that hold
+        hugepages, relative to the cgroup v2 mount, or None if not all are known.
+        """
         self._agent = agent
         self._sysfs = sysfs
         self._families = families
         self._config = config
         self._holders = holders
         self._live = sysfs.root == "/"
-        """A captured tree announces nothing, and NVML speaks of another machine."""
+        """False for a captured tree: it emits no events, and NVML would describe another machine."""
         self._probe = Probe()
         self._nvml: Snapshot | Failure | None = None
         self._turn = asyncio.Lock()
@@ -67,25 +70,26 @@ class InventoryScanner(Manager):
         await self._probe.close()
 
     async def serve(self) -> None:
-        """Follow the kernel's events and NVML, and let devices recover; each goes on where another one fails."""
+        """Follow kernel events and NVML, and let devices recover; each continues if another fails."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervise("machine", self.follow))
             tasks.create_task(supervise("nvml", self.follow_nvml))
             tasks.create_task(supervise("recoveries", lambda: recoveries(self._agent)))
 
     async def follow(self) -> None:
-        """A new snapshot on every event of the kernel, and once in a while without."""
+        """Take a new snapshot on every kernel event, and periodically without one."""
         while True:
             resync = self._config().resync_seconds
             async with contextlib.aclosing(self._changes(resync)) as changes:
                 async for _ in changes:
-                    # The first of many events is answered at once; a storm of them may take a tenth of a core.
+                    # The first of many events is handled at once; an event storm may use at most a tenth of a core.
                     await asyncio.sleep(min(LONGEST_REST_S, 10 * await self.rescan()))
                     if self._config().resync_seconds != resync:
                         break
 
     async def _changes(self, resync_s: float) -> AsyncGenerator[udev.MachineChange, None]:
-        """Events and ticks; only the next tick where events cannot be heard: then it is tried again."""
+        """Yield events and ticks. If events cannot be received, yield only the next tick; the caller then tries
+        again."""
         if self._live:
             try:
                 async with contextlib.aclosing(udev.watch(resync_s=resync_s)) as changes:
@@ -98,14 +102,14 @@ class InventoryScanner(Manager):
             yield await anext(ticks)
 
     async def rescan(self) -> float:
-        """Read everything once more; the seconds it took."""
+        """Read everything again and return how many seconds it took."""
         async with self._turn:
             began = time.perf_counter()
             inventory = await self._scan()
             took_s = time.perf_counter() - began
             metrics.SCANS.observe(took_s)
             if inventory.cpus_outside - self._agent.inventory.cpus_outside:
-                # Cpusets follow a moment after a CPU came or went: what is outside only now may be on its way in.
+                # Cpusets lag behind CPU hotplug: a CPU that is outside only now may still be added.
                 await asyncio.sleep(FOLLOW_S)
                 inventory = await self._scan()
             for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
@@ -130,7 +134,7 @@ class InventoryScanner(Manager):
     # ---------------------------------------------------------------- NVML
 
     async def follow_nvml(self) -> None:
-        """Ask NVML now and then, where there is an NVIDIA GPU at all; pass on every Xid."""
+        """Query NVML periodically if there is an NVIDIA GPU, and forward every Xid."""
         if not self._live:
             return
         xids = asyncio.create_task(supervise("xids", self._follow_xids))
@@ -155,7 +159,7 @@ class InventoryScanner(Manager):
 
 
 def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
-    """What NVML's answer says of each NVIDIA GPU."""
+    """Return the health evidence in NVML's answer for each NVIDIA GPU."""
     gpus = _nvidia_gpus(inventory)
     if isinstance(nvml, Snapshot):
         shown = {gpu.pci_address for gpu in nvml.gpus}

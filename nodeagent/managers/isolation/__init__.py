@@ -1,1 +1,1 @@
-"""Watches exclusive CPUs for threads and interrupts of others."""
+"""Watches exclusive CPUs for threads and interrupts that do not belong there."""

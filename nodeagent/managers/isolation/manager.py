@@ -1,8 +1,8 @@
-"""The daemon's watch over exclusive CPUs: who else runs there is shown, counted and said; interrupts are moved away
-where that is configured. Nothing is looked at while no CPU is exclusive.
+"""Watches exclusive CPUs: intruders are reported, counted and logged, and interrupts are moved away if configured. Does
+nothing while no CPU is exclusive.
 
-Looking costs about 50 microseconds a thread of the host. It is done in a thread, now and then, and soon after other
-CPUs became exclusive; where that happens all the time, looking takes at most a fiftieth of one CPU.
+A look costs about 50 microseconds per host thread. It runs in a worker thread, periodically and soon after the set of
+exclusive CPUs changes. If that set changes constantly, looking takes at most a fiftieth of one CPU.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from nodeagent.managers.manager import Manager
 from nodeagent.telemetry import metrics
 
 SETTLE_S = 1.0
-"""How long after other CPUs became exclusive one looks: containers have their CPUs by then."""
+"""Delay of the look after the exclusive CPUs change: containers have their CPUs by then."""
 REST = 50
-"""One look's time is followed by so many of its kind without any."""
+"""Minimum pause before a look triggered by a change, as a multiple of the time the previous look took."""
 SAY_S = 60.0
-"""The log has at most one line in this time."""
+"""At most one log line is written in this time."""
 MOST_SHOWN = 20
-"""Threads, names and warnings that are shown."""
+"""Maximum number of threads, names or warnings shown."""
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IntruderReport:
-    """What one look found."""
+    """Result of one look."""
 
     looked_at: float | None = None
-    """Seconds since the epoch; None: nothing is exclusive, or nobody has looked yet."""
+    """Seconds since the epoch, or None if nothing is exclusive or no look has happened yet."""
     took_s: float = 0.0
     threads: tuple[Thread, ...] = ()
-    """Those that are bound to the fewest CPUs first, the kernel's last."""
+    """Threads bound to the fewest CPUs first, kernel threads last."""
     irqs: tuple[Irq, ...] = ()
     moving: bool = False
     """Whether interrupts were moved."""
@@ -55,12 +55,12 @@ class IntruderReport:
 
     @property
     def left(self) -> tuple[Irq, ...]:
-        """The interrupts that are still delivered to exclusive CPUs."""
+        """Return the interrupts that are still delivered to exclusive CPUs."""
         return tuple(one for one in self.irqs if one.irq in self.moves.why or not self.moving)
 
 
 class IsolationManager(Manager):
-    """Looks for intruders for as long as `lead` runs."""
+    """Looks for intruders while `lead` is running."""
 
     name = "intruders"
 
@@ -76,9 +76,12 @@ class IsolationManager(Manager):
         settle_s: float = SETTLE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """exclusive: the CPUs that containers hold for themselves; others: where everything else may run. changed: a
-        Revision's, of what the first three say. memory: a file that outlives the agent, for moved interrupts. clock: in
-        seconds."""
+        """Set up without looking.
+
+        `exclusive` returns the exclusive CPUs of containers; `others` where everything else may run. `changed` waits on
+        a Revision that covers `exclusive`, `others` and `config`. `memory` is a file that outlives the agent and
+        records moved interrupts. `clock` is in seconds.
+        """
         self._sysfs = sysfs
         self._exclusive = exclusive
         self._others = others
@@ -92,7 +95,7 @@ class IsolationManager(Manager):
         self._said_at = float("-inf")
 
     async def lead(self) -> None:
-        """Look indefinitely."""
+        """Look repeatedly until cancelled."""
         while True:
             asked = self._asked()
             await self.look()
@@ -101,7 +104,7 @@ class IsolationManager(Manager):
                     await self._due(asked)
 
     async def look(self) -> None:
-        """Look once, and move interrupts where that is configured."""
+        """Look once, and move interrupts if configured."""
         exclusive, others, config = self._asked()
         if not exclusive and self._mover.idle:
             self._found = IntruderReport()
@@ -113,7 +116,7 @@ class IsolationManager(Manager):
         self._say()
 
     def document(self) -> dict[str, Any]:
-        """What the newest look found, in plain types."""
+        """Return the latest findings in plain types."""
         found = self._found
         return {
             "looked_at": found.looked_at,
@@ -129,13 +132,13 @@ class IsolationManager(Manager):
         return self._exclusive(), self._others(), self._config()
 
     async def _due(self, asked: tuple[object, ...]) -> None:
-        """Return a moment after something else is asked for than was."""
+        """Return shortly after the inputs differ from `asked`."""
         seen = await self._changed(0)
         while self._asked() == asked:
             seen = await self._changed(seen)
         await asyncio.sleep(max(self._settle_s, REST * self._found.took_s))
 
-    # ---------------------------------------------------------------- looking, in a thread
+    # ---------------------------------------------------------------- looking, in a worker thread
 
     def _look(self, exclusive: CpuSet, others: CpuSet, move: bool) -> IntruderReport:
         began, warnings = time.thread_time(), list[str]()
@@ -152,10 +155,11 @@ class IsolationManager(Manager):
             warnings.append(str(error))
         return replace(found, took_s=time.thread_time() - began, warnings=tuple(warnings))
 
-    # ---------------------------------------------------------------- saying it
+    # ---------------------------------------------------------------- logging
 
     def _say(self) -> None:
-        """Say who is there when that changes: names, for threads and interrupts of one name come and go."""
+        """Log the intruders when they change. Names are compared, because threads and interrupts of the same name come
+        and go."""
         found, now = self._found, self._clock()
         said = (
             tuple(sorted({_name(one) for one in found.threads})),
@@ -178,12 +182,12 @@ def _sorted(found: Iterable[Thread]) -> tuple[Thread, ...]:
 
 
 def _name(one: Thread) -> str:
-    """Of a kernel's worker without its number and what it works at."""
+    """Return the thread's name; for a kernel worker without its number and current work item."""
     return re.split("[/:]", one.comm)[0] if one.kernel else one.comm
 
 
 def _first(some: Iterable[str]) -> list[str]:
-    """As many as are shown, and how many more there are."""
+    """Return the first MOST_SHOWN items, and how many more there are."""
     every = list(some)
     more = [f"and {len(every) - MOST_SHOWN} more"] if len(every) > MOST_SHOWN else []
     return [*every[:MOST_SHOWN], *more]
@@ -202,7 +206,7 @@ def _thread(one: Thread) -> dict[str, Any]:
 
 
 def _irqs(found: IntruderReport) -> list[dict[str, Any]]:
-    """Those that are on exclusive CPUs, and those that were moved away from there, by number."""
+    """Return the interrupts on exclusive CPUs and those moved away from there, by number."""
     moved, left = {one.irq: one for one in found.moves.moved}, {one.irq: one for one in found.left}
     shown = []
     for irq in sorted(moved.keys() | left.keys()):

@@ -1,7 +1,8 @@
-"""Which pods and containers there are and where their control groups lie; and of a plan, what each of these is to be.
+"""Which pods and containers exist and where their cgroups are; and, for a plan, the desired state of each.
 
-Two tell of them: the runtime (NRI) of containers with names and environment, the watch of control groups of paths.
-Either may come first. What only the watch has seen has no name unless its bundle has one: most of these are sandboxes.
+There are two sources: the runtime (NRI) reports containers with names and environment, the cgroup watch reports paths.
+Either may be first. A container that only the watch has seen has no name unless its bundle has one: most of these are
+sandboxes.
 """
 
 from __future__ import annotations
@@ -26,69 +27,71 @@ from nodeagent.host.cgroup.read import MEMBER
 
 @dataclass(slots=True, kw_only=True)
 class ContainerEntry:
-    """A container, and what became of confining it."""
+    """A container, and the status of its confinement."""
 
     container: Container
     path: str
-    """Of its control group; "": not known."""
+    """Path of its cgroup, or "" if unknown."""
     named: bool
-    """Whether the runtime or its bundle has said what it is."""
+    """Whether the runtime or its bundle has identified it."""
     ran: bool
-    """Whether it ran, or may have, before it could be confined."""
+    """Whether it ran, or may have run, before it could be confined."""
     asked: bool = False
-    """Whether the runtime asked before it made it: then it is confined from its beginning, unless the runtime went on
+    """Whether the runtime called before creating it: then it is confined from the start, unless the runtime continued
     without the answer."""
     seen: bool = False
-    """Whether its control group was seen, and not that it is gone."""
+    """Whether its cgroup has been seen and is not known to be gone."""
 
 
 class ContainerTable:
-    """All containers and pods that are known, as the runtime, bundles and the kernel tell. Only its methods write."""
+    """All known containers and pods, from the runtime, bundles and the kernel. Only its methods modify it."""
 
     def __init__(self, layouts: tuple[CgroupLayout, ...]) -> None:
         self.layouts = layouts
         self.revision = 0
-        """Rises with what is there."""
+        """Increases with every change."""
         self.ended = Revision()
-        """Rises with each end of a pod or a container."""
+        """Increases with each end of a pod or container."""
         self.told_by_runtime = False
-        """Whether the runtime tells of every container at this moment."""
+        """Whether the runtime is currently reporting every container."""
         self._entries: dict[str, ContainerEntry] = {}
         self.entries: Mapping[str, ContainerEntry] = MappingProxyType(self._entries)
         """By container id."""
         self._pod_paths: dict[str, str] = {}
         self.pods: Mapping[str, str] = MappingProxyType(self._pod_paths)
-        """Path of each pod's control group by its UID."""
+        """Path of each pod's cgroup, by pod UID."""
         self._ran: set[str] = set()
-        """UIDs of the pods that were there before they could be confined."""
+        """UIDs of pods that existed before they could be confined."""
 
-    # ---------------------------------------------------------------- what there is
+    # ---------------------------------------------------------------- what exists
 
     def containers(self) -> list[Container]:
-        """All that are known, stopped ones too."""
+        """Return all known containers, including stopped ones."""
         return [one.container for one in self._entries.values()]
 
     def by_path(self) -> dict[str, ContainerEntry]:
-        """By the path of their control groups."""
+        """Return the entries by cgroup path."""
         return {one.path: one for one in self._entries.values() if one.path}
 
     def unnamed(self, pod_uid: str = "") -> frozenset[str]:
-        """Ids of the containers, in a pod or in all, of which only the control group was seen."""
+        """Return the ids of containers, in one pod or in all, of which only the cgroup has been seen."""
         every = self._entries.items()
         return frozenset(id for id, one in every if not one.named and pod_uid in ("", one.container.pod_uid))
 
     def is_unnamed(self, container_id: str) -> bool:
-        """Whether nobody has said what a container is."""
+        """Return whether a container has not been identified yet."""
         entry = self._entries.get(container_id)
         return entry is None or not entry.named
 
     def runtime_connected(self, connected: bool) -> None:
-        """The runtime is there to tell of every container, or is gone."""
+        """Record whether the runtime is connected and reports every container."""
         self.told_by_runtime = connected
 
     def tell(self, container: Container, *, ran: bool = False) -> ContainerEntry:
-        """The runtime announces a container, or says something new of it; or its bundle does. ran: whether it is
-        running already, for one that was not announced before."""
+        """Record a container as the runtime or its bundle describes it; return its entry.
+
+        `ran`: whether it is running already, for one that was not announced before.
+        """
         entry = self._entries.get(container.id)
         if entry is None:
             entry = self._entries[container.id] = ContainerEntry(container=container, path="", named=True, ran=ran)
@@ -103,8 +106,8 @@ class ContainerTable:
 
     @contextlib.contextmanager
     def asking(self, container: Container) -> Iterator[None]:
-        """The runtime asks about a container that it wants to make. Where that ends in an error there is none, unless
-        the runtime has not waited for the answer."""
+        """Record a container that the runtime wants to create. If the context ends in an error, forget it again, unless
+        its cgroup has appeared because the runtime did not wait for the answer."""
         entry = self.tell(container)
         entry.asked = True
         try:
@@ -115,7 +118,8 @@ class ContainerTable:
             raise
 
     def tell_all(self, containers: Iterable[Container]) -> None:
-        """The runtime lists all that it has; what it does not list, has a name and is not seen is gone."""
+        """Record all containers of the runtime. A named container that is neither listed nor seen in a cgroup is
+        gone."""
         listed = {one.id: one for one in containers}
         every = self._entries.items()
         for gone in [id for id, one in every if one.container.name and not one.seen and id not in listed]:
@@ -135,7 +139,8 @@ class ContainerTable:
             self.ended.bump()
 
     def came(self, cgroup: Cgroup, *, ran: bool = False) -> None:
-        """A control group was seen. ran: whether it may have been there for a while, so that what is in it ran."""
+        """Record a cgroup that was seen. `ran`: it may have existed for a while, so its processes count as having
+        run."""
         if cgroup.kind == POD:
             self._pod_paths[cgroup.pod_uid] = cgroup.path
             self._ran |= {cgroup.pod_uid} if ran else set()
@@ -150,7 +155,7 @@ class ContainerTable:
             self.revision += 1
 
     def gone(self, cgroup: Cgroup) -> None:
-        """A control group is there no more."""
+        """Record that a cgroup is gone."""
         if cgroup.kind == POD:
             self._pod_paths.pop(cgroup.pod_uid, None)
             self._ran.discard(cgroup.pod_uid)
@@ -171,16 +176,19 @@ class ContainerTable:
             self._pod_paths.setdefault(uid, above)
 
     def ran_before(self, path: str, entry: ContainerEntry | None) -> bool:
-        """Whether what is in a control group may have run before it could be confined. entry: the container there;
-        None: it is a pod's. What has no name is a sandbox, which does nothing."""
+        """Return whether the processes in a cgroup may have run before they could be confined.
+
+        `entry` is the container there, or None for a pod's cgroup. A container without a name is a sandbox, which does
+        nothing.
+        """
         if entry is not None:
             return (entry.ran or entry.asked) and bool(entry.container.name)
         return any(self._pod_paths.get(uid) == path for uid in self._ran)
 
-    # ---------------------------------------------------------------- what it is to be
+    # ---------------------------------------------------------------- desired state
 
     def targets(self, plan: PinPlan, inventory: Inventory, config: PinningConfig) -> dict[str, Target]:
-        """By path; pods before what is in them."""
+        """Return the desired state by path; pods come before their containers."""
         whole = {
             size: sum(pool.page_bytes * pool.total_pages for pool in _pools(inventory, size))
             for size in {size for pod in plan.pods.values() for size in pod.hugepages_at_least}

@@ -1,10 +1,10 @@
-"""The enforcing side of the agent: connected to the container runtime, watching control groups, reading back.
+"""The enforcing side of the agent: connected to the container runtime, watching cgroups, reading back.
 
-Only the agent that leads does this: a runtime takes one answer about a container, not two. Where control groups are not
-of version 2 nothing is enforced, which is shown; where they cannot be written the runtime has to do it all.
+Only the leading agent does this: a runtime accepts one answer per container, not two. Without cgroup v2 nothing is
+enforced, which the status reports; if cgroups cannot be written, the runtime has to apply everything.
 
-Control groups do not wait for the runtime: what the ledger, kubelet's record and the containers' bundles prove is put
-in force at once, and a container that nobody has named yet is left as it is where it may hold something.
+Cgroups do not wait for the runtime: whatever the ledger, kubelet's record and the containers' bundles prove is enforced
+at once, and a container not identified yet is left unchanged if it may hold something.
 """
 
 from __future__ import annotations
@@ -50,22 +50,22 @@ from nodeagent.resources.offer import CPU
 from nodeagent.state.agent import Agent
 
 NAME = "nodeagent"
-"""Among the runtime's plugins."""
+"""Name of this NRI plugin."""
 UNITS = "run/systemd/system"
 """systemd's folder of runtime units."""
 GRACE_S = 5.0
-"""How long the runtime may be away before the agent is not ready: it may be restarting, or be connected to again."""
+"""How long the runtime may be disconnected before the agent is not ready: it may be restarting or reconnecting."""
 LOOK_S = 5.0
-"""How long looking at all control groups may take before the plan is put in force of those that are known."""
+"""How long the first look at all cgroups may take before the plan is enforced for the known ones."""
 RESCAN_S = 2.0
-"""How long control groups wait for the machine to be read again; what is found later is put in force later."""
+"""How long cgroups wait for a rescan of the machine; later results are enforced later."""
 _OF_CPUS = ("cpuset.cpus", "cpuset.cpus.partition")
 OFF, NRI, CGROUP = "off", "nri", "cgroup"
 log = structlog.get_logger()
 
 
 class PinningManager(Manager):
-    """Confines containers. Building it starts nothing and reads which cgroups there are."""
+    """Confines containers. Building it starts nothing and reads which cgroups exist."""
 
     name = "pins"
 
@@ -82,12 +82,16 @@ class PinningManager(Manager):
         kubelet_confines: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """plugins: kubelet's folder of device plugins. fetch: a claim's object from the API server. rescan: reads the
-        machine again. kubelet_confines: whether kubelet's own CPU manager confines all containers. clock: seconds."""
+        """Detect the cgroup hierarchy; nothing is written.
+
+        `plugins` is kubelet's device-plugins folder. `fetch` returns a claim's object from the API server. `rescan`
+        reads the machine again. `kubelet_confines` returns whether kubelet's own CPU manager confines all containers.
+        `clock` is in seconds.
+        """
         self._kubelet_confines = kubelet_confines
         self._agent = agent
         self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
-        """Rises with whatever changes where containers are to run."""
+        """Increases with every change that affects where containers should run."""
         self._sysfs = sysfs
         self._config = config
         self._rescan = rescan
@@ -95,7 +99,7 @@ class PinningManager(Manager):
         self._started_with = config()
         found = hierarchy(sysfs)
         self.unsupported = found.unsupported
-        """Why nothing can be enforced here; "": it can."""
+        """Why nothing can be enforced here, or "" if it can."""
         self._layouts = table.layouts
         writable = bool(found.mount) and os.access(f"{found.mount}/cgroup.procs", os.W_OK)
         reader = CgroupReader(found.mount, page_sizes(sysfs))
@@ -113,12 +117,12 @@ class PinningManager(Manager):
         )
         self._plugin: NriPlugin | None = None
         self._seen = asyncio.Event()
-        """All control groups that there were have been looked at."""
+        """Set once all cgroups that existed at start have been handled."""
         self._tidied = False
 
     @property
     def mode(self) -> str:
-        """What is done: nothing, by the runtime's questions, or by what appears among control groups."""
+        """Return how containers are confined: not at all, in the runtime's NRI calls, or as cgroups appear."""
         wanted = self._started_with.mode
         if self.unsupported or wanted == OFF:
             return OFF
@@ -126,18 +130,18 @@ class PinningManager(Manager):
         return NRI if wanted == NRI or (wanted != CGROUP and connected) else CGROUP
 
     async def apply(self, config: Config) -> None:
-        """Take over a configuration, or what another kubelet confines itself."""
+        """Apply a configuration, or what another kubelet confines itself."""
         serves_cpus = any(one.kind == CPU for one in config.served)
         self.reconciler.configure(cpus_served=serves_cpus, kubelet_confines=self._kubelet_confines())
         self.revision.bump()
 
     @property
     def shared_cpus(self) -> CpuSet:
-        """Where containers without CPUs of their own run; empty where that is not confined."""
+        """Return the CPUs of containers without exclusive CPUs; empty if these are not confined."""
         return self.reconciler.plan().shared
 
     def page_holders(self) -> list[str] | None:
-        """Paths of the control groups of all who hold hugepages; None: they are not all known."""
+        """Return the cgroup paths of all containers that hold hugepages, or None if not all are known."""
         plan = self.reconciler.plan()
         if not self._seen.is_set() or plan.open:
             return None
@@ -148,7 +152,7 @@ class PinningManager(Manager):
     # ---------------------------------------------------------------- running
 
     async def lead(self) -> None:
-        """Until cancelled; what was made so stays so."""
+        """Enforce until cancelled; what was applied stays in place."""
         if self._started_with.mode == OFF:
             return
         if self.unsupported:
@@ -179,7 +183,7 @@ class PinningManager(Manager):
         self.revision.bump()
 
     async def _follow_agent(self) -> None:
-        """Whatever changes the plan is put in force: grants that ended give back their CPUs, new ones take theirs."""
+        """Enforce every change of the plan: ended grants give up their CPUs, new ones take theirs."""
         if self._enforcer is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._seen.wait(), LOOK_S)
@@ -198,14 +202,14 @@ class PinningManager(Manager):
                 self._seen.set()
 
     async def _take(self, changes: Sequence[CgroupChange]) -> None:
-        """What came is confined, what was written to is read back; now and then everything is."""
+        """Confine what came and read back what was written to; periodically read back everything."""
         look = any(one.what == LOOK for one in changes)
         if look or any(map(self._moves_all, changes)):
             await self._look_at_pods_cgroup()
         came = [one.cgroup for one in changes if one.what == CAME and one.cgroup is not None]
         ids = [one.container_id for one in came if one.kind == CONTAINER]
         known = await asyncio.to_thread(self._bundles, [*ids, *(self._table.unnamed() if look else ())])
-        # From here on without a pause: who asks for a plan in between must not take a known container for a stranger.
+        # No await until _note has run: a plan made in between must not treat a known container as unidentified.
         strangers = [one for one in came if one.kind == CONTAINER and one.container_id not in self._table.entries]
         self._note(changes, known)
         self._look_for_silence(strangers, known)
@@ -218,17 +222,17 @@ class PinningManager(Manager):
             await self.reconciler.verify()
             await self.reconciler.look_at_quotas()
             return
-        # Of what came, nobody told what was written before it was watched.
+        # Writes to a new cgroup before its watch began went unnoticed, so new ones are read back as well.
         written = {one.path: None for one in changes if one.what in (CAME, WRITTEN)}
         found = {one.path for one in await self.reconciler.verify(written)}
-        # What is in effect below follows without a word: from a pod only where it was not what it is to be.
+        # Effective values below change without an event. Below a pod, read them back only if the pod had drifted.
         heads = tuple(f"{path}/" if path else "" for path in written if path in found or self._is_above_pods(path))
         if heads:
             await self.reconciler.verify([path for path in self.reconciler.applied() if path.startswith(heads)])
 
     def _note(self, changes: Iterable[CgroupChange], known: Mapping[str, Container]) -> None:
-        """Take down what came and went. What was there before anybody looked ran, and so did, or may have, what a
-        runtime should have asked about before."""
+        """Record what came and went. Containers that existed before the first look count as having run, and so do those
+        that a runtime should have called about before."""
         old = not self._seen.is_set()
         for one in changes:
             if one.cgroup is not None and one.what == CAME:
@@ -241,13 +245,13 @@ class PinningManager(Manager):
             self._table.tell(container, ran=ran and bool(container.name))
 
     def _moves_all(self, change: CgroupChange) -> bool:
-        """Whether a change may be one of the CPUs that all pods have."""
+        """Return whether a change may affect the CPUs available to all pods."""
         if change.what == WRITTEN:
             return change.file in _OF_CPUS and self._is_above_pods(change.path)
         return change.cgroup is not None and change.cgroup.kind == TOP
 
     async def _look_at_pods_cgroup(self) -> None:
-        """Have the machine read again where pods have other CPUs than before; what cannot be read its scan shows."""
+        """Rescan the machine if the CPUs of all pods have changed; the scan reports what cannot be read."""
         root, known = self._started_with.cgroup_root, self._agent.inventory.pods_cgroup
         with contextlib.suppress(HostError, InputError, TimeoutError):
             if await asyncio.to_thread(pods_cgroup, self._sysfs, root) != known:
@@ -258,7 +262,7 @@ class PinningManager(Manager):
         return cgroup is None or cgroup.kind in (TOP, QOS)
 
     def _bundles(self, ids: Iterable[str]) -> dict[str, Container]:
-        """What is known of containers and sandboxes that nobody announced, by id."""
+        """Return what is known about unannounced containers and sandboxes, by id."""
         found = {}
         for id in ids:
             try:
@@ -273,14 +277,14 @@ class PinningManager(Manager):
     # ---------------------------------------------------------------- the runtime
 
     def _runtime_wanted(self) -> bool:
-        """Whether the runtime is to ask before it makes a container."""
+        """Return whether the runtime should call before it creates a container."""
         mode = self._started_with.mode
         if self.unsupported or mode in (OFF, CGROUP):
             return False
         return mode == NRI or Path(self._started_with.nri_socket).exists()
 
     def _look_for_silence(self, strangers: Sequence[Cgroup], known: Mapping[str, Container]) -> None:
-        """Connect again where containers start that a runtime which is connected should have asked about."""
+        """Reconnect if containers start without a call from a runtime that is connected."""
         plugin = self._plugin
         if not self._seen.is_set() or plugin is None or not plugin.standing.connected:
             return
@@ -288,7 +292,7 @@ class PinningManager(Manager):
             plugin.reconnect(why)
 
     def not_ready(self) -> list[str]:
-        """Why containers may run elsewhere than on what they hold, one sentence each."""
+        """Return why containers may run elsewhere than on what they hold, one sentence each."""
         reasons = (self._runtime_missed(), held_outside(self._agent.inventory, self._agent.ledger))
         return [f"pinning: {why}" for why in reasons if why]
 
@@ -300,7 +304,7 @@ class PinningManager(Manager):
         return f"the container runtime does not ask: {standing.reason}" if away_s > GRACE_S else ""
 
     def notes(self) -> list[str]:
-        """What an admin may want to change, one sentence each."""
+        """Return what an admin may want to change, one sentence each."""
         crowded = "no CPU is left for pods without exclusive CPUs: they run on the exclusive CPUs of others"
         reasons = (
             narrowed(self._agent.inventory, self._agent.ledger),
@@ -308,10 +312,10 @@ class PinningManager(Manager):
         )
         return [f"pinning: {why}" for why in reasons if why]
 
-    # ---------------------------------------------------------------- what it looks like
+    # ---------------------------------------------------------------- status
 
     def document(self) -> dict[str, Any]:
-        """How containers are confined, in plain types."""
+        """Return how containers are confined, in plain types."""
         plan, standing = self.reconciler.plan(), self._plugin.standing if self._plugin is not None else None
         entries = sorted(self._table.entries.values(), key=_by_name)
         pins = [(one, plan.containers.get(one.container.id, Pin())) for one in entries]

@@ -1,13 +1,13 @@
-"""What the container runtime is answered when it asks through NRI.
+"""The agent's answers to the container runtime over NRI.
 
-A container that holds CPUs, pages or memory is created confined to them, and before it is created nobody else is on its
-CPUs any more: the answer waits until the others' control groups have been written and read back. Where they cannot be
-written, the same answer has the runtime change the others. Before its first instruction it is read back what the
-kernel made of it. A container that is not confined by then does not start, unless the configuration says otherwise; one
-that holds nothing is kept from starting only where it would run on CPUs that another one holds.
+A container that holds CPUs, pages or memory is created confined to them, and no other container is left on its CPUs by
+then: the answer waits until the other cgroups have been written and read back. If they cannot be written, the same
+answer makes the runtime update the other containers. Before the first instruction, what the kernel applied is read
+back. A container that is not confined by then does not start, unless configured otherwise; a container that holds
+nothing is prevented from starting only if it would run on CPUs held by another.
 
-The runtime waits two seconds at most and then drops the plugin. So what is waited for here has a limit; after it the
-answer follows from what is known, and what is not done by then is done afterwards all the same.
+The runtime waits at most two seconds and then drops the plugin. So every wait here is limited. After that the answer
+follows from what is known, and unfinished work is completed in the background.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ log = structlog.get_logger()
 
 
 class NriHooks:
-    """As nri.service wants it."""
+    """Implements the handler of nri.service."""
 
     def __init__(
         self,
@@ -69,8 +69,8 @@ class NriHooks:
         return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
 
     async def _make_way(self, container: Container) -> None:
-        """Learn all that may be known about what it holds, also what another agent has decided just now, and have all
-        others off that."""
+        """Learn everything about what the container holds, including recent decisions of another agent, and move all
+        other containers off it."""
         await self._reconciler.ownership.hear_kubelet()
         if any(one not in self._agent.ledger.grants for one in named_by(container)):
             await self._agent.refresh()
@@ -79,7 +79,8 @@ class NriHooks:
         await self._reconciler.enforce()
 
     def _go_on(self, container: Container, late: str) -> None:
-        """Answer from what is known. That is enough for a container that holds nothing, and says so itself."""
+        """Answer from what is known. That suffices for a container that holds nothing and does not claim to hold
+        anything."""
         pin = self._reconciler.pin(container.id)
         if pin.grants or any(name.startswith(OWN_VARIABLES) for name in container.env):
             self._refuse(container, f"others are not known to be off what it holds: {late}")
@@ -87,7 +88,7 @@ class NriHooks:
             log.warning("answered-from-what-is-known", container=str(container), why=late)
 
     async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
-        """The last moment before its first instruction."""
+        """Check the confinement at the last moment before its first instruction."""
         why = await _within(within_s, self._reconciler.confirm(container.id))
         pin = self._reconciler.pin(container.id)
         if why and not pin.grants and not self._reconciler.trespasses(container.id):
@@ -98,7 +99,7 @@ class NriHooks:
             self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
 
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
-        """What kubelet wants of CPU time and memory passes; the sets of CPUs and nodes are ours."""
+        """Pass kubelet's changes of CPU time and memory; CPU and NUMA node sets are the agent's."""
         pin = self._reconciler.pin(container.id)
         cpus = pin.cpus or self._reconciler.by_runtime(container.id)
         if cpus is None and pin.mems is None:
@@ -123,7 +124,7 @@ class NriHooks:
 
 
 async def _within(limit_s: float, work: Awaitable[str | None]) -> str:
-    """What `work` has to say, or that it was not done in time."""
+    """Return the result of `work`, or that it did not finish in time."""
     try:
         async with asyncio.timeout(limit_s) as deadline:
             return await work or ""

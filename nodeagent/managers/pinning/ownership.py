@@ -1,6 +1,5 @@
-"""Whose a grant is, as far as only others know it: what kubelet's checkpoint says of devices, and what the API server
-says of the pods that a claim is reserved for. Read when it is needed; the ledger remembers the latter.
-"""
+"""Ownership of grants, as far as it is known only elsewhere: which devices kubelet's checkpoint assigns to whom, and
+for which pods the API server has a claim reserved. Read on demand; the ledger remembers the latter."""
 
 from __future__ import annotations
 
@@ -26,17 +25,20 @@ from nodeagent.telemetry.log import new_op
 from nodeagent.telemetry.once import Once
 
 CLAIM_S = 1.0
-"""How long the API server may take to say whom a claim is reserved for: the runtime waits for 2 s."""
+"""How long the API server may take to answer for whom a claim is reserved: the runtime waits 2 s."""
 Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 log = structlog.get_logger()
 
 
 class GrantOwnership:
-    """`given` is what kubelet has given to whom, as read last."""
+    """Who owns grants. `given` is what kubelet has assigned to whom, as last read."""
 
     def __init__(self, agent: Agent, plugins: Path, fetch: Fetch) -> None:
-        """plugins: kubelet's folder of device plugins, where its checkpoint lies. fetch: a claim's object from the API
-        server."""
+        """Store the sources.
+
+        `plugins` is kubelet's device-plugins folder with its checkpoint. `fetch` returns a claim's object from the API
+        server.
+        """
         self.given: Given = MappingProxyType({})
         self._agent = agent
         self._plugins = plugins
@@ -45,7 +47,7 @@ class GrantOwnership:
         self._unread = Once("given-devices-unknown")
 
     async def hear_kubelet(self) -> None:
-        """Read what kubelet has given to whom, where its record has changed."""
+        """Read what kubelet has assigned to whom, if its checkpoint has changed."""
         now = version(self._plugins / CHECKPOINT)
         if now == self._seen and not self._unread.last:
             return
@@ -58,8 +60,10 @@ class GrantOwnership:
             self._unread.report(str(error))
 
     async def doubt(self, container: Container, pin: Callable[[], Pin]) -> str:
-        """Find out whether what a container names is its pod's; why that cannot be known, or "". pin: the container's,
-        by what is known when it is called."""
+        """Determine whether what a container names belongs to its pod; return why that cannot be determined, or "".
+
+        `pin` returns the container's pin from what is known when it is called.
+        """
         refs = {self._ref(one) for one in pin().unproven if one in self._agent.ledger.grants}
         reasons = [*self._unread_of(container, pin()), *[await self._prove(ref) for ref in sorted(refs, key=str)]]
         if not any(reasons):
@@ -67,7 +71,8 @@ class GrantOwnership:
         return "; ".join(filter(None, reasons))
 
     def _unread_of(self, container: Container, pin: Pin) -> list[str]:
-        """Why it is not known whether a grant of the device plugin's is the container's, where it names one."""
+        """Return why it is unknown whether a device-plugin grant that the container names is its own; empty if
+        known."""
         ledger = self._agent.ledger.grants
         named = (ledger.get(value) for name, value in container.env.items() if name.startswith(OWN_VARIABLES))
         open_ = [one for one in named if one and one.holder.api == DEVICE_PLUGIN and not one.confirmed]

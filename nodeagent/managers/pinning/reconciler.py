@@ -1,8 +1,8 @@
-"""Keeps in force what the ledger says of CPUs, memory and pages: plans, has control groups written, read back and
-repaired.
+"""Enforces the ledger for CPUs, memory and pages: plans, has cgroups written, read back and repaired.
 
-One turn at a time touches control groups, in a thread. A plan is made anew for each turn, of what is known by then;
-what it changes is written, what is in force already is only read back: when somebody wrote there, and once in a while.
+Only one turn at a time touches cgroups, in a worker thread. Each turn makes a new plan from what is known by then.
+Changes are written; what is already in force is only read back, when another process has written there and
+periodically.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from nodeagent.managers.pinning.ownership import GrantOwnership
 from nodeagent.state.agent import Agent
 
 PACK = 32
-"""Control groups that are read back in one turn."""
+"""Number of cgroups read back in one turn."""
 NO_QUOTAS: Mapping[str, float] = MappingProxyType({})
 log = structlog.get_logger()
 
 
 class CgroupReconciler:
-    """The plan and what is in force of it."""
+    """The plan, and how much of it is in force."""
 
     def __init__(
         self,
@@ -48,8 +48,11 @@ class CgroupReconciler:
         began: Callable[[CgroupState], bool] = lambda state: state.populated,
         dropins: Sequence[SliceDropins] = (),
     ) -> None:
-        """enforcer: None where control groups cannot be written. began: whether anything in a control group has run;
-        it may block. dropins: what systemd knows; none where it does not make the pods' cgroups."""
+        """Set up without touching cgroups.
+
+        `enforcer` is None if cgroups cannot be written. `began` returns whether anything in a cgroup has run; it may
+        block. `dropins` hold what systemd knows; empty if systemd does not create the pods' cgroups.
+        """
         self.table = table
         self.drifts = Drifts()
         self.enforcer = enforcer
@@ -58,17 +61,18 @@ class CgroupReconciler:
         self._kubelet_confines = False
         self._dropins = tuple(dropins)
         self.news = Revision()
-        """Rises whenever control groups were written."""
+        """Increases whenever cgroups were written."""
         self.errors: Mapping[str, str] = MappingProxyType({})
-        """Why some control groups are not what they are to be, by path."""
+        """Why some cgroups are not in their desired state, by path."""
         self.quotas = NO_QUOTAS
-        """CPU time that containers may use, in CPUs, where that is less than the CPUs they are pinned to, by id."""
+        """CPU time that containers may use, in CPUs, if that is less than the CPUs they are pinned to, by container
+        id."""
         self._agent = agent
         self._config = config
         self._began = began
         self._judged: dict[str, bool] = {}
-        """Paths of control groups of which it was looked where their processes were before they were confined for the
-        first time, and whether what they hold was known by then."""
+        """Paths of cgroups that were checked for where their processes ran before they were first confined, and whether
+        their grants were known by then."""
         self._turn = asyncio.Lock()
         self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger)
         self._planned_of: Situation | None = None
@@ -79,17 +83,20 @@ class CgroupReconciler:
         self._told: tuple[CpuSet, Mapping[str, CpuSet]] | None = None
         self._untold = ""
         self._updates: dict[str, tuple[CpuSet | None, CpuSet | None]] = {}
-        """What the runtime was told last, by container id."""
+        """What the runtime was last asked to set, by container id."""
 
     def configure(self, *, cpus_served: bool, kubelet_confines: bool) -> None:
-        """cpus_served: whether any container may come to hold CPUs, so that all others are confined. kubelet_confines:
-        whether kubelet's own CPU manager confines them."""
+        """Set what is confined.
+
+        `cpus_served`: a container may come to hold CPUs, so all others are confined. `kubelet_confines`: kubelet's own
+        CPU manager confines them.
+        """
         self._cpus_served, self._kubelet_confines = cpus_served, kubelet_confines
 
-    # ---------------------------------------------------------------- what is to be
+    # ---------------------------------------------------------------- desired state
 
     def plan(self) -> PinPlan:
-        """Of all that is known at this moment; worked out once for that."""
+        """Return the plan for what is currently known; computed once per state."""
         situation, config = self._situation_now(), self._config()
         now = config, self.table.revision
         if self._planned_of is not situation or now != self._planned:
@@ -99,7 +106,7 @@ class CgroupReconciler:
         return self._plan
 
     def _situation_now(self) -> Situation:
-        """The same object for as long as nothing of it changes: it remembers what was worked out."""
+        """Return the same object as long as nothing in it changes: it caches what was computed."""
         agent, config, given, known = self._agent, self._config(), self.ownership.given, self._situation
         confine = not self._kubelet_confines and (self._cpus_served or bool(agent.ledger.cpus_held))
         rules = Rules(memory=config.memory, confine_others=confine, strict_reservation=config.strict_reservation)
@@ -109,21 +116,23 @@ class CgroupReconciler:
         return self._situation
 
     def crowded(self) -> bool:
-        """Whether others have to be kept off CPUs that containers hold, and there is none left for them."""
+        """Return whether others must be kept off the CPUs that containers hold, and no CPU is left for them."""
         situation = self._situation_now()
         return situation.rules.confine_others and bool(situation.ledger.cpus_held) and not situation.shared
 
     def pin(self, container_id: str) -> Pin:
-        """What a container is to be confined to; nothing, where it is not known."""
+        """Return the pin of a container; empty if the container is unknown."""
         return self.plan().containers.get(container_id, Pin())
 
     async def doubt(self, container: Container) -> str:
-        """Why it cannot be known whether what a container names is its pod's, or ""."""
+        """Return why it cannot be determined whether what a container names belongs to its pod, or ""."""
         return await self.ownership.doubt(container, lambda: self.pin(container.id))
 
     async def prove(self, containers: Iterable[Container]) -> None:
-        """Find out whether what containers name is their pods', all at a time; what is learnt of that is put in force,
-        and what cannot be known is logged."""
+        """Determine concurrently whether what containers name belongs to their pods.
+
+        What is learned is enforced, and what cannot be determined is logged.
+        """
         before, every = self._agent.ledger, list(containers)
         for one, why in zip(every, await asyncio.gather(*map(self.doubt, every)), strict=True):
             if why:
@@ -131,10 +140,10 @@ class CgroupReconciler:
         if self._agent.ledger is not before:
             await self.enforce()
 
-    # ---------------------------------------------------------------- making it so
+    # ---------------------------------------------------------------- enforcing
 
     async def enforce(self) -> Mapping[str, str]:
-        """Put the plan in force; why some of it is not, by path."""
+        """Enforce the plan. Return why parts of it are not in force, by path."""
         await self.ownership.hear_kubelet()
         await run_to_end(self._enforce())
         return self.errors
@@ -151,7 +160,7 @@ class CgroupReconciler:
             await self._apply(self.enforcer, changed)
 
     async def _tell_systemd(self) -> None:
-        """Before the kernel, so that what systemd writes meanwhile is the new as well."""
+        """Update the drop-ins before the kernel, so that anything systemd writes meanwhile is up to date too."""
         shared, pods = self._plan.shared, self.table.pods
         own = {pods[uid]: pin.cpus for uid, pin in self._plan.pods.items() if uid in pods and pin.cpus}
         wanted = shared, {path: cpus for path, cpus in own.items() if cpus != shared}
@@ -167,7 +176,7 @@ class CgroupReconciler:
             self._untold = str(error)
 
     async def confirm(self, container_id: str) -> str:
-        """Have a container that exists, and does not run yet, confined, and its pod; why it is not, or ""."""
+        """Confine a container that exists but does not run yet, and its pod; return why it is not confined, or ""."""
         return await run_to_end(self._confirm(container_id))
 
     async def _confirm(self, container_id: str) -> str:
@@ -182,7 +191,7 @@ class CgroupReconciler:
             return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(entry)
 
     def _missing(self, entry: ContainerEntry) -> str:
-        """A control group that is not where it is said to be cannot be confined."""
+        """Return why a container cannot be confined because its cgroup is not at its reported path, or ""."""
         pin = self._plan.containers.get(entry.container.id, Pin())
         if not pin.grants or self.enforcer is None or entry.path in self.enforcer.states:
             return ""
@@ -196,7 +205,7 @@ class CgroupReconciler:
         wrong = await self._wrong_before(enforcer, some, fresh)
         errors = await asyncio.to_thread(enforcer.apply, some)
         self._applied.update({path: one for path, one in some.items() if path not in errors})
-        # What is not there yet is looked at when it is.
+        # A cgroup that does not exist yet is checked when it does.
         self._judged.update({path: bool(pin.grants) for path, pin in fresh.items() if path in enforcer.states})
         for path, drift in wrong.items():
             self._ran_elsewhere(path, drift, errors.get(path, ""))
@@ -211,7 +220,7 @@ class CgroupReconciler:
         self.news.bump()
 
     def _unjudged(self, paths: Iterable[str]) -> dict[str, Pin]:
-        """The pins of what lies at some paths, as far as it was never looked at with all that it holds."""
+        """Return the pins for paths that were never checked, or not with all their grants known."""
         entries, found = self.table.by_path(), {}
         for path in paths:
             entry, known = entries.get(path), self._judged.get(path)
@@ -223,7 +232,7 @@ class CgroupReconciler:
     async def _wrong_before(
         self, enforcer: Enforcer, some: Mapping[str, Target], fresh: Mapping[str, Pin]
     ) -> Mapping[str, Drift]:
-        """Which of those that are about to be confined for the first time ran elsewhere until now, and where."""
+        """Return which of the cgroups about to be confined for the first time ran elsewhere until now, and where."""
         entries = self.table.by_path()
         ran = [path for path in fresh if self.table.ran_before(path, entries.get(path))]
         if not ran:
@@ -234,7 +243,7 @@ class CgroupReconciler:
         return {path: drift for path, drift in found.items() if drift is not None}
 
     def _look(self, enforcer: Enforcer, paths: Iterable[str]) -> dict[str, CgroupState]:
-        """What control groups are in which something has run."""
+        """Return the state of those cgroups in which something has run."""
         return {path: state for path, state in enforcer.look(paths).items() if self._began(state)}
 
     def _ran_elsewhere(self, path: str, drift: Drift, error: str) -> None:
@@ -243,16 +252,16 @@ class CgroupReconciler:
         log.warning("ran-unpinned", whose=self._whose(path), path=path, **what, error=error)
 
     def applied(self) -> list[str]:
-        """Paths of what is in force."""
+        """Return the paths whose desired state is in force."""
         return list(self._applied)
 
     def slices(self) -> dict[str, CpuSet]:
-        """The CPUs of pods' control groups that are in force, by path."""
+        """Return the CPUs of pods' cgroups that are in force, by path."""
         some = {path: self._applied.get(path) for path in self.table.pods.values()}
         return {path: one.cpus for path, one in some.items() if one is not None and one.cpus}
 
     async def unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
-        """Have somebody told what a pod's control group is confined to, while nobody changes that."""
+        """Call `tell` with a pod's cgroup path and the CPUs it is confined to, while nothing else changes them."""
         await run_to_end(self._unchanged(path, tell))
 
     async def _unchanged(self, path: str, tell: Callable[[str, CpuSet], None]) -> None:
@@ -261,7 +270,7 @@ class CgroupReconciler:
                 await asyncio.to_thread(tell, path, cpus)
 
     async def forget(self, path: str) -> None:
-        """A control group is gone."""
+        """Drop a cgroup that is gone."""
         self._applied.pop(path, None)
         self._judged.pop(path, None)
         self.drifts.forget(path)
@@ -277,7 +286,7 @@ class CgroupReconciler:
                     log.warning("partition-not-released", path=path, error=str(error))
 
     async def tidy(self) -> None:
-        """Once all that there is was put in force: undo what only an agent before this one could still undo."""
+        """Undo leftovers of an earlier agent. Called once everything that exists has been enforced."""
         await run_to_end(self._tidy())
 
     async def _tidy(self) -> None:
@@ -286,15 +295,18 @@ class CgroupReconciler:
                 await asyncio.to_thread(self.enforcer.tidy)
 
     def again(self, path: str) -> None:
-        """What lies at a path is new, unless we have written there already: it is to be written whatever it was."""
+        """Treat the cgroup at a path as new, so it is written in any case, unless the agent has written there
+        already."""
         if self.enforcer is None or path not in self.enforcer.states:
             self._applied.pop(path, None)
 
-    # ---------------------------------------------------------------- reading it back
+    # ---------------------------------------------------------------- reading back
 
     async def verify(self, paths: Iterable[str] | None = None) -> Sequence[Finding]:
-        """Read back what is in force at some paths (None: everywhere), and repair it; what was otherwise. A few at a
-        time: the runtime's questions come in between."""
+        """Read back and repair what is in force at some paths, or everywhere if None; return what differed.
+
+        Works on a few paths at a time, so that calls of the runtime can run in between.
+        """
         every = list(self._applied if paths is None else paths)
         packs = [every[start : start + PACK] for start in range(0, len(every), PACK)]
         return [found for pack in packs for found in await run_to_end(self._verify(pack))]
@@ -318,7 +330,7 @@ class CgroupReconciler:
         log.warning("drift", whose=self._whose(one.path), path=one.path, files=files, error=one.error)
 
     async def look_at_quotas(self) -> None:
-        """Notice containers whose CPU time is limited below the CPUs that they are pinned to."""
+        """Find containers whose CPU time is limited below the CPUs they are pinned to."""
         plan, enforcer = self.plan(), self.enforcer
         exclusive = [one for id, one in self.table.entries.items() if plan.containers.get(id, Pin()).exclusive]
         if enforcer is None or not exclusive:
@@ -336,12 +348,13 @@ class CgroupReconciler:
         self.quotas = MappingProxyType(quotas)
 
     def _quota(self, enforcer: Enforcer, entry: ContainerEntry) -> float | None:
-        """CPU time that a container may use, in CPUs: its own limit or its pod's."""
+        """Return the CPU time that a container may use, in CPUs: the lower of the container's limit and the pod's, or
+        None."""
         paths = (entry.path, self.table.pods.get(entry.container.pod_uid, ""))
         return min((one for path in paths if path and (one := enforcer.quota_cpus(path)) is not None), default=None)
 
     def overlapping(self, container_id: str) -> list[str]:
-        """Who else may be on a container's CPUs, of those that could not be confined."""
+        """Return which other containers or pods that could not be confined may be on a container's CPUs."""
         entry, held = self.table.entries.get(container_id), self.pin(container_id).held
         if self.enforcer is None or entry is None:
             return []
@@ -354,7 +367,7 @@ class CgroupReconciler:
         ]
 
     def trespasses(self, container_id: str) -> bool:
-        """Whether a container may run on CPUs that others hold, by what was read last of it or of its pod."""
+        """Return whether a container may run on CPUs held by others, by the last reading of its cgroup or its pod."""
         entry, own = self.table.entries.get(container_id), self.pin(container_id).held
         if self.enforcer is None or entry is None:
             return False
@@ -369,24 +382,28 @@ class CgroupReconciler:
             return str(entry.container)
         return next((f"pod {uid}" for uid, one in self.table.pods.items() if one == path), path)
 
-    # ---------------------------------------------------------------- where the runtime has to do it
+    # ---------------------------------------------------------------- what the runtime has to set
 
     def by_runtime(self, container_id: str) -> CpuSet | None:
-        """The CPUs that the runtime has to give a container, as its own or its pod's control group cannot be written;
-        None: it can, or the container is left as it is."""
+        """Return the CPUs that the runtime has to set for a container because its pod's cgroup cannot be written.
+
+        None if it can be written, or if the container is left as it is.
+        """
         entry = self.table.entries.get(container_id)
         if entry is not None and not self._helpless(entry):
             return None
         return self.pin(container_id).cpus or self.plan().shared or None
 
     def _helpless(self, entry: ContainerEntry) -> bool:
-        """Whether its pod's control group cannot be written."""
+        """Return whether the container's pod cgroup cannot be written."""
         pod = self.table.pods.get(entry.container.pod_uid, "")
         return self.enforcer is None or not pod or pod in self.errors
 
     def updates(self, but: str = "", *, anew: bool = False) -> list[Update]:
-        """Changes for the runtime to make, of what it was not told already. but: the id of a container that is being
-        created. anew: it has forgotten what it was told."""
+        """Return the changes for the runtime to make that it has not received yet.
+
+        `but` is the id of a container being created. `anew`: the runtime has lost what it received.
+        """
         known = {} if anew else self._updates
         entries = self.table.entries.items()
         named = [id for id, one in entries if one.container.name and id != but and self._helpless(one)]

@@ -1,7 +1,7 @@
-"""Keeps systemd told what pods' slices are confined to: what it was not told it resets, see host.units.
+"""Reports the CPUs of pods' slices to systemd: it resets what it does not know, see host.systemd.units.
 
-A slice is told while nobody else changes it, and after its control group was written: the quick way first, this one in
-the background. The newest pods come first, as systemd is about to start their first container.
+A slice is reported while no one else changes it, and after its cgroup was written: the fast path first, this one in the
+background. The newest pods come first, as systemd is about to start their first container.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
 
 AT_ONCE = 16
-"""Slices told over one connection; then it is looked again which are the newest."""
+"""Slices reported over one connection; after that the newest are determined again."""
 RETRY_S = 1.0
 log = structlog.get_logger()
 
 
 class InForce(Protocol):
-    """Who knows what pods' control groups are confined to."""
+    """Provides the CPUs that pods' cgroups are confined to."""
 
     news: Revision
 
@@ -35,7 +35,7 @@ class InForce(Protocol):
 
 
 class SliceNotifier:
-    """Building it starts nothing."""
+    """Reports slices to systemd. Building it starts nothing."""
 
     def __init__(self, reconciler: InForce, sysfs: SysFs) -> None:
         self._reconciler = reconciler
@@ -44,7 +44,7 @@ class SliceNotifier:
         self._refused: dict[str, str] = {}
 
     async def run(self) -> None:
-        """Until cancelled; returns where there is no systemd to tell."""
+        """Report changes until cancelled; return if there is no systemd."""
         if not self._sysfs.exists(SOCKET):
             return
         while True:
@@ -55,7 +55,7 @@ class SliceNotifier:
                 await self._reconciler.news.changed(seen)
 
     def _untold(self) -> list[str]:
-        """Paths of slices, those that were never told anything first."""
+        """Return the paths of slices to report, those never reported first."""
         now: Mapping[str, CpuSet] = {path: cpus for path, cpus in self._reconciler.slices().items() if is_slice(path)}
         self._told = {path: cpus for path, cpus in self._told.items() if path in now}
         self._refused = {path: why for path, why in self._refused.items() if path in now}
@@ -72,7 +72,7 @@ class SliceNotifier:
             await asyncio.sleep(RETRY_S)
 
     async def _tell_one(self, systemd: Systemd, path: str) -> None:
-        """A slice that is not loaded is one that nobody made through systemd, or that is gone."""
+        """Report one slice. If it is not loaded, it was not created through systemd, or is gone."""
         heard: list[tuple[CpuSet, str]] = []
         unit = path.rpartition("/")[2]
         await self._reconciler.unchanged(path, lambda path, cpus: heard.append((cpus, systemd.allow(unit, cpus))))

@@ -1,9 +1,9 @@
-"""What shows that the container runtime has stopped asking, although the connection to it stands.
+"""Evidence that the container runtime has stopped calling the agent although its connection is open.
 
-A runtime that has dropped a plugin may keep the connection open: then an idle connection looks like any other, and the
-first to tell is a container that starts. A runtime asks before it makes a container, so a control group of one that it
-never asked about is evidence. A sandbox is not: it is made without a question. Where no bundle tells a sandbox from a
-container, as in a DaemonSet, only the second of a pod counts: a pod has one sandbox.
+A runtime that has dropped a plugin may keep the connection open: an idle connection then looks healthy, and the first
+sign is a container that starts. A runtime calls before it creates a container, so the cgroup of a container without
+such a call is evidence. A sandbox is not: no call precedes it. If no bundle distinguishes a sandbox from a container,
+as in a DaemonSet, only the second such cgroup of a pod counts: a pod has one sandbox.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from nodeagent.managers.pinning.containers import ContainerTable
 
 
 def unasked(came: Iterable[Cgroup], bundles: Mapping[str, Container], table: ContainerTable, plan: PinPlan) -> str:
-    """Which container shows that the runtime does not ask; "" where none does.
+    """Return which container shows that the runtime does not call the agent, or "" if none does.
 
-    came: control groups that appeared while the runtime was connected, of containers that it had not announced, and
-    that `table` knows by now. bundles: what these say, by container id.
+    `came` are the cgroups that appeared while the runtime was connected, of containers it had not announced; `table`
+    knows them by now. `bundles` has the containers read from their bundles, by container id.
     """
     for one in came:
         container = bundles.get(one.container_id)
