@@ -1,4 +1,4 @@
-"""Which devices: every set with the best links, one for each set of places its members lie in."""
+"""Choice of devices: every set with the best links, one for each set of places where its members are."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ class Pick:
 def pick_devices(
     machine: MachineIndex, ledger: Ledger, request: Request, nodes: frozenset[NodeId] | None
 ) -> Sequence[Pick]:
-    """Every best set of the devices asked for, one for each set of places they lie in."""
+    """Return every best set of the requested devices, one for each set of places where they are.
+
+    nodes: use only devices on these NUMA nodes, or on any if None.
+    """
     held = ledger.devices_held
     if not request.devices:
         return (Pick((), 0, 0, (), True),)
@@ -38,7 +41,7 @@ def pick_devices(
     pool = machine.pool(kinds)
     usable = _usable_members(pool, held, request, nodes)
     near = [device_of(machine, one) for one in request.near]
-    # A node is near as a device on it would be that shares no part of the PCIe tree.
+    # A node counts as a device on it that shares no part of the PCIe tree.
     near += [Device(kind="node", id="", numa_node=node) for node in request.near_nodes]
     rows = [
         (
@@ -61,7 +64,7 @@ def pick_devices(
 def _usable_members(
     pool: DeviceIndex, held: frozenset[str], request: Request, nodes: frozenset[NodeId] | None
 ) -> Sequence[Sequence[Device]]:
-    """Of each class the devices that may be taken."""
+    """Return the devices of each class that can be taken."""
     if nodes is None and not held and request.within_devices is None:
         return pool.classes
     return [[device for device in members if _usable(device, held, request, nodes)] for members in pool.classes]
@@ -84,12 +87,12 @@ def _pick_of(
     taken: Sequence[int],
     exact: bool,
 ) -> Pick:
-    """Of each class those that must be, then the lowest ids."""
+    """Return a pick that takes from each class the mandatory devices first, then those with the lowest ids."""
     devices: list[str] = []
     places: list[Place] = []
     for free, place, count in zip(usable, pool.places, taken, strict=True):
         if count:
-            # In order of id already.
+            # Already in order of id.
             must = request.must_devices
             first = sorted(free, key=lambda one: one.id not in must)[:count] if must else free[:count]
             devices += [device.id for device in first]
@@ -98,12 +101,12 @@ def _pick_of(
 
 
 def inside(device: Device, nodes: frozenset[NodeId] | None) -> bool:
-    """A device whose node nobody knows may be used with any."""
+    """Return whether a device can be used with some nodes; one whose node is unknown can be used with any."""
     return nodes is None or device.numa_node is None or device.numa_node in nodes
 
 
 def device_of(machine: MachineIndex, name: str) -> Device:
-    """Return the device with an id. InputError if there is none."""
+    """Return the device with an id. Raise InputError if there is none."""
     device = machine.inventory.device_by_id.get(name)
     if device is None:
         raise InputError(f'cannot place near "{name}": there is no such device')
