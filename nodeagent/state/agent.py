@@ -250,7 +250,7 @@ class Agent(Decisions):
         """Delete audit entries older than `before` (seconds since the epoch). Return how many."""
         return await self._decided(self._prune, before)
 
-    # ---------------------------------------------------------------- behind the turn
+    # ---------------------------------------------------------------- inside a turn
 
     def _refuse_while_incomplete(self, what: str, want: int) -> None:
         """Raise Refused while the ledger may lack decisions: what looks free may be in use."""

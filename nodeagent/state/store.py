@@ -98,7 +98,7 @@ class Store:
                 if not self._db.execute(f"{grant} UNION ALL {line} LIMIT 1", (uid,)).fetchone()
             ]
 
-    # ---------------------------------------------------------------- whole or not
+    # ---------------------------------------------------------------- completeness
 
     def _judge(self, existed: bool) -> None:
         """Determine at start whether the file has every decision that was made."""

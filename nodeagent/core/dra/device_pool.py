@@ -320,7 +320,7 @@ def _fits(value: object) -> bool:
         return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
     try:
         return 0 < len(value.encode()) <= LONGEST_TEXT
-    except UnicodeEncodeError:  # sysfs may hold bytes that are no text
+    except UnicodeEncodeError:  # sysfs may hold bytes that are not text
         return False
 
 

@@ -93,7 +93,7 @@ def is_granted(ledger: Ledger, catalog: Catalog, claim: Claim) -> bool:
     try:
         return [grant.result for grant in grants_of(ledger, claim.ref.uid)] == results_of(catalog, claim)
     except InputError:
-        return False  # it will be refused, and _wants nothing
+        return False  # it will be refused, and wants nothing
 
 
 def _wants(inventory: Inventory, catalog: Catalog, claim: Claim) -> Amounts:

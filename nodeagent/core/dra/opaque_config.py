@@ -117,7 +117,7 @@ def _covers(requests: Sequence[str], request: str) -> bool:
     return not requests or request in requests or request.partition("/")[0] in requests
 
 
-# ---------------------------------------------------------------- the forms
+# ---------------------------------------------------------------- forms
 
 _Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
@@ -209,7 +209,7 @@ class _Nic(_Form, frozen=True):
 
 
 class _Device(_Form, frozen=True):
-    """The form of every kind that has none of its own."""
+    """The form of every kind without a specific form."""
 
     env: dict[str, Any] = {}
 

@@ -169,7 +169,7 @@ def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
     return mine
 
 
-# ---------------------------------------------------------------- what is wanted
+# ---------------------------------------------------------------- demand
 
 
 def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Iterable[Result]) -> tuple[ClaimDemand, ...]:
@@ -230,7 +230,7 @@ def _placed(result: Result) -> Iterator[None]:
         raise Refused(why, want=error.want, free=error.free, would_admit=error.would_admit) from None
 
 
-# ---------------------------------------------------------------- the decision
+# ---------------------------------------------------------------- decision
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ class Ended:
     released: tuple[Grant, ...] = ()
 
 
-# ---------------------------------------------------------------- taking over
+# ---------------------------------------------------------------- importing
 
 
 def plan(
@@ -178,7 +178,7 @@ def _no_room(block: MemoryBlock, free: int) -> Refused:
     return Refused(f"{block}, where {free} are not granted", want=block.size_bytes, free=free)
 
 
-# ---------------------------------------------------------------- giving back
+# ---------------------------------------------------------------- releasing
 
 
 def ended(ledger: Ledger, there: Container[str], missing: Mapping[str, float], now: float, patience_s: float) -> Ended:

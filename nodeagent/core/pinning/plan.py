@@ -239,7 +239,7 @@ class Situation:
         unknown = holder.api != DEVICE_PLUGIN or not grant.confirmed or not container.pod_name
         return unknown or (holder.namespace, holder.pod) == (container.namespace, container.pod_name)
 
-    # ---------------------------------------------------------------- of all
+    # ---------------------------------------------------------------- all containers
 
     @functools.cached_property
     def shared(self) -> CpuSet:
@@ -270,7 +270,7 @@ class Situation:
                     found.setdefault((one.holder.uid, name), []).append(one)
         return found
 
-    # ---------------------------------------------------------------- of one
+    # ---------------------------------------------------------------- one container
 
     def _mems(self, grants: Iterable[Grant], cpus: CpuSet) -> CpuSet | None:
         """Return the NUMA nodes of a container's hugepages and memory, or with memory "local" and neither, those of its

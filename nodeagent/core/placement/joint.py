@@ -76,7 +76,7 @@ def _fixed_places(machine: MachineIndex, request: Request) -> tuple[Place, ...]:
     return tuple(places)
 
 
-# ---------------------------------------------------------------- what a NUMA policy forbids
+# ---------------------------------------------------------------- NUMA policies
 
 
 def _under_policy(task: _Task, loose: _Found) -> _Found | None:
@@ -153,7 +153,7 @@ def _lies_in(task: _Task, placement: Placement, units: Sequence[frozenset[NodeId
     return len(touched) <= most and used <= frozenset().union(*touched)
 
 
-# ---------------------------------------------------------------- the best of one universe
+# ---------------------------------------------------------------- one set of NUMA nodes
 
 
 def _place_within(task: _Task, nodes: frozenset[NodeId] | None) -> _Found | None:
@@ -321,7 +321,7 @@ def _node_sets(task: _Task, usable: int, stock: Stock) -> Iterator[Sets]:
             yield sets
 
 
-# ---------------------------------------------------------------- the answer
+# ---------------------------------------------------------------- result
 
 _NOTHING: Choice = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, True)
 
