@@ -72,9 +72,9 @@ class Said:
     unnamed: tuple[Assigned, ...] = ()
     """Assignments to containers of which only the container id is known, and not the pod."""
     cpus: bool = False
-    """The CPU manager is on."""
+    """Whether the CPU manager is on."""
     memory: bool = False
-    """The memory manager is on."""
+    """Whether the memory manager is on."""
 
 
 def assigned(

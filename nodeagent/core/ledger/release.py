@@ -48,7 +48,7 @@ class Patience:
     unconfirmed_s: float = 60.0
     """It was never listed: its pod may still be in admission."""
     confirmed_s: float = 5.0
-    """It was listed before, and there is proof that its pod ended."""
+    """It was listed before, and there is proof that its pod has ended."""
     unobserved_s: float = 600.0
     """Neither the runtime nor a cgroup can confirm that its pod ended."""
 
