@@ -1,6 +1,6 @@
-"""Compiled kernels on 64-bit words. Below the checked doors no Python object is touched.
+"""Compiled kernels on 64-bit words. Below the checked entry points no Python object is touched.
 
-The doors of this file take and give Python integers as bit masks: bit N is id N.
+The entry points of this file take and return Python integers as bit masks: bit N is id N.
 """
 
 cimport cython
@@ -16,7 +16,7 @@ cdef enum:
 MAX_ID = IDS - 1
 COMPILED = True
 Choice = tuple
-"""What Layout.choose returns; the stub says of what."""
+"""What Layout.choose returns; the stub has the element types."""
 
 cdef extern from *:
     """
@@ -39,7 +39,7 @@ cdef enum:
 
 
 cdef Py_ssize_t _number(const char* text, Py_ssize_t at, Py_ssize_t end, long* value) noexcept nogil:
-    """Read decimal digits from `at`; the position behind them, or an error. An explicit "+" is taken as kubelet does."""
+    """Read decimal digits from `at`; return the position after them or an error. Like kubelet, accept a leading "+"."""
     cdef long total = 0
     cdef Py_ssize_t start
     if at < end and text[at] == c'+':
@@ -71,7 +71,7 @@ cdef void _fill(uint64_t* words, long low, long high) noexcept nogil:
 
 
 cdef int _parse(const char* text, Py_ssize_t size, uint64_t* words, Py_ssize_t* place) noexcept nogil:
-    """Set a bit for each id in text[:size]; PARSE_OK, or an error with its place."""
+    """Set a bit for each id in text[:size]; return PARSE_OK, or an error with its place."""
     cdef Py_ssize_t at = 0, item, after
     cdef long low = 0, high = 0
     if size == 0:
@@ -114,7 +114,7 @@ cdef char* _digits(char* out, long value) noexcept nogil:
 
 
 cdef Py_ssize_t _format(const uint64_t* words, Py_ssize_t count, char* out) noexcept nogil:
-    """Write the ranges of words[:count]; the length written."""
+    """Write the ranges of words[:count]; return the length written."""
     cdef char* at = out
     cdef long low, high, end = count * 64
     low = _next(words, 0, end, 0)
@@ -132,7 +132,7 @@ cdef Py_ssize_t _format(const uint64_t* words, Py_ssize_t count, char* out) noex
 
 
 cdef long _next(const uint64_t* words, long at, long end, bint clear) noexcept nogil:
-    """The first position from `at` whose bit is set (or clear); `end` if there is none."""
+    """Return the first position from `at` whose bit is set (or clear), or `end` if there is none."""
     cdef uint64_t word
     while at < end:
         word = words[at >> 6]
@@ -147,7 +147,7 @@ cdef long _next(const uint64_t* words, long at, long end, bint clear) noexcept n
 
 
 cdef Py_ssize_t _words_of(object mask, uint64_t* words) except -1:
-    """Lay a mask out in words; how many words it needs."""
+    """Write a mask into words; return how many words it needs."""
     cdef Py_ssize_t bits
     if not isinstance(mask, int) or mask < 0:
         raise ValueError(f"a mask is a non-negative integer, not {mask!r}")
@@ -163,7 +163,7 @@ cdef Py_ssize_t _words_of(object mask, uint64_t* words) except -1:
 
 
 cdef object _mask_of(const uint64_t* words, Py_ssize_t count):
-    """The mask that words[:count] stand for."""
+    """Return the mask in words[:count]."""
     while count and words[count - 1] == 0:
         count -= 1
     return int.from_bytes((<const char*>words)[:count * 8], "little")
@@ -178,7 +178,7 @@ _WHY = {
 
 
 def parse_list(str text not None):
-    """The mask of an id list such as "0-3,8". ValueError says what is wrong and where."""
+    """Return the mask of an id list such as "0-3,8". Raise ValueError naming what is wrong and where."""
     cdef uint64_t[WORDS] words
     cdef Py_ssize_t place = 0
     cdef int error
@@ -193,7 +193,7 @@ def parse_list(str text not None):
 
 
 def format_list(mask):
-    """The id list of a mask, in kernel syntax; "" for none."""
+    """Return the id list of a mask, in kernel syntax; "" if it is empty."""
     cdef uint64_t[WORDS] words
     cdef Py_ssize_t count = _words_of(mask, words), size
     cdef char[IDS * 5] out           # at most four digits and a comma each
@@ -202,7 +202,7 @@ def format_list(mask):
 
 
 def ids(mask):
-    """The ids of a mask, ascending."""
+    """Return the ids of a mask in ascending order."""
     cdef uint64_t[WORDS] words
     cdef Py_ssize_t count = _words_of(mask, words), i
     cdef uint64_t word

@@ -1,9 +1,9 @@
-# Exact choice of devices: k of n by how near they are to each other. Included by _fastpath.pyx.
+# Exact choice of devices: k of n, by how near they are to each other. Included by _fastpath.pyx.
 #
-# Devices that nobody can tell apart (same kind, same place, same links) form a class, so 128 virtual functions are one
-# class of 128 and the search is over how many of each class are taken: depth first, with a lower bound on what the
-# devices still missing must add. Ties are kept apart by where their members lie (anchors), since they differ in which
-# CPUs they want near; within one place the set that cuts the fewest links to what stays free wins, then the lowest.
+# Interchangeable devices (same kind, same place, same links) form a class, so 128 virtual functions are one class of
+# 128 and the search is over how many of each class are taken: depth first, with a lower bound on what the devices still
+# missing must add. Ties are kept separately by the places of their members (anchors), since they differ in which CPUs
+# they want near; within one place the set that cuts the fewest links to what stays free wins, then the lowest.
 
 cdef enum:
     TIES = 64
@@ -14,9 +14,9 @@ cdef struct Pick:
     int classes, kinds, anchors
     int* kind_of                      # by class
     int* there                        # how many devices of a class may be taken
-    int* free                         # how many of a class nobody holds: may be taken or not
+    int* free                         # how many of a class are not held, whether or not they may be taken
     int* must                         # how many of them have to be taken
-    int* anchor                       # by class: where it lies
+    int* anchor                       # by class: its place
     int* left                         # by kind: how many are still to be taken
     int* taken                        # by class
     int* places                       # by anchor: scratch
@@ -53,7 +53,7 @@ cdef void _pick(Pick* p, int cls, int64_t cost) noexcept nogil:
 
 
 cdef void _move(Pick* p, int cls, int count) noexcept nogil:
-    """Take `count` more devices of a class; every class now costs what it costs beside them."""
+    """Take `count` more devices of a class; update what each class costs in addition to them."""
     cdef int other
     p.taken[cls] += count
     p.left[p.kind_of[cls]] -= count
@@ -62,7 +62,7 @@ cdef void _move(Pick* p, int cls, int count) noexcept nogil:
 
 
 cdef int _behind(const Pick* p, int cls) noexcept nogil:
-    """How many devices of the kind of `cls` the classes behind it have."""
+    """Return how many devices of the kind of `cls` the classes after it have."""
     cdef int other, total = 0
     for other in range(cls + 1, p.classes):
         if p.kind_of[other] == p.kind_of[cls]:
@@ -71,7 +71,7 @@ cdef int _behind(const Pick* p, int cls) noexcept nogil:
 
 
 cdef int64_t _bound(const Pick* p, int cls) noexcept nogil:
-    """The least that the devices still missing must add: each at its own price beside those taken."""
+    """Return the least that the devices still missing must add, each at its own price in addition to those taken."""
     cdef int kind, other, need, best, last
     cdef int64_t total = 0, floor, price
     for kind in range(p.kinds):
@@ -96,7 +96,7 @@ cdef int64_t _bound(const Pick* p, int cls) noexcept nogil:
 
 
 cdef int64_t _cut(const Pick* p) noexcept nogil:
-    """The links between what is taken and what of the same kind stays free."""
+    """Return the links between the devices taken and those of the same kind that stay free."""
     cdef int a, b
     cdef int64_t total = 0
     for a in range(p.classes):
@@ -108,7 +108,7 @@ cdef int64_t _cut(const Pick* p) noexcept nogil:
 
 
 cdef void _keep_pick(Pick* p, int64_t cost) noexcept nogil:
-    """Remember a complete pick: alone if it is better than all, else beside its equals, one for each place."""
+    """Record a complete pick: alone if it is better than all, else alongside its equals, one for each place."""
     cdef int tie, cls
     cdef int64_t cut = _cut(p)
     if cost < p.best:
@@ -145,12 +145,13 @@ cdef bint _same_place(Pick* p, const int* other) noexcept nogil:
 
 def choose_devices(list classes not None, list need not None, const int64_t[::1] far not None,
                    const int64_t[::1] link not None):
-    """Every best way to take need[kind] devices of each kind, one for each set of places.
+    """Return every best way to take need[kind] devices of each kind, one for each set of places.
 
     classes: tuples (kind, there, must, anchor, alone, free): how many devices may be taken, how many have to be, the
-    number of their place, what one costs by itself and how many nobody holds. far: classes x classes numbers, row by row, what a pair of one
-    device of class a and one of class b costs; link: what cutting such a pair costs. Both symmetric, not negative.
-    Returns (cost, [(cut, [taken by class]) ...], exact), or None where there are too few devices.
+    number of their place, what one costs by itself and how many are not held. far: classes x classes numbers, row by
+    row, what a pair of one device of class a and one of class b costs; link: what cutting such a pair costs. Both
+    symmetric, not negative.
+    Returns (cost, [(cut, [taken by class]) ...], exact), or None if there are too few devices.
     """
     cdef int n = len(classes), kinds = len(need), i, j, anchors = 0
     cdef Pick p

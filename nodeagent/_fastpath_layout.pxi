@@ -1,4 +1,4 @@
-# The checked door: a machine laid out for the kernels, and a request laid over it. Included by _fastpath.pyx.
+# The checked entry point: a machine laid out for the kernels, and a request applied to it. Included by _fastpath.pyx.
 
 @cython.final
 cdef class Layout:
@@ -9,7 +9,7 @@ cdef class Layout:
     """
 
     cdef Shape shape
-    cdef Shape priced                 # the same with packages that have a price; no CPUs: it cannot be drawn so
+    cdef Shape priced                 # the same with priced packages; without CPUs if that is not possible
     cdef list blocks
 
     def __cinit__(self, list rows not None, int nodes, list distances not None):
@@ -73,7 +73,7 @@ cdef class Layout:
         return out
 
     cdef int _classes(self, Shape* s) except -1:
-        """Gather twin cells, in order of their first cell."""
+        """Group twin cells into classes, in order of their first cell."""
         cdef int cell, first
         classes = []
         for cell in range(s.cells):
@@ -84,7 +84,7 @@ cdef class Layout:
                     break
             else:
                 classes.append([cell])
-        # Classes that share a node stand side by side.
+        # Classes that share a node are adjacent.
         classes.sort(key=lambda members: s.cell_node[members[0]] if s.node_cells[s.cell_node[members[0]]] > 1 else -1)
         starts = [0]
         for members in classes:
@@ -97,14 +97,14 @@ cdef class Layout:
     def choose(self, object free_mask, int want, *, object must=0, bint whole_cores=False, bint spread_cores=False,
                bint spread_nodes=False, bint groups_first=False, int most_packages=0, int most_nodes=0,
                near=(), taste=()):
-        """The cheapest `want` CPUs of free_mask, or None where none can be chosen.
+        """Return the cheapest `want` CPUs of free_mask, or None if no choice is possible.
 
-        must: a mask of CPUs that have to be among them. most_packages, most_nodes: 0 is no limit. near, taste: pairs
-        (mask, weight); each CPU of the mask costs that much more, near before everything, taste next.
+        must: a mask of CPUs that have to be among them. most_packages, most_nodes: 0 means no limit. near, taste: pairs
+        (mask, weight); each CPU of the mask costs that much more; near counts first, then taste.
         Returns (mask, near, taste, packages, nodes, distance, groups, split, nodes_broken, groups_broken,
         cores_broken, ids, exact); exact is False when the search ran out of steps.
         """
-        # A limit on packages needs them counted, not priced.
+        # With a limit, packages have to be counted instead of priced.
         cdef Shape* s = &self.priced if self.priced.cpus and most_packages <= 0 else &self.shape
         cdef uint64_t[WORDS] words, must_words, out
         cdef Ask a
@@ -143,7 +143,7 @@ cdef class Layout:
 
 
 cdef uint64_t _weights(const Shape* s, object pairs, uint64_t* weights) except? 0xFFFF:
-    """Add each pair's weight to the slots of its mask; the largest sum."""
+    """Add each pair's weight to the slots of its mask; return the largest sum."""
     cdef uint64_t[WORDS] words
     cdef uint64_t weight, most = 0
     cdef int slot
@@ -181,7 +181,7 @@ cdef object _field(cost_t price, int start, int end):
 
 
 cdef bint _floor(const Shape* s, Ask* a) noexcept nogil:
-    """No choice has a smaller high part than the cheapest CPUs one by one. False: out of memory."""
+    """Set the floor: no choice has a smaller high part than the cheapest single CPUs. False: out of memory."""
     cdef int slot, count = 0, left = a.want
     cdef uint64_t price
     cdef uint64_t* prices = <uint64_t*>malloc(s.cpus * sizeof(uint64_t))
@@ -209,7 +209,7 @@ cdef int _by_size(const void* x, const void* y) noexcept nogil:
 
 
 cdef bint _twins(const Shape* s, int x, int y) noexcept nogil:
-    """Whether exchanging two cells changes neither packages, nor nodes, nor distances."""
+    """Return whether exchanging two cells changes neither packages, nor nodes, nor distances."""
     cdef int a = s.cell_node[x], b = s.cell_node[y], z, n = s.nodes
     if a == b:
         return _cells_of_package(s, s.cell_package[x]) == 1 and _cells_of_package(s, s.cell_package[y]) == 1
@@ -257,12 +257,12 @@ cdef void _lay_out(const Shape* s, Ask* a, char* at, bint weights) noexcept nogi
 
 
 cdef inline int _first_core(const Shape* s, int cell) noexcept nogil:
-    """The first core of a cell; behind the last cell, how many cores there are."""
+    """Return the first core of a cell; for the index after the last cell, the number of cores."""
     return s.group_cores[s.chip_groups[s.cell_chips[cell]]]
 
 
 cdef void _mark(const Shape* s, const uint64_t* words, const uint64_t* must, Ask* a) noexcept nogil:
-    """Which slots are free, what each cell can give, which nodes are wholly free."""
+    """Determine which slots are free, what each cell can give, and which nodes are wholly free."""
     cdef int cell, core, slot, node, free
     for node in range(s.nodes):
         a.node_whole[node] = 1
@@ -281,7 +281,7 @@ cdef void _mark(const Shape* s, const uint64_t* words, const uint64_t* must, Ask
 
 
 cdef int _widths(const Shape* s, Ask* a, uint64_t near_most, uint64_t taste_most) noexcept nogil:
-    """Lay the parts of the cost side by side, each as wide as its largest value; the bits needed."""
+    """Pack the parts of the cost, each as wide as its largest value; return the bits needed."""
     cdef int at = _bits(<uint64_t>a.want * IDS)
     a.at_cores_broken = at
     a.at_groups_broken = a.at_cores_broken + _bits(min(a.want, s.cores))

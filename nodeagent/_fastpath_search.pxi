@@ -3,7 +3,7 @@
 # ------------------------------------------------------------------ the search over vectors
 
 cdef int64_t _distance(const Shape* s, const Ask* a) noexcept nogil:
-    """The sum of the distances between the nodes in use, both ways."""
+    """Return the sum of the distances between the nodes in use, in both directions."""
     cdef int x, y
     cdef int64_t total = 0
     for x in range(s.nodes):
@@ -41,7 +41,7 @@ cdef void _weigh(const Shape* s, Ask* a, int packages, int nodes, cost_t* scratc
 
 
 cdef bint _keep(Ask* a, cost_t price, int packages, int nodes, int64_t distance) noexcept nogil:
-    """Remember a price if it is the best so far."""
+    """Record a price if it is the best so far."""
     cdef cost_t high = price >> a.at_low
     cdef cost_t low = price - (high << a.at_low)
     if a.found and not _better(a, high, packages, nodes, distance, low):
@@ -69,7 +69,7 @@ cdef bint _better(const Ask* a, cost_t high, int packages, int nodes, int64_t di
 
 cdef void _vectors(const Shape* s, Ask* a, int cls, int packages, int nodes, int left_packages, int left_nodes,
                    int64_t reach, const int64_t* suffix, cost_t* scratch) noexcept nogil:
-    """Try every count of class `cls` and of those behind it that uses exactly the packages and nodes left over."""
+    """Try every count of class `cls` and the classes after it that uses exactly the remaining packages and nodes."""
     cdef int cells, count, first, cell, new_packages, new_nodes, undo
     a.steps += 1
     if a.steps > STEP_BUDGET or a.out_of_memory or reach + suffix[cls] < a.want:
@@ -103,7 +103,7 @@ cdef void _vectors(const Shape* s, Ask* a, int cls, int packages, int nodes, int
 
 
 cdef int64_t _top(const Shape* s, const Ask* a, int cls, int count) noexcept nogil:
-    """The most CPUs that `count` cells of a class can give."""
+    """Return the most CPUs that `count` cells of a class can give."""
     cdef int cells = s.class_start[cls + 1] - s.class_start[cls], i, j, above
     cdef int64_t total = 0
     cdef int here
@@ -122,7 +122,7 @@ cdef int64_t _top(const Shape* s, const Ask* a, int cls, int count) noexcept nog
 
 
 cdef void _single_cells(const Shape* s, Ask* a) noexcept nogil:
-    """Every choice that lies inside one cell."""
+    """Try every choice inside a single cell."""
     cdef int cell
     cdef cost_t price
     for cell in range(s.cells):
@@ -141,7 +141,7 @@ cdef void _single_cells(const Shape* s, Ask* a) noexcept nogil:
 
 
 cdef bint _must_inside(const Shape* s, const Ask* a, int cell) noexcept nogil:
-    """Whether all CPUs that must be taken lie in one cell."""
+    """Return whether all CPUs that must be taken are in one cell."""
     cdef int first = s.core_cpus[s.group_cores[s.chip_groups[s.cell_chips[cell]]]], end = first + _cell_cpus(s, cell)
     cdef int slot
     for slot in range(s.cpus):
@@ -151,7 +151,7 @@ cdef bint _must_inside(const Shape* s, const Ask* a, int cell) noexcept nogil:
 
 
 cdef bint _search(const Shape* s, Ask* a, const int64_t* suffix, cost_t* scratch) noexcept nogil:
-    """Vectors in order of packages, then nodes; ends at the first pair of both that cannot be beaten."""
+    """Try vectors in order of packages, then nodes; stop at the first pair that cannot be beaten."""
     cdef int packages, nodes
     for packages in range(1, a.most_packages + 1):
         for nodes in range(1, a.most_nodes + 1):
@@ -169,7 +169,7 @@ cdef bint _search(const Shape* s, Ask* a, const int64_t* suffix, cost_t* scratch
 
 
 cdef void _share(const Shape* s, Ask* a, int nodes) noexcept nogil:
-    """An even share of `nodes` nodes: base or base + step CPUs on each. Tables made for another share are void."""
+    """Set an even share for `nodes` nodes: base or base + step CPUs on each. Invalidates tables for another share."""
     cdef int cls, step = 1
     if a.whole_cores:
         for cls in range(s.cores):
@@ -182,7 +182,7 @@ cdef void _share(const Shape* s, Ask* a, int nodes) noexcept nogil:
 
 
 cdef bint _anyhow(const Shape* s, Ask* a, cost_t* scratch) noexcept nogil:
-    """The search ran out of steps with nothing found: as few cells as a plain knapsack needs, distances left aside."""
+    """Fall back if the search ran out of steps without a result: fewest cells by plain knapsack, ignoring distances."""
     cdef int cls, cells
     cdef int64_t reach = 0
     cdef int nodes = 0, packages = 0, cell, i
@@ -256,7 +256,7 @@ cdef int _take_from_class(const Shape* s, Ask* a, int cls, const cost_t* left, c
 
 
 cdef int _share_taken(const Ask* a, const cost_t* left, const cost_t* node, cost_t price, int k) noexcept nogil:
-    """The share of a node that gave this price: nothing, base or base + step."""
+    """Return the share of a node that gave this price: nothing, base or base + step."""
     cdef int share, x
     for share in range(2):
         x = a.even_base + share * a.even_step
@@ -307,7 +307,7 @@ cdef bint _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* ou
 
 
 cdef int _step(const cost_t* before, const cost_t* price, int k, int most, cost_t total) noexcept nogil:
-    """How many CPUs the step from row `before` to the price `total` of k CPUs took."""
+    """Return how many CPUs the step from row `before` to the price `total` of k CPUs took."""
     cdef int x
     for x in range(most + 1):
         if before[k - x] < INFINITE and price[x] < INFINITE and before[k - x] + price[x] == total:
@@ -367,7 +367,7 @@ cdef void _take_group(const Shape* s, const Ask* a, int group, int k, const cost
         k -= x
 
 
-# ------------------------------------------------------------------ all of it
+# ------------------------------------------------------------------ the whole search
 
 cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noexcept nogil:
     """Search, read the choice back, and free every table."""
@@ -399,7 +399,7 @@ cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noex
 
 
 cdef bint _search_all(const Shape* s, Ask* a, bint spread_nodes, const int64_t* suffix, cost_t* scratch) noexcept nogil:
-    """An even share over nodes if that is asked for and can be had; else any share; else anything."""
+    """Search with an even share over nodes if requested and possible; else with any share; else for anything."""
     cdef int cls
     a.spread_nodes = spread_nodes
     if spread_nodes:
@@ -419,7 +419,7 @@ cdef bint _search_all(const Shape* s, Ask* a, bint spread_nodes, const int64_t* 
 
 
 cdef bint _fits_cores(const Shape* s, const Ask* a) noexcept nogil:
-    """Whether whole free cores can add up to exactly `want` CPUs (a bit set of reachable sums)."""
+    """Return whether whole free cores can add up to exactly `want` CPUs (a bit set of reachable sums)."""
     cdef uint64_t[WORDS + 1] reach
     cdef int core, slot, size, word, words = a.want // 64 + 1
     cdef bint whole

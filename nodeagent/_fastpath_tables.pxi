@@ -4,9 +4,9 @@
 # the cost but two is additive over that forest, so the cheapest way to take k CPUs of a core, a group and a cell, for
 # every k at once, is a tree knapsack: (min,+) convolution with the whole cost packed into one 128-bit number.
 #
-# How many packages and NUMA nodes are used, and how far apart they lie, is not additive. Cells that nobody can tell
-# apart by those three (twins) form a class; only how many cells of each class are used matters then, and these vectors
-# are enumerated in order of (packages, nodes), bounded by capacity and by the distance of the best one found.
+# How many packages and NUMA nodes are used, and how far apart they are, is not additive. Cells that are interchangeable
+# in those three respects (twins) form a class; only how many cells of each class are used matters then, and these
+# vectors are enumerated in order of (packages, nodes), bounded by capacity and by the distance of the best one found.
 #
 # Where every package lies inside one NUMA node (a virtual machine with a socket for each CPU, say), packages add up
 # after all: then a cell is a whole node, its chips are its packages, and a package has a price like an L3 group.
@@ -20,14 +20,14 @@ cdef extern from *:
     cost_t INFINITE "NA_INFINITE"
 
 cdef enum:
-    STEP_BUDGET = 2000000             # vectors looked at before the search settles for the best one found
+    STEP_BUDGET = 2000000             # vectors examined before the search stops with the best one found
     SMT_MAX = 64
 
 
 cdef struct Shape:
     # Sizes, then for each level where its members start: chip c owns groups chip_groups[c] .. chip_groups[c + 1] - 1.
     int cpus, cores, groups, chips, cells, nodes, packages, classes
-    bint priced_chips                 # a chip is a package and has a price; else a cell has one chip without
+    bint priced_chips                 # a chip is a package and has a price; else a cell has one chip without a price
     int* cpu_id
     int* core_cpus
     int* group_cores
@@ -42,13 +42,13 @@ cdef struct Shape:
 
 
 cdef struct Ask:
-    # One request, laid over the shape.
+    # One request, applied to the shape.
     int want
     bint whole_cores, spread_cores, spread_nodes, groups_first
     int most_packages, most_nodes
     uint8_t* free                     # by CPU slot
     uint8_t* must
-    uint64_t* near                    # by CPU slot; NULL: all alike
+    uint64_t* near                    # by CPU slot; NULL: no differences
     uint64_t* taste
     # Where each part of the cost starts in the packed number.
     int at_cores_broken, at_groups_broken, at_nodes_broken, at_split, at_groups, at_low
@@ -118,7 +118,7 @@ cdef int _core_options(const Shape* s, const Ask* a, int core, cost_t* price, ui
 
 
 cdef inline bint _sooner(const Shape* s, const Ask* a, int x, int y) noexcept nogil:
-    """Whether slot x of a core is taken before slot y."""
+    """Return whether slot x of a core is taken before slot y."""
     if a.must[x] != a.must[y]:
         return a.must[x] > a.must[y]
     if a.near != NULL:
@@ -179,7 +179,7 @@ cdef int _group_table(const Shape* s, const Ask* a, int group, cost_t* table, in
 
 
 cdef cost_t _group_price(const Shape* s, const Ask* a, int group) noexcept nogil:
-    """What using a group at all costs: the group itself, and breaking it if it is wholly free."""
+    """Return the base cost of using a group: the group itself, and breaking it if it is wholly free."""
     cdef int slot
     cdef cost_t price = <cost_t>1 << a.at_groups
     for slot in range(s.core_cpus[s.group_cores[group]], s.core_cpus[s.group_cores[group + 1]]):
@@ -233,7 +233,7 @@ cdef cost_t* _rows(const Ask* a, int rows) noexcept nogil:
 
 
 cdef inline const cost_t* _chip(const Shape* s, const Ask* a, int chip) noexcept nogil:
-    """The last row of a chip's table: prices by number of CPUs."""
+    """Return the last row of a chip's table: prices by number of CPUs."""
     return a.chip_table[chip] + <Py_ssize_t>(s.chip_groups[chip + 1] - s.chip_groups[chip]) * (a.want + 1)
 
 
@@ -263,12 +263,12 @@ cdef inline int _chip_cpus(const Shape* s, int chip) noexcept nogil:
 
 
 cdef inline const cost_t* _cell(const Shape* s, const Ask* a, int cell) noexcept nogil:
-    """The last row of a cell's table: prices by number of CPUs."""
+    """Return the last row of a cell's table: prices by number of CPUs."""
     return a.cell_table[cell] + <Py_ssize_t>(s.cell_chips[cell + 1] - s.cell_chips[cell]) * (a.want + 1)
 
 
 cdef bint _floor_of_all(const Shape* s, Ask* a, cost_t* scratch) noexcept nogil:
-    """The least high part of all choices, nodes left aside. False: out of memory."""
+    """Compute the least high part of all choices, ignoring nodes. False: out of memory."""
     cdef int cell, cap = 0, k
     cdef Py_ssize_t row = a.want + 1
     cdef cost_t* here = scratch
@@ -291,7 +291,7 @@ cdef inline int _cell_cpus(const Shape* s, int cell) noexcept nogil:
 
 
 cdef inline cost_t _cell_use(const Shape* s, const Ask* a, int cell) noexcept nogil:
-    """What using a cell at all costs: breaking its node, if that is wholly free and has no other cell."""
+    """Return the base cost of using a cell: breaking its node, if that is wholly free and has no other cell."""
     cdef int node = s.cell_node[cell]
     if a.node_whole[node] and s.node_cells[node] == 1:
         return <cost_t>1 << a.at_nodes_broken
@@ -350,13 +350,13 @@ cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* s
 
 
 cdef inline const cost_t* _class(const Shape* s, const Ask* a, int cls, int count) noexcept nogil:
-    """Prices by number of CPUs when exactly `count` cells of a class are used."""
+    """Return the prices by number of CPUs when exactly `count` cells of a class are used."""
     cdef int cells = s.class_start[cls + 1] - s.class_start[cls]
     return a.class_table[cls] + (<Py_ssize_t>cells * a.class_rows[cls] + count) * (a.want + 1)
 
 
 cdef inline int _shared_node(const Shape* s, int cls) noexcept nogil:
-    """The node all cells of a class lie in, if it is cut into several cells; else -1."""
+    """Return the node that contains all cells of a class, if it is split into several cells; else -1."""
     cdef int node = s.cell_node[s.class_cells[s.class_start[cls]]]
     return node if s.node_cells[node] > 1 else -1
 

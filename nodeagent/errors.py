@@ -1,32 +1,32 @@
-"""The error tree, drawn once.
+"""The error tree.
 
     NodeagentError
     ├── Refused        a request that does not fit; carries its numbers and what would admit it
-    ├── InputError     a value from a user, a peer or a file that is not what it must be
+    ├── InputError     an invalid value from a user, a peer or a file
     ├── HostError      the machine did not answer or answered nonsense (sysfs, udev, NVML)
     ├── StateError     the ledger's durable form cannot be read or written
     │   └── LedgerTooNewError   a newer build wrote it; waiting does not help
     ├── PeerError      kubelet, the runtime or another peer did not do its part
-    └── ConfigError    the configuration is bad; carries the path of the key
+    └── ConfigError    the configuration is invalid; carries the path of the key
 
 Every message reads "cannot VERB OBJECT: CAUSE" and names the value and its place.
 """
 
 
 class NodeagentError(Exception):
-    """Whatever this program raises on purpose."""
+    """Base class of all errors that this program raises on purpose."""
 
 
 def cause_of(error: Exception) -> str:
-    """Return what went wrong, for the end of a message: of a system call's error without its number and path."""
+    """Return the cause of an error for the end of a message; for an OSError without its number and path."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 class Refused(NodeagentError):  # noqa: N818 - a refusal is an answer, not an error
-    """A request that was understood and does not fit.
+    """A valid request that does not fit.
 
-    want and free count the same unit (CPUs, pages, bytes or devices, as `why` says);
-    would_admit is the smallest change found that would make it fit, or "".
+    want and free count the same unit (CPUs, pages, bytes or devices, as `why` states). would_admit is the smallest
+    change found that would make the request fit, or "".
     """
 
     def __init__(self, why: str, *, want: int, free: int, would_admit: str = "") -> None:
@@ -41,11 +41,11 @@ class Refused(NodeagentError):  # noqa: N818 - a refusal is an answer, not an er
 
 
 class InputError(NodeagentError, ValueError):
-    """A value that is not what it must be, with its source."""
+    """An invalid value, with its source."""
 
 
 class HostError(NodeagentError):
-    """The machine cannot be read or changed, with the path."""
+    """The machine cannot be read or changed; the message names the path."""
 
 
 class StateError(NodeagentError):
@@ -53,14 +53,14 @@ class StateError(NodeagentError):
 
 
 class LedgerTooNewError(StateError):
-    """The ledger has a layout that this build does not know and cannot be taken back to one that it does."""
+    """The ledger has a layout that this build does not know, and cannot be migrated back to one that it does."""
 
 
 class PeerError(NodeagentError):
     """Kubelet or another peer did not do its part.
 
-    status: the HTTP status of its answer, 0 where there was none. retry_after_s: how long it asked to be left alone.
-    lasting: whether the same call would fail again soon.
+    status: HTTP status of the response, 0 if there was none. retry_after_s: how many seconds the peer asked to wait
+    before a retry. lasting: whether the same call would fail again soon.
     """
 
     status: int = 0
@@ -69,4 +69,4 @@ class PeerError(NodeagentError):
 
 
 class ConfigError(NodeagentError):
-    """The configuration is bad."""
+    """The configuration is invalid."""

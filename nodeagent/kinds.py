@@ -1,6 +1,6 @@
-"""The public API for third-party kinds of devices: everything that docs/kinds.md needs, and nothing else.
+"""The public API for third-party device kinds: everything that docs/kinds.md needs, and nothing else.
 
-A kind is a class with a name and two methods, `discover` and `edits`, named by an entry point in the group
+A kind is a class with a name and two methods, `discover` and `edits`, registered as an entry point in the group
 `nodeagent.kinds`. What is exported here keeps its meaning between minor versions; other modules may change at any time.
 """
 

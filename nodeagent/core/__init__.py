@@ -1,1 +1,1 @@
-"""The pure core: values and decisions. No I/O, no clock, no logging, no gRPC, no asyncio."""
+"""The pure core: values and decisions. No I/O, clock, logging, gRPC or asyncio."""

@@ -1,1 +1,1 @@
-"""A configured resource: the core's resource joined with a host kind."""
+"""A configured resource: the core's resource combined with a host kind."""

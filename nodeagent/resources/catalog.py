@@ -1,4 +1,4 @@
-"""What of the configuration is served through DRA: the pools, and the resources that their devices come from."""
+"""What the configuration serves through DRA: the pools, and the resources that their devices come from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
 
 @dataclass(frozen=True, kw_only=True)
 class Dra:
-    """All that is served through DRA."""
+    """Everything that is served through DRA."""
 
     catalog: Catalog
     offers: tuple[Offer, ...] = ()
@@ -34,7 +34,8 @@ class Dra:
 
 
 def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, refused: Iterable[str] = ()) -> Dra:
-    """What a configuration serves through DRA, without some kinds; ConfigError where an option is unknown."""
+    """Return what a configuration serves through DRA, except `refused` kinds. Raise ConfigError for an unknown
+    option."""
     mine = [offer for offer in offers(config, families) if offer.by_dra and offer.resource.kind not in {*refused}]
     found: dict[str, PoolKind] = {}
     for kind in dict.fromkeys(one.kind for one in config.served_by_dra if one.kind not in {*refused}):
@@ -44,7 +45,7 @@ def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, r
 
 
 def page_limits(config: Config) -> tuple[PageLimit, ...]:
-    """The pools of hugepages that may grow for claims: those of sizes that claims can have."""
+    """Return the hugepage pools that may grow for claims: those of page sizes that claims can request."""
     sizes = {parse_size(one.page_size) for one in config.served_by_dra if one.kind == HUGEPAGES}
     every = (
         PageLimit(node=one.node, page_bytes=parse_size(one.page_size), max_pages=one.max_pages)

@@ -1,4 +1,4 @@
-"""One configured resource: what it shows, and what a container gets that is granted some of it."""
+"""One configured resource: what it advertises, and what a container gets that is granted some of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CPU, HUGEPAGES, MEMORY = "cpu", "hugepages", "memory"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offer:
-    """A resource and the kind of devices behind it (None: CPUs and hugepages)."""
+    """A resource and the kind of devices behind it (None for CPUs and hugepages)."""
 
     config: ResourceConfig
     resource: ResourceKind
@@ -36,18 +36,21 @@ class Offer:
 
     @property
     def name(self) -> str:
-        """The extended resource's whole name."""
+        """Return the full name of the extended resource."""
         return self.resource.name
 
     def edits(self, inventory: Inventory, grant: Grant) -> ContainerEdits:
-        """What the container of a grant gets."""
+        """Return what the container of a grant gets."""
         devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
         own = self._edits(devices, devices)
         said = {f"NODEAGENT_{_word(self.config.name)}_GRANT": grant.id, **held_variables(inventory, [grant])}
         return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
 
     def device_edits(self, device: Device, beside: Sequence[Device]) -> ContainerEdits:
-        """What the container of a claim's device gets. beside: all of its kind that go with it, itself among them."""
+        """Return what the container of a claim's device gets.
+
+        beside: all devices of the same kind that it gets, including this one.
+        """
         own = self._edits([device], beside)
         return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
 
@@ -67,7 +70,7 @@ class Offer:
         return self.config.serve != "dra"
 
     def by_device_plugin_alone(self) -> Offer:
-        """The same without what is said of DRA."""
+        """Return the same offer without its DRA settings."""
         plain = ResourceConfig(name=self.config.name, kind=self.config.kind)
         return replace(self, config=msgspec.structs.replace(self.config, serve=plain.serve, grouping=plain.grouping))
 
@@ -78,14 +81,16 @@ class Offer:
 
 
 def offers(config: Config, families: Sequence[all_kinds.Kind]) -> tuple[Offer, ...]:
-    """The offers of a configuration, for either API; ConfigError where one names an unknown kind or option. Memory is
-    none: it has no ids."""
+    """Return the offers of a configuration, for either API. Raise ConfigError naming an unknown kind or option.
+
+    Memory has no ids and is therefore not offered.
+    """
     known = {family.name: family for family in families}
     return tuple(_offer(config, one, known) for one in config.served if one.kind != MEMORY)
 
 
 def selectors(config: Config) -> Selectors:
-    """Which character and USB devices a configuration asks to look for."""
+    """Return which character and USB devices a configuration asks to discover."""
     served = config.served
     return Selectors(
         char=tuple(CharSelector(name=one.name, globs=tuple(one.paths)) for one in served if one.kind == "char"),
@@ -124,7 +129,7 @@ def _names(known: Iterable[str]) -> str:
 
 
 def held_variables(inventory: Inventory, grants: Sequence[Grant]) -> dict[str, str]:
-    """The variables that say which CPUs and pages were granted; NODEAGENT_NUMA_NODES are those of the CPUs."""
+    """Return the variables for granted CPUs and pages. NODEAGENT_NUMA_NODES are the nodes of the CPUs."""
     env, cpus = dict[str, str](), union(grant.cpus for grant in grants)
     if cpus:
         env["NODEAGENT_CPUS"] = str(cpus)
@@ -138,13 +143,13 @@ def held_variables(inventory: Inventory, grants: Sequence[Grant]) -> dict[str, s
 
 
 def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:
-    """NUMA nodes of those CPUs that are online; none on a machine without NUMA."""
+    """Return the NUMA nodes of those CPUs that are online; none on a machine without NUMA."""
     known = inventory.cpu_by_id
     return sorted({node for cpu in cpus if cpu in known and (node := known[cpu].numa_node) >= 0})
 
 
 def numbers(nodes: Iterable[NodeId]) -> str:
-    """Each once, in order, as "0,1"."""
+    """Return the distinct nodes in ascending order, as "0,1"."""
     return ",".join(str(node) for node in sorted(set(nodes)))
 
 
@@ -164,7 +169,10 @@ def _cdi_names(config: ResourceConfig, devices: Iterable[Device]) -> tuple[str, 
 
 
 def _cdi_name(cdi: CdiConfig, device: Device) -> str:
-    """HostError where the device lacks what it is named by: a container must not start without it, silently."""
+    """Return a device's CDI name. Raise HostError if the device lacks the value it is named by.
+
+    Otherwise a container would silently start without the device.
+    """
     value = getattr(device, cdi.name, None) or device.attributes.get(cdi.name)
     if value is None:
         raise HostError(f"cannot name {device.id} for CDI kind {cdi.kind}: it has no {cdi.name!r} at this moment")

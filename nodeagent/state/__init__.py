@@ -1,1 +1,1 @@
-"""The one owner of inventory, ledger and health; every decision is durable first."""
+"""The single owner of inventory, ledger and health; every decision is durable before it takes effect."""

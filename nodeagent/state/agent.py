@@ -1,6 +1,5 @@
-"""The one owner of Inventory, Ledger and Health. Every change passes here, one at a time, and is durable before it is
-seen: the store first, then memory, then whoever waits for news.
-"""
+"""The single owner of Inventory, Ledger and Health. Every change passes through here, one at a time, and is durable
+before it becomes visible: it goes to the store first, then to memory, then to those waiting for news."""
 
 from __future__ import annotations
 
@@ -42,35 +41,35 @@ from nodeagent.state.store import Store
 T = TypeVar("T")
 P = ParamSpec("P")
 List = Callable[[], Awaitable[tuple[Holding, ...]]]
-"""What kubelet says that pods hold; PeerError where it does not answer."""
+"""Return what pods hold according to kubelet; PeerError if kubelet does not answer."""
 Render = Callable[[Inventory, Grant], ContainerEdits]
-"""What the container of a grant gets."""
+"""Return what the container of a grant gets."""
 Living = Callable[[Sequence[Grant]], Awaitable[Mapping[str, str]]]
-"""Of some grants those whose pods live, by id, each with the evidence as a clause."""
+"""Return the grants whose pods are alive, by id, each with the evidence as a clause."""
 MOST_MISSING = 3
-"""So many of the things that a ledger lacks are named in a refusal."""
+"""Highest number of things missing from the ledger that a refusal names."""
 FEW_CLAIMS = 4
-"""So many claims are decided at once; of more, others are heard in between."""
+"""Up to this many claims are decided in the event loop; more are decided in a thread, to keep the loop responsive."""
 log = structlog.get_logger()
 
 
 async def none_lives(grants: Sequence[Grant]) -> Mapping[str, str]:
-    """For a machine that has no pods."""
+    """Return nothing: for a machine without pods."""
     return MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unprepared:
-    """What became of claims that were to be released."""
+    """The outcome of unpreparing claims."""
 
     released: tuple[Grant, ...] = ()
     living: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Why a claim keeps what it holds, by UID: a pod of it lives."""
+    """Why a claim keeps what it holds, by UID: one of its pods is alive."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSettings:
-    """What of the configuration the agent itself goes by."""
+    """The part of the configuration that the agent itself applies."""
 
     boot_id: str = ""
     reserved: CpuSet = EMPTY
@@ -79,7 +78,7 @@ class AgentSettings:
 
 
 class Agent(Decisions):
-    """Holds the state."""
+    """Holds the state and makes every change to it."""
 
     def __init__(
         self,
@@ -91,38 +90,38 @@ class Agent(Decisions):
         living: Living = none_lives,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take over what the store has; StateError where it cannot be read. Blocks.
-
-        living: asks the kernel and the runtime; what lives is not released, whoever says so. clock: in seconds."""
+        """Load what the store has; blocks. Raise StateError if it cannot be read. living: asks the kernel and the
+        runtime whose pods are alive; their grants are not released on kubelet's word. clock: in seconds."""
         super().__init__(store, settings.reserved)
         self.settings = settings
         self.health: Health = NO_HEALTH
         self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
         self.conflicts: tuple[str, ...] = ()
-        """What kubelet says that contradicts the ledger, newest list only."""
+        """What kubelet reports that contradicts the ledger, from its newest list only."""
         self.unaccounted: Mapping[str, str] = MappingProxyType({})
         """What the ledger may still lack, with the reason."""
         self.listed_at: float | None = None
-        """When kubelet last said what pods hold, in seconds since the epoch."""
+        """When kubelet last listed what pods hold, in seconds since the epoch."""
         self._listing = listing
         self._living = living
         self._clock = clock
         self._granted: dict[str, float] = {}
-        """When this process made each grant since kubelet was last asked."""
+        """When this process made each grant made since kubelet was last asked."""
         self._memory = Memory()
         """What earlier lists of kubelet have shown."""
         self._ended: Mapping[str, float] = MappingProxyType({})
-        """Since when the pods of grants taken over from kubelet have been gone, by grant id."""
+        """Since when the pods of grants imported from kubelet have been gone, by grant id."""
         self.held_back: Mapping[str, str] = MappingProxyType({})
         """Why grants that kubelet does not list are not released, by grant id."""
         self.disputed: frozenset[str] = frozenset()
-        """Ids of those among them whose pods live although kubelet has stopped listing them."""
+        """Ids of those among them whose pods are alive although kubelet has stopped listing them."""
         self._release_due_s: float | None = None
 
     # ---------------------------------------------------------------- the machine and its health
 
     def see(self, inventory: Inventory) -> bool:
-        """Take a fresh snapshot; whether it shows anything new. If not, the old one stays, and all worked out of it."""
+        """Take a fresh snapshot. Return whether it shows anything new; if not, the old one is kept with all derived
+        from it."""
         inventory, self._numbers = numbered(inventory, self._numbers)
         inventory = still_told(self.inventory, inventory, self.ledger.devices_held)
         if same_machine(self.inventory, inventory):
@@ -137,11 +136,11 @@ class Agent(Decisions):
         return True
 
     def observe(self, evidence: Iterable[Evidence]) -> None:
-        """Take evidence of devices' health."""
+        """Record evidence of the devices' health."""
         self._take_health(health_of.observe(self.health, evidence, self._clock(), self.settings.recover_s))
 
     def recover_due(self) -> float | None:
-        """Let recoveries happen that are due; seconds until the next one, or None."""
+        """Apply recoveries that are due. Return the seconds until the next one, or None if none is pending."""
         now = self._clock()
         self._take_health(health_of.recovered(self.health, now, self.settings.recover_s))
         due = health_of.next_recovery(self.health, self.settings.recover_s)
@@ -158,7 +157,7 @@ class Agent(Decisions):
         self.revisions.health.bump()
 
     def apply_settings(self, settings: AgentSettings) -> None:
-        """Go by other settings; grants stay as they are."""
+        """Apply new settings; grants stay unchanged."""
         self.settings = settings
         self.ledger = ledger_of.with_reserved(self.ledger, settings.reserved)
         self.revisions.ledger.bump()
@@ -166,8 +165,8 @@ class Agent(Decisions):
     # ---------------------------------------------------------------- grants
 
     def advertised(self, resource: ResourceKind) -> tuple[Advertised, ...]:
-        """Every id of a resource. What a disputed grant holds is not healthy: kubelet believes that it is free. Of a
-        ledger that may lack decisions nothing is known to be free."""
+        """Return every id of a resource. Ids of a disputed grant are unhealthy, as kubelet believes that they are free.
+        While the ledger may lack decisions, ids outside it are unhealthy too, as none is known to be free."""
         shown = resource.advertised(self.inventory, self.ledger, self.health)
         disputed = [self.ledger.grants[one] for one in self.disputed if one in self.ledger.grants]
         taken = {one for grant in disputed if grant.holder.resource == resource.name for one in grant.ids}
@@ -176,7 +175,7 @@ class Agent(Decisions):
         return tuple(replace(one, healthy=False) if one.id in taken else one for one in shown) if taken else shown
 
     def prefer(self, resource: ResourceKind, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
-        """The best `size` of the available ids. Kubelet knows better than a late list who has given back what."""
+        """Return the best `size` of the available ids. Kubelet knows better than an older list what was returned."""
         known = self.ledger.by_id
         stale = {known[resource.name, one].id for one in available if (resource.name, one) in known}
         ledger = ledger_of.release(self.ledger, stale)
@@ -186,13 +185,13 @@ class Agent(Decisions):
     async def allocate(
         self, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render, op: str
     ) -> list[ContainerEdits]:
-        """Grant each container its ids, all or nothing, durably; what each gets, as rendered. Refused names the holder
-        that is in the way."""
+        """Grant each container its ids durably, all or nothing, and return what each gets, as rendered. Raise Refused
+        naming the conflicting holder."""
         return await self._decided(self._allocate, resource, containers, render, op)
 
     async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
-        """Release grants by id at an admin's word; those that were there. What a claim holds goes as a whole: kubelet
-        knows no half of a claim."""
+        """Release grants by id on an admin's request, and return those that existed. A claim is released as a whole:
+        kubelet has no notion of half a claim."""
         return await self._decided(self._release, ids, op)
 
     async def reconcile(
@@ -204,23 +203,23 @@ class Agent(Decisions):
         asked_at: float | None = None,
         witnesses: Witnesses = NO_WITNESSES,
     ) -> Findings:
-        """Take kubelet's list: name holders, release what is proven to be gone, adopt what was never recorded.
+        """Apply kubelet's list: name holders, release what is proven to be gone, adopt what was never recorded.
 
-        asked_at: when kubelet was asked, by the agent's clock; what was granted after that the list cannot know.
+        asked_at: when kubelet was asked, by the agent's clock; the list cannot contain what was granted after that.
         """
         asked_at = self._clock() if asked_at is None else asked_at
         return await self._decided(self._reconcile, holdings, resources, op, asked_at, witnesses)
 
     async def release_ended(self, there: Container[str], op: str) -> tuple[Grant, ...]:
-        """Release what was taken over from kubelet's own managers for pods that are gone for good; what that was.
+        """Release grants imported from kubelet's own managers whose pods are gone for good, and return them.
 
-        there: UIDs of the pods that have a folder now. A pod that two looks do not find, patience.confirmed_s apart, is
-        gone."""
+        there: UIDs of the pods that have a folder now. A pod is gone if two looks, patience.confirmed_s apart, miss it.
+        """
         return await self._decided(self._release_ended, there, op)
 
     @property
     def look_again_s(self) -> float | None:
-        """How soon kubelet is to be asked again for its list, in seconds; None: not before something changes."""
+        """Return in how many seconds to ask kubelet for its list again, or None if not before something changes."""
         if self._granted or self._ended:
             return 0.0
         return self._release_due_s
@@ -228,34 +227,33 @@ class Agent(Decisions):
     # ---------------------------------------------------------------- claims
 
     async def prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
-        """Grant claims what was allocated to them, each all or nothing, all durable on return."""
+        """Grant claims what was allocated to them, each all or nothing; durable on return."""
         return await self._decided(self._prepare, catalog, claims, op)
 
     async def record_reserved_for(self, uid: str, pods: Sequence[str], op: str) -> None:
-        """Note for which pods (their UIDs) a claim is reserved now."""
+        """Record the pods (UIDs) for which a claim is reserved now."""
         await self._decided(self._record_reserved_for, uid, pods, op)
 
     async def unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
-        """Release all that some claims hold, except for claims of which a pod lives. Durable on return; the unknown is
-        no error."""
+        """Release what the claims hold, durably, except for claims with a living pod. Unknown UIDs are ignored."""
         return await self._decided(self._unprepare, uids, op)
 
     async def refresh(self) -> None:
-        """Hear what another agent beside this one has decided."""
+        """Learn what another agent on the node has decided."""
         await self._decided(_nothing)
 
     async def rebuild(self, sources: Sources, resources: Sequence[ResourceKind], op: str) -> Mapping[str, str]:
-        """Put back what a ledger that may lack decisions is shown to lack; what is still missing, with the reason."""
+        """Put back what a possibly incomplete ledger is shown to lack. Return what is still missing, and why."""
         return await self._decided(self._rebuild, sources, {one.name: one for one in resources}, op)
 
     async def prune(self, before: float) -> int:
-        """Forget audit lines older than a moment."""
+        """Delete audit entries older than `before` (seconds since the epoch). Return how many."""
         return await self._decided(self._prune, before)
 
-    # ---------------------------------------------------------------- behind the turn
+    # ---------------------------------------------------------------- inside a turn
 
     def _refuse_while_incomplete(self, what: str, want: int) -> None:
-        """Refused while the ledger may lack decisions: what looks free may be in use."""
+        """Raise Refused while the ledger may lack decisions: what looks free may be in use."""
         if self.loss:
             missing = "; ".join(list(self.unaccounted.values())[:MOST_MISSING]) or "it is being rebuilt"
             raise Refused(
@@ -280,7 +278,7 @@ class Agent(Decisions):
     def _recorded(
         self, resources: Mapping[str, ResourceKind], name: str, ids: tuple[str, ...], uid: str, container: str
     ) -> Grant | None:
-        """A grant of what kubelet's checkpoint has with a container."""
+        """Return a grant of what kubelet's checkpoint records for a container, or None if it is not served."""
         if name not in resources:
             return None
         stamp = self._stamp()
@@ -301,7 +299,8 @@ class Agent(Decisions):
         return edits
 
     async def _make_way(self, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
-        """Kubelet asks for what another container held: Refused if that lives or is listed, or if nobody can say."""
+        """Raise Refused if another container holds some of the ids and is alive or listed, or kubelet does not
+        answer."""
         known, ids = self.ledger.by_id, [one for container in containers for one in container]
         old = {one: grant for one in ids if (grant := known.get((resource.name, one))) is not None}
         if old:
@@ -320,7 +319,7 @@ class Agent(Decisions):
             _refuse_listed(resource, ids, holding)
 
     def _begin_anew(self, grants: Iterable[Grant]) -> None:
-        """Who asked just now is given all the time that a new pod has, also where the grant is an old one."""
+        """Give the requester all the time that a new pod has, even if the grant is an old one."""
         now = self._clock()
         self._granted.update((grant.id, now) for grant in grants)
         missing = {one: since for one, since in self._memory.missing.items() if one not in self._granted}
@@ -412,7 +411,8 @@ class Agent(Decisions):
         if self.loss:
             return await self._prepare_known(catalog, claims, op)
         decide_all = functools.partial(prepare_of.prepare, self.inventory, self.ledger, catalog, claims, self._stamp())
-        # Many decisions take longer than kubelet may wait for a word in between. They are pure: a thread can make them.
+        # Many decisions would block the event loop for longer than kubelet may be kept waiting. They are pure, so a
+        # thread can make them.
         batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
         if living := await self._living([one.grant for one in batch.changes if one.action == RELEASED]):
             batch = await self._prepare_others(catalog, claims, living)
@@ -420,8 +420,8 @@ class Agent(Decisions):
         return batch
 
     async def _prepare_known(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
-        """While the ledger may lack decisions: the claims that it has, and the one that it lacks, if there is only one
-        and no container of it runs; it is thereby accounted for."""
+        """Prepare the claims that an incomplete ledger has, and the one that it lacks if it is the only one and no
+        container of it runs: this accounts for it."""
         held = [one for one in claims if prepare_of.grants_of(self.ledger, one.ref.uid)]
         known = [one for one in claims if one in held or await self._may_be_decided(one)]
         batch = prepare_of.prepare(self.inventory, self.ledger, catalog, known, self._stamp())
@@ -435,14 +435,14 @@ class Agent(Decisions):
         return replace(batch, errors=errors)
 
     async def _may_be_decided(self, claim: Claim) -> bool:
-        """Whether a claim is all that the ledger lacks, and none of its containers still uses what it had before."""
+        """Return whether a claim is all that the ledger lacks and no container still uses what the claim had before."""
         if self.unaccounted.keys() != {claim.ref.uid}:
             return False
         before = Grant(id="", holder=Holder(api=CLAIM, uid=claim.ref.uid), pods=claim.reserved_for)
         return not await self._living([before])
 
     async def _prepare_others(self, catalog: Catalog, claims: Sequence[Claim], living: Mapping[str, str]) -> Batch:
-        """The decision without claims that were allocated something else before, and whose pods still use that."""
+        """Decide without the claims that were previously allocated something else that their pods still use."""
         why = {self.ledger.grants[one].holder.uid: evidence for one, evidence in living.items()}
         others = [claim for claim in claims if claim.ref.uid not in why]
         batch = prepare_of.prepare(self.inventory, self.ledger, catalog, others, self._stamp())
@@ -472,7 +472,7 @@ class Agent(Decisions):
 def _refuse_living(
     resource: ResourceKind, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]
 ) -> None:
-    """Refused where a container that lives holds some of the ids, whatever kubelet has forgotten."""
+    """Raise Refused if a living container holds some of the ids, whatever kubelet has forgotten."""
     taken = {one: grant for one, grant in old.items() if grant.id in living}
     if taken:
         grant = next(iter(taken.values()))
@@ -489,7 +489,7 @@ def _refuse_listed(resource: ResourceKind, ids: Sequence[str], holding: Holding)
 
 
 async def _nothing() -> None:
-    """A turn in which nothing is decided."""
+    """Decide nothing in a turn."""
 
 
 def _say_granted(op: str, resource: str, grants: Iterable[Grant]) -> None:

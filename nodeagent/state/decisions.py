@@ -1,6 +1,7 @@
-"""One decision at a time on the ledger: made in a turn, durable before it is in force, and in force before it is known.
+"""One decision on the ledger at a time: durable before it takes effect, and in effect before it is announced.
 
-Another process may decide on the same ledger, as during a rolling upgrade: each turn begins with what that one decided.
+Another process may decide on the same ledger, as during a rolling upgrade. Each turn therefore starts by reading what
+the other process has decided.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from nodeagent.state.store import Store
 T = TypeVar("T")
 P = ParamSpec("P")
 TELL_S = 0.001
-"""How long news of a decision wait for its answer to be under way."""
+"""Delay of notifications about a decision, so that its answer is sent first."""
 log = structlog.get_logger()
 
 
 class Revisions(NamedTuple):
-    """One for each part of the state. They rise in this package alone; whoever waits, waits for those that it uses."""
+    """One revision for each part of the state.
+
+    They are bumped only in this package; each waiter waits for the ones it uses.
+    """
 
     inventory: Revision
     ledger: Revision
@@ -42,14 +46,14 @@ class Decisions:
     """The ledger and its durable form."""
 
     def __init__(self, store: Store, reserved: CpuSet) -> None:
-        """Take over what the store has; StateError where it cannot be read. Blocks."""
+        """Load what the store has; blocks. Raise StateError if it cannot be read."""
         grants = MappingProxyType({one.id: one for one in store.load()})
         self.ledger = Ledger(grants=grants, reserved=reserved)
         self.loss = store.loss
-        """Why the ledger may lack decisions; until it is rebuilt nothing new is granted. "": it is whole."""
+        """Why the ledger may lack decisions; until it is rebuilt nothing new is granted. "" if it is whole."""
         self.revisions = Revisions(Revision(), Revision(), Revision())
         self.on_decision: Callable[[], None] | None = None
-        """Called after each durable change, where another agent has to learn of it."""
+        """Called after each durable change if another agent has to be notified."""
         self._store = store
         self._turn = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
@@ -57,7 +61,7 @@ class Decisions:
         self._disk = ThreadPoolExecutor(1, "store")
 
     async def close(self) -> None:
-        """Take no more decisions, let those under way finish, close the store."""
+        """Accept no more decisions, wait for those under way, and close the store."""
         self._closing = True
         while self._under_way:
             await asyncio.wait(self._under_way)
@@ -65,8 +69,10 @@ class Decisions:
         self._store.close()
 
     async def _decided(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """A decision in its turn. A peer that hangs up must not cut it in two: it is finished, and the answer dropped;
-        if it fails then, the log alone hears of it."""
+        """Make a decision in its turn and return its result.
+
+        If the peer hangs up, the decision is still completed and its result dropped; a failure is then only logged.
+        """
         if self._closing:
             raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
         task = asyncio.ensure_future(self._in_turn(lambda: work(*args, **kwargs)))
@@ -79,7 +85,7 @@ class Decisions:
             raise
 
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """A decision of this process alone, on what is known by then: also on what another one decided before."""
+        """Run `work` in a turn of this process alone, after reading what another process has decided."""
         async with self._turn:
             if not self._store.try_begin():
                 await self._on_disk(self._store.begin)
@@ -103,7 +109,7 @@ class Decisions:
             self.revisions.ledger.bump()
 
     async def _save(self, changes: Sequence[Change], after: Ledger, op: str) -> None:
-        """Durable first, then in memory, then told."""
+        """Make changes durable, then apply them in memory, then notify."""
         if not changes:
             return
         held = self.ledger.grants.values()
@@ -114,7 +120,7 @@ class Decisions:
             self._tell(self.on_decision)
 
     def _tell(self, tell: Callable[..., object], *args: object) -> None:
-        """Have the rest of the world told a moment later: who asked is answered first."""
+        """Schedule a notification for a moment later, so that the requester is answered first."""
         asyncio.get_running_loop().call_later(TELL_S, tell, *args)
 
     async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
@@ -122,7 +128,7 @@ class Decisions:
 
 
 def _say_failure(task: asyncio.Task[Any]) -> None:
-    """Nobody waits any more for what a task raised."""
+    """Log what a task raised that has no waiter left."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
         unforeseen = None if isinstance(error, NodeagentError) else error

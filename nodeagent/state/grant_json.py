@@ -1,4 +1,4 @@
-"""A grant as JSON, as it lies in the ledger's file, both ways. What a newer build has added is passed over."""
+"""Conversion of a grant to and from the JSON stored in the ledger file. Fields added by a newer build are ignored."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Result(msgspec.Struct, omit_defaults=True):
 
 
 class _Body(msgspec.Struct, omit_defaults=True):
-    """A grant as it lies in the file."""
+    """A grant as stored in the file."""
 
     id: str
     api: str
@@ -57,12 +57,12 @@ class _Body(msgspec.Struct, omit_defaults=True):
 
 
 def write(grant: Grant) -> str:
-    """One line."""
+    """Return the grant as one line of JSON."""
     return msgspec.json.encode(_body(grant)).decode()
 
 
 def document(grant: Grant) -> dict[str, Any]:
-    """The same in plain types."""
+    """Return the grant as plain types."""
     found: dict[str, Any] = msgspec.to_builtins(_body(grant))
     return found
 
@@ -94,7 +94,7 @@ def _body(grant: Grant) -> _Body:
 
 
 def read(body: Any, source: str) -> Grant:
-    """What `write` wrote; StateError names the source."""
+    """Read what `write` wrote. Raise StateError naming the source."""
     try:
         return _grant(msgspec.json.decode(body, type=_Body), source)
     except (msgspec.MsgspecError, TypeError) as error:
@@ -102,7 +102,7 @@ def read(body: Any, source: str) -> Grant:
 
 
 def from_document(found: Any, source: str) -> Grant:
-    """What `document` gave; StateError names the source."""
+    """Read what `document` returned. Raise StateError naming the source."""
     try:
         return _grant(msgspec.convert(found, type=_Body), source)
     except msgspec.MsgspecError as error:

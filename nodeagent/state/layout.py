@@ -1,7 +1,8 @@
-"""The tables of the ledger's file, layout by layout, and the way from one to the next in both directions.
+"""The tables of the ledger file, layout by layout, and the migrations between them in both directions.
 
-`PRAGMA user_version` is the layout. A build brings an older file to its own layout, and stores with each layout how it
-is taken back to the one before: so an older build, which cannot know a newer layout, can take the file back itself.
+`PRAGMA user_version` is the layout. A build migrates an older file to its own layout, and stores with each layout the
+script that leads back to the previous one. An older build, which cannot know a newer layout, can thus migrate the file
+back itself.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from nodeagent.errors import LedgerTooNewError, StateError
 
 @dataclass(frozen=True, slots=True)
 class LedgerLayout:
-    """up: leads from the layout before to this one. down: leads back, losing nothing that the one before can hold; "":
-    there is none before."""
+    """One layout and the scripts that lead to it and back.
+
+    up: leads from the previous layout to this one. down: leads back without losing anything that the previous layout
+    can hold; "" if there is none.
+    """
 
     up: str
     down: str = ""
@@ -49,7 +53,7 @@ _WAYS_OUT = (
 
 
 def migrate(db: sqlite3.Connection, layouts: Sequence[LedgerLayout] | None = None) -> None:
-    """Bring a file to the newest of some layouts (this build's own), each step whole or not at all."""
+    """Migrate a file to the newest of some layouts (this build's by default), each step entirely or not at all."""
     layouts = LAYOUTS if layouts is None else layouts
     for number in range(_layout(db), len(layouts)):
         layout = layouts[number]
@@ -58,9 +62,10 @@ def migrate(db: sqlite3.Connection, layouts: Sequence[LedgerLayout] | None = Non
 
 
 def take_back(db: sqlite3.Connection, path: Path, newest: int | None = None) -> None:
-    """Take a file of a newer build back to a layout (this build's newest), all steps or none.
+    """Migrate a newer build's file back to layout `newest` (this build's by default), all steps or none.
 
-    LedgerTooNewError where the file does not say how; StateError for a layout that no build writes."""
+    Raise LedgerTooNewError if the file does not contain the way back, StateError for a layout that no build writes.
+    """
     newest = NEWEST if newest is None else newest
     found = _layout(db)
     if found < 0:
@@ -78,7 +83,7 @@ def take_back(db: sqlite3.Connection, path: Path, newest: int | None = None) -> 
 
 
 def _stored(number: int, script: str) -> str:
-    """Statements that store how a layout is taken back."""
+    """Return the statements that store how a layout is migrated back."""
     quoted = script.replace("'", "''")
     return f"{_WAYS_BACK} INSERT OR REPLACE INTO ways_back VALUES ({number}, '{quoted}');"  # noqa: S608 - our own text
 

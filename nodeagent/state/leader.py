@@ -1,5 +1,7 @@
-"""Which of the agents on a node leads: it alone serves the device plugin, publishes, and answers admins. The others
-serve claims beside it and wait for its end.
+"""Leadership among the agents of a node.
+
+Only the leader serves the device plugin, publishes, and answers admins. The other agents serve claims alongside it and
+wait for it to end.
 """
 
 from __future__ import annotations
@@ -19,19 +21,19 @@ from nodeagent.state.lock import FileLock
 from nodeagent.state.store import Store
 
 LOCK, NEWS = "leader.lock", "ledger.news"
-"""In the state folder: held by the agent that leads; made and removed when another one has decided something."""
+"""Files in the state folder: held by the leader; touched and removed when another agent has made a decision."""
 RETRY_S, LOST_S = 0.2, 3.0
-"""How often an agent that waits looks; how long whoever leads has to put back its lock where somebody removed it."""
+"""How often a waiting agent checks; how long the leader has to restore its lock file if that was removed."""
 PRUNE_S = 3600.0
 log = structlog.get_logger()
 
 
 class Leader:
-    """The lead of a node, taken and kept. Building it takes nothing."""
+    """The leadership of a node, acquired and kept. Constructing it acquires nothing."""
 
     def __init__(self, agent: Agent, store: Store, state_dir: Path, audit_days: Callable[[], int]) -> None:
         self.notes: list[str] = []
-        """What was wrong with the ledger's file and was put right."""
+        """Damage to the ledger file that was found and repaired."""
         self._agent = agent
         self._store = store
         self._state_dir = state_dir
@@ -47,18 +49,21 @@ class Leader:
         return self._lock.held
 
     def close(self) -> None:
-        """Let the next one lead; StateError where this one had lost the lead."""
+        """Let the next agent lead. Raise StateError if this one had lost the lead."""
         self._lock.close()
         if self._lost.is_set():
             raise StateError(f"cannot go on: another agent has taken {self._lock.path}, which had been removed")
 
     async def lost(self) -> None:
-        """Return when another agent leads, although this one did."""
+        """Return once another agent leads although this one did."""
         await self._lost.wait()
 
     async def take(self) -> None:
-        """Return once no other agent leads on this node. Until then what it decides is heard: whoever remembers late
-        would put a damaged ledger in order wrongly."""
+        """Return once no other agent leads on this node.
+
+        Until then the other agent's decisions are read: an agent that learned of them only later would repair a damaged
+        ledger wrongly.
+        """
         said, lost_s = False, 0.0
         while not await self._leads(make=lost_s > LOST_S):
             if not said and not self._not_durable:
@@ -72,8 +77,10 @@ class Leader:
             log.info("leading")
 
     async def keep(self) -> None:
-        """Forget old audit lines; where somebody removes the ledger's folder, have the lock and the file put back. An
-        agent that finds another one in its place has lost the lead: two must not have it."""
+        """Delete old audit entries, and restore the lock and the ledger file if the folder is removed.
+
+        An agent that finds another agent's lock in place of its own has lost the lead: there must not be two leaders.
+        """
         with FolderWatch(self._state_dir, poll_s=PRUNE_S) as folder:
             while True:
                 try:
@@ -87,7 +94,7 @@ class Leader:
                 await folder.wait()
 
     async def _leads(self, *, make: bool) -> bool:
-        """Whether this agent leads now, and knows all that was decided before."""
+        """Return whether this agent leads now and knows everything that was decided before."""
         try:
             leads = self._lock.try_take(make=make)
             await self._agent.refresh()
@@ -109,7 +116,7 @@ class Leader:
 
 
 def tell(state_dir: Path) -> None:
-    """Have the agent that leads hear what another process has decided."""
+    """Notify the leading agent that another process has made a decision."""
     path = state_dir / NEWS
     with contextlib.suppress(OSError):
         path.touch()

@@ -1,6 +1,7 @@
-"""Locks between processes of one node: a file, held as long as its handle is open (flock(2)).
+"""Locks between processes of one node: a file, locked for as long as its handle is open (flock(2)).
 
-A lock is what lies at its path. Where somebody removed the file while it was held, the next taking makes it anew.
+The lock is the file currently at the path. If the file was removed while held, the next attempt to take it creates it
+again.
 """
 
 from __future__ import annotations
@@ -16,18 +17,19 @@ _CLOSED = -1
 
 
 class FileLock:
-    """One lock. Taking it twice is taking it once."""
+    """One lock. Taking it again while it is held has no effect."""
 
     def __init__(self, path: Path) -> None:
-        """StateError where the file cannot be made."""
+        """Open the file. Raise StateError if it cannot be created."""
         self.path = path
         self._handle = self._opened()
         self.held = False
 
     def try_take(self, *, make: bool = True) -> bool:
-        """Take it if nobody else has it. Does not block. StateError where the file cannot be used.
+        """Take the lock unless another process holds it, without blocking. Return whether it is held.
 
-        make: where somebody removed the file, make it anew. Whoever had it then cannot tell: it has to take it again.
+        make: create the file again if it was removed. The previous holder is not notified: it has to take the lock
+        again. Raise StateError if the file cannot be used.
         """
         while not (self.held and self.is_there()):
             if not self.is_there():
@@ -46,16 +48,17 @@ class FileLock:
         return True
 
     def content(self) -> bytes:
-        """What the file holds, at most LARGEST_CONTENT_BYTES of it; nothing where it cannot be read."""
+        """Return the first LARGEST_CONTENT_BYTES of the file, or nothing if it cannot be read."""
         try:
             return os.pread(self._handle, LARGEST_CONTENT_BYTES, 0)
         except OSError:
             return b""
 
     def put(self, content: bytes) -> None:
-        """Replace what the file holds. Only while the lock is held. StateError where the disk refuses it.
+        """Replace the content of the file; only while the lock is held. Raise StateError if the disk refuses.
 
-        One write, so that kill -9 leaves the old content or the new; it is not synced: after a power cut it may be old.
+        It is a single write, so that kill -9 leaves the old content or the new. It is not synced: after a power cut the
+        content may be old.
         """
         try:
             os.pwrite(self._handle, content.ljust(len(self.content())), 0)
@@ -63,13 +66,16 @@ class FileLock:
             raise StateError(f"cannot write {self.path}: {error.strerror}") from None
 
     def release(self) -> None:
-        """Let others have it."""
+        """Release the lock."""
         if self.held:
             self.held = False
             fcntl.flock(self._handle, fcntl.LOCK_UN)
 
     def close(self) -> None:
-        """Release it and close the file. Once is enough: by the second time the number may be another file's."""
+        """Release the lock and close the file.
+
+        Closing again has no effect, as the handle's number may belong to another file by then.
+        """
         self.held = False
         handle, self._handle = self._handle, _CLOSED
         if handle != _CLOSED:
@@ -83,7 +89,7 @@ class FileLock:
             raise StateError(f"cannot use state folder {self.path.parent}: {error.strerror}") from None
 
     def is_there(self) -> bool:
-        """Whether the open file is the one that others find."""
+        """Return whether the open file is still the one at the path."""
         try:
             found, mine = self.path.stat(), os.fstat(self._handle)
         except OSError:

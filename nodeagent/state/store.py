@@ -1,12 +1,11 @@
-"""The ledger's durable form: one SQLite file, one transaction a decision, on disk before anyone acts on it.
+"""The ledger's durable form: one SQLite file, one transaction per decision, on disk before the decision takes effect.
 
-Promises: what `save` returned from is there after kill -9 and after a power cut (WAL, synchronous=FULL); a save that
-fails changes nothing; a damaged file is moved aside and named, never deleted and never the end of the agent; a file of
-a newer build is left as it is; a file that is removed while it is open is put back before the next decision, and one
-that is damaged while it is open is replaced by one with all that is held. A ledger that may lack decisions says so
-(`loss`) until it is rebuilt, over restarts too. Two processes may have it open, as during a rolling upgrade: each
-decides in its turn, under a lock, and learns first what the other has decided.
-Every call blocks; `Store` is used from one thread at a time.
+Promises: what `save` returned from survives kill -9 and a power cut (WAL, synchronous=FULL). A save that fails changes
+nothing. A damaged file is moved aside and reported; it is never deleted and never stops the agent. A file of a newer
+build is left as it is. A file that is removed while open is restored before the next decision; one that is damaged
+while open is replaced by one with everything that is held. A ledger that may lack decisions says so (`loss`) until it
+is rebuilt, across restarts too. Two processes may have it open, as during a rolling upgrade: each decides in its turn,
+under a lock, after learning what the other has decided. Every call blocks; `Store` is used from one thread at a time.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ from nodeagent.state.mark import LedgerMark, Mark
 
 FILE, LOCK = "ledger.db", "ledger.lock"
 COUNTED, WHOLE = "counted", "ledger-whole"
-"""Action of an audit line without a grant, which says only how far the ledger has counted; op of such a line."""
+"""Action of an audit entry without a grant, which only records how far the ledger has counted; op of such an entry."""
 BUSY_TIMEOUT_MS = 2000
 TURN_S, TURN_POLL_S = 20.0, 0.005
-"""How long another process may take for its turn, and how often it is looked whether it is over."""
+"""How long another process may take for its turn, and how often to check whether it is over."""
 
 _DAMAGE = frozenset(
     {
@@ -44,7 +43,7 @@ _DAMAGE = frozenset(
         sqlite3.SQLITE_IOERR_SHORT_READ,
     }
 )
-"""Results that speak of a file's content rather than of the disk, the folder or a lock (sqlite.org/rescode.html)."""
+"""Result codes that concern a file's content, not the disk, the folder or a lock (sqlite.org/rescode.html)."""
 
 
 class Store:
@@ -53,13 +52,14 @@ class Store:
     def __init__(self, folder: Path, *, accept_loss: bool = False) -> None:
         """Open or create the ledger in a folder.
 
-        accept_loss: a file of a newer build is moved aside. StateError where the folder cannot be used or is in use,
-        LedgerTooNewError where a newer build wrote the file and `accept_loss` is not set."""
+        accept_loss: move a file of a newer build aside. Raise StateError if the folder cannot be used or is in use,
+        LedgerTooNewError if a newer build wrote the file and `accept_loss` is not set.
+        """
         self.path = folder / FILE
         self.note = ""
-        """What was wrong with the file found, or ""."""
+        """What was wrong with the file, or ""."""
         self.loss = ""
-        """Why the ledger may lack decisions; "": it is whole."""
+        """Why the ledger may lack decisions; "" if it is whole."""
         self.fresh = False
         """Whether there was neither a ledger nor any trace of one."""
         self._accept_loss = accept_loss
@@ -83,13 +83,12 @@ class Store:
         self._lock.close()
 
     def load(self) -> tuple[Grant, ...]:
-        """All grants in order of id; StateError where one cannot be read."""
+        """Return all grants in order of id. Raise StateError if one cannot be read."""
         with self._said("load"):
             return tuple(_grants(self._db, str(self.path)))
 
     def never_had(self, claims: Iterable[str]) -> list[str]:
-        """Return those of some claims, by UID, of which the file has neither a grant nor any line of the audit.
-        StateError."""
+        """Return the UIDs of those claims that have neither a grant nor an audit entry. Raise StateError on failure."""
         grant = "SELECT 1 FROM grants WHERE id >= ?1 || '-' AND id < ?1 || '.'"
         line = "SELECT 1 FROM audit WHERE grant_id >= ?1 || '-' AND grant_id < ?1 || '.'"
         with self._said("load"):
@@ -99,10 +98,10 @@ class Store:
                 if not self._db.execute(f"{grant} UNION ALL {line} LIMIT 1", (uid,)).fetchone()
             ]
 
-    # ---------------------------------------------------------------- whole or not
+    # ---------------------------------------------------------------- completeness
 
     def _judge(self, existed: bool) -> None:
-        """Find out at the start whether the file has every decision that was made."""
+        """Determine at start whether the file has every decision that was made."""
         mark = self._mark.read()
         self.fresh = mark is None and not existed and not self.note
         if self.note:
@@ -116,12 +115,12 @@ class Store:
             self._mark.write(Mark(newest=self._seq))
 
     def lose(self, why: str) -> None:
-        """Remember that the ledger may lack decisions, until it is found whole. StateError."""
+        """Record that the ledger may lack decisions, until it is found whole. Raise StateError on failure."""
         with self._turn():
             self._lose(why)
 
     def found_whole(self) -> None:
-        """Every decision that is in force is in the ledger. StateError where that cannot be remembered."""
+        """Record that every decision in force is in the ledger. Raise StateError if that fails."""
         with self._turn(), self._said("save"):
             self._write([], WHOLE, time.time())
             self._mark.write(Mark(newest=self._seq))
@@ -134,11 +133,11 @@ class Store:
     # ---------------------------------------------------------------- turns
 
     def try_begin(self) -> bool:
-        """Begin a turn unless another process is in one: until `end` no other process changes anything."""
+        """Begin a turn unless another process has one: until `end` no other process changes anything."""
         return self._lock.try_take()
 
     def begin(self) -> None:
-        """Begin a turn; StateError where another process does not end its own within TURN_S."""
+        """Begin a turn. Raise StateError if another process does not end its own within TURN_S."""
         until = time.monotonic() + TURN_S
         while not self._lock.try_take():
             if time.monotonic() > until:
@@ -150,8 +149,10 @@ class Store:
         self._lock.release()
 
     def news(self, held: Iterable[Grant]) -> tuple[Grant, ...] | None:
-        """All grants, where another process changed any since the last look; None: none did. In a turn. held: every
-        grant that this process knows, for a file that turns out to be damaged."""
+        """Return all grants if another process changed any since the last look, else None. Only in a turn.
+
+        held: every grant that this process knows, in case the file turns out to be damaged.
+        """
         with self._said("load"):
             try:
                 self._put_back()
@@ -181,7 +182,7 @@ class Store:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """A turn of its own, unless one has begun."""
+        """Hold a turn, unless one has already begun."""
         if self._lock.held:
             yield
             return
@@ -194,9 +195,9 @@ class Store:
     # ---------------------------------------------------------------- changes
 
     def save(self, changes: Sequence[Change], *, op: str, at: float, held: Iterable[Grant] = ()) -> None:
-        """Make changes durable, all or none. StateError: nothing was changed.
+        """Make changes durable, all or none. Raise StateError, with nothing changed, if that fails.
 
-        at: seconds since the epoch. held: every grant before the changes, for a file that turns out to be damaged.
+        at: seconds since the epoch. held: every grant before the changes, in case the file turns out to be damaged.
         """
         with self._turn(), self._said("save"):
             try:
@@ -209,18 +210,17 @@ class Store:
                 self._write(changes, op, at)
 
     def prune(self, before: float) -> int:
-        """Forget audit lines older than a moment (seconds since the epoch); how many."""
+        """Delete audit entries older than `before` (seconds since the epoch). Return how many."""
         with self._turn(), self._said("prune"):
             self._put_back()
-            # The newest line stays: its number says how far the ledger has counted.
+            # The newest entry stays: its number shows how far the ledger has counted.
             older = "DELETE FROM audit WHERE at < ? AND seq < (SELECT max(seq) FROM audit)"
             return self._db.execute(older, (before,)).rowcount
 
     def _put_back(self) -> None:
-        """Where somebody removed or replaced the file or its folder: what is open still has everything, and goes there
-        again."""
-        # The folder says whether it is worth looking. To ask for the time of a file that is written all the time makes
-        # each fsync of it a third slower (multigrain timestamps, Linux 6.13).
+        """Restore the file if it or its folder was removed or replaced: the open file still has everything."""
+        # The folder shows whether a check is needed. Reading the timestamps of a file that is written all the time
+        # makes each fsync of it a third slower (multigrain timestamps, Linux 6.13).
         folder = _stamp(self.path.parent)
         if folder is not None and folder == self._folder:
             return
@@ -233,8 +233,8 @@ class Store:
         self._folder = folder
 
     def _newer(self) -> sqlite3.Connection | None:
-        """What lies at the path now, where another process put it there and has decided more since."""
-        # Beside journals of the file that is open, another process would not have put one.
+        """Return the file now at the path if another process put it there and has decided more since, else None."""
+        # Another process would not have put a file next to journals of the open file.
         if not self.path.is_file() or set(self._identities()) & set(self._files):
             return None
         try:
@@ -247,13 +247,13 @@ class Store:
         return None
 
     def _take(self, db: sqlite3.Connection) -> None:
-        """Go on with another file."""
+        """Continue with another file."""
         old, self._db = self._db, db
         self._files, self._version = self._identities(), -1
         old.close()
 
     def _write_again(self) -> None:
-        # Also a journal alone has to go: it is not one of the fresh file.
+        # A journal on its own has to go too: it does not belong to the fresh file.
         aside = f"; what lay there is now {self._move_aside()}" if any(self._identities()) else ""
         fresh = self._connect()
         try:
@@ -266,12 +266,12 @@ class Store:
         self._version = _version(fresh)
         mark = self._mark.read()
         if not self.loss and mark is not None and mark.newest <= self._seq:
-            # Whoever found nothing here and began a new file was wrong: this process has every decision.
+            # A process that found nothing here and began a new file was wrong: this process has every decision.
             self._mark.write(Mark(newest=self._seq))
         self.note = f"{self.path} was removed or replaced while it was in use: it was written again{aside}"
 
     def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
-        """Put a new file with all that is held in the place of a damaged one."""
+        """Replace a damaged file by a new one with everything that is held."""
         self._db.close()
         aside = self._move_aside()
         self._db = self._open()
@@ -283,17 +283,17 @@ class Store:
             self._lose(f"{self.note}; another agent had decided more")
 
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
-        """Which files lie at the ledger's paths; all of them are there while it is open."""
+        """Return which files are at the ledger's paths; all of them exist while it is open."""
         return tuple(_identity(one) for one in self._places())
 
     def _places(self) -> list[Path]:
-        """The file and its journals."""
+        """Return the paths of the file and its journals."""
         return [self.path.with_name(FILE + suffix) for suffix in ("", "-wal", "-shm")]
 
     def _write(self, changes: Iterable[Change], op: str, at: float) -> None:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
-            # A file begun anew goes on counting, from the newest decision that anyone made: of two files the one that
+            # A replacement file continues counting from the newest decision of any process: of two files, the one that
             # counted further knows more.
             last = max(self._seq, _last_seq(self._db), (self._mark.read() or Mark()).newest)
             for change in changes:
@@ -301,8 +301,8 @@ class Store:
                 self._apply(change, body)
                 self._audit(last, at, change.action, op, change.grant.id, str(change.grant.holder), body)
             if last > _last_seq(self._db):
-                # It holds nothing, so nothing else would say that it has counted so far: any copy of an earlier file
-                # would count for newer.
+                # No change was written, so nothing else records how far it has counted: any copy of an earlier file
+                # would appear newer.
                 self._audit(last, at, COUNTED, op)
         self._seq = last
         # The decision is made: a mark that lags behind is weaker evidence, not an error.
@@ -340,7 +340,7 @@ class Store:
         )
 
     def _open(self) -> sqlite3.Connection:
-        """Open the file; one that cannot be used is moved aside and a new one begun."""
+        """Open the file; if it is unusable, move it aside and start a new one."""
         try:
             return self._connect()
         except LedgerTooNewError as error:
@@ -357,7 +357,7 @@ class Store:
             raise StateError(f"cannot open {self.path}: {error}") from None
 
     def _connect(self) -> sqlite3.Connection:
-        """Check the file and bring it to the newest layout."""
+        """Open and check the file, and migrate it to the newest layout."""
         db = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         try:
             db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
@@ -374,13 +374,13 @@ class Store:
         return db
 
     def _unusable(self, error: Exception) -> bool:
-        """Whether what lies there can never be opened: moving it aside helps."""
+        """Return whether the file at the path can never be opened, so that moving it aside helps."""
         if not isinstance(error, sqlite3.OperationalError) or _damaged(error):
             return True
         return any(one.exists() and not one.is_file() for one in self._places())
 
     def _move_aside(self) -> Path:
-        """Rename the file and its journals; the new name of the file."""
+        """Rename the file and its journals. Return the new name of the file."""
         name = f"{FILE}.damaged-{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
         names = [name, *(f"{name}-{number}" for number in range(1, 1000))]
         target = next(one for one in map(self.path.with_name, names) if not os.path.lexists(one))
@@ -399,7 +399,7 @@ class Store:
 
 
 def read_only(folder: Path) -> tuple[Grant, ...]:
-    """All grants of a ledger that may be in use, in order of id; StateError where they cannot be read."""
+    """Return all grants of a ledger that may be in use, in order of id. Raise StateError if they cannot be read."""
     path = folder / FILE
     try:
         with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as db:
@@ -410,7 +410,7 @@ def read_only(folder: Path) -> tuple[Grant, ...]:
 
 
 def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
-    """All grants in order of id; StateError where one is not as it was written."""
+    """Yield all grants in order of id. Raise StateError if one differs from what was written."""
     for one, body, crc32 in db.execute("SELECT id, body, body_crc32 FROM grants ORDER BY id"):
         if zlib.crc32(body.encode()) != crc32:
             raise StateError(f"cannot read {source}, grant {one}: its checksum is wrong")
@@ -421,14 +421,15 @@ def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
 
 
 def _check(db: sqlite3.Connection) -> None:
-    """StateError where the file is damaged."""
+    """Raise StateError if the file is damaged."""
     verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if verdict != "ok":
         raise StateError(f"it is damaged: {verdict}")
 
 
 def _damaged(error: Exception) -> bool:
-    """Whether an error speaks of the file's content. One without a code is Python's own: text that is not UTF-8."""
+    """Return whether an error concerns the file's content. One without a code is Python's own, for text that is not
+    UTF-8."""
     code = getattr(error, "sqlite_errorcode", None)
     if code is None:
         return isinstance(error, sqlite3.OperationalError)
@@ -436,19 +437,19 @@ def _damaged(error: Exception) -> bool:
 
 
 def _last_seq(db: sqlite3.Connection) -> int:
-    """The number of the newest line of the audit; 0: there is none."""
+    """Return the number of the newest audit entry, or 0 if there is none."""
     found: int = db.execute("SELECT coalesce(max(seq), 0) FROM audit").fetchone()[0]
     return found
 
 
 def _version(db: sqlite3.Connection) -> int:
-    """Another number whenever another process has changed the file (sqlite.org/pragma.html#pragma_data_version)."""
+    """Return a number that changes if another process changes the file (sqlite.org/pragma.html#pragma_data_version)."""
     found: int = db.execute("PRAGMA data_version").fetchone()[0]
     return found
 
 
 def _identity(file: Path | int) -> tuple[int, int] | None:
-    """Which file lies at a path or behind a handle."""
+    """Return which file is at a path or behind a handle, or None if there is none."""
     try:
         found = os.stat(file)  # noqa: PTH116 - a path or a handle
     except OSError:
@@ -457,7 +458,8 @@ def _identity(file: Path | int) -> tuple[int, int] | None:
 
 
 def _stamp(folder: Path) -> tuple[int, ...] | None:
-    """What differs when another folder lies at a path, or when an entry of it came, went or was replaced."""
+    """Return a value that changes if the folder at the path is another, or an entry of it was added, removed or
+    replaced."""
     try:
         found = folder.stat()
     except OSError:

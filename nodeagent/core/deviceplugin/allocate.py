@@ -1,7 +1,7 @@
-"""Decisions about device-plugin containers: what granting exact ids does to the ledger, or why it cannot be.
+"""Decisions about device-plugin containers: how granting exact ids changes the ledger, or why they cannot be granted.
 
-Pure. Kubelet has chosen the ids already; what is decided here is whether they can be had, and from whom they are taken
-over: a grant whose pod was never listed, or is gone, gives way.
+Pure. Kubelet has already chosen the ids. What is decided here is whether they can be granted, and which older grants
+they are taken from: a grant whose pod was never listed, or has gone, gives way.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError, Refused
 
 SAME_POD_S = 5.0
-"""Kubelet admits one pod after the other: what was granted so recently and is not listed yet is likely of one pod."""
+"""Kubelet admits one pod after another: a grant made this recently and not listed yet is probably of the same pod."""
 
 
 MOST_NAMED = 4
-"""So many shared things are named in a refusal."""
+"""How many shared things a refusal names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stamp:
-    """What a new grant is marked with. at: seconds since the epoch."""
+    """What a new grant is marked with. `at` is in seconds since the epoch."""
 
     new_id: Callable[[], str]
     at: float
@@ -41,7 +41,7 @@ class Stamp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decision:
-    """One decision: the ledger after it, the changes that lead there, and the grant of each container."""
+    """One decision: the resulting ledger, the changes that lead to it, and the grant of each container."""
 
     ledger: Ledger
     changes: tuple[Change, ...] = ()
@@ -51,8 +51,11 @@ class Decision:
 def allocate(
     inventory: Inventory, ledger: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]], stamp: Stamp
 ) -> Decision:
-    """Grant each container its ids, all or nothing. InputError names ids that are unknown or asked for twice, Refused
-    the holder that is in the way. Who asks again for what is granted and not listed yet gets the same grant."""
+    """Grant each container its ids, all or nothing.
+
+    A repeated request for what is granted and not listed yet returns the same grant. Raise InputError naming ids that
+    are unknown or requested twice, and Refused naming the conflicting holder.
+    """
     check_ids(inventory, resource, containers)
     decision = Decision(ledger=ledger)
     for ids in containers:
@@ -61,13 +64,13 @@ def allocate(
 
 
 def check_ids(inventory: Inventory, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
-    """InputError where ids are unknown or asked for twice, where a container asks for none, or where there is none."""
+    """Raise InputError if there is no container, one requests no id, or an id is unknown or requested twice."""
     check_asked(resource.name, containers)
     resource.parts(inventory, list(chain.from_iterable(containers)))
 
 
 def check_asked(name: str, containers: Sequence[Sequence[str]]) -> None:
-    """InputError unless a request for a resource has a container, each names ids, and no id stands twice."""
+    """Raise InputError unless the request has a container, each container names ids, and no id occurs twice."""
     if not containers:
         raise InputError(f"cannot allocate {name}: the request names no container")
     if not all(containers):
@@ -78,7 +81,7 @@ def check_asked(name: str, containers: Sequence[Sequence[str]]) -> None:
 
 
 def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], grant_id: str, stamp: Stamp) -> Grant:
-    """What ids stand for as a grant to a container not known by name; InputError where they are unknown."""
+    """Return a grant of these ids to a container whose name is not known yet. Raise InputError if an id is unknown."""
     parts = resource.parts(inventory, ids)
     return Grant(
         id=grant_id,
@@ -95,7 +98,7 @@ def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], g
 
 
 def adopt(inventory: Inventory, ledger: Ledger, grants: Iterable[Grant]) -> tuple[Decision, tuple[str, ...]]:
-    """Record what kubelet says is held and nobody recorded, and why some of it cannot be."""
+    """Record holdings that kubelet reports and the ledger lacks. Return the decision and the conflicts."""
     changes: list[Change] = []
     conflicts: list[str] = []
     for grant in grants:
@@ -110,7 +113,7 @@ def adopt(inventory: Inventory, ledger: Ledger, grants: Iterable[Grant]) -> tupl
 
 
 def near(inventory: Inventory, ledger: Ledger, now: float) -> Near:
-    """What the pod that is being admitted right now is thought to hold already. now: seconds since the epoch."""
+    """Return what the pod currently being admitted is thought to hold already. now: seconds since the epoch."""
     recent = [g for g in ledger.grants.values() if not g.confirmed and 0 <= now - g.granted_at < SAME_POD_S]
     known = inventory.device_by_id
     devices = tuple(one for grant in recent for one in (*grant.devices, *grant.shares) if one in known)
@@ -128,7 +131,8 @@ def _one_more(
     old = {held.id: held for key in keys if (held := before.ledger.by_id.get(key)) is not None}
     same = next((held for held in old.values() if set(held.ids) == set(ids)), None)
     again = same is not None and not same.confirmed
-    # What a listed pod held is another pod's now: the old id stays the old pod's, in the audit and in its variables.
+    # What a listed pod held now belongs to another pod. The old id stays with the old pod, in the audit and in its
+    # environment variables.
     grant = grant_of(inventory, resource, ids, same.id if same is not None and again else stamp.new_id(), stamp)
     if same is not None and _says_the_same(same, grant):
         return replace(before, grants=(*before.grants, same))
@@ -147,7 +151,7 @@ def _one_more(
 
 
 def _says_the_same(held: Grant, asked: Grant) -> bool:
-    """Whether a grant that nobody has been named for is what is asked for: then the call is one repeated."""
+    """Return whether an unconfirmed grant is exactly what is requested: then the call is a repetition."""
     if held.confirmed:
         return False
     return held == replace(asked, ids=held.ids, granted_at=held.granted_at, boot_id=held.boot_id)
@@ -156,7 +160,7 @@ def _says_the_same(held: Grant, asked: Grant) -> bool:
 def _give_way(
     inventory: Inventory, ledger: Ledger, resource: ResourceKind, held: Grant, ids: Sequence[str]
 ) -> tuple[Ledger, Change]:
-    """The ledger without what a grant has of some ids."""
+    """Return the ledger after some ids have been taken from a grant, and the change."""
     taken = [one for one in held.ids if one in ids]
     rest = without(held, taken, resource.parts(inventory, taken))
     ledger = ledger_of.release(ledger, [held.id])
@@ -166,7 +170,7 @@ def _give_way(
 
 
 def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
-    """Refused where two devices of a grant exclude each other, or where one is excluded by a device that is held."""
+    """Raise Refused if two devices of a grant exclude each other, or if a held device excludes one of them."""
     mine = {*grant.devices, *grant.shares}
     names = ", ".join(sorted(mine))
     for one in sorted(mine):
@@ -182,7 +186,7 @@ def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
 
 
 def _clash(inventory: Inventory, one: str, others: set[str]) -> str:
-    """Why a device and others cannot be given away together."""
+    """Return why a device and others cannot be granted together."""
     if parts := others.intersection(inventory.parts_of.get(one, ())):
         return f"{', '.join(sorted(parts))} is a part of {one}"
     if wholes := [other for other in sorted(others) if one in inventory.parts_of.get(other, ())]:
@@ -192,7 +196,7 @@ def _clash(inventory: Inventory, one: str, others: set[str]) -> str:
 
 
 def refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
-    """Pages that the host has taken meanwhile are not promised."""
+    """Raise Refused if the host has taken so many of the pages in the meantime that too few are left."""
     for want in grant.hugepages:
         node = inventory.node_by_id[want.node]
         free = sum(grantable(pool, ledger) for pool in node.hugepages if pool.page_bytes == want.page_bytes)

@@ -1,4 +1,4 @@
-"""Devices as the device-plugin API shows them: each an id, or as many shares as the configuration says.
+"""Devices in the device-plugin API: each is advertised as one id, or as the configured number of shares.
 
 Pure. What cannot be given away together is in core/ledger/exclusion.py.
 """
@@ -26,15 +26,15 @@ from nodeagent.core.placement.place import place
 from nodeagent.errors import Refused
 
 HOST_USES = ("in_use", "default_route")
-"""Attributes that say that the host itself uses a device."""
+"""Attributes showing that the host itself uses a device."""
 SHARES = "shares"
-"""The capacity of a claim's device that is divided."""
+"""The capacity of a claim's device that is divided into shares."""
 SHARE = "::"
-"""Between a device's id and the number of a share of it."""
+"""Separator between a device's id and the number of a share of it."""
 LONGEST_ID = 63
-"""Characters of an id that kubelet takes."""
+"""Longest id that kubelet accepts, in characters."""
 MOST_SHARES = 1024
-"""Shares of one device, as the configuration allows them."""
+"""Highest number of shares per device that the configuration allows."""
 _OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "speed_mbps", "phys_port_name", "phys_switch_id"})
 """Attributes that an adapter has through its network interface."""
 _OF_LINK = frozenset({"speed_mbps"})
@@ -43,22 +43,24 @@ _FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceResource:
-    """Devices of one kind that match; with replicas > 1 each is shown as that many shares, "ID::0" and up."""
+    """The matching devices of one kind. With replicas > 1 each is advertised as that many shares, "ID::0" and up."""
 
     name: str
     kind: str
     match: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Shell patterns by field or attribute name; all have to match."""
+    """Shell patterns by field or attribute name; all must match."""
     replicas: int = 1
 
     def devices(self, inventory: Inventory) -> list[Device]:
-        """The devices that this resource serves, in the inventory's order. What the host itself uses is served only
-        where `match` speaks of that."""
+        """Return the devices that this resource serves, in the inventory's order.
+
+        A device that the host itself uses is served only if `match` mentions the attribute that shows this.
+        """
         return [device for device in inventory.devices if self.serves(device)]
 
     def serves(self, device: Device) -> bool:
-        """Return whether a device is of this kind, matches, and is not in use by the node itself unless that is
-        asked for."""
+        """Return whether a device is of this kind, matches, and is not in use by the host (unless `match` mentions that
+        use)."""
         return (
             device.kind == self.kind
             and self._matches(device)
@@ -82,13 +84,16 @@ class DeviceResource:
         return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
 
     def _taken(self, inventory: Inventory, ledger: Ledger) -> frozenset[str]:
-        """Devices that no container of this resource can get (more of): held through another resource, held whole
-        where shares are shown or the other way round, or excluded by a device that is held."""
+        """Return the devices of which containers of this resource can get nothing, or nothing more.
+
+        These are held through another resource, or held whole while shares are advertised (or the reverse), or a held
+        device excludes them.
+        """
         ours: set[str] = set()
         theirs: set[str] = set()
         for grant in ledger.grants.values():
             mine = grant.holder.resource == self.name
-            # Shares are alike: claims and containers may have some of the same device.
+            # Shares are interchangeable: claims and containers may hold some of the same device.
             alike = mine or grant.holder.api == CLAIM
             (ours if self.replicas > 1 and alike else theirs).update(grant.shares)
             (ours if self.replicas == 1 and mine else theirs).update(grant.devices)
@@ -120,7 +125,7 @@ class DeviceResource:
     def _prefer_shares(
         self, inventory: Inventory, available: Sequence[str], must: Sequence[str], size: int
     ) -> list[str]:
-        """Shares of different devices, those with most shares to spare first."""
+        """Return shares of different devices, starting with the devices that have most shares to spare."""
         chosen = list(must)
         order = {_share_base(device.id): i for i, device in enumerate(self.devices(inventory))}
         free: dict[str, list[str]] = {}
@@ -135,8 +140,11 @@ class DeviceResource:
         return chosen
 
     def _left(self, device: Device, shares: int, held: Container[str]) -> Iterator[tuple[str, bool]]:
-        """Each id of a device, and whether it can be had or is had. shares: how many are held of it, through both APIs;
-        as many of the free ids as claims hold are gone, the last ones first."""
+        """Yield each id of a device and whether it can be granted or is held.
+
+        shares: how many shares of it are held through both APIs. For each share that a claim holds, one free id is
+        unavailable, starting with the last.
+        """
         spare = self.replicas - shares if self.replicas > 1 else 1
         for one in self._ids(device):
             spare -= one not in held
@@ -153,13 +161,16 @@ class DeviceResource:
 
 
 def _parts_first(inventory: Inventory, available: frozenset[str], must: frozenset[str]) -> frozenset[str]:
-    """What is available without the devices whose parts are available too, except for those that must be taken."""
+    """Return the available ids without devices whose parts are available too, except those that must be taken."""
     return frozenset(one for one in available if one in must or available.isdisjoint(inventory.parts_of.get(one, ())))
 
 
 def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inventory:
-    """A fresh snapshot in which adapters keep what was last told: of their interface while they are held, which in a
-    container's network namespace cannot be seen from here; of their speed also while the link is down."""
+    """Return a fresh snapshot in which adapters keep the attributes last reported.
+
+    A held adapter keeps those of its interface, which cannot be seen from here while it is in a container's network
+    namespace; any adapter keeps its speed while the link is down.
+    """
 
     def told(device: Device) -> Device:
         old = before.device_by_id.get(device.id)
@@ -175,7 +186,7 @@ def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inv
 
 
 def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int, want: int) -> None:
-    """Refused where fewer than `want` of a device's shares are left beside other grants."""
+    """Raise Refused if other grants leave fewer than `want` shares of a device."""
     others = [one for one in ledger.grants.values() if device in one.shares and one.id != grant.id]
     free = max(0, shares - sum(shares_of(one, device) for one in others))
     if want > free:
@@ -186,7 +197,7 @@ def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int
 
 
 def shares_by_device(grants: Iterable[Grant]) -> Counter[str]:
-    """How many shares some grants hold together of each device."""
+    """Return how many shares of each device the grants hold together."""
     held: Counter[str] = Counter()
     for grant in grants:
         for device in grant.shares:
@@ -195,7 +206,7 @@ def shares_by_device(grants: Iterable[Grant]) -> Counter[str]:
 
 
 def shares_of(grant: Grant, device: str) -> int:
-    """How many shares of a device a grant holds."""
+    """Return how many shares of a device a grant holds."""
     if grant.result is not None:
         return grant.result.consumed.get(SHARES, 1)
     base = _share_base(device)
@@ -203,8 +214,10 @@ def shares_of(grant: Grant, device: str) -> int:
 
 
 def without(grant: Grant, ids: Iterable[str], parts: Parts) -> Grant | None:
-    """What is left of a grant when another takes some of its ids and what they stand for; None: nothing. The ids that
-    are left need not be known any more: a CPU that went offline stays held."""
+    """Return a grant without some ids and the parts that they stand for, or None if nothing is left.
+
+    The remaining ids may be unknown by now: a CPU that went offline stays held.
+    """
     taken = frozenset(ids)
     rest = tuple(one for one in grant.ids if one not in taken)
     if not rest:
@@ -235,14 +248,14 @@ def _field(device: Device, name: str) -> str:
 
 
 def illness(device: Device, health: Health) -> HealthState | None:
-    """The worse state of a device and of what it is a part of; None: nothing is known against them."""
+    """Return the worse state of a device and its parent, or None if nothing is known against either."""
     states = [health[one] for one in (device.id, device.parent) if one is not None and one in health]
     ill = [one for one in states if one.state != HEALTHY]
     return next((one for one in ill if one.state == UNHEALTHY), ill[0] if ill else None)
 
 
 def _share_base(device: str) -> str:
-    """What the ids of a device's shares begin with: its id, cut and made distinct where that would be too long."""
+    """Return what the ids of a device's shares start with: its id, shortened with a digest if it is too long."""
     longest = LONGEST_ID - len(SHARE) - len(str(MOST_SHARES - 1))
     if len(device) <= longest:
         return device

@@ -1,7 +1,7 @@
-"""What the device-plugin API shows: the ids of a resource, which of them are healthy, which are best for a container.
+"""The device-plugin view: the ids of a resource, which of them are healthy, and which are best for a container.
 
-Pure functions of (inventory, ledger, health). One class a family of resources: CPUs and hugepages here, devices in
-devices.py. Ids are stable over restarts, at most 63 characters, and listed in a fixed order.
+Pure functions of (inventory, ledger, health), with one class per family of resources: CPUs and hugepages here, devices
+in devices.py. Ids stay the same across restarts, have at most 63 characters, and are listed in a fixed order.
 """
 
 from __future__ import annotations
@@ -46,28 +46,28 @@ class Near:
 
 
 class ResourceKind(Protocol):
-    """One resource. `name` is the extended resource's whole name, domain included."""
+    """One resource. `name` is the full name of the extended resource, including its domain."""
 
     @property
     def name(self) -> str:
-        """Return the extended resource's whole name, domain included."""
+        """Return the full name of the extended resource, including its domain."""
 
     @property
     def kind(self) -> str:
-        """Return the kind's name, as in the configuration."""
+        """Return the name of the kind, as in the configuration."""
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
-        """Every id, in a fixed order."""
+        """Return every id, in a fixed order."""
         ...
 
     def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
-        """What ids stand for; InputError names those that are none of this resource's."""
+        """Return what the ids stand for. Raise InputError naming those that are not ids of this resource."""
         ...
 
     def prefer(
         self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
     ) -> list[str]:
-        """The best `size` ids of `available`, those of `must` among them; Refused where there are too few."""
+        """Return the best `size` ids of `available`, including those of `must`. Raise Refused if there are too few."""
         ...
 
 
@@ -76,7 +76,7 @@ class ResourceKind(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuResource:
-    """Each CPU that may be granted is one id, "cpu12"."""
+    """CPUs: each CPU that can be granted is one id, "cpu12"."""
 
     name: str
     kind: str = "cpu"
@@ -97,7 +97,7 @@ class CpuResource:
             for cpu in inventory.cpus
             if cpu.id not in ledger.reserved
         }
-        # A CPU that is held and went offline stays in the list, so that its pod is told.
+        # A held CPU that went offline stays in the list, so that its pod is notified.
         shown.update({one: Advertised(id=f"cpu{one}", healthy=False) for one in held - shown.keys()})
         return tuple(shown[one] for one in sorted(shown))
 
@@ -125,13 +125,13 @@ class CpuResource:
         try:
             found = place(inventory, ledger, request)
         except Refused:
-            # Kubelet fails the pod on an error, and has decided already: better scattered CPUs than none.
+            # Kubelet fails the pod on an error, and has already decided: scattered CPUs are better than none.
             found = place(inventory, ledger, replace(request, options=frozenset(), numa=BEST_EFFORT))
         return [f"cpu{one}" for one in found.cpus]
 
 
 def _cpu_numbers(one: str) -> tuple[int, ...]:
-    """The number in an id, or nothing where it is none as this file writes them."""
+    """Return the CPU number in an id, or nothing if it is not an id in the form that this module uses."""
     return (int(one[3:]),) if re.fullmatch(r"cpu(0|[1-9][0-9]{0,6})", one, re.ASCII) else ()
 
 
@@ -140,7 +140,7 @@ def _cpu_numbers(one: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HugepageResource:
-    """Each id, "node0-2Mi-17", is a block of pages_per_block pages on one NUMA node."""
+    """Hugepages: each id, "node0-2Mi-17", is a block of pages_per_block pages on one NUMA node."""
 
     name: str
     page_bytes: int
@@ -173,8 +173,10 @@ class HugepageResource:
     def prefer(
         self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
     ) -> list[str]:
-        """All on one node if that can be, the nearest to what the pod holds; of those the one with the fewest blocks
-        to spare."""
+        """Return ids node by node: nodes of `must` first, then the nodes nearest to what the pod holds.
+
+        At equal distance, nodes that can give all come first, those with the fewest blocks to spare before others.
+        """
         nodes: dict[NodeId, list[str]] = {}
         free = frozenset(available) - frozenset(must)
         for pool in self._pools(inventory):
@@ -196,7 +198,7 @@ class HugepageResource:
         return [pool for node in inventory.numa_nodes for pool in node.hugepages if pool.page_bytes == self.page_bytes]
 
     def _node_of(self, inventory: Inventory, one: str) -> tuple[NodeId, ...]:
-        """The node of a block, or nothing where there is no such block. Asked without listing every block there is."""
+        """Return the node of a block, or nothing if there is no such block, without listing all blocks."""
         found = re.fullmatch(rf"node([0-9]+)-{format_size(self.page_bytes)}-(0|[1-9][0-9]*)", one, re.ASCII)
         if found is None:
             return ()
@@ -213,7 +215,7 @@ def _node(node: NodeId) -> tuple[NodeId, ...]:
 
 
 def refuse_unknown(name: str, ids: Iterable[str], known: Container[str]) -> None:
-    """Raise InputError that names those ids which are not known."""
+    """Raise InputError naming the ids that are unknown."""
     unknown = [one for one in ids if one not in known]
     if unknown:
         raise InputError(f"cannot allocate {', '.join(unknown)} of {name}: unknown")

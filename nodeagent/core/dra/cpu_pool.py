@@ -1,9 +1,9 @@
-"""What DRA publishes: one pool a kind, its devices in a fixed order. Here what all pools share, and the CPUs; pages and
-memory are in pagepools.py, devices in devicepools.py.
+"""The CPU pool, and what all DRA pools share. Hugepages and memory are in memory_pools.py, devices in device_pool.py.
 
-Pure functions of (inventory, ledger, health) and of what the API server keeps. Nothing changes when claims come and go:
-the scheduler itself counts what they consume. What was given away through the device plugin it cannot know: by that
-much the capacity is smaller.
+DRA publishes one pool per kind, with its devices in a fixed order. Pools are pure functions of (inventory, ledger,
+health) and of the features that the API server keeps. Nothing changes when claims come and go: the scheduler itself
+counts what they consume. It cannot know what was granted through the device plugin, so the capacity is reduced by that
+amount.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from nodeagent.core.model.topology import Cpu, NodeId
 from nodeagent.core.placement.index import machine_of
 
 NUMA_NODE, SOCKET, L3, INDIVIDUAL = "numa-node", "socket", "l3", "individual"
-"""What one device of the CPU pool is."""
+"""Values of CpuPool.group: what one device of the CPU pool stands for."""
 STANDARD_NUMA = "resource.kubernetes.io/numaNode"
 OTHERS_NUMA = ("dra.cpu/numaNodeID", "dra.net/numaNode")
-"""What other drivers call it: so that matchAttribute works between theirs and ours."""
+"""Names that other drivers use for the same attribute, so that matchAttribute works across their devices and ours."""
 CPUS = "cpus"
 """The capacity of a group: a number of CPUs."""
 REQUIRE_ISOLATED = "require-isolated-cpus"
@@ -40,23 +40,24 @@ T = TypeVar("T")
 
 
 class PoolKind(Protocol):
-    """How one kind is published."""
+    """Publishes one kind as a pool."""
 
     @property
     def kind(self) -> str:
-        """Return the kind's name, as in the pool's."""
+        """Return the name of the kind, as used in the pool's name."""
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
-        """The whole pool, in a form that the API server keeps."""
+        """Return the whole pool, limited to the features that the API server keeps."""
         ...
 
     def part(self, inventory: Inventory, name: str) -> DevicePart | None:
-        """What a device of this pool stands for, in whichever form it was published; None: there is none such."""
+        """Return what a device of this pool stands for, in any form it may be published in, or None if it does not
+        exist."""
         ...
 
 
 def claimed_names(ledger: Ledger) -> frozenset[str]:
-    """Names of the devices that claims hold."""
+    """Return the names of the devices that claims hold."""
     mine = (grant.result for grant in ledger.grants.values() if grant.holder.api == CLAIM)
     return frozenset(result.device for result in mine if result is not None and not result.admin)
 
@@ -66,17 +67,17 @@ def claimed_names(ledger: Ledger) -> frozenset[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuPool:
-    """CPUs by NUMA node, socket or L3 group with a capacity to consume, or one by one."""
+    """CPUs by NUMA node, socket or L3 group with a consumable capacity, or as individual devices."""
 
     group: str = NUMA_NODE
     options: frozenset[str] = frozenset()
-    """Placement options of claims that say nothing themselves."""
+    """Placement options of claims that do not specify any."""
     numa: str = BEST_EFFORT
     kind: str = "cpu"
 
     @property
     def whole_cores(self) -> bool:
-        """Cores are given whole: the step is the number of threads of a core."""
+        """Return whether only whole cores are granted; the step is then the number of threads per core."""
         return FULL_PCPUS in self.options
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
@@ -92,7 +93,7 @@ class CpuPool:
         return kept_by(inventory, "_cpu_parts", lambda: _cpu_parts(inventory)).get(name)
 
     def _less(self, inventory: Inventory, reserved: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
-        """The groups without what is gone. One that nothing can ever be had of is left out."""
+        """Yield the groups without the CPUs that are gone; a group that can never give any is left out."""
         every = kept_by(inventory, f"_cpu_{self.group}", lambda: self._all(inventory), self.options)
         for one in every:
             amount = one.capacity[CPUS]
@@ -107,7 +108,7 @@ class CpuPool:
             )
 
     def _all(self, inventory: Inventory) -> tuple[PoolDevice, ...]:
-        """Every group with all that it has."""
+        """Return every group with its full capacity."""
         return tuple(self._whole(inventory, name, cpus) for name, cpus in _groups(inventory, self.group).items())
 
     def _whole(self, inventory: Inventory, name: str, members: list[Cpu]) -> PoolDevice:
@@ -122,8 +123,11 @@ class CpuPool:
         )
 
     def _count(self, inventory: Inventory, free: CpuSet, step: int) -> int:
-        """How many of these CPUs can be had. Of whole cores: whatever multiples of the step are taken, a multiple of
-        the step that is left can be had too; so cores that do not add up to steps (of 3 threads beside 4) count not."""
+        """Return how many of these CPUs can be granted.
+
+        With whole cores, the count is such that whichever multiples of the step are taken, every remaining multiple can
+        be taken too. Cores that do not add up to steps (cores of 3 threads among cores of 4) are therefore not counted.
+        """
         some = free.mask & self._allowed(inventory)
         if not self.whole_cores:
             return some.bit_count()
@@ -135,7 +139,7 @@ class CpuPool:
         return count
 
     def _allowed(self, inventory: Inventory) -> int:
-        """A mask of the CPUs that the options leave."""
+        """Return a mask of the CPUs that the options permit."""
         machine = machine_of(inventory)
         kinds = [machine.of_kind(kind) for word, kind in CORE_KINDS.items() if f"require-{word}-cores" in self.options]
         isolated = machine.isolated if REQUIRE_ISOLATED in self.options else machine.usable
@@ -143,7 +147,7 @@ class CpuPool:
 
 
 def _cpu_parts(inventory: Inventory) -> Mapping[str, DevicePart]:
-    """What the devices of all forms stand for, by name."""
+    """Return what the devices of all forms stand for, by name."""
     groups = {name: cpus for group in _GROUP_NAME for name, cpus in _groups(inventory, group).items()}
     parts = {name: DevicePart(cpus=CpuSet(cpu.id for cpu in cpus)) for name, cpus in groups.items()}
     return {**parts, **{one.name: one.part for one in _individual(inventory)}}
@@ -159,7 +163,10 @@ def _one(inventory: Inventory, cpu: Cpu) -> PoolDevice:
 
 
 def _less_each(every: Iterable[PoolDevice], never: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
-    """Single CPUs without those that are never given; `gone`: these and what was given elsewhere."""
+    """Yield single CPUs, without those that are never granted.
+
+    gone: those never granted and those granted elsewhere; the latter are tainted.
+    """
     for one in every:
         if one.part.cpus.isdisjoint(gone):
             yield one
@@ -175,7 +182,7 @@ _GROUP_NAME: Mapping[str, Callable[[Cpu], str]] = {
 
 
 def _groups(inventory: Inventory, group: str) -> Mapping[str, list[Cpu]]:
-    """Online CPUs by the name of their group, in order of their lowest number."""
+    """Return the online CPUs by name of their group, groups in order of their lowest CPU."""
     found: dict[str, list[Cpu]] = {}
     for cpu in inventory.cpus:
         found.setdefault(_GROUP_NAME[group](cpu), []).append(cpu)
@@ -183,7 +190,7 @@ def _groups(inventory: Inventory, group: str) -> Mapping[str, list[Cpu]]:
 
 
 def _same(inventory: Inventory, cpus: list[Cpu]) -> dict[str, Value]:
-    """What all these CPUs have in common; what they have not, or what does not apply here, is left out."""
+    """Return the attributes that all these CPUs have in common; others, and those that do not apply, are left out."""
     node = _common(cpu.numa_node for cpu in cpus)
     found: dict[str, Value | None] = {
         **(numa_attributes(node) if node is not None else {}),
@@ -197,17 +204,17 @@ def _same(inventory: Inventory, cpus: list[Cpu]) -> dict[str, Value]:
 
 
 def _common(values: Iterable[T]) -> T | None:
-    """The one value that all have; None: they differ."""
+    """Return the value that all have, or None if they differ."""
     distinct = set(values)
     return distinct.pop() if len(distinct) == 1 else None
 
 
 def _core_sizes(inventory: Inventory, cpus: CpuSet) -> set[int]:
-    """How many online threads the cores have that these CPUs are of."""
+    """Return the numbers of online threads of the cores that these CPUs belong to."""
     cores = machine_of(inventory).cores
     return {cores[inventory.cpu_by_id[cpu].core].bit_count() for cpu in cpus}
 
 
 def numa_attributes(node: NodeId) -> dict[str, Value]:
-    """The NUMA node under every name that it is matched by; nothing where there is none."""
+    """Return the NUMA node under every attribute name used for matching, or nothing if there is no node."""
     return dict.fromkeys(("numaNode", STANDARD_NUMA, *OTHERS_NUMA), node) if node >= 0 else {}

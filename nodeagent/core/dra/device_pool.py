@@ -1,7 +1,7 @@
-"""What DRA publishes of devices: one pool a kind, each device whole or by shares, its attributes, counters and taints.
+"""The device pools: one pool per kind; each device whole or in shares, with its attributes, counters and taints.
 
-Pure. A device and what is a part of it consume one counter set, so that the scheduler never gives both. What is held
-through the device plugin, or is not healthy, is tainted. All but that is worked out once for each inventory.
+Pure. A device and its parts consume one counter set, so that the scheduler never allocates both. What is held through
+the device plugin, or is not healthy, is tainted. Everything else is computed once per inventory.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
 
 MEMORY, SIZE = "memory", "size"
-"""Capacities: bytes of a GPU's memory; bytes of a disk."""
+"""Names of capacities, in bytes: a GPU's memory; the size of a disk."""
 PARTS = "parts"
-"""The counter of a device that has parts: each part takes one, the whole takes all."""
+"""The counter of a device that has parts: each part consumes one, the whole consumes all."""
 MOST_COUNTER_SETS = 2
-"""That one device may consume."""
+"""Highest number of counter sets that one device can consume."""
 LONGEST_LABEL, LONGEST_TEXT, LONGEST_NAME, MOST_ATTRIBUTES = 63, 64, 32, 32
 LONGEST_BASE = LONGEST_LABEL - len(f"-share{MOST_SHARES - 1}")
-"""Of the name of one share."""
+"""Longest base of the name of a share."""
 _PCIE_ROOT = re.compile(r"pci[0-9a-f]{4}:[0-9a-f]{2}")
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -57,7 +57,7 @@ _PLAIN_IDS = (
     re.compile(r"/dev(/[a-z0-9]+)+"),
     re.compile(r"(?!dev-|[0-9a-f]{4,8}-[0-9a-f]{2}-[0-9a-f]{2}-[0-9a-f](-|$))[a-z0-9]+(-[a-z0-9]+)*"),
 )
-"""Ids that are told apart by letters and digits alone: no two of them are the same once every other sign is "-"."""
+"""Ids that are distinguished by letters and digits alone: they stay distinct when every other character becomes "-"."""
 _SHARE = re.compile(r"(.+)-share(0|[1-9][0-9]{0,3})", re.ASCII)
 _AS_CAPACITY = {"memory_bytes": MEMORY, "size_bytes": SIZE}
 _RENAMED = {"product": "productName", "speed_mbps": "linkSpeedMbps", "netdevs": "ifName"}
@@ -75,7 +75,7 @@ _RESTLESS = frozenset(
         "sriov_numvfs",
     }
 )
-"""Attributes of a device that come and go while it stays the same: to publish them is to write for ever."""
+"""Attributes that change while the device stays the same: publishing them would cause writes indefinitely."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +84,9 @@ class DevicePool:
 
     kind: str
     resources: tuple[DeviceResource, ...]
-    """Where two have a device, it is the first one's."""
+    """A device that matches several belongs to the first."""
     unhealthy_effect: str = NO_SCHEDULE
-    """Of what is known to be unhealthy; what is merely unknown keeps its pods."""
+    """Taint effect for devices known to be unhealthy; devices in unknown state get NoSchedule and keep their pods."""
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         still = self._still(inventory)
@@ -130,8 +130,11 @@ class _Still:
         )
 
     def forms(self, *, consumable: bool, counters: bool) -> tuple[tuple[PoolDevice, ...], ...]:
-        """What each device is published as: itself, or one device a share. Without counters a device that has parts
-        is left out, and of several that hand over the same thing all but the first: the scheduler could give both."""
+        """Return the published form of each device: the device itself, or one device per share.
+
+        Without counters, a device that has parts is left out, and all but the first of several that hand over the same
+        thing: the scheduler could allocate both.
+        """
         key = consumable, counters
         if key not in self._forms:
             left_out = {*self._wholes, *(one for ids in self._shared for one in ids[1:])}
@@ -159,8 +162,11 @@ class _Still:
         )
 
     def _consumes(self, inventory: Inventory, device: Device) -> dict[str, dict[str, int]]:
-        """Counters of the own set, of the sets of what this is a part of, the nearest first, and of what it hands over
-        as others do. Beyond what one device may consume, the scheduler cannot know, and Prepare refuses."""
+        """Return the counters of the device's own set, of the sets of its ancestors, nearest first, and of the sets of
+        what it hands over as other devices do.
+
+        Beyond the number of sets that one device can consume, the scheduler cannot know, and Prepare refuses.
+        """
         own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
         above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
         shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared if device.id in ids}
@@ -171,13 +177,13 @@ class _Still:
 
 
 def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
-    """How many of its parts are served, of each served device that has any."""
+    """Return the number of served parts of each served device that has any."""
     counts = {id: sum(part in served for part in inventory.parts_of.get(id, ())) for id in served}
     return {id: count for id, count in counts.items() if count}
 
 
 def _shared_things(inventory: Inventory, served: Collection[str]) -> list[tuple[str, ...]]:
-    """Served devices that hand over the same thing without one being a part of the other, each group once."""
+    """Return the groups of served devices that hand over the same thing, except wholes with their parts."""
     found: dict[frozenset[str], None] = {}
     for _, ids in sorted(inventory.devices_by_thing.items()):
         mine = ids & frozenset(served)
@@ -188,14 +194,14 @@ def _shared_things(inventory: Inventory, served: Collection[str]) -> list[tuple[
 
 
 def _is_chain(inventory: Inventory, ids: frozenset[str]) -> bool:
-    """Whether of any two devices one is a part of the other: then the counters of wholes keep them apart."""
+    """Return whether of any two devices one is a part of the other: the counters of wholes cover these."""
     return all(
         a == b or a in inventory.parts_of.get(b, ()) or b in inventory.parts_of.get(a, ()) for a in ids for b in ids
     )
 
 
 def _above(inventory: Inventory, device: Device) -> Iterator[str]:
-    """What a device is a part of, the nearest first."""
+    """Yield the ids of the devices that a device is a part of, nearest first."""
     seen = {device.id}
     above: Device | None = device
     while above is not None and above.parent is not None and above.parent not in seen:
@@ -205,7 +211,7 @@ def _above(inventory: Inventory, device: Device) -> Iterator[str]:
 
 
 def _shares(one: PoolDevice) -> Iterator[PoolDevice]:
-    """One device a share, where the server knows no consumable capacity; a device that is not divided is itself."""
+    """Yield one device per share, for servers without consumable capacity; an undivided device is yielded itself."""
     if not one.shared:
         yield one
     for share in range(one.part.shares):
@@ -214,17 +220,17 @@ def _shares(one: PoolDevice) -> Iterator[PoolDevice]:
 
 @dataclass(frozen=True, slots=True)
 class _Now:
-    """What is not as it would be if nothing was held and all were healthy."""
+    """The differences from a state in which nothing is held and all devices are healthy."""
 
     inventory: Inventory
     bad: Health
-    """Of those not healthy."""
+    """The devices that are not healthy."""
     held: frozenset[str]
-    """Devices of which the device plugin gave a part, or the whole of them."""
+    """Devices that the device plugin granted, or of which it granted a part or the whole."""
     shares: Mapping[str, int]
-    """How many shares the device plugin gave of a device."""
+    """Number of shares of each device that the device plugin granted."""
     claimed: frozenset[str]
-    """Names of devices that claims have."""
+    """Names of devices that claims hold."""
 
     @classmethod
     def of(cls, inventory: Inventory, ledger: Ledger, health: Health) -> _Now:
@@ -236,7 +242,7 @@ class _Now:
         return cls(inventory, bad, held, shares, claimed_names(ledger))
 
     def tainted(self, forms: tuple[PoolDevice, ...], effect: str) -> Iterable[PoolDevice]:
-        """The forms of one device with what is left of them."""
+        """Return the forms of one device with reduced capacity and taints."""
         part = forms[0].part
         held = part.device in self.held or (not part.shares and part.device in self.shares)
         taints = (*self._unhealthy(part.device, effect), *((HELD,) if held else ()))
@@ -257,7 +263,7 @@ class _Now:
 
 
 def _with_less(one: PoolDevice, gone: int, taints: tuple[Taint, ...]) -> PoolDevice:
-    """A divided device some of whose shares are gone; without any left it has nothing to consume."""
+    """Return a divided device without the shares that are gone; with none left it is tainted as held."""
     left = max(0, one.part.shares - gone)
     capacity = {**one.capacity, SHARES: Capacity(value=left)}
     return replace(one, capacity=capacity, taints=taints if left else _held(taints))
@@ -271,8 +277,11 @@ def _held(taints: tuple[Taint, ...]) -> tuple[Taint, ...]:
 
 
 def label(id: str) -> str:
-    """A device's id as a DNS label (RFC 1123): "0000:41:00.0" is "0000-41-00-0". No other id has the same label,
-    whatever devices there are: where the letters say too little of the id, a digest of it is appended."""
+    """Return a device's id as a DNS label (RFC 1123): "0000:41:00.0" becomes "0000-41-00-0".
+
+    No two ids have the same label, on any machine: if the characters do not identify the id, a digest of it is
+    appended.
+    """
     simple = any(one.fullmatch(id) for one in _PLAIN_IDS) and not _SHARE.fullmatch(id)
     if simple and len(_plain(id)) <= LONGEST_LABEL:
         return _plain(id)
@@ -284,7 +293,7 @@ def _plain(id: str) -> str:
 
 
 def _cut(text: str, longest: int) -> str:
-    """The text itself, or where it is too long its beginning and a digest of the whole."""
+    """Return the text itself, or if it is too long its beginning and a digest of the whole."""
     return text if len(text) <= longest else f"{text[: longest - 9].rstrip('-')}-{_digest(text)}"
 
 
@@ -296,7 +305,7 @@ def _digest(text: str) -> str:
 
 
 def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
-    """As many as a device may have; the standard ones first, then ours, then the kind's."""
+    """Return as many attributes as a device can have: the standard ones first, then ours, then those of the kind."""
     found: dict[str, Value | None] = {
         **_standard(device),
         "kind": device.kind,
@@ -308,7 +317,8 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
         "pciAddress": device.pci_address,
         "iommuGroup": device.iommu_group,
         **({"rdma": bool(device.attributes.get("rdma"))} if device.kind == "nic" else {}),
-        # Who has one share of a device consumes of each capacity: what is not counted is no capacity there.
+        # The holder of one share consumes some of every capacity, so an amount that is not counted is published as an
+        # attribute instead.
         **({f"{name}Bytes": one.value for name, one in _capacity(device).items()} if resource.replicas > 1 else {}),
     }
     for name, value in device.attributes.items():
@@ -321,7 +331,7 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
 
 
 def _standard(device: Device) -> dict[str, Value | None]:
-    """The names of resource.kubernetes.io; left out where this machine's form is not theirs (Hyper-V, platform)."""
+    """Return the attributes of resource.kubernetes.io that this machine has in their format (not Hyper-V, platform)."""
     root, address = device.pcie_root or "", device.pci_address or ""
     node = device.numa_node if device.numa_node is not None and device.numa_node >= 0 else None
     return {
@@ -333,12 +343,12 @@ def _standard(device: Device) -> dict[str, Value | None]:
 
 
 def _fits(value: object) -> bool:
-    """Whether the API server takes a value. What a third party's kind says may be anything."""
+    """Return whether the API server accepts a value; a third-party kind can produce anything."""
     if not isinstance(value, str):
         return isinstance(value, int) and -(1 << 63) <= value < 1 << 63
     try:
         return 0 < len(value.encode()) <= LONGEST_TEXT
-    except UnicodeEncodeError:  # sysfs may hold bytes that are no text
+    except UnicodeEncodeError:  # sysfs may hold bytes that are not text
         return False
 
 

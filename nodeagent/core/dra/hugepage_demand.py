@@ -1,6 +1,6 @@
-"""By how much pools of hugepages have to grow for the claims of a call, and when what was grown can go back.
+"""By how much hugepage pools must grow for the claims of one call, and when growth can be undone.
 
-Pure. Growing itself takes a thread and a kernel that may give less; what is granted afterwards is decided as always.
+Pure. Growing itself needs a thread, and the kernel may give less; afterwards, grants are decided as usual.
 """
 
 from __future__ import annotations
@@ -21,26 +21,29 @@ from nodeagent.core.model.topology import HugepagePool, NodeId
 from nodeagent.errors import InputError
 
 Key = tuple[NodeId, int]
-"""A pool: its node and page_bytes; with 0 for page_bytes the node's memory, counted in bytes."""
+"""A pool: its node and page_bytes; with page_bytes 0 the node's memory, counted in bytes."""
 Amounts = Mapping[Key, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """What the claims of one call want of hugepages that is not granted to them yet, in pages."""
+    """Hugepages that the claims of one call want and have not been granted yet, in pages."""
 
     wanted: Mapping[str, Amounts] = field(default_factory=lambda: MappingProxyType({}))
-    """By UID of the claim, for those that can be granted once the pools have grown."""
+    """By claim UID, for the claims that can be granted once the pools have grown."""
     there: Amounts = field(default_factory=lambda: MappingProxyType({}))
     """What the pools can give without growing."""
 
     @property
     def growth(self) -> Amounts:
-        """How many pages are missing in each pool; only pools that miss any."""
+        """Return the number of pages missing in each pool; only pools that lack any."""
         return self._missing(self.wanted)
 
     def unneeded(self, grown: Amounts, granted: Container[str]) -> Amounts:
-        """Of the pages that pools grew by, those that the claims which were granted do not need. granted: UIDs."""
+        """Return how many of the pages that pools grew by are not needed by the granted claims.
+
+        grown: pages by pool. granted: UIDs of the claims that were granted.
+        """
         needed = self._missing([uid for uid in self.wanted if uid in granted])
         spare = {key: pages - needed.get(key, 0) for key, pages in grown.items()}
         return {key: pages for key, pages in spare.items() if pages > 0}
@@ -54,7 +57,7 @@ class Demand:
 
 
 def concerned(inventory: Inventory, catalog: Catalog, claims: Iterable[Claim], limits: Sequence[PageLimit]) -> bool:
-    """Whether any claim wants pages of a pool that may grow."""
+    """Return whether any claim wants pages of a pool that may grow."""
     growable = {(one.node, one.page_bytes) for one in limits}
     return bool(growable) and any(not growable.isdisjoint(_wants(inventory, catalog, claim)) for claim in claims)
 
@@ -62,8 +65,11 @@ def concerned(inventory: Inventory, catalog: Catalog, claims: Iterable[Claim], l
 def demand(
     inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Iterable[Claim], limits: Sequence[PageLimit]
 ) -> Demand:
-    """What is wanted, in the order in which claims are decided: a claim that cannot be granted whatever grows makes
-    nothing grow, and leaves it to the next one. What a claim was allocated before is given back first."""
+    """Return the demand, in the order in which claims are decided.
+
+    A claim that cannot be granted however far pools grow causes no growth and leaves the pages to the next claim. What
+    a claim was allocated before is released first.
+    """
     new = {claim.ref.uid: claim for claim in claims if not is_granted(ledger, catalog, claim)}
     ledger = unprepare(ledger, new).ledger
     left = supply = _Supply.of(inventory, ledger, limits)
@@ -76,21 +82,22 @@ def demand(
 
 
 def idle(pool: HugepagePool, ledger: Ledger, floor_pages: int) -> int:
-    """How many pages above `floor_pages` can go back: all of them, or none as long as any is granted or in use."""
+    """Return how many pages above `floor_pages` can be returned: all of them, or none while any is granted or in
+    use."""
     above = pool.persistent_pages - floor_pages
     return above if 0 < above <= grantable(pool, ledger) else 0
 
 
 def is_granted(ledger: Ledger, catalog: Catalog, claim: Claim) -> bool:
-    """Whether a claim holds what is allocated to it now."""
+    """Return whether a claim holds what is currently allocated to it."""
     try:
         return [grant.result for grant in grants_of(ledger, claim.ref.uid)] == results_of(catalog, claim)
     except InputError:
-        return False  # it will be refused, and _wants nothing
+        return False  # it will be refused, and wants nothing
 
 
 def _wants(inventory: Inventory, catalog: Catalog, claim: Claim) -> Amounts:
-    """Pages and memory that a claim wants; nothing where it cannot be understood, which its decision will say."""
+    """Return the pages and memory that a claim wants, or nothing if it is invalid; deciding on it reports that."""
     sums: Counter[Key] = Counter()
     try:
         for result in results_of(catalog, claim):
@@ -110,7 +117,7 @@ def _wanted(inventory: Inventory, catalog: Catalog, result: Result) -> Amounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Supply:
-    """What can be had: pages that are there, pages that pools may grow by, and memory in bytes that either take."""
+    """What is available: free pages, growth in pages, and the memory in bytes that growth and memory grants use."""
 
     there: Amounts
     room: Amounts
@@ -127,7 +134,7 @@ class _Supply:
         )
 
     def without(self, wants: Amounts) -> _Supply | None:
-        """What is left when a claim has what it wants; None where it cannot."""
+        """Return what is left after a claim has got what it wants, or None if it cannot."""
         there, rooms, memory = dict(self.there), dict(self.room), dict(self.memory)
         for (node, size), amount in wants.items():
             at_hand = min(amount, there.get((node, size), 0))

@@ -1,7 +1,7 @@
-"""What DRA publishes of hugepages and memory: one device a NUMA node (and page size), with its bytes to consume.
+"""The hugepage and memory pools: one device per NUMA node (and page size), with its bytes as consumable capacity.
 
 Pure functions of (inventory, ledger). What claims hold stays in the capacity: the scheduler counts it. A pool that may
-grow shows what it can grow to, and the memory for that is shown once, as pages.
+grow advertises its size after growth, and the memory for that is advertised only once, as pages.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import HugepagePool, NodeId, NumaNode
 
 SIZE = "size"
-"""The capacity: bytes."""
+"""The capacity: a number of bytes."""
 BASE_PAGE_BYTES = 4096
-"""Memory is given in steps of the smallest page that Linux has."""
+"""Memory is granted in multiples of the smallest page size of Linux."""
 BLOCKS = 16
-"""Into how many devices the bytes of one node are divided where the API server knows no consumable capacity."""
+"""Number of devices into which the bytes of a node are divided if the API server has no consumable capacity."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PagePool:
-    """Hugepages: one device a NUMA node and page size, consumed in whole pages."""
+    """Hugepages: one device per NUMA node and page size, consumed in whole pages."""
 
     sizes: tuple[int, ...]
     """Page sizes in bytes."""
@@ -61,7 +61,7 @@ class PagePool:
         return room(node, pool, self.limits, ledger.memory_held.get(node.id, 0))
 
     def _pools(self, inventory: Inventory) -> Iterator[tuple[NumaNode, HugepagePool]]:
-        """Those that have any page, or may get one."""
+        """Return the pools that have pages or may get some."""
         every = ((node, pool) for node in inventory.numa_nodes for pool in node.hugepages)
         mine = ((node, pool) for node, pool in every if pool.page_bytes in self.sizes)
         return ((node, pool) for node, pool in mine if pool.total_pages or room(node, pool, self.limits))
@@ -69,10 +69,10 @@ class PagePool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPool:
-    """Memory that is not in hugepages and that no pool of them may grow by: one device a NUMA node."""
+    """Memory that is not in hugepages and into which no hugepage pool may grow: one device per NUMA node."""
 
     limits: tuple[PageLimit, ...] = ()
-    """Pools of hugepages that may grow."""
+    """Hugepage pools that may grow."""
     kind: str = "memory"
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
@@ -94,13 +94,13 @@ class MemoryPool:
         return (node for node in inventory.numa_nodes if self._left(node) >= BASE_PAGE_BYTES)
 
     def _left(self, node: NumaNode) -> int:
-        """Bytes."""
+        """Return a number of bytes."""
         pages = sum(room(node, pool, self.limits) * pool.page_bytes for pool in node.hugepages)
         return memory_left(node) - pages
 
 
 def _elsewhere(ledger: Ledger, node: NumaNode) -> int:
-    """Bytes of a node that are granted and that no claim holds, in whole pages."""
+    """Return the bytes of a node that are granted to holders other than claims, rounded up to whole pages."""
     others = [grant for grant in ledger.grants.values() if grant.holder.api != CLAIM]
     held = sum(size for grant in others for id, size in grant.memory if id == node.id)
     return -(-held // BASE_PAGE_BYTES) * BASE_PAGE_BYTES
@@ -119,7 +119,7 @@ def _numa_name(node: NodeId) -> str:
 
 
 def _pages_of_claims(ledger: Ledger) -> Counter[tuple[NodeId, int]]:
-    """Pages by (node, page_bytes)."""
+    """Return the pages held by claims, by (node, page_bytes)."""
     found: Counter[tuple[NodeId, int]] = Counter()
     for grant in ledger.grants.values():
         for pages in grant.hugepages if grant.holder.api == CLAIM else ():
@@ -128,7 +128,10 @@ def _pages_of_claims(ledger: Ledger) -> Counter[tuple[NodeId, int]]:
 
 
 def _pages(pool: HugepagePool, ledger: Ledger, ours: int, more: int) -> PoolDevice:
-    """ours: pages that claims hold; they stay in the capacity. more: pages that the pool may grow by."""
+    """Return the device of a hugepage pool.
+
+    ours: pages that claims hold; they stay in the capacity. more: pages by which the pool may grow.
+    """
     size = (min(pool.total_pages, grantable(pool, ledger) + ours) + more) * pool.page_bytes
     attributes: dict[str, Value] = {"kind": "hugepages", "pageSize": format_size(pool.page_bytes)}
     part = DevicePart(node=pool.node, page_bytes=pool.page_bytes)
@@ -158,7 +161,10 @@ def _pool_of(
     ledger: Ledger,
     features: Features,
 ) -> Pool:
-    """totals: what a device stands for and how many bytes it has, by its name."""
+    """Return a pool of these devices, in the form that the API server supports.
+
+    totals: what each device stands for and its total bytes, by device name.
+    """
     if not features.consumable:
         claimed = claimed_names(ledger)
         every = (block for one in every for block in _as_blocks(one, totals[one.name][1], claimed))
@@ -166,8 +172,10 @@ def _pool_of(
 
 
 def _as_blocks(device: PoolDevice, total: int, claimed: frozenset[str]) -> Iterator[PoolDevice]:
-    """A device as blocks that are had whole. Those are tainted that are more than the device's capacity; never one that
-    a claim has."""
+    """Yield a device as blocks that are allocated whole.
+
+    Blocks in excess of the device's capacity are tainted, but never one that a claim holds.
+    """
     amount = device.capacity[SIZE]
     names = {f"{device.name}-block{number}": size for number, size in enumerate(_blocks(total, amount.step))}
     spare = amount.value - sum(size for name, size in names.items() if name in claimed)
@@ -183,7 +191,7 @@ def _as_blocks(device: PoolDevice, total: int, claimed: frozenset[str]) -> Itera
 
 
 def _blocks(size: int, step: int) -> list[int]:
-    """Equal sizes in whole steps that a number of bytes is divided into; the last one has what is over."""
+    """Divide a number of bytes into equal blocks of whole steps; the last block takes the remainder."""
     count = min(BLOCKS, size // step)
     if not count:
         return []
@@ -192,7 +200,7 @@ def _blocks(size: int, step: int) -> list[int]:
 
 
 def _part_of(totals: Mapping[str, tuple[DevicePart, int]], name: str) -> DevicePart | None:
-    """What `name` says: the whole of a device, or a block of it."""
+    """Return what `name` stands for: a whole device or one of its blocks."""
     if name in totals:
         return totals[name][0]
     found = re.fullmatch(r"(.+)-block(0|[1-9][0-9]?)", name, re.ASCII)

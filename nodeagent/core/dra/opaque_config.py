@@ -1,9 +1,10 @@
-"""What a claim's opaque configuration says of one of its devices, decoded strictly.
+"""A claim's opaque configuration for one of its devices, decoded strictly.
 
-For one device the last configuration that matches counts whole, the class's before the claim's, as Kubernetes lays them
-out: nothing is merged field by field, so that what is in force can be read in one place. A configuration without
-requests applies to the devices of its kind. One of the claim that names a request whose device is of another kind is a
-mistake; one of a class is not: a class may stand for several kinds and has no other way to configure each.
+For each device the last matching configuration applies as a whole, the claim's overriding the class's, in the order in
+which Kubernetes lists them. Nothing is merged field by field, so that the effective configuration can be read in one
+place. A configuration without requests applies to the devices of its kind. A claim's configuration that names a request
+whose device is of another kind is an error. One of a class is not: a class may cover several kinds and has no other way
+to configure each.
 """
 
 from __future__ import annotations
@@ -25,24 +26,24 @@ from nodeagent.errors import InputError
 
 API_VERSION = "nodeagent.dev/v1alpha1"
 OWN_VARIABLES = "NODEAGENT_"
-"""Variables that start so say what was granted; nobody else sets them."""
+"""Prefix of the variables that describe what was granted; no configuration may set them."""
 KERNEL_FOLDERS = ("/proc", "/sys")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpaqueConfig:
-    """What is in force for one device. What nobody configured is empty: the node's own configuration decides."""
+    """The effective configuration of one device. For fields that are empty the node's own configuration applies."""
 
     options: frozenset[str] = frozenset()
-    """Names from core.model.options; the core type is among them."""
+    """Names from core.model.options, including those for the core type."""
     numa: str = ""
     """Request.numa."""
     mount_path: str = ""
     """Where a hugetlbfs of the granted page size is mounted in the container."""
     time_slice: str = ""
-    """Default, Short, Medium or Long: how long a container may use a shared GPU before the next one does."""
+    """Default, Short, Medium or Long: how long a container may use a shared GPU before it is the next one's turn."""
     mps: bool = False
-    """The GPU is shared through NVIDIA's Multi-Process Service."""
+    """True if the GPU is shared through NVIDIA's Multi-Process Service."""
     mps_threads_percent: int | None = None
     mps_pinned_bytes: int | None = None
     rdma: bool | None = None
@@ -54,7 +55,10 @@ NO_SETTINGS = OpaqueConfig()
 
 
 def settings_for(result: Result, kind: str, configs: Sequence[Opaque], driver: str) -> OpaqueConfig:
-    """What is in force for one allocated device of a kind; InputError names the configuration, path and value."""
+    """Return the effective configuration of one allocated device of a kind.
+
+    Raise InputError naming the configuration, path and value that are wrong.
+    """
     expected = CONFIG_KINDS.get(kind, "DeviceConfig")
     found: dict[str, OpaqueConfig] = {}
     for where, config in _ours(configs, driver):
@@ -72,20 +76,20 @@ def settings_for(result: Result, kind: str, configs: Sequence[Opaque], driver: s
 
 
 def check_all(configs: Sequence[Opaque], driver: str) -> None:
-    """InputError for the first configuration of ours that is wrong, whether it applies to anything or not."""
+    """Raise InputError for the first invalid configuration of this driver, whether it applies to a device or not."""
     for where, config in _ours(configs, driver):
         _decode(config.parameters, where)
 
 
 def to_json(settings: OpaqueConfig) -> str:
-    """What is not empty, in a fixed order; "" for no settings."""
+    """Return the settings that are not empty, in a fixed order, or "" if there are none."""
     said = {one.name: getattr(settings, one.name) for one in fields(settings)}
     said = {name: value for name, value in said.items() if value != getattr(NO_SETTINGS, name)}
     return msgspec.json.encode(said, order="deterministic", enc_hook=dict).decode() if said else ""
 
 
 def from_json(text: str) -> OpaqueConfig:
-    """What `to_json` wrote; InputError where it did not."""
+    """Read what `to_json` wrote. Raise InputError if the text is anything else."""
     try:
         found = msgspec.json.decode(text or "{}", type=dict[str, Any])
         settings = msgspec.convert(found, OpaqueConfig)
@@ -97,7 +101,7 @@ def from_json(text: str) -> OpaqueConfig:
 
 
 def _ours(configs: Sequence[Opaque], driver: str) -> Iterator[tuple[str, Opaque]]:
-    """The configurations for this driver, each with its name in errors."""
+    """Yield the configurations for this driver, each with its name in error messages."""
     for i, config in enumerate(configs):
         if config.driver != driver:
             continue
@@ -109,11 +113,11 @@ def _ours(configs: Sequence[Opaque], driver: str) -> Iterator[tuple[str, Opaque]
 
 
 def _covers(requests: Sequence[str], request: str) -> bool:
-    """Whether a configuration is for a request: "r" names "r/subrequest" too, and no names are all names."""
+    """Return whether a configuration is for a request: "r" includes "r/subrequest", and no names mean all requests."""
     return not requests or request in requests or request.partition("/")[0] in requests
 
 
-# ---------------------------------------------------------------- the forms
+# ---------------------------------------------------------------- forms
 
 _Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
@@ -122,7 +126,7 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 @contextlib.contextmanager
 def _at(path: str) -> Iterator[None]:
-    """Add the path to what is wrong."""
+    """Append the path to an InputError raised inside."""
     try:
         yield
     except InputError as error:
@@ -130,10 +134,10 @@ def _at(path: str) -> Iterator[None]:
 
 
 class _Form(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
-    """What may be written in a configuration of one kind, beside apiVersion and kind."""
+    """The keys allowed in a configuration of one kind, in addition to apiVersion and kind."""
 
     def settings(self) -> OpaqueConfig:
-        """The same as settings. InputError, with the path, for what types alone do not say."""
+        """Return the settings. Raise InputError with the path for anything that the types alone do not check."""
         return NO_SETTINGS
 
 
@@ -163,7 +167,7 @@ class _Hugepage(_Form, frozen=True):
 
 
 class _Memory(_Form, frozen=True):
-    """Memory has nothing to configure yet."""
+    """Memory has no settings yet."""
 
 
 class _TimeSlicing(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
@@ -205,7 +209,7 @@ class _Nic(_Form, frozen=True):
 
 
 class _Device(_Form, frozen=True):
-    """For every kind that has no form of its own."""
+    """The form of every kind without a specific form."""
 
     env: dict[str, Any] = {}
 
@@ -228,7 +232,7 @@ FORMS: Mapping[str, type[_Form]] = MappingProxyType(
         "DeviceConfig": _Device,
     }
 )
-"""By the configuration's kind."""
+"""Form by the configuration's kind."""
 CONFIG_KINDS: Mapping[str, str] = MappingProxyType(
     {
         "cpu": "CpuConfig",
@@ -238,7 +242,7 @@ CONFIG_KINDS: Mapping[str, str] = MappingProxyType(
         "nic": "NicConfig",
     }
 )
-"""The configuration's kind by the device's; all others have a DeviceConfig."""
+"""The configuration's kind by kind of device; all others use DeviceConfig."""
 
 
 # ---------------------------------------------------------------- strict decoding
@@ -265,7 +269,7 @@ def _decode(parameters: Mapping[str, Any], where: str) -> _Form:
 
 
 def _unknown(said: Mapping[str, Any], form: type[msgspec.Struct], path: str) -> Iterator[tuple[str, str, list[str]]]:
-    """Keys that a form does not have: (path, key, keys known there)."""
+    """Yield the keys that a form does not have: (path, key, known keys at that place)."""
     known = {one.encode_name: one.type for one in msgspec.structs.fields(form)}
     for key, value in said.items():
         if key in known:

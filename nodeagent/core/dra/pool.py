@@ -1,8 +1,7 @@
 """What a DRA driver publishes, as frozen values: pools of devices with attributes, capacities, counters and taints.
 
-Nothing here is on the wire: kube/resourceslice/render.py writes it as ResourceSlices. Names follow
-resource.k8s.io/v1; a quantity is an integer in the unit that its name carries or that Kubernetes gives it (bytes,
-CPUs, shares).
+These are not wire types: kube/resourceslice/render.py turns them into ResourceSlices. Names follow resource.k8s.io/v1.
+A quantity is an integer in the unit that its name carries or that Kubernetes uses (bytes, CPUs, shares).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import NodeId
 
 Value = str | int | bool
-"""Of an attribute. bool is bool, never 0 or 1."""
+"""Value of an attribute. A bool stays a bool and is never 0 or 1."""
 
 NO_SCHEDULE, NO_EXECUTE = "NoSchedule", "NoExecute"
 UNHEALTHY_TAINT, HELD_TAINT = "nodeagent.dev/unhealthy", "nodeagent.dev/held-by-device-plugin"
@@ -23,19 +22,19 @@ UNHEALTHY_TAINT, HELD_TAINT = "nodeagent.dev/unhealthy", "nodeagent.dev/held-by-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capacity:
-    """An amount that a device has. Where the device is shared, a claim consumes least, least + step, … of it."""
+    """An amount that a device has. If the device is shared, a claim consumes least, least + step, … of it."""
 
     value: int
     binary: bool = False
-    """Bytes, written as 512Mi; otherwise a plain number."""
+    """True for bytes, written as 512Mi; otherwise a plain number."""
     least: int = 1
-    """The smallest amount that can be consumed, and what a request gets that does not say."""
+    """The smallest amount that can be consumed, and the amount for a request that does not specify one."""
     step: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taint:
-    """Keeps claims without a toleration off a device (DeviceTaint)."""
+    """A taint that keeps claims without a toleration off a device (DeviceTaint)."""
 
     key: str
     value: str = ""
@@ -44,7 +43,7 @@ class Taint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CounterSet:
-    """What devices of a pool consume together: a whole and its parts cannot be had at once."""
+    """Counters that devices of a pool consume jointly: a whole and its parts cannot be allocated at the same time."""
 
     name: str
     counters: Mapping[str, int]
@@ -55,29 +54,29 @@ class DevicePart:
     """What one device of a pool stands for on this machine."""
 
     cpus: CpuSet = EMPTY
-    """CPUs that are granted from these."""
+    """The CPUs from which a claim is granted some."""
     node: NodeId | None = None
     page_bytes: int = 0
-    """Hugepages of this size on `node`; 0 with a node: memory."""
+    """Size of the hugepages on `node`; 0 with a node means memory."""
     amount: int = 0
-    """Bytes of pages or memory that are had at once, where the device is not shared."""
+    """Bytes of pages or memory that are allocated as a whole, if the device is not shared."""
     device: str = ""
     """Device.id."""
     shares: int = 0
-    """Into how many shares the device is divided; 0: it is had whole."""
+    """Number of shares into which the device is divided; 0 if it is allocated whole."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolDevice:
-    """One device of a pool. `name` is a DNS label and stable over reboots."""
+    """One device of a pool. `name` is a DNS label and stays the same across reboots."""
 
     name: str
     part: DevicePart
     attributes: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
-    """By qualified name; one without a domain is in the driver's own."""
+    """By qualified name; a name without a domain belongs to the driver's domain."""
     capacity: Mapping[str, Capacity] = field(default_factory=lambda: MappingProxyType({}))
     shared: bool = False
-    """Several claims may have some of its capacity (allowMultipleAllocations)."""
+    """True if several claims may consume its capacity (allowMultipleAllocations)."""
     consumes: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     """Counters by counter set."""
     taints: tuple[Taint, ...] = ()
@@ -94,7 +93,7 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """What the API server keeps of a ResourceSlice; a pool is formed without what it drops."""
+    """ResourceSlice fields that the API server keeps; pools are built without those that it drops."""
 
     consumable: bool = True
     """allowMultipleAllocations and requestPolicy (DRAConsumableCapacity)."""

@@ -1,7 +1,8 @@
 """Decisions about claims: what the scheduler allocated becomes exact CPUs, pages and devices, or a refusal with reason.
 
-Pure. The scheduler has chosen the devices of the pools; what is decided here is which CPUs of a NUMA node, socket or L3
-group it shall be (those nearest to the GPUs and NICs of the same pod), and whether all of it can be had.
+Pure. The scheduler has already chosen the devices of the pools. What is decided here is which CPUs of a NUMA node,
+socket or L3 group are granted (those nearest to the GPUs and NICs of the same pod), and whether all of it can be
+granted.
 """
 
 from __future__ import annotations
@@ -33,10 +34,10 @@ from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 
 MOST_NAMED = 3
-"""Holders that a refusal names."""
+"""Highest number of holders named in a refusal."""
 
 MOST_RESULTS = 32
-"""Devices that one claim may be allocated (resource.k8s.io/v1, AllocationResultsMaxSize)."""
+"""Highest number of devices allocated to one claim (resource.k8s.io/v1, AllocationResultsMaxSize)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +47,10 @@ class Catalog:
     driver: str
     node_name: str = ""
     kinds: Mapping[str, PoolKind] = field(default_factory=lambda: MappingProxyType({}))
-    """By name of the kind; the pool is NODE/KIND."""
+    """By name of the kind; the pool's name is NODE/KIND."""
 
     def find(self, inventory: Inventory, result: Result) -> tuple[PoolKind, DevicePart]:
-        """The kind and what the device stands for; InputError where there is no such pool or device."""
+        """Return the kind and what the device stands for. Raise InputError if there is no such pool or device."""
         node, _, name = result.pool.rpartition("/")
         kind = self.kinds.get(name) if node == self.node_name else None
         if kind is None:
@@ -63,10 +64,10 @@ class Catalog:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimDemand:
-    """One result of a claim, and all that is needed to decide on it."""
+    """One allocation result of a claim and everything needed to decide on it."""
 
     index: int
-    """Among the claim's results for this driver."""
+    """Index among the claim's results for this driver."""
     result: Result
     kind: PoolKind
     part: DevicePart
@@ -74,24 +75,24 @@ class ClaimDemand:
 
     @property
     def cpus(self) -> int:
-        """How many CPUs it takes of those of its part; 0 where it stands for none."""
+        """Return the number of CPUs it takes from its part; 0 if the part has no CPUs."""
         alone = len(self.part.cpus) == 1
         return self.result.consumed.get(CPUS, int(alone)) if self.part.cpus else 0
 
     @property
     def bytes(self) -> int:
-        """How much it takes of pages or memory."""
+        """Return the bytes of pages or memory it takes."""
         return self.result.consumed.get(SIZE, self.part.amount)
 
     @property
     def shares(self) -> int:
-        """How many shares it takes of a divided device."""
+        """Return the number of shares it takes of a divided device."""
         return self.result.consumed.get(SHARES, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Claims decided together: one durable write for all. A claim is in `grants` or in `errors`, by UID."""
+    """Claims decided together, in one durable write. Each claim is in either `grants` or `errors`, by UID."""
 
     ledger: Ledger
     changes: tuple[Change, ...] = ()
@@ -100,9 +101,11 @@ class Batch:
 
 
 def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequence[Claim], stamp: Stamp) -> Batch:
-    """Grant each claim all that was allocated to it, or nothing with the reason. Kubelet brings all claims of a pod in
-    one call: their CPUs lie near to all their devices. A claim that is granted already keeps its grants, whatever of
-    it is there or served at this moment."""
+    """Grant each claim everything allocated to it, or nothing and record the reason.
+
+    Kubelet passes all claims of a pod in one call, so their CPUs are placed near all their devices. A claim that is
+    already granted keeps its grants, whether or not they are present or served at this moment.
+    """
     call = _Call(inventory, catalog, stamp)
     grants: dict[str, tuple[Grant, ...]] = {}
     wanted: dict[str, tuple[ClaimDemand, ...]] = {}
@@ -129,8 +132,10 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
 
 
 def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str], inventory: Inventory | None = None) -> Decision:
-    """Note for which pods (their UIDs) a claim is reserved now; what it holds stays. inventory: if given, note too what
-    its devices hand over now: after a reboot their nodes may have other names."""
+    """Record the pods (UIDs) for which a claim is reserved now; what it holds is unchanged.
+
+    inventory: if given, record too what its devices hand over now: after a reboot their nodes may have other names.
+    """
     held = grants_of(ledger, uid)
     noted = tuple(replace(grant, pods=tuple(pods), things=_things_now(grant, inventory)) for grant in held)
     if noted == held:
@@ -147,20 +152,23 @@ def _things_now(grant: Grant, inventory: Inventory | None) -> tuple[tuple[str, s
 
 
 def unprepare(ledger: Ledger, uids: Iterable[str]) -> Decision:
-    """Release all that some claims hold; claims that hold nothing are no error."""
+    """Release everything that the claims hold; claims that hold nothing are ignored."""
     gone = [grant for uid in dict.fromkeys(uids) for grant in grants_of(ledger, uid)]
     after = ledger_of.release(ledger, [grant.id for grant in gone])
     return Decision(ledger=after, changes=tuple(Change(action=RELEASED, grant=grant) for grant in gone))
 
 
 def grants_of(ledger: Ledger, uid: str) -> tuple[Grant, ...]:
-    """What a claim holds, in the order of its allocation. Found by the ids that it must have: a ledger may be long."""
+    """Return what a claim holds, in allocation order.
+
+    The grants are looked up by their fixed ids, as the ledger may be long.
+    """
     known = ledger.grants
     return tuple(grant for index in range(MOST_RESULTS) if (grant := known.get(f"{uid}-{index}")) is not None)
 
 
 def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
-    """What was allocated from this driver. InputError where nothing is."""
+    """Return the results allocated from this driver. Raise InputError if there are none, or too many."""
     if not claim.allocated:
         raise InputError("it is not allocated")
     mine = [result for result in claim.results if result.driver == catalog.driver]
@@ -172,7 +180,7 @@ def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
     return mine
 
 
-# ---------------------------------------------------------------- what is wanted
+# ---------------------------------------------------------------- demand
 
 
 def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Iterable[Result]) -> tuple[ClaimDemand, ...]:
@@ -193,7 +201,7 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
 
 
 def _check_amounts(one: ClaimDemand) -> None:
-    """InputError where what is consumed is nothing that the device can give."""
+    """Raise InputError if the device cannot give the amount that is consumed."""
     part = one.part
     if part.cpus and not 1 <= one.cpus <= len(part.cpus):
         raise InputError(f"{one.cpus} CPUs are consumed of a device with {len(part.cpus)}")
@@ -213,7 +221,7 @@ def _check_bytes(size: int, part: DevicePart) -> None:
 
 @contextlib.contextmanager
 def _said(errors: dict[str, str], claim: Claim) -> Iterator[None]:
-    """What is wrong with a claim is said of that claim, and costs no other one anything."""
+    """Record an error as that claim's error, without affecting other claims."""
     try:
         yield
     except (Refused, InputError) as error:
@@ -222,7 +230,7 @@ def _said(errors: dict[str, str], claim: Claim) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _placed(result: Result) -> Iterator[None]:
-    """Errors within say which device of which request they are about."""
+    """Prefix errors raised inside with the request and device they are about."""
     where = f"request {result.request}, device {result.pool}/{result.device}"
     try:
         yield
@@ -233,12 +241,12 @@ def _placed(result: Result) -> Iterator[None]:
         raise Refused(why, want=error.want, free=error.free, would_admit=error.would_admit) from None
 
 
-# ---------------------------------------------------------------- the decision
+# ---------------------------------------------------------------- decision
 
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What is the same for all claims of a call."""
+    """What all claims of a call have in common."""
 
     inventory: Inventory
     catalog: Catalog
@@ -247,7 +255,7 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Beside:
-    """What the CPUs of a pod are to lie near."""
+    """What the CPUs of a pod should be close to."""
 
     devices: tuple[str, ...]
     cpus: CpuSet
@@ -262,8 +270,10 @@ class _Beside:
         held: Iterable[Iterable[Grant]],
         at: float,
     ) -> _Beside:
-        """What all its claims want or have, and what its containers were given just now. at: seconds since the
-        epoch."""
+        """Return what all claims of the pod want or have, and what its containers were just granted.
+
+        at: seconds since the epoch.
+        """
         given, grants = near(inventory, ledger, at), list(chain.from_iterable(held))
         parts = [one.part for one in chain.from_iterable(wanted) if not one.result.admin]
         devices = dict.fromkeys(
@@ -287,8 +297,11 @@ class _Beside:
 
 
 def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDemand], beside: _Beside) -> Decision:
-    """All that a claim wants, or Refused. What it was allocated before under the same UID is released: nobody told us
-    that the old allocation ended."""
+    """Grant everything that a claim wants, or raise Refused.
+
+    What was allocated to it before under the same UID is released: the driver is not notified when an old allocation
+    ends.
+    """
     before = unprepare(ledger, [claim.ref.uid])
     ledger, made = before.ledger, dict[int, Grant]()
     for one in sorted(wanted, key=_first_fixed):
@@ -302,12 +315,12 @@ def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDem
 
 
 def _first_fixed(one: ClaimDemand) -> tuple[bool, int, int]:
-    """What leaves no choice first, then the largest sets of CPUs."""
+    """Return the sort key of a result: those without a choice first, then the largest sets of CPUs."""
     return len(one.part.cpus) > 1, -one.cpus, one.index
 
 
 def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: _Beside) -> Grant:
-    """What one result holds; Refused, with the holders, where pages, memory, CPUs or shares are gone meanwhile."""
+    """Return the grant for one result. Raise Refused with the holders if its pages, memory, CPUs or shares are gone."""
     grant = Grant(
         id=f"{claim.ref.uid}-{one.index}",
         holder=Holder(
@@ -336,7 +349,7 @@ def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: 
 
 
 def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDemand, beside: _Beside) -> Grant:
-    """The grant with what it holds."""
+    """Return the grant with what it holds."""
     part = one.part
     if part.cpus:
         return replace(grant, cpus=_cpus(inventory, ledger, one, beside))
@@ -351,7 +364,7 @@ def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDeman
 
 
 def _own_id(claim: Claim, one: ClaimDemand) -> str:
-    """The device's name; where several claims may have it, with what tells them apart."""
+    """Return the device's name, with a distinguishing suffix if several claims may have the device."""
     result, part = one.result, one.part
     several = result.admin or part.shares or len(part.cpus) > 1 or (part.node is not None and not part.amount)
     apart = result.share_id or (f"{claim.ref.uid}-{one.index}" if several else "")
@@ -359,7 +372,7 @@ def _own_id(claim: Claim, one: ClaimDemand) -> str:
 
 
 def _cpus(inventory: Inventory, ledger: Ledger, one: ClaimDemand, beside: _Beside) -> CpuSet:
-    """The best CPUs of a group."""
+    """Return the best CPUs of a group."""
     if len(one.part.cpus) == 1:
         return one.part.cpus
     options, numa = _preferences(one)
@@ -376,7 +389,7 @@ def _cpus(inventory: Inventory, ledger: Ledger, one: ClaimDemand, beside: _Besid
 
 
 def _preferences(one: ClaimDemand) -> tuple[frozenset[str], str]:
-    """(options, NUMA policy): the claim's, or where it says nothing the pool's; whole cores stay whole."""
+    """Return (options, NUMA policy) of the claim, or of the pool where the claim has none; whole cores stay whole."""
     own = one.kind if isinstance(one.kind, CpuPool) else CpuPool()
     said = one.settings
     whole = frozenset({FULL_PCPUS}) if own.whole_cores else frozenset()
@@ -397,7 +410,8 @@ def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, gran
 
 
 def _naming_holders(refusal: Refused, ledger: Ledger, part: DevicePart) -> Refused:
-    """The refusal with those who hold CPUs, pages or memory of the same part; of a device it names them already."""
+    """Return the refusal with the holders of CPUs, pages or memory of the same part; for devices it already has
+    them."""
     holders = list(dict.fromkeys(str(grant.holder) for grant in ledger.grants.values() if _has_of(grant, part)))
     if not holders:
         return refusal

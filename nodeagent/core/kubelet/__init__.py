@@ -1,1 +1,1 @@
-"""Kubelet's own CPU and memory managers: what they assigned, and what can be taken over."""
+"""Kubelet's own CPU and memory managers: what they assigned, and what can be imported."""

@@ -1,7 +1,8 @@
-"""What kubelet's own managers gave to the containers of its pods, as values, in sets that have nothing in common. Pure.
+"""What kubelet's own managers gave to the containers of its pods, as disjoint sets. Pure.
 
-Containers of one pod may have the same CPUs: an init container's go on to those after it, and a pod may have CPUs of
-its own that several of its containers share. What such containers have is kept together, under all of their names.
+Containers of one pod may have the same CPUs: those of an init container are reused by later ones, and a pod may have
+exclusive CPUs that several of its containers share. What such containers have is kept in one set, under all their
+names.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from nodeagent.core.model.topology import NodeId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryBlock:
-    """Memory or hugepages that kubelet gave away on some NUMA nodes; how much on each of several it does not say."""
+    """Memory or hugepages that kubelet assigned on one or more NUMA nodes; it does not report how much on each node."""
 
     nodes: tuple[NodeId, ...]
     page_bytes: int
-    """core.stock.MEMORY: not in hugepages."""
+    """core.ledger.free.MEMORY if not in hugepages."""
     size_bytes: int
 
     def __str__(self) -> str:
@@ -31,28 +32,28 @@ class MemoryBlock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Assigned:
-    """What kubelet gave to one container of a pod, or to several together; to none: what the pod as a whole has."""
+    """What kubelet assigned to one or more containers of a pod; without containers, to the pod as a whole."""
 
     uid: str
-    """Of the pod."""
+    """UID of the pod."""
     containers: tuple[str, ...] = ()
-    """In order of name."""
+    """Sorted by name."""
     cpus: CpuSet = EMPTY
     blocks: tuple[MemoryBlock, ...] = ()
 
     @property
     def container(self) -> str:
-        """Return the names of the containers, with commas."""
+        """Return the names of the containers, separated by commas."""
         return ",".join(self.containers)
 
     @property
     def id(self) -> str:
-        """Of the grant."""
+        """Return the id of the grant."""
         return f"k-{self.uid}-{self.container}" if self.containers else f"k-{self.uid}"
 
     @property
     def bytes_by_size(self) -> Mapping[int, int]:
-        """Bytes by page_bytes."""
+        """Return the bytes by page_bytes."""
         found: dict[int, int] = {}
         for block in self.blocks:
             if block.size_bytes:
@@ -62,15 +63,18 @@ class Assigned:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """What kubelet's two states say. Only a manager that is on means anything by what it does not mention."""
+    """The contents of kubelet's two state files.
+
+    What a manager does not mention is significant only if that manager is on.
+    """
 
     assigned: tuple[Assigned, ...] = ()
     unnamed: tuple[Assigned, ...] = ()
-    """Of containers that are known by their container ids alone, without a pod."""
+    """Assignments to containers of which only the container id is known, and not the pod."""
     cpus: bool = False
-    """The CPU manager is on."""
+    """Whether the CPU manager is on."""
     memory: bool = False
-    """The memory manager is on."""
+    """Whether the memory manager is on."""
 
 
 def assigned(
@@ -79,8 +83,10 @@ def assigned(
     blocks: Mapping[tuple[str, str], tuple[MemoryBlock, ...]],
     pod_blocks: Mapping[str, tuple[MemoryBlock, ...]],
 ) -> tuple[Assigned, ...]:
-    """What kubelet's two states say together, in order of pod and container. By (pod UID, container), and of whole
-    pods by UID."""
+    """Combine kubelet's two states, in order of pod and container.
+
+    cpus, blocks: by (pod UID, container). pod_cpus, pod_blocks: of whole pods, by pod UID.
+    """
     found: dict[tuple[str, tuple[str, ...]], Assigned] = {}
     for uid in {uid for uid, _ in cpus} | pod_cpus.keys():
         mine = {name: some for (pod, name), some in cpus.items() if pod == uid}
@@ -95,8 +101,10 @@ def assigned(
 
 
 def _apart(mine: Mapping[str, CpuSet], whole: CpuSet) -> dict[tuple[str, ...], CpuSet]:
-    """The CPUs of one pod in sets that have none in common, each with the containers that have any of it. whole: what
-    the pod has as a whole, of which some may be no container's."""
+    """Return the CPUs of one pod as disjoint sets, each under the containers that have any of it.
+
+    whole: the CPUs of the pod as a whole, some of which may belong to no container.
+    """
     sets: dict[tuple[str, ...], CpuSet] = {}
     for name, cpus in sorted(mine.items()):
         met = [names for names, others in sets.items() if not cpus.isdisjoint(others)]
@@ -109,7 +117,7 @@ def _apart(mine: Mapping[str, CpuSet], whole: CpuSet) -> dict[tuple[str, ...], C
 def _memory_of(
     own: Mapping[str, tuple[MemoryBlock, ...]], whole: tuple[MemoryBlock, ...] | None
 ) -> dict[tuple[str, ...], tuple[MemoryBlock, ...]]:
-    """Memory by the containers that have it: of a pod that has it as a whole, all of its containers."""
+    """Return memory by the containers that have it; pod-level memory belongs to all containers of the pod."""
     if whole is not None:
         return {tuple(sorted(own)): whole}
     return {(name,): several for name, several in own.items()}

@@ -1,7 +1,7 @@
-"""What kubelet's own managers gave away, taken over as grants, and given back when its pods have ended.
+"""What kubelet's own managers assigned, imported as grants and released when its pods have ended.
 
-Pure. Kubelet's state outlives its pods: what it says of a pod that has no folder any more is left alone. All that can
-be taken over becomes grants of (pod UID, container) with ids that stay, so that importing again changes nothing.
+Pure. Kubelet's state outlives its pods: entries of a pod that no longer has a folder are ignored. Everything that can
+be imported becomes a grant of (pod UID, container) with a stable id, so that importing again changes nothing.
 Containers that have the same CPUs hold one grant together, named "a,b".
 """
 
@@ -26,43 +26,46 @@ OLD_FORM = "this old form of the state does not say which pod it is of: drain th
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportPlan:
-    """What importing does to the ledger."""
+    """How importing changes the ledger."""
 
     ledger: Ledger
     taken: tuple[Grant, ...] = ()
-    """New grants, or grants that hold something else than before."""
+    """New grants, and grants that hold something else than before."""
     known: tuple[Grant, ...] = ()
-    """Grants that were taken over before and stay as they are."""
+    """Grants that were imported before and are unchanged."""
     released: tuple[Grant, ...] = ()
-    """Grants taken over before that kubelet's state contradicts."""
+    """Imported grants that kubelet's state contradicts."""
     ended: tuple[Assigned, ...] = ()
-    """Of pods that are not there any more."""
+    """Assignments of pods that no longer exist."""
     refused: tuple[tuple[Assigned, str], ...] = ()
-    """What cannot be taken over, with the reason."""
+    """Assignments that cannot be imported, with the reason."""
 
     @property
     def changes(self) -> tuple[Change, ...]:
-        """Return what the plan does to the ledger, releases first."""
+        """Return the changes to the ledger, releases first."""
         released = (Change(action=RELEASED, grant=one) for one in self.released)
         return (*released, *(Change(action=ADOPTED, grant=one) for one in self.taken))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ended:
-    """What a look at kubelet's pods says of the grants taken over from it."""
+    """What one look at kubelet's pods shows about the imported grants."""
 
     missing: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
     """Since when the pod of each grant has been gone, by grant id."""
     released: tuple[Grant, ...] = ()
 
 
-# ---------------------------------------------------------------- taking over
+# ---------------------------------------------------------------- importing
 
 
 def plan(
     inventory: Inventory, ledger: Ledger, said: Said, there: Container[str], *, at: float, boot_id: str = ""
 ) -> ImportPlan:
-    """Take over what kubelet gave away. there: UIDs of the pods that are there. at: seconds since the epoch."""
+    """Plan the import of what kubelet assigned.
+
+    there: UIDs of the pods that exist. at: seconds since the epoch.
+    """
     contradicted = [grant for grant in _imported(ledger) if not _still_so(grant, said)]
     after = ledger_of.release(ledger, [one.id for one in contradicted])
     granted: list[Grant] = []
@@ -76,7 +79,7 @@ def plan(
         except Refused as refusal:
             refused.append((one, refusal.why))
     known = tuple(one for one in granted if ledger.grants.get(one.id) == one)
-    # What only holds something else now is no release.
+    # A grant that merely holds something else now is not a release.
     released = tuple(one for one in contradicted if one.id not in after.grants)
     return ImportPlan(
         ledger=after,
@@ -93,8 +96,10 @@ def _imported(ledger: Ledger) -> list[Grant]:
 
 
 def _still_so(grant: Grant, said: Said) -> bool:
-    """Whether a grant taken over before is what kubelet says now. What a manager that is off does not mention goes on:
-    the container runs with it."""
+    """Return whether an imported grant still agrees with kubelet's state.
+
+    What a manager that is off does not mention remains in force: the container is still running with it.
+    """
     now = next((one for one in said.assigned if one.id == grant.id), Assigned(uid=grant.holder.uid))
     same_cpus = now.cpus == grant.cpus or not (now.cpus or said.cpus)
     same_memory = now.bytes_by_size == _bytes_by_size(grant) or not (now.blocks or said.memory)
@@ -111,7 +116,10 @@ def _bytes_by_size(grant: Grant) -> dict[int, int]:
 
 
 def _grant(inventory: Inventory, ledger: Ledger, one: Assigned, old: Grant | None, said: Said) -> Grant:
-    """The grant of what containers have. old: what they held before. Refused where the machine has not got it."""
+    """Return the grant of an assignment. Raise Refused if the machine does not have it.
+
+    old: what the containers held before.
+    """
     old = old or Grant(id=one.id, holder=Holder(api=KUBELET, uid=one.uid, container=one.container))
     cpus = one.cpus if one.cpus or said.cpus else old.cpus
     if lost := cpus - inventory.cpus_online:
@@ -132,8 +140,10 @@ def _grant(inventory: Inventory, ledger: Ledger, one: Assigned, old: Grant | Non
 
 
 def _placed(inventory: Inventory, ledger: Ledger, blocks: Iterable[MemoryBlock]) -> dict[tuple[int, NodeId], int]:
-    """Bytes by (page_bytes, node): of a block on several nodes as much as can be on the first, then on the next, which
-    is how kubelet fills them."""
+    """Return the bytes by (page_bytes, node).
+
+    A block on several nodes takes as much as possible from the first node, then from the next, as kubelet does.
+    """
     taken: dict[tuple[int, NodeId], int] = {}
     for block in blocks:
         left = block.size_bytes
@@ -151,8 +161,10 @@ def _placed(inventory: Inventory, ledger: Ledger, blocks: Iterable[MemoryBlock])
 
 
 def _room(inventory: Inventory, ledger: Ledger, page_bytes: int, node: NodeId) -> int:
-    """Bytes of a node that are not granted. What a running pod has is in use already, so that free pages say nothing
-    here."""
+    """Return the bytes of a node that are not granted.
+
+    Running pods already use what they have, so the number of free pages means nothing here.
+    """
     found = inventory.node_by_id.get(node)
     if found is None:
         return 0
@@ -166,13 +178,13 @@ def _no_room(block: MemoryBlock, free: int) -> Refused:
     return Refused(f"{block}, where {free} are not granted", want=block.size_bytes, free=free)
 
 
-# ---------------------------------------------------------------- giving back
+# ---------------------------------------------------------------- releasing
 
 
 def ended(ledger: Ledger, there: Container[str], missing: Mapping[str, float], now: float, patience_s: float) -> Ended:
-    """What to give back of what was taken over: that of pods which two looks, patience_s apart, did not find.
+    """Return the imported grants to release: those whose pods were missing in two looks at least patience_s apart.
 
-    there: UIDs of the pods that are there. missing: Ended.missing of the look before. now: in seconds, of any clock.
+    there: UIDs of the pods that exist. missing: Ended.missing of the previous look. now: in seconds, of any clock.
     """
     mine = [one for one in _imported(ledger) if one.holder.uid not in there]
     since = {one.id: missing.get(one.id, now) for one in mine}

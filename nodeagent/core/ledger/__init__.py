@@ -1,1 +1,1 @@
-"""Who holds what: grants, what may be granted, what may be released."""
+"""The ledger: who holds what, what can be granted and what may be released."""

@@ -1,4 +1,4 @@
-"""What can still be granted of hugepages and memory, per NUMA node, and taking it."""
+"""What can still be granted of hugepages and memory on each NUMA node, and taking amounts from it."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import HugepagePool, NodeId, NumaNode
 
 MEMORY = 0
-"""The key of memory (in bytes) beside page sizes."""
+"""The key of memory (in bytes) alongside the page sizes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """want: amount by page_bytes, or bytes of memory by MEMORY. there: what each node can still give of it."""
+    """Hugepages and memory wanted by a request and available on each node.
+
+    want: number of pages by page_bytes, or bytes of memory under MEMORY. there: how much of each a node can still give.
+    """
 
     want: Mapping[int, int]
     there: Mapping[NodeId, Mapping[int, int]]
 
     @classmethod
     def of(cls, inventory: Inventory, ledger: Ledger, request: Request, *, empty: bool = False) -> Stock:
-        """What is there for a request; `empty`: were every page free."""
+        """Return the stock for a request; with `empty`, as if every page were free."""
         want = {page_bytes: count for page_bytes, count in request.hugepages.items() if count}
         if request.memory_bytes:
             want[MEMORY] = request.memory_bytes
@@ -43,31 +46,31 @@ class Stock:
 
     @property
     def nothing_wanted(self) -> bool:
-        """Return whether no hugepages and no memory are asked for."""
+        """Return whether neither hugepages nor memory are requested."""
         return not self.want
 
     @property
     def nodes(self) -> frozenset[NodeId]:
-        """Nodes that have any of what is wanted."""
+        """Return the nodes that have any of what is wanted."""
         return frozenset(self.there)
 
     def within(self, nodes: frozenset[NodeId] | None) -> Stock:
-        """The same on some nodes only; None: on all."""
+        """Return the stock restricted to some nodes, or unchanged if `nodes` is None."""
         if nodes is None or not self.want:
             return self
         return replace(self, there={node: mine for node, mine in self.there.items() if node in nodes})
 
     def sum(self, size: int, nodes: Iterable[NodeId] | None = None) -> int:
-        """What some nodes (None: all) have of one size."""
+        """Return how much of one size some nodes have together (None: all nodes)."""
         return sum(self.there[n].get(size, 0) for n in (self.there if nodes is None else nodes) if n in self.there)
 
     def enough(self, nodes: Iterable[NodeId] | None) -> bool:
-        """Whether some nodes (None: all) have enough of everything."""
+        """Return whether some nodes (None: all nodes) have enough of everything."""
         some = None if nodes is None else list(nodes)
         return all(self.sum(size, some) >= count for size, count in self.want.items())
 
     def take(self, nodes: Sequence[NodeId]) -> tuple[tuple[Pages, ...], tuple[tuple[NodeId, int], ...]]:
-        """(pages, memory), as much as can be from the first node, then from the next."""
+        """Return (pages, memory), taking as much as possible from the first node, then from the next."""
         pages, memory = [], []
         for size, count in sorted(self.want.items()):
             for node in nodes:
@@ -82,7 +85,7 @@ class Stock:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PageLimit:
-    """How far a pool of hugepages may grow when a claim needs more."""
+    """How far a hugepage pool may grow when a claim needs more pages."""
 
     node: NodeId
     page_bytes: int
@@ -90,11 +93,11 @@ class PageLimit:
 
 
 def grantable(pool: HugepagePool, ledger: Ledger) -> int:
-    """Pages of a pool that can still be granted: free, not reserved by a mapping of others, not granted and not yet
-    faulted.
+    """Return how many pages of a pool can still be granted.
 
-    Where nobody can say whose pages are in use, as many granted ones are taken to be mapped as are in use or reserved:
-    what the host itself uses beside our holders is not promised twice.
+    These are the free pages, less those reserved by other users' mappings and those granted but not yet faulted. If it
+    is unknown whose pages are in use, as many granted pages count as mapped as there are pages in use or reserved:
+    pages that the host itself uses alongside our holders are not promised twice.
     """
     granted = ledger.pages_held.get((pool.node, pool.page_bytes), 0)
     if pool.own_used_pages is not None:
@@ -105,14 +108,14 @@ def grantable(pool: HugepagePool, ledger: Ledger) -> int:
 
 
 def memory_left(node: NumaNode) -> int:
-    """Bytes of a node that are not in hugepages."""
+    """Return the bytes of a node's memory that are not in hugepages."""
     return max(0, node.memory_bytes - sum(pool.page_bytes * pool.total_pages for pool in node.hugepages))
 
 
 def room(node: NumaNode, pool: HugepagePool, limits: Iterable[PageLimit], held_bytes: int = 0) -> int:
-    """By how many pages a pool may grow: to its limit, as far as the node has memory that is not in pages.
+    """Return by how many pages a pool can grow: up to its limit and the node's memory that is not in hugepages.
 
-    held_bytes: memory of the node that is granted as such.
+    held_bytes: memory of the node that is granted as memory.
     """
     key = pool.node, pool.page_bytes
     most = max((one.max_pages for one in limits if (one.node, one.page_bytes) == key), default=0)

@@ -1,6 +1,7 @@
-"""The ledger: all grants at one moment. grant and release return a new Ledger and leave the old one as it was.
+"""The ledger: all grants at one moment. grant() and release() return a new Ledger and leave the old one unchanged.
 
-No two exclusive grants overlap, whichever API they came through: `grant` refuses, naming the holder that is in the way.
+No two exclusive grants overlap, regardless of the API they came through: `grant` raises Refused naming the conflicting
+holder.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from nodeagent.errors import Refused
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Who holds what."""
+    """All grants, and the CPUs reserved for the system."""
 
     grants: Mapping[str, Grant] = field(default_factory=lambda: MappingProxyType({}))
     """By grant id."""
     reserved: CpuSet = EMPTY
-    """CPUs that are never granted (the system's own)."""
+    """The system's own CPUs, which are never granted."""
 
     @functools.cached_property
     def cpus_held(self) -> CpuSet:
@@ -34,7 +35,7 @@ class Ledger:
 
     @functools.cached_property
     def pages_held(self) -> Mapping[tuple[NodeId, int], int]:
-        """Pages by (node, page_bytes)."""
+        """Return the pages held, by (node, page_bytes)."""
         held: dict[tuple[NodeId, int], int] = {}
         for grant in self.grants.values():
             for pages in grant.hugepages:
@@ -44,7 +45,7 @@ class Ledger:
 
     @functools.cached_property
     def memory_held(self) -> Mapping[NodeId, int]:
-        """Bytes by node."""
+        """Return the bytes of memory held, by node."""
         held: dict[NodeId, int] = {}
         for grant in self.grants.values():
             for node, size in grant.memory:
@@ -53,12 +54,12 @@ class Ledger:
 
     @functools.cached_property
     def devices_held(self) -> frozenset[str]:
-        """Devices of which anything is held, whole or a share."""
+        """Return the devices that are held whole or in shares."""
         return frozenset(one for grant in self.grants.values() for one in (*grant.devices, *grant.shares))
 
     @functools.cached_property
     def devices_whole(self) -> frozenset[str]:
-        """Devices that one grant holds whole."""
+        """Return the devices that are held whole by one grant."""
         return frozenset(one for grant in self.grants.values() for one in grant.devices)
 
     @functools.cached_property
@@ -77,21 +78,21 @@ class Ledger:
 
     @functools.cached_property
     def by_id(self) -> Mapping[tuple[str, str], Grant]:
-        """The grant that holds an API's id: (resource, id)."""
+        """Return the grants by the ids that their API uses: (resource, id)."""
         return {(grant.holder.resource, one): grant for grant in self.grants.values() for one in grant.ids}
 
 
 class Action(StrEnum):
-    """What happens to a grant."""
+    """What happened to a grant."""
 
     GRANTED = "granted"
     REDUCED = "reduced"
-    """It is what is left after another has taken some of its ids."""
+    """Another grant has taken some of its ids; this is the remainder."""
     RELEASED = "released"
     CONFIRMED = "confirmed"
-    """Its holder is known now, or is another than before."""
+    """Its holder has become known or has changed."""
     ADOPTED = "adopted"
-    """It was found, not decided on."""
+    """It was found to exist; the agent did not decide on it."""
 
 
 GRANTED, REDUCED, RELEASED, CONFIRMED, ADOPTED = Action
@@ -99,15 +100,17 @@ GRANTED, REDUCED, RELEASED, CONFIRMED, ADOPTED = Action
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """One line of the audit: what happened to a grant."""
+    """One entry of the audit: what happened to a grant."""
 
     action: Action
     grant: Grant
 
 
 def grant(ledger: Ledger, new: Grant) -> Ledger:
-    """The ledger with one grant more, or with another of the same id replaced; the same grant again is no change.
-    Refused if any part is held by another or reserved."""
+    """Return the ledger with one grant added, or replaced if the id exists; an identical grant changes nothing.
+
+    Raise Refused if any part is reserved or held by another grant.
+    """
     if ledger.grants.get(new.id) == new:
         return ledger
     others = release(ledger, [new.id])
@@ -120,7 +123,7 @@ def grant(ledger: Ledger, new: Grant) -> Ledger:
 
 
 def release(ledger: Ledger, ids: Iterable[str]) -> Ledger:
-    """The ledger without these grants; unknown ids are no error."""
+    """Return the ledger without the given grants; unknown ids are ignored."""
     gone = frozenset(ids) & ledger.grants.keys()
     if not gone:
         return ledger
@@ -131,7 +134,7 @@ def release(ledger: Ledger, ids: Iterable[str]) -> Ledger:
 
 
 def amend(ledger: Ledger, changed: Iterable[Grant]) -> Ledger:
-    """The ledger with some grants replaced by what is now known of their holders; what they hold must be the same."""
+    """Return the ledger with updated holders of some grants; what they hold must be unchanged."""
     grants = dict(ledger.grants)
     for one in changed:
         known = grants[one.id]
@@ -140,7 +143,7 @@ def amend(ledger: Ledger, changed: Iterable[Grant]) -> Ledger:
 
 
 def with_reserved(ledger: Ledger, reserved: CpuSet) -> Ledger:
-    """The same grants beside other reserved CPUs."""
+    """Return the ledger with the same grants and other reserved CPUs."""
     return ledger if ledger.reserved == reserved else Ledger(grants=ledger.grants, reserved=reserved)
 
 
@@ -149,8 +152,11 @@ def _with(ledger: Ledger, grants: Mapping[str, Grant]) -> Ledger:
 
 
 def _plus(ledger: Ledger, new: Grant) -> Ledger:
-    """The ledger with a grant that overlaps nothing. What is known of the old one is carried over: a decision among
-    hundreds of grants costs as much as one among few."""
+    """Return the ledger with a grant that overlaps no other.
+
+    Cached properties of the old ledger are carried over, so that a decision costs as much with hundreds of grants as
+    with a few.
+    """
     after = _with(ledger, {**ledger.grants, new.id: new})
     seed(
         after,

@@ -1,6 +1,7 @@
-"""CPUs that claims and containers hold and that no pod can run on: they went offline, or the cpuset of all pods was
-narrowed. They stay held: when they come back they are the same holder's, and nobody else is given them meanwhile. What
-is left of what was granted, and everybody else's, lives on.
+"""CPUs that are held by claims and containers but on which no pod can run.
+
+They went offline, or the cpuset of all pods was narrowed. They stay held: nothing else is granted them, and when they
+come back they still belong to the same holder. The holder's remaining CPUs, and all other grants, are unaffected.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ from nodeagent.core.model.inventory import Inventory
 
 
 def lost_cpus(inventory: Inventory, ledger: Ledger) -> Mapping[tuple[str, str], str]:
-    """Which CPUs of whom are lost and why, by the (pool, device) that they were allocated from; devices that lost
-    nothing are left out. Claims are named in the order of their grants' ids."""
+    """Return which CPUs were lost, by which claims and why, by the (pool, device) that they were allocated from.
+
+    Devices that lost nothing are left out. Claims are listed in the order of their grants' ids.
+    """
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
     for grant in _in_order(ledger):
         if grant.holder.api != CLAIM or grant.result is None:
@@ -30,20 +33,20 @@ def lost_cpus(inventory: Inventory, ledger: Ledger) -> Mapping[tuple[str, str], 
 
 
 def outside_of(inventory: Inventory) -> str:
-    """What is wrong with CPUs that are online and not to be had by pods."""
+    """Describe why CPUs are online but not available to pods."""
     pods = inventory.pods_cgroup
     return f"outside the cpuset of {pods.path}, which has {pods.cpus}" if pods is not None else ""
 
 
 def held_outside(inventory: Inventory, ledger: Ledger) -> str:
-    """Who holds CPUs that the cpuset of all pods keeps pods off; "" where nobody does."""
+    """Describe which holders have CPUs outside the cpuset of all pods; "" if there are none."""
     every = ((grant, grant.cpus & inventory.cpus_outside) for grant in _in_order(ledger))
     named = [_of(cpus, grant) for grant, cpus in every if cpus]
     return f"{', '.join(named)}: {outside_of(inventory)}" if named else ""
 
 
 def narrowed(inventory: Inventory, ledger: Ledger) -> str:
-    """Which CPUs are not offered as pods cannot run on them; "" where there are none but reserved ones."""
+    """Describe which unreserved CPUs are not offered because pods cannot run on them; "" if there are none."""
     cpus = inventory.cpus_outside - ledger.reserved
     return f"CPUs {cpus} are not offered: {outside_of(inventory)}" if cpus else ""
 
@@ -53,7 +56,7 @@ def _in_order(ledger: Ledger) -> list[Grant]:
 
 
 def _lost(inventory: Inventory, cpus: CpuSet) -> list[tuple[str, CpuSet]]:
-    """(why, which CPUs), as far as there are any."""
+    """Return (reason, CPUs) for each reason that applies."""
     every = (("offline", cpus - inventory.cpus_online), (outside_of(inventory), cpus & inventory.cpus_outside))
     return [(why, lost) for why, lost in every if lost]
 

@@ -1,8 +1,8 @@
-"""A ledger that may lack decisions against everything that others know: what is put back, and what is still in use of
-although no source says what exactly it holds. Pure.
+"""Compare a ledger that may lack decisions with all other sources. Pure.
 
-A ledger counts as whole again only when every claim and every device in use is in it. Until then new grants are held
-back, and nothing that is not in the ledger counts as an orphan.
+The result is what to put back, and what is still in use although no source shows exactly what it holds. The ledger
+counts as whole again only when every claim and every device in use is in it. Until then no new grants are made, and
+whatever is missing from the ledger does not count as an orphan.
 """
 
 from __future__ import annotations
@@ -18,52 +18,54 @@ from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant
 from nodeagent.errors import InputError, Refused
 
 Of = Callable[[str, tuple[str, ...], str, str], Grant | None]
-"""A device-plugin grant for (resource, ids, pod UID, container name); None where the resource is not served here,
-InputError where the ids mean nothing."""
+"""Make a device-plugin grant for (resource, ids, pod UID, container name). Return None if the resource is not served
+here; raise InputError if the ids are meaningless."""
 KUBELET = "kubelet"
 """Key of Account.unaccounted for kubelet itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimInUse:
-    """A claim of this driver that kubelet, a file or a container names."""
+    """A claim of this driver that kubelet, a file or a container refers to."""
 
     name: str
-    """NAMESPACE/NAME, or its UID where only that is known."""
+    """NAMESPACE/NAME, or its UID if only that is known."""
     source: str
-    """Who names it, as a clause: "kubelet has it prepared"."""
+    """Where it was found, as a clause: "kubelet has it prepared"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sources:
-    """What is known apart from the ledger. None: the source could not be asked."""
+    """What is known apart from the ledger. None means that the source could not be asked."""
 
     recorded: Mapping[str, tuple[Grant, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """By claim UID: the grants that the claim's own file carries."""
+    """The grants recorded in each claim's own file, by claim UID."""
     in_use: Mapping[str, ClaimInUse] = field(default_factory=lambda: MappingProxyType({}))
-    """By claim UID: the claims that kubelet, a file or a container names."""
+    """The claims that kubelet, a file or a container refers to, by claim UID."""
     given: Given | None = None
     """Kubelet's device checkpoint."""
     living: frozenset[str] = frozenset()
-    """Ids of the grants, of the ledger or recorded, whose pods live."""
+    """Ids of those grants, in the ledger or recorded, whose pods are alive."""
     kubelet_silent: str = ""
-    """Why kubelet's word on claims and devices is not known at all; "": it is."""
+    """Why kubelet's claims and devices are not known at all; "" if they are known."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Account:
-    """What comparing a ledger with the sources shows."""
+    """The result of comparing a ledger with the sources."""
 
     ledger: Ledger
     changes: tuple[Change, ...] = ()
     unaccounted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Why the ledger may still lack something, by claim UID (no source says what it holds), "recorded/UID" (it is
-    known, and does not fit), "RESOURCE/POD UID/CONTAINER" or KUBELET."""
+    """Why the ledger may still lack something, by claim UID (no source shows what it holds), "recorded/UID" (it is
+    known, but does not fit), "RESOURCE/POD UID/CONTAINER" or KUBELET."""
 
 
 def account(ledger: Ledger, sources: Sources, of: Of) -> Account:
-    """Put back what is known exactly, and name what is not. What an older copy of the ledger still has, and no
-    source confirms, gives way."""
+    """Put back everything that is known exactly, and name what is not.
+
+    A grant that only an older copy of the ledger has, and that no source confirms, gives way.
+    """
     book = _Book(ledger, sources)
     for uid, grants in sources.recorded.items():
         book.put_back(uid, [one for one in grants if one.id not in book.ledger.grants])
@@ -80,7 +82,7 @@ def account(ledger: Ledger, sources: Sources, of: Of) -> Account:
 
 
 class _Book:
-    """An account while it is drawn up."""
+    """An account that is being drawn up."""
 
     def __init__(self, ledger: Ledger, sources: Sources) -> None:
         self.ledger = ledger
@@ -90,7 +92,7 @@ class _Book:
         self._recorded = {part for parts in (sources.given or {}).values() for part in parts}
 
     def put_back(self, uid: str, grants: Iterable[Grant]) -> None:
-        """All of a claim, or nothing with the reason."""
+        """Put back all grants of a claim, or none and record the reason."""
         before = self.ledger, list(self.changes)
         try:
             for one in grants:
@@ -100,7 +102,7 @@ class _Book:
             self.unaccounted[f"recorded/{uid}"] = f"claim {uid} cannot be put back: {refusal.why}"
 
     def adopt(self, resource: str, ids: tuple[str, ...], uid: str, container: str, of: Of) -> None:
-        """What kubelet has recorded for a container of a pod, as far as no grant has it."""
+        """Adopt the ids that kubelet has recorded for a container of a pod and that are in no grant."""
         strange = tuple(one for one in ids if (resource, one) not in self.ledger.by_id)
         if not strange:
             return
@@ -112,14 +114,15 @@ class _Book:
             self.unaccounted[f"{resource}/{uid}/{container}"] = f"pod {uid} holds {', '.join(strange)}: {error}"
 
     def _take(self, grant: Grant) -> None:
-        """Add a grant, in place of those that only the ledger knows; Refused where another one is attested too."""
+        """Add a grant in place of those that only the ledger knows; raise Refused if it overlaps another attested
+        one."""
         stale = [one for one in self.ledger.grants.values() if _overlap(one, grant) and not self._is_attested(one)]
         self.ledger = ledger_of.grant(ledger_of.release(self.ledger, [one.id for one in stale]), grant)
         self.changes += [Change(action=RELEASED, grant=one) for one in stale]
         self.changes.append(Change(action=ADOPTED, grant=grant))
 
     def _is_attested(self, grant: Grant) -> bool:
-        """Whether a source confirms a grant, or could not be asked."""
+        """Return whether a source confirms a grant, or could not be asked."""
         if grant.id in self._sources.living:
             return True
         if grant.holder.api == CLAIM:
@@ -130,7 +133,7 @@ class _Book:
 
 
 def _overlap(one: Grant, other: Grant) -> bool:
-    """Whether two grants cannot both be in a ledger."""
+    """Return whether two grants cannot both be in a ledger."""
     try:
         ledger_of.grant(Ledger(grants=MappingProxyType({one.id: one})), other)
     except Refused:

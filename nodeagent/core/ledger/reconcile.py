@@ -1,6 +1,6 @@
-"""What kubelet lists against what the ledger holds: who holds what by name, what is released, what was never recorded.
+"""Compare kubelet's list with the ledger: name holders, find grants to release and holdings that were never recorded.
 
-Pure. When a grant that is not listed may be released is core/ledger/release.py's to say.
+Pure. core/ledger/release.py decides when a grant that is not listed may be released.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder, Holding
 from nodeagent.errors import InputError
 
 Adopt = Callable[[Holding], Grant]
-"""A grant for a holding that the ledger does not know; InputError where its ids mean nothing (any more)."""
+"""Make a grant for a holding that the ledger does not know. Raise InputError if its ids are unknown or no longer
+exist."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Findings:
-    """What a list changes."""
+    """The changes that follow from a list."""
 
     confirmed: tuple[Grant, ...] = ()
-    """Grants whose holder is known now, or is another than before."""
+    """Grants whose holder has become known or has changed."""
     absences: Absences = field(default_factory=lambda: Absences(memory=Memory()))
     adopted: tuple[Grant, ...] = ()
     unknown: tuple[tuple[Holding, str], ...] = ()
@@ -50,9 +51,9 @@ def compare(
 ) -> Findings:
     """Compare a fresh list with the ledger.
 
-    memory: Findings.absences.memory of the list before. now: when kubelet was asked, in seconds of any steady clock.
-    resources: what is served, and so may be adopted; what was served once is held for as long as kubelet lists it.
-    young: ids of grants that the list is too old to know; they are left alone.
+    memory: Findings.absences.memory of the previous list. now: when kubelet was asked, in seconds of any steady clock.
+    resources: what is served and may therefore be adopted; a resource no longer served is held for as long as kubelet
+    lists it. young: ids of grants that are newer than the list; they are left alone.
     """
     every = list(holdings)
     listed = _listed(ledger, every)
@@ -70,7 +71,7 @@ def compare(
 
 
 def _with_pods(grants: Sequence[Grant], named: Mapping[str, Grant], given: Given | None) -> Iterator[Grant]:
-    """The grants of which something new is known: their holders' names, or by the checkpoint the UIDs of their pods."""
+    """Yield the grants that have news: their holders' names, or the UIDs of their pods according to the checkpoint."""
     pods = pods_by_checkpoint(grants, given)
     for old in grants:
         new = replace(named.get(old.id, old), pods=pods[old.id])
@@ -79,8 +80,10 @@ def _with_pods(grants: Sequence[Grant], named: Mapping[str, Grant], given: Given
 
 
 def _listed(ledger: Ledger, holdings: Iterable[Holding]) -> dict[str, Holding]:
-    """The holding of each grant that kubelet lists: the one with the same ids, else with most of them, else the first.
-    A sidecar is listed beside the container that it shares ids with."""
+    """Return each listed grant's holding: the one with the same ids, else with most of them, else the first.
+
+    A sidecar is listed alongside the container with which it shares ids.
+    """
     best: dict[str, tuple[bool, int, Holding]] = {}
     for holding in holdings:
         keys = [(holding.resource, one) for one in holding.ids]
@@ -94,7 +97,7 @@ def _listed(ledger: Ledger, holdings: Iterable[Holding]) -> dict[str, Holding]:
 def _adopted(
     ledger: Ledger, holdings: Iterable[Holding], adopt: Adopt
 ) -> tuple[list[Grant], list[tuple[Holding, str]]]:
-    """Grants for what the ledger does not know, and what cannot be made one."""
+    """Return grants for holdings that the ledger does not know, and the holdings for which no grant can be made."""
     adopted: list[Grant] = []
     unknown: list[tuple[Holding, str]] = []
     for holding in holdings:
@@ -109,7 +112,7 @@ def _adopted(
 
 
 def _named(grant: Grant, holding: Holding) -> Grant:
-    """The grant with the holder that kubelet names."""
+    """Return the grant with the holder that kubelet names."""
     holder = Holder(
         api=DEVICE_PLUGIN,
         resource=grant.holder.resource,

@@ -1,8 +1,8 @@
-"""When a device-plugin grant that kubelet does not list may be released. Pure; every rule is in this file.
+"""When a device-plugin grant that kubelet does not list may be released. Pure; all rules are in this file.
 
-The device-plugin API has no call for giving devices back, so a release is concluded. An absence from kubelet's list is
-not enough: a kubelet that has just started lists nothing until its API server answers, and its containers run on.
-Release needs proof. For a grant that is not listed, the first line that applies decides:
+The device-plugin API has no call for returning devices, so a release has to be inferred. Absence from kubelet's list is
+not enough: a kubelet that has just started lists nothing until it reaches its API server, while its containers keep
+running. Release needs proof. For a grant that is not listed, the first rule that applies decides:
 
     a process of its pod runs                                        held, disputed, whatever lists say
     it was never listed, the checkpoint has it, and kubelet lists
@@ -15,13 +15,13 @@ Release needs proof. For a grant that is not listed, the first line that applies
       and is not, or nothing of it runs and the checkpoint lacks
       its devices; or it was listed in this boot, kubelet has the
       API server's pods, and the pod has neither folder nor cgroup   released after confirmed_s; unconfirmed_s
-                                                                     where it was never listed
+                                                                     if it was never listed
     its pod has no folder on the node, which kubelet makes as soon
       as it has admitted a pod, and nothing of it runs               released after unobserved_s
     kubelet is known to have received the API server's pods          released after unobserved_s
     otherwise                                                        held
 
-A container that runs to completion before others start (an init container) is never listed; the checkpoint has it.
+A container that runs to completion before others start (an init container) is never listed, but is in the checkpoint.
 
 Sources: pkg/kubelet/cm/devicemanager (the checkpoint keeps a pod's devices until an admission after "sources ready"),
 pkg/kubelet/kubelet_pods.go HandlePodCleanups (folders and cgroups are removed only then), k8s.io/kubernetes 1.34-1.37.
@@ -43,20 +43,22 @@ _NO_TIMES: Mapping[str, float] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Patience:
-    """How long a grant may be missing from kubelet's list, in seconds."""
+    """How long a grant may be missing from kubelet's list before it is released, in seconds."""
 
     unconfirmed_s: float = 60.0
-    """It was never listed: its pod may still be being admitted."""
+    """It was never listed: its pod may still be in admission."""
     confirmed_s: float = 5.0
-    """It was listed before, and there is proof that its pod ended."""
+    """It was listed before, and there is proof that its pod has ended."""
     unobserved_s: float = 600.0
     """Neither the runtime nor a cgroup can confirm that its pod ended."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """What earlier lists and sights have shown. A process starts with nothing remembered: what it has not seen itself
-    only makes a release later."""
+    """What earlier lists and observations of pods have shown.
+
+    A new process starts with an empty memory. Whatever it has not seen itself can only delay a release.
+    """
 
     kubelet: Hashable = None
     listed: frozenset[str] = frozenset()
@@ -66,24 +68,24 @@ class Memory:
     missing: Mapping[str, float] = field(default_factory=lambda: _NO_TIMES)
     """Since when each unlisted grant has been missing, by grant id."""
     inherited: frozenset[str] = frozenset()
-    """Ids of the grants that were there before this kubelet was first seen: another one may have asked for them."""
+    """Ids of the grants that existed before this kubelet was first seen: a previous kubelet may have requested them."""
     had_cgroup: frozenset[str] = frozenset()
     had_folder: frozenset[str] = frozenset()
-    """UIDs of the pods whose cgroup, whose folder was seen."""
+    """UIDs of the pods whose cgroup, or whose folder, has been seen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Absences:
-    """What is concluded from one list."""
+    """Conclusions from one list."""
 
     memory: Memory
     released: tuple[Grant, ...] = ()
     held: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Why each grant that is missing from kubelet's list is not released yet, by grant id."""
     disputed: frozenset[str] = frozenset()
-    """Ids of those grants that this kubelet has stopped listing although their pods live."""
+    """Ids of those grants that this kubelet has stopped listing although their pods are alive."""
     due_s: float | None = None
-    """Seconds until the next release if nothing changes; None: nothing is due."""
+    """Seconds until the next release if nothing changes, or None if none is due."""
 
 
 def judge(
@@ -95,10 +97,10 @@ def judge(
     now: float,
     patience: Patience,
 ) -> Absences:
-    """What to release of the device plugin's grants.
+    """Decide which of the device plugin's grants to release.
 
-    listed: ids of the grants that kubelet lists. young: ids of grants that the list is too old to know; they are left
-    alone. memory: Absences.memory of the list before. now: when kubelet was asked, in seconds of any steady clock.
+    listed: ids of the grants that kubelet lists. young: ids of grants that are newer than the list; they are left
+    alone. memory: Absences.memory of the previous list. now: when kubelet was asked, in seconds of any steady clock.
     """
     mine = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN]
     memory = _remember(memory, mine, listed, witnesses, now)
@@ -118,7 +120,7 @@ def judge(
 
 
 def lives(grant: Grant, witnesses: Witnesses) -> str:
-    """Evidence that a process of a grant's pods runs, as a clause; "" where there is none."""
+    """Return the evidence that a process of a grant's pods is running, as a clause, or "" if there is none."""
     found = witnesses.sighting(_pods(grant, witnesses))
     return found.evidence if found.sight is Sight.LIVES else ""
 
@@ -128,7 +130,7 @@ def lives(grant: Grant, witnesses: Witnesses) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """due_s: seconds until the release, 0 or less: now."""
+    """The verdict on one grant. `due_s` is the number of seconds until its release; 0 or less means now."""
 
     due_s: float
     why: str = ""
@@ -160,8 +162,10 @@ _UNLISTED = {True: "kubelet no longer lists it", False: "kubelet does not list i
 
 
 def _is_unlisted_part(grant: Grant, present: Container[str], memory: Memory, witnesses: Witnesses) -> bool:
-    """Whether a grant is of a container that kubelet never lists although it has it: an init container of a pod that is
-    there. present: UIDs of the pods of listed grants."""
+    """Return whether a grant is of a container that kubelet has but never lists: an init container of an existing pod.
+
+    present: UIDs of the pods of listed grants.
+    """
     if grant.confirmed or not _in_checkpoint(grant, witnesses) or _cleared_away(grant, memory, witnesses):
         return False
     pods = _pods(grant, witnesses)
@@ -169,7 +173,7 @@ def _is_unlisted_part(grant: Grant, present: Container[str], memory: Memory, wit
 
 
 def _after_drop(sight: Sight, patience: Patience) -> tuple[float, str]:
-    """How long to wait for a grant that this kubelet has listed and does so no longer, and what for."""
+    """Return how long to wait for a grant that this kubelet used to list and no longer does, and the reason."""
     match sight:
         case Sight.ABSENT:
             return 0.0, "its pod's cgroup is removed"
@@ -180,7 +184,7 @@ def _after_drop(sight: Sight, patience: Patience) -> tuple[float, str]:
 
 
 def _cleared_away(grant: Grant, memory: Memory, witnesses: Witnesses) -> str:
-    """How it shows that kubelet is done with a grant's pod, or never took it in; "" where nothing shows it."""
+    """Return the evidence that kubelet is done with a grant's pod or never admitted it, or "" if there is none."""
     pods = _pods(grant, witnesses)
     if pods and witnesses.folders is not None and all(_gone(one, memory.had_folder, witnesses.folders) for one in pods):
         return "kubelet has removed its pod's folder"
@@ -189,7 +193,7 @@ def _cleared_away(grant: Grant, memory: Memory, witnesses: Witnesses) -> str:
     knows = memory.knows_since is not None and _was_listed_in_this_boot(grant, witnesses)
     if pods and knows and _has_no_trace(pods, witnesses):
         return "its pod has neither a cgroup nor a folder"
-    # A checkpoint that was lost lacks the devices of pods that run too: another witness has to say that none does. A
+    # A lost checkpoint also lacks the devices of pods that are running: another witness has to confirm that none is. A
     # grant that was never listed and whose pod is not known by UID was never recorded by kubelet at all.
     asked = witnesses.sighting(pods).sight is not Sight.UNSEEN if pods else not grant.confirmed
     if asked and witnesses.given is not None and not _in_checkpoint(grant, witnesses):
@@ -202,15 +206,19 @@ def _was_listed_in_this_boot(grant: Grant, witnesses: Witnesses) -> bool:
 
 
 def _has_no_trace(pods: tuple[str, ...], witnesses: Witnesses) -> bool:
-    """Whether all pods have neither a cgroup nor a folder. The cgroup alone is no proof: kubelet lists a pod as soon as
-    it has admitted it."""
+    """Return whether all pods have neither a cgroup nor a folder.
+
+    A missing cgroup alone is no proof: kubelet lists a pod as soon as it has admitted it.
+    """
     absent = all(_sight(one, witnesses) is Sight.ABSENT for one in pods)
     return absent and witnesses.folders is not None and witnesses.folders.isdisjoint(pods)
 
 
 def _has_no_folder(grant: Grant, witnesses: Witnesses) -> bool:
-    """Whether kubelet keeps no folder for a grant's pods, and the cgroup or the runtime agrees that nothing of them
-    runs. The folders alone are no proof: with another --root-dir of kubelet's they lie elsewhere."""
+    """Return whether kubelet has no folder for a grant's pods, and the cgroup or runtime agrees that none of them runs.
+
+    Missing folders alone are no proof: they are elsewhere if kubelet has another --root-dir.
+    """
     pods = _pods(grant, witnesses)
     if not pods or witnesses.folders is None or witnesses.sighting(pods).sight is Sight.UNSEEN:
         return False
@@ -240,7 +248,7 @@ def _pods(grant: Grant, witnesses: Witnesses) -> tuple[str, ...]:
 def _remember(
     memory: Memory, grants: Iterable[Grant], listed: Container[str], witnesses: Witnesses, now: float
 ) -> Memory:
-    """What is known after one more round. Another kubelet has listed nothing yet."""
+    """Return the memory after one more round. A new kubelet has listed nothing yet."""
     every = list(grants)
     ids = frozenset(one.id for one in every)
     if witnesses.kubelet != memory.kubelet:

@@ -1,8 +1,8 @@
-"""The numbers of sockets and L3 groups, kept while CPUs come and go.
+"""Stable numbers of sockets and L3 groups while CPUs go offline and come back.
 
-They count groups by their lowest online CPU: with that CPU offline, groups would change places, and with them the
-devices `socket1` and `l3-1` that claims are allocated from. So CPUs keep the number that they were known by; of a
-machine that is seen for the first time, those that claims hold tell how their groups were called.
+Groups are numbered by their lowest online CPU. If that CPU went offline, groups would change places, and with them the
+devices `socket1` and `l3-1` that claims are allocated from. CPUs therefore keep the group numbers under which they were
+first known. On a machine seen for the first time, the CPUs that claims hold show what their groups were called.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _L3 = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """The socket and the L3 group of CPUs that were ever seen, by CPU."""
+    """The socket and L3 group numbers of all CPUs ever seen, by CPU."""
 
     packages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     l3: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
 def numbers_held(ledger: Ledger) -> Numbers:
-    """What the claims' devices were called."""
+    """Return the group numbers that follow from the names of the claims' devices."""
     found: dict[str, dict[int, int]] = {"socket": {}, "l3-": {}}
     for grant in ledger.grants.values():
         result = grant.result if grant.holder.api == CLAIM else None
@@ -40,8 +40,11 @@ def numbers_held(ledger: Ledger) -> Numbers:
 
 
 def numbered(inventory: Inventory, known: Numbers) -> tuple[Inventory, Numbers]:
-    """The same machine with the numbers that are known, and what is known from now on. A group whose CPUs were known by
-    several numbers, as on another machine, or by one that another group has, is numbered anew."""
+    """Return the same machine with the known numbers, and the numbers known from now on.
+
+    A group is numbered again if its CPUs were known by several numbers, as on another machine, or by a number that
+    another group has.
+    """
     packages = _renamed(inventory.cpus, lambda cpu: cpu.package, known.packages)
     l3 = _renamed(inventory.cpus, lambda cpu: cpu.l3, known.l3)
     if any(old != new for names in (packages, l3) for old, new in names.items()):
@@ -62,7 +65,7 @@ def numbered(inventory: Inventory, known: Numbers) -> tuple[Inventory, Numbers]:
 
 
 def _renamed(cpus: Iterable[Cpu], group_of: Callable[[Cpu], int | None], known: Mapping[int, int]) -> Mapping[int, int]:
-    """The number of each group by the one that it has now."""
+    """Return the number of each group by its current number."""
     names: dict[int, set[int]] = {}
     for cpu in cpus:
         if (group := group_of(cpu)) is not None:

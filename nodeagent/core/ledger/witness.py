@@ -1,7 +1,7 @@
-"""What kubelet, the kernel and the container runtime say about pods at one moment. Values; release.py decides.
+"""What kubelet, the kernel and the container runtime report about pods at one moment. Values; release.py decides.
 
-Each witness may be silent, and silence is not an answer: None stands for "could not be asked", an empty value for
-"asked, and there is nothing".
+Any witness may be silent, and silence is not an answer: None means that it could not be asked, an empty value that it
+was asked and has nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant
 
 Given = Mapping[tuple[str, str], frozenset[tuple[str, str]]]
-"""Kubelet's device checkpoint: by (pod UID, container name), the (resource, id) that the container was given."""
+"""Kubelet's device checkpoint: the (resource, id) pairs given to each container, by (pod UID, container name)."""
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
@@ -22,20 +22,20 @@ class Sight(enum.StrEnum):
     """What the kernel or the runtime shows of one pod."""
 
     LIVES = "lives"
-    """Processes of it run: a container or its sandbox."""
+    """Processes of a container or of its sandbox are running."""
     EMPTY = "empty"
-    """Its cgroup is there without any process: kubelet has not cleared the pod away."""
+    """Its cgroup exists but has no process: kubelet has not cleared the pod away yet."""
     STOPPED = "stopped"
-    """The runtime runs no container of it; its cgroup cannot be read."""
+    """The runtime has no running container of it, and its cgroup cannot be read."""
     ABSENT = "absent"
-    """Its cgroup does not exist: kubelet has not made it yet, or has removed it after the pod's end."""
+    """Its cgroup does not exist: kubelet has not made it yet, or removed it after the pod ended."""
     UNSEEN = "unseen"
-    """Nobody could be asked."""
+    """No witness could be asked."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sighting:
-    """A sight and what it rests on."""
+    """A sight and the evidence for it."""
 
     sight: Sight
     evidence: str = ""
@@ -47,45 +47,46 @@ NOT_SEEN = Sighting(Sight.UNSEEN)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Witnesses:
-    """Everything that was asked in addition to kubelet's list of devices, in one round.
+    """Everything that was asked in one round in addition to kubelet's list of devices.
 
-    Ask kubelet for its list first and for these afterwards: what lived a moment before the list must not be called
-    gone by a sight that is older than the list.
+    Ask kubelet for its list first and the witnesses afterwards: a pod that was alive just before the list was taken
+    must not be called gone on the basis of an older sight.
     """
 
     kubelet: Hashable = None
-    """Identity of the kubelet that gave the list; another value is another process."""
+    """Identity of the kubelet that returned the list; a different value means a different process."""
     knows_pods: bool = False
-    """Whether the list shows that the API server's pods have reached kubelet, which calls that "sources ready": a pod
-    that is not a static one is in it."""
+    """Whether the list shows that kubelet has received the API server's pods ("sources ready" in kubelet): it contains
+    a pod that is not a static pod."""
     boot_id: str = ""
-    """Of the host; "": not known."""
+    """Boot id of the host; "" if unknown."""
     given: Given | None = None
-    """None: there is no checkpoint, or it cannot be read."""
+    """None if there is no checkpoint or it cannot be read."""
     folders: frozenset[str] | None = None
-    """UIDs of the pods that kubelet keeps a folder for; None: they cannot be listed."""
+    """UIDs of the pods for which kubelet has a folder, or None if they cannot be listed."""
     sights: Mapping[str, Sighting] = field(default_factory=lambda: MappingProxyType({}))
-    """By pod UID; a pod that is not in it is UNSEEN."""
+    """By pod UID; a pod that is missing here is UNSEEN."""
     pods_of: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    """By grant id: UIDs of the pods that hold it, for each grant where any is known."""
+    """UIDs of the pods that hold each grant, by grant id; only grants for which any pod is known."""
 
     def sighting(self, uids: tuple[str, ...]) -> Sighting:
-        """The strongest sight of some pods: one that lives, else one that no witness can speak for, and so on down
-        to ABSENT."""
+        """Return the strongest sight of some pods: LIVES first, then UNSEEN, and so on down to ABSENT."""
         found = [self.sights.get(uid, NOT_SEEN) for uid in uids] or [NOT_SEEN]
         return min(found, key=lambda one: _STRENGTH[one.sight])
 
 
 NO_WITNESSES = Witnesses()
-"""Nobody was asked."""
+"""No witness was asked."""
 _STRENGTH = {Sight.LIVES: 0, Sight.UNSEEN: 1, Sight.STOPPED: 2, Sight.EMPTY: 3, Sight.ABSENT: 4}
 
 
 def pods_by_checkpoint(grants: Iterable[Grant], given: Given | None) -> dict[str, tuple[str, ...]]:
-    """UIDs of the pods that hold each of the device plugin's grants, by grant id: by kubelet's checkpoint, or as
-    recorded where that does not have any of its ids.
+    """Return the UIDs of the pods that hold each grant, by grant id.
 
-    More than one where the checkpoint still has an ended pod: kubelet clears those away when it next admits one."""
+    For the device plugin's grants these come from kubelet's checkpoint, or from the grant itself if the checkpoint has
+    none of its ids. There is more than one if the checkpoint still has an ended pod: kubelet clears those when it next
+    admits one.
+    """
     of_part: dict[tuple[str, str], set[str]] = {}
     for (uid, _), parts in (given or {}).items():
         for one in parts:

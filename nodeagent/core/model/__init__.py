@@ -1,1 +1,1 @@
-"""Frozen values that every layer speaks in. Nothing here decides anything."""
+"""Frozen values that all layers share. Nothing here makes decisions."""

@@ -1,6 +1,6 @@
-"""A ResourceClaim as frozen values: what the scheduler allocated to it, and what was prepared for it.
+"""A ResourceClaim as frozen values: what the scheduler allocated to it and what was prepared for it.
 
-Names follow resource.k8s.io/v1. Nothing here reads or decides; core/dra/prepare.py does.
+Names follow resource.k8s.io/v1. This module only holds values; core/dra/prepare.py makes the decisions.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from nodeagent.core.model.health import DeviceState
 
 FROM_CLASS, FROM_CLAIM = "FromClass", "FromClaim"
-"""Opaque.source, in the order in which they are applied."""
+"""Values of Opaque.source, in the order in which they are applied."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClaimRef:
-    """A claim as kubelet names it."""
+    """A reference to a claim, as kubelet names it."""
 
     namespace: str
     name: str
@@ -38,32 +38,32 @@ class Result:
     pool: str
     device: str
     share_id: str = ""
-    """Set where the device is shared."""
+    """Set if the device is shared."""
     admin: bool = False
-    """adminAccess: sees the device without holding it."""
+    """adminAccess: the claim can access the device without holding it."""
     consumed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    """What it takes of a shared device's capacity, by qualified name."""
+    """Amounts consumed of a shared device's capacity, by qualified name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opaque:
-    """Configuration of some requests (DeviceAllocationConfiguration), not decoded yet."""
+    """Opaque configuration of some requests (DeviceAllocationConfiguration), not decoded yet."""
 
     source: str
     driver: str
     requests: tuple[str, ...] = ()
-    """Names of requests; none: all."""
+    """Names of the requests it applies to; empty means all requests."""
     parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A claim as the API server has it."""
+    """A claim as stored in the API server."""
 
     ref: ClaimRef
     allocated: bool = False
     results: tuple[Result, ...] = ()
-    """Of every driver, in the order of the allocation."""
+    """Results of all drivers, in allocation order."""
     configs: tuple[Opaque, ...] = ()
     reserved_for: tuple[str, ...] = ()
     """UIDs of the pods (or other users) that may use it."""
@@ -73,7 +73,7 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedDevice:
-    """One device of a prepared claim, as kubelet is told of it."""
+    """One device of a prepared claim, as reported to kubelet."""
 
     requests: tuple[str, ...]
     pool: str
@@ -92,7 +92,7 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceHealth:
-    """Health of one device of a pool, as kubelet is told of it."""
+    """Health of one device of a pool, as reported to kubelet."""
 
     pool: str
     device: str

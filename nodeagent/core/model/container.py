@@ -1,7 +1,7 @@
-"""Pods and containers as a container runtime shows them, and what may be changed of them. Frozen values; no decisions.
+"""Pods and containers as the container runtime reports them, and the changes that can be made to them.
 
-Sizes are in bytes, times in microseconds. `None` of a set or a number: the runtime does not say, or it is not to be
-changed.
+Frozen values; no decisions. Sizes are in bytes, times in microseconds. A set or number that is `None` is either not
+reported by the runtime or not to be changed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nodeagent.core.model.cpuset import CpuSet
 
 
 class ContainerState(StrEnum):
-    """As the container runtime says."""
+    """State of a container as the runtime reports it."""
 
     UNKNOWN = "unknown"
     CREATED = "created"
@@ -36,37 +36,37 @@ class Pod:
     """A pod sandbox."""
 
     id: str
-    """The runtime's own; kubelet knows the pod by `uid`."""
+    """The runtime's sandbox id; kubelet knows the pod by `uid`."""
     uid: str
     namespace: str
     name: str
     annotations: Mapping[str, str] = field(default_factory=_none)
     cgroup_parent: str = ""
-    """The pod's own cgroup, below which its containers are."""
+    """The pod's own cgroup; its containers' cgroups are below it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resources:
-    """What a container is confined to, as far as it is said."""
+    """Limits of a container, as far as the runtime reports them."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     """NUMA nodes."""
     hugepage_limits: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Bytes by page_bytes."""
+    """Limit in bytes, by page_bytes."""
     cpu_quota_us: int | None = None
-    """CPU time in a period; negative: unlimited."""
+    """CPU time per period; negative means unlimited."""
     cpu_period_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Container:
-    """One container. What `env` says may have been forged by whoever wrote the pod."""
+    """One container. The author of the pod may have forged the contents of `env`."""
 
     id: str
     pod_id: str
     pod_uid: str = ""
-    """"", as namespace and pod_name, where the runtime listed the container without its pod."""
+    """Empty, like namespace and pod_name, if the runtime listed the container without its pod."""
     namespace: str = ""
     pod_name: str = ""
     name: str
@@ -74,34 +74,34 @@ class Container:
     env: Mapping[str, str] = field(default_factory=_none)
     annotations: Mapping[str, str] = field(default_factory=_none)
     cgroup_path: str = ""
-    """As the runtime's OCI configuration has it: a path (cgroupfs) or SLICE:PREFIX:ID (systemd)."""
+    """As in the runtime's OCI configuration: a path (cgroupfs) or SLICE:PREFIX:ID (systemd)."""
     resources: Resources = Resources()
     pid: int = 0
-    """Of its first process; 0: there is none yet."""
+    """PID of its first process, or 0 if there is none yet."""
 
     def __str__(self) -> str:
-        """NAMESPACE/POD/NAME, or what else tells it apart where nobody has named it."""
+        """Return NAMESPACE/POD/NAME, or the short container id and pod UID if no name is known."""
         names = [one for one in (self.namespace, self.pod_name, self.name) if one]
         return "/".join(names) or f"{self.id[:12]} of pod {self.pod_uid}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Adjustment:
-    """What a container is created with beyond what it would have had."""
+    """What is added to a container's configuration when it is created."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     hugepage_limits: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Bytes by page_bytes."""
+    """Limit in bytes, by page_bytes."""
     env: Mapping[str, str] = field(default_factory=_none)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """A change of a container that exists."""
+    """A change to an existing container."""
 
     container_id: str
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     hugepage_limits: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Bytes by page_bytes."""
+    """Limit in bytes, by page_bytes."""

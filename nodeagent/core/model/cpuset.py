@@ -1,7 +1,7 @@
-"""CpuSet: an immutable set of small ids (CPUs, NUMA nodes, page blocks) in kernel list syntax, both ways.
+"""CpuSet: an immutable set of small ids (CPUs, NUMA nodes, page blocks) that reads and writes the kernel's list syntax.
 
-The syntax is the kernel's `%*pbl` ("0-3,8"), read strictly: no blanks, no strides, no empty items. Order and repetition
-in the input do not matter; the output is sorted and has the fewest ranges. Source: Documentation/admin-guide/
+The syntax is that of the kernel's `%*pbl` ("0-3,8"), read strictly: no blanks, strides or empty items. Input may be in
+any order and contain duplicates; the output is sorted and uses the fewest ranges. Source: Documentation/admin-guide/
 cputopology.rst and kernel-parameters.rst, "CPU lists".
 """
 
@@ -13,13 +13,13 @@ import nodeagent._fastpath as _fastpath
 from nodeagent.errors import InputError
 
 MAX_ID = _fastpath.MAX_ID
-"""The largest id a set may hold: the kernel is built for 8,192 CPUs at most (NR_CPUS)."""
+"""The largest id that a set can hold: kernels are built for at most 8,192 CPUs (NR_CPUS)."""
 
 
 class CpuSet:
     """A set of ids in 0..MAX_ID, hashable and ordered by id.
 
-    `mask` is the set as one integer: bit N is id N.
+    `mask` is the set as one integer: bit N is set if id N is in the set.
     """
 
     __slots__ = ("mask",)
@@ -35,14 +35,14 @@ class CpuSet:
 
     @classmethod
     def of_mask(cls, mask: int) -> CpuSet:
-        """The set whose bit N says whether N is in it."""
+        """Return the set of the ids whose bits are set in `mask`."""
         new = _new(CpuSet)
         new.mask = mask
         return new
 
     @classmethod
     def parse(cls, text: str, *, source: str = "") -> CpuSet:
-        """Read "0-3,8"; raise InputError naming the text and its source."""
+        """Parse a list such as "0-3,8". Raise InputError naming the text and `source` if it is malformed."""
         try:
             return cls.of_mask(_fastpath.parse_list(text))
         except ValueError as bad:
@@ -50,7 +50,11 @@ class CpuSet:
 
     @classmethod
     def parse_mask(cls, text: str, *, source: str = "") -> CpuSet:
-        """Read the older "ffffffff,00000001" form (`%*pb`): hexadecimal words of 32 bits, most significant first."""
+        """Parse the older mask form (`%*pb`) such as "ffffffff,00000001": 32-bit hexadecimal words, most significant
+        first.
+
+        Raise InputError naming the text and `source` if it is malformed.
+        """
         words = text.split(",")
         try:
             mask = 0
@@ -111,7 +115,7 @@ class CpuSet:
         return self.mask & other.mask == 0
 
     def first(self) -> int:
-        """The lowest id; -1 for the empty set."""
+        """Return the lowest id, or -1 if the set is empty."""
         return (self.mask & -self.mask).bit_length() - 1
 
 
@@ -121,7 +125,7 @@ EMPTY = CpuSet()
 
 
 def union(sets: Iterable[CpuSet]) -> CpuSet:
-    """All ids that are in at least one of the sets."""
+    """Return the ids that are in at least one of the sets."""
     mask = 0
     for one in sets:
         mask |= one.mask

@@ -1,4 +1,4 @@
-"""Devices and the links between them, and what a container gets of a device. Frozen values."""
+"""Devices, the links between them, and what a container needs to use one. Frozen values."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nodeagent.core.model.topology import NodeId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PciFacts:
-    """What a PCI function is and where it lies; None: it does not say."""
+    """Identity and location of a PCI function. A field is None if the value is not available."""
 
     pci_class: str | None = None
     """Six hexadecimal digits: class, subclass, programming interface."""
@@ -21,16 +21,17 @@ class PciFacts:
     device: str | None = None
     driver: str | None = None
     numa_node: NodeId | None = None
-    """None: the firmware does not say."""
+    """None if the firmware does not report a node."""
     local_cpus: CpuSet = EMPTY
     pcie_root: str | None = None
-    """pciDDDD:BB, as the kernel names the outermost root bus: drives behind a VMD controller count as where that is."""
+    """pciDDDD:BB, the kernel's name of the outermost root bus. Drives behind a VMD controller get the controller's
+    root."""
     bridges: tuple[str, ...] = ()
-    """PCI addresses of the bridges above, the one nearest the root first."""
+    """PCI addresses of the upstream bridges, starting at the root."""
     iommu_group: int | None = None
 
     def pci_facts(self) -> dict[str, Any]:
-        """Return these fields by name, to make another value of them."""
+        """Return these fields by name, for constructing another value from them."""
         return {one.name: getattr(self, one.name) for one in fields(PciFacts)}
 
 
@@ -52,14 +53,14 @@ SHARED_NODES = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device(PciFacts):
-    """One thing that can be given away whole. `id` is stable over reboots and driver failures."""
+    """A device that can be granted as a whole. `id` stays the same across reboots and driver failures."""
 
     kind: str
     id: str
     pci_address: str | None = None
-    """dddd:bb:dd.f, lower case; the domain may have more than four digits."""
+    """dddd:bb:dd.f in lower case; the domain may have more than four digits."""
     paths: tuple[str, ...] = ()
-    """Device nodes a container needs, below /dev."""
+    """Device nodes below /dev that a container needs."""
     parent: str | None = None
     """id of the device this is a part of (PF of a VF, GPU of a MIG instance)."""
     exclusive: tuple[str, ...] | None = None
@@ -76,7 +77,7 @@ class Device(PciFacts):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """How two devices reach each other. A larger weight is a nearer pair."""
+    """A connection between two devices. A larger weight means that they are closer."""
 
     a: str
     b: str
@@ -87,7 +88,7 @@ class Link:
 LINK_WEIGHTS: Mapping[str, int] = MappingProxyType(
     {"system": 10, "socket": 20, "numa": 30, "pcie-root": 40, "pcie-switch": 50, "nvlink": 100}
 )
-"""Weight of a link type; each NVLink beyond the first adds NVLINK_STEP."""
+"""Weight by link type; each NVLink beyond the first adds NVLINK_STEP."""
 
 
 NVLINK_STEP = 10
@@ -95,7 +96,7 @@ NVLINK_STEP = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceNode:
-    """A device file for a container. permissions: some of "rwm"."""
+    """A device node for a container. `permissions` is a combination of "r", "w" and "m"."""
 
     host_path: str
     container_path: str
@@ -104,7 +105,8 @@ class DeviceNode:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mount:
-    """A file or folder of the host for a container; with a type, a file system of its own (CDI alone can say that)."""
+    """A host file or directory to mount in a container; with a type, a separate file system (only CDI can express
+    that)."""
 
     host_path: str
     container_path: str
@@ -115,24 +117,24 @@ class Mount:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerEdits:
-    """What a container must get so that it can use what it was granted."""
+    """Everything that must be added to a container so that it can use what it was granted."""
 
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     device_nodes: tuple[DeviceNode, ...] = ()
     mounts: tuple[Mount, ...] = ()
     annotations: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     cdi_devices: tuple[str, ...] = ()
-    """CDI names, vendor/class=name."""
+    """CDI device names, vendor/class=name."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advertised:
-    """One entry of what a device-plugin resource shows to kubelet."""
+    """One device-plugin id as advertised to kubelet."""
 
     id: str
     healthy: bool
     numa_nodes: tuple[NodeId, ...] = ()
     device: str = ""
-    """The device behind it; "": there is none (a CPU, a block of pages, or what is there no more)."""
+    """Id of the underlying device; "" if there is none (a CPU, a block of pages, or a device that has disappeared)."""
     reason: str = ""
-    """Why it is not healthy, where that is not its device's illness."""
+    """Why it is unhealthy, if the cause is not the health of its device."""

@@ -1,4 +1,4 @@
-"""What is held, and who holds it. Frozen values."""
+"""Grants and their holders. Frozen values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nodeagent.core.model.topology import NodeId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holding:
-    """What kubelet says that one container holds of one device-plugin resource."""
+    """What one container holds of one device-plugin resource, according to kubelet."""
 
     namespace: str
     pod: str
@@ -22,23 +22,25 @@ class Holding:
 
 
 DEVICE_PLUGIN, CLAIM, KUBELET = "device-plugin", "claim", "kubelet"
-"""Holder.api: which protocol a grant came through, or that it was taken over from kubelet's own managers."""
+"""Values of Holder.api: the API that a grant came through, or KUBELET if it was imported from kubelet's own
+managers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Holder:
-    """Who holds a grant: a ResourceClaim, or a container, known by name only once kubelet lists it."""
+    """Holder of a grant: a ResourceClaim or a container. A container's name is known only after kubelet has listed
+    it."""
 
     api: str
     resource: str = ""
-    """The extended resource, or the device class KIND.DRIVER."""
+    """The extended resource, or KIND.DRIVER for a claim."""
     namespace: str = ""
     pod: str = ""
     container: str = ""
     claim: str = ""
     """Name of the claim."""
     uid: str = ""
-    """Of the claim; of what was taken over from kubelet, of the pod."""
+    """UID of the claim, or of the pod if the grant was imported from kubelet."""
 
     def __str__(self) -> str:
         if self.api == CLAIM:
@@ -51,7 +53,7 @@ class Holder:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
-    """What one holder holds. ids are the names its API knows the parts by."""
+    """What one holder holds. `ids` are the names by which its API knows the parts."""
 
     id: str
     holder: Holder
@@ -68,17 +70,17 @@ class Grant:
     granted_at: float = 0.0
     """Seconds since the epoch."""
     confirmed: bool = False
-    """Kubelet has listed the holder."""
+    """True if kubelet has listed the holder."""
     boot_id: str = ""
     result: Result | None = None
-    """Of a claim: what the scheduler allocated, that this grant gives."""
+    """For a claim: the scheduler's allocation result that this grant satisfies."""
     settings: str = ""
-    """Of a claim: the configuration that applies (core/dra/opaque_config.py), as JSON."""
+    """For a claim: the effective configuration (core/dra/opaque_config.py), as JSON."""
     pods: tuple[str, ...] = ()
-    """UIDs of the pods that hold it: those that its claim was reserved for when that was last read, or those that
-    kubelet's device checkpoint last had its ids with."""
+    """UIDs of the pods that hold it: the pods for which the claim was reserved when it was last read, or the pods that
+    had its ids in kubelet's device checkpoint when that was last read."""
 
     @property
     def pod_uids(self) -> tuple[str, ...]:
-        """UIDs of the pods that hold it, as far as they are known."""
+        """Return the UIDs of the pods that hold it, as far as they are known."""
         return (self.holder.uid,) if self.holder.api == KUBELET else self.pods

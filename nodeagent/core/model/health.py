@@ -1,8 +1,8 @@
-"""From evidence to a state, with hysteresis and recovery. Pure: the clock is a number that the caller brings.
+"""Device health derived from evidence, with hysteresis and recovery. Pure: the caller passes in the current time.
 
-Bad evidence counts at once. Good evidence must hold for `recover_s` before what was unhealthy is healthy again,
-so that a device that comes and goes is not given out in between. Unknown is neither: it is said as such, and what is
-unknown is not offered.
+Bad evidence takes effect at once. After that, good evidence must persist for `recover_s` before the device is healthy
+again, so that a flapping device is not granted in the meantime. Unknown is a state of its own: it is reported as
+unknown, and such a device is not offered.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 
 class DeviceState(StrEnum):
-    """How a device is."""
+    """Health state of a device."""
 
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
@@ -27,18 +27,18 @@ RECOVER_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
-    """What one source saw of one device."""
+    """One observation of one device by one source."""
 
     device: str
     source: str
-    """Who saw it: "inventory", "nvml", "admin" …; each source's newest evidence counts."""
+    """The observer: "inventory", "nvml", "admin" …; only the newest evidence of each source counts."""
     state: DeviceState
     reason: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthState:
-    """One device's health. since and good_since are in seconds of the caller's clock."""
+    """Health of one device. `since` and `good_since` are in seconds of the caller's clock."""
 
     state: DeviceState
     since: float
@@ -46,7 +46,7 @@ class HealthState:
     seen: Mapping[str, tuple[DeviceState, str]] = field(default_factory=lambda: MappingProxyType({}))
     """Newest (state, reason) by source."""
     good_since: float | None = None
-    """Since when all evidence is good again, while the state is not yet."""
+    """When all evidence became good again; set only while the device is waiting to recover."""
 
 
 Health = Mapping[str, HealthState]
@@ -54,7 +54,10 @@ NO_HEALTH: Health = MappingProxyType({})
 
 
 def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s: float = RECOVER_S) -> Health:
-    """The health after some evidence; the same object where nothing changed."""
+    """Return the health after taking in some evidence; the same object if nothing changed.
+
+    now: seconds of the caller's clock. recover_s: how long good evidence must persist.
+    """
     after = dict(health)
     for one in evidence:
         after[one.device] = _judge(after.get(one.device), one, now, recover_s)
@@ -62,18 +65,18 @@ def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s:
 
 
 def recovered(health: Health, now: float, recover_s: float = RECOVER_S) -> Health:
-    """The health once time has passed: what has been good for long enough is healthy."""
+    """Return the health at `now`: devices whose evidence has been good for `recover_s` become healthy."""
     after = {device: _recovered(state, now, recover_s) for device, state in health.items()}
     return health if after == health else MappingProxyType(after)
 
 
 def next_recovery(health: Health, recover_s: float = RECOVER_S) -> float | None:
-    """When `recovered` next has something to do; None: not before new evidence."""
+    """Return when `recovered` next has an effect, or None if nothing changes without new evidence."""
     return min((s.good_since + recover_s for s in health.values() if s.good_since is not None), default=None)
 
 
 def forget(health: Health, devices: Iterable[str]) -> Health:
-    """The health without some devices."""
+    """Return the health without the given devices."""
     gone = frozenset(devices) & health.keys()
     return MappingProxyType({one: state for one, state in health.items() if one not in gone}) if gone else health
 

@@ -12,12 +12,12 @@ from nodeagent.core.model.device import Device, Link
 from nodeagent.core.model.topology import CacheGroup, Cpu, NodeId, NumaNode
 
 PRESENT, ABSENT, DEGRADED = "present", "absent", "degraded"
-"""KindState.state: devices could be looked for; nothing here can have any; looking for them failed."""
+"""Values of KindState.state: the kind was discovered; this machine cannot have such devices; discovery failed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindState:
-    """Whether devices of one kind could be looked for on this machine, and if not, why."""
+    """Whether devices of one kind could be discovered on this machine and, if not, why."""
 
     kind: str
     state: str
@@ -26,19 +26,21 @@ class KindState:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodsCgroup:
-    """The control group of all pods. Nothing in it runs on other CPUs, whatever is written below."""
+    """The cgroup of all pods. Nothing below it can run on other CPUs, whatever its descendants' cpuset files
+    contain."""
 
     path: str
-    """Below the root of the hierarchy."""
+    """Relative to the root of the hierarchy."""
     cpus: CpuSet
-    """Those in effect there, and those that it lets through to partitions below it."""
+    """CPUs that are effective in this cgroup, and CPUs that it passes on to partitions below it."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inventory:
     """One snapshot of the machine. A change is a new snapshot with a higher generation.
 
-    Two snapshots are compared with `same_machine`; == is identity, so that what is worked out of one can be kept by it.
+    Compare two snapshots with `same_machine`. `==` is identity, so that values derived from a snapshot can be cached on
+    it.
     """
 
     generation: int = 0
@@ -58,23 +60,23 @@ class Inventory:
     links: tuple[Link, ...] = ()
     kinds: tuple[KindState, ...] = ()
     warnings: tuple[str, ...] = ()
-    """What could not be read, each with file and value."""
+    """Values that could not be read, each with its file and value."""
     pods_cgroup: PodsCgroup | None = None
-    """None: there is none, or nothing in it says which CPUs it has."""
+    """None if there is none, or if nothing in it shows which CPUs it has."""
 
     @functools.cached_property
     def cpus_outside(self) -> CpuSet:
-        """Online CPUs on which no pod can run."""
+        """Return the online CPUs on which no pod can run."""
         return self.cpus_online - self.pods_cgroup.cpus if self.pods_cgroup is not None else EMPTY
 
     @functools.cached_property
     def cpus_usable(self) -> CpuSet:
-        """Online CPUs on which pods can run: what is offered, granted and shared is among them."""
+        """Return the online CPUs on which pods can run. Only these are offered, granted or shared."""
         return self.cpus_online - self.cpus_outside
 
     @functools.cached_property
     def device_by_id(self) -> Mapping[str, Device]:
-        """Return all devices by their id."""
+        """Return all devices by id."""
         return MappingProxyType({device.id: device for device in self.devices})
 
     def wholes_of(self, id: str) -> tuple[str, ...]:
@@ -88,7 +90,7 @@ class Inventory:
 
     @functools.cached_property
     def parts_of(self) -> Mapping[str, tuple[str, ...]]:
-        """What is a part of a device, directly or not, by the device's id."""
+        """Return the ids of each device's direct and indirect parts, by the device's id."""
         parts: dict[str, list[str]] = {}
         for device in self.devices:
             parent = device.parent
@@ -128,15 +130,15 @@ class Inventory:
 
     @functools.cached_property
     def cpu_by_id(self) -> Mapping[int, Cpu]:
-        """Return all online CPUs by their number."""
+        """Return all online CPUs by number."""
         return MappingProxyType({cpu.id: cpu for cpu in self.cpus})
 
     @functools.cached_property
     def node_by_id(self) -> Mapping[NodeId, NumaNode]:
-        """Return all NUMA nodes by their number."""
+        """Return all NUMA nodes by number."""
         return MappingProxyType({node.id: node for node in self.numa_nodes})
 
 
 def same_machine(a: Inventory, b: Inventory) -> bool:
-    """Whether two snapshots show the same, their generations left aside."""
+    """Return whether two snapshots are equal apart from their generations."""
     return all(getattr(a, one.name) == getattr(b, one.name) for one in fields(Inventory) if one.name != "generation")

@@ -1,5 +1,8 @@
-"""The inventory as documented JSON (docs/inventory.md), both ways. Reading is strict about what placement needs and
-patient about the rest: unknown keys are passed over, so that a newer or hand-edited file still reads."""
+"""Conversion of the inventory to and from its documented JSON form (docs/inventory.md).
+
+Reading is strict about everything that placement needs and ignores unknown keys, so that a file from a newer build, or
+one edited by hand, can still be read.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from nodeagent.errors import InputError
 
 LARGEST = 1 << 62
 MOST_DISTANCE = 255
-"""The kernel keeps a distance in one byte (ACPI 6.5, 5.2.17)."""
+"""The kernel stores a distance in one byte (ACPI 6.5, 5.2.17)."""
 MOST_THREADS = 64
 MOST_WEIGHT = 1_000_000
 
@@ -45,7 +48,7 @@ class _Pool(msgspec.Struct):
     own_used_pages: int | None = None
     own_reserved_pages: int | None = None
     foreign_pages: int | None = None
-    """Worked out of the others; read and passed over."""
+    """Derived from the other fields; ignored when read."""
 
 
 class _Node(msgspec.Struct):
@@ -117,7 +120,7 @@ class _Document(msgspec.Struct):
 
 
 def to_document(inventory: Inventory) -> dict[str, Any]:
-    """The inventory in plain types, keys in the documented order."""
+    """Return the inventory as plain types, with the keys in the documented order."""
     return {
         "generation": inventory.generation,
         "cpus": [_cpu_out(cpu) for cpu in inventory.cpus],
@@ -140,7 +143,7 @@ def to_document(inventory: Inventory) -> dict[str, Any]:
 
 
 def device_document(device: Device) -> dict[str, Any]:
-    """One device in plain types."""
+    """Return one device as plain types."""
     return {
         "kind": device.kind,
         "id": device.id,
@@ -162,7 +165,7 @@ def device_document(device: Device) -> dict[str, Any]:
 
 
 def from_document(data: bytes | str, *, source: str) -> Inventory:
-    """Read an inventory; InputError names the source and the place in it."""
+    """Read an inventory. Raise InputError naming `source` and the place of the error."""
     try:
         found = msgspec.json.decode(data, type=_Document)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
@@ -202,7 +205,7 @@ def _pods_in(pods: _PodsCgroup | None, source: str) -> PodsCgroup | None:
 
 
 def _check(found: _Document, source: str) -> None:
-    """What types alone do not say; whatever placement works with is in range after this."""
+    """Check what the types alone do not express: afterwards every value that placement uses is in range."""
     try:
         _check_ids(found)
         _check_cpus(found)
@@ -213,7 +216,7 @@ def _check(found: _Document, source: str) -> None:
 
 
 def _check_ids(found: _Document) -> None:
-    """Each id once."""
+    """Raise ValueError unless every id is unique."""
     names: tuple[tuple[str, list[int] | list[str]], ...] = (
         ("cpus", [cpu.id for cpu in found.cpus]),
         ("numa_nodes", [node.id for node in found.numa_nodes]),
@@ -226,7 +229,8 @@ def _check_ids(found: _Document) -> None:
 
 
 def _check_cpus(found: _Document) -> None:
-    """CPUs on nodes that are there, indices in range, a core on one package, node and L3 group."""
+    """Check that each CPU's NUMA node exists, indices are in range, and each core has one package, node and L3
+    group."""
     nodes, cores = {NO_NODE, *(node.id for node in found.numa_nodes)}, dict[int, tuple[object, ...]]()
     threads = Counter(cpu.core for cpu in found.cpus)
     for cpu in found.cpus:
@@ -336,7 +340,7 @@ def _node_out(node: NumaNode) -> dict[str, Any]:
 
 
 def _uses_out(pool: HugepagePool) -> dict[str, int | None]:
-    """Whose pages are in use; nothing where nobody can tell."""
+    """Return the page counts by owner, or nothing if they are unknown."""
     if pool.own_used_pages is None:
         return {}
     return {
@@ -347,7 +351,7 @@ def _uses_out(pool: HugepagePool) -> dict[str, int | None]:
 
 
 def _node_in(node: _Node, found: _Document, source: str) -> NumaNode:
-    """A node; its CPUs are those that say so, whatever its own list says."""
+    """Return a node whose CPUs are those that refer to it; the node's own CPU list is only checked for syntax."""
     pools = tuple(
         HugepagePool(
             node=node.id,

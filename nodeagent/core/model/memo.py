@@ -1,4 +1,4 @@
-"""What is worked out of a frozen value and kept by the value itself: it goes when the value goes."""
+"""Values derived from a frozen value and cached on that value, so that they are freed together with it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ T = TypeVar("T")
 
 
 def kept_by(owner: object, name: str, make: Callable[[], T], of: object = None) -> T:
-    """Return what `make` returns, made once, and again where `of` (settings that it depends on too) is another.
+    """Return the result of `make`, computed once and recomputed only if `of` changes.
 
-    owner: a frozen dataclass without slots. name: unique among what is kept by it."""
+    owner: a frozen dataclass without slots. name: the key, unique among the values cached on the owner. of: settings
+    that the result also depends on.
+    """
     kept: tuple[object, T] | None = owner.__dict__.get(name)
     if kept is None or kept[0] != of:
         kept = owner.__dict__[name] = (of, make())
@@ -19,5 +21,5 @@ def kept_by(owner: object, name: str, make: Callable[[], T], of: object = None) 
 
 
 def seed(owner: object, **properties: Any) -> None:
-    """Give cached properties of a frozen value their values: those that are cheaper known than worked out."""
+    """Preset cached properties of a frozen value when they are already known and need not be computed."""
     owner.__dict__.update(properties)

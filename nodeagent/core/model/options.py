@@ -1,8 +1,8 @@
-"""The options of a request: their names, what each means, which exclude each other.
+"""The options of a request: their names, their meaning, and which of them are mutually exclusive.
 
-Names that kubelet's CPU manager has keep its meaning (KEP-2902 full-pcpus-only, KEP-2902 distribute-cpus-across-numa,
-KEP-4176 distribute-cpus-across-cores, KEP-3327 align-by-socket, KEP-4800 prefer-align-cpus-by-uncorecache, KEP-4540
-strict-cpu-reservation).
+Options that kubelet's CPU manager also has mean the same as there (KEP-2902 full-pcpus-only, KEP-2902
+distribute-cpus-across-numa, KEP-4176 distribute-cpus-across-cores, KEP-3327 align-by-socket, KEP-4800
+prefer-align-cpus-by-uncorecache, KEP-4540 strict-cpu-reservation).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _EXCLUDE = (
 
 
 def check_options(names: Iterable[str]) -> frozenset[str]:
-    """The options as a set; InputError names the one that is unknown or the two that exclude each other."""
+    """Return the options as a set. Raise InputError naming an unknown option, or two that exclude each other."""
     found = frozenset(names)
     for name in sorted(found - OPTIONS.keys()):
         near = difflib.get_close_matches(name, OPTIONS, n=1)
@@ -70,7 +70,7 @@ def check_options(names: Iterable[str]) -> frozenset[str]:
 
 
 def check_policy(name: str) -> str:
-    """The NUMA policy; InputError where there is no such policy."""
+    """Return the NUMA policy. Raise InputError if it is unknown."""
     if name not in POLICIES:
         raise InputError(f'cannot use NUMA policy "{name}": expected one of {", ".join(POLICIES)}')
     return name

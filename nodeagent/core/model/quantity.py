@@ -1,4 +1,4 @@
-"""Sizes as Kubernetes writes them: "2Mi", "1Gi", "512Ki"; bytes inside."""
+"""Sizes and quantities in Kubernetes notation ("2Mi", "1Gi", "512Ki"); internally, sizes are in bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _SIZE = re.compile(r"([1-9][0-9]{0,17})(Ki|Mi|Gi|Ti|k|M|G|kB|)")
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "2Mi"; the kernel's "2048kB" is taken too (its kB is 1,024 bytes). InputError names the text."""
+    """Return the bytes of a size such as "2Mi". The kernel's "2048kB" is accepted too (its kB is 1,024 bytes).
+
+    Raise InputError naming the text if it is malformed.
+    """
     found = _SIZE.fullmatch(text)
     if found is None:
         raise InputError(f'cannot read size "{text[:40]}": expected a number with Ki, Mi, Gi or Ti, such as 2Mi')
@@ -20,7 +23,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size_bytes: int) -> str:
-    """The shortest exact form: 2097152 is "2Mi"."""
+    """Return the shortest exact form: 2097152 is "2Mi"."""
     for unit in ("Ti", "Gi", "Mi", "Ki"):
         if size_bytes and size_bytes % _UNITS[unit] == 0:
             return f"{size_bytes // _UNITS[unit]}{unit}"
@@ -35,13 +38,13 @@ _QUANTITY = re.compile(
 _POWERS = {"n": -9, "u": -6, "m": -3, "": 0, "k": 3, "M": 6, "G": 9, "T": 12, "P": 15, "E": 18}
 _SHIFTS = {"Ki": 10, "Mi": 20, "Gi": 30, "Ti": 40, "Pi": 50, "Ei": 60}
 _NANO = 9
-"""Decimal places that a quantity keeps; what is finer is rounded up."""
+"""Decimal places that a quantity keeps; finer values are rounded up."""
 
 
 def parse_quantity(text: str) -> int:
-    """A Kubernetes quantity (resource.Quantity) that is a whole number from 0 to 2**63-1: "4", "4000m", "512Mi", "1e3".
+    """Return a Kubernetes quantity (resource.Quantity) as an integer from 0 to 2**63-1: "4", "4000m", "512Mi", "1e3".
 
-    InputError names the text where it is none, is negative, too large, or a fraction ("100m").
+    Raise InputError naming the text if it is malformed, negative, too large or not a whole number ("100m").
     """
     found = _QUANTITY.fullmatch(text) if len(text) <= _LONGEST_QUANTITY else None
     if found is None or not (found["whole"] or found["part"]):
@@ -55,7 +58,8 @@ def parse_quantity(text: str) -> int:
 
 
 def _whole(text: str, mantissa: int, power: int) -> int:
-    """mantissa * 10**power; no large power is ever worked out."""
+    """Return mantissa * 10**power, without ever computing a large power. Raise InputError unless it is a whole number
+    in range."""
     if not mantissa:
         return 0
     if power > len(str(LARGEST_QUANTITY)):

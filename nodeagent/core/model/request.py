@@ -1,4 +1,4 @@
-"""What is asked of placement, and where it goes. Frozen values."""
+"""A request to placement and the resulting placement. Frozen values."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import NodeId
 
 BEST_EFFORT, RESTRICTED, SINGLE = "best-effort", "restricted", "single"
-"""Request.numa: as close as can be; never over more NUMA nodes than an empty machine would need; one node or none."""
+"""Values of Request.numa: as close together as possible; never on more NUMA nodes than an empty machine would need; on
+one node or not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What is asked for in one decision. Everything left out is not asked for."""
+    """What is requested in one decision. Whatever is left out is not requested."""
 
     cpus: int = 0
     hugepages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Pages by page_bytes."""
+    """Number of pages by page_bytes."""
     memory_bytes: int = 0
     devices: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
-    """Devices by kind."""
+    """Number of devices by kind."""
     near: tuple[str, ...] = ()
-    """Ids of devices that the CPUs, pages and devices are to lie near."""
+    """Ids of devices that the CPUs, pages and devices should be close to."""
     near_cpus: CpuSet = EMPTY
-    """CPUs that the CPUs asked for are to lie near."""
+    """CPUs that the requested CPUs should be close to."""
     near_nodes: tuple[NodeId, ...] = ()
-    """NUMA nodes that everything asked for is to lie near."""
+    """NUMA nodes that everything requested should be close to."""
     options: frozenset[str] = frozenset()
-    """Names from core.options."""
+    """Names from core.model.options."""
     numa: str = BEST_EFFORT
     within_cpus: CpuSet | None = None
-    """Choose among these CPUs only."""
+    """Choose only among these CPUs."""
     must_cpus: CpuSet = EMPTY
     within_devices: frozenset[str] | None = None
     must_devices: frozenset[str] = frozenset()
@@ -42,7 +43,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pages:
-    """Hugepages of one size on one NUMA node."""
+    """A number of hugepages of one size on one NUMA node."""
 
     node: NodeId
     page_bytes: int
@@ -50,7 +51,7 @@ class Pages:
 
 
 class PlacementCost(NamedTuple):
-    """What a placement costs, part by part, the most important first; docs/placement.md says each in words."""
+    """The cost of a placement by component, the most significant first; docs/placement.md explains each."""
 
     device_links: int = 0
     near: int = 0
@@ -71,7 +72,7 @@ NO_COST = PlacementCost()
 
 
 class Placement(NamedTuple):
-    """What was computed for a request, and what it cost. core.placement.describe says more about one."""
+    """The computed placement of a request and its cost. core.placement.describe explains it in detail."""
 
     cpus: CpuSet = EMPTY
     hugepages: tuple[Pages, ...] = ()
@@ -80,4 +81,4 @@ class Placement(NamedTuple):
     devices: tuple[str, ...] = ()
     cost: PlacementCost = NO_COST
     exact: bool = True
-    """False: the search ran out of steps and this is the best it saw."""
+    """False if the search ran out of steps, and this is the best placement it found."""

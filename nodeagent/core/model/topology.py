@@ -1,8 +1,8 @@
 """CPUs, caches and NUMA nodes of a machine, as frozen values.
 
-Ids are the kernel's own (CPU numbers, NUMA node numbers). package, die, cluster, core, l2 and l3 of a CPU are indices,
-unique on the whole machine and numbered by lowest member CPU: the kernel's own core_id repeats on every package and is
-never used as an identity. Sizes are in bytes and say so.
+Ids are the kernel's own (CPU numbers, NUMA node numbers). package, die, cluster, core, l2 and l3 of a CPU are indices
+that are unique on the whole machine and numbered by lowest member CPU. The kernel's core_id repeats on every package
+and is never used as an identity. Sizes are in bytes, and the field names say so.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NodeId = int
 
 
 NO_NODE = -1
-"""The NUMA node of what has none."""
+"""The NUMA node of anything that has none."""
 
 
 PERFORMANCE, BALANCED, EFFICIENCY = "performance", "balanced", "efficiency"
-"""Cpu.kind on hybrid machines, fastest first; "" where all CPUs are alike."""
+"""Values of Cpu.kind on hybrid machines, fastest first; "" if all CPUs are of the same kind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class Cpu:
     kind: str = ""
     isolated: bool = False
     capacity: int | None = None
-    """cpu_capacity: 1024 is the fastest CPU of the machine."""
+    """cpu_capacity: 1024 for the fastest CPU of the machine."""
     base_khz: int | None = None
     max_khz: int | None = None
 
@@ -50,7 +50,7 @@ class CacheGroup:
 
     level: int
     index: int
-    """Unique within the level; equals Cpu.l2 or Cpu.l3 for those levels."""
+    """Unique within the level; equal to Cpu.l2 or Cpu.l3 for those levels."""
     cpus: CpuSet
     size_bytes: int | None = None
 
@@ -64,23 +64,23 @@ class HugepagePool:
     total_pages: int
     free_pages: int
     reserved_pages: int = 0
-    """Promised to a mapping, not yet faulted. Only the machine-wide number exists in most kernels: then it stands on
-    the pool of the node that holds most free pages."""
+    """Reserved for a mapping and not yet faulted. Most kernels report only a machine-wide number, which is then
+    assigned to the pool of the node with the most free pages."""
     surplus_pages: int = 0
     overcommit_pages: int = 0
     own_used_pages: int | None = None
-    """Faulted by our holders; None: they cannot be distinguished from others."""
+    """Pages faulted by our holders, or None if they cannot be distinguished from those of other users."""
     own_reserved_pages: int | None = None
-    """Of the reserved ones those that our holders' mappings wait for; known where own_used_pages is."""
+    """The part of reserved_pages that belongs to our holders' mappings; known if own_used_pages is known."""
 
     @property
     def persistent_pages(self) -> int:
-        """Those that stay when they are given back."""
+        """Return the number of pages that stay in the pool when they are freed."""
         return self.total_pages - self.surplus_pages
 
     @property
     def foreign_pages(self) -> int | None:
-        """In use by none of our holders; None: nobody can tell."""
+        """Return the number of pages in use by others than our holders, or None if unknown."""
         if self.own_used_pages is None:
             return None
         return max(0, self.total_pages - self.free_pages - self.own_used_pages)
@@ -96,5 +96,5 @@ class NumaNode:
     kind: str = "dram"
     """dram, hbm, cxl, gpu, pmem or "none" (no memory)."""
     distances: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))
-    """SLIT distance to each node by its id; empty where the kernel has none."""
+    """SLIT distance to each node, by node id; empty if the kernel reports none."""
     hugepages: tuple[HugepagePool, ...] = ()

@@ -1,1 +1,1 @@
-"""From the ledger and the containers to what each cgroup must be."""
+"""Derives the desired state of each cgroup from the ledger and the containers."""

@@ -1,16 +1,16 @@
-"""What every pod and container is to be confined to, so that what is held exclusively is used by nobody else.
+"""The desired confinement of every pod and container, so that what is held exclusively is used by no other container.
 
-Pure: the machine, the ledger, kubelet's records of who was given what, and what containers there are, become one plan.
+Pure: the machine, the ledger, kubelet's records of what it gave to whom, and the existing containers yield one plan.
 
-- A container that holds CPUs is confined to exactly these; one that holds pages or memory, to their NUMA nodes, with a
-  limit of just these pages.
-- Everybody else is confined to the shared pool: the CPUs that are neither reserved nor held. That is said of whole
-  pods, so that it holds for sandboxes, for containers that nobody announced and for those still to come; containers
-  beside one that holds CPUs in the same pod are confined one by one.
-- A grant counts for a container only where kubelet gave it to that pod. What the container's environment says decides
-  no more than which containers of the pod use which of its claims: it may have been forged.
-- What a container holds is not known while neither the runtime nor its bundle has named it. Where its pod was given
-  more than the named containers there have, the pod keeps all of that, and such a container is left as it is.
+- A container that holds CPUs is confined to exactly these. One that holds pages or memory is confined to their NUMA
+  nodes, with a limit of just these pages.
+- All others are confined to the shared pool: the CPUs that are neither reserved nor held. The plan sets this on whole
+  pods, so that it also applies to sandboxes, to containers that were not announced and to future ones. Containers in
+  the same pod as one that holds CPUs are confined individually.
+- A grant counts for a container only if kubelet gave it to that pod. The container's environment, which may be forged,
+  only determines which containers of the pod use which of its claims.
+- What a container holds is unknown until the runtime or its bundle has named it. If its pod was given more than its
+  named containers have, the pod keeps all of that, and such a container is left as it is.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant
 from nodeagent.core.model.inventory import Inventory
 
 GRANT_VARIABLE = "NODEAGENT_GRANT_"
-"""A container that uses a claim has a variable of this beginning for each grant; its value is the grant's id."""
+"""Prefix of a variable that a container using a claim has for each grant; the value is the grant's id."""
 GRANTED, LOCAL = "granted", "local"
-"""Rules.memory."""
+"""Values of Rules.memory."""
 
 _NOTHING: Mapping[int, int] = MappingProxyType({})
 
@@ -41,22 +41,22 @@ def _none() -> Mapping[int, int]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pin:
-    """What one container is to be confined to. None: it is left as it is."""
+    """The desired confinement of one container. A field that is None is left as it is."""
 
     grants: tuple[str, ...] = ()
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     """NUMA nodes."""
     hugepage_limits: Mapping[int, int] = field(default_factory=_none)
-    """Bytes by page_bytes."""
+    """Limit in bytes, by page_bytes."""
     held: CpuSet = EMPTY
     """The CPUs that it holds, online or not."""
     lost: CpuSet = EMPTY
-    """Those among them that are offline, or outside the cpuset of all pods."""
+    """The held CPUs that are offline or outside the cpuset of all pods."""
     outside: CpuSet = EMPTY
-    """The latter."""
+    """The held CPUs outside the cpuset of all pods."""
     unproven: tuple[str, ...] = ()
-    """Grants that it names and that kubelet is not known to have given to its pod."""
+    """Grants that it names but that kubelet is not known to have given to its pod."""
 
     @property
     def exclusive(self) -> bool:
@@ -65,50 +65,50 @@ class Pin:
 
 
 NO_PIN = Pin()
-"""Of every container that holds nothing, unless something beside it does."""
+"""The pin of every container that holds nothing, unless another container of its pod does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PodPin:
-    """What a whole pod is to be confined to."""
+    """The desired confinement of a whole pod."""
 
     cpus: CpuSet | None = None
     hugepages_at_least: Mapping[int, int] = field(default_factory=_none)
-    """Bytes by page_bytes that its limits have to let through."""
+    """Bytes that its limits must at least allow, by page_bytes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinPlan:
-    """For everything there is."""
+    """The desired confinement of all pods and containers."""
 
     shared: CpuSet = EMPTY
-    """The CPUs of everybody who holds none."""
+    """The CPUs of all containers that hold none."""
     pods: Mapping[str, PodPin] = field(default_factory=lambda: MappingProxyType({}))
     """By pod UID."""
     containers: Mapping[str, Pin] = field(default_factory=lambda: MappingProxyType({}))
     """By container id."""
     open: frozenset[str] = frozenset()
-    """UIDs of pods with containers that may hold something and that nobody has named."""
+    """UIDs of pods with containers that may hold something but have not been named."""
 
     def pod(self, uid: str) -> PodPin:
-        """A pod of which no container is known holds nothing."""
+        """Return the pin of a pod; a pod without known containers holds nothing."""
         return self.pods.get(uid) or PodPin(cpus=self.shared or None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """What of the configuration decides here."""
+    """The part of the configuration that affects the plan."""
 
     memory: str = GRANTED
     confine_others: bool = True
-    """False where kubelet's own CPU manager confines all others."""
+    """False if kubelet's own CPU manager confines all others."""
     strict_reservation: bool = True
-    """Whether those who hold no CPUs are kept off the reserved ones too."""
+    """Whether containers without exclusive CPUs are kept off the reserved CPUs too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """All that a plan follows from, but the containers."""
+    """Everything that a plan depends on, except the containers."""
 
     inventory: Inventory
     ledger: Ledger
@@ -121,8 +121,11 @@ class Situation:
         sandboxes: Iterable[str] = (),
         unnamed: Collection[str] = frozenset(),
     ) -> PinPlan:
-        """sandboxes: UIDs of pods that are there, also without a container. unnamed: ids of containers of which only
-        the control group was seen."""
+        """Return the plan for these containers.
+
+        sandboxes: UIDs of existing pods, including those without containers. unnamed: ids of containers of which only
+        the cgroup was seen.
+        """
         every = tuple(containers)
         live = {one.id: one for one in every if one.state != STOPPED}
         bare = {one.id: self._own(one) for one in live.values()}
@@ -150,7 +153,7 @@ class Situation:
         )
 
     def _open(self, every: Iterable[Container], unnamed: Collection[str]) -> dict[str, CpuSet]:
-        """The CPUs that unnamed containers may hold, by the UIDs of their pods."""
+        """Return the CPUs that unnamed containers may hold, by the UIDs of their pods."""
         pods: dict[str, list[Container]] = {}
         for one in every:
             if one.pod_uid in self._of_pods:
@@ -165,8 +168,11 @@ class Situation:
 
     @functools.cached_property
     def _of_pods(self) -> Mapping[str, list[Grant]]:
-        """All that pods are known to have been given, by UID; ids that kubelet's record has twice, as where it is older
-        than a pod's end, are nobody's."""
+        """Return all grants that pods are known to have been given, by pod UID.
+
+        Ids that kubelet's record has for several pods, for example because it is older than a pod's end, belong to
+        none.
+        """
         pods_of: dict[str, set[str]] = {}
         for (uid, _), keys in self.given.items():
             for key in keys:
@@ -181,7 +187,7 @@ class Situation:
         return found
 
     def _own(self, container: Container) -> Pin:
-        """The same, worked out once for what is known of a container."""
+        """Return the container's own pin, computed once per Container value."""
         known = self._owned.get(container.id)
         if known is None or known[0] is not container:
             self._owned[container.id] = known = container, self.pin(container)
@@ -192,7 +198,7 @@ class Situation:
         return {}
 
     def pin(self, container: Container) -> Pin:
-        """What one container has for itself alone, whatever is beside it."""
+        """Return a container's own pin, regardless of other containers in its pod."""
         grants, unproven = self.grants_of(container)
         if not grants:
             return Pin(unproven=unproven) if unproven else NO_PIN
@@ -200,7 +206,7 @@ class Situation:
         usable = held & self.inventory.cpus_usable
         return Pin(
             grants=tuple(one.id for one in grants),
-            # Of CPUs that are all gone nothing is left to be confined to: not the CPUs of others.
+            # If all its CPUs are gone, it is confined to the shared ones and not to those of others.
             cpus=(usable or self.shared or None) if held else None,
             mems=self._mems(grants, usable),
             hugepage_limits=_limits(grants),
@@ -211,10 +217,11 @@ class Situation:
         )
 
     def grants_of(self, container: Container) -> tuple[tuple[Grant, ...], tuple[str, ...]]:
-        """(the grants of a container, ids of those that it names and that are not proven to be its pod's).
+        """Return (the grants of a container, ids of grants that it names but that are not proven to be its pod's).
 
-        What one container of a pod was given and another one got again, as kubelet does with what an init container
-        used, is of both."""
+        A grant that was given to one container of a pod and then to another, as kubelet does with what an init
+        container used, belongs to both.
+        """
         given = self.given.get((container.pod_uid, container.name), frozenset())
         found = [grant for key in sorted(given) if (grant := self.ledger.by_id.get(key)) is not None]
         found += self._by_name.get((container.namespace, container.pod_name, container.name), ())
@@ -227,22 +234,25 @@ class Situation:
         return tuple(mine[one] for one in sorted(mine)), unproven
 
     def _agreed(self, grant: Grant, container: Container) -> bool:
-        """Whether the ledger, where it knows a holder by name, means this pod."""
+        """Return whether the grant is this pod's, as far as the ledger knows its holder by name."""
         holder = grant.holder
         unknown = holder.api != DEVICE_PLUGIN or not grant.confirmed or not container.pod_name
         return unknown or (holder.namespace, holder.pod) == (container.namespace, container.pod_name)
 
-    # ---------------------------------------------------------------- of all
+    # ---------------------------------------------------------------- all containers
 
     @functools.cached_property
     def shared(self) -> CpuSet:
-        """CPUs that pods can run on and that are neither reserved nor held; where none is left, the reserved ones."""
+        """Return the CPUs that pods can run on, without those held and, under strict_reservation, those reserved.
+
+        If none is left, the reserved ones are included after all.
+        """
         free = self.inventory.cpus_usable - self.ledger.cpus_held
         return (free - self.ledger.reserved if self.rules.strict_reservation else free) or free
 
     @functools.cached_property
     def _by_name(self) -> Mapping[tuple[str, str, str], list[Grant]]:
-        """Grants of containers that kubelet has listed."""
+        """Return the grants of containers that kubelet has listed."""
         found: dict[tuple[str, str, str], list[Grant]] = {}
         for one in self.ledger.grants.values():
             if one.holder.api == DEVICE_PLUGIN and one.confirmed:
@@ -251,7 +261,8 @@ class Situation:
 
     @functools.cached_property
     def _imported(self) -> Mapping[tuple[str, str], list[Grant]]:
-        """Grants taken over from kubelet's own managers, by (pod UID, container); "": what the rest of the pod has."""
+        """Return the grants imported from kubelet's own managers, by (pod UID, container), or (pod UID, "") for the
+        rest of a pod."""
         found: dict[tuple[str, str], list[Grant]] = {}
         for one in self.ledger.grants.values():
             if one.holder.api not in (CLAIM, DEVICE_PLUGIN):
@@ -259,10 +270,15 @@ class Situation:
                     found.setdefault((one.holder.uid, name), []).append(one)
         return found
 
-    # ---------------------------------------------------------------- of one
+    # ---------------------------------------------------------------- one container
 
     def _mems(self, grants: Iterable[Grant], cpus: CpuSet) -> CpuSet | None:
-        """NUMA nodes of what is bound to nodes: pages first, or they could be taken where others were promised them."""
+        """Return the NUMA nodes of a container's hugepages and memory, or with memory "local" and neither, those of its
+        CPUs.
+
+        A container with hugepages has to be bound to their nodes, or it could take pages that are promised to others.
+        Return None if no node with memory results.
+        """
         bound = {pages.node for one in grants for pages in one.hugepages}
         bound |= {node for one in grants for node, _ in one.memory}
         if not bound and self.rules.memory == LOCAL:
@@ -271,7 +287,7 @@ class Situation:
         return there if there and any(self.inventory.node_by_id[one].memory_bytes for one in there) else None
 
     def _paged(self, live: Mapping[str, Container], pins: Mapping[str, Pin]) -> dict[str, dict[int, int]]:
-        """Bytes by page_bytes that each pod's containers hold together, by pod UID."""
+        """Return the bytes by page_bytes that each pod's containers hold together, by pod UID."""
         found: dict[str, dict[int, int]] = {}
         for one, pin in pins.items():
             for page_bytes, limit in pin.hugepage_limits.items():
@@ -280,7 +296,7 @@ class Situation:
         return found
 
     def _beside(self, pin: Pin, mixed: bool, paged: Mapping[int, int]) -> Pin:
-        """A container's pin in its pod: who holds none of what another container there does is kept off it."""
+        """Return a container's pin within its pod: it is kept off CPUs and pages that other containers there hold."""
         others = not pin.exclusive and mixed and self.rules.confine_others
         limits = {**dict.fromkeys(paged, 0), **pin.hugepage_limits}
         if not others and limits == pin.hugepage_limits:
@@ -302,18 +318,18 @@ class Situation:
 
 
 def variable(grant_id: str) -> str:
-    """The name of the variable that says that a container uses a grant of a claim."""
+    """Return the name of the variable that shows that a container uses a grant of a claim."""
     return GRANT_VARIABLE + "".join(letter if letter.isalnum() else "_" for letter in grant_id).upper()
 
 
 def named_by(container: Container) -> tuple[str, ...]:
-    """Ids of grants that a container's environment names, each under its own variable."""
+    """Return the ids of the grants that a container's environment names, each under its own variable."""
     env = container.env
     return tuple(sorted({value for name, value in env.items() if name == variable(value)}))
 
 
 def _limits(grants: Iterable[Grant]) -> Mapping[int, int]:
-    """Bytes by page_bytes: what several grants have of one size adds up."""
+    """Return the bytes by page_bytes, summed over several grants."""
     limits: dict[int, int] = {}
     for pages in (pages for one in grants for pages in one.hugepages):
         limits[pages.page_bytes] = limits.get(pages.page_bytes, 0) + pages.pages * pages.page_bytes

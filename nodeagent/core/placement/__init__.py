@@ -1,1 +1,1 @@
-"""Where a request goes: every policy choice of placement."""
+"""Placement of requests: this package contains every policy choice."""

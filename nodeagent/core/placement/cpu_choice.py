@@ -1,4 +1,4 @@
-"""CPUs alone: what each option and each NUMA policy of a request means to the compiled core."""
+"""Placement of CPUs alone: translates the options and NUMA policy of a request for the compiled core."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from nodeagent._fastpath import Choice
 
 Near = Sequence[tuple[int, int]]
-"""(mask of CPUs, what each of them costs)."""
+"""(mask of CPUs, cost of each of them)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """How far the CPUs of a request may spread; 0 is no limit."""
+    """How far the CPUs of a request may spread; 0 means no limit."""
 
     packages: int = 0
     nodes: int = 0
@@ -31,7 +31,10 @@ NO_LIMITS = Limits()
 
 
 def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, limits: Limits) -> Choice | None:
-    """Ask the compiled core; what each option means to it is said here."""
+    """Search with the compiled core for the best CPUs, translating each option into its parameters.
+
+    free: mask of free CPUs. Return None if no choice is possible within the limits.
+    """
     chosen = request.options
     found = machine.layout.choose(
         free & allowed(machine, chosen) | request.must_cpus.mask,
@@ -52,7 +55,7 @@ def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, 
 
 
 def allowed(machine: MachineIndex, chosen: frozenset[str]) -> int:
-    """The CPUs that options leave to choose from."""
+    """Return a mask of the CPUs that the options permit."""
     cpus = machine.usable
     for name, kind in opt.CORE_KINDS.items() if chosen else ():
         if f"require-{name}-cores" in chosen:
@@ -63,7 +66,7 @@ def allowed(machine: MachineIndex, chosen: frozenset[str]) -> int:
 
 
 def _tastes(machine: MachineIndex, chosen: frozenset[str]) -> list[tuple[int, int]]:
-    """What options would rather not have: each such CPU costs 1."""
+    """Return the CPUs that the options would rather avoid, each at a cost of 1."""
     if not chosen:
         return []
     tastes = [
@@ -79,7 +82,7 @@ def _tastes(machine: MachineIndex, chosen: frozenset[str]) -> list[tuple[int, in
 
 
 def limits_of(machine: MachineIndex, ledger: Ledger, request: Request) -> Limits:
-    """How far the CPUs of a request may spread under its NUMA policy and options."""
+    """Return how far the CPUs of a request may spread under its NUMA policy and options."""
     if request.numa == BEST_EFFORT and opt.REQUIRE_L3 not in request.options:
         return NO_LIMITS
     empty = _on_empty(machine, ledger, request) if request.cpus else None
@@ -93,6 +96,6 @@ def limits_of(machine: MachineIndex, ledger: Ledger, request: Request) -> Limits
 
 
 def _on_empty(machine: MachineIndex, ledger: Ledger, request: Request) -> Choice | None:
-    """What the compiled core would choose were nothing held."""
+    """Return what the compiled core would choose if nothing were held."""
     free = machine.usable & ~ledger.reserved.mask | request.must_cpus.mask
     return search_cpus(machine, free, request, (), NO_LIMITS)

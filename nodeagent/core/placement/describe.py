@@ -1,4 +1,4 @@
-"""What a placement is, in numbers an admin knows and in sentences: packages, NUMA nodes, L3 groups, and why."""
+"""Describes a placement for admins, in numbers and in sentences: packages, NUMA nodes, L3 groups, and the reasons."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from nodeagent.core.placement.index import MachineIndex, machine_of
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """Ids in order. numa_nodes are those of CPUs, pages and memory, or else of the devices."""
+    """A placement as sorted ids. numa_nodes are those of CPUs, pages and memory, or else of the devices."""
 
     packages: tuple[int, ...]
     numa_nodes: tuple[NodeId, ...]
     l3: tuple[int, ...]
     split_cores: int
-    """Cores of which the placement has some CPUs and not all."""
+    """Number of cores of which the placement has some, but not all, CPUs."""
     why: tuple[str, ...]
 
 
 def describe(inventory: Inventory, request: Request, placement: Placement) -> Description:
-    """The description of a placement that was computed for this request on this inventory."""
+    """Return the description of a placement that was computed for this request on this inventory."""
     machine = machine_of(inventory)
     cpus = [inventory.cpu_by_id[one] for one in placement.cpus]
     split = split_cores(machine, placement.cpus)

@@ -1,4 +1,4 @@
-"""Which devices: every set with the best links, one for each set of places its members lie in."""
+"""Choice of devices: every set with the best links, one for each set of places where its members are."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _picks_among(
     kinds = tuple(sorted(request.devices))
     index = {kind: number for number, kind in enumerate(kinds)}
     near = [device_of(machine, one) for one in request.near]
-    # A node is near as a device on it would be that shares no part of the PCIe tree.
+    # A node counts as a device on it that shares no part of the PCIe tree.
     near += [Device(kind="node", id="", numa_node=node) for node in request.near_nodes]
     rows = [
         (
@@ -111,12 +111,12 @@ def _pick_of(
     taken: Sequence[int],
     exact: bool,
 ) -> Pick:
-    """Of each class those that must be, then the lowest ids."""
+    """Return a pick that takes from each class the mandatory devices first, then those with the lowest ids."""
     devices: list[str] = []
     places: list[Place] = []
     for free, place, count in zip(usable, pool.places, taken, strict=True):
         if count:
-            # In order of id already.
+            # Already in order of id.
             must = request.must_devices
             first = sorted(free, key=lambda one: one.id not in must)[:count] if must else free[:count]
             devices += [device.id for device in first]
@@ -125,12 +125,12 @@ def _pick_of(
 
 
 def inside(device: Device, nodes: frozenset[NodeId] | None) -> bool:
-    """A device whose node nobody knows may be used with any."""
+    """Return whether a device can be used with some nodes; one whose node is unknown can be used with any."""
     return nodes is None or device.numa_node is None or device.numa_node in nodes
 
 
 def device_of(machine: MachineIndex, name: str) -> Device:
-    """Return the device with an id. InputError if there is none."""
+    """Return the device with an id. Raise InputError if there is none."""
     device = machine.inventory.device_by_id.get(name)
     if device is None:
         raise InputError(f'cannot place near "{name}": there is no such device')

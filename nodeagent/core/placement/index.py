@@ -1,4 +1,4 @@
-"""An inventory as placement works on it: masks, indices and the compiled layout, worked out once for each snapshot."""
+"""An inventory in the form that placement uses: masks, indices and the compiled layout, computed once per snapshot."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nodeagent.core.placement.proximity import Place, Proximity
 
 
 class MachineIndex:
-    """Answers of one inventory, all as bit masks of CPU ids."""
+    """Lookup tables of one inventory; sets of CPUs are bit masks of CPU ids."""
 
     def __init__(self, inventory: Inventory) -> None:
         self.inventory = inventory
         self.usable = sum(1 << cpu.id for cpu in inventory.cpus) & ~inventory.cpus_outside.mask
-        """Those that pods can run on. The layout and the cores have all that are online: a core is not whole without a
-        thread on which none can."""
+        """CPUs that pods can run on. The layout and the cores include all online CPUs: a core is not whole if pods
+        cannot run on one of its threads."""
         self.isolated = self.usable & sum(1 << cpu.id for cpu in inventory.cpus if cpu.isolated)
         self._cpus: dict[NodeId, int] = {node.id: 0 for node in inventory.numa_nodes}
         self._packages: dict[NodeId, int] = {}
@@ -40,7 +40,8 @@ class MachineIndex:
 
     @functools.cached_property
     def layout(self) -> Layout:
-        """The compiled view of the CPUs. NUMA nodes are numbered in order of id, those without CPUs left out."""
+        """Return the compiled view of the CPUs. NUMA nodes with CPUs are numbered in order of id; others are left
+        out."""
         nodes = [node for node in self.nodes if self._cpus[node]]
         index = {node: i for i, node in enumerate(nodes)}
         rows = [
@@ -52,18 +53,18 @@ class MachineIndex:
 
     @functools.cached_property
     def heaviest_link(self) -> int:
-        """The largest link weight on the machine."""
+        """Return the largest link weight on the machine."""
         return max([*LINK_WEIGHTS.values(), *(link.weight for link in self.inventory.links)])
 
     def far(self, a: Device, b: Device) -> int:
-        """What a pair of devices costs: by link weight, then by how near the two lie on PCIe and NUMA."""
+        """Return the cost of a pair of devices: by link weight first, then by their distance on PCIe and NUMA."""
         nearest = LINK_WEIGHTS["pcie-switch"]
         links = self.heaviest_link - self.proximity.weight(a, b)
         return links * (nearest + 1) + nearest - self.proximity.place_weight(a, b)
 
     @functools.cached_property
     def cores(self) -> dict[int, int]:
-        """Mask of CPUs by core."""
+        """Return the mask of CPUs of each core."""
         cores: dict[int, int] = {}
         for cpu in self.inventory.cpus:
             cores[cpu.core] = cores.get(cpu.core, 0) | 1 << cpu.id
@@ -71,7 +72,7 @@ class MachineIndex:
 
     @functools.cached_property
     def _groups(self) -> dict[int | None, int]:
-        """Mask of CPUs by L3 group; those without one are in none."""
+        """Return the mask of CPUs of each L3 group; CPUs without one are left out."""
         groups: dict[int | None, int] = {}
         for cpu in self.inventory.cpus:
             if cpu.l3 is not None:
@@ -79,7 +80,7 @@ class MachineIndex:
         return groups
 
     def place(self, cpus: CpuSet) -> Place:
-        """The place of CPUs that something is to lie near: the CPUs of their L3 groups."""
+        """Return the place of CPUs that something should be close to: the CPUs of their L3 groups."""
         known = self.inventory.cpu_by_id
         some = [known[one] for one in cpus if one in known]
         nodes, near = {cpu.numa_node for cpu in some}, 0
@@ -88,7 +89,7 @@ class MachineIndex:
         return near, min(nodes) if len(nodes) == 1 else None
 
     def of_kind(self, kind: str) -> int:
-        """CPUs of a core kind; all usable ones where the machine has one kind only."""
+        """Return the mask of the CPUs of a core kind, or of all usable CPUs if the machine has only one kind."""
         if not any(cpu.kind for cpu in self.inventory.cpus):
             return self.usable
         return sum(1 << cpu.id for cpu in self.inventory.cpus if cpu.kind == kind)
@@ -98,46 +99,46 @@ class MachineIndex:
         return sum(self._cpus.get(node, 0) for node in nodes)
 
     def nodes_of(self, mask: int) -> frozenset[NodeId]:
-        """The nodes of some CPUs."""
+        """Return the nodes of some CPUs."""
         return frozenset(node for node, cpus in self._cpus.items() if cpus & mask)
 
     def packages_of(self, nodes: Iterable[NodeId]) -> int:
-        """A mask of the packages whose CPUs lie on some nodes."""
+        """Return a mask of the packages with CPUs on some nodes."""
         mask = 0
         for node in nodes:
             mask |= self._packages.get(node, 0)
         return mask
 
     def nodes_of_packages(self) -> list[frozenset[NodeId]]:
-        """The nodes of each package; a node without CPUs belongs to none."""
+        """Return the nodes of each package; a node without CPUs belongs to none."""
         packages = CpuSet.of_mask(self.packages_of(self.nodes))
         return [frozenset(n for n, mask in self._packages.items() if mask >> one & 1) for one in packages]
 
     def pool(self, kinds: tuple[str, ...]) -> DeviceIndex:
-        """The devices of some kinds and what is known of their pairs."""
+        """Return the devices of some kinds, with the weights and costs of their pairs."""
         if kinds not in self._pools:
             self._pools[kinds] = DeviceIndex.of(self, kinds)
         return self._pools[kinds]
 
     def distance(self, nodes: Iterable[NodeId]) -> int:
-        """The sum of the distances between nodes, both ways."""
+        """Return the sum of the distances between nodes, in both directions."""
         some = list(nodes)
         return sum(self.proximity.node_distance(a, b) for a in some for b in some if a != b)
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceIndex:
-    """All devices of some kinds, those that nobody can tell apart together in a class."""
+    """All devices of some kinds, grouped into classes of interchangeable devices."""
 
     classes: tuple[tuple[Device, ...], ...]
     places: tuple[Place, ...]
-    """Where the devices of each class lie."""
+    """Where the devices of each class are."""
     place_numbers: tuple[int, ...]
-    """The same number for the same place."""
+    """Number of each class's place; equal for equal places."""
     links: array[int]
-    """classes x classes: link weights, row by row; inside a class on the diagonal."""
+    """classes x classes: link weights, row by row; those within a class are on the diagonal."""
     far: array[int]
-    """classes x classes: what a pair costs."""
+    """classes x classes: cost of a pair."""
 
     @classmethod
     def of(cls, machine: MachineIndex, kinds: tuple[str, ...]) -> DeviceIndex:
@@ -157,5 +158,5 @@ class DeviceIndex:
 
 
 def machine_of(inventory: Inventory) -> MachineIndex:
-    """The machine of an inventory, kept by the inventory itself."""
+    """Return the machine index of an inventory, cached on the inventory itself."""
     return kept_by(inventory, "_machine", lambda: MachineIndex(inventory))

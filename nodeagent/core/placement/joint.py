@@ -1,7 +1,7 @@
-"""Devices, CPUs, hugepages and memory of one request in one decision.
+"""Joint placement of the devices, CPUs, hugepages and memory of one request.
 
-First the devices with the best links (every best set, one for each set of places they lie in), then the CPUs nearest
-to them, then as few packages and NUMA nodes as can be for CPUs, pages and memory together.
+First the devices with the best links are chosen (every best set, one for each set of places where they are), then the
+CPUs nearest to them, then as few packages and NUMA nodes as possible for CPUs, pages and memory together.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ if TYPE_CHECKING:
     from nodeagent._fastpath import Choice
 
 MOST_UNIVERSES = 128
-"""Sets of NUMA nodes that a NUMA policy allows, each searched on its own."""
+"""Highest number of sets of NUMA nodes, as allowed by a NUMA policy, that are searched one by one."""
 Sets = list[tuple[NodeId, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A placement and all it is compared by: its cost and how far its CPUs by themselves spread."""
+    """A placement and its sort key: its cost, and how far its CPUs alone are spread."""
 
     placement: Placement
     key: tuple[int, ...]
@@ -43,7 +43,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """One request on one machine, and what is the same wherever it is tried."""
+    """One request on one machine, with everything that is the same wherever it is tried."""
 
     machine: MachineIndex
     ledger: Ledger
@@ -56,7 +56,7 @@ class _Task:
 
 
 def place_joint(machine: MachineIndex, free: int, ledger: Ledger, request: Request) -> Placement | None:
-    """The cheapest placement, or None where nothing fits."""
+    """Return the cheapest placement, or None if nothing fits. free: mask of the CPUs that can be granted."""
     needs_l3 = opt.REQUIRE_L3 in request.options
     limits = limits_of(machine, ledger, request) if needs_l3 else NO_LIMITS
     stock = Stock.of(machine.inventory, ledger, request)
@@ -70,7 +70,7 @@ def place_joint(machine: MachineIndex, free: int, ledger: Ledger, request: Reque
 
 
 def _fixed_places(machine: MachineIndex, request: Request) -> tuple[Place, ...]:
-    """Where the things lie that the whole request is to be near."""
+    """Return the places that the whole request should be close to."""
     places = [machine.proximity.place(device_of(machine, one)) for one in request.near]
     places += [(0, node) for node in request.near_nodes]
     if request.near_cpus:
@@ -78,11 +78,11 @@ def _fixed_places(machine: MachineIndex, request: Request) -> tuple[Place, ...]:
     return tuple(places)
 
 
-# ---------------------------------------------------------------- what a NUMA policy forbids
+# ---------------------------------------------------------------- NUMA policies
 
 
 def _under_policy(task: _Task, loose: _Found) -> _Found | None:
-    """The best placement that the policy allows; often the best of all is."""
+    """Return the best placement that the policy allows; often the best placement of all complies."""
     units = _units(task)
     most = 1 if task.request.numa == SINGLE else _least_units(task, units)
     if _lies_in(task, loose.placement, units, most):
@@ -100,14 +100,14 @@ def _under_policy(task: _Task, loose: _Found) -> _Found | None:
 
 
 def _units(task: _Task) -> list[frozenset[NodeId]]:
-    """What the policy counts: NUMA nodes, or the nodes of a socket."""
+    """Return what the policy counts: NUMA nodes, or the nodes of a socket."""
     if opt.ALIGN_SOCKET in task.request.options:
         return task.machine.nodes_of_packages()
     return [frozenset({node}) for node in task.machine.nodes]
 
 
 def _least_units(task: _Task, units: Sequence[frozenset[NodeId]]) -> int:
-    """How many units an empty machine needs for what is asked."""
+    """Return how many units an empty machine needs for the request."""
     stock = Stock.of(task.machine.inventory, Ledger(reserved=task.ledger.reserved), task.request, empty=True)
     cpus = task.machine.usable & ~task.ledger.reserved.mask & allowed(task.machine, task.request.options)
     nothing: frozenset[str] = frozenset()
@@ -134,7 +134,7 @@ def _together(task: _Task, devices: Iterable[Device], kind: str) -> int:
 def _measured(
     task: _Task, units: Iterable[frozenset[NodeId]], cpus: int, stock: Stock, taken: frozenset[str]
 ) -> list[Unit]:
-    """What each unit gives of every part of the vector."""
+    """Return what each unit gives of every component of the vector."""
     devices = [one for one in task.machine.inventory.devices if one.id not in taken]
     return [
         Unit(
@@ -154,7 +154,7 @@ def _measured(
 
 
 def _lies_in(task: _Task, placement: Placement, units: Sequence[frozenset[NodeId]], most: int) -> bool:
-    """Whether all parts of a placement lie in so many units."""
+    """Return whether all parts of a placement are in at most `most` units."""
     used = set(task.machine.nodes_of(placement.cpus.mask))
     used |= {pages.node for pages in placement.hugepages} | {node for node, _ in placement.memory}
     nodes = (task.machine.inventory.device_by_id[one].numa_node for one in placement.devices)
@@ -163,11 +163,11 @@ def _lies_in(task: _Task, placement: Placement, units: Sequence[frozenset[NodeId
     return len(touched) <= most and used <= frozenset().union(*touched)
 
 
-# ---------------------------------------------------------------- the best of one universe
+# ---------------------------------------------------------------- one set of NUMA nodes
 
 
 def _place_within(task: _Task, nodes: frozenset[NodeId] | None) -> _Found | None:
-    """The best on some nodes (None: on all) over all equally good sets of devices."""
+    """Return the best placement on some nodes (None: on all), over all equally good sets of devices."""
     usable = task.free if nodes is None else task.free & task.machine.cpus_of(nodes) | task.request.must_cpus.mask
     if task.request.cpus > usable.bit_count() or not task.stock.enough(nodes):
         return None
@@ -193,7 +193,7 @@ def _better(one: _Found | None, other: _Found | None) -> _Found | None:
 
 
 def _nearest(task: _Task, usable: int, picks: Iterable[Pick]) -> list[tuple[Pick, Near, Choice]]:
-    """Of the best sets of devices those whose CPUs can lie nearest, with distances and the nearest CPUs."""
+    """Return the best sets of devices whose CPUs can be nearest, each with its distances and the nearest CPUs."""
     found = []
     for pick in picks:
         near = task.machine.proximity.cpu_weights((*task.fixed, *pick.places))
@@ -205,8 +205,10 @@ def _nearest(task: _Task, usable: int, picks: Iterable[Pick]) -> list[tuple[Pick
 
 
 def _least_key(pick: Pick, cpus: Choice) -> tuple[int, ...]:
-    """What a placement with these devices compares by where pages and memory lie on the nodes of its best CPUs. Where
-    they do not, it compares by more."""
+    """Return the key of a placement with these devices if pages and memory fit on the nodes of its best CPUs.
+
+    If they do not fit there, the actual key is larger.
+    """
     return (pick.links, *cpus[1:6], *cpus[3:11], pick.cut, cpus[11])
 
 
@@ -216,18 +218,18 @@ def _least_key(pick: Pick, cpus: Choice) -> tuple[int, ...]:
 def _span(
     task: _Task, usable: int, pick: Pick, near: Near, cpus: Choice, stock: Stock, node_sets: Iterable[Sets]
 ) -> _Found:
-    """Pages and memory beside CPUs that are as near as `cpus`, all on as few nodes as can be."""
+    """Place pages and memory together with CPUs that are as near as `cpus`, all on as few nodes as possible."""
     if stock.nothing_wanted:
         return _answer(task, cpus, (), pick)
     home = task.machine.nodes_of(cpus[0])
     if stock.enough(home):
-        # The best CPUs of all are where there is enough of the rest: nothing can beat them.
+        # The nodes of the overall best CPUs have enough of everything else: nothing can be better.
         return _filled(task, cpus, sorted(home), pick, stock)
     for sets in node_sets:
         found = _best_set(task, usable, near, sets, cpus)
         if found is not None:
             return _filled(task, found[0], found[1], pick, stock)
-    # Too many sets to look at: the CPUs as they are, pages from their nodes first, then from any.
+    # Too many sets to examine: keep the CPUs, and take pages from their nodes first, then from any.
     task.steps.cut = True
     return _filled(task, cpus, sorted(stock.nodes), pick, stock)
 
@@ -235,10 +237,13 @@ def _span(
 def _best_set(
     task: _Task, usable: int, near: Near, sets: Sets, nearest: Choice
 ) -> tuple[Choice, tuple[NodeId, ...]] | None:
-    """Of equally small sets of nodes the one that lies closest together and lets CPUs be as near, and as much to
-    taste, as anywhere; then the one with the best CPUs."""
+    """Return the best of equally small sets of nodes.
+
+    It is the most compact set whose CPUs can be as near, and match the preferences as well, as anywhere; among equals,
+    the one with the best CPUs.
+    """
     if len(sets[0]) == 1:
-        # One question for all single nodes: the core compares them itself.
+        # One search for all single nodes: the compiled core compares them itself.
         union = task.machine.cpus_of(node for some in sets for node in some)
         here = search_cpus(task.machine, usable & union, task.request, near, replace(task.limits, nodes=1))
         if here is None or here[1:3] != nearest[1:3]:
@@ -250,7 +255,7 @@ def _best_set(
 def _closest(
     task: _Task, usable: int, near: Near, sets: Sets, nearest: Choice
 ) -> tuple[Choice, tuple[NodeId, ...]] | None:
-    """The same over sets of several nodes: no set is asked about that lies wider than one that will do."""
+    """Return the same for sets of several nodes, skipping every set that is less compact than one that will do."""
     best: tuple[Choice, tuple[NodeId, ...]] | None = None
     apart = -1
     for distance, nodes in sorted((task.machine.distance(nodes), nodes) for nodes in sets):
@@ -265,7 +270,7 @@ def _closest(
 
 
 def _filled(task: _Task, cpus: Choice, nodes: Sequence[NodeId], pick: Pick, stock: Stock) -> _Found:
-    """The placement with pages and memory taken from some nodes, those of the CPUs first."""
+    """Return the placement with pages and memory taken from some nodes, starting with those of the CPUs."""
     taken = task.machine.nodes_of(cpus[0])
     pages, memory = stock.take(sorted(nodes, key=lambda node: (node not in taken, node)))
     used = {one.node for one in pages} | {node for node, _ in memory}
@@ -273,7 +278,7 @@ def _filled(task: _Task, cpus: Choice, nodes: Sequence[NodeId], pick: Pick, stoc
 
 
 def _span_pages(task: _Task, pick: Pick, stock: Stock) -> _Found | None:
-    """Pages and memory without CPUs: on the nodes nearest to the devices, then on as few as can be."""
+    """Place pages and memory without CPUs: on the nodes nearest to the devices, then on as few as possible."""
     if stock.nothing_wanted:
         return _answer(task, None, (), pick)
     places = (*task.fixed, *pick.places)
@@ -289,7 +294,7 @@ def _span_pages(task: _Task, pick: Pick, stock: Stock) -> _Found | None:
 
 
 def _closest_pages(task: _Task, stock: Stock) -> Sequence[NodeId]:
-    """The fewest nodes with enough, closest together; all of them where there are too many sets to look at."""
+    """Return the smallest, most compact set of nodes with enough, or all nodes if there are too many sets."""
     for sets in _node_sets(task, 0, stock):
         return min(sets, key=lambda one: (task.machine.distance(one), one))
     task.steps.cut = True
@@ -297,7 +302,7 @@ def _closest_pages(task: _Task, stock: Stock) -> Sequence[NodeId]:
 
 
 class _Once:
-    """An iterator that can be gone through again, computed once and only as far as anybody goes."""
+    """An iterable over an iterator that can be repeated; each item is computed once, and only when it is needed."""
 
     def __init__(self, source: Iterator[Sets]) -> None:
         self._source = source
@@ -311,7 +316,7 @@ class _Once:
 
 
 def _node_sets(task: _Task, usable: int, stock: Stock) -> Iterator[Sets]:
-    """Sets of nodes with enough of everything: all with the fewest packages and nodes first, then all with the next."""
+    """Yield sets of nodes with enough of everything: all with the fewest packages and nodes, then the next fewest."""
     machine = task.machine
     nodes = sorted(stock.nodes | machine.nodes_of(usable))
     want = (task.request.cpus, *stock.want.values())
@@ -326,7 +331,7 @@ def _node_sets(task: _Task, usable: int, stock: Stock) -> Iterator[Sets]:
             yield sets
 
 
-# ---------------------------------------------------------------- the answer
+# ---------------------------------------------------------------- result
 
 _NOTHING: Choice = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, True)
 
@@ -340,7 +345,7 @@ def _answer(
     memory: Sequence[tuple[NodeId, int]] = (),
     pages_near: int = 0,
 ) -> _Found:
-    """Put the parts together; packages, nodes and distance count the nodes of pages and memory too."""
+    """Assemble the result; packages, nodes and distance include the nodes of pages and memory."""
     mask, near, taste, packages, spanned, distance, *rest, ids, exact = cpus or _NOTHING
     own = packages, spanned, distance
     used = task.machine.nodes_of(mask) | frozenset(nodes)

@@ -1,7 +1,7 @@
-"""Sets of NUMA nodes with enough of everything, in the order they are to be tried: fewest packages, then fewest nodes.
+"""Sets of NUMA nodes with enough of everything, in the order in which to try them: fewest packages, then fewest nodes.
 
-What is asked of a set is a vector (CPUs, pages of each size, bytes of memory, devices of each kind), and what a node
-gives is one too. A branch is left as soon as the best nodes still ahead cannot make up what is missing.
+The demand on a set is a vector (CPUs, pages of each size, bytes of memory, devices of each kind), and so is what a node
+gives. A branch is abandoned as soon as the best remaining nodes cannot make up what is missing.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from dataclasses import dataclass, field
 from nodeagent.core.model.topology import NodeId
 
 MOST_STEPS = 20_000
-"""Branches looked at for one request before the best seen is taken."""
+"""Number of branches examined for one request before the best result so far is taken."""
 MOST_SETS = 512
-"""Equally small sets kept beside each other."""
+"""Highest number of equally small sets kept."""
 
 
 @dataclass(slots=True)
 class Steps:
-    """How much of the search is still allowed; shared by all parts of one request."""
+    """The remaining search budget, shared by all parts of one request."""
 
     left: int = MOST_STEPS
     cut: bool = False
-    """Something was left out: the answer may not be the best."""
+    """True if something was left out: the answer may not be the best."""
 
     def take(self) -> bool:
         """Count one step. Return whether any was left."""
@@ -36,12 +36,12 @@ class Steps:
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """What can only be used as one: a NUMA node, or all nodes of a package."""
+    """Nodes that can only be used together: a NUMA node, or all nodes of a package."""
 
     nodes: tuple[NodeId, ...]
     gives: tuple[int, ...]
     packages: int
-    """A mask."""
+    """Mask of packages."""
 
 
 @dataclass(slots=True)
@@ -54,18 +54,18 @@ class Cover:
     _best: list[list[list[int]]] = field(default_factory=list)
 
     def least(self) -> int:
-        """No smaller set can be enough; more than there are units where none is."""
+        """Return a lower bound on the size of a sufficient set; more than the number of units if none is sufficient."""
         ahead = zip(self._ahead()[0], self.want, strict=True)
         return max((next((r for r, most in enumerate(sums) if most >= w), len(sums)) for sums, w in ahead), default=0)
 
     def of_size(self, count: int, packages: int = 0) -> Iterator[tuple[Unit, ...]]:
-        """All sets of `count` units, in order of their members; packages: how many they span exactly (0: any)."""
+        """Yield all sets of `count` units, in order of their members. packages: how many they span exactly (0: any)."""
         if count == 1:
             return ((u,) for u in self.units if _enough(u.gives, self.want) and _spans(u.packages, packages))
         return self._grow(0, count, packages, (), 0, self.want)
 
     def by_size(self) -> Iterator[list[tuple[Unit, ...]]]:
-        """All sets of the fewest packages and units, then all of the next. Ends when the steps are used up."""
+        """Yield all sets with the fewest packages and units, then the next fewest, until the steps are used up."""
         mask = 0
         for unit in self.units:
             mask |= unit.packages
@@ -88,7 +88,7 @@ class Cover:
     def _grow(
         self, at: int, count: int, packages: int, chosen: tuple[Unit, ...], mask: int, missing: Sequence[int]
     ) -> Iterator[tuple[Unit, ...]]:
-        """Add `count` units from position `at` on."""
+        """Add `count` units, starting at position `at`."""
         if count == 0:
             if _spans(mask, packages) and max(missing, default=0) <= 0:
                 yield chosen
@@ -107,7 +107,7 @@ class Cover:
             yield from self._grow(i + 1, count - 1, packages, (*chosen, unit), both, rest)
 
     def _ahead(self) -> list[list[list[int]]]:
-        """[i][d][r]: the most that r units from position i on can give of d."""
+        """Return a table in which [i][d][r] is the most of component d that r units from position i on can give."""
         if not self._best:
             for i in range(len(self.units) + 1):
                 columns = [sorted((u.gives[d] for u in self.units[i:]), reverse=True) for d in range(len(self.want))]
@@ -120,5 +120,5 @@ def _enough(gives: Sequence[int], want: Sequence[int]) -> bool:
 
 
 def _spans(mask: int, packages: int) -> bool:
-    """Whether a set spans as many packages as asked; 0: any, -1: none."""
+    """Return whether a set spans the required number of packages (0: any; -1: none)."""
     return packages == 0 or mask.bit_count() == max(packages, 0)

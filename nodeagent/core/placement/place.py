@@ -1,7 +1,7 @@
-"""Where a request goes: place(). The same inventory, ledger and request give the same placement on every machine.
+"""Entry point of placement: the same inventory, ledger and request give the same placement on every machine.
 
-The cost is compared part by part, smallest first. What options and NUMA policies mean to CPUs is in
-cpu_choice.py; how devices, CPUs and pages of one request meet is in joint.py.
+Costs are compared component by component; the smallest wins. cpu_choice.py defines what options and NUMA policies mean
+for CPUs; joint.py brings together the devices, CPUs and pages of one request.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _NOTHING = Placement()
 
 
 def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
-    """The cheapest placement of a request, or Refused with its numbers and what would admit it."""
+    """Return the cheapest placement of a request. Raise Refused with the numbers and what would admit it."""
     machine = machine_of(inventory)
     free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
     if request.within_cpus is not None:

@@ -1,8 +1,9 @@
-"""How near things are to each other: devices to devices, CPUs to devices. Facts of one inventory, worked out once.
+"""How near devices are to each other and CPUs to devices. Facts of one inventory, computed once.
 
-A link weight says how near two devices are (model.LINK_WEIGHTS): an explicit Link counts where there is one, else what
-the PCIe tree says. A CPU's distance to a device is 0 on its NUMA node and among its PCIe-local CPUs, 1 where only one
-of the two holds, else twice the SLIT distance, and one more on another socket.
+A link weight expresses how near two devices are (core.model.device.LINK_WEIGHTS): an explicit Link if there is one,
+else the relation in the PCIe tree. A CPU's distance to a device is 0 if the CPU is on its NUMA node and among its
+PCIe-local CPUs, and 1 if only one of the two is true. Otherwise it is twice the SLIT distance, plus one if the CPU is
+on another socket.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import NodeId
 
 REMOTE, LOCAL = 20, 10
-"""SLIT distances where the kernel gives none (ACPI 6.5, 5.2.17: 10 is a node itself)."""
+"""SLIT distances assumed if the kernel reports none (ACPI 6.5, 5.2.17: 10 is the distance of a node to itself)."""
 MOST_REMEMBERED = 4096
-"""Sums of distances kept, by what they are distances to."""
+"""Highest number of distance sums cached, each keyed by the places it refers to."""
 Place = tuple[int, NodeId | None]
-"""A mask of PCIe-local CPUs and the NUMA node: all that matters to a CPU about where a device lies."""
+"""A mask of PCIe-local CPUs and the NUMA node: all that matters to a CPU about a device's location."""
 _Piece = tuple[int, NodeId, int, int]
 """Package, NUMA node, mask of CPUs, distance so far."""
 
 
 class Proximity:
-    """Distances inside one inventory."""
+    """Distances within one inventory."""
 
     def __init__(self, inventory: Inventory) -> None:
         self._inventory = inventory
@@ -41,16 +42,16 @@ class Proximity:
         self._cells = tuple((package, node, mask) for (package, node), mask in cells.items())
 
     def node_distance(self, a: NodeId, b: NodeId) -> int:
-        """SLIT distance from node a to node b."""
+        """Return the SLIT distance from node a to node b."""
         node = self._inventory.node_by_id.get(a)
         return (node.distances.get(b) if node else None) or (LOCAL if a == b else REMOTE)
 
     def weight(self, a: Device, b: Device) -> int:
-        """Link weight of two devices: larger is nearer."""
+        """Return the link weight of two devices; larger means nearer."""
         return self._explicit.get((a.id, b.id)) or self.place_weight(a, b)
 
     def place_weight(self, a: Device, b: Device) -> int:
-        """What the PCIe tree and NUMA say about two devices, explicit links left aside."""
+        """Return the link weight of two devices by PCIe tree and NUMA node, ignoring explicit links."""
         if a.pcie_root is not None and a.pcie_root == b.pcie_root:
             shared = a.bridges[:1] and a.bridges[:1] == b.bridges[:1]
             return LINK_WEIGHTS["pcie-switch" if shared else "pcie-root"]
@@ -63,7 +64,7 @@ class Proximity:
         return LINK_WEIGHTS["socket" if same else "system"]
 
     def classes(self, devices: Sequence[Device]) -> list[list[Device]]:
-        """Devices that nobody can tell apart, together; in order of their first."""
+        """Group interchangeable devices into classes, ordered by their first device."""
         found: dict[object, list[Device]] = {}
         for device in devices:
             found.setdefault(self._class_key(device), []).append(device)
@@ -75,11 +76,11 @@ class Proximity:
 
     @staticmethod
     def place(device: Device) -> Place:
-        """Where a device lies, as CPUs see it."""
+        """Return where a device is, as seen from CPUs."""
         return device.local_cpus.mask, device.numa_node
 
     def cpu_weights(self, places: Iterable[Place]) -> list[tuple[int, int]]:
-        """(mask of CPUs, summed distance to all places), for CPUs whose sum is not 0."""
+        """Return (mask of CPUs, summed distance to all places) for the CPUs whose sum is not 0."""
         counts: dict[Place, int] = {}
         for place in places:
             counts[place] = counts.get(place, 0) + 1
@@ -98,7 +99,7 @@ class Proximity:
         return [(mask, weight) for _, _, mask, weight in pieces if weight]
 
     def _farther(self, piece: _Piece, place: Place, count: int) -> list[_Piece]:
-        """A piece of a cell, cut by a place's local CPUs, with the distance to the place added."""
+        """Split a piece of a cell by a place's local CPUs and add the distance to the place."""
         package, node, mask, weight = piece
         local = mask & place[0]
         return [
@@ -117,5 +118,5 @@ class Proximity:
         return 2 * self.node_distance(node, place[1]) + (package != self._package.get(place[1]))
 
     def node_weight(self, node: NodeId, places: Iterable[Place]) -> int:
-        """Summed SLIT distance beyond local of a node to all places that know their node."""
+        """Return the summed SLIT distance of a node, beyond the local distance, to all places whose node is known."""
         return sum(self.node_distance(node, at) - LOCAL for _, at in places if at is not None)

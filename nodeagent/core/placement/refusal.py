@@ -18,7 +18,10 @@ Fits = Callable[[Request], bool]
 
 
 def explain(machine: MachineIndex, ledger: Ledger, request: Request, free: int, fits: Fits) -> Refused:
-    """The refusal of a request that does not fit. free: mask of the CPUs that may be granted."""
+    """Return the refusal of a request that does not fit.
+
+    free: mask of the CPUs that can be granted. fits: whether another request would fit.
+    """
     return (
         _too_few_cpus(machine, ledger, request, free)
         or _too_few_devices(machine, ledger, request)
@@ -68,7 +71,7 @@ def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> R
 
 
 def _forbidden(machine: MachineIndex, request: Request, fits: Fits) -> Refused:
-    """Enough is there, but not as asked: find what to leave out, and how many CPUs fit as asked."""
+    """Explain a refusal although enough is free: find a change that would admit it, and how many CPUs would fit."""
     rules = [*sorted(request.options)]
     if request.numa != BEST_EFFORT:
         rules.insert(0, f"NUMA policy {request.numa}")
@@ -83,7 +86,7 @@ def _forbidden(machine: MachineIndex, request: Request, fits: Fits) -> Refused:
 
 
 def _relaxed(request: Request) -> Iterator[tuple[str, Request]]:
-    """The request with less asked of it, the smallest changes first."""
+    """Yield the request with fewer rules, the smallest changes first, each with its description."""
     loose = replace(request, numa=BEST_EFFORT)
     if request.numa != BEST_EFFORT:
         yield f"NUMA policy {BEST_EFFORT} would admit it", loose
@@ -96,7 +99,7 @@ def _relaxed(request: Request) -> Iterator[tuple[str, Request]]:
 
 
 def _most_cpus(request: Request, step: int, fits: Fits) -> int:
-    """The largest number of CPUs below what is asked, in steps, that fits as asked; 0 if none does."""
+    """Return the largest number of CPUs below the request, in steps, that fits as requested; 0 if none does."""
     low, high = 0, (request.cpus - 1) // step
     while low < high:
         middle = (low + high + 1) // 2

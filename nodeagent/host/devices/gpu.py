@@ -78,7 +78,7 @@ def _devices(
 
 
 def _computes(function: Function, drm: list[str]) -> bool:
-    """Return whether a function has a render node or a driver that makes one, or is bound to vfio for a virtual machine."""
+    """Return whether a function has a render node or a driver that makes one, or is bound to vfio for a guest."""
     if function.has_vfio:
         return function.is_class(_DISPLAY) and function.vendor in (NVIDIA, AMD, INTEL)
     if function.is_class(_PROCESSING):
