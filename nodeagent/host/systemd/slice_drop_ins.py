@@ -21,8 +21,6 @@ from nodeagent.host.sysfs import atomic_file as files
 
 FILE = "50-nodeagent.conf"
 _HEAD = "# Kept by nodeagent: the CPUs of pods (docs/pinning.md). Changed at any time.\n[Slice]\n"
-_ONLY = f"{_HEAD}AllowedCPUs=\nAllowedCPUs="
-"""Assignments in several files add up; an empty assignment discards earlier ones."""
 _CPUS = f"{_HEAD}AllowedCPUs=\nAllowedCPUs={{}}\n"
 """Lists add up unless an empty assignment comes first, which discards those of files earlier in name order."""
 
