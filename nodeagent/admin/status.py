@@ -1,7 +1,8 @@
 """What admins see: the status socket. It reads the frozen values on which the agent decides; changes need root.
 
-GET /v1/status /v1/inventory /v1/grants /v1/devices /healthz /readyz /metrics
-DELETE /v1/grants/ID releases a grant by hand; POST /v1/reload reads the configuration again.
+GET /v1/status /v1/inventory /v1/grants /v1/devices /v1/health /healthz /readyz /metrics
+DELETE /v1/grants/ID releases a grant by hand; DELETE /v1/health/DEVICE clears latched causes; POST /v1/reload reads
+the configuration again.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
+from urllib.parse import unquote
 
 from nodeagent.admin.http import HttpAnswer, Peer
 from nodeagent.admin.http import problem as _problem
 from nodeagent.core.model.grant import KUBELET, Grant
+from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size
 from nodeagent.errors import ConfigError
@@ -52,6 +55,10 @@ class Watched(Protocol):
         """Return how containers are confined to what they hold."""
         ...
 
+    async def clear_health(self, device: str) -> bool:
+        """Clear the latched causes of a device. Return whether it had any."""
+        ...
+
     def not_ready(self) -> Sequence[str]:
         """Return why the agent is not ready, one sentence each; empty if it is."""
         ...
@@ -74,6 +81,8 @@ class Status:
             return _problem(403, f"cannot {method} {path}: only root may, uid {peer.uid} asks")
         if method == "DELETE" and path.startswith("/v1/grants/"):
             return await self._release(path.removeprefix("/v1/grants/"))
+        if method == "DELETE" and path.startswith("/v1/health/"):
+            return await self._clear_health(unquote(path.removeprefix("/v1/health/")))
         if method == "POST" and path == "/v1/reload":
             return await self._reload()
         page = self._pages().get(path)
@@ -88,6 +97,7 @@ class Status:
             "/v1/status": lambda: _document(self.status()),
             "/v1/inventory": lambda: _document(to_document(self._watched.agent.inventory)),
             "/v1/grants": lambda: _document(self.grants()),
+            "/v1/health": lambda: _document(self.health()),
             "/v1/devices": lambda: _document(self.devices()),
             "/healthz": lambda: HttpAnswer(200, b"ok\n", "text/plain"),
             "/readyz": self._readyz,
@@ -138,6 +148,7 @@ class Status:
             "kind": offer.resource.kind,
             "devices": len(shown),
             "healthy": sum(1 for one in shown if one.healthy),
+            "held_elsewhere": sum(1 for one in shown if one.held and not one.healthy),
             "held": held,
             "registered": known.ready if known else False,
             "registration": known.state if known else "",
@@ -176,6 +187,7 @@ class Status:
                         "resource": offer.name,
                         "id": one.id,
                         "healthy": one.healthy,
+                        "held_elsewhere": one.held and not one.healthy,
                         "state": state.state if state else "",
                         "reason": state.reason if state else one.reason,
                         "numa_nodes": list(one.numa_nodes),
@@ -184,6 +196,18 @@ class Status:
                     }
                 )
         return out
+
+    def health(self) -> list[dict[str, Any]]:
+        """Return every device that has evidence, with all of its causes, in order of id."""
+        return [
+            {
+                "device": device,
+                "state": state.state,
+                "reason": state.reason,
+                "causes": [{"source": source, **one._asdict()} for source, one in sorted(state.seen.items())],
+            }
+            for device, state in sorted(self._watched.agent.health.items())
+        ]
 
     def _readyz(self) -> HttpAnswer:
         reasons = self._watched.not_ready()
@@ -196,7 +220,9 @@ class Status:
             gauge.clear()
         for one in (self._resource(offer) for offer in self._watched.offers()):
             metrics.DEVICES.labels(one["name"], "healthy").set(one["healthy"])
-            metrics.DEVICES.labels(one["name"], "unhealthy").set(one["devices"] - one["healthy"])
+            metrics.DEVICES.labels(one["name"], "held").set(one["held_elsewhere"])
+            unhealthy = one["devices"] - one["healthy"] - one["held_elsewhere"]
+            metrics.DEVICES.labels(one["name"], "unhealthy").set(unhealthy)
             metrics.HELD.labels(one["name"]).set(one["held"])
             metrics.REGISTERED.labels(one["name"]).set(one["registered"])
         for grant in agent.ledger.grants.values():
@@ -243,6 +269,12 @@ class Status:
         if not gone:
             return _problem(404, f"cannot release {grant_id}: there is no such grant")
         return _document([grant_document(one) for one in gone])
+
+    async def _clear_health(self, device: str) -> HttpAnswer:
+        if not await self._watched.clear_health(device):
+            return _problem(404, f"cannot clear {device}: no cause has latched")
+        state = self._watched.agent.health.get(device)
+        return _document({"device": device, "state": state.state if state is not None else HEALTHY})
 
     async def _reload(self) -> HttpAnswer:
         try:

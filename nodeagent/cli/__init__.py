@@ -22,6 +22,7 @@ VERBS = {
     "status": "show how a running agent stands",
     "devices": "show what a running agent advertises",
     "grants": "show who holds what",
+    "health": "show what is known against devices, or clear it",
     "config": "check a configuration or print its schema",
     "ledger": "export the ledger to a file, or import it from one",
     "import": "take over what kubelet's own managers gave away",

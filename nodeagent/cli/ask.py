@@ -16,6 +16,7 @@ from nodeagent.errors import PeerError, cause_of
 SOCKET = "/run/nodeagent/status.sock"
 TIMEOUT_S = 10.0
 WATCH_S = 0.5
+VERBS = {"GET": "read", "DELETE": "clear"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +55,14 @@ def _print(args: argparse.Namespace, document: Any, print_table: Callable[[Any],
 
 def ask(path: str, page: str) -> Any:
     """Return the JSON of one page. Raise PeerError if the agent does not answer."""
+    return request(path, "GET", page)
+
+
+def request(path: str, method: str, page: str) -> Any:
+    """Return the JSON that answers a request. Raise PeerError if the agent does not answer or refuses it."""
     connection = _Connection(path)
     try:
-        connection.request("GET", page)
+        connection.request(method, page)
         answer = connection.getresponse()
         body = answer.read()
         document = json.loads(body)
@@ -65,7 +71,7 @@ def ask(path: str, page: str) -> Any:
     finally:
         connection.close()
     if answer.status != http.client.OK:
-        raise PeerError(f"cannot read {page} at {path}: {document.get('error', answer.reason)}")
+        raise PeerError(f"cannot {VERBS[method]} {page} at {path}: {document.get('error', answer.reason)}")
     return document
 
 

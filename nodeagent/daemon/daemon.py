@@ -116,7 +116,9 @@ class Daemon:
         self._kubelet = kubelet
         self._plugins = where.kubelet_dir / PLUGINS
         self._leader = Leader(agent, store, where.state_dir, lambda: self.config.audit_days)
-        self._scanner = InventoryScanner(agent, where.sysfs, families, lambda: self.config, self._page_holders)
+        self._scanner = InventoryScanner(
+            agent, where.sysfs, families, where.state_dir, lambda: self.config, self._page_holders
+        )
         self._device_plugin = DevicePluginManager(
             agent, where.kubelet_dir, families, self._managed_elsewhere, lambda: self._leader.held
         )
@@ -218,6 +220,9 @@ class Daemon:
 
     def registrations(self) -> tuple[Registration, ...]:
         return self._device_plugin.registrations()
+
+    async def clear_health(self, device: str) -> bool:
+        return await self._scanner.clear_health(device)
 
     def not_ready(self) -> list[str]:
         """Return why nothing can be granted, kubelet or the API server does not show what was sent, containers may not

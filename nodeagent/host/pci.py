@@ -6,6 +6,7 @@ position of a function comes from the real path of its folder, so captured trees
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -53,6 +54,16 @@ def functions(reader: Tolerant, online: CpuSet = EMPTY, nodes: frozenset[NodeId]
     """Return all PCI functions in order of address. If `online` or `nodes` is empty, it is unknown and not checked."""
     found = [_function(reader, address, path, online, nodes) for address, path in _folders(reader)]
     return tuple(sorted(found, key=lambda function: order(function.address)))
+
+
+def driver_binding(sysfs: SysFs, id: str) -> str:
+    """Return what identifies the binding of a function's driver: another one has another inode. "" if there is none.
+
+    id: of a device; a part of a function, such as a MIG instance, has the function's address before a slash."""
+    try:
+        return str(os.lstat(sysfs.path(f"{_BUS}/{id.partition('/')[0]}/driver")).st_ino)
+    except OSError:
+        return ""
 
 
 def order(address: str) -> tuple[int, ...]:

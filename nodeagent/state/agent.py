@@ -139,6 +139,13 @@ class Agent(Decisions):
         """Record evidence of the devices' health."""
         self._take_health(health_of.observe(self.health, evidence, self._clock(), self.settings.recover_s))
 
+    def clear_health(self, device: str) -> bool:
+        """Clear the latched causes of a device. Return whether it had any."""
+        after = health_of.clear(self.health, device, self._clock())
+        had = after is not self.health
+        self._take_health(after)
+        return had
+
     def recover_due(self) -> float | None:
         """Apply recoveries that are due. Return the seconds until the next one, or None if none is pending."""
         now = self._clock()

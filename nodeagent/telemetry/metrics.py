@@ -109,6 +109,7 @@ HUGEPAGES = Gauge(
     ["node", "size", "state"],
     registry=REGISTRY,
 )
+XIDS = Counter("nodeagent_xids", "Errors reported by NVIDIA's driver.", ["device", "code", "effect"], registry=REGISTRY)
 GENERATION = Gauge("nodeagent_inventory_generation", "How often the machine was seen to change.", registry=REGISTRY)
 WARNINGS = Gauge("nodeagent_inventory_warnings", "Files of the machine that cannot be read.", registry=REGISTRY)
 INTRUDERS = Gauge(

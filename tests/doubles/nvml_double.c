@@ -4,7 +4,8 @@
  * does not support is answered so.
  *
  *   FAKE_NVML=hang-init | hang-uuid | driver-not-loaded | lost | lost-late | unknown | noisy
- *   FAKE_NVML_XID=FILE   an Xid 79 happens on GPU 1 when FILE appears
+ *   FAKE_NVML_XID=FILE   an Xid happens on GPU 1 when FILE appears: 79, or the number in FILE
+ *   FAKE_NVML_ECC=N      uncorrected memory errors of GPU 1
  *
  * GPU 0 and 1 have four NVLinks between them, GPU 2 and 3 each two to one switch; GPU 3 is split into two MIG instances.
  */
@@ -138,17 +139,18 @@ EXPORT int nvmlDeviceGetNvLinkRemotePciInfo_v2(Handle *h, unsigned link, Pci *to
     place(to, h->gpu < 2 ? buses[1 - h->gpu] : 0xd1);
     return OK;
 }
-EXPORT int nvmlDeviceGetTopologyCommonAncestor(Handle *a, Handle *b, int *to) {
-    CHECK(a);
-    CHECK(b);
-    *to = a->gpu / 2 == b->gpu / 2 ? 10 : 50;
-    return OK;
-}
 EXPORT int nvmlDeviceGetTotalEccErrors(Handle *h, int type, int counter, unsigned long long *to) {
     CHECK(h);
     if (type != 1 || counter != 0) return INVALID_ARGUMENT;
     if (h->gpu == 0) return NOT_SUPPORTED;
-    *to = h->gpu == 1 ? 5 : 0;
+    *to = h->gpu == 1 && getenv("FAKE_NVML_ECC") ? strtoull(getenv("FAKE_NVML_ECC"), NULL, 10) : 0;
+    return OK;
+}
+EXPORT int nvmlDeviceGetRemappedRows(Handle *h, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
+    CHECK(h);
+    if (h->gpu == 0) return NOT_SUPPORTED;
+    *corrected = *uncorrected = *failed = 0;
+    *pending = h->gpu == 1 && getenv("FAKE_NVML_ROWS_PENDING") != NULL;
     return OK;
 }
 EXPORT int nvmlEventSetCreate(void **to) {
@@ -172,11 +174,15 @@ EXPORT int nvmlEventSetWait_v2(void *set, Event *to, unsigned wait_ms) {
     const char *file = getenv("FAKE_NVML_XID");
     if (set != &set_made) return INVALID_ARGUMENT;
     for (unsigned waited = 0; waited < wait_ms; waited += 10) {
-        if (file && !unlink(file)) {
+        FILE *said = file ? fopen(file, "r") : NULL;
+        if (said) {
             memset(to, 0, sizeof *to);
+            if (fscanf(said, "%llu", &to->data) != 1) to->data = 79;
+            fclose(said);
+            unlink(file);
             to->device = &gpus[1];
             to->type = XID;
-            to->data = 79;
+            to->gi = to->ci = ~0u;
             return OK;
         }
         usleep(10000);

@@ -227,6 +227,11 @@ class Cluster:
         assert isinstance(found, list), "the agent does not answer"
         return found
 
+    def clear_health(self, device: str) -> None:
+        """As an admin does."""
+        where = ["--socket", str(self.folder / "agent/run/status.sock")]
+        subprocess.run([sys.executable, "-m", "nodeagent", "health", *where, "clear", device], cwd=CHECKOUT, check=True)
+
     def ask_agent(self, page: str) -> Any:
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.settimeout(STOP_S)

@@ -74,6 +74,7 @@ class DeviceResource:
             Advertised(
                 id=one,
                 healthy=illness(device, health) is None and device.id not in taken and left,
+                held=illness(device, health) is None,
                 numa_nodes=_device_node(device),
                 device=device.id,
             )

@@ -91,6 +91,7 @@ class CpuResource:
             cpu.id: Advertised(
                 id=f"cpu{cpu.id}",
                 healthy=cpu.id not in elsewhere and cpu.id not in outside,
+                held=cpu.id in elsewhere and cpu.id not in outside,
                 numa_nodes=_node(cpu.numa_node),
                 reason=outside_of(inventory) if cpu.id in outside else "",
             )
@@ -154,7 +155,8 @@ class HugepageResource:
             spare = grantable(pool, ledger) // self.pages_per_block
             for one in self._ids(pool):
                 spare -= one not in held
-                shown.append(Advertised(id=one, healthy=one in held or spare >= 0, numa_nodes=_node(pool.node)))
+                healthy = one in held or spare >= 0
+                shown.append(Advertised(id=one, healthy=healthy, held=not healthy, numa_nodes=_node(pool.node)))
         known = {one.id for one in shown}
         return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
 

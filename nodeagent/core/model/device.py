@@ -136,5 +136,7 @@ class Advertised:
     numa_nodes: tuple[NodeId, ...] = ()
     device: str = ""
     """Id of the underlying device; "" if there is none (a CPU, a block of pages, or a device that has disappeared)."""
+    held: bool = False
+    """Whether it is not healthy only because another grant holds it."""
     reason: str = ""
     """Why it is unhealthy, if the cause is not the health of its device."""

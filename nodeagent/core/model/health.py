@@ -1,8 +1,9 @@
 """Device health derived from evidence, with hysteresis and recovery. Pure: the caller passes in the current time.
 
 Bad evidence takes effect at once. After that, good evidence must persist for `recover_s` before the device is healthy
-again, so that a flapping device is not granted in the meantime. Unknown is a state of its own: it is reported as
-unknown, and such a device is not offered.
+again, so that a flapping device is not granted in the meantime. Unknown is a separate state: it is reported as
+unknown, and such a device is not offered. A latched cause does not end by good evidence, however often that comes: it
+lasts until `clear`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+from typing import NamedTuple
 
 
 class DeviceState(StrEnum):
@@ -34,6 +36,16 @@ class Evidence:
     """The observer: "inventory", "nvml", "admin" …; only the newest evidence of each source counts."""
     state: DeviceState
     reason: str = ""
+    latched: bool = False
+    """Whether it lasts until it is cleared, whatever the source observes later."""
+
+
+class Observed(NamedTuple):
+    """The newest evidence of one source."""
+
+    state: DeviceState
+    reason: str
+    latched: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +55,8 @@ class HealthState:
     state: DeviceState
     since: float
     reason: str = ""
-    seen: Mapping[str, tuple[DeviceState, str]] = field(default_factory=lambda: MappingProxyType({}))
-    """Newest (state, reason) by source."""
+    seen: Mapping[str, Observed] = field(default_factory=lambda: MappingProxyType({}))
+    """By source."""
     good_since: float | None = None
     """When all evidence became good again; set only while the device is waiting to recover."""
 
@@ -60,7 +72,10 @@ def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s:
     """
     after = dict(health)
     for one in evidence:
-        after[one.device] = _judge(after.get(one.device), one, now, recover_s)
+        before = after.get(one.device)
+        known = before.seen.get(one.source) if before is not None else None
+        if known is None or not known.latched or one.latched:
+            after[one.device] = _judge(before, one, now, recover_s)
     return health if after == health else MappingProxyType(after)
 
 
@@ -81,8 +96,31 @@ def forget(health: Health, devices: Iterable[str]) -> Health:
     return MappingProxyType({one: state for one, state in health.items() if one not in gone}) if gone else health
 
 
+def clear(health: Health, device: str, now: float) -> Health:
+    """Return the health without the latched causes of a device; the rest of its evidence counts at once."""
+    before = health.get(device)
+    if before is None or not any(one.latched for one in before.seen.values()):
+        return health
+    seen = {source: one for source, one in before.seen.items() if not one.latched}
+    worst, reason = _worst(seen)
+    after = HealthState(state=worst, since=now, reason=reason, seen=MappingProxyType(seen))
+    return MappingProxyType({**health, device: after})
+
+
+def latched_causes(health: Health) -> tuple[Evidence, ...]:
+    """Return the evidence that lasts until it is cleared, in order of device and source."""
+    return tuple(
+        Evidence(device=device, source=source, state=one.state, reason=one.reason, latched=True)
+        for device, state in sorted(health.items())
+        for source, one in sorted(state.seen.items())
+        if one.latched
+    )
+
+
 def _judge(before: HealthState | None, one: Evidence, now: float, recover_s: float) -> HealthState:
-    seen = MappingProxyType({**(before.seen if before else {}), one.source: (one.state, one.reason)})
+    seen = MappingProxyType(
+        {**(before.seen if before else {}), one.source: Observed(one.state, one.reason, one.latched)}
+    )
     worst, reason = _worst(seen)
     if before is None:
         return HealthState(state=worst, since=now, reason=reason, seen=seen)
@@ -102,9 +140,9 @@ def _recovered(state: HealthState, now: float, recover_s: float) -> HealthState:
     return HealthState(state=HEALTHY, since=now, seen=state.seen)
 
 
-def _worst(seen: Mapping[str, tuple[DeviceState, str]]) -> tuple[DeviceState, str]:
+def _worst(seen: Mapping[str, Observed]) -> tuple[DeviceState, str]:
     for state in (UNHEALTHY, UNKNOWN):
         for source in sorted(seen):
-            if seen[source][0] == state:
-                return state, seen[source][1]
+            if seen[source].state == state:
+                return state, seen[source].reason
     return HEALTHY, ""

@@ -24,6 +24,8 @@ _PR_SET_PDEATHSIG = 1
 _EVENT_WAIT_MS = 5_000
 _EVENT_RETRY_S = 5.0
 _NVLINKS = 36
+_NO_INSTANCE = 0xFFFFFFFF
+"""In place of an instance's number: the event is not of one."""
 
 
 class Nvml:
@@ -40,7 +42,7 @@ class Nvml:
         gpus = []
         for address, handle in handles.items():
             try:
-                gpus.append(self._gpu(address, handle, handles))
+                gpus.append(self._gpu(address, handle))
             except self._nvml.NVMLError as error:
                 errors.append(f"cannot read GPU {address} through NVML: {error}")
         return Snapshot(driver_version=driver, gpus=tuple(gpus), errors=tuple(errors))
@@ -80,13 +82,16 @@ class Nvml:
             return None
         if data.eventType != self._nvml.nvmlEventTypeXidCriticalError:
             return None
-        return Xid(pci_address=self._address(data.device), code=data.eventData)
+        instance = data.gpuInstanceId, data.computeInstanceId
+        whole = _NO_INSTANCE in instance
+        return Xid(pci_address=self._address(data.device), code=data.eventData, instance=None if whole else instance)
 
-    def _gpu(self, address: str, handle: Any, handles: dict[str, Any]) -> NvGpu:
+    def _gpu(self, address: str, handle: Any) -> NvGpu:
         nvml, optional = self._nvml, self._if_supported
         memory = optional(nvml.nvmlDeviceGetMemoryInfo, handle)
         mode = optional(nvml.nvmlDeviceGetMigMode, handle)
         ecc = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
+        rows = optional(nvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
         return NvGpu(
             pci_address=address,
             uuid=nvml.nvmlDeviceGetUUID(handle),
@@ -96,8 +101,9 @@ class Nvml:
             mig_enabled=bool(mode and mode[0]),
             migs=self._migs(handle) if mode and mode[0] else (),
             nvlinks=self._nvlinks(handle),
-            levels=self._levels(handle, {to: other for to, other in handles.items() if to != address}),
             ecc_uncorrected=optional(nvml.nvmlDeviceGetTotalEccErrors, handle, *ecc),
+            rows_pending=bool(rows[2]) if rows is not None else None,
+            rows_failed=bool(rows[3]) if rows is not None else None,
         )
 
     def _migs(self, handle: Any) -> tuple[Mig, ...]:
@@ -134,17 +140,6 @@ class Nvml:
             except self._nvml.NVMLError_NotSupported:
                 continue
         return counts
-
-    def _levels(self, handle: Any, others: dict[str, Any]) -> dict[str, int]:
-        """Return the topology level to each other GPU. A pair whose other GPU is lost has no
-        level; this GPU is not at fault."""
-        levels = {}
-        for to, other in others.items():
-            try:
-                levels[to] = self._nvml.nvmlDeviceGetTopologyCommonAncestor(handle, other)
-            except self._nvml.NVMLError:
-                continue
-        return levels
 
     def _address(self, handle: Any) -> str:
         return sysfs_address(_text(self._nvml.nvmlDeviceGetPciInfo(handle).busId))

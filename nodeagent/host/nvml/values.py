@@ -41,11 +41,12 @@ class NvGpu:
     migs: tuple[Mig, ...] = ()
     nvlinks: dict[str, int] = field(default_factory=dict)
     """Number of active NVLinks by the PCI address of the other end, which may be a switch."""
-    levels: dict[str, int] = field(default_factory=dict)
-    """NVML's nearest common ancestor with each other GPU: 10 one switch, 20 several, 30
-    host bridge, 40 node, 50 any."""
     ecc_uncorrected: int | None = None
     """Uncorrected memory errors since the driver was loaded."""
+    rows_pending: bool | None = None
+    """Whether memory rows are to be remapped at the next reset."""
+    rows_failed: bool | None = None
+    """Whether memory rows could not be remapped."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +72,8 @@ class Xid:
 
     pci_address: str
     code: int
+    instance: tuple[int, int] | None = None
+    """(GPU instance, compute instance) of MIG; None: the whole GPU."""
 
 
 class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

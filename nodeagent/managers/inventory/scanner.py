@@ -7,21 +7,25 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from pathlib import Path
 
 import structlog
 
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config
-from nodeagent.core.model.device import Device
-from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
+from nodeagent.core.model.health import latched_causes
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.xid import effect_of
 from nodeagent.errors import HostError
 from nodeagent.host import uevents as udev
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.nvml.client import Failure, Probe, Snapshot
-from nodeagent.host.pci import NVIDIA
+from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.inventory.gpu_health import nvidia_gpus, nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.latches import FILE as LATCHES
+from nodeagent.managers.inventory.latches import LatchMemory
 from nodeagent.managers.inventory.recovery import recoveries
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import selectors
@@ -46,6 +50,7 @@ class InventoryScanner(Manager):
         agent: Agent,
         sysfs: SysFs,
         families: Sequence[all_kinds.Kind],
+        state_dir: Path,
         config: Callable[[], Config],
         holders: Callable[[], Iterable[str] | None] = lambda: None,
     ) -> None:
@@ -61,6 +66,9 @@ class InventoryScanner(Manager):
         self._holders = holders
         self._live = sysfs.root == "/"
         """False for a captured tree: it emits no events, and NVML would describe another machine."""
+        self._latches = LatchMemory(
+            state_dir / LATCHES, agent.settings.boot_id, functools.partial(driver_binding, sysfs)
+        )
         self._probe = Probe()
         self._nvml: Snapshot | Failure | None = None
         self._turn = asyncio.Lock()
@@ -115,7 +123,25 @@ class InventoryScanner(Manager):
             for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
                 log.warning("machine-unreadable", warning=warning)
             self._agent.see(inventory)
+            await self._look_at_latches()
             return took_s
+
+    async def _look_at_latches(self) -> None:
+        """Apply what was latched before the agent started, and what has ended since with the driver."""
+        holding, ended = await asyncio.to_thread(self._latches.standing, list(self._agent.inventory.device_by_id))
+        for device in ended:
+            if self._agent.clear_health(device):
+                log.info("health-cleared", device=device, why="the machine or its driver has started anew")
+        self._agent.observe(holding)
+
+    async def clear_health(self, device: str) -> bool:
+        """Clear the latched causes of a device at an admin's word. Return whether it had any."""
+        async with self._turn:
+            had = self._agent.clear_health(device)
+            await asyncio.to_thread(self._latches.keep, (), [device])
+        if had:
+            log.info("health-cleared", device=device, why="an admin said so")
+        return had
 
     async def _scan(self) -> Inventory:
         config, known = self._config(), self._agent.inventory.pods_cgroup
@@ -140,7 +166,7 @@ class InventoryScanner(Manager):
         xids = asyncio.create_task(supervise("xids", self._follow_xids))
         try:
             while True:
-                if _nvidia_gpus(self._agent.inventory):
+                if nvidia_gpus(self._agent.inventory):
                     await self._ask_nvml()
                 await asyncio.sleep(self._config().health.nvml_seconds)
         finally:
@@ -153,27 +179,8 @@ class InventoryScanner(Manager):
 
     async def _follow_xids(self) -> None:
         async for xid in self._probe.events():
-            log.warning("xid", device=xid.pci_address, code=xid.code)
-            reason = f"the driver reported Xid {xid.code}"
-            self._agent.observe([Evidence(device=xid.pci_address, source="nvml", state=UNHEALTHY, reason=reason)])
-
-
-def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
-    """Return the health evidence in NVML's answer for each NVIDIA GPU."""
-    gpus = _nvidia_gpus(inventory)
-    if isinstance(nvml, Snapshot):
-        shown = {gpu.pci_address for gpu in nvml.gpus}
-        return [_shown(gpu, shown) for gpu in gpus if gpu.parent is None]
-    if isinstance(nvml, Failure) and not nvml.absent:
-        return [Evidence(device=gpu.id, source="nvml", state=UNKNOWN, reason=nvml.reason) for gpu in gpus]
-    return []
-
-
-def _nvidia_gpus(inventory: Inventory) -> list[Device]:
-    return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
-
-
-def _shown(gpu: Device, shown: set[str]) -> Evidence:
-    if gpu.pci_address in shown or gpu.driver != "nvidia":
-        return Evidence(device=gpu.id, source="nvml", state=HEALTHY)
-    return Evidence(device=gpu.id, source="nvml", state=UNHEALTHY, reason="NVML does not show this GPU")
+            effect = effect_of(xid.code)
+            log.warning("xid", device=xid.pci_address, code=xid.code, effect=effect, instance=xid.instance)
+            metrics.XIDS.labels(xid.pci_address, str(xid.code), effect).inc()
+            self._agent.observe(xid_evidence(xid, self._agent.inventory))
+            await asyncio.to_thread(self._latches.keep, latched_causes(self._agent.health))

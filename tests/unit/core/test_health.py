@@ -13,7 +13,9 @@ from nodeagent.core.model.health import (
     UNKNOWN,
     Evidence,
     Health,
+    clear,
     forget,
+    latched_causes,
     next_recovery,
     observe,
     recovered,
@@ -104,3 +106,37 @@ def test_a_device_is_healthy_only_after_30_good_seconds_or_if_it_never_was_bad(
             assert now - bad_at >= 30
         if bad_at is None:
             assert health["d"].state == HEALTHY
+
+
+def latched(health: Health, now: float, *, source: str = "xid", reason: str = "Xid 79") -> Health:
+    one = Evidence(device="d", source=source, state=UNHEALTHY, reason=reason, latched=True)
+    return observe(health, [one], now, 30)
+
+
+@given(st.lists(st.tuples(st.sampled_from([HEALTHY, UNHEALTHY, UNKNOWN]), st.floats(0, 1000), st.sampled_from("ab"))))
+def test_a_latched_cause_never_ends_by_evidence(story: list[tuple[str, float, str]]) -> None:
+    """However often its own source or another one reports the device as good."""
+    health, now = latched(NO_HEALTH, 0.0, source="a"), 0.0
+    for state, after, source in story:
+        now += after
+        health = recovered(seen(health, state, now, source=source), now, 30)
+        assert health["d"].state == UNHEALTHY
+        assert "Xid 79" in [one.reason for one in latched_causes(health)]
+    assert clear(health, "d", now)["d"].reason != "Xid 79"
+
+
+def test_what_is_cleared_counts_at_once_and_the_rest_of_the_evidence_stays() -> None:
+    """The admin has decided: nothing has to last."""
+    health = latched(seen(NO_HEALTH, HEALTHY, 0), 1)
+    assert clear(health, "d", 2)["d"].state == HEALTHY
+    ill = latched(seen(NO_HEALTH, UNHEALTHY, 0, source="ecc", reason="5 errors"), 1)
+    assert (clear(ill, "d", 2)["d"].state, clear(ill, "d", 2)["d"].reason) == (UNHEALTHY, "5 errors")
+    alone = latched(NO_HEALTH, 1)
+    assert clear(alone, "d", 2)["d"].state == HEALTHY
+    assert clear(health, "other", 2) is health
+    assert clear(seen(NO_HEALTH, UNHEALTHY, 0), "d", 2)["d"].state == UNHEALTHY
+
+
+def test_a_newer_latched_cause_of_the_same_source_replaces_the_older() -> None:
+    health = latched(latched(NO_HEALTH, 0, reason="Xid 74"), 1, reason="Xid 79")
+    assert [(one.source, one.reason) for one in latched_causes(health)] == [("xid", "Xid 79")]

@@ -363,7 +363,9 @@ async def test_a_rescan_asks_who_holds_pages_at_that_moment(folder: Path) -> Non
         cgroup(room.tree.root, "kubepods/a", stat=stat(3), current=3)
         known: list[list[str] | None] = [None, ["kubepods/a"], []]
         sysfs = SysFs(room.tree.root)
-        watched = InventoryScanner(room.agent, sysfs, builtin_kinds(), lambda: room.config, lambda: known.pop(0))
+        watched = InventoryScanner(
+            room.agent, sysfs, builtin_kinds(), folder / "state", lambda: room.config, lambda: known.pop(0)
+        )
         foreign = []
         while known:
             await watched.rescan()

@@ -57,7 +57,7 @@ async def _snapshot(probe: Probe) -> Snapshot:
 
 async def test_a_snapshot_has_every_gpu_as_the_library_tells_it(library: Path) -> None:
     """Identity, memory, ECC, and what a GPU does not support is None."""
-    async with probing(library) as probe:
+    async with probing(library, FAKE_NVML_ECC="5", FAKE_NVML_ROWS_PENDING="1") as probe:
         answer = await _snapshot(probe)
     assert answer.driver_version == "580.95.05"
     assert answer.errors == ()
@@ -66,6 +66,8 @@ async def test_a_snapshot_has_every_gpu_as_the_library_tells_it(library: Path) -
     assert {(gpu.name, gpu.memory_bytes) for gpu in answer.gpus} == {("NVIDIA Double 80GB", 80 << 30)}
     assert [gpu.minor for gpu in answer.gpus] == [0, 1, 2, 3]
     assert [gpu.ecc_uncorrected for gpu in answer.gpus] == [None, 5, 0, 0]
+    assert [gpu.rows_pending for gpu in answer.gpus] == [None, True, False, False]
+    assert [gpu.rows_failed for gpu in answer.gpus] == [None, False, False, False]
 
 
 async def test_links_are_counted_by_the_address_at_their_other_end(library: Path) -> None:
@@ -78,7 +80,6 @@ async def test_links_are_counted_by_the_address_at_their_other_end(library: Path
         {"0000:d1:00.0": 2},
         {"0000:d1:00.0": 2},
     ]
-    assert gpus[0].levels == {"0000:3b:00.0": 10, "0000:9b:00.0": 50, "0000:bb:00.0": 50}
 
 
 async def test_mig_instances_are_listed_with_profile_and_ids(library: Path) -> None:

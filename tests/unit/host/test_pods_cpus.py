@@ -231,7 +231,7 @@ async def test_a_cpu_that_has_just_come_online_is_not_outside(folder: Path, monk
     outside: list[str] = []
     async with pin_node(folder, monkeypatch, connected=False, mode="off") as node:
         monkeypatch.setattr(scanner, "scan", lambda *_, **__: looks.pop(0))
-        watched = scanner.InventoryScanner(node.agent, SysFs(folder), [], Config)
+        watched = scanner.InventoryScanner(node.agent, SysFs(folder), [], folder / "state", Config)
         for _ in range(2):
             await watched.rescan()
             outside.append(str(node.agent.inventory.cpus_outside))

@@ -1,0 +1,72 @@
+"""Health evidence of NVIDIA GPUs: one source for each kind of cause, so that one never hides another.
+
+`nvml`: whether NVML shows the GPU. `xid`: what the driver has reported (core/model/xid.py). `ecc`: uncorrected memory
+errors, and rows that wait to be remapped or could not be. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.xid import XidEffect, describe, effect_of
+from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
+from nodeagent.host.pci import NVIDIA
+
+
+def nvidia_gpus(inventory: Inventory) -> list[Device]:
+    """Return NVIDIA's GPUs and their MIG instances."""
+    return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
+
+
+def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
+    """Return the health evidence in NVML's answer."""
+    gpus = nvidia_gpus(inventory)
+    if isinstance(nvml, Snapshot):
+        return list(_of_snapshot({gpu.pci_address: gpu for gpu in nvml.gpus}, gpus))
+    if isinstance(nvml, Failure) and not nvml.absent:
+        return [Evidence(device=gpu.id, source="nvml", state=UNKNOWN, reason=nvml.reason) for gpu in gpus]
+    return []
+
+
+def _of_snapshot(shown: dict[str, NvGpu], gpus: Iterable[Device]) -> Iterator[Evidence]:
+    for gpu in gpus:
+        if gpu.pci_address not in shown and gpu.driver == "nvidia":
+            reason = "NVML does not show this GPU"
+            yield Evidence(device=gpu.id, source="nvml", state=UNHEALTHY, reason=reason)
+            continue
+        # That the driver reports no new error is good evidence; what is latched stays.
+        yield Evidence(device=gpu.id, source="xid", state=HEALTHY)
+        if gpu.parent is None:
+            yield Evidence(device=gpu.id, source="nvml", state=HEALTHY)
+            yield _memory(gpu, shown.get(gpu.pci_address or ""))
+
+
+def _memory(gpu: Device, shown: NvGpu | None) -> Evidence:
+    """Return the evidence of a GPU's memory. The counts start again when the driver is loaded or the GPU is reset."""
+    reasons = []
+    if shown is not None and shown.rows_failed:
+        reasons.append("a memory row could not be remapped: replace the GPU")
+    if shown is not None and shown.rows_pending:
+        reasons.append("memory rows are remapped at the next reset: reset the GPU")
+    if shown is not None and shown.ecc_uncorrected:
+        reasons.append(f"{shown.ecc_uncorrected} uncorrected memory errors since the driver was loaded")
+    state = UNHEALTHY if reasons else HEALTHY
+    return Evidence(device=gpu.id, source="ecc", state=state, reason="; ".join(reasons))
+
+
+def xid_evidence(xid: Xid, inventory: Inventory) -> list[Evidence]:
+    """Return the health evidence of one Xid: none if it is the application's, of one MIG instance if it is contained
+    in that."""
+    effect = effect_of(xid.code)
+    if effect is XidEffect.APPLICATION:
+        return []
+    device, reason = xid.pci_address, f"the driver reported {describe(xid.code)}"
+    if effect is XidEffect.CONTAINED and xid.instance is not None:
+        part = "{}/mig-{}-{}".format(xid.pci_address, *xid.instance)
+        device = part if part in inventory.device_by_id else device
+    state = UNKNOWN if effect is XidEffect.UNLISTED else UNHEALTHY
+    latched = effect in (XidEffect.FATAL, XidEffect.UNLISTED)
+    return [Evidence(device=device, source="xid", state=state, reason=reason, latched=latched)]

@@ -1,0 +1,210 @@
+"""Errors of GPUs: which count, how long, over restarts of the agent, and what the admin can do about them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.health import (
+    HEALTHY,
+    NO_HEALTH,
+    UNHEALTHY,
+    UNKNOWN,
+    Evidence,
+    Health,
+    clear,
+    latched_causes,
+    observe,
+    recovered,
+)
+from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
+from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
+from nodeagent.managers.inventory.gpu_health import nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.latches import FILE, LatchMemory
+from tests.builders.inventories import even_rows, inventory_of
+
+GPU, MIG = "0000:41:00.0", "0000:41:00.0/mig-2-0"
+WHOLE = Device(kind="gpu", id=GPU, pci_address=GPU, vendor="10de", driver="nvidia")
+PART = replace(WHOLE, id=MIG, parent=GPU)
+INVENTORY = inventory_of(even_rows(1, 1, 1, 2, 1), devices=[WHOLE, PART])
+RECOVER_S = 30.0
+
+
+def snapshot(**gpu: int | bool) -> Snapshot:
+    shown = NvGpu(pci_address=GPU, uuid="GPU-1", name="Double", **gpu)  # type: ignore[arg-type]
+    return Snapshot(driver_version="580", gpus=(shown,))
+
+
+def polled(health: Health, now: float, nvml: Snapshot | Failure) -> Health:
+    return recovered(observe(health, nvml_evidence(nvml, INVENTORY), now, RECOVER_S), now, RECOVER_S)
+
+
+def reported(health: Health, now: float, code: int, instance: tuple[int, int] | None = None) -> Health:
+    xid = Xid(pci_address=GPU, code=code, instance=instance)
+    return observe(health, xid_evidence(xid, INVENTORY), now, RECOVER_S)
+
+
+def states(health: Health) -> tuple[str, str]:
+    return tuple(health[one].state if one in health else HEALTHY for one in (GPU, MIG))  # type: ignore[return-value]
+
+
+codes = st.sampled_from([*XIDS, 7, 999])
+steps = st.lists(st.tuples(st.one_of(st.none(), codes), st.floats(0, 200)), max_size=20)
+
+
+@given(steps)
+def test_a_fatal_error_never_heals_by_polling_and_an_applications_never_counts(
+    story: list[tuple[int | None, float]],
+) -> None:
+    """A step is an Xid, or a poll of NVML that shows the GPU without any fault."""
+    health, now, effects = polled(NO_HEALTH, 0.0, snapshot()), 0.0, set[XidEffect]()
+    for code, after in story:
+        now += after
+        if code is None:
+            health = polled(health, now, snapshot())
+        else:
+            health = reported(health, now, code)
+            effects.add(effect_of(code))
+        if XidEffect.FATAL in effects or XidEffect.UNLISTED in effects:
+            assert health[GPU].state != HEALTHY
+        elif effects <= {XidEffect.APPLICATION}:
+            assert states(health) == (HEALTHY, HEALTHY)
+    assert clear(health, GPU, now)[GPU].seen.keys() >= {"nvml", "ecc"}
+
+
+@pytest.mark.parametrize("code", [13, 31, 43, 45, 68, 109])
+def test_an_error_of_the_application_leaves_the_gpu_healthy(code: int) -> None:
+    assert xid_evidence(Xid(pci_address=GPU, code=code), INVENTORY) == []
+
+
+@pytest.mark.parametrize("code", [48, 79, 95, 119])
+def test_a_fatal_error_is_that_of_the_whole_gpu(code: int) -> None:
+    """Also where the driver names an instance: its parts are no better than the GPU."""
+    health = reported(NO_HEALTH, 0.0, code, (2, 0))
+    assert health[GPU].state == UNHEALTHY
+    assert health[GPU].reason.startswith(f"the driver reported Xid {code} (")
+    assert states(polled(health, 1e6, snapshot())) == (UNHEALTHY, HEALTHY)
+
+
+def test_a_contained_error_is_that_of_its_instance_and_heals() -> None:
+    """An instance that is not known by now counts as the whole GPU."""
+    health = reported(polled(NO_HEALTH, 0.0, snapshot()), 1.0, 94, (2, 0))
+    assert states(health) == (HEALTHY, UNHEALTHY)
+    health = polled(health, 20.0, snapshot())
+    assert states(health) == (HEALTHY, UNHEALTHY)
+    assert states(polled(health, 50.0, snapshot())) == (HEALTHY, HEALTHY)
+    assert states(reported(NO_HEALTH, 0.0, 94, (7, 0))) == (UNHEALTHY, HEALTHY)
+    assert states(reported(NO_HEALTH, 0.0, 94)) == (UNHEALTHY, HEALTHY)
+
+
+def test_an_error_that_the_table_lacks_is_neither_healthy_nor_fatal() -> None:
+    health = reported(NO_HEALTH, 0.0, 4711)
+    assert health[GPU].state == UNKNOWN
+    assert health[GPU].reason == "the driver reported Xid 4711, which is not in the table of docs/health.md"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        ({"ecc_uncorrected": 99}, "99 uncorrected memory errors since the driver was loaded"),
+        ({"rows_pending": True}, "memory rows are remapped at the next reset: reset the GPU"),
+        ({"rows_failed": True}, "a memory row could not be remapped: replace the GPU"),
+    ],
+)
+def test_memory_errors_last_as_long_as_nvml_shows_them(gpu: dict[str, int | bool], reason: str) -> None:
+    health = NO_HEALTH
+    for now in (0.0, 100.0, 10_000.0):
+        health = polled(health, now, snapshot(**gpu))
+        assert (health[GPU].state, health[GPU].reason) == (UNHEALTHY, reason)
+    for now in (20_000.0, 20_100.0):
+        health = polled(health, now, snapshot(ecc_uncorrected=0, rows_pending=False, rows_failed=False))
+    assert health[GPU].state == HEALTHY
+
+
+def test_a_gpu_that_nvml_does_not_show_is_unhealthy_and_one_that_nobody_can_ask_for_is_unknown() -> None:
+    health = polled(NO_HEALTH, 0.0, Snapshot(driver_version="580"))
+    assert health[GPU].reason == "NVML does not show this GPU"
+    assert polled(NO_HEALTH, 0.0, Failure(absent=False, reason="NVML failed"))[GPU].state == UNKNOWN
+    bound_elsewhere = replace(INVENTORY, devices=(replace(WHOLE, driver="vfio-pci"),))
+    assert all(one.state == HEALTHY for one in nvml_evidence(Snapshot(driver_version="580"), bound_elsewhere))
+
+
+# ---------------------------------------------------------------- over restarts
+
+
+class Machine:
+    """What the binding of a driver and a boot look like from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.boot_id, self.bindings = "b1", {GPU: "17"}
+
+    def memory(self) -> LatchMemory:
+        return LatchMemory(self.path, self.boot_id, lambda id: self.bindings.get(id, ""))
+
+
+FATAL = Evidence(device=GPU, source="xid", state=UNHEALTHY, reason="Xid 79", latched=True)
+
+
+def test_a_latched_cause_outlives_the_agent_and_ends_with_the_boot_or_the_drivers_binding(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.memory().keep([FATAL])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
+    machine.bindings[GPU] = "18"
+    assert machine.memory().standing([GPU]) == ([], [GPU])
+    assert machine.memory().standing([GPU]) == ([], []), "what has ended is forgotten"
+    machine.memory().keep([FATAL])
+    machine.boot_id = "b2"
+    assert machine.memory().standing([GPU]) == ([], [GPU])
+
+
+def test_a_cause_of_a_device_that_is_away_waits_for_it(tmp_path: Path) -> None:
+    """A GPU that has fallen off the bus may be shown again without a reset."""
+    machine = Machine(tmp_path)
+    machine.memory().keep([FATAL])
+    assert machine.memory().standing([]) == ([], [])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
+
+
+def test_what_is_cleared_is_forgotten_for_good(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    memory = machine.memory()
+    memory.keep([FATAL])
+    memory.keep([], [GPU])
+    assert machine.memory().standing([GPU]) == ([], [])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"causes": [{"device": 1}]}', b"\xff\xfe"])
+def test_a_file_that_cannot_be_read_is_reported_and_written_again(tmp_path: Path, content: bytes) -> None:
+    machine = Machine(tmp_path)
+    machine.path.write_bytes(content)
+    with capture_logs() as lines:
+        memory = machine.memory()
+        assert memory.standing([GPU]) == ([], [])
+    assert [one["event"] for one in lines] == ["health-unreadable"]
+    memory.keep([FATAL])
+    assert [one["device"] for one in json.loads(machine.path.read_bytes())["causes"]] == [GPU]
+
+
+def test_a_folder_that_cannot_be_written_is_reported_and_the_cause_counts_all_the_same(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.path = tmp_path / "file" / FILE
+    (tmp_path / "file").write_text("in the way")
+    memory = machine.memory()
+    with capture_logs() as lines:
+        memory.keep([FATAL])
+    assert [one["event"] for one in lines] == ["health-unreadable", "health-not-written"]
+    assert memory.standing([GPU]) == ([FATAL], [])
+
+
+def test_the_causes_of_a_health_are_what_is_kept() -> None:
+    health = MappingProxyType(dict(reported(reported(NO_HEALTH, 0.0, 94, (2, 0)), 0.0, 79)))
+    assert [(one.device, one.source) for one in latched_causes(health)] == [(GPU, "xid")]
