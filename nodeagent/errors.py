@@ -23,17 +23,18 @@ def cause_of(error: Exception) -> str:
 
 
 class Refused(NodeagentError):  # noqa: N818 - a refusal is an answer, not an error
-    """A valid request that does not fit.
+    """A request that was understood and does not fit.
 
-    want and free count the same unit (CPUs, pages, bytes or devices, as `why` states). would_admit is the smallest
-    change found that would make the request fit, or "".
+    want and free count `unit`: CPUs, devices, shares, pages, blocks, ids or bytes. would_admit is the smallest change
+    found that would make it fit, or "".
     """
 
-    def __init__(self, why: str, *, want: int, free: int, would_admit: str = "") -> None:
+    def __init__(self, why: str, *, want: int, free: int, unit: str, would_admit: str = "") -> None:
         super().__init__(why)
         self.why = why
         self.want = want
         self.free = free
+        self.unit = unit
         self.would_admit = would_admit
 
     def __str__(self) -> str:

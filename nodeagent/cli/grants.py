@@ -9,6 +9,12 @@ from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
 from nodeagent.core.model.grant import KUBELET
+from nodeagent.core.model.quantity import format_size
+
+COLUMNS = (
+    *("GRANT", "NAMESPACE", "POD", "CONTAINER", "CLAIM", "RESOURCE"),
+    *("CPUS", "HUGEPAGES", "MEMORY", "DEVICES", "NOTE"),
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _print(grants: Any) -> None:
     print_table(
-        ("GRANT", "NAMESPACE", "POD", "CONTAINER", "CLAIM", "RESOURCE", "CPUS", "HUGEPAGES", "DEVICES", "NOTE"),
+        COLUMNS,
         [
             (
                 g["id"],
@@ -29,6 +35,7 @@ def _print(grants: Any) -> None:
                 g["resource"] or g["api"],
                 g["cpus"],
                 " ".join(f"{p['pages']}x{p['size']}@node{p['numa_node']}" for p in g["hugepages"]),
+                " ".join(f"{format_size(m['bytes'])}@node{m['numa_node']}" for m in g["memory"]),
                 " ".join(g["devices"]),
                 g["held_back"],
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,10 +15,11 @@ from nodeagent.cli.source import add_root, read_file, read_root
 from nodeagent.cli.tables import print_table
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import POLICIES, check_options, check_policy
 from nodeagent.core.model.quantity import format_size, parse_size
-from nodeagent.core.model.request import BEST_EFFORT, Placement, Request
+from nodeagent.core.model.request import BEST_EFFORT, Pages, Placement, Request
 from nodeagent.core.placement.describe import describe
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
@@ -42,12 +43,37 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     near: list[str] = []
 
 
+class _HeldPages(msgspec.Struct):
+    size: str
+    numa_node: int
+    pages: int
+
+
+class _HeldMemory(msgspec.Struct):
+    bytes: int
+    numa_node: int
+
+
+class _Held(msgspec.Struct):
+    """What a placement needs of a grant."""
+
+    id: str
+    api: str = ""
+    resource: str = ""
+    cpus: str = ""
+    hugepages: list[_HeldPages] = []
+    memory: list[_HeldMemory] = []
+    devices: list[str] = []
+    things: list[tuple[str, str]] = []
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent place`."""
     add_root(parser)
     parser.add_argument("--inventory", metavar="FILE", help="read the JSON of `nodeagent inventory -o json` instead")
     parser.add_argument("--cpus", metavar="N", default="0", help="exclusive CPUs")
     parser.add_argument("--held", metavar="LIST", default="", help="CPUs that others hold, such as 0-3,8")
+    parser.add_argument("--state", metavar="FILE", help="what is held, as `nodeagent grants -o json` writes it")
     parser.add_argument("--reserved", metavar="LIST", default="", help="CPUs that are never granted")
     parser.add_argument("--option", metavar="NAME", action="append", default=[], help="a placement option; repeatable")
     parser.add_argument("--numa", metavar="POLICY", default=BEST_EFFORT, help=f"{', '.join(POLICIES)}")
@@ -65,9 +91,10 @@ def run(args: argparse.Namespace) -> int:
         raise InputError("cannot use --inventory and --root together: expected one of them")
     inventory = read_file(args.inventory) if args.inventory is not None else read_root(args.root)
     line = _line_of(args)
+    state = _read_state(args.state) if args.state is not None else ()
     if args.batch is not None:
-        return _batch(inventory, args.batch, line)
-    return _one(inventory, line, args.output)
+        return _batch(inventory, args.batch, line, state)
+    return _one(inventory, line, state, args.output)
 
 
 # ---------------------------------------------------------------- one request
@@ -116,8 +143,8 @@ def _pairs(name: str, values: Iterable[str], expected: str) -> dict[str, int]:
     return pairs
 
 
-def _one(inventory: Inventory, line: Line, form: str) -> int:
-    request, ledger = _request(inventory, line), _ledger(inventory, line)
+def _one(inventory: Inventory, line: Line, state: Sequence[Grant], form: str) -> int:
+    request, ledger = _request(inventory, line), _ledger(inventory, line, state)
     try:
         placement = place(inventory, ledger, request)
     except Refused as refusal:
@@ -156,24 +183,51 @@ def _request(inventory: Inventory, line: Line) -> Request:
     )
 
 
-def _ledger(inventory: Inventory, line: Line) -> Ledger:
-    """Return a ledger in which held and reserved CPUs are never granted."""
-    held = CpuSet.parse(line.held, source="held")
-    reserved = CpuSet.parse(line.reserved, source="reserved")
-    return Ledger(reserved=(held | reserved) & inventory.cpus_online)
+def _ledger(inventory: Inventory, line: Line, state: Sequence[Grant]) -> Ledger:
+    """Return a ledger with what is held and reserved."""
+    held = CpuSet.parse(line.held, source="held") & inventory.cpus_online
+    reserved = CpuSet.parse(line.reserved, source="reserved") & inventory.cpus_online
+    grants = {one.id: one for one in state}
+    if held:
+        grants["--held"] = Grant(id="--held", holder=Holder(api=DEVICE_PLUGIN), cpus=held)
+    return Ledger(grants=grants, reserved=reserved)
+
+
+def _read_state(path: str) -> tuple[Grant, ...]:
+    """Return the grants of a file as `nodeagent grants -o json` writes it."""
+    try:
+        found = msgspec.json.decode(Path(path).read_bytes(), type=list[_Held])
+    except OSError as error:
+        raise InputError(f"cannot read --state {path}: {error.strerror}") from None
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise InputError(f"cannot read --state {path}: {error}") from None
+    return tuple(_grant(one, path) for one in found)
+
+
+def _grant(held: _Held, path: str) -> Grant:
+    pages = (Pages(node=one.numa_node, page_bytes=parse_size(one.size), pages=one.pages) for one in held.hugepages)
+    return Grant(
+        id=held.id,
+        holder=Holder(api=held.api, resource=held.resource),
+        cpus=CpuSet.parse(held.cpus, source=f"{path}, grant {held.id}"),
+        hugepages=tuple(pages),
+        memory=tuple((one.numa_node, one.bytes) for one in held.memory),
+        devices=tuple(held.devices),
+        things=tuple(held.things),
+    )
 
 
 # ---------------------------------------------------------------- a batch
 
 
-def _batch(inventory: Inventory, path: str, defaults: Line) -> int:
+def _batch(inventory: Inventory, path: str, defaults: Line, state: Sequence[Grant]) -> int:
     """Answer every line in order; what a line omits is taken from the command line."""
     lines = sys.stdin.buffer if path == "-" else _open(path)
     base = msgspec.structs.asdict(defaults)
     with lines:
         for number, text in enumerate(lines, start=1):
             if text.strip():
-                sys.stdout.write(json.dumps(_answer(inventory, text, base, number)) + "\n")
+                sys.stdout.write(json.dumps(_answer(inventory, text, base, state, number)) + "\n")
     return DONE
 
 
@@ -184,13 +238,15 @@ def _open(path: str) -> Any:
         raise InputError(f"cannot read --batch {path}: {error.strerror}") from None
 
 
-def _answer(inventory: Inventory, text: bytes, base: Mapping[str, Any], number: int) -> dict[str, Any]:
+def _answer(
+    inventory: Inventory, text: bytes, base: Mapping[str, Any], state: Sequence[Grant], number: int
+) -> dict[str, Any]:
     try:
         given = msgspec.json.decode(text)
         if not isinstance(given, dict):
             raise InputError("expected an object")
         line = msgspec.convert({**base, **given}, Line)
-        request, ledger = _request(inventory, line), _ledger(inventory, line)
+        request, ledger = _request(inventory, line), _ledger(inventory, line, state)
         return _document(inventory, request, place(inventory, ledger, request))
     except Refused as refusal:
         return _refusal(refusal)
@@ -228,6 +284,7 @@ def _refusal(refusal: Refused) -> dict[str, Any]:
         "refused": refusal.why,
         "want": refusal.want,
         "free": refusal.free,
+        "unit": refusal.unit,
         "would_admit": refusal.would_admit,
     }
 

@@ -264,7 +264,10 @@ class Agent(Decisions):
         if self.loss:
             missing = "; ".join(list(self.unaccounted.values())[:MOST_MISSING]) or "it is being rebuilt"
             raise Refused(
-                f"cannot grant {what}: the ledger may lack decisions ({self.loss}): {missing}", want=want, free=0
+                f"cannot grant {what}: the ledger may lack decisions ({self.loss}): {missing}",
+                want=want,
+                free=0,
+                unit="parts",
             )
 
     async def _rebuild(self, sources: Sources, resources: Mapping[str, ResourceKind], op: str) -> Mapping[str, str]:
@@ -321,7 +324,7 @@ class Agent(Decisions):
         except PeerError as error:
             holder = next(iter(held.values())).holder
             why = f"cannot grant {', '.join(held)} of {resource.name}: last held by {holder}, and {error}"
-            raise Refused(why, want=len(ids), free=len(ids) - len(held)) from None
+            raise Refused(why, want=len(ids), free=len(ids) - len(held), unit="ids") from None
         for holding in holdings:
             _refuse_listed(resource, ids, holding)
 
@@ -484,7 +487,7 @@ def _refuse_living(
     if taken:
         grant = next(iter(taken.values()))
         why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {grant.holder}, and {living[grant.id]}"
-        raise Refused(why, want=len(ids), free=len(ids) - len(taken))
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken), unit="ids")
 
 
 def _refuse_listed(resource: ResourceKind, ids: Sequence[str], holding: Holding) -> None:
@@ -492,7 +495,7 @@ def _refuse_listed(resource: ResourceKind, ids: Sequence[str], holding: Holding)
     if taken:
         where = f"{holding.namespace}/{holding.pod}/{holding.container}"
         why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {where}"
-        raise Refused(why, want=len(ids), free=len(ids) - len(taken))
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken), unit="ids")
 
 
 async def _nothing() -> None:

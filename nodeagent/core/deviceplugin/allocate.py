@@ -176,13 +176,13 @@ def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
     for one in sorted(mine):
         if others := mine & inventory.excluded_by.get(one, frozenset()):
             why = f"cannot grant {names}: {_clash(inventory, one, others)}"
-            raise Refused(why, want=len(mine), free=len(mine) - len(others))
+            raise Refused(why, want=len(mine), free=len(mine) - len(others), unit="devices")
     kin = (excluded_with(inventory, ledger, mine) - mine) & ledger.devices_held
     for other in ledger.grants.values() if kin else ():
         if taken := kin.intersection((*other.devices, *other.shares)):
             same = ", ".join(sorted(taken))
             why = f"cannot grant {names}: {same} is of the same device and held by {other.holder}"
-            raise Refused(why, want=len(mine), free=0)
+            raise Refused(why, want=len(mine), free=0, unit="devices")
 
 
 def _clash(inventory: Inventory, one: str, others: set[str]) -> str:
@@ -206,4 +206,5 @@ def refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> 
                 f"{free} can be granted",
                 want=want.pages,
                 free=free,
+                unit="pages",
             )

@@ -137,7 +137,9 @@ class DeviceResource:
             device = min((d for d in free if free[d]), key=lambda d: (taken.count(d), -len(free[d]), order.get(d, 0)))
             chosen.append(free[device].pop(0))
         if len(chosen) < size:
-            raise Refused(f"cannot prefer {size} shares: too few are available", want=size, free=len(chosen))
+            raise Refused(
+                f"cannot prefer {size} shares: too few are available", want=size, free=len(chosen), unit="shares"
+            )
         return chosen
 
     def _left(self, device: Device, shares: int, held: Container[str]) -> Iterator[tuple[str, bool]]:
@@ -194,7 +196,7 @@ def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int
         holders = ", ".join(dict.fromkeys(str(one.holder) for one in others))
         held = f", others are held by {holders}" if holders else ""
         why = f"cannot grant {want} of {shares} shares of {device}: {free} are left{held}"
-        raise Refused(why, want=want, free=free)
+        raise Refused(why, want=want, free=free, unit="shares")
 
 
 def shares_by_device(grants: Iterable[Grant]) -> Counter[str]:

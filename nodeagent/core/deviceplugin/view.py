@@ -193,7 +193,12 @@ class HugepageResource:
 
         rest = [one for node in sorted(nodes, key=rank) for one in nodes[node]]
         if len(rest) < want:
-            raise Refused(f"cannot prefer {size} blocks: too few are available", want=size, free=len(rest) + len(must))
+            raise Refused(
+                f"cannot prefer {size} blocks: too few are available",
+                want=size,
+                free=len(rest) + len(must),
+                unit="blocks",
+            )
         return [*must, *rest[:want]]
 
     def _pools(self, inventory: Inventory) -> list[HugepagePool]:

@@ -238,7 +238,7 @@ def _placed(result: Result) -> Iterator[None]:
         raise InputError(f"{where}: {error}") from None
     except Refused as error:
         why = f"{where}: {error.why}"
-        raise Refused(why, want=error.want, free=error.free, would_admit=error.would_admit) from None
+        raise Refused(why, want=error.want, free=error.free, unit=error.unit, would_admit=error.would_admit) from None
 
 
 # ---------------------------------------------------------------- decision
@@ -404,7 +404,7 @@ def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, gran
         free = memory_left(inventory.node_by_id[node]) - ledger.memory_held.get(node, 0)
         if size > free:
             why = f"cannot grant {size} bytes of memory on NUMA node {node}: {max(0, free)} can be granted"
-            raise Refused(why, want=size, free=max(0, free))
+            raise Refused(why, want=size, free=max(0, free), unit="bytes")
     for device in grant.shares:
         refuse_missing_shares(ledger, grant, device, one.part.shares, one.shares)
 
@@ -417,7 +417,7 @@ def _naming_holders(refusal: Refused, ledger: Ledger, part: DevicePart) -> Refus
         return refusal
     others = f" and {len(holders) - MOST_NAMED} more" if len(holders) > MOST_NAMED else ""
     why = f"{refusal.why}; held there by {', '.join(holders[:MOST_NAMED])}{others}"
-    return Refused(why, want=refusal.want, free=refusal.free, would_admit=refusal.would_admit)
+    return Refused(why, want=refusal.want, free=refusal.free, unit=refusal.unit, would_admit=refusal.would_admit)
 
 
 def _has_of(grant: Grant, part: DevicePart) -> bool:

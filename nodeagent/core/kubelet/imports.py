@@ -123,7 +123,7 @@ def _grant(inventory: Inventory, ledger: Ledger, one: Assigned, old: Grant | Non
     old = old or Grant(id=one.id, holder=Holder(api=KUBELET, uid=one.uid, container=one.container))
     cpus = one.cpus if one.cpus or said.cpus else old.cpus
     if lost := cpus - inventory.cpus_online:
-        raise Refused(f"CPUs {lost} are not online", want=len(cpus), free=len(cpus - lost))
+        raise Refused(f"CPUs {lost} are not online", want=len(cpus), free=len(cpus - lost), unit="CPUs")
     new = replace(old, cpus=cpus, granted_at=0.0, confirmed=True, boot_id="")
     if not one.blocks and not said.memory:
         return new
@@ -156,7 +156,7 @@ def _placed(inventory: Inventory, ledger: Ledger, blocks: Iterable[MemoryBlock])
         if left:
             raise _no_room(block, block.size_bytes - left)
         if block.page_bytes != MEMORY and block.size_bytes % block.page_bytes:
-            raise Refused(f"{block}, which is no whole number", want=block.size_bytes, free=0)
+            raise Refused(f"{block}, which is no whole number", want=block.size_bytes, free=0, unit="bytes")
     return taken
 
 
@@ -175,7 +175,7 @@ def _room(inventory: Inventory, ledger: Ledger, page_bytes: int, node: NodeId) -
 
 
 def _no_room(block: MemoryBlock, free: int) -> Refused:
-    return Refused(f"{block}, where {free} are not granted", want=block.size_bytes, free=free)
+    return Refused(f"{block}, where {free} are not granted", want=block.size_bytes, free=free, unit="bytes")
 
 
 # ---------------------------------------------------------------- releasing

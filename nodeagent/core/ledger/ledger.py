@@ -118,7 +118,9 @@ def grant(ledger: Ledger, new: Grant) -> Ledger:
         for old in others.grants.values():
             _refuse_overlap(old, new)
     if taken := new.cpus & ledger.reserved:
-        raise Refused(f"cannot grant CPUs {taken}: they are reserved", want=len(new.cpus), free=len(new.cpus - taken))
+        raise Refused(
+            f"cannot grant CPUs {taken}: they are reserved", want=len(new.cpus), free=len(new.cpus - taken), unit="CPUs"
+        )
     return _plus(others, new)
 
 
@@ -184,14 +186,14 @@ def _refuse_overlap(old: Grant, new: Grant) -> None:
     hand over, or an id."""
     if taken := old.cpus & new.cpus:
         why = f"cannot grant CPUs {new.cpus}: {taken} held by {old.holder}"
-        raise Refused(why, want=len(new.cpus), free=len(new.cpus - taken))
+        raise Refused(why, want=len(new.cpus), free=len(new.cpus - taken), unit="CPUs")
     whole = frozenset(new.devices) & {*old.devices, *old.shares} | frozenset(new.shares) & frozenset(old.devices)
     whole |= {f"{device} ({thing})" for device, thing in new.things if _is_taken(old, device, thing)}
     same = frozenset(new.ids) & frozenset(old.ids) if new.holder.resource == old.holder.resource else frozenset()
-    for want, shared in ((len(new.devices) + len(new.shares), whole), (len(new.ids), same)):
+    for want, shared, unit in ((len(new.devices) + len(new.shares), whole, "devices"), (len(new.ids), same, "ids")):
         if shared:
             why = f"cannot grant {', '.join(sorted(shared))}: held by {old.holder}"
-            raise Refused(why, want=want, free=want - len(shared))
+            raise Refused(why, want=want, free=want - len(shared), unit=unit)
 
 
 def _is_taken(old: Grant, device: str, thing: str) -> bool:

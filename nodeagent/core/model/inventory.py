@@ -79,6 +79,14 @@ class Inventory:
         """Return all devices by id."""
         return MappingProxyType({device.id: device for device in self.devices})
 
+    @functools.cached_property
+    def devices_by_kind(self) -> Mapping[str, tuple[Device, ...]]:
+        """Devices in order of id, by kind."""
+        found: dict[str, list[Device]] = {}
+        for device in self.devices:
+            found.setdefault(device.kind, []).append(device)
+        return MappingProxyType({kind: tuple(devices) for kind, devices in found.items()})
+
     def wholes_of(self, id: str) -> tuple[str, ...]:
         """Return what a device is a part of, the nearest first; the last may be no device of the inventory."""
         found: list[str] = []

@@ -9,17 +9,20 @@ from __future__ import annotations
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, Placement, PlacementCost, Request
 from nodeagent.core.placement.cpu_choice import limits_of, search_cpus
 from nodeagent.core.placement.index import MachineIndex, machine_of
 from nodeagent.core.placement.joint import place_joint
 from nodeagent.core.placement.refusal import explain
+from nodeagent.errors import InputError
 
 _NOTHING = Placement()
 
 
 def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     """Return the cheapest placement of a request. Raise Refused with the numbers and what would admit it."""
+    _check(inventory, request)
     machine = machine_of(inventory)
     free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
     if request.within_cpus is not None:
@@ -30,6 +33,18 @@ def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     if found is None:
         raise explain(machine, ledger, request, free, lambda other: _find(machine, free, ledger, other) is not None)
     return found
+
+
+def _check(inventory: Inventory, request: Request) -> None:
+    """Raise InputError if the machine has no such kind of devices or size of hugepages: then no change of what is held
+    would admit the request."""
+    kinds = {*inventory.devices_by_kind, *(one.kind for one in inventory.kinds)}
+    if inventory.kinds and (unknown := sorted(request.devices.keys() - kinds)):
+        raise InputError(f"cannot place devices of kind {unknown[0]!r}: expected one of {', '.join(sorted(kinds))}")
+    sizes = {pool.page_bytes for node in inventory.numa_nodes for pool in node.hugepages}
+    if strange := sorted(size for size, count in request.hugepages.items() if count and size not in sizes):
+        known = ", ".join(format_size(one) for one in sorted(sizes)) or "none"
+        raise InputError(f"cannot place hugepages of {format_size(strange[0])}: the sizes of this machine are {known}")
 
 
 def _find(machine: MachineIndex, free: int, ledger: Ledger, request: Request) -> Placement | None:

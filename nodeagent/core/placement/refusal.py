@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from nodeagent.core.placement.index import MachineIndex
 from nodeagent.errors import Refused
 
 Fits = Callable[[Request], bool]
+CPUS = "CPUs"
 
 
 def explain(machine: MachineIndex, ledger: Ledger, request: Request, free: int, fits: Fits) -> Refused:
@@ -40,7 +42,8 @@ def _too_few_cpus(machine: MachineIndex, ledger: Ledger, request: Request, free:
     details += [f"{reserved} reserved"] if reserved else []
     if details:
         why += f" ({', '.join(details)})"
-    return Refused(why, want=request.cpus, free=count, would_admit=f"{_more(request.cpus - count)} would admit it")
+    change = f"{_more(request.cpus - count)} would admit it"
+    return Refused(why, want=request.cpus, free=count, unit=CPUS, would_admit=change)
 
 
 def _too_few_devices(machine: MachineIndex, ledger: Ledger, request: Request) -> Refused | None:
@@ -51,7 +54,9 @@ def _too_few_devices(machine: MachineIndex, ledger: Ledger, request: Request) ->
         if want > together:
             what = "are free" if together == len(free) else "can be given away together"
             why = f"cannot place {want} devices of kind {kind}: {together} of {len(there)} {what}"
-            return Refused(why, want=want, free=together, would_admit=f"{want - together} more would admit it")
+            return Refused(
+                why, want=want, free=together, unit="devices", would_admit=f"{want - together} more would admit it"
+            )
     return None
 
 
@@ -63,10 +68,12 @@ def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> R
             continue
         if size == MEMORY:
             why = f"cannot place {format_size(want)} of memory: {format_size(free)} can be granted"
-            return Refused(why, want=want, free=free, would_admit=f"{format_size(want - free)} more would admit it")
+            change = f"{format_size(want - free)} more would admit it"
+            return Refused(why, want=want, free=free, unit="bytes", would_admit=change)
         name = format_size(size)
         why = f"cannot place {want} hugepages of {name}: {free} can be granted"
-        return Refused(why, want=want, free=free, would_admit=f"{want - free} more pages of {name} would admit it")
+        change = f"{want - free} more pages of {name} would admit it"
+        return Refused(why, want=want, free=free, unit="pages", would_admit=change)
     return None
 
 
@@ -75,14 +82,48 @@ def _forbidden(machine: MachineIndex, request: Request, fits: Fits) -> Refused:
     rules = [*sorted(request.options)]
     if request.numa != BEST_EFFORT:
         rules.insert(0, f"NUMA policy {request.numa}")
-    threads = max((core.bit_count() for core in machine.cores.values()), default=1)
-    most = _most_cpus(request, threads if opt.FULL_PCPUS in request.options else 1, fits)
     change = next((text for text, other in _relaxed(request) if fits(other)), "")
-    what = _cpus(request.cpus) if request.cpus else "the request"
-    why = f"cannot place {what} under {', '.join(rules) or 'these limits'}"
+    under = f" under {', '.join(rules)}" if rules else ""
     if request.cpus:
-        why += f": {_cpus(most)} would fit" if most else ": none would fit"
-    return Refused(why, want=request.cpus, free=most, would_admit=change)
+        threads = max((core.bit_count() for core in machine.cores.values()), default=1)
+        most = _most_cpus(request, threads if opt.FULL_PCPUS in request.options else 1, fits)
+        would = f"{_cpus(most)} would fit" if most else "none would fit"
+        why = f"cannot place {_cpus(request.cpus)}{under}: {would}"
+        return Refused(why, want=request.cpus, free=most, unit=CPUS, would_admit=change)
+    what, want, most, unit = _most_of_rest(request, fits)
+    why = f"cannot place {want} {what}{under}: {most or 'none'} would fit"
+    return Refused(why, want=want, free=most, unit=unit, would_admit=change)
+
+
+def _most_of_rest(request: Request, fits: Fits) -> tuple[str, int, int, str]:
+    """Return the first part of a request without CPUs of which less would fit: (name, want, most, unit)."""
+    for kind, want in sorted(request.devices.items()):
+        most = _largest(want, functools.partial(_with_devices, request, kind), fits)
+        if most < want:
+            return f"devices of kind {kind}", want, most, "devices"
+    for size, want in sorted(request.hugepages.items()):
+        most = _largest(want, functools.partial(_with_pages, request, size), fits)
+        if most < want:
+            return f"hugepages of {format_size(size)}", want, most, "pages"
+    most = _largest(request.memory_bytes, lambda size: replace(request, memory_bytes=size), fits)
+    return "bytes of memory", request.memory_bytes, most, "bytes"
+
+
+def _with_devices(request: Request, kind: str, count: int) -> Request:
+    return replace(request, devices={**request.devices, kind: count})
+
+
+def _with_pages(request: Request, page_bytes: int, count: int) -> Request:
+    return replace(request, hugepages={**request.hugepages, page_bytes: count})
+
+
+def _largest(want: int, asked: Callable[[int], Request], fits: Fits) -> int:
+    """Return the largest number below `want` with which a request fits; 0 if there is none."""
+    low, high = 0, max(0, want - 1)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(asked(middle)) else (low, middle - 1)
+    return low
 
 
 def _relaxed(request: Request) -> Iterator[tuple[str, Request]]:
@@ -100,14 +141,8 @@ def _relaxed(request: Request) -> Iterator[tuple[str, Request]]:
 
 def _most_cpus(request: Request, step: int, fits: Fits) -> int:
     """Return the largest number of CPUs below the request, in steps, that fits as requested; 0 if none does."""
-    low, high = 0, (request.cpus - 1) // step
-    while low < high:
-        middle = (low + high + 1) // 2
-        if fits(replace(request, cpus=middle * step)):
-            low = middle
-        else:
-            high = middle - 1
-    return low * step
+    steps = (request.cpus - 1) // step + 1
+    return _largest(steps, lambda count: replace(request, cpus=count * step), fits) * step
 
 
 def _cpus(count: int) -> str:

@@ -66,13 +66,53 @@ def test_a_placement_has_the_documented_keys(machine: Path) -> None:
 
 def test_a_refusal_exits_with_3_and_its_numbers(machine: Path) -> None:
     found = answer(machine, "--cpus", "17", code=3)
-    assert list(found) == ["refused", "want", "free", "would_admit"]
+    assert list(found) == ["refused", "want", "free", "unit", "would_admit"]
     assert (found["want"], found["free"]) == (17, 16)
     assert place(machine, "--cpus", "17").returncode == 3
 
 
 def test_what_is_held_or_reserved_is_not_given(machine: Path) -> None:
     assert answer(machine, "--cpus", "2", "--held", "0-1", "--reserved", "8-9")["cpus"] == "2,10"
+
+
+def test_what_is_held_is_not_reported_as_reserved(machine: Path) -> None:
+    found = answer(machine, "--cpus", "16", "--held", "0-1", "--reserved", "8", code=3)
+    assert found["refused"] == "cannot place 16 CPUs: 13 of 16 are free (2 held, 1 reserved)"
+    assert (found["want"], found["free"], found["unit"]) == (16, 13, "CPUs")
+
+
+def test_a_state_is_the_grants_of_another_node(machine: Path, tmp_path: Path) -> None:
+    """As `nodeagent grants -o json` writes it: CPUs, pages, memory and devices count."""
+    grant = {
+        "id": "g-1",
+        "api": "claim",
+        "cpus": "0-1,8-9",
+        "hugepages": [{"size": "1Gi", "numa_node": 0, "pages": 3}],
+        "memory": [],
+        "devices": ["gpu0"],
+        "things": [["gpu0", "gpu0"]],
+        "granted_at": 1.0,
+    }
+    state = tmp_path / "grants.json"
+    state.write_text(json.dumps([grant]))
+    words = ("--state", str(state))
+    assert answer(machine, "--cpus", "2", *words)["cpus"] == "2,10"
+    assert answer(machine, "--devices", "gpu=1", *words)["devices"] == ["gpu1"]
+    refused = answer(machine, "--hugepages", "1Gi=6", *words, code=3)
+    assert (refused["want"], refused["free"], refused["unit"]) == (6, 5, "pages")
+    for wrong in ("{", '[{"cpus": 1}]', '[{"id": "x", "cpus": "3-1"}]', "\udcff"):
+        state.write_text(wrong, errors="surrogateescape")
+        assert str(state) in complaint(place(machine, "--cpus", "1", *words))
+
+
+def test_a_refusal_under_a_policy_has_the_numbers_of_what_is_short(machine: Path) -> None:
+    """One GPU on each node: two do not fit on one."""
+    found = answer(machine, "--devices", "gpu=2", "--numa", "single", code=3)
+    assert found["refused"] == "cannot place 2 devices of kind gpu under NUMA policy single: 1 would fit"
+    assert (found["want"], found["free"], found["unit"]) == (2, 1, "devices")
+    assert found["would_admit"] == "NUMA policy best-effort would admit it"
+    pages = answer(machine, "--hugepages", "1Gi=5", "--numa", "single", code=3)
+    assert (pages["want"], pages["free"], pages["unit"]) == (5, 4, "pages")
 
 
 def test_options_and_policies_are_followed(machine: Path) -> None:
@@ -107,6 +147,8 @@ def test_the_table_says_the_same(machine: Path) -> None:
         (["--memory", "much"], ["much"]),
         (["--devices", "gpu"], ["--devices", "gpu", "KIND=N"]),
         (["--devices", "gpu=1.5"], ["--devices", "gpu=1.5"]),
+        (["--hugepages", "3Mi=1"], ["hugepages of 3Mi", "the sizes of this machine are 2Mi, 1Gi"]),
+        (["--state", "/nowhere"], ["--state", "/nowhere"]),
         (["--near", "gpu7"], ["near", "gpu7"]),
         (["--batch", "/nowhere"], ["--batch", "/nowhere"]),
         (["--batch", "/"], ["--batch", "/"]),

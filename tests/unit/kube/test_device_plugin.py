@@ -150,7 +150,7 @@ async def test_the_preference_of_the_resource_is_the_answer(folder: Path) -> Non
     "preference",
     [
         RuntimeError("out of order"),
-        Refused("nothing fits", want=2, free=0),
+        Refused("nothing fits", want=2, free=0, unit="CPUs"),
         ["001"],
         ["001", "002", "003"],
         ["002", "003"],
@@ -236,12 +236,12 @@ async def test_each_call_has_an_op_id_of_its_own(folder: Path) -> None:
     [
         (InputError("cannot allocate: no such id: 9"), "INVALID_ARGUMENT", "cannot allocate: no such id: 9"),
         (
-            Refused("8 CPUs wanted, 4 free", want=8, free=4, would_admit="free 4 CPUs"),
+            Refused("8 CPUs wanted, 4 free", want=8, free=4, unit="CPUs", would_admit="free 4 CPUs"),
             "RESOURCE_EXHAUSTED",
             f"cannot allocate {CPU}: 8 CPUs wanted, 4 free; free 4 CPUs",
         ),
         (
-            Refused("001 is unhealthy", want=1, free=3),
+            Refused("001 is unhealthy", want=1, free=3, unit="CPUs"),
             "FAILED_PRECONDITION",
             f"cannot allocate {CPU}: 001 is unhealthy",
         ),

@@ -151,7 +151,7 @@ async def test_no_answer_to_unprepare_is_never_taken_for_success(folder: Path) -
 @pytest.mark.parametrize(
     ("fault", "text"),
     [
-        (Refused("too few CPUs", want=4, free=1), "cannot prepare claim default/claim-1: too few CPUs"),
+        (Refused("too few CPUs", want=4, free=1, unit="CPUs"), "cannot prepare claim default/claim-1: too few CPUs"),
         (StateError("cannot save the ledger: disk full"), "cannot save the ledger: disk full"),
         (InputError(""), "cannot prepare claim default/claim-1: InputError"),
         (OSError(28, "No space left on device"), "cannot prepare claim default/claim-1: [Errno 28] No space left"),

@@ -289,7 +289,9 @@ async def test_a_refused_container_is_not_created_and_the_reason_is_said(folder:
     async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
         await runtime.connected()
         await changes.until(lambda: plugin.standing.connected)
-        desk.fails = Refused("cannot place 2 CPUs: 1 is free", want=2, free=1, would_admit="asking for 1 would fit")
+        desk.fails = Refused(
+            "cannot place 2 CPUs: 1 is free", want=2, free=1, unit="CPUs", would_admit="asking for 1 would fit"
+        )
         before = changes.count
         with pytest.raises(PluginRefusedError, match=r"^cannot place 2 CPUs: 1 is free; asking for 1 would fit$"):
             await runtime.create("web")

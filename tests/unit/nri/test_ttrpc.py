@@ -323,7 +323,11 @@ def raising(error: Exception) -> Callable[[bytes, float | None], Awaitable[bytes
     ("error", "code", "text"),
     [
         (RpcError(7, "not for you"), 7, "not for you"),
-        (Refused("no CPU is free", want=2, free=0, would_admit="ask for 0"), 2, "no CPU is free; ask for 0"),
+        (
+            Refused("no CPU is free", want=2, free=0, unit="CPUs", would_admit="ask for 0"),
+            2,
+            "no CPU is free; ask for 0",
+        ),
         (KeyError("x"), 2, "KeyError: 'x'"),
         (TimeoutError("of its own"), 2, "TimeoutError: of its own"),
     ],
