@@ -342,7 +342,8 @@ class Daemon:
         """Return when kubelet may show something else: after news from here or the poll interval, plus the moment that
         kubelet needs to show it."""
         waits = [one.ready for one in self.registrations()]
-        poll_s = UNSHOWN_POLL_S if self._not_shown() and all(waits) else READ_BACK_S
+        soon = self._device_plugin.awaited or (self._not_shown() and all(waits))
+        poll_s = UNSHOWN_POLL_S if soon else READ_BACK_S
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(poll_s):
                 await self._news.changed(seen)

@@ -23,6 +23,7 @@ from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import Registrar, Registration, RegistrationState, RegistrationTiming
 from nodeagent.managers import kubelet_conflicts as beside
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter
+from nodeagent.managers.deviceplugin.shown import ShownCheck
 from nodeagent.managers.kubelet import Kubelet
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import Offer, offers
@@ -72,7 +73,7 @@ class DevicePluginManager(Manager):
         self._families = families
         self._managed_elsewhere = managed_elsewhere
         self._now: Mapping[str, _One] = MappingProxyType({})
-        self._shown: frozenset[tuple[str, str]] | None = None
+        self._shown = ShownCheck()
 
     def offers(self) -> tuple[Offer, ...]:
         """Return what is served, in the order of the configuration."""
@@ -131,28 +132,28 @@ class DevicePluginManager(Manager):
     def not_ready(self) -> list[str]:
         """Return why kubelet does not show what was sent, one sentence per resource; empty if it does."""
         reasons = [_standing(one) for one in self.registrations() if not one.ready]
-        return reasons or [f"{name}: kubelet does not show what was sent" for name in self._unshown()]
+        return reasons or [f"{name}: kubelet does not show what was sent" for name in self._shown.unshown]
 
-    def _unshown(self) -> list[str]:
-        if self._shown is None:
-            return []
-        sent = {
-            (offer.name, one.id)
-            for offer in self.offers()
-            for one in self._agent.advertised(offer.resource)
-            if one.healthy
-        }
-        shown = {(name, one) for name, one in self._shown if name in self._now}
-        return sorted({name for name, _ in sent ^ shown})
+    @property
+    def awaited(self) -> bool:
+        """Return whether kubelet is still to show something that was sent."""
+        return bool(self._shown.differing)
+
+    def _sent(self) -> set[tuple[str, str]]:
+        every = ((offer, one) for offer in self.offers() for one in self._agent.advertised(offer.resource))
+        return {(offer.name, one.id) for offer, one in every if one.healthy}
 
     async def read_back(self, pods: PodResources) -> None:
         """Ask kubelet what it counts as allocatable. If kubelet cannot answer, that is not reported as a failure."""
+        before = self._sent()
         try:
             shown = await pods.allocatable()
         except PeerError:
-            self._shown = None
+            self._shown.forget()
         else:
-            self._shown = frozenset((name, one) for name, ids in shown.items() for one in ids)
+            self._shown.compare(
+                self._now.keys(), before, self._sent(), {(name, one) for name, ids in shown.items() for one in ids}
+            )
 
 
 def _standing(one: Registration) -> str:
