@@ -16,6 +16,7 @@ from nodeagent.errors import PeerError, cause_of
 SOCKET = "/run/nodeagent/status.sock"
 TIMEOUT_S = 10.0
 WATCH_S = 0.5
+RESTLESS = frozenset({"uptime_s", "listed_at"})
 VERBS = {"GET": "read", "DELETE": "clear"}
 
 
@@ -39,10 +40,17 @@ def show(args: argparse.Namespace, page: str, print_table: Callable[[Any], None]
                 print(f"nodeagent: {error}", file=sys.stderr, flush=True)
             seen = None
             continue
-        if document != seen:
+        if _still(document) != _still(seen):
             _print(args, document, print_table)
         seen = document
     return 0
+
+
+def _still(document: Any) -> Any:
+    """Return a page without what changes although nothing happens."""
+    if not isinstance(document, dict):
+        return document
+    return {key: value for key, value in document.items() if key not in RESTLESS}
 
 
 def _print(args: argparse.Namespace, document: Any, print_table: Callable[[Any], None]) -> None:

@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     # gRPC's core prints to stderr alongside our log; it reads this once, when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    from nodeagent.cli.source import check_root
     from nodeagent.config.load import load as load_config
     from nodeagent.config.schema import Config
     from nodeagent.daemon import daemon
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from nodeagent.telemetry import log
 
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    check_root(args.root)
     config = load_config(path) if path is not None else Config()
     log.configure(config.log.level, config.log.format)
     where = paths_of(

@@ -24,13 +24,23 @@ def add_root(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", help="read a captured tree of /sys, /proc and /dev (default: /)")
 
 
+def check_root(root: str) -> None:
+    """Raise InputError if `root` is no captured tree that can be read: a machine must not look empty for that."""
+    try:
+        for folder in (Path(root), Path(root) / "sys"):
+            next(folder.iterdir(), None)
+    except FileNotFoundError as error:
+        missing = "it has no folder sys" if error.filename != root else "expected a folder with sys below it"
+        raise InputError(f"cannot read --root {root}: {missing}") from None
+    except OSError as error:
+        raise InputError(f"cannot read --root {root}: {error.filename}: {error.strerror}") from None
+
+
 def read_root(root: str | None) -> Inventory:
     """Return the inventory of this machine, or of a captured tree (NVML is queried only on the machine itself). Raise
     InputError if `root` is not a captured tree."""
-    if root is not None and not Path(root).is_dir():
-        raise InputError(f"cannot read --root {root}: expected a folder with sys below it")
-    if root is not None and not (Path(root) / "sys").is_dir():
-        raise InputError(f"cannot read --root {root}: it has no folder sys")
+    if root is not None:
+        check_root(root)
     sysfs, families = SysFs(root or "/"), load_kinds()
     inventory = scan(sysfs, families)
     if root is None and any(device.vendor == NVIDIA for device in inventory.devices):

@@ -54,14 +54,23 @@ def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
     seen: dict[tuple[int, int], int] = {}
     for i, one in enumerate(pools):
         where = f"$.hugepages[{i}]"
-        page_bytes = int(one.page_size[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[one.page_size[-2:]]
-        if page_bytes & (page_bytes - 1) or not SMALLEST_PAGE_BYTES <= page_bytes <= LARGEST_PAGE_BYTES:
+        page_bytes = _page_bytes(one.page_size)
+        if not _is_page_size(page_bytes):
             yield f"{one.page_size!r} at {where}.pageSize, expected a size that pages have, such as 2Mi or 1Gi"
         first = seen.setdefault((one.node, page_bytes), i)
         if first != i:
             yield f"{one.page_size!r} on node {one.node} at {where} stands twice, first at $.hugepages[{first}]"
         if 0 < one.max_pages < one.pages:
             yield f"{one.max_pages} at {where}.maxPages, expected at least the {one.pages} of pages, or 0"
+
+
+def _page_bytes(text: str) -> int:
+    return int(text[:-2]) << {"Ki": 10, "Mi": 20, "Gi": 30}[text[-2:]]
+
+
+def _is_page_size(page_bytes: int) -> bool:
+    """Return whether any processor has pages of a size: powers of two."""
+    return not page_bytes & (page_bytes - 1) and SMALLEST_PAGE_BYTES <= page_bytes <= LARGEST_PAGE_BYTES
 
 
 def _wrong_dra(config: Config) -> Iterator[str]:
@@ -100,6 +109,8 @@ def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
         yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API cannot count memory"
     if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):
         yield f"{one.page_size!r} at {where}.pageSize, expected a size such as 2Mi"
+    elif one.kind == "hugepages" and not _is_page_size(_page_bytes(one.page_size)):
+        yield f"{one.page_size!r} at {where}.pageSize, expected a size that pages have, such as 2Mi or 1Gi"
     key, expected = _NEEDED.get(one.kind, ("", ""))
     if key and not getattr(one, key):
         yield f"nothing at {where}.{key}, expected {expected}"

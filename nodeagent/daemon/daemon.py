@@ -56,6 +56,7 @@ from nodeagent.state.agent import Agent, AgentSettings
 from nodeagent.state.leader import Leader
 from nodeagent.state.store import Store
 from nodeagent.telemetry import log as log_of
+from nodeagent.version import VERSION
 
 POD_RESOURCES = "pod-resources/kubelet.sock"
 LOCKED_RETRY_S = 2.0
@@ -427,7 +428,20 @@ async def run(config: Config, where: Paths) -> None:
     gc.collect()
     gc.freeze()
     if daemon is not None:
+        _log_start(where)
         await daemon.run(stop)
+
+
+def _log_start(where: Paths) -> None:
+    folders = {"kubelet_dir": where.kubelet_dir, "state_dir": where.state_dir}
+    log.info(
+        "starting",
+        version=VERSION,
+        config=str(where.config_file or "built-in defaults"),
+        root=where.sysfs.root,
+        status_socket=str(where.runtime_dir / STATUS_SOCKET),
+        **{name: str(folder) for name, folder in folders.items()},
+    )
 
 
 async def _built(config: Config, where: Paths, stop: asyncio.Event) -> Daemon | None:

@@ -92,10 +92,14 @@ class KubeletConflicts:
 def reserved_cpus(config: Config, kubelet: Kubelet, inventory: Inventory) -> CpuSet:
     """Return the CPUs that are never granted: as configured, else kubelet's, else the first core.
 
-    A configured CPU that is offline stays reserved. Raise ConfigError if the configured list cannot be parsed.
+    A configured CPU that is offline stays reserved. Raise ConfigError if the configured list cannot be parsed, or if it
+    names CPUs that this machine cannot have.
     """
     if config.reserved_cpus is not None:
-        return _configured(config.reserved_cpus) & (inventory.cpus_possible | inventory.cpus_online)
+        configured, possible = _configured(config.reserved_cpus), inventory.cpus_possible | inventory.cpus_online
+        if possible and (strange := configured - possible):
+            raise ConfigError(f"cannot reserve CPUs {strange} of reservedCpus: this machine can have CPUs {possible}")
+        return configured
     return (kubelet.cpus.reserved if kubelet.cpus is not None else EMPTY) or _first_core(inventory)
 
 

@@ -110,7 +110,7 @@ async def test_tables_and_json_say_the_same(folder: Path, tmp_path: Path) -> Non
             assert json.loads(document.stdout)
         (grant,) = (await agent.ask("/v1/grants"))[1]
         line = next(line for line in cli("grants", "--socket", str(agent.socket)).stdout.splitlines() if "till" in line)
-        assert line.split() == [grant["id"], "shop", "till", "main", "-", CPU, grant["cpus"], "-", "-", "-"]
+        assert line.split() == [grant["id"], "shop", "till", "main", "-", CPU, grant["cpus"], "-", "-", "-", "-"]
 
 
 async def test_a_bad_configuration_shows_in_the_status(folder: Path, tmp_path: Path) -> None:
@@ -142,6 +142,23 @@ async def test_watch_shows_it_again_when_it_changes(folder: Path, tmp_path: Path
         assert b"GRANT" in await watching.stdout.readline()
         watching.send_signal(2)
         assert await watching.wait() == 130
+
+
+async def test_watch_is_silent_while_nothing_happens(folder: Path, tmp_path: Path) -> None:
+    """The agent grows older all the time: that alone is no news."""
+    async with standing(folder, tmp_path) as (agent, _):
+        words = ("-m", "nodeagent", "status", "--watch", "-o", "json", "--socket", str(agent.socket))
+        watching = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", INTERRUPTIBLE, *words[2:], stdout=asyncio.subprocess.PIPE
+        )
+        assert watching.stdout is not None
+        await agent.ready()
+        before = (await agent.until("/v1/status", lambda one: one["ready"]))["uptime_s"]
+        await agent.until("/v1/status", lambda one: one["uptime_s"] > before + 3)
+        watching.send_signal(2)
+        shown = (await watching.stdout.read()).decode()
+        assert await watching.wait() == 130
+        assert shown.count('"uptime_s"') <= 2, shown
 
 
 async def test_watch_outlives_a_restart_of_the_agent(folder: Path, tmp_path: Path) -> None:

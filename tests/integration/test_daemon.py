@@ -536,6 +536,27 @@ def test_a_cpu_list_that_runs_backwards_is_one_line(folder: Path) -> None:
     assert "'3-1'" in mistaken(folder, reservedCpus="3-1")
 
 
+def test_a_reservation_of_cpus_that_cannot_be_ends_with_one_line(folder: Path) -> None:
+    """After what was learnt of kubelet, which may reserve CPUs too."""
+    agent = Running(folder, reservedCpus="8000")
+    done = start("--config", str(agent.config_file), "--kubelet-dir", str(folder / "kubelet"))
+    assert done.returncode == 2
+    why = "nodeagent: cannot reserve CPUs 8000 of reservedCpus: this machine can have CPUs "
+    assert done.stderr.splitlines()[-1].startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("root", "why"), [("no", "expected a folder with sys below it"), (".", "it has no folder sys")]
+)
+def test_a_root_that_is_no_machine_is_one_line(folder: Path, root: str, why: str) -> None:
+    """Such a tree must not pass for a machine that has nothing."""
+    (folder / "empty").mkdir()
+    agent = Running(folder)
+    done = start("--config", str(agent.config_file), "--root", str(folder / root))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"nodeagent: cannot read --root {folder / root}: {why}\n"
+
+
 def test_a_missing_configuration_is_one_line(folder: Path) -> None:
     done = start("--config", str(folder / "none.yaml"))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)

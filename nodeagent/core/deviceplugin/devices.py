@@ -250,6 +250,11 @@ def _field(device: Device, name: str) -> str:
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def has_field(device: Device, name: str) -> bool:
+    """Return whether `match` can name a field or an attribute of a device."""
+    return name in _FIELDS or name in device.attributes
+
+
 def illness(device: Device, health: Health) -> HealthState | None:
     """Return the worse state of a device and its parent, or None if nothing is known against either."""
     states = [health[one] for one in (device.id, device.parent) if one is not None and one in health]

@@ -14,6 +14,7 @@ import structlog
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config
+from nodeagent.core.deviceplugin.devices import DeviceResource, has_field
 from nodeagent.core.ledger.release import Patience
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import PeerError
@@ -133,6 +134,17 @@ class DevicePluginManager(Manager):
         """Return why kubelet does not show what was sent, one sentence per resource; empty if it does."""
         reasons = [_standing(one) for one in self.registrations() if not one.ready]
         return reasons or [f"{name}: kubelet does not show what was sent" for name in self._shown.unshown]
+
+    def notes(self) -> list[str]:
+        """Return the keys of `match` that no device of this machine has: probably misspelt."""
+        devices = self._agent.inventory.devices_by_kind
+        return [
+            f"{offer.name}: match names {key!r}, which no {offer.resource.kind} of this machine has"
+            for offer in self.offers()
+            if isinstance(offer.resource, DeviceResource)
+            for key in offer.resource.match
+            if (there := devices.get(offer.resource.kind)) and not any(has_field(one, key) for one in there)
+        ]
 
     @property
     def awaited(self) -> bool:

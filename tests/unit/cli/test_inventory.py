@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,6 +77,20 @@ def test_yaml_says_the_same_and_the_table_shows_it(built: Path) -> None:
     table = inventory(built, "table").stdout.decode()
     assert "15 CPUs online (0-2,4-15), 8 cores, 2 packages, offline 3, isolated 1" in table
     assert "2Mi=8/16" in table
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_a_tree_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
+    """For any user but root."""
+    (tmp_path / "sys").mkdir()
+    (tmp_path / "sys").chmod(0)
+    script = "import os, sys, nodeagent.cli.inventory as _; os.setuid(65534); sys.exit(nodeagent.cli.main())"
+    words = [sys.executable, "-c", f"import nodeagent.cli; {script}", "inventory", "--root", str(tmp_path)]
+    for folder in (tmp_path, *tmp_path.parents[:-2]):
+        folder.chmod(0o755)
+    done = subprocess.run(words, capture_output=True, check=False)
+    (tmp_path / "sys").chmod(0o755)
+    assert complaint(done) == f"nodeagent: cannot read --root {tmp_path}: {tmp_path}/sys: Permission denied"
 
 
 REQUESTS = b"""{"cpus":1}

@@ -164,6 +164,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
         (resource(kind="cpu", numa="maybe"), "$.resources[0].numa", "'maybe'"),
         (resource(kind="usb", usb=[{"vendor": "12"}]), "$.resources[0].usb[0].vendor", "'12'"),
         (resource(kind="hugepages"), "$.resources[0].pageSize", "''"),
+        (resource(kind="hugepages", pageSize="3Mi"), "$.resources[0].pageSize", "'3Mi'"),
         (resource(kind="hugepages", pageSize="2M"), "$.resources[0].pageSize", "'2M'"),
         (resource(kind="hugepages", pageSize="0Mi"), "$.resources[0].pageSize", "'0Mi'"),
         (resource(kind="hugepages", pageSize="2Mi", pagesPerBlock=0), "$.resources[0].pagesPerBlock", "0"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,6 +15,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Holder
+from nodeagent.errors import ConfigError
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers import kubelet_conflicts as beside
 from nodeagent.managers.kubelet import Kubelet
@@ -57,6 +59,18 @@ def test_a_cpu_reserved_in_a_drop_in_is_reserved(node: Node) -> None:
     put(node.root / "etc/kubelet.d/20-reserve.conf", 'reservedSystemCPUs: "0,8"\n')
     node.starts("--config-dir=/etc/kubelet.d", config="cpuManagerPolicy: none\n")
     assert beside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
+
+
+def test_cpus_that_the_machine_cannot_have_are_no_reservation(node: Node) -> None:
+    """A typo must not leave the system without CPUs; one that is offline stays reserved."""
+    config = parse("reservedCpus: '0,300'", source="test")
+    with pytest.raises(
+        ConfigError, match=r"^cannot reserve CPUs 300 of reservedCpus: this machine can have CPUs 0-31$"
+    ):
+        beside.reserved_cpus(config, node.look(), INVENTORY)
+    online = INVENTORY.cpus_online
+    without = replace(INVENTORY, cpus=INVENTORY.cpus[1:], cpus_online=online - CpuSet([0]), cpus_possible=online)
+    assert beside.reserved_cpus(parse("reservedCpus: '0'", source="test"), node.look(), without) == CpuSet([0])
 
 
 def test_what_the_admin_reserves_counts_more_than_kubelets_and_that_they_differ_is_reported(node: Node) -> None:
