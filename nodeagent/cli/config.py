@@ -29,6 +29,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     config = load_config(Path(args.file))
     CpuSet.parse(config.reserved_cpus or "", source=f"reservedCpus of {args.file}")
-    served = offers(config, load_kinds())
-    print(f"{args.file}: good; it serves {', '.join(offer.name for offer in served) or 'nothing'}")
+    names = [one.name for one in offers(config, load_kinds()) if one.by_device_plugin]
+    kinds = [f"{one.name} ({one.kind})" for one in config.served_by_dra]
+    print(f"{args.file}: good")
+    print(f"  device plugin: {', '.join(names) or 'nothing'}")
+    print(f"  DRA, driver {config.dra.driver}: {', '.join(kinds) or 'nothing'}")
     return 0

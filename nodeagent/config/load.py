@@ -5,7 +5,8 @@ An unknown key is rejected with its path and the nearest known key, a wrong valu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,26 @@ from nodeagent.config.validate import wrong as mistakes
 from nodeagent.errors import ConfigError
 
 LARGEST_FILE_BYTES, MOST_VALUES = 256 << 10, 20_000
+LONGEST_LINE = 120
+"""So much of a line is shown."""
 
 
 def parse(text: str | bytes, *, source: str) -> Config:
     """Return a configuration. Raise ConfigError with the source, the path of the key and what is expected."""
     found = _read_yaml(text, source)
     for path, key, known in _unknown(found, schema(), "$"):
-        raise ConfigError(f"cannot use {source}: unknown key {path}; {hints.hint(key, sorted(known))}")
+        where = _line_of(text, hints.steps(f"at `{path}`"))
+        raise ConfigError(f"cannot use {source}: unknown key {path}; {hints.hint(key, sorted(known))}{where}")
     try:
         config = msgspec.convert(found, Config)
     except (msgspec.ValidationError, UnicodeError) as error:
-        raise ConfigError(f"cannot use {source}: {error}{hints.found(found, str(error))}") from None
+        said = str(error)
+        more = f"{hints.found(found, said)}{hints.expected(schema(), said)}{_line_of(text, hints.steps(said))}"
+        raise ConfigError(f"cannot use {source}: {said}{more}") from None
     for wrong in mistakes(config):
-        raise ConfigError(f"cannot use {source}: {wrong}")
+        place = re.search(r"at (\$\S*?)(?:,|:| |$)", f"{wrong} ")
+        where = _line_of(text, hints.steps(f"at `{place[1]}`")) if place else ""
+        raise ConfigError(f"cannot use {source}: {wrong}{where}")
     return config
 
 
@@ -98,7 +106,7 @@ def _limit(found: Any, source: str) -> None:
 def _unknown(found: Any, form: Mapping[str, Any], path: str, root: Any = None) -> Iterator[tuple[str, str, list[str]]]:
     """Yield keys that are not in the schema, as (path, key, keys known there)."""
     root = form if root is None else root
-    for option in _forms(form, root):
+    for option in hints.options(form, root):
         if isinstance(found, dict) and "properties" in option:
             known = option["properties"]
             for key, value in found.items():
@@ -111,10 +119,26 @@ def _unknown(found: Any, form: Mapping[str, Any], path: str, root: Any = None) -
                 yield from _unknown(value, option["items"], f"{path}[{i}]", root)
 
 
-def _forms(form: Mapping[str, Any], root: Any) -> Iterator[Mapping[str, Any]]:
-    """Yield a schema form and those that its references and alternatives lead to."""
-    if "$ref" in form:
-        yield from _forms(root["$defs"][form["$ref"].rpartition("/")[2]], root)
-    for option in form.get("anyOf", ()):
-        yield from _forms(option, root)
-    yield form
+def _line_of(text: str | bytes, path: Iterable[str | int]) -> str:
+    """Return the place in a YAML text that a path leads to, as far as it does, as " (line 3, column 9: TEXT)"."""
+    node: yaml.Node | None = yaml.compose(text, yaml.SafeLoader)
+    if node is None:
+        return ""
+    for step in path:
+        below = _below(node, step)
+        if below is None:
+            break
+        node = below
+    mark = node.start_mark
+    lines = (text if isinstance(text, str) else text.decode(errors="replace")).splitlines()
+    line = lines[mark.line].strip() if mark.line < len(lines) else ""
+    return f" (line {mark.line + 1}, column {mark.column + 1}: {line[:LONGEST_LINE]})"
+
+
+def _below(node: yaml.Node, step: str | int) -> yaml.Node | None:
+    if isinstance(node, yaml.MappingNode):
+        return next((value for key, value in node.value if key.value == step), None)
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        found: yaml.Node = node.value[step]
+        return found
+    return None

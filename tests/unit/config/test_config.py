@@ -357,3 +357,35 @@ def test_the_example_with_a_line_lost_is_good_or_refused() -> None:
             parse("\n".join(lines[:lost] + lines[lost + 1 :]), source="here.yaml")
         except ConfigError as error:
             assert "here.yaml" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "log:\n  level: warn\n",
+            "Invalid enum value 'warn' - at `$.log.level`, found 'warn', expected one of debug, error, info, warning "
+            "(line 2, column 10: level: warn)",
+        ),
+        (
+            "# CPUs\nreservedCpus: 0\n",
+            "Expected `str | null`, got `int` - at `$.reservedCpus`, found 0; quote it "
+            "(line 2, column 15: reservedCpus: 0)",
+        ),
+        (
+            "resources:\n- {name: a, kind: cpu}\n- {name: b, kind: gpu, serve: maybe}\n",
+            "Invalid enum value 'maybe' - at `$.resources[1].serve`, found 'maybe', "
+            "expected one of both, device-plugin, dra (line 3, column 31: - {name: b, kind: gpu, serve: maybe})",
+        ),
+        ("auditDay: 1\n", "unknown key $.auditDay; did you mean auditDays? (line 1, column 11: auditDay: 1)"),
+        (
+            "hugepages: [{pageSize: 3Mi, node: 0}]\n",
+            "'3Mi' at $.hugepages[0].pageSize, expected a size that pages have, such as 2Mi or 1Gi "
+            "(line 1, column 24: hugepages: [{pageSize: 3Mi, node: 0}])",
+        ),
+    ],
+)
+def test_a_mistake_is_shown_with_its_line_and_what_is_expected(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text, source="c.yaml")
+    assert str(caught.value) == f"cannot use c.yaml: {said}"
