@@ -29,28 +29,37 @@ DEADLINE_S = 20.0
 
 
 class Hugepages:
-    """A few 2 MiB pages for the demonstration, given back at its end; only what was free is used."""
+    """A few free 2 MiB pages. The host is changed only with DEMO_HUGEPAGES=1, and changed back at the end."""
 
     def __init__(self) -> None:
         folders = sorted(Path("/sys/devices/system/node").glob("node*/hugepages/hugepages-2048kB"))
-        self._file = folders[0] / "nr_hugepages" if folders else None
-        self._before = ""
+        self._folder = folders[0] if folders else None
+        self._before: str | None = None
+        """What was in nr_hugepages, once it was changed."""
 
-    def grow(self) -> str:
-        """Grow node 0's pool; why it could not be done, or ""."""
-        if self._file is None:
+    def find(self) -> str:
+        """Find or make free pages on one node; why there are none, or ""."""
+        if self._folder is None:
             return "the kernel has no 2 MiB hugepages per NUMA node"
+        if self._free() >= PAGES:
+            return ""
+        if os.environ.get("DEMO_HUGEPAGES") != "1":
+            return f"{PAGES} free pages of 2 MiB are needed; DEMO_HUGEPAGES=1 lets the demonstration reserve them"
+        file = self._folder / "nr_hugepages"
         try:
-            self._before = self._file.read_text().strip()
-            if int(self._before) < PAGES:
-                self._file.write_text(str(PAGES))
+            before = file.read_text().strip()
+            file.write_text(str(int(before) + PAGES - self._free()))
         except OSError as error:
-            return f"cannot write {self._file}: {error.strerror}"
-        return "" if int(self._file.read_text()) >= PAGES else "the kernel has no free memory in one piece"
+            return f"cannot write {file}: {error.strerror}"
+        self._before = before
+        return "" if self._free() >= PAGES else "the kernel has no free memory in one piece"
 
-    def shrink(self) -> None:
-        if self._before and self._file is not None:
-            self._file.write_text(self._before)
+    def put_back(self) -> None:
+        if self._before is not None and self._folder is not None:
+            (self._folder / "nr_hugepages").write_text(self._before)
+
+    def _free(self) -> int:
+        return int((self._folder / "free_hugepages").read_text()) if self._folder is not None else 0
 
 
 def configuration(folder: Path, pages: bool, api: FakeApiServer) -> Path:
@@ -189,10 +198,9 @@ def held(found: list[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
 async def main() -> int:
     began = time.perf_counter()
     pages = Hugepages()
-    why = pages.grow()
-    if why:
-        print(f"No hugepages in this demonstration: {why}.")
     try:
+        if why := pages.find():
+            print(f"No hugepages in this demonstration: {why}.")
         with tempfile.TemporaryDirectory(prefix="nodeagent-demo-") as name:
             folder = Path(name)
             await show("inventory", folder)
@@ -205,10 +213,13 @@ async def main() -> int:
                 finally:
                     await kubelet.stop()
     finally:
-        pages.shrink()
+        pages.put_back()
     print(f"Done in {time.perf_counter() - began:.1f} s.")
     return 0 if good else 1
 
 
 if __name__ == "__main__":
-    sys.exit(asyncio.run(main()))
+    try:
+        sys.exit(asyncio.run(main()))
+    except KeyboardInterrupt:
+        sys.exit(130)
