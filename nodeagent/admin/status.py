@@ -231,6 +231,8 @@ class Status:
             names = holder.namespace, pod, holder.container, holder.claim
             metrics.HOLDER.labels(holder.resource, *names).set(1)
         metrics.LEDGER_WHOLE.set(not agent.loss)
+        metrics.CONFIG_REFUSED.set(bool(self._watched.config_error))
+        metrics.CONFLICTS.set(len(agent.conflicts))
         metrics.DISPUTED.set(len(self._disputed()))
         self._dra_metrics()
         self._page_metrics()

@@ -50,6 +50,10 @@ LEDGER_WHOLE = Gauge(
     "1 where the ledger has every decision; 0 while it is rebuilt, and nothing new is granted.",
     registry=REGISTRY,
 )
+CONFIG_REFUSED = Gauge(
+    "nodeagent_config_refused", "Whether the newest configuration is not in force.", registry=REGISTRY
+)
+CONFLICTS = Gauge("nodeagent_conflicts", "What kubelet lists and the ledger contradicts.", registry=REGISTRY)
 DISPUTED = Gauge(
     "nodeagent_grants_disputed",
     "Grants that kubelet has stopped listing although their pods live.",

@@ -327,11 +327,14 @@ async def test_a_bad_configuration_is_said_and_not_taken(folder: Path, tree: Dev
         assert "did you mean resources?" in said["error"]
         status = await agent.until("/v1/status", lambda status: status["config_error"])
         assert "did you mean resources?" in status["config_error"]
+        assert "nodeagent_config_refused 1.0" in (await agent.ask("/metrics"))[1]
         code, answer = await agent.ask("/v1/reload", "POST")
         assert code == 409 and "resorces" in answer["error"]
         assert kubelet.registrations == {CPU: 1, CHAR: 1}
         agent.configure(resources=BOTH, **QUICK)
         await agent.until("/v1/status", lambda status: not status["config_error"])
+        text = (await agent.ask("/metrics"))[1]
+        assert "nodeagent_config_refused 0.0" in text and "nodeagent_conflicts 0.0" in text
 
 
 async def test_a_reload_can_be_asked_for_on_the_socket(folder: Path, tree: DeviceTree) -> None:
