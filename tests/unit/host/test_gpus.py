@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
-from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
-from nodeagent.host.devices.all_kinds import CharSelector
+from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
+from nodeagent.host.devices.all_kinds import CharSelector, Devices
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths, state
+from tests.support.paths import SHARED
 
 NVIDIA_GPU = {"pci_class": "030200", "vendor": "10de", "device": "2330", "driver": "nvidia"}
 LIBRARY_GONE = Failure(absent=True, reason="there is no library libnvidia-ml.so.1")
@@ -100,20 +104,92 @@ def test_nvlinks_become_links_that_weigh_by_their_number(tree: DeviceTree) -> No
 
 
 @pytest.mark.parametrize(
-    ("nvml", "wanted"),
+    ("nvml", "reasons"),
     [
-        (LIBRARY_GONE, KindState(kind="gpu", state=ABSENT, reason="there is no library libnvidia-ml.so.1")),
-        (HANGS, KindState(kind="gpu", state=DEGRADED, reason="NVML did not answer within 5 s")),
-        (None, KindState(kind="gpu", state=PRESENT)),
+        (LIBRARY_GONE, ["there is no library libnvidia-ml.so.1", "LD_LIBRARY_PATH", "nvidia-modprobe"]),
+        (HANGS, ["NVML did not answer within 5 s", "nvidia-modprobe"]),
+        (None, ["nvidia-modprobe"]),
     ],
 )
-def test_without_nvml_the_gpus_keep_their_identity_and_the_kind_says_why(
-    tree: DeviceTree, nvml: Failure | None, wanted: KindState
+def test_without_nvml_and_nodes_the_gpus_keep_their_identity_and_are_not_healthy(
+    tree: DeviceTree, nvml: Failure | None, reasons: list[str]
 ) -> None:
+    """The kind names the GPUs, the cause and the remedy. The nodes of the display driver are no substitute."""
     addresses = _four_gpus(tree)
+    tree.drm(addresses[0], 0)
     found = look(tree, nvml=nvml)
-    assert state(found, "gpu") == wanted
+    kind = state(found, "gpu")
+    assert kind.state == DEGRADED
+    assert all(reason in kind.reason for reason in (*reasons, *addresses))
     assert kinds_of(found) == dict.fromkeys(addresses, "gpu")
+    assert _healthy(found) == set()
+
+
+def _healthy(found: Devices) -> set[str]:
+    """The ids of GPUs that a resource advertises as healthy while nothing is known against them."""
+    shown = DeviceResource(name="r/gpu", kind="gpu").advertised(Inventory(devices=found.devices), Ledger(), {})
+    assert all(one.healthy or one.reason for one in shown)
+    return {one.id for one in shown if one.healthy}
+
+
+def _driver_shows(tree: DeviceTree, address: str, minor: int, *, uuid: str = "", excluded: str = "No") -> None:
+    lines = (
+        "Model: \t\t NVIDIA H100 80GB HBM3",
+        f"GPU UUID: \t {uuid or f'GPU-{minor}'}",
+        f"Bus Location: \t {address}",
+        f"Device Minor: \t {minor}",
+        f"GPU Excluded:\t {excluded}",
+    )
+    tree.write(f"proc/driver/nvidia/gpus/{address}/information", "\n".join(lines))
+
+
+@pytest.mark.parametrize("nvml", [LIBRARY_GONE, HANGS, None])
+def test_without_nvml_the_kernel_driver_shows_what_a_container_needs(tree: DeviceTree, nvml: Failure | None) -> None:
+    first, second, unopened, excluded = _four_gpus(tree)
+    _driver_shows(tree, first, 0)
+    _driver_shows(tree, second, 1)
+    _driver_shows(tree, unopened, 2, uuid="GPU-????????-????-????-????-????????????")
+    _driver_shows(tree, excluded, 3, excluded="Yes")
+    tree.write("sys/module/nvidia/version", "580.95")
+    for node in ("nvidia0", "nvidia2", "nvidia3", "nvidiactl"):
+        tree.node(f"/dev/{node}")
+    found = look(tree, nvml=nvml)
+    gpu = by_id(found)[first]
+    assert gpu.attributes == {
+        "uuid": "GPU-0",
+        "product": "NVIDIA H100 80GB HBM3",
+        "driver_version": "580.95",
+        "minor": 0,
+    }
+    assert paths(edits(gpu)) == ["/dev/nvidia0", "/dev/nvidiactl"]
+    assert edits(gpu).env["NVIDIA_VISIBLE_DEVICES"] == "GPU-0"
+    assert "uuid" not in by_id(found)[unopened].attributes
+    assert _healthy(found) == {first, unopened}
+    assert state(found, "gpu").state == DEGRADED
+    assert f"{second}, {excluded}: " in state(found, "gpu").reason
+
+
+def test_a_missing_library_is_a_fault_also_where_every_node_exists(tree: DeviceTree) -> None:
+    """Health and MIG instances are unknown; on a machine whose GPUs NVIDIA's driver does not hold it is none."""
+    address = "0000:1b:00.0"
+    tree.pci(address, **NVIDIA_GPU)  # type: ignore[arg-type]
+    _driver_shows(tree, address, 0)
+    tree.node("/dev/nvidia0")
+    assert state(look(tree, nvml=LIBRARY_GONE), "gpu").state == DEGRADED
+    assert state(look(tree), "gpu") == KindState(kind="gpu", state=PRESENT)
+    (tree.folders[address] / "driver").unlink()
+    gone = KindState(kind="gpu", state=ABSENT, reason="there is no library libnvidia-ml.so.1")
+    assert state(look(tree, nvml=LIBRARY_GONE), "gpu") == gone
+
+
+def test_a_malformed_minor_number_costs_its_gpu_and_no_other(tree: DeviceTree) -> None:
+    first, second, *_ = _four_gpus(tree)
+    _driver_shows(tree, first, 0)
+    tree.node("/dev/nvidia0")
+    tree.write(f"proc/driver/nvidia/gpus/{second}/information", "Model: X\nDevice Minor: ten")
+    found = look(tree)
+    assert _healthy(found) == {first}
+    assert any("'ten'" in warning for warning in found.warnings)
 
 
 def test_a_missing_library_does_not_make_the_gpus_of_others_absent(tree: DeviceTree) -> None:
@@ -161,3 +237,21 @@ def test_a_node_that_belongs_to_another_device_is_not_served_twice(tree: DeviceT
     found = look(tree, char=(selector,), nvml=snapshot(nvidia(address, 0)))
     assert [device.id for device in found.devices if device.kind == "char"] == ["/dev/nvidiactl"]
     assert f"cannot serve /dev/nvidia0 as char: it is part of gpu {address}" in found.warnings
+
+
+# ---------------------------------------------------------------- recorded machines
+
+
+def _recorded(tmp_path: Path, name: str) -> DeviceTree:
+    archive = SHARED / f"cases/field/{name}.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    return DeviceTree(next(tmp_path.iterdir()))
+
+
+def test_the_gpus_of_a_recorded_machine_without_the_library_are_complete(tmp_path: Path) -> None:
+    found = look(_recorded(tmp_path, "nvidia-no-library"), nvml=LIBRARY_GONE)
+    assert _healthy(found) == {"0000:41:00.0", "0000:42:00.0"}
+    assert {paths(edits(one))[0] for one in found.devices if one.kind == "gpu"} == {"/dev/nvidia0", "/dev/nvidia1"}
