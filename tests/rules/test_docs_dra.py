@@ -103,7 +103,8 @@ def _add_gpus(tree: DeviceTree) -> None:
     tree.pci(AMD_GPU, pci_class="038000", vendor="1002", driver="amdgpu", numa_node=1)
     tree.drm(AMD_GPU, 1)
     tree.kfd(0, None)
-    tree.kfd(1, AMD_GPU)
+    for partition in (0, 1):
+        tree.kfd(1 + partition, AMD_GPU, partition=partition, render=129 + partition)
 
 
 def _add_nics(tree: DeviceTree) -> None:

@@ -42,7 +42,7 @@ class Gpu:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        kfd = kfd_nodes(reader)
+        kfd = kfd_nodes(reader, context.function_by_address)
         nvidia = _nvidia_gpus(reader, context.nvml)
         devices = [
             device
@@ -52,7 +52,7 @@ class Gpu:
         return Found(
             state=_state(context, devices),
             devices=tuple(devices),
-            links=(*nvlinks(nvidia.values()), *xgmi_links(kfd.values())),
+            links=(*nvlinks(nvidia.values()), *xgmi_links(kfd)),
             warnings=(*reader.warnings, *(context.nvml.errors if isinstance(context.nvml, Snapshot) else ())),
         )
 
@@ -74,21 +74,23 @@ def _nvidia_gpus(reader: Tolerant, nvml: Snapshot | Failure | None) -> Mapping[s
 
 
 def _devices(
-    reader: Tolerant, context: Context, function: Function, kfd: Mapping[str, KfdNode], nvidia: NvGpu | None
+    reader: Tolerant, context: Context, function: Function, nodes: Mapping[str, Sequence[KfdNode]], nvidia: NvGpu | None
 ) -> Iterator[Device]:
-    node = kfd.get(function.address)
-    if node is None and nvidia is None and not function.is_class(_DISPLAY, _PROCESSING):
+    kfd = nodes.get(function.address, ())
+    if not kfd and nvidia is None and not function.is_class(_DISPLAY, _PROCESSING):
         return
     drm = reader.names(f"{function.path}/drm")
-    if node is None and nvidia is None and not _computes(function, drm):
+    if not kfd and nvidia is None and not _computes(function, drm):
         return
     by_nvidia = _nvidia_attributes(reader, context, function, nvidia)
-    attributes = {**_drm_attributes(drm), **_kfd_attributes(node), **by_nvidia}
-    paths = _paths(reader, function, drm, node, nvidia)
+    attributes = {**_drm_attributes(drm), **_kfd_attributes(kfd), **by_nvidia}
+    paths = _paths(reader, function, drm, kfd, nvidia)
     device = pci_device(context, function, "gpu", paths=paths, attributes=attributes)
     yield device
     if nvidia is not None:
         yield from (_mig_device(reader, device, nvidia, mig) for mig in nvidia.migs)
+    if len(kfd) > 1:
+        yield from (_partition(device, kfd, node) for node in kfd)
 
 
 def _computes(function: Function, drm: list[str]) -> bool:
@@ -124,17 +126,20 @@ def _faults(nvml: Failure | None, bound: list[Device]) -> Iterator[str]:
 
 
 def _paths(
-    reader: Tolerant, function: Function, drm: list[str], node: KfdNode | None, nvidia: NvGpu | None
+    reader: Tolerant, function: Function, drm: list[str], kfd: Sequence[KfdNode], nvidia: NvGpu | None
 ) -> tuple[str, ...]:
     """Return the nodes through which a GPU computes. The DRM nodes of NVIDIA's driver only draw."""
     if nvidia is not None:
         return _nvidia_paths(reader, nvidia)
-    return () if function.driver == "nvidia" else _drm_paths(drm, node)
+    return () if function.driver == "nvidia" else _drm_paths(drm, kfd)
 
 
-def _drm_paths(drm: list[str], node: KfdNode | None) -> tuple[str, ...]:
-    nodes = tuple(f"/dev/dri/{name}" for name in drm if name.startswith(("card", "renderD")))
-    return ("/dev/kfd", *nodes) if node is not None else nodes
+def _drm_paths(drm: list[str], kfd: Sequence[KfdNode]) -> tuple[str, ...]:
+    """Return the nodes of a function and, if it is partitioned, the render nodes of all partitions."""
+    names = [name for name in drm if name.startswith(("card", "renderD"))]
+    names += [node.render for node in kfd if len(kfd) > 1 and node.render]
+    nodes = tuple(f"/dev/dri/{name}" for name in dict.fromkeys(names))
+    return ("/dev/kfd", *nodes) if kfd else nodes
 
 
 def _nvidia_paths(reader: Tolerant, gpu: NvGpu) -> tuple[str, ...]:
@@ -148,15 +153,19 @@ def _drm_attributes(drm: list[str]) -> Attributes:
     return {key: value for key, value in (("drm_card", cards), ("drm_render", render)) if value}
 
 
-def _kfd_attributes(node: KfdNode | None) -> Attributes:
-    if node is None:
-        return {}
-    found: dict[str, str | int | bool] = {"kfd_node": node.number}
-    if node.memory_bytes:
-        found["memory_bytes"] = node.memory_bytes
-    if node.unique_id:
-        found["uuid"] = f"{node.unique_id:016x}"
-    return found
+def _kfd_attributes(kfd: Sequence[KfdNode]) -> Attributes:
+    """Return the attributes of a GPU or of one partition. Its nodes share the memory and may share the unique id."""
+    found = {
+        "kfd_node": kfd[0].number if len(kfd) == 1 else None,
+        "partitions": len(kfd) if len(kfd) > 1 else None,
+        "memory_bytes": sum(node.memory_bytes for node in kfd) or None,
+        "uuid": f"{kfd[0].unique_id:016x}" if kfd and kfd[0].unique_id and _share_id(kfd) else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _share_id(kfd: Sequence[KfdNode]) -> bool:
+    return len({node.unique_id for node in kfd}) == 1
 
 
 def _nvidia_attributes(reader: Tolerant, context: Context, function: Function, gpu: NvGpu | None) -> Attributes:
@@ -178,6 +187,23 @@ def _nvidia_attributes(reader: Tolerant, context: Context, function: Function, g
 
 def _driver_version(reader: Tolerant, context: Context) -> str:
     return context.nvml.driver_version if isinstance(context.nvml, Snapshot) else driver_version(reader)
+
+
+def _partition(gpu: Device, kfd: Sequence[KfdNode], node: KfdNode) -> Device:
+    """Return one partition of AMD's GPU (drivers/gpu/drm/amd/amdgpu/amdgpu_xcp.c), with its own render node.
+
+    All partitions may have the unique id of the GPU, which then identifies none of them.
+    """
+    attributes = {**_kfd_attributes([node]), **({"drm_render": node.render} if node.render else {})}
+    if _share_id(kfd):
+        attributes.pop("uuid", None)
+    return replace(
+        gpu,
+        id=f"{gpu.id}/xcp-{node.partition}",
+        parent=gpu.id,
+        paths=("/dev/kfd", *([f"/dev/dri/{node.render}"] if node.render else [])),
+        attributes=MappingProxyType(attributes),
+    )
 
 
 def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Device:
