@@ -16,6 +16,7 @@ from urllib.parse import unquote
 
 from nodeagent.admin.http import HttpAnswer, Peer
 from nodeagent.admin.http import problem as _problem
+from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.model.grant import KUBELET, Grant
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.inventory_json import to_document
@@ -181,7 +182,8 @@ class Status:
         for offer in self._watched.offers():
             for one in agent.advertised(offer.resource):
                 grant = agent.ledger.by_id.get((offer.name, one.id)) or parts.get(one.device or one.id)
-                state = agent.health.get(one.device)
+                device = agent.inventory.device_by_id.get(one.device)
+                state = (illness(device, agent.health) if device else None) or agent.health.get(one.device)
                 out.append(
                     {
                         "resource": offer.name,

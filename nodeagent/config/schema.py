@@ -225,13 +225,14 @@ class Config(_Base, frozen=True):
 
 DEFAULT_RESOURCES = (
     ResourceConfig(name="cpu", kind="cpu"),
-    ResourceConfig(name="gpu", kind="gpu"),
+    ResourceConfig(name="gpu", kind="gpu", match={"parent": ""}),
     ResourceConfig(name="vf", kind="nic", match={"sriov": "vf"}),
     ResourceConfig(name="fuse", kind="char", paths=["/dev/fuse"], replicas=100),
     ResourceConfig(name="kvm", kind="char", paths=["/dev/kvm"], replicas=100),
 )
 """Resources that need no preparation and take nothing from the host or from kubelet's own managers: no hugepages
-(kubelet counts the same pools), no physical function and no disk (the host may be using it)."""
+(kubelet counts the same pools), no physical function and no disk (the host may be using it). GPUs are whole: instances,
+partitions and virtual functions are other amounts and need resources of their own."""
 
 
 def schema() -> dict[str, Any]:

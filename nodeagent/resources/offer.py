@@ -55,6 +55,8 @@ class Offer:
         return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
 
     def _edits(self, devices: Sequence[Device], beside: Sequence[Device]) -> ContainerEdits:
+        if self.config.device_nodes:
+            _refuse_without_nodes(devices)
         own = all_kinds.edits(self.family, devices, beside) if self.family is not None and devices else ContainerEdits()
         return ContainerEdits(
             env=own.env,
@@ -151,6 +153,13 @@ def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:
 def numbers(nodes: Iterable[NodeId]) -> str:
     """Return the distinct nodes in ascending order, as "0,1"."""
     return ",".join(str(node) for node in sorted(set(nodes)))
+
+
+def _refuse_without_nodes(devices: Iterable[Device]) -> None:
+    """Raise HostError if a device has no node to hand over: the container would start without it."""
+    for device in devices:
+        if device.lacks_node:
+            raise HostError(f"cannot hand over {device.id}: it has no device node at this moment")
 
 
 def _word(name: str) -> str:

@@ -146,17 +146,30 @@ class DeviceTree:
         if render:
             (folder / f"renderD{128 + card}").mkdir()
 
-    def kfd(self, number: int, address: str | None, xgmi: Sequence[int] = ()) -> None:
-        """A node of AMD's compute topology: a CPU where there is no address."""
+    def kfd(
+        self,
+        number: int,
+        address: str | None,
+        xgmi: Sequence[int] = (),
+        *,
+        partition: int = 0,
+        render: int | None = None,
+        unique_id: int = 4660,
+        memory_bytes: int = 192 << 30,
+    ) -> None:
+        """A node of AMD's compute topology: a CPU where there is no address. partition: what location_id has more than
+        the address."""
         folder = f"sys/class/kfd/kfd/topology/nodes/{number}"
         self.write(f"{folder}/gpu_id", 0 if address is None else 40000 + number)
         if address is None:
             self.write(f"{folder}/properties", "cpu_cores_count 64\nsimd_count 0")
             return
         domain, bus, device, function = (int(part, 16) for part in address.replace(".", ":").split(":"))
-        location = bus << 8 | device << 3 | function
-        self.write(f"{folder}/properties", f"simd_count 304\nlocation_id {location}\ndomain {domain}\nunique_id 4660")
-        self.write(f"{folder}/mem_banks/0/properties", f"heap_type 1\nsize_in_bytes {192 << 30}")
+        location = (bus << 8 | device << 3 | function) + partition
+        lines = ["simd_count 304", f"location_id {location}", f"domain {domain}", f"unique_id {unique_id}"]
+        lines += [] if render is None else [f"drm_render_minor {render}"]
+        self.write(f"{folder}/properties", "\n".join(lines))
+        self.write(f"{folder}/mem_banks/0/properties", f"heap_type 1\nsize_in_bytes {memory_bytes}")
         for index, peer in enumerate(xgmi):
             text = f"type 11\nnode_from {number}\nnode_to {peer}\nweight 15"
             self.write(f"{folder}/io_links/{index}/properties", text)

@@ -38,7 +38,7 @@ from tests.support.paths import CHECKOUT
 DOCS, SOURCES = CHECKOUT / "docs", CHECKOUT / "nodeagent"
 DRIVER = "nodeagent.dev"
 SIZES = (2 * MIB, GIB)
-GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:c1:00.0", "0000:5e:00.0"
+GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "0000:5e:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci"}
 DEVICES = {*PCI, "block", "usb", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
@@ -85,7 +85,8 @@ def _nvml() -> Snapshot:
     mig = Mig(uuid="MIG-0", profile="3g.40gb", memory_bytes=40 * GIB, gpu_instance=1, compute_instance=0)
     told = {"uuid": "GPU-0", "name": "NVIDIA H100", "memory_bytes": 80 * GIB, "minor": 0, "ecc_uncorrected": 0}
     gpu = NvGpu(pci_address=GPU, mig_enabled=True, migs=(mig,), **told)  # type: ignore[arg-type]
-    return Snapshot(driver_version="580.95", gpus=(gpu,))
+    whole = NvGpu(pci_address=WHOLE_GPU, mig_enabled=False, **told)  # type: ignore[arg-type]
+    return Snapshot(driver_version="580.95", gpus=(gpu, whole))
 
 
 def _as_a_real_node(device: Device) -> Device:
@@ -97,11 +98,13 @@ def _as_a_real_node(device: Device) -> Device:
 
 
 def _add_gpus(tree: DeviceTree) -> None:
-    tree.pci(GPU, pci_class="030200", vendor="10de", device="2330", driver="nvidia", numa_node=0, group=7)
+    for address in (GPU, WHOLE_GPU):
+        tree.pci(address, pci_class="030200", vendor="10de", device="2330", driver="nvidia", numa_node=0, group=7)
     tree.pci(AMD_GPU, pci_class="038000", vendor="1002", driver="amdgpu", numa_node=1)
     tree.drm(AMD_GPU, 1)
     tree.kfd(0, None)
-    tree.kfd(1, AMD_GPU)
+    for partition in (0, 1):
+        tree.kfd(1 + partition, AMD_GPU, partition=partition, render=129 + partition)
 
 
 def _add_nics(tree: DeviceTree) -> None:

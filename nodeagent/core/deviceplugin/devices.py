@@ -18,15 +18,16 @@ from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Advertised, Device
 from nodeagent.core.model.grant import CLAIM, Grant
-from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Health, HealthState
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Health, HealthState
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.place import place
 from nodeagent.errors import Refused
 
-HOST_USES = ("in_use", "default_route")
-"""Attributes showing that the host itself uses a device."""
+WITHHELD = ("in_use", "default_route", "mig")
+"""Attributes of a device that is not offered: the host itself uses it, or it is a GPU in MIG mode, which computes only
+through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide)."""
 SHARES = "shares"
 """The capacity of a claim's device that is divided into shares."""
 SHARE = "::"
@@ -35,6 +36,7 @@ LONGEST_ID = 63
 """Longest id that kubelet accepts, in characters."""
 MOST_SHARES = 1024
 """Highest number of shares per device that the configuration allows."""
+NO_NODE = HealthState(state=UNKNOWN, since=0.0, reason="there is no device node to hand over")
 _OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "speed_mbps", "phys_port_name", "phys_switch_id"})
 """Attributes that an adapter has through its network interface."""
 _OF_LINK = frozenset({"speed_mbps"})
@@ -54,17 +56,16 @@ class DeviceResource:
     def devices(self, inventory: Inventory) -> list[Device]:
         """Return the devices that this resource serves, in the inventory's order.
 
-        A device that the host itself uses is served only if `match` mentions the attribute that shows this.
+        A device with one of the WITHHELD attributes is served only if `match` mentions that attribute.
         """
         return [device for device in inventory.devices if self.serves(device)]
 
     def serves(self, device: Device) -> bool:
-        """Return whether a device is of this kind, matches, and is not in use by the host (unless `match` mentions that
-        use)."""
+        """Return whether a device is of this kind, matches, and is not WITHHELD (unless `match` mentions why it is)."""
         return (
             device.kind == self.kind
             and self._matches(device)
-            and not any(device.attributes.get(use) and use not in self.match for use in HOST_USES)
+            and not any(device.attributes.get(name) and name not in self.match for name in WITHHELD)
         )
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
@@ -73,12 +74,14 @@ class DeviceResource:
         shown = [
             Advertised(
                 id=one,
-                healthy=illness(device, health) is None and device.id not in taken and left,
-                held=illness(device, health) is None,
+                healthy=ill is None and device.id not in taken and left,
+                held=ill is None,
                 numa_nodes=_device_node(device),
                 device=device.id,
+                reason="" if ill is None else ill.reason,
             )
             for device in self.devices(inventory)
+            for ill in (illness(device, health),)
             for one, left in self._left(device, shares[device.id], held)
         ]
         known = {one.id for one in shown}
@@ -256,9 +259,12 @@ def has_field(device: Device, name: str) -> bool:
 
 
 def illness(device: Device, health: Health) -> HealthState | None:
-    """Return the worse state of a device and its parent, or None if nothing is known against either."""
+    """Return the worse state of a device and its parent, or None if nothing is known against either.
+
+    A device without a device node to hand over is in unknown state at best.
+    """
     states = [health[one] for one in (device.id, device.parent) if one is not None and one in health]
-    ill = [one for one in states if one.state != HEALTHY]
+    ill = [one for one in states if one.state != HEALTHY] or ([NO_NODE] if device.lacks_node else [])
     return next((one for one in ill if one.state == UNHEALTHY), ill[0] if ill else None)
 
 

@@ -256,7 +256,7 @@ class _Now:
         return [replace(one, taints=_held(taints) if one.name in lost else taints) for one in forms]
 
     def _unhealthy(self, id: str, effect: str) -> tuple[Taint, ...]:
-        ill = illness(self.inventory.device_by_id[id], self.bad) if self.bad else None
+        ill = illness(self.inventory.device_by_id[id], self.bad)
         if ill is None:
             return ()
         return (Taint(key=UNHEALTHY_TAINT, value=ill.state, effect=effect if ill.state == UNHEALTHY else NO_SCHEDULE),)

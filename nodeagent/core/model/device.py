@@ -51,6 +51,10 @@ SHARED_NODES = frozenset(
 """Device nodes that every holder of a device gets and that belong to no device."""
 
 
+NODE_KINDS = frozenset({"accel", "block", "char", "fpga", "gpu", "nvme", "usb"})
+"""Kinds whose devices reach a container only through their device nodes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device(PciFacts):
     """A device that can be granted as a whole. `id` stays the same across reboots and driver failures."""
@@ -73,6 +77,12 @@ class Device(PciFacts):
         if self.exclusive is not None:
             return self.exclusive
         return tuple(path for path in self.paths if path not in SHARED_NODES)
+
+    @property
+    def lacks_node(self) -> bool:
+        """Return whether a container would get nothing: the kind needs device nodes, and there is none that is not
+        shared by all holders."""
+        return self.kind in NODE_KINDS and not self.exclusive and SHARED_NODES.issuperset(self.paths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,4 +149,4 @@ class Advertised:
     held: bool = False
     """Whether it is not healthy only because another grant holds it."""
     reason: str = ""
-    """Why it is unhealthy, if the cause is not the health of its device."""
+    """Why it is unhealthy, or "" if it is merely held."""

@@ -14,7 +14,7 @@ from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Context, Found, node_edits, part_of, short_id
-from nodeagent.host.devices.disks import in_use, mounted, size_bytes
+from nodeagent.host.devices.disks import BlockUses, block_uses, in_use, node, size_bytes, with_shared_use
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -29,7 +29,7 @@ class Block:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        devices = tuple(_distinct(_disks(reader, context, mounted(reader))))
+        devices = with_shared_use(_distinct(_disks(reader, context, block_uses(reader))))
         return Found(state=KindState(kind="block", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
@@ -37,7 +37,7 @@ class Block:
         return node_edits(device, devices)
 
 
-def _disks(reader: Tolerant, context: Context, mounts: frozenset[str]) -> Iterator[Device]:
+def _disks(reader: Tolerant, context: Context, uses: BlockUses) -> Iterator[Device]:
     for name, path, address, _ in pci.members(reader, "sys/class/block"):
         if _NOT_DISKS.fullmatch(name) or reader.sysfs.exists(f"{path}/partition"):
             continue
@@ -49,12 +49,12 @@ def _disks(reader: Tolerant, context: Context, mounts: frozenset[str]) -> Iterat
             "size_bytes": size_bytes(reader, path),
             "rotational": reader.text(f"{path}/queue/rotational") == "1",
             "removable": reader.text(f"{path}/removable") == "1",
-            "in_use": in_use(reader, path, mounts),
+            "in_use": in_use(reader, name, path, uses),
         }
         attributes = {key: value for key, value in told.items() if value is not None}
         owner = context.function_by_address.get(address) if address is not None else None
         id = _id(name, address, attributes.get("wwid") or attributes.get("serial"))
-        disk = part_of(owner, kind="block", id=id, paths=[f"/dev/{name}"], attributes=attributes)
+        disk = part_of(owner, kind="block", id=id, paths=[node(name)], attributes=attributes)
         wwid = attributes.get("wwid")
         # A LUN that is reached over several paths is a disk for each of them.
         yield disk if wwid is None else replace(disk, exclusive=(*disk.paths, f"wwid:{wwid}"))

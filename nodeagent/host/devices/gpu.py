@@ -1,4 +1,4 @@
-"""GPUs: NVIDIA's from PCI and NVML, AMD's from DRM and KFD, Intel's from DRM (xe, i915).
+"""GPUs: NVIDIA's from PCI, NVML and the kernel driver, AMD's from DRM and KFD, Intel's from DRM (xe, i915).
 
 A GPU's id is its PCI address whatever NVML reports, so its identity survives a missing driver. A display controller
 that cannot compute (a server's on-board VGA, bochs, qxl: no render node) is not a GPU and stays a PCI function.
@@ -16,6 +16,7 @@ from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, 
 from nodeagent.host.devices.gpu_links import nvlinks, xgmi_links
 from nodeagent.host.devices.kfd import KfdNode, kfd_nodes
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
+from nodeagent.host.nvml.driver import driver_gpus, driver_version
 from nodeagent.host.pci import AMD, INTEL, NVIDIA, Function
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -23,6 +24,14 @@ from nodeagent.host.sysfs.sysfs import SysFs
 _DISPLAY, _PROCESSING = "03", "12"
 _COMPUTE_DRIVERS = frozenset({"amdgpu", "i915", "nvidia", "xe"})
 _NVIDIA_COMMON = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset")
+_NO_LIBRARY = (
+    ", so neither the health of NVIDIA's GPUs nor their MIG instances are known: make the driver's libraries visible to"
+    " the agent (a mount and LD_LIBRARY_PATH, or the NVIDIA container runtime)"
+)
+_NO_NODE = (
+    "neither NVML nor the driver shows a device node, so the GPU is not offered: run nvidia-modprobe -u -c MINOR on the"
+    " host, and make /dev and /proc/driver/nvidia of the host visible to the agent"
+)
 _NVIDIA_CAPS = "proc/driver/nvidia-caps/mig-minors"
 
 
@@ -33,8 +42,8 @@ class Gpu:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        kfd = kfd_nodes(reader)
-        nvidia = _by_address(context.nvml)
+        kfd = kfd_nodes(reader, context.function_by_address)
+        nvidia = _nvidia_gpus(reader, context.nvml)
         devices = [
             device
             for function in context.functions
@@ -43,7 +52,7 @@ class Gpu:
         return Found(
             state=_state(context, devices),
             devices=tuple(devices),
-            links=(*nvlinks(nvidia.values()), *xgmi_links(kfd.values())),
+            links=(*nvlinks(nvidia.values()), *xgmi_links(kfd)),
             warnings=(*reader.warnings, *(context.nvml.errors if isinstance(context.nvml, Snapshot) else ())),
         )
 
@@ -56,25 +65,32 @@ class Gpu:
         return replace(edits, env=MappingProxyType({**edits.env, "NVIDIA_VISIBLE_DEVICES": ",".join(uuids)}))
 
 
-def _by_address(nvml: Snapshot | Failure | None) -> Mapping[str, NvGpu]:
-    return {gpu.pci_address: gpu for gpu in nvml.gpus} if isinstance(nvml, Snapshot) else {}
+def _nvidia_gpus(reader: Tolerant, nvml: Snapshot | Failure | None) -> Mapping[str, NvGpu]:
+    """Return the GPUs that NVML shows, by PCI address; without NVML those of the kernel driver whose nodes exist."""
+    if isinstance(nvml, Snapshot):
+        return {gpu.pci_address: gpu for gpu in nvml.gpus}
+    exists = reader.sysfs.exists
+    return {address: gpu for address, gpu in driver_gpus(reader).items() if exists(f"dev/nvidia{gpu.minor}")}
 
 
 def _devices(
-    reader: Tolerant, context: Context, function: Function, kfd: Mapping[str, KfdNode], nvidia: NvGpu | None
+    reader: Tolerant, context: Context, function: Function, nodes: Mapping[str, Sequence[KfdNode]], nvidia: NvGpu | None
 ) -> Iterator[Device]:
-    node = kfd.get(function.address)
-    if node is None and nvidia is None and not function.is_class(_DISPLAY, _PROCESSING):
+    kfd = nodes.get(function.address, ())
+    if not kfd and nvidia is None and not function.is_class(_DISPLAY, _PROCESSING):
         return
     drm = reader.names(f"{function.path}/drm")
-    if node is None and nvidia is None and not _computes(function, drm):
+    if not kfd and nvidia is None and not _computes(function, drm):
         return
-    paths = _nvidia_paths(reader, nvidia) if nvidia is not None else _drm_paths(drm, node)
-    attributes = {**_drm_attributes(drm), **_kfd_attributes(node), **_nvidia_attributes(context, function, nvidia)}
+    by_nvidia = _nvidia_attributes(reader, context, function, nvidia)
+    attributes = {**_drm_attributes(drm), **_kfd_attributes(kfd), **by_nvidia}
+    paths = _paths(reader, function, drm, kfd, nvidia)
     device = pci_device(context, function, "gpu", paths=paths, attributes=attributes)
     yield device
     if nvidia is not None:
         yield from (_mig_device(reader, device, nvidia, mig) for mig in nvidia.migs)
+    if len(kfd) > 1:
+        yield from (_partition(device, kfd, node) for node in kfd)
 
 
 def _computes(function: Function, drm: list[str]) -> bool:
@@ -92,17 +108,38 @@ def _computes(function: Function, drm: list[str]) -> bool:
 
 def _state(context: Context, devices: list[Device]) -> KindState:
     nvml = context.nvml
+    bound = [device for device in devices if device.driver == "nvidia"]
+    if reasons := () if isinstance(nvml, Snapshot) else tuple(_faults(nvml, bound)):
+        return KindState(kind="gpu", state=DEGRADED, reason="; ".join(reasons))
     if not isinstance(nvml, Failure):
         return KindState(kind="gpu", state=PRESENT)
-    if not nvml.absent:
-        return KindState(kind="gpu", state=DEGRADED, reason=nvml.reason)
     without_nvml = any(device.vendor != NVIDIA or "/dev/vfio/vfio" in device.paths for device in devices)
     return KindState(kind="gpu", state=PRESENT if without_nvml else ABSENT, reason=nvml.reason)
 
 
-def _drm_paths(drm: list[str], node: KfdNode | None) -> tuple[str, ...]:
-    nodes = tuple(f"/dev/dri/{name}" for name in drm if name.startswith(("card", "renderD")))
-    return ("/dev/kfd", *nodes) if node is not None else nodes
+def _faults(nvml: Failure | None, bound: list[Device]) -> Iterator[str]:
+    """Yield what is missing without NVML, each with its remedy. bound: the GPUs that NVIDIA's driver holds."""
+    if nvml is not None and (bound or not nvml.absent):
+        yield nvml.reason + (_NO_LIBRARY if nvml.absent else "")
+    if lacking := [device.id for device in bound if device.lacks_node]:
+        yield f"{', '.join(lacking)}: {_NO_NODE}"
+
+
+def _paths(
+    reader: Tolerant, function: Function, drm: list[str], kfd: Sequence[KfdNode], nvidia: NvGpu | None
+) -> tuple[str, ...]:
+    """Return the nodes through which a GPU computes. The DRM nodes of NVIDIA's driver only draw."""
+    if nvidia is not None:
+        return _nvidia_paths(reader, nvidia)
+    return () if function.driver == "nvidia" else _drm_paths(drm, kfd)
+
+
+def _drm_paths(drm: list[str], kfd: Sequence[KfdNode]) -> tuple[str, ...]:
+    """Return the nodes of a function and, if it is partitioned, the render nodes of all partitions."""
+    names = [name for name in drm if name.startswith(("card", "renderD"))]
+    names += [node.render for node in kfd if len(kfd) > 1 and node.render]
+    nodes = tuple(f"/dev/dri/{name}" for name in dict.fromkeys(names))
+    return ("/dev/kfd", *nodes) if kfd else nodes
 
 
 def _nvidia_paths(reader: Tolerant, gpu: NvGpu) -> tuple[str, ...]:
@@ -116,33 +153,57 @@ def _drm_attributes(drm: list[str]) -> Attributes:
     return {key: value for key, value in (("drm_card", cards), ("drm_render", render)) if value}
 
 
-def _kfd_attributes(node: KfdNode | None) -> Attributes:
-    if node is None:
-        return {}
-    found: dict[str, str | int | bool] = {"kfd_node": node.number}
-    if node.memory_bytes:
-        found["memory_bytes"] = node.memory_bytes
-    if node.unique_id:
-        found["uuid"] = f"{node.unique_id:016x}"
-    return found
+def _kfd_attributes(kfd: Sequence[KfdNode]) -> Attributes:
+    """Return the attributes of a GPU or of one partition. Its nodes share the memory and may share the unique id."""
+    found = {
+        "kfd_node": kfd[0].number if len(kfd) == 1 else None,
+        "partitions": len(kfd) if len(kfd) > 1 else None,
+        "memory_bytes": sum(node.memory_bytes for node in kfd) or None,
+        "uuid": f"{kfd[0].unique_id:016x}" if kfd and kfd[0].unique_id and _share_id(kfd) else None,
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _nvidia_attributes(context: Context, function: Function, gpu: NvGpu | None) -> Attributes:
-    """Return NVML's attributes. A GPU that the driver holds but NVML does not show (it fell off the bus) is marked."""
-    if not isinstance(context.nvml, Snapshot):
-        return {}
+def _share_id(kfd: Sequence[KfdNode]) -> bool:
+    return len({node.unique_id for node in kfd}) == 1
+
+
+def _nvidia_attributes(reader: Tolerant, context: Context, function: Function, gpu: NvGpu | None) -> Attributes:
+    """Return a GPU's attributes. One that the driver holds but NVML does not show (it fell off the bus) is marked."""
+    by_nvml = isinstance(context.nvml, Snapshot)
     if gpu is None:
-        return {"nvml": "does not show this GPU"} if function.driver == "nvidia" else {}
+        return {"nvml": "does not show this GPU"} if by_nvml and function.driver == "nvidia" else {}
     found: dict[str, str | int | bool | None] = {
-        "uuid": gpu.uuid,
-        "product": gpu.name,
-        "driver_version": context.nvml.driver_version,
+        "uuid": gpu.uuid or None,
+        "product": gpu.name or None,
+        "driver_version": _driver_version(reader, context) or None,
         "memory_bytes": gpu.memory_bytes,
         "minor": gpu.minor,
         "mig": gpu.mig_enabled,
         "ecc_uncorrected": gpu.ecc_uncorrected,
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _driver_version(reader: Tolerant, context: Context) -> str:
+    return context.nvml.driver_version if isinstance(context.nvml, Snapshot) else driver_version(reader)
+
+
+def _partition(gpu: Device, kfd: Sequence[KfdNode], node: KfdNode) -> Device:
+    """Return one partition of AMD's GPU (drivers/gpu/drm/amd/amdgpu/amdgpu_xcp.c), with its own render node.
+
+    All partitions may have the unique id of the GPU, which then identifies none of them.
+    """
+    attributes = {**_kfd_attributes([node]), **({"drm_render": node.render} if node.render else {})}
+    if _share_id(kfd):
+        attributes.pop("uuid", None)
+    return replace(
+        gpu,
+        id=f"{gpu.id}/xcp-{node.partition}",
+        parent=gpu.id,
+        paths=("/dev/kfd", *([f"/dev/dri/{node.render}"] if node.render else [])),
+        attributes=MappingProxyType(attributes),
+    )
 
 
 def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Device:

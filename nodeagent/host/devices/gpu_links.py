@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 
 from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
@@ -18,14 +18,12 @@ def nvlinks(gpus: Iterable[NvGpu]) -> tuple[Link, ...]:
     return tuple(_link(a.pci_address, b.pci_address, count) for a, b, count in counts if count)
 
 
-def xgmi_links(nodes: Iterable[KfdNode]) -> tuple[Link, ...]:
-    """Return one Link per pair of KFD nodes where either names the other."""
-    ordered = sorted(nodes, key=lambda node: node.pci_address)
-    return tuple(
-        _link(a.pci_address, b.pci_address, 1)
-        for a, b in combinations(ordered, 2)
-        if b.number in a.xgmi or a.number in b.xgmi
-    )
+def xgmi_links(gpus: Mapping[str, Sequence[KfdNode]]) -> tuple[Link, ...]:
+    """Return one Link per pair of GPUs where a node of either names one of the other. gpus: their nodes by address."""
+    numbers = {address: {node.number for node in nodes} for address, nodes in gpus.items()}
+    peers = {address: {peer for node in nodes for peer in node.xgmi} for address, nodes in gpus.items()}
+    pairs = combinations(sorted(gpus), 2)
+    return tuple(_link(a, b, 1) for a, b in pairs if numbers[b] & peers[a] or numbers[a] & peers[b])
 
 
 def _direct(a: NvGpu, b: NvGpu) -> int:

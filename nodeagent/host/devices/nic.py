@@ -1,20 +1,22 @@
 """Network and RDMA adapters: physical and virtual functions, and scalable functions on the auxiliary bus.
 
 A port that represents a virtual function inside the adapter's switch (a representor) is not a device; the attributes of
-the physical function name it. The adapter with the node's default route is marked `default_route`.
+the physical function name it. An adapter that carries a default route of the node is
+marked `default_route`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
+from nodeagent.host.default_route import routed_interfaces
 from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device, short_id
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
@@ -48,7 +50,7 @@ class Nic:
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
         below, auxiliary = _all_below(reader), _auxiliary(reader)
-        routed = default_routes(reader)
+        routed = routed_interfaces(reader)
         devices: list[Device] = []
         for function in context.functions:
             if function.is_class("02") or (function.address, "") in below:
@@ -56,7 +58,7 @@ class Nic:
                 devices.append(_nic(reader, context, function, found, auxiliary.get(function.address, []), routed))
                 devices.extend(_scalable(reader, devices[-1], below, auxiliary.get(function.address, []), routed))
         return Found(
-            state=KindState(kind="nic", state=PRESENT), devices=tuple(devices), warnings=tuple(reader.warnings)
+            state=KindState(kind="nic", state=PRESENT), devices=_with_parts(devices), warnings=tuple(reader.warnings)
         )
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
@@ -64,14 +66,16 @@ class Nic:
         return node_edits(device, devices)
 
 
-def default_routes(reader: Tolerant) -> frozenset[str]:
-    """Return the interfaces with a default route in the host's network namespace (that of process 1)."""
-    four = (line.split() for line in (reader.text("proc/1/net/route") or "").splitlines()[1:])
-    six = (line.split() for line in (reader.text("proc/1/net/ipv6_route") or "").splitlines())
-    return frozenset(
-        [words[0] for words in four if len(words) > 7 and words[1] == words[7] == "00000000"]
-        + [words[9] for words in six if len(words) > 9 and words[1] == "00" and words[9] != "lo"]
-    )
+def _with_parts(devices: Iterable[Device]) -> tuple[Device, ...]:
+    """Return the adapters, with `default_route` also on a physical function if one of its own functions has it: the
+    holder of a physical function can remove its virtual functions."""
+    found = tuple(devices)
+    above = {one.parent for one in found if one.attributes.get("default_route")}
+    return tuple(_routed(one) if one.id in above else one for one in found)
+
+
+def _routed(device: Device) -> Device:
+    return replace(device, attributes=MappingProxyType({**device.attributes, "default_route": True}))
 
 
 def _all_below(reader: Tolerant) -> Mapping[tuple[str, str], _Below]:

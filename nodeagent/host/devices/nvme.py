@@ -7,14 +7,14 @@ node itself uses is marked `in_use`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
-from nodeagent.host.devices.disks import in_use, mounted, size_bytes
+from nodeagent.host.devices.disks import UNKNOWN_USE, BlockUses, block_uses, in_use, size_bytes, with_shared_use
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -40,35 +40,34 @@ class Nvme:
             _Controller(name=name, path=path, address=address if tail == f"nvme/{name}" else None)
             for name, path, address, tail in pci.members(reader, "sys/class/nvme")
         ]
-        mounts = mounted(reader)
-        devices = (*_on_pci(reader, context, controllers, mounts), *_on_fabrics(reader, controllers, mounts))
-        return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
+        uses = block_uses(reader)
+        found = (*_on_pci(reader, context, controllers, uses), *_on_fabrics(reader, controllers, uses))
+        devices, warnings = with_shared_use(found), tuple(dict.fromkeys(reader.warnings))
+        return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=warnings)
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
         """Return the namespaces as block devices, or the vfio nodes."""
         return node_edits(device, devices)
 
 
-def _on_pci(
-    reader: Tolerant, context: Context, controllers: list[_Controller], mounts: frozenset[str]
-) -> Iterator[Device]:
+def _on_pci(reader: Tolerant, context: Context, controllers: list[_Controller], uses: BlockUses) -> Iterator[Device]:
     by_address = {one.address: one for one in controllers if one.address is not None}
     for function in context.functions:
         controller = by_address.get(function.address)
         if controller is None and not function.is_class("0108"):
             continue
         names = _namespaces(reader, controller) if controller is not None else []
-        attributes = _attributes(reader, controller, names, mounts) if controller is not None else {}
+        attributes = _attributes(reader, controller, names, uses) if controller is not None else {}
         paths = [f"/dev/{name}" for name in names]
         device = pci_device(context, function, "nvme", paths=paths, attributes=attributes)
         yield device if function.has_vfio else _with_wwids(reader, device, names)
 
 
-def _on_fabrics(reader: Tolerant, controllers: list[_Controller], mounts: frozenset[str]) -> Iterator[Device]:
+def _on_fabrics(reader: Tolerant, controllers: list[_Controller], uses: BlockUses) -> Iterator[Device]:
     for controller in controllers:
         if controller.address is None:
             names = _namespaces(reader, controller)
-            told = _attributes(reader, controller, names, mounts)
+            told = _attributes(reader, controller, names, uses)
             id = f"nvme-{told.get('serial', controller.name)}-{reader.text(f'{controller.path}/cntlid') or 0}"
             device = part_of(None, kind="nvme", id=id, paths=[f"/dev/{name}" for name in names], attributes=told)
             yield _with_wwids(reader, device, names)
@@ -86,15 +85,20 @@ def _namespaces(reader: Tolerant, controller: _Controller) -> list[str]:
     return [f"nvme{match[1]}n{match[2]}" for match in matches if match is not None]
 
 
-def _attributes(reader: Tolerant, controller: _Controller, names: list[str], mounts: frozenset[str]) -> Attributes:
+def _attributes(reader: Tolerant, controller: _Controller, names: list[str], uses: BlockUses) -> Attributes:
     found: dict[str, str | int | bool] = {"controller": controller.name}
     for name in _TOLD:
         value = reader.text(f"{controller.path}/{name}")
         if value is not None:
             found[name] = value
     if names:
-        folders = [reader.sysfs.real(f"sys/class/block/{name}") for name in names]
+        folders = {name: reader.sysfs.real(f"sys/class/block/{name}") for name in names}
         found["namespaces"] = ",".join(names)
-        found["size_bytes"] = sum(size_bytes(reader, folder) or 0 for folder in folders)
-        found["in_use"] = any(in_use(reader, folder, mounts) for folder in folders)
+        found["size_bytes"] = sum(size_bytes(reader, folder) or 0 for folder in folders.values())
+        found["in_use"] = _most(in_use(reader, *one, uses) for one in folders.items())
     return found
+
+
+def _most(answers: Iterable[bool | str]) -> bool | str:
+    """Return whether any namespace is in use; if none is, UNKNOWN_USE if that of any is unknown."""
+    return max(answers, key=(False, UNKNOWN_USE, True).index)

@@ -33,11 +33,13 @@ class NvGpu:
     pci_address: str
     """In sysfs form: 0000:3b:00.0."""
     uuid: str
+    """Empty if unknown."""
     name: str
     minor: int | None = None
     """N of /dev/nvidiaN."""
     memory_bytes: int | None = None
-    mig_enabled: bool = False
+    mig_enabled: bool | None = False
+    """None if unknown."""
     migs: tuple[Mig, ...] = ()
     nvlinks: dict[str, int] = field(default_factory=dict)
     """Number of active NVLinks by the PCI address of the other end, which may be a switch."""

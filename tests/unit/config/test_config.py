@@ -16,6 +16,9 @@ from hypothesis import strategies as some
 from nodeagent.config import schema as schema_of
 from nodeagent.config.load import LARGEST_FILE_BYTES, differences, load, parse
 from nodeagent.config.schema import DEFAULT_RESOURCES, Config, schema
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import ConfigError
 from tests.support.paths import CHECKOUT
 
@@ -46,6 +49,14 @@ def test_the_default_serves_what_needs_no_preparation() -> None:
     assert Config().served == list(DEFAULT_RESOURCES)
     assert {one.kind for one in Config().served} == {"cpu", "gpu", "nic", "char"}
     assert [one.match for one in Config().served if one.kind == "nic"] == [{"sriov": "vf"}]
+
+
+def test_the_default_gpus_are_whole() -> None:
+    """Parts have less memory; a pod that asks for a GPU must not get one of either."""
+    (default,) = (one for one in Config().served if one.kind == "gpu")
+    resource = DeviceResource(name="r/gpu", kind="gpu", match=default.match)
+    whole, part = Device(kind="gpu", id="g"), Device(kind="gpu", id="g/mig-1-0", parent="g")
+    assert [one.id for one in resource.devices(Inventory(devices=(whole, part)))] == ["g"]
 
 
 def test_an_empty_list_serves_nothing() -> None:

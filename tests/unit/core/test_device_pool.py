@@ -57,6 +57,18 @@ def shares_left(pool: Pool) -> dict[str, int]:
     return {one.name: one.capacity[SHARES].value for one in pool.devices}
 
 
+# Health
+
+
+def test_a_device_without_a_node_is_published_as_unknown() -> None:
+    """The scheduler places no new pod on it; where taints are not kept it is left out."""
+    gpus = DevicePool(kind="gpu", resources=(DeviceResource(name="r/gpu", kind="gpu"),), unhealthy_effect=NO_EXECUTE)
+    inventory = machine(device("bare", kind="gpu"), device("x", kind="gpu", paths=("/dev/dri/renderD128",)))
+    (taint,) = shown(pool_of(gpus, inventory))["bare"].taints
+    assert (taint.key, taint.value, taint.effect) == (UNHEALTHY_TAINT, UNKNOWN, NO_SCHEDULE)
+    assert list(shown(pool_of(gpus, inventory, features=Features(taints=False)))) == ["x"]
+
+
 # Names
 
 

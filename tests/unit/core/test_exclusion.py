@@ -33,7 +33,7 @@ def random_devices(pick: random.Random, count: int) -> list[Device]:
     """Each may be a part of an earlier one; device nodes and further things are drawn from few, so that many share."""
     found: list[Device] = []
     for number in range(count):
-        paths = tuple(node for node in NODES if pick.random() < 0.15)
+        paths = (f"/dev/d{number}", *(node for node in NODES if pick.random() < 0.15))
         own = tuple(thing for thing in (*paths, *MORE) if thing not in SHARED_NODES and pick.random() < 0.3)
         found.append(
             Device(

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.core.deviceplugin.devices import LONGEST_ID, DeviceResource, refuse_missing_shares, without
+from nodeagent.core.deviceplugin.devices import LONGEST_ID, DeviceResource, illness, refuse_missing_shares, without
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, Near, Parts, ResourceKind
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.device import Advertised, Device
+from nodeagent.core.model.device import NODE_KINDS, Advertised, Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence, Health, observe
 from nodeagent.core.model.inventory import Inventory
@@ -193,6 +193,49 @@ def test_only_devices_that_match_and_that_the_host_does_not_use_are_shown() -> N
     assert shown() == ["b", "c"]
     assert shown(in_use="true") == ["a"]
     assert shown(id="[bc]", speed="?") == ["c"]
+
+
+@pytest.mark.parametrize("attribute", ["in_use", "default_route", "mig"])
+@pytest.mark.parametrize("value", [True, "unknown"])
+def test_a_device_that_is_withheld_is_served_only_where_the_configuration_names_why(
+    attribute: str, value: bool | str
+) -> None:
+    """A use that is unknown counts as one; a GPU in MIG mode without instances is no GPU of its whole memory."""
+    inventory = machine(nic("a", **{attribute: value}), nic("b", **{attribute: False}), nic("c"))
+
+    def served(**match: str) -> list[str]:
+        return [one.id for one in DeviceResource(name="r", kind="nic", match=match).devices(inventory)]
+
+    assert served() == ["b", "c"]
+    assert served(**{attribute: str(value).lower()}) == ["a"]
+    assert served(**{attribute: "false"}) == ["b"]
+
+
+@pytest.mark.parametrize("kind", sorted(NODE_KINDS))
+@pytest.mark.parametrize("paths", [(), ("/dev/kfd", "/dev/nvidiactl")])
+def test_a_device_without_a_node_of_its_own_is_never_healthy(kind: str, paths: tuple[str, ...]) -> None:
+    """A container would start without it. Nodes that all holders share are not the device; evidence does not help."""
+    bare = Device(kind=kind, id="bare", paths=paths)
+    other = Device(kind=kind, id="other", paths=(*paths, "/dev/own"))
+    known = health(bare=HEALTHY, other=HEALTHY)
+    shown = DeviceResource(name="r", kind=kind).advertised(machine(bare, other), NOBODY, known)
+    assert well(shown) == ["other"]
+    assert [one.reason for one in shown] == ["there is no device node to hand over", ""]
+    assert illness(other, known) is None
+
+
+def test_a_shared_node_that_is_a_device_itself_is_healthy() -> None:
+    """A character device may be configured whose node is everyone's, and an interface needs no node."""
+    node = Device(kind="char", id="/dev/kfd", paths=("/dev/kfd",), exclusive=("/dev/kfd",))
+    assert well(DeviceResource(name="r", kind="char").advertised(machine(node), NOBODY, {})) == ["/dev/kfd"]
+    assert well(DeviceResource(name="r", kind="nic").advertised(machine(nic("a")), NOBODY, {})) == ["a"]
+
+
+def test_a_device_known_to_be_unhealthy_stays_so_without_a_node() -> None:
+    bare = Device(kind="gpu", id="bare")
+    found = illness(bare, health(bare=UNHEALTHY))
+    assert found is not None
+    assert found.state == UNHEALTHY
 
 
 def test_a_device_is_as_healthy_as_what_it_is_a_part_of() -> None:

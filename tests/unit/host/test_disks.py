@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.host.devices import disks
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths
+from tests.support.paths import SHARED
 
 
 @pytest.fixture
@@ -89,3 +96,195 @@ def test_disks_with_one_serial_number_are_told_apart_by_name(tree: DeviceTree) -
         "block-same-vda",
         "block-same-vdb",
     }
+
+
+# ---------------------------------------------------------------- what the node itself uses
+
+
+def _two_disks(tree: DeviceTree) -> tuple[Path, Path]:
+    """Disks sda and sdb, each with the partitions 1 and 2."""
+    tree.pci("0000:00:17.0", pci_class="010601", driver="ahci")
+    found = []
+    for minor, name in ((0, "sda"), (16, "sdb")):
+        disk = tree.disk("0000:00:17.0", name, f"ata{minor}", 1 << 40, dev=f"8:{minor}")
+        for part in (1, 2):
+            files = {"partition": part, "dev": f"8:{minor + part}", "size": 10}
+            tree.member("block", f"{name}{part}", disk / f"{name}{part}", files)
+        found.append(disk)
+    return found[0], found[1]
+
+
+def _uses(tree: DeviceTree) -> dict[str, object]:
+    return {str(d.attributes["name"]): d.attributes["in_use"] for d in look(tree).devices if d.kind == "block"}
+
+
+def _mount(tree: DeviceTree, *lines: str) -> None:
+    tree.write("proc/1/mountinfo", "\n".join(lines))
+
+
+def test_both_disks_of_a_btrfs_are_in_use(tree: DeviceTree) -> None:
+    """Its device number is anonymous, the mount names one disk, and sysfs names both."""
+    _two_disks(tree)
+    _mount(tree, "25 1 0:22 /@/root / rw shared:1 - btrfs /dev/sda2 rw")
+    for name in ("sda2", "sdb2"):
+        tree.link(f"sys/fs/btrfs/11111111/devices/{name}", tree.root / f"sys/class/block/{name}")
+    (tree.root / "sys/fs/btrfs/features").mkdir()
+    assert _uses(tree) == {"sda": True, "sdb": True}
+
+
+@pytest.mark.parametrize(
+    ("line", "used"),
+    [
+        ("25 1 0:22 / / rw - btrfs /dev/sda2 rw", {"sda"}),
+        ("25 1 0:22 / /a\\040b rw shared:1 master:2 - btrfs /dev/sdb rw", {"sdb"}),
+        ("25 1 0:40 / /srv rw - bcachefs /dev/sda1:/dev/sdb1 rw", {"sda", "sdb"}),
+        ("25 1 0:22 / / rw - btrfs /dev/disk/by-label/my\\040disk rw", {"sdb"}),
+        ("25 1 0:6 /sdb2 /var/lib/kubelet/volumeDevices/pvc rw - devtmpfs devtmpfs rw", {"sdb"}),
+        ("25 1 0:22 / / rw - btrfs /dev/disk/by-path/pci-0000:00:17.0-ata-1 rw", {"sdb"}),
+        ("25 1 0:6 / /dev rw - devtmpfs devtmpfs rw", set()),
+        ("25 1 0:30 / /mnt rw - nfs server:/dev/sda rw", set()),
+        ("25 1 0:30", set()),
+    ],
+)
+def test_the_source_of_a_mount_names_disks(tree: DeviceTree, line: str, used: set[str]) -> None:
+    """Also through a link, as one of several, and as the node of a raw block volume."""
+    _two_disks(tree)
+    tree.node("/dev/sdb1")
+    for link in ("by-label/my disk", "by-path/pci-0000:00:17.0-ata-1"):
+        tree.link(f"dev/disk/{link}", tree.root / "dev/sdb1")
+    _mount(tree, line)
+    assert {name for name, use in _uses(tree).items() if use} == used
+
+
+@pytest.mark.parametrize("kind", ["xfs", "ext4", "f2fs"])
+def test_a_file_system_that_is_mounted_elsewhere_is_a_use(tree: DeviceTree, kind: str) -> None:
+    """In another mount namespace; the kernel has a folder for the device all the same."""
+    _two_disks(tree)
+    (tree.root / f"sys/fs/{kind}/sdb1").mkdir(parents=True)
+    (tree.root / f"sys/fs/{kind}/features").mkdir()
+    assert _uses(tree) == {"sda": False, "sdb": True}
+
+
+def test_the_members_of_a_bcachefs_are_in_use(tree: DeviceTree) -> None:
+    _, sdb = _two_disks(tree)
+    tree.link("sys/fs/bcachefs/2222/dev-0/block", sdb / "sdb2")
+    assert _uses(tree) == {"sda": False, "sdb": True}
+
+
+def test_the_members_of_an_array_below_a_volume_are_in_use(tree: DeviceTree) -> None:
+    """The mounted volume has the array below it, and the array the partitions."""
+    _two_disks(tree)
+    for name, below in (("md0", ("sda1", "sdb2")), ("dm-0", ("md0",))):
+        folder = tree.member("block", name, tree.root / f"sys/devices/virtual/block/{name}", {"dev": "253:0"})
+        for one in below:
+            tree.link(f"{folder.relative_to(tree.root)}/slaves/{one}", tree.root / f"sys/class/block/{one}")
+    assert _uses(tree) == {"sda": True, "sdb": True}
+
+
+def test_a_disk_in_a_cache_set_or_behind_a_loop_device_is_in_use(tree: DeviceTree) -> None:
+    sda, _ = _two_disks(tree)
+    (sda / "sda1" / "bcache").mkdir()
+    loop = tree.root / "sys/devices/virtual/block/loop0"
+    tree.member("block", "loop0", loop, {"dev": "7:0", "loop/backing_file": "/dev/sdb"})
+    assert _uses(tree) == {"sda": True, "sdb": True}
+
+
+def test_swap_on_a_link_is_a_use_and_an_empty_line_is_none(tree: DeviceTree) -> None:
+    _two_disks(tree)
+    tree.node("/dev/sdb2")
+    tree.link("dev/disk/by-uuid/3333", tree.root / "dev/sdb2")
+    tree.write("proc/swaps", "Filename Type Size Used Priority\n\n/dev/disk/by-uuid/3333 partition 8388604 0 -2")
+    assert _uses(tree) == {"sda": False, "sdb": True}
+
+
+def test_every_path_to_a_mounted_lun_is_in_use(tree: DeviceTree) -> None:
+    sda, sdb = _two_disks(tree)
+    for disk in (sda, sdb):
+        tree.write(f"{disk.relative_to(tree.root)}/wwid", "naa.600000000000000a")
+    _mount(tree, "25 1 8:1 / /data rw - ext4 /dev/sda1 rw")
+    assert _uses(tree) == {"sda": True, "sdb": True}
+
+
+def test_a_namespace_of_a_btrfs_makes_its_controller_in_use(tree: DeviceTree) -> None:
+    tree.pci("0000:5f:00.0", pci_class="010802", driver="nvme")
+    tree.nvme("0000:5f:00.0", 0, {1: 1 << 40, 2: 1 << 39}, multipath=True)
+    (tree.root / "sys/fs/btrfs/4444/devices/nvme0n2").mkdir(parents=True)
+    drive = by_id(look(tree))["0000:5f:00.0"]
+    assert drive.attributes["in_use"] is True
+    assert not DeviceResource(name="r/nvme", kind="nvme").serves(drive)
+
+
+@pytest.mark.parametrize("witness", ["mount", "pool"])
+def test_with_a_zfs_pool_the_use_of_the_other_disks_is_unknown(tree: DeviceTree, witness: str) -> None:
+    """Nothing in /proc and /sys says which disks are in the pool; none of them is offered as free."""
+    _two_disks(tree)
+    _mount(
+        tree, "25 1 8:1 / / rw - ext4 /dev/sda1 rw", *(["26 25 0:40 / /tank rw - zfs tank rw"] * (witness == "mount"))
+    )
+    tree.write("proc/spl/kstat/zfs/arcstats", "")
+    if witness == "pool":
+        tree.write("proc/spl/kstat/zfs/tank/state", "ONLINE")
+    found = look(tree)
+    assert _uses(tree) == {"sda": True, "sdb": "unknown"}
+    assert any("dev/sdb" in warning and "ZFS" in warning for warning in found.warnings)
+    assert not any(DeviceResource(name="r/block", kind="block").serves(one) for one in found.devices)
+
+
+# ---------------------------------------------------------------- the running host
+
+
+@pytest.fixture
+def loop() -> str:
+    """The name of a loop device that nothing uses."""
+    for path in sorted(Path("/dev").glob("loop[0-9]*")):
+        if (Path("/sys/class/block") / path.name / "loop").exists():
+            continue
+        try:
+            os.close(os.open(path, os.O_RDONLY | os.O_EXCL))
+        except OSError:
+            continue
+        return path.name
+    pytest.skip("there is no free loop device that may be opened")
+
+
+def _use(name: str) -> tuple[bool | str, list[str]]:
+    reader = Tolerant(SysFs("/"))
+    nothing = disks.BlockUses(numbers=frozenset(), names=frozenset(), hidden=False)
+    return disks.in_use(reader, name, f"sys/class/block/{name}", nothing), reader.warnings
+
+
+def test_a_disk_that_another_program_claims_is_in_use(loop: str) -> None:
+    """As ZFS and Ceph do; nothing in /proc or /sys shows it."""
+    claim = os.open(f"/dev/{loop}", os.O_RDONLY | os.O_EXCL)
+    try:
+        assert _use(loop) == (True, [])
+    finally:
+        os.close(claim)
+    assert _use(loop) == (False, [])
+
+
+@pytest.mark.parametrize("name", ["no-such-disk", "null"])
+def test_a_disk_that_cannot_be_opened_is_not_known_to_be_free(name: str) -> None:
+    """Its node is absent or no block device; the warning names it."""
+    use, warnings = _use(name)
+    assert use == "unknown"
+    assert len(warnings) == 1
+    assert f"/dev/{name}" in warnings[0]
+
+
+def test_a_captured_tree_is_never_opened_exclusively(tree: DeviceTree) -> None:
+    """A fifo instead of a node: an open would be refused or wait."""
+    _two_disks(tree)
+    (tree.root / "dev").mkdir()
+    os.mkfifo(tree.root / "dev/sda")
+    assert _uses(tree) == {"sda": False, "sdb": False}
+
+
+def test_the_disks_of_a_recorded_btrfs_are_in_use(tmp_path: Path) -> None:
+    archive = SHARED / "cases/field/disk-in-use-btrfs.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    assert _uses(DeviceTree(root)) == {"sda": True, "sdb": True}

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.ledger.exclusion import most_together
+from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
-from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
-from nodeagent.host.devices.all_kinds import CharSelector
+from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
+from nodeagent.host.devices.all_kinds import CharSelector, Devices
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths, state
+from tests.support.paths import SHARED
 
 NVIDIA_GPU = {"pci_class": "030200", "vendor": "10de", "device": "2330", "driver": "nvidia"}
 LIBRARY_GONE = Failure(absent=True, reason="there is no library libnvidia-ml.so.1")
@@ -100,20 +105,113 @@ def test_nvlinks_become_links_that_weigh_by_their_number(tree: DeviceTree) -> No
 
 
 @pytest.mark.parametrize(
-    ("nvml", "wanted"),
+    ("nvml", "reasons"),
     [
-        (LIBRARY_GONE, KindState(kind="gpu", state=ABSENT, reason="there is no library libnvidia-ml.so.1")),
-        (HANGS, KindState(kind="gpu", state=DEGRADED, reason="NVML did not answer within 5 s")),
-        (None, KindState(kind="gpu", state=PRESENT)),
+        (LIBRARY_GONE, ["there is no library libnvidia-ml.so.1", "LD_LIBRARY_PATH", "nvidia-modprobe"]),
+        (HANGS, ["NVML did not answer within 5 s", "nvidia-modprobe"]),
+        (None, ["nvidia-modprobe"]),
     ],
 )
-def test_without_nvml_the_gpus_keep_their_identity_and_the_kind_says_why(
-    tree: DeviceTree, nvml: Failure | None, wanted: KindState
+def test_without_nvml_and_nodes_the_gpus_keep_their_identity_and_are_not_healthy(
+    tree: DeviceTree, nvml: Failure | None, reasons: list[str]
 ) -> None:
+    """The kind names the GPUs, the cause and the remedy. The nodes of the display driver are no substitute."""
     addresses = _four_gpus(tree)
+    tree.drm(addresses[0], 0)
     found = look(tree, nvml=nvml)
-    assert state(found, "gpu") == wanted
+    kind = state(found, "gpu")
+    assert kind.state == DEGRADED
+    assert all(reason in kind.reason for reason in (*reasons, *addresses))
     assert kinds_of(found) == dict.fromkeys(addresses, "gpu")
+    assert _healthy(found) == set()
+
+
+def _healthy(found: Devices) -> set[str]:
+    """The ids of GPUs that a resource advertises as healthy while nothing is known against them."""
+    shown = DeviceResource(name="r/gpu", kind="gpu").advertised(Inventory(devices=found.devices), Ledger(), {})
+    assert all(one.healthy or one.reason for one in shown)
+    return {one.id for one in shown if one.healthy}
+
+
+def _driver_shows(tree: DeviceTree, address: str, minor: int, *, uuid: str = "", excluded: str = "No") -> None:
+    lines = (
+        "Model: \t\t NVIDIA H100 80GB HBM3",
+        f"GPU UUID: \t {uuid or f'GPU-{minor}'}",
+        f"Bus Location: \t {address}",
+        f"Device Minor: \t {minor}",
+        f"GPU Excluded:\t {excluded}",
+    )
+    tree.write(f"proc/driver/nvidia/gpus/{address}/information", "\n".join(lines))
+
+
+@pytest.mark.parametrize("nvml", [LIBRARY_GONE, HANGS, None])
+def test_without_nvml_the_kernel_driver_shows_what_a_container_needs(tree: DeviceTree, nvml: Failure | None) -> None:
+    first, second, unopened, excluded = _four_gpus(tree)
+    _driver_shows(tree, first, 0)
+    _driver_shows(tree, second, 1)
+    _driver_shows(tree, unopened, 2, uuid="GPU-????????-????-????-????-????????????")
+    _driver_shows(tree, excluded, 3, excluded="Yes")
+    tree.write("sys/module/nvidia/version", "580.95")
+    for node in ("nvidia0", "nvidia2", "nvidia3", "nvidiactl"):
+        tree.node(f"/dev/{node}")
+    found = look(tree, nvml=nvml)
+    gpu = by_id(found)[first]
+    assert gpu.attributes == {
+        "uuid": "GPU-0",
+        "product": "NVIDIA H100 80GB HBM3",
+        "driver_version": "580.95",
+        "minor": 0,
+    }
+    assert paths(edits(gpu)) == ["/dev/nvidia0", "/dev/nvidiactl"]
+    assert edits(gpu).env["NVIDIA_VISIBLE_DEVICES"] == "GPU-0"
+    assert "uuid" not in by_id(found)[unopened].attributes
+    assert _healthy(found) == {first, unopened}
+    assert state(found, "gpu").state == DEGRADED
+    assert f"{second}, {excluded}: " in state(found, "gpu").reason
+
+
+def test_a_missing_library_is_a_fault_also_where_every_node_exists(tree: DeviceTree) -> None:
+    """Health and MIG instances are unknown; on a machine whose GPUs NVIDIA's driver does not hold it is none."""
+    address = "0000:1b:00.0"
+    tree.pci(address, **NVIDIA_GPU)  # type: ignore[arg-type]
+    _driver_shows(tree, address, 0)
+    tree.node("/dev/nvidia0")
+    assert state(look(tree, nvml=LIBRARY_GONE), "gpu").state == DEGRADED
+    assert state(look(tree), "gpu") == KindState(kind="gpu", state=PRESENT)
+    (tree.folders[address] / "driver").unlink()
+    gone = KindState(kind="gpu", state=ABSENT, reason="there is no library libnvidia-ml.so.1")
+    assert state(look(tree, nvml=LIBRARY_GONE), "gpu") == gone
+
+
+def test_without_nvml_a_gpu_with_mig_instances_is_not_offered_as_a_whole(tree: DeviceTree) -> None:
+    """The driver has a folder of capabilities for each instance."""
+    first, second, *_ = _four_gpus(tree)
+    for minor, address in enumerate((first, second)):
+        _driver_shows(tree, address, minor)
+        tree.node(f"/dev/nvidia{minor}")
+    tree.write("proc/driver/nvidia/capabilities/gpu1/mig/gi2/access", "DeviceFileMinor: 57")
+    found = look(tree, nvml=LIBRARY_GONE)
+    assert by_id(found)[second].attributes["mig"] is True
+    assert _healthy(found) == {first}
+
+
+@pytest.mark.parametrize("instances", [0, 1])
+def test_a_gpu_in_mig_mode_is_not_offered_as_a_whole(tree: DeviceTree, instances: int) -> None:
+    """Without instances it computes nothing; with some only these do."""
+    address = _four_gpus(tree)[0]
+    mig = Mig(uuid="MIG-1", profile="3g.40gb", memory_bytes=40 << 30, gpu_instance=2, compute_instance=0)
+    found = look(tree, nvml=snapshot(nvidia(address, 0, mig_enabled=True, migs=(mig,) * instances)))
+    assert _healthy(found) == {f"{address}/mig-2-0" for _ in range(instances)}
+
+
+def test_a_malformed_minor_number_costs_its_gpu_and_no_other(tree: DeviceTree) -> None:
+    first, second, *_ = _four_gpus(tree)
+    _driver_shows(tree, first, 0)
+    tree.node("/dev/nvidia0")
+    tree.write(f"proc/driver/nvidia/gpus/{second}/information", "Model: X\nDevice Minor: ten")
+    found = look(tree)
+    assert _healthy(found) == {first}
+    assert any("'ten'" in warning for warning in found.warnings)
 
 
 def test_a_missing_library_does_not_make_the_gpus_of_others_absent(tree: DeviceTree) -> None:
@@ -152,6 +250,100 @@ def test_amd_gpus_are_found_through_kfd_with_their_links(tree: DeviceTree) -> No
     assert found.links == (Link(a="0000:0c:00.0", b="0001:22:00.0", type="nvlink", weight=LINK_WEIGHTS["nvlink"]),)
 
 
+GIB = 1 << 30
+
+
+def _partitioned(tree: DeviceTree, address: str, count: int, *, shift: int = 0, first: int = 1) -> None:
+    """A GPU of `count` nodes, numbered from `first`, with render nodes from 128 + first. shift: where location_id has
+    the number of a partition."""
+    tree.pci(address, pci_class="120000", vendor="1002", device="74a1", driver="amdgpu", numa_node=0)
+    tree.drm(address, first)
+    for number in range(count):
+        partition, render = number << shift, 128 + first + number
+        tree.kfd(first + number, address, partition=partition, render=render, memory_bytes=24 * GIB)
+
+
+@pytest.mark.parametrize("shift", [0, 28])
+@pytest.mark.parametrize("count", [2, 3, 4, 8])
+def test_the_partitions_of_an_amd_gpu_are_parts_with_their_own_render_node_and_memory(
+    tree: DeviceTree, count: int, shift: int
+) -> None:
+    """Whether the kernel adds the number of the partition to the function or has it in the highest bits."""
+    address = "0000:05:00.0"
+    _partitioned(tree, address, count, shift=shift)
+    found = by_id(look(tree))
+    assert list(found) == [address, *(f"{address}/xcp-{number}" for number in range(count))]
+    whole, *parts = found.values()
+    assert whole.attributes == {
+        "drm_card": "card1",
+        "drm_render": "renderD129",
+        "partitions": count,
+        "memory_bytes": count * 24 * GIB,
+        "uuid": "0000000000001234",
+    }
+    assert whole.paths == ("/dev/kfd", "/dev/dri/card1", *(f"/dev/dri/renderD{129 + n}" for n in range(count)))
+    for number, part in enumerate(parts):
+        node = f"renderD{129 + number}"
+        assert (part.parent, part.numa_node, part.pci_address) == (address, 0, address)
+        assert part.attributes == {"kfd_node": 1 + number, "memory_bytes": 24 * GIB, "drm_render": node}
+        assert part.paths == ("/dev/kfd", f"/dev/dri/{node}")
+        assert part.exclusive_parts == (f"/dev/dri/{node}",)
+
+
+def test_partitions_exclude_their_whole_and_not_each_other(tree: DeviceTree) -> None:
+    _partitioned(tree, "0000:05:00.0", 8)
+    found = look(tree)
+    inventory = Inventory(devices=found.devices)
+    parts = [one.id for one in found.devices if one.parent is not None]
+    assert all(inventory.excluded_by[part] == {"0000:05:00.0"} for part in parts)
+    assert most_together(inventory, by_id(found)) == parts
+    assert _healthy(found) == set(by_id(found))
+
+
+def test_the_audio_function_of_a_gpu_is_not_taken_for_its_partition(tree: DeviceTree) -> None:
+    """A second function that is a GPU, however, is one."""
+    _partitioned(tree, "0000:05:00.0", 2)
+    tree.pci("0000:05:00.1", pci_class="040300", vendor="1002", driver="snd_hda_intel")
+    assert "0000:05:00.0/xcp-1" in by_id(look(tree))
+    tree.pci("0000:06:00.0", pci_class="120000", vendor="1002", driver="amdgpu")
+    tree.pci("0000:06:00.1", pci_class="120000", vendor="1002", driver="amdgpu")
+    tree.kfd(8, "0000:06:00.0")
+    tree.kfd(9, "0000:06:00.1")
+    found = by_id(look(tree))
+    assert (found["0000:06:00.0"].attributes["kfd_node"], found["0000:06:00.1"].attributes["kfd_node"]) == (8, 9)
+
+
+def test_partitions_that_the_kernel_does_not_number_are_numbered_by_position(tree: DeviceTree) -> None:
+    address = "0000:05:00.0"
+    tree.pci(address, pci_class="120000", vendor="1002", driver="amdgpu")
+    for number in (4, 5):
+        tree.kfd(number, address, render=124 + number, unique_id=number)
+    found = by_id(look(tree))
+    assert [found[f"{address}/xcp-{n}"].attributes["kfd_node"] for n in (0, 1)] == [4, 5]
+    assert [found[f"{address}/xcp-{n}"].attributes["uuid"] for n in (0, 1)] == [f"{4:016x}", f"{5:016x}"]
+    assert "uuid" not in found[address].attributes
+
+
+def test_a_partition_without_a_render_node_is_not_healthy(tree: DeviceTree) -> None:
+    address = "0000:05:00.0"
+    tree.pci(address, pci_class="120000", vendor="1002", driver="amdgpu")
+    tree.drm(address, 0)
+    tree.kfd(1, address, render=128)
+    tree.kfd(2, address, partition=1)
+    assert _healthy(look(tree)) == {address, f"{address}/xcp-0"}
+
+
+def test_partitioned_gpus_have_one_link(tree: DeviceTree) -> None:
+    """Links between partitions of one GPU are none."""
+    a, b = "0000:05:00.0", "0000:06:00.0"
+    for first, address in ((1, a), (3, b)):
+        tree.pci(address, pci_class="120000", vendor="1002", driver="amdgpu")
+        for number in (0, 1):
+            xgmi = [one for one in range(1, 5) if one != first + number]
+            tree.kfd(first + number, address, xgmi, partition=number, render=127 + first + number)
+    assert look(tree).links == (Link(a=a, b=b, type="nvlink", weight=LINK_WEIGHTS["nvlink"]),)
+
+
 def test_a_node_that_belongs_to_another_device_is_not_served_twice(tree: DeviceTree) -> None:
     """A configured /dev/nvidia0 is part of a GPU; /dev/nvidiactl is everyone's."""
     address = _four_gpus(tree)[0]
@@ -161,3 +353,30 @@ def test_a_node_that_belongs_to_another_device_is_not_served_twice(tree: DeviceT
     found = look(tree, char=(selector,), nvml=snapshot(nvidia(address, 0)))
     assert [device.id for device in found.devices if device.kind == "char"] == ["/dev/nvidiactl"]
     assert f"cannot serve /dev/nvidia0 as char: it is part of gpu {address}" in found.warnings
+
+
+# ---------------------------------------------------------------- recorded machines
+
+
+def _recorded(tmp_path: Path, name: str) -> DeviceTree:
+    archive = SHARED / f"cases/field/{name}.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    return DeviceTree(next(tmp_path.iterdir()))
+
+
+def test_the_gpus_of_a_recorded_machine_without_the_library_are_complete(tmp_path: Path) -> None:
+    found = look(_recorded(tmp_path, "nvidia-no-library"), nvml=LIBRARY_GONE)
+    assert _healthy(found) == {"0000:41:00.0", "0000:42:00.0"}
+    assert {paths(edits(one))[0] for one in found.devices if one.kind == "gpu"} == {"/dev/nvidia0", "/dev/nvidia1"}
+
+
+def test_a_recorded_gpu_in_cpx_mode_has_eight_partitions(tmp_path: Path) -> None:
+    found = look(_recorded(tmp_path, "amd-cpx"))
+    parts = [one for one in found.devices if one.kind == "gpu" and one.parent is not None]
+    assert {one.parent for one in parts} == {"0000:05:00.0"}
+    assert [one.exclusive_parts for one in parts] == [(f"/dev/dri/renderD{128 + number}",) for number in range(8)]
+    assert {one.attributes["memory_bytes"] for one in parts} == {24 * GIB}
+    assert by_id(found)["0000:05:00.0"].attributes["memory_bytes"] == 192 * GIB

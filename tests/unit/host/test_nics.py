@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
 
+from nodeagent.core.deviceplugin.devices import DeviceResource
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths
+from tests.support.paths import SHARED
 
 
 @pytest.fixture
@@ -110,3 +113,158 @@ def test_a_malformed_value_of_an_interface_costs_itself(tree: DeviceTree, file: 
     assert str(folder / file) in found.warnings[0]
     assert f"'{value}'" in found.warnings[0]
     assert by_id(found)["0000:3b:00.0"].attributes["mac"] == "02:00:00:00:00:01"
+
+
+# ---------------------------------------------------------------- the node's own routes
+
+FIRST, SECOND, THIRD = "0000:3b:00.0", "0000:3b:00.1", "0000:5e:00.0"
+
+
+def _three_adapters(tree: DeviceTree) -> None:
+    """eth0, eth1 and eth2, each with its own MAC address."""
+    for number, address in enumerate((FIRST, SECOND, THIRD)):
+        tree.pci(address)
+        tree.net(address, f"eth{number}", address=f"02:00:00:00:00:0{number}")
+
+
+def _virtual(tree: DeviceTree, name: str, *lowers: str, **files: object) -> Path:
+    """A software interface above others, with the links that the kernel makes on both sides."""
+    folder = tree.member("net", name, tree.root / f"sys/devices/virtual/net/{name}", {"flags": "0x1003", **files})
+    for lower in lowers:
+        tree.link(f"{folder.relative_to(tree.root)}/lower_{lower}", _interface(tree, lower))
+        tree.link(f"{_interface(tree, lower).relative_to(tree.root)}/upper_{name}", folder)
+    return folder
+
+
+def _interface(tree: DeviceTree, name: str) -> Path:
+    return (tree.root / f"sys/class/net/{name}").resolve()
+
+
+def _default_route(tree: DeviceTree, name: str) -> None:
+    head = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT"
+    tree.write("proc/1/net/route", f"{head}\n{name} 00000000 0101A8C0 0003 0 0 0 00000000 0 0 0")
+
+
+def _routed(tree: DeviceTree) -> set[str]:
+    """The adapters with a default route; none of them is served."""
+    found = [device for device in look(tree).devices if device.attributes.get("default_route")]
+    resource = DeviceResource(name="r/nic", kind="nic")
+    assert not any(resource.serves(one) for one in found)
+    return {device.id for device in found}
+
+
+def test_every_adapter_of_a_routed_bond_is_marked(tree: DeviceTree) -> None:
+    _three_adapters(tree)
+    _virtual(tree, "bond0", "eth0", "eth1")
+    _default_route(tree, "bond0")
+    assert _routed(tree) == {FIRST, SECOND}
+
+
+def test_adapters_are_found_below_a_bridge_on_a_vlan_on_a_bond(tree: DeviceTree) -> None:
+    _three_adapters(tree)
+    _virtual(tree, "bond0", "eth0", "eth2")
+    _virtual(tree, "bond0.100", "bond0")
+    _virtual(tree, "br0", "bond0.100")
+    _virtual(tree, "macvlan0", "br0")
+    _default_route(tree, "macvlan0")
+    assert _routed(tree) == {FIRST, THIRD}
+
+
+@pytest.mark.parametrize("how", ["lower link", "upper link", "master", "slaves", "port of a bridge", "table of VLANs"])
+def test_one_witness_of_a_relation_is_enough(tree: DeviceTree, how: str) -> None:
+    _three_adapters(tree)
+    above, below = _virtual(tree, "above"), _interface(tree, "eth1")
+    at = {"lower link": above / "lower_eth1", "upper link": below / "upper_above", "master": below / "master"}
+    if how in at:
+        tree.link(str(at[how].relative_to(tree.root)), below if how == "lower link" else above)
+    elif how == "slaves":
+        (above / "bonding").mkdir()
+        (above / "bonding/slaves").write_text("eth1\n")
+    elif how == "port of a bridge":
+        (above / "brif/eth1").mkdir(parents=True)
+    else:
+        head = "VLAN Dev name | VLAN ID\nName-Type: VLAN_NAME_TYPE_RAW_PLUS_VID_NO_PAD"
+        tree.write("proc/1/net/vlan/config", f"{head}\nabove          | 100  | eth1")
+    _default_route(tree, "above")
+    assert _routed(tree) == {SECOND}
+
+
+def test_a_loop_of_interfaces_ends(tree: DeviceTree) -> None:
+    _three_adapters(tree)
+    _virtual(tree, "a", "eth0")
+    _virtual(tree, "b", "a")
+    tree.link("sys/devices/virtual/net/a/lower_b", tree.root / "sys/devices/virtual/net/b")
+    _default_route(tree, "b")
+    assert _routed(tree) == {FIRST}
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_the_virtual_function_below_hyper_vs_interface_is_marked(tree: DeviceTree, linked: bool) -> None:
+    """An old kernel does not link them; they have the same MAC address."""
+    _three_adapters(tree)
+    folder = tree.root / "sys/devices/LNXSYSTM:00/VMBUS:00/000d3a00/net/synthetic"
+    tree.member("net", "synthetic", folder, {"flags": "0x1003", "address": "02:00:00:00:00:02"})
+    if linked:
+        tree.link(f"{_interface(tree, 'eth2').relative_to(tree.root)}/master", folder)
+    _default_route(tree, "synthetic")
+    assert _routed(tree) == {THIRD}
+
+
+def test_the_ports_of_open_vswitch_are_below_its_bridges(tree: DeviceTree) -> None:
+    """The bridge's own interface has no link to anything; the ports have the datapath as their master."""
+    _three_adapters(tree)
+    _virtual(tree, "ovs-system", "eth0", "eth1", address="12:34:56:78:9a:bc")
+    _virtual(tree, "br-ex", address="02:00:00:00:00:00")
+    _default_route(tree, "br-ex")
+    assert _routed(tree) == {FIRST, SECOND}
+
+
+VRF_TABLES = """Main:
+  +-- 0.0.0.0/0 3 0 5
+     |-- 10.0.0.0
+        /24 link UNICAST
+Id 200:
+  +-- 0.0.0.0/0 2 0 2
+     |-- 0.0.0.0
+        /0 universe {kind}"""
+
+
+@pytest.mark.parametrize(
+    ("tables", "wanted"),
+    [
+        (VRF_TABLES.format(kind="UNICAST"), {FIRST}),
+        (VRF_TABLES.format(kind="UNREACHABLE"), set()),
+        (VRF_TABLES.replace("Id 200:", "Main:").format(kind="UNICAST"), set()),
+        (None, {FIRST}),
+    ],
+)
+def test_the_members_of_a_vrf_are_marked_if_its_table_may_have_a_default_route(
+    tree: DeviceTree, tables: str | None, wanted: set[str]
+) -> None:
+    """/proc/net/route has the main table alone; without the list of tables nothing proves that there is none."""
+    _three_adapters(tree)
+    _virtual(tree, "blue", "eth0", flags="0x4c1")
+    _virtual(tree, "bond0", "eth1", flags="0x1443")
+    if tables is not None:
+        tree.write("proc/1/net/fib_trie", tables)
+    assert _routed(tree) == wanted
+
+
+def test_a_route_on_a_virtual_function_marks_the_physical_one_and_not_its_siblings(tree: DeviceTree) -> None:
+    tree.pci(FIRST, driver="ice")
+    for index in range(2):
+        tree.vf(FIRST, index, f"0000:3b:01.{index}")
+        tree.net(f"0000:3b:01.{index}", f"vf{index}")
+    _default_route(tree, "vf1")
+    assert _routed(tree) == {FIRST, "0000:3b:01.1"}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("bond", {"0000:00:03.0", "0000:00:03.1"}), ("netvsc", {"0001:00:02.0"})])
+def test_the_adapters_of_a_recorded_route_are_marked(tmp_path: Path, name: str, wanted: set[str]) -> None:
+    archive = SHARED / f"cases/field/nic-default-route-{name}.tar.xz"
+    if not archive.exists():
+        pytest.skip(f"no {archive}")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path, filter="data")
+    (root,) = tmp_path.iterdir()
+    assert _routed(DeviceTree(root)) == wanted

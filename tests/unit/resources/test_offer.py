@@ -75,6 +75,15 @@ def test_a_container_does_not_start_without_a_device_that_cannot_be_named() -> N
         by_uuid.edits(machine(), gpu_grant())
 
 
+def test_a_container_does_not_start_without_the_node_of_its_device() -> None:
+    """Unless the configuration says that CDI provides everything."""
+    bare = inventory_of(even_rows(1, 2, 1, 4, 1), devices=[Device(kind="gpu", id="0000:01:00.0", paths=("/dev/kfd",))])
+    with pytest.raises(HostError, match=r"cannot hand over 0000:01:00\.0: it has no device node"):
+        offer(kind="gpu").edits(bare, gpu_grant())
+    by_cdi = offer(kind="gpu", deviceNodes=False, cdi={"kind": "vendor.com/gpu"})
+    assert by_cdi.edits(bare, gpu_grant()).cdi_devices == ("vendor.com/gpu=0000:01:00.0",)
+
+
 def test_what_cannot_be_offered_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"cannot serve nodeagent\.dev/r: unknown kind 'gpus', expected one of .*gpu"):
         offer(kind="gpus")

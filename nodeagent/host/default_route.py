@@ -1,0 +1,123 @@
+"""Which network interfaces carry the node's default routes: those named by a route, and all interfaces below them.
+
+A route names a bond, a bridge, a VLAN or Hyper-V's synthetic interface as often as an adapter. The kernel links every
+stacked interface with those below it (Documentation/ABI/testing/sysfs-class-net, upper_* and lower_*); what it does not
+link (Open vSwitch) is taken from other evidence.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+
+from nodeagent.host import pci
+from nodeagent.host.sysfs.lenient import Tolerant
+
+_NET = "sys/class/net"
+_OPEN_VSWITCH = "ovs-system"
+"""The datapath, master of all ports except the bridges' own interfaces (net/openvswitch/vport-netdev.c)."""
+_VRF_FLAGS = 0x480
+"""IFF_MASTER and IFF_NOARP: no other interface has both (drivers/net/vrf.c)."""
+
+
+def routed_interfaces(reader: Tolerant) -> frozenset[str]:
+    """Return the interfaces with a default route in the network namespace of process 1, and all that are below them."""
+    adapters = {name: address is not None for name, _, address, _ in pci.members(reader, _NET)}
+    below = _links(reader, adapters)
+    named = {*_routes(reader), *_routed_vrfs(reader, below)}
+    return _reachable([*named, *_unlinked(reader, adapters, below, named)], below)
+
+
+def _routes(reader: Tolerant) -> frozenset[str]:
+    """Return the interfaces that default routes name. The file for IPv4 has only the main table, that for IPv6 all."""
+    four = (line.split() for line in (reader.text("proc/1/net/route") or "").splitlines()[1:])
+    six = (line.split() for line in (reader.text("proc/1/net/ipv6_route") or "").splitlines())
+    return frozenset(
+        [words[0] for words in four if len(words) > 7 and words[1] == words[7] == "00000000"]
+        + [words[9] for words in six if len(words) > 9 and words[1] == "00" and words[9] != "lo"]
+    )
+
+
+def _routed_vrfs(reader: Tolerant, names: Iterable[str]) -> list[str]:
+    """Return the VRFs if a table other than the main one may have a default route: nothing shows whose table it is."""
+    vrfs = [name for name in names if (reader.number(f"{_NET}/{name}/flags") or 0) & _VRF_FLAGS == _VRF_FLAGS]
+    return vrfs if vrfs and _other_table_has_default(reader) else []
+
+
+def _other_table_has_default(reader: Tolerant) -> bool:
+    """Return whether a table other than main and local has a default route; True if the tables cannot be read.
+
+    Tables start with "Main:", "Local:" or "Id N:" (net/ipv4/fib_trie.c, fib_trie_seq_show); a default route is the line
+    "/0 universe UNICAST" below the leaf 0.0.0.0.
+    """
+    text = reader.text("proc/1/net/fib_trie")
+    if text is None:
+        return True
+    table, leaf = "", ""
+    for words in filter(None, map(str.split, text.splitlines())):
+        if words[-1].endswith(":"):
+            table = words[0]
+        elif words[0] == "|--":
+            leaf = words[1]
+        elif table == "Id" and leaf == "0.0.0.0" and words[0] == "/0" and words[-1] == "UNICAST":  # noqa: S104
+            return True
+    return False
+
+
+# ---------------------------------------------------------------- what is below what
+
+
+def _links(reader: Tolerant, names: Iterable[str]) -> Mapping[str, set[str]]:
+    """Return the interfaces directly below each interface."""
+    below: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        for upper, lower in _pairs(reader, name, reader.names(f"{_NET}/{name}")):
+            below[upper].add(lower)
+    for line in (reader.text("proc/1/net/vlan/config") or "").splitlines()[2:]:
+        vlan, *_, parent = (word.strip() for word in line.split("|"))
+        below[vlan].add(parent)
+    return below
+
+
+def _pairs(reader: Tolerant, name: str, files: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (upper, lower) for each relation that the folder of one interface shows."""
+    path = f"{_NET}/{name}"
+    for file in files:
+        kind, _, other = file.partition("_")
+        if other and kind in ("lower", "upper"):
+            yield (name, other) if kind == "lower" else (other, name)
+    if "master" in files and (master := reader.link_name(f"{path}/master")):
+        yield master, name
+    if "bonding" in files:
+        yield from ((name, slave) for slave in (reader.text(f"{path}/bonding/slaves") or "").split())
+    if "brif" in files:
+        yield from ((name, port) for port in reader.names(f"{path}/brif"))
+
+
+def _reachable(names: Iterable[str], below: Mapping[str, set[str]]) -> frozenset[str]:
+    """Return the interfaces and all below them, at any depth; loops end."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting.extend(below.get(name, ()))
+    return frozenset(found)
+
+
+def _unlinked(
+    reader: Tolerant, adapters: Mapping[str, bool], below: Mapping[str, set[str]], named: Iterable[str]
+) -> Iterator[str]:
+    """Yield what is below those routed interfaces that no link leads to an adapter from.
+
+    The kernel does not link an Open vSwitch bridge with its ports, and old kernels do not link Hyper-V's synthetic
+    interface with the virtual function. So all ports of the datapath count, and adapters with the same MAC address.
+    """
+    for name in named:
+        if any(adapters.get(one) for one in _reachable([name], below)):
+            continue
+        address = reader.text(f"{_NET}/{name}/address")
+        yield _OPEN_VSWITCH
+        if address is not None:
+            yield from (one for one in adapters if adapters[one] and reader.text(f"{_NET}/{one}/address") == address)
