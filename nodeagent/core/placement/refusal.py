@@ -83,15 +83,15 @@ def _forbidden(machine: MachineIndex, request: Request, fits: Fits) -> Refused:
     if request.numa != BEST_EFFORT:
         rules.insert(0, f"NUMA policy {request.numa}")
     change = next((text for text, other in _relaxed(request) if fits(other)), "")
-    under = f" under {', '.join(rules)}" if rules else ""
+    under = ", ".join(rules) or "these limits"
     if request.cpus:
         threads = max((core.bit_count() for core in machine.cores.values()), default=1)
         most = _most_cpus(request, threads if opt.FULL_PCPUS in request.options else 1, fits)
         would = f"{_cpus(most)} would fit" if most else "none would fit"
-        why = f"cannot place {_cpus(request.cpus)}{under}: {would}"
+        why = f"cannot place {_cpus(request.cpus)} under {under}: {would}"
         return Refused(why, want=request.cpus, free=most, unit=CPUS, would_admit=change)
     what, want, most, unit = _most_of_rest(request, fits)
-    why = f"cannot place {want} {what}{under}: {most or 'none'} would fit"
+    why = f"cannot place {want} {what} under {under}: {most or 'none'} would fit"
     return Refused(why, want=want, free=most, unit=unit, would_admit=change)
 
 

@@ -246,6 +246,7 @@ def test_the_agent_exits_with_2_and_the_ways_out_instead_of_trying_for_ever(fold
     state.mkdir()
     newer(state, back=False)
     (folder / "config.yaml").write_text(json.dumps({"stateDir": str(state), "runtimeDir": str(folder / "run")}))
+    (folder / "sys").mkdir()
     done = nodeagent("run", "--config", str(folder / "config.yaml"), "--root", str(folder))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "--accept-loss" in done.stderr
