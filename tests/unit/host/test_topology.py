@@ -332,6 +332,65 @@ def test_packages_with_id_minus_one_are_told_apart_by_siblings(tmp_path: Path) -
     assert groups(read(root), "package") == ["0-1", "2-3", "4-5", "6-7"]
 
 
+def described(root: Path, cpu: int, caches: list[tuple[int, str, str]]) -> None:
+    """Replace the caches of a CPU: level, type and members of each, in the order of their folders."""
+    folder = root / CPU / f"cpu{cpu}/cache"
+    shutil.rmtree(folder, ignore_errors=True)
+    for index, (level, kind, members) in enumerate(caches):
+        (folder / f"index{index}").mkdir(parents=True)
+        for name, text in {"level": f"{level}", "type": kind, "shared_cpu_list": members, "size": "32K"}.items():
+            (folder / f"index{index}" / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("caches", "expected"),
+    [
+        (
+            # As on RISC-V: the instruction cache comes first, and only the core is shared.
+            {cpu: [(1, "Instruction", f"{cpu}"), (1, "Data", f"{cpu}"), (2, "Unified", f"{cpu}")] for cpu in (0, 1)},
+            {1: ["0", "1"], 2: ["0", "1"]},
+        ),
+        (
+            # As on AMD Bulldozer: two CPUs share the instruction cache and the second level, not the data cache.
+            {cpu: [(1, "Instruction", "0-1"), (1, "Data", f"{cpu}"), (2, "Unified", "0-1")] for cpu in (0, 1)},
+            {1: ["0", "1"], 2: ["0-1"]},
+        ),
+        (
+            # The CPUs of one first-level cache have second-level caches of their own.
+            {cpu: [(1, "Data", "0-1"), (2, "Unified", f"{cpu}"), (3, "Unified", "0-1")] for cpu in (0, 1)},
+            {1: ["0-1"], 2: ["0", "1"], 3: ["0-1"]},
+        ),
+        (
+            # Folders of one number are caches of different levels.
+            {
+                0: [(1, "Data", "0"), (1, "Instruction", "0"), (2, "Unified", "0"), (3, "Unified", "0-1")],
+                1: [(3, "Unified", "0-1"), (2, "Unified", "1"), (1, "Data", "1")],
+            },
+            {1: ["0", "1"], 2: ["0", "1"], 3: ["0-1"]},
+        ),
+        (
+            # Only one of the two has a second level.
+            {
+                0: [(1, "Data", "0"), (2, "Unified", "0"), (3, "Unified", "0-1")],
+                1: [(1, "Data", "1"), (3, "Unified", "0-1")],
+            },
+            {1: ["0", "1"], 2: ["0"], 3: ["0-1"]},
+        ),
+    ],
+    ids=["instruction-first", "shared-instruction-cache", "shared-first-level", "other-order", "missing-level"],
+)
+def test_caches_are_those_of_each_cpus_own_files(
+    tmp_path: Path, caches: dict[int, list[tuple[int, str, str]]], expected: dict[int, list[str]]
+) -> None:
+    root = machine(tmp_path, "1s1n1c-smt")
+    for cpu, mine in caches.items():
+        described(root, cpu, mine)
+    found = read(root)
+    assert {level: [str(one.cpus) for one in found.caches if one.level == level] for level in expected} == expected
+    assert {group.level for group in found.caches} == expected.keys()
+    assert found.warnings == ()
+
+
 def test_a_machine_without_cache_folders_has_no_caches(tmp_path: Path) -> None:
     root = machine(tmp_path, "1s1n4c")
     for folder in (root / CPU).glob("cpu*/cache"):
