@@ -325,6 +325,61 @@ def test_core_ids_that_repeat_on_each_package_are_different_cores(tmp_path: Path
     assert len(groups(found, "core")) == 8
 
 
+def without_lists(root: Path, **numbers: Callable[[int], int]) -> Path:
+    """Leave only ids in the topology of each CPU: what `numbers` gives for a CPU replaces the number of that name."""
+    for folder in (root / CPU).glob("cpu*/topology"):
+        for path in folder.iterdir():
+            if not path.name.endswith("_id"):
+                path.unlink()
+        for name, number in numbers.items():
+            (folder / name).write_text(f"{number(int(folder.parent.name[3:]))}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "expected"),
+    [
+        ("1s2n4c", {}, ["0", "1", "2", "3"]),
+        ("1s2n4c-smt", {}, ["0,4", "1,5", "2,6", "3,7"]),
+        ("1s1n4c", {"die_id": lambda cpu: cpu // 2}, ["0", "1", "2", "3"]),
+        ("1s1n4c", {"cluster_id": lambda cpu: cpu // 2}, ["0", "1", "2", "3"]),
+        ("1s1n4c-smt", {"die_id": lambda cpu: cpu % 4 // 2}, ["0,4", "1,5", "2,6", "3,7"]),
+        ("1s1n4c", {"die_id": lambda _: -1, "cluster_id": lambda _: -1}, ["0", "1", "2", "3"]),
+        ("1s1n4c-smt", {"die_id": lambda _: -1}, ["0,4", "1,5", "2,6", "3,7"]),
+    ],
+    ids=["nodes", "nodes-smt", "dies", "clusters", "dies-smt", "caches", "caches-smt"],
+)
+def test_equal_core_ids_are_one_core_only_where_nothing_tells_them_apart(
+    tmp_path: Path, name: str, numbers: dict[str, Callable[[int], int]], expected: list[str]
+) -> None:
+    """Core ids 0, 1, 0, 1 within one package, and no sibling lists."""
+    found = read(without_lists(machine(tmp_path, name), core_id=lambda cpu: cpu % 2, **numbers))
+    assert groups(found, "core") == expected
+    assert len(groups(found, "package")) == 1
+
+
+def test_without_caches_equal_core_ids_on_two_nodes_are_two_cores(tmp_path: Path) -> None:
+    root = without_lists(machine(tmp_path, "1s2n4c-smt"), core_id=lambda cpu: cpu % 2)
+    for folder in (root / CPU).glob("cpu*/cache"):
+        shutil.rmtree(folder)
+    assert groups(read(root), "core") == ["0,4", "1,5", "2,6", "3,7"]
+
+
+def test_a_cpu_without_a_node_is_no_sibling_of_one_with_a_node(tmp_path: Path) -> None:
+    root = without_lists(machine(tmp_path, "1s2n4c"), core_id=lambda cpu: cpu % 2)
+    shutil.rmtree(root / NODE / "node1")
+    for cpu in (2, 3):
+        (root / CPU / f"cpu{cpu}/node1").unlink()
+    for folder in (root / CPU).glob("cpu*/cache"):
+        shutil.rmtree(folder)
+    assert groups(read(root), "core") == ["0", "1", "2", "3"]
+
+
+def test_dies_without_lists_are_told_apart_by_their_ids(tmp_path: Path) -> None:
+    root = without_lists(machine(tmp_path, "2s2n8c"), die_id=lambda cpu: cpu % 4 // 2)
+    assert groups(read(root), "die") == ["0-1", "2-3", "4-5", "6-7"]
+
+
 def test_packages_with_id_minus_one_are_told_apart_by_siblings(tmp_path: Path) -> None:
     root = machine(tmp_path, "4s4n8c")
     for folder in (root / CPU).glob("cpu*/topology"):
