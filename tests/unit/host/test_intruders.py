@@ -97,6 +97,14 @@ def test_a_pod_is_known_in_any_hierarchy(tmp_path: Path, warnings: list[str]) ->
     assert threads(SysFs(tmp_path), CpuSet([3]), warnings) == ()
 
 
+def test_a_static_pod_is_no_intruder_in_a_cgroup_namespace(tmp_path: Path, warnings: list[str]) -> None:
+    thread(tmp_path, 1, "0-7")
+    in_cgroup(tmp_path, 1, f"/../../pod{'0123456789abcdef' * 2}/{'ab' * 32}")
+    thread(tmp_path, 2, "0-7", name="host")
+    in_cgroup(tmp_path, 2, "/../../../../system.slice/ssh.service")
+    assert [one.comm for one in threads(SysFs(tmp_path), CpuSet([3]), warnings)] == ["host"]
+
+
 def test_no_exclusive_cpus_have_no_intruders(tmp_path: Path, warnings: list[str]) -> None:
     thread(tmp_path, 1, "0-7")
     irq(tmp_path, 1, effective_affinity_list="0", smp_affinity_list="0")
