@@ -244,13 +244,48 @@ def memory_kinds(root: Path) -> dict[int, str]:
         ({"gpu_nodes": {"0009:01:00.0": -1}}, ["dram"] * 4),
         ({"dax": {"dax0.0": ("LNXSYSTM:00/ACPI0012:00/ndbus0/region0/dax0.1", 2)}}, ["dram", "dram", "pmem", "dram"]),
         ({"dax": {"dax0.0": ("platform/ACPI0017:00/root0/region0/dax_region0", 2)}}, ["dram", "dram", "cxl", "dram"]),
-        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}}, ["dram"] * 4),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}}, ["dram", "dram", "special", "dram"]),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}, "tiers": {4: "0-1", 22: "2"}}, ["dram", "dram", "cxl", "dram"]),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}, "bandwidth": {0: 100, 2: 400}}, ["dram", "dram", "hbm", "dram"]),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 1)}}, ["dram"] * 4),
+        ({"bandwidth": {0: 1000, 1: 1000, 2: 700}, "tiers": {4: "0-1", 5: "2"}}, ["dram", "dram", "cxl", "dram"]),
+        ({"gpu_nodes": {"0009:01:00.0": 1}}, ["dram"] * 4),
         ({"dax": {"dax0.0": ("LNXSYSTM:00/ACPI0012:00/ndbus0/region0/dax0.1", 0)}}, ["dram"] * 4),
     ],
 )
 def test_kinds_of_memory_follow_the_evidence(tmp_path: Path, more: dict[str, object], expected: list[str]) -> None:
     root = machine(tmp_path, "2s2n4c", memory_only_nodes=(2, 3), **more)
     assert memory_kinds(root) == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize(
+    ("normal", "more", "expected"),
+    [
+        ("0-1,3", {}, ["dram", "dram", "special", "dram"]),
+        ("0-1", {}, ["dram", "dram", "special", "special"]),
+        ("0-1", {"gpu_nodes": {"0009:01:00.0": 2}}, ["dram", "dram", "gpu", "special"]),
+        ("0-1", {"tiers": {4: "0-1", 22: "2", 2: "3"}}, ["dram", "dram", "cxl", "hbm"]),
+        ("0-1", {"memory": {3: 0}}, ["dram", "dram", "special", "none"]),
+        ("0,2-3", {}, ["dram"] * 4),
+        ("", {}, ["dram"] * 4),
+        ("garbage", {}, ["dram"] * 4),
+    ],
+)
+def test_a_node_without_cpus_and_normal_memory_is_special(
+    tmp_path: Path, normal: str, more: dict[str, object], expected: list[str]
+) -> None:
+    """Nodes with CPUs are not: with movable_node, all of their memory can be removed."""
+    root = machine(tmp_path, "2s2n4c", memory_only_nodes=(2, 3), **more)
+    (root / NODE / "has_normal_memory").write_text(f"{normal}\n")
+    assert memory_kinds(root) == dict(enumerate(expected))
+
+
+def test_a_dax_device_that_is_not_used_as_memory_shows_nothing(tmp_path: Path) -> None:
+    folder = "LNXSYSTM:00/ACPI0012:00/ndbus0/region0/dax0.1"
+    root = machine(tmp_path, "2s2n4c", memory_only_nodes=(2, 3), dax={"dax0.0": (folder, 2), "dax0.1": (folder, 3)})
+    for name, driver in {"dax0.0": "device_dax", "dax0.1": "kmem"}.items():
+        (root / f"sys/devices/{folder}/{name}/driver").symlink_to(f"/sys/bus/dax/drivers/{driver}")
+    assert memory_kinds(root) == {0: "dram", 1: "dram", 2: "dram", 3: "pmem"}
 
 
 # ---------------------------------------------------------------- machines that lack files
@@ -687,6 +722,7 @@ def test_a_distance_row_of_the_wrong_length_is_left_out_with_a_warning(tmp_path:
     [
         ("proc/driver/nvidia/gpus/0009:01:00.0/numa_status", "Nodes: many"),
         (f"{NODE}/node1/access0/initiators/read_bandwidth", "fast"),
+        (f"{NODE}/has_normal_memory", "0-"),
         ("sys/devices/virtual/memory_tiering/memory_tier4/nodelist", "1-"),
         ("sys/devices/cpu_core/cpus", "0-"),
     ],
