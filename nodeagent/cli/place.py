@@ -20,6 +20,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import POLICIES, check_options, check_policy
 from nodeagent.core.model.quantity import format_size, parse_size
 from nodeagent.core.model.request import BEST_EFFORT, Pages, Placement, Request
+from nodeagent.core.model.topology import DRAM, MEMORY_KINDS
 from nodeagent.core.placement.describe import describe
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
@@ -39,6 +40,7 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
     numa: str = BEST_EFFORT
     hugepages: dict[str, int] = {}
     memory: str = ""
+    memory_kind: str = DRAM
     devices: dict[str, int] = {}
     near: list[str] = []
 
@@ -79,6 +81,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--numa", metavar="POLICY", default=BEST_EFFORT, help=f"{', '.join(POLICIES)}")
     parser.add_argument("--hugepages", metavar="SIZE=COUNT", action="append", default=[], help="such as 2Mi=512")
     parser.add_argument("--memory", metavar="SIZE", default="", help="such as 4Gi")
+    parser.add_argument(
+        "--memory-kind",
+        metavar="KIND",
+        default=DRAM,
+        help=f"kind of the nodes that memory and hugepages come from: {', '.join(MEMORY_KINDS)}",
+    )
     parser.add_argument("--devices", metavar="KIND=N", action="append", default=[], help="such as gpu=2")
     parser.add_argument("--near", metavar="DEVICE", action="append", default=[], help="id of a device; repeatable")
     parser.add_argument("--batch", metavar="FILE", help="one request object a line; - is standard input")
@@ -110,6 +118,7 @@ def _line_of(args: argparse.Namespace) -> Line:
         numa=args.numa,
         hugepages=_pairs("--hugepages", args.hugepages, "SIZE=COUNT, such as 2Mi=512"),
         memory=args.memory,
+        memory_kind=args.memory_kind,
         devices=_pairs("--devices", args.devices, "KIND=N, such as gpu=2"),
         near=args.near,
     )
@@ -172,10 +181,13 @@ def _request(inventory: Inventory, line: Line) -> Request:
     for one in line.near:
         if one not in inventory.device_by_id:
             raise InputError(f"cannot use near {one!r}: expected the id of a device of this machine")
+    if line.memory_kind not in MEMORY_KINDS:
+        raise InputError(f"cannot use memory kind {_short(line.memory_kind)}: expected {', '.join(MEMORY_KINDS)}")
     return Request(
         cpus=line.cpus,
         hugepages={parse_size(size): count for size, count in line.hugepages.items()},
         memory_bytes=parse_size(line.memory) if line.memory else 0,
+        memory_kind=line.memory_kind,
         devices={kind: count for kind, count in line.devices.items() if count},
         near=tuple(line.near),
         options=check_options(line.options),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from nodeagent.core.dra.pool import ALL_FEATURES, PoolDevice
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import NO_HEALTH
+from nodeagent.core.model.topology import DRAM, MEMORY_KINDS
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from tests.builders.inventories import even_rows, inventory_of
 from tests.support.paths import CHECKOUT
@@ -277,6 +279,17 @@ def test_each_class_finds_the_devices_of_its_kind_and_no_others() -> None:
         assert found == {"nic" if name == "vf" else name}
     functions = [one.attributes.get("sriov") for one in shown["nic"] if matches(classes()["vf"], one)]
     assert functions == ["vf"]
+
+
+@pytest.mark.parametrize("kind", [one for one in MEMORY_KINDS if one != DRAM])
+def test_no_class_finds_special_memory(kind: str) -> None:
+    inventory = inventory_of(even_rows(1, 1, 1, 2, 1), more_nodes=[1], pages={(node, 2 * MIB): 8 for node in (0, 1)})
+    nodes = (replace(node, kind=kind if node.id else DRAM) for node in inventory.numa_nodes)
+    inventory = replace(inventory, numa_nodes=tuple(nodes))
+    for pool in (PagePool(sizes=(2 * MIB,)), MemoryPool()):
+        ordinary, special = pool.pool(inventory, Ledger(), NO_HEALTH, ALL_FEATURES).devices
+        assert [name for name, one in classes().items() if matches(one, ordinary)] == [pool.kind]
+        assert [name for name, one in classes().items() if matches(one, special)] == []
 
 
 def test_there_is_a_class_for_what_most_claims_ask() -> None:

@@ -20,6 +20,7 @@ from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Change, Led
 from nodeagent.core.model.cpuset import union
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.topology import NO_NODE
 from nodeagent.errors import InputError, Refused
 
 SAME_POD_S = 5.0
@@ -118,7 +119,7 @@ def near(inventory: Inventory, ledger: Ledger, now: float) -> Near:
     known = inventory.device_by_id
     devices = tuple(one for grant in recent for one in (*grant.devices, *grant.shares) if one in known)
     cpus = union(grant.cpus for grant in recent) & inventory.cpus_online
-    nodes = {inventory.cpu_by_id[one].numa_node for one in cpus}
+    nodes = {inventory.cpu_by_id[one].numa_node for one in cpus} - {NO_NODE}
     nodes |= {pages.node for grant in recent for pages in grant.hugepages}
     nodes |= {node for one in devices if (node := known[one].numa_node) is not None}
     return Near(devices=devices, cpus=cpus, nodes=tuple(sorted(nodes)))

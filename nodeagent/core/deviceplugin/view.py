@@ -202,7 +202,9 @@ class HugepageResource:
         return [*must, *rest[:want]]
 
     def _pools(self, inventory: Inventory) -> list[HugepagePool]:
-        return [pool for node in inventory.numa_nodes for pool in node.hugepages if pool.page_bytes == self.page_bytes]
+        """Return the pools of this page size on nodes that serve ordinary requests: a container cannot name a kind."""
+        nodes = (node for node in inventory.numa_nodes if node.serves())
+        return [pool for node in nodes for pool in node.hugepages if pool.page_bytes == self.page_bytes]
 
     def _node_of(self, inventory: Inventory, one: str) -> tuple[NodeId, ...]:
         """Return the node of a block, or nothing if there is no such block, without listing all blocks."""

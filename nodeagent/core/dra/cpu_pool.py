@@ -8,8 +8,6 @@ amount.
 
 from __future__ import annotations
 
-import functools
-import operator
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,9 +20,10 @@ from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
-from nodeagent.core.model.options import CORE_KINDS, FULL_PCPUS
-from nodeagent.core.model.request import BEST_EFFORT
+from nodeagent.core.model.options import FULL_PCPUS
+from nodeagent.core.model.request import BEST_EFFORT, Request
 from nodeagent.core.model.topology import Cpu, NodeId
+from nodeagent.core.placement.cpu_choice import allowed
 from nodeagent.core.placement.index import machine_of
 
 NUMA_NODE, SOCKET, L3, INDIVIDUAL = "numa-node", "socket", "l3", "individual"
@@ -34,7 +33,6 @@ OTHERS_NUMA = ("dra.cpu/numaNodeID", "dra.net/numaNode")
 """Names that other drivers use for the same attribute, so that matchAttribute works across their devices and ours."""
 CPUS = "cpus"
 """The capacity of a group: a number of CPUs."""
-REQUIRE_ISOLATED = "require-isolated-cpus"
 HELD = Taint(key=HELD_TAINT)
 T = TypeVar("T")
 
@@ -94,7 +92,7 @@ class CpuPool:
 
     def _less(self, inventory: Inventory, reserved: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
         """Yield the groups without the CPUs that are gone; a group that can never give any is left out."""
-        every = kept_by(inventory, f"_cpu_{self.group}", lambda: self._all(inventory), self.options)
+        every = kept_by(inventory, f"_cpu_{self.group}", lambda: self._all(inventory), (self.options, self.numa))
         for one in every:
             amount = one.capacity[CPUS]
             if self._count(inventory, one.part.cpus - reserved, amount.step) < amount.step:
@@ -139,11 +137,8 @@ class CpuPool:
         return count
 
     def _allowed(self, inventory: Inventory) -> int:
-        """Return a mask of the CPUs that the options permit."""
-        machine = machine_of(inventory)
-        kinds = [machine.of_kind(kind) for word, kind in CORE_KINDS.items() if f"require-{word}-cores" in self.options]
-        isolated = machine.isolated if REQUIRE_ISOLATED in self.options else machine.usable
-        return functools.reduce(operator.and_, kinds, isolated)
+        """Return a mask of the CPUs that the options and the NUMA policy permit."""
+        return allowed(machine_of(inventory), Request(options=self.options, numa=self.numa))
 
 
 def _cpu_parts(inventory: Inventory) -> Mapping[str, DevicePart]:

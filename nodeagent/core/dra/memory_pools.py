@@ -2,6 +2,9 @@
 
 Pure functions of (inventory, ledger). What claims hold stays in the capacity: the scheduler counts it. A pool that may
 grow advertises its size after growth, and the memory for that is advertised only once, as pages.
+
+A node that ordinary requests must not use (memory of a GPU, HBM, CXL, persistent memory) is published under a separate
+kind, "special-memory" or "special-hugepages": a class that selects "memory" never finds it.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
-from nodeagent.core.model.topology import HugepagePool, NodeId, NumaNode
+from nodeagent.core.model.topology import SPECIAL, HugepagePool, NodeId, NumaNode
 
 SIZE = "size"
 """The capacity: a number of bytes."""
@@ -42,7 +45,7 @@ class PagePool:
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         ours = _pages_of_claims(ledger)
         every = (
-            _pages(pool, ledger, ours[pool.node, pool.page_bytes], self._room(node, pool, ledger))
+            _pages(node, pool, ledger, ours[pool.node, pool.page_bytes], self._room(node, pool, ledger))
             for node, pool in self._pools(inventory)
         )
         return _pool_of(self.kind, every, self._totals(inventory), ledger, features)
@@ -127,20 +130,25 @@ def _pages_of_claims(ledger: Ledger) -> Counter[tuple[NodeId, int]]:
     return found
 
 
-def _pages(pool: HugepagePool, ledger: Ledger, ours: int, more: int) -> PoolDevice:
+def _pages(node: NumaNode, pool: HugepagePool, ledger: Ledger, ours: int, more: int) -> PoolDevice:
     """Return the device of a hugepage pool.
 
     ours: pages that claims hold; they stay in the capacity. more: pages by which the pool may grow.
     """
     size = (min(pool.total_pages, grantable(pool, ledger) + ours) + more) * pool.page_bytes
-    attributes: dict[str, Value] = {"kind": "hugepages", "pageSize": format_size(pool.page_bytes)}
+    attributes: dict[str, Value] = {**_attributes("hugepages", node), "pageSize": format_size(pool.page_bytes)}
     part = DevicePart(node=pool.node, page_bytes=pool.page_bytes)
-    return _sized(_page_name(pool), part, {**attributes, **numa_attributes(pool.node)}, size, pool.page_bytes)
+    return _sized(_page_name(pool), part, attributes, size, pool.page_bytes)
 
 
 def _memory(node: NumaNode, size: int) -> PoolDevice:
-    attributes: dict[str, Value] = {"kind": "memory", "memoryKind": node.kind, **numa_attributes(node.id)}
-    return _sized(_memory_name(node), DevicePart(node=node.id), attributes, size, BASE_PAGE_BYTES)
+    return _sized(_memory_name(node), DevicePart(node=node.id), _attributes("memory", node), size, BASE_PAGE_BYTES)
+
+
+def _attributes(kind: str, node: NumaNode) -> dict[str, Value]:
+    """Return the attributes that pages and memory have in common."""
+    own = kind if node.serves() else f"{SPECIAL}-{kind}"
+    return {"kind": own, "memoryKind": node.kind, **numa_attributes(node.id)}
 
 
 def _sized(name: str, part: DevicePart, attributes: Mapping[str, Value], size: int, step: int) -> PoolDevice:

@@ -26,12 +26,13 @@ class Stock:
 
     @classmethod
     def of(cls, inventory: Inventory, ledger: Ledger, request: Request, *, empty: bool = False) -> Stock:
-        """Return the stock for a request; with `empty`, as if every page were free."""
+        """Return the stock for a request, on nodes with the kind of memory that it names; with `empty`, as if every
+        page were free."""
         want = {page_bytes: count for page_bytes, count in request.hugepages.items() if count}
         if request.memory_bytes:
             want[MEMORY] = request.memory_bytes
         there = {}
-        for node in inventory.numa_nodes if want else ():
+        for node in (one for one in inventory.numa_nodes if want and one.serves(request.memory_kind)):
             pools = {pool.page_bytes: pool for pool in node.hugepages}
             mine = {
                 size: pools[size].total_pages if empty else grantable(pools[size], ledger)

@@ -30,7 +30,8 @@ class _Cpu(msgspec.Struct):
     id: int
     package: int
     core: int
-    numa_node: int
+    numa_node: int | None
+    """None, or NO_NODE in files of earlier versions, for a CPU without a node."""
     die: int = 0
     cluster: int | None = None
     l2: int | None = None
@@ -231,16 +232,17 @@ def _check_ids(found: _Document) -> None:
 def _check_cpus(found: _Document) -> None:
     """Check that each CPU's NUMA node exists, indices are in range, and each core has one package, node and L3
     group."""
-    nodes, cores = {NO_NODE, *(node.id for node in found.numa_nodes)}, dict[int, tuple[object, ...]]()
+    nodes, cores = {None, *(node.id for node in found.numa_nodes)}, dict[int, tuple[object, ...]]()
     threads = Counter(cpu.core for cpu in found.cpus)
     for cpu in found.cpus:
         _within("id", cpu.id, f"cpus, id {cpu.id}")
         for name in ("package", "die", "cluster", "core", "l2", "l3"):
             if (value := getattr(cpu, name)) is not None:
                 _within(name, value, f"cpus, id {cpu.id}")
-        if cpu.numa_node not in nodes:
+        node = cpu.numa_node if cpu.numa_node != NO_NODE else None
+        if node not in nodes:
             raise ValueError(f"cpus, id {cpu.id}: numa_node {cpu.numa_node} is not in numa_nodes")
-        place = cpu.package, cpu.numa_node, cpu.l3
+        place = cpu.package, node, cpu.l3
         if cores.setdefault(cpu.core, place) != place:
             raise ValueError(f"cpus, id {cpu.id}: core {cpu.core} lies on several packages, NUMA nodes or L3 groups")
         if threads[cpu.core] > MOST_THREADS:
@@ -295,7 +297,7 @@ def _cpu_out(cpu: Cpu) -> dict[str, Any]:
         "die": cpu.die,
         "cluster": cpu.cluster,
         "core": cpu.core,
-        "numa_node": cpu.numa_node,
+        "numa_node": cpu.numa_node if cpu.numa_node != NO_NODE else None,
         "l2": cpu.l2,
         "l3": cpu.l3,
         "kind": cpu.kind,
@@ -310,7 +312,7 @@ def _cpu_in(cpu: _Cpu) -> Cpu:
         die=cpu.die,
         cluster=cpu.cluster,
         core=cpu.core,
-        numa_node=cpu.numa_node,
+        numa_node=NO_NODE if cpu.numa_node is None else cpu.numa_node,
         l2=cpu.l2,
         l3=cpu.l3,
         kind=cpu.kind,

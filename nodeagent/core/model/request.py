@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.core.model.topology import NodeId
+from nodeagent.core.model.topology import DRAM, NodeId
 
 BEST_EFFORT, RESTRICTED, SINGLE = "best-effort", "restricted", "single"
 """Values of Request.numa: as close together as possible; never on more NUMA nodes than an empty machine would need; on
@@ -23,6 +23,8 @@ class Request:
     hugepages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
     """Number of pages by page_bytes."""
     memory_bytes: int = 0
+    memory_kind: str = DRAM
+    """The kind of the nodes that memory and hugepages may come from, one of MEMORY_KINDS."""
     devices: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Number of devices by kind."""
     near: tuple[str, ...] = ()

@@ -24,6 +24,11 @@ PERFORMANCE, BALANCED, EFFICIENCY = "performance", "balanced", "efficiency"
 """Values of Cpu.kind on hybrid machines, fastest first; "" if all CPUs are of the same kind."""
 
 
+DRAM, HBM, CXL, GPU, PMEM, SPECIAL = "dram", "hbm", "cxl", "gpu", "pmem", "special"
+"""Values of NumaNode.kind for nodes with memory. SPECIAL: set apart from ordinary memory, of no known kind."""
+MEMORY_KINDS = (DRAM, HBM, CXL, GPU, PMEM, SPECIAL)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cpu:
     """One online CPU (hardware thread)."""
@@ -93,8 +98,16 @@ class NumaNode:
     id: NodeId
     cpus: CpuSet = EMPTY
     memory_bytes: int = 0
-    kind: str = "dram"
-    """dram, hbm, cxl, gpu, pmem or "none" (no memory)."""
+    kind: str = DRAM
+    """One of MEMORY_KINDS, or "none" (no memory)."""
     distances: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))
     """SLIT distance to each node, by node id; empty if the kernel reports none."""
     hugepages: tuple[HugepagePool, ...] = ()
+
+    def serves(self, memory_kind: str = DRAM) -> bool:
+        """Return whether memory and hugepages of this node may serve a request for a kind of memory.
+
+        An ordinary request names no kind and means DRAM: memory of a GPU, for example, holds what the GPU's driver
+        puts there, and goes away with the driver.
+        """
+        return self.kind == memory_kind

@@ -37,7 +37,7 @@ def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, 
     """
     chosen = request.options
     found = machine.layout.choose(
-        free & allowed(machine, chosen) | request.must_cpus.mask,
+        free & allowed(machine, request) | request.must_cpus.mask,
         request.cpus,
         must=request.must_cpus.mask,
         whole_cores=opt.FULL_PCPUS in chosen,
@@ -54,9 +54,13 @@ def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, 
     return found
 
 
-def allowed(machine: MachineIndex, chosen: frozenset[str]) -> int:
-    """Return a mask of the CPUs that the options permit."""
-    cpus = machine.usable
+def allowed(machine: MachineIndex, request: Request) -> int:
+    """Return a mask of the CPUs that the options and the NUMA policy permit.
+
+    CPUs whose node is unknown comply with no policy but best effort: nothing shows how many nodes they are on.
+    """
+    chosen = request.options
+    cpus = machine.usable if request.numa == BEST_EFFORT else machine.on_nodes
     for name, kind in opt.CORE_KINDS.items() if chosen else ():
         if f"require-{name}-cores" in chosen:
             cpus &= machine.of_kind(kind)

@@ -8,13 +8,14 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import Placement, Request
-from nodeagent.core.model.topology import NodeId
+from nodeagent.core.model.topology import NO_NODE, NodeId
 from nodeagent.core.placement.index import MachineIndex, machine_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
-    """A placement as sorted ids. numa_nodes are those of CPUs, pages and memory, or else of the devices."""
+    """A placement as sorted ids. numa_nodes are those of CPUs, pages and memory, or else of the devices; CPUs without
+    a node add none."""
 
     packages: tuple[int, ...]
     numa_nodes: tuple[NodeId, ...]
@@ -44,7 +45,7 @@ def split_cores(machine: MachineIndex, cpus: CpuSet) -> int:
 
 
 def _nodes(inventory: Inventory, placement: Placement) -> tuple[NodeId, ...]:
-    nodes = machine_of(inventory).nodes_of(placement.cpus.mask)
+    nodes = machine_of(inventory).nodes_of(placement.cpus.mask) - {NO_NODE}
     nodes |= {pages.node for pages in placement.hugepages} | {node for node, _ in placement.memory}
     if not nodes:
         found = (inventory.device_by_id[one].numa_node for one in placement.devices)
@@ -56,7 +57,7 @@ def _sentences(machine: MachineIndex, request: Request, placement: Placement, sp
     nodes = _nodes(machine.inventory, placement)
     out = []
     if placement.cpus:
-        where = f"NUMA node {nodes[0]}" if len(nodes) == 1 else f"NUMA nodes {_list(nodes)}"
+        where = _where(machine.nodes_of(placement.cpus.mask), nodes)
         count = len({cpu.package for cpu in machine.inventory.cpus if cpu.id in placement.cpus})
         out.append(f"{len(placement.cpus)} CPUs ({placement.cpus}) on {where}, {_count(count, 'socket')}")
         out.append("whole cores only" if not split else f"{_count(split, 'core')} only in part")
@@ -74,8 +75,12 @@ def _sentences(machine: MachineIndex, request: Request, placement: Placement, sp
     return out
 
 
-def _list(ids: tuple[int, ...]) -> str:
-    return str(CpuSet(one for one in ids if one >= 0))
+def _where(of_cpus: frozenset[NodeId], nodes: tuple[NodeId, ...]) -> str:
+    """Return the nodes of a placement in words. of_cpus: those of its CPUs, with NO_NODE if any has none."""
+    if of_cpus == {NO_NODE}:
+        return "no NUMA node"
+    known = f"NUMA node {nodes[0]}" if len(nodes) == 1 else f"NUMA nodes {CpuSet(nodes)}"
+    return f"{known} and on no node" if NO_NODE in of_cpus else known
 
 
 def _count(number: int, what: str) -> str:

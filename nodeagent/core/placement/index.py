@@ -12,7 +12,7 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import LINK_WEIGHTS, Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
-from nodeagent.core.model.topology import NodeId
+from nodeagent.core.model.topology import NO_NODE, NodeId
 from nodeagent.core.placement.proximity import Place, Proximity
 
 
@@ -30,7 +30,9 @@ class MachineIndex:
         for cpu in inventory.cpus:
             self._cpus[cpu.numa_node] = self._cpus.get(cpu.numa_node, 0) | 1 << cpu.id
             self._packages[cpu.numa_node] = self._packages.get(cpu.numa_node, 0) | 1 << cpu.package
-        self.nodes: tuple[NodeId, ...] = tuple(sorted(self._cpus))
+        self.nodes: tuple[NodeId, ...] = tuple(node.id for node in inventory.numa_nodes)
+        self.on_nodes = self.usable & ~self._cpus.get(NO_NODE, 0)
+        """Usable CPUs whose NUMA node is known; the others may be on any node, and on different ones."""
         self._pools: dict[tuple[str, ...], DeviceIndex] = {}
 
     @functools.cached_property
@@ -41,8 +43,8 @@ class MachineIndex:
     @functools.cached_property
     def layout(self) -> Layout:
         """Return the compiled view of the CPUs. NUMA nodes with CPUs are numbered in order of id; others are left
-        out."""
-        nodes = [node for node in self.nodes if self._cpus[node]]
+        out. CPUs without a node count as one more node."""
+        nodes = [node for node in sorted(self._cpus) if self._cpus[node]]
         index = {node: i for i, node in enumerate(nodes)}
         rows = [
             (cpu.id, cpu.package, index[cpu.numa_node], -1 if cpu.l3 is None else cpu.l3, cpu.core)
@@ -86,7 +88,7 @@ class MachineIndex:
         nodes, near = {cpu.numa_node for cpu in some}, 0
         for cpu in some:
             near |= self._groups.get(cpu.l3, 1 << cpu.id)
-        return near, min(nodes) if len(nodes) == 1 else None
+        return near, min(nodes) if len(nodes) == 1 and NO_NODE not in nodes else None
 
     def of_kind(self, kind: str) -> int:
         """Return the mask of the CPUs of a core kind, or of all usable CPUs if the machine has only one kind."""
@@ -99,7 +101,7 @@ class MachineIndex:
         return sum(self._cpus.get(node, 0) for node in nodes)
 
     def nodes_of(self, mask: int) -> frozenset[NodeId]:
-        """Return the nodes of some CPUs."""
+        """Return the nodes of some CPUs; NO_NODE if any has none."""
         return frozenset(node for node, cpus in self._cpus.items() if cpus & mask)
 
     def packages_of(self, nodes: Iterable[NodeId]) -> int:
@@ -112,7 +114,7 @@ class MachineIndex:
     def nodes_of_packages(self) -> list[frozenset[NodeId]]:
         """Return the nodes of each package; a node without CPUs belongs to none."""
         packages = CpuSet.of_mask(self.packages_of(self.nodes))
-        return [frozenset(n for n, mask in self._packages.items() if mask >> one & 1) for one in packages]
+        return [frozenset(n for n in self.nodes if self._packages.get(n, 0) >> one & 1) for one in packages]
 
     def pool(self, kinds: tuple[str, ...]) -> DeviceIndex:
         """Return the devices of some kinds, with the weights and costs of their pairs."""

@@ -87,7 +87,7 @@ def _under_policy(task: _Task, loose: _Found) -> _Found | None:
     most = 1 if task.request.numa == SINGLE else _least_units(task, units)
     if _lies_in(task, loose.placement, units, most):
         return loose
-    free = task.free & allowed(task.machine, task.request.options) | task.request.must_cpus.mask
+    free = task.free & allowed(task.machine, task.request) | task.request.must_cpus.mask
     taken = blocked(task.machine.inventory, task.ledger)
     cover = Cover(_measured(task, units, free, task.stock, taken), _wanted(task, taken), task.steps)
     best: _Found | None = None
@@ -109,7 +109,7 @@ def _units(task: _Task) -> list[frozenset[NodeId]]:
 def _least_units(task: _Task, units: Sequence[frozenset[NodeId]]) -> int:
     """Return how many units an empty machine needs for the request."""
     stock = Stock.of(task.machine.inventory, Ledger(reserved=task.ledger.reserved), task.request, empty=True)
-    cpus = task.machine.usable & ~task.ledger.reserved.mask & allowed(task.machine, task.request.options)
+    cpus = task.machine.usable & ~task.ledger.reserved.mask & allowed(task.machine, task.request)
     nothing: frozenset[str] = frozenset()
     cover = Cover(_measured(task, units, cpus, stock, nothing), _wanted(task, nothing), Steps())
     sizes = range(max(1, cover.least()), len(units) + 1)

@@ -12,6 +12,7 @@ from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, Request
+from nodeagent.core.model.topology import DRAM
 from nodeagent.core.placement.index import MachineIndex
 from nodeagent.errors import Refused
 
@@ -67,14 +68,20 @@ def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> R
         if want <= free:
             continue
         if size == MEMORY:
-            why = f"cannot place {format_size(want)} of memory: {format_size(free)} can be granted"
+            what = _of_kind(request, "memory")
+            why = f"cannot place {format_size(want)} of {what}: {format_size(free)} can be granted"
             change = f"{format_size(want - free)} more would admit it"
             return Refused(why, want=want, free=free, unit="bytes", would_admit=change)
         name = format_size(size)
-        why = f"cannot place {want} hugepages of {name}: {free} can be granted"
+        why = f"cannot place {want} {_of_kind(request, f'hugepages of {name}')}: {free} can be granted"
         change = f"{want - free} more pages of {name} would admit it"
         return Refused(why, want=want, free=free, unit="pages", would_admit=change)
     return None
+
+
+def _of_kind(request: Request, what: str) -> str:
+    """Return what is requested with its kind of memory, which ordinary requests do not name."""
+    return what if request.memory_kind == DRAM else f"{request.memory_kind} {what}"
 
 
 def _forbidden(machine: MachineIndex, request: Request, fits: Fits) -> Refused:

@@ -26,6 +26,11 @@ TOP, QOS, POD, CONTAINER = "top", "qos", "pod", "container"
 _TOP = "kubepods"
 _CLASSES = (BURSTABLE, BEST_EFFORT)
 _POD = re.compile(r"pod([A-Za-z0-9][A-Za-z0-9_-]*)")
+_KUBELETS_UID = re.compile(r"[A-Za-z0-9]+(?:-[A-Za-z0-9]+){4}|[0-9a-f]{32}")
+"""The UIDs of the API server, and those that kubelet makes up for static pods: an MD5 sum in hexadecimal (applyDefaults
+in pkg/kubelet/config/common.go)."""
+_NEXT_TO_US = re.compile(r"/\.\./(?:(?:cri-containerd|crio)-)?[0-9a-f]{64}(?:\.scope)?(?:/|$)")
+"""A container that shares its parent with the agent's, within the agent's cgroup namespace: one of its own pod."""
 _SCOPE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)\.scope")
 _BARE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)")
 _HELPER = "conmon"
@@ -170,15 +175,24 @@ def expand_slice(name: str) -> str:
 def is_pods(path: str) -> bool:
     """Return whether a process in this cgroup (as shown in /proc/PID/cgroup) belongs to a pod, for any cgroupRoot.
 
-    Within a cgroup namespace a path may begin with "/..", and the pod's folder may be the only visible part.
+    Within a cgroup namespace a path may begin with "/..", and the pod's folder, or a container next to the agent's own,
+    may be the only visible part.
     """
-    return any(_is_ours(part) for part in path.split("/"))
+    parts = path.split("/")
+    return any(map(_is_ours, parts)) or any(map(_is_in_class, parts, parts[1:])) or _NEXT_TO_US.match(path) is not None
 
 
 def _is_ours(part: str) -> bool:
     if part.endswith(".slice"):
         return _TOP in part.removesuffix(".slice").split("-")
-    return part == _TOP or (part.count("-") == 4 and _POD.fullmatch(part) is not None)
+    pod = _POD.fullmatch(part)
+    return part == _TOP or (pod is not None and _KUBELETS_UID.fullmatch(pod[1]) is not None)
+
+
+def _is_in_class(above: str, part: str) -> bool:
+    """Return whether a folder is a pod's because it lies in that of a QoS class. A manifest may give a static pod any
+    UID."""
+    return above in _CLASSES and _POD.fullmatch(part) is not None
 
 
 def _class(qos: str) -> str:

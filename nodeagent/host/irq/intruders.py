@@ -13,20 +13,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.cpuset import EMPTY, MAX_ID, CpuSet
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.cgroup.layout import is_pods
 from nodeagent.host.cgroup.write import put
 from nodeagent.host.sysfs.sysfs import SysFs
 
 T = TypeVar("T")
+_IRQS = "sys/kernel/irq"
 _KERNEL_THREAD, _CANNOT_MOVE = 0x00200000, 0x04000000
 """PF_KTHREAD, PF_NO_SETAFFINITY."""
 _FLAGS_FIELD = 6
 """In /proc/PID/stat, counted after the name, which may contain anything."""
 _STATUS = re.compile(r"Name:\t(?P<name>[^\n]*)\n.*\nCpus_allowed_list:\t(?P<cpus>[0-9,-]*)", re.DOTALL)
-_INTERRUPT = re.compile(r"\s*(?P<irq>[0-9]+):(?:\s+[0-9]+)+\s+(?P<rest>.*?)\s*")
-_ACTION = re.compile(r"\S+\s+(?:[0-9]+(?:[- ]\S+)*)\s{2,}(?P<name>\S.*)")
+_TRIGGER = r"(?:\s+[0-9]+)?(?:\s+(?:Edge|Level))?(?:\s*-\S+)?(?:\s{2,}(?P<name>\S.*))?"
+"""What follows the chip's name in /proc/interrupts, each part optional: number, level, handler, and the actions after
+at least two spaces (kernel/irq/proc.c, show_interrupts)."""
+_AFTER_CHIP, _AFTER_COUNTS = re.compile(_TRIGGER), re.compile(rf"\S+(?: \S+)*?{_TRIGGER}")
 _HINT = {
     "Input/output error": "; the kernel or the device's driver manages this interrupt",
     "Operation not permitted": "; it is bound to its CPUs",
@@ -59,7 +62,7 @@ class Irq:
 
     irq: int
     name: str
-    """As in /proc/interrupts; empty if no driver has requested it."""
+    """The names of its actions; empty if no driver has requested it."""
     cpus: CpuSet
     """Effective affinity."""
     asked: CpuSet
@@ -103,16 +106,50 @@ def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
 
 
 def interrupt_names(sysfs: SysFs) -> Mapping[int, str]:
-    """Return the names of interrupts in /proc/interrupts, several of one joined by ", ";
-    unnumbered ones are left out."""
-    found = (_INTERRUPT.fullmatch(line) for line in sysfs.text("proc/interrupts", "").splitlines())
-    return {int(one["irq"]): _action(one["rest"]) for one in found if one is not None}
+    """Return the names of interrupts, several of one joined by ", "; unnumbered ones are left out.
+
+    They are in /sys/kernel/irq/N/actions (Documentation/ABI/testing/sysfs-kernel-irq). Interrupts without that file
+    are looked up in /proc/interrupts.
+    """
+    named = {irq: _actions(sysfs, folder) for irq, folder in sysfs.numbered(_IRQS, "")}
+    found = {irq: name for irq, name in named.items() if name is not None}
+    return found if found and len(found) == len(named) else {**_names_in_proc(sysfs), **found}
 
 
-def _action(rest: str) -> str:
-    """Return what follows chip, number and trigger ("PCI-MSI 524288-edge      nvme0q1"); empty if there is nothing."""
-    named = _ACTION.fullmatch(rest)
-    return named["name"] if named is not None else ""
+def _actions(sysfs: SysFs, folder: str) -> str | None:
+    """Return the names of an interrupt's actions, empty if no driver has requested it, or None if unknown."""
+    try:
+        text = sysfs.text(f"{folder}/actions", None)
+    except HostError:
+        return None
+    return text if text is None else ", ".join(one.strip() for one in text.split(","))
+
+
+def _names_in_proc(sysfs: SysFs) -> dict[int, str]:
+    lines = sysfs.text("proc/interrupts", "").splitlines()
+    columns = lines[0].count("CPU") if lines else 0
+    counted = re.compile(rf"\s*(?P<irq>[0-9]+):(?:\s+[0-9]+){{1,{columns or MAX_ID}}}\s+(?P<rest>.*?)\s*")
+    found = (counted.fullmatch(line) for line in lines)
+    return {int(one["irq"]): _action(one["rest"], _chip(sysfs, one["irq"])) for one in found if one is not None}
+
+
+def _chip(sysfs: SysFs, irq: str) -> str:
+    """Return the name of an interrupt's chip, or "" if the kernel does not report it."""
+    try:
+        return sysfs.text(f"{_IRQS}/{irq}/chip_name", "")
+    except HostError:
+        return ""
+
+
+def _action(rest: str, chip: str) -> str:
+    """Return what follows chip, number and trigger ("PCI-MSI 524288-edge      nvme0q1"); empty if there is nothing.
+
+    Without the name of the chip, which may have several words ("Hyper-V PCIe MSI"), its words are those with single
+    spaces between them.
+    """
+    named = _AFTER_CHIP.fullmatch(rest[len(chip) :]) if chip and rest.startswith(chip) else None
+    named = named or _AFTER_COUNTS.fullmatch(rest)
+    return named["name"] or "" if named is not None else ""
 
 
 def _of_process(sysfs: SysFs, pid: int, folder: str, exclusive: CpuSet) -> Iterator[Thread | str]:

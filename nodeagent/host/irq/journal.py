@@ -26,7 +26,7 @@ class Moved:
 
     irq: int
     name: str
-    """As in /proc/interrupts: the same number may later belong to another device."""
+    """The names of its actions: the same number may later belong to another device."""
     before: CpuSet
     """smp_affinity_list before the move."""
     wanted: CpuSet

@@ -22,8 +22,7 @@ def read(reader: ListReader, online: CpuSet, cores: Iterable[CpuSet]) -> tuple[C
     levels: dict[int, dict[CpuSet, str]] = {}
     core_of = {cpu: core for core in cores for cpu in core}
     for level, cpus, path in _entries(reader, online, core_of):
-        if level:
-            _add(reader, levels.setdefault(level, {}), cpus, path)
+        _add(reader, levels.setdefault(level, {}), cpus, path)
     return tuple(
         CacheGroup(level=level, index=index, cpus=cpus, size_bytes=_size_bytes(reader, groups[cpus]))
         for level, groups in sorted(levels.items())
@@ -32,38 +31,32 @@ def read(reader: ListReader, online: CpuSet, cores: Iterable[CpuSet]) -> tuple[C
 
 
 def _entries(reader: ListReader, online: CpuSet, core_of: Mapping[int, CpuSet]) -> Iterator[tuple[int, CpuSet, str]]:
-    """Yield level, members and folder of each cache, once for all its members: their folders have the same numbers.
+    """Yield level, members and folder of each cache, once for all its members.
 
-    A CPU that shares its first-level cache with one whose folders were all valid shares the others too and is skipped.
+    Level and type come from the files of each CPU itself: neither the number of a folder nor sharing another cache
+    shows which cache it is. The members are read from the first CPU that no cache of the level has named yet.
     """
-    known: dict[str, CpuSet] = {}
-    done = EMPTY
+    known: dict[int, CpuSet] = {}
     for cpu in online:
-        if cpu in done:
-            continue
-        fresh: dict[str, CpuSet] = {}
-        folders = [name for name in reader.names(f"{_CPU}/cpu{cpu}/cache") if name.startswith("index")]
-        for name in folders:
-            path = f"{_CPU}/cpu{cpu}/cache/{name}"
-            entry = None if cpu in known.get(name, EMPTY) else _entry(reader, cpu, core_of[cpu], path)
-            if entry is not None:
-                level, fresh[name] = entry
-                known[name] = known.get(name, EMPTY) | fresh[name]
-                yield level, fresh[name] & online, path
-        if all(cpu in known.get(name, EMPTY) for name in folders):
-            done |= fresh.get("index0", EMPTY)
+        for path in _folders(reader, cpu):
+            level = _level_of(reader, path)
+            if level is None or cpu in known.get(level, EMPTY):
+                continue
+            members = _members(reader, cpu, core_of[cpu], path)
+            if members is not None:
+                known[level] = known.get(level, EMPTY) | members
+                yield level, members & online, path
 
 
-def _entry(reader: ListReader, cpu: int, core: CpuSet, path: str) -> tuple[int, CpuSet] | None:
-    """Return level and members, or None if unreadable. Instruction caches, which are not used, get level 0."""
+def _folders(reader: ListReader, cpu: int) -> list[str]:
+    folder = f"{_CPU}/cpu{cpu}/cache"
+    return [f"{folder}/{name}" for name in reader.names(folder) if name.startswith("index")]
+
+
+def _level_of(reader: ListReader, path: str) -> int | None:
+    """Return the level of a data or unified cache, or None for an instruction cache or if it cannot be read."""
     kind = reader.need(f"{path}/type", _kind)
-    if kind is None:
-        return None
-    if kind == "Instruction":
-        return 0, core
-    level = reader.need(f"{path}/level", _level)
-    members = _members(reader, cpu, core, path)
-    return None if level is None or members is None else (level, members)
+    return None if kind in (None, "Instruction") else reader.need(f"{path}/level", _level)
 
 
 def _members(reader: ListReader, cpu: int, core: CpuSet, path: str) -> CpuSet | None:

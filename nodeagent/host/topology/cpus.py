@@ -1,8 +1,9 @@
 """The CPUs of the machine: which exist, what they share, where they are. With caches and NUMA nodes: the topology.
 
 Packages, dies, clusters and cores come from the kernel's sibling lists, read once for all members of a list. core_id
-repeats in every package and is used only on kernels without sibling lists. One bad file never affects another: its item
-is left out, and `Inventory.warnings` names file and value.
+repeats in every package, and on some machines in every die, cluster or NUMA node. It is used only for CPUs without
+sibling lists, and then never joins CPUs of different dies, clusters, NUMA nodes or first-level caches. One bad file
+never affects another: its item is left out, and `Inventory.warnings` names file and value.
 Source: Documentation/admin-guide/cputopology.rst.
 """
 
@@ -10,9 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import NO_NODE, CacheGroup, Cpu, NumaNode
 from nodeagent.host.sysfs.lists import ListReader
@@ -34,6 +35,8 @@ class _Levels:
     dies: Sequence[CpuSet]
     clusters: Sequence[CpuSet]
     cores: Sequence[CpuSet]
+    guessed: CpuSet
+    """CPUs whose core follows from ids, because no sibling list names them."""
 
 
 def read(sysfs: SysFs) -> Inventory:
@@ -44,9 +47,10 @@ def read(sysfs: SysFs) -> Inventory:
     online = _online(reader)
     present = _listed(reader, "present") or CpuSet(reader.numbered(_CPU, "cpu")) or online
     isolated = _listed(reader, "isolated") or EMPTY
-    levels = _levels(reader, online)
-    groups = caches.read(reader, online, levels.cores)
     nodes = memory.read(reader, online)
+    levels = _levels(reader, online, _index(node.cpus for node in nodes if node.cpus))
+    groups = caches.read(reader, online, levels.cores)
+    levels = replace(levels, cores=_apart_by_cache(levels, groups))
     return Inventory(
         cpus=_cpus(reader, online, isolated, levels, groups, nodes),
         cpus_possible=(_listed(reader, "possible") or present) | online,
@@ -135,17 +139,20 @@ def _processors(text: str) -> CpuSet:
 # ---------------------------------------------------------------- what CPUs share
 
 
-def _levels(reader: ListReader, online: CpuSet) -> _Levels:
+def _levels(reader: ListReader, online: CpuSet, node_of: Mapping[int, int]) -> _Levels:
+    """Return the levels. node_of: a number per NUMA node by CPU; CPUs without a node are left out."""
     first = online.first()
     packages = _packages(reader, online)
     has_dies, has_clusters = (
         reader.number(f"{_CPU}/cpu{first}/topology/{name}") not in _NO_SUCH_LEVEL for name in ("die_id", "cluster_id")
     )
+    cores = [_cores(reader, package, node_of) for package in packages]
     return _Levels(
         packages=packages,
         dies=[die for package in packages for die in _dies(reader, package)] if has_dies else packages,
         clusters=[one for package in packages for one in _clusters(reader, package)] if has_clusters else [],
-        cores=[core for package in packages for core in _cores(reader, package)],
+        cores=[core for of_package, _ in cores for core in of_package],
+        guessed=union(guessed for _, guessed in cores),
     )
 
 
@@ -157,9 +164,9 @@ def _packages(reader: ListReader, online: CpuSet) -> list[CpuSet]:
 
 
 def _dies(reader: ListReader, package: CpuSet) -> list[CpuSet]:
-    """Return the dies of a package. CPUs in no die list form one die, usually the whole package."""
+    """Return the dies of a package. CPUs in no die list are grouped by die_id; those without one form one die."""
     groups, left = _siblings(reader, package, ("die_cpus_list", "die_cpus"))
-    return [*groups, left] if left else groups
+    return groups + [CpuSet(cpus) for cpus in _same_ids(reader, left, ("die_id",)).values()]
 
 
 def _clusters(reader: ListReader, package: CpuSet) -> list[CpuSet]:
@@ -167,14 +174,32 @@ def _clusters(reader: ListReader, package: CpuSet) -> list[CpuSet]:
     return groups
 
 
-def _cores(reader: ListReader, package: CpuSet) -> list[CpuSet]:
-    """Return the cores. Without lists, equal ids at every level are one core; a CPU without core_id is its own core."""
+def _cores(reader: ListReader, package: CpuSet, node_of: Mapping[int, int]) -> tuple[list[CpuSet], CpuSet]:
+    """Return the cores, and the CPUs that no sibling list names.
+
+    Such CPUs are one core if their ids are equal at every level and they are on the same NUMA node; a CPU without
+    core_id is its own core.
+    """
     files = ("core_cpus_list", "thread_siblings_list", "core_cpus", "thread_siblings")
     groups, left = _siblings(reader, package, files)
     by_id = _same_ids(reader, left, ("die_id", "cluster_id", "core_id"))
     known = [CpuSet(cpus) for ids, cpus in by_id.items() if ids[-1] is not None]
     alone = [CpuSet((cpu,)) for ids, cpus in by_id.items() if ids[-1] is None for cpu in cpus]
-    return groups + known + alone
+    return groups + [part for core in known for part in _apart(core, node_of)] + alone, left
+
+
+def _apart_by_cache(levels: _Levels, groups: Iterable[CacheGroup]) -> list[CpuSet]:
+    """Return the cores with those that follow from ids divided by first-level cache: the threads of a core share it."""
+    of_cache = {cpu: group.index for group in groups if group.level == 1 for cpu in group.cpus}
+    return [part for core in levels.cores for part in (_apart(core, of_cache) if core <= levels.guessed else [core])]
+
+
+def _apart(cpus: CpuSet, group_of: Mapping[int, int]) -> list[CpuSet]:
+    """Return the CPUs divided by group; those without a group stay together."""
+    parts: dict[int | None, list[int]] = {}
+    for cpu in cpus:
+        parts.setdefault(group_of.get(cpu), []).append(cpu)
+    return [CpuSet(part) for part in parts.values()]
 
 
 def _siblings(reader: ListReader, cpus: CpuSet, files: Sequence[str]) -> tuple[list[CpuSet], CpuSet]:

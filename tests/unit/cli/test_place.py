@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,18 @@ def test_options_and_policies_are_followed(machine: Path) -> None:
     assert answer(machine, "--cpus", "2", "--option", "distribute-cpus-across-cores")["cpus"] == "0-1"
     assert answer(machine, "--cpus", "2", "--near", "gpu1")["numa_nodes"] == [1]
     assert answer(machine, "--cpus", "10", "--numa", "single", code=3)["free"] == 8
+
+
+def test_memory_of_another_kind_is_given_only_where_the_request_names_it(tmp_path: Path) -> None:
+    inventory = inventory_of(even_rows(1, 1, 1, 2, 1), more_nodes=[1], memory={0: GIB, 1: 4 * GIB})
+    nodes = tuple(replace(node, kind="gpu") if node.id else node for node in inventory.numa_nodes)
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(to_document(replace(inventory, numa_nodes=nodes))))
+    assert answer(path, "--memory", "2Gi", code=3)["free"] == GIB
+    assert answer(path, "--memory", "2Gi", "--memory-kind", "gpu")["memory"] == {"1": 2 * GIB}
+    (line,) = batch(path, b'{"memory":"2Gi","memory_kind":"gpu"}')
+    assert line["memory"] == {"1": 2 * GIB}
+    assert "'rom': expected dram, hbm" in complaint(place(path, "--memory", "2Gi", "--memory-kind", "rom"))
 
 
 def test_the_table_says_the_same(machine: Path) -> None:

@@ -65,6 +65,8 @@ from nodeagent.host.sysfs.sysfs import SysFs
 MIB2, GIB = 2 << 20, 1 << 30
 UID = "0a1b2c3d-1111-2222-3333-444455556666"
 ID = "ab" * 32
+STATIC = "0123456789abcdef0123456789abcdef"
+"""The UID that kubelet gives a static pod."""
 LONG_S = 30.0
 ROUND_BUDGET_MS = 50
 CLASSES = (GUARANTEED, BURSTABLE, BEST_EFFORT)
@@ -230,6 +232,15 @@ def test_impossible_names_are_refused() -> None:
         CgroupLayout(driver=CGROUPFS, cgroup_root="/../x")
 
 
+@pytest.mark.parametrize("driver", [SYSTEMD, CGROUPFS])
+@pytest.mark.parametrize("qos", [GUARANTEED, BURSTABLE, BEST_EFFORT])
+def test_the_cgroups_of_a_static_pod_are_named_and_read_back(driver: str, qos: str) -> None:
+    layout = CgroupLayout(driver=driver)
+    found = layout.parse(layout.container(STATIC, qos, ID, "crio"))
+    assert found is not None
+    assert (found.kind, found.pod_uid, found.qos) == (CONTAINER, STATIC, qos)
+
+
 @pytest.mark.parametrize(
     ("path", "pods"),
     [
@@ -238,6 +249,24 @@ def test_impossible_names_are_refused() -> None:
         ("/kubepods/burstable", True),
         (f"/../pod{UID}/{ID}", True),
         (f"/../kubepods-burstable-pod{UID.replace('-', '_')}.slice/crio-1.scope", True),
+        (f"/../../pod{STATIC}/{ID}", True),
+        (f"/../../../burstable/pod{STATIC}/{ID}", True),
+        (f"/../../../besteffort/podmy-static-web/{ID}", True),
+        (f"/../../pod{STATIC}", True),
+        (f"/../../../kubepods-besteffort-pod{STATIC}.slice/cri-containerd-{ID}.scope", True),
+        (f"/pod{STATIC}/{ID}", True),
+        (f"/../{'0a' * 32}", True),
+        (f"/../cri-containerd-{'0a' * 32}.scope", True),
+        (f"/../crio-{'0a' * 32}.scope/container", True),
+        (f"/../docker-{'0a' * 32}.scope", False),
+        (f"/../../{'0a' * 32}", False),
+        (f"/system.slice/{'0a' * 32}", False),
+        (f"/pod{STATIC[:-1]}", False),
+        (f"/pod{STATIC}0", False),
+        (f"/user.slice/{STATIC}", False),
+        ("/podruntime/kubelet", False),
+        ("/burstable/podium.service", False),
+        ("/../../../../system.slice/kubelet.service", False),
         ("/system.slice/podman.service", False),
         ("/user.slice/my-pod", False),
         ("/", False),

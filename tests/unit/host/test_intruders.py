@@ -97,6 +97,14 @@ def test_a_pod_is_known_in_any_hierarchy(tmp_path: Path, warnings: list[str]) ->
     assert threads(SysFs(tmp_path), CpuSet([3]), warnings) == ()
 
 
+def test_a_static_pod_is_no_intruder_in_a_cgroup_namespace(tmp_path: Path, warnings: list[str]) -> None:
+    thread(tmp_path, 1, "0-7")
+    in_cgroup(tmp_path, 1, f"/../../pod{'0123456789abcdef' * 2}/{'ab' * 32}")
+    thread(tmp_path, 2, "0-7", name="host")
+    in_cgroup(tmp_path, 2, "/../../../../system.slice/ssh.service")
+    assert [one.comm for one in threads(SysFs(tmp_path), CpuSet([3]), warnings)] == ["host"]
+
+
 def test_no_exclusive_cpus_have_no_intruders(tmp_path: Path, warnings: list[str]) -> None:
     thread(tmp_path, 1, "0-7")
     irq(tmp_path, 1, effective_affinity_list="0", smp_affinity_list="0")
@@ -151,6 +159,61 @@ def test_interrupts_are_named_as_the_kernel_names_them(tmp_path: Path) -> None:
         30: "",
     }
     assert interrupt_names(SysFs(tmp_path / "none")) == {}
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        ("Hyper-V PCIe MSI 4194304-edge      mlx5_async0@pci:0001:00:02.0", "mlx5_async0@pci:0001:00:02.0"),
+        ("SiFive PLIC   10 Edge      ttyS0", "ttyS0"),
+        ("RISC-V INTC   5 Edge      riscv-timer", "riscv-timer"),
+        ("riscv-imsic   3 Edge      nvme0q0", "nvme0q0"),
+        ("xen-dyn    -event     eth0-q0-tx", "eth0-q0-tx"),
+        ("xen-percpu    -virq      timer0", "timer0"),
+        ("xen-pirq    -ioapic-level  acpi, ahci[0000:00:1f.2]", "acpi, ahci[0000:00:1f.2]"),
+        ("OPAL EVT   0 Level     0opal", "0opal"),
+        ("GPIO stub   7 Level    -fasteoi   Power Button", "Power Button"),
+        ("ITS-PCI-MSIX-0000:01:00.0   1 Edge      hns3-0000:7d:00.0-TxRx-0", "hns3-0000:7d:00.0-TxRx-0"),
+        ("IO-APIC-edge      timer", "timer"),
+        ("PCI-MSI  mlx5_comp0", "mlx5_comp0"),
+        ("-   4-edge      serial", "serial"),
+        ("SiFive PLIC   11 Edge", ""),
+        ("Hyper-V PCIe MSI 4194306-edge", ""),
+        ("xen-dyn    -event", ""),
+        ("None", ""),
+    ],
+)
+def test_names_stand_behind_chips_of_any_number_of_words(tmp_path: Path, line: str, name: str) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/interrupts").write_text(f"     CPU0       CPU1\n 24:     0     5   {line}      \n")
+    assert interrupt_names(SysFs(tmp_path)) == {24: name}
+
+
+def sysfs_irq(root: Path, number: int, **files: str) -> None:
+    folder = root / f"sys/kernel/irq/{number}"
+    folder.mkdir(parents=True)
+    for name, value in files.items():
+        (folder / name).write_text(f"{value}\n")
+
+
+def test_the_kernels_own_list_of_actions_comes_before_the_table(tmp_path: Path) -> None:
+    """The table has one column too many for its chip's name; it is read for what has no list."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/interrupts").write_text(
+        "     CPU0\n 1:   0   chip  9  x  y\n 2:   0   chip  9   5 Edge      eth0\n 3:  0   gone   1-edge      z\n"
+    )
+    sysfs_irq(tmp_path, 1, actions="i801_smbus,ehci_hcd:usb1", chip_name="chip  9")
+    sysfs_irq(tmp_path, 2, chip_name="chip  9")
+    sysfs_irq(tmp_path, 4, actions="", chip_name="dummy")
+    assert interrupt_names(SysFs(tmp_path)) == {1: "i801_smbus, ehci_hcd:usb1", 2: "eth0", 3: "z", 4: ""}
+
+
+def test_a_list_of_actions_that_cannot_be_read_leaves_the_table(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/interrupts").write_text(INTERRUPTS)
+    (tmp_path / "sys/kernel/irq/27/actions").mkdir(parents=True)
+    (tmp_path / "sys/kernel/irq/27/chip_name").mkdir()
+    assert interrupt_names(SysFs(tmp_path))[27] == "nvme0q1"
 
 
 def test_interrupts_that_are_delivered_there_are_named(tmp_path: Path, warnings: list[str]) -> None:

@@ -244,13 +244,48 @@ def memory_kinds(root: Path) -> dict[int, str]:
         ({"gpu_nodes": {"0009:01:00.0": -1}}, ["dram"] * 4),
         ({"dax": {"dax0.0": ("LNXSYSTM:00/ACPI0012:00/ndbus0/region0/dax0.1", 2)}}, ["dram", "dram", "pmem", "dram"]),
         ({"dax": {"dax0.0": ("platform/ACPI0017:00/root0/region0/dax_region0", 2)}}, ["dram", "dram", "cxl", "dram"]),
-        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}}, ["dram"] * 4),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}}, ["dram", "dram", "special", "dram"]),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}, "tiers": {4: "0-1", 22: "2"}}, ["dram", "dram", "cxl", "dram"]),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 2)}, "bandwidth": {0: 100, 2: 400}}, ["dram", "dram", "hbm", "dram"]),
+        ({"dax": {"dax0.0": ("platform/hmem.0", 1)}}, ["dram"] * 4),
+        ({"bandwidth": {0: 1000, 1: 1000, 2: 700}, "tiers": {4: "0-1", 5: "2"}}, ["dram", "dram", "cxl", "dram"]),
+        ({"gpu_nodes": {"0009:01:00.0": 1}}, ["dram"] * 4),
         ({"dax": {"dax0.0": ("LNXSYSTM:00/ACPI0012:00/ndbus0/region0/dax0.1", 0)}}, ["dram"] * 4),
     ],
 )
 def test_kinds_of_memory_follow_the_evidence(tmp_path: Path, more: dict[str, object], expected: list[str]) -> None:
     root = machine(tmp_path, "2s2n4c", memory_only_nodes=(2, 3), **more)
     assert memory_kinds(root) == dict(enumerate(expected))
+
+
+@pytest.mark.parametrize(
+    ("normal", "more", "expected"),
+    [
+        ("0-1,3", {}, ["dram", "dram", "special", "dram"]),
+        ("0-1", {}, ["dram", "dram", "special", "special"]),
+        ("0-1", {"gpu_nodes": {"0009:01:00.0": 2}}, ["dram", "dram", "gpu", "special"]),
+        ("0-1", {"tiers": {4: "0-1", 22: "2", 2: "3"}}, ["dram", "dram", "cxl", "hbm"]),
+        ("0-1", {"memory": {3: 0}}, ["dram", "dram", "special", "none"]),
+        ("0,2-3", {}, ["dram"] * 4),
+        ("", {}, ["dram"] * 4),
+        ("garbage", {}, ["dram"] * 4),
+    ],
+)
+def test_a_node_without_cpus_and_normal_memory_is_special(
+    tmp_path: Path, normal: str, more: dict[str, object], expected: list[str]
+) -> None:
+    """Nodes with CPUs are not: with movable_node, all of their memory can be removed."""
+    root = machine(tmp_path, "2s2n4c", memory_only_nodes=(2, 3), **more)
+    (root / NODE / "has_normal_memory").write_text(f"{normal}\n")
+    assert memory_kinds(root) == dict(enumerate(expected))
+
+
+def test_a_dax_device_that_is_not_used_as_memory_shows_nothing(tmp_path: Path) -> None:
+    folder = "LNXSYSTM:00/ACPI0012:00/ndbus0/region0/dax0.1"
+    root = machine(tmp_path, "2s2n4c", memory_only_nodes=(2, 3), dax={"dax0.0": (folder, 2), "dax0.1": (folder, 3)})
+    for name, driver in {"dax0.0": "device_dax", "dax0.1": "kmem"}.items():
+        (root / f"sys/devices/{folder}/{name}/driver").symlink_to(f"/sys/bus/dax/drivers/{driver}")
+    assert memory_kinds(root) == {0: "dram", 1: "dram", 2: "dram", 3: "pmem"}
 
 
 # ---------------------------------------------------------------- machines that lack files
@@ -325,11 +360,125 @@ def test_core_ids_that_repeat_on_each_package_are_different_cores(tmp_path: Path
     assert len(groups(found, "core")) == 8
 
 
+def without_lists(root: Path, **numbers: Callable[[int], int]) -> Path:
+    """Leave only ids in the topology of each CPU: what `numbers` gives for a CPU replaces the number of that name."""
+    for folder in (root / CPU).glob("cpu*/topology"):
+        for path in folder.iterdir():
+            if not path.name.endswith("_id"):
+                path.unlink()
+        for name, number in numbers.items():
+            (folder / name).write_text(f"{number(int(folder.parent.name[3:]))}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers", "expected"),
+    [
+        ("1s2n4c", {}, ["0", "1", "2", "3"]),
+        ("1s2n4c-smt", {}, ["0,4", "1,5", "2,6", "3,7"]),
+        ("1s1n4c", {"die_id": lambda cpu: cpu // 2}, ["0", "1", "2", "3"]),
+        ("1s1n4c", {"cluster_id": lambda cpu: cpu // 2}, ["0", "1", "2", "3"]),
+        ("1s1n4c-smt", {"die_id": lambda cpu: cpu % 4 // 2}, ["0,4", "1,5", "2,6", "3,7"]),
+        ("1s1n4c", {"die_id": lambda _: -1, "cluster_id": lambda _: -1}, ["0", "1", "2", "3"]),
+        ("1s1n4c-smt", {"die_id": lambda _: -1}, ["0,4", "1,5", "2,6", "3,7"]),
+    ],
+    ids=["nodes", "nodes-smt", "dies", "clusters", "dies-smt", "caches", "caches-smt"],
+)
+def test_equal_core_ids_are_one_core_only_where_nothing_tells_them_apart(
+    tmp_path: Path, name: str, numbers: dict[str, Callable[[int], int]], expected: list[str]
+) -> None:
+    """Core ids 0, 1, 0, 1 within one package, and no sibling lists."""
+    found = read(without_lists(machine(tmp_path, name), core_id=lambda cpu: cpu % 2, **numbers))
+    assert groups(found, "core") == expected
+    assert len(groups(found, "package")) == 1
+
+
+def test_without_caches_equal_core_ids_on_two_nodes_are_two_cores(tmp_path: Path) -> None:
+    root = without_lists(machine(tmp_path, "1s2n4c-smt"), core_id=lambda cpu: cpu % 2)
+    for folder in (root / CPU).glob("cpu*/cache"):
+        shutil.rmtree(folder)
+    assert groups(read(root), "core") == ["0,4", "1,5", "2,6", "3,7"]
+
+
+def test_a_cpu_without_a_node_is_no_sibling_of_one_with_a_node(tmp_path: Path) -> None:
+    root = without_lists(machine(tmp_path, "1s2n4c"), core_id=lambda cpu: cpu % 2)
+    shutil.rmtree(root / NODE / "node1")
+    for cpu in (2, 3):
+        (root / CPU / f"cpu{cpu}/node1").unlink()
+    for folder in (root / CPU).glob("cpu*/cache"):
+        shutil.rmtree(folder)
+    assert groups(read(root), "core") == ["0", "1", "2", "3"]
+
+
+def test_dies_without_lists_are_told_apart_by_their_ids(tmp_path: Path) -> None:
+    root = without_lists(machine(tmp_path, "2s2n8c"), die_id=lambda cpu: cpu % 4 // 2)
+    assert groups(read(root), "die") == ["0-1", "2-3", "4-5", "6-7"]
+
+
 def test_packages_with_id_minus_one_are_told_apart_by_siblings(tmp_path: Path) -> None:
     root = machine(tmp_path, "4s4n8c")
     for folder in (root / CPU).glob("cpu*/topology"):
         (folder / "physical_package_id").write_text("-1")
     assert groups(read(root), "package") == ["0-1", "2-3", "4-5", "6-7"]
+
+
+def described(root: Path, cpu: int, caches: list[tuple[int, str, str]]) -> None:
+    """Replace the caches of a CPU: level, type and members of each, in the order of their folders."""
+    folder = root / CPU / f"cpu{cpu}/cache"
+    shutil.rmtree(folder, ignore_errors=True)
+    for index, (level, kind, members) in enumerate(caches):
+        (folder / f"index{index}").mkdir(parents=True)
+        for name, text in {"level": f"{level}", "type": kind, "shared_cpu_list": members, "size": "32K"}.items():
+            (folder / f"index{index}" / name).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("caches", "expected"),
+    [
+        (
+            # As on RISC-V: the instruction cache comes first, and only the core is shared.
+            {cpu: [(1, "Instruction", f"{cpu}"), (1, "Data", f"{cpu}"), (2, "Unified", f"{cpu}")] for cpu in (0, 1)},
+            {1: ["0", "1"], 2: ["0", "1"]},
+        ),
+        (
+            # As on AMD Bulldozer: two CPUs share the instruction cache and the second level, not the data cache.
+            {cpu: [(1, "Instruction", "0-1"), (1, "Data", f"{cpu}"), (2, "Unified", "0-1")] for cpu in (0, 1)},
+            {1: ["0", "1"], 2: ["0-1"]},
+        ),
+        (
+            # The CPUs of one first-level cache have second-level caches of their own.
+            {cpu: [(1, "Data", "0-1"), (2, "Unified", f"{cpu}"), (3, "Unified", "0-1")] for cpu in (0, 1)},
+            {1: ["0-1"], 2: ["0", "1"], 3: ["0-1"]},
+        ),
+        (
+            # Folders of one number are caches of different levels.
+            {
+                0: [(1, "Data", "0"), (1, "Instruction", "0"), (2, "Unified", "0"), (3, "Unified", "0-1")],
+                1: [(3, "Unified", "0-1"), (2, "Unified", "1"), (1, "Data", "1")],
+            },
+            {1: ["0", "1"], 2: ["0", "1"], 3: ["0-1"]},
+        ),
+        (
+            # Only one of the two has a second level.
+            {
+                0: [(1, "Data", "0"), (2, "Unified", "0"), (3, "Unified", "0-1")],
+                1: [(1, "Data", "1"), (3, "Unified", "0-1")],
+            },
+            {1: ["0", "1"], 2: ["0"], 3: ["0-1"]},
+        ),
+    ],
+    ids=["instruction-first", "shared-instruction-cache", "shared-first-level", "other-order", "missing-level"],
+)
+def test_caches_are_those_of_each_cpus_own_files(
+    tmp_path: Path, caches: dict[int, list[tuple[int, str, str]]], expected: dict[int, list[str]]
+) -> None:
+    root = machine(tmp_path, "1s1n1c-smt")
+    for cpu, mine in caches.items():
+        described(root, cpu, mine)
+    found = read(root)
+    assert {level: [str(one.cpus) for one in found.caches if one.level == level] for level in expected} == expected
+    assert {group.level for group in found.caches} == expected.keys()
+    assert found.warnings == ()
 
 
 def test_a_machine_without_cache_folders_has_no_caches(tmp_path: Path) -> None:
@@ -573,6 +722,7 @@ def test_a_distance_row_of_the_wrong_length_is_left_out_with_a_warning(tmp_path:
     [
         ("proc/driver/nvidia/gpus/0009:01:00.0/numa_status", "Nodes: many"),
         (f"{NODE}/node1/access0/initiators/read_bandwidth", "fast"),
+        (f"{NODE}/has_normal_memory", "0-"),
         ("sys/devices/virtual/memory_tiering/memory_tier4/nodelist", "1-"),
         ("sys/devices/cpu_core/cpus", "0-"),
     ],
