@@ -131,7 +131,7 @@ class InventoryScanner(Manager):
         holding, ended = await asyncio.to_thread(self._latches.standing, list(self._agent.inventory.device_by_id))
         for device in ended:
             if self._agent.clear_health(device):
-                log.info("health-cleared", device=device, why="the machine or its driver has started anew")
+                log.info("health-cleared", device=device, why="the machine was rebooted or the driver bound again")
         self._agent.observe(holding)
 
     async def clear_health(self, device: str) -> bool:
@@ -140,7 +140,7 @@ class InventoryScanner(Manager):
             had = self._agent.clear_health(device)
             await asyncio.to_thread(self._latches.keep, (), [device])
         if had:
-            log.info("health-cleared", device=device, why="an admin said so")
+            log.info("health-cleared", device=device, why="cleared by an admin")
         return had
 
     async def _scan(self) -> Inventory:
