@@ -315,7 +315,7 @@ class Agent(Decisions):
         old = {one: grant for one in ids if (grant := known.get((resource.name, one))) is not None}
         if old:
             decide.check_ids(self.inventory, resource, containers)
-            _refuse_living(resource, ids, old, await self._living(list(old.values())))
+            decide.refuse_living(resource, ids, old, await self._living(list(old.values())))
         held = {one: grant for one, grant in old.items() if grant.confirmed}
         if not held:
             return
@@ -326,7 +326,7 @@ class Agent(Decisions):
             why = f"cannot grant {', '.join(held)} of {resource.name}: last held by {holder}, and {error}"
             raise Refused(why, want=len(ids), free=len(ids) - len(held), unit="ids") from None
         for holding in holdings:
-            _refuse_listed(resource, ids, holding)
+            decide.refuse_listed(resource, ids, holding)
 
     def _begin_anew(self, grants: Iterable[Grant]) -> None:
         """Give the requester all the time that a new pod has, even if the grant is an old one."""
@@ -477,25 +477,6 @@ class Agent(Decisions):
 
     async def _prune(self, before: float) -> int:
         return await self._on_disk(self._store.prune, before)
-
-
-def _refuse_living(
-    resource: ResourceKind, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]
-) -> None:
-    """Raise Refused if a living container holds some of the ids, whatever kubelet has forgotten."""
-    taken = {one: grant for one, grant in old.items() if grant.id in living}
-    if taken:
-        grant = next(iter(taken.values()))
-        why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {grant.holder}, and {living[grant.id]}"
-        raise Refused(why, want=len(ids), free=len(ids) - len(taken), unit="ids")
-
-
-def _refuse_listed(resource: ResourceKind, ids: Sequence[str], holding: Holding) -> None:
-    taken = sorted(set(holding.ids) & set(ids)) if holding.resource == resource.name else []
-    if taken:
-        where = f"{holding.namespace}/{holding.pod}/{holding.container}"
-        why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {where}"
-        raise Refused(why, want=len(ids), free=len(ids) - len(taken), unit="ids")
 
 
 async def _nothing() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from nodeagent.aio.revision import Revision
 from nodeagent.core.dra.cpu_pool import CPUS as COUNT
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.ledger.offline import lost_cpus
@@ -68,9 +69,14 @@ def set_online(tree: DeviceTree, cpus: str) -> None:
     tree.write("sys/devices/system/cpu/offline", str(CpuSet.parse(ALL) - CpuSet.parse(cpus)))
 
 
+def health_of(room: Room) -> DraHealth:
+    pools = Pools(room.agent, lambda: room.dra)
+    return DraHealth(room.agent, lambda: room.dra, pools, Revision(*room.agent.revisions))
+
+
 def health(room: Room) -> dict[str, tuple[str, str]]:
     """(state, message) by device."""
-    states = DraHealth(room.agent, lambda: room.dra, Pools(room.agent, lambda: room.dra)).states()
+    states = health_of(room).states()
     return {one.device: (one.state, one.message) for one in states if one.pool == f"{NODE}/cpu"}
 
 
@@ -207,7 +213,7 @@ async def test_a_list_of_health_in_which_nothing_changed_is_the_same_list(folder
     async with claim_room(folder, CPUS, ports=0) as room:
         await room.prepare(room.claim("a", consumed("cpu", "numa0", cpus="2")))
         go_online(room, "0-3,5-7")
-        source = DraHealth(room.agent, lambda: room.dra, Pools(room.agent, lambda: room.dra))
+        source = health_of(room)
         assert source.states() == source.states()
 
 

@@ -7,7 +7,7 @@ they are taken from: a grant whose pod was never listed, or has gone, gives way.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
@@ -18,7 +18,7 @@ from nodeagent.core.ledger.exclusion import excluded_with, things_of
 from nodeagent.core.ledger.free import grantable
 from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
 from nodeagent.core.model.cpuset import union
-from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder, Holding
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import NO_NODE
 from nodeagent.errors import InputError, Refused
@@ -209,3 +209,23 @@ def refuse_missing_pages(inventory: Inventory, ledger: Ledger, grant: Grant) -> 
                 free=free,
                 unit="pages",
             )
+
+
+def refuse_living(
+    resource: ResourceKind, ids: Sequence[str], old: Mapping[str, Grant], living: Mapping[str, str]
+) -> None:
+    """Raise Refused if a living container holds some of the ids, whatever kubelet has forgotten."""
+    taken = {one: grant for one, grant in old.items() if grant.id in living}
+    if taken:
+        grant = next(iter(taken.values()))
+        why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {grant.holder}, and {living[grant.id]}"
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken), unit="ids")
+
+
+def refuse_listed(resource: ResourceKind, ids: Sequence[str], holding: Holding) -> None:
+    """Raise Refused if kubelet lists some of the ids with another container."""
+    taken = sorted(set(holding.ids) & set(ids)) if holding.resource == resource.name else []
+    if taken:
+        where = f"{holding.namespace}/{holding.pod}/{holding.container}"
+        why = f"cannot grant {', '.join(taken)} of {resource.name}: held by {where}"
+        raise Refused(why, want=len(ids), free=len(ids) - len(taken), unit="ids")
