@@ -83,7 +83,7 @@ class Status:
         if method == "DELETE" and path.startswith("/v1/grants/"):
             return await self._release(path.removeprefix("/v1/grants/"))
         if method == "DELETE" and path.startswith("/v1/health/"):
-            return await self._clear_health(unquote(path.removeprefix("/v1/health/")))
+            return await self._clear_health(unquote(path.removeprefix("/v1/health/"), errors="surrogateescape"))
         if method == "POST" and path == "/v1/reload":
             return await self._reload()
         page = self._pages().get(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 from urllib.parse import quote
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         return ask.show(args, "/v1/health", _print)
     if args.device is None:
         raise InputError("cannot clear the health of a device: DEVICE is missing")
-    done = ask.request(args.socket, "DELETE", f"/v1/health/{quote(args.device, safe=':./')}")
+    done = ask.request(args.socket, "DELETE", f"/v1/health/{quote(os.fsencode(args.device), safe=':./')}")
     print(f"cleared {done['device']}: it is {done['state']}")
     return 0
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
-from nodeagent.cli.source import add_root, read_file, read_root
+from nodeagent.cli.source import LARGEST_FILE_BYTES, add_root, read_file, read_root
 from nodeagent.cli.tables import print_table
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
@@ -48,11 +49,11 @@ class Line(msgspec.Struct, forbid_unknown_fields=True):
 class _HeldPages(msgspec.Struct):
     size: str
     numa_node: int
-    pages: int
+    pages: Annotated[int, msgspec.Meta(ge=0, le=MOST)]
 
 
 class _HeldMemory(msgspec.Struct):
-    bytes: int
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
     numa_node: int
 
 
@@ -208,20 +209,24 @@ def _ledger(inventory: Inventory, line: Line, state: Sequence[Grant]) -> Ledger:
 def _read_state(path: str) -> tuple[Grant, ...]:
     """Return the grants of a file as `nodeagent grants -o json` writes it."""
     try:
-        found = msgspec.json.decode(Path(path).read_bytes(), type=list[_Held])
+        with Path(path).open("rb") as file:
+            found = msgspec.json.decode(file.read(LARGEST_FILE_BYTES + 1), type=list[_Held])
+        grants = tuple(_grant(one) for one in found)
     except OSError as error:
         raise InputError(f"cannot read --state {path}: {error.strerror}") from None
-    except (msgspec.MsgspecError, UnicodeError) as error:
-        raise InputError(f"cannot read --state {path}: {error}") from None
-    return tuple(_grant(one, path) for one in found)
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, InputError) as error:
+        raise InputError(f"cannot read --state {path}: {' '.join(str(error).split())}") from None
+    if twice := [one for one, count in Counter(grant.id for grant in grants).items() if count > 1]:
+        raise InputError(f"cannot read --state {path}: grant {twice[0]!r} stands twice")
+    return grants
 
 
-def _grant(held: _Held, path: str) -> Grant:
+def _grant(held: _Held) -> Grant:
     pages = (Pages(node=one.numa_node, page_bytes=parse_size(one.size), pages=one.pages) for one in held.hugepages)
     return Grant(
         id=held.id,
         holder=Holder(api=held.api, resource=held.resource),
-        cpus=CpuSet.parse(held.cpus, source=f"{path}, grant {held.id}"),
+        cpus=CpuSet.parse(held.cpus, source=f"grant {held.id}"),
         hugepages=tuple(pages),
         memory=tuple((one.numa_node, one.bytes) for one in held.memory),
         devices=tuple(held.devices),

@@ -29,8 +29,8 @@ def check_root(root: str) -> None:
     try:
         for folder in (Path(root), Path(root) / "sys"):
             next(folder.iterdir(), None)
-    except FileNotFoundError as error:
-        missing = "it has no folder sys" if error.filename != root else "expected a folder with sys below it"
+    except FileNotFoundError:
+        missing = "it has no folder sys" if Path(root).exists() else "expected a folder with sys below it"
         raise InputError(f"cannot read --root {root}: {missing}") from None
     except OSError as error:
         raise InputError(f"cannot read --root {root}: {error.filename}: {error.strerror}") from None

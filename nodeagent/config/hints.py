@@ -21,6 +21,8 @@ def hint(word: str, known: Iterable[str]) -> str:
 
 def shown(value: object) -> str:
     """Return a value as quoted in a message."""
+    if isinstance(value, int):
+        value = value if abs(value) < 1 << 64 else hex(value)
     return "nothing" if value is None else repr(value)[:LONGEST_SHOWN]
 
 

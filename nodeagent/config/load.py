@@ -83,7 +83,8 @@ def _read_yaml(text: str | bytes, source: str) -> dict[Any, Any]:
         raise ConfigError(f"cannot read {source}: it has more than {LARGEST_FILE_BYTES} bytes")
     try:
         found = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # The last ones are what the loader raises where a tag and its value do not fit, such as "!!bool x".
         raise ConfigError(f"cannot read {source}: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ConfigError(f"cannot read {source}: it is nested too deeply") from None
@@ -100,6 +101,8 @@ def _limit(found: Any, source: str) -> None:
         one, count = waiting.pop(), count + 1
         if count > MOST_VALUES:
             raise ConfigError(f"cannot read {source}: it has more than {MOST_VALUES} values, aliases counted each time")
+        if isinstance(one, str) and one.endswith("\n"):
+            raise ConfigError(f"cannot read {source}: {hints.shown(one)} ends with a line break")
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
 
 

@@ -57,7 +57,7 @@ def _other_table_has_default(reader: Tolerant) -> bool:
     for words in filter(None, map(str.split, text.splitlines())):
         if words[-1].endswith(":"):
             table = words[0]
-        elif words[0] == "|--":
+        elif words[0] == "|--" and len(words) > 1:
             leaf = words[1]
         elif table == "Id" and leaf == "0.0.0.0" and words[0] == "/0" and words[-1] == "UNICAST":  # noqa: S104
             return True
@@ -74,8 +74,9 @@ def _links(reader: Tolerant, names: Iterable[str]) -> Mapping[str, set[str]]:
         for upper, lower in _pairs(reader, name, reader.names(f"{_NET}/{name}")):
             below[upper].add(lower)
     for line in (reader.text("proc/1/net/vlan/config") or "").splitlines()[2:]:
-        vlan, *_, parent = (word.strip() for word in line.split("|"))
-        below[vlan].add(parent)
+        words = [word.strip() for word in line.split("|")]
+        if len(words) > 1:
+            below[words[0]].add(words[-1])
     return below
 
 

@@ -95,6 +95,7 @@ class Agent(Decisions):
         super().__init__(store, settings.reserved)
         self.settings = settings
         self.health: Health = NO_HEALTH
+        inventory = still_told(Inventory(), inventory, self.ledger.devices_held)
         self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
         self.conflicts: tuple[str, ...] = ()
         """What kubelet reports that contradicts the ledger, from its newest list only."""
@@ -165,7 +166,10 @@ class Agent(Decisions):
 
     def apply_settings(self, settings: AgentSettings) -> None:
         """Apply new settings; grants stay unchanged."""
+        recovery_changed = settings.recover_s != self.settings.recover_s
         self.settings = settings
+        if recovery_changed:
+            self.revisions.health.bump()
         self.ledger = ledger_of.with_reserved(self.ledger, settings.reserved)
         self.revisions.ledger.bump()
 

@@ -70,16 +70,18 @@ class Oracle:
                     1 for cpu in self.inventory.cpus if cpu.numa_node in nodes and (cpu.isolated or not self.only)
                 )
                 devices = [d for d in self.inventory.devices if d.numa_node is None or d.numa_node in nodes]
-                kinds = all(self.most(devices, k) >= n for k, n in self.request.devices.items())
+                kinds = self.fit_together(devices)
                 if cpus >= self.request.cpus and kinds and self.enough(nodes):
                     return most
         return len(units)
 
-    def most(self, devices: Sequence[Device], kind: str) -> int:
-        """How many of a kind can be given away together."""
-        mine = [one for one in devices if one.kind == kind]
-        sizes = range(len(mine), 0, -1)
-        return next((n for n in sizes if any(self.together(one) for one in itertools.combinations(mine, n))), 0)
+    def fit_together(self, devices: Sequence[Device]) -> bool:
+        """Whether as many of each kind as are asked for can be given away together."""
+        kinds = [
+            itertools.combinations([one for one in devices if one.kind == kind], count)
+            for kind, count in self.request.devices.items()
+        ]
+        return any(self.together([*itertools.chain.from_iterable(some)]) for some in itertools.product(*kinds))
 
     def enough(self, nodes: Iterable[NodeId]) -> bool:
         """Whether the nodes have the pages and the memory."""

@@ -25,7 +25,9 @@ from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.place import place
 from nodeagent.errors import Refused
 
-WITHHELD = ("in_use", "default_route", "mig")
+HOST_USES = ("in_use", "default_route")
+"""Attributes that show that the host itself uses a device."""
+WITHHELD = (*HOST_USES, "mig")
 """Attributes of a device that is not offered: the host itself uses it, or it is a GPU in MIG mode, which computes only
 through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide)."""
 SHARES = "shares"
@@ -172,19 +174,23 @@ def _parts_first(inventory: Inventory, available: frozenset[str], must: frozense
 
 
 def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inventory:
-    """Return a fresh snapshot in which adapters keep the attributes last reported.
+    """Return a fresh snapshot in which devices keep the attributes last reported.
 
     A held adapter keeps those of its interface, which cannot be seen from here while it is in a container's network
-    namespace; any adapter keeps its speed while the link is down.
+    namespace; any adapter keeps its speed while the link is down. A held device is used by its holder, which may mount
+    it or route through it: it keeps what was known of its use by the host, or is not used by it.
     """
 
     def told(device: Device) -> Device:
         old = before.device_by_id.get(device.id)
+        known = {} if old is None else old.attributes
         names = _OF_INTERFACE if device.id in held else _OF_LINK
-        lost = {} if old is None else {name: old.attributes[name] for name in names & old.attributes.keys()}
-        if lost.keys() <= device.attributes.keys():
+        kept = {name: known[name] for name in names & known.keys() if name not in device.attributes}
+        if device.id in held:
+            kept |= {name: known.get(name, False) for name in HOST_USES if device.attributes.get(name)}
+        if all(device.attributes.get(name) == value for name, value in kept.items()):
             return device
-        return replace(device, attributes=MappingProxyType({**lost, **device.attributes}))
+        return replace(device, attributes=MappingProxyType({**device.attributes, **kept}))
 
     devices = tuple(map(told, after.devices))
     same = all(a is b for a, b in zip(devices, after.devices, strict=True))

@@ -74,7 +74,7 @@ def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s:
     for one in evidence:
         before = after.get(one.device)
         known = before.seen.get(one.source) if before is not None else None
-        if known is None or not known.latched or one.latched:
+        if known is None or not known.latched or (one.latched and not _is_worse(known.state, one.state)):
             after[one.device] = _judge(before, one, now, recover_s)
     return health if after == health else MappingProxyType(after)
 
@@ -115,6 +115,10 @@ def latched_causes(health: Health) -> tuple[Evidence, ...]:
         for source, one in sorted(state.seen.items())
         if one.latched
     )
+
+
+def _is_worse(one: DeviceState, other: DeviceState) -> bool:
+    return one == UNHEALTHY and other != UNHEALTHY
 
 
 def _judge(before: HealthState | None, one: Evidence, now: float, recover_s: float) -> HealthState:

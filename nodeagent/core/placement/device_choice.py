@@ -11,7 +11,7 @@ from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.request import Request
 from nodeagent.core.model.topology import NodeId
-from nodeagent.core.placement.device_sets import without_conflicts
+from nodeagent.core.placement.device_sets import Candidates, without_conflicts
 from nodeagent.core.placement.index import DeviceIndex, MachineIndex
 from nodeagent.core.placement.proximity import Place
 from nodeagent.errors import InputError
@@ -41,13 +41,20 @@ def pick_devices(
     excluded = machine.inventory.excluded_by
     if not excluded:
         return _picks_among(machine, request, pool, usable, taken)
-    classes = {device.id: number for number, members in enumerate(usable) for device in members}
-    things = machine.inventory.things_of
-    sets, complete = without_conflicts(classes, excluded, things, classes, request.must_devices)
+    numbered = [(device, number) for number, members in enumerate(usable) for device in members]
+    some = Candidates(
+        kinds={device.id: device.kind for device, _ in numbered},
+        classes={device.id: number for device, number in numbered},
+        excluded=excluded,
+        things=machine.inventory.things_of,
+        must=request.must_devices,
+        want=request.devices,
+    )
+    sets, complete = without_conflicts(some)
     found: dict[tuple[str, ...], Pick] = {}
     for left_out in sets:
-        some = [[device for device in members if device.id not in left_out] for members in usable]
-        for pick in _picks_among(machine, request, pool, some if left_out else usable, taken):
+        kept = [[device for device in members if device.id not in left_out] for members in usable]
+        for pick in _picks_among(machine, request, pool, kept if left_out else usable, taken):
             found.setdefault(pick.devices, pick if complete else replace(pick, exact=False))
     least = min((pick.links for pick in found.values()), default=0)
     return [pick for pick in found.values() if pick.links == least]

@@ -113,7 +113,20 @@ def _least_units(task: _Task, units: Sequence[frozenset[NodeId]]) -> int:
     nothing: frozenset[str] = frozenset()
     cover = Cover(_measured(task, units, cpus, stock, nothing), _wanted(task, nothing), Steps())
     sizes = range(max(1, cover.least()), len(units) + 1)
-    return next((count for count in sizes if next(cover.of_size(count), None) is not None), len(units))
+    return next((count for count in sizes if _holds(task, cover, count)), len(units))
+
+
+def _holds(task: _Task, cover: Cover, count: int) -> bool:
+    """Return whether some units hold the request on an empty machine, with devices that may exclude each other."""
+    sets = cover.of_size(count)
+    if not task.machine.inventory.excluded_by:
+        return next(sets, None) is not None
+    empty = Ledger(reserved=task.ledger.reserved)
+    for units in itertools.islice(sets, MOST_UNIVERSES):
+        nodes = frozenset(node for unit in units for node in unit.nodes)
+        if pick_devices(task.machine, empty, task.request, nodes):
+            return True
+    return False
 
 
 def _wanted(task: _Task, taken: frozenset[str]) -> tuple[int, ...]:

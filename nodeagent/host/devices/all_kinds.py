@@ -36,7 +36,7 @@ from nodeagent.host.devices.pci import Pci
 from nodeagent.host.devices.usb import Usb
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import functions as read_functions
-from nodeagent.host.pci import order
+from nodeagent.host.pci import is_address, order
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -171,8 +171,21 @@ def _check(kind: Kind, found: object) -> None:
     if not isinstance(found, Found):
         raise TypeError(f"discover answered {type(found).__name__} instead of Found")
     for device in found.devices:
+        _check_types(device)
         if not 1 <= len(device.id) <= LONGEST_ID:
             raise ValueError(f"device id {device.id!r} has {len(device.id)} characters, 1 to {LONGEST_ID} are allowed")
+
+
+def _check_types(device: object) -> None:
+    if not isinstance(device, Device):
+        raise TypeError(f"discover found {type(device).__name__} instead of Device")
+    texts = (device.kind, device.id, device.pci_address or "", device.parent or "", *device.paths)
+    if wrong := [one for one in texts if not isinstance(one, str)]:
+        raise TypeError(f"device {device.id!r} has {wrong[0]!r} where a string is expected")
+    if device.pci_address is not None and not is_address(device.pci_address):
+        raise ValueError(
+            f"device {device.id!r} has PCI address {device.pci_address!r}, expected one such as 0000:3b:00.0"
+        )
 
 
 def _degraded(name: str, reason: str) -> Found:

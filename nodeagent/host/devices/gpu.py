@@ -210,7 +210,7 @@ def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Devic
     attributes: Attributes = {
         "uuid": mig.uuid,
         "product": nvidia.name,
-        "driver_version": gpu.attributes["driver_version"],
+        "driver_version": str(gpu.attributes.get("driver_version", "")),
         "mig_profile": mig.profile,
         "memory_bytes": mig.memory_bytes,
     }
@@ -229,5 +229,6 @@ def _capabilities(reader: Tolerant, nvidia: NvGpu, mig: Mig) -> tuple[str, ...]:
     """Return the capability nodes of an instance; lines of the driver's table read "gpu0/gi1/ci0/access 13"."""
     instance = f"gpu{nvidia.minor}/gi{mig.gpu_instance}"
     wanted = (f"{instance}/access", f"{instance}/ci{mig.compute_instance}/access")
-    table = dict(line.split(None, 1) for line in (reader.text(_NVIDIA_CAPS) or "").splitlines() if " " in line)
-    return tuple(f"/dev/nvidia-caps/nvidia-cap{table[name].strip()}" for name in wanted if name in table)
+    lines = (line.split() for line in (reader.text(_NVIDIA_CAPS) or "").splitlines())
+    table = {words[0]: words[1] for words in lines if len(words) == 2}
+    return tuple(f"/dev/nvidia-caps/nvidia-cap{table[name]}" for name in wanted if name in table)

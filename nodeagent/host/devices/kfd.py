@@ -10,6 +10,8 @@ from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
 
 _NODES = "sys/class/kfd/kfd/topology/nodes"
+MOST_DIGITS = 20
+"""Of a number that fits into 64 bits."""
 _XGMI = 11
 """io_link type of AMD's links between GPUs (HSA_IOLINKTYPE_XGMI)."""
 _NO_DEVICE = 0
@@ -84,7 +86,7 @@ def properties(reader: Tolerant, path: str) -> dict[str, int]:
     found = {}
     for line in (reader.text(path) or "").splitlines():
         name, _, value = line.partition(" ")
-        if value.isascii() and value.isdigit():
+        if value.isascii() and value.isdigit() and len(value) <= MOST_DIGITS:
             found[name] = int(value)
         else:
             reader.warn(path, f"{line[:80]!r} is not a name and a number")

@@ -6,7 +6,10 @@ boot id and with what identifies the binding of the driver. A GPU that was reset
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+import fcntl
+import os
+from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
 import msgspec
@@ -16,6 +19,8 @@ from nodeagent.errors import HostError, cause_of
 from nodeagent.host.sysfs import atomic_file
 from nodeagent.telemetry.once import Once
 
+_Causes = dict[tuple[str, str], "_Cause"]
+"""By device and source."""
 FILE = "health.json"
 """In the state folder."""
 
@@ -35,70 +40,93 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class LatchMemory:
-    """The causes that hold at this moment, and their file. Everything blocks."""
+    """The latched causes, in their file. Everything blocks.
+
+    Two agents may have the file at once, as during a rolling upgrade: each change reads it, changes it and replaces it
+    under a lock, and nothing else of it is remembered but what could not be written.
+    """
 
     def __init__(self, path: Path, boot_id: str, binding: Callable[[str], str]) -> None:
         """binding: returns what identifies the binding of a device's driver; "" if the device has none."""
         self._path = path
         self._boot_id = boot_id
         self._binding = binding
-        self._causes: dict[tuple[str, str], _Cause] | None = None
+        self._unwritten: _Causes = {}
+        self.readable = True
+        """Whether the file could be read when it was last looked at."""
         self._unreadable, self._unwritable = Once("health-unreadable"), Once("health-not-written")
 
     def standing(self, devices: Iterable[str]) -> tuple[list[Evidence], list[str]]:
         """Return the causes that still hold of some devices, and the devices whose causes have ended."""
-        known = self._known()
         there = frozenset(devices)
+        known = self._read()
         ended = {one.device for one in known.values() if one.device in there and not self._holds(one)}
-        for key in [key for key in known if key[0] in ended]:
-            del known[key]
         if ended:
-            self._write()
+            self._change(lambda causes: _without(causes, ended))
         holding = [
             Evidence(device=one.device, source=one.source, state=one.state, reason=one.reason, latched=True)
             for one in known.values()
-            if one.device in there
+            if one.device in there - ended
         ]
         return holding, sorted(ended)
 
-    def keep(self, causes: Iterable[Evidence], cleared: Iterable[str] = ()) -> None:
-        """Remember further causes, and forget those of cleared devices."""
-        known = self._known()
-        before = dict(known)
-        for key in [key for key in known if key[0] in frozenset(cleared)]:
-            del known[key]
-        for one in causes:
-            old = known.get((one.device, one.source))
-            if old is None or old.reason != one.reason:
-                binding = self._binding(one.device)
-                known[one.device, one.source] = _Cause(
-                    one.device, one.source, one.state, one.reason, self._boot_id, binding
-                )
-        if known != before:
-            self._write()
+    def keep(self, causes: Iterable[Evidence]) -> None:
+        """Remember further causes."""
+        new = {(one.device, one.source): self._cause(one) for one in causes}
+        known = self._read()
+        if any(key not in known or known[key].reason != one.reason for key, one in new.items()):
+            self._change(lambda there: {**there, **new})
+
+    def clear(self, device: str) -> None:
+        """Forget the causes of a device."""
+        self._change(lambda causes: _without(causes, {device}))
+
+    def _cause(self, one: Evidence) -> _Cause:
+        return _Cause(one.device, one.source, one.state, one.reason, self._boot_id, self._binding(one.device))
 
     def _holds(self, cause: _Cause) -> bool:
         return cause.boot_id == self._boot_id and cause.binding == self._binding(cause.device)
 
-    def _known(self) -> dict[tuple[str, str], _Cause]:
-        if self._causes is None:
-            self._causes = {(one.device, one.source): one for one in self._read().causes}
-        return self._causes
+    def _change(self, change: Callable[[_Causes], _Causes]) -> None:
+        with self._locked():
+            after = change(self._read())
+            document = _Document(causes=tuple(one for _, one in sorted(after.items())))
+            try:
+                atomic_file.replace(self._path, msgspec.json.encode(document), mode=0o600)
+                self._unwritten = {}
+                self._unwritable.clear()
+            except HostError as error:
+                self._unwritten = after
+                self._unwritable.report(str(error))
 
-    def _read(self) -> _Document:
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Hold the lock of all agents of the node; without one if the folder cannot be used: writing says why."""
+        handle = None
+        with contextlib.suppress(OSError):
+            handle = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(handle, fcntl.LOCK_EX)
         try:
-            return msgspec.json.decode(self._path.read_bytes(), type=_Document)
+            yield
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+    def _read(self) -> _Causes:
+        self.readable = True
+        if self._unwritten:
+            return dict(self._unwritten)
+        try:
+            document = msgspec.json.decode(self._path.read_bytes(), type=_Document)
         except FileNotFoundError:
-            pass
+            return {}
         except (OSError, msgspec.MsgspecError, UnicodeError) as error:
             left = "errors that GPUs reported before the agent started are not known"
+            self.readable = False
             self._unreadable.report(f"cannot read {self._path}: {cause_of(error)}", left=left)
-        return _Document()
+            return {}
+        return {(one.device, one.source): one for one in document.causes}
 
-    def _write(self) -> None:
-        causes = tuple(one for _, one in sorted(self._known().items()))
-        try:
-            atomic_file.replace(self._path, msgspec.json.encode(_Document(causes=causes)), mode=0o600)
-            self._unwritable.clear()
-        except HostError as error:
-            self._unwritable.report(str(error))
+
+def _without(causes: _Causes, devices: Set[str]) -> _Causes:
+    return {key: one for key, one in causes.items() if one.device not in devices}

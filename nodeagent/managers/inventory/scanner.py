@@ -132,13 +132,19 @@ class InventoryScanner(Manager):
         for device in ended:
             if self._agent.clear_health(device):
                 log.info("health-cleared", device=device, why="the machine was rebooted or the driver bound again")
+        # What another agent of the node has cleared is no longer in the file.
+        standing = {one.device for one in holding}
+        for one in latched_causes(self._agent.health):
+            there = one.device in self._agent.inventory.device_by_id
+            if there and one.device not in standing and self._latches.readable:
+                self._agent.clear_health(one.device)
         self._agent.observe(holding)
 
     async def clear_health(self, device: str) -> bool:
         """Clear the latched causes of a device at an admin's word. Return whether it had any."""
         async with self._turn:
             had = self._agent.clear_health(device)
-            await asyncio.to_thread(self._latches.keep, (), [device])
+            await asyncio.to_thread(self._latches.clear, device)
         if had:
             log.info("health-cleared", device=device, why="cleared by an admin")
         return had
@@ -182,5 +188,6 @@ class InventoryScanner(Manager):
             effect = effect_of(xid.code)
             log.warning("xid", device=xid.pci_address, code=xid.code, effect=effect, instance=xid.instance)
             metrics.XIDS.labels(xid.pci_address, str(xid.code), effect).inc()
-            self._agent.observe(xid_evidence(xid, self._agent.inventory))
-            await asyncio.to_thread(self._latches.keep, latched_causes(self._agent.health))
+            async with self._turn:
+                self._agent.observe(xid_evidence(xid, self._agent.inventory))
+                await asyncio.to_thread(self._latches.keep, latched_causes(self._agent.health))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodeagent.core.deviceplugin.allocate import Stamp, allocate, refuse_excluded
-from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.deviceplugin.devices import DeviceResource, still_told
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.pool import Features
 from nodeagent.core.ledger.exclusion import blocked, excluded_with, most_together, things_of
@@ -19,7 +21,7 @@ from nodeagent.core.ledger.ledger import Ledger, grant, release
 from nodeagent.core.model.device import SHARED_NODES, Device
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.request import Request
+from nodeagent.core.model.request import BEST_EFFORT, RESTRICTED, Request
 from nodeagent.core.placement.place import place
 from nodeagent.errors import Refused
 from tests.builders.inventories import even_rows, inventory_of
@@ -222,3 +224,48 @@ def test_the_scheduler_cannot_allocate_what_excludes_each_other(seed: int) -> No
     plain = served.pool(inventory, Ledger(), {}, Features(counters=False)).devices
     names = [one.part.device for one in plain]
     assert not any(clash(devices, a, b) for a, b in itertools.combinations(names, 2))
+
+
+@pytest.mark.parametrize(
+    ("groups", "kinds", "want"),
+    [
+        (9, ("gpu", "nic"), {"gpu": 1, "nic": 8}),
+        (8, ("gpu", "nic", "nvme"), {"gpu": 1, "nic": 1, "nvme": 6}),
+        (32, ("gpu", "nic"), {"gpu": 4, "nic": 4}),
+        (16, ("gpu", "nic"), {"gpu": 8, "nic": 8}),
+    ],
+)
+def test_of_many_groups_as_many_are_placed_as_fit(groups: int, kinds: Sequence[str], want: dict[str, int]) -> None:
+    """More combinations than can be tried: what fits is found all the same, also on as few NUMA nodes as can be."""
+    devices = [
+        Device(kind=kind, id=f"{kind}{group:02}", numa_node=group % 2, exclusive=(f"iommu-group:{group}",))
+        for group in range(groups)
+        for kind in kinds
+    ]
+    inventory = machine(devices)
+    for numa in (BEST_EFFORT, RESTRICTED):
+        placement = place(inventory, Ledger(), Request(devices=want, numa=numa))
+        assert Counter(inventory.device_by_id[one].kind for one in placement.devices) == want
+        assert not any(clash(devices, a, b) for a, b in itertools.combinations(placement.devices, 2))
+    more = {**want, kinds[0]: groups - sum(want.values()) + want[kinds[0]] + 1}
+    with pytest.raises(Refused):
+        place(inventory, Ledger(), Request(devices=more))
+
+
+def test_a_device_that_must_be_taken_is_found_in_a_large_group() -> None:
+    devices = [Device(kind="nic", id=f"n{number:03}", exclusive=("iommu-group:1",)) for number in range(150)]
+    for one in devices[::10]:
+        request = Request(devices={"nic": 1}, must_devices=frozenset({one.id}))
+        assert place(machine(devices), Ledger(), request).devices == (one.id,)
+
+
+def test_a_held_disk_that_its_holder_mounts_stays_served() -> None:
+    """The kernel shows the mount of a container as it shows one of the host."""
+    disk = Device(kind="nvme", id="d", paths=("/dev/nvme0n1",), attributes={"in_use": False})
+    mounted = machine([replace(disk, attributes={"in_use": True})])
+    resource = DeviceResource(name="r/nvme", kind="nvme")
+    assert resource.devices(mounted) == []
+    for before in (machine([disk]), machine([])):
+        known = still_told(before, mounted, {"d"})
+        assert [one.id for one in resource.devices(known)] == ["d"], "known before, or found after a restart"
+    assert resource.devices(still_told(machine([disk]), mounted, set())) == []
