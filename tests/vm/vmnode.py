@@ -79,6 +79,10 @@ def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
     for module in ("__init__.py", "kubelet.py", "kubelet_plugins.py"):
         shutil.copy(HERE.parent / "doubles" / module, doubles)
     shutil.copy(HERE.parent / "__init__.py", share / "tests")
+    support = share / "tests" / "support"
+    support.mkdir()
+    for module in ("__init__.py", "until.py"):
+        shutil.copy(HERE.parent / "support" / module, support)
     shutil.copytree(vmimage.CHECKOUT / "systemd", share / "systemd")
     shutil.copy(wheel, share)
     (share / "config.yaml").write_text(json.dumps(config))
