@@ -147,14 +147,15 @@ def test_an_nvme_that_is_plugged_is_sent_to_kubelet_and_gone_when_it_is_unplugge
 
 
 def test_virtual_functions_come_and_go_with_sriov_numvfs(guest: Guest, udev_log: str) -> None:
+    """They have no driver here, and so no device node: shown, and not healthy."""
     function = f"/sys/bus/pci/devices/{DISK}"
     made = ["0000:41:00.1", "0000:41:00.2"]
     guest.run(f"echo 0 >{function}/sriov_drivers_autoprobe && echo 2 >{function}/sriov_numvfs")
-    came = guest.kubelet("until", resource=NVME, has=[DISK, *made])
+    came = guest.kubelet("until", resource=NVME, has=[DISK], shown=made, lacks=made)
     guest.run(f"grep -q 'add .*{made[1]} (pci)' {udev_log}", until=True)
     added_s = came["at_s"] - event_s(guest, udev_log, "add", made[1])
     guest.run(f"echo 0 >{function}/sriov_numvfs")
-    went = guest.kubelet("until", resource=NVME, has=[DISK], lacks=made)
+    went = guest.kubelet("until", resource=NVME, has=[DISK], gone=made)
     guest.run(f"grep -q 'remove .*{made[1]} (pci)' {udev_log}", until=True)
     removed_s = went["at_s"] - event_s(guest, udev_log, "remove", made[1])
     print(f"vm: udev to list: two VFs added {added_s:.3f} s, removed {removed_s:.3f} s")

@@ -117,7 +117,7 @@ class Guest:
     def kubelet(self, do: str, limit_s: float = 180.0, **arguments: Any) -> dict[str, Any]:
         """One call to the kubelet in the guest (inside/kubelet.py); GuestError with its state where it fails."""
         if do == "until":
-            arguments = {"has": [], "lacks": [], "limit_s": limit_s, **arguments}
+            arguments = {"has": [], "lacks": [], "shown": [], "gone": [], "limit_s": limit_s, **arguments}
         said: dict[str, Any] = self._ask({"kubelet": {"do": do, **arguments}}, limit_s + 10)
         return said
 

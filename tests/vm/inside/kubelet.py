@@ -31,7 +31,8 @@ class TimedKubelet(FakeKubelet):
 
     def _checked_list(self, resource: str, message: Any) -> Any:
         ids = [device.ID for device in message.devices if device.health == "Healthy"]
-        self.lists.append({"at_s": time.monotonic(), "resource": resource, "ids": ids})
+        shown = [device.ID for device in message.devices]
+        self.lists.append({"at_s": time.monotonic(), "resource": resource, "ids": ids, "shown": shown})
         return super()._checked_list(resource, message)
 
     def state(self) -> dict[str, Any]:
@@ -42,19 +43,27 @@ class TimedKubelet(FakeKubelet):
             "violations": [str(one) for one in self.violations],
         }
 
-    async def until_devices(self, resource: str, has: list[str], lacks: list[str], limit_s: float) -> dict[str, Any]:
-        """The first list with all of `has` and none of `lacks` that holds now: its time, or an error."""
+    async def until_devices(
+        self, resource: str, has: list[str], lacks: list[str], shown: list[str], gone: list[str], limit_s: float
+    ) -> dict[str, Any]:
+        """The first list that holds now: its time, or an error. has, lacks: what is healthy, what is not; shown, gone:
+        the same of what is there in whatever health."""
+
+        def fits(healthy: set[str], every: set[str]) -> bool:
+            wanted = healthy.issuperset(has) and every.issuperset(shown)
+            return wanted and not healthy.intersection(lacks) and not every.intersection(gone)
 
         def holds() -> bool:
-            ids = {one.ID for one in self.devices(resource) if one.health == "Healthy"}
-            return resource in self.endpoints and ids.issuperset(has) and not ids.intersection(lacks)
+            every = self.devices(resource)
+            healthy = {one.ID for one in every if one.health == "Healthy"}
+            return resource in self.endpoints and fits(healthy, {one.ID for one in every})
 
         try:
             await asyncio.wait_for(self.until(holds), limit_s)
         except TimeoutError:
             return {"error": f"{resource} did not get there in {limit_s:g} s", **self.state()}
         lists = [one for one in self.lists if one["resource"] == resource]
-        return next(one for one in reversed(lists) if set(has) <= {*one["ids"]} and not {*lacks} & {*one["ids"]})
+        return next(one for one in reversed(lists) if fits({*one["ids"]}, {*one["shown"]}))
 
     async def admit(self, name: str, wants: dict[str, int], others: dict[str, dict[str, int]]) -> dict[str, Any]:
         """A pod whose container "main" gets what it wants, and others what they want."""
