@@ -30,7 +30,7 @@ class MachineIndex:
         for cpu in inventory.cpus:
             self._cpus[cpu.numa_node] = self._cpus.get(cpu.numa_node, 0) | 1 << cpu.id
             self._packages[cpu.numa_node] = self._packages.get(cpu.numa_node, 0) | 1 << cpu.package
-        self.nodes: tuple[NodeId, ...] = tuple(node.id for node in inventory.numa_nodes)
+        self.nodes: tuple[NodeId, ...] = tuple(sorted(node.id for node in inventory.numa_nodes))
         self.on_nodes = self.usable & ~self._cpus.get(NO_NODE, 0)
         """Usable CPUs whose NUMA node is known; the others may be on any node, and on different ones."""
         self._pools: dict[tuple[str, ...], DeviceIndex] = {}
