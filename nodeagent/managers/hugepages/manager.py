@@ -105,11 +105,13 @@ class HugepagesManager(Manager):
 
     async def _provide(self) -> None:
         config = self._config()
-        if self._state(config) == self._provided and time.monotonic() < self._again_at:
+        # What is shown before counts: a pool that another process makes smaller meanwhile is provided again.
+        state = self._state(config)
+        if state == self._provided and time.monotonic() < self._again_at:
             return
         found = {_key(rule): (rule, await self._provide_one(rule)) for rule in config.hugepages}
         self._say({key: f"not provided: {_name(rule)}: {why}" for key, (rule, why) in found.items() if why})
-        self._provided, self._again_at = self._state(config), time.monotonic() + config.resync_seconds
+        self._provided, self._again_at = state, time.monotonic() + config.resync_seconds
 
     def _state(self, config: Config) -> object:
         """Return what justifies another attempt when it changes: configuration, NUMA nodes, pool sizes."""
