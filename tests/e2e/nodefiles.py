@@ -28,7 +28,7 @@ RESOURCES: list[dict[str, Any]] = [
     {"name": "pages", "kind": "hugepages", "pageSize": "2Mi", "serve": "both"},
     {"name": "memory", "kind": "memory", "serve": "dra"},
     {"name": "port", "kind": "char", "paths": ["/dev/ttyE2E*"], "serve": "both"},
-    {"name": "gpu", "kind": "gpu", "serve": "dra", "deviceNodes": False},
+    {"name": "gpu", "kind": "gpu", "serve": "dra", "deviceNodes": False, "match": {"mig": "*"}},
 ]
 
 
