@@ -197,5 +197,5 @@ def _refuse_overlap(old: Grant, new: Grant) -> None:
 
 
 def _is_taken(old: Grant, device: str, thing: str) -> bool:
-    """Return whether a grant has a thing through another device than `device`, which is to be granted."""
+    """Return whether a grant has a thing through a device other than `device`."""
     return any(one != device and other == thing for one, other in old.things)

@@ -130,7 +130,7 @@ def _holds(task: _Task, cover: Cover, count: int) -> bool:
 
 
 def _wanted(task: _Task, taken: frozenset[str]) -> tuple[int, ...]:
-    """The request as a vector: CPUs, each page size and memory, devices of each kind. Devices whose node nobody knows
+    """The request as a vector: CPUs, each page size and memory, devices of each kind. Devices whose node is not known
     are there wherever the rest goes."""
     known = task.machine.inventory.device_by_id
     anywhere = [one for one in known.values() if one.numa_node is None and one.id not in taken]

@@ -1,6 +1,6 @@
 """Latched causes of bad health, in a file that outlives the agent.
 
-A cause counts until the machine or the device's driver starts anew, or until an admin clears it: each is kept with the
+A cause counts until a reboot, until the driver is bound again, or until an admin clears it: each is kept with the
 boot id and with what identifies the binding of the driver. A GPU that was reset without that is cleared by the admin.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
@@ -23,6 +24,8 @@ _Causes = dict[tuple[str, str], "_Cause"]
 """By device and source."""
 FILE = "health.json"
 """In the state folder."""
+LOCK_S, LOCK_POLL_S = 1.0, 0.01
+"""How long another agent is waited for: a change takes milliseconds."""
 
 
 class _Cause(msgspec.Struct, frozen=True):
@@ -59,6 +62,8 @@ class LatchMemory:
     def standing(self, devices: Iterable[str]) -> tuple[list[Evidence], list[str]]:
         """Return the causes that still hold of some devices, and the devices whose causes have ended."""
         there = frozenset(devices)
+        if self._unwritten:
+            self._change(dict)
         known = self._read()
         ended = {one.device for one in known.values() if one.device in there and not self._holds(one)}
         if ended:
@@ -101,11 +106,13 @@ class LatchMemory:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold the lock of all agents of the node; without one if the folder cannot be used: writing says why."""
+        """Hold the lock of all agents of the node.
+
+        Go on without it if the folder cannot be used, which writing reports, or if an agent that hangs has it."""
         handle = None
         with contextlib.suppress(OSError):
             handle = os.open(self._path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            _lock(handle)
         try:
             yield
         finally:
@@ -126,6 +133,17 @@ class LatchMemory:
             self._unreadable.report(f"cannot read {self._path}: {cause_of(error)}", left=left)
             return {}
         return {(one.device, one.source): one for one in document.causes}
+
+
+def _lock(handle: int) -> None:
+    deadline = time.monotonic() + LOCK_S
+    while time.monotonic() < deadline:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(LOCK_POLL_S)
+        else:
+            return
 
 
 def _without(causes: _Causes, devices: Set[str]) -> _Causes:

@@ -72,6 +72,8 @@ class InventoryScanner(Manager):
         self._probe = Probe()
         self._nvml: Snapshot | Failure | None = None
         self._turn = asyncio.Lock()
+        self._latching = asyncio.Lock()
+        """Apart from `_turn`: a scan that hangs delays neither an error of a GPU nor an admin's word."""
         self._deaf = Once("no-device-events")
 
     async def close(self) -> None:
@@ -123,7 +125,8 @@ class InventoryScanner(Manager):
             for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
                 log.warning("machine-unreadable", warning=warning)
             self._agent.see(inventory)
-            await self._look_at_latches()
+            async with self._latching:
+                await self._look_at_latches()
             return took_s
 
     async def _look_at_latches(self) -> None:
@@ -142,7 +145,7 @@ class InventoryScanner(Manager):
 
     async def clear_health(self, device: str) -> bool:
         """Clear the latched causes of a device at an admin's word. Return whether it had any."""
-        async with self._turn:
+        async with self._latching:
             had = self._agent.clear_health(device)
             await asyncio.to_thread(self._latches.clear, device)
         if had:
@@ -188,6 +191,6 @@ class InventoryScanner(Manager):
             effect = effect_of(xid.code)
             log.warning("xid", device=xid.pci_address, code=xid.code, effect=effect, instance=xid.instance)
             metrics.XIDS.labels(xid.pci_address, str(xid.code), effect).inc()
-            async with self._turn:
+            async with self._latching:
                 self._agent.observe(xid_evidence(xid, self._agent.inventory))
                 await asyncio.to_thread(self._latches.keep, latched_causes(self._agent.health))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -229,3 +230,21 @@ def test_a_fatal_error_is_not_hidden_by_a_later_one_that_is_less_bad() -> None:
     health = reported(reported(NO_HEALTH, 0.0, 79), 1.0, 4711)
     assert (health[GPU].state, health[GPU].reason[:27]) == (UNHEALTHY, "the driver reported Xid 79 ")
     assert reported(reported(NO_HEALTH, 0.0, 4711), 1.0, 79)[GPU].state == UNHEALTHY
+
+
+def test_an_agent_that_hangs_with_the_lock_keeps_no_other_from_remembering(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    with machine.path.with_suffix(".lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        machine.memory().keep([FATAL])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
+
+
+def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path: Path) -> None:
+    machine = Machine(tmp_path / "state")
+    (tmp_path / "state").write_text("in the way")
+    memory = machine.memory()
+    memory.keep([FATAL])
+    (tmp_path / "state").unlink()
+    assert memory.standing([GPU]) == ([FATAL], [])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
