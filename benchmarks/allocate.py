@@ -33,8 +33,9 @@ from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.pb import deviceplugin_pb2 as pb
 from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from nodeagent.resources.offer import Offer, offers
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.agent import Agent
 from nodeagent.state.store import Store
+from nodeagent.state.values import AgentSettings
 from nodeagent.telemetry import log
 
 CPUS, ROUNDS, PER_ROUND, WARM_UP = 512, 6, 400, 50

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 from nodeagent.admin.http import HttpAnswer, Peer
 from nodeagent.admin.http import problem as _problem
 from nodeagent.core.deviceplugin.devices import illness
-from nodeagent.core.model.grant import KUBELET, Grant
+from nodeagent.core.model.grant import KUBELET, OTHER_PLUGIN, Grant
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size
@@ -157,9 +157,10 @@ class Status:
         }
 
     def grants(self) -> list[dict[str, Any]]:
-        """Return all grants, oldest first."""
+        """Return all grants, oldest first, and after them what other device plugins gave to pods."""
         agent = self._watched.agent
         every = sorted(agent.ledger.grants.values(), key=lambda g: (g.granted_at, g.id))
+        foreign = sorted(agent.ledger.foreign.values(), key=lambda g: g.id)
         return [
             {
                 **grant_document(one),
@@ -167,7 +168,7 @@ class Status:
                 "held_back": agent.held_back.get(one.id, ""),
             }
             for one in every
-        ]
+        ] + [{**grant_document(one), "api": OTHER_PLUGIN, "disputed": False, "held_back": ""} for one in foreign]
 
     def _disputed(self) -> list[str]:
         """Return the ids of the grants that kubelet has stopped listing although their pods are alive."""
@@ -177,7 +178,7 @@ class Status:
     def devices(self) -> list[dict[str, Any]]:
         """Return every id advertised to kubelet, with its health, NUMA nodes and holder."""
         agent = self._watched.agent
-        parts = _by_part(agent.ledger.grants.values())
+        parts = _by_part((*agent.ledger.foreign.values(), *agent.ledger.grants.values()))
         out = []
         for offer in self._watched.offers():
             for one in agent.advertised(offer.resource):

@@ -20,6 +20,7 @@ SMALLEST_PAGE_BYTES, LARGEST_PAGE_BYTES = 16 << 10, 16 << 30
 LONGEST_DOMAIN = 253
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
+RESOURCE_NAME = f"^({DOMAIN[1:-1]}/)?{NAME[1:]}"
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 DevPath = Annotated[str, msgspec.Meta(pattern=r"^/dev/[^\0]+$")]
 Absolute = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
@@ -59,7 +60,8 @@ class CdiConfig(_Base, frozen=True):
 class ResourceConfig(_Base, frozen=True):
     """One extended resource."""
 
-    name: Name
+    name: Annotated[str, msgspec.Meta(pattern=RESOURCE_NAME)]
+    """After the slash of the resource's full name; or the full name, with a domain of its own."""
     kind: Name
     serve: Literal["device-plugin", "dra", "both"] = "device-plugin"
     """The API through which pods get it."""
@@ -211,6 +213,10 @@ class Config(_Base, frozen=True):
     pinning: PinningConfig = PinningConfig()
     hugepages: list[HugepagesConfig] = []
     """Pools to provide; others are left alone."""
+
+    def full_name(self, one: ResourceConfig) -> str:
+        """Return the name that pods request: DOMAIN/NAME."""
+        return one.name if "/" in one.name else f"{self.domain}/{one.name}"
 
     @property
     def served(self) -> list[ResourceConfig]:

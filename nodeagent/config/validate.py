@@ -35,13 +35,15 @@ _NEEDED = {
 
 def wrong(config: Config) -> Iterator[str]:
     """Yield what is wrong, one sentence each."""
-    yield from _wrong_domain(config.domain)
+    yield from _wrong_domain(config.domain, "$.domain")
     names: set[str] = set()
     for i, one in enumerate(config.served):
         where = f"$.resources[{i}]"
-        if one.name in names:
-            yield f"name {one.name!r} at {where}.name stands twice"
-        names.add(one.name)
+        if (full_name := config.full_name(one)) in names:
+            yield f"name {full_name!r} at {where}.name stands twice"
+        names.add(full_name)
+        if "/" in one.name:
+            yield from _wrong_domain(one.name.partition("/")[0], f"{where}.name")
         yield from _misplaced(one, where)
         yield from _missing(one, where)
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
@@ -85,11 +87,11 @@ def _wrong_dra(config: Config) -> Iterator[str]:
             yield f"kind {kind!r} at $.resources cannot name a pool: expected lower-case letters, digits and '-'"
 
 
-def _wrong_domain(domain: str) -> Iterator[str]:
+def _wrong_domain(domain: str, where: str) -> Iterator[str]:
     if len(domain) > LONGEST_DOMAIN:
-        yield f"{len(domain)} characters at $.domain, expected at most {LONGEST_DOMAIN}"
+        yield f"a domain of {len(domain)} characters at {where}, expected at most {LONGEST_DOMAIN}"
     if domain == "kubernetes.io" or domain.endswith(".kubernetes.io") or domain.startswith("requests."):
-        yield f"{domain!r} at $.domain belongs to Kubernetes itself, expected a domain of your own"
+        yield f"{domain!r} at {where} belongs to Kubernetes itself, expected a domain of your own"
 
 
 def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:

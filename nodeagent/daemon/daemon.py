@@ -40,6 +40,7 @@ from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
 from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, check, settings
+from nodeagent.managers.deviceplugin.others import OtherOffers
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
 from nodeagent.managers.hugepages.manager import HugepagesManager
@@ -51,10 +52,11 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
-from nodeagent.resources.offer import Offer, selectors
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.resources.offer import Offer, offers, selectors
+from nodeagent.state.agent import Agent
 from nodeagent.state.leader import Leader
 from nodeagent.state.store import Store
+from nodeagent.state.values import AgentSettings
 from nodeagent.telemetry import log as log_of
 from nodeagent.version import VERSION
 
@@ -84,6 +86,7 @@ def build(config: Config, where: Paths, families: Sequence[all_kinds.Kind]) -> D
         names = frozenset({node_name(config), socket.gethostname().lower(), *kubelet.names()})
         witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), containers, plugins, names, now.boot_id)
         agent = Agent(store, inventory, now, pods.list, living=witness.living)
+        agent.begin_beside_others(witness.given())
         return Daemon(config, where, families, agent, pods, witness, containers, store, kubelet)
     except BaseException:
         store.close()
@@ -116,12 +119,14 @@ class Daemon:
         self._store = store
         self._kubelet = kubelet
         self._plugins = where.kubelet_dir / PLUGINS
+        self._others = OtherOffers(self._plugins)
+        self._others.read_checkpoint()
         self._leader = Leader(agent, store, where.state_dir, lambda: self.config.audit_days)
         self._scanner = InventoryScanner(
             agent, where.sysfs, families, where.state_dir, lambda: self.config, self._page_holders
         )
         self._device_plugin = DevicePluginManager(
-            agent, where.kubelet_dir, families, self._managed_elsewhere, lambda: self._leader.held
+            agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held
         )
         self._hugepages = HugepagesManager(
             agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
@@ -134,7 +139,7 @@ class Daemon:
             where.kubelet_dir,
             where.runtime_dir,
             pods,
-            self._managed_elsewhere,
+            self._refused,
             self._hugepages.growing,
         )
         self._pinning = PinningManager(
@@ -213,7 +218,7 @@ class Daemon:
     def refused(self) -> Mapping[str, str]:
         return {
             **self._device_plugin.refused,
-            **{f"{kind} through DRA": why for kind, why in self._dra.refused.items()},
+            **{f"{name} through DRA": why for name, why in self._dra.refused.items()},
         }
 
     def offers(self) -> tuple[Offer, ...]:
@@ -270,6 +275,7 @@ class Daemon:
         self._leader.close()
 
     async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        self._others.hear(await self._device_plugin.read_back(self._pods))
         await self._go_by_kubelet()
         leading = self._begin(tasks, self._while_leading())
         self._notifier.ready()
@@ -317,9 +323,9 @@ class Daemon:
         """Read back what kubelet shows; report the status to systemd."""
         while True:
             seen = self._news.value
-            if self._kubelet.recovered(self.config):
+            shown = await self._device_plugin.read_back(self._pods)
+            if self._others.hear(shown) or self._kubelet.recovered(self.config):
                 await self._go_by_kubelet()
-            await self._device_plugin.read_back(self._pods)
             self._kubelet.watch(self.agent.ledger)
             self._notifier.status(self._summary())
             await self._news_since(seen)
@@ -336,8 +342,13 @@ class Daemon:
         for one in self._managers:
             await one.apply(config)
 
-    def _managed_elsewhere(self) -> Mapping[str, str]:
-        return managed_elsewhere(self._kubelet.kubelet, self.agent.inventory, self.agent.settings.reserved)
+    def _refused(self, config: Config) -> Mapping[str, str]:
+        """Return the resources of a configuration that cannot be served, by name, with the reason."""
+        inventory, every = self.agent.inventory, offers(config, self._families)
+        self._others.serve((one.name for one in every), config.domain)
+        kinds = managed_elsewhere(self._kubelet.kubelet, inventory, self.agent.settings.reserved)
+        by_kubelet = {one.name: kinds[one.kind] for one in config.served if one.kind in kinds}
+        return {**self._others.refusals(inventory, every), **by_kubelet}
 
     async def _news_since(self, seen: int) -> None:
         """Return when kubelet may show something else: after news from here or the poll interval, plus the moment that

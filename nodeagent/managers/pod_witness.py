@@ -56,10 +56,17 @@ class PodWitness:
         return {one.id: evidence for one in grants if (evidence := lives(one, witnesses))}
 
     async def witnesses(self, ledger: Ledger, listing: Listing) -> Witnesses:
-        """Return the evidence on the device plugin's grants, right after kubelet returned `listing`."""
+        """Return the evidence on the grants of device plugins, ours and others, right after kubelet returned
+        `listing`."""
         checkpoint, folders = await asyncio.to_thread(lambda: (self._given(), self._folders()))
-        mine = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN]
+        every = (*ledger.grants.values(), *ledger.foreign.values())
+        mine = [one for one in every if one.holder.api == DEVICE_PLUGIN]
         return await self._ask(mine, listing, checkpoint, folders)
+
+    def given(self) -> Given:
+        """Return the devices that kubelet's checkpoint assigns to containers, of any plugin; blocks. Empty if it cannot
+        be read, which is logged."""
+        return self._given() or MappingProxyType({})
 
     def knows_pods(self, listing: Listing) -> bool:
         """Return whether a list shows that the API server's pods have reached kubelet: it has a pod that is not

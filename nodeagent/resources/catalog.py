@@ -34,11 +34,12 @@ class Dra:
 
 
 def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, refused: Iterable[str] = ()) -> Dra:
-    """Return what a configuration serves through DRA, except `refused` kinds. Raise ConfigError for an unknown
+    """Return what a configuration serves through DRA, except `refused` resources. Raise ConfigError for an unknown
     option."""
-    mine = [offer for offer in offers(config, families) if offer.by_dra and offer.resource.kind not in {*refused}]
+    refused = frozenset(refused)
+    mine = [offer for offer in offers(config, families) if offer.by_dra and offer.config.name not in refused]
     found: dict[str, PoolKind] = {}
-    for kind in dict.fromkeys(one.kind for one in config.served_by_dra if one.kind not in {*refused}):
+    for kind in dict.fromkeys(one.kind for one in config.served_by_dra if one.name not in refused):
         found[kind] = _pool_kind(config, kind, [offer for offer in mine if offer.resource.kind == kind])
     catalog = Catalog(driver=config.dra.driver, node_name=node_name, kinds=MappingProxyType(found))
     return Dra(catalog=catalog, offers=tuple(mine))

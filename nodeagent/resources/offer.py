@@ -105,7 +105,7 @@ def selectors(config: Config) -> Selectors:
 
 
 def _offer(config: Config, one: ResourceConfig, known: Mapping[str, all_kinds.Kind]) -> Offer:
-    name = f"{config.domain}/{one.name}"
+    name = config.full_name(one)
     if one.kind == CPU:
         try:
             options = check_options(one.options)

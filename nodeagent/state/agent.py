@@ -8,7 +8,7 @@ import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
@@ -24,19 +24,20 @@ from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.ledger import CONFIRMED, RELEASED, Change
 from nodeagent.core.ledger.rebuild import Sources, account
 from nodeagent.core.ledger.reconcile import Findings, compare
-from nodeagent.core.ledger.release import Absences, Memory, Patience
+from nodeagent.core.ledger.release import Absences, Memory
 from nodeagent.core.ledger.stable_ids import numbered, numbers_held
-from nodeagent.core.ledger.witness import NO_WITNESSES, Witnesses
+from nodeagent.core.ledger.witness import NO_WITNESSES, Given, Witnesses
 from nodeagent.core.model import health as health_of
 from nodeagent.core.model.claim import Claim
-from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import Advertised, ContainerEdits
 from nodeagent.core.model.grant import CLAIM, Grant, Holder, Holding
 from nodeagent.core.model.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.model.inventory import Inventory, same_machine
 from nodeagent.errors import PeerError, Refused
 from nodeagent.state.decisions import Decisions
+from nodeagent.state.others import OtherPlugins
 from nodeagent.state.store import Store
+from nodeagent.state.values import AgentSettings, Unprepared
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -58,25 +59,6 @@ async def none_lives(grants: Sequence[Grant]) -> Mapping[str, str]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unprepared:
-    """The outcome of unpreparing claims."""
-
-    released: tuple[Grant, ...] = ()
-    living: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
-    """Why a claim keeps what it holds, by UID: one of its pods is alive."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSettings:
-    """The part of the configuration that the agent itself applies."""
-
-    boot_id: str = ""
-    reserved: CpuSet = EMPTY
-    patience: Patience = field(default_factory=Patience)
-    recover_s: float = health_of.RECOVER_S
-
-
 class Agent(Decisions):
     """Holds the state and makes every change to it."""
 
@@ -95,7 +77,7 @@ class Agent(Decisions):
         super().__init__(store, settings.reserved)
         self.settings = settings
         self.health: Health = NO_HEALTH
-        inventory = still_told(Inventory(), inventory, self.ledger.devices_held)
+        inventory = still_told(Inventory(), inventory, self.ledger.devices_taken)
         self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
         self.conflicts: tuple[str, ...] = ()
         """What kubelet reports that contradicts the ledger, from its newest list only."""
@@ -103,6 +85,7 @@ class Agent(Decisions):
         """What the ledger may still lack, with the reason."""
         self.listed_at: float | None = None
         """When kubelet last listed what pods hold, in seconds since the epoch."""
+        self._others = OtherPlugins()
         self._listing = listing
         self._living = living
         self._clock = clock
@@ -124,7 +107,7 @@ class Agent(Decisions):
         """Take a fresh snapshot. Return whether it shows anything new; if not, the old one is kept with all derived
         from it."""
         inventory, self._numbers = numbered(inventory, self._numbers)
-        inventory = still_told(self.inventory, inventory, self.ledger.devices_held)
+        inventory = still_told(self.inventory, inventory, self.ledger.devices_taken)
         if same_machine(self.inventory, inventory):
             return False
         gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
@@ -227,6 +210,10 @@ class Agent(Decisions):
         there: UIDs of the pods that have a folder now. A pod is gone if two looks, patience.confirmed_s apart, miss it.
         """
         return await self._decided(self._release_ended, there, op)
+
+    def begin_beside_others(self, given: Given) -> None:
+        """Learn what other device plugins had given before the agent started, from kubelet's checkpoint."""
+        self._take_foreign(self._others.begin(self.inventory, self.ledger, given))
 
     @property
     def look_again_s(self) -> float | None:
@@ -366,8 +353,20 @@ class Agent(Decisions):
         self._take_absences(found.absences)
         self._granted = {one: at for one, at in self._granted.items() if at >= asked_at}
         self._say_conflicts((*conflicts, *(f"{h.namespace}/{h.pod}: {why}" for h, why in found.unknown)))
+        self._observe_others(holdings, {one.name: one for one in resources}, asked_at, witnesses)
         self.listed_at = time.time()
         return replace(found, adopted=adoption.grants)
+
+    def _observe_others(
+        self, holdings: Sequence[Holding], served: Mapping[str, ResourceKind], asked_at: float, witnesses: Witnesses
+    ) -> None:
+        patience, see = self.settings.patience, self._others.observe
+        self._take_foreign(see(self.inventory, self.ledger, served, holdings, witnesses, asked_at, patience))
+
+    def _take_foreign(self, foreign: Mapping[str, Grant]) -> None:
+        before, self.ledger = self.ledger, ledger_of.with_foreign(self.ledger, foreign)
+        if before is not self.ledger:
+            self.revisions.ledger.bump()
 
     def _take_absences(self, found: Absences) -> None:
         for one in found.disputed - self.disputed:

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -99,7 +100,7 @@ class Decisions:
     def _hear(self, news: tuple[Grant, ...] | None) -> None:
         if news is not None:
             grants = MappingProxyType({one.id: one for one in news})
-            self.ledger = Ledger(grants=grants, reserved=self.ledger.reserved)
+            self.ledger = replace(self.ledger, grants=grants)
             self.revisions.ledger.bump()
 
     def _hear_loss(self) -> None:
@@ -114,7 +115,8 @@ class Decisions:
             return
         held = self.ledger.grants.values()
         await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
-        self.ledger = ledger_of.with_reserved(after, self.ledger.reserved)
+        after = ledger_of.with_reserved(after, self.ledger.reserved)
+        self.ledger = ledger_of.with_foreign(after, self.ledger.foreign)
         self._tell(self.revisions.ledger.bump)
         if self.on_decision is not None:
             self._tell(self.on_decision)

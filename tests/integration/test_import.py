@@ -29,8 +29,9 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.grant import DEVICE_PLUGIN, KUBELET, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.agent import Agent
 from nodeagent.state.store import FILE, Store
+from nodeagent.state.values import AgentSettings
 from tests.builders.inventories import even_rows, inventory_of
 from tests.builders.machines import machine
 from tests.doubles.kubelet import FakeKubelet

@@ -28,8 +28,9 @@ from nodeagent.managers.dra.claim_files import ClaimRenderer
 from nodeagent.managers.dra.prepare import ClaimPreparer
 from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.resources.offer import selectors
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.agent import Agent
 from nodeagent.state.store import Store
+from nodeagent.state.values import AgentSettings
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.support.dra_node import CPUS, DRIVER, NODE, SERIAL

@@ -29,8 +29,9 @@ from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.resources.offer import Offer
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.agent import Agent
 from nodeagent.state.store import Store
+from nodeagent.state.values import AgentSettings
 from tests.builders.cgroup_tree import CgroupTree
 from tests.doubles.runtime import FakeRuntime
 from tests.support.until import until

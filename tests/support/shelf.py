@@ -14,7 +14,10 @@ CPU, GPU = "nodeagent.dev/cpu", "nodeagent.dev/gpu"
 class Shelf:
     """`count` devices on two NUMA nodes in turn; gives what is asked, or raises what `fault` says."""
 
-    def __init__(self, name: str = CPU, count: int = 4, *, pre_start_required: bool = False) -> None:
+    def __init__(
+        self, name: str = CPU, count: int = 4, *, pre_start_required: bool = False, ids: Sequence[str] = ()
+    ) -> None:
+        """ids: in place of numbers."""
         self.name = name
         self.pre_start_required = pre_start_required
         self.unhealthy: set[str] = set()
@@ -27,6 +30,7 @@ class Shelf:
         self.started: list[list[str]] = []
         self.revision = Revision()
         self._count = count
+        self._ids = tuple(ids)
 
     def show(self, count: int) -> None:
         """Change the number of devices."""
@@ -34,8 +38,11 @@ class Shelf:
         self.revision.bump()
 
     def advertised(self) -> tuple[Advertised, ...]:
-        ids = [f"{number:03}" for number in range(self._count)]
-        return tuple(Advertised(id=one, healthy=one not in self.unhealthy, numa_nodes=(int(one) % 2,)) for one in ids)
+        ids = self._ids or [f"{number:03}" for number in range(self._count)]
+        return tuple(
+            Advertised(id=one, healthy=one not in self.unhealthy, numa_nodes=(number % 2,))
+            for number, one in enumerate(ids)
+        )
 
     async def changed(self, seen: int) -> int:
         return await self.revision.changed(seen)

@@ -171,13 +171,18 @@ def _give_way(
 
 
 def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
-    """Raise Refused if two devices of a grant exclude each other, or if a held device excludes one of them."""
-    mine = {*grant.devices, *grant.shares}
+    """Raise Refused if two devices of a grant exclude each other, or if a device that anybody else holds excludes one
+    of them."""
+    mine = frozenset((*grant.devices, *grant.shares))
     names = ", ".join(sorted(mine))
     for one in sorted(mine):
         if others := mine & inventory.excluded_by.get(one, frozenset()):
             why = f"cannot grant {names}: {_clash(inventory, one, others)}"
             raise Refused(why, want=len(mine), free=len(mine) - len(others), unit="devices")
+    for other in ledger.foreign.values():
+        if taken := mine & excluded_with(inventory, ledger, other.devices):
+            why = f"cannot grant {names}: {', '.join(sorted(taken))} held by {other.holder} as {other.holder.resource}"
+            raise Refused(why, want=len(mine), free=len(mine - taken), unit="devices")
     kin = (excluded_with(inventory, ledger, mine) - mine) & ledger.devices_held
     for other in ledger.grants.values() if kin else ():
         if taken := kin.intersection((*other.devices, *other.shares)):
@@ -186,7 +191,7 @@ def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
             raise Refused(why, want=len(mine), free=0, unit="devices")
 
 
-def _clash(inventory: Inventory, one: str, others: set[str]) -> str:
+def _clash(inventory: Inventory, one: str, others: frozenset[str]) -> str:
     """Return why a device and others cannot be granted together."""
     if parts := others.intersection(inventory.parts_of.get(one, ())):
         return f"{', '.join(sorted(parts))} is a part of {one}"

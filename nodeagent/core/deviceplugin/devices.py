@@ -92,11 +92,11 @@ class DeviceResource:
     def _taken(self, inventory: Inventory, ledger: Ledger) -> frozenset[str]:
         """Return the devices of which containers of this resource can get nothing, or nothing more.
 
-        These are held through another resource, or held whole while shares are advertised (or the reverse), or a held
-        device excludes them.
+        These are held through another resource or by another device plugin, or held whole while shares are advertised
+        (or the reverse), or a held device excludes them.
         """
         ours: set[str] = set()
-        theirs: set[str] = set()
+        theirs: set[str] = set(ledger.devices_foreign)
         for grant in ledger.grants.values():
             mine = grant.holder.resource == self.name
             # Shares are interchangeable: claims and containers may hold some of the same device.

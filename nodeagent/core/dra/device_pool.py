@@ -226,7 +226,7 @@ class _Now:
     bad: Health
     """The devices that are not healthy."""
     held: frozenset[str]
-    """Devices that the device plugin granted, or of which it granted a part or the whole."""
+    """Devices that the device plugin or another one granted, or of which it granted a part or the whole."""
     shares: Mapping[str, int]
     """Number of shares of each device that the device plugin granted."""
     claimed: frozenset[str]
@@ -239,6 +239,7 @@ class _Now:
         shares = shares_by_device(given)
         held = excluded_with(inventory, ledger, {one for grant in given for one in grant.devices})
         held |= excluded_with(inventory, ledger, shares) - shares.keys()
+        held |= excluded_with(inventory, ledger, ledger.devices_foreign)
         return cls(inventory, bad, held, shares, claimed_names(ledger))
 
     def tainted(self, forms: tuple[PoolDevice, ...], effect: str) -> Iterable[PoolDevice]:

@@ -34,10 +34,11 @@ def excluded_with(inventory: Inventory, ledger: Ledger, ids: Iterable[str]) -> f
 
 
 def blocked(inventory: Inventory, ledger: Ledger) -> frozenset[str]:
-    """Return the devices of which nothing can be granted exclusively: held ones, and all that exclude them."""
-    if not ledger.devices_held:
+    """Return the devices of which nothing can be granted exclusively: those that anybody holds, and all that exclude
+    them."""
+    if not ledger.devices_taken:
         return frozenset()
-    return kept_by(ledger, "_blocked", lambda: excluded_with(inventory, ledger, ledger.devices_held), inventory)
+    return kept_by(ledger, "_blocked", lambda: excluded_with(inventory, ledger, ledger.devices_taken), inventory)
 
 
 def most_together(inventory: Inventory, ids: Iterable[str]) -> list[str]:

@@ -27,6 +27,9 @@ class Ledger:
     """By grant id."""
     reserved: CpuSet = EMPTY
     """The system's own CPUs, which are never granted."""
+    foreign: Mapping[str, Grant] = field(default_factory=lambda: MappingProxyType({}))
+    """What other device plugins gave to pods, by grant id; core/ledger/foreign.py. None of it is granted. What was
+    granted before it appeared stays granted."""
 
     @functools.cached_property
     def cpus_held(self) -> CpuSet:
@@ -58,6 +61,16 @@ class Ledger:
         return frozenset(one for grant in self.grants.values() for one in (*grant.devices, *grant.shares))
 
     @functools.cached_property
+    def devices_foreign(self) -> frozenset[str]:
+        """Return the devices that other device plugins gave to pods."""
+        return frozenset(one for grant in self.foreign.values() for one in grant.devices)
+
+    @property
+    def devices_taken(self) -> frozenset[str]:
+        """Return the devices that anybody holds, whole or in shares."""
+        return self.devices_held | self.devices_foreign
+
+    @functools.cached_property
     def devices_whole(self) -> frozenset[str]:
         """Return the devices that are held whole by one grant."""
         return frozenset(one for grant in self.grants.values() for one in grant.devices)
@@ -66,7 +79,7 @@ class Ledger:
     def things_by_device(self) -> Mapping[str, frozenset[str]]:
         """What held devices handed over when they were granted, by their ids."""
         found: dict[str, frozenset[str]] = {}
-        for grant in self.grants.values():
+        for grant in (*self.grants.values(), *self.foreign.values()):
             for device, thing in grant.things:
                 found[device] = found.get(device, frozenset()) | {thing}
         return found
@@ -146,11 +159,16 @@ def amend(ledger: Ledger, changed: Iterable[Grant]) -> Ledger:
 
 def with_reserved(ledger: Ledger, reserved: CpuSet) -> Ledger:
     """Return the ledger with the same grants and other reserved CPUs."""
-    return ledger if ledger.reserved == reserved else Ledger(grants=ledger.grants, reserved=reserved)
+    return ledger if ledger.reserved == reserved else replace(ledger, reserved=reserved)
+
+
+def with_foreign(ledger: Ledger, foreign: Mapping[str, Grant]) -> Ledger:
+    """Return the ledger with the same grants, and with what other device plugins gave to pods."""
+    return ledger if ledger.foreign == foreign else replace(ledger, foreign=foreign)
 
 
 def _with(ledger: Ledger, grants: Mapping[str, Grant]) -> Ledger:
-    return Ledger(grants=MappingProxyType(dict(grants)), reserved=ledger.reserved)
+    return replace(ledger, grants=MappingProxyType(dict(grants)))
 
 
 def _plus(ledger: Ledger, new: Grant) -> Ledger:

@@ -24,6 +24,8 @@ class Holding:
 DEVICE_PLUGIN, CLAIM, KUBELET = "device-plugin", "claim", "kubelet"
 """Values of Holder.api: the API that a grant came through, or KUBELET if it was imported from kubelet's own
 managers."""
+OTHER_PLUGIN = "other-plugin"
+"""What stands for Holder.api where admins see a holding of another device plugin (core/ledger/foreign.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

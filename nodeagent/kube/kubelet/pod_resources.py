@@ -163,6 +163,7 @@ class _Entry(msgspec.Struct):
 
 class _Data(msgspec.Struct):
     entries: list[_Entry] | None = msgspec.field(name="PodDeviceEntries", default=None)
+    registered: dict[str, list[str] | None] | None = msgspec.field(name="RegisteredDevices", default=None)
 
 
 class _Checkpoint(msgspec.Struct):
@@ -176,18 +177,32 @@ def given(folder: Path) -> Given | None:
     Kubelet writes it before it starts any container of a pod, and drops ended pods only when it next admits one. Raise
     InputError if it cannot be read.
     """
-    path = folder / CHECKPOINT
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
-    except FileNotFoundError:
+    found = _checkpoint(folder / CHECKPOINT)
+    if found is None:
         return None
-    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from None
     of: dict[tuple[str, str], set[tuple[str, str]]] = {}
     for entry in found.data.entries or []:
         ids = {(entry.resource, one) for some in entry.ids.values() for one in some}
         of.setdefault((entry.pod_uid, entry.container), set()).update(ids)
     return MappingProxyType({container: frozenset(ids) for container, ids in of.items()})
+
+
+def registered(folder: Path) -> Mapping[str, tuple[str, ...]] | None:
+    """Return the ids that device plugins offered when kubelet last wrote its checkpoint, by resource, or None without
+    one. Raise InputError if it cannot be read."""
+    found = _checkpoint(folder / CHECKPOINT)
+    if found is None:
+        return None
+    return MappingProxyType({name: tuple(ids or ()) for name, ids in (found.data.registered or {}).items()})
+
+
+def _checkpoint(path: Path) -> _Checkpoint | None:
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=_Checkpoint)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
 
 
 def _claims(answer: pb.ListPodResourcesResponse) -> Iterator[tuple[str, ClaimRef]]:

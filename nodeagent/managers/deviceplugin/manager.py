@@ -1,5 +1,5 @@
-"""The configured resources, each kept registered with kubelet, except those that kubelet manages itself; and whether
-kubelet shows what was sent."""
+"""The configured resources, each kept registered with kubelet, except those that kubelet or another device plugin
+manages; and whether kubelet shows what was sent."""
 
 from __future__ import annotations
 
@@ -28,12 +28,14 @@ from nodeagent.managers.deviceplugin.shown import ShownCheck
 from nodeagent.managers.kubelet import Kubelet
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import Offer, offers
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.agent import Agent
+from nodeagent.state.values import AgentSettings
 
 PLUGINS = "device-plugins"
 """In kubelet's folder."""
 PACE = RegistrationTiming(poll_s=15.0)
 """Changes are detected by the folder watch; frequent polling would cost every idle node."""
+READ_BACK_LIMIT_S = 2.0
 log = structlog.get_logger()
 
 
@@ -56,13 +58,13 @@ class DevicePluginManager(Manager):
         agent: Agent,
         kubelet_dir: Path,
         families: Sequence[all_kinds.Kind],
-        managed_elsewhere: Callable[[], Mapping[str, str]],
+        refused: Callable[[Config], Mapping[str, str]],
         leads: Callable[[], bool],
     ) -> None:
         """Set up without serving.
 
-        `managed_elsewhere` returns the kinds that cannot be served while kubelet manages them, with the reason. `leads`
-        returns whether this agent leads.
+        `refused` returns the resources of a configuration that cannot be served beside kubelet's own managers and other
+        device plugins, with the reason. `leads` returns whether this agent leads.
         """
         self._leads = leads
         self.refused: Mapping[str, str] = MappingProxyType({})
@@ -72,7 +74,7 @@ class DevicePluginManager(Manager):
         self._agent = agent
         self._kubelet_dir = kubelet_dir
         self._families = families
-        self._managed_elsewhere = managed_elsewhere
+        self._refused = refused
         self._now: Mapping[str, _One] = MappingProxyType({})
         self._shown = ShownCheck()
 
@@ -117,11 +119,11 @@ class DevicePluginManager(Manager):
             self.revision.bump()
 
     def _admissible(self, config: Config) -> Iterable[Offer]:
-        """Return the configured offers without those that would conflict with kubelet's own managers."""
+        """Return the configured offers without those that cannot be served here."""
         # Settings for DRA do not concern device plugins: their sockets stay as they are.
         found = [one.by_device_plugin_alone() for one in offers(config, self._families) if one.by_device_plugin]
-        managed = self._managed_elsewhere()
-        refused = {one.name: managed[one.resource.kind] for one in found if one.resource.kind in managed}
+        reasons = self._refused(config)
+        refused = {one.name: reasons[one.config.name] for one in found if one.config.name in reasons}
         if refused != self.refused:
             for name, reason in refused.items():
                 log.warning("resource-refused", resource=name, reason=reason)
@@ -155,17 +157,18 @@ class DevicePluginManager(Manager):
         every = ((offer, one) for offer in self.offers() for one in self._agent.advertised(offer.resource))
         return {(offer.name, one.id) for offer, one in every if one.healthy}
 
-    async def read_back(self, pods: PodResources) -> None:
-        """Ask kubelet what it counts as allocatable. If kubelet cannot answer, that is not reported as a failure."""
+    async def read_back(self, pods: PodResources) -> Mapping[str, Sequence[str]] | None:
+        """Ask kubelet what it counts as allocatable, of all plugins, and return it; None if kubelet does not answer,
+        which is not reported as a failure."""
         before = self._sent()
         try:
-            shown = await pods.allocatable()
+            shown = await pods.allocatable(READ_BACK_LIMIT_S)
         except PeerError:
             self._shown.forget()
-        else:
-            self._shown.compare(
-                self._now.keys(), before, self._sent(), {(name, one) for name, ids in shown.items() for one in ids}
-            )
+            return None
+        pairs = {(name, one) for name, ids in shown.items() for one in ids}
+        self._shown.compare(self._now.keys(), before, self._sent(), pairs)
+        return shown
 
 
 def _standing(one: Registration) -> str:

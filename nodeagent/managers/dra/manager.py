@@ -156,12 +156,12 @@ class DraManager(Manager):
         kubelet_dir: Path,
         runtime_dir: Path,
         pods: PodResources,
-        managed_elsewhere: Callable[[], Mapping[str, str]] = dict,
+        refused: Callable[[Config], Mapping[str, str]] = lambda config: {},
         grow: Grow = never_grow,
     ) -> None:
-        """Set up. `managed_elsewhere` returns the kinds that cannot be served while kubelet manages them, with the
-        reason."""
-        self._managed_elsewhere = managed_elsewhere
+        """Set up. `refused` returns the resources of a configuration that cannot be served beside kubelet's own
+        managers and other device plugins, with the reason."""
+        self._refused = refused
         self.config = config
         self._agent = agent
         self._revision = Revision(*agent.revisions)
@@ -181,7 +181,7 @@ class DraManager(Manager):
         self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
         self._claims = ClaimPreparer(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
         self.refused: Mapping[str, str] = {}
-        """Kinds that are configured for DRA but not served, with the reason."""
+        """Resources that are configured for DRA but not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools, self._revision)
         self.plugin: DraPlugin | None = None
         self.publisher: Publisher | None = None
@@ -200,12 +200,12 @@ class DraManager(Manager):
     async def apply(self, config: Config) -> None:
         """Apply a configuration. The driver's name stays as at the start: its sockets, files and slices are named after
         it."""
-        refused = self._managed_elsewhere()
+        refused = self._refused(config)
         fixed = msgspec.structs.replace(config.dra, driver=self.config.dra.driver)
         self.config = config = msgspec.structs.replace(config, dra=fixed)
-        mine = {one.kind: refused[one.kind] for one in config.served_by_dra if one.kind in refused}
-        for kind in mine if mine != self.refused else ():
-            log.warning("kind-refused", kind=kind, reason=mine[kind])
+        mine = {one.name: refused[one.name] for one in config.served_by_dra if one.name in refused}
+        for name in mine if mine != self.refused else ():
+            log.warning("resource-refused", resource=name, api="dra", reason=mine[name])
         self.refused = mine
         after = dra_of(config, self._families, self._node_name, refused)
         if after != self._dra:

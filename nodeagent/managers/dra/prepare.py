@@ -20,7 +20,8 @@ from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.dra import container_edits as handover
 from nodeagent.managers.dra.claim_files import ClaimRenderer
 from nodeagent.resources.catalog import Dra
-from nodeagent.state.agent import Agent, Unprepared
+from nodeagent.state.agent import Agent
+from nodeagent.state.values import Unprepared
 from nodeagent.telemetry import metrics
 
 MOST_READS, READ_S = 4, 25.0

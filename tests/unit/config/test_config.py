@@ -20,6 +20,8 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import ConfigError
+from nodeagent.host.devices.all_kinds import builtin_kinds
+from nodeagent.resources.offer import offers
 from tests.support.paths import CHECKOUT
 
 EXAMPLE = CHECKOUT / "systemd" / "config.example.yaml"
@@ -198,9 +200,25 @@ def test_a_wrong_value_is_named_with_its_path(text: str, path: str, value: str) 
     assert value in said, said
 
 
-@pytest.mark.parametrize("name", ["", "-a", "a-", "a/b", "a b", "x" * 64, "ü"])
+@pytest.mark.parametrize(
+    "name", ["", "-a", "a-", "a/b", "a b", "x" * 64, "ü", "/a", "a.b/", "a.b/c/d", "A.b/c", "a.b/-c"]
+)
 def test_a_name_that_kubelet_would_refuse_is_refused_here(name: str) -> None:
     assert "$.resources[0].name" in refusal(json.dumps({"resources": [{"name": name, "kind": "gpu"}]}))
+
+
+def test_a_resource_may_have_a_domain_of_its_own(tmp_path: Path) -> None:
+    """One agent can take the names of several plugins over; Kubernetes' own domains stay refused."""
+    file = tmp_path / "config.yaml"
+    named = ("gpu", "nvidia.com/gpu", "intel.com/sriov_netdevice")
+    file.write_text(json.dumps({"domain": "example.org", "resources": [{"name": one, "kind": "gpu"} for one in named]}))
+    found = load(file)
+    assert [found.full_name(one) for one in found.served] == ["example.org/gpu", *named[1:]]
+    assert [one.name for one in offers(found, builtin_kinds())] == ["example.org/gpu", *named[1:]]
+    for domain in ("kubernetes.io", "gpu.kubernetes.io", "requests.example.com", ".".join(["a" * 60] * 5)):
+        assert "$.resources[0].name" in refusal(json.dumps({"resources": [{"name": f"{domain}/x", "kind": "gpu"}]}))
+    twice = [{"name": "gpu", "kind": "gpu"}, {"name": "nodeagent.dev/gpu", "kind": "gpu"}]
+    assert "'nodeagent.dev/gpu' at $.resources[1].name stands twice" in refusal(json.dumps({"resources": twice}))
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from nodeagent.core.deviceplugin.devices import DeviceResource, still_told
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.pool import Features
 from nodeagent.core.ledger.exclusion import blocked, excluded_with, most_together, things_of
-from nodeagent.core.ledger.ledger import Ledger, grant, release
+from nodeagent.core.ledger.ledger import Ledger, grant, release, with_foreign
 from nodeagent.core.model.device import SHARED_NODES, Device
-from nodeagent.core.model.grant import CLAIM, Grant, Holder
+from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import BEST_EFFORT, RESTRICTED, Request
 from nodeagent.core.placement.place import place
@@ -90,6 +90,8 @@ class Node:
         self.ledger = Ledger()
         self.given: dict[str, set[str]] = {}
         """What each held device handed over when it was granted."""
+        self.foreign: dict[str, tuple[str, set[str]]] = {}
+        """(device, what it handed over then) of each holding of another device plugin, which may overlap."""
         self.ids = (f"g{number}" for number in itertools.count())
 
     def now(self, id: str) -> set[str]:
@@ -97,7 +99,8 @@ class Node:
 
     def free(self, id: str) -> bool:
         """Whether nothing that a device hands over is in use: as it was granted, and as it is now."""
-        held = [things | (self.now(one) if one in self.there else set()) for one, things in self.given.items()]
+        every = [*self.given.items(), *self.foreign.values()]
+        held = [things | (self.now(one) if one in self.there else set()) for one, things in every]
         return all(self.now(id).isdisjoint(things) for things in held)
 
     @property
@@ -144,6 +147,21 @@ class Node:
             assert fits, id
             self.take(after, [id])
 
+    def by_another_plugin(self) -> None:
+        """It gives what it likes, as often as it likes."""
+        if self.there:
+            id, number = self.pick.choice(self.there), next(self.ids)
+            holder, things = Holder(api=DEVICE_PLUGIN, resource="x/y"), things_of(self.inventory, [id])
+            new = Grant(id=number, holder=holder, ids=(id,), devices=(id,), things=things)
+            self.ledger = with_foreign(self.ledger, {**self.ledger.foreign, number: new})
+            self.foreign[number] = id, self.now(id)
+
+    def other_takes_back(self) -> None:
+        if self.foreign:
+            gone = self.pick.choice(list(self.foreign))
+            del self.foreign[gone]
+            self.ledger = with_foreign(self.ledger, {n: one for n, one in self.ledger.foreign.items() if n != gone})
+
     def give_back(self) -> None:
         if self.ledger.grants:
             gone = self.pick.choice(list(self.ledger.grants.values()))
@@ -170,9 +188,11 @@ class Node:
 @settings(max_examples=500, deadline=None)
 @given(st.integers(0, 2**32))
 def test_no_thing_is_in_two_grants_whatever_comes_and_goes(seed: int) -> None:
-    """Over both APIs, over devices that leave the inventory while they are held and come back."""
+    """Over both APIs, over devices that leave the inventory while they are held and come back, and beside another
+    device plugin."""
     node = Node(random.Random(seed))
     steps = [node.by_container] * 3 + [node.by_claim] * 2 + [node.give_back, node.lose]
+    steps += [node.by_another_plugin, node.other_takes_back]
     for _ in range(25):
         node.pick.choice(steps)()
         node.check()

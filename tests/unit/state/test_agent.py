@@ -28,8 +28,9 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError, PeerError, Refused, StateError
 from nodeagent.host.devices import all_kinds
 from nodeagent.resources.offer import Offer, offers
-from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.agent import Agent
 from nodeagent.state.store import FILE, Store
+from nodeagent.state.values import AgentSettings
 from tests.builders.inventories import even_rows, inventory_of
 
 MIB = 1 << 20

@@ -1,0 +1,157 @@
+"""Devices that other device plugins gave to pods: of this machine, but not granted by the agent. Pure.
+
+Each holding is kept as a grant in a ledger of its own, which ends by the same rules as ours (release.py). Several may
+hold the same device: how another plugin divides it is that plugin's affair. Of ours nothing that one of them holds can
+be granted (exclusion.py).
+
+Other plugins name devices in their own ways: by PCI address (SR-IOV, AMD), UUID (NVIDIA's GPUs and MIG instances), the
+names of DRM cards (Intel), RDMA devices or interfaces, or the path of a device node; one that divides a device appends
+the number of the share.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.exclusion import things_of
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.ledger.reconcile import compare
+from nodeagent.core.ledger.release import Memory, Patience
+from nodeagent.core.ledger.witness import Witnesses
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder, Holding
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.memo import kept_by
+from nodeagent.errors import InputError
+
+Ours = Callable[[str, str], bool]
+"""Return whether (resource, id) is served by the agent."""
+Given = frozenset[tuple[str, str, str, str]]
+"""(pod UID, container, resource, id), as kubelet's checkpoint has it."""
+_NAMED_BY = ("uuid", "rdma", "netdevs", "drm_card", "drm_render", "auxiliary")
+"""Attributes by which other plugins name a device; several values are separated by commas."""
+_SHARE = re.compile(r"(.+?)(::[0-9]+|-[0-9]+)")
+"""An id with the number of a share: NVIDIA's time slicing appends "::N", Intel's plugin "-N"."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreign:
+    """What other plugins gave to pods, and what earlier lists have shown of it."""
+
+    ledger: Ledger = field(default_factory=Ledger)
+    memory: Memory = field(default_factory=Memory)
+    given: Given = frozenset()
+    """What the checkpoint had when it was last read. Kubelet keeps entries of ended pods until it admits another, so
+    each entry counts once."""
+
+
+def observed(
+    before: Foreign,
+    inventory: Inventory,
+    holdings: Iterable[Holding],
+    ours: Ours,
+    witnesses: Witnesses,
+    now: float,
+    patience: Patience,
+    new_id: Callable[[], str],
+) -> Foreign:
+    """Return what other plugins gave to pods after kubelet's list and the witnesses of one round.
+
+    now: when kubelet was asked, in seconds of any steady clock.
+    """
+    theirs = list(_theirs(holdings, ours))
+
+    def adopt(holding: Holding) -> Grant:
+        names = {"namespace": holding.namespace, "pod": holding.pod, "container": holding.container}
+        grant = _grant_of(inventory, holding.resource, holding.ids, new_id())
+        holder = replace(grant.holder, **names)
+        return replace(grant, holder=holder, confirmed=True, boot_id=witnesses.boot_id)
+
+    resources = {one.resource for one in theirs}
+    found = compare(before.ledger, theirs, before.memory, now, patience, resources, adopt, frozenset(), witnesses)
+    ledger = ledger_of.release(before.ledger, [one.id for one in found.released])
+    ledger = _with(ledger, (*(one for one in found.confirmed if one.id in ledger.grants), *found.adopted))
+    after = replace(before, ledger=ledger, memory=found.absences.memory)
+    return after if witnesses.given is None else with_checkpoint(after, inventory, witnesses.given, ours, new_id)
+
+
+def with_checkpoint(
+    before: Foreign,
+    inventory: Inventory,
+    given: Mapping[tuple[str, str], frozenset[tuple[str, str]]],
+    ours: Ours,
+    new_id: Callable[[], str],
+) -> Foreign:
+    """Return what other plugins gave to pods with what kubelet's checkpoint shows for the first time."""
+    now = frozenset((uid, name, *part) for (uid, name), parts in given.items() for part in parts if not ours(*part))
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for uid, container, resource, id in sorted(now - before.given):
+        if (resource, id) not in before.ledger.by_id:
+            found.setdefault((uid, container, resource), []).append(id)
+    grants = []
+    for (uid, _, resource), ids in found.items():
+        try:
+            grant = _grant_of(inventory, resource, tuple(ids), new_id())
+        except InputError:
+            continue
+        grants.append(replace(grant, pods=(uid,)))
+    return replace(before, ledger=_with(before.ledger, grants), given=now)
+
+
+def devices_named(inventory: Inventory, ids: Iterable[str]) -> tuple[str, ...]:
+    """Return the devices that ids of another plugin stand for, sorted; ids that name none are left out."""
+    names = kept_by(inventory, "_names", lambda: _names_of(inventory))
+    return tuple(sorted({device for one in ids for device in _named(names, one.lower())}))
+
+
+def _theirs(holdings: Iterable[Holding], ours: Ours) -> Iterator[Holding]:
+    for one in holdings:
+        ids = tuple(id for id in one.ids if not ours(one.resource, id))
+        if ids:
+            yield replace(one, ids=ids)
+
+
+def _grant_of(inventory: Inventory, resource: str, ids: tuple[str, ...], id: str) -> Grant:
+    """Return a grant of what some ids of another plugin stand for. Raise InputError if they name no device."""
+    devices = devices_named(inventory, ids)
+    if not devices:
+        raise InputError(f"cannot find the devices of {resource} {', '.join(ids)}: no device has such a name")
+    holder = Holder(api=DEVICE_PLUGIN, resource=resource)
+    return Grant(id=id, holder=holder, ids=ids, devices=devices, things=things_of(inventory, devices))
+
+
+def _with(ledger: Ledger, grants: Iterable[Grant]) -> Ledger:
+    """Return the ledger with further grants, which may overlap: another plugin may divide a device."""
+    new = {one.id: one for one in grants}
+    return replace(ledger, grants=MappingProxyType({**ledger.grants, **new})) if new else ledger
+
+
+def _named(names: Mapping[str, frozenset[str]], id: str) -> frozenset[str]:
+    if id in names:
+        return names[id]
+    share = _SHARE.fullmatch(id)
+    return names.get(share[1], frozenset()) if share is not None else frozenset()
+
+
+def _names_of(inventory: Inventory) -> Mapping[str, frozenset[str]]:
+    found: dict[str, set[str]] = {}
+    for device in inventory.devices:
+        for name in _names(inventory, device):
+            found.setdefault(name.lower(), set()).add(device.id)
+    return {name: frozenset(devices) for name, devices in found.items()}
+
+
+def _names(inventory: Inventory, device: Device) -> Iterator[str]:
+    yield device.id
+    whole = inventory.device_by_id.get(device.parent or "")
+    # An instance or a partition has the address of its GPU, which names the GPU.
+    if device.pci_address is not None and (whole is None or whole.pci_address != device.pci_address):
+        yield device.pci_address
+    for key in _NAMED_BY:
+        yield from (name for name in str(device.attributes.get(key) or "").split(",") if name)
+    for path in device.exclusive_parts:
+        yield from (path, path.removeprefix("/dev/")) if path.startswith("/dev/") else ()

@@ -1,0 +1,103 @@
+"""Which devices other device plugins offer, by kubelet's word, and which of our resources therefore are not served.
+
+Two plugins that offer the same device give it away twice: each knows only what it gave itself. So a resource is not
+served while another plugin offers any of its devices, as with kubelet's static CPU manager. A kubelet that starts has
+forgotten all plugins until each has registered again, so what was offered counts until one kubelet has answered
+without it for FORGET_S: for as long as kubelet itself keeps the capacity of a plugin that is away
+(endpointStopGracePeriod, kubelet 1.37).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.ledger.foreign import devices_named
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import InputError
+from nodeagent.kube.kubelet.pod_resources import registered
+from nodeagent.resources.offer import Offer
+from nodeagent.telemetry.once import Once
+
+FORGET_S = 300.0
+MOST_NAMED = 3
+"""Highest number of devices that a reason names."""
+log = structlog.get_logger()
+
+
+class OtherOffers:
+    """What other plugins offer: ids by resource."""
+
+    def __init__(self, plugins: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        """Set up without reading. plugins: kubelet's device-plugins folder. clock: in seconds."""
+        self._plugins = plugins
+        self._clock = clock
+        self._ours: set[str] = set()
+        self._domains: set[str] = set()
+        self._ids: dict[str, frozenset[str]] = {}
+        self._missed_since: dict[str, float] = {}
+        """When this kubelet first answered without a resource."""
+        self._unread = Once("registered-devices-unknown")
+
+    def serve(self, names: Iterable[str], domain: str) -> None:
+        """Note which resources are ours, for good: kubelet may still name one that is no longer served."""
+        self._ours |= {*names}
+        self._domains.add(domain)
+        self._forget(self._is_ours)
+
+    def read_checkpoint(self) -> None:
+        """Learn what was registered when kubelet last wrote its checkpoint; blocks."""
+        try:
+            self.hear(registered(self._plugins))
+            self._unread.clear()
+        except InputError as error:
+            self._unread.report(str(error))
+
+    def hear(self, ids: Mapping[str, Sequence[str]] | None) -> bool:
+        """Take what kubelet counts as allocatable; None if it did not answer. Return whether that changes what others
+        offer."""
+        if ids is None:
+            self._missed_since.clear()
+            return False
+        before, now = dict(self._ids), self._clock()
+        self._ids |= {name: frozenset(mine) for name, mine in ids.items() if mine and not self._is_ours(name)}
+        self._missed_since = {name: self._missed_since.get(name, now) for name in self._ids if not ids.get(name)}
+        self._forget(lambda name: now - self._missed_since.get(name, now) >= FORGET_S)
+        return self._ids != before
+
+    def refusals(self, inventory: Inventory, offers: Iterable[Offer]) -> Mapping[str, str]:
+        """Return why resources cannot be served, by the name in the configuration."""
+        every = ((offer, self._reason(inventory, offer.resource)) for offer in offers)
+        return {offer.config.name: why for offer, why in every if why}
+
+    def _reason(self, inventory: Inventory, resource: object) -> str:
+        if not isinstance(resource, DeviceResource) or not self._ids:
+            return ""
+        mine = {device.id for device in resource.devices(inventory)}
+        for name, ids in sorted(self._ids.items()):
+            theirs = devices_named(inventory, ids)
+            both = {one for device in theirs for one in (device, *inventory.excluded_by.get(device, ()))} & mine
+            if both:
+                return _shared(name, sorted(both))
+        return ""
+
+    def _is_ours(self, name: str) -> bool:
+        return name in self._ours or name.partition("/")[0] in self._domains
+
+    def _forget(self, gone: Callable[[str], bool]) -> None:
+        for name in [name for name in self._ids if gone(name)]:
+            log.info("not-offered-by-others", resource=name)
+            del self._ids[name]
+            self._missed_since.pop(name, None)
+
+
+def _shared(name: str, devices: Sequence[str]) -> str:
+    more = f" and {len(devices) - MOST_NAMED} more" if len(devices) > MOST_NAMED else ""
+    return (
+        f"another device plugin offers {', '.join(devices[:MOST_NAMED])}{more} as {name}; set match so that the two"
+        " have no device in common, or remove that plugin"
+    )

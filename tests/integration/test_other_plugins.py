@@ -1,0 +1,96 @@
+"""The whole agent beside another device plugin at the same kubelet: no device is given away by both."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nodeagent.kube.kubelet.registration import Registrar
+from tests.builders.devices import DeviceTree
+from tests.builders.machines import machine
+from tests.doubles.kubelet import AdmissionError, FakeKubelet
+from tests.support import registering
+from tests.support.running import running
+from tests.support.shelf import Shelf
+
+PF, FIRST, SECOND = "0000:81:00.0", "0000:81:02.0", "0000:81:02.1"
+VF, THEIRS = "nodeagent.dev/vf", "intel.com/sriov_netdevice"
+QUICK: dict[str, Any] = {
+    "resources": [{"name": "vf", "kind": "nic", "match": {"sriov": "vf"}}],
+    "release": {"pollSeconds": 0.2, "unconfirmedSeconds": 0.3, "confirmedSeconds": 0.1, "unobservedSeconds": 0.5},
+}
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> DeviceTree:
+    """An adapter with two virtual functions."""
+    found = DeviceTree(machine(tmp_path / "root", "1s2n4c-smt"))
+    found.pci(PF, pci_class="020000", device="1572", driver="i40e", numa_node=0)
+    for number, address in enumerate((FIRST, SECOND)):
+        found.vf(PF, number, address)
+        found.net(address, f"ens1f0v{number}")
+    return found
+
+
+@contextlib.asynccontextmanager
+async def other_plugin(node: FakeKubelet, *ids: str) -> AsyncIterator[None]:
+    """Another plugin that offers functions by their addresses, as the SR-IOV network device plugin does."""
+    registrar = Registrar([Shelf(THEIRS, ids=ids)], node.plugins_folder, pace=registering.QUICK)
+    async with registering.running(registrar):
+        await node.wait_allocatable(THEIRS, len(ids))
+        yield
+
+
+async def test_what_another_plugin_offers_is_not_served_and_what_it_gave_stays_held(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """The reason names the device, the resource and the way out. When the plugin is gone its pods still have what they
+    were given: an agent that starts then offers the rest."""
+    async with FakeKubelet(folder / "kubelet") as node:
+        async with other_plugin(node, FIRST):
+            await node.admit_pod("default", "theirs", {"main": {THEIRS: 1}})
+            async with running(folder, root=tree.root, **QUICK) as agent:
+                status = await agent.until("/v1/status", lambda found: found["refused"])
+                assert status["refused"] == {
+                    VF: f"another device plugin offers {FIRST} as {THEIRS}; set match so that the two have no device "
+                    "in common, or remove that plugin"
+                }
+                assert node.allocatable(VF) == 0
+                agent.configure(**{**QUICK, "resources": [{"name": "vf", "kind": "nic", "match": {"id": SECOND}}]})
+                await node.wait_allocatable(VF, 1)
+                assert node.healthy(VF) == [SECOND]
+        await node.admit_pod("default", "plain", {"main": {}})
+        async with running(folder, root=tree.root, **QUICK) as agent:
+            await node.wait_allocatable(VF, 1)
+            assert node.healthy(VF) == [SECOND]
+            (grant,) = await agent.until("/v1/grants", lambda found: found and found[0]["pod"])
+            assert (grant["api"], grant["resource"], grant["pod"], grant["devices"]) == (
+                "other-plugin",
+                THEIRS,
+                "theirs",
+                [FIRST],
+            )
+            (first, _) = await agent.until("/v1/devices", lambda found: len(found) == 2)
+            assert (first["id"], first["healthy"], first["holder"]) == (FIRST, False, "default/theirs/main")
+            with pytest.raises(AdmissionError):
+                await node.admit_pod("default", "two", {"main": {VF: 2}})
+            await node.delete_pod("default", "theirs")
+            await node.wait_allocatable(VF, 2)
+
+
+async def test_a_plugin_that_is_installed_later_takes_over_what_the_agent_did_not_give_away(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """The agent stops offering as soon as kubelet shows the other; its own pods keep what they have."""
+    async with FakeKubelet(folder / "kubelet") as node, running(folder, root=tree.root, **QUICK) as agent:
+        await node.wait_allocatable(VF, 2)
+        await node.admit_pod("default", "ours", {"main": {VF: 1}})
+        async with other_plugin(node, FIRST, SECOND):
+            agent.configure(**QUICK, resyncSeconds=61)
+            await agent.until("/v1/status", lambda found: VF in found["refused"])
+            (grant,) = await agent.until("/v1/grants", lambda found: found)
+            assert (grant["api"], grant["pod"]) == ("device-plugin", "ours")

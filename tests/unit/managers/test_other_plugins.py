@@ -1,0 +1,141 @@
+"""What other device plugins offer is not offered again, for as long as it may still be theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+import pytest
+
+from nodeagent.config.schema import Config
+from nodeagent.core.model.device import Device
+from nodeagent.host.devices.all_kinds import builtin_kinds
+from nodeagent.managers.deviceplugin.others import FORGET_S, OtherOffers
+from nodeagent.resources.offer import Offer, offers
+from tests.builders.inventories import even_rows, inventory_of
+
+FIRST, SECOND, PF, VF = "0000:41:00.0", "0000:61:00.0", "0000:81:00.0", "0000:81:02.1"
+FIRST_UUID, SECOND_UUID = "GPU-11111111-2222-3333-4444-555555555555", "GPU-99999999-2222-3333-4444-555555555555"
+
+
+def gpu(address: str, uuid: str, number: int, **more: str) -> Device:
+    attributes = MappingProxyType({"uuid": uuid, **more})
+    return Device(kind="gpu", id=address, pci_address=address, paths=(f"/dev/nvidia{number}",), attributes=attributes)
+
+
+MACHINE = inventory_of(
+    even_rows(1, 1, 1, 2, 1),
+    devices=[
+        gpu(FIRST, FIRST_UUID, 0, product="A"),
+        gpu(SECOND, SECOND_UUID, 1, product="B"),
+        Device(kind="nic", id=PF, pci_address=PF, attributes=MappingProxyType({"sriov": "pf"})),
+        Device(kind="nic", id=VF, pci_address=VF, parent=PF, attributes=MappingProxyType({"sriov": "vf"})),
+    ],
+)
+
+
+def served(*resources: Mapping[str, object]) -> tuple[Offer, ...]:
+    return offers(msgspec.convert({"resources": resources}, Config), builtin_kinds())
+
+
+GPUS, VFS = {"name": "gpu", "kind": "gpu"}, {"name": "vf", "kind": "nic", "match": {"sriov": "vf"}}
+CPUS = {"name": "cpu", "kind": "cpu"}
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def others(tmp_path: Path, clock: Clock) -> OtherOffers:
+    found = OtherOffers(tmp_path, clock)
+    found.serve(["nodeagent.dev/gpu", "nodeagent.dev/vf"], "nodeagent.dev")
+    return found
+
+
+def test_a_resource_whose_devices_another_plugin_offers_is_refused_with_the_way_out(others: OtherOffers) -> None:
+    assert others.hear({"nvidia.com/gpu": [FIRST_UUID, SECOND_UUID], "nodeagent.dev/gpu": [FIRST]})
+    assert others.refusals(MACHINE, served(GPUS, VFS, CPUS)) == {
+        "gpu": f"another device plugin offers {FIRST}, {SECOND} as nvidia.com/gpu; set match so that the two have no "
+        "device in common, or remove that plugin"
+    }
+
+
+def test_a_resource_that_shares_no_device_with_it_is_served(others: OtherOffers) -> None:
+    """By match, as with kubelet's static CPU manager."""
+    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    every = served({**GPUS, "match": {"product": "B"}}, {**GPUS, "name": "a", "match": {"product": "A"}})
+    assert list(others.refusals(MACHINE, every)) == ["a"]
+
+
+def test_a_whole_excludes_its_parts_and_the_reverse(others: OtherOffers) -> None:
+    others.hear({"intel.com/sriov": [VF]})
+    assert list(others.refusals(MACHINE, served({"name": "pf", "kind": "nic", "match": {"sriov": "pf"}}))) == ["pf"]
+    others.hear({"intel.com/whole": [PF]})
+    assert list(others.refusals(MACHINE, served(VFS))) == ["vf"]
+
+
+def test_ids_that_name_no_device_refuse_nothing(others: OtherOffers) -> None:
+    others.hear({"example.com/dongle": ["0", "1"], "example.com/none": []})
+    assert others.refusals(MACHINE, served(GPUS, VFS)) == {}
+
+
+def test_our_own_names_are_not_of_others_even_when_they_are_served_no_longer(others: OtherOffers) -> None:
+    """Kubelet may still name a resource that a reload has removed, or the ones of an earlier domain."""
+    others.serve(["example.org/old"], "example.org")
+    assert not others.hear({"nodeagent.dev/removed": [FIRST], "example.org/old": [FIRST], "example.org/x": [VF]})
+    assert others.refusals(MACHINE, served(GPUS, VFS)) == {}
+
+
+def test_a_name_that_becomes_ours_is_no_longer_of_others(others: OtherOffers) -> None:
+    """The agent takes the name of a plugin over that was removed."""
+    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    others.serve(["nvidia.com/gpu"], "nodeagent.dev")
+    assert others.refusals(MACHINE, served(GPUS)) == {}
+
+
+def test_what_was_offered_counts_until_one_kubelet_has_answered_without_it_for_long(
+    others: OtherOffers, clock: Clock
+) -> None:
+    """A kubelet that starts has forgotten all plugins, and one that is away says nothing."""
+    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    others.hear(None)
+    clock.now_s = 10 * FORGET_S
+    assert not others.hear({})
+    clock.now_s += FORGET_S - 1
+    assert not others.hear({"nvidia.com/gpu": []})
+    others.hear(None)
+    clock.now_s += FORGET_S - 1
+    assert not others.hear({})
+    assert others.refusals(MACHINE, served(GPUS))
+    clock.now_s += FORGET_S
+    assert others.hear({})
+    assert others.refusals(MACHINE, served(GPUS)) == {}
+
+
+def test_what_was_registered_is_read_from_the_checkpoint_before_kubelet_answers(
+    tmp_path: Path, others: OtherOffers
+) -> None:
+    data = {"PodDeviceEntries": None, "RegisteredDevices": {"nvidia.com/gpu": [SECOND_UUID], "x/y": None}}
+    (tmp_path / "kubelet_internal_checkpoint").write_text(json.dumps({"Data": data, "Checksum": 1}))
+    others.read_checkpoint()
+    assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"Data": 7}', '{"Data": {"RegisteredDevices": [1]}}'])
+def test_a_checkpoint_that_cannot_be_read_changes_nothing(tmp_path: Path, others: OtherOffers, text: str) -> None:
+    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    (tmp_path / "kubelet_internal_checkpoint").write_text(text)
+    others.read_checkpoint()
+    assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
