@@ -119,6 +119,8 @@ class Daemon:
         self._store = store
         self._kubelet = kubelet
         self._plugins = where.kubelet_dir / PLUGINS
+        self._refused_now: Mapping[str, str] = {}
+        """What cannot be served, as it was when the managers were last told."""
         self._others = OtherOffers(self._plugins)
         self._others.read_checkpoint()
         self._leader = Leader(agent, store, where.state_dir, lambda: self.config.audit_days)
@@ -323,8 +325,8 @@ class Daemon:
         """Read back what kubelet shows; report the status to systemd."""
         while True:
             seen = self._news.value
-            shown = await self._device_plugin.read_back(self._pods)
-            if self._others.hear(shown) or self._kubelet.recovered(self.config):
+            self._others.hear(await self._device_plugin.read_back(self._pods))
+            if self._kubelet.recovered(self.config) or self._refused(self.config) != self._refused_now:
                 await self._go_by_kubelet()
             self._kubelet.watch(self.agent.ledger)
             self._notifier.status(self._summary())
@@ -339,6 +341,7 @@ class Daemon:
             await self._apply(self.config)
 
     async def _apply(self, config: Config) -> None:
+        self._refused_now = self._refused(config)
         for one in self._managers:
             await one.apply(config)
 

@@ -6,7 +6,8 @@ be granted (exclusion.py).
 
 Other plugins name devices in their own ways: by PCI address (SR-IOV, AMD), UUID (NVIDIA's GPUs and MIG instances), the
 names of DRM cards (Intel), RDMA devices or interfaces, or the path of a device node; one that divides a device appends
-the number of the share.
+the number of the share. A UUID that nothing shows yet, as before NVML has answered, may be that of any GPU whose UUID
+is not known: each of them is then as good as held.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ Given = frozenset[tuple[str, str, str, str]]
 """(pod UID, container, resource, id), as kubelet's checkpoint has it."""
 _NAMED_BY = ("uuid", "rdma", "netdevs", "drm_card", "drm_render", "auxiliary")
 """Attributes by which other plugins name a device; several values are separated by commas."""
+_NVIDIA = "10de"
+_GPU_UUID, _MIG_UUID = "gpu-", "mig-"
+"""What the UUIDs of NVIDIA's GPUs and of their instances begin with, in lower case."""
 _SHARE = re.compile(r"(.+?)(::[0-9]+|-[0-9]+)")
 """An id with the number of a share: NVIDIA's time slicing appends "::N", Intel's plugin "-N"."""
 
@@ -75,6 +79,7 @@ def observed(
     found = compare(before.ledger, theirs, before.memory, now, patience, resources, adopt, frozenset(), witnesses)
     ledger = ledger_of.release(before.ledger, [one.id for one in found.released])
     ledger = _with(ledger, (*(one for one in found.confirmed if one.id in ledger.grants), *found.adopted))
+    ledger = _with(ledger, _named_better(inventory, ledger))
     after = replace(before, ledger=ledger, memory=found.absences.memory)
     return after if witnesses.given is None else with_checkpoint(after, inventory, witnesses.given, ours, new_id)
 
@@ -93,19 +98,22 @@ def with_checkpoint(
         if (resource, id) not in before.ledger.by_id:
             found.setdefault((uid, container, resource), []).append(id)
     grants = []
-    for (uid, _, resource), ids in found.items():
+    for (uid, container, resource), ids in found.items():
         try:
             grant = _grant_of(inventory, resource, tuple(ids), new_id())
         except InputError:
+            now -= {(uid, container, resource, id) for id in ids}  # a device may appear that has such a name
             continue
         grants.append(replace(grant, pods=(uid,)))
     return replace(before, ledger=_with(before.ledger, grants), given=now)
 
 
 def devices_named(inventory: Inventory, ids: Iterable[str]) -> tuple[str, ...]:
-    """Return the devices that ids of another plugin stand for, sorted; ids that name none are left out."""
+    """Return the devices that ids of another plugin stand for, or may stand for, sorted; ids that name none are left
+    out."""
     names = kept_by(inventory, "_names", lambda: _names_of(inventory))
-    return tuple(sorted({device for one in ids for device in _named(names, one.lower())}))
+    found = (_named(names, one.lower()) or _suspects(inventory, one.lower()) for one in ids)
+    return tuple(sorted({device for devices in found for device in devices}))
 
 
 def _theirs(holdings: Iterable[Holding], ours: Ours) -> Iterator[Holding]:
@@ -124,6 +132,14 @@ def _grant_of(inventory: Inventory, resource: str, ids: tuple[str, ...], id: str
     return Grant(id=id, holder=holder, ids=ids, devices=devices, things=things_of(inventory, devices))
 
 
+def _named_better(inventory: Inventory, ledger: Ledger) -> Iterator[Grant]:
+    """Yield the grants whose ids stand for other devices by now: their names were not known before."""
+    for one in ledger.grants.values():
+        devices = devices_named(inventory, one.ids)
+        if devices and devices != one.devices:
+            yield replace(one, devices=devices, things=things_of(inventory, devices))
+
+
 def _with(ledger: Ledger, grants: Iterable[Grant]) -> Ledger:
     """Return the ledger with further grants, which may overlap: another plugin may divide a device."""
     new = {one.id: one for one in grants}
@@ -135,6 +151,20 @@ def _named(names: Mapping[str, frozenset[str]], id: str) -> frozenset[str]:
         return names[id]
     share = _SHARE.fullmatch(id)
     return names.get(share[1], frozenset()) if share is not None else frozenset()
+
+
+def _suspects(inventory: Inventory, id: str) -> frozenset[str]:
+    """Return the GPUs that an unknown UUID may belong to: those of which none is known, and for an instance any."""
+    if not id.startswith((_GPU_UUID, _MIG_UUID)):
+        return frozenset()
+    gpus = (one for one in inventory.devices if one.kind == "gpu" and one.vendor == _NVIDIA and one.parent is None)
+    return frozenset(one.id for one in gpus if "uuid" not in one.attributes or _may_be_divided(inventory, one, id))
+
+
+def _may_be_divided(inventory: Inventory, gpu: Device, id: str) -> bool:
+    """Return whether an unknown instance may be of a GPU: it is in MIG mode, and no instance of it is known."""
+    unknown = gpu.attributes.get("mig", True) and gpu.id not in inventory.parts_of
+    return id.startswith(_MIG_UUID) and bool(unknown)
 
 
 def _names_of(inventory: Inventory) -> Mapping[str, frozenset[str]]:

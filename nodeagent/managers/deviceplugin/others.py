@@ -57,17 +57,15 @@ class OtherOffers:
         except InputError as error:
             self._unread.report(str(error))
 
-    def hear(self, ids: Mapping[str, Sequence[str]] | None) -> bool:
-        """Take what kubelet counts as allocatable; None if it did not answer. Return whether that changes what others
-        offer."""
+    def hear(self, ids: Mapping[str, Sequence[str]] | None) -> None:
+        """Take what kubelet counts as allocatable; None if it did not answer."""
         if ids is None:
             self._missed_since.clear()
-            return False
-        before, now = dict(self._ids), self._clock()
+            return
+        now = self._clock()
         self._ids |= {name: frozenset(mine) for name, mine in ids.items() if mine and not self._is_ours(name)}
         self._missed_since = {name: self._missed_since.get(name, now) for name in self._ids if not ids.get(name)}
         self._forget(lambda name: now - self._missed_since.get(name, now) >= FORGET_S)
-        return self._ids != before
 
     def refusals(self, inventory: Inventory, offers: Iterable[Offer]) -> Mapping[str, str]:
         """Return why resources cannot be served, by the name in the configuration."""

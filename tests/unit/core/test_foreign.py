@@ -13,6 +13,7 @@ from nodeagent.core.ledger.release import Patience
 from nodeagent.core.ledger.witness import Sight, Sighting, Witnesses
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import Holding
+from nodeagent.core.model.inventory import Inventory
 from tests.builders.inventories import even_rows, inventory_of
 
 GPU_UUID, MIG_UUID = "GPU-8f6d0bd4-0b2e-4a3c-9d55-0123456789ab", "MIG-3f0cf1a8-5a7e-5b44-8f11-abcdefabcdef"
@@ -71,6 +72,28 @@ def test_what_names_no_device_stands_for_none(id: str) -> None:
     assert devices_named(MACHINE, [id]) == ()
 
 
+def nvidia(number: int, **attributes: str | bool) -> Device:
+    address = f"0000:{number}1:00.0"
+    return Device(kind="gpu", vendor="10de", id=address, pci_address=address, attributes=attributes)
+
+
+def test_a_uuid_that_nothing_shows_yet_may_be_that_of_any_gpu_without_one() -> None:
+    """As before NVML has answered: silence is no proof that a GPU is free."""
+    machine = inventory_of(
+        even_rows(1, 1, 1, 2, 1), devices=[nvidia(1), nvidia(2, uuid="GPU-2"), nvidia(3), *MACHINE.devices]
+    )
+    assert devices_named(machine, ["GPU-99"]) == ("0000:11:00.0", "0000:31:00.0")
+    assert devices_named(machine, ["GPU-2"]) == ("0000:21:00.0",)
+
+
+def test_an_instance_that_nothing_shows_may_be_of_any_gpu_whose_instances_are_not_known() -> None:
+    machine = inventory_of(
+        even_rows(1, 1, 1, 2, 1),
+        devices=[nvidia(1), nvidia(2, uuid="GPU-2", mig=True), nvidia(3, uuid="GPU-3", mig=False), *MACHINE.devices],
+    )
+    assert devices_named(machine, ["MIG-99"]) == ("0000:11:00.0", "0000:21:00.0")
+
+
 @dataclass
 class Node:
     """What kubelet lists and has on disk, and what there is to see of pods."""
@@ -84,6 +107,7 @@ class Node:
     foreign: Foreign = field(default_factory=Foreign)
     ids: itertools.count[int] = field(default_factory=itertools.count)
     ours: frozenset[tuple[str, str]] = frozenset()
+    machine: Inventory = MACHINE
 
     def admit(self, pod: str, *ids: str) -> None:
         self.lists[pod] = ids
@@ -105,7 +129,7 @@ class Node:
             sights=self.sights(),
         )
         self.foreign = observed(
-            self.foreign, MACHINE, holdings, self.is_ours, witnesses, self.now_s, Patience(), self.new_id
+            self.foreign, self.machine, holdings, self.is_ours, witnesses, self.now_s, Patience(), self.new_id
         )
         return self.held()
 
@@ -119,7 +143,7 @@ class Node:
         return {(pod, "main"): frozenset(("x.example/y", id) for id in ids) for pod, ids in self.checkpoint.items()}
 
     def begin(self) -> list[str]:
-        self.foreign = with_checkpoint(Foreign(), MACHINE, self.given() or {}, self.is_ours, self.new_id)
+        self.foreign = with_checkpoint(Foreign(), self.machine, self.given() or {}, self.is_ours, self.new_id)
         return self.held()
 
     def is_ours(self, resource: str, id: str) -> bool:
@@ -169,6 +193,19 @@ def test_a_container_that_is_never_listed_holds_it_too() -> None:
     node.checkpoint = {**(node.checkpoint or {}), "init": (GPU_UUID,)}
     node.alive.add("init")
     assert [node.round(after_s) for after_s in (1, 3600)] == [[H100, VF]] * 2
+
+
+def test_names_that_become_known_later_count_from_then_on() -> None:
+    """Every GPU is as good as held until NVML has answered; a device that appears later is found by its name."""
+    node = Node(machine=inventory_of(even_rows(1, 1, 1, 2, 1), devices=[nvidia(1), nvidia(2)]))
+    node.admit("a", "GPU-2")
+    node.admit("b", VF)
+    assert node.begin() == ["0000:11:00.0", "0000:21:00.0"]
+    known = [nvidia(1, uuid="GPU-1"), nvidia(2, uuid="GPU-2"), *(one for one in MACHINE.devices if one.id == VF)]
+    node.machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=known)
+    assert node.round() == ["0000:21:00.0", VF]
+    node.machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=known[:1])
+    assert node.round() == ["0000:21:00.0", VF], "what has left the inventory may still be in use"
 
 
 def test_a_stale_entry_of_the_checkpoint_ends_and_does_not_come_back() -> None:
