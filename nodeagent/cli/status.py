@@ -111,8 +111,9 @@ def _pinning(pinning: Any) -> list[str]:
 
 def _intruders(found: Any) -> list[str]:
     threads, irqs = found["threads_total"], sum(not one["moved"] for one in found["irqs"])
-    said = f"{threads} threads of the host and {irqs} interrupts may run on exclusive CPUs (-o json names them)"
-    return [said] if threads or irqs else []
+    known = f"{threads} threads" if threads is not None else "an unknown number of threads"
+    said = f"{known} of the host and {irqs} interrupts may run on exclusive CPUs (-o json names them)"
+    return [said] if threads != 0 or irqs else []
 
 
 def _note(one: Any) -> str:

@@ -80,6 +80,15 @@ def threads(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Threa
     return tuple(_tolerated(found, warnings)) if exclusive else ()
 
 
+def sees_host(sysfs: SysFs) -> bool:
+    """Return whether /proc shows the host's processes: kthreadd has number 2 in the first PID namespace alone
+    (pid_namespaces(7)). A container without hostPID sees its own processes only."""
+    try:
+        return bool((_flags(sysfs, "proc/2") or 0) & _KERNEL_THREAD)
+    except HostError:
+        return False
+
+
 def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Irq, ...]:
     """Return the interrupts delivered to one of these CPUs, by number. What cannot be read is named in `warnings`."""
     if not exclusive:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
@@ -22,7 +23,7 @@ from nodeagent.config.schema import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError
 from nodeagent.host.irq.interrupts import InterruptMoves, Mover
-from nodeagent.host.irq.intruders import Irq, Thread, irqs, threads
+from nodeagent.host.irq.intruders import Irq, Thread, irqs, sees_host, threads
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.manager import Manager
 from nodeagent.telemetry import metrics
@@ -33,6 +34,7 @@ REST = 50
 """Minimum pause before a look triggered by a change, as a multiple of the time the previous look took."""
 SAY_S = 60.0
 """At most one log line is written in this time."""
+UNSEEN = "threads of the host are not known: /proc shows the agent's own PID namespace only (hostPID: true is missing)"
 MOST_SHOWN = 20
 """Maximum number of threads, names or warnings shown."""
 log = structlog.get_logger()
@@ -47,6 +49,8 @@ class IntruderReport:
     took_s: float = 0.0
     threads: tuple[Thread, ...] = ()
     """Threads bound to the fewest CPUs first, kernel threads last."""
+    sees_host: bool = True
+    """False if the threads of the host cannot be seen."""
     irqs: tuple[Irq, ...] = ()
     moving: bool = False
     """Whether interrupts were moved."""
@@ -110,7 +114,7 @@ class IsolationManager(Manager):
             self._found = IntruderReport()
         else:
             self._found = await asyncio.to_thread(self._look, exclusive, others, config.move_interrupts)
-        metrics.INTRUDERS.labels("thread").set(len(self._found.threads))
+        metrics.INTRUDERS.labels("thread").set(len(self._found.threads) if self._found.sees_host else math.nan)
         metrics.INTRUDERS.labels("irq").set(len(self._found.left))
         metrics.INTERRUPTS_MOVED.inc(self._found.moves.fresh)
         self._say()
@@ -121,7 +125,7 @@ class IsolationManager(Manager):
         return {
             "looked_at": found.looked_at,
             "threads": [_thread(one) for one in found.threads[:MOST_SHOWN]],
-            "threads_total": len(found.threads),
+            "threads_total": len(found.threads) if found.sees_host else None,
             "irqs": _irqs(found),
             "warnings": _first([*found.moves.notes, *found.warnings]),
         }
@@ -144,6 +148,9 @@ class IsolationManager(Manager):
         began, warnings = time.thread_time(), list[str]()
         found = IntruderReport(looked_at=time.time() if exclusive else None)
         try:
+            if exclusive and not sees_host(self._sysfs):
+                warnings.append(UNSEEN)
+            found = replace(found, sees_host=UNSEEN not in warnings)
             found = replace(found, threads=_sorted(threads(self._sysfs, exclusive, warnings)))
             found = replace(found, irqs=irqs(self._sysfs, exclusive, warnings))
             if move:

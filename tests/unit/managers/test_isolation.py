@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import math
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
 from nodeagent.aio.revision import Revision
+from nodeagent.cli import status
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError
@@ -25,7 +27,7 @@ from nodeagent.host.irq import interrupts, intruders
 from nodeagent.host.irq.interrupts import NOT_YET, NOWHERE, Mover
 from nodeagent.host.irq.intruders import irqs
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.isolation.manager import MOST_SHOWN, SAY_S, IsolationManager
+from nodeagent.managers.isolation.manager import MOST_SHOWN, SAY_S, UNSEEN, IsolationManager
 from nodeagent.telemetry import metrics
 from tests.support.until import until
 from tests.unit.host.test_intruders import KTHREAD, irq, thread
@@ -51,6 +53,7 @@ class Stand:
             ("sys/devices/system/cpu/online", "0-7"),
             ("proc/sys/kernel/random/boot_id", "boot-1"),
             ("proc/interrupts", ""),
+            ("proc/2/stat", f"2 (kthreadd) S 0 0 0 0 -1 {KTHREAD} 0 0 0 0"),
         ):
             file = self.root / path
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,6 +152,22 @@ async def test_intruders_are_shown_and_counted(stand: Stand) -> None:
     assert (gauge("thread"), gauge("irq"), shown["threads_total"], shown["warnings"]) == (3, 1, 3, [])
     assert stand.asked(27) == "3", "nobody asked for it to be moved"
     json.dumps(shown)
+
+
+@pytest.mark.parametrize("stat", [None, "2 (pause) S 1 2 2 0 -1 4194560 0 0 0 0", "garbage"])
+async def test_threads_of_the_host_are_unknown_where_only_the_containers_own_are_seen(
+    stand: Stand, stat: str | None
+) -> None:
+    """Without hostPID no thread is seen: that is no proof that there is none."""
+    (stand.root / "proc/2/stat").unlink()
+    if stat is not None:
+        (stand.root / "proc/2/stat").write_text(f"{stat}\n")
+    stand.hold("3")
+    shown = await stand.look()
+    assert (shown["threads_total"], shown["warnings"]) == (None, [UNSEEN])
+    assert math.isnan(gauge("thread") or 0.0)
+    (line,) = status._intruders(shown)
+    assert line.startswith("an unknown number of threads of the host and 0 interrupts may run on exclusive CPUs")
 
 
 async def test_many_threads_are_counted_and_the_first_are_shown(stand: Stand) -> None:
