@@ -182,6 +182,8 @@ class Daemon:
             self._plugins,
             containers.ended,
             lambda: self.config.release.poll_seconds,
+            config.dra.driver,
+            Path(config.dra.cdi_dir),
         )
         # In start order. Losses of the ledger are resolved first; what kubelet is shown comes before what follows it.
         self._managers: Sequence[Manager] = (

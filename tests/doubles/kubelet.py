@@ -67,6 +67,8 @@ class Pod:
     """Those that are not sidecars."""
     claims: dict[str, list[str]] = field(default_factory=dict)
     """Names of the resource claims that each container uses; they are of the pod's namespace."""
+    claimed: dict[str, list[pods_pb.ClaimResource]] = field(default_factory=dict)
+    """What each container has through a claim called "other"."""
 
     def held(self, resource: str) -> set[str]:
         return {one for container in self.devices.values() for one in container.get(resource, ())}
@@ -509,6 +511,12 @@ class FakeKubelet:
                 dynamic_resources=[
                     pods_pb.DynamicResource(claim_namespace=pod.namespace, claim_name=claim)
                     for claim in pod.claims.get(name, ())
+                ]
+                + [
+                    pods_pb.DynamicResource(
+                        claim_namespace=pod.namespace, claim_name="other", claim_resources=pod.claimed[name]
+                    )
+                    for _ in pod.claimed.get(name, ())[:1]
                 ],
             )
             for name, held in pod.devices.items()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 import pytest
 
 from nodeagent.kube.kubelet.registration import Registrar
+from nodeagent.pb import podresources_pb2 as pods_pb
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.kubelet import AdmissionError, FakeKubelet
 from tests.support import registering
-from tests.support.running import running
+from tests.support.running import CHAR, running
 from tests.support.shelf import Shelf
 
 PF, FIRST, SECOND = "0000:81:00.0", "0000:81:02.0", "0000:81:02.1"
+LABEL = "0000-81-02-0"
+"""The first function's address, as a name of a DRA device."""
 VF, THEIRS = "nodeagent.dev/vf", "intel.com/sriov_netdevice"
 QUICK: dict[str, Any] = {
     "resources": [{"name": "vf", "kind": "nic", "match": {"sriov": "vf"}}],
@@ -94,3 +98,38 @@ async def test_a_plugin_that_is_installed_later_takes_over_what_the_agent_did_no
             await agent.until("/v1/status", lambda found: VF in found["refused"])
             (grant,) = await agent.until("/v1/grants", lambda found: found)
             assert (grant["api"], grant["pod"]) == ("device-plugin", "ours")
+
+
+async def test_what_a_claim_of_another_driver_holds_is_not_offered(folder: Path, tree: DeviceTree) -> None:
+    """By the name of its device, or by the device nodes of its CDI devices."""
+    cdi = folder / "cdi"
+    cdi.mkdir()
+    serial = {"name": "port", "containerEdits": {"deviceNodes": [{"path": "/dev/ttyS0"}]}}
+    (cdi / "x.json").write_text(json.dumps({"cdiVersion": "0.6.0", "kind": "k8s.x.example/claim", "devices": [serial]}))
+    tree.node("/dev/ttyS0")
+    tree.node("/dev/ttyS1")
+    resources = [*QUICK["resources"], {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"]}]
+    config = {**QUICK, "resources": resources, "dra": {"cdiDir": str(cdi)}}
+    async with FakeKubelet(folder / "kubelet") as node, running(folder, root=tree.root, **config) as agent:
+        await node.wait_allocatable(VF, 2)
+        pod = await node.admit_pod("default", "theirs", {"main": {}})
+        pod.claimed["main"] = [
+            pods_pb.ClaimResource(driver_name="sriov.example", pool_name="p", device_name=LABEL),
+            pods_pb.ClaimResource(
+                driver_name="x.example",
+                pool_name="p",
+                device_name="port",
+                cdi_devices=[pods_pb.CDIDevice(name="k8s.x.example/claim=port")],
+            ),
+        ]
+        await node.wait_allocatable(VF, 1)
+        await node.wait_allocatable(CHAR, 1)
+        assert (node.healthy(VF), node.healthy(CHAR)) == ([SECOND], ["/dev/ttyS1"])
+        grants = await agent.until("/v1/grants", lambda found: len(found) == 2)
+        assert {(one["resource"], one["pod"], one["devices"][0]) for one in grants} == {
+            ("sriov.example", "theirs", FIRST),
+            ("x.example", "theirs", "/dev/ttyS0"),
+        }
+        await node.delete_pod("default", "theirs")
+        await node.wait_allocatable(VF, 2)
+        await node.wait_allocatable(CHAR, 2)

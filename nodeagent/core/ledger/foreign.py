@@ -1,4 +1,4 @@
-"""Devices that other device plugins gave to pods: of this machine, but not granted by the agent. Pure.
+"""Devices that other device plugins and DRA drivers gave to pods: of this machine, but not granted by the agent. Pure.
 
 Each holding is kept as a grant in a ledger of its own, which ends by the same rules as ours (release.py). Several may
 hold the same device: how another plugin divides it is that plugin's affair. Of ours nothing that one of them holds can
@@ -38,6 +38,8 @@ _NAMED_BY = ("uuid", "rdma", "netdevs", "drm_card", "drm_render", "auxiliary")
 _NVIDIA = "10de"
 _GPU_UUID, _MIG_UUID = "gpu-", "mig-"
 """What the UUIDs of NVIDIA's GPUs and of their instances begin with, in lower case."""
+_UNLABELLED = re.compile(r"[:.]")
+"""What the names of DRA devices, which are DNS labels, have a dash for."""
 _SHARE = re.compile(r"(.+?)(::[0-9]+|-[0-9]+)")
 """An id with the number of a share: NVIDIA's time slicing appends "::N", Intel's plugin "-N"."""
 
@@ -180,7 +182,7 @@ def _names(inventory: Inventory, device: Device) -> Iterator[str]:
     whole = inventory.device_by_id.get(device.parent or "")
     # An instance or a partition has the address of its GPU, which names the GPU.
     if device.pci_address is not None and (whole is None or whole.pci_address != device.pci_address):
-        yield device.pci_address
+        yield from (device.pci_address, _UNLABELLED.sub("-", device.pci_address))
     for key in _NAMED_BY:
         yield from (name for name in str(device.attributes.get(key) or "").split(",") if name)
     for path in device.exclusive_parts:

@@ -38,6 +38,9 @@ class Listing:
     """(namespace, name) of every listed pod, including those that hold nothing."""
     claims: Mapping[str, ClaimRef]
     """The claim behind each CDI device that containers use, by device id. Claim UIDs are not listed."""
+    claimed: tuple[Holding, ...] = ()
+    """What containers have through claims, of all drivers: `resource` is the driver, `ids` are the device's name and
+    the names of its CDI devices."""
     kubelet: Hashable
     """Which kubelet answered: the identities of all its sockets. Every kubelet start re-creates all of them, though
     seconds apart."""
@@ -79,6 +82,7 @@ class PodResources:
             holdings=tuple(sorted(_holdings(answer), key=_names)),
             pods=frozenset((pod.namespace, pod.name) for pod in answer.pod_resources),
             claims=MappingProxyType(dict(_claims(answer))),
+            claimed=tuple(_claimed(answer)),
             kubelet=before,
         )
 
@@ -210,6 +214,19 @@ def _claims(answer: pb.ListPodResourcesResponse) -> Iterator[tuple[str, ClaimRef
     for claim in (one for container in containers for one in container.dynamic_resources):
         for device in (device for resource in claim.claim_resources for device in resource.cdi_devices):
             yield device.name, ClaimRef(namespace=claim.claim_namespace, name=claim.claim_name, uid="")
+
+
+def _claimed(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:
+    for pod in answer.pod_resources:
+        for container in pod.containers:
+            for one in (one for claim in container.dynamic_resources for one in claim.claim_resources):
+                yield Holding(
+                    namespace=pod.namespace,
+                    pod=pod.name,
+                    container=container.name,
+                    resource=one.driver_name,
+                    ids=(one.device_name, *(device.name for device in one.cdi_devices)),
+                )
 
 
 def _holdings(answer: pb.ListPodResourcesResponse) -> Iterator[Holding]:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -13,9 +14,10 @@ import structlog
 from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race
-from nodeagent.core.model.grant import KUBELET, Grant
+from nodeagent.core.model.grant import KUBELET, Grant, Holding
 from nodeagent.errors import InputError, PeerError, StateError
-from nodeagent.kube.kubelet.pod_resources import CheckpointWatch, PodResources
+from nodeagent.host.cdi_specs import STATIC_FOLDER, nodes_of
+from nodeagent.kube.kubelet.pod_resources import CheckpointWatch, Listing, PodResources
 from nodeagent.kube.kubelet_files.checkpoints import PODS, pods_there
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.pod_witness import PodWitness
@@ -46,12 +48,14 @@ class HolderReconciler(Manager):
         plugins: Path,
         ended: Revision,
         poll_s: Callable[[], float],
+        driver: str,
+        cdi_dir: Path,
     ) -> None:
         """Set up without asking kubelet.
 
-        `plugins` is kubelet's device-plugins folder, next to the folder of its pods. `ended` increases with each end of
-        a pod or container that the runtime or the kernel reports. `poll_s` returns how often kubelet is asked without
-        any event.
+        `driver` is the agent's own for DRA; `cdi_dir` is where drivers put the specs of their devices. `plugins` is
+        kubelet's device-plugins folder, next to the folder of its pods. `ended` increases with each end of a pod or
+        container that the runtime or the kernel reports. `poll_s` returns how often kubelet is asked without any event.
         """
         self._agent = agent
         self._pods = pods
@@ -60,6 +64,8 @@ class HolderReconciler(Manager):
         self._plugins = plugins
         self._ended = ended
         self._poll_s = poll_s
+        self._driver = driver
+        self._cdi_dirs = (STATIC_FOLDER, cdi_dir)
         self._unknown = Once("holders-unknown")
         self._ended_unknown = Once("ended-pods-unknown")
 
@@ -85,8 +91,9 @@ class HolderReconciler(Manager):
             listing = await self._pods.listing()
             witnesses = await self._witness.witnesses(self._agent.ledger, listing)
             resources = [one.resource for one in self._offers()]
+            theirs = await asyncio.to_thread(self._claimed_of_others, listing)
             found = await self._agent.reconcile(
-                listing.holdings, resources, new_op(), asked_at=asked_at, witnesses=witnesses
+                (*listing.holdings, *theirs), resources, new_op(), asked_at=asked_at, witnesses=witnesses
             )
         except (PeerError, StateError) as error:
             self._unknown.report(str(error))
@@ -96,6 +103,14 @@ class HolderReconciler(Manager):
         metrics.ADOPTIONS.inc(len(found.adopted))
         _log_grants("released", found.released)
         _log_grants("adopted", found.adopted)
+
+    def _claimed_of_others(self, listing: Listing) -> list[Holding]:
+        """Return what claims of other DRA drivers hold, with the device nodes in place of CDI devices."""
+        theirs = [one for one in listing.claimed if one.resource != self._driver]
+        paths = nodes_of(self._cdi_dirs, {name for one in theirs for name in one.ids})
+        return [
+            replace(one, ids=tuple(path for name in one.ids for path in paths.get(name, (name,)))) for one in theirs
+        ]
 
     async def _look_for_ended(self) -> None:
         """Release ended grants that were adopted from kubelet's own managers. Kubelet does not list them, so the

@@ -51,6 +51,7 @@ MACHINE = inventory_of(
         (H100, H100),
         (VF, VF),
         (VF.upper(), VF),
+        ("0000-81-02-1", VF),
         ("mlx5_2", VF),
         ("ens1f0", PF),
         ("card1", ARC),
