@@ -24,6 +24,7 @@ from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory.gpu_health import nvidia_gpus, nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.kernel_health import KernelHealth
 from nodeagent.managers.inventory.latches import FILE as LATCHES
 from nodeagent.managers.inventory.latches import LatchMemory
 from nodeagent.managers.inventory.recovery import recoveries
@@ -69,6 +70,7 @@ class InventoryScanner(Manager):
         self._latches = LatchMemory(
             state_dir / LATCHES, agent.settings.boot_id, functools.partial(driver_binding, sysfs)
         )
+        self.kernel_health = KernelHealth(agent, sysfs, config)
         self._probe = Probe()
         self._nvml: Snapshot | Failure | None = None
         self._turn = asyncio.Lock()
@@ -80,9 +82,11 @@ class InventoryScanner(Manager):
         await self._probe.close()
 
     async def serve(self) -> None:
-        """Follow kernel events and NVML, and let devices recover; each continues if another fails."""
+        """Follow kernel events, the devices' health and NVML, and let devices recover; each continues if another
+        fails."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervise("machine", self.follow))
+            tasks.create_task(supervise("health", self.kernel_health.follow))
             tasks.create_task(supervise("nvml", self.follow_nvml))
             tasks.create_task(supervise("recoveries", lambda: recoveries(self._agent)))
 
@@ -191,6 +195,9 @@ class InventoryScanner(Manager):
             effect = effect_of(xid.code)
             log.warning("xid", device=xid.pci_address, code=xid.code, effect=effect, instance=xid.instance)
             metrics.XIDS.labels(xid.pci_address, str(xid.code), effect).inc()
+            evidence = xid_evidence(xid, self._agent.inventory)
             async with self._latching:
-                self._agent.observe(xid_evidence(xid, self._agent.inventory))
-                await asyncio.to_thread(self._latches.keep, latched_causes(self._agent.health))
+                self._agent.observe(evidence)
+                # The GPU may have left the bus already: the agent knows nothing of it, and it may come back.
+                away = [one for one in evidence if one.latched and one.device not in self._agent.health]
+                await asyncio.to_thread(self._latches.keep, [*latched_causes(self._agent.health), *away])

@@ -248,3 +248,16 @@ def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path: Pat
     (tmp_path / "state").unlink()
     assert memory.standing([GPU]) == ([FATAL], [])
     assert machine.memory().standing([GPU]) == ([FATAL], [])
+
+
+def test_a_cause_of_a_gpu_that_is_away_is_not_replaced_by_one_that_is_less_bad(tmp_path: Path) -> None:
+    """Nothing is known of its health meanwhile, so the file alone can tell which is worse."""
+    machine = Machine(tmp_path)
+    less = replace(FATAL, state=UNKNOWN, reason="Xid 4711")
+    machine.memory().keep([less])
+    machine.memory().keep([FATAL])
+    machine.memory().keep([less])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
+    machine.boot_id = "b2"
+    machine.memory().keep([less])
+    assert machine.memory().standing([GPU]) == ([less], []), "what has ended is replaced by anything"

@@ -1,0 +1,11 @@
+"""All sources of evidence that are read from the kernel, in the order in which a device is looked at."""
+
+from __future__ import annotations
+
+from nodeagent.host.health.carrier import Carrier
+from nodeagent.host.health.source import Source
+
+
+def sources() -> tuple[Source, ...]:
+    """Return one of each."""
+    return (Carrier(),)
