@@ -222,6 +222,9 @@ class Daemon:
     def registrations(self) -> tuple[Registration, ...]:
         return self._device_plugin.registrations()
 
+    def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:
+        return self._scanner.kernel_health.readings()
+
     async def clear_health(self, device: str) -> bool:
         return await self._scanner.clear_health(device)
 

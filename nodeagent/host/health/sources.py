@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from nodeagent.host.health.aer import Aer
 from nodeagent.host.health.carrier import Carrier
+from nodeagent.host.health.pcie import Pcie
 from nodeagent.host.health.source import Source
 
 
 def sources() -> tuple[Source, ...]:
     """Return one of each."""
-    return (Carrier(),)
+    return Carrier(), Pcie(), Aer()
