@@ -25,11 +25,14 @@ from nodeagent.core.model.health import (
     latched_causes,
     observe,
     recovered,
+    withdraw,
 )
 from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
 from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
-from nodeagent.managers.inventory.gpu_health import nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.gpu_health import nvlink_evidence, nvml_evidence, xid_evidence
 from nodeagent.managers.inventory.latches import FILE, LatchMemory
+from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
+from nodeagent.managers.inventory.nvlinks import NvlinkMemory
 from tests.builders.inventories import even_rows, inventory_of
 
 GPU, MIG = "0000:41:00.0", "0000:41:00.0/mig-2-0"
@@ -261,3 +264,80 @@ def test_a_cause_of_a_gpu_that_is_away_is_not_replaced_by_one_that_is_less_bad(t
     machine.boot_id = "b2"
     machine.memory().keep([less])
     assert machine.memory().standing([GPU]) == ([less], []), "what has ended is replaced by anything"
+
+
+# ---------------------------------------------------------------- NVLinks
+
+
+class Linked:
+    """A GPU with NVLinks, over restarts of the agent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.boot_id = folder / NVLINKS, "b1"
+        self.health = NO_HEALTH
+        self.restart()
+
+    def restart(self) -> None:
+        self.memory, self.health = NvlinkMemory(self.path, self.boot_id), NO_HEALTH
+
+    def poll(self, now: float, active: set[int], inactive: set[int], **gpu: bool) -> tuple[str, str]:
+        """State and reason after a poll that shows these links."""
+        links = {"nvlinks_active": tuple(active), "nvlinks_inactive": tuple(inactive)}
+        nvml = snapshot(**links, **gpu)  # type: ignore[arg-type]
+        self.memory.learn(nvml.gpus)
+        evidence, unseen = nvlink_evidence(nvml, INVENTORY, self.memory.active_once)
+        health = withdraw(observe(self.health, evidence, now, RECOVER_S), unseen, now, RECOVER_S)
+        self.health = recovered(health, now, RECOVER_S)
+        return (self.health[GPU].state, self.health[GPU].reason) if GPU in self.health else (HEALTHY, "")
+
+
+def test_a_link_that_was_lost_makes_the_gpu_unhealthy_until_it_is_back_for_a_while(tmp_path: Path) -> None:
+    """Links that never were active do not count; nor does a restart of the agent heal anything."""
+    node = Linked(tmp_path)
+    assert node.poll(0, {1, 2, 3}, {0}) == (HEALTHY, "")
+    assert node.poll(1, {1, 2}, {0, 3}) == (UNHEALTHY, "NVLink 3 was active and is inactive")
+    node.restart()
+    assert node.poll(2, {1}, {0, 2, 3}) == (UNHEALTHY, "NVLinks 2, 3 were active and are inactive")
+    assert node.poll(3, {1, 2, 3}, {0})[0] == UNHEALTHY
+    assert node.poll(33, {1, 2, 3}, {0}) == (HEALTHY, "")
+
+
+def test_a_gpu_without_a_bridge_or_in_mig_mode_has_no_links_to_lose(tmp_path: Path) -> None:
+    node = Linked(tmp_path)
+    assert node.poll(0, set(), {0, 1, 2, 3}) == (HEALTHY, "")
+    assert GPU not in node.health, "nothing was seen, neither good nor bad"
+    node.poll(1, {0}, set())
+    assert node.poll(2, set(), {0})[0] == UNHEALTHY
+    node.poll(3, set(), {0}, mig_enabled=True)
+    assert node.poll(33, set(), {0}, mig_enabled=True) == (HEALTHY, "")
+
+
+def test_links_are_forgotten_with_a_reboot_and_at_an_admins_word(tmp_path: Path) -> None:
+    node = Linked(tmp_path)
+    node.poll(0, {0, 1}, set())
+    assert node.memory.forget(GPU)
+    assert not node.memory.forget(GPU)
+    assert node.poll(1, {0}, {1}) == (HEALTHY, "")
+    node.poll(2, {0, 1}, set())
+    node.boot_id = "b2"
+    node.restart()
+    assert node.poll(3, {0}, {1}) == (HEALTHY, "")
+
+
+@pytest.mark.parametrize("answer", [Failure(absent=False, reason="NVML failed"), Snapshot(driver_version="580")])
+def test_what_is_known_of_links_stays_while_nvml_does_not_show_the_gpu(
+    tmp_path: Path, answer: Snapshot | Failure
+) -> None:
+    node = Linked(tmp_path)
+    node.poll(0, {0}, set())
+    assert nvlink_evidence(answer, INVENTORY, node.memory.active_once) == ([], [])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"boot_id": 1}'])
+def test_a_file_of_links_that_cannot_be_read_is_reported_and_written_again(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / NVLINKS).write_bytes(content)
+    with capture_logs() as lines:
+        Linked(tmp_path).poll(0, {0}, set())
+    assert [one["event"] for one in lines] == ["nvlinks-not-kept"]
+    node = Linked(tmp_path)
+    assert node.poll(1, set(), {0})[0] == UNHEALTHY
