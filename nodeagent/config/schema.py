@@ -148,7 +148,7 @@ class HealthConfig(_Base, frozen=True):
     """How often NVML is queried."""
     poll_seconds: Seconds = 10.0
     """How often the devices are looked at through the kernel."""
-    ignore: list[Literal["carrier", "pcie", "aer", "nvme", "smart", "nvlink"]] = []
+    ignore: list[Literal["carrier", "pcie", "aer", "nvme", "smart", "ras", "nvlink"]] = []
     """Sources of evidence that do not count on this node."""
 
 
