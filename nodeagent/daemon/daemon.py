@@ -38,6 +38,7 @@ from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.host.systemd.notify import Notifier
 from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
+from nodeagent.managers.device_events import DeviceEvents, is_configured
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
 from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, check, settings
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
@@ -137,6 +138,9 @@ class Daemon:
             self._managed_elsewhere,
             self._hugepages.growing,
         )
+        events = DeviceEvents(
+            agent, self._dra.api.event, node_name(config), config.dra.driver, is_configured(config.dra.kubeconfig)
+        )
         self._pinning = PinningManager(
             agent,
             where.sysfs,
@@ -186,6 +190,7 @@ class Daemon:
             self._hugepages,
             self._isolation,
             holders,
+            events,
         )
         if store.fresh and (traces := self._recovery.traces()):
             store.lose(f"there was no ledger in {where.state_dir}, and {traces}")

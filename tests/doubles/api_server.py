@@ -29,7 +29,8 @@ import yaml
 from tests.oracles import api_rules as apirules
 from tests.support.until import News
 
-DRA, CORE = "resource.k8s.io/v1", "v1"
+DRA, CORE, REPORTS = "resource.k8s.io/v1", "v1", "events.k8s.io/v1"
+EVENTS = "events"
 SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "resourceslices",
     "resourceclaims",
@@ -49,6 +50,7 @@ _KINDS = {
     TEMPLATES: (DRA, "ResourceClaimTemplate", True),
     NODES: (CORE, "Node", False),
     PODS: (CORE, "Pod", True),
+    EVENTS: (REPORTS, "Event", True),
 }
 _SELECTABLE = {
     SLICES: ("spec.nodeName", "spec.driver"),
@@ -654,6 +656,8 @@ class FakeApiServer:
         if resource == SLICES:
             old = apirules.read_slice(before["spec"]) if before is not None else None
             yield from apirules.wrong_with_slice(apirules.read_slice(found["spec"]), old)
+        if resource == EVENTS and before is None:
+            yield from apirules.wrong_with_event(found)
         if resource == CLAIMS and before is not None:
             if found.get("spec") != before.get("spec"):
                 yield "spec", "FieldValueInvalid", "Invalid value: field is immutable"

@@ -23,6 +23,7 @@ __all__ = [
     "BOOKMARK",
     "CLAIMS",
     "DELETED",
+    "EVENTS",
     "MODIFIED",
     "NODES",
     "SLICES",
@@ -71,6 +72,7 @@ class ApiResource:
 
 NODES = ApiResource("", "v1", "nodes", "Node", False)
 SLICES = ApiResource("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", False)
+EVENTS = ApiResource("events.k8s.io", "v1", "events", "Event", True)
 CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True)
 
 

@@ -54,6 +54,12 @@ class LazyApi:
 
         await self._reached().apply_status(CLAIMS, ref.name, ref.namespace, body, manager=manager)
 
+    async def event(self, body: Mapping[str, Any]) -> None:
+        """Create an Event."""
+        from nodeagent.kube.apiserver.client import EVENTS
+
+        await self._reached().create(EVENTS, body)
+
     async def close(self) -> None:
         if self._server is not None:
             await self._server.close()
