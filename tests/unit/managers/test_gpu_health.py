@@ -60,28 +60,99 @@ def states(health: Health) -> tuple[str, str]:
     return tuple(health[one].state if one in health else HEALTHY for one in (GPU, MIG))  # type: ignore[return-value]
 
 
+KERNEL = ("carrier", "pcie", "aer", "nvme", "smart", "ras")
+"""Sources that are read from the kernel; which of them a device can have does not matter here."""
 codes = st.sampled_from([*XIDS, 7, 999])
-steps = st.lists(st.tuples(st.one_of(st.none(), codes), st.floats(0, 200)), max_size=20)
+links = st.tuples(st.just("nvlink"), st.frozensets(st.integers(0, 2)))
+seen = st.tuples(st.sampled_from(KERNEL), st.sampled_from([HEALTHY, UNHEALTHY, UNKNOWN, None]))
+Step = tuple[str, object]
+steps = st.lists(
+    st.tuples(
+        st.one_of(st.tuples(st.just("xid"), codes), st.just(("nvml", None)), links, seen),
+        st.floats(0, 200),
+    ),
+    max_size=25,
+)
+
+
+class Story:
+    """The health of a GPU that all sources look at."""
+
+    def __init__(self) -> None:
+        self.health, self.now = polled(NO_HEALTH, 0.0, snapshot()), 0.0
+
+    def tell(self, step: Step, after_s: float) -> None:
+        """One look or one Xid, some seconds after the last."""
+        self.now += after_s
+        what, said = step
+        if what == "xid":
+            self.health = reported(self.health, self.now, said)  # type: ignore[arg-type]
+        elif what == "nvml":
+            self.health = polled(self.health, self.now, snapshot())
+        elif what == "nvlink":
+            nvml = snapshot(nvlinks_inactive=tuple(said))  # type: ignore[arg-type]
+            self.take(*nvlink_evidence(nvml, INVENTORY, {GPU: frozenset({0, 1})}))
+        elif said is None:
+            self.take([], [(GPU, what)])
+        else:
+            self.take([Evidence(device=GPU, source=what, state=said)], [])  # type: ignore[arg-type]
+
+    def take(self, evidence: list[Evidence], unseen: list[tuple[str, str]]) -> None:
+        health = withdraw(observe(self.health, evidence, self.now, RECOVER_S), unseen, self.now, RECOVER_S)
+        self.health = recovered(health, self.now, RECOVER_S)
 
 
 @given(steps)
-def test_a_fatal_error_never_heals_by_polling_and_an_applications_never_counts(
-    story: list[tuple[int | None, float]],
+def test_a_fatal_error_never_heals_whatever_the_other_sources_say(story: list[tuple[Step, float]]) -> None:
+    """NVML that shows the GPU without any fault, links that come back, a kernel that sees nothing bad or no longer
+    anything: only an admin, a reboot or the driver ends it."""
+    told, fatal = Story(), False
+    for step, after_s in story:
+        told.tell(step, after_s)
+        fatal |= step[0] == "xid" and effect_of(step[1]) in (XidEffect.FATAL, XidEffect.UNLISTED)  # type: ignore[arg-type]
+        assert not fatal or told.health[GPU].state != HEALTHY
+    causes = latched_causes(told.health)
+    assert bool(causes) == fatal
+    assert latched_causes(clear(told.health, GPU, told.now)) == ()
+
+
+@given(steps)
+def test_an_error_of_an_application_changes_nothing_whatever_the_other_sources_say(
+    story: list[tuple[Step, float]],
 ) -> None:
-    """A step is an Xid, or a poll of NVML that shows the GPU without any fault."""
-    health, now, effects = polled(NO_HEALTH, 0.0, snapshot()), 0.0, set[XidEffect]()
-    for code, after in story:
-        now += after
-        if code is None:
-            health = polled(health, now, snapshot())
+    """The same story without it has the same health at the same moments."""
+    with_it, without = Story(), Story()
+    for step, after_s in story:
+        with_it.tell(step, after_s)
+        if step[0] == "xid" and effect_of(step[1]) is XidEffect.APPLICATION:  # type: ignore[arg-type]
+            without.now += after_s
         else:
-            health = reported(health, now, code)
-            effects.add(effect_of(code))
-        if XidEffect.FATAL in effects or XidEffect.UNLISTED in effects:
-            assert health[GPU].state != HEALTHY
-        elif effects <= {XidEffect.APPLICATION}:
-            assert states(health) == (HEALTHY, HEALTHY)
-    assert clear(health, GPU, now)[GPU].seen.keys() >= {"nvml", "ecc"}
+            without.tell(step, after_s)
+        assert with_it.health == without.health
+
+
+@given(steps)
+def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story: list[tuple[Step, float]]) -> None:
+    """Each source counts by itself, checked against a plain list of what each has said last."""
+    told, last, bad_until, latched = Story(), dict[str, bool](), -RECOVER_S, False
+    for (what, said), after_s in story:
+        ill = any(last.values())
+        told.tell((what, said), after_s)
+        if what == "xid":
+            effect = effect_of(said)  # type: ignore[arg-type]
+            latched |= effect in (XidEffect.FATAL, XidEffect.UNLISTED)
+            if effect is XidEffect.CONTAINED:
+                last["xid"] = True
+        elif what == "nvml":
+            last["xid"] = False
+        elif what == "nvlink":
+            last["nvlink"] = bool({0, 1} & said)  # type: ignore[operator]
+        else:
+            last[what] = said not in (HEALTHY, None)
+        bad_until = told.now if ill or any(last.values()) else bad_until
+        good = not latched and not any(last.values()) and told.now - bad_until >= RECOVER_S
+        if told.now - bad_until != RECOVER_S:  # rounding
+            assert (recovered(told.health, told.now, RECOVER_S)[GPU].state == HEALTHY) == good
 
 
 @pytest.mark.parametrize("code", [13, 31, 43, 45, 68, 109])
