@@ -16,15 +16,26 @@ from nodeagent.core.model.xid import XidEffect, describe, effect_of
 from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
 from nodeagent.host.pci import NVIDIA
 
+_OF_NVML = ("nvml", "xid", "ecc", "nvlink")
+
 
 def nvidia_gpus(inventory: Inventory) -> list[Device]:
     """Return NVIDIA's GPUs and their MIG instances."""
     return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
 
 
+def bound_elsewhere(inventory: Inventory) -> list[Said]:
+    """Return what NVML has nothing to say of: GPUs under another driver, such as vfio-pci, which it does not show."""
+    return [(gpu.id, source) for gpu in nvidia_gpus(inventory) if not _by_nvidia(gpu) for source in _OF_NVML]
+
+
+def _by_nvidia(gpu: Device) -> bool:
+    return gpu.driver in (None, "nvidia")
+
+
 def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
-    """Return the health evidence in NVML's answer."""
-    gpus = nvidia_gpus(inventory)
+    """Return the health evidence in NVML's answer, of GPUs that are under no other driver than NVIDIA's."""
+    gpus = [gpu for gpu in nvidia_gpus(inventory) if _by_nvidia(gpu)]
     if isinstance(nvml, Snapshot):
         return list(_of_snapshot({gpu.pci_address: gpu for gpu in nvml.gpus}, gpus))
     if isinstance(nvml, Failure) and not nvml.absent:

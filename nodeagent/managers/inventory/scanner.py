@@ -23,7 +23,13 @@ from nodeagent.host.nvml.client import Failure, Probe, Snapshot
 from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.inventory.gpu_health import nvidia_gpus, nvlink_evidence, nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.gpu_health import (
+    bound_elsewhere,
+    nvidia_gpus,
+    nvlink_evidence,
+    nvml_evidence,
+    xid_evidence,
+)
 from nodeagent.managers.inventory.kernel_health import KernelHealth
 from nodeagent.managers.inventory.latches import FILE as LATCHES
 from nodeagent.managers.inventory.latches import LatchMemory
@@ -194,7 +200,8 @@ class InventoryScanner(Manager):
     async def _ask_nvml(self) -> None:
         self._nvml = await self._probe.snapshot()
         await self.rescan()
-        self._agent.observe(nvml_evidence(self._nvml, self._agent.inventory))
+        inventory = self._agent.inventory
+        self._agent.observe(nvml_evidence(self._nvml, inventory), bound_elsewhere(inventory))
         await self._look_at_nvlinks(self._nvml)
 
     async def _look_at_nvlinks(self, nvml: Snapshot | Failure) -> None:

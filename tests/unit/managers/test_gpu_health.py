@@ -29,7 +29,7 @@ from nodeagent.core.model.health import (
 )
 from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
 from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
-from nodeagent.managers.inventory.gpu_health import nvlink_evidence, nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.gpu_health import bound_elsewhere, nvlink_evidence, nvml_evidence, xid_evidence
 from nodeagent.managers.inventory.latches import FILE, LatchMemory
 from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
 from nodeagent.managers.inventory.nvlinks import NvlinkMemory
@@ -208,8 +208,20 @@ def test_a_gpu_that_nvml_does_not_show_is_unhealthy_and_one_that_nobody_can_ask_
     health = polled(NO_HEALTH, 0.0, Snapshot(driver_version="580"))
     assert health[GPU].reason == "NVML does not show this GPU"
     assert polled(NO_HEALTH, 0.0, Failure(absent=False, reason="NVML failed"))[GPU].state == UNKNOWN
-    bound_elsewhere = replace(INVENTORY, devices=(replace(WHOLE, driver="vfio-pci"),))
-    assert all(one.state == HEALTHY for one in nvml_evidence(Snapshot(driver_version="580"), bound_elsewhere))
+
+
+@pytest.mark.parametrize("nvml", [Snapshot(driver_version="580"), Failure(absent=False, reason="NVML failed")])
+def test_a_gpu_under_another_driver_is_not_judged_by_nvml(nvml: Snapshot | Failure) -> None:
+    """What was known before it was bound to vfio, for a virtual machine, does not stay; a fatal error does."""
+    there = replace(INVENTORY, devices=(replace(WHOLE, driver="vfio-pci"),))
+    assert nvml_evidence(nvml, there) == []
+    assert bound_elsewhere(INVENTORY) == []
+    before = reported(polled(NO_HEALTH, 0.0, Failure(absent=False, reason="NVML failed")), 1.0, 94)
+    for now in (2.0, 40.0):
+        before = recovered(withdraw(before, bound_elsewhere(there), now, RECOVER_S), now, RECOVER_S)
+    assert before[GPU].state == HEALTHY
+    fatal = reported(NO_HEALTH, 0.0, 79)
+    assert withdraw(fatal, bound_elsewhere(there), 1.0, RECOVER_S) is fatal
 
 
 # ---------------------------------------------------------------- over restarts
