@@ -162,7 +162,7 @@ class Agent(Decisions):
             return
         for device, state in after.items():
             before = self.health.get(device)
-            if before is None or before.state != state.state:
+            if state.state != (before.state if before is not None else health_of.HEALTHY):
                 log.info("health-changed", device=device, state=state.state, reason=state.reason)
         self.health = after
         self.revisions.health.bump()
