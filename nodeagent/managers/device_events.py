@@ -7,9 +7,7 @@ newest state counts: what changes while the pace is exhausted is told once, as i
 from __future__ import annotations
 
 import asyncio
-import datetime
 import os
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +19,7 @@ from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, DeviceState
 from nodeagent.errors import PeerError
+from nodeagent.kube.event import on_node
 from nodeagent.managers.manager import Manager
 from nodeagent.state.agent import Agent
 from nodeagent.telemetry.once import Once
@@ -30,9 +29,6 @@ BURST, PACE_S = 10, 30.0
 DEADLINE_S = 10.0
 NOT_ALLOWED_S = 600.0
 """How long nothing is sent after the API server has forbidden it."""
-NAMESPACE = "default"
-"""Events of objects without a namespace, such as a Node, lie here."""
-LONGEST_NOTE_BYTES, LONGEST_INSTANCE, LONGEST_NODE = 1024, 128, 220
 _REASONS = {HEALTHY: "DeviceHealthy", UNHEALTHY: "DeviceUnhealthy", UNKNOWN: "DeviceHealthUnknown"}
 Send = Callable[[Mapping[str, Any]], Awaitable[object]]
 """Create an Event. Raises PeerError."""
@@ -130,31 +126,22 @@ def is_configured(kubeconfig: str, environ: Mapping[str, str] = os.environ) -> b
 
 
 def event_of(change: Change, node: str, controller: str, at: float) -> dict[str, Any]:
-    """Return an Event of events.k8s.io/v1 (validation: pkg/apis/core/validation/events.go, Kubernetes 1.36).
-
-    at: seconds since the epoch. The UID of the Node is its name, as in kubelet's own Events: `kubectl describe node`
-    finds both.
-    """
-    moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
-    return {
-        "metadata": {"name": f"{node[:LONGEST_NODE].rstrip('.-')}.{secrets.token_hex(8)}", "namespace": NAMESPACE},
-        "eventTime": moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
-        "reportingController": controller,
-        "reportingInstance": node[:LONGEST_INSTANCE],
-        "action": "HealthChanged",
-        "reason": _REASONS[change.state],
-        "type": "Normal" if change.state == HEALTHY else "Warning",
-        "regarding": {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node},
-        "note": _note(change),
-    }
+    """Return the Event of a change. at: seconds since the epoch."""
+    return on_node(
+        node,
+        controller,
+        _REASONS[change.state],
+        _note(change),
+        action="HealthChanged",
+        warns=change.state != HEALTHY,
+        at=at,
+    )
 
 
 def _note(change: Change) -> str:
-    """Return the device, the cause in the words of its health, and who holds it, as far as the note may be long."""
+    """Return the device, the cause in the words of its health, and who holds it."""
     cause = f": {change.reason}" if change.reason else ""
-    text = f"device {change.device} is {change.state}{cause}; held by {', '.join(change.holders)}"
-    raw = text.encode("utf-8", "backslashreplace")
-    return raw[:LONGEST_NOTE_BYTES].decode("utf-8", "ignore")
+    return f"device {change.device} is {change.state}{cause}; held by {', '.join(change.holders)}"
 
 
 def _holders(ledger: Ledger, device: str) -> tuple[str, ...]:

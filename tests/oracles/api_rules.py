@@ -552,32 +552,31 @@ _EVENT_PARTS = {
     "kind",
     "metadata",
     "eventTime",
-    "reportingController",
     "reportingInstance",
     "action",
     "reason",
-    "regarding",
     "related",
-    "note",
     "type",
 }
 
 
-def wrong_with_event(event: Mapping[str, Any]) -> Causes:
-    """What a new Event of events.k8s.io/v1 must have; that of an object without a namespace lies in `default`."""
-    for part in event.keys() - _EVENT_PARTS:
+def wrong_with_event(event: Mapping[str, Any], *, core: bool = False) -> Causes:
+    """What a new Event must have; that of an object without a namespace lies in `default`. core: of the core group."""
+    regarding, note = ("involvedObject", "message") if core else ("regarding", "note")
+    controller = "reportingComponent" if core else "reportingController"
+    for part in event.keys() - _EVENT_PARTS - {regarding, note, controller}:
         yield part, "FieldValueForbidden", "Forbidden: deprecated or unknown"
     if not _EVENT_TIME.fullmatch(event.get("eventTime", "")):
         yield "eventTime", "FieldValueRequired", "Required value"
-    if not _QUALIFIED.fullmatch(event.get("reportingController", "")):
-        yield "reportingController", "FieldValueInvalid", "name part must consist of alphanumeric characters"
+    if not _QUALIFIED.fullmatch(event.get(controller, "")):
+        yield controller, "FieldValueInvalid", "name part must consist of alphanumeric characters"
     for part in ("reportingInstance", "action", "reason"):
         if not 0 < len(event.get(part, "").encode()) <= 128:
             yield part, "FieldValueInvalid", "can have at most 128 characters, and must have some"
-    if len(event.get("note", "").encode()) > 1024:
-        yield "note", "FieldValueInvalid", "can have at most 1024 characters"
+    if len(event.get(note, "").encode()) > 1024:
+        yield note, "FieldValueInvalid", "can have at most 1024 characters"
     if event.get("type") not in ("Normal", "Warning"):
         yield "type", "FieldValueInvalid", "Invalid value"
-    namespace = event.get("regarding", {}).get("namespace", "")
+    namespace = event.get(regarding, {}).get("namespace", "")
     if event["metadata"].get("namespace", "") not in ((namespace,) if namespace else ("default", "kube-system")):
         yield "involvedObject.namespace", "FieldValueInvalid", "does not match event.namespace"

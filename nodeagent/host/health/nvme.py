@@ -81,7 +81,7 @@ cdw15, timeout_ms, result."""
 _ADMIN_COMMAND = 3 << 30 | _COMMAND.size << 16 | ord("N") << 8 | 0x41
 """NVME_IOCTL_ADMIN_CMD, _IOWR('N', 0x41, struct nvme_admin_cmd)."""
 _GET_LOG_PAGE, _SMART_PAGE, _WHOLE_CONTROLLER = 0x02, 0x02, 0xFFFFFFFF
-_MAY_NOT = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENODEV, errno.ENXIO, errno.ENOTTY, errno.ENOTSUP)
+_MAY_NOT = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTTY)
 Ioctl = Callable[[int, int, bytearray], int]
 
 

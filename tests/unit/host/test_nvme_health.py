@@ -170,7 +170,7 @@ async def test_an_agent_that_may_not_ask_observes_nothing(tree: DeviceTree, caus
         assert node.sources(ONE) == set()
 
 
-@pytest.mark.parametrize("fault", [0x4002, OSError(errno.EIO, "I/O error")])
+@pytest.mark.parametrize("fault", [0x4002, OSError(errno.EIO, "I/O error"), OSError(errno.ENODEV, "gone")])
 async def test_a_drive_that_refuses_or_fails_the_command_keeps_what_was_known(
     tree: DeviceTree, fault: int | OSError
 ) -> None:

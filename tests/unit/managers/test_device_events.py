@@ -15,13 +15,12 @@ from structlog.testing import capture_logs
 from nodeagent.config.schema import Config
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.devices.all_kinds import builtin_kinds
-from nodeagent.kube.apiserver.client import EVENTS, ApiServer
-from nodeagent.kube.apiserver.credentials import Access
+from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.managers.device_events import Change, DeviceEvents, Pace, event_of, is_configured
 from nodeagent.resources.offer import offers
 from tests.builders.devices import DeviceTree
+from tests.doubles.api_server import CORE_EVENTS, FakeApiServer, Fault
 from tests.doubles.api_server import EVENTS as STORED
-from tests.doubles.api_server import FakeApiServer, Fault
 from tests.support.health_node import HealthNode, health_node
 
 A, B, SPARE = "0000:3b:00.0", "0000:5e:00.0", "0000:81:00.0"
@@ -66,10 +65,8 @@ async def room(tree: DeviceTree, *, configured: bool = True, pace: Pace | None =
     async with health_node(tree, every=[]) as node, FakeApiServer() as api:
         (offer,) = offers(CONFIG, builtin_kinds())
         await node.agent.allocate(offer.resource, [[A], [B]], offer.edits, "op")
-        client = ApiServer(Access(source="test", host="127.0.0.1", port=api.port, tls=False))
-        manager = DeviceEvents(
-            node.agent, lambda body: client.create(EVENTS, body), NODE, "nodeagent.dev", configured, pace
-        )
+        client = LazyApi(api.kubeconfig(tree.root))
+        manager = DeviceEvents(node.agent, client.event, NODE, "nodeagent.dev", configured, pace)
         leading = asyncio.create_task(manager.lead())
         try:
             yield Room(node, api)
@@ -143,6 +140,8 @@ async def test_an_event_that_fails_is_logged_once_and_not_sent_again(tree: Devic
     async with room(tree) as one:
         fault.resource = STORED
         one.api.answers.append(fault)
+        if fault.status == 403:
+            one.api.answers.append(Fault(status=403, resource=CORE_EVENTS))
         with capture_logs() as lines:
             one.see(A, UNHEALTHY, "no carrier on eth1")
             async with asyncio.timeout(WAIT_S):
@@ -153,6 +152,18 @@ async def test_an_event_that_fails_is_logged_once_and_not_sent_again(tree: Devic
                 assert event["note"].startswith(f"device {B}")
         assert [line["event"] for line in lines].count("event-not-sent") <= 1
         assert one.api.count("create", STORED) == (1 if fault.status == 403 else 2)
+
+
+async def test_credentials_of_kubelet_may_write_events_of_the_core_group_alone(tree: DeviceTree) -> None:
+    async with room(tree) as one:
+        one.api.answers.append(Fault(status=403, resource=STORED))
+        one.see(A, UNHEALTHY, "no carrier on eth1")
+        async with asyncio.timeout(WAIT_S):
+            await one.api.until(lambda: bool(one.api.objects(CORE_EVENTS)))
+        (event,) = one.api.objects(CORE_EVENTS)
+        assert one.api.rejected == []
+    assert event["message"].startswith(f"device {A} is unhealthy: no carrier on eth1; held by ")
+    assert (event["reason"], event["involvedObject"]["name"]) == ("DeviceUnhealthy", NODE)
 
 
 async def test_nothing_is_sent_without_an_api_server(tree: DeviceTree) -> None:
