@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from nodeagent.config.schema import schema
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.health.source import Sight, Silence, looked
@@ -17,6 +19,7 @@ from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.devices import DeviceTree
 from tests.support.health_node import health_node
+from tests.support.paths import CHECKOUT
 
 A, B = "0000:3b:00.0", "0000:5e:00.0"
 WAIT_S = 30.0
@@ -153,9 +156,14 @@ def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree) -> None
     assert looked(Told(answer), SysFs(tree.root), device) == Sight(UNKNOWN, f"cannot look at carrier of {A}: odd")
 
 
-def test_every_source_has_a_name_of_its_own_that_the_configuration_knows() -> None:
-    from nodeagent.config.schema import schema
-
+def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_documentation_know() -> None:
+    """Those of NVML that the driver alone can tell about are never ignored."""
     names = [one.name for one in sources()]
     assert len(set(names)) == len(names)
-    assert set(names) <= set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
+    ignorable = set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
+    assert ignorable == {*names, "nvlink"}
+    page = CHECKOUT / "docs" / "health.md"
+    if not page.exists():
+        pytest.skip("the documentation lies in the checkout")
+    table = re.findall(r"^\| `([a-z]+)` \|", page.read_text(), re.MULTILINE)
+    assert sorted(table) == sorted({*ignorable, "nvml", "xid", "ecc"})
