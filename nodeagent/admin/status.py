@@ -56,6 +56,10 @@ class Watched(Protocol):
         """Return how containers are confined to what they hold."""
         ...
 
+    def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:
+        """Return the numbers that were read of the devices, by device and source."""
+        ...
+
     async def clear_health(self, device: str) -> bool:
         """Clear the latched causes of a device. Return whether it had any."""
         ...
@@ -237,6 +241,7 @@ class Status:
         metrics.CONFIG_REFUSED.set(bool(self._watched.config_error))
         metrics.CONFLICTS.set(len(agent.conflicts))
         metrics.DISPUTED.set(len(self._disputed()))
+        self._health_metrics()
         self._dra_metrics()
         self._page_metrics()
         self._pinning_metrics()
@@ -244,6 +249,16 @@ class Status:
         metrics.WARNINGS.set(len(agent.inventory.warnings))
         metrics.READY.set(not self._watched.not_ready())
         return HttpAnswer(200, metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
+
+    def _health_metrics(self) -> None:
+        for gauge in (metrics.DEVICE_ILL, metrics.DEVICE_READING):
+            gauge.clear()
+        for device, state in self._watched.agent.health.items():
+            if state.state != HEALTHY:
+                metrics.DEVICE_ILL.labels(device, state.state, state.reason).set(1)
+        for (device, source), readings in self._watched.health_readings().items():
+            for reading, number in readings.items():
+                metrics.DEVICE_READING.labels(device, source, reading).set(number)
 
     def _dra_metrics(self) -> None:
         dra = self._watched.dra_document()

@@ -148,6 +148,10 @@ class HealthConfig(_Base, frozen=True):
     """How long all evidence must be good before an unhealthy device is healthy again."""
     nvml_seconds: Seconds = 30.0
     """How often NVML is queried."""
+    poll_seconds: Seconds = 10.0
+    """How often the devices are looked at through the kernel."""
+    ignore: list[Literal["carrier", "pcie", "aer", "nvme", "smart", "ras", "nvlink"]] = []
+    """Sources of evidence that do not count on this node."""
 
 
 class PinningConfig(_Base, frozen=True):

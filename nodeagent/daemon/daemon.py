@@ -38,6 +38,7 @@ from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.host.systemd.notify import Notifier
 from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
+from nodeagent.managers.device_events import DeviceEvents, is_configured
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
 from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, check, settings
 from nodeagent.managers.deviceplugin.others import OtherOffers
@@ -144,6 +145,9 @@ class Daemon:
             self._refused,
             self._hugepages.growing,
         )
+        events = DeviceEvents(
+            agent, self._dra.api.event, node_name(config), config.dra.driver, is_configured(config.dra.kubeconfig)
+        )
         self._pinning = PinningManager(
             agent,
             where.sysfs,
@@ -195,6 +199,7 @@ class Daemon:
             self._hugepages,
             self._isolation,
             holders,
+            events,
         )
         if store.fresh and (traces := self._recovery.traces()):
             store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
@@ -230,6 +235,9 @@ class Daemon:
 
     def registrations(self) -> tuple[Registration, ...]:
         return self._device_plugin.registrations()
+
+    def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:
+        return self._scanner.kernel_health.readings()
 
     async def clear_health(self, device: str) -> bool:
         return await self._scanner.clear_health(device)

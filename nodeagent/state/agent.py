@@ -112,16 +112,19 @@ class Agent(Decisions):
             return False
         gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
         self.inventory = replace(inventory, generation=self.inventory.generation + 1)
-        before, self.health = self.health, health_of.forget(self.health, gone)
+        strangers = self.health.keys() - inventory.device_by_id.keys()
+        before, self.health = self.health, health_of.forget(self.health, strangers)
         log.info("inventory-changed", generation=self.inventory.generation, devices_gone=sorted(gone))
         self.revisions.inventory.bump()
         if before is not self.health:
             self.revisions.health.bump()
         return True
 
-    def observe(self, evidence: Iterable[Evidence]) -> None:
-        """Record evidence of the devices' health."""
-        self._take_health(health_of.observe(self.health, evidence, self._clock(), self.settings.recover_s))
+    def observe(self, evidence: Iterable[Evidence], unseen: Iterable[health_of.Said] = ()) -> None:
+        """Record evidence of the health of devices that are there, and withdraw what sources no longer look at."""
+        now, recover_s, there = self._clock(), self.settings.recover_s, self.inventory.device_by_id
+        after = health_of.observe(self.health, [one for one in evidence if one.device in there], now, recover_s)
+        self._take_health(health_of.withdraw(after, unseen, now, recover_s))
 
     def clear_health(self, device: str) -> bool:
         """Clear the latched causes of a device. Return whether it had any."""
@@ -142,7 +145,7 @@ class Agent(Decisions):
             return
         for device, state in after.items():
             before = self.health.get(device)
-            if before is None or before.state != state.state:
+            if state.state != (before.state if before is not None else health_of.HEALTHY):
                 log.info("health-changed", device=device, state=state.state, reason=state.reason)
         self.health = after
         self.revisions.health.bump()

@@ -113,6 +113,15 @@ HUGEPAGES = Gauge(
     ["node", "size", "state"],
     registry=REGISTRY,
 )
+DEVICE_ILL = Gauge(
+    "nodeagent_device_ill", "1 for each device that is not healthy.", ["device", "state", "reason"], registry=REGISTRY
+)
+DEVICE_READING = Gauge(
+    "nodeagent_device_reading",
+    "Numbers that were read to judge the health of devices.",
+    ["device", "source", "reading"],
+    registry=REGISTRY,
+)
 XIDS = Counter("nodeagent_xids", "Errors reported by NVIDIA's driver.", ["device", "code", "effect"], registry=REGISTRY)
 GENERATION = Gauge("nodeagent_inventory_generation", "How often the machine was seen to change.", registry=REGISTRY)
 WARNINGS = Gauge("nodeagent_inventory_warnings", "Files of the machine that cannot be read.", registry=REGISTRY)

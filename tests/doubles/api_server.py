@@ -29,7 +29,9 @@ import yaml
 from tests.oracles import api_rules as apirules
 from tests.support.until import News
 
-DRA, CORE = "resource.k8s.io/v1", "v1"
+DRA, CORE, REPORTS = "resource.k8s.io/v1", "v1", "events.k8s.io/v1"
+EVENTS, CORE_EVENTS = "events", "events of the core group"
+"""Two groups have Events, and other permissions for each."""
 SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "resourceslices",
     "resourceclaims",
@@ -49,6 +51,8 @@ _KINDS = {
     TEMPLATES: (DRA, "ResourceClaimTemplate", True),
     NODES: (CORE, "Node", False),
     PODS: (CORE, "Pod", True),
+    EVENTS: (REPORTS, "Event", True),
+    CORE_EVENTS: (CORE, "Event", True),
 }
 _SELECTABLE = {
     SLICES: ("spec.nodeName", "spec.driver"),
@@ -464,6 +468,8 @@ class FakeApiServer:
         if len(rest) > 2 and rest[0] == "namespaces":
             namespace, rest = rest[1], rest[2:]
         resource, name, subresource = (*rest, "", "", "")[:3]
+        if (resource, group) == (EVENTS, CORE):
+            resource = CORE_EVENTS
         method = bytes(request.method).decode()
         watch = query.get("watch") in ("true", "1")
         verb = _VERBS.get(method, method) if method != "GET" else "get" if name else "watch" if watch else "list"
@@ -654,6 +660,8 @@ class FakeApiServer:
         if resource == SLICES:
             old = apirules.read_slice(before["spec"]) if before is not None else None
             yield from apirules.wrong_with_slice(apirules.read_slice(found["spec"]), old)
+        if resource in (EVENTS, CORE_EVENTS) and before is None:
+            yield from apirules.wrong_with_event(found, core=resource == CORE_EVENTS)
         if resource == CLAIMS and before is not None:
             if found.get("spec") != before.get("spec"):
                 yield "spec", "FieldValueInvalid", "Invalid value: field is immutable"

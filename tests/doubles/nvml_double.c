@@ -5,6 +5,7 @@
  *
  *   FAKE_NVML=hang-init | hang-uuid | driver-not-loaded | lost | lost-late | unknown | noisy
  *   FAKE_NVML_XID=FILE   an Xid happens on GPU 1 when FILE appears: 79, or the number in FILE
+ *   FAKE_NVML_LINK_DOWN=FILE   link 3 of GPU 1 is inactive while FILE is there
  *   FAKE_NVML_ECC=N      uncorrected memory errors of GPU 1
  *
  * GPU 0 and 1 have four NVLinks between them, GPU 2 and 3 each two to one switch; GPU 3 is split into two MIG instances.
@@ -131,6 +132,7 @@ EXPORT int nvmlDeviceGetNvLinkState(Handle *h, unsigned link, unsigned *to) {
     if (link >= LINKS) return INVALID_ARGUMENT;
     if (h->gpu >= 2 && link == 1) return NOT_SUPPORTED;
     *to = h->gpu < 2 || link >= 2;
+    if (h->gpu == 1 && link == 3 && getenv("FAKE_NVML_LINK_DOWN") && !access(getenv("FAKE_NVML_LINK_DOWN"), F_OK)) *to = 0;
     return OK;
 }
 EXPORT int nvmlDeviceGetNvLinkRemotePciInfo_v2(Handle *h, unsigned link, Pci *to) {

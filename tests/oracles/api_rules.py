@@ -541,3 +541,42 @@ def _is_uid(text: str) -> bool:
         return str(uuid.UUID(text)) == text
     except ValueError:
         return False
+
+
+# ---------------------------------------------------------------- Events
+
+_EVENT_TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z")
+_QUALIFIED = re.compile(rf"({LABEL}(\.{LABEL})*/)?[A-Za-z0-9]([A-Za-z0-9_.-]{{0,61}}[A-Za-z0-9])?")
+_EVENT_PARTS = {
+    "apiVersion",
+    "kind",
+    "metadata",
+    "eventTime",
+    "reportingInstance",
+    "action",
+    "reason",
+    "related",
+    "type",
+}
+
+
+def wrong_with_event(event: Mapping[str, Any], *, core: bool = False) -> Causes:
+    """What a new Event must have; that of an object without a namespace lies in `default`. core: of the core group."""
+    regarding, note = ("involvedObject", "message") if core else ("regarding", "note")
+    controller = "reportingComponent" if core else "reportingController"
+    for part in event.keys() - _EVENT_PARTS - {regarding, note, controller}:
+        yield part, "FieldValueForbidden", "Forbidden: deprecated or unknown"
+    if not _EVENT_TIME.fullmatch(event.get("eventTime", "")):
+        yield "eventTime", "FieldValueRequired", "Required value"
+    if not _QUALIFIED.fullmatch(event.get(controller, "")):
+        yield controller, "FieldValueInvalid", "name part must consist of alphanumeric characters"
+    for part in ("reportingInstance", "action", "reason"):
+        if not 0 < len(event.get(part, "").encode()) <= 128:
+            yield part, "FieldValueInvalid", "can have at most 128 characters, and must have some"
+    if len(event.get(note, "").encode()) > 1024:
+        yield note, "FieldValueInvalid", "can have at most 1024 characters"
+    if event.get("type") not in ("Normal", "Warning"):
+        yield "type", "FieldValueInvalid", "Invalid value"
+    namespace = event.get(regarding, {}).get("namespace", "")
+    if event["metadata"].get("namespace", "") not in ((namespace,) if namespace else ("default", "kube-system")):
+        yield "involvedObject.namespace", "FieldValueInvalid", "does not match event.namespace"

@@ -119,6 +119,7 @@ def test_the_role_is_what_the_agent_does_and_no_more() -> None:
         (api, "resourceclaims"): {"get"},
         (api, "resourceclaims/status"): {"update", "patch"},
         (api, "resourceclaims/driver"): {"associated-node:update", "associated-node:patch"},
+        ("events.k8s.io", "events"): {"create"},
         ("", "nodes"): {"get"},
     }
     (named,) = [rule for rule in only("ClusterRole")["rules"] if "resourceNames" in rule]

@@ -33,7 +33,7 @@ class Evidence:
 
     device: str
     source: str
-    """The observer: "inventory", "nvml", "admin" …; only the newest evidence of each source counts."""
+    """The observer: "nvml", "carrier", "admin" …; only the newest evidence of each source counts."""
     state: DeviceState
     reason: str = ""
     latched: bool = False
@@ -63,6 +63,8 @@ class HealthState:
 
 Health = Mapping[str, HealthState]
 NO_HEALTH: Health = MappingProxyType({})
+Said = tuple[str, str]
+"""(device, source)."""
 
 
 def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s: float = RECOVER_S) -> Health:
@@ -76,6 +78,21 @@ def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s:
         known = before.seen.get(one.source) if before is not None else None
         if known is None or not known.latched or (one.latched and not _is_worse(known.state, one.state)):
             after[one.device] = _judge(before, one, now, recover_s)
+    return health if after == health else MappingProxyType(after)
+
+
+def withdraw(health: Health, unseen: Iterable[Said], now: float, recover_s: float = RECOVER_S) -> Health:
+    """Return the health without what sources said of devices that they have nothing to look at of any longer.
+
+    That is no good evidence: the rest must be good for `recover_s` as well. What is latched stays.
+    """
+    after = dict(health)
+    for device, source in unseen:
+        before = after.get(device)
+        known = before.seen.get(source) if before is not None else None
+        if before is not None and known is not None and not known.latched:
+            seen = {one: said for one, said in before.seen.items() if one != source}
+            after[device] = _judged(before, seen, now, recover_s)
     return health if after == health else MappingProxyType(after)
 
 
@@ -122,9 +139,12 @@ def _is_worse(one: DeviceState, other: DeviceState) -> bool:
 
 
 def _judge(before: HealthState | None, one: Evidence, now: float, recover_s: float) -> HealthState:
-    seen = MappingProxyType(
-        {**(before.seen if before else {}), one.source: Observed(one.state, one.reason, one.latched)}
-    )
+    said = Observed(one.state, one.reason, one.latched)
+    return _judged(before, {**(before.seen if before else {}), one.source: said}, now, recover_s)
+
+
+def _judged(before: HealthState | None, all_seen: Mapping[str, Observed], now: float, recover_s: float) -> HealthState:
+    seen = MappingProxyType(all_seen)
     worst, reason = _worst(seen)
     if before is None:
         return HealthState(state=worst, since=now, reason=reason, seen=seen)

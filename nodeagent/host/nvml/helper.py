@@ -11,7 +11,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
@@ -91,6 +92,7 @@ class Nvml:
         memory = optional(nvml.nvmlDeviceGetMemoryInfo, handle)
         mode = optional(nvml.nvmlDeviceGetMigMode, handle)
         ecc = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
+        links = self._links(handle)
         rows = optional(nvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
         return NvGpu(
             pci_address=address,
@@ -100,7 +102,9 @@ class Nvml:
             memory_bytes=memory.total if memory is not None else None,
             mig_enabled=bool(mode and mode[0]),
             migs=self._migs(handle) if mode and mode[0] else (),
-            nvlinks=self._nvlinks(handle),
+            nvlinks=self._peers(handle, links),
+            nvlinks_active=tuple(link for link, active in links.items() if active),
+            nvlinks_inactive=tuple(link for link, active in links.items() if not active),
             ecc_uncorrected=optional(nvml.nvmlDeviceGetTotalEccErrors, handle, *ecc),
             rows_pending=bool(rows[2]) if rows is not None else None,
             rows_failed=bool(rows[3]) if rows is not None else None,
@@ -126,20 +130,26 @@ class Nvml:
             compute_instance=self._nvml.nvmlDeviceGetComputeInstanceId(handle),
         )
 
-    def _nvlinks(self, handle: Any) -> dict[str, int]:
-        """Return the number of active links by remote PCI address. The numbering has gaps where a link is not wired."""
-        counts: dict[str, int] = {}
+    def _links(self, handle: Any) -> dict[int, bool]:
+        """Return whether each link is active. The numbering has gaps where a link is not wired."""
+        found: dict[int, bool] = {}
         for link in range(_NVLINKS):
             try:
-                if self._nvml.nvmlDeviceGetNvLinkState(handle, link):
-                    bus_id = self._nvml.nvmlDeviceGetNvLinkRemotePciInfo(handle, link).busId
-                    peer = sysfs_address(_text(bus_id))
-                    counts[peer] = counts.get(peer, 0) + 1
+                found[link] = bool(self._nvml.nvmlDeviceGetNvLinkState(handle, link))
             except self._nvml.NVMLError_InvalidArgument:
                 break  # beyond the last link of this GPU
             except self._nvml.NVMLError_NotSupported:
                 continue
-        return counts
+        return found
+
+    def _peers(self, handle: Any, links: Mapping[int, bool]) -> dict[str, int]:
+        """Return the number of active links by remote PCI address."""
+        counts: Counter[str] = Counter()
+        for link in (link for link, active in links.items() if active):
+            remote = self._if_supported(self._nvml.nvmlDeviceGetNvLinkRemotePciInfo, handle, link)
+            if remote is not None:
+                counts[sysfs_address(_text(remote.busId))] += 1
+        return dict(counts)
 
     def _address(self, handle: Any) -> str:
         return sysfs_address(_text(self._nvml.nvmlDeviceGetPciInfo(handle).busId))

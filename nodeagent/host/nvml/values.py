@@ -43,6 +43,10 @@ class NvGpu:
     migs: tuple[Mig, ...] = ()
     nvlinks: dict[str, int] = field(default_factory=dict)
     """Number of active NVLinks by the PCI address of the other end, which may be a switch."""
+    nvlinks_active: tuple[int, ...] = ()
+    """Numbers of the NVLinks that are active."""
+    nvlinks_inactive: tuple[int, ...] = ()
+    """Numbers of those that are not: there is no bridge, or the link has failed."""
     ecc_uncorrected: int | None = None
     """Uncorrected memory errors since the driver was loaded."""
     rows_pending: bool | None = None

@@ -22,7 +22,9 @@ __all__ = [
     "ADDED",
     "BOOKMARK",
     "CLAIMS",
+    "CORE_EVENTS",
     "DELETED",
+    "EVENTS",
     "MODIFIED",
     "NODES",
     "SLICES",
@@ -71,6 +73,8 @@ class ApiResource:
 
 NODES = ApiResource("", "v1", "nodes", "Node", False)
 SLICES = ApiResource("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", False)
+EVENTS = ApiResource("events.k8s.io", "v1", "events", "Event", True)
+CORE_EVENTS = ApiResource("", "v1", "events", "Event", True)
 CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.errors import ConfigError, PeerError
+from nodeagent.kube.event import in_core
 
 if TYPE_CHECKING:
     from nodeagent.kube.apiserver.client import ApiServer
@@ -53,6 +54,17 @@ class LazyApi:
         from nodeagent.kube.apiserver.client import CLAIMS
 
         await self._reached().apply_status(CLAIMS, ref.name, ref.namespace, body, manager=manager)
+
+    async def event(self, body: Mapping[str, Any]) -> None:
+        """Create an Event of events.k8s.io/v1, or the same in the core group if only that is allowed."""
+        from nodeagent.kube.apiserver.client import CORE_EVENTS, EVENTS
+
+        try:
+            await self._reached().create(EVENTS, body)
+        except PeerError as error:
+            if error.status != 403:
+                raise
+            await self._reached().create(CORE_EVENTS, in_core(body))
 
     async def close(self) -> None:
         if self._server is not None:

@@ -1,19 +1,22 @@
 """Health evidence of NVIDIA GPUs: one source for each kind of cause, so that one never hides another.
 
 `nvml`: whether NVML shows the GPU. `xid`: what the driver has reported (core/model/xid.py). `ecc`: uncorrected memory
-errors, and rows that wait to be remapped or could not be. Pure.
+errors, and rows that wait to be remapped or could not be. `nvlink`: links that were active and are no longer.
+Pure.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from nodeagent.core.model.device import Device
-from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence, Said
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.xid import XidEffect, describe, effect_of
 from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
 from nodeagent.host.pci import NVIDIA
+
+_OF_NVML = ("nvml", "xid", "ecc", "nvlink")
 
 
 def nvidia_gpus(inventory: Inventory) -> list[Device]:
@@ -21,9 +24,18 @@ def nvidia_gpus(inventory: Inventory) -> list[Device]:
     return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
 
 
+def bound_elsewhere(inventory: Inventory) -> list[Said]:
+    """Return what NVML has nothing to say of: GPUs under another driver, such as vfio-pci, which it does not show."""
+    return [(gpu.id, source) for gpu in nvidia_gpus(inventory) if not _by_nvidia(gpu) for source in _OF_NVML]
+
+
+def _by_nvidia(gpu: Device) -> bool:
+    return gpu.driver in (None, "nvidia")
+
+
 def nvml_evidence(nvml: Snapshot | Failure | None, inventory: Inventory) -> list[Evidence]:
-    """Return the health evidence in NVML's answer."""
-    gpus = nvidia_gpus(inventory)
+    """Return the health evidence in NVML's answer, of GPUs that are under no other driver than NVIDIA's."""
+    gpus = [gpu for gpu in nvidia_gpus(inventory) if _by_nvidia(gpu)]
     if isinstance(nvml, Snapshot):
         return list(_of_snapshot({gpu.pci_address: gpu for gpu in nvml.gpus}, gpus))
     if isinstance(nvml, Failure) and not nvml.absent:
@@ -55,6 +67,30 @@ def _memory(gpu: Device, shown: NvGpu | None) -> Evidence:
         reasons.append(f"{shown.ecc_uncorrected} uncorrected memory errors since the driver was loaded")
     state = UNHEALTHY if reasons else HEALTHY
     return Evidence(device=gpu.id, source="ecc", state=state, reason="; ".join(reasons))
+
+
+def nvlink_evidence(
+    nvml: Snapshot | Failure | None, inventory: Inventory, active_once: Mapping[str, frozenset[int]]
+) -> tuple[list[Evidence], list[Said]]:
+    """Return the evidence of the NVLinks, and of which GPUs there is nothing to see any longer.
+
+    active_once: numbers of the links that have been active, by the PCI address of their GPU. Without NVML's answer,
+    what was seen before stays. A GPU in MIG mode uses no links, and a GPU whose links never were active has no bridge.
+    """
+    if not isinstance(nvml, Snapshot):
+        return [], []
+    there = {gpu.id for gpu in nvidia_gpus(inventory)}
+    shown = {gpu.pci_address: gpu for gpu in nvml.gpus if gpu.pci_address in there}
+    linked = {one: gpu for one, gpu in shown.items() if active_once.get(one) and not gpu.mig_enabled}
+    evidence = [_nvlinks(one, active_once[one] & frozenset(gpu.nvlinks_inactive)) for one, gpu in linked.items()]
+    return evidence, [(one, "nvlink") for one in shown.keys() - linked.keys()]
+
+
+def _nvlinks(gpu: str, lost: frozenset[int]) -> Evidence:
+    numbers = ", ".join(map(str, sorted(lost)))
+    one, several = f"NVLink {numbers} was active and is inactive", f"NVLinks {numbers} were active and are inactive"
+    reason = "" if not lost else one if len(lost) == 1 else several
+    return Evidence(device=gpu, source="nvlink", state=UNHEALTHY if lost else HEALTHY, reason=reason)
 
 
 def xid_evidence(xid: Xid, inventory: Inventory) -> list[Evidence]:

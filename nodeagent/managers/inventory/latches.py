@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from nodeagent.core.model.health import DeviceState, Evidence
+from nodeagent.core.model.health import UNHEALTHY, DeviceState, Evidence
 from nodeagent.errors import HostError, cause_of
 from nodeagent.host.sysfs import atomic_file
 from nodeagent.telemetry.once import Once
@@ -76,11 +76,13 @@ class LatchMemory:
         return holding, sorted(ended)
 
     def keep(self, causes: Iterable[Evidence]) -> None:
-        """Remember further causes."""
+        """Remember further causes. One that is less bad does not replace a worse one."""
         new = {(one.device, one.source): self._cause(one) for one in causes}
         known = self._read()
         if any(key not in known or known[key].reason != one.reason for key, one in new.items()):
-            self._change(lambda there: {**there, **new})
+            self._change(
+                lambda there: {**there, **{key: one for key, one in new.items() if _counts(one, there.get(key))}}
+            )
 
     def clear(self, device: str) -> None:
         """Forget the causes of a device."""
@@ -144,6 +146,13 @@ def _lock(handle: int) -> None:
             time.sleep(LOCK_POLL_S)
         else:
             return
+
+
+def _counts(new: _Cause, known: _Cause | None) -> bool:
+    """Return whether a cause replaces the one that is known."""
+    if known is None or (known.boot_id, known.binding) != (new.boot_id, new.binding):
+        return True
+    return new.state == UNHEALTHY or known.state != UNHEALTHY
 
 
 def _without(causes: _Causes, devices: Set[str]) -> _Causes:

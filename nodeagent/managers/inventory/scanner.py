@@ -23,9 +23,18 @@ from nodeagent.host.nvml.client import Failure, Probe, Snapshot
 from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.inventory.gpu_health import nvidia_gpus, nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.gpu_health import (
+    bound_elsewhere,
+    nvidia_gpus,
+    nvlink_evidence,
+    nvml_evidence,
+    xid_evidence,
+)
+from nodeagent.managers.inventory.kernel_health import KernelHealth
 from nodeagent.managers.inventory.latches import FILE as LATCHES
 from nodeagent.managers.inventory.latches import LatchMemory
+from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
+from nodeagent.managers.inventory.nvlinks import NvlinkMemory
 from nodeagent.managers.inventory.recovery import recoveries
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import selectors
@@ -69,6 +78,8 @@ class InventoryScanner(Manager):
         self._latches = LatchMemory(
             state_dir / LATCHES, agent.settings.boot_id, functools.partial(driver_binding, sysfs)
         )
+        self.kernel_health = KernelHealth(agent, sysfs, config)
+        self._nvlinks = NvlinkMemory(state_dir / NVLINKS, agent.settings.boot_id)
         self._probe = Probe()
         self._nvml: Snapshot | Failure | None = None
         self._turn = asyncio.Lock()
@@ -80,9 +91,11 @@ class InventoryScanner(Manager):
         await self._probe.close()
 
     async def serve(self) -> None:
-        """Follow kernel events and NVML, and let devices recover; each continues if another fails."""
+        """Follow kernel events, the devices' health and NVML, and let devices recover; each continues if another
+        fails."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(supervise("machine", self.follow))
+            tasks.create_task(supervise("health", self.kernel_health.follow))
             tasks.create_task(supervise("nvml", self.follow_nvml))
             tasks.create_task(supervise("recoveries", lambda: recoveries(self._agent)))
 
@@ -144,10 +157,13 @@ class InventoryScanner(Manager):
         self._agent.observe(holding)
 
     async def clear_health(self, device: str) -> bool:
-        """Clear the latched causes of a device at an admin's word. Return whether it had any."""
+        """Clear the latched causes of a device and forget its NVLinks, as an admin asks. Return whether it had any."""
         async with self._latching:
             had = self._agent.clear_health(device)
             await asyncio.to_thread(self._latches.clear, device)
+            if await asyncio.to_thread(self._nvlinks.forget, device):
+                had = True
+                self._agent.observe([], [(device, "nvlink")])
         if had:
             log.info("health-cleared", device=device, why="cleared by an admin")
         return had
@@ -184,13 +200,25 @@ class InventoryScanner(Manager):
     async def _ask_nvml(self) -> None:
         self._nvml = await self._probe.snapshot()
         await self.rescan()
-        self._agent.observe(nvml_evidence(self._nvml, self._agent.inventory))
+        inventory = self._agent.inventory
+        self._agent.observe(nvml_evidence(self._nvml, inventory), bound_elsewhere(inventory))
+        await self._look_at_nvlinks(self._nvml)
+
+    async def _look_at_nvlinks(self, nvml: Snapshot | Failure) -> None:
+        if isinstance(nvml, Snapshot):
+            await asyncio.to_thread(self._nvlinks.learn, nvml.gpus)
+        ignored = "nvlink" in self._config().health.ignore
+        active_once = {} if ignored else self._nvlinks.active_once
+        self._agent.observe(*nvlink_evidence(nvml, self._agent.inventory, active_once))
 
     async def _follow_xids(self) -> None:
         async for xid in self._probe.events():
             effect = effect_of(xid.code)
             log.warning("xid", device=xid.pci_address, code=xid.code, effect=effect, instance=xid.instance)
             metrics.XIDS.labels(xid.pci_address, str(xid.code), effect).inc()
+            evidence = xid_evidence(xid, self._agent.inventory)
             async with self._latching:
-                self._agent.observe(xid_evidence(xid, self._agent.inventory))
-                await asyncio.to_thread(self._latches.keep, latched_causes(self._agent.health))
+                self._agent.observe(evidence)
+                # The GPU may have left the bus already: the agent knows nothing of it, and it may come back.
+                away = [one for one in evidence if one.latched and one.device not in self._agent.health]
+                await asyncio.to_thread(self._latches.keep, [*latched_causes(self._agent.health), *away])

@@ -19,6 +19,7 @@ from nodeagent.core.model.health import (
     next_recovery,
     observe,
     recovered,
+    withdraw,
 )
 
 
@@ -85,6 +86,19 @@ def test_a_device_that_is_gone_is_forgotten_with_its_evidence() -> None:
     health = forget(seen(NO_HEALTH, UNHEALTHY, 0), ["d"])
     assert "d" not in health
     assert seen(health, HEALTHY, 1)["d"].state == HEALTHY
+
+
+def test_what_is_withdrawn_no_longer_counts_but_the_rest_must_stay_good_for_a_while() -> None:
+    """A source that has nothing to look at any longer has not seen anything good."""
+    health = seen(seen(NO_HEALTH, UNHEALTHY, 0, source="a", reason="A"), UNHEALTHY, 0, source="b", reason="B")
+    health = withdraw(health, [("d", "a"), ("d", "c"), ("e", "a")], 10, 30)
+    assert (health["d"].state, health["d"].reason) == (UNHEALTHY, "B")
+    health = withdraw(health, [("d", "b")], 20, 30)
+    assert (health["d"].state, next_recovery(health, 30)) == (UNHEALTHY, 50)
+    assert recovered(health, 50, 30)["d"].state == HEALTHY
+    assert withdraw(health, [("d", "b")], 21, 30) is health
+    fatal = latched(NO_HEALTH, 0, source="xid")
+    assert withdraw(fatal, [("d", "xid")], 100, 30) is fatal
 
 
 @given(st.lists(st.tuples(st.sampled_from([HEALTHY, UNHEALTHY, UNKNOWN]), st.floats(0, 40), st.sampled_from("ab"))))

@@ -82,6 +82,23 @@ async def test_links_are_counted_by_the_address_at_their_other_end(library: Path
     ]
 
 
+async def test_each_link_is_active_inactive_or_not_there(library: Path, tmp_path: Path) -> None:
+    """A link goes down between two questions; one that is not wired has no number."""
+    down = tmp_path / "down"
+    async with probing(library, FAKE_NVML_LINK_DOWN=str(down)) as probe:
+        before = (await _snapshot(probe)).gpus
+        down.touch()
+        after = (await _snapshot(probe)).gpus
+    assert [(gpu.nvlinks_active, gpu.nvlinks_inactive) for gpu in before] == [
+        ((0, 1, 2, 3), ()),
+        ((0, 1, 2, 3), ()),
+        ((2, 3), (0,)),
+        ((2, 3), (0,)),
+    ]
+    assert (after[1].nvlinks_active, after[1].nvlinks_inactive) == ((0, 1, 2), (3,))
+    assert after[1].nvlinks == {"0000:1b:00.0": 3}
+
+
 async def test_mig_instances_are_listed_with_profile_and_ids(library: Path) -> None:
     """Places where no instance was made are passed over."""
     async with probing(library) as probe:

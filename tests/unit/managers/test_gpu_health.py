@@ -25,11 +25,14 @@ from nodeagent.core.model.health import (
     latched_causes,
     observe,
     recovered,
+    withdraw,
 )
 from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
 from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
-from nodeagent.managers.inventory.gpu_health import nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.gpu_health import bound_elsewhere, nvlink_evidence, nvml_evidence, xid_evidence
 from nodeagent.managers.inventory.latches import FILE, LatchMemory
+from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
+from nodeagent.managers.inventory.nvlinks import NvlinkMemory
 from tests.builders.inventories import even_rows, inventory_of
 
 GPU, MIG = "0000:41:00.0", "0000:41:00.0/mig-2-0"
@@ -57,28 +60,99 @@ def states(health: Health) -> tuple[str, str]:
     return tuple(health[one].state if one in health else HEALTHY for one in (GPU, MIG))  # type: ignore[return-value]
 
 
+KERNEL = ("carrier", "pcie", "aer", "nvme", "smart", "ras")
+"""Sources that are read from the kernel; which of them a device can have does not matter here."""
 codes = st.sampled_from([*XIDS, 7, 999])
-steps = st.lists(st.tuples(st.one_of(st.none(), codes), st.floats(0, 200)), max_size=20)
+links = st.tuples(st.just("nvlink"), st.frozensets(st.integers(0, 2)))
+seen = st.tuples(st.sampled_from(KERNEL), st.sampled_from([HEALTHY, UNHEALTHY, UNKNOWN, None]))
+Step = tuple[str, object]
+steps = st.lists(
+    st.tuples(
+        st.one_of(st.tuples(st.just("xid"), codes), st.just(("nvml", None)), links, seen),
+        st.floats(0, 200),
+    ),
+    max_size=25,
+)
+
+
+class Story:
+    """The health of a GPU that all sources look at."""
+
+    def __init__(self) -> None:
+        self.health, self.now = polled(NO_HEALTH, 0.0, snapshot()), 0.0
+
+    def tell(self, step: Step, after_s: float) -> None:
+        """One look or one Xid, some seconds after the last."""
+        self.now += after_s
+        what, said = step
+        if what == "xid":
+            self.health = reported(self.health, self.now, said)  # type: ignore[arg-type]
+        elif what == "nvml":
+            self.health = polled(self.health, self.now, snapshot())
+        elif what == "nvlink":
+            nvml = snapshot(nvlinks_inactive=tuple(said))  # type: ignore[arg-type]
+            self.take(*nvlink_evidence(nvml, INVENTORY, {GPU: frozenset({0, 1})}))
+        elif said is None:
+            self.take([], [(GPU, what)])
+        else:
+            self.take([Evidence(device=GPU, source=what, state=said)], [])  # type: ignore[arg-type]
+
+    def take(self, evidence: list[Evidence], unseen: list[tuple[str, str]]) -> None:
+        health = withdraw(observe(self.health, evidence, self.now, RECOVER_S), unseen, self.now, RECOVER_S)
+        self.health = recovered(health, self.now, RECOVER_S)
 
 
 @given(steps)
-def test_a_fatal_error_never_heals_by_polling_and_an_applications_never_counts(
-    story: list[tuple[int | None, float]],
+def test_a_fatal_error_never_heals_whatever_the_other_sources_say(story: list[tuple[Step, float]]) -> None:
+    """NVML that shows the GPU without any fault, links that come back, a kernel that sees nothing bad or no longer
+    anything: only an admin, a reboot or the driver ends it."""
+    told, fatal = Story(), False
+    for step, after_s in story:
+        told.tell(step, after_s)
+        fatal |= step[0] == "xid" and effect_of(step[1]) in (XidEffect.FATAL, XidEffect.UNLISTED)  # type: ignore[arg-type]
+        assert not fatal or told.health[GPU].state != HEALTHY
+    causes = latched_causes(told.health)
+    assert bool(causes) == fatal
+    assert latched_causes(clear(told.health, GPU, told.now)) == ()
+
+
+@given(steps)
+def test_an_error_of_an_application_changes_nothing_whatever_the_other_sources_say(
+    story: list[tuple[Step, float]],
 ) -> None:
-    """A step is an Xid, or a poll of NVML that shows the GPU without any fault."""
-    health, now, effects = polled(NO_HEALTH, 0.0, snapshot()), 0.0, set[XidEffect]()
-    for code, after in story:
-        now += after
-        if code is None:
-            health = polled(health, now, snapshot())
+    """The same story without it has the same health at the same moments."""
+    with_it, without = Story(), Story()
+    for step, after_s in story:
+        with_it.tell(step, after_s)
+        if step[0] == "xid" and effect_of(step[1]) is XidEffect.APPLICATION:  # type: ignore[arg-type]
+            without.now += after_s
         else:
-            health = reported(health, now, code)
-            effects.add(effect_of(code))
-        if XidEffect.FATAL in effects or XidEffect.UNLISTED in effects:
-            assert health[GPU].state != HEALTHY
-        elif effects <= {XidEffect.APPLICATION}:
-            assert states(health) == (HEALTHY, HEALTHY)
-    assert clear(health, GPU, now)[GPU].seen.keys() >= {"nvml", "ecc"}
+            without.tell(step, after_s)
+        assert with_it.health == without.health
+
+
+@given(steps)
+def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story: list[tuple[Step, float]]) -> None:
+    """Each source counts by itself, checked against a plain list of what each has said last."""
+    told, last, bad_until, latched = Story(), dict[str, bool](), -RECOVER_S, False
+    for (what, said), after_s in story:
+        ill = any(last.values())
+        told.tell((what, said), after_s)
+        if what == "xid":
+            effect = effect_of(said)  # type: ignore[arg-type]
+            latched |= effect in (XidEffect.FATAL, XidEffect.UNLISTED)
+            if effect is XidEffect.CONTAINED:
+                last["xid"] = True
+        elif what == "nvml":
+            last["xid"] = False
+        elif what == "nvlink":
+            last["nvlink"] = bool({0, 1} & said)  # type: ignore[operator]
+        else:
+            last[what] = said not in (HEALTHY, None)
+        bad_until = told.now if ill or any(last.values()) else bad_until
+        good = not latched and not any(last.values()) and told.now - bad_until >= RECOVER_S
+        if told.now - bad_until != RECOVER_S:  # rounding
+            assert (recovered(told.health, told.now, RECOVER_S)[GPU].state == HEALTHY) == good
 
 
 @pytest.mark.parametrize("code", [13, 31, 43, 45, 68, 109])
@@ -134,8 +208,20 @@ def test_a_gpu_that_nvml_does_not_show_is_unhealthy_and_one_that_nobody_can_ask_
     health = polled(NO_HEALTH, 0.0, Snapshot(driver_version="580"))
     assert health[GPU].reason == "NVML does not show this GPU"
     assert polled(NO_HEALTH, 0.0, Failure(absent=False, reason="NVML failed"))[GPU].state == UNKNOWN
-    bound_elsewhere = replace(INVENTORY, devices=(replace(WHOLE, driver="vfio-pci"),))
-    assert all(one.state == HEALTHY for one in nvml_evidence(Snapshot(driver_version="580"), bound_elsewhere))
+
+
+@pytest.mark.parametrize("nvml", [Snapshot(driver_version="580"), Failure(absent=False, reason="NVML failed")])
+def test_a_gpu_under_another_driver_is_not_judged_by_nvml(nvml: Snapshot | Failure) -> None:
+    """What was known before it was bound to vfio, for a virtual machine, does not stay; a fatal error does."""
+    there = replace(INVENTORY, devices=(replace(WHOLE, driver="vfio-pci"),))
+    assert nvml_evidence(nvml, there) == []
+    assert bound_elsewhere(INVENTORY) == []
+    before = reported(polled(NO_HEALTH, 0.0, Failure(absent=False, reason="NVML failed")), 1.0, 94)
+    for now in (2.0, 40.0):
+        before = recovered(withdraw(before, bound_elsewhere(there), now, RECOVER_S), now, RECOVER_S)
+    assert before[GPU].state == HEALTHY
+    fatal = reported(NO_HEALTH, 0.0, 79)
+    assert withdraw(fatal, bound_elsewhere(there), 1.0, RECOVER_S) is fatal
 
 
 # ---------------------------------------------------------------- over restarts
@@ -248,3 +334,93 @@ def test_what_could_not_be_written_is_written_as_soon_as_it_can_be(tmp_path: Pat
     (tmp_path / "state").unlink()
     assert memory.standing([GPU]) == ([FATAL], [])
     assert machine.memory().standing([GPU]) == ([FATAL], [])
+
+
+def test_a_cause_of_a_gpu_that_is_away_is_not_replaced_by_one_that_is_less_bad(tmp_path: Path) -> None:
+    """Nothing is known of its health meanwhile, so the file alone can tell which is worse."""
+    machine = Machine(tmp_path)
+    less = replace(FATAL, state=UNKNOWN, reason="Xid 4711")
+    machine.memory().keep([less])
+    machine.memory().keep([FATAL])
+    machine.memory().keep([less])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
+    machine.boot_id = "b2"
+    machine.memory().keep([less])
+    assert machine.memory().standing([GPU]) == ([less], []), "what has ended is replaced by anything"
+
+
+# ---------------------------------------------------------------- NVLinks
+
+
+class Linked:
+    """A GPU with NVLinks, over restarts of the agent."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.boot_id = folder / NVLINKS, "b1"
+        self.health = NO_HEALTH
+        self.restart()
+
+    def restart(self) -> None:
+        self.memory, self.health = NvlinkMemory(self.path, self.boot_id), NO_HEALTH
+
+    def poll(self, now: float, active: set[int], inactive: set[int], **gpu: bool) -> tuple[str, str]:
+        """State and reason after a poll that shows these links."""
+        links = {"nvlinks_active": tuple(active), "nvlinks_inactive": tuple(inactive)}
+        nvml = snapshot(**links, **gpu)  # type: ignore[arg-type]
+        self.memory.learn(nvml.gpus)
+        evidence, unseen = nvlink_evidence(nvml, INVENTORY, self.memory.active_once)
+        health = withdraw(observe(self.health, evidence, now, RECOVER_S), unseen, now, RECOVER_S)
+        self.health = recovered(health, now, RECOVER_S)
+        return (self.health[GPU].state, self.health[GPU].reason) if GPU in self.health else (HEALTHY, "")
+
+
+def test_a_link_that_was_lost_makes_the_gpu_unhealthy_until_it_is_back_for_a_while(tmp_path: Path) -> None:
+    """Links that never were active do not count; nor does a restart of the agent heal anything."""
+    node = Linked(tmp_path)
+    assert node.poll(0, {1, 2, 3}, {0}) == (HEALTHY, "")
+    assert node.poll(1, {1, 2}, {0, 3}) == (UNHEALTHY, "NVLink 3 was active and is inactive")
+    node.restart()
+    assert node.poll(2, {1}, {0, 2, 3}) == (UNHEALTHY, "NVLinks 2, 3 were active and are inactive")
+    assert node.poll(3, {1, 2, 3}, {0})[0] == UNHEALTHY
+    assert node.poll(33, {1, 2, 3}, {0}) == (HEALTHY, "")
+
+
+def test_a_gpu_without_a_bridge_or_in_mig_mode_has_no_links_to_lose(tmp_path: Path) -> None:
+    node = Linked(tmp_path)
+    assert node.poll(0, set(), {0, 1, 2, 3}) == (HEALTHY, "")
+    assert GPU not in node.health, "nothing was seen, neither good nor bad"
+    node.poll(1, {0}, set())
+    assert node.poll(2, set(), {0})[0] == UNHEALTHY
+    node.poll(3, set(), {0}, mig_enabled=True)
+    assert node.poll(33, set(), {0}, mig_enabled=True) == (HEALTHY, "")
+
+
+def test_links_are_forgotten_with_a_reboot_and_at_an_admins_word(tmp_path: Path) -> None:
+    node = Linked(tmp_path)
+    node.poll(0, {0, 1}, set())
+    assert node.memory.forget(GPU)
+    assert not node.memory.forget(GPU)
+    assert node.poll(1, {0}, {1}) == (HEALTHY, "")
+    node.poll(2, {0, 1}, set())
+    node.boot_id = "b2"
+    node.restart()
+    assert node.poll(3, {0}, {1}) == (HEALTHY, "")
+
+
+@pytest.mark.parametrize("answer", [Failure(absent=False, reason="NVML failed"), Snapshot(driver_version="580")])
+def test_what_is_known_of_links_stays_while_nvml_does_not_show_the_gpu(
+    tmp_path: Path, answer: Snapshot | Failure
+) -> None:
+    node = Linked(tmp_path)
+    node.poll(0, {0}, set())
+    assert nvlink_evidence(answer, INVENTORY, node.memory.active_once) == ([], [])
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"boot_id": 1}'])
+def test_a_file_of_links_that_cannot_be_read_is_reported_and_written_again(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / NVLINKS).write_bytes(content)
+    with capture_logs() as lines:
+        Linked(tmp_path).poll(0, {0}, set())
+    assert [one["event"] for one in lines] == ["nvlinks-not-kept"]
+    node = Linked(tmp_path)
+    assert node.poll(1, set(), {0})[0] == UNHEALTHY

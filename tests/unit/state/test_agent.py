@@ -669,6 +669,17 @@ async def test_a_device_that_recovers_is_shown_again_when_its_time_has_come(fold
         assert one.agent.advertised(GPU.resource)[0].healthy
 
 
+async def test_only_changes_of_health_are_logged_and_strangers_are_left_out(folder: Path) -> None:
+    """A device that is healthy when it is first looked at is no news, and one that is not there has no health."""
+    async with node(folder) as one:
+        with capture_logs() as lines:
+            for state in ("healthy", UNHEALTHY):
+                one.agent.observe([Evidence(device=id, source="aer", state=state) for id in ("gpu0", "stranger")])
+        told = [(line["device"], line["state"]) for line in lines if line["event"] == "health-changed"]
+        assert told == [("gpu0", UNHEALTHY)]
+        assert set(one.agent.health) == {"gpu0"}
+
+
 async def test_whoever_watches_is_told_of_a_decision_after_it_is_in_force(folder: Path) -> None:
     """Who asked is answered first; one telling for one decision, none for a call repeated."""
     async with node(folder) as one:

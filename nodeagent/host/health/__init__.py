@@ -1,0 +1,1 @@
+"""What the kernel shows of the health of devices: one file per source of evidence."""

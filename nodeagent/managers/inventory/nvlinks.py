@@ -1,0 +1,82 @@
+"""The NVLinks of each GPU that have been active since the machine was booted, in a file that outlives the agent.
+
+Only what was active can be lost: boards have links that are not wired, and GPUs have links without a bridge. NVML shows
+both like a link that has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from nodeagent.errors import HostError, cause_of
+from nodeagent.host.nvml.values import NvGpu
+from nodeagent.host.sysfs import atomic_file
+from nodeagent.telemetry.once import Once
+
+FILE = "nvlinks.json"
+"""In the state folder."""
+Links = dict[str, frozenset[int]]
+"""Numbers of links by the PCI address of their GPU."""
+
+
+class _Document(msgspec.Struct, frozen=True):
+    boot_id: str
+    links: dict[str, tuple[int, ...]] = {}
+    version: int = 1
+
+
+class NvlinkMemory:
+    """The links, in memory and in their file. What is forgotten by one agent of two stays forgotten in the other only
+    after its restart."""
+
+    def __init__(self, path: Path, boot_id: str) -> None:
+        self._path = path
+        self._boot_id = boot_id
+        self._links: Links = {}
+        self._bad = Once("nvlinks-not-kept")
+
+    @property
+    def active_once(self) -> Mapping[str, frozenset[int]]:
+        """Return the links that have been active, as far as `learn` has seen or read them."""
+        return self._links
+
+    def learn(self, gpus: tuple[NvGpu, ...]) -> None:
+        """Remember the links that are active now, and write them if any is new. Blocks."""
+        known = self._links or self._read()
+        now = {gpu.pci_address: frozenset(gpu.nvlinks_active) for gpu in gpus if gpu.nvlinks_active}
+        self._links = {
+            one: known.get(one, frozenset()) | now.get(one, frozenset()) for one in known.keys() | now.keys()
+        }
+        if self._links != known:
+            self._write()
+
+    def forget(self, gpu: str) -> bool:
+        """Forget the links of a GPU, as after a bridge was taken out. Return whether it had any. Blocks."""
+        had = self._links.pop(gpu, None) is not None
+        if had:
+            self._write()
+        return had
+
+    def _read(self) -> Links:
+        try:
+            document = msgspec.json.decode(self._path.read_bytes(), type=_Document)
+        except FileNotFoundError:
+            return {}
+        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+            self._bad.report(f"cannot read {self._path}: {cause_of(error)}")
+            return {}
+        if document.boot_id != self._boot_id:
+            return {}
+        return {gpu: frozenset(links) for gpu, links in document.links.items()}
+
+    def _write(self) -> None:
+        links = {gpu: tuple(sorted(links)) for gpu, links in sorted(self._links.items())}
+        try:
+            document = _Document(boot_id=self._boot_id, links=links)
+            atomic_file.replace(self._path, msgspec.json.encode(document), mode=0o600)
+            self._bad.clear()
+        except HostError as error:
+            self._bad.report(str(error))
