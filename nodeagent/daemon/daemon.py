@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import grp
 import signal
 import socket
 import sys
@@ -26,7 +25,7 @@ from nodeagent.aio.supervise import cancel_all, race, supervise
 from nodeagent.config.load import differences
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked, status_readers
 from nodeagent.daemon.reload import rewrites
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -115,6 +114,7 @@ class Daemon:
         self._pods = pods
         self._store = store
         self._kubelet = kubelet
+        self._readers = status_readers(config)
         self._plugins = where.kubelet_dir / PLUGINS
         self._leader = Leader(agent, store, where.state_dir, lambda: self.config.audit_days)
         self._scanner = InventoryScanner(
@@ -207,7 +207,8 @@ class Daemon:
     @property
     def notes(self) -> list[str]:
         by_managers = [note for one in self._managers for note in one.notes()]
-        return [*self._leader.notes, *self._kubelet.notes, *by_managers]
+        readers = [self._readers.missing] if self._readers.missing else []
+        return [*self._leader.notes, *self._kubelet.notes, *readers, *by_managers]
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -296,7 +297,9 @@ class Daemon:
     async def _serve_status(self) -> None:
         """Serve the status socket, and again if another process removes it."""
         path = self._where.runtime_dir / STATUS_SOCKET
-        server = UnixHttpServer(path, Status(self).handle, group_id=_group(self.config))
+        if self._readers.missing:
+            log.warning("no-status-group", group=self.config.status.group, reason=self._readers.missing)
+        server = UnixHttpServer(path, Status(self).handle, group_id=self._readers.group_id)
         try:
             with FolderWatch(path.parent, poll_s=FOLDER_POLL_S) as folder:
                 while True:
@@ -401,17 +404,6 @@ class Daemon:
 
     def _settings(self, config: Config) -> AgentSettings:
         return settings(config, self._kubelet.look(config), self.agent.settings.boot_id, self.agent.inventory)
-
-
-def _group(config: Config) -> int | None:
-    """Return the id of the group that may read the status, or None if there is none; a missing group is logged."""
-    if not config.status.group:
-        return None
-    try:
-        return grp.getgrnam(config.status.group).gr_gid
-    except KeyError:
-        log.warning("no-status-group", group=config.status.group)
-        return None
 
 
 async def run(config: Config, where: Paths) -> None:

@@ -205,3 +205,15 @@ def test_the_note_of_a_container_says_where_it_ran_before_it_was_pinned(ran: dic
     shown = {**ran, "found": "0-15", "wanted": "4-7"} if ran else None
     one = {"error": "", "ran_unpinned": shown, "lost_cpus": "", "outside_cpus": "", "quota_cpus": None, "unproven": []}
     assert status_of._note(one) == note.format(time.strftime("%H:%M:%S", time.localtime(1.0)))
+
+
+async def test_a_group_of_readers_that_does_not_exist_is_named(folder: Path, tmp_path: Path) -> None:
+    """The agent runs, only root reads, and the status says why."""
+    async with standing(folder, tmp_path, status={"group": "no-such-group"}) as (agent, _):
+        note = (
+            "status.group: there is no group 'no-such-group' here; only root can read the status socket until the "
+            "group exists and the agent is restarted"
+        )
+        assert (await agent.ask("/v1/status"))[1]["notes"] == [note]
+        assert (await agent.said("no-status-group"))["reason"] == note
+        assert agent.socket.stat().st_mode & 0o777 == 0o600
