@@ -18,6 +18,7 @@ from typing import Any
 import structlog
 
 from nodeagent.admin.http import UnixHttpServer
+from nodeagent.admin.reasons import merged
 from nodeagent.admin.status import Status
 from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.revision import Revision
@@ -208,7 +209,7 @@ class Daemon:
     def notes(self) -> list[str]:
         by_managers = [note for one in self._managers for note in one.notes()]
         readers = [self._readers.missing] if self._readers.missing else []
-        return [*self._leader.notes, *self._kubelet.notes, *readers, *by_managers]
+        return merged((*self._leader.notes, *self._kubelet.notes, *readers, *by_managers))
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -230,7 +231,8 @@ class Daemon:
         """Return why nothing can be granted, kubelet or the API server does not show what was sent, containers may not
         be pinned, or what was granted is not exclusive."""
         not_exclusive = unprotected(self._kubelet.kubelet, self.agent.ledger)
-        return [why for one in self._managers for why in one.not_ready()] + ([not_exclusive] if not_exclusive else [])
+        by_managers = [why for one in self._managers for why in one.not_ready()]
+        return merged((*by_managers, not_exclusive) if not_exclusive else by_managers)
 
     def _not_shown(self) -> list[str]:
         return [*self._device_plugin.not_ready(), *self._dra.not_ready()]

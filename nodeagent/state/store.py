@@ -28,6 +28,7 @@ from nodeagent.state.audit import Refusal
 from nodeagent.state.layout import migrate, take_back
 from nodeagent.state.lock import FileLock
 from nodeagent.state.mark import LedgerMark, Mark
+from nodeagent.telemetry import metrics
 
 FILE, LOCK = "ledger.db", "ledger.lock"
 WHOLE = "ledger-whole"
@@ -112,6 +113,7 @@ class Store:
         elif mark is not None and mark.loss:
             self._lose(mark.loss)
         elif mark is not None and mark.newest > self._seq:
+            metrics.LEDGER_REPLACED.inc()
             made = f"ends with decision {self._seq} although {mark.newest} were made"
             self._lose(f"{self.path} {made}: it is an older copy")
         else:
@@ -120,6 +122,7 @@ class Store:
     def lose(self, why: str) -> None:
         """Record that the ledger may lack decisions, until it is found whole. Raise StateError on failure."""
         with self._turn():
+            metrics.LEDGER_REPLACED.inc()
             self._lose(why)
 
     def found_whole(self) -> None:
@@ -179,6 +182,7 @@ class Store:
             return
         last = max(self._seq, _last_seq(self._db))
         if mark.newest > last and not mark.loss:
+            metrics.LEDGER_REPLACED.inc()
             self._lose(f"{self.path} ends with decision {last} although {mark.newest} were made")
         else:
             self.loss = mark.loss
@@ -265,6 +269,7 @@ class Store:
 
     def _write_again(self) -> None:
         # A journal on its own has to go too: it does not belong to the fresh file.
+        metrics.LEDGER_REPLACED.inc()
         aside = f"; what lay there is now {self._move_aside()}" if any(self._identities()) else ""
         fresh = self._connect()
         try:
@@ -283,6 +288,7 @@ class Store:
 
     def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
         """Replace a damaged file by a new one with everything that is held."""
+        metrics.LEDGER_REPLACED.inc()
         self._db.close()
         aside = self._move_aside()
         self._db = self._open()
@@ -355,6 +361,7 @@ class Store:
         except (sqlite3.DatabaseError, StateError) as error:
             if not self._unusable(error):
                 raise StateError(f"cannot open {self.path}: {error}") from None
+            metrics.LEDGER_REPLACED.inc()
             self.note = f"cannot use {self.path}: {error}; moved to {self._move_aside()}, a new ledger is begun"
         try:
             return self._connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.kubelet import FakeKubelet
 from tests.support.running import CHAR, CPU, Running, running
+from tests.unit.admin.test_reasons import given_twice
 
 RESOURCES = [
     {"name": "cpu", "kind": "cpu"},
@@ -217,3 +219,32 @@ async def test_a_group_of_readers_that_does_not_exist_is_named(folder: Path, tmp
         assert (await agent.ask("/v1/status"))[1]["notes"] == [note]
         assert (await agent.said("no-status-group"))["reason"] == note
         assert agent.socket.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_node_with_many_faults_gives_each_reason_once(folder: Path, tmp_path: Path) -> None:
+    """No kubelet, no API server, no cgroups, pools that cannot be: in the lists and on the page for admins."""
+    tree = DeviceTree(machine(tmp_path / "root", "1s1n4c"))
+    tree.node("/dev/ttyS0")
+    options: dict[str, Any] = {
+        "resources": [{**one, "serve": "both"} for one in RESOURCES] + [{"name": "more", "kind": "cpu"}],
+        "dra": {"nodeName": "n", "kubeconfig": str(folder / "none"), "spreadSeconds": 0},
+        "pinning": {"mode": "nri", "nriSocket": str(folder / "nri.sock")},
+        "hugepages": [{"pageSize": size, "node": 7, "pages": 1} for size in ("2Mi", "1Gi")],
+        "status": {"group": "no-such-group"},
+    }
+    async with running(folder, root=tree.root, **options) as agent:
+        status = await agent.until("/v1/status", lambda found: len(found["notes"]) > 1 and len(found["not_ready"]) > 2)
+        for lines in (status["not_ready"], status["notes"]):
+            assert given_twice(lines) == [], lines
+        names = "nodeagent.dev/cpu, nodeagent.dev/serial, nodeagent.dev/more"
+        assert any(line.startswith(f"{names}") for line in status["not_ready"]), status["not_ready"]
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "nodeagent", "status", "--socket", str(agent.socket)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    page = done.stdout.partition("\n\n")[0].splitlines()[2:]
+    assert len(page) > 4
+    assert given_twice(line.partition(": ")[2] for line in page) == [], page
