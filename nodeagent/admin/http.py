@@ -25,6 +25,7 @@ REQUEST_S = 5.0
 LARGEST_REQUEST_BYTES = 64 << 10
 MOST_CLIENTS = 64
 _BACKLOG = 256
+_ACCESS_LIST, _ACCESS_LIST_VERSION = "system.posix_acl_access", 2
 log = structlog.get_logger()
 
 
@@ -121,9 +122,9 @@ def _bind(path: Path, group_id: int | None) -> socket.socket:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft.unlink(missing_ok=True)
         bound.bind(str(draft))
-        draft.chmod(0o660 if group_id is not None else 0o600)
+        draft.chmod(0o600)
         if group_id is not None:
-            os.chown(draft, -1, group_id)
+            _allow(draft, group_id)
         if path.is_dir() and not path.is_symlink():
             path.rmdir()  # a container's mount of a socket that does not exist yet leaves an empty folder
         draft.rename(path)
@@ -133,6 +134,24 @@ def _bind(path: Path, group_id: int | None) -> socket.socket:
             draft.unlink()
         raise HostError(f"cannot serve {path}: {error.strerror or error}") from None
     return bound
+
+
+def _allow(path: Path, group_id: int) -> None:
+    """Let the members of a group connect to a socket, by an access list (acl(5)): the owner of a file needs no
+    capability for that, as for changing its group. On a file system without access lists, change the group."""
+    try:
+        os.setxattr(path, _ACCESS_LIST, _access_list(group_id))
+    except OSError:
+        os.chown(path, -1, group_id)
+        path.chmod(0o660)
+
+
+def _access_list(group_id: int) -> bytes:
+    """Return an access list by which the owner and one group may read and write, as the kernel stores it
+    (include/uapi/linux/posix_acl_xattr.h, posix_acl.h)."""
+    user, owning_group, group, mask, other, none = 0x01, 0x04, 0x08, 0x10, 0x20, 0xFFFFFFFF
+    entries = ((user, 6, none), (owning_group, 0, none), (group, 6, group_id), (mask, 6, none), (other, 0, none))
+    return struct.pack("<I", _ACCESS_LIST_VERSION) + b"".join(struct.pack("<HHI", *one) for one in entries)
 
 
 def _inode(path: Path) -> tuple[int, int] | None:

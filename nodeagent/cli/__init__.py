@@ -24,7 +24,7 @@ VERBS = {
     "grants": "show who holds what",
     "health": "show what is known against devices, or clear it",
     "config": "check a configuration or print its schema",
-    "ledger": "export the ledger to a file, or import it from one",
+    "ledger": "show the audit; export the ledger to a file, or import it from one",
     "import": "take over what kubelet's own managers gave away",
 }
 FILES = {"import": "import_state"}

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.cli.run import DEFAULT_CONFIG
 from nodeagent.config.load import load as load_config
-from nodeagent.config.schema import schema
+from nodeagent.config.schema import Config, schema
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.daemon.paths import status_readers
+from nodeagent.errors import HostError
 from nodeagent.host.devices.all_kinds import load_kinds
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.hugepages.manager import lacking
 from nodeagent.resources.offer import offers
 
 
@@ -34,4 +40,22 @@ def run(args: argparse.Namespace) -> int:
     print(f"{args.file}: good")
     print(f"  device plugin: {', '.join(names) or 'nothing'}")
     print(f"  DRA, driver {config.dra.driver}: {', '.join(kinds) or 'nothing'}")
+    for note in _notes(config):
+        print(f"  note: {note}")
     return 0
+
+
+def _notes(config: Config) -> Iterator[str]:
+    """Yield what is configured and this machine lacks now: it may come later, so it is no mistake."""
+    if missing := status_readers(config).missing:
+        yield missing
+    if not config.hugepages:
+        return
+    try:
+        inventory = scan(SysFs("/"), ())
+    except HostError as error:
+        yield f"hugepages: cannot compare them with the machine: {error}"
+        return
+    for i, rule in enumerate(config.hugepages):
+        if why := lacking(rule, inventory):
+            yield f"hugepages[{i}]: {rule.page_size} on node {rule.node}: {why}"

@@ -6,6 +6,7 @@ import argparse
 import time
 from typing import Any
 
+from nodeagent.admin.reasons import once
 from nodeagent.cli.ask import add_arguments as add_arguments
 from nodeagent.cli.ask import show
 from nodeagent.cli.tables import print_table
@@ -25,7 +26,7 @@ def _print(status: Any) -> None:
         f"CPUs {machine['cpus_online']} online, {machine['cpus_reserved'] or 'none'} reserved{outside}; "
         f"{machine['numa_nodes']} NUMA nodes, {machine['devices']} devices, generation {machine['generation']}"
     )
-    for kind, lines in (
+    sections = (
         ("not ready", status["not_ready"]),
         ("refused", [f"{name}: {why}" for name, why in status["refused"].items()]),
         ("configuration", [status["config_error"]] if status["config_error"] else []),
@@ -37,9 +38,9 @@ def _print(status: Any) -> None:
         ("pinning", _pinning(status["pinning"])),
         ("warning", machine["warnings"]),
         ("kind", [f"{k['kind']} {k['state']}: {k['reason']}" for k in status["kinds"] if k["state"] == "degraded"]),
-    ):
-        for line in lines:
-            print(f"{kind}: {line}")
+    )
+    for line in once(sections):
+        print(line)
     print()
     print_table(
         ("RESOURCE", "KIND", "DEVICES", "HEALTHY", "HELD", "KUBELET"),

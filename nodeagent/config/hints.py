@@ -46,8 +46,10 @@ def found(document: Any, error: str) -> str:
 
 
 def expected(schema: Mapping[str, Any], error: str) -> str:
-    """Return what an error leaves out of what is expected: the choices of an enumeration, or that a value that YAML
-    took for a number has to be quoted."""
+    """Return what an error leaves out of what is expected: the choices of an enumeration, an absolute path, or that a
+    value that YAML took for a number has to be quoted."""
+    if error.startswith(("Expected `str` matching regex '^/[", "Expected `str` matching regex '^(/[")):
+        return ", expected an absolute path"
     if error.startswith("Expected `str") and "got `int`" in error:
         return "; quote it"
     choices = _choices(schema, steps(error)) if error.startswith("Invalid enum value") else []

@@ -24,6 +24,7 @@ RESOURCE_NAME = f"^({DOMAIN[1:-1]}/)?{NAME[1:]}"
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 DevPath = Annotated[str, msgspec.Meta(pattern=r"^/dev/[^\0]+$")]
 Absolute = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
+AbsoluteOrEmpty = Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")]
 Variable = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 AT_START = msgspec.Meta(extra={"applied": "at start"})
 """Marks a key that takes effect only when the agent starts."""
@@ -93,7 +94,7 @@ class DraConfig(_Base, frozen=True):
     driver: Annotated[str, msgspec.Meta(pattern=DOMAIN, max_length=63), AT_START] = "nodeagent.dev"
     node_name: Annotated[str, AT_START] = ""
     """The Node's name. Empty: $NODE_NAME, or otherwise the host name."""
-    kubeconfig: Annotated[str, AT_START] = ""
+    kubeconfig: Annotated[AbsoluteOrEmpty, AT_START] = ""
     """How to reach the API server. Empty: as a pod's service account."""
     cdi_dir: Annotated[Absolute, AT_START] = "/var/run/cdi"
     unhealthy_effect: Literal["NoSchedule", "NoExecute"] = "NoSchedule"
@@ -108,9 +109,9 @@ class DraConfig(_Base, frozen=True):
 class KubeletConfigConfig(_Base, frozen=True):
     """Where kubelet's own configuration is, if its command line cannot show it."""
 
-    file: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
+    file: AbsoluteOrEmpty = ""
     """Empty: as in --config; config.yaml in kubelet_dir if kubelet's command line is not visible."""
-    drop_ins: Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")] = ""
+    drop_ins: AbsoluteOrEmpty = ""
     """A folder. Empty: as in --config-dir; /etc/kubernetes/kubelet.conf.d if kubelet's command line is not visible."""
 
 

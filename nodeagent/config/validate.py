@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import PurePosixPath
 
 import msgspec
 
@@ -16,6 +17,17 @@ from nodeagent.config.schema import (
     ResourceConfig,
 )
 
+LONGEST_SOCKET_BYTES = 107
+"""sockaddr_un.sun_path has 108 bytes, with the terminating zero (unix(7))."""
+_HASH, _TOKEN = "0" * 12, "0" * 8
+LONGEST_BELOW_KUBELET_BYTES = max(
+    len(f"/device-plugins/nodeagent-{_HASH}-{_TOKEN}.sock"),
+    len(f"/plugins_registry/{_HASH}-{_HASH}-reg.sock"),
+    len(f"/plugins/{_HASH}/dra-{_HASH}.sock"),
+)
+"""How much the agent's sockets add to kubelet's folder, where hashes already stand for names that are too long."""
+LONGEST_BELOW_RUNTIME_BYTES = len("/.status.sock.4194304")
+"""The status socket, while it is being made: the suffix is a process id, of which 4194304 is the highest (proc(5))."""
 _MEANT_FOR = {
     "paths": ("char",),
     "usb": ("usb",),
@@ -35,6 +47,7 @@ _NEEDED = {
 
 def wrong(config: Config) -> Iterator[str]:
     """Yield what is wrong, one sentence each."""
+    yield from _wrong_sockets(config)
     yield from _wrong_domain(config.domain, "$.domain")
     names: set[str] = set()
     for i, one in enumerate(config.served):
@@ -49,6 +62,23 @@ def wrong(config: Config) -> Iterator[str]:
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
     yield from _wrong_dra(config)
     yield from _wrong_pages(config.hugepages)
+
+
+def _wrong_sockets(config: Config) -> Iterator[str]:
+    """Yield folders and sockets whose paths do not fit into a socket address (sockaddr_un, unix(7))."""
+    for where, text, below in (
+        ("$.kubeletDir", config.kubelet_dir, LONGEST_BELOW_KUBELET_BYTES),
+        ("$.runtimeDir", config.runtime_dir, LONGEST_BELOW_RUNTIME_BYTES),
+        ("$.pinning.nriSocket", config.pinning.nri_socket, 0),
+    ):
+        path, most = str(PurePosixPath(text)), LONGEST_SOCKET_BYTES - below
+        try:
+            length = len(path.encode())
+        except UnicodeEncodeError:
+            yield f"{text!r} at {where}, expected characters that UTF-8 can encode"
+            continue
+        if length > most:
+            yield f"{length} bytes at {where}, expected at most {most}: a socket's whole path has room for 107"
 
 
 def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:

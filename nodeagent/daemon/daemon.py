@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import grp
 import signal
 import socket
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 import structlog
 
 from nodeagent.admin.http import UnixHttpServer
+from nodeagent.admin.reasons import merged
 from nodeagent.admin.status import Status
 from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.revision import Revision
@@ -26,7 +26,7 @@ from nodeagent.aio.supervise import cancel_all, race, supervise
 from nodeagent.config.load import differences
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked, status_readers
 from nodeagent.daemon.reload import rewrites
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -119,6 +119,7 @@ class Daemon:
         self._pods = pods
         self._store = store
         self._kubelet = kubelet
+        self._readers = status_readers(config)
         self._plugins = where.kubelet_dir / PLUGINS
         self._refused_now: Mapping[str, str] = {}
         """What cannot be served, as it was when the managers were last told."""
@@ -221,7 +222,8 @@ class Daemon:
     @property
     def notes(self) -> list[str]:
         by_managers = [note for one in self._managers for note in one.notes()]
-        return [*self._leader.notes, *self._kubelet.notes, *by_managers]
+        readers = [self._readers.missing] if self._readers.missing else []
+        return merged((*self._leader.notes, *self._kubelet.notes, *readers, *by_managers))
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -246,7 +248,8 @@ class Daemon:
         """Return why nothing can be granted, kubelet or the API server does not show what was sent, containers may not
         be pinned, or what was granted is not exclusive."""
         not_exclusive = unprotected(self._kubelet.kubelet, self.agent.ledger)
-        return [why for one in self._managers for why in one.not_ready()] + ([not_exclusive] if not_exclusive else [])
+        by_managers = [why for one in self._managers for why in one.not_ready()]
+        return merged((*by_managers, not_exclusive) if not_exclusive else by_managers)
 
     def _not_shown(self) -> list[str]:
         return [*self._device_plugin.not_ready(), *self._dra.not_ready()]
@@ -314,7 +317,9 @@ class Daemon:
     async def _serve_status(self) -> None:
         """Serve the status socket, and again if another process removes it."""
         path = self._where.runtime_dir / STATUS_SOCKET
-        server = UnixHttpServer(path, Status(self).handle, group_id=_group(self.config))
+        if self._readers.missing:
+            log.warning("no-status-group", group=self.config.status.group, reason=self._readers.missing)
+        server = UnixHttpServer(path, Status(self).handle, group_id=self._readers.group_id)
         try:
             with FolderWatch(path.parent, poll_s=FOLDER_POLL_S) as folder:
                 while True:
@@ -425,17 +430,6 @@ class Daemon:
 
     def _settings(self, config: Config) -> AgentSettings:
         return settings(config, self._kubelet.look(config), self.agent.settings.boot_id, self.agent.inventory)
-
-
-def _group(config: Config) -> int | None:
-    """Return the id of the group that may read the status, or None if there is none; a missing group is logged."""
-    if not config.status.group:
-        return None
-    try:
-        return grp.getgrnam(config.status.group).gr_gid
-    except KeyError:
-        log.warning("no-status-group", group=config.status.group)
-        return None
 
 
 async def run(config: Config, where: Paths) -> None:

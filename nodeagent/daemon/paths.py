@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,6 +52,28 @@ def checked(config: Config, where: Paths) -> tuple[all_kinds.Kind, ...]:
     _check_folder(where.state_dir, 0o700)
     _check_folder(where.runtime_dir, 0o755)
     return families
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReaders:
+    """Who may read the status socket in addition to root: the members of a group, if one is configured and exists."""
+
+    group_id: int | None = None
+    missing: str = ""
+    """Why a configured group may not read it, or ""."""
+
+
+def status_readers(config: Config) -> StatusReaders:
+    """Return the readers that `status.group` names on this host. A group may come later, as from a directory service
+    that is not up yet, so a missing one does not stop the agent."""
+    name = config.status.group
+    if not name:
+        return StatusReaders()
+    try:
+        return StatusReaders(grp.getgrnam(name).gr_gid)
+    except KeyError:
+        remedy = "only root can read the status socket until the group exists and the agent is restarted"
+        return StatusReaders(None, f"status.group: there is no group {name!r} here; {remedy}")
 
 
 def _check_folder(folder: Path, mode: int) -> None:

@@ -111,10 +111,10 @@ class LedgerRecovery(Manager):
                 seen = await ledger.changed(seen)
 
     def not_ready(self) -> list[str]:
-        """Return why nothing new is granted: what the ledger may still lack."""
+        """Return why nothing new is granted: how the ledger was lost, then each thing that it may still lack."""
         agent = self._agent
         missing = list(agent.unaccounted.values()) or ["it is being rebuilt"]
-        return [f"ledger: {agent.loss}: {one}" for one in missing] if agent.loss else []
+        return [f"ledger: {one}" for one in (agent.loss, *missing)] if agent.loss else []
 
     async def look(self) -> Mapping[str, str]:
         """Query every source once. Return what is still missing, mapped to the reason."""

@@ -21,7 +21,7 @@ from nodeagent.core.dra import prepare as prepare_of
 from nodeagent.core.dra.prepare import Batch, Catalog
 from nodeagent.core.kubelet import imports
 from nodeagent.core.ledger import ledger as ledger_of
-from nodeagent.core.ledger.ledger import CONFIRMED, RELEASED, Change
+from nodeagent.core.ledger.ledger import RELEASED
 from nodeagent.core.ledger.rebuild import Sources, account
 from nodeagent.core.ledger.reconcile import Findings, compare
 from nodeagent.core.ledger.release import Absences, Memory
@@ -235,9 +235,10 @@ class Agent(Decisions):
         """Record the pods (UIDs) for which a claim is reserved now."""
         await self._decided(self._record_reserved_for, uid, pods, op)
 
-    async def unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
-        """Release what the claims hold, durably, except for claims with a living pod. Unknown UIDs are ignored."""
-        return await self._decided(self._unprepare, uids, op)
+    async def unprepare(self, uids: Sequence[str], why: str, op: str) -> Unprepared:
+        """Release what the claims hold, durably, except for claims with a living pod. Unknown UIDs are ignored. why:
+        who releases it and by which rule, as a clause for the audit."""
+        return await self._decided(self._unprepare, uids, why, op)
 
     async def refresh(self) -> None:
         """Learn what another agent on the node has decided."""
@@ -334,9 +335,12 @@ class Agent(Decisions):
         claims = {grant.holder.uid for grant in named if grant.holder.api == CLAIM}
         others = [grant for grant in self.ledger.grants.values() if grant.holder.uid in claims]
         gone = tuple({grant.id: grant for grant in (*named, *others)}.values())
-        changes = [Change(action=RELEASED, grant=grant) for grant in gone]
-        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in gone]), op)
+        await self._let_go(gone, "an admin released it", op)
         return gone
+
+    async def _let_go(self, gone: Sequence[Grant], why: str, op: str) -> None:
+        """Release grants of the ledger for a reason."""
+        await self._save(ledger_of.released(gone, why), ledger_of.release(self.ledger, [one.id for one in gone]), op)
 
     async def _reconcile(
         self,
@@ -350,9 +354,7 @@ class Agent(Decisions):
         ledger = ledger_of.release(self.ledger, [grant.id for grant in found.released])
         ledger = ledger_of.amend(ledger, [grant for grant in found.confirmed if grant.id in ledger.grants])
         adoption, conflicts = decide.adopt(self.inventory, ledger, found.adopted)
-        changes = [Change(action=CONFIRMED, grant=grant) for grant in found.confirmed]
-        changes += [Change(action=RELEASED, grant=grant) for grant in found.released]
-        await self._save([*changes, *adoption.changes], adoption.ledger, op)
+        await self._save([*found.changes, *adoption.changes], adoption.ledger, op)
         self._take_absences(found.absences)
         self._granted = {one: at for one, at in self._granted.items() if at >= asked_at}
         self._say_conflicts((*conflicts, *(f"{h.namespace}/{h.pod}: {why}" for h, why in found.unknown)))
@@ -384,8 +386,7 @@ class Agent(Decisions):
         found = imports.ended(self.ledger, there, self._ended, self._clock(), patience_s)
         living = await self._living(found.released)
         released = tuple(grant for grant in found.released if grant.id not in living)
-        changes = [Change(action=RELEASED, grant=grant) for grant in released]
-        await self._save(changes, ledger_of.release(self.ledger, [grant.id for grant in released]), op)
+        await self._let_go(released, imports.ENDED, op)
         self._ended = found.missing
         return released
 
@@ -474,10 +475,10 @@ class Agent(Decisions):
         decision = prepare_of.record_reserved_for(self.ledger, uid, pods)
         await self._save(decision.changes, decision.ledger, op)
 
-    async def _unprepare(self, uids: Sequence[str], op: str) -> Unprepared:
+    async def _unprepare(self, uids: Sequence[str], why: str, op: str) -> Unprepared:
         held = [grant for uid in dict.fromkeys(uids) for grant in prepare_of.grants_of(self.ledger, uid)]
         living = {self.ledger.grants[one].holder.uid: why for one, why in (await self._living(held)).items()}
-        decision = prepare_of.unprepare(self.ledger, [uid for uid in uids if uid not in living])
+        decision = prepare_of.unprepare(self.ledger, [uid for uid in uids if uid not in living], why)
         await self._save(decision.changes, decision.ledger, op)
         return Unprepared(released=tuple(change.grant for change in decision.changes), living=living)
 

@@ -7,6 +7,7 @@ the other process has decided.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -23,6 +24,7 @@ from nodeagent.core.ledger.ledger import Change, Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import NodeagentError, StateError
+from nodeagent.state.audit import Refusal
 from nodeagent.state.store import Store
 
 T = TypeVar("T")
@@ -76,14 +78,25 @@ class Decisions:
         """
         if self._closing:
             raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
-        task = asyncio.ensure_future(self._in_turn(lambda: work(*args, **kwargs)))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        task = self._begin(lambda: work(*args, **kwargs))
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
             task.add_done_callback(_say_failure)
             raise
+
+    def _begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """Begin a decision, which `close` waits for."""
+        task = asyncio.ensure_future(self._in_turn(work))
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+        return task
+
+    def record_refusals(self, refusals: Sequence[Refusal], op: str) -> None:
+        """Write to the audit, soon, what was refused; nobody waits for it. A failure is only logged."""
+        if refusals and not self._closing:
+            save = functools.partial(self._store.record_refusals, refusals, op=op, at=time.time())
+            self._begin(lambda: self._on_disk(save)).add_done_callback(_say_failure)
 
     async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """Run `work` in a turn of this process alone, after reading what another process has decided."""

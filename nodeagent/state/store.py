@@ -22,14 +22,18 @@ from urllib.parse import quote
 from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import LedgerTooNewError, StateError
+from nodeagent.state import audit
 from nodeagent.state import grant_json as storedgrant
+from nodeagent.state.audit import Refusal
 from nodeagent.state.layout import migrate, take_back
 from nodeagent.state.lock import FileLock
 from nodeagent.state.mark import LedgerMark, Mark
+from nodeagent.telemetry import metrics
 
 FILE, LOCK = "ledger.db", "ledger.lock"
-COUNTED, WHOLE = "counted", "ledger-whole"
-"""Action of an audit entry without a grant, which only records how far the ledger has counted; op of such an entry."""
+WHOLE = "ledger-whole"
+"""Op of an audit entry without a grant."""
+_REPLACED = "the ledger file was damaged and replaced while it was held"
 BUSY_TIMEOUT_MS = 2000
 TURN_S, TURN_POLL_S = 20.0, 0.005
 """How long another process may take for its turn, and how often to check whether it is over."""
@@ -109,6 +113,7 @@ class Store:
         elif mark is not None and mark.loss:
             self._lose(mark.loss)
         elif mark is not None and mark.newest > self._seq:
+            metrics.LEDGER_REPLACED.inc()
             made = f"ends with decision {self._seq} although {mark.newest} were made"
             self._lose(f"{self.path} {made}: it is an older copy")
         else:
@@ -117,6 +122,7 @@ class Store:
     def lose(self, why: str) -> None:
         """Record that the ledger may lack decisions, until it is found whole. Raise StateError on failure."""
         with self._turn():
+            metrics.LEDGER_REPLACED.inc()
             self._lose(why)
 
     def found_whole(self) -> None:
@@ -176,6 +182,7 @@ class Store:
             return
         last = max(self._seq, _last_seq(self._db))
         if mark.newest > last and not mark.loss:
+            metrics.LEDGER_REPLACED.inc()
             self._lose(f"{self.path} ends with decision {last} although {mark.newest} were made")
         else:
             self.loss = mark.loss
@@ -209,13 +216,21 @@ class Store:
                 self._begin_anew(str(error), held, at)
                 self._write(changes, op, at)
 
+    def record_refusals(self, refusals: Iterable[Refusal], *, op: str, at: float) -> None:
+        """Write to the audit what was refused. Raise StateError if that fails. at: seconds since the epoch."""
+        with self._turn(), self._said("save"):
+            self._put_back()
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                audit.add_refusals(self._db, refusals, op=op, at=at)
+
     def prune(self, before: float) -> int:
-        """Delete audit entries older than `before` (seconds since the epoch). Return how many."""
+        """Delete audit entries older than `before` (seconds since the epoch). Return how many about grants."""
         with self._turn(), self._said("prune"):
             self._put_back()
-            # The newest entry stays: its number shows how far the ledger has counted.
-            older = "DELETE FROM audit WHERE at < ? AND seq < (SELECT max(seq) FROM audit)"
-            return self._db.execute(older, (before,)).rowcount
+            with self._db:
+                self._db.execute("BEGIN IMMEDIATE")
+                return audit.prune(self._db, before)
 
     def _put_back(self) -> None:
         """Restore the file if it or its folder was removed or replaced: the open file still has everything."""
@@ -254,6 +269,7 @@ class Store:
 
     def _write_again(self) -> None:
         # A journal on its own has to go too: it does not belong to the fresh file.
+        metrics.LEDGER_REPLACED.inc()
         aside = f"; what lay there is now {self._move_aside()}" if any(self._identities()) else ""
         fresh = self._connect()
         try:
@@ -272,11 +288,13 @@ class Store:
 
     def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
         """Replace a damaged file by a new one with everything that is held."""
+        metrics.LEDGER_REPLACED.inc()
         self._db.close()
         aside = self._move_aside()
         self._db = self._open()
         missed = (self._mark.read() or Mark()).newest > self._seq
-        self._write([Change(action=ADOPTED, grant=grant) for grant in held], "ledger-begun-anew", at)
+        held_still = [Change(action=ADOPTED, grant=grant, why=_REPLACED) for grant in held]
+        self._write(held_still, "ledger-begun-anew", at)
         self._files, self._version = self._identities(), _version(self._db)
         self.note = f"cannot use {self.path}: {why}; moved to {aside}, replaced by a new file with all grants"
         if missed:
@@ -299,22 +317,15 @@ class Store:
             for change in changes:
                 last, body = last + 1, storedgrant.write(change.grant)
                 self._apply(change, body)
-                self._audit(last, at, change.action, op, change.grant.id, str(change.grant.holder), body)
+                audit.add(self._db, last, change, body, op=op, at=at)
             if last > _last_seq(self._db):
                 # No change was written, so nothing else records how far it has counted: any copy of an earlier file
                 # would appear newer.
-                self._audit(last, at, COUNTED, op)
+                audit.add_counted(self._db, last, op=op, at=at)
         self._seq = last
         # The decision is made: a mark that lags behind is weaker evidence, not an error.
         with contextlib.suppress(StateError):
             self._mark.advance(last)
-
-    def _audit(
-        self, number: int, at: float, action: str, op: str, grant: str = "", holder: str = "", body: str = ""
-    ) -> None:
-        self._db.execute(
-            "INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)", (number, at, action, op, grant, holder, body)
-        )
 
     def _apply(self, change: Change, body: str) -> None:
         grant = change.grant
@@ -350,6 +361,7 @@ class Store:
         except (sqlite3.DatabaseError, StateError) as error:
             if not self._unusable(error):
                 raise StateError(f"cannot open {self.path}: {error}") from None
+            metrics.LEDGER_REPLACED.inc()
             self.note = f"cannot use {self.path}: {error}; moved to {self._move_aside()}, a new ledger is begun"
         try:
             return self._connect()
@@ -366,6 +378,7 @@ class Store:
             db.execute("PRAGMA synchronous = FULL")
             _check(db)
             migrate(db)
+            audit.add_tables(db)
             for _ in _grants(db, FILE):
                 pass
         except BaseException:

@@ -50,6 +50,11 @@ LEDGER_WHOLE = Gauge(
     "1 where the ledger has every decision; 0 while it is rebuilt, and nothing new is granted.",
     registry=REGISTRY,
 )
+LEDGER_REPLACED = Counter(
+    "nodeagent_ledger_replaced",
+    "Ledgers that were found damaged, removed or without decisions that were made, since the agent started.",
+    registry=REGISTRY,
+)
 CONFIG_REFUSED = Gauge(
     "nodeagent_config_refused", "Whether the newest configuration is not in force.", registry=REGISTRY
 )

@@ -190,6 +190,30 @@ def test_a_configuration_of_the_claim_is_in_force(node: Cluster) -> None:
     until("status.devices is written", lambda: claim_of(node, "own")["status"].get("devices"))
 
 
+def test_an_agents_token_writes_nothing_else_into_a_claim(node: Cluster) -> None:
+    """Its own part it may write, as it has; neither the reservation nor what others say of their devices. Which of the
+    server's checks refuses depends on its version."""
+    node.api.create(claim("kept", request("cpus", "cpu", cpus="2")))
+    run_pod(node, "kept", {"kept": "kept"})
+    until("status.devices is written", lambda: claim_of(node, "kept")["status"].get("devices"))
+    agent, path = KubeApi(node.api.port, node.agent_token(NODE)), f"{DRA}/namespaces/default/resourceclaims/kept/status"
+
+    def write(**status: object) -> None:
+        """Nothing is stored by asking."""
+        found = claim_of(node, "kept")
+        agent.call("PUT", f"{path}?dryRun=All", {**found, "status": {**found["status"], **status}})
+
+    (mine,) = claim_of(node, "kept")["status"]["devices"]
+    write(devices=[{**mine, "conditions": []}])
+    for wrong in (
+        {"reservedFor": []},
+        {"devices": [{**mine, "driver": "other.example"}]},
+        {"devices": [{**mine, "pool": "other-node/cpu"}]},
+    ):
+        with pytest.raises(Refusal):
+            write(**wrong)
+
+
 def test_a_wrong_configuration_fails_its_own_pod_alone_and_says_why(node: Cluster) -> None:
     made = claim("wrong", request("cpus", "cpu", cpus="1"))
     parameters = {"apiVersion": f"{DRIVER}/v1alpha1", "kind": "CpuConfig", "optoins": []}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -22,6 +23,7 @@ from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.kubelet import FakeKubelet
 from tests.support.running import CHAR, CPU, Running, running
+from tests.unit.admin.test_reasons import given_twice
 
 RESOURCES = [
     {"name": "cpu", "kind": "cpu"},
@@ -205,3 +207,44 @@ def test_the_note_of_a_container_says_where_it_ran_before_it_was_pinned(ran: dic
     shown = {**ran, "found": "0-15", "wanted": "4-7"} if ran else None
     one = {"error": "", "ran_unpinned": shown, "lost_cpus": "", "outside_cpus": "", "quota_cpus": None, "unproven": []}
     assert status_of._note(one) == note.format(time.strftime("%H:%M:%S", time.localtime(1.0)))
+
+
+async def test_a_group_of_readers_that_does_not_exist_is_named(folder: Path, tmp_path: Path) -> None:
+    """The agent runs, only root reads, and the status says why."""
+    async with standing(folder, tmp_path, status={"group": "no-such-group"}) as (agent, _):
+        note = (
+            "status.group: there is no group 'no-such-group' here; only root can read the status socket until the "
+            "group exists and the agent is restarted"
+        )
+        assert (await agent.ask("/v1/status"))[1]["notes"] == [note]
+        assert (await agent.said("no-status-group"))["reason"] == note
+        assert agent.socket.stat().st_mode & 0o777 == 0o600
+
+
+async def test_a_node_with_many_faults_gives_each_reason_once(folder: Path, tmp_path: Path) -> None:
+    """No kubelet, no API server, no cgroups, pools that cannot be: in the lists and on the page for admins."""
+    tree = DeviceTree(machine(tmp_path / "root", "1s1n4c"))
+    tree.node("/dev/ttyS0")
+    options: dict[str, Any] = {
+        "resources": [{**one, "serve": "both"} for one in RESOURCES] + [{"name": "more", "kind": "cpu"}],
+        "dra": {"nodeName": "n", "kubeconfig": str(folder / "none"), "spreadSeconds": 0},
+        "pinning": {"mode": "nri", "nriSocket": str(folder / "nri.sock")},
+        "hugepages": [{"pageSize": size, "node": 7, "pages": 1} for size in ("2Mi", "1Gi")],
+        "status": {"group": "no-such-group"},
+    }
+    async with running(folder, root=tree.root, **options) as agent:
+        status = await agent.until("/v1/status", lambda found: len(found["notes"]) > 1 and len(found["not_ready"]) > 2)
+        for lines in (status["not_ready"], status["notes"]):
+            assert given_twice(lines) == [], lines
+        names = "nodeagent.dev/cpu, nodeagent.dev/serial, nodeagent.dev/more"
+        assert any(line.startswith(f"{names}") for line in status["not_ready"]), status["not_ready"]
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "nodeagent", "status", "--socket", str(agent.socket)],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    page = done.stdout.partition("\n\n")[0].splitlines()[2:]
+    assert len(page) > 4
+    assert given_twice(line.partition(": ")[2] for line in page) == [], page

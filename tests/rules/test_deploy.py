@@ -23,6 +23,7 @@ from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.topology import DRAM, MEMORY_KINDS
 from nodeagent.host.devices.all_kinds import builtin_kinds
+from nodeagent.kube.resourceslice.render import Owner, pool_name
 from tests.builders.inventories import even_rows, inventory_of
 from tests.support.paths import CHECKOUT
 
@@ -100,9 +101,10 @@ def test_one_account_has_the_role_is_narrowed_and_runs_the_agent() -> None:
     assert subject == {"kind": "ServiceAccount", "name": account["name"], "namespace": account["namespace"]}
     assert only("ClusterRoleBinding")["roleRef"]["name"] == only("ClusterRole")["metadata"]["name"]
     assert pod()["serviceAccountName"] == account["name"]
-    (condition,) = only("ValidatingAdmissionPolicy")["spec"]["matchConditions"]
     user = f"system:serviceaccount:{account['namespace']}:{account['name']}"
-    assert condition["expression"] == f'request.userInfo.username == "{user}"'
+    for policy in all_of("ValidatingAdmissionPolicy"):
+        (condition,) = policy["spec"]["matchConditions"]
+        assert condition["expression"] == f'request.userInfo.username == "{user}"'
 
 
 def test_the_role_is_what_the_agent_does_and_no_more() -> None:
@@ -126,25 +128,43 @@ def test_the_role_is_what_the_agent_does_and_no_more() -> None:
     assert (named["resources"], named["resourceNames"]) == (["resourceclaims/driver"], [DRIVER])
 
 
-def test_every_write_of_a_slice_is_held_against_the_node_of_the_token() -> None:
-    policy, binding = only("ValidatingAdmissionPolicy"), only("ValidatingAdmissionPolicyBinding")
-    assert binding["spec"] == {"policyName": policy["metadata"]["name"], "validationActions": ["Deny"]}
+def enforced(name: str, resource: str, *operations: str) -> tuple[dict[str, str], list[str]]:
+    """The variables and the validations of an admission policy that is in force, fails closed, and uses all of its
+    variables."""
+    (policy,) = [one for one in all_of("ValidatingAdmissionPolicy") if one["metadata"]["name"] == name]
+    (binding,) = [one for one in all_of("ValidatingAdmissionPolicyBinding") if one["metadata"]["name"] == name]
+    assert binding["spec"] == {"policyName": name, "validationActions": ["Deny"]}
     spec = policy["spec"]
     assert spec["failurePolicy"] == "Fail"
     (rule,) = spec["matchConstraints"]["resourceRules"]
-    assert set(rule["operations"]) == {"CREATE", "UPDATE", "DELETE"}
-    assert (rule["apiGroups"], rule["apiVersions"], rule["resources"]) == (
-        ["resource.k8s.io"],
-        ["*"],
-        ["resourceslices"],
-    )
+    assert sorted(rule["operations"]) == sorted(operations)
+    assert (rule["apiGroups"], rule["apiVersions"], rule["resources"]) == (["resource.k8s.io"], ["*"], [resource])
     variables = {one["name"]: one["expression"] for one in spec["variables"]}
     assert "authentication.kubernetes.io/node-name" in variables["node"]
-    assert {"object", "oldObject"} <= set(re.findall(r"\w+", variables["slices"]))
     expressions = [one["expression"] for one in spec["validations"]]
-    used = {name for text in expressions for name in re.findall(r"variables\.(\w+)", text)}
+    assert expressions[0] == 'variables.node != ""', "a token without a node may write nothing"
+    used = {name for text in (*expressions, *variables.values()) for name in re.findall(r"variables\.(\w+)", text)}
     assert used == variables.keys()
+    return variables, expressions
+
+
+def test_every_write_of_a_slice_is_held_against_the_node_of_the_token() -> None:
+    variables, expressions = enforced(f"slices.{DRIVER}", "resourceslices", "CREATE", "UPDATE", "DELETE")
+    assert {"object", "oldObject"} <= set(re.findall(r"\w+", variables["slices"]))
     assert f'slice.spec.driver == "{DRIVER}"' in expressions[-1]
+
+
+def test_an_agent_writes_the_status_of_its_own_nodes_devices_and_nothing_else_of_a_claim() -> None:
+    """Before Kubernetes 1.36 the role alone would let each agent write the whole status of every claim."""
+    variables, expressions = enforced(f"claims.{DRIVER}", "resourceclaims/status", "UPDATE")
+    assert {"before", "after"} <= set(re.findall(r"variables\.(\w+)", variables["changed"]))
+    _, rest, driver, node = expressions
+    for part in ("allocation", "reservedFor"):
+        assert f"object.?status.?{part} == oldObject.?status.?{part}" in rest
+    assert driver == f'variables.changed.all(one, one.driver == "{DRIVER}")'
+    prefix = pool_name(Owner(driver=DRIVER, node_name="NODE"), "").replace("NODE", "")
+    assert f'one.pool.startsWith(variables.node + "{prefix}")' in node, "as the agent names its pools"
+    assert "variables.allocated.exists(" in node
 
 
 # ---------------------------------------------------------------- the pod

@@ -27,6 +27,7 @@ SAME_POD_S = 5.0
 """Kubelet admits one pod after another: a grant made this recently and not listed yet is probably of the same pod."""
 
 
+_ADOPTED, _TAKEN = "kubelet lists it, and the ledger lacked it", "kubelet allocated its ids again"
 MOST_NAMED = 4
 """How many shared things a refusal names."""
 
@@ -106,7 +107,7 @@ def adopt(inventory: Inventory, ledger: Ledger, grants: Iterable[Grant]) -> tupl
         try:
             refuse_excluded(inventory, ledger, grant)
             ledger = ledger_of.grant(ledger, grant)
-            changes.append(Change(action=ledger_of.ADOPTED, grant=grant))
+            changes.append(Change(action=ledger_of.ADOPTED, grant=grant, why=_ADOPTED))
         except Refused as refusal:
             conflicts.append(f"{grant.holder}: {refusal.why}")
     decision = Decision(ledger=ledger, changes=tuple(changes), grants=tuple(one.grant for one in changes))
@@ -166,8 +167,8 @@ def _give_way(
     rest = without(held, taken, resource.parts(inventory, taken))
     ledger = ledger_of.release(ledger, [held.id])
     if rest is None:
-        return ledger, Change(action=RELEASED, grant=held)
-    return ledger_of.grant(ledger, rest), Change(action=REDUCED, grant=rest)
+        return ledger, Change(action=RELEASED, grant=held, why=_TAKEN)
+    return ledger_of.grant(ledger, rest), Change(action=REDUCED, grant=rest, why=_TAKEN)
 
 
 def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:

@@ -12,9 +12,9 @@ from itertools import chain
 from types import MappingProxyType
 
 from nodeagent.core.dra.memory_pools import SIZE
-from nodeagent.core.dra.prepare import Catalog, grants_of, results_of, unprepare
+from nodeagent.core.dra.prepare import Catalog, grants_of, results_of
 from nodeagent.core.ledger.free import PageLimit, grantable, memory_left, room
-from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.ledger.ledger import Ledger, release
 from nodeagent.core.model.claim import Claim, Result
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import HugepagePool, NodeId
@@ -71,7 +71,7 @@ def demand(
     a claim was allocated before is released first.
     """
     new = {claim.ref.uid: claim for claim in claims if not is_granted(ledger, catalog, claim)}
-    ledger = unprepare(ledger, new).ledger
+    ledger = release(ledger, [one.id for uid in new for one in grants_of(ledger, uid)])
     left = supply = _Supply.of(inventory, ledger, limits)
     wanted: dict[str, Amounts] = {}
     for uid, claim in new.items():

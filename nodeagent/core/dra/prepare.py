@@ -22,7 +22,7 @@ from nodeagent.core.dra.pool import DevicePart
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.exclusion import things_of
 from nodeagent.core.ledger.free import memory_left
-from nodeagent.core.ledger.ledger import CONFIRMED, GRANTED, RELEASED, Change, Ledger
+from nodeagent.core.ledger.ledger import CONFIRMED, GRANTED, Change, Ledger, released
 from nodeagent.core.model.claim import Claim, Result
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
@@ -33,6 +33,7 @@ from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 
+_READ = "its claim was read again"
 MOST_NAMED = 3
 """Highest number of holders named in a refusal."""
 
@@ -140,7 +141,7 @@ def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str], inventory
     noted = tuple(replace(grant, pods=tuple(pods), things=_things_now(grant, inventory)) for grant in held)
     if noted == held:
         return Decision(ledger=ledger, grants=held)
-    changes = tuple(Change(action=CONFIRMED, grant=grant) for grant in noted)
+    changes = tuple(Change(action=CONFIRMED, grant=grant, why=_READ) for grant in noted)
     return Decision(ledger=ledger_of.amend(ledger, noted), changes=changes, grants=noted)
 
 
@@ -151,11 +152,11 @@ def _things_now(grant: Grant, inventory: Inventory | None) -> tuple[tuple[str, s
     return things_of(inventory, devices)
 
 
-def unprepare(ledger: Ledger, uids: Iterable[str]) -> Decision:
-    """Release everything that the claims hold; claims that hold nothing are ignored."""
+def unprepare(ledger: Ledger, uids: Iterable[str], why: str) -> Decision:
+    """Release everything that the claims hold, for a reason (a clause); claims that hold nothing are ignored."""
     gone = [grant for uid in dict.fromkeys(uids) for grant in grants_of(ledger, uid)]
     after = ledger_of.release(ledger, [grant.id for grant in gone])
-    return Decision(ledger=after, changes=tuple(Change(action=RELEASED, grant=grant) for grant in gone))
+    return Decision(ledger=after, changes=released(gone, why))
 
 
 def grants_of(ledger: Ledger, uid: str) -> tuple[Grant, ...]:
@@ -302,7 +303,7 @@ def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDem
     What was allocated to it before under the same UID is released: the driver is not notified when an old allocation
     ends.
     """
-    before = unprepare(ledger, [claim.ref.uid])
+    before = unprepare(ledger, [claim.ref.uid], "its claim was allocated something else")
     ledger, made = before.ledger, dict[int, Grant]()
     for one in sorted(wanted, key=_first_fixed):
         with _placed(one.result):

@@ -14,13 +14,14 @@ from types import MappingProxyType
 from nodeagent.core.kubelet.assigned import Assigned, MemoryBlock, Said
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.free import MEMORY, memory_left
-from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change, Ledger
+from nodeagent.core.ledger.ledger import ADOPTED, Change, Ledger, released
 from nodeagent.core.model.grant import KUBELET, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages
 from nodeagent.core.model.topology import NodeId
 from nodeagent.errors import Refused
 
+_IMPORTED, ENDED = "imported from kubelet's own managers", "kubelet has removed its pod's folder"
 OLD_FORM = "this old form of the state does not say which pod it is of: drain the node"
 
 
@@ -43,8 +44,8 @@ class ImportPlan:
     @property
     def changes(self) -> tuple[Change, ...]:
         """Return the changes to the ledger, releases first."""
-        released = (Change(action=RELEASED, grant=one) for one in self.released)
-        return (*released, *(Change(action=ADOPTED, grant=one) for one in self.taken))
+        gone = released(self.released, "kubelet's own managers no longer assign it")
+        return (*gone, *(Change(action=ADOPTED, grant=one, why=_IMPORTED) for one in self.taken))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

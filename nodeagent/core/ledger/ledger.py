@@ -117,6 +117,13 @@ class Change:
 
     action: Action
     grant: Grant
+    why: str = ""
+    """Who or what caused it, and by which rule, as a clause. A release always has one; "" if the action says it all."""
+
+
+def released(grants: Iterable[Grant], why: str) -> tuple[Change, ...]:
+    """Return the audit entries of grants that are released for the same reason, a clause."""
+    return tuple(Change(action=RELEASED, grant=one, why=why) for one in grants)
 
 
 def grant(ledger: Ledger, new: Grant) -> Ledger:

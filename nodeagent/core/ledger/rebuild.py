@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from nodeagent.core.ledger import ledger as ledger_of
-from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change, Ledger
+from nodeagent.core.ledger.ledger import ADOPTED, Change, Ledger, released
 from nodeagent.core.ledger.witness import Given
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant
 from nodeagent.errors import InputError, Refused
@@ -96,7 +96,7 @@ class _Book:
         before = self.ledger, list(self.changes)
         try:
             for one in grants:
-                self._take(one)
+                self._take(one, "its claim's file has it, and the ledger lacked it")
         except Refused as refusal:
             self.ledger, self.changes = before
             self.unaccounted[f"recorded/{uid}"] = f"claim {uid} cannot be put back: {refusal.why}"
@@ -109,17 +109,17 @@ class _Book:
         try:
             grant = of(resource, strange, uid, container)
             if grant is not None:
-                self._take(grant)
+                self._take(grant, "kubelet's checkpoint has it, and the ledger lacked it")
         except (InputError, Refused) as error:
             self.unaccounted[f"{resource}/{uid}/{container}"] = f"pod {uid} holds {', '.join(strange)}: {error}"
 
-    def _take(self, grant: Grant) -> None:
+    def _take(self, grant: Grant, why: str) -> None:
         """Add a grant in place of those that only the ledger knows; raise Refused if it overlaps another attested
         one."""
         stale = [one for one in self.ledger.grants.values() if _overlap(one, grant) and not self._is_attested(one)]
         self.ledger = ledger_of.grant(ledger_of.release(self.ledger, [one.id for one in stale]), grant)
-        self.changes += [Change(action=RELEASED, grant=one) for one in stale]
-        self.changes.append(Change(action=ADOPTED, grant=grant))
+        self.changes += released(stale, f"no source confirms it, and {grant.holder} has what it held")
+        self.changes.append(Change(action=ADOPTED, grant=grant, why=why))
 
     def _is_attested(self, grant: Grant) -> bool:
         """Return whether a source confirms a grant, or could not be asked."""

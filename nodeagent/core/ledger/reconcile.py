@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, replace
 
 from nodeagent.core.ledger import ledger as ledger_of
-from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.ledger.ledger import CONFIRMED, RELEASED, Change, Ledger
 from nodeagent.core.ledger.release import Absences, Memory, Patience, judge
 from nodeagent.core.ledger.witness import NO_WITNESSES, Given, Witnesses, pods_by_checkpoint
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder, Holding
@@ -36,6 +36,13 @@ class Findings:
     def released(self) -> tuple[Grant, ...]:
         """Return the grants to release."""
         return self.absences.released
+
+    @property
+    def changes(self) -> tuple[Change, ...]:
+        """Return the changes to grants that the ledger has, each with its reason."""
+        listed = (Change(action=CONFIRMED, grant=one, why="kubelet names its holder") for one in self.confirmed)
+        gone = (Change(action=RELEASED, grant=one, why=self.absences.why[one.id]) for one in self.released)
+        return (*listed, *gone)
 
 
 def compare(

@@ -80,6 +80,8 @@ class Absences:
 
     memory: Memory
     released: tuple[Grant, ...] = ()
+    why: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Why each of them is released, by grant id."""
     held: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Why each grant that is missing from kubelet's list is not released yet, by grant id."""
     disputed: frozenset[str] = frozenset()
@@ -110,9 +112,11 @@ def judge(
     memory = replace(memory, missing={one.id: memory.missing.get(one.id, now) for one in away})
     verdicts = {one.id: _verdict(one, memory, witnesses, now, patience) for one in away}
     held = {one.id: verdicts[one.id] for one in away if verdicts[one.id].due_s > 0}
+    released = tuple(one for one in away if one.id not in held)
     return Absences(
         memory=memory,
-        released=tuple(one for one in away if one.id not in held),
+        released=released,
+        why=MappingProxyType({one.id: verdicts[one.id].why for one in released}),
         held=MappingProxyType({one: verdict.why for one, verdict in held.items()}),
         disputed=frozenset(one for one, verdict in held.items() if verdict.disputed),
         due_s=min((verdict.due_s for verdict in held.values() if verdict.due_s < NEVER), default=None),

@@ -44,6 +44,10 @@ class Result:
     consumed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     """Amounts consumed of a shared device's capacity, by qualified name."""
 
+    def __str__(self) -> str:
+        amounts = ", ".join(f"{name}={amount}" for name, amount in self.consumed.items())
+        return f"{self.pool}/{self.device}" + (f" ({amounts})" if amounts else "")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opaque:

@@ -86,3 +86,11 @@ class Grant:
     def pod_uids(self) -> tuple[str, ...]:
         """Return the UIDs of the pods that hold it, as far as they are known."""
         return (self.holder.uid,) if self.holder.api == KUBELET else self.pods
+
+
+def describe(grant: Grant) -> str:
+    """Return in words what a grant holds."""
+    parts = [f"CPUs {grant.cpus}"] if grant.cpus else []
+    parts += [f"{one.pages} pages of {one.page_bytes} bytes on NUMA node {one.node}" for one in grant.hugepages]
+    parts += [f"{size} bytes on NUMA node {node}" for node, size in grant.memory]
+    return ", ".join([*parts, *grant.devices, *grant.shares]) or "no exclusive part"

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from nodeagent.aio.revision import Revision
 from nodeagent.core.model.device import Advertised, ContainerEdits
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Holder
+from nodeagent.errors import InputError, Refused
 from nodeagent.resources.offer import Offer
 from nodeagent.state.agent import Agent
+from nodeagent.state.audit import Refusal
 from nodeagent.telemetry import metrics
 
 
@@ -36,7 +39,16 @@ class OfferAdapter:
 
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         with metrics.counted_allocation(self.name):
-            return await self._agent.allocate(self.offer.resource, containers, self.offer.edits, op)
+            try:
+                return await self._agent.allocate(self.offer.resource, containers, self.offer.edits, op)
+            except (Refused, InputError) as error:
+                self._agent.record_refusals([self._refusal(containers, error)], op)
+                raise
+
+    def _refusal(self, containers: Sequence[Sequence[str]], error: Exception) -> Refusal:
+        """Return the audit's entry. The device plugin is not told for which pod kubelet asks."""
+        holder = Holder(api=DEVICE_PLUGIN, resource=self.name)
+        return Refusal(holder=str(holder), want="; ".join(map(", ".join, containers)), why=str(error))
 
     async def pre_start(self, ids: Sequence[str]) -> None:
         """Do nothing: no preparation is needed."""

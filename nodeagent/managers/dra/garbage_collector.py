@@ -17,7 +17,7 @@ from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race
 from nodeagent.core.model.claim import Claim, ClaimRef, Result
-from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.grant import Grant, describe
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import resourceclaim as wire
@@ -31,6 +31,8 @@ SETTLE_S = 0.2
 """How long to wait after a change before files are checked, so that further changes are collected."""
 LOOK_S, SECOND_LOOK_S = 3600.0, 60.0
 """How often to check whether claims still exist, and how long one must be gone before it is released."""
+FORGOTTEN = "garbage collection: kubelet uses it no longer, and it is gone or reserved for no pod"
+"""Why the collector releases a claim, for the audit."""
 MOST_WAITING = 1000
 """Maximum number of claims whose status is waiting to be written."""
 NOT_ALLOWED_S = 600.0
@@ -106,7 +108,7 @@ class ClaimGarbageCollector:
         since = self._gone_since.setdefault(uid, self._clock())
         if self._clock() - since < SECOND_LOOK_S:
             return ()
-        done = await self._agent.unprepare([uid], new_op())
+        done = await self._agent.unprepare([uid], FORGOTTEN, new_op())
         if done.living:
             why = f"cannot release claim {uid}, which is gone: it is in use, {done.living[uid]}"
             log.warning("claim-in-use", uid=uid, error=why)
@@ -200,7 +202,7 @@ class StatusWriter:
 
     def _device(self, grant: Grant, result: Result, error: str) -> Any:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(grant.granted_at))
-        reason, message = ("NotPrepared", error) if error else ("Prepared", _held(grant))
+        reason, message = ("NotPrepared", error) if error else ("Prepared", describe(grant))
         data = self._network(grant)
         return wire.one_status(result, ready=not error, reason=reason, message=message, at=at, data=data)
 
@@ -212,11 +214,3 @@ class StatusWriter:
             return {}
         mac = device.attributes.get("mac")
         return {"networkData": {"interfaceName": name, **({"hardwareAddress": str(mac)} if mac else {})}}
-
-
-def _held(grant: Grant) -> str:
-    """Return a short description of what a grant holds."""
-    parts = [f"CPUs {grant.cpus}"] if grant.cpus else []
-    parts += [f"{one.pages} pages of {one.page_bytes} bytes on NUMA node {one.node}" for one in grant.hugepages]
-    parts += [f"{size} bytes on NUMA node {node}" for node, size in grant.memory]
-    return ", ".join([*parts, *grant.devices, *grant.shares]) or "no exclusive part"

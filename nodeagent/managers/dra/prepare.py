@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import structlog
 
@@ -21,6 +21,7 @@ from nodeagent.managers.dra import container_edits as handover
 from nodeagent.managers.dra.claim_files import ClaimRenderer
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
+from nodeagent.state.audit import Refusal
 from nodeagent.state.values import Unprepared
 from nodeagent.telemetry import metrics
 
@@ -37,8 +38,17 @@ Fetch = Callable[[ClaimRef], Awaitable[Mapping[str, Any] | None]]
 Grow = Callable[[Catalog, Sequence[Claim]], AbstractAsyncContextManager[Callable[[str], str]]]
 """Grows hugepage pools for claims that are decided inside the context. Yields a function that returns, by claim UID,
 why they did not grow."""
+_ENDED = "kubelet unprepared its claim"
 _IN_USE = "cannot unprepare claim {}: it is in use, {}"
 _UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
+
+
+class _Decided(NamedTuple):
+    """Claims of one call, by UID: what each is granted, why others are not, and those that could be read."""
+
+    granted: dict[str, Sequence[Grant]]
+    errors: dict[str, str]
+    read: Mapping[str, Claim]
 
 
 class StatusNotifier(Protocol):
@@ -83,7 +93,7 @@ class ClaimPreparer:
         All claims of one call belong to one pod.
         """
         began = time.perf_counter()
-        granted, errors = await self._decided(claims, op)
+        granted, errors, read = await self._decided(claims, op)
         errors.update(await self._rendering.write(granted))
         for ref in claims:
             if ref.uid in granted and not self._rendering.hold(granted[ref.uid]):
@@ -92,6 +102,8 @@ class ClaimPreparer:
         for ref in claims:
             self._told(ref, granted.get(ref.uid, ()), answers[ref.uid].error)
             self._say(ref, granted.get(ref.uid, ()), answers[ref.uid].error, op)
+        refused = [ref for ref in claims if answers[ref.uid].error]
+        self._agent.record_refusals([_refusal(one, read.get(one.uid), answers[one.uid].error) for one in refused], op)
         failed = sum(bool(one.error) for one in answers.values())
         metrics.count_prepared(failed, len(answers) - failed, time.perf_counter() - began)
         return answers
@@ -116,17 +128,17 @@ class ClaimPreparer:
     async def _unprepared(self, uids: Sequence[str], op: str) -> Unprepared:
         """Unprepare some claims and return the result. A runtime's helper process may briefly outlive its container."""
         until_s = time.monotonic() + ENDING_S
-        done = await self._agent.unprepare(uids, op)
+        done = await self._agent.unprepare(uids, _ENDED, op)
         while done.living and time.monotonic() < until_s:
             await asyncio.sleep(ENDING_POLL_S)
-            more = await self._agent.unprepare(list(done.living), op)
+            more = await self._agent.unprepare(list(done.living), _ENDED, op)
             done = Unprepared(released=(*done.released, *more.released), living=more.living)
         return done
 
     # ---------------------------------------------------------------- deciding
 
-    async def _decided(self, claims: Sequence[ClaimRef], op: str) -> tuple[dict[str, Sequence[Grant]], dict[str, str]]:
-        """Return, by UID, what each claim is granted, and why others are not."""
+    async def _decided(self, claims: Sequence[ClaimRef], op: str) -> _Decided:
+        """Read claims and decide them together."""
         with self._waited_for(claims) as waited_for:
             until_s = asyncio.get_running_loop().time() + READ_S
             read = await asyncio.gather(*(self._read(ref, until_s) for ref in claims))
@@ -145,7 +157,7 @@ class ClaimPreparer:
                 errors[ref.uid] = f"cannot prepare claim {ref}: {one}"
             elif ref.uid not in batch.grants:
                 errors.setdefault(ref.uid, _UNPREPARED.format(ref))
-        return granted, errors
+        return _Decided(granted, errors, {one.ref.uid: one for one in read if isinstance(one, Claim)})
 
     # ---------------------------------------------------------------- reading
 
@@ -213,6 +225,13 @@ class ClaimPreparer:
         else:
             parts = [f"{grant.id}: {grant.cpus or ''} {' '.join(grant.ids)}" for grant in grants]
             log.info("claim-prepared", op=op, claim=str(ref), uid=ref.uid, grants=parts)
+
+
+def _refusal(ref: ClaimRef, claim: Claim | None, error: str) -> Refusal:
+    """Return the audit's entry. claim: as it was read, or None if it could not be."""
+    pods = ", ".join(claim.pods) if claim is not None else ""
+    want = ", ".join(map(str, claim.results)) if claim is not None else ""
+    return Refusal(holder=f"claim {ref}" + (f" of {pods}" if pods else ""), want=want, why=error)
 
 
 def _because(error: str, why: str) -> str:

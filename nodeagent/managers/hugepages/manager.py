@@ -14,7 +14,9 @@ from pathlib import Path
 import structlog
 
 from nodeagent.config.schema import Config, HugepagesConfig
-from nodeagent.core.model.quantity import parse_size
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.quantity import format_size, parse_size
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.cgroup.write import put as put_value
 from nodeagent.host.hugepages.resize import Put, totals
@@ -129,7 +131,7 @@ class HugepagesManager(Manager):
                     before, now = await self._sizes.step(_key(rule), rule.pages)
                 first = before if first is None else first
         except (HostError, StateError) as error:
-            return str(error)
+            return lacking(rule, self._agent.inventory) or str(error)
         if now != first:
             log.info("pages-provided", pool=_name(rule), before=first, pages=now)
             await self._rescan()
@@ -140,6 +142,19 @@ class HugepagesManager(Manager):
             if problem != self._problems.get(key):
                 log.warning("pages-not-provided", problem=problem)
         self._problems = problems
+
+
+def lacking(rule: HugepagesConfig, inventory: Inventory) -> str:
+    """Return what the machine lacks for a pool: the NUMA node, or pages of this size; "" if it has both."""
+    node = inventory.node_by_id.get(rule.node)
+    if node is None:
+        nodes = CpuSet(inventory.node_by_id)
+        return f"this machine has no NUMA node {rule.node}, it has {nodes or 'none'}"
+    sizes = {pool.page_bytes for pool in node.hugepages}
+    if parse_size(rule.page_size) in sizes:
+        return ""
+    there = ", ".join(map(format_size, sorted(sizes))) or "none"
+    return f"NUMA node {rule.node} has no pages of that size, it has {there}"
 
 
 def _key(rule: HugepagesConfig) -> Key:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import http.client
 import os
 import socket
@@ -189,14 +190,26 @@ async def test_stopping_does_not_wait_for_idle_clients(folder: Path) -> None:
     assert not path.exists()
 
 
-async def test_the_socket_is_for_its_owner_alone_unless_a_group_is_named(folder: Path) -> None:
+@pytest.mark.parametrize("lists", [True, False], ids=["with-access-lists", "without"])
+async def test_the_socket_is_for_its_owner_alone_unless_a_group_is_named(
+    lists: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system has access lists, no privilege is used: neither owner nor group changes."""
     async with served(folder / "s"):
         assert (folder / "s").stat().st_mode & 0o777 == 0o600
-    server = UnixHttpServer(folder / "g", echo, group_id=os.getgid())
+    changed: list[int] = []
+    monkeypatch.setattr(os, "chown", lambda path, uid, gid: changed.append(gid))
+    if not lists:
+        monkeypatch.setattr(os, "setxattr", refuse_access_lists)
+    server = UnixHttpServer(folder / "g", echo, group_id=12345)
     await server.start()
     assert (folder / "g").stat().st_mode & 0o777 == 0o660
-    assert (folder / "g").stat().st_gid == os.getgid()
+    assert changed == ([] if lists else [12345])
     await server.stop()
+
+
+def refuse_access_lists(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 async def test_a_removed_socket_is_noticed_and_a_strange_one_left_alone(folder: Path) -> None:

@@ -369,6 +369,22 @@ def test_config_check_says_what_is_wrong_and_exits_with_2(tmp_path: Path, text: 
     assert expected in done.stderr
 
 
+def test_config_check_names_what_this_machine_lacks_now(tmp_path: Path) -> None:
+    """It may come later, by hot-plug or from a directory service: no mistake, and still said."""
+    file = tmp_path / "here.yaml"
+    file.write_text(
+        "hugepages: [{pageSize: 2Mi, node: 999, pages: 1}]\nstatus: {group: no-such-group}\nresources: []\n"
+    )
+    done = cli("check", str(file))
+    nodes = Path("/sys/devices/system/node/online").read_text().strip()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[3:] == [
+        "  note: status.group: there is no group 'no-such-group' here; only root can read the status socket until the "
+        "group exists and the agent is restarted",
+        f"  note: hugepages[0]: 2Mi on node 999: this machine has no NUMA node 999, it has {nodes}",
+    ]
+
+
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the example lies in the checkout")
 def test_the_example_is_good_and_has_every_key() -> None:
     done = cli("check", str(EXAMPLE))

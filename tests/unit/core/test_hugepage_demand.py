@@ -185,7 +185,7 @@ def test_what_is_foreseen_is_granted_once_pools_have_grown(
     spare = found.unneeded(found.growth, batch.grants).get((0, PAGE), 0)
     (pool,) = grown.numa_nodes[0].hugepages
     assert spare <= grantable(pool, batch.ledger)
-    everything_back = unprepare(batch.ledger, [one.ref.uid for one in every]).ledger
+    everything_back = unprepare(batch.ledger, [one.ref.uid for one in every], "done").ledger
     assert idle(pool, everything_back, pages) == more
 
 

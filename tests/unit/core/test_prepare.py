@@ -169,10 +169,10 @@ def test_what_was_allocated_anew_under_the_same_uid_replaces_what_was_held() -> 
 def test_unprepare_releases_all_of_a_claim_and_nothing_of_another() -> None:
     """One that holds nothing is no error, nor is one that is named twice."""
     both = ask(claim("c", cpus("socket0", 2), result("nic", "a")), claim("d", cpus("socket0", 2))).ledger
-    gone = unprepare(both, ["uid-c", "nobody", "uid-c"])
+    gone = unprepare(both, ["uid-c", "nobody", "uid-c"], "done")
     assert [(it.action, it.grant.id) for it in gone.changes] == [(RELEASED, "uid-c-0"), (RELEASED, "uid-c-1")]
     assert list(gone.ledger.grants) == ["uid-d-0"]
-    assert unprepare(gone.ledger, ["uid-c"]).changes == ()
+    assert unprepare(gone.ledger, ["uid-c"], "done").changes == ()
 
 
 def test_a_claim_of_many_devices_keeps_their_order() -> None:
@@ -487,7 +487,7 @@ class OneLedger(RuleBasedStateMachine):
     def unprepare_claim(self, data: st.DataObject) -> None:
         """And it is no more."""
         name = data.draw(st.sampled_from(sorted(self.claims)))
-        self.ledger = unprepare(self.ledger, [name]).ledger
+        self.ledger = unprepare(self.ledger, [name], "done").ledger
         del self.claims[name]
         assert not grants_of(self.ledger, name)
 

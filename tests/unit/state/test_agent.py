@@ -17,7 +17,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, still_told
-from nodeagent.core.ledger.ledger import GRANTED, Change
+from nodeagent.core.ledger.ledger import GRANTED, RELEASED, Change
 from nodeagent.core.ledger.rebuild import Sources
 from nodeagent.core.ledger.witness import Sight, Sighting, Witnesses
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -29,6 +29,7 @@ from nodeagent.errors import InputError, PeerError, Refused, StateError
 from nodeagent.host.devices import all_kinds
 from nodeagent.resources.offer import Offer, offers
 from nodeagent.state.agent import Agent
+from nodeagent.state.audit import newest
 from nodeagent.state.store import FILE, Store
 from nodeagent.state.values import AgentSettings
 from tests.builders.inventories import even_rows, inventory_of
@@ -837,6 +838,8 @@ async def test_whatever_comes_in_whatever_order_nothing_is_held_twice_or_lost(se
         for _ in range(300):
             await crowd.step()
         assert crowd.counts["granted"] > 20
+    gone = [line for line in newest(folder / FILE, -1) if line.action == RELEASED]
+    assert all(line.why for line in gone), "a release without a reason"
 
 
 def test_what_a_held_adapter_told_of_its_interface_is_kept() -> None:

@@ -19,6 +19,7 @@ from nodeagent.errors import LedgerTooNewError
 from nodeagent.state import layout as ledgerlayout
 from nodeagent.state.layout import LedgerLayout, migrate, take_back
 from nodeagent.state.store import FILE, LOCK, Store
+from nodeagent.telemetry.metrics import REGISTRY
 from tests.unit.state.test_store import filled, grant_of, granted
 
 
@@ -46,6 +47,37 @@ def emptied(folder: Path) -> None:
 
 def removed(folder: Path) -> None:
     (folder / FILE).unlink()
+
+
+def replaced() -> float:
+    """The metric `nodeagent_ledger_replaced_total`."""
+    return REGISTRY.get_sample_value("nodeagent_ledger_replaced_total") or 0.0
+
+
+@pytest.mark.parametrize("lose", [garbage, truncated, emptied, removed])
+def test_each_loss_of_a_ledger_is_counted_once(lose: Callable[[Path], None], folder: Path) -> None:
+    """A loss that is known from before, as after a restart, is not counted again."""
+    filled(folder, 5)
+    before = replaced()
+    lose(folder)
+    loss(folder)
+    assert replaced() == before + 1
+    loss(folder)
+    assert replaced() == before + 1
+
+
+@pytest.mark.parametrize("lose", [garbage, removed])
+def test_a_ledger_that_is_replaced_while_it_is_open_is_counted_once(lose: Callable[[Path], None], folder: Path) -> None:
+    filled(folder, 5)
+    with contextlib.closing(Store(folder)) as store:
+        held, before = store.load(), replaced()
+        for one in (FILE, f"{FILE}-wal", f"{FILE}-shm"):
+            (folder / one).unlink()
+        if lose is garbage:
+            garbage(folder)
+        for number in (7, 8):
+            store.save(granted(number), op="o", at=1, held=held)
+    assert replaced() == before + 1
 
 
 @pytest.mark.parametrize("lose", [garbage, truncated, emptied, removed])

@@ -1,0 +1,157 @@
+"""The audit in the ledger file: what happened to each grant, who or what caused it, and what was refused.
+
+An entry about a grant is written in the transaction of its decision. A refusal changes nothing and is written after it
+was answered. Kubelet repeats a call that was refused: equal refusals within REPEAT_S are one entry that counts them,
+and only the newest MOST_REFUSALS entries are kept.
+
+Reasons and refusals have tables of their own that belong to no layout. A build that does not know them ignores them, so
+an older build that starts during a rollback takes nothing away from a newer one that is still running.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import quote
+
+from nodeagent.core.ledger.ledger import Change
+from nodeagent.core.model.grant import describe
+from nodeagent.errors import StateError
+from nodeagent.state import grant_json as storedgrant
+
+COUNTED, REFUSED = "counted", "refused"
+"""Action of an entry without a grant, which only records how far the ledger has counted; of a refusal."""
+REPEAT_S = 3600.0
+"""For how long after a refusal an equal one is counted with it."""
+MOST_REFUSALS = 1000
+MOST_CHARACTERS = 2000
+"""Length of the longest text of a refusal; the rest is cut off."""
+_TABLES = """
+CREATE {temp} TABLE IF NOT EXISTS audit_reasons (seq INTEGER PRIMARY KEY, why TEXT NOT NULL) STRICT;
+CREATE {temp} TABLE IF NOT EXISTS refusals (
+    id INTEGER PRIMARY KEY, first_at REAL NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, op TEXT NOT NULL,
+    holder TEXT NOT NULL, want TEXT NOT NULL, why TEXT NOT NULL
+) STRICT;
+"""
+_NEWEST = """
+SELECT at, at, 1, action, op, grant_id, holder, body, coalesce(why, ''), seq
+    FROM audit LEFT JOIN audit_reasons USING (seq) WHERE action != ?1
+UNION ALL SELECT at, first_at, times, ?2, op, '', holder, want, why, id FROM refusals
+ORDER BY 1 DESC, 10 DESC LIMIT ?3
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """What was refused to whom, and why. `want` is what was requested, in words."""
+
+    holder: str
+    want: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditEntry:
+    """One entry as admins see it. Times are in seconds since the epoch."""
+
+    at: float
+    first_at: float
+    """Of refusals that were counted together, the time of the first."""
+    times: int
+    action: str
+    op: str
+    grant: str
+    """Id of the grant, "" for a refusal."""
+    holder: str
+    what: str
+    """What is held, or what was requested."""
+    why: str
+
+
+# ---------------------------------------------------------------- writing
+
+
+def add_tables(db: sqlite3.Connection) -> None:
+    """Create what an audit needs in addition to the layout."""
+    db.executescript(_TABLES.format(temp=""))
+
+
+def add(db: sqlite3.Connection, number: int, change: Change, body: str, *, op: str, at: float) -> None:
+    """Write the entry of a change under its number. body: the grant as stored."""
+    grant = change.grant
+    _insert(db, number, at, change.action, op, grant.id, str(grant.holder), body)
+    if change.why:
+        db.execute("INSERT OR REPLACE INTO audit_reasons VALUES (?, ?)", (number, change.why))
+
+
+def add_counted(db: sqlite3.Connection, number: int, *, op: str, at: float) -> None:
+    """Write an entry without a grant, which records how far the ledger has counted."""
+    _insert(db, number, at, COUNTED, op, "", "", "")
+
+
+def _insert(db: sqlite3.Connection, *values: float | str) -> None:
+    db.execute("INSERT INTO audit VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def add_refusals(db: sqlite3.Connection, refusals: Iterable[Refusal], *, op: str, at: float) -> None:
+    """Write refusals, or count them where equal ones are recent. Entries beyond MOST_REFUSALS are deleted."""
+    for one in refusals:
+        texts = _short(one.holder), _short(one.want), _short(one.why)
+        equal = "UPDATE refusals SET at = ?, times = times + 1, op = ? WHERE (holder, want, why) = (?, ?, ?) AND at > ?"
+        if not db.execute(equal, (at, op, *texts, at - REPEAT_S)).rowcount:
+            db.execute("INSERT INTO refusals VALUES (NULL, ?, ?, 1, ?, ?, ?, ?)", (at, at, op, *texts))
+    oldest = "SELECT id FROM refusals ORDER BY at DESC, id DESC LIMIT -1 OFFSET ?"
+    db.execute(f"DELETE FROM refusals WHERE id IN ({oldest})", (MOST_REFUSALS,))  # noqa: S608 - our own text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= MOST_CHARACTERS else f"{text[: MOST_CHARACTERS - 1]}…"
+
+
+def prune(db: sqlite3.Connection, before: float) -> int:
+    """Delete entries older than `before` (seconds since the epoch). Return how many entries about grants."""
+    # The newest entry stays: its number shows how far the ledger has counted.
+    gone = db.execute("DELETE FROM audit WHERE at < ? AND seq < (SELECT max(seq) FROM audit)", (before,)).rowcount
+    db.execute("DELETE FROM audit_reasons WHERE seq NOT IN (SELECT seq FROM audit)")
+    db.execute("DELETE FROM refusals WHERE at < ?", (before,))
+    return gone
+
+
+# ---------------------------------------------------------------- reading
+
+
+def newest(path: Path, most: int) -> list[AuditEntry]:
+    """Return the newest entries of a ledger file that may be in use, oldest first. Raise StateError if it cannot be
+    read. most: the highest number of entries, -1 for all."""
+    try:
+        with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as db:
+            _stand_in(db)
+            found = db.execute(_NEWEST, (COUNTED, REFUSED, most)).fetchall()
+    except sqlite3.Error as error:
+        raise StateError(f"cannot read {path}: {error}") from None
+    return [_entry(row[:-1], str(path)) for row in reversed(found)]
+
+
+def _stand_in(db: sqlite3.Connection) -> None:
+    """Let empty tables stand in for those that a file of an older build lacks; the file stays as it is."""
+    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'refusals'").fetchone():
+        db.executescript(_TABLES.format(temp="TEMP"))
+
+
+def _entry(row: tuple[float, float, int, str, str, str, str, str, str], source: str) -> AuditEntry:
+    at, first_at, times, action, op, grant, holder, text, why = row
+    what = describe(storedgrant.read(text, f"{source}, the audit's entry on {grant}")) if grant else text
+    return AuditEntry(
+        at=at,
+        first_at=first_at,
+        times=times,
+        action=action,
+        op=op,
+        grant=grant,
+        holder=holder,
+        what=what,
+        why=why,
+    )
