@@ -25,10 +25,12 @@ from nodeagent.core.kubelet.imports import ImportPlan, ended
 from nodeagent.core.ledger.free import MEMORY
 from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change, Ledger
 from nodeagent.core.ledger.release import Patience
+from nodeagent.core.model.container import Container
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.grant import DEVICE_PLUGIN, KUBELET, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages
+from nodeagent.core.pinning.plan import Situation
 from nodeagent.state.agent import Agent
 from nodeagent.state.store import FILE, Store
 from nodeagent.state.values import AgentSettings
@@ -102,12 +104,22 @@ def test_containers_of_different_pods_and_with_different_cpus_are_held_one_by_on
 def test_what_an_init_container_leaves_to_others_is_held_once_by_all_of_them() -> None:
     """Kubelet gives its CPUs on to those after it and keeps its entry; who has nothing to do with it is apart."""
     found = of_cpus(x0aa0={"init": "1-2", "app": "1-4", "side": "5-6", "last": "6"})
-    assert [(one.container, str(one.cpus)) for one in found] == [("app,init", "1-4"), ("last,side", "5-6")]
+    assert [(one.container, str(one.cpus)) for one in found] == [
+        ("app", "3-4"),
+        ("app,init", "1-2"),
+        ("last,side", "6"),
+        ("side", "5"),
+    ]
 
 
-def test_a_container_joins_what_was_apart_before_it() -> None:
-    found = of_cpus(x0aa0={"a": "1", "b": "2", "c": "1-2"})
-    assert [(one.containers, str(one.cpus)) for one in found] == [(("a", "b", "c"), "1-2")]
+def test_containers_that_share_an_init_containers_cpus_do_not_share_each_others() -> None:
+    """Each has what kubelet gave it, and nothing is held twice; the init container has what both have while it runs."""
+    found = of_cpus(x0aa0={"init": "1-4", "a": "1-2", "b": "3-4"})
+    assert [(one.containers, str(one.cpus)) for one in found] == [(("a", "init"), "1-2"), (("b", "init"), "3-4")]
+    taken = planned(found).taken
+    containers = [Container(id=name, name=name, pod_uid=A, pod_id="s") for name in ("a", "b")]
+    plan = Situation(inventory=node(), ledger=ledger_of(*taken)).plan(containers)
+    assert {id: str(pin.cpus) for id, pin in plan.containers.items()} == {"a": "1-2", "b": "3-4"}
 
 
 def test_a_pods_own_cpus_that_no_container_has_are_the_pods() -> None:
@@ -152,7 +164,7 @@ def test_who_has_nothing_is_not_there() -> None:
 def test_nothing_is_lost_and_nothing_of_one_pod_is_there_twice(
     mine: dict[tuple[str, str], set[int]], whole: dict[str, set[int]]
 ) -> None:
-    """Every CPU of a pod is in exactly one of its sets, and every container with CPUs in exactly one."""
+    """Every CPU of a pod is in exactly one of its sets, and each container is named by the sets of its own CPUs."""
     found = assigned(
         {key: CpuSet(some) for key, some in mine.items()}, {uid: CpuSet(some) for uid, some in whole.items()}, {}, {}
     )
@@ -163,9 +175,8 @@ def test_nothing_is_lost_and_nothing_of_one_pod_is_there_twice(
             {*whole.get(uid, ()), *(cpu for (pod, _), some in mine.items() if pod == uid for cpu in some)}
         )
         for (pod, name), some in mine.items():
-            if pod == uid and some:
-                (one,) = [one for one in of_pod if name in one.containers]
-                assert CpuSet(some) <= one.cpus
+            if pod == uid:
+                assert {cpu for one in of_pod if name in one.containers for cpu in one.cpus} == some
 
 
 # ---------------------------------------------------------------- taking over
@@ -674,7 +685,7 @@ async def test_pages_and_memory_are_refused_beside_the_static_memory_manager(the
     async with FakeKubelet(the_node.kubelet) as kubelet, beside(the_node, resources=resources) as agent:
         await kubelet.wait_allocatable(CPU, 8)
         status = await agent.until("/v1/status", lambda status: len(status["refused"]) == 3)
-        assert set(status["refused"]) == {"nodeagent.dev/pages", "hugepages through DRA", "memory through DRA"}
+        assert set(status["refused"]) == {"nodeagent.dev/pages", "pages through DRA", "memory through DRA"}
         for why in status["refused"].values():
             assert str(the_node.kubelet / "memory_manager_state") in why and "memoryManagerPolicy: None" in why
         assert "nodeagent.dev/pages" not in kubelet.registrations

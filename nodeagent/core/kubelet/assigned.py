@@ -1,8 +1,9 @@
 """What kubelet's own managers gave to the containers of its pods, as disjoint sets. Pure.
 
 Containers of one pod may have the same CPUs: those of an init container are reused by later ones, and a pod may have
-exclusive CPUs that several of its containers share. What such containers have is kept in one set, under all their
-names.
+exclusive CPUs that several of its containers share. CPUs that the same containers have are one set, under all their
+names: of an init container with 1-4, of which one container has 1-2 and another 3-4, there are two sets, and neither of
+the two containers has the other's CPUs.
 """
 
 from __future__ import annotations
@@ -101,17 +102,15 @@ def assigned(
 
 
 def _apart(mine: Mapping[str, CpuSet], whole: CpuSet) -> dict[tuple[str, ...], CpuSet]:
-    """Return the CPUs of one pod as disjoint sets, each under the containers that have any of it.
+    """Return the CPUs of one pod as disjoint sets, each under the containers that have all of it.
 
     whole: the CPUs of the pod as a whole, some of which may belong to no container.
     """
-    sets: dict[tuple[str, ...], CpuSet] = {}
-    for name, cpus in sorted(mine.items()):
-        met = [names for names, others in sets.items() if not cpus.isdisjoint(others)]
-        together = union((cpus, *(sets.pop(names) for names in met)))
-        sets[tuple(sorted({name, *(one for names in met for one in names)}))] = together
-    rest = whole - union(sets.values())
-    return {**sets, **({(): rest} if rest else {})}
+    sets: dict[tuple[str, ...], list[int]] = {}
+    for cpu in union((whole, *mine.values())):
+        names = tuple(sorted(name for name, cpus in mine.items() if cpu in cpus))
+        sets.setdefault(names, []).append(cpu)
+    return {names: CpuSet(cpus) for names, cpus in sets.items()}
 
 
 def _memory_of(

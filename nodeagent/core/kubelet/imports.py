@@ -2,7 +2,7 @@
 
 Pure. Kubelet's state outlives its pods: entries of a pod that no longer has a folder are ignored. Everything that can
 be imported becomes a grant of (pod UID, container) with a stable id, so that importing again changes nothing.
-Containers that have the same CPUs hold one grant together, named "a,b".
+CPUs that several containers have are one grant of all of them, named "a,b".
 """
 
 from __future__ import annotations
