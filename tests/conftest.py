@@ -1,17 +1,19 @@
-"""What every test may use: coroutines as tests, and the recorded data that lies next to the checkout."""
+"""What every test may use: coroutines as tests, recorded machines, and the captures that lie next to the checkout."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.builders import tables
 from tests.support.paths import SHARED
 
 TEST_DEADLINE_S = 180
@@ -36,11 +38,22 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def shared_path(name: str) -> Path:
-    """A file or folder of the recorded data; the test is skipped, saying so, where it is absent."""
+    """A file or folder of the captures; the test is skipped, saying so, where it is absent."""
     path = SHARED / name
     if not path.exists():
-        pytest.skip(f"no recorded data at {path}")
+        pytest.skip(f"no captures at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def recorded_tree(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tree of a recorded machine by name, written once for all tests, which leave it as it is."""
+
+    @functools.cache
+    def built(name: str) -> Path:
+        return tables.build(tmp_path_factory.mktemp("recorded"), tables.load(name))
+
+    return built
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import tarfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -317,15 +316,3 @@ def _mask(cpus: CpuSet, width: int) -> str:
 
 def _repeated(values: Sequence[int], count: int) -> list[int]:
     return [values[at % len(values)] for at in range(count)]
-
-
-def unpack(archive: Path, folder: Path) -> Path:
-    """Unpack a recorded machine: files, folders and links, readable by their owner; the folder that has sys in it."""
-    with tarfile.open(archive) as tar:
-        # An attribute and not an argument, which Python before 3.11.4 does not know.
-        tar.extraction_filter = lambda member, _: member
-        members = [one for one in tar if one.isfile() or one.isdir() or one.issym()]
-        for one in members:
-            one.mode |= 0o600 if one.isfile() else 0o700
-        tar.extractall(folder, members)
-    return next(path.parent for path in [folder / "sys", *folder.glob("*/sys")] if path.is_dir())

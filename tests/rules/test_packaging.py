@@ -29,6 +29,17 @@ OUTSIDE = (
     "config/test_config.py",
 )
 """Unit tests that together touch every package."""
+NEEDED_FILES = {
+    "Makefile",
+    "setup.sh",
+    "pyproject.toml",
+    "MANIFEST.in",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    ".gitignore",
+}
+NEEDED_FOLDERS = (".ci", "benchmarks", "demo", "deploy", "docs", "findings", "protos", "systemd", "tests")
+PARTS_OF_TESTS = {"builders", "data", "doubles", "e2e", "integration", "oracles", "rules", "support", "unit", "vm"}
 
 
 @pytest.fixture(scope="session")
@@ -41,12 +52,26 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_the_sdist_has_all_sources(built: Path) -> None:
+@pytest.fixture(scope="session")
+def sdist(built: Path) -> frozenset[str]:
+    """The files of the sdist, below its one folder."""
     with tarfile.open(next(built.glob("*.tar.gz"))) as tar:
-        names = {name.partition("/")[2] for name in tar.getnames()}
+        return frozenset(one.name.partition("/")[2] for one in tar if one.isfile())
+
+
+def test_the_sdist_has_all_sources(sdist: frozenset[str]) -> None:
     wanted = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "nodeagent").rglob("*.p*") if _source(path)}
-    wanted |= {"LICENSE", "README.md", "setup.py", "tests/doubles/kubelet.py", "tests/doubles/nvml_double.c"}
-    assert not wanted - names
+    wanted |= {"LICENSE", "README.md", "setup.py"}
+    assert not wanted - sdist
+
+
+def test_the_sdist_has_all_that_its_tests_need(sdist: frozenset[str]) -> None:
+    """Whoever unpacks it can run `make test`, and has nothing that a build or a test left behind."""
+    folders = (path for name in NEEDED_FOLDERS for path in (CHECKOUT / name).rglob("*"))
+    wanted = {str(path.relative_to(CHECKOUT)) for path in folders if path.is_file() and "__pycache__" not in path.parts}
+    assert not (wanted | NEEDED_FILES) - sdist
+    assert {path.split("/")[1] for path in wanted if path.startswith("tests/")} >= PARTS_OF_TESTS
+    assert not [name for name in sdist if "__pycache__" in name or name.endswith((".so", ".pyc"))]
 
 
 def test_the_wheel_has_the_compiled_core_and_its_types(built: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder that `tests` is a package in."""
+DATA = CHECKOUT / "tests" / "data"
+"""Facts that were recorded elsewhere; its README says where."""
 NVML_DOUBLE = CHECKOUT / "tests" / "doubles" / "nvml_double.c"
 SHARED = Path(os.environ.get("NODEAGENT_SHARED", CHECKOUT.parent / "shared"))
-"""Recorded data, next to the checkout."""
+"""Captures of whole machines, next to the checkout: an extra, without which few tests are skipped."""

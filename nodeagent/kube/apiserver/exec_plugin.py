@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -110,7 +112,7 @@ async def _output(command: tuple[str, ...], environment: Mapping[str, str]) -> t
             *command, env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=pipe
         )
     except (OSError, ValueError) as error:
-        raise PeerError(f"cannot run {command[0]}: {cause_of(error)}") from None
+        raise PeerError(f"cannot run {command[0]}: {_cause(command[0], environment, error)}") from None
     try:
         out, err = await process.communicate()
     finally:
@@ -119,6 +121,26 @@ async def _output(command: tuple[str, ...], environment: Mapping[str, str]) -> t
                 process.kill()
             await process.wait()
     return process.returncode or 0, out, err
+
+
+def _cause(program: str, environment: Mapping[str, str], error: Exception) -> str:
+    """Return why a program does not start, with the file or the folder that stands in the way.
+
+    If a folder of PATH may not be searched, the error is "Permission denied", even if no other folder has the program
+    (execvp(3))."""
+    if not isinstance(error, PermissionError) or "/" in program:
+        return cause_of(error)
+    closed = []
+    for path in (Path(folder) / program for folder in os.get_exec_path(environment)):
+        try:
+            path.stat()
+        except PermissionError as denied:
+            closed.append(f"cannot search {path.parent} of PATH: {cause_of(denied)}")
+        except OSError:
+            continue
+        else:
+            return f"{path}: {cause_of(error)}"
+    return "; ".join([os.strerror(errno.ENOENT), *closed])
 
 
 def _read(plugin: Plugin, out: bytes) -> Credential:

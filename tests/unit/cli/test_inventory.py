@@ -19,8 +19,6 @@ from nodeagent.core.model.inventory_json import from_document, to_document
 from nodeagent.errors import InputError
 from tests.builders import machines
 from tests.builders.inventories import GIB, even_rows, inventory_of
-from tests.builders.machines import unpack
-from tests.conftest import shared_path
 from tests.unit.cli.test_place import complaint, nodeagent
 
 RECORDED = (
@@ -42,11 +40,6 @@ KEYS = {
     "links",
 }
 CPU_KEYS = ["id", "package", "die", "cluster", "core", "numa_node", "l2", "l3", "kind", "isolated"]
-
-
-def recorded_tree(name: str, folder: Path) -> Path:
-    """Unpack a recorded machine; the folder that has sys in it."""
-    return unpack(shared_path(f"machines/{name}.tar.bz2"), folder)
 
 
 def inventory(root: Path, form: str) -> subprocess.CompletedProcess[bytes]:
@@ -104,8 +97,10 @@ REQUESTS = b"""{"cpus":1}
 
 
 @pytest.mark.parametrize("name", RECORDED)
-def test_place_answers_the_same_from_the_tree_and_from_its_json(name: str, tmp_path: Path) -> None:
-    root, path = recorded_tree(name, tmp_path / "tree"), tmp_path / "inventory.json"
+def test_place_answers_the_same_from_the_tree_and_from_its_json(
+    name: str, tmp_path: Path, recorded_tree: Callable[[str], Path]
+) -> None:
+    root, path = recorded_tree(name), tmp_path / "inventory.json"
     path.write_bytes(inventory(root, "json").stdout)
     from_tree = nodeagent("place", "--root", str(root), "--batch", "-", stdin=REQUESTS)
     from_file = nodeagent("place", "--inventory", str(path), "--batch", "-", stdin=REQUESTS)

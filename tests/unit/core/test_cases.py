@@ -27,8 +27,9 @@ from nodeagent.core.model.topology import EFFICIENCY, PERFORMANCE
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 from tests.builders.inventories import GIB, even_distances, even_rows, inventory_of
-from tests.conftest import SHARED, shared_path
+from tests.conftest import shared_path
 from tests.oracles import placement as oracle
+from tests.support.paths import DATA
 
 TABLES = (
     "TestTakeByTopologyNUMAPacked",
@@ -47,32 +48,41 @@ OPTION_NAMES = {
 
 @functools.cache
 def recorded(name: str) -> Mapping[str, Any]:
-    """A file of cases; {} where the recorded data is absent (its tests are then skipped, saying so)."""
-    path = SHARED / "cases" / name
-    found: Mapping[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+    """A file of cases."""
+    found: Mapping[str, Any] = json.loads((DATA / name).read_bytes())
     return found
 
 
+def expanded(cpus: str) -> list[int]:
+    """The numbers of a list such as "0-3,8", read plainly."""
+    ranges = [part.split("-") for part in cpus.split(",") if part]
+    return [cpu for ends in ranges for cpu in range(int(ends[0]), int(ends[-1]) + 1)]
+
+
 def kubelet_rows() -> list[Any]:
-    tests = recorded("cpu_assignment.json").get("tests", {})
+    tests = recorded("cpu_assignment.json")["tests"]
     return [
         pytest.param(table, row, id=f"{table.removeprefix('TestTakeByTopology')}-{number}")
         for table in TABLES
-        for number, row in enumerate(tests.get(table, ()))
+        for number, row in enumerate(tests[table])
     ]
 
 
 def topology(name: str) -> list[oracle.Row]:
-    cpus = recorded("cpu_assignment.json")["topologies"][name]["cpus"]
-    return [(int(cpu), at["socket"], at["numa"], at["uncore"], at["core"]) for cpu, at in cpus.items()]
+    levels = recorded("cpu_assignment.json")["topologies"][name]
+    at = {
+        level: {cpu: int(number) for number, cpus in groups.items() for cpu in expanded(cpus)}
+        for level, groups in levels.items()
+    }
+    return [(cpu, at["socket"][cpu], at["numa"][cpu], at["uncore"][cpu], at["core"][cpu]) for cpu in at["core"]]
 
 
 def options_of(table: str, row: Mapping[str, Any]) -> frozenset[str]:
     """What the row's call amounts to in our options."""
-    names = {OPTION_NAMES[name] for name, on in row.get("opts", {}).items() if on}
+    names = {OPTION_NAMES[name] for name in row["options"]}
     if table == "TestTakeByTopologyNUMADistributed":
         names.add(opt.SPREAD_NUMA)
-    if row.get("cpuGroupSize", 1) > 1:
+    if row["group"] > 1:
         names.add(opt.FULL_PCPUS)
     return frozenset(names)
 
@@ -93,17 +103,45 @@ def case_of(rows: Iterable[oracle.Row], free: CpuSet, want: int, options: frozen
 
 
 def test_the_recorded_tables_are_all_there() -> None:
-    shared_path("cases/cpu_assignment.json")
     assert len(kubelet_rows()) == 62
+
+
+def test_the_tables_are_those_that_were_recorded() -> None:
+    """Compared with the whole recording, where it is."""
+    whole = json.loads(shared_path("cases/cpu_assignment.json").read_bytes())
+    for name in recorded("cpu_assignment.json")["topologies"]:
+        cpus = whole["topologies"][name]["cpus"].items()
+        rows = [(int(cpu), at["socket"], at["numa"], at["uncore"], at["core"]) for cpu, at in cpus]
+        assert sorted(topology(name)) == sorted(rows)
+    for table, rows in recorded("cpu_assignment.json")["tests"].items():
+        told = [
+            {
+                "topology": row["topo"]["$topology"],
+                "options": [name for name, on in row.get("opts", {}).items() if on],
+                "group": row.get("cpuGroupSize", 1),
+                "free": row["availableCPUs"]["$cpuset"],
+                "want": row["numCPUs"],
+                "result": row["expResult"]["$cpuset"],
+                "fails": bool(row["expErr"]),
+            }
+            for row in whole["tests"][table]
+        ]
+        assert rows == told
+    bugs = json.loads(shared_path("cases/known_bugs.json").read_bytes())["cases"]
+    assert list(recorded("known_bugs.json")) == [bug["id"] for bug in bugs]
+    golden = json.loads(shared_path("cases/cpuset_golden.json").read_bytes())
+    assert recorded("cpuset_golden.json")["parse"] == [
+        {"in": row["in"], "out": row.get("out")} for row in golden["parse"]
+    ]
 
 
 @pytest.mark.parametrize(("table", "row"), kubelet_rows())
 def test_our_choice_is_valid_and_never_costs_more_than_kubelets(table: str, row: Mapping[str, Any]) -> None:
-    rows = topology(row["topo"]["$topology"])
-    free, want = CpuSet.parse(row["availableCPUs"]["$cpuset"]), row["numCPUs"]
+    rows = topology(row["topology"])
+    free, want = CpuSet.parse(row["free"]), row["want"]
     options = options_of(table, row)
     case = case_of(rows, free, want, options)
-    theirs = CpuSet.parse(row["expResult"]["$cpuset"])
+    theirs = CpuSet.parse(row["result"])
     request = Request(cpus=want, options=options, within_cpus=free)
     if not feasible(case):
         with pytest.raises(Refused) as refused:
@@ -117,7 +155,7 @@ def test_our_choice_is_valid_and_never_costs_more_than_kubelets(table: str, row:
         mine, yours = oracle.cost(case, tuple(ours)), oracle.cost(case, tuple(theirs)) if theirs else None
         assert mine is not None, "not valid under its own options"
         assert yours is None or mine <= yours
-        assert not row["expErr"] or yours is None
+        assert not row["fails"] or yours is None
 
 
 def feasible(case: oracle.Case) -> bool:
@@ -135,8 +173,8 @@ def feasible(case: oracle.Case) -> bool:
 
 
 def bug(name: str) -> Mapping[str, Any]:
-    shared_path("cases/known_bugs.json")
-    return next(case for case in recorded("known_bugs.json")["cases"] if case["id"] == name)
+    found: Mapping[str, Any] = recorded("known_bugs.json")[name]
+    return found
 
 
 def numbered(packages: int, nodes: int, cores: int) -> list[oracle.Row]:
@@ -145,9 +183,8 @@ def numbered(packages: int, nodes: int, cores: int) -> list[oracle.Row]:
 
 
 def test_every_known_bug_has_its_test() -> None:
-    shared_path("cases/known_bugs.json")
     named = {name.removeprefix("test_bug_").replace("_", "-") for name in globals() if name.startswith("test_bug_")}
-    assert named == {case["id"] for case in recorded("known_bugs.json")["cases"]}
+    assert named == set(recorded("known_bugs.json"))
 
 
 def test_bug_hang_distribute_full_pcpus() -> None:
@@ -291,36 +328,34 @@ TOO_LARGE = {"4294967296"}
 
 
 def golden_lists() -> list[Any]:
-    return [pytest.param(row, id=repr(row["in"])) for row in recorded("cpuset_golden.json").get("parse", ())]
+    return [pytest.param(row, id=repr(row["in"])) for row in recorded("cpuset_golden.json")["parse"]]
 
 
 @pytest.mark.parametrize("row", golden_lists())
 def test_a_list_is_read_as_the_golden_reader_reads_it(row: Mapping[str, Any]) -> None:
-    if "error" in row or row["in"] in TOO_LARGE:
+    if row["out"] is None or row["in"] in TOO_LARGE:
         with pytest.raises(InputError, match="cannot read CPU list"):
             CpuSet.parse(row["in"])
         return
     found = CpuSet.parse(row["in"])
-    assert list(found) == row["list"]
+    assert list(found) == expanded(row["out"])
     assert str(found) == row["out"]
 
 
 def test_what_is_refused_on_purpose_is_out_of_range() -> None:
-    shared_path("cases/cpuset_golden.json")
-    accepted = {row["in"] for row in recorded("cpuset_golden.json")["parse"] if "error" not in row}
+    accepted = {row["in"] for row in recorded("cpuset_golden.json")["parse"] if row["out"] is not None}
     assert accepted >= TOO_LARGE
     assert all(int(one) > MAX_ID for one in TOO_LARGE)
 
 
 def test_set_algebra_agrees_with_the_golden_answers() -> None:
-    shared_path("cases/cpuset_golden.json")
-    for row in recorded("cpuset_golden.json")["ops"]:
-        a, b = CpuSet(row["a"]), CpuSet(row["b"])
-        assert str(a) == row["a_str"]
-        assert len(a) == row["size"]
+    for row in recorded("cpuset_golden.json")["sets"]:
+        a, b = CpuSet(expanded(row["a"])), CpuSet(expanded(row["b"]))
+        assert (str(a), str(b)) == (row["a"], row["b"])
+        assert len(a) == len(expanded(row["a"]))
         assert str(a | b) == row["union"]
         assert str(a & b) == row["intersection"]
-        assert str(a - b) == row["a_minus_b"]
-        assert (a <= b) == row["a_subset_b"]
-        assert (a == b) == row["equals"]
+        assert str(a - b) == row["difference"]
+        assert (a <= b) == row["subset"]
+        assert (a == b) == row["equal"]
         assert CpuSet.parse(row["union"]) == a | b

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -24,9 +25,7 @@ from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.inventories import GIB, even_rows, inventory_of
-from tests.builders.machines import unpack
 from tests.builders.pools import DRIVER, NOBODY, amounts, pool_of, result, shown, taints, wrong_with
-from tests.conftest import shared_path
 from tests.unit.host.test_machines import MACHINES
 
 MIB = 1 << 20
@@ -75,12 +74,8 @@ def pages(node: int, count: int) -> Pages:
 
 
 @pytest.fixture(scope="session")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Inventory]:
-    def found(name: str) -> Inventory:
-        root = unpack(shared_path(f"machines/{name}.tar.bz2"), tmp_path_factory.mktemp("recorded"))
-        return scan(SysFs(root), builtin_kinds())
-
-    return found
+def recorded(recorded_tree: Callable[[str], Path]) -> Callable[[str], Inventory]:
+    return lambda name: scan(SysFs(recorded_tree(name)), builtin_kinds())
 
 
 @pytest.mark.parametrize("name", MACHINES)

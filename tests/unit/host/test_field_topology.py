@@ -1,8 +1,7 @@
-"""Trees of machines on which CPUs, caches, NUMA nodes or interrupts were read wrongly, as recorded."""
+"""Machines on which CPUs, caches, NUMA nodes or interrupts were read wrongly."""
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,17 +15,22 @@ from nodeagent.host.cgroup.layout import is_pods
 from nodeagent.host.irq.intruders import interrupt_names
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.topology import cpus as topology
+from tests.builders import tables
 from tests.builders.machines import GIB
-from tests.conftest import shared_path
+
+INTERRUPTS = """\
+           CPU0       CPU1
+ 24:          0          5   Hyper-V PCIe MSI 4194304-edge      mlx5_async0@pci:0001:00:02.0
+ 25:          0          5   Hyper-V PCIe MSI 4194305-edge      mlx5_comp0@pci:0001:00:02.0
+ 28:          1          1  SiFive PLIC   10 Edge      ttyS0
+ 29:          1          1  xen-dyn    -event     eth0-q0-tx
+"""
 
 
 @pytest.fixture
 def tree(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """The tree of the case that a test names."""
-    with tarfile.open(shared_path(f"cases/field/{request.param}.tar.xz")) as tar:
-        tar.extraction_filter = lambda member, _: member
-        tar.extractall(tmp_path)
-    return tmp_path / request.param if (tmp_path / request.param).is_dir() else tmp_path
+    """The tree of the machine that a test names."""
+    return tables.build(tmp_path, tables.load(request.param))
 
 
 def read(tree: Path) -> Inventory:
@@ -70,9 +74,10 @@ def test_memory_of_a_gpu_is_no_ordinary_memory_whichever_evidence_is_missing(tre
         place(found, Ledger(), Request(memory_bytes=20 * GIB))
 
 
-@pytest.mark.parametrize("tree", ["irq-chip-name"], indirect=True)
-def test_interrupts_of_chips_with_several_words_have_names(tree: Path) -> None:
-    assert interrupt_names(SysFs(tree)) == {
+def test_interrupts_of_chips_with_several_words_have_names(tmp_path: Path) -> None:
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/interrupts").write_text(INTERRUPTS)
+    assert interrupt_names(SysFs(tmp_path)) == {
         24: "mlx5_async0@pci:0001:00:02.0",
         25: "mlx5_comp0@pci:0001:00:02.0",
         28: "ttyS0",
@@ -80,6 +85,5 @@ def test_interrupts_of_chips_with_several_words_have_names(tree: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("tree", ["static-pod-cgroup"], indirect=True)
-def test_a_static_pod_in_a_private_namespace_is_a_pod(tree: Path) -> None:
-    assert is_pods((tree / "path.txt").read_text().split()[0])
+def test_a_static_pod_in_a_private_namespace_is_a_pod() -> None:
+    assert is_pods("/../../pod0123456789abcdef0123456789abcdef/aaaa")

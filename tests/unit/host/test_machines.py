@@ -11,7 +11,6 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,8 +18,8 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.topology import cpus as topology
-from tests.builders.machines import unpack
-from tests.conftest import shared_path
+from tests.builders import tables
+from tests.builders.tables import Answers
 
 MACHINES = (
     "128arm-2pa2n8cluster4co",
@@ -117,26 +116,24 @@ class Recorded:
     name: str
     root: Path
     found: Inventory
-    reference: dict[str, Any]
+    reference: Answers
     differs: Differs
 
     @functools.cached_property
     def seen(self) -> CpuSet:
         """The CPUs that hwloc shows; comparisons of groups are cut to them."""
-        return CpuSet.parse(self.reference["online_cpus"])
+        return CpuSet.parse(self.reference.online)
 
 
 @pytest.fixture(scope="session")
-def machines(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Recorded]:
+def machines(recorded_tree: Callable[[str], Path]) -> Callable[[str], Recorded]:
     @functools.cache
-    def unpacked(name: str) -> Recorded:
-        archive = shared_path(f"machines/{name}.tar.bz2")
-        folder = tmp_path_factory.mktemp("recorded")
-        root = unpack(archive, folder)
-        reference = json.loads(shared_path(f"machines/{name}.json").read_text())
-        return Recorded(name, root, topology.read(SysFs(root)), reference, EXCEPTIONS.get(name, NONE))
+    def read(name: str) -> Recorded:
+        root, answers = recorded_tree(name), tables.load(name).hwloc
+        assert answers is not None
+        return Recorded(name, root, topology.read(SysFs(root)), answers, EXCEPTIONS.get(name, NONE))
 
-    return unpacked
+    return read
 
 
 @pytest.fixture(params=MACHINES)
@@ -159,12 +156,11 @@ def ours(recorded: Recorded, level: str, within: Iterable[int] | None = None) ->
 
 
 def reference_groups(recorded: Recorded, level: str) -> set[str]:
-    return {cpu[level]["cpus"] for cpu in recorded.reference["cpus"].values() if level in cpu}
+    return set(recorded.reference.levels[level])
 
 
 def test_all_recorded_machines_are_in_this_table() -> None:
-    names = {path.name.removesuffix(".json") for path in shared_path("machines").glob("*.json")}
-    assert names == set(MACHINES)
+    assert tables.names() == sorted(MACHINES)
 
 
 @pytest.mark.parametrize("level", ["package", "l3", "l2"])
@@ -179,9 +175,9 @@ def test_cores_are_the_same_sets_of_cpus(recorded: Recorded) -> None:
 
 def test_online_and_offline_cpus_are_the_kernels(recorded: Recorded) -> None:
     found = recorded.found
-    assert str(found.cpus_online) == (recorded.differs.online or recorded.reference["online_cpus"])
+    assert str(found.cpus_online) == (recorded.differs.online or recorded.reference.online)
     assert [cpu.id for cpu in found.cpus] == list(found.cpus_online)
-    assert list(found.cpus_offline) == recorded.reference["raw_sysfs"]["offline"]
+    assert list(found.cpus_offline) == recorded.reference.offline
     assert found.cpus_online | found.cpus_offline <= found.cpus_possible
 
 
@@ -226,11 +222,10 @@ def test_cache_groups_and_cpus_name_each_other(recorded: Recorded, level: int) -
 
 def test_numa_nodes_have_the_same_ids_and_cpus(recorded: Recorded) -> None:
     nodes = {node.id: node for node in recorded.found.numa_nodes}
-    reference = recorded.reference["numa_nodes"]
-    expected_ids = recorded.differs.nodes or str(CpuSet(map(int, reference)))
+    expected_ids = recorded.differs.nodes or str(CpuSet(recorded.reference.nodes))
     assert str(CpuSet(nodes)) == expected_ids
-    for node in map(int, reference):
-        expected = recorded.differs.node_cpus.get(node, reference[str(node)]["cpus"])
+    for node, told in recorded.reference.nodes.items():
+        expected = recorded.differs.node_cpus.get(node, told.cpus)
         assert str(nodes[node].cpus & recorded.seen) == expected, f"node {node}"
     for node, cpus in recorded.differs.node_cpus.items():
         assert str(nodes[node].cpus) == cpus, f"node {node}"
@@ -246,28 +241,27 @@ def test_each_cpu_is_on_the_node_that_lists_it_and_on_no_other(recorded: Recorde
 
 def test_numa_nodes_have_the_same_memory(recorded: Recorded) -> None:
     nodes = {node.id: node for node in recorded.found.numa_nodes}
-    for node, expected in recorded.reference["numa_nodes"].items():
-        assert nodes[int(node)].memory_bytes == expected["memory_bytes"], f"node {node}"
+    for node, expected in recorded.reference.nodes.items():
+        assert nodes[node].memory_bytes == expected.memory_bytes, f"node {node}"
 
 
 def test_numa_nodes_have_the_same_page_counts(recorded: Recorded) -> None:
     nodes = {node.id: node for node in recorded.found.numa_nodes}
-    for node, expected in recorded.reference["numa_nodes"].items():
-        pools = nodes[int(node)].hugepages
-        pages = {int(size): count for size, count in expected["pages"].items()}
+    for node, expected in recorded.reference.nodes.items():
+        pools = nodes[node].hugepages
+        pages = dict(expected.pages)
         small = pages.pop(4096)
         assert {pool.page_bytes: pool.total_pages for pool in pools} == pages, f"node {node}"
-        assert small * 4096 == nodes[int(node)].memory_bytes - sum(p.page_bytes * p.total_pages for p in pools)
+        assert small * 4096 == nodes[node].memory_bytes - sum(p.page_bytes * p.total_pages for p in pools)
 
 
 def test_distances_are_the_same_by_node_id(recorded: Recorded) -> None:
     nodes = {node.id: node for node in recorded.found.numa_nodes}
-    for matrix in recorded.reference["distances"]:
-        ids = [int(index) for index in matrix["indexes"]]
-        for row, a in enumerate(ids):
-            expected = dict(zip(ids, matrix["values"][row * len(ids) : (row + 1) * len(ids)], strict=True))
-            assert {b: nodes[a].distances[b] for b in ids} == expected, f"from node {a}"
-    if not recorded.reference["distances"]:
+    for matrix in recorded.reference.distances:
+        for a, row in zip(matrix.nodes, matrix.rows, strict=True):
+            expected = dict(zip(matrix.nodes, row, strict=True))
+            assert {b: nodes[a].distances[b] for b in matrix.nodes} == expected, f"from node {a}"
+    if not recorded.reference.distances:
         expected_rows = recorded.differs.distances or {0: {0: 10}}
         assert all(node.distances in ({}, expected_rows.get(node.id)) for node in nodes.values())
         assert all(nodes[node].distances == row for node, row in recorded.differs.distances.items())
@@ -275,7 +269,7 @@ def test_distances_are_the_same_by_node_id(recorded: Recorded) -> None:
 
 def test_kinds_of_cpus_are_the_same(recorded: Recorded) -> None:
     """hwloc lists kinds from the slowest; one kind, or one that does not cover all CPUs, is no difference at all."""
-    listed = [kind["cpus"] for kind in recorded.reference["cpukinds"]]
+    listed = recorded.reference.kinds
     expected = dict(zip(listed, ("efficiency", "performance"), strict=True)) if len(listed) == 2 else {}
     if recorded.differs.kinds is not None:
         expected = dict(recorded.differs.kinds)

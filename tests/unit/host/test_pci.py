@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import json
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,9 @@ from nodeagent.host import pci
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from tests.builders import tables
 from tests.builders.devices import DeviceTree
-from tests.builders.machines import unpack
-from tests.conftest import shared_path
+from tests.builders.tables import Listed
 
 NOT_IN_HWLOC = {
     # hwloc 2.9 skips domains beyond 16 bits unless it is built for them
@@ -26,14 +24,13 @@ NOT_IN_HWLOC = {
 hwloc. Its locality is the file local_cpus; none of the recorded runs had HWLOC_PCI_LOCALITY set."""
 
 
-@functools.cache
-def _unpacked(name: str) -> Path:
-    folder = tempfile.TemporaryDirectory(prefix="na-pci-")
-    _kept.append(folder)
-    return unpack(shared_path(f"machines/{name}.tar.bz2"), Path(folder.name))
+Tree = Callable[[str], Path]
 
 
-_kept: list[tempfile.TemporaryDirectory[str]] = []
+def _listed(name: str) -> list[Listed]:
+    answers = tables.load(name).hwloc
+    assert answers is not None
+    return answers.pci
 
 
 def _functions(root: Path) -> tuple[list[str], dict[str, Function]]:
@@ -43,32 +40,31 @@ def _functions(root: Path) -> tuple[list[str], dict[str, Function]]:
 
 
 @pytest.mark.parametrize("name", ["2pa-pcidomain32bits", "32intel64-2p8co2t+8ve", "40intel64-2g2n4c+pcilocality"])
-def test_every_function_of_a_recorded_machine_is_found_as_recorded(name: str) -> None:
+def test_every_function_of_a_recorded_machine_is_found_as_recorded(name: str, recorded_tree: Tree) -> None:
     """Address, class, vendor, device and local CPUs are those of the recorded listing, and nothing else is there."""
-    recorded = json.loads(shared_path(f"machines/{name}.json").read_text())["pci"]
-    warnings, found = _functions(_unpacked(name))
+    warnings, found = _functions(recorded_tree(name))
     ours = {
         address: (f"{one.pci_class[:4] if one.pci_class else None} [{one.vendor}:{one.device}]", str(one.local_cpus))
         for address, one in found.items()
         if not one.is_class("0604") and address not in NOT_IN_HWLOC.get(name, set())
     }
-    assert ours == {one["busid"]: (" ".join(one["type"].split()[:2]), one["locality"]) for one in recorded}
+    assert ours == {one.address: (one.type, one.local_cpus) for one in _listed(name)}
     assert warnings == []
 
 
-def test_recorded_machines_without_pci_have_no_function() -> None:
+def test_recorded_machines_without_pci_have_no_function(recorded_tree: Tree) -> None:
     """A machine whose listing is empty gives an empty answer and no warning."""
     name = "fakeheteromemtiers"
-    assert json.loads(shared_path(f"machines/{name}.json").read_text())["pci"] == []
-    assert _functions(_unpacked(name)) == ([], {})
+    assert _listed(name) == []
+    assert _functions(recorded_tree(name)) == ([], {})
 
 
-def test_where_a_recorded_function_sits_is_read_from_its_path() -> None:
+def test_where_a_recorded_function_sits_is_read_from_its_path(recorded_tree: Tree) -> None:
     """Root bus and bridges, the outermost first, also in a domain of 32 bits."""
-    _, found = _functions(_unpacked("32intel64-2p8co2t+8ve"))
+    _, found = _functions(recorded_tree("32intel64-2p8co2t+8ve"))
     assert found["0000:1a:00.0"].pcie_root == "pci0000:17"
     assert found["0000:1a:00.0"].bridges == ("0000:17:00.0", "0000:18:00.0", "0000:19:04.0")
-    _, found = _functions(_unpacked("2pa-pcidomain32bits"))
+    _, found = _functions(recorded_tree("2pa-pcidomain32bits"))
     assert found["10000:00:04.0"].pcie_root == "pci10000:00"
     assert list(found)[-1] == "10000:00:04.0"
 

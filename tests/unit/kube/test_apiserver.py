@@ -879,6 +879,41 @@ async def test_a_program_that_is_not_there_is_named(tmp_path: Path) -> None:
             await client.list(NODES)
 
 
+ABSENT = """
+import asyncio, os, sys
+from nodeagent.errors import PeerError
+from nodeagent.kube.apiserver.exec_plugin import VERSIONS, Plugin, run
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    asyncio.run(run(Plugin(version=VERSIONS[0], command=("no-such-program",), environment=(("PATH", sys.argv[1]),))))
+except PeerError as error:
+    print(error)
+"""
+"""Run by a plain user, whom folders may be closed to."""
+
+
+def test_a_program_that_is_not_there_is_named_also_where_a_folder_of_path_is_closed(tmp_path: Path) -> None:
+    """One closed folder must not look as if the program was there and might not run."""
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    done = subprocess.run(
+        [sys.executable, "-c", ABSENT, f"{closed}:/bin"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == (
+        f"cannot run no-such-program: No such file or directory; cannot search {closed} of PATH: Permission denied\n"
+    )
+
+
+async def test_a_program_that_may_not_run_is_named_with_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "program").touch(mode=0o644)
+    path = {"name": "PATH", "value": f"/bin:{tmp_path}"}
+    async with FakeApiServer() as server:
+        client = ApiServer(access(server.kubeconfig(tmp_path, exec={**EXEC, "command": "program", "env": [path]})))
+        with pytest.raises(PeerError, match=f"cannot run program: {tmp_path}/program: Permission denied"):
+            await client.list(NODES)
+
+
 def test_the_client_costs_no_new_library() -> None:
     script = "import sys, nodeagent.kube.apiserver.client as a; print(sorted({m.split('.')[0] for m in sys.modules}))"
     done = subprocess.run(
