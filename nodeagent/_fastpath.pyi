@@ -7,7 +7,7 @@ from typing import final
 MAX_ID: int
 COMPILED: bool
 
-Choice = tuple[int, int, int, int, int, int, int, int, int, int, int, int, bool]
+Choice = tuple[int, int, int, int, int, int, int, int, int, int, int, int, bool, int]
 
 def parse_list(text: str) -> int: ...
 def format_list(mask: int) -> str: ...

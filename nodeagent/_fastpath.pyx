@@ -217,5 +217,6 @@ def ids(mask):
 
 include "_fastpath_tables.pxi"
 include "_fastpath_search.pxi"
+include "_fastpath_shares.pxi"
 include "_fastpath_layout.pxi"
 include "_fastpath_devices.pxi"

@@ -102,7 +102,8 @@ cdef class Layout:
         must: a mask of CPUs that have to be among them. most_packages, most_nodes: 0 means no limit. near, taste: pairs
         (mask, weight); each CPU of the mask costs that much more; near counts first, then taste.
         Returns (mask, near, taste, packages, nodes, distance, groups, split, nodes_broken, groups_broken,
-        cores_broken, ids, exact); exact is False when the search ran out of steps.
+        cores_broken, ids, exact, uneven); exact is False when the search ran out of steps. uneven is how many CPUs more
+        one node gives than another; 0 where that is no more than an even spread may leave, and without spread_nodes.
         """
         # With a limit, packages have to be counted instead of priced.
         cdef Shape* s = &self.priced if self.priced.cpus and most_packages <= 0 else &self.shape
@@ -139,7 +140,7 @@ cdef class Layout:
             raise MemoryError
         if not found:
             return None
-        return _answer(s, &a, out)
+        return _answer(s, &a, out, spread_nodes)
 
 
 cdef uint64_t _weights(const Shape* s, object pairs, uint64_t* weights) except? 0xFFFF:
@@ -157,21 +158,35 @@ cdef uint64_t _weights(const Shape* s, object pairs, uint64_t* weights) except? 
     return most
 
 
-cdef object _answer(const Shape* s, const Ask* a, const uint64_t* out):
+cdef object _answer(const Shape* s, Ask* a, const uint64_t* out, bint spread_nodes):
     cdef cost_t high = a.best_high, low = a.best_low
     cdef cost_t price = (high << a.at_low) + low
-    cdef int groups_end = 127 if a.groups_first else a.at_packages
     cdef int near_end = a.at_groups if a.groups_first else 127
     return (
         _mask_of(out, WORDS),
         _field(price, a.at_near, near_end), _field(price, a.at_taste, a.at_near),
         _field(price, a.at_packages, a.at_taste) if s.priced_chips else a.best_packages,
-        a.best_nodes, a.best_distance, _field(price, a.at_groups, groups_end),
-        _field(price, a.at_split, a.at_low if a.groups_first else a.at_groups),
-        _field(price, a.at_nodes_broken, a.at_split), _field(price, a.at_groups_broken, a.at_nodes_broken),
+        a.best_nodes, a.best_distance, _field(price, a.at_groups, a.at_groups + a.wide_groups),
+        _field(price, a.at_split, a.at_split + a.wide_split),
+        _field(price, a.at_nodes_broken, min(a.at_split, a.at_groups)),
+        _field(price, a.at_groups_broken, a.at_nodes_broken),
         _field(price, a.at_cores_broken, a.at_groups_broken), _field(price, 0, a.at_cores_broken),
-        a.steps <= STEP_BUDGET,
+        a.steps <= STEP_BUDGET and not a.cut, _uneven(s, a, out) if spread_nodes else 0,
     )
+
+
+cdef int _uneven(const Shape* s, Ask* a, const uint64_t* out) noexcept nogil:
+    """Return by how many CPUs the shares of nodes differ; 0 if that is within the slack of an even spread."""
+    cdef int cell, node, slot, least = a.want, most = 0
+    memset(a.node_uses, 0, s.nodes * sizeof(int))
+    for cell in range(s.cells):
+        for slot in range(s.core_cpus[_first_core(s, cell)], s.core_cpus[_first_core(s, cell + 1)]):
+            a.node_uses[s.cell_node[cell]] += out[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
+    for node in range(s.nodes):
+        if a.node_uses[node]:
+            least = min(least, a.node_uses[node])
+            most = max(most, a.node_uses[node])
+    return most - least if most - least > a.slack else 0
 
 
 cdef object _field(cost_t price, int start, int end):
@@ -189,7 +204,7 @@ cdef bint _floor(const Shape* s, Ask* a) noexcept nogil:
         return False
     for slot in range(s.cpus):
         if a.free[slot]:
-            price = (a.near[slot] << (a.at_near - a.at_low)) + (a.taste[slot] << (a.at_taste - a.at_low))
+            price = _price(a, slot)
             if a.must[slot]:
                 a.floor_high += price
                 left -= 1
@@ -199,8 +214,14 @@ cdef bint _floor(const Shape* s, Ask* a) noexcept nogil:
     qsort(prices, count, sizeof(uint64_t), _by_size)
     for slot in range(min(left, count)):
         a.floor_high += prices[slot]
+        a.last_price = prices[slot]
     free(prices)
     return True
+
+
+cdef inline uint64_t _price(const Ask* a, int slot) noexcept nogil:
+    """Return the high part of the price of a CPU."""
+    return (a.near[slot] << (a.at_near - a.at_low)) + (a.taste[slot] << (a.at_taste - a.at_low))
 
 
 cdef int _by_size(const void* x, const void* y) noexcept nogil:
@@ -231,7 +252,8 @@ cdef int _cells_of_package(const Shape* s, int package) noexcept nogil:
 
 
 cdef Py_ssize_t _work_bytes(const Shape* s, bint weights) noexcept nogil:
-    return (s.cells + s.nodes * 2 + s.packages + s.classes * 3) * sizeof(int) + (s.chips + s.cells + s.classes) * sizeof(void*) \
+    return (s.cells * 4 + s.nodes * 2 + s.packages + s.classes * 4) * sizeof(int) \
+        + (s.chips + s.cells + s.classes) * sizeof(void*) + (s.classes + 1) * sizeof(int64_t) \
         + (2 * s.cpus * sizeof(uint64_t) if weights else 0) + 2 * s.cpus + 64
 
 
@@ -240,17 +262,22 @@ cdef void _lay_out(const Shape* s, Ask* a, char* at, bint weights) noexcept nogi
     a.chip_table = <cost_t**>at
     a.cell_table = a.chip_table + s.chips
     a.class_table = a.cell_table + s.cells
-    at = <char*>(a.class_table + s.classes)
+    a.suffix = <int64_t*>(a.class_table + s.classes)
+    at = <char*>(a.suffix + s.classes + 1)
     if weights:
         a.near = <uint64_t*>at
         a.taste = a.near + s.cpus
         at = <char*>(a.taste + s.cpus)
     a.cell_cap = <int*>at
-    a.node_whole = a.cell_cap + s.cells
+    a.cell_reach = a.cell_cap + s.cells
+    a.cell_least = a.cell_reach + s.cells
+    a.cell_most = a.cell_least + s.cells
+    a.node_whole = a.cell_most + s.cells
     a.node_uses = a.node_whole + s.nodes
     a.package_uses = a.node_uses + s.nodes
     a.class_rows = a.package_uses + s.packages
-    a.counts = a.class_rows + s.classes
+    a.class_least = a.class_rows + s.classes
+    a.counts = a.class_least + s.classes
     a.best_counts = a.counts + s.classes
     a.free = <uint8_t*>(a.best_counts + s.classes)
     a.must = a.free + s.cpus
@@ -286,20 +313,24 @@ cdef int _widths(const Shape* s, Ask* a, uint64_t near_most, uint64_t taste_most
     a.at_cores_broken = at
     a.at_groups_broken = a.at_cores_broken + _bits(min(a.want, s.cores))
     a.at_nodes_broken = a.at_groups_broken + _bits(min(a.want, s.groups))
-    a.at_split = a.at_nodes_broken + _bits(s.nodes)
-    at = a.at_split + _bits(a.want)
-    a.at_low = at
-    if not a.groups_first:
+    a.wide_groups, a.wide_split = _bits(min(a.want, s.groups)), _bits(a.want)
+    at = a.at_nodes_broken + _bits(s.nodes)
+    if a.spread_cores and not a.groups_first:
         a.at_groups = at
-        at += _bits(min(a.want, s.groups))
-        a.at_low = at
+        at += a.wide_groups
+    a.at_split = at
+    at += a.wide_split
+    if not a.spread_cores and not a.groups_first:
+        a.at_groups = at
+        at += a.wide_groups
+    a.at_low = at
     a.at_packages = at
     a.at_taste = at + (_bits(min(a.want, s.chips)) if s.priced_chips else 0)
     a.at_near = a.at_taste + _bits(a.want * taste_most)
     at = a.at_near + _bits(a.want * near_most)
     if a.groups_first:
         a.at_groups = at
-        at += _bits(min(a.want, s.groups))
+        at += a.wide_groups
     return at
 
 

@@ -19,8 +19,8 @@ cdef void _weigh(const Shape* s, Ask* a, int packages, int nodes, cost_t* scratc
     cdef int64_t distance = _distance(s, a)
     cdef int node, cls, rows
     cdef cost_t price, high, low
-    if a.found and a.best_high == a.floor_high and a.best_packages == packages and a.best_nodes == nodes \
-            and distance > a.best_distance:
+    if not a.probe and a.found and a.best_high == a.floor_high and a.best_packages == packages \
+            and a.best_nodes == nodes and a.difference >= a.best_difference and distance > a.best_distance:
         return
     for cls in range(s.classes):
         rows = min(s.class_start[cls + 1] - s.class_start[cls], max(packages, nodes)) + 1
@@ -30,6 +30,9 @@ cdef void _weigh(const Shape* s, Ask* a, int packages, int nodes, cost_t* scratc
     _vector_tables(s, a, a.counts, scratch)
     price = scratch[<Py_ssize_t>s.classes * (a.want + 1) + a.want]
     if price >= INFINITE:
+        return
+    if a.probe:
+        a.fits = price >> a.at_low == a.best_high
         return
     for node in range(s.nodes):
         if a.node_uses[node] and s.node_cells[node] > 1 and a.node_whole[node]:
@@ -52,6 +55,8 @@ cdef bint _keep(Ask* a, cost_t price, int packages, int nodes, int64_t distance)
     a.best_packages = packages
     a.best_nodes = nodes
     a.best_distance = distance
+    a.best_difference = a.difference
+    a.best_share = a.share
     return True
 
 
@@ -62,20 +67,26 @@ cdef bint _better(const Ask* a, cost_t high, int packages, int nodes, int64_t di
         return packages < a.best_packages
     if nodes != a.best_nodes:
         return nodes < a.best_nodes
+    if a.difference != a.best_difference:
+        return a.difference < a.best_difference
     if distance != a.best_distance:
         return distance < a.best_distance
     return low < a.best_low
 
 
 cdef void _vectors(const Shape* s, Ask* a, int cls, int packages, int nodes, int left_packages, int left_nodes,
-                   int64_t reach, const int64_t* suffix, cost_t* scratch) noexcept nogil:
+                   int64_t reach, cost_t* scratch) noexcept nogil:
     """Try every count of class `cls` and the classes after it that uses exactly the remaining packages and nodes."""
     cdef int cells, count, first, cell, new_packages, new_nodes, undo
     a.steps += 1
-    if a.steps > STEP_BUDGET or a.out_of_memory or reach + suffix[cls] < a.want:
+    if a.steps > STEP_BUDGET or a.out_of_memory or a.fits or reach + a.suffix[cls] < a.want:
         return
     if cls == s.classes:
-        if left_packages == 0 and left_nodes == 0:
+        if left_packages or left_nodes:
+            return
+        if a.probe == BY_CAPACITY:
+            a.fits = True
+        else:
             _weigh(s, a, packages, nodes, scratch)
         return
     first = s.class_start[cls]
@@ -83,8 +94,9 @@ cdef void _vectors(const Shape* s, Ask* a, int cls, int packages, int nodes, int
     new_packages = new_nodes = count = 0
     while True:
         a.counts[cls] = count
-        _vectors(s, a, cls + 1, packages, nodes, left_packages - new_packages, left_nodes - new_nodes,
-                 reach + _top(s, a, cls, count), suffix, scratch)
+        if count >= a.class_least[cls]:
+            _vectors(s, a, cls + 1, packages, nodes, left_packages - new_packages, left_nodes - new_nodes,
+                     reach + _top(s, a, cls, count), scratch)
         if count == cells:
             break
         cell = s.class_cells[first + count]
@@ -103,18 +115,18 @@ cdef void _vectors(const Shape* s, Ask* a, int cls, int packages, int nodes, int
 
 
 cdef int64_t _top(const Shape* s, const Ask* a, int cls, int count) noexcept nogil:
-    """Return the most CPUs that `count` cells of a class can give."""
+    """Return the most CPUs that `count` cells of a class can give within their shares."""
     cdef int cells = s.class_start[cls + 1] - s.class_start[cls], i, j, above
     cdef int64_t total = 0
     cdef int here
     if count == 0:
         return 0
     for i in range(cells):
-        here = a.cell_cap[s.class_cells[s.class_start[cls] + i]]
+        here = a.cell_reach[s.class_cells[s.class_start[cls] + i]]
         above = 0
         for j in range(cells):
-            if a.cell_cap[s.class_cells[s.class_start[cls] + j]] > here or \
-                    (a.cell_cap[s.class_cells[s.class_start[cls] + j]] == here and j < i):
+            if a.cell_reach[s.class_cells[s.class_start[cls] + j]] > here or \
+                    (a.cell_reach[s.class_cells[s.class_start[cls] + j]] == here and j < i):
                 above += 1
         if above < count:
             total += here
@@ -150,7 +162,7 @@ cdef bint _must_inside(const Shape* s, const Ask* a, int cell) noexcept nogil:
     return True
 
 
-cdef bint _search(const Shape* s, Ask* a, const int64_t* suffix, cost_t* scratch) noexcept nogil:
+cdef bint _search(const Shape* s, Ask* a, cost_t* scratch) noexcept nogil:
     """Try vectors in order of packages, then nodes; stop at the first pair that cannot be beaten."""
     cdef int packages, nodes
     for packages in range(1, a.most_packages + 1):
@@ -158,27 +170,16 @@ cdef bint _search(const Shape* s, Ask* a, const int64_t* suffix, cost_t* scratch
             if packages == 1 and nodes == 1:
                 _single_cells(s, a)
             if packages > 1 or nodes > 1 or s.cells > s.nodes:
-                if a.spread_nodes:
-                    _share(s, a, nodes)
-                _vectors(s, a, 0, packages, nodes, packages, nodes, 0, suffix, scratch)
+                if a.even and nodes > 1:
+                    _even_shares(s, a, packages, nodes, scratch)
+                else:
+                    _set_share(s, a, ANY_SHARE)
+                    _vectors(s, a, 0, packages, nodes, packages, nodes, 0, scratch)
             if a.steps > STEP_BUDGET or a.out_of_memory:
                 return a.found
             if a.found and a.best_high == a.floor_high:
                 return True
     return a.found
-
-
-cdef void _share(const Shape* s, Ask* a, int nodes) noexcept nogil:
-    """Set an even share for `nodes` nodes: base or base + step CPUs on each. Invalidates tables for another share."""
-    cdef int cls, step = 1
-    if a.whole_cores:
-        for cls in range(s.cores):
-            step = max(step, s.core_cpus[cls + 1] - s.core_cpus[cls])
-    a.even_step = step
-    a.even_base = a.want // nodes // step * step if nodes > 1 else a.want
-    for cls in range(s.classes):
-        free(a.class_table[cls])
-        a.class_table[cls] = NULL
 
 
 cdef bint _anyhow(const Shape* s, Ask* a, cost_t* scratch) noexcept nogil:
@@ -215,14 +216,13 @@ cdef bint _take_best(const Shape* s, Ask* a, cost_t* scratch, uint64_t* out) noe
     cdef cost_t* inner = scratch + (s.classes + 1) * row
     if a.best_cell >= 0:
         return _take_cell(s, a, a.best_cell, k, out)
-    if a.spread_nodes:
-        _share(s, a, a.best_nodes)
-        for before in range(s.classes):
-            if not _class_table(s, a, before, s.class_start[before + 1] - s.class_start[before] + 1):
-                return False
+    _set_share(s, a, a.best_share)
+    for before in range(s.classes):
+        if not _class_table(s, a, before, a.best_counts[before] + 1):
+            return False
     _vector_tables(s, a, a.best_counts, scratch)
     while cls > 0:
-        if not a.even_step or _shared_node(s, cls - 1) < 0:
+        if not a.share.step or _shared_node(s, cls - 1) < 0:
             cls -= 1
             k = _take_from_class(s, a, cls, scratch + cls * row, scratch + (cls + 1) * row, k, out)
             if k < 0:
@@ -256,12 +256,12 @@ cdef int _take_from_class(const Shape* s, Ask* a, int cls, const cost_t* left, c
 
 
 cdef int _share_taken(const Ask* a, const cost_t* left, const cost_t* node, cost_t price, int k) noexcept nogil:
-    """Return the share of a node that gave this price: nothing, base or base + step."""
-    cdef int share, x
-    for share in range(2):
-        x = a.even_base + share * a.even_step
-        if 0 < x <= k and left[k - x] + node[x] == price:
+    """Return the share of a node that gave this price; 0 if it gave nothing."""
+    cdef int x = a.share.low
+    while x <= min(k, a.share.high):
+        if left[k - x] + node[x] == price:
             return x
+        x += a.share.step
     return 0
 
 
@@ -279,7 +279,7 @@ cdef bint _take_class(const Shape* s, Ask* a, int cls, int count, int k, uint64_
         if here[k] == before[k] + price[0]:
             continue
         x = 1
-        while (before - row)[k - x] + price[x] + _cell_use(s, a, cell) != here[k] or not _even(s, a, cell, x):
+        while (before - row)[k - x] + price[x] + _cell_use(s, a, cell) != here[k] or not _allowed(s, a, cell, x):
             x += 1
         if not _take_cell(s, a, cell, x, out):
             return False
@@ -288,8 +288,11 @@ cdef bint _take_class(const Shape* s, Ask* a, int cls, int count, int k, uint64_
     return True
 
 
-cdef inline bint _even(const Shape* s, const Ask* a, int cell, int x) noexcept nogil:
-    return a.even_step == 0 or s.node_cells[s.cell_node[cell]] > 1 or x == a.even_base or x == a.even_base + a.even_step
+cdef inline bint _allowed(const Shape* s, const Ask* a, int cell, int x) noexcept nogil:
+    """Return whether a cell may give x CPUs; where it is one of several on a node, only the node's sum is limited."""
+    if a.share.step == 0 or s.node_cells[s.cell_node[cell]] > 1:
+        return True
+    return a.share.low <= x <= a.share.high and (x - a.share.low) % a.share.step == 0
 
 
 cdef bint _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* out) noexcept nogil:
@@ -374,17 +377,14 @@ cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noex
     cdef int cls, cell, chip
     cdef bint found = False
     cdef cost_t* scratch = <cost_t*>malloc(2 * (s.classes + 1) * <Py_ssize_t>(a.want + 1) * sizeof(cost_t))
-    cdef int64_t* suffix = <int64_t*>malloc((s.classes + 1) * sizeof(int64_t))
-    if scratch == NULL or suffix == NULL:
+    if scratch == NULL:
         a.out_of_memory = True
     else:
-        suffix[s.classes] = 0
-        for cls in range(s.classes - 1, -1, -1):
-            suffix[cls] = suffix[cls + 1] + _top(s, a, cls, s.class_start[cls + 1] - s.class_start[cls])
+        _reaches(s, a)
         if s.priced_chips and not _floor_of_all(s, a, scratch):
             a.out_of_memory = True
-        elif suffix[0] >= a.want and _fits_cores(s, a):
-            found = _search_all(s, a, spread_nodes, suffix, scratch)
+        elif a.suffix[0] >= a.want and _fits_cores(s, a):
+            found = _search_all(s, a, spread_nodes, scratch)
         if found and not a.out_of_memory:
             a.out_of_memory = not _take_best(s, a, scratch, out)
     for chip in range(s.chips):
@@ -394,24 +394,15 @@ cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noex
     for cls in range(s.classes):
         free(a.class_table[cls])
     free(scratch)
-    free(suffix)
     return found
 
 
-cdef bint _search_all(const Shape* s, Ask* a, bint spread_nodes, const int64_t* suffix, cost_t* scratch) noexcept nogil:
-    """Search with an even share over nodes if requested and possible; else with any share; else for anything."""
-    cdef int cls
-    a.spread_nodes = spread_nodes
+cdef bint _search_all(const Shape* s, Ask* a, bint spread_nodes, cost_t* scratch) noexcept nogil:
+    """Search with even shares of nodes if requested and possible; else with any shares; else for anything."""
     if spread_nodes:
-        if _search(s, a, suffix, scratch):
+        if _search_even(s, a, scratch) or _search_uneven(s, a, scratch):
             return True
-        a.spread_nodes = False
-        a.even_step = 0
-        a.steps = 0
-        for cls in range(s.classes):
-            free(a.class_table[cls])
-            a.class_table[cls] = NULL
-    if _search(s, a, suffix, scratch):
+    elif _search(s, a, scratch):
         return True
     if a.steps <= STEP_BUDGET or a.most_packages < s.packages or a.most_nodes < s.nodes:
         return False

@@ -24,6 +24,17 @@ cdef enum:
     SMT_MAX = 64
 
 
+cdef enum Probe:
+    WEIGH = 0                         # price every vector and keep the best
+    BY_CAPACITY = 1                   # only find out whether any vector has enough free CPUs
+    BY_PRICE = 2                      # only find out whether any vector gives a choice with the best high part
+
+
+cdef struct Share:
+    # How many CPUs a node in use may give: low, low + step, ..., high. step 0: any number.
+    int low, high, step
+
+
 cdef struct Shape:
     # Sizes, then for each level where its members start: chip c owns groups chip_groups[c] .. chip_groups[c + 1] - 1.
     int cpus, cores, groups, chips, cells, nodes, packages, classes
@@ -44,7 +55,7 @@ cdef struct Shape:
 cdef struct Ask:
     # One request, applied to the shape.
     int want
-    bint whole_cores, spread_cores, spread_nodes, groups_first
+    bint whole_cores, spread_cores, groups_first
     int most_packages, most_nodes
     uint8_t* free                     # by CPU slot
     uint8_t* must
@@ -53,14 +64,26 @@ cdef struct Ask:
     # Where each part of the cost starts in the packed number.
     int at_cores_broken, at_groups_broken, at_nodes_broken, at_split, at_groups, at_low
     int at_packages, at_taste, at_near
+    int wide_groups, wide_split
     # Working tables.
     int* cell_cap
+    int* cell_reach                   # the same within the share that a node may give
+    int* cell_least                   # if `narrow`: how many CPUs of a cell a choice takes at least and at most
+    int* cell_most
+    int* class_least                  # how many cells of a class are used at least
+    int64_t* suffix                   # by class: what all cells of it and of the classes after it can give
     int* node_whole
     cost_t** chip_table               # by chip: (groups + 1) rows of want + 1
     cost_t** cell_table               # by cell: (chips + 1) rows of want + 1
     cost_t** class_table              # by class: (cells + 1) x (rows) x (want + 1)
     int* class_rows
-    int even_step, even_base          # even_step 0: any share of a node will do
+    # Shares of nodes.
+    bint even                         # shares must be equal, give or take `slack`
+    int slack, stride                 # largest core (or 1 CPU) and the steps in which nodes can give CPUs
+    int packages, nodes               # where a search with bounds on shares looks
+    bint narrow                       # only choices as near as `floor_high` count
+    Share share, best_share
+    int difference, best_difference   # most that two nodes in use may differ by; 0 for even shares
     # The search.
     int* counts                       # how many cells of each class are used
     int* best_counts
@@ -71,7 +94,11 @@ cdef struct Ask:
     int best_cell                     # the whole choice lies in this cell; -1: see best_counts
     int64_t best_distance
     cost_t floor_high                 # no choice can have a smaller high part than this
+    uint64_t last_price               # price of the last of the CPUs that add up to it
     int64_t steps
+    Probe probe
+    bint fits                         # what the probe found
+    bint cut                          # an earlier search of this request ran out of steps
     bint found, out_of_memory
 
 
@@ -321,30 +348,29 @@ cdef bint _class_table(const Shape* s, Ask* a, int cls, int rows) noexcept nogil
         if not _cell_table(s, a, cell):
             return False
         for m in range(rows):
-            _one_more_cell(s, a, cell, table + i * plane + m * row, m > 0, (m - 1) * widest,
-                           table + (i + 1) * plane + m * row)
+            _one_more_cell(s, a, cell, table + i * plane + m * row, m - 1, widest, table + (i + 1) * plane + m * row)
         widest = max(widest, a.cell_cap[cell])
     return True
 
 
-cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* same, bint use, int reach,
+cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* same, int others, int widest,
                          cost_t* out) noexcept nogil:
-    """out[k]: a cell left out (the row `same`) or, if it may be used, used for x CPUs (the row before `same`, which
-    reaches no further than `reach`)."""
+    """out[k]: a cell left out (the row `same`) or, if others >= 0, used for x CPUs (the row before `same`: `others` cells
+    of no more than `widest` CPUs)."""
     cdef const cost_t* price = _cell(s, a, cell)
     cdef const cost_t* fewer = same - (a.want + 1)
-    cdef int k, x, share, cap = a.cell_cap[cell]
+    cdef int k, x, last, low = 1, step = 1, high = a.cell_cap[cell]
     cdef cost_t best, extra = _cell_use(s, a, cell)
+    if a.share.step and s.node_cells[s.cell_node[cell]] == 1:
+        low, step, high = a.share.low, a.share.step, a.cell_reach[cell]
     for k in range(a.want + 1):
         best = INFINITE
-        if use and a.even_step and s.node_cells[s.cell_node[cell]] == 1:
-            for share in range(2):
-                x = a.even_base + share * a.even_step
-                if 0 < x <= k and x <= cap:
-                    best = _least(best, fewer[k - x] + price[x])
-        elif use:
-            for x in range(max(1, k - reach), min(k, cap) + 1):
+        if others >= 0:
+            x = low + max(0, (k - others * widest - low + step - 1) // step * step)
+            last = min(k - others * low, high)
+            while x <= last:
                 best = _least(best, fewer[k - x] + price[x])
+                x += step
         best = _least(best + extra, same[k] + price[0])
         out[k] = best if best < INFINITE else INFINITE
 
@@ -363,7 +389,7 @@ cdef inline int _shared_node(const Shape* s, int cls) noexcept nogil:
 
 cdef void _vector_tables(const Shape* s, const Ask* a, const int* counts, cost_t* table) noexcept nogil:
     """Row c of the first classes + 1 rows: the cheapest way to take k CPUs of the first c classes, counts[c] cells of
-    each used. An even share is per node: where several classes share a node, the rows behind those hold the node's own
+    each used. A share is per node: where several classes lie on one node, the rows behind those hold the node's own
     sums, and only the row after its last class counts."""
     cdef int cls, start = 0, k, node
     cdef Py_ssize_t row = a.want + 1
@@ -373,7 +399,7 @@ cdef void _vector_tables(const Shape* s, const Ask* a, const int* counts, cost_t
     table[0] = 0
     for cls in range(s.classes):
         node = _shared_node(s, cls)
-        if not a.even_step or node < 0:
+        if not a.share.step or node < 0:
             _add_class(s, a, cls, counts[cls], table + cls * row, table + (cls + 1) * row)
             continue
         if cls == 0 or _shared_node(s, cls - 1) != node:
@@ -381,7 +407,7 @@ cdef void _vector_tables(const Shape* s, const Ask* a, const int* counts, cost_t
         # Row 0 of the table, nothing taken, is where a node's own sums start too.
         _add_class(s, a, cls, counts[cls], table if cls == start else inner + cls * row, inner + (cls + 1) * row)
         if cls + 1 == s.classes or _shared_node(s, cls + 1) != node:
-            _add_even(a, table + start * row, inner + (cls + 1) * row, table + (cls + 1) * row)
+            _add_share(a, table + start * row, inner + (cls + 1) * row, table + (cls + 1) * row)
 
 
 cdef void _add_class(const Shape* s, const Ask* a, int cls, int count, const cost_t* left, cost_t* out) noexcept nogil:
@@ -396,12 +422,12 @@ cdef void _add_class(const Shape* s, const Ask* a, int cls, int count, const cos
         out[k] = _least(best, INFINITE)
 
 
-cdef void _add_even(const Ask* a, const cost_t* left, const cost_t* node, cost_t* out) noexcept nogil:
-    """out[k]: a node gives nothing or an even share, the others as in `left`."""
-    cdef int k, share, x
+cdef void _add_share(const Ask* a, const cost_t* left, const cost_t* node, cost_t* out) noexcept nogil:
+    """out[k]: a node gives nothing or a share that is allowed, the others as in `left`."""
+    cdef int k, x
     for k in range(a.want + 1):
         out[k] = _least(left[k] + node[0], INFINITE)
-        for share in range(2):
-            x = a.even_base + share * a.even_step
-            if 0 < x <= k:
-                out[k] = _least(out[k], left[k - x] + node[x])
+        x = a.share.low
+        while x <= min(k, a.share.high):
+            out[k] = _least(out[k], left[k - x] + node[x])
+            x += a.share.step

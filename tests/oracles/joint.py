@@ -14,6 +14,8 @@ from nodeagent.core.model.topology import NodeId
 from tests.oracles import placement as oracle
 
 Cost = tuple[int, ...]
+"""device_links, near, preference, packages, numa_nodes, numa_distance; then the last three of the CPUs by themselves;
+then l3 to cpu_ids; then by how much the shares of nodes differ."""
 
 
 class Oracle:
@@ -43,13 +45,24 @@ class Oracle:
             want=request.cpus,
             whole_cores=opt.FULL_PCPUS in request.options,
             spread_cores=opt.SPREAD_CORES in request.options,
+            spread_nodes=opt.SPREAD_NUMA in request.options,
             taste=((isolated, 1),) if "prefer-isolated-cpus" in request.options else (),
         )
 
     def best(self) -> Cost | None:
         """The least cost, with what the CPUs span by themselves behind numa_distance; None where nothing fits."""
         found = [one for nodes in self.universes() for one in [self.best_within(nodes)] if one is not None]
-        return min(found, default=None)
+        return min(found, default=None, key=self.ranked)
+
+    def ranked(self, cost: Cost) -> Cost:
+        """The parts as the options rank them."""
+        links, near, taste, packages, nodes, distance, *own, l3, split, nodes_broken, l3_broken, cores_broken = cost[
+            :14
+        ]
+        cut, ids, uneven = cost[14:]
+        cores = (split, l3) if self.case.spread_cores else (l3, split)
+        spread = (packages, nodes, uneven, distance, *own)
+        return (links, uneven > 0, near, taste, *spread, *cores, nodes_broken, l3_broken, cores_broken, cut, ids)
 
     def universes(self) -> list[frozenset[NodeId]]:
         if self.request.numa == BEST_EFFORT:
@@ -102,28 +115,26 @@ class Oracle:
         sets = [one for one in sets if self.device_links(one) == links]
         spans = [s for n in range(len(nodes) + 1) for s in itertools.combinations(sorted(nodes), n) if self.enough(s)]
         if not self.request.cpus:
-            found = [(links, *self.pages_cost(one, span), self.cut(one), 0) for one in sets for span in spans]
-            return min(found)
+            found = [(links, *self.pages_cost(one, span), self.cut(one), 0, 0) for one in sets for span in spans]
+            return min(found, key=self.ranked)
         cpus = self.cpu_sets(nodes)
         if not cpus:
             return None
-        pairs = [(self.nearness(c, d), cost[1], c, d, cost) for c, cost in cpus.items() for d in sets]
-        least = min(pair[:2] for pair in pairs)
-        best = [pair for pair in pairs if pair[:2] == least]
-        return min(
-            (links, *self.joint_cost(c, cost, span), self.cut(d), sum(c))
-            for near, _, c, d, cost in best
+        pairs = [((c.uneven > 0, self.nearness(one, d), c.taste), one, d, c) for one, c in cpus.items() for d in sets]
+        least = min(pair[0] for pair in pairs)
+        found = [
+            (links, *self.joint_cost(one, near, cost, span), self.cut(d), sum(one), cost.uneven)
+            for (uneven, near, taste), one, d, cost in pairs
+            if (uneven, near, taste) == least
             for span in spans
-            for cost in [(near, *cost[1:])]
-        )
+        ]
+        return min(found, key=self.ranked)
 
-    def joint_cost(self, cpus: Sequence[int], cost: Cost, span: Sequence[NodeId]) -> Cost:
+    def joint_cost(self, cpus: Sequence[int], near: int, cost: oracle.Parts, span: Sequence[NodeId]) -> Cost:
         """near to cores_broken; packages, nodes and distance of the union, then those of the CPUs alone."""
         used = {self.inventory.cpu_by_id[one].numa_node for one in cpus} | set(span)
-        packages = max(cost[2], len(self.packages(used)))
-        if len(used) == cost[3]:
-            packages = cost[2]
-        return *cost[:2], packages, len(used), self.spread(used), *cost[2:10]
+        packages = cost.packages if len(used) == cost.nodes else max(cost.packages, len(self.packages(used)))
+        return near, cost.taste, packages, len(used), self.spread(used), *cost[2:10]
 
     def pages_cost(self, devices: Sequence[Device], span: Sequence[NodeId]) -> Cost:
         near = max((self.node_nearness(node, devices) for node in span), default=0)
@@ -136,9 +147,9 @@ class Oracle:
         some = list(nodes)
         return sum(self.distance(a, b) for a in some for b in some if a != b)
 
-    def cpu_sets(self, nodes: frozenset[NodeId]) -> dict[tuple[int, ...], Cost]:
+    def cpu_sets(self, nodes: frozenset[NodeId]) -> dict[tuple[int, ...], oracle.Parts]:
         free = [one for one in sorted(self.free) if self.inventory.cpu_by_id[one].numa_node in nodes]
-        costs = {one: oracle.cost(self.case, one) for one in itertools.combinations(free, self.request.cpus)}
+        costs = {one: oracle.parts_of(self.case, one) for one in itertools.combinations(free, self.request.cpus)}
         return {one: cost for one, cost in costs.items() if cost is not None}
 
     # ---------------------------------------------------------------- devices

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 Row = tuple[int, int, int, int, int]
 """cpu, package, node, l3, core."""
@@ -44,8 +45,40 @@ class Case:
         return out
 
 
+class Parts(NamedTuple):
+    """The parts of the cost of a choice, in the order without options."""
+
+    near: int
+    taste: int
+    packages: int
+    nodes: int
+    distance: int
+    l3: int
+    split: int
+    nodes_broken: int
+    l3_broken: int
+    cores_broken: int
+    ids: int
+    uneven: int
+    """With spread_nodes: how many CPUs the largest share of a node is above the smallest, if more than a step."""
+
+
+def ordered(case: Case, parts: Parts) -> tuple[int, ...]:
+    """The parts as the options rank them, most important first."""
+    cores = (parts.split, parts.l3) if case.spread_cores else (parts.l3, parts.split)
+    nodes = (parts.packages, parts.nodes, parts.uneven, parts.distance)
+    order = (parts.uneven > 0, parts.near, parts.taste, *nodes, *cores, *parts[7:11])
+    return (parts.l3, *order) if case.groups_first else order
+
+
 def cost(case: Case, chosen: Sequence[int]) -> tuple[int, ...] | None:
     """The whole cost of a choice, most important part first; None where it is not allowed."""
+    parts = parts_of(case, chosen)
+    return None if parts is None else ordered(case, parts)
+
+
+def parts_of(case: Case, chosen: Sequence[int]) -> Parts | None:
+    """The parts of the cost of a choice; None where it is not allowed."""
     rows = [case.places[cpu] for cpu in chosen]
     packages, nodes = {row[1] for row in rows}, {row[2] for row in rows}
     if not case.must <= set(chosen) or not set(chosen) <= case.free:
@@ -61,7 +94,7 @@ def cost(case: Case, chosen: Sequence[int]) -> tuple[int, ...] | None:
     if case.whole_cores and partly:
         return None
     on_node = {node: {row[0] for row in case.rows if row[2] == node} for node in nodes}
-    parts = (
+    return Parts(
         _weigh(case.near, chosen),
         _weigh(case.taste, chosen),
         len(packages),
@@ -73,10 +106,8 @@ def cost(case: Case, chosen: Sequence[int]) -> tuple[int, ...] | None:
         sum(1 for group in used if groups[group] <= case.free),
         sum(1 for core in touched if cores[core] <= case.free),
         sum(chosen),
+        _uneven(case, rows) if case.spread_nodes else 0,
     )
-    if case.groups_first:
-        parts = (parts[5], *parts[:5], *parts[6:])
-    return (not _even(case, rows), *parts) if case.spread_nodes else parts
 
 
 def best(case: Case) -> tuple[int, ...] | None:
@@ -89,9 +120,9 @@ def _weigh(pairs: Iterable[tuple[int, int]], chosen: Iterable[int]) -> int:
     return sum(weight for mask, weight in pairs for cpu in chosen if mask >> cpu & 1)
 
 
-def _even(case: Case, rows: Sequence[Row]) -> bool:
-    """Each node used gives the same number of CPUs, or one core (one CPU, where cores may be split) more."""
+def _uneven(case: Case, rows: Sequence[Row]) -> int:
+    """By how many CPUs the shares of the nodes used differ; 0 for a core (a CPU, where cores may be split) or less."""
     counts = [sum(1 for row in rows if row[2] == node) for node in {row[2] for row in rows}]
     step = max(len(core) for core in case.members(4).values()) if case.whole_cores else 1
-    base = len(rows) // len(counts) // step * step
-    return len(counts) == 1 or all(count in (base, base + step) for count in counts)
+    difference = max(counts) - min(counts)
+    return difference if difference > step else 0

@@ -26,7 +26,7 @@ STRICT_RESERVATION = "strict-cpu-reservation"
 OPTIONS: Mapping[str, str] = MappingProxyType(
     {
         FULL_PCPUS: "whole cores only: every online sibling of every CPU taken",
-        SPREAD_NUMA: "where one NUMA node is not enough, the same number of CPUs on each node used",
+        SPREAD_NUMA: "where one NUMA node is not enough, shares of the nodes used that differ as little as possible",
         SPREAD_CORES: "as few CPUs of one core as possible",
         ALIGN_SOCKET: "the NUMA policy counts sockets instead of NUMA nodes",
         PREFER_L3: "few L3 groups, behind NUMA nodes: always so, the option changes nothing",

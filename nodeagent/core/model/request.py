@@ -53,7 +53,8 @@ class Pages:
 
 
 class PlacementCost(NamedTuple):
-    """The cost of a placement by component, the most significant first; docs/placement.md explains each."""
+    """The cost of a placement by component, the most significant first; docs/placement.md explains each, and the order
+    of requests whose options distribute their CPUs."""
 
     device_links: int = 0
     near: int = 0

@@ -54,6 +54,16 @@ def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, 
     return found
 
 
+def leading(choice: Choice) -> tuple[int, ...]:
+    """Return the parts of a choice's cost before packages: whether it is uneven, near, preference."""
+    return choice[13] > 0, *choice[1:3]
+
+
+def ordered(request: Request, l3: int, split_cores: int) -> tuple[int, int]:
+    """Return two parts of a cost in the order in which the options rank them."""
+    return (split_cores, l3) if opt.SPREAD_CORES in request.options else (l3, split_cores)
+
+
 def allowed(machine: MachineIndex, request: Request) -> int:
     """Return a mask of the CPUs that the options and the NUMA policy permit.
 

@@ -19,7 +19,16 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.request import BEST_EFFORT, SINGLE, Pages, Placement, PlacementCost, Request
 from nodeagent.core.model.topology import NodeId
-from nodeagent.core.placement.cpu_choice import NO_LIMITS, Limits, Near, allowed, limits_of, search_cpus
+from nodeagent.core.placement.cpu_choice import (
+    NO_LIMITS,
+    Limits,
+    Near,
+    allowed,
+    leading,
+    limits_of,
+    ordered,
+    search_cpus,
+)
 from nodeagent.core.placement.device_choice import Pick, device_of, pick_devices
 from nodeagent.core.placement.index import MachineIndex
 from nodeagent.core.placement.node_sets import Cover, Steps, Unit
@@ -35,7 +44,7 @@ Sets = list[tuple[NodeId, ...]]
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """A placement and its sort key: its cost, and how far its CPUs alone are spread."""
+    """A placement and its sort key: its cost as the options rank it, and how far its CPUs alone are spread."""
 
     placement: Placement
     key: tuple[int, ...]
@@ -193,7 +202,7 @@ def _place_within(task: _Task, nodes: frozenset[NodeId] | None) -> _Found | None
         return best
     sets = _Once(_node_sets(task, usable, stock))
     for pick, near, cpus in _nearest(task, usable, picks):
-        if best is not None and best.key <= _least_key(pick, cpus):
+        if best is not None and best.key <= _least_key(task, pick, cpus):
             break
         best = _better(best, _span(task, usable, pick, near, cpus, stock, sets))
     return best
@@ -213,16 +222,27 @@ def _nearest(task: _Task, usable: int, picks: Iterable[Pick]) -> list[tuple[Pick
         cpus = search_cpus(task.machine, usable, task.request, near, task.limits)
         if cpus is not None:
             found.append((pick, near, cpus))
-    least = min((cpus[1:3] for _, _, cpus in found), default=None)
-    return sorted((one for one in found if one[2][1:3] == least), key=lambda one: _least_key(one[0], one[2]))
+    least = min((leading(cpus) for _, _, cpus in found), default=None)
+    nearest = (one for one in found if leading(one[2]) == least)
+    return sorted(nearest, key=lambda one: _least_key(task, one[0], one[2]))
 
 
-def _least_key(pick: Pick, cpus: Choice) -> tuple[int, ...]:
+def _least_key(task: _Task, pick: Pick, cpus: Choice) -> tuple[int, ...]:
     """Return the key of a placement with these devices if pages and memory fit on the nodes of its best CPUs.
 
     If they do not fit there, the actual key is larger.
     """
-    return (pick.links, *cpus[1:6], *cpus[3:11], pick.cut, cpus[11])
+    return _key(task.request, PlacementCost(pick.links, *cpus[1:11], pick.cut, cpus[11]), cpus[3:6], cpus[13])
+
+
+def _key(request: Request, cost: PlacementCost, own: tuple[int, ...], uneven: int) -> tuple[int, ...]:
+    """Return the parts of a cost as the options rank them.
+
+    own: packages, nodes and distance of the CPUs alone. uneven: by how much their shares of NUMA nodes differ.
+    """
+    spread = (cost.packages, cost.numa_nodes, uneven, cost.numa_distance, *own)
+    first = (cost.device_links, uneven > 0, cost.near, cost.preference)
+    return (*first, *spread, *ordered(request, cost.l3, cost.split_cores), *cost[8:])
 
 
 # ---------------------------------------------------------------- pages and memory
@@ -259,7 +279,7 @@ def _best_set(
         # One search for all single nodes: the compiled core compares them itself.
         union = task.machine.cpus_of(node for some in sets for node in some)
         here = search_cpus(task.machine, usable & union, task.request, near, replace(task.limits, nodes=1))
-        if here is None or here[1:3] != nearest[1:3]:
+        if here is None or leading(here) != leading(nearest):
             return None
         return here, tuple(task.machine.nodes_of(here[0]))
     return _closest(task, usable, near, sets, nearest)
@@ -270,15 +290,16 @@ def _closest(
 ) -> tuple[Choice, tuple[NodeId, ...]] | None:
     """Return the same for sets of several nodes, skipping every set that is less compact than one that will do."""
     best: tuple[Choice, tuple[NodeId, ...]] | None = None
-    apart = -1
+    least: tuple[int, ...] = ()
     for distance, nodes in sorted((task.machine.distance(nodes), nodes) for nodes in sets):
-        if best is not None and distance > apart:
+        if best is not None and (0, distance) > least[:2]:
             break
         here = search_cpus(task.machine, usable & task.machine.cpus_of(nodes), task.request, near, task.limits)
-        if here is None or here[1:3] != nearest[1:3]:
+        if here is None or leading(here) != leading(nearest):
             continue
-        if best is None or here[3:12] < best[0][3:12]:
-            best, apart = (here, nodes), distance
+        rank = (here[13], distance, *here[3:6], *ordered(task.request, *here[6:8]), *here[8:12])
+        if best is None or rank < least:
+            best, least = (here, nodes), rank
     return best
 
 
@@ -346,7 +367,7 @@ def _node_sets(task: _Task, usable: int, stock: Stock) -> Iterator[Sets]:
 
 # ---------------------------------------------------------------- result
 
-_NOTHING: Choice = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, True)
+_NOTHING: Choice = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, True, 0)
 
 
 def _answer(
@@ -359,16 +380,15 @@ def _answer(
     pages_near: int = 0,
 ) -> _Found:
     """Assemble the result; packages, nodes and distance include the nodes of pages and memory."""
-    mask, near, taste, packages, spanned, distance, *rest, ids, exact = cpus or _NOTHING
+    mask, near, taste, packages, spanned, distance, *rest, ids, exact, uneven = cpus or _NOTHING
     own = packages, spanned, distance
     used = task.machine.nodes_of(mask) | frozenset(nodes)
     if len(used) > spanned:
         spanned, distance = len(used), task.machine.distance(used)
         packages = max(packages, task.machine.packages_of(used).bit_count())
     first = (pick.links, near or pages_near, taste, packages, spanned, distance)
-    last = (*rest, pick.cut, ids)
-    cost = PlacementCost(*first, *last)
+    cost = PlacementCost(*first, *(*rest, pick.cut, ids))
     placement = Placement(
         CpuSet.of_mask(mask), tuple(pages), tuple(memory), pick.devices, cost, bool(exact) and pick.exact
     )
-    return _Found(placement, first + own + last)
+    return _Found(placement, _key(task.request, cost, own, uneven))

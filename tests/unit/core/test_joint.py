@@ -22,6 +22,7 @@ from tests.builders.inventories import GIB, inventory_of
 from tests.oracles.joint import Oracle
 
 MIB2 = 2 << 20
+SPREADS = (opt.SPREAD_NUMA, opt.SPREAD_CORES)
 OWN = slice(6, 9)
 """Where the oracle tells what CPUs span by themselves."""
 
@@ -117,10 +118,28 @@ def test_a_joint_placement_costs_what_the_best_of_all_costs(seed: int) -> None:
     pick = random.Random(seed)
     inventory = random_machine(pick)
     request = random_request(pick, inventory)
-    if not (request.hugepages or request.memory_bytes or request.devices or request.near or request.near_nodes):
-        return
     held = [cpu.id for cpu in inventory.cpus if pick.random() < 0.2]
     gone = [one.id for one in inventory.devices if pick.random() < 0.1]
+    check_against_all(inventory, request, held, gone)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_joint_placement_that_is_distributed_costs_what_the_best_of_all_costs(seed: int) -> None:
+    pick = random.Random(seed)
+    inventory = random_machine(pick)
+    options = pick.choice([(opt.SPREAD_CORES,), (opt.SPREAD_NUMA,), (opt.SPREAD_NUMA, opt.FULL_PCPUS), SPREADS])
+    request = replace(
+        random_request(pick, inventory), options=frozenset(options), cpus=pick.randint(1, len(inventory.cpus))
+    )
+    odds = pick.choice([0, 0.3])
+    check_against_all(inventory, request, [cpu.id for cpu in inventory.cpus if pick.random() < odds], [])
+
+
+def check_against_all(inventory: Inventory, request: Request, held: list[int], gone: list[str]) -> None:
+    """The placement of a request that is not for CPUs alone costs what the best of all costs."""
+    if not (request.hugepages or request.memory_bytes or request.devices or request.near or request.near_nodes):
+        return
     expected = Oracle(inventory, held, gone, request).best()
     try:
         placement = place(inventory, ledger_of(held, gone), request)
@@ -128,7 +147,7 @@ def test_a_joint_placement_costs_what_the_best_of_all_costs(seed: int) -> None:
         assert expected is None, f"refused ({refused}) what fits for {expected}"
         return
     assert expected is not None
-    shown = (*expected[: OWN.start], *expected[OWN.stop :])
+    shown = (*expected[: OWN.start], *expected[OWN.stop : -1])
     assert placement.cost == PlacementCost(*shown)
     assert placement.exact
     check_whole(inventory, request, held, gone, placement)
