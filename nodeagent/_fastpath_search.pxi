@@ -222,7 +222,7 @@ cdef bint _take_best(const Shape* s, Ask* a, cost_t* scratch, uint64_t* out) noe
             return False
     _vector_tables(s, a, a.best_counts, scratch)
     while cls > 0:
-        if not a.share.step or _shared_node(s, cls - 1) < 0:
+        if not a.share.high or _shared_node(s, cls - 1) < 0:
             cls -= 1
             k = _take_from_class(s, a, cls, scratch + cls * row, scratch + (cls + 1) * row, k, out)
             if k < 0:
@@ -257,11 +257,10 @@ cdef int _take_from_class(const Shape* s, Ask* a, int cls, const cost_t* left, c
 
 cdef int _share_taken(const Ask* a, const cost_t* left, const cost_t* node, cost_t price, int k) noexcept nogil:
     """Return the share of a node that gave this price; 0 if it gave nothing."""
-    cdef int x = a.share.low
-    while x <= min(k, a.share.high):
+    cdef int x
+    for x in range(a.share.low, min(k, a.share.high) + 1):
         if left[k - x] + node[x] == price:
             return x
-        x += a.share.step
     return 0
 
 
@@ -290,9 +289,7 @@ cdef bint _take_class(const Shape* s, Ask* a, int cls, int count, int k, uint64_
 
 cdef inline bint _allowed(const Shape* s, const Ask* a, int cell, int x) noexcept nogil:
     """Return whether a cell may give x CPUs; where it is one of several on a node, only the node's sum is limited."""
-    if a.share.step == 0 or s.node_cells[s.cell_node[cell]] > 1:
-        return True
-    return a.share.low <= x <= a.share.high and (x - a.share.low) % a.share.step == 0
+    return a.share.high == 0 or s.node_cells[s.cell_node[cell]] > 1 or a.share.low <= x <= a.share.high
 
 
 cdef bint _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* out) noexcept nogil:

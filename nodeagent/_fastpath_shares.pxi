@@ -4,12 +4,12 @@
 # The prices of _fastpath_tables.pxi add up; how much the largest and the smallest share differ does not. So the search
 # is run with bounds on the shares: even ones first, then the narrowest that leave a choice.
 
-cdef Share ANY_SHARE = Share(0, 0, 0)
+cdef Share ANY_SHARE = Share(0, 0)
 
 
 cdef void _set_share(const Shape* s, Ask* a, Share share) noexcept nogil:
     """Set what a node may give."""
-    if share.low != a.share.low or share.high != a.share.high or share.step != a.share.step:
+    if share.low != a.share.low or share.high != a.share.high:
         a.share = share
         _drop_classes(s, a)
 
@@ -35,7 +35,7 @@ cdef void _reaches(const Shape* s, Ask* a) noexcept nogil:
     cdef int cell, cls, most, i
     for cell in range(s.cells):
         most = a.cell_most[cell] if a.narrow else a.cell_cap[cell]
-        if a.share.step:
+        if a.share.high:
             if most < a.share.low and s.node_cells[s.cell_node[cell]] == 1:
                 most = 0
             most = min(most, a.share.high)
@@ -79,7 +79,7 @@ cdef void _even_shares(const Shape* s, Ask* a, int packages, int nodes, cost_t* 
     """Try all even shares of `nodes` nodes. With cores of one size there is one range of them."""
     cdef int low = a.want // nodes // a.stride * a.stride
     while low > 0 and <int64_t>(low + a.slack) * nodes > a.want:
-        _set_share(s, a, Share(low, low + a.slack, a.stride))
+        _set_share(s, a, Share(low, low + a.slack))
         _vectors(s, a, 0, packages, nodes, packages, nodes, 0, scratch)
         low -= a.stride
 
@@ -135,7 +135,7 @@ cdef void _by_price(const Shape* s, Ask* a, cost_t* scratch) noexcept nogil:
 cdef void _differ(const Shape* s, Ask* a, int low, int difference, cost_t* scratch) noexcept nogil:
     """Keep the best choice with shares from `low` on that differ by no more than `difference`."""
     a.difference = difference
-    _set_share(s, a, Share(low, low + difference, a.stride))
+    _set_share(s, a, Share(low, low + difference))
     if _possible(s, a):
         _vectors(s, a, 0, a.packages, a.nodes, a.packages, a.nodes, 0, scratch)
 
@@ -145,7 +145,7 @@ cdef int _most_low(const Shape* s, Ask* a, Probe probe, cost_t* scratch) noexcep
     cdef int least = 1, most = a.want // a.nodes // a.stride, middle
     while least < most:
         middle = (least + most + 1) // 2
-        if _any(s, a, Share(middle * a.stride, a.want, a.stride), probe, scratch):
+        if _any(s, a, Share(middle * a.stride, a.want), probe, scratch):
             least = middle
         else:
             most = middle - 1
@@ -157,7 +157,7 @@ cdef int _least_high(const Shape* s, Ask* a, Probe probe, cost_t* scratch) noexc
     cdef int least = (a.want - 1) // (a.nodes * a.stride) + 1, most = (a.want - 1) // a.stride + 1, middle
     while least < most:
         middle = (least + most) // 2
-        if _any(s, a, Share(a.stride, middle * a.stride, a.stride), probe, scratch):
+        if _any(s, a, Share(a.stride, middle * a.stride), probe, scratch):
             most = middle
         else:
             least = middle + 1
@@ -213,7 +213,7 @@ cdef bint _possible(const Shape* s, const Ask* a) noexcept nogil:
             if s.cell_node[cell] == node:
                 least += a.cell_least[cell]
                 most += a.cell_most[cell]
-        if least and a.share.step and (least > a.share.high or most < a.share.low):
+        if least and a.share.high and (least > a.share.high or most < a.share.low):
             return False
         if least:
             total += max(least, a.share.low)

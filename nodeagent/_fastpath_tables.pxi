@@ -31,8 +31,8 @@ cdef enum Probe:
 
 
 cdef struct Share:
-    # How many CPUs a node in use may give: low, low + step, ..., high. step 0: any number.
-    int low, high, step
+    # How many CPUs a node in use may give. high 0: any number.
+    int low, high
 
 
 cdef struct Shape:
@@ -359,18 +359,15 @@ cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* s
     of no more than `widest` CPUs)."""
     cdef const cost_t* price = _cell(s, a, cell)
     cdef const cost_t* fewer = same - (a.want + 1)
-    cdef int k, x, last, low = 1, step = 1, high = a.cell_cap[cell]
+    cdef int k, x, low = 1, high = a.cell_cap[cell]
     cdef cost_t best, extra = _cell_use(s, a, cell)
-    if a.share.step and s.node_cells[s.cell_node[cell]] == 1:
-        low, step, high = a.share.low, a.share.step, a.cell_reach[cell]
+    if a.share.high and s.node_cells[s.cell_node[cell]] == 1:
+        low, high = a.share.low, a.cell_reach[cell]
     for k in range(a.want + 1):
         best = INFINITE
         if others >= 0:
-            x = low + max(0, (k - others * widest - low + step - 1) // step * step)
-            last = min(k - others * low, high)
-            while x <= last:
+            for x in range(max(low, k - others * widest), min(k - others * low, high) + 1):
                 best = _least(best, fewer[k - x] + price[x])
-                x += step
         best = _least(best + extra, same[k] + price[0])
         out[k] = best if best < INFINITE else INFINITE
 
@@ -399,7 +396,7 @@ cdef void _vector_tables(const Shape* s, const Ask* a, const int* counts, cost_t
     table[0] = 0
     for cls in range(s.classes):
         node = _shared_node(s, cls)
-        if not a.share.step or node < 0:
+        if not a.share.high or node < 0:
             _add_class(s, a, cls, counts[cls], table + cls * row, table + (cls + 1) * row)
             continue
         if cls == 0 or _shared_node(s, cls - 1) != node:
@@ -427,7 +424,5 @@ cdef void _add_share(const Ask* a, const cost_t* left, const cost_t* node, cost_
     cdef int k, x
     for k in range(a.want + 1):
         out[k] = _least(left[k] + node[0], INFINITE)
-        x = a.share.low
-        while x <= min(k, a.share.high):
+        for x in range(a.share.low, min(k, a.share.high) + 1):
             out[k] = _least(out[k], left[k - x] + node[x])
-            x += a.share.step

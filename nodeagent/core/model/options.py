@@ -22,6 +22,8 @@ ALIGN_SOCKET = "align-by-socket"
 PREFER_L3 = "prefer-align-cpus-by-uncorecache"
 REQUIRE_L3 = "require-align-cpus-by-uncorecache"
 STRICT_RESERVATION = "strict-cpu-reservation"
+DISTRIBUTING = (SPREAD_NUMA, SPREAD_CORES)
+"""Options that change the order of the cost."""
 
 OPTIONS: Mapping[str, str] = MappingProxyType(
     {

@@ -221,9 +221,9 @@ def _nearest(task: _Task, usable: int, picks: Iterable[Pick]) -> list[tuple[Pick
         near = task.machine.proximity.cpu_weights((*task.fixed, *pick.places))
         cpus = search_cpus(task.machine, usable, task.request, near, task.limits)
         if cpus is not None:
-            found.append((pick, near, cpus))
-    least = min((leading(cpus) for _, _, cpus in found), default=None)
-    nearest = (one for one in found if leading(one[2]) == least)
+            found.append((leading(cpus), pick, near, cpus))
+    least = min((lead for lead, *_ in found), default=None)
+    nearest = ((pick, near, cpus) for lead, pick, near, cpus in found if lead == least)
     return sorted(nearest, key=lambda one: _least_key(task, one[0], one[2]))
 
 
@@ -232,17 +232,22 @@ def _least_key(task: _Task, pick: Pick, cpus: Choice) -> tuple[int, ...]:
 
     If they do not fit there, the actual key is larger.
     """
-    return _key(task.request, PlacementCost(pick.links, *cpus[1:11], pick.cut, cpus[11]), cpus[3:6], cpus[13])
+    first, last = (pick.links, *cpus[1:6]), (*cpus[6:11], pick.cut, cpus[11])
+    return _key(task.request, first, cpus[3:6], last, cpus[13])
 
 
-def _key(request: Request, cost: PlacementCost, own: tuple[int, ...], uneven: int) -> tuple[int, ...]:
+def _key(
+    request: Request, first: tuple[int, ...], own: tuple[int, ...], last: tuple[int, ...], uneven: int
+) -> tuple[int, ...]:
     """Return the parts of a cost as the options rank them.
 
-    own: packages, nodes and distance of the CPUs alone. uneven: by how much their shares of NUMA nodes differ.
+    first: device_links to numa_distance. own: packages, nodes and distance of the CPUs alone. last: l3 to cpu_ids.
+    uneven: by how much the CPUs' shares of NUMA nodes differ.
     """
-    spread = (cost.packages, cost.numa_nodes, uneven, cost.numa_distance, *own)
-    first = (cost.device_links, uneven > 0, cost.near, cost.preference)
-    return (*first, *spread, *ordered(request, cost.l3, cost.split_cores), *cost[8:])
+    if request.options.isdisjoint(opt.DISTRIBUTING):
+        return first + own + last
+    spread = (*first[3:5], uneven, first[5], *own)
+    return (first[0], uneven > 0, *first[1:3], *spread, *ordered(request, *last[:2]), *last[2:])
 
 
 # ---------------------------------------------------------------- pages and memory
@@ -387,8 +392,9 @@ def _answer(
         spanned, distance = len(used), task.machine.distance(used)
         packages = max(packages, task.machine.packages_of(used).bit_count())
     first = (pick.links, near or pages_near, taste, packages, spanned, distance)
-    cost = PlacementCost(*first, *(*rest, pick.cut, ids))
+    last = (*rest, pick.cut, ids)
+    cost = PlacementCost(*first, *last)
     placement = Placement(
         CpuSet.of_mask(mask), tuple(pages), tuple(memory), pick.devices, cost, bool(exact) and pick.exact
     )
-    return _Found(placement, _key(task.request, cost, own, uneven))
+    return _Found(placement, _key(task.request, first, own, last, uneven))
