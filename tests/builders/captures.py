@@ -1,6 +1,7 @@
 """Makes a table of tests/data/machines from a captured tree, and from what hwloc found in it.
 
     python -m tests.builders.captures NAME.tar.bz2 [NAME.json] > tests/data/machines/NAME.json
+    python -m tests.builders.captures --whole NAME.tar.xz > tests/data/trees/NAME.json
 
 Facts that the agent does not read are left out, as are files that cannot be read.
 """
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
 import re
 import sys
 import tarfile
@@ -89,7 +91,7 @@ class Capture(SysFs):
                 self._add(tar, one)
 
     def _add(self, tar: tarfile.TarFile, one: tarfile.TarInfo) -> None:
-        path = re.sub(r"^(\./)?(?!(sys|proc)/)[^/]+/", "", one.name)
+        path = re.sub(r"^(\./)?(?!(sys|proc)(/|$))[^/]+(/|$)", "", one.name)
         content = tar.extractfile(one) if one.isfile() else None
         if content is not None:
             self._files[path] = content.read()
@@ -137,6 +139,16 @@ class Capture(SysFs):
     def link(self, path: str) -> str | None:
         folder, _, name = path.rpartition("/")
         return self._links.get(f"{self.real(folder)}/{name}")
+
+    def whole(self, source: str) -> Table:
+        """Every file, link and empty folder of a small tree."""
+        links = {path: os.path.join(os.path.dirname(path), target) for path, target in self._links.items()}
+        return Table(
+            source=source,
+            files={path: self.text(path) for path in sorted(self._files)},
+            folders=sorted(path for path, names in self._folders.items() if not names and path),
+            links={path: os.path.normpath(target) for path, target in sorted(links.items())},
+        )
 
 
 def table_of(tree: SysFs, source: str, answers: Answers | None = None) -> Table:
@@ -336,8 +348,12 @@ _DEEPEST = 2
 
 
 def main(archive: str, listing: str = "") -> None:
-    answers = answers_of(json.loads(Path(listing).read_bytes())) if listing else None
-    sys.stdout.write(written(table_of(Capture(Path(archive)), Path(archive).name, answers)))
+    if archive == "--whole":
+        table = Capture(Path(listing)).whole(Path(listing).name)
+    else:
+        answers = answers_of(json.loads(Path(listing).read_bytes())) if listing else None
+        table = table_of(Capture(Path(archive)), Path(archive).name, answers)
+    sys.stdout.write(written(table))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from nodeagent.core.model.cpuset import CpuSet
 from tests.support.paths import DATA
 
 TABLES = DATA / "machines"
+TREES = DATA / "trees"
+"""Small trees of which a table has every file."""
 CPU, NODE = "sys/devices/system/cpu", "sys/devices/system/node"
 PAGES, BUS = "sys/kernel/mm/hugepages", "sys/bus/pci/devices"
 MASKS = ("package_cpus", "core_siblings", "die_cpus", "cluster_cpus", "core_cpus", "thread_siblings", "shared_cpu_map")
@@ -97,6 +99,8 @@ class Table(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     members: dict[str, dict[str, dict[str, str]]] = {}
     """Class of devices -> folder below sys/devices -> its files."""
     files: dict[str, str] = {}
+    folders: list[str] = []
+    """Empty ones."""
     links: dict[str, str] = {}
     """Path -> path of what it points to, both below the root."""
     hwloc: Answers | None = None
@@ -108,18 +112,21 @@ def names(*, answered: bool = True) -> list[str]:
     return [name for name in found if not answered or load(name).hwloc is not None]
 
 
-def load(name: str) -> Table:
-    return msgspec.json.decode((TABLES / f"{name}.json").read_bytes(), type=Table)
+def load(name: str, folder: Path = TABLES) -> Table:
+    return msgspec.json.decode((folder / f"{name}.json").read_bytes(), type=Table)
 
 
 def build(root: Path, table: Table) -> Path:
     """Write the machine below `root`; returns `root`."""
-    width = max(CpuSet.parse(text).mask.bit_length() for text in (*table.cpu_lists.values(), *_holders(table.cpus)))
+    numbers = (*table.cpu_lists.values(), *_holders(table.cpus))
+    width = max((CpuSet.parse(text).mask.bit_length() for text in numbers), default=0)
     tree = _Tree(root)
     for path, text in _texts(table, width):
         tree.write(path, text)
     for path, target in _links(table):
         tree.link(path, target)
+    for path in table.folders:
+        tree.folder(path)
     return root
 
 
@@ -137,11 +144,13 @@ class _Tree:
     def link(self, path: str, target: str) -> None:
         os.symlink(os.path.relpath(target, os.path.dirname(path)), self._at(path))
 
+    def folder(self, path: str) -> None:
+        if path not in self.folders:
+            os.makedirs(f"{self.root}/{path}", exist_ok=True)
+            self.folders.add(path)
+
     def _at(self, path: str) -> str:
-        folder = os.path.dirname(path)
-        if folder not in self.folders:
-            os.makedirs(f"{self.root}/{folder}", exist_ok=True)
-            self.folders.add(folder)
+        self.folder(os.path.dirname(path))
         return f"{self.root}/{path}"
 
 

@@ -34,7 +34,15 @@ def test_the_agent_reads_the_same_from_a_table_as_from_the_capture(recorded_tree
         assert read(SysFs(recorded_tree(name))) == read(capture), name
 
 
+def test_a_small_tree_is_the_one_that_was_captured() -> None:
+    """Every file of it."""
+    fields = shared_path("cases/field")
+    for path in tables.TREES.glob("*.json"):
+        table = tables.load(path.stem, tables.TREES)
+        assert captures.Capture(fields / table.source).whole(table.source) == table, path.stem
+
+
 def test_a_table_is_written_as_it_lies_there() -> None:
     """One line for each fact, so that a change can be read."""
-    for name in tables.names(answered=False):
-        assert captures.written(tables.load(name)) == (tables.TABLES / f"{name}.json").read_text(), name
+    for path in (*tables.TABLES.glob("*.json"), *tables.TREES.glob("*.json")):
+        assert captures.written(tables.load(path.stem, path.parent)) == path.read_text(), path

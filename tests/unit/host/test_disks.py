@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,9 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.host.devices import disks
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from tests.builders import tables
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths
-from tests.support.paths import SHARED
 
 
 @pytest.fixture
@@ -281,10 +280,5 @@ def test_a_captured_tree_is_never_opened_exclusively(tree: DeviceTree) -> None:
 
 
 def test_the_disks_of_a_recorded_btrfs_are_in_use(tmp_path: Path) -> None:
-    archive = SHARED / "cases/field/disk-in-use-btrfs.tar.xz"
-    if not archive.exists():
-        pytest.skip(f"no {archive}")
-    with tarfile.open(archive) as packed:
-        packed.extractall(tmp_path, filter="data")
-    (root,) = tmp_path.iterdir()
+    root = tables.build(tmp_path, tables.load("disk-in-use-btrfs", tables.TREES))
     assert _uses(DeviceTree(root)) == {"sda": True, "sdb": True}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -14,9 +13,9 @@ from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
 from nodeagent.host.devices.all_kinds import CharSelector, Devices
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
+from tests.builders import tables
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths, state
-from tests.support.paths import SHARED
 
 NVIDIA_GPU = {"pci_class": "030200", "vendor": "10de", "device": "2330", "driver": "nvidia"}
 LIBRARY_GONE = Failure(absent=True, reason="there is no library libnvidia-ml.so.1")
@@ -359,12 +358,7 @@ def test_a_node_that_belongs_to_another_device_is_not_served_twice(tree: DeviceT
 
 
 def _recorded(tmp_path: Path, name: str) -> DeviceTree:
-    archive = SHARED / f"cases/field/{name}.tar.xz"
-    if not archive.exists():
-        pytest.skip(f"no {archive}")
-    with tarfile.open(archive) as packed:
-        packed.extractall(tmp_path, filter="data")
-    return DeviceTree(next(tmp_path.iterdir()))
+    return DeviceTree(tables.build(tmp_path, tables.load(name, tables.TREES)))
 
 
 def test_the_gpus_of_a_recorded_machine_without_the_library_are_complete(tmp_path: Path) -> None:

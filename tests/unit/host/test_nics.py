@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import tarfile
 from pathlib import Path
 
 import pytest
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
+from tests.builders import tables
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths
-from tests.support.paths import SHARED
 
 
 @pytest.fixture
@@ -261,10 +260,5 @@ def test_a_route_on_a_virtual_function_marks_the_physical_one_and_not_its_siblin
 
 @pytest.mark.parametrize(("name", "wanted"), [("bond", {"0000:00:03.0", "0000:00:03.1"}), ("netvsc", {"0001:00:02.0"})])
 def test_the_adapters_of_a_recorded_route_are_marked(tmp_path: Path, name: str, wanted: set[str]) -> None:
-    archive = SHARED / f"cases/field/nic-default-route-{name}.tar.xz"
-    if not archive.exists():
-        pytest.skip(f"no {archive}")
-    with tarfile.open(archive) as packed:
-        packed.extractall(tmp_path, filter="data")
-    (root,) = tmp_path.iterdir()
+    root = tables.build(tmp_path, tables.load(f"nic-default-route-{name}", tables.TREES))
     assert _routed(DeviceTree(root)) == wanted
