@@ -73,7 +73,7 @@ class _Held(msgspec.Struct):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent place`."""
     add_root(parser)
-    parser.add_argument("--inventory", metavar="FILE", help="read the JSON of `nodeagent inventory -o json` instead")
+    parser.add_argument("--inventory", metavar="FILE", help="read what `nodeagent inventory -o json` (or yaml) wrote")
     parser.add_argument("--cpus", metavar="N", default="0", help="exclusive CPUs")
     parser.add_argument("--held", metavar="LIST", default="", help="CPUs that others hold, such as 0-3,8")
     parser.add_argument("--state", metavar="FILE", help="what is held, as `nodeagent grants -o json` writes it")

@@ -6,6 +6,8 @@ import argparse
 import asyncio
 from pathlib import Path
 
+import msgspec
+
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.inventory_json import from_document
 from nodeagent.errors import InputError
@@ -57,7 +59,8 @@ async def _ask_nvml() -> Snapshot | Failure:
 
 
 def read_file(path: str) -> Inventory:
-    """Return the inventory in a JSON file. Raise InputError if it cannot be read."""
+    """Return the inventory in a file of JSON or YAML, as `nodeagent inventory` writes both. Raise InputError if it
+    cannot be read."""
     try:
         with Path(path).open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
@@ -65,4 +68,15 @@ def read_file(path: str) -> Inventory:
         raise InputError(f"cannot read --inventory {path}: {error.strerror}") from None
     if len(data) > LARGEST_FILE_BYTES:
         raise InputError(f"cannot read --inventory {path}: it is larger than {LARGEST_FILE_BYTES >> 20} MiB")
-    return from_document(data, source=path)
+    return from_document(data if data.lstrip()[:1] in (b"", b"{", b"[") else _as_json(data, path), source=path)
+
+
+def _as_json(text: bytes, path: str) -> bytes:
+    """Return a YAML document as JSON, which is then read as strictly as any. Raise InputError if it is no YAML, or has
+    values that JSON has not."""
+    import yaml
+
+    try:
+        return msgspec.json.encode(yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))  # noqa: S506 - safe
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise InputError(f"cannot read inventory {path}: {' '.join(str(error).split())}") from None

@@ -163,9 +163,11 @@ def _cpus_managed(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> s
         return f"cannot determine whether kubelet manages CPUs itself: {kubelet.cpus_error}"
     if not known.static:
         return ""
-    advice = f"set cpuManagerPolicy: none{FIRST}, or reservedCpus so that the two sets of CPUs have none in common"
+    advice = f"set cpuManagerPolicy: none{FIRST}"
     if known.managed is None:
         return f"kubelet's CPU manager is static ({known.policy_source}); {advice}"
+    if inventory.cpus_online - known.managed:
+        advice += ", or reservedCpus so that the two sets of CPUs have none in common"
     common = known.managed & (inventory.cpus_online - reserved)
     return f"kubelet's static CPU manager has CPUs {common} too ({known.policy_source}); {advice}" if common else ""
 

@@ -7,7 +7,7 @@ in devices.py. Ids stay the same across restarts, have at most 63 characters, an
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -139,6 +139,9 @@ def _cpu_numbers(one: str) -> tuple[int, ...]:
 # ---------------------------------------------------------------- hugepages
 
 
+_IN_USE = "its pages are in use or reserved by processes without a grant"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HugepageResource:
     """Hugepages: each id, "node0-2Mi-17", is a block of pages_per_block pages on one NUMA node."""
@@ -150,15 +153,31 @@ class HugepageResource:
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {one for (resource, one) in ledger.by_id if resource == self.name}
-        shown: list[Advertised] = []
-        for pool in self._pools(inventory):
-            spare = grantable(pool, ledger) // self.pages_per_block
-            for one in self._ids(pool):
-                spare -= one not in held
-                healthy = one in held or spare >= 0
-                shown.append(Advertised(id=one, healthy=healthy, held=not healthy, numa_nodes=_node(pool.node)))
+        shown = [one for pool in self._pools(inventory) for one in self._blocks(pool, ledger, held)]
         known = {one.id for one in shown}
         return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
+
+    def _blocks(self, pool: HugepagePool, ledger: Ledger, held: Container[str]) -> Iterator[Advertised]:
+        """Yield the blocks of a pool. Of those that cannot be granted, as many count as held as other grants have; the
+        pages of the rest are in use or reserved by processes without a grant."""
+        spare, elsewhere = grantable(pool, ledger) // self.pages_per_block, self._held_elsewhere(pool, ledger)
+        for one in self._ids(pool):
+            spare -= one not in held
+            healthy = one in held or spare >= 0
+            others = not healthy and -spare > elsewhere
+            yield Advertised(
+                id=one,
+                healthy=healthy,
+                held=not healthy and not others,
+                numa_nodes=_node(pool.node),
+                reason=_IN_USE if others else "",
+            )
+
+    def _held_elsewhere(self, pool: HugepagePool, ledger: Ledger) -> int:
+        """Return how many blocks' pages of a pool are granted through other resources, rounded up."""
+        others = (grant for grant in ledger.grants.values() if grant.holder.resource != self.name)
+        same = (one for grant in others for one in grant.hugepages if one.node == pool.node)
+        return -(-sum(one.pages for one in same if one.page_bytes == self.page_bytes) // self.pages_per_block)
 
     def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
         nodes = {one: node for one in ids for node in self._node_of(inventory, one)}

@@ -38,12 +38,15 @@ def _too_few_cpus(machine: MachineIndex, ledger: Ledger, request: Request, free:
     if request.cpus <= count:
         return None
     why = f"cannot place {_cpus(request.cpus)}: {count} of {len(machine.inventory.cpus)} are free"
-    held, reserved = len(ledger.cpus_held), len(ledger.reserved)
+    inventory = machine.inventory
+    reserved = len(ledger.reserved & inventory.cpus_online)
+    held = len((ledger.cpus_held & inventory.cpus_online) - ledger.reserved)
     details = [f"{held} held"] if held else []
     details += [f"{reserved} reserved"] if reserved else []
     if details:
         why += f" ({', '.join(details)})"
-    change = f"{_more(request.cpus - count)} would admit it"
+    possible = len((inventory.cpus_possible | inventory.cpus_online) - inventory.cpus_outside)
+    change = f"{_more(request.cpus - count)} would admit it" if request.cpus <= possible else ""
     return Refused(why, want=request.cpus, free=count, unit=CPUS, would_admit=change)
 
 
@@ -70,13 +73,19 @@ def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> R
         if size == MEMORY:
             what = _of_kind(request, "memory")
             why = f"cannot place {format_size(want)} of {what}: {format_size(free)} can be granted"
-            change = f"{format_size(want - free)} more would admit it"
+            change = f"{format_size(want - free)} more would admit it" if _has_memory(machine, want) else ""
             return Refused(why, want=want, free=free, unit="bytes", would_admit=change)
         name = format_size(size)
         why = f"cannot place {want} {_of_kind(request, f'hugepages of {name}')}: {free} can be granted"
-        change = f"{want - free} more pages of {name} would admit it"
+        change = f"{want - free} more pages of {name} would admit it" if _has_memory(machine, want * size) else ""
         return Refused(why, want=want, free=free, unit="pages", would_admit=change)
     return None
+
+
+def _has_memory(machine: MachineIndex, size_bytes: int) -> bool:
+    """Return whether the machine has so much memory at all, as far as its size is known."""
+    sizes = [node.memory_bytes for node in machine.inventory.numa_nodes]
+    return not all(sizes) or size_bytes <= sum(sizes)
 
 
 def _of_kind(request: Request, what: str) -> str:

@@ -7,13 +7,17 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
+from nodeagent.cli.source import read_file
 from nodeagent.core.model.device import Device, Link
 from nodeagent.core.model.inventory_json import from_document, to_document
 from nodeagent.errors import InputError
@@ -125,6 +129,52 @@ def document() -> dict[str, Any]:
 def test_a_document_reads_back_as_it_was() -> None:
     again = to_document(from_document(json.dumps(document()), source="test"))
     assert again == document()
+
+
+@pytest.mark.parametrize("name", ["built", *RECORDED])
+def test_yaml_is_read_back_as_the_json_of_the_same_machine(name: str, built: Path, tmp_path: Path) -> None:
+    """Bit for bit: what is read from either is written in the same bytes, and places the same."""
+    root, answers = built if name == "built" else recorded_tree(name, tmp_path / "tree"), []
+    for form in ("json", "yaml"):
+        path = tmp_path / f"it.{form}"
+        path.write_bytes(inventory(root, form).stdout)
+        done = nodeagent("place", "--inventory", str(path), "--cpus", "1", "-o", "json")
+        answers.append((json.dumps(to_document(read_file(str(path)))), done.returncode, done.stdout))
+    assert answers[0] == answers[1]
+    assert answers[0][0] == json.dumps(json.loads((tmp_path / "it.json").read_text()))
+
+
+ODD_TEXTS = st.one_of(
+    st.sampled_from(["1", "0x1f", "1e3", "null", "yes", "~", "2026-01-01", "a: b", "#", "'"]), st.text()
+)
+
+
+@given(ODD_TEXTS, ODD_TEXTS)
+def test_texts_that_yaml_could_take_for_something_else_are_read_back(driver: str, name: str) -> None:
+    """Numbers, dates, booleans, comments, line breaks: a text stays the text that it was."""
+    found = document()
+    found["devices"][0].update(driver=driver, attributes={"name": name})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "it.yaml"
+        path.write_text(yaml.safe_dump(found, sort_keys=False))
+        assert to_document(read_file(str(path))) == to_document(from_document(json.dumps(found), source="it"))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cpus: [", "while parsing a flow node"),
+        ("cpus: 3\n", "Expected `array`, got `int` - at `$.cpus`"),
+        ("x", "object"),
+    ],
+)
+def test_yaml_that_is_no_inventory_is_one_line(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as caught:
+        read_file(str(path))
+    assert str(caught.value).startswith(f"cannot read inventory {path}: ") and said in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_hand_written_file_needs_only_cpus_and_nodes(tmp_path: Path) -> None:

@@ -166,6 +166,24 @@ def test_too_few_cpus_are_counted_with_who_holds_them() -> None:
     assert refused.would_admit == "6 more free CPUs would admit it"
 
 
+def test_cpus_that_are_reserved_and_held_count_once_and_those_that_are_offline_not_at_all() -> None:
+    """As after reservedCpus has changed: free, held and reserved ones make up the machine."""
+    ledger = replace(ledger_of(list(range(8)), []), reserved=CpuSet([6, 7, 8, 200]))
+    refused = refusal(TWO_SOCKETS, Request(cpus=60), ledger)
+    assert refused.why == "cannot place 60 CPUs: 55 of 64 are free (6 held, 3 reserved)"
+
+
+def test_nothing_is_advised_that_the_machine_cannot_have() -> None:
+    """More CPUs than are possible, more pages and memory than there is memory; with hot-plug, more than is online."""
+    assert refusal(TWO_SOCKETS, Request(cpus=65)).would_admit == ""
+    larger = replace(TWO_SOCKETS, cpus_possible=CpuSet(range(128)))
+    assert refusal(larger, Request(cpus=65)).would_admit == "1 more free CPU would admit it"
+    memory = sum(node.memory_bytes for node in TWO_SOCKETS.numa_nodes)
+    assert refusal(TWO_SOCKETS, Request(memory_bytes=memory + GIB)).would_admit == ""
+    machine = inventory_of(even_rows(1, 1, 1, 2, 1), pages={(0, GIB): 2})
+    assert refusal(machine, Request(hugepages={GIB: 1000})).would_admit == ""
+
+
 def test_too_few_devices_and_pages_are_counted() -> None:
     machine = inventory_of(even_rows(1, 1, 1, 2, 1), pages={(0, GIB): 2}, devices=[Device(kind="gpu", id="gpu0")])
     refused = refusal(machine, Request(devices={"gpu": 3}))

@@ -144,6 +144,22 @@ def test_blocks_that_are_held_are_healthy_and_the_rest_is_what_the_host_left() -
     assert well(shown) == ["node0-2Mi-0", "node0-2Mi-2", "node0-2Mi-3"]
 
 
+def test_pages_that_nobody_was_granted_do_not_count_as_held() -> None:
+    """Those that the host uses or has reserved: only what other grants have is held, and the rest says why not."""
+    other = HugepageResource(name="r/other", page_bytes=2 * MIB, pages_per_block=2)
+    ledger = held(other, machine(), "node0-2Mi-0", "node0-2Mi-1")
+    shown = [one for one in PAGES.advertised(machine(free=4), ledger, {}) if one.numa_nodes == (0,)]
+    why = "its pages are in use or reserved by processes without a grant"
+    assert [(one.healthy, one.held, one.reason) for one in shown] == [
+        (True, False, ""),
+        (False, True, ""),
+        (False, False, why),
+        (False, False, why),
+    ]
+    unheld = PAGES.advertised(machine(free=0), NOBODY, {})
+    assert {(one.healthy, one.held, one.reason) for one in unheld} == {(False, False, why)}
+
+
 def test_held_blocks_of_a_pool_that_shrank_are_shown_unhealthy() -> None:
     """Behind those that are there."""
     small = inventory_of(even_rows(1, 2, 1, 4, 1), pages={(0, 2 * MIB): 4})
