@@ -138,12 +138,17 @@ def _bind(path: Path, group_id: int | None) -> socket.socket:
 
 def _allow(path: Path, group_id: int) -> None:
     """Let the members of a group connect to a socket, by an access list (acl(5)): the owner of a file needs no
-    capability for that, as for changing its group. On a file system without access lists, change the group."""
+    capability for that, as for changing its group. On a file system without access lists, change the group; if that is
+    not allowed either, the socket stays the owner's alone, which is logged."""
     try:
         os.setxattr(path, _ACCESS_LIST, _access_list(group_id))
-    except OSError:
-        os.chown(path, -1, group_id)
-        path.chmod(0o660)
+    except OSError as without_lists:
+        try:
+            os.chown(path, -1, group_id)
+            path.chmod(0o660)
+        except OSError as error:
+            reasons = f"{without_lists.strerror}; {error.strerror}"
+            log.warning("status-group-not-let-in", group_id=group_id, reason=reasons)
 
 
 def _access_list(group_id: int) -> bytes:

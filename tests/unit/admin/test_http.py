@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from structlog.testing import capture_logs
 
 from nodeagent.admin import http as http_of
 from nodeagent.admin.http import LARGEST_REQUEST_BYTES, MOST_CLIENTS, HttpAnswer, Peer, UnixHttpServer
@@ -205,6 +206,26 @@ async def test_the_socket_is_for_its_owner_alone_unless_a_group_is_named(
     await server.start()
     assert (folder / "g").stat().st_mode & 0o777 == 0o660
     assert changed == ([] if lists else [12345])
+    await server.stop()
+
+
+async def test_a_group_that_cannot_be_let_in_leaves_the_socket_to_its_owner(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither access lists nor the right to change the group: the status is served all the same, and the log says so."""
+
+    def not_permitted(*_: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "setxattr", refuse_access_lists)
+    monkeypatch.setattr(os, "chown", not_permitted)
+    server = UnixHttpServer(folder / "g", echo, group_id=12345)
+    with capture_logs() as said:
+        await server.start()
+    assert (folder / "g").stat().st_mode & 0o777 == 0o600
+    assert [(one["event"], one["reason"]) for one in said] == [
+        ("status-group-not-let-in", "Operation not supported; Operation not permitted")
+    ]
     await server.stop()
 
 

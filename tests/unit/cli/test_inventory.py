@@ -132,9 +132,11 @@ def test_a_document_reads_back_as_it_was() -> None:
 
 
 @pytest.mark.parametrize("name", ["built", *RECORDED])
-def test_yaml_is_read_back_as_the_json_of_the_same_machine(name: str, built: Path, tmp_path: Path) -> None:
+def test_yaml_is_read_back_as_the_json_of_the_same_machine(
+    name: str, built: Path, tmp_path: Path, recorded_tree: Callable[[str], Path]
+) -> None:
     """Bit for bit: what is read from either is written in the same bytes, and places the same."""
-    root, answers = built if name == "built" else recorded_tree(name, tmp_path / "tree"), []
+    root, answers = built if name == "built" else recorded_tree(name), []
     for form in ("json", "yaml"):
         path = tmp_path / f"it.{form}"
         path.write_bytes(inventory(root, form).stdout)
