@@ -212,7 +212,7 @@ async def test_the_socket_is_for_its_owner_alone_unless_a_group_is_named(
 async def test_a_group_that_cannot_be_let_in_leaves_the_socket_to_its_owner(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither access lists nor the right to change the group: the status is served all the same, and the log says so."""
+    """Neither access lists nor the right to change the group: the status is served all the same, as the log says."""
 
     def not_permitted(*_: object) -> None:
         raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
