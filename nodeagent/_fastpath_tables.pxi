@@ -348,25 +348,27 @@ cdef bint _class_table(const Shape* s, Ask* a, int cls, int rows) noexcept nogil
         if not _cell_table(s, a, cell):
             return False
         for m in range(rows):
-            _one_more_cell(s, a, cell, table + i * plane + m * row, m - 1, widest, table + (i + 1) * plane + m * row)
+            _one_more_cell(s, a, cell, table + i * plane + m * row, m > 0, (m - 1) * widest,
+                           table + (i + 1) * plane + m * row)
         widest = max(widest, a.cell_cap[cell])
     return True
 
 
-cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* same, int others, int widest,
+cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* same, bint use, int reach,
                          cost_t* out) noexcept nogil:
-    """out[k]: a cell left out (the row `same`) or, if others >= 0, used for x CPUs (the row before `same`: `others` cells
-    of no more than `widest` CPUs)."""
+    """out[k]: a cell left out (the row `same`) or, if it may be used, used for x CPUs (the row before `same`, which
+    reaches no further than `reach`)."""
     cdef const cost_t* price = _cell(s, a, cell)
     cdef const cost_t* fewer = same - (a.want + 1)
-    cdef int k, x, low = 1, high = a.cell_cap[cell]
+    cdef int k, x, cap = a.cell_cap[cell]
     cdef cost_t best, extra = _cell_use(s, a, cell)
-    if a.share.high and s.node_cells[s.cell_node[cell]] == 1:
-        low, high = a.share.low, a.cell_reach[cell]
     for k in range(a.want + 1):
         best = INFINITE
-        if others >= 0:
-            for x in range(max(low, k - others * widest), min(k - others * low, high) + 1):
+        if use and a.share.high and s.node_cells[s.cell_node[cell]] == 1:
+            for x in range(max(a.share.low, k - reach), min(k, a.cell_reach[cell]) + 1):
+                best = _least(best, fewer[k - x] + price[x])
+        elif use:
+            for x in range(max(1, k - reach), min(k, cap) + 1):
                 best = _least(best, fewer[k - x] + price[x])
         best = _least(best + extra, same[k] + price[0])
         out[k] = best if best < INFINITE else INFINITE
