@@ -29,6 +29,7 @@ OUTSIDE = (
     "config/test_config.py",
 )
 """Unit tests that together touch every package."""
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".cache", ".*_cache", "*.egg-info", "build", "dist", "__pycache__")
 NEEDED_FILES = {
     "Makefile",
     "setup.sh",
@@ -44,9 +45,11 @@ PARTS_OF_TESTS = {"builders", "data", "doubles", "e2e", "integration", "oracles"
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel built from it."""
+    """A folder with the sdist, and the wheel built from it. They are built from a copy: setuptools also takes what an
+    earlier build has listed in the checkout (egg-info)."""
     out = tmp_path_factory.mktemp("dist")
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(CHECKOUT)]
+    copy = shutil.copytree(CHECKOUT, tmp_path_factory.mktemp("copy") / "checkout", ignore=NOT_COPIED, symlinks=True)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return out
