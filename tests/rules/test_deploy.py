@@ -252,6 +252,10 @@ CLAUSES = (
         lambda device, name, value: device.attributes[name] == value,
     ),
     (re.compile(rf'has\(device\.attributes\["{DRIVER}"\]\.(\w+)\)'), lambda device, name: name in device.attributes),
+    (
+        re.compile(rf'!has\(device\.attributes\["{DRIVER}"\]\.(\w+)\)'),
+        lambda device, name: name not in device.attributes,
+    ),
 )
 
 
@@ -263,6 +267,10 @@ def matches(expression: str, device: PoolDevice) -> bool:
         if not meaning(device, *groups.groups()):
             return False
     return True
+
+
+KIND_OF_CLASS = {"vf": "nic", "gpu-part": "gpu"}
+"""Of classes that are not called like their kind."""
 
 
 def classes() -> Mapping[str, str]:
@@ -280,7 +288,7 @@ def published() -> dict[str, list[PoolDevice]]:
     """What a machine with two NUMA nodes, pages and one device of each kind shows, by kind."""
     devices = [Device(kind=kind, id=f"{kind}-0", numa_node=0) for kind in sorted(KINDS - {*TOPOLOGY, "nic"})]
     devices += [Device(kind="nic", id=f"nic-{role}", attributes={"sriov": role}) for role in ("pf", "vf")]
-    devices += [Device(kind="nic", id="nic-plain")]
+    devices += [Device(kind="nic", id="nic-plain"), Device(kind="gpu", id="gpu-0/mig-1-0", parent="gpu-0")]
     pages = {(node, 2 * MIB): 8 for node in (0, 1)}
     found = sorted(devices, key=lambda one: (one.kind, one.id))
     inventory = inventory_of(even_rows(1, 2, 2, 4, 2), pages=pages, devices=found)
@@ -297,7 +305,9 @@ def test_each_class_finds_the_devices_of_its_kind_and_no_others() -> None:
     assert all(shown.values())
     for name, expression in classes().items():
         found = {kind for kind, devices in shown.items() for one in devices if matches(expression, one)}
-        assert found == {"nic" if name == "vf" else name}
+        assert found == {KIND_OF_CLASS.get(name, name)}
+    for name, wanted in (("gpu", "gpu-0"), ("gpu-part", "gpu-0/mig-1-0")):
+        assert [one.part.device for one in shown["gpu"] if matches(classes()[name], one)] == [wanted]
     functions = [one.attributes.get("sriov") for one in shown["nic"] if matches(classes()["vf"], one)]
     assert functions == ["vf"]
 
@@ -314,8 +324,8 @@ def test_no_class_finds_special_memory(kind: str) -> None:
 
 
 def test_there_is_a_class_for_what_most_claims_ask() -> None:
-    assert classes().keys() == {"cpu", "hugepages", "memory", "gpu", "nic", "vf", "nvme", "pci", "char"}
-    assert classes().keys() - {"vf"} <= KINDS
+    assert classes().keys() == {"cpu", "hugepages", "memory", "gpu", "gpu-part", "nic", "vf", "nvme", "pci", "char"}
+    assert classes().keys() - KIND_OF_CLASS.keys() <= KINDS
 
 
 def test_a_class_stands_for_the_device_plugins_resource_of_the_same_kind() -> None:
