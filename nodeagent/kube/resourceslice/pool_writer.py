@@ -48,6 +48,9 @@ class PublishPace:
     """After a session of at least this length, retries start from first_retry_s again."""
     refused_s: float = 60.0
     """First wait after a lasting refusal (no permission, not valid); doubled up to most_s."""
+    doubt_s: float = 0.5
+    """First wait after a slice may have been forbidden only because the server does not know it (see `doubts`)."""
+    most_doubts: int = 3
     free_repeats: int = 5
     """How often identical content is rewritten without extra delay when another writer undoes it; after that the wait
     doubles up to most_s."""
@@ -90,7 +93,7 @@ class PoolLane:
         self._written: Pool | None = None
         self._wrote_s = self._free_s = self._held_until_s = 0.0
         self._why_held = ""
-        self._repeats = self._refusals = 0
+        self._repeats = self._refusals = self._doubts = 0
 
     def take(self, pool: Pool, owner: Owner) -> None:
         """Take the latest state of the pool. Devices that break a rule are left out and logged."""
@@ -140,7 +143,7 @@ class PoolLane:
         self._repeats = self._repeats + 1 if again else 0
         self._written, self._wrote_s = self.pool, now_s
         self._spend(now_s)
-        self._refusals = 0
+        self._refusals = self._doubts = 0
         self._written_of = None
         beyond = self._repeats - self._pace.free_repeats
         if beyond >= 0:
@@ -152,6 +155,19 @@ class PoolLane:
         """Record that the plan was out of date when it was written. The attempt counts towards the pace like a
         write."""
         self._spend(now_s)
+
+    def doubts(self, now_s: float, error: PeerError) -> bool:
+        """Return whether to list again before a 403 for a slice that was stored counts as a refusal.
+
+        With the credentials of a kubelet, a slice that was just deleted is forbidden instead of not found, and one that
+        was just created is forbidden until the server's node authorizer has seen it (plugin/pkg/auth/authorizer/node,
+        Kubernetes 1.34 to 1.37).
+        """
+        if self._doubts >= self._pace.most_doubts:
+            return False
+        self._hold(now_s, self._doubts, self._pace.doubt_s, str(error))
+        self._doubts += 1
+        return True
 
     def refused(self, now_s: float, error: PeerError) -> float:
         """Record a refusal that will not clear soon; return after how many seconds to retry."""

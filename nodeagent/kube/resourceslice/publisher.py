@@ -35,8 +35,8 @@ from nodeagent.kube.resourceslice.pool_writer import (
 )
 from nodeagent.kube.resourceslice.render import Object, Owner, SlicePlan, belongs, lost_features, plan, strays
 
-_NOT_FOUND = 404
-"""Status of a write whose slice was deleted after it was planned."""
+_FORBIDDEN, _NOT_FOUND = 403, 404
+"""Status of a write that is not allowed; of one whose slice was deleted after it was planned."""
 _OUT_OF_DATE = (409, 410)
 """Another writer was faster; not logged if it happens only once."""
 _NEVER_S = float("inf")
@@ -305,6 +305,9 @@ class Publisher:
                 lane.missed(self._clock())
                 self._stale = True
                 return 0.0
+            if _status(error) == _FORBIDDEN and (todo.replace or todo.delete) and lane.doubts(self._clock(), error):
+                self._stale = True
+                return lane.wait_s(self._clock())
             if not _lasts(error):
                 raise
             return lane.refused(self._clock(), error)

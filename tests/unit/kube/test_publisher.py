@@ -32,6 +32,7 @@ QUICK = PublishPace(
     settle_s=0.01,
     first_retry_s=0.02,
     last_retry_s=0.1,
+    doubt_s=0.02,
     refused_s=0.2,
     most_s=0.4,
     withdraw_s=2.0,
@@ -494,6 +495,35 @@ async def test_what_is_forbidden_is_said_once_and_tried_again_slowly() -> None:
                 assert standing.pools[0].state == FAILED
                 await it.until_right()
                 assert server.count("create") == 4
+    assert [one["event"] for one in logs].count("pool-refused") == 1
+
+
+@pytest.mark.parametrize("times", [1, 3])
+async def test_a_slice_that_the_node_authorizer_does_not_know_is_no_refusal(times: int) -> None:
+    """With kubelet's credentials a slice that was just deleted is forbidden, and one that was just made is until the
+    server has seen it."""
+    with capture_logs() as logs:
+        async with bench(gpus(2), pace=replace(QUICK, refused_s=300.0, most_s=600.0)) as it:
+            await it.until_right()
+            it.server.fail(403, times=times, verb="replace")
+            it.source.set(gpus(3))
+            await it.until_right()
+            assert it.server.count("replace") == times + 1
+    assert "pool-refused" not in [one["event"] for one in logs]
+
+
+async def test_a_slice_that_stays_forbidden_is_a_refusal() -> None:
+    """A missing permission is not taken for a slice that the server does not know."""
+    with capture_logs() as logs:
+        async with bench(gpus(2), pace=replace(QUICK, refused_s=300.0, most_s=600.0)) as it:
+            await it.until_right()
+            it.server.fail(403, times=9, verb="replace")
+            it.source.set(gpus(3))
+            await it.until_server(lambda: it.server.count("replace") == 1 + QUICK.most_doubts)
+            standing = await it.until(lambda it: it.state == FAILED)
+            assert "403" in standing.reason
+            await it.quiet()
+            assert it.server.count("replace") == 1 + QUICK.most_doubts
     assert [one["event"] for one in logs].count("pool-refused") == 1
 
 
