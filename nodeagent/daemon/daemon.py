@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import signal
 import socket
@@ -44,6 +45,7 @@ from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager
 from nodeagent.managers.deviceplugin.others import OtherOffers
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
+from nodeagent.managers.dra.other_drivers import OtherDrivers
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.isolation.manager import IsolationManager
@@ -149,6 +151,12 @@ class Daemon:
         events = DeviceEvents(
             agent, self._dra.api.event, node_name(config), config.dra.driver, is_configured(config.dra.kubeconfig)
         )
+        other_drivers = OtherDrivers(
+            functools.partial(self._dra.api.slices_of, node_name(config)),
+            config.dra.driver,
+            self._others.hear_slices,
+            configured=is_configured(config.dra.kubeconfig),
+        )
         self._pinning = PinningManager(
             agent,
             where.sysfs,
@@ -201,6 +209,7 @@ class Daemon:
             self._isolation,
             holders,
             events,
+            other_drivers,
         )
         if store.fresh and (traces := self._recovery.traces()):
             store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
@@ -208,7 +217,9 @@ class Daemon:
         if not store.loss and (missed := store.never_had(self._recovery.claims_in_use())):
             why = "kubelet has claims prepared that it never had, and their files are there"
             store.lose(f"{store.path}: {why}: {', '.join(missed)}")
-        self._news = Revision(*agent.revisions, self._device_plugin.revision, self._pinning.revision)
+        self._news = Revision(
+            *agent.revisions, self._device_plugin.revision, self._pinning.revision, self._others.revision
+        )
         """Rises with everything that is reported to systemd."""
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()

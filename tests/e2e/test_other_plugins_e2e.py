@@ -93,3 +93,28 @@ def test_a_device_that_another_plugin_names_by_its_path_is_not_offered_by_the_ag
     delete_pod(node, "next")
     node.restart("nodeagent")
     until("kubelet shows the ports again", lambda: allocatable(node, "port") == 3)
+
+
+def test_gpus_that_another_driver_publishes_are_not_published_again(node: Cluster) -> None:
+    """By the UUID in its slices; until two looks have missed them, or the agent starts anew."""
+    need_nvml(node)
+    until("the GPUs are published", lambda: devices(node, "gpu"))
+    theirs = {
+        "apiVersion": "resource.k8s.io/v1",
+        "kind": "ResourceSlice",
+        "metadata": {"name": "theirs"},
+        "spec": {
+            "driver": "gpu.example.com",
+            "nodeName": nodeview.NODE,
+            "pool": {"name": nodeview.NODE, "generation": 1, "resourceSliceCount": 1},
+            "devices": [{"name": "gpu-0", "attributes": {"uuid": {"string": uuid_of(node, FIRST)}}}],
+        },
+    }
+    node.api.create(theirs)
+    node.restart("nodeagent")
+    wanted = f"another DRA driver offers {FIRST} as gpu.example.com; set match so that the two have no device in common"
+    until("the GPUs are refused", lambda: gpu_refused(node) == f"{wanted}, or remove that driver")
+    until("no GPU is published", lambda: not devices(node, "gpu"))
+    node.api.call("DELETE", "/apis/resource.k8s.io/v1/resourceslices/theirs")
+    node.restart("nodeagent")
+    until("the GPUs are published again", lambda: devices(node, "gpu"))

@@ -36,8 +36,9 @@ Given = frozenset[tuple[str, str, str, str]]
 _NAMED_BY = ("uuid", "rdma", "netdevs", "drm_card", "drm_render", "auxiliary")
 """Attributes by which other plugins name a device; several values are separated by commas."""
 _NVIDIA = "10de"
-_GPU_UUID, _MIG_UUID = "gpu-", "mig-"
-"""What the UUIDs of NVIDIA's GPUs and of their instances begin with, in lower case."""
+_UUID = re.compile(r"(gpu|mig)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(::[0-9]+|-[0-9]+)?")
+"""UUIDs of NVIDIA's GPUs and of their instances in lower case, with the number of a share."""
+_MIG = "mig"
 _UNLABELLED = re.compile(r"[:.]")
 """What the names of DRA devices, which are DNS labels, have a dash for."""
 _SHARE = re.compile(r"(.+?)(::[0-9]+|-[0-9]+)")
@@ -157,16 +158,17 @@ def _named(names: Mapping[str, frozenset[str]], id: str) -> frozenset[str]:
 
 def _suspects(inventory: Inventory, id: str) -> frozenset[str]:
     """Return the GPUs that an unknown UUID may belong to: those of which none is known, and for an instance any."""
-    if not id.startswith((_GPU_UUID, _MIG_UUID)):
+    if (uuid := _UUID.fullmatch(id)) is None:
         return frozenset()
     gpus = (one for one in inventory.devices if one.kind == "gpu" and one.vendor == _NVIDIA and one.parent is None)
-    return frozenset(one.id for one in gpus if "uuid" not in one.attributes or _may_be_divided(inventory, one, id))
+    return frozenset(
+        one.id for one in gpus if "uuid" not in one.attributes or (uuid[1] == _MIG and _may_be_divided(inventory, one))
+    )
 
 
-def _may_be_divided(inventory: Inventory, gpu: Device, id: str) -> bool:
-    """Return whether an unknown instance may be of a GPU: it is in MIG mode, and no instance of it is known."""
-    unknown = gpu.attributes.get("mig", True) and gpu.id not in inventory.parts_of
-    return id.startswith(_MIG_UUID) and bool(unknown)
+def _may_be_divided(inventory: Inventory, gpu: Device) -> bool:
+    """Return whether an unknown instance may be of a GPU: it may be in MIG mode, and no instance of it is known."""
+    return bool(gpu.attributes.get("mig", True)) and gpu.id not in inventory.parts_of
 
 
 def _names_of(inventory: Inventory) -> Mapping[str, frozenset[str]]:

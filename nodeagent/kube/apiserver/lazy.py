@@ -6,7 +6,7 @@ next one tries again.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nodeagent.core.model.claim import ClaimRef
@@ -42,6 +42,13 @@ class LazyApi:
 
     def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[Any]:
         return self._reached().watch(resource, fields=fields, revision=revision)
+
+    async def slices_of(self, node: str) -> Sequence[Mapping[str, Any]]:
+        """Return the ResourceSlices of a node, of all drivers."""
+        from nodeagent.kube.apiserver.client import SLICES
+
+        listing = await self._reached().list(SLICES, fields={"spec.nodeName": node})
+        return listing.items
 
     async def claim(self, ref: ClaimRef) -> Mapping[str, Any] | None:
         """Return the claim of that name, or None if there is none."""

@@ -1,10 +1,11 @@
-"""Which devices other device plugins offer, by kubelet's word, and which of our resources therefore are not served.
+"""Which devices other device plugins and DRA drivers offer, and which of our resources therefore are not served.
 
 Two plugins that offer the same device give it away twice: each knows only what it gave itself. So a resource is not
 served while another plugin offers any of its devices, as with kubelet's static CPU manager. A kubelet that starts has
 forgotten all plugins until each has registered again, so what was offered counts until one kubelet has answered
 without it for FORGET_S: for as long as kubelet itself keeps the capacity of a plugin that is away
-(endpointStopGracePeriod, kubelet 1.37).
+(endpointStopGracePeriod, kubelet 1.37). Kubelet also deletes the slices of its node when it starts: a driver offers
+what it published until two looks in a row have missed it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import structlog
 
+from nodeagent.aio.revision import Revision
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.ledger.foreign import devices_named
 from nodeagent.core.model.inventory import Inventory
@@ -34,6 +36,8 @@ class OtherOffers:
 
     def __init__(self, plugins: Path, clock: Callable[[], float] = time.monotonic) -> None:
         """Set up without reading. plugins: kubelet's device-plugins folder. clock: in seconds."""
+        self.revision = Revision()
+        """Increases with every change of what others offer."""
         self._plugins = plugins
         self._clock = clock
         self._ours: set[str] = set()
@@ -41,6 +45,10 @@ class OtherOffers:
         self._ids: dict[str, frozenset[str]] = {}
         self._missed_since: dict[str, float] = {}
         """When this kubelet first answered without a resource."""
+        self._published: dict[str, frozenset[str]] = {}
+        """Names of devices, by driver."""
+        self._missed: frozenset[str] = frozenset()
+        """Drivers that the last look at slices missed."""
         self._unread = Once("registered-devices-unknown")
 
     def serve(self, names: Iterable[str], domain: str) -> None:
@@ -62,10 +70,19 @@ class OtherOffers:
         if ids is None:
             self._missed_since.clear()
             return
-        now = self._clock()
+        now, before = self._clock(), dict(self._ids)
         self._ids |= {name: frozenset(mine) for name, mine in ids.items() if mine and not self._is_ours(name)}
         self._missed_since = {name: self._missed_since.get(name, now) for name in self._ids if not ids.get(name)}
         self._forget(lambda name: now - self._missed_since.get(name, now) >= FORGET_S)
+        self._tell(self._ids != before)
+
+    def hear_slices(self, names: Mapping[str, Sequence[str]]) -> None:
+        """Take what other DRA drivers publish for this node, by driver."""
+        missed = self._published.keys() - names.keys()
+        kept = {one: self._published[one] for one in missed - self._missed}
+        self._missed = frozenset(kept)
+        before, self._published = self._published, kept | {one: frozenset(some) for one, some in names.items()}
+        self._tell(self._published != before)
 
     def refusals(self, inventory: Inventory, offers: Iterable[Offer]) -> Mapping[str, str]:
         """Return why resources cannot be served, by the name in the configuration."""
@@ -73,15 +90,20 @@ class OtherOffers:
         return {offer.config.name: why for offer, why in every if why}
 
     def _reason(self, inventory: Inventory, resource: object) -> str:
-        if not isinstance(resource, DeviceResource) or not self._ids:
+        if not isinstance(resource, DeviceResource) or not (self._ids or self._published):
             return ""
         mine = {device.id for device in resource.devices(inventory)}
-        for name, ids in sorted(self._ids.items()):
-            theirs = devices_named(inventory, ids)
-            both = {one for device in theirs for one in (device, *inventory.excluded_by.get(device, ()))} & mine
-            if both:
-                return _shared(name, sorted(both))
+        for what, offered in (("device plugin", self._ids), ("DRA driver", self._published)):
+            for name, ids in sorted(offered.items()):
+                theirs = devices_named(inventory, ids)
+                both = {one for device in theirs for one in (device, *inventory.excluded_by.get(device, ()))} & mine
+                if both:
+                    return _shared(what, name, sorted(both))
         return ""
+
+    def _tell(self, changed: bool) -> None:
+        if changed:
+            self.revision.bump()
 
     def _is_ours(self, name: str) -> bool:
         return name in self._ours or name.partition("/")[0] in self._domains
@@ -93,9 +115,9 @@ class OtherOffers:
             self._missed_since.pop(name, None)
 
 
-def _shared(name: str, devices: Sequence[str]) -> str:
+def _shared(what: str, name: str, devices: Sequence[str]) -> str:
     more = f" and {len(devices) - MOST_NAMED} more" if len(devices) > MOST_NAMED else ""
     return (
-        f"another device plugin offers {', '.join(devices[:MOST_NAMED])}{more} as {name}; set match so that the two"
-        " have no device in common, or remove that plugin"
+        f"another {what} offers {', '.join(devices[:MOST_NAMED])}{more} as {name}; set match so that the two"
+        f" have no device in common, or remove that {what.split()[-1]}"
     )

@@ -73,6 +73,10 @@ def test_what_names_no_device_stands_for_none(id: str) -> None:
     assert devices_named(MACHINE, [id]) == ()
 
 
+def uuid(number: int, what: str = "GPU") -> str:
+    return f"{what}-{number:08x}-0000-0000-0000-{number:012x}"
+
+
 def nvidia(number: int, **attributes: str | bool) -> Device:
     address = f"0000:{number}1:00.0"
     return Device(kind="gpu", vendor="10de", id=address, pci_address=address, attributes=attributes)
@@ -81,18 +85,24 @@ def nvidia(number: int, **attributes: str | bool) -> Device:
 def test_a_uuid_that_nothing_shows_yet_may_be_that_of_any_gpu_without_one() -> None:
     """As before NVML has answered: silence is no proof that a GPU is free."""
     machine = inventory_of(
-        even_rows(1, 1, 1, 2, 1), devices=[nvidia(1), nvidia(2, uuid="GPU-2"), nvidia(3), *MACHINE.devices]
+        even_rows(1, 1, 1, 2, 1), devices=[nvidia(1), nvidia(2, uuid=uuid(2)), nvidia(3), *MACHINE.devices]
     )
-    assert devices_named(machine, ["GPU-99"]) == ("0000:11:00.0", "0000:31:00.0")
-    assert devices_named(machine, ["GPU-2"]) == ("0000:21:00.0",)
+    assert devices_named(machine, [uuid(99)]) == ("0000:11:00.0", "0000:31:00.0")
+    assert devices_named(machine, [uuid(2)]) == ("0000:21:00.0",)
+
+
+@pytest.mark.parametrize("id", ["gpu-0", "GPU-1", "gpu-operator", "mig-1g.10gb", f"{uuid(1)}x"])
+def test_a_name_that_only_looks_like_a_uuid_stands_for_no_gpu(id: str) -> None:
+    machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=[nvidia(1)])
+    assert devices_named(machine, [id]) == ()
 
 
 def test_an_instance_that_nothing_shows_may_be_of_any_gpu_whose_instances_are_not_known() -> None:
     machine = inventory_of(
         even_rows(1, 1, 1, 2, 1),
-        devices=[nvidia(1), nvidia(2, uuid="GPU-2", mig=True), nvidia(3, uuid="GPU-3", mig=False), *MACHINE.devices],
+        devices=[nvidia(1), nvidia(2, uuid=uuid(2), mig=True), nvidia(3, uuid=uuid(3), mig=False), *MACHINE.devices],
     )
-    assert devices_named(machine, ["MIG-99"]) == ("0000:11:00.0", "0000:21:00.0")
+    assert devices_named(machine, [uuid(99, "MIG")]) == ("0000:11:00.0", "0000:21:00.0")
 
 
 @dataclass
@@ -199,10 +209,10 @@ def test_a_container_that_is_never_listed_holds_it_too() -> None:
 def test_names_that_become_known_later_count_from_then_on() -> None:
     """Every GPU is as good as held until NVML has answered; a device that appears later is found by its name."""
     node = Node(machine=inventory_of(even_rows(1, 1, 1, 2, 1), devices=[nvidia(1), nvidia(2)]))
-    node.admit("a", "GPU-2")
+    node.admit("a", f"{uuid(2)}::1")
     node.admit("b", VF)
     assert node.begin() == ["0000:11:00.0", "0000:21:00.0"]
-    known = [nvidia(1, uuid="GPU-1"), nvidia(2, uuid="GPU-2"), *(one for one in MACHINE.devices if one.id == VF)]
+    known = [nvidia(1, uuid=uuid(1)), nvidia(2, uuid=uuid(2)), *(one for one in MACHINE.devices if one.id == VF)]
     node.machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=known)
     assert node.round() == ["0000:21:00.0", VF]
     node.machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=known[:1])

@@ -6,14 +6,18 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config
 from nodeagent.core.model.device import Device
+from nodeagent.errors import PeerError
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.managers.deviceplugin.others import FORGET_S, OtherOffers
+from nodeagent.managers.dra.other_drivers import OtherDrivers, published
 from nodeagent.resources.offer import Offer, offers
 from tests.builders.inventories import even_rows, inventory_of
 
@@ -138,4 +142,57 @@ def test_a_checkpoint_that_cannot_be_read_changes_nothing(tmp_path: Path, others
     others.hear({"nvidia.com/gpu": [FIRST_UUID]})
     (tmp_path / "kubelet_internal_checkpoint").write_text(text)
     others.read_checkpoint()
+    assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
+
+
+SLICE = {
+    "spec": {
+        "driver": "gpu.nvidia.com",
+        "devices": [
+            {"name": "gpu-0", "attributes": {"uuid": {"string": FIRST_UUID}, "index": {"int": 0}, "odd": None}},
+            {"name": "gpu-1", "attributes": {"resource.kubernetes.io/pciBusID": {"string": SECOND}}},
+        ],
+    }
+}
+OWN = {
+    "spec": {"driver": "nodeagent.dev", "devices": [{"name": "gpu-0", "attributes": {"uuid": {"string": FIRST_UUID}}}]}
+}
+
+
+def test_what_another_driver_publishes_is_refused_too(others: OtherOffers) -> None:
+    """By the text attributes of its devices, or by their names, as of adapters."""
+    odd = {"spec": None}
+    by_name = {"spec": {"driver": "dra.net", "devices": [{"name": "0000-81-02-1"}]}}
+    others.hear_slices(published([SLICE, OWN, odd, by_name], "nodeagent.dev"))
+    assert others.refusals(MACHINE, served(GPUS, VFS, CPUS)) == {
+        "gpu": f"another DRA driver offers {FIRST}, {SECOND} as gpu.nvidia.com; set match so that the two have no "
+        "device in common, or remove that driver",
+        "vf": f"another DRA driver offers {VF} as dra.net; set match so that the two have no device in common, or "
+        "remove that driver",
+    }
+
+
+def test_what_another_driver_published_counts_until_two_looks_have_missed_it(others: OtherOffers) -> None:
+    """Kubelet deletes all slices of its node when it starts."""
+    for _ in range(2):
+        others.hear_slices(published([SLICE], "nodeagent.dev"))
+        others.hear_slices({})
+        assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
+    others.hear_slices({})
+    assert others.refusals(MACHINE, served(GPUS)) == {}
+
+
+async def test_an_api_server_that_does_not_answer_changes_nothing(others: OtherOffers) -> None:
+    answers: list[object] = [[SLICE], PeerError("cannot list resourceslices: timeout")]
+
+    async def slices() -> Any:
+        answer = answers.pop(0)
+        if isinstance(answer, PeerError):
+            raise answer
+        return answer
+
+    drivers = OtherDrivers(slices, "nodeagent.dev", others.hear_slices, configured=True)
+    with capture_logs() as said:
+        assert [await drivers.look(), await drivers.look()] == [True, False]
+    assert [one["event"] for one in said] == ["slices-of-other-drivers-unknown"]
     assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
