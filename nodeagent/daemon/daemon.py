@@ -89,7 +89,7 @@ def build(config: Config, where: Paths, families: Sequence[all_kinds.Kind]) -> D
         names = frozenset({node_name(config), socket.gethostname().lower(), *kubelet.names()})
         witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), containers, plugins, names, now.boot_id)
         agent = Agent(store, inventory, now, pods.list, living=witness.living)
-        agent.begin_beside_others(witness.given())
+        agent.begin_beside_others(witness.given(), [one.resource for one in offers(config, families)])
         return Daemon(config, where, families, agent, pods, witness, containers, store, kubelet)
     except BaseException:
         store.close()

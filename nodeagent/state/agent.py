@@ -214,9 +214,11 @@ class Agent(Decisions):
         """
         return await self._decided(self._release_ended, there, op)
 
-    def begin_beside_others(self, given: Given) -> None:
-        """Learn what other device plugins had given before the agent started, from kubelet's checkpoint."""
-        self._take_foreign(self._others.begin(self.inventory, self.ledger, given))
+    def begin_beside_others(self, given: Given, resources: Sequence[ResourceKind]) -> None:
+        """Learn what other device plugins had given before the agent started, from kubelet's checkpoint. resources:
+        what the agent is configured to serve."""
+        served = {one.name: one for one in resources}
+        self._take_foreign(self._others.begin(self.inventory, self.ledger, served, given))
 
     @property
     def look_again_s(self) -> float | None:

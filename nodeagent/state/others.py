@@ -40,9 +40,12 @@ class OtherPlugins:
         ours = _ours(inventory, ledger, resources)
         return self._take(observed(self._known, inventory, holdings, ours, witnesses, now, patience, _new_id))
 
-    def begin(self, inventory: Inventory, ledger: Ledger, given: Given) -> Mapping[str, Grant]:
-        """Return what other plugins gave before the agent started: what the ledger lacks of kubelet's checkpoint."""
-        return self._take(with_checkpoint(self._known, inventory, given, _ours(inventory, ledger, {}), _new_id))
+    def begin(
+        self, inventory: Inventory, ledger: Ledger, resources: Mapping[str, ResourceKind], given: Given
+    ) -> Mapping[str, Grant]:
+        """Return what other plugins gave before the agent started, from kubelet's checkpoint."""
+        ours = _ours(inventory, ledger, resources)
+        return self._take(with_checkpoint(self._known, inventory, given, ours, _new_id))
 
     def _take(self, after: Foreign) -> Mapping[str, Grant]:
         before, now = self._known.ledger.grants, after.ledger.grants

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,22 @@ async def test_what_a_claim_of_another_driver_holds_is_not_offered(folder: Path,
         await node.delete_pod("default", "theirs")
         await node.wait_allocatable(VF, 2)
         await node.wait_allocatable(CHAR, 2)
+
+
+async def test_what_the_agents_own_pods_hold_is_not_taken_for_anothers_after_a_lost_ledger(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """The ledger is rebuilt from kubelet's checkpoint; devices stay healthy and are free when their pods have ended."""
+    async with FakeKubelet(folder / "kubelet") as node:
+        async with running(folder, root=tree.root, **QUICK) as agent:
+            await node.wait_allocatable(VF, 2)
+            await node.admit_pod("default", "ours", {"main": {VF: 1}})
+            await agent.until("/v1/grants", lambda found: found and found[0]["pod"])
+        shutil.rmtree(folder / "state")
+        async with running(folder, root=tree.root, **QUICK) as agent:
+            await node.wait_allocatable(VF, 2)
+            (grant,) = await agent.until("/v1/grants", lambda found: found and found[0]["pod"])
+            assert (grant["api"], grant["pod"]) == ("device-plugin", "ours")
+            await node.delete_pod("default", "ours")
+            await agent.until("/v1/grants", lambda found: not found)
+            assert node.allocatable(VF) == 2

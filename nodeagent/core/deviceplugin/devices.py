@@ -96,13 +96,15 @@ class DeviceResource:
         (or the reverse), or a held device excludes them.
         """
         ours: set[str] = set()
-        theirs: set[str] = set(ledger.devices_foreign)
+        theirs: set[str] = set()
         for grant in ledger.grants.values():
             mine = grant.holder.resource == self.name
             # Shares are interchangeable: claims and containers may hold some of the same device.
             alike = mine or grant.holder.api == CLAIM
             (ours if self.replicas > 1 and alike else theirs).update(grant.shares)
             (ours if self.replicas == 1 and mine else theirs).update(grant.devices)
+        # What a container of ours has that another plugin gave too stays healthy: kubelet would fail its pod.
+        theirs |= ledger.devices_foreign - ours
         return excluded_with(inventory, ledger, theirs) | (excluded_with(inventory, ledger, ours) - ours)
 
     def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:

@@ -70,6 +70,7 @@ def observed(
 
     now: when kubelet was asked, in seconds of any steady clock.
     """
+    before = _without_ours(before, ours)
     theirs = list(_theirs(holdings, ours))
 
     def adopt(holding: Holding) -> Grant:
@@ -117,6 +118,12 @@ def devices_named(inventory: Inventory, ids: Iterable[str]) -> tuple[str, ...]:
     names = kept_by(inventory, "_names", lambda: _names_of(inventory))
     found = (_named(names, one.lower()) or _suspects(inventory, one.lower()) for one in ids)
     return tuple(sorted({device for devices in found for device in devices}))
+
+
+def _without_ours(before: Foreign, ours: Ours) -> Foreign:
+    """Return what others gave without grants of ids that have turned out to be ours, as after a lost ledger."""
+    mine = [one.id for one in before.ledger.grants.values() if any(ours(one.holder.resource, id) for id in one.ids)]
+    return replace(before, ledger=ledger_of.release(before.ledger, mine)) if mine else before
 
 
 def _theirs(holdings: Iterable[Holding], ours: Ours) -> Iterator[Holding]:

@@ -256,3 +256,13 @@ def test_what_the_agent_granted_itself_is_not_held_by_others() -> None:
     node = Node(ours=frozenset({("x.example/y", H100)}))
     node.admit("a", H100)
     assert node.round() == []
+
+
+def test_what_turns_out_to_be_ours_is_no_longer_held_by_others() -> None:
+    """As after a lost ledger: the ledger is rebuilt from the checkpoint, or a resource is served again."""
+    node = Node()
+    node.admit("a", H100)
+    node.admit("b", VF)
+    assert node.begin() == [H100, VF]
+    node.ours = frozenset({("x.example/y", H100)})
+    assert [node.round(), node.round()] == [[VF], [VF]]

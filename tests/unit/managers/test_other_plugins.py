@@ -13,7 +13,10 @@ import pytest
 from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config
+from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.errors import PeerError
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.managers.deviceplugin.others import FORGET_S, OtherOffers
@@ -196,3 +199,16 @@ async def test_an_api_server_that_does_not_answer_changes_nothing(others: OtherO
         assert [await drivers.look(), await drivers.look()] == [True, False]
     assert [one["event"] for one in said] == ["slices-of-other-drivers-unknown"]
     assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
+
+
+def test_a_device_that_two_plugins_gave_stays_healthy_for_the_pod_that_has_it() -> None:
+    """Given before the other plugin was seen. Kubelet would fail a pod with an unhealthy device; others get nothing."""
+    (gpu,), (any_gpu,) = served(GPUS), served({**GPUS, "name": "any"})
+    ours = Grant(
+        id="g", holder=Holder(api=DEVICE_PLUGIN, resource=gpu.name), ids=(FIRST,), devices=(FIRST,), confirmed=True
+    )
+    theirs = Grant(id="o", holder=Holder(api=DEVICE_PLUGIN, resource="nvidia.com/gpu"), devices=(FIRST, SECOND))
+    ledger = Ledger(grants={"g": ours}, foreign={"o": theirs})
+    for offer, healthy in ((gpu, [FIRST]), (any_gpu, [])):
+        shown = offer.resource.advertised(MACHINE, ledger, NO_HEALTH)
+        assert [one.id for one in shown if one.healthy] == healthy
