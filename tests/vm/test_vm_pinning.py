@@ -203,14 +203,19 @@ def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough
     admitted = vmpods.admit(guest, "lost", {vmpods.CPU: 1})
     online = f"/sys/devices/system/cpu/cpu{admitted.cpus}/online"
     guest.run(f"echo 0 >{online}")
-    guest.kubelet("until", resource=vmpods.CPU, lacks=[f"cpu{admitted.cpus}"])
-    with pytest.raises(GuestError, match=f"its CPUs {admitted.cpus} are offline"):
-        vmpods.run(guest, admitted)
-    guest.run('sed -i \'s/"pinning": {/"pinning": {"onFailure": "warn", /\' /etc/nodeagent/config.yaml')
-    guest.run("systemctl reload nodeagent")
-    pod = vmpods.run(guest, admitted)
-    guest.run("journalctl --no-pager -u nodeagent | grep started-unconfined")
-    guest.run(f"echo 1 >{online}")
+    try:
+        guest.kubelet("until", resource=vmpods.CPU, lacks=[f"cpu{admitted.cpus}"])
+        # A runtime that waited too long for an answer asks nobody until the agent has connected again.
+        vmpods.until_connected(guest)
+        with pytest.raises(GuestError, match=f"its CPUs {admitted.cpus} are offline"):
+            vmpods.run(guest, admitted)
+        guest.run('sed -i \'s/"pinning": {/"pinning": {"onFailure": "warn", /\' /etc/nodeagent/config.yaml')
+        guest.run("systemctl reload nodeagent")
+        vmpods.until_connected(guest)
+        pod = vmpods.run(guest, admitted)
+        guest.run("journalctl --no-pager -u nodeagent | grep started-unconfined")
+    finally:
+        guest.run(f"echo 1 >{online}")
     vmpods.until_effective(guest, pod.scope(), pod.cpus)
     vmpods.remove(guest, pod)
     until_grown_back(guest, held, shared)
