@@ -1,4 +1,4 @@
-"""Which device nodes a CDI device stands for, whoever wrote the spec. Read only.
+"""The device nodes that a CDI device of any vendor stands for. Read only.
 
 Source: the Container Device Interface specification, 1.1.0: each file in a CDI folder is JSON or YAML by its suffix and
 names a kind, devices with their edits, and edits for all of its devices.

@@ -12,12 +12,12 @@ together.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from nodeagent.core.model.cpuset import CpuSet, union
+from tests.builders.tree_writer import TreeWriter
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -153,32 +153,13 @@ def build(root: Path, shape: Shape) -> Path:
     return root
 
 
-class _Tree:
-    """Writes files below a root, each folder made once."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = str(root)
-        self.folders: set[str] = set()
-
-    def write(self, path: str, text: str) -> None:
-        folder = os.path.dirname(path)
-        self.folder(folder)
-        with open(f"{self.root}/{path}", "w") as file:
-            file.write(text + "\n")
+class _Tree(TreeWriter):
+    """Writes lists of CPUs in both of the kernel's forms, too."""
 
     def members(self, folder: str, name: str, mask_name: str, cpus: CpuSet, cpu_count: int) -> None:
-        """A list file and the mask file beside it."""
+        """A list file and the mask file next to it."""
         self.write(f"{folder}/{name}", str(cpus))
         self.write(f"{folder}/{mask_name}", _mask(cpus, cpu_count))
-
-    def folder(self, path: str) -> None:
-        if path not in self.folders:
-            os.makedirs(f"{self.root}/{path}", exist_ok=True)
-            self.folders.add(path)
-
-    def link(self, path: str, target: str) -> None:
-        self.folder(os.path.dirname(path))
-        os.symlink(target, f"{self.root}/{path}")
 
 
 _CPU = "sys/devices/system/cpu"

@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
+from tests.builders.tree_writer import TreeWriter
 from tests.support.paths import DATA
 
 TABLES = DATA / "machines"
@@ -120,38 +121,14 @@ def build(root: Path, table: Table) -> Path:
     """Write the machine below `root`; returns `root`."""
     numbers = (*table.cpu_lists.values(), *_holders(table.cpus))
     width = max((CpuSet.parse(text).mask.bit_length() for text in numbers), default=0)
-    tree = _Tree(root)
+    tree = TreeWriter(root)
     for path, text in _texts(table, width):
         tree.write(path, text)
     for path, target in _links(table):
-        tree.link(path, target)
+        tree.link(path, os.path.relpath(target, os.path.dirname(path)))
     for path in table.folders:
         tree.folder(path)
     return root
-
-
-class _Tree:
-    """Writes below a root, each folder made once: paths are strings here, for there are thousands of files."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = str(root)
-        self.folders: set[str] = set()
-
-    def write(self, path: str, text: str) -> None:
-        with open(self._at(path), "w") as file:
-            file.write(f"{text}\n")
-
-    def link(self, path: str, target: str) -> None:
-        os.symlink(os.path.relpath(target, os.path.dirname(path)), self._at(path))
-
-    def folder(self, path: str) -> None:
-        if path not in self.folders:
-            os.makedirs(f"{self.root}/{path}", exist_ok=True)
-            self.folders.add(path)
-
-    def _at(self, path: str) -> str:
-        self.folder(os.path.dirname(path))
-        return f"{self.root}/{path}"
 
 
 def _holders(grouped: Grouped) -> Iterator[str]:

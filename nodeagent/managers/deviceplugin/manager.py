@@ -22,10 +22,10 @@ from nodeagent.host.devices import all_kinds
 from nodeagent.kube.kubelet.device_plugin_sockets import PluginPaths
 from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import Registrar, Registration, RegistrationState, RegistrationTiming
-from nodeagent.managers import kubelet_conflicts as beside
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.managers.deviceplugin.shown import ShownCheck
 from nodeagent.managers.kubelet import Kubelet
+from nodeagent.managers.kubelet_conflicts import reserved_cpus
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import Offer, offers
 from nodeagent.state.agent import Agent
@@ -63,8 +63,8 @@ class DevicePluginManager(Manager):
     ) -> None:
         """Set up without serving.
 
-        `refused` returns the resources of a configuration that cannot be served beside kubelet's own managers and other
-        device plugins, with the reason. `leads` returns whether this agent leads.
+        `refused` returns the resources of a configuration that cannot be served alongside kubelet's own managers and
+        other device plugins, with the reason. `leads` returns whether this agent leads.
         """
         self._leads = leads
         self.refused: Mapping[str, str] = MappingProxyType({})
@@ -189,7 +189,7 @@ def settings(config: Config, kubelet: Kubelet, boot_id: str, inventory: Inventor
     """Return the agent's settings that follow from the configuration, kubelet and the inventory."""
     return AgentSettings(
         boot_id=boot_id,
-        reserved=beside.reserved_cpus(config, kubelet, inventory),
+        reserved=reserved_cpus(config, kubelet, inventory),
         patience=Patience(
             unconfirmed_s=config.release.unconfirmed_seconds,
             confirmed_s=config.release.confirmed_seconds,

@@ -159,7 +159,7 @@ class DraManager(Manager):
         refused: Callable[[Config], Mapping[str, str]] = lambda config: {},
         grow: Grow = never_grow,
     ) -> None:
-        """Set up. `refused` returns the resources of a configuration that cannot be served beside kubelet's own
+        """Set up. `refused` returns the resources of a configuration that cannot be served alongside kubelet's own
         managers and other device plugins, with the reason."""
         self._refused = refused
         self.config = config
