@@ -15,6 +15,8 @@ import yaml
 
 STATIC_FOLDER = Path("/etc/cdi")
 LARGEST_SPEC_BYTES = 4 << 20
+CDI_VALUE = "="
+"""Separator between a CDI kind and the name of a device."""
 _SUFFIXES = (".json", ".yaml", ".yml")
 
 

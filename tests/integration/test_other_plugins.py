@@ -120,7 +120,7 @@ async def test_what_a_claim_of_another_driver_holds_is_not_offered(folder: Path,
                 driver_name="x.example",
                 pool_name="p",
                 device_name="port",
-                cdi_devices=[pods_pb.CDIDevice(name="k8s.x.example/claim=port")],
+                cdi_devices=[pods_pb.CDIDevice(name=f"k8s.x.example/claim={one}") for one in ("port", "gone")],
             ),
         ]
         await node.wait_allocatable(VF, 1)
@@ -131,6 +131,8 @@ async def test_what_a_claim_of_another_driver_holds_is_not_offered(folder: Path,
             ("sriov.example", "theirs", FIRST),
             ("x.example", "theirs", "/dev/ttyS0"),
         }
+        unknown = await agent.said("claimed-devices-unknown")
+        assert "no CDI spec has k8s.x.example/claim=gone" in str(unknown), "silence is no proof that nothing is held"
         await node.delete_pod("default", "theirs")
         await node.wait_allocatable(VF, 2)
         await node.wait_allocatable(CHAR, 2)

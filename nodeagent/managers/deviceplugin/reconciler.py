@@ -16,7 +16,7 @@ from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race
 from nodeagent.core.model.grant import KUBELET, Grant, Holding
 from nodeagent.errors import InputError, PeerError, StateError
-from nodeagent.host.cdi_specs import STATIC_FOLDER, nodes_of
+from nodeagent.host.cdi_specs import CDI_VALUE, STATIC_FOLDER, nodes_of
 from nodeagent.kube.kubelet.pod_resources import CheckpointWatch, Listing, PodResources
 from nodeagent.kube.kubelet_files.checkpoints import PODS, pods_there
 from nodeagent.managers.manager import Manager
@@ -67,6 +67,7 @@ class HolderReconciler(Manager):
         self._driver = driver
         self._cdi_dirs = (STATIC_FOLDER, cdi_dir)
         self._unknown = Once("holders-unknown")
+        self._undescribed = Once("claimed-devices-unknown")
         self._ended_unknown = Once("ended-pods-unknown")
 
     async def lead(self) -> None:
@@ -108,6 +109,9 @@ class HolderReconciler(Manager):
         """Return what claims of other DRA drivers hold, with the device nodes in place of CDI devices."""
         theirs = [one for one in listing.claimed if one.resource != self._driver]
         paths = nodes_of(self._cdi_dirs, {name for one in theirs for name in one.ids})
+        lacking = sorted({name for one in theirs for name in one.ids if CDI_VALUE in name} - paths.keys())
+        why = f"cannot find what claims of other drivers hold: no CDI spec has {', '.join(lacking)}"
+        self._undescribed.report(why if lacking else "")
         return [
             replace(one, ids=tuple(path for name in one.ids for path in paths.get(name, (name,)))) for one in theirs
         ]
