@@ -1,8 +1,8 @@
 """Claims as kubelet has them prepared: the whole agent as a process, gRPC over its unix socket, each claim read from an
-API server over TCP, the grant durable, the files for the container runtime written.
+API server over TLS, the grant durable, the files for the container runtime written.
 
-The ledger lies on the disk, CDI files and what the containers read on tmpfs, as on a node. API server and kubelet are
-this process, both in Python: a claim's way is longer here than on a node. An empty handler of the same messages is
+The ledger lies on the disk, CDI files and what the containers read on tmpfs, as on a node. Where claims are timed the
+API server is a process of its own, in Python; kubelet is this process. An empty handler of the same messages is
 called in turn, so that what else the machine does falls on both alike.
 """
 
@@ -17,10 +17,12 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
 from benchmarks.allocate import Sample, commits
+from benchmarks.api_process import ApiProcess
 from benchmarks.daemon import resident_mib, uevent
 from benchmarks.node import beside, folders, node
 from nodeagent.host.nvml.client import Failure, Probe
@@ -30,7 +32,7 @@ from nodeagent.pb import dra_v1_pb2 as pb
 from nodeagent.pb import dra_v1_pb2_grpc as rpc
 from nodeagent.telemetry import log
 from tests.builders.machines import machine
-from tests.doubles.api_server import CLAIMS, FakeApiServer
+from tests.doubles.api_server import FakeApiServer
 from tests.support.claim_desk import Desk, Vitals
 from tests.support.dra_node import CPUS, DRIVER, MEMORY, NODE, consumed
 from tests.support.paths import NVML_DOUBLE
@@ -54,29 +56,33 @@ TMPFS = Path("/dev/shm")
 # ---------------------------------------------------------------- Prepare
 
 
+async def prepare(stub: Any, claims: Sequence[pb.Claim]) -> float:
+    """Have claims prepared and return the seconds it took."""
+    began = time.perf_counter()
+    answer = await stub.NodePrepareResources(pb.NodePrepareResourcesRequest(claims=claims))
+    took = time.perf_counter() - began
+    if errors := [one.error for one in answer.claims.values() if one.error or not one.devices]:
+        raise AssertionError(errors[0])
+    return took
+
+
 class Caller:
     """Has claims prepared and unprepared as kubelet does, and times it."""
 
-    def __init__(self, api: FakeApiServer, real: grpc.aio.Channel, empty: grpc.aio.Channel) -> None:
+    def __init__(self, api: ApiProcess, real: grpc.aio.Channel, empty: grpc.aio.Channel) -> None:
         self._api = api
         self._real, self._empty = (rpc.DRAPluginStub(one) for one in (real, empty))  # type: ignore[no-untyped-call]
         self._numbers = itertools.count()
 
-    def claim(self, cpus: int) -> pb.Claim:
-        """A claim of some CPUs that is allocated; the nodes take turns."""
-        number = next(self._numbers)
-        result = consumed("cpu", f"numa{number % NODES}", cpus=str(cpus))
-        made = self._api.add_claim(f"c{number}", results=[result])
-        return pb.Claim(namespace="default", name=f"c{number}", uid=made["metadata"]["uid"])
+    async def claims(self, count: int, cpus: int) -> list[pb.Claim]:
+        """Claims of some CPUs each that are allocated; the nodes take turns."""
+        numbers = list(itertools.islice(self._numbers, count))
+        made = [(f"c{one}", consumed("cpu", f"numa{one % NODES}", cpus=str(cpus))) for one in numbers]
+        uids = await self._api.add_claims(made)
+        return [pb.Claim(namespace="default", name=made[0], uid=uid) for made, uid in zip(made, uids, strict=True)]
 
     async def prepare(self, claims: Sequence[pb.Claim]) -> float:
-        """The seconds it took."""
-        began = time.perf_counter()
-        answer = await self._real.NodePrepareResources(pb.NodePrepareResourcesRequest(claims=claims))
-        took = time.perf_counter() - began
-        if errors := [one.error for one in answer.claims.values() if one.error or not one.devices]:
-            raise AssertionError(errors[0])
-        return took
+        return await prepare(self._real, claims)
 
     async def prepare_nothing(self, claims: Sequence[pb.Claim]) -> float:
         began = time.perf_counter()
@@ -87,13 +93,12 @@ class Caller:
         began = time.perf_counter()
         await self._real.NodeUnprepareResources(pb.NodeUnprepareResourcesRequest(claims=claims))
         took = time.perf_counter() - began
-        for claim in claims:
-            self._api.delete(CLAIMS, claim.name, "default")
+        await self._api.delete_claims([claim.name for claim in claims])
         return took
 
     async def hold(self, count: int) -> None:
         """Have so many claims of one CPU prepared, and leave them so."""
-        claims = [self.claim(1) for _ in range(count)]
+        claims = await self.claims(count, 1)
         for start in range(0, count, PACK):
             await self.prepare(claims[start : start + PACK])
 
@@ -101,7 +106,7 @@ class Caller:
         """(Prepare, empty handler, Unprepare) of so many calls with so many claims of 2 CPUs each."""
         samples: tuple[Sample, Sample, Sample] = ([], [], [])
         for _ in range(count + WARM_UP):
-            some = [self.claim(2) for _ in range(claims)]
+            some = await self.claims(claims, 2)
             for work, sample in zip((self.prepare, self.prepare_nothing, self.unprepare), samples, strict=True):
                 sample.append(await work(some))
         return samples[0][WARM_UP:], samples[1][WARM_UP:], samples[2][WARM_UP:]
@@ -111,7 +116,7 @@ async def prepares(disk: Path, tmpfs: Path) -> None:
     """Prepare with more and more claims held; then, with all of them, GetInfo and resident memory."""
     root, resources = machine(tmpfs / "root", "2s8n512c-smt"), [{**CPUS, "serve": "dra"}]
     async with (
-        node(disk, tmpfs, resources, root) as it,
+        node(disk, tmpfs, resources, root, apart=True) as it,
         beside("empty", disk / "empty.sock"),
         sockets.channel(it.endpoint) as real,
         sockets.channel(disk / "empty.sock") as empty,
@@ -195,11 +200,11 @@ async def this_machine(disk: Path, tmpfs: Path) -> None:
     device = {"name": "bench", "kind": "char", "paths": [f"/dev/{disk.name}*"], "serve": "both"}
     resources = [CPUS, {"name": "pages", "kind": "hugepages", "pageSize": "2Mi", "serve": "both"}, MEMORY, device]
     async with node(disk, tmpfs, resources, "/", resyncSeconds=3600) as it, sockets.channel(it.endpoint) as channel:
-        caller = Caller(it.api, channel, channel)
         results = [consumed("memory", "numa0", size="1Mi") for _ in range(PACK)]
         made = [it.api.add_claim(f"m{number}", results=[one]) for number, one in enumerate(results)]
         refs = [(one["metadata"]["name"], one["metadata"]["uid"]) for one in made]
-        await caller.prepare([pb.Claim(namespace="default", name=name, uid=uid) for name, uid in refs])
+        claims = [pb.Claim(namespace="default", name=name, uid=uid) for name, uid in refs]
+        await prepare(rpc.DRAPluginStub(channel), claims)  # type: ignore[no-untyped-call]
         row("device event to slice written", "500 ms", await _appears(it.api, disk.name))
         row(f"resident memory with {PACK} claims prepared", "72 MiB", f"{resident_mib(it.agent.pid):.1f} MiB")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.allocate import Sample
+from benchmarks.api_process import api_process
 from benchmarks.daemon import QUIET
 from nodeagent.kube.kubelet import sockets
 from nodeagent.pb import dra_v1_pb2 as pb
@@ -38,7 +39,8 @@ TMPFS = Path("/dev/shm")
 class Node:
     """An agent that is registered, and what a benchmark needs to call it."""
 
-    api: FakeApiServer
+    api: Any
+    """The FakeApiServer, or the ApiProcess that was given."""
     agent: Running
     endpoint: Path
     registry: Path
@@ -46,13 +48,16 @@ class Node:
 
 
 @contextlib.asynccontextmanager
-async def node(disk: Path, tmpfs: Path, resources: Sequence[Any], root: Path | str, **more: Any) -> AsyncIterator[Node]:
-    """A whole agent beside both sides of a kubelet. disk, tmpfs: folders for what has to last and what has not."""
+async def node(
+    disk: Path, tmpfs: Path, resources: Sequence[Any], root: Path | str, *, apart: bool = False, **more: Any
+) -> AsyncIterator[Node]:
+    """A whole agent beside both sides of a kubelet. disk, tmpfs: folders for what has to last and what has not. apart:
+    have the API server in a process of its own, over TLS."""
     runtime = tmpfs / "run"
     runtime.mkdir()
     (disk / "run").symlink_to(runtime)
-    async with FakeApiServer() as api, FakeKubelet(disk / "kubelet"), FakeDraKubelet(disk / "kubelet") as side:
-        api.add_node(NODE)
+    server = api_process(disk, NODE) if apart else _api_here()
+    async with server as api, FakeKubelet(disk / "kubelet"), FakeDraKubelet(disk / "kubelet") as side:
         access = {"kubeconfig": str(api.kubeconfig(disk)), "nodeName": NODE, "cdiDir": str(tmpfs / "cdi")}
         options = {"resources": resources, "log": QUIET, "dra": {**access, "spreadSeconds": 0}, **more}
         async with running(disk, root=root, **options) as agent:
@@ -60,6 +65,13 @@ async def node(disk: Path, tmpfs: Path, resources: Sequence[Any], root: Path | s
             await agent.ready()
             (registry,) = side.registry.glob("*.sock")
             yield Node(api, agent, side.instances(DRIVER)[0], registry)
+
+
+@contextlib.asynccontextmanager
+async def _api_here() -> AsyncIterator[FakeApiServer]:
+    async with FakeApiServer() as api:
+        api.add_node(NODE)
+        yield api
 
 
 @contextlib.contextmanager

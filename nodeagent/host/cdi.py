@@ -2,6 +2,7 @@
 
 Source: the Container Device Interface specification, 0.3.0 to 1.1.0. A file states the lowest version that has the
 features it uses, its bytes are a function of its content, and files of other drivers in the same folder are left alone.
+No file here is synced to disk: all of them are written again from the ledger when the agent starts, if they differ.
 Names follow CDI's rule for transient specs, VENDOR-CLASS_ID.json, where ID is the claim's UID.
 """
 
@@ -104,11 +105,11 @@ class CdiFolder:
     def write(self, uid: str, devices: Sequence[CdiDevice]) -> None:
         """Write a claim's whole file unless it is unchanged. Raise HostError with path and cause."""
         path = self._path(uid)
-        files.replace(path, spec(self.kind, devices, node_facts(self._sysfs, devices)))
+        files.replace(path, spec(self.kind, devices, node_facts(self._sysfs, devices)), durable=False)
 
     def remove(self, uid: str) -> bool:
         """Remove a claim's file. Return whether it existed."""
-        return files.remove(self._path(uid))
+        return files.remove(self._path(uid), durable=False)
 
     def claim_of(self, device_id: str) -> str:
         """Return the UID of the claim that a `device_id` refers to, or an empty string if it is not one of ours."""
@@ -146,7 +147,7 @@ class ClaimFiles:
     def write(self, uid: str, content: Mapping[str, Any]) -> None:
         """Write a claim's whole file, world-readable, with its keys in order."""
         data = msgspec.json.encode(content, order="deterministic", enc_hook=_plain)
-        files.replace(self.path(uid), msgspec.json.format(data, indent=2) + b"\n")
+        files.replace(self.path(uid), msgspec.json.format(data, indent=2) + b"\n", durable=False)
 
     def read(self, uid: str) -> Any:
         """Return the content of a claim's file. Raise HostError if it cannot be read or is not JSON."""

@@ -51,7 +51,8 @@ class PodWitness:
         """
         if not grants:
             return MappingProxyType({})
-        checkpoint = await asyncio.to_thread(self._given)
+        by_device = any(one.holder.api == DEVICE_PLUGIN for one in grants)
+        checkpoint = await asyncio.to_thread(self._given) if by_device else None
         witnesses = await self._ask(grants, NO_LISTING, checkpoint, None)
         return {one.id: evidence for one in grants if (evidence := lives(one, witnesses))}
 

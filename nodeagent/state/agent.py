@@ -3,9 +3,7 @@ before it becomes visible: it goes to the store first, then to memory, then to t
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import secrets
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -17,27 +15,25 @@ import structlog
 from nodeagent.core.deviceplugin import allocate as decide
 from nodeagent.core.deviceplugin.devices import still_told
 from nodeagent.core.deviceplugin.view import ResourceKind
-from nodeagent.core.dra import prepare as prepare_of
-from nodeagent.core.dra.prepare import Batch, Catalog
 from nodeagent.core.kubelet import imports
 from nodeagent.core.ledger import ledger as ledger_of
-from nodeagent.core.ledger.ledger import RELEASED
+from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.ledger.rebuild import Sources, account
 from nodeagent.core.ledger.reconcile import Findings, compare
 from nodeagent.core.ledger.release import Absences, Memory
 from nodeagent.core.ledger.stable_ids import numbered, numbers_held
 from nodeagent.core.ledger.witness import NO_WITNESSES, Given, Witnesses
 from nodeagent.core.model import health as health_of
-from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.device import Advertised, ContainerEdits
-from nodeagent.core.model.grant import CLAIM, Grant, Holder, Holding
+from nodeagent.core.model.grant import CLAIM, Grant, Holding
 from nodeagent.core.model.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.model.inventory import Inventory, same_machine
 from nodeagent.errors import PeerError, Refused
-from nodeagent.state.decisions import Decisions
+from nodeagent.state.claim_decisions import ClaimDecisions, Living
+from nodeagent.state.decisions import Outcome
 from nodeagent.state.others import OtherPlugins
 from nodeagent.state.store import Store
-from nodeagent.state.values import AgentSettings, Unprepared
+from nodeagent.state.values import AgentSettings
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -45,12 +41,6 @@ List = Callable[[], Awaitable[tuple[Holding, ...]]]
 """Return what pods hold according to kubelet; PeerError if kubelet does not answer."""
 Render = Callable[[Inventory, Grant], ContainerEdits]
 """Return what the container of a grant gets."""
-Living = Callable[[Sequence[Grant]], Awaitable[Mapping[str, str]]]
-"""Return the grants whose pods are alive, by id, each with the evidence as a clause."""
-MOST_MISSING = 3
-"""Highest number of things missing from the ledger that a refusal names."""
-FEW_CLAIMS = 4
-"""Up to this many claims are decided in the event loop; more are decided in a thread, to keep the loop responsive."""
 log = structlog.get_logger()
 
 
@@ -59,7 +49,7 @@ async def none_lives(grants: Sequence[Grant]) -> Mapping[str, str]:
     return MappingProxyType({})
 
 
-class Agent(Decisions):
+class Agent(ClaimDecisions):
     """Holds the state and makes every change to it."""
 
     def __init__(
@@ -184,7 +174,11 @@ class Agent(Decisions):
     ) -> list[ContainerEdits]:
         """Grant each container its ids durably, all or nothing, and return what each gets, as rendered. Raise Refused
         naming the conflicting holder."""
-        return await self._decided(self._allocate, resource, containers, render, op)
+        grants, edits = await self._decided_in_group(
+            lambda newest: self._allocate(newest, resource, containers, render), op
+        )
+        self._tell(_say_granted, op, resource.name, grants)
+        return edits
 
     async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
         """Release grants by id on an admin's request, and return those that existed. A claim is released as a whole:
@@ -227,20 +221,7 @@ class Agent(Decisions):
             return 0.0
         return self._release_due_s
 
-    # ---------------------------------------------------------------- claims
-
-    async def prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
-        """Grant claims what was allocated to them, each all or nothing; durable on return."""
-        return await self._decided(self._prepare, catalog, claims, op)
-
-    async def record_reserved_for(self, uid: str, pods: Sequence[str], op: str) -> None:
-        """Record the pods (UIDs) for which a claim is reserved now."""
-        await self._decided(self._record_reserved_for, uid, pods, op)
-
-    async def unprepare(self, uids: Sequence[str], why: str, op: str) -> Unprepared:
-        """Release what the claims hold, durably, except for claims with a living pod. Unknown UIDs are ignored. why:
-        who releases it and by which rule, as a clause for the audit."""
-        return await self._decided(self._unprepare, uids, why, op)
+    # ---------------------------------------------------------------- the ledger as a whole
 
     async def refresh(self) -> None:
         """Learn what another agent on the node has decided."""
@@ -255,17 +236,6 @@ class Agent(Decisions):
         return await self._decided(self._prune, before)
 
     # ---------------------------------------------------------------- inside a turn
-
-    def _refuse_while_incomplete(self, what: str, want: int) -> None:
-        """Raise Refused while the ledger may lack decisions: what looks free may be in use."""
-        if self.loss:
-            missing = "; ".join(list(self.unaccounted.values())[:MOST_MISSING]) or "it is being rebuilt"
-            raise Refused(
-                f"cannot grant {what}: the ledger may lack decisions ({self.loss}): {missing}",
-                want=want,
-                free=0,
-                unit="parts",
-            )
 
     async def _rebuild(self, sources: Sources, resources: Mapping[str, ResourceKind], op: str) -> Mapping[str, str]:
         if not self.loss:
@@ -293,22 +263,20 @@ class Agent(Decisions):
         return replace(grant, pods=(uid,))
 
     async def _allocate(
-        self, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render, op: str
-    ) -> list[ContainerEdits]:
-        await self._make_way(resource, containers)
-        decision = decide.allocate(self.inventory, self.ledger, resource, containers, self._stamp())
+        self, newest: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render
+    ) -> Outcome[tuple[Sequence[Grant], list[ContainerEdits]]]:
+        await self._make_way(newest, resource, containers)
+        decision = decide.allocate(self.inventory, newest, resource, containers, self._stamp())
         if decision.changes:
             self._refuse_while_incomplete(f"devices of {resource.name}", sum(map(len, containers)))
         edits = [render(self.inventory, grant) for grant in decision.grants]
-        await self._save(decision.changes, decision.ledger, op)
         self._begin_anew(decision.grants)
-        self._tell(_say_granted, op, resource.name, decision.grants)
-        return edits
+        return Outcome(result=(decision.grants, edits), ledger=decision.ledger, changes=decision.changes)
 
-    async def _make_way(self, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
+    async def _make_way(self, newest: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
         """Raise Refused if another container holds some of the ids and is alive or listed, or kubelet does not
         answer."""
-        known, ids = self.ledger.by_id, [one for container in containers for one in container]
+        known, ids = newest.by_id, [one for container in containers for one in container]
         old = {one: grant for one in ids if (grant := known.get((resource.name, one))) is not None}
         if old:
             decide.check_ids(self.inventory, resource, containers)
@@ -422,67 +390,6 @@ class Agent(Decisions):
         grant = decide.grant_of(self.inventory, resource, holding.ids, stamp.new_id(), stamp)
         names = {"namespace": holding.namespace, "pod": holding.pod, "container": holding.container}
         return replace(grant, holder=replace(grant.holder, **names), confirmed=True)
-
-    def _stamp(self) -> decide.Stamp:
-        return decide.Stamp(new_id=lambda: f"g-{secrets.token_hex(5)}", at=time.time(), boot_id=self.settings.boot_id)
-
-    async def _prepare(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
-        if self.loss:
-            return await self._prepare_known(catalog, claims, op)
-        decide_all = functools.partial(prepare_of.prepare, self.inventory, self.ledger, catalog, claims, self._stamp())
-        # Many decisions would block the event loop for longer than kubelet may be kept waiting. They are pure, so a
-        # thread can make them.
-        batch = decide_all() if len(claims) <= FEW_CLAIMS else await asyncio.to_thread(decide_all)
-        if living := await self._living([one.grant for one in batch.changes if one.action == RELEASED]):
-            batch = await self._prepare_others(catalog, claims, living)
-        await self._save(batch.changes, batch.ledger, op)
-        return batch
-
-    async def _prepare_known(self, catalog: Catalog, claims: Sequence[Claim], op: str) -> Batch:
-        """Prepare the claims that an incomplete ledger has, and the one that it lacks if it is the only one and no
-        container of it runs: this accounts for it."""
-        held = [one for one in claims if prepare_of.grants_of(self.ledger, one.ref.uid)]
-        known = [one for one in claims if one in held or await self._may_be_decided(one)]
-        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, known, self._stamp())
-        await self._save(batch.changes, batch.ledger, op)
-        errors = dict(batch.errors)
-        for claim in (one for one in claims if one not in known):
-            try:
-                self._refuse_while_incomplete(f"what is allocated to claim {claim.ref}", 1)
-            except Refused as refusal:
-                errors[claim.ref.uid] = f"cannot prepare claim {claim.ref}: {refusal}"
-        return replace(batch, errors=errors)
-
-    async def _may_be_decided(self, claim: Claim) -> bool:
-        """Return whether a claim is all that the ledger lacks and no container still uses what the claim had before."""
-        if self.unaccounted.keys() != {claim.ref.uid}:
-            return False
-        before = Grant(id="", holder=Holder(api=CLAIM, uid=claim.ref.uid), pods=claim.reserved_for)
-        return not await self._living([before])
-
-    async def _prepare_others(self, catalog: Catalog, claims: Sequence[Claim], living: Mapping[str, str]) -> Batch:
-        """Decide without the claims that were previously allocated something else that their pods still use."""
-        why = {self.ledger.grants[one].holder.uid: evidence for one, evidence in living.items()}
-        others = [claim for claim in claims if claim.ref.uid not in why]
-        batch = prepare_of.prepare(self.inventory, self.ledger, catalog, others, self._stamp())
-        errors = {
-            claim.ref.uid: f"cannot prepare claim {claim.ref}: it was allocated something else before, and "
-            f"{why[claim.ref.uid]}"
-            for claim in claims
-            if claim.ref.uid in why
-        }
-        return replace(batch, errors={**batch.errors, **errors})
-
-    async def _record_reserved_for(self, uid: str, pods: Sequence[str], op: str) -> None:
-        decision = prepare_of.record_reserved_for(self.ledger, uid, pods)
-        await self._save(decision.changes, decision.ledger, op)
-
-    async def _unprepare(self, uids: Sequence[str], why: str, op: str) -> Unprepared:
-        held = [grant for uid in dict.fromkeys(uids) for grant in prepare_of.grants_of(self.ledger, uid)]
-        living = {self.ledger.grants[one].holder.uid: why for one, why in (await self._living(held)).items()}
-        decision = prepare_of.unprepare(self.ledger, [uid for uid in uids if uid not in living], why)
-        await self._save(decision.changes, decision.ledger, op)
-        return Unprepared(released=tuple(change.grant for change in decision.changes), living=living)
 
     async def _prune(self, before: float) -> int:
         return await self._on_disk(self._store.prune, before)

@@ -1,7 +1,12 @@
-"""One decision on the ledger at a time: durable before it takes effect, and in effect before it is announced.
+"""Decisions on the ledger: durable before they take effect, and in effect before they are announced.
 
-Another process may decide on the same ledger, as during a rolling upgrade. Each turn therefore starts by reading what
-the other process has decided.
+One decision is made at a time, each on the result of the one before. Those that need the state only in order to decide
+do not wait for each other's disk: while one is being written the next ones are decided, and all that are ready then are
+written in one transaction. A decision is answered only once it and everything it was based on is durable; if a
+transaction fails, nothing that was based on it is kept either.
+
+Another process may decide on the same ledger, as during a rolling upgrade. Before the first of a series of decisions,
+the agent takes the lock between processes and reads what the other process has decided.
 """
 
 from __future__ import annotations
@@ -10,11 +15,11 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import structlog
 
@@ -25,12 +30,14 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import NodeagentError, StateError
 from nodeagent.state.audit import Refusal
-from nodeagent.state.store import Store
+from nodeagent.state.store import Entry, Store
 
 T = TypeVar("T")
 P = ParamSpec("P")
-TELL_S = 0.001
-"""Delay of notifications about a decision, so that its answer is sent first."""
+TELL_S = 0.02
+"""Delay of notifications about decisions: answers are sent first, and many decisions are announced as one."""
+SERIES_S, YIELD_S = 1.0, 0.01
+"""How long a series of decisions may keep the lock between processes, and how long it is left to the others then."""
 log = structlog.get_logger()
 
 
@@ -45,6 +52,27 @@ class Revisions(NamedTuple):
     health: Revision
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome(Generic[T]):
+    """A decision that is made but not yet durable."""
+
+    result: T
+    """What the requester is answered."""
+    ledger: Ledger
+    """The ledger with the decision."""
+    changes: Sequence[Change] = ()
+    then: Callable[[], None] | None = None
+    """Called in the thread of the disk once the decision is durable and before it is answered."""
+
+
+class _Staged(NamedTuple):
+    """A decision on its way to the disk."""
+
+    outcome: Outcome[Any]
+    entry: Entry
+    durable: asyncio.Future[None]
+
+
 class Decisions:
     """The ledger and its durable form."""
 
@@ -52,16 +80,28 @@ class Decisions:
         """Load what the store has; blocks. Raise StateError if it cannot be read."""
         grants = MappingProxyType({one.id: one for one in store.load()})
         self.ledger = Ledger(grants=grants, reserved=reserved)
+        """The durable ledger. Decisions on their way to the disk are not in it."""
         self.loss = store.loss
         """Why the ledger may lack decisions; until it is rebuilt nothing new is granted. "" if it is whole."""
         self.revisions = Revisions(Revision(), Revision(), Revision())
         self.on_decision: Callable[[], None] | None = None
-        """Called after each durable change if another agent has to be notified."""
+        """Called after durable changes if another agent has to be notified."""
         self._store = store
         self._turn = asyncio.Lock()
         self._under_way: set[asyncio.Task[Any]] = set()
         self._closing = False
         self._disk = ThreadPoolExecutor(1, "store")
+        self._deciding = 0
+        """Number of decisions that the lock between processes is held for."""
+        self._series_began_s = 0.0
+        self._series_ended = asyncio.Event()
+        self._staged: list[_Staged] = []
+        self._tip: Ledger | None = None
+        """The ledger with all that is on its way to the disk; None if nothing is."""
+        self._committing: asyncio.Task[None] | None = None
+        self._failures = 0
+        """Number of transactions that failed."""
+        self._announcement: asyncio.TimerHandle | None = None
 
     async def close(self) -> None:
         """Accept no more decisions, wait for those under way, and close the store."""
@@ -71,14 +111,24 @@ class Decisions:
         self._disk.shutdown(wait=True)
         self._store.close()
 
+    # ---------------------------------------------------------------- making a decision
+
     async def _decided(self, work: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Make a decision in its turn and return its result.
+        """Make a decision in a turn of its own, from its beginning until it is durable, and return its result.
 
         If the peer hangs up, the decision is still completed and its result dropped; a failure is then only logged.
         """
+        return await self._completed(lambda: self._alone(lambda: work(*args, **kwargs)))
+
+    async def _decided_in_group(self, decide: Callable[[Ledger], Awaitable[Outcome[T]]], op: str) -> T:
+        """Make a decision on the newest ledger, as it will be once everything before is durable, and return its result
+        when it is durable itself. A peer that hangs up is treated as in `_decided`."""
+        return await self._completed(lambda: self._in_group(decide, op))
+
+    async def _completed(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         if self._closing:
             raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
-        task = self._begin(lambda: work(*args, **kwargs))
+        task = self._begin(work)
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -87,7 +137,7 @@ class Decisions:
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
         """Begin a decision, which `close` waits for."""
-        task = asyncio.ensure_future(self._in_turn(work))
+        task = asyncio.ensure_future(work())
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
         return task
@@ -96,19 +146,61 @@ class Decisions:
         """Write to the audit, soon, what was refused; nobody waits for it. A failure is only logged."""
         if refusals and not self._closing:
             save = functools.partial(self._store.record_refusals, refusals, op=op, at=time.time())
-            self._begin(lambda: self._on_disk(save)).add_done_callback(_say_failure)
+            self._begin(lambda: self._alone(lambda: self._on_disk(save))).add_done_callback(_say_failure)
 
-    async def _in_turn(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-        """Run `work` in a turn of this process alone, after reading what another process has decided."""
+    async def _alone(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         async with self._turn:
+            await self._join_series()
+            try:
+                await self._settled()
+                return await work()
+            finally:
+                self._leave_series()
+
+    async def _in_group(self, decide: Callable[[Ledger], Awaitable[Outcome[T]]], op: str) -> T:
+        async with self._turn:
+            await self._join_series()
+            try:
+                failures = self._failures
+                outcome = await decide(self.newest)
+                if failures != self._failures:
+                    raise StateError(f"cannot decide: what it is based on could not be saved in {self._store.path}")
+                durable = self._stage(outcome, op)
+            except BaseException:
+                self._leave_series()
+                raise
+        try:
+            await durable
+            return outcome.result
+        finally:
+            self._leave_series()
+
+    # ---------------------------------------------------------------- other processes
+
+    async def _join_series(self) -> None:
+        """Hold the lock between processes, knowing what the others have decided."""
+        if self._deciding and time.monotonic() - self._series_began_s > SERIES_S:
+            while self._deciding:
+                self._series_ended.clear()
+                await self._series_ended.wait()
+            await asyncio.sleep(YIELD_S)
+        if not self._deciding:
             if not self._store.try_begin():
                 await self._on_disk(self._store.begin)
+            self._series_began_s = time.monotonic()
             try:
                 self._hear(self._store.news(self.ledger.grants.values()))
                 self._hear_loss()
-                return await work()
-            finally:
+            except BaseException:
                 self._store.end()
+                raise
+        self._deciding += 1
+
+    def _leave_series(self) -> None:
+        self._deciding -= 1
+        if not self._deciding:
+            self._store.end()
+            self._series_ended.set()
 
     def _hear(self, news: tuple[Grant, ...] | None) -> None:
         if news is not None:
@@ -122,24 +214,107 @@ class Decisions:
             log.log(logging.ERROR if self.loss else logging.INFO, "ledger-incomplete" if self.loss else "ledger-whole")
             self.revisions.ledger.bump()
 
+    # ---------------------------------------------------------------- on the way to the disk
+
+    @property
+    def newest(self) -> Ledger:
+        """Return the ledger with all decisions, durable or not yet."""
+        tip = self._tip
+        return self.ledger if tip is None else self._with_surroundings(tip)
+
+    def _with_surroundings(self, ledger: Ledger) -> Ledger:
+        """Return a ledger with what is reserved, and held by other plugins, at this moment."""
+        ledger = ledger_of.with_reserved(ledger, self.ledger.reserved)
+        return ledger_of.with_foreign(ledger, self.ledger.foreign)
+
     async def _save(self, changes: Sequence[Change], after: Ledger, op: str) -> None:
         """Make changes durable, then apply them in memory, then notify."""
-        if not changes:
-            return
-        held = self.ledger.grants.values()
-        await self._on_disk(lambda: self._store.save(changes, op=op, at=time.time(), held=held))
-        after = ledger_of.with_reserved(after, self.ledger.reserved)
-        self.ledger = ledger_of.with_foreign(after, self.ledger.foreign)
-        self._tell(self.revisions.ledger.bump)
+        await self._stage(Outcome(result=None, ledger=after, changes=changes), op)
+
+    def _stage(self, outcome: Outcome[Any], op: str) -> asyncio.Future[None]:
+        """Send a decision to the disk. The future is done when everything up to it is durable and in effect."""
+        durable = asyncio.get_running_loop().create_future()
+        if not outcome.changes and outcome.then is None and self._committing is None:
+            durable.set_result(None)
+            return durable
+        self._tip = outcome.ledger
+        self._staged.append(_Staged(outcome, Entry(outcome.changes, op, time.time()), durable))
+        if self._committing is None:
+            self._committing = asyncio.ensure_future(self._commit())
+        return durable
+
+    async def _commit(self) -> None:
+        """Write what is staged, group by group, until nothing is."""
+        while self._staged:
+            group, self._staged = self._staged, []
+            try:
+                raised = await self._on_disk(self._write, group)
+            except Exception as error:
+                self._fail(group, error)
+            else:
+                self._take_effect(group, raised)
+        self._committing = self._tip = None
+
+    def _write(self, group: Sequence[_Staged]) -> list[Exception | None]:
+        """Write a group in one transaction, in the thread of the disk. Return what each one's `then` raised."""
+        self._store.save_all([one.entry for one in group], held=self.ledger.grants.values())
+        return [_raised_by(one.outcome.then) for one in group]
+
+    def _take_effect(self, group: Sequence[_Staged], raised: Sequence[Exception | None]) -> None:
+        if any(one.entry.changes for one in group):
+            self.ledger = self._with_surroundings(group[-1].outcome.ledger)
+            self._announce_soon()
+        for one, error in zip(group, raised, strict=True):
+            _resolve(one.durable, error)
+
+    def _fail(self, group: Sequence[_Staged], error: Exception) -> None:
+        """Drop a group and all that was decided on top of it."""
+        self._failures += 1
+        based, self._staged, self._tip = self._staged, [], None
+        for one in (*group, *based):
+            _resolve(one.durable, error)
+
+    async def _settled(self) -> None:
+        """Return when nothing is on its way to the disk."""
+        while self._committing is not None:
+            await asyncio.wait({self._committing})
+
+    async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+    # ---------------------------------------------------------------- announcements
+
+    def _announce_soon(self) -> None:
+        if self._announcement is None:
+            self._announcement = asyncio.get_running_loop().call_later(TELL_S, self._announce)
+
+    def _announce(self) -> None:
+        self._announcement = None
+        self.revisions.ledger.bump()
         if self.on_decision is not None:
-            self._tell(self.on_decision)
+            self.on_decision()
 
     def _tell(self, tell: Callable[..., object], *args: object) -> None:
         """Schedule a notification for a moment later, so that the requester is answered first."""
         asyncio.get_running_loop().call_later(TELL_S, tell, *args)
 
-    async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
+
+def _raised_by(work: Callable[[], None] | None) -> Exception | None:
+    try:
+        if work is not None:
+            work()
+    except Exception as error:
+        return error
+    return None
+
+
+def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+    if future.done():  # cancelled with its task, as the loop ends
+        return
+    if error is None:
+        future.set_result(None)
+    else:
+        future.set_exception(error)
 
 
 def _say_failure(task: asyncio.Task[Any]) -> None:

@@ -17,12 +17,14 @@ import time
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 from urllib.parse import quote
 
 from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import LedgerTooNewError, StateError
 from nodeagent.state import audit
+from nodeagent.state import file_identity as files
 from nodeagent.state import grant_json as storedgrant
 from nodeagent.state.audit import Refusal
 from nodeagent.state.layout import migrate, take_back
@@ -48,6 +50,14 @@ _DAMAGE = frozenset(
     }
 )
 """Result codes that concern a file's content, not the disk, the folder or a lock (sqlite.org/rescode.html)."""
+
+
+class Entry(NamedTuple):
+    """What one decision changes. at: seconds since the epoch."""
+
+    changes: Sequence[Change]
+    op: str
+    at: float
 
 
 class Store:
@@ -128,7 +138,7 @@ class Store:
     def found_whole(self) -> None:
         """Record that every decision in force is in the ledger. Raise StateError if that fails."""
         with self._turn(), self._said("save"):
-            self._write([], WHOLE, time.time())
+            self._write([Entry((), WHOLE, time.time())])
             self._mark.write(Mark(newest=self._seq))
             self.loss = ""
 
@@ -202,19 +212,27 @@ class Store:
     # ---------------------------------------------------------------- changes
 
     def save(self, changes: Sequence[Change], *, op: str, at: float, held: Iterable[Grant] = ()) -> None:
-        """Make changes durable, all or none. Raise StateError, with nothing changed, if that fails.
+        """Make the changes of one decision durable, like `save_all`. at: seconds since the epoch."""
+        self.save_all([Entry(changes, op, at)], held=held)
 
-        at: seconds since the epoch. held: every grant before the changes, in case the file turns out to be damaged.
+    def save_all(self, entries: Sequence[Entry], *, held: Iterable[Grant] = ()) -> None:
+        """Make decisions durable in one transaction, all or none. Raise StateError, with nothing changed, if that
+        fails.
+
+        held: every grant before the changes, in case the file turns out to be damaged.
         """
+        entries = [one for one in entries if one.changes]
+        if not entries:
+            return
         with self._turn(), self._said("save"):
             try:
                 self._put_back()
-                self._write(changes, op, at)
+                self._write(entries)
             except (sqlite3.DatabaseError, StateError) as error:
                 if isinstance(error, sqlite3.Error) and not _damaged(error):
                     raise
-                self._begin_anew(str(error), held, at)
-                self._write(changes, op, at)
+                self._begin_anew(str(error), held, entries[0].at)
+                self._write(entries)
 
     def record_refusals(self, refusals: Iterable[Refusal], *, op: str, at: float) -> None:
         """Write to the audit what was refused. Raise StateError if that fails. at: seconds since the epoch."""
@@ -236,7 +254,7 @@ class Store:
         """Restore the file if it or its folder was removed or replaced: the open file still has everything."""
         # The folder shows whether a check is needed. Reading the timestamps of a file that is written all the time
         # makes each fsync of it a third slower (multigrain timestamps, Linux 6.13).
-        folder = _stamp(self.path.parent)
+        folder = files.folder_stamp(self.path.parent)
         if folder is not None and folder == self._folder:
             return
         if self._identities() != self._files:
@@ -294,7 +312,7 @@ class Store:
         self._db = self._open()
         missed = (self._mark.read() or Mark()).newest > self._seq
         held_still = [Change(action=ADOPTED, grant=grant, why=_REPLACED) for grant in held]
-        self._write(held_still, "ledger-begun-anew", at)
+        self._write([Entry(held_still, "ledger-begun-anew", at)])
         self._files, self._version = self._identities(), _version(self._db)
         self.note = f"cannot use {self.path}: {why}; moved to {aside}, replaced by a new file with all grants"
         if missed:
@@ -302,26 +320,27 @@ class Store:
 
     def _identities(self) -> tuple[tuple[int, int] | None, ...]:
         """Return which files are at the ledger's paths; all of them exist while it is open."""
-        return tuple(_identity(one) for one in self._places())
+        return tuple(files.identity(one) for one in self._places())
 
     def _places(self) -> list[Path]:
         """Return the paths of the file and its journals."""
         return [self.path.with_name(FILE + suffix) for suffix in ("", "-wal", "-shm")]
 
-    def _write(self, changes: Iterable[Change], op: str, at: float) -> None:
+    def _write(self, entries: Sequence[Entry]) -> None:
         with self._db:
             self._db.execute("BEGIN IMMEDIATE")
             # A replacement file continues counting from the newest decision of any process: of two files, the one that
             # counted further knows more.
             last = max(self._seq, _last_seq(self._db), (self._mark.read() or Mark()).newest)
-            for change in changes:
-                last, body = last + 1, storedgrant.write(change.grant)
-                self._apply(change, body)
-                audit.add(self._db, last, change, body, op=op, at=at)
+            for changes, op, at in entries:
+                for change in changes:
+                    last, body = last + 1, storedgrant.write(change.grant)
+                    self._apply(change, body)
+                    audit.add(self._db, last, change, body, op=op, at=at)
             if last > _last_seq(self._db):
                 # No change was written, so nothing else records how far it has counted: any copy of an earlier file
                 # would appear newer.
-                audit.add_counted(self._db, last, op=op, at=at)
+                audit.add_counted(self._db, last, op=entries[-1].op, at=entries[-1].at)
         self._seq = last
         # The decision is made: a mark that lags behind is weaker evidence, not an error.
         with contextlib.suppress(StateError):
@@ -400,7 +419,7 @@ class Store:
         for one in self._places():
             with contextlib.suppress(FileNotFoundError):
                 one.rename(one.with_name(one.name.replace(FILE, target.name, 1)))
-        _sync_folder(self.path.parent)
+        files.sync_folder(self.path.parent)
         return target
 
     @contextlib.contextmanager
@@ -459,30 +478,3 @@ def _version(db: sqlite3.Connection) -> int:
     """Return a number that changes if another process changes the file (sqlite.org/pragma.html#pragma_data_version)."""
     found: int = db.execute("PRAGMA data_version").fetchone()[0]
     return found
-
-
-def _identity(file: Path | int) -> tuple[int, int] | None:
-    """Return which file is at a path or behind a handle, or None if there is none."""
-    try:
-        found = os.stat(file)  # noqa: PTH116 - a path or a handle
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
-
-
-def _stamp(folder: Path) -> tuple[int, ...] | None:
-    """Return a value that changes if the folder at the path is another, or an entry of it was added, removed or
-    replaced."""
-    try:
-        found = folder.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_mtime_ns
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,4 +1,5 @@
-"""Files of the agent, replaced as a whole: readers see the old content or the new one, even after a power cut.
+"""Files of the agent, replaced as a whole: readers see the old content or the new one, even after a power cut. Files
+that can be written again from something else may forgo the latter and cost no sync of a disk.
 
 The draft is in the same folder as the file. Its name starts with a dot and ends in `.tmp`, so container runtimes ignore
 it; `drafts` finds those that a killed agent left behind. Missing folders are created. Everything blocks.
@@ -22,23 +23,25 @@ _TRIES = 3
 """Another process may delete the folder, or a draft in it, between two steps."""
 
 
-def replace(path: Path, content: bytes, *, mode: int = READABLE) -> bool:
+def replace(path: Path, content: bytes, *, mode: int = READABLE, durable: bool = True) -> bool:
     """Give a file this content and mode. Return False, without writing, if it has them already.
-    Raise HostError with the cause."""
+    Raise HostError with the cause. durable: whether it has to survive a power cut."""
     try:
         if _has(path, content, mode):
             return False
-        _replace_patiently(path, content, mode)
+        _replace_patiently(path, content, mode, durable)
     except OSError as error:
         raise HostError(f"cannot write {path}: {error.strerror or error}") from None
     return True
 
 
-def remove(path: Path) -> bool:
-    """Remove a file. Return whether it existed. Raise HostError with the cause if it cannot be removed."""
+def remove(path: Path, *, durable: bool = True) -> bool:
+    """Remove a file. Return whether it existed. Raise HostError with the cause if it cannot be removed. durable:
+    whether it has to stay away after a power cut."""
     try:
         path.unlink()
-        _settle(path.parent)
+        if durable:
+            _settle(path.parent)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
@@ -47,11 +50,14 @@ def remove(path: Path) -> bool:
 
 
 def remove_folder(folder: Path) -> bool:
-    """Remove a folder and its files; it has no subfolders. Return whether there was anything to remove. Raise HostError
-    with the cause. It retries more often than `replace`, which may put a file there at the same moment."""
+    """Remove a folder and its files; it has no subfolders, and may be back after a power cut.
+
+    Return whether there was anything to remove. Raise HostError with the cause. It retries more often than `replace`,
+    which may put a file there at the same moment.
+    """
     removed = []
     for left in reversed(range(2 * _TRIES)):
-        removed += [remove(entry) for entry in entries(folder)]
+        removed += [remove(entry, durable=False) for entry in entries(folder)]
         try:
             folder.rmdir()
         except (FileNotFoundError, NotADirectoryError):
@@ -97,11 +103,11 @@ def _has(path: Path, content: bytes, mode: int) -> bool:
         os.close(handle)
 
 
-def _replace_patiently(path: Path, content: bytes, mode: int) -> None:
+def _replace_patiently(path: Path, content: bytes, mode: int, durable: bool) -> None:
     for left in reversed(range(_TRIES)):
         try:
             _make(path.parent)
-            return _replace(path, content, mode)
+            return _replace(path, content, mode, durable)
         except FileNotFoundError:
             if not left:
                 raise
@@ -115,20 +121,22 @@ def _make(folder: Path) -> None:
         folder.chmod(0o755)
 
 
-def _replace(path: Path, content: bytes, mode: int) -> None:
+def _replace(path: Path, content: bytes, mode: int, durable: bool) -> None:
     handle, draft = tempfile.mkstemp(prefix=f".{path.name}.", suffix=DRAFT_END, dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content)
             file.flush()
             os.fchmod(handle, mode)
-            os.fsync(handle)
+            if durable:
+                os.fsync(handle)
         Path(draft).replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
             Path(draft).unlink()
         raise
-    _settle(path.parent)
+    if durable:
+        _settle(path.parent)
 
 
 def _settle(folder: Path) -> None:

@@ -89,6 +89,15 @@ class Caller:
             return None
         raise refusal
 
+    async def warm(self) -> None:
+        """Have a connection ready for the next call. Raise ApiError."""
+        ask = Ask("GET", "/", "reach the API server")
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._pool.warm((await self._credential()).certificate)
+        except FAULTS as error:
+            raise self._failed(ask, error) from None
+
     async def lines(self, ask: Ask, within_s: float) -> AsyncGenerator[bytes, None]:
         """Yield the lines of a response as they arrive, for up to `within_s` seconds. Raise ApiError."""
         clock = asyncio.get_running_loop().time

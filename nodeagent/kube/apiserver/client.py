@@ -178,6 +178,10 @@ class ApiServer:
             async for line in lines:
                 yield self._event(ask, line)
 
+    async def warm(self) -> None:
+        """Have a connection ready for the next call: opening one takes longer than the call. Raise ApiError."""
+        await self._caller.warm()
+
     async def close(self) -> None:
         """Close the idle connections. Calls in progress finish on their own."""
         self._caller.close()

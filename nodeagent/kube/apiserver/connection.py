@@ -1,7 +1,7 @@
 """HTTP/1.1 connections to the API server: h11 implements the protocol; this file moves the bytes and pools connections.
 
 Nothing here has its own deadline: every caller sets one. A connection is opened with the credentials that are on disk
-at that moment. TCP keepalive detects a peer that disappears silently.
+at that moment, and reused for as long as they stay and its peer is known to be there: the kernel asks it every 20 s.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ import os
 import select
 import socket
 import ssl
-import time
+import struct
 
 import h11
 
 from nodeagent.errors import NodeagentError
-from nodeagent.kube.apiserver.credentials import Access, Pem, tls_context
+from nodeagent.kube.apiserver.credentials import Access, Pem, TlsContexts
 
 MOST_IDLE = 4
-IDLE_S = 30.0
-"""A connection idle for longer is not reused: load balancers drop such connections silently."""
+SILENT_S = 25.0
+"""A connection whose peer has acknowledged nothing for longer, not even a probe of the kernel, is not reused: load
+balancers and firewalls drop idle connections silently."""
+_LAST_ACK_AT, _TCP_INFO_BYTES = 56, 60
+"""Where tcpi_last_ack_recv, in milliseconds, is in struct tcp_info (linux/tcp.h), and how much of that is read."""
 _READ_BYTES = 64 << 10
 _KEEPALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -57,13 +60,12 @@ class HttpConnection:
         self._reader = reader
         self._writer = writer
         self._talk = h11.Connection(h11.CLIENT)
-        self._used_at_s = time.monotonic()
 
     @property
     def fresh(self) -> bool:
         """Return whether the connection can take a request, as far as can be determined."""
         alive = self._talk.our_state is h11.IDLE and not self._reader.at_eof() and not self._writer.is_closing()
-        return alive and time.monotonic() - self._used_at_s < IDLE_S and not self._spoke()
+        return alive and not self._spoke() and self._silent_s() < SILENT_S
 
     @property
     def hung_up(self) -> bool:
@@ -92,7 +94,6 @@ class HttpConnection:
         """Prepare for the next request if the peer allows one."""
         if self._talk.our_state is h11.DONE and self._talk.their_state is h11.DONE:
             self._talk.start_next_cycle()
-            self._used_at_s = time.monotonic()
 
     def close(self) -> None:
         """Close the connection immediately."""
@@ -104,6 +105,12 @@ class HttpConnection:
         poll = select.poll()
         poll.register(self._writer.get_extra_info("socket").fileno(), select.POLLIN)
         return bool(poll.poll(0))
+
+    def _silent_s(self) -> float:
+        """Return how long ago the peer's kernel last answered anything."""
+        info = self._writer.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+        (last_ack_ms,) = struct.unpack_from("=I", info, _LAST_ACK_AT)
+        return float(last_ack_ms) / 1e3
 
     async def _next(self) -> h11.Event:
         while True:
@@ -126,16 +133,24 @@ class ConnectionPool:
 
     def __init__(self, access: Access) -> None:
         self._access = access
+        self._contexts = TlsContexts(access)
         self._idle: list[HttpConnection] = []
+        self._sources: object = None
+        """The version of the credentials that idle connections were opened with."""
 
     async def take(self, certificate: tuple[Pem, Pem] | None = None) -> HttpConnection:
         """Return a connection for one request, reused or new. Raise one of FAULTS."""
+        self._drop_outdated(certificate)
         while self._idle:
             kept = self._idle.pop()
             if kept.fresh:
                 return kept
             kept.close()
         return await self._open(certificate)
+
+    async def warm(self, certificate: tuple[Pem, Pem] | None = None) -> None:
+        """Have a connection ready for the next request. Raise one of FAULTS."""
+        self.give(await self.take(certificate))
 
     def give(self, connection: HttpConnection) -> None:
         """Take back a connection: keep it if it is reusable, close it otherwise."""
@@ -151,8 +166,15 @@ class ConnectionPool:
             connection.close()
         self._idle.clear()
 
+    def _drop_outdated(self, certificate: tuple[Pem, Pem] | None) -> None:
+        """Close idle connections if a certificate or an authority was replaced since they were opened."""
+        sources = self._contexts.sources(certificate)
+        if sources is not None and sources != self._sources:
+            self.clear()
+            self._sources = sources
+
     async def _open(self, certificate: tuple[Pem, Pem] | None) -> HttpConnection:
-        context = tls_context(self._access, certificate)
+        context = self._contexts.get(certificate)
         name = (self._access.server_name or self._access.host) if context is not None else None
         reader, writer = await asyncio.open_connection(
             self._access.host, self._access.port, ssl=context, server_hostname=name

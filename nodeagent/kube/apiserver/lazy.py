@@ -6,6 +6,7 @@ next one tries again.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ from nodeagent.kube.event import in_core
 
 if TYPE_CHECKING:
     from nodeagent.kube.apiserver.client import ApiServer
+
+WARM_S, AWAY_S = 10.0, 60.0
+"""How often to see whether a connection is ready; how long to wait if none can be opened."""
 
 
 class LazyApi:
@@ -72,6 +76,17 @@ class LazyApi:
             if error.status != 403:
                 raise
             await self._reached().create(CORE_EVENTS, in_core(body))
+
+    async def keep_warm(self) -> None:
+        """Keep a connection ready, for ever: kubelet waits while a claim is read. The server closes idle ones after a
+        while (kube-apiserver after 90 s)."""
+        while True:
+            rest_s = WARM_S
+            try:
+                await self._reached().warm()
+            except PeerError:
+                rest_s = AWAY_S  # whoever needs the server says why it cannot be reached
+            await asyncio.sleep(rest_s)
 
     async def close(self) -> None:
         if self._server is not None:

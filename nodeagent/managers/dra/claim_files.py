@@ -4,9 +4,9 @@ inventory, are written after the decision is durable, and are restored whenever 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ParamSpec, TypeVar
 
 import structlog
 
@@ -21,8 +21,6 @@ from nodeagent.managers.dra import container_edits as handover
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 
-P = ParamSpec("P")
-T = TypeVar("T")
 PACK = 16
 """Number of claims whose files are checked in one go."""
 log = structlog.get_logger()
@@ -47,13 +45,15 @@ class ClaimRenderer:
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
-        self._disk = asyncio.Lock()
+        self._disk = threading.Lock()
+        """Held by the thread that writes or removes files."""
         self._unrendered: Mapping[str, str] = {}
         """The last logged errors of claims whose files cannot be written, by UID."""
 
     def hold(self, grants: Iterable[Grant]) -> bool:
-        """Return whether these grants are in force, unchanged apart from the recorded pods."""
-        now = self._agent.ledger.grants
+        """Return whether no decision, durable or not yet, ends or changes these grants, apart from the recorded
+        pods."""
+        now = self._agent.newest.grants
         return all(one.id in now and replace(now[one.id], pods=one.pods) == one for one in grants)
 
     def cdi_id(self, grant: Grant) -> str:
@@ -62,11 +62,7 @@ class ClaimRenderer:
 
     async def remove(self, uids: Sequence[str]) -> dict[str, str]:
         """Remove the files of some claims. Return, by UID, "" or why something is left."""
-        return await run_to_end(self._alone(self._remove, uids))
-
-    async def _alone(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        async with self._disk:
-            return await asyncio.to_thread(work, *args, **kwargs)
+        return await run_to_end(asyncio.to_thread(self.remove_now, uids))
 
     async def restore(self) -> None:
         """Restore the missing files of claims and remove files without a claim. Errors are logged per claim."""
@@ -82,7 +78,7 @@ class ClaimRenderer:
             return  # a claim that is not in the ledger may be one that it lost
         orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
         await self.remove(orphans)
-        drafts = await run_to_end(self._alone(self._remove_drafts))
+        drafts = await run_to_end(asyncio.to_thread(self._remove_drafts))
         if orphans or drafts:
             log.info("orphans-removed", claims=orphans, drafts=drafts)
 
@@ -95,14 +91,20 @@ class ClaimRenderer:
 
     async def write(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Write the files of those claims whose grants are still in force. Return errors by UID."""
-        return await run_to_end(self._alone(self._write_held, claims))
+        return await run_to_end(asyncio.to_thread(self._write_held, claims))
 
     def _write_held(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        some = {uid: grants for uid, grants in claims.items() if self.hold(grants)}
-        return self._write_some(self._dra(), self._agent.inventory, some)
+        with self._disk:
+            return self._write_some({uid: grants for uid, grants in claims.items() if self.hold(grants)})
 
-    def _write_some(self, dra: Dra, inventory: Inventory, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        errors = {}
+    def write_now(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """Write the files of claims whose grants are durable, whether or not they are in effect yet; blocks. Return
+        errors by UID. Their removal must be decided after this has returned."""
+        with self._disk:
+            return self._write_some(claims)
+
+    def _write_some(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        errors, dra, inventory = dict[str, str](), self._dra(), self._agent.inventory
         for uid, grants in claims.items():
             try:
                 self._write(dra, inventory, uid, grants)
@@ -119,24 +121,27 @@ class ClaimRenderer:
     def _mount(self, uid: str, name: str) -> Mount:
         return Mount(host_path=str(self._readable.path(uid).parent), container_path=f"{handover.CLAIMS_FOLDER}/{name}")
 
-    def _remove(self, uids: Iterable[str]) -> dict[str, str]:
-        errors = {}
-        for uid in uids:
-            try:
-                self._cdi.remove(uid)
-                self._readable.remove(uid)
-                errors[uid] = ""
-            except InputError:
-                errors[uid] = ""  # no file of ours can have such a name
-            except (HostError, OSError) as error:
-                errors[uid] = f"cannot unprepare claim {uid}: {error}"
-        return errors
+    def remove_now(self, uids: Iterable[str]) -> dict[str, str]:
+        """Like `remove`; blocks."""
+        with self._disk:
+            return {uid: self._removed(uid) for uid in uids}
+
+    def _removed(self, uid: str) -> str:
+        try:
+            self._cdi.remove(uid)
+            self._readable.remove(uid)
+        except InputError:
+            return ""  # no file of ours can have such a name
+        except (HostError, OSError) as error:
+            return f"cannot unprepare claim {uid}: {error}"
+        return ""
 
     def _remove_drafts(self) -> list[str]:
         """Remove files that a killed agent left half-written. A writer that is active now, such as another instance,
         notices and writes again."""
         try:
-            return [*self._cdi.sweep(_EVERY_CLAIM), *self._readable.sweep(_EVERY_CLAIM)]
+            with self._disk:
+                return [*self._cdi.sweep(_EVERY_CLAIM), *self._readable.sweep(_EVERY_CLAIM)]
         except (HostError, OSError) as error:
             log.warning("drafts-not-removed", error=str(error))
             return []

@@ -278,7 +278,7 @@ class DraManager(Manager):
             log.info("stale-socket-removed", path=str(path))
         self.plugin = DraPlugin(self._dra.catalog.driver, self._sockets, self._claims, self._health)
         try:
-            await self.plugin.run()
+            await race(self.plugin.run(), self.api.keep_warm())
         finally:
             self.plugin = None
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import structlog
 
-from nodeagent.core.dra.prepare import Catalog, grants_of
+from nodeagent.core.dra.prepare import Batch, Catalog, grants_of
 from nodeagent.core.model.claim import Claim, ClaimRef, Prepared, PreparedDevice
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
@@ -94,7 +94,6 @@ class ClaimPreparer:
         """
         began = time.perf_counter()
         granted, errors, read = await self._decided(claims, op)
-        errors.update(await self._rendering.write(granted))
         for ref in claims:
             if ref.uid in granted and not self._rendering.hold(granted[ref.uid]):
                 errors[ref.uid] = _UNPREPARED.format(ref)
@@ -117,23 +116,34 @@ class ClaimPreparer:
         """
         for waited_for in self._reading:
             waited_for.difference_update(ref.uid for ref in claims)
-        done = await self._unprepared([ref.uid for ref in claims], op)
+        unremoved = dict[str, str]()
+        done = await self._unprepared([ref.uid for ref in claims], op, unremoved)
         for grant in done.released:
             log.info("claim-released", op=op, claim=str(grant.holder), grant=grant.id)
         errors = {ref.uid: _IN_USE.format(ref, done.living[ref.uid]) for ref in claims if ref.uid in done.living}
         for uid, why in errors.items():
             log.warning("claim-in-use", op=op, uid=uid, error=why)
-        return errors | await self._rendering.remove([ref.uid for ref in claims if ref.uid not in errors])
+        return {ref.uid: errors.get(ref.uid) or unremoved.get(ref.uid, "") for ref in claims}
 
-    async def _unprepared(self, uids: Sequence[str], op: str) -> Unprepared:
-        """Unprepare some claims and return the result. A runtime's helper process may briefly outlive its container."""
-        until_s = time.monotonic() + ENDING_S
-        done = await self._agent.unprepare(uids, _ENDED, op)
-        while done.living and time.monotonic() < until_s:
+    async def _unprepared(self, uids: Sequence[str], op: str, unremoved: dict[str, str]) -> Unprepared:
+        """Unprepare some claims, remove their files, and return the result. A runtime's helper process may briefly
+        outlive its container. unremoved: receives errors by UID."""
+        until_s, left, done = time.monotonic() + ENDING_S, list(uids), Unprepared()
+        while True:
+            now = await self._agent.unprepare(left, _ENDED, op, self._removing(left, unremoved))
+            done = Unprepared(released=(*done.released, *now.released), living=now.living)
+            left = list(done.living)
+            if not left or time.monotonic() > until_s:
+                return done
             await asyncio.sleep(ENDING_POLL_S)
-            more = await self._agent.unprepare(list(done.living), _ENDED, op)
-            done = Unprepared(released=(*done.released, *more.released), living=more.living)
-        return done
+
+    def _removing(self, uids: Sequence[str], unremoved: dict[str, str]) -> Callable[[Unprepared], None]:
+        """Return what removes the files of those of some claims that were unprepared."""
+
+        def remove(done: Unprepared) -> None:
+            unremoved.update(self._rendering.remove_now([one for one in uids if one not in done.living]))
+
+        return remove
 
     # ---------------------------------------------------------------- deciding
 
@@ -146,18 +156,24 @@ class ClaimPreparer:
             catalog = self._dra().catalog
             async with self._grow(catalog, found) as too_small:
                 found = [one for one in found if one.ref.uid in waited_for]  # growing takes time
-                batch = await self._agent.prepare(catalog, found, op)
-                errors = {uid: _because(why, too_small(uid)) for uid, why in batch.errors.items()}
+                unwritten = dict[str, str]()
+                batch = await self._agent.prepare(catalog, found, op, self._writing(unwritten))
+                errors = {uid: _because(why, too_small(uid)) for uid, why in batch.errors.items()} | unwritten
         granted = dict[str, Sequence[Grant]](batch.grants)
         for ref, one in zip(claims, read, strict=True):
             if isinstance(one, PeerError) and (known := grants_of(self._agent.ledger, ref.uid)):
                 log.warning("claim-not-read", claim=str(ref), error=str(one), answered="as granted before")
                 granted[ref.uid] = known
+                errors |= await self._rendering.write({ref.uid: known})
             elif isinstance(one, NodeagentError):
                 errors[ref.uid] = f"cannot prepare claim {ref}: {one}"
             elif ref.uid not in batch.grants:
                 errors.setdefault(ref.uid, _UNPREPARED.format(ref))
         return _Decided(granted, errors, {one.ref.uid: one for one in read if isinstance(one, Claim)})
+
+    def _writing(self, unwritten: dict[str, str]) -> Callable[[Batch], None]:
+        """Return what writes the files of claims that were just granted. unwritten: receives errors by UID."""
+        return lambda made: unwritten.update(self._rendering.write_now(made.grants))
 
     # ---------------------------------------------------------------- reading
 

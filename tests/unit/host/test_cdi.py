@@ -487,10 +487,10 @@ def test_what_is_taken_away_between_two_steps_is_made_again(
     cdi: CdiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: str
 ) -> None:
     folder = tmp_path / "run" / "cdi"
-    real, times = os.fsync, []
+    real, times = os.fchmod, []
 
-    def fsync(handle: int) -> None:
-        real(handle)
+    def fchmod(handle: int, mode: int) -> None:
+        real(handle, mode)
         if not times:
             times.append(handle)
             for draft in folder.iterdir():
@@ -498,7 +498,7 @@ def test_what_is_taken_away_between_two_steps_is_made_again(
             if taken == "folder":
                 folder.rmdir()
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fchmod", fchmod)
     cdi.write(UID, [ONE])
     assert times
     assert cdi_files(tmp_path) == [f"nodeagent.dev-claim_{UID}.json"]
@@ -508,13 +508,13 @@ def test_a_draft_has_a_name_that_runtimes_pass_over(
     cdi: CdiFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    real = os.fsync
+    real = os.fchmod
 
-    def fsync(handle: int) -> None:
+    def fchmod(handle: int, mode: int) -> None:
         seen.extend(cdi_files(tmp_path))
-        real(handle)
+        real(handle, mode)
 
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fchmod", fchmod)
     cdi.write(UID, [ONE])
     drafts = [name for name in seen if not name.endswith(".json")]
     assert len(drafts) == 1

@@ -31,7 +31,7 @@ from nodeagent.kube.apiserver.client import (
     WatchEvent,
     access,
 )
-from nodeagent.kube.apiserver.credentials import Access
+from nodeagent.kube.apiserver.credentials import Access, TlsContexts
 from tests.doubles.api_server import CONSUMABLE, COUNTERS, TAINTS, FakeApiServer, Fault
 
 NODE = "worker-1"
@@ -168,12 +168,37 @@ async def test_the_agent_says_its_name_and_keeps_its_connection() -> None:
         assert server.requests[0].headers["user-agent"].startswith("nodeagent/")
 
 
-async def test_a_connection_that_lay_idle_for_long_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nodeagent.kube.apiserver.connection.IDLE_S", 0.0)
+async def test_a_connection_whose_peer_is_silent_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nodeagent.kube.apiserver.connection.SILENT_S", 0.0)
     async with pair() as (server, client):
         await client.list(NODES)
         await client.list(NODES)
         assert server.connections == 2
+
+
+async def test_a_connection_is_ready_before_a_call_needs_it() -> None:
+    """Also again after the server has closed it."""
+    async with pair() as (server, client):
+        await client.warm()
+        assert (server.connections, len(server.requests)) == (1, 0)
+        await client.list(NODES)
+        await server.cut()
+        await client.warm()
+        assert server.connections == 2
+        await client.warm()
+        await client.list(NODES)
+        assert server.connections == 2
+
+
+async def test_a_server_that_is_away_cannot_be_reached_ahead() -> None:
+    async with pair() as (server, client):
+        await server.stop()
+        with pytest.raises(ApiError, match="cannot reach the API server"):
+            await client.warm()
+        await server.start()
+        await client.warm()
+        await client.list(NODES)
+        assert server.connections == 1
 
 
 async def test_many_calls_at_once_share_few_connections() -> None:
@@ -709,6 +734,30 @@ async def test_the_name_in_the_servers_certificate_counts(tmp_path: Path) -> Non
         client = ApiServer(access(edited(path, lambda cluster: cluster.update({"tls-server-name": "other"}))))
         with pytest.raises(ApiError, match=r"certificate is not accepted: .*other"):
             await client.list(NODES)
+
+
+@needs_openssl
+async def test_authorities_are_loaded_once_until_their_file_is_replaced(tmp_path: Path) -> None:
+    """A connection that was opened with the old ones is not used any more."""
+    async with FakeApiServer(tls=tmp_path) as server:
+        found = access(server.kubeconfig(tmp_path))
+        contexts, client, file = TlsContexts(found), ApiServer(found), tmp_path / "tls.crt"
+        first = contexts.get()
+        await client.list(NODES)
+        assert contexts.get() is first
+        (tmp_path / "new").write_bytes(file.read_bytes())
+        (tmp_path / "new").rename(file)
+        assert contexts.get() is not first
+        await client.list(NODES)
+        await client.list(NODES)
+        assert server.connections == 2
+        file.unlink()
+        await client.list(NODES)  # on the connection that is open
+        assert server.connections == 2
+        await server.cut()
+        with pytest.raises(ApiError, match="cannot read certificate authority"):
+            await client.list(NODES)
+        await client.close()
 
 
 async def test_a_path_before_the_api_is_kept(tmp_path: Path) -> None:

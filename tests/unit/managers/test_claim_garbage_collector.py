@@ -225,7 +225,7 @@ async def test_a_release_that_fails_is_tried_again_at_the_next_look_and_hurries_
             raise StateError("cannot save: disk full")
 
         with monkeypatch.context() as patch:
-            patch.setattr(look.room.agent._store, "save", refuse)
+            patch.setattr(look.room.agent._store, "save_all", refuse)
             with pytest.raises(StateError):
                 await look.look()
         assert await look.look(after_s=1) == ["c"]

@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import tempfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,11 +116,11 @@ async def test_what_is_unprepared_while_it_is_decided_is_not_answered(folder: Pa
     """Nobody is told to start containers with what is not held any more."""
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
-        disk = await held_up(room)
+        disk = held_up(room)
         prepared = asyncio.create_task(room.prepare(claim))
-        await until(lambda: bool(room.agent.ledger.grants))
+        await until(lambda: bool(room.agent.newest.grants))
         unprepared = asyncio.create_task(room.unprepare(claim))
-        await until(lambda: not room.agent.ledger.grants)
+        await until(lambda: not room.agent.newest.grants)
         disk.release()
         (answer,) = await prepared
         assert answer.error == "cannot prepare claim default/c: it was unprepared meanwhile"
@@ -128,10 +129,10 @@ async def test_what_is_unprepared_while_it_is_decided_is_not_answered(folder: Pa
         assert [error for _, _, error in room.told] == [answer.error]
 
 
-async def held_up(room: Room) -> asyncio.Lock:
+def held_up(room: Room) -> threading.Lock:
     """Files wait until this is released."""
-    lock: asyncio.Lock = room.rendering._disk
-    await lock.acquire()
+    lock: threading.Lock = room.rendering._disk
+    lock.acquire()
     return lock
 
 
@@ -139,17 +140,17 @@ async def test_what_was_prepared_again_meanwhile_is_written_as_it_is_held_now(fo
     """The same ids, other CPUs: a late writer must not hand out the old ones."""
     async with claim_room(folder) as room:
         claim, blocker = (room.claim(name, consumed("cpu", "numa0", cpus="2")) for name in ("c", "blocker"))
-        disk = await held_up(room)
+        disk = held_up(room)
         first = asyncio.create_task(room.prepare(claim))
-        await until(lambda: claim.uid in claims_held(room.agent.ledger))
-        (old,) = claims_held(room.agent.ledger)[claim.uid]
+        await until(lambda: claim.uid in claims_held(room.agent.newest))
+        (old,) = claims_held(room.agent.newest)[claim.uid]
         away = asyncio.create_task(room.unprepare(claim))
-        await until(lambda: not room.agent.ledger.grants)
+        await until(lambda: not room.agent.newest.grants)
         other = asyncio.create_task(room.prepare(blocker))
-        await until(lambda: blocker.uid in claims_held(room.agent.ledger))
+        await until(lambda: blocker.uid in claims_held(room.agent.newest))
         second = asyncio.create_task(room.prepare(claim))
-        await until(lambda: claim.uid in claims_held(room.agent.ledger))
-        (new,) = claims_held(room.agent.ledger)[claim.uid]
+        await until(lambda: claim.uid in claims_held(room.agent.newest))
+        (new,) = claims_held(room.agent.newest)[claim.uid]
         assert old.id == new.id and not old.cpus & new.cpus
         disk.release()
         answers = [(await one)[0].error for one in (first, other, second)]
@@ -310,10 +311,10 @@ def full(where: str, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """No space for files below a folder for as long as the list has something."""
     is_full, real = [True], files._replace
 
-    def replace_unless_full(path: Path, content: bytes, mode: int) -> None:
+    def replace_unless_full(path: Path, content: bytes, mode: int, durable: bool) -> None:
         if is_full and where in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(path, content, mode)
+        real(path, content, mode, durable)
 
     monkeypatch.setattr(files, "_replace", replace_unless_full)
     return is_full
@@ -344,13 +345,13 @@ async def test_a_ledger_that_cannot_be_written_grants_nothing(folder: Path, monk
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"), result("char", PORT, "port"))
         with monkeypatch.context() as patch:
-            patch.setattr(room.agent._store, "save", refuse_to_save)
+            patch.setattr(room.agent._store, "save_all", refuse_to_save)
             with pytest.raises(StateError, match="disk is full"):
                 await room.prepare(claim)
             nothing_held(room)
         assert (await room.prepare(claim))[0].error == ""
         with monkeypatch.context() as patch:
-            patch.setattr(room.agent._store, "save", refuse_to_save)
+            patch.setattr(room.agent._store, "save_all", refuse_to_save)
             with pytest.raises(StateError, match="disk is full"):
                 await room.unprepare(claim)
             assert len(room.agent.ledger.grants) == 2 and room.spec_file(claim).exists()
@@ -386,7 +387,7 @@ async def test_what_cannot_be_removed_is_an_error_and_given_back_all_the_same(
         claim = room.claim("c", consumed("cpu", "numa0", cpus="4"))
         await room.prepare(claim)
 
-        def refuse(path: Path) -> bool:
+        def refuse(path: Path, *, durable: bool = True) -> bool:
             raise HostError(f"cannot remove {path}: Read-only file system")
 
         with monkeypatch.context() as patch:
@@ -422,9 +423,9 @@ async def test_a_device_that_vanishes_after_the_decision_is_an_error_until_it_is
     """It stays held, and what else the claim has stays as it was."""
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"), result("char", PORT, "port"))
-        disk = await held_up(room)
+        disk = held_up(room)
         prepared = asyncio.create_task(room.prepare(claim))
-        await until(lambda: len(room.agent.ledger.grants) == 2)
+        await until(lambda: len(room.agent.newest.grants) == 2)
         (room.tree.root / "dev/ttyS0").unlink()
         room.rescan()
         disk.release()

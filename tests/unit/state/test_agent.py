@@ -422,7 +422,7 @@ async def test_a_save_that_fails_leaves_memory_and_disk_as_they_were(
         held = await one.grant(CPU, "cpu1")
         seen = await one.agent.revisions.ledger.changed(1)  # the news of a decision comes a moment after its answer
         with monkeypatch.context() as patch:
-            patch.setattr(Store, "save", _full)
+            patch.setattr(Store, "save_all", _full)
             with pytest.raises(StateError, match="disk is full"):
                 await one.allocate(CPU, "cpu1", "cpu2")
             with pytest.raises(StateError, match="disk is full"):
