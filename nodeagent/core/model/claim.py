@@ -73,6 +73,8 @@ class Claim:
     """UIDs of the pods (or other users) that may use it."""
     pods: tuple[str, ...] = ()
     """Names of the pods among them."""
+    pod_claim: str = ""
+    """Its name in the pod for which it was made from a template, or ""."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,11 +1,12 @@
-"""Files of a claim: one CDI file, and one folder that its containers can read. Both are functions of the ledger and the
-inventory, are written after the decision is durable, and are restored whenever they are missing."""
+"""Files of a claim: one CDI file, and one folder whose files its containers can read. Both are functions of the ledger
+and the inventory, are written after the decision is durable, and are restored whenever they are missing."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
 import structlog
@@ -18,6 +19,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import HostError, InputError, NodeagentError
 from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
 from nodeagent.managers.dra import container_edits as handover
+from nodeagent.managers.dra import device_metadata
+from nodeagent.managers.dra.pod_claim_names import PodClaimNames
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 
@@ -47,6 +50,7 @@ class ClaimRenderer:
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
+        self._pod_claims = PodClaimNames(readable)
         self._disk = asyncio.Lock()
         self._unrendered: Mapping[str, str] = {}
         """The last logged errors of claims whose files cannot be written, by UID."""
@@ -93,11 +97,17 @@ class ClaimRenderer:
             errors |= await self.write(dict(every[start : start + PACK]))
         return errors
 
-    async def write(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """Write the files of those claims whose grants are still in force. Return errors by UID."""
-        return await run_to_end(self._alone(self._write_held, claims))
+    async def write(
+        self, claims: Mapping[str, Sequence[Grant]], made_for: Mapping[str, str] = MappingProxyType({})
+    ) -> dict[str, str]:
+        """Write the files of those claims whose grants are still in force. Return errors by UID.
 
-    def _write_held(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        `made_for` has the pods' names of claims just read from the API server, by UID.
+        """
+        return await run_to_end(self._alone(self._write_held, claims, made_for))
+
+    def _write_held(self, claims: Mapping[str, Sequence[Grant]], made_for: Mapping[str, str]) -> dict[str, str]:
+        self._pod_claims.learn(made_for)
         some = {uid: grants for uid, grants in claims.items() if self.hold(grants)}
         return self._write_some(self._dra(), self._agent.inventory, some)
 
@@ -111,8 +121,13 @@ class ClaimRenderer:
         return errors
 
     def _write(self, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
-        self._readable.write(uid, handover.metadata(dra, inventory, grants))
-        edits = handover.edits(dra, inventory, grants, self._mount(uid, grants[0].holder.claim))
+        claim, pod_claim = grants[0].holder.claim, self._pod_claims.of(uid)
+        self._readable.write(uid, handover.metadata(dra, inventory, grants, pod_claim))
+        standard = device_metadata.streams(dra, inventory, grants, pod_claim)
+        self._readable.write_requests(uid, standard)
+        paths = {request: str(self._readable.request_path(uid, request)) for request in standard}
+        of_request = device_metadata.mounts(paths, dra.catalog.driver, claim, pod_claim)
+        edits = handover.edits(dra, inventory, grants, self._mount(uid, claim), of_request)
         names = [self._cdi.device_name(uid, _index(grant)) for grant in grants]
         self._cdi.write(uid, [CdiDevice(name=name, edits=one) for name, one in zip(names, edits, strict=True)])
 
@@ -125,6 +140,7 @@ class ClaimRenderer:
             try:
                 self._cdi.remove(uid)
                 self._readable.remove(uid)
+                self._pod_claims.forget(uid)
                 errors[uid] = ""
             except InputError:
                 errors[uid] = ""  # no file of ours can have such a name

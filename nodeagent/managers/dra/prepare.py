@@ -94,7 +94,8 @@ class ClaimPreparer:
         """
         began = time.perf_counter()
         granted, errors, read = await self._decided(claims, op)
-        errors.update(await self._rendering.write(granted))
+        made_for = {uid: one.pod_claim for uid, one in read.items()}
+        errors.update(await self._rendering.write(granted, made_for))
         for ref in claims:
             if ref.uid in granted and not self._rendering.hold(granted[ref.uid]):
                 errors[ref.uid] = _UNPREPARED.format(ref)
