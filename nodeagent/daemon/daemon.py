@@ -164,6 +164,7 @@ class Daemon:
             self._plugins,
             lambda: self.config.pinning,
             self._dra.api.claim,
+            pods.listing,
             self._scanner.rescan,
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
         )

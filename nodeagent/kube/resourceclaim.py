@@ -64,6 +64,7 @@ class _Allocation(_Camel, frozen=True):
 
 class _Consumer(_Camel, frozen=True):
     uid: str
+    api_group: str = ""
     resource: str = ""
     name: str = ""
 
@@ -96,6 +97,7 @@ def read(document: Mapping[str, Any], driver: str) -> Claim:
         results=tuple(_result(i, one, driver) for i, one in enumerate(devices.results or ())),
         configs=tuple(_opaque(one) for one in devices.config or () if one.opaque is not None),
         reserved_for=tuple(one.uid for one in status.reserved_for or ()),
+        groups=tuple(one.uid for one in status.reserved_for or () if one.api_group or one.resource != "pods"),
         pods=tuple(one.name for one in status.reserved_for or () if one.resource == "pods"),
         pod_claim=_pod_claim(found.metadata.annotations or {}),
     )
