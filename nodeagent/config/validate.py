@@ -26,6 +26,7 @@ LONGEST_BELOW_KUBELET_BYTES = max(
     len(f"/plugins/{_HASH}/dra-{_HASH}.sock"),
 )
 """How much the agent's sockets add to kubelet's folder, where hashes already stand for names that are too long."""
+_NOT_PLAIN = re.compile(r"//|.*([%?#\x00-\x1f\x7f])", re.DOTALL)
 LONGEST_BELOW_RUNTIME_BYTES = len("/.status.sock.4194304")
 """The status socket, while it is being made: the suffix is a process id, of which 4194304 is the highest (proc(5))."""
 _MEANT_FOR = {
@@ -81,6 +82,22 @@ def _wrong_sockets(config: Config) -> Iterator[str]:
             yield f"{length} bytes at {where}, expected at most {most}: a socket's whole path has room for 107"
 
 
+def endpoint_fault(path: str) -> str:
+    """Return why kubelet does not take a path as the endpoint of a DRA plugin, or "" if it does.
+
+    It dials `unix:PATH` as a URL: an escape is decoded, and what follows a "?" or "#" is no part of the path.
+    Kubernetes 1.38 refuses the registration (validateEndpoint, pkg/kubelet/cm/dra/plugin); older kubelets dial another
+    path. The length is that of any socket.
+    """
+    if not path.startswith("/"):
+        return "expected an absolute path"
+    found = _NOT_PLAIN.match(path)
+    if found is None:
+        return ""
+    what = repr(found[1]) if found[1] else "two slashes at its start"
+    return f"kubelet reads it as a URL: expected a path without {what}"
+
+
 def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
     """Yield sizes that no processor has, duplicate pools, and limits below the configured size."""
     seen: dict[tuple[int, int], int] = {}
@@ -109,6 +126,8 @@ def _wrong_dra(config: Config) -> Iterator[str]:
     """Yield what DRA cannot serve: there is one pool per kind, so CPUs have one form, and its
     name is part of a DNS name."""
     kinds = [one.kind for one in config.served_by_dra]
+    if kinds and (why := endpoint_fault(str(PurePosixPath(config.kubelet_dir)))):
+        yield f"{config.kubelet_dir!r} at $.kubeletDir cannot be used for DRA: {why}"
     for kind in ("cpu", "memory"):
         if kinds.count(kind) > 1:
             yield f"kind {kind} at $.resources is served through DRA {kinds.count(kind)} times, expected once"

@@ -27,7 +27,7 @@ from nodeagent.aio.supervise import cancel_all, race, supervise
 from nodeagent.config.load import differences
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked, status_readers
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked, status_readers
 from nodeagent.daemon.reload import rewrites
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -41,7 +41,7 @@ from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
 from nodeagent.managers.device_events import DeviceEvents, is_configured
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
-from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, check, settings
+from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, settings
 from nodeagent.managers.deviceplugin.others import OtherOffers
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
@@ -164,6 +164,7 @@ class Daemon:
             self._plugins,
             lambda: self.config.pinning,
             self._dra.api.claim,
+            pods.listing,
             self._scanner.rescan,
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
         )
@@ -429,7 +430,7 @@ class Daemon:
     async def _take(self, path: Path | None) -> list[str]:
         """Apply a configuration. Everything that can be refused comes before anything that changes."""
         new = load_config(path) if path is not None else self.config
-        check(new, self._families, self._where.kubelet_dir)
+        check_served(new, self._families, self._where.kubelet_dir)
         now = self._settings(new)
         changed, self.config = differences(self.config, new), new
         log_of.configure(new.log.level, new.log.format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import grp
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from nodeagent.errors import ConfigError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.kubelet import sockets
-from nodeagent.managers.deviceplugin.manager import check
+from nodeagent.managers.deviceplugin.manager import check as check_device_plugin
+from nodeagent.managers.dra.manager import check as check_dra
 
 STATUS_SOCKET = "status.sock"
 
@@ -47,11 +49,17 @@ def paths_of(
 def checked(config: Config, where: Paths) -> tuple[all_kinds.Kind, ...]:
     """Return the kinds to look for. Raise ConfigError if what is configured cannot be served here."""
     families = all_kinds.load_kinds()
-    check(config, families, where.kubelet_dir)
+    check_served(config, families, where.kubelet_dir)
     sockets.checked(where.runtime_dir / STATUS_SOCKET)
     _check_folder(where.state_dir, 0o700)
     _check_folder(where.runtime_dir, 0o755)
     return families
+
+
+def check_served(config: Config, families: Sequence[all_kinds.Kind], kubelet_dir: Path) -> None:
+    """Raise ConfigError if a resource cannot be served, or its sockets cannot be in kubelet's folder."""
+    check_device_plugin(config, families, kubelet_dir)
+    check_dra(config, kubelet_dir)
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,9 +132,12 @@ class CdiFolder:
 
 
 class ClaimFiles:
-    """Files that a claim's containers may read: FOLDER/UID/metadata.json, one mountable folder per claim."""
+    """Files that a claim's containers may read: FOLDER/UID/metadata.json, one mountable folder per claim, and in it
+    request-REQUEST.json, one mountable file per request."""
 
     NAME = "metadata.json"
+    REQUEST = r"request-[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.json"
+    """The name of a request's file: requests are named by DNS labels."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -148,6 +151,23 @@ class ClaimFiles:
         """Write a claim's whole file, world-readable, with its keys in order."""
         data = msgspec.json.encode(content, order="deterministic", enc_hook=_plain)
         files.replace(self.path(uid), msgspec.json.format(data, indent=2) + b"\n", durable=False)
+
+    def request_path(self, uid: str, request: str) -> Path:
+        """Return the path of a request's file, existing or not. Raise InputError for what no request is called."""
+        name = f"request-{request}.json"
+        if not re.fullmatch(self.REQUEST, name):
+            raise InputError(f"cannot name a file after request {request[:140]!r}: expected a DNS label")
+        return self.path(uid).with_name(name)
+
+    def write_requests(self, uid: str, streams: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Write the file of each request, a stream of JSON objects, and remove those of other requests."""
+        paths = {self.request_path(uid, request): objects for request, objects in streams.items()}
+        for path, objects in paths.items():
+            stream = b"".join(msgspec.json.encode(one, order="deterministic") + b"\n" for one in objects)
+            files.replace(path, stream, durable=False)
+        for path in files.entries(self.path(uid).parent):
+            if re.fullmatch(self.REQUEST, path.name) and path not in paths:
+                files.remove(path, durable=False)
 
     def read(self, uid: str) -> Any:
         """Return the content of a claim's file. Raise HostError if it cannot be read or is not JSON."""
@@ -170,7 +190,8 @@ class ClaimFiles:
     def sweep(self, keep: Container[str]) -> list[str]:
         """Remove the files of all other claims and half-written files. Return their names."""
         gone = [uid for uid in sorted(self.uids()) if uid not in keep and self.remove(uid)]
-        left = [one for uid in sorted(self.uids()) for one in files.drafts(self._folder / uid, re.escape(self.NAME))]
+        names = f"{re.escape(self.NAME)}|{self.REQUEST}"
+        left = [one for uid in sorted(self.uids()) for one in files.drafts(self._folder / uid, names)]
         return gone + [f"{path.parent.name}/{path.name}" for path in left if files.remove(path)]
 
 

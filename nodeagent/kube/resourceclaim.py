@@ -5,6 +5,7 @@ A claim that cannot be parsed raises InputError naming the field; fields that th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -13,6 +14,10 @@ import msgspec
 from nodeagent.core.model.claim import Claim, ClaimRef, Opaque, Result
 from nodeagent.core.model.quantity import parse_quantity
 from nodeagent.errors import InputError
+
+POD_CLAIM_NAME = "resource.kubernetes.io/pod-claim-name"
+"""Annotation of claims that the resource claim controller makes from a template: pod.spec.resourceClaims[].name."""
+_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 class _Camel(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
@@ -24,6 +29,7 @@ class _Meta(_Camel, frozen=True):
     name: str
     namespace: str
     uid: str
+    annotations: dict[str, Any] | None = None
 
 
 class _Opaque(_Camel, frozen=True):
@@ -58,6 +64,7 @@ class _Allocation(_Camel, frozen=True):
 
 class _Consumer(_Camel, frozen=True):
     uid: str
+    api_group: str = ""
     resource: str = ""
     name: str = ""
 
@@ -90,8 +97,17 @@ def read(document: Mapping[str, Any], driver: str) -> Claim:
         results=tuple(_result(i, one, driver) for i, one in enumerate(devices.results or ())),
         configs=tuple(_opaque(one) for one in devices.config or () if one.opaque is not None),
         reserved_for=tuple(one.uid for one in status.reserved_for or ()),
+        groups=tuple(one.uid for one in status.reserved_for or () if one.api_group or one.resource != "pods"),
         pods=tuple(one.name for one in status.reserved_for or () if one.resource == "pods"),
+        pod_claim=_pod_claim(found.metadata.annotations or {}),
     )
+
+
+def _pod_claim(annotations: Mapping[str, Any]) -> str:
+    """Return the pod's name of a claim that was made from a template, or "". Anyone may annotate a claim; what no pod
+    can call a claim counts for nothing."""
+    name = annotations.get(POD_CLAIM_NAME, "")
+    return name if isinstance(name, str) and _LABEL.fullmatch(name) else ""
 
 
 def _result(index: int, found: _Result, driver: str) -> Result:

@@ -170,6 +170,8 @@ class FakeApiServer:
         """`tls`: a folder with tls.crt and tls.key, which are made now where they are not there (needs openssl).
         `tokens`: who may ask; None: anyone."""
         self.tokens = tokens
+        self.clock: Callable[[], float] = time.time
+        """Seconds since 1970 that this server takes for now, for what it dates."""
         self.demand_certificate = False
         self.dropped_fields: set[str] = set()
         self.answers: deque[Fault] = deque()
@@ -384,11 +386,14 @@ class FakeApiServer:
         api_version, kind, _ = _KINDS[resource]
         metadata = found.setdefault("metadata", {})
         metadata.setdefault("uid", str(uuid.uuid4()))
-        metadata["creationTimestamp"] = _now()
+        metadata["creationTimestamp"] = self._now()
         if resource == SLICES:
             metadata["generation"] = 1
         found = {"kind": kind, "apiVersion": api_version, **found}
         return self._put("ADDED", (resource, namespace, metadata["name"]), found)
+
+    def _now(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.clock()))
 
     def _update(self, key: tuple[str, str, str], found: Object) -> Object:
         """Store another state of an object; nothing happens where it is the same."""
@@ -653,7 +658,7 @@ class FakeApiServer:
         for device in typed.devices or ():
             _drop(device, self.dropped_fields)
             for taint in device.taints or ():
-                taint.time_added = taint.time_added or _now()
+                taint.time_added = taint.time_added or self._now()
         return msgspec.to_builtins(typed)  # type: ignore[no-any-return]
 
     def _wrong(self, resource: str, found: Object, before: Object | None) -> apirules.Causes:
@@ -922,10 +927,6 @@ def _content(found: Object) -> Object:
 
 def _line(kind: str, found: Object) -> bytes:
     return json.dumps({"type": kind, "object": found}).encode() + b"\n"
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _certificate(folder: Path) -> tuple[Path, Path]:

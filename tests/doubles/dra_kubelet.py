@@ -35,6 +35,7 @@ from nodeagent.pb import (
 )
 from nodeagent.pb import pluginregistration_pb2 as pb
 from nodeagent.pb import pluginregistration_pb2_grpc as rpc
+from tests.oracles.endpoints import wrong_with_endpoint
 from tests.support.until import News
 
 DIAL_S, GET_INFO_S, NOTIFY_S, CALL_S = 10.0, 1.0, 5.0, 45.0
@@ -384,7 +385,9 @@ class FakeDraKubelet:
             return f"no handler registered for plugin type: {info.type}"
         if not _DRIVER.fullmatch(info.name) or len(info.name) > 63:
             return f"{info.name!r} is no name of a driver"
-        if not endpoint.is_absolute() or not endpoint.is_socket():
+        if wrong := wrong_with_endpoint(info.endpoint):
+            return wrong
+        if not endpoint.is_socket():
             return f"endpoint {info.endpoint!r} is not the absolute path of a socket"
         if unknown or not versions:
             return f"supported versions {versions}: {unknown or 'none'}"

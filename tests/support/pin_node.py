@@ -21,11 +21,12 @@ from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Holding
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import PeerError
 from nodeagent.host.cgroup import write as cgroupset
 from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
+from nodeagent.kube.kubelet.pod_resources import CHECKPOINT, NO_LISTING, Listing
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.resources.offer import Offer
@@ -55,6 +56,9 @@ class PinNode:
     claims: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     """What the API server has, by name."""
     entries: list[dict[str, Any]] = field(default_factory=list)
+    listed: list[Holding] = field(default_factory=list)
+    """What kubelet lists that containers have through claims."""
+    kubelet_away: bool = False
 
     running: asyncio.Task[None] | None = None
     kubelet_confines: bool = False
@@ -70,6 +74,7 @@ class PinNode:
             self.folder,
             config,
             self.fetch,
+            self.listing,
             self.rescan,
             kubelet_confines=lambda: self.kubelet_confines,
             clock=self.clock,
@@ -103,6 +108,11 @@ class PinNode:
 
     async def fetch(self, ref: ClaimRef) -> Mapping[str, Any] | None:
         return self.claims.get(ref.name)
+
+    async def listing(self, timeout_s: float) -> Listing:
+        if self.kubelet_away:
+            raise PeerError("cannot list pod resources: on purpose")
+        return replace(NO_LISTING, claimed=tuple(self.listed))
 
     def pod(self, name: str) -> str:
         """The path of a pod's cgroup, made where there is none, as kubelet makes it."""

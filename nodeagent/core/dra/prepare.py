@@ -117,7 +117,8 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
         with _said(errors, claim):
             results, held = results_of(catalog, claim), grants_of(ledger, uid)
             if [grant.result for grant in held] == results:
-                known = record_reserved_for(ledger, uid, claim.reserved_for, inventory)
+                pods = claim.pods_with(chain.from_iterable(grant.pods for grant in held))
+                known = record_reserved_for(ledger, uid, pods, inventory)
                 ledger, grants[uid] = known.ledger, known.grants
                 changes += known.changes
             else:
@@ -133,7 +134,7 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
 
 
 def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str], inventory: Inventory | None = None) -> Decision:
-    """Record the pods (UIDs) for which a claim is reserved now; what it holds is unchanged.
+    """Record the pods (UIDs) that may use a claim now; what it holds is unchanged.
 
     inventory: if given, record too what its devices hand over now: after a reboot their nodes may have other names.
     """
@@ -337,7 +338,7 @@ def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: 
         boot_id=call.stamp.boot_id,
         result=one.result,
         settings=to_json(one.settings),
-        pods=claim.reserved_for,
+        pods=claim.pods_with(()),
     )
     if one.result.admin:
         return grant

@@ -5,7 +5,7 @@ Names follow resource.k8s.io/v1. This module only holds values; core/dra/prepare
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -70,9 +70,19 @@ class Claim:
     """Results of all drivers, in allocation order."""
     configs: tuple[Opaque, ...] = ()
     reserved_for: tuple[str, ...] = ()
-    """UIDs of the pods (or other users) that may use it."""
+    """UIDs of the pods and groups of pods that may use it."""
+    groups: tuple[str, ...] = ()
+    """UIDs of those among them that are not pods, such as PodGroups (DRAWorkloadResourceClaims): which pods may use it
+    through them is known to kubelet alone."""
     pods: tuple[str, ...] = ()
     """Names of the pods among them."""
+    pod_claim: str = ""
+    """Its name in the pod for which it was made from a template, or ""."""
+
+    def pods_with(self, known: Iterable[str]) -> tuple[str, ...]:
+        """Return the UIDs of its pods. Those `known` so far count only while it is reserved for a group of pods."""
+        others = known if self.groups else ()
+        return tuple(one for one in dict.fromkeys((*self.reserved_for, *others)) if one not in self.groups)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

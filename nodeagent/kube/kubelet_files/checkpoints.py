@@ -18,14 +18,23 @@ from nodeagent.kube.kubelet_files import mounted_file as mountedfile
 from nodeagent.kube.kubelet_files.config import KubeletConfig
 
 PODS = "pods"
+_FNV_OFFSET, _FNV_PRIME = 0x811C9DC5, 0x01000193
+"""http://www.isthe.com/chongo/tech/comp/fnv/index.html"""
 T = TypeVar("T")
 E = TypeVar("E")
 
 
 class _Enveloped(msgspec.Struct):
-    """Newer checkpoints carry the authoritative content as text in `data`, alongside fields for older kubelets."""
+    """Newer checkpoints carry the content as text in `data`, alongside fields for older kubelets, which do not count
+    (Kubernetes 1.37: pkg/kubelet/cm, CPU manager 4, memory manager 3)."""
 
     data: str = ""
+    checksum: int = msgspec.field(name="dataChecksum", default=0)
+
+    @property
+    def used(self) -> bool:
+        """Return whether kubelet takes it for the newer form: it then never falls back to the other fields."""
+        return bool(self.data or self.checksum)
 
 
 class Policy(NamedTuple):
@@ -40,15 +49,26 @@ class Policy(NamedTuple):
 
 def checkpoint(path: Path, form: type[T]) -> T | None:
     """Return a checkpoint, or None if there is no file. Unknown fields are ignored. Raise InputError if it cannot be
-    read."""
+    read, or if its text is not what was written: kubelet does not start with such a file either."""
     data = _content(path)
     if data is None:
         return None
     try:
-        inner = msgspec.json.decode(data, type=_Enveloped).data
-        return msgspec.json.decode(inner or data, type=form)
+        envelope = msgspec.json.decode(data, type=_Enveloped)
+        if envelope.used and (actual := text_checksum(envelope.data)) != envelope.checksum:
+            raise InputError(f"cannot read {path}: dataChecksum is {envelope.checksum}, that of its data {actual}")
+        return msgspec.json.decode(envelope.data if envelope.used else data, type=form)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+
+
+def text_checksum(text: str) -> int:
+    """Return kubelet's checksum of a text: 32-bit FNV-1a of "(string)" and the text
+    (k8s.io/kubernetes/pkg/kubelet/checkpointmanager/checksum, 1.37)."""
+    found = _FNV_OFFSET
+    for byte in f"(string){text}".encode():
+        found = (found ^ byte) * _FNV_PRIME & 0xFFFFFFFF
+    return found
 
 
 def nested(path: Path, envelope: type[E], text_of: Callable[[E], str], form: type[T]) -> T | None:

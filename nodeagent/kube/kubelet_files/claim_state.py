@@ -23,6 +23,7 @@ class _Claim(msgspec.Struct):
     uid: str = msgspec.field(name="ClaimUID")
     name: str = msgspec.field(name="ClaimName")
     namespace: str = msgspec.field(name="Namespace")
+    pods: dict[str, Any] | None = msgspec.field(name="PodUIDs", default=None)
     drivers: dict[str, Any] | None = msgspec.field(name="DriverState", default=None)
 
 
@@ -39,8 +40,21 @@ def prepared(kubelet_dir: Path, driver: str) -> Mapping[str, ClaimRef] | None:
 
     Raise InputError if the file cannot be read.
     """
-    found = kubelet_files.nested(kubelet_dir / STATE_FILE, _File, lambda file: file.data, _State)
+    found = _claims(kubelet_dir)
     if found is None:
         return None
-    mine = [one for one in found.claims or [] if driver in (one.drivers or {})]
+    mine = [one for one in found if driver in (one.drivers or {})]
     return MappingProxyType({one.uid: ClaimRef(namespace=one.namespace, name=one.name, uid=one.uid) for one in mine})
+
+
+def pods_of(kubelet_dir: Path, uid: str) -> frozenset[str]:
+    """Return the UIDs of the pods for which kubelet has prepared a claim, or is preparing it; none without a file.
+
+    Raise InputError if the file cannot be read.
+    """
+    return frozenset(pod for one in _claims(kubelet_dir) or [] if one.uid == uid for pod in one.pods or {})
+
+
+def _claims(kubelet_dir: Path) -> list[_Claim] | None:
+    found = kubelet_files.nested(kubelet_dir / STATE_FILE, _File, lambda file: file.data, _State)
+    return (found.claims or []) if found is not None else None

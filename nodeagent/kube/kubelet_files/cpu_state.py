@@ -3,7 +3,7 @@
 A function of configuration and state at one moment. A missing file is no evidence; one that cannot be parsed is an
 error. Sources: kubelet.config.k8s.io/v1beta1 (cpuManagerPolicy, reservedSystemCPUs); kubelet's checkpoint
 cpu_manager_state: by container id (its first form), by pod and container (second), with whole pods in addition (third),
-the same as text under "data" (fourth).
+the same and what containers had when they were admitted as text under "data" (fourth, Kubernetes 1.37).
 """
 
 from __future__ import annotations
@@ -75,11 +75,18 @@ class _Pod(msgspec.Struct):
     cpus: str = msgspec.field(name="cpuSet", default="")
 
 
+class _Baseline(msgspec.Struct):
+    cpus: str = msgspec.field(name="baseline")
+
+
 class _Checkpoint(msgspec.Struct):
     policy: str = msgspec.field(name="policyName")
     default: str = msgspec.field(name="defaultCpuSet", default="")
     entries: dict[str, str | dict[str, str]] = {}
     pods: dict[str, _Pod] = msgspec.field(name="podEntries", default_factory=dict)
+    baselines: dict[str, dict[str, _Baseline]] = {}
+    """The CPUs at admission, before any resize. A container runs on its entry, and kubelet never takes these from it
+    (InPlacePodVerticalScalingExclusiveCPUs)."""
 
 
 def read(kubelet_dir: Path, config: KubeletConfig) -> KubeletState:
@@ -107,10 +114,20 @@ def read(kubelet_dir: Path, config: KubeletConfig) -> KubeletState:
 
 
 def _assigned(found: _Checkpoint, path: Path) -> Mapping[tuple[str, str], CpuSet]:
+    """Return the CPUs that containers have, or were promised when they were admitted."""
     pods = [(uid, containers) for uid, containers in sorted(found.entries.items()) if isinstance(containers, dict)]
     return MappingProxyType(
-        {(uid, name): _cpus(text, path) for uid, containers in pods for name, text in sorted(containers.items())}
+        {
+            (uid, name): _cpus(text, path) | _promised(found, uid, name, path)
+            for uid, containers in pods
+            for name, text in sorted(containers.items())
+        }
     )
+
+
+def _promised(found: _Checkpoint, uid: str, container: str, path: Path) -> CpuSet:
+    one = found.baselines.get(uid, {}).get(container)
+    return _cpus(one.cpus, path) if one is not None else EMPTY
 
 
 def _unnamed(found: _Checkpoint, path: Path) -> Mapping[str, CpuSet]:

@@ -2,7 +2,8 @@
 
 A function of configuration and state at one moment. A missing file is no evidence; one that cannot be parsed is an
 error. Sources: kubelet.config.k8s.io/v1beta1 (memoryManagerPolicy); kubelet's checkpoint memory_manager_state: by pod
-and container (its first form), with whole pods in addition (second), the same as text under "data" (third).
+and container (its first form), with whole pods in addition (second), the same as text under "data" (third, Kubernetes
+1.37).
 """
 
 from __future__ import annotations

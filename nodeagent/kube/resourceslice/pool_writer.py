@@ -10,7 +10,8 @@ import structlog
 
 from nodeagent.core.dra.pool import Pool
 from nodeagent.errors import PeerError
-from nodeagent.kube.resourceslice.render import Object, Owner, pool_name, render
+from nodeagent.kube.resourceslice.render import NO_TIMES, Object, Owner, pool_name, render
+from nodeagent.kube.resourceslice.taint_times import of_pool, taint_times
 from nodeagent.kube.resourceslice.validate import Broken, check
 
 
@@ -86,6 +87,8 @@ class PoolLane:
         self.broken: tuple[Broken, ...] = ()
         self.unfit = False
         """Whether rules are broken by more than single devices. What the server stores is then left unchanged."""
+        self.taint_times = NO_TIMES
+        """Of the taints that the pool still has, as last stored: a starting kubelet deletes the slices of its node."""
         self._pace = pace
         self._given: tuple[Pool, Owner] | None = None
         self._written_of: dict[str, str] | None = None
@@ -104,6 +107,7 @@ class PoolLane:
         self.name = pool_name(owner, pool.kind)
         self._refusals, self._held_until_s = 0, 0.0
         self.pool, self.broken = _sound(pool, owner, sound)
+        self.taint_times = of_pool(self.taint_times, pool)
         self.unfit = any(not one.device for one in self.broken)
         for one in self.broken:
             if one not in before:
@@ -124,6 +128,7 @@ class PoolLane:
     def mark_written(self, stored: Mapping[str, Object]) -> None:
         """Record that everything publishable is stored."""
         self._written_of = self._versions(stored)
+        self.taint_times = taint_times(self._own(stored))
         self._state, self._reason = PUBLISHED, ""
         if self.unfit:
             self._state, self._reason = FAILED, str(next(one for one in self.broken if not one.device))
@@ -181,7 +186,7 @@ class PoolLane:
 
     def standing(self, stored: Mapping[str, Object]) -> PoolStanding:
         """Return the status of the pool, given the stored slices."""
-        found = [one["spec"] for one in stored.values() if one["spec"]["pool"]["name"] == self.name]
+        found = [one["spec"] for one in self._own(stored)]
         return PoolStanding(
             kind=self.pool.kind,
             name=self.name,
@@ -201,7 +206,10 @@ class PoolLane:
         self._why_held = why
 
     def _versions(self, stored: Mapping[str, Object]) -> dict[str, str]:
-        return {name: version(one) for name, one in stored.items() if one["spec"]["pool"]["name"] == self.name}
+        return {one["metadata"]["name"]: version(one) for one in self._own(stored)}
+
+    def _own(self, stored: Mapping[str, Object]) -> list[Object]:
+        return [one for one in stored.values() if one["spec"]["pool"]["name"] == self.name]
 
 
 def retry_after_s(error: Exception) -> float:

@@ -280,7 +280,7 @@ class Publisher:
         lane.take(pool, owner)
         if lane.is_written(self._stored):
             return _NEVER_S
-        todo = SlicePlan() if lane.unfit else plan(self._stored.values(), lane.pool, owner)
+        todo = SlicePlan() if lane.unfit else plan(self._stored.values(), lane.pool, owner, lane.taint_times)
         if todo:
             return await self._write(lane, todo)
         lane.mark_written(self._stored)

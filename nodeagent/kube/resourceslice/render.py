@@ -14,9 +14,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from nodeagent.core.dra.pool import Capacity, CounterSet, Features, Pool, PoolDevice, Taint, Value
+from nodeagent.kube.resourceslice.taint_times import TaintTimes, add_taint_times, taint_times
 
 Object = dict[str, Any]
 """A Kubernetes object, or a part of one, as decoded JSON."""
@@ -37,6 +39,7 @@ _SUFFIXES: Mapping[str, Fraction] = {
     **{suffix: Fraction(1000) ** power for power, suffix in enumerate("kMGTPE", start=1)},
 }
 _QUANTITY_FIELDS = frozenset({"value", "default", "min", "max", "step", "validValues"})
+NO_TIMES: TaintTimes = MappingProxyType({})
 T = TypeVar("T")
 
 
@@ -85,12 +88,12 @@ def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
     return tuple(_slice(f"{head}-{tail}", owner, place, part) for tail, part in parts)
 
 
-def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
+def plan(stored: Iterable[Object], pool: Pool, owner: Owner, times: TaintTimes = NO_TIMES) -> SlicePlan:
     """Return the smallest difference between the stored slices of this pool and the pool; empty if they are equal.
 
     `stored` may contain slices of other pools. The generation rises unless only one slice changes, or the stored slices
     of the newest generation are a subset of the desired ones (an interrupted write, or a slice deleted by another
-    client).
+    client). Taints keep the time at which the server has them as added, or that of `times` if their slice is gone.
     """
     place = pool_name(owner, pool.kind)
     found = {
@@ -100,6 +103,7 @@ def plan(stored: Iterable[Object], pool: Pool, owner: Owner) -> SlicePlan:
     wanted = render(pool, owner, max(newest, 1))
     if not _may_keep_generation(found, wanted, newest):
         wanted = render(pool, owner, newest + 1)
+    add_taint_times(wanted, {**times, **taint_times(sorted(found.values(), key=_generation))})
     names = {one["metadata"]["name"] for one in wanted}
     return SlicePlan(
         create=tuple(one for one in wanted if one["metadata"]["name"] not in found),
@@ -192,7 +196,7 @@ def _counters(counters: Mapping[str, int]) -> Object:
 def _device(device: PoolDevice) -> Object:
     written: Object = {"name": device.name}
     if device.attributes:
-        written["attributes"] = {name: _attribute(value) for name, value in device.attributes.items()}
+        written["attributes"] = {name: attribute(value) for name, value in device.attributes.items()}
     if device.capacity:
         written["capacity"] = {name: _capacity(one, device.shared) for name, one in device.capacity.items()}
     if device.shared:
@@ -206,7 +210,8 @@ def _device(device: PoolDevice) -> Object:
     return written
 
 
-def _attribute(value: Value) -> Object:
+def attribute(value: Value) -> Object:
+    """Return a DeviceAttribute."""
     form = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "string"
     return {form: value}
 

@@ -1,5 +1,5 @@
-"""Files of a claim: one CDI file, and one folder that its containers can read. Both are functions of the ledger and the
-inventory, are written after the decision is durable, and are restored whenever they are missing."""
+"""Files of a claim: one CDI file, and one folder whose files its containers can read. Both are functions of the ledger
+and the inventory, are written after the decision is durable, and are restored whenever they are missing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import HostError, InputError, NodeagentError
 from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
 from nodeagent.managers.dra import container_edits as handover
+from nodeagent.managers.dra import device_metadata
+from nodeagent.managers.dra.pod_claim_names import PodClaimNames
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 
@@ -45,6 +47,7 @@ class ClaimRenderer:
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
+        self._pod_claims = PodClaimNames(readable)
         self._disk = threading.Lock()
         """Held by the thread that writes or removes files."""
         self._unrendered: Mapping[str, str] = {}
@@ -97,10 +100,14 @@ class ClaimRenderer:
         with self._disk:
             return self._write_some({uid: grants for uid, grants in claims.items() if self.hold(grants)})
 
-    def write_now(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+    def write_now(self, claims: Mapping[str, Sequence[Grant]], made_for: Mapping[str, str]) -> dict[str, str]:
         """Write the files of claims whose grants are durable, whether or not they are in effect yet; blocks. Return
-        errors by UID. Their removal must be decided after this has returned."""
+        errors by UID. Their removal must be decided after this has returned.
+
+        made_for: the pods' names of claims just read from the API server, by UID.
+        """
         with self._disk:
+            self._pod_claims.learn(made_for)
             return self._write_some(claims)
 
     def _write_some(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
@@ -113,8 +120,13 @@ class ClaimRenderer:
         return errors
 
     def _write(self, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
-        self._readable.write(uid, handover.metadata(dra, inventory, grants))
-        edits = handover.edits(dra, inventory, grants, self._mount(uid, grants[0].holder.claim))
+        claim, pod_claim = grants[0].holder.claim, self._pod_claims.of(uid)
+        self._readable.write(uid, handover.metadata(dra, inventory, grants, pod_claim))
+        standard = device_metadata.streams(dra, inventory, grants, pod_claim)
+        self._readable.write_requests(uid, standard)
+        paths = {request: str(self._readable.request_path(uid, request)) for request in standard}
+        of_request = device_metadata.mounts(paths, dra.catalog.driver, claim, pod_claim)
+        edits = handover.edits(dra, inventory, grants, self._mount(uid, claim), of_request)
         names = [self._cdi.device_name(uid, _index(grant)) for grant in grants]
         self._cdi.write(uid, [CdiDevice(name=name, edits=one) for name, one in zip(names, edits, strict=True)])
 
@@ -130,6 +142,7 @@ class ClaimRenderer:
         try:
             self._cdi.remove(uid)
             self._readable.remove(uid)
+            self._pod_claims.forget(uid)
         except InputError:
             return ""  # no file of ours can have such a name
         except (HostError, OSError) as error:

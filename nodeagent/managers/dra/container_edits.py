@@ -17,6 +17,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.pinning.plan import variable
 from nodeagent.errors import HostError
+from nodeagent.managers.dra.device_metadata import by_request
 from nodeagent.resources.catalog import Dra
 from nodeagent.resources.offer import Offer, held_variables, nodes_of_cpus, numbers
 from nodeagent.state import grant_json as storedgrant
@@ -26,34 +27,43 @@ CLAIMS_FOLDER = "/var/run/nodeagent/claims"
 MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 - where NVIDIA's control daemon has its pipes unless told otherwise
 
 
-def edits(dra: Dra, inventory: Inventory, grants: Sequence[Grant], metadata: Mount) -> list[ContainerEdits]:
+def edits(
+    dra: Dra,
+    inventory: Inventory,
+    grants: Sequence[Grant],
+    metadata: Mount,
+    of_request: Mapping[str, Mount] = MappingProxyType({}),
+) -> list[ContainerEdits]:
     """Return, for each grant of one claim, the edits of its CDI device; never empty, as the metadata mount is always
-    there.
+    there. The mount that `of_request` has for a request goes with its first device.
 
     A variable covers everything granted to the same request. A container that uses several requests finds each under
     the request's own name, and all of them in the metadata. Raise HostError or InputError if a device cannot be handed
     over.
     """
-    same = {request: [one for one in grants if _request(one) == request] for request in map(_request, grants)}
-    env = {request: _environment(inventory, request, some) for request, some in same.items()}
-    return [_edits(dra, inventory, one, same[_request(one)], env[_request(one)], metadata) for one in grants]
+    found = dict[str, ContainerEdits]()
+    for request, some in by_request(grants).items():
+        env, left = _environment(inventory, request, some), dict(of_request)
+        for one in some:
+            mounts = (*filter(None, [left.pop(request, None)]), metadata)
+            found[one.id] = _edits(dra, inventory, one, some, env, mounts)
+    return [found[one.id] for one in grants]
 
 
 def _edits(
-    dra: Dra, inventory: Inventory, grant: Grant, same_request: Sequence[Grant], env: Mapping[str, str], metadata: Mount
+    dra: Dra,
+    inventory: Inventory,
+    grant: Grant,
+    same_request: Sequence[Grant],
+    env: Mapping[str, str],
+    mounts: Sequence[Mount],
 ) -> ContainerEdits:
     own, settings = _device_edits(dra, inventory, grant, same_request), from_json(grant.settings)
     return replace(
         own,
         env=MappingProxyType({**own.env, **_settings_env(settings), **env, variable(grant.id): grant.id}),
-        mounts=(*own.mounts, *_settings_mounts(settings, grant), metadata),
+        mounts=(*own.mounts, *_settings_mounts(settings, grant), *mounts),
     )
-
-
-def _request(grant: Grant) -> str:
-    """Return the request name that containers use; for a subrequest, the request it is an alternative of. A claim is
-    never allocated two alternatives of one request."""
-    return grant.result.request.partition("/")[0] if grant.result is not None else ""
 
 
 def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: Iterable[Grant]) -> ContainerEdits:
@@ -142,13 +152,15 @@ def _settings_mounts(settings: OpaqueConfig, grant: Grant) -> Iterator[Mount]:
 # ---------------------------------------------------------------- what a container can read
 
 
-def metadata(dra: Dra, inventory: Inventory, grants: Sequence[Grant]) -> dict[str, Any]:
-    """Return what a claim holds, for the application that uses it (docs/dra.md)."""
+def metadata(dra: Dra, inventory: Inventory, grants: Sequence[Grant], pod_claim: str = "") -> dict[str, Any]:
+    """Return what a claim holds, for the application that uses it (docs/dra.md). `pod_claim` is its name in the pod for
+    which it was made from a template."""
     first = grants[0].holder
+    made_for = {"podClaimName": pod_claim} if pod_claim else {}
     return {
         "apiVersion": "nodeagent.dev/v1alpha1",
         "kind": "ClaimMetadata",
-        "claim": {"namespace": first.namespace, "name": first.claim, "uid": first.uid},
+        "claim": {"namespace": first.namespace, "name": first.claim, "uid": first.uid, **made_for},
         "devices": [_device_metadata(dra, inventory, grant) for grant in grants],
         "grants": [storedgrant.document(grant) for grant in grants],
     }

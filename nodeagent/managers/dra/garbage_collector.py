@@ -22,6 +22,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
+from nodeagent.managers.dra.device_metadata import network_data
 from nodeagent.state.agent import Agent
 from nodeagent.telemetry.log import new_op
 
@@ -203,14 +204,6 @@ class StatusWriter:
     def _device(self, grant: Grant, result: Result, error: str) -> Any:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(grant.granted_at))
         reason, message = ("NotPrepared", error) if error else ("Prepared", describe(grant))
-        data = self._network(grant)
+        network = network_data(self._inventory(), grant)
+        data = {"networkData": network} if network else {}
         return wire.one_status(result, ready=not error, reason=reason, message=message, at=at, data=data)
-
-    def _network(self, grant: Grant) -> dict[str, Any]:
-        """Return NetworkDeviceData of an adapter whose interface is currently in the host's network namespace."""
-        device = self._inventory().device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
-        name = str(device.attributes.get("netdevs", "")).partition(",")[0] if device else ""
-        if device is None or device.kind != "nic" or not name:
-            return {}
-        mac = device.attributes.get("mac")
-        return {"networkData": {"interfaceName": name, **({"hardwareAddress": str(mac)} if mac else {})}}

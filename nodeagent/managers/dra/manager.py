@@ -22,12 +22,14 @@ import structlog
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race, supervise
 from nodeagent.config.schema import Config
+from nodeagent.config.validate import endpoint_fault
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.dra.pool import ALL_FEATURES, Features, Pool
 from nodeagent.core.ledger.offline import lost_cpus
 from nodeagent.core.model.claim import ClaimRef, DeviceHealth
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY
+from nodeagent.errors import ConfigError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -54,6 +56,12 @@ log = structlog.get_logger()
 def node_name(config: Config) -> str:
     """Return the Node's name: as configured, from NODE_NAME in the environment, or kubelet's default."""
     return config.dra.node_name or os.environ.get("NODE_NAME", "") or socket.gethostname().lower()
+
+
+def check(config: Config, kubelet_dir: Path) -> None:
+    """Raise ConfigError if something is to be served through DRA and kubelet would not take the driver's endpoint."""
+    if config.served_by_dra and (why := endpoint_fault(str(kubelet_dir))):
+        raise ConfigError(f"cannot serve DRA from kubelet's folder {kubelet_dir}: {why}")
 
 
 class Pools:

@@ -41,7 +41,7 @@ from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.nri_hooks import NriHooks
-from nodeagent.managers.pinning.ownership import Fetch, GrantOwnership
+from nodeagent.managers.pinning.ownership import Fetch, GrantOwnership, List
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
 from nodeagent.managers.pinning.slices import SliceNotifier
 from nodeagent.managers.pinning.unasked import unasked
@@ -77,6 +77,7 @@ class PinningManager(Manager):
         plugins: Path,
         config: Callable[[], PinningConfig],
         fetch: Fetch,
+        listing: List,
         rescan: Callable[[], Coroutine[Any, Any, object]],
         *,
         kubelet_confines: Callable[[], bool] = lambda: False,
@@ -84,9 +85,9 @@ class PinningManager(Manager):
     ) -> None:
         """Detect the cgroup hierarchy; nothing is written.
 
-        `plugins` is kubelet's device-plugins folder. `fetch` returns a claim's object from the API server. `rescan`
-        reads the machine again. `kubelet_confines` returns whether kubelet's own CPU manager confines all containers.
-        `clock` is in seconds.
+        `plugins` is kubelet's device-plugins folder. `fetch` returns a claim's object from the API server, `listing`
+        what kubelet lists. `rescan` reads the machine again. `kubelet_confines` returns whether kubelet's own CPU
+        manager confines all containers. `clock` is in seconds.
         """
         self._kubelet_confines = kubelet_confines
         self._agent = agent
@@ -110,7 +111,7 @@ class PinningManager(Manager):
             agent,
             self._table,
             self._enforcer,
-            GrantOwnership(agent, plugins, fetch),
+            GrantOwnership(agent, plugins, fetch, listing),
             config,
             began=functools.partial(has_begun, sysfs),
             dropins=[SliceDropins(Path(sysfs.path(UNITS)), one) for one in self._layouts],

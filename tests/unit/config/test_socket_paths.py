@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.admin.http import HttpAnswer, Peer, UnixHttpServer
 from nodeagent.config.load import parse
-from nodeagent.daemon.paths import STATUS_SOCKET
+from nodeagent.config.schema import Config
+from nodeagent.config.validate import wrong
+from nodeagent.daemon.paths import STATUS_SOCKET, checked, paths_of
 from nodeagent.errors import ConfigError, HostError
 from nodeagent.kube.kubelet.device_plugin_sockets import PluginPaths
 from nodeagent.kube.kubelet.plugin_sockets import plugin_sockets
+from tests.oracles.endpoints import wrong_with_endpoint
 
+SERVED = {"name": "gpu", "kind": "gpu", "serve": "dra"}
 LETTERS = st.sampled_from("aä日/.-_ %")
 
 
@@ -48,6 +53,35 @@ def test_kubelets_folder_is_taken_exactly_if_every_socket_below_it_fits(tail: st
     if taken:
         assert fits(folder, "r" * name, "d" * driver)
     assert taken == fits(folder, "r" * 63, "d" * 63)
+
+
+@given(st.text(st.sampled_from("aä/%?#2e0 \\:;@&=+\t\x7f."), max_size=20))
+def test_kubelets_folder_is_taken_for_dra_exactly_if_kubelet_takes_the_sockets_in_it(tail: str) -> None:
+    """It dials them as URLs. Where nothing is served through DRA the folder may have any name."""
+    folder = PurePosixPath(f"/{tail}")
+    config = msgspec.convert({"kubeletDir": str(folder), "resources": [SERVED]}, Config)
+    service = plugin_sockets(Path(folder), "nodeagent.dev").service
+    assert (not any("for DRA" in one for one in wrong(config))) == (not wrong_with_endpoint(str(service)))
+    alone = msgspec.structs.replace(config, resources=[])
+    assert not any("for DRA" in one for one in wrong(alone))
+
+
+def test_a_folder_from_which_dra_cannot_be_served_is_refused_with_its_line_and_at_the_start(tmp_path: Path) -> None:
+    """Of the configuration and of the command line, which comes first."""
+    text = 'resources: [{name: gpu, kind: gpu, serve: dra}]\nkubeletDir: "/var/lib/kubelet%2d1"\n'
+    with pytest.raises(ConfigError) as caught:
+        parse(text, source="here.yaml")
+    assert str(caught.value).startswith(
+        "cannot use here.yaml: '/var/lib/kubelet%2d1' at $.kubeletDir cannot be used for DRA: "
+        "kubelet reads it as a URL: expected a path without '%' (line 2, column 13"
+    )
+    config = parse(text.partition("\n")[0] + f"\nstateDir: {tmp_path}\nruntimeDir: {tmp_path}\n", source="here.yaml")
+    where = paths_of(config, config_file=None, root="/", kubelet_dir="/var/lib/a#b")
+    with pytest.raises(
+        ConfigError, match=r"cannot serve DRA from kubelet's folder /var/lib/a#b: kubelet reads it as a "
+    ):
+        checked(config, where)
+    checked(parse(f"stateDir: {tmp_path}\nruntimeDir: {tmp_path}\n", source="here.yaml"), where)
 
 
 async def answer(method: str, path: str, peer: Peer) -> HttpAnswer:

@@ -131,7 +131,10 @@ async def violation(kubelet: FakeDraKubelet) -> str:
     [
         ({"type": "DevicePlugin"}, "no handler registered for plugin type: DevicePlugin"),
         ({"name": "No_Driver"}, "'No_Driver' is no name of a driver"),
-        ({"endpoint": "dra.sock"}, "endpoint 'dra.sock' is not the absolute path of a socket"),
+        ({"endpoint": "dra.sock"}, "endpoint 'dra.sock' must be an absolute path"),
+        ({"endpoint": "/run/%2e%2e/dra.sock"}, "endpoint '/run/%2e%2e/dra.sock' must be a plain path"),
+        ({"endpoint": "/run/dra.sock?x"}, "endpoint '/run/dra.sock?x' must be a plain path"),
+        ({"endpoint": "/" + "x" * 107}, "must not be longer than 108 bytes"),
         ({"endpoint": "/dev/null"}, "endpoint '/dev/null' is not the absolute path of a socket"),
         ({"supported_versions": []}, "supported versions []: none"),
         ({"supported_versions": ["1.0.0"]}, "supported versions ['1.0.0']: ['1.0.0']"),

@@ -564,6 +564,30 @@ def test_metadata_goes_with_its_folder(tmp_path: Path) -> None:
     assert sorted(entry.name for entry in (tmp_path / "claims").iterdir()) == ["notes.txt"]
 
 
+def test_the_files_of_requests_come_and_go_with_their_requests(tmp_path: Path) -> None:
+    """A stream of objects, one a line; what did not change is not written again, and drafts are removed."""
+    claims = ClaimFiles(tmp_path)
+    claims.write(UID, {})
+    claims.write_requests(UID, {"a": [{"n": 1}, {"n": 2}], "metadata": [{"n": 3}]})
+    assert claims.request_path(UID, "a").read_bytes() == b'{"n":1}\n{"n":2}\n'
+    assert stat.S_IMODE(claims.request_path(UID, "a").stat().st_mode) == 0o644
+    before = claims.request_path(UID, "a").stat().st_ino
+    (tmp_path / UID / ".request-a.json.abc.tmp").touch()
+    claims.write_requests(UID, {"a": [{"n": 1}, {"n": 2}]})
+    assert claims.request_path(UID, "a").stat().st_ino == before
+    assert claims.sweep({UID}) == [f"{UID}/.request-a.json.abc.tmp"]
+    assert sorted(one.name for one in (tmp_path / UID).iterdir()) == ["metadata.json", "request-a.json"]
+    assert claims.remove(UID)
+    assert not (tmp_path / UID).exists()
+
+
+@pytest.mark.parametrize("request_name", ["", "..", "../../etc", "a/b", "A", "x" * 64, "-a", "a\0", "a\n"])
+def test_no_file_is_named_after_what_no_request_is_called(request_name: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot name a file after request"):
+        ClaimFiles(tmp_path).write_requests(UID, {request_name: []})
+    assert not (tmp_path / UID).exists()
+
+
 def test_metadata_that_is_no_json_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="as JSON"):
         ClaimFiles(tmp_path).write(UID, {"a": object()})

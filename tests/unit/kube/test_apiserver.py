@@ -1113,6 +1113,20 @@ async def test_the_server_writes_quantities_and_taints_in_its_own_way() -> None:
         assert device["taints"][0]["timeAdded"].endswith("Z")
 
 
+async def test_the_server_dates_taints_that_have_no_date_at_every_write() -> None:
+    """As SetDefaults of DeviceTaint does: also at a write that concerns another device."""
+    async with pair() as (server, client):
+        server.clock = lambda: 1_000.0
+        stored = await client.create(SLICES, a_slice(devices=[{"name": "d", "taints": [TAINT]}]))
+        assert stored["spec"]["devices"][0]["taints"][0]["timeAdded"] == "1970-01-01T00:16:40Z"
+        server.clock = lambda: 2_000.0
+        dated = {**TAINT, "timeAdded": "1970-01-01T00:00:01Z"}
+        devices = [{"name": "d", "taints": [TAINT]}, {"name": "e", "taints": [dated]}]
+        stored = await client.replace(SLICES, {**stored, "spec": {**stored["spec"], "devices": devices}})
+        found = [one["taints"][0]["timeAdded"] for one in stored["spec"]["devices"]]
+        assert found == ["1970-01-01T00:33:20Z", "1970-01-01T00:00:01Z"]
+
+
 async def test_an_older_server_drops_fields_without_a_word() -> None:
     async with pair() as (server, client):
         server.dropped_fields |= {CONSUMABLE, COUNTERS, TAINTS}

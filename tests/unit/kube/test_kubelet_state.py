@@ -14,7 +14,7 @@ from nodeagent.errors import InputError
 from nodeagent.kube.kubelet_files import config as kubelet_config
 from nodeagent.kube.kubelet_files import cpu_state as kubelet_state
 from nodeagent.kube.kubelet_files import memory_state
-from nodeagent.kube.kubelet_files.checkpoints import pods_there
+from nodeagent.kube.kubelet_files.checkpoints import pods_there, text_checksum
 from nodeagent.kube.kubelet_files.config import KubeletConfig
 from nodeagent.kube.kubelet_files.cpu_state import KubeletState
 from nodeagent.kube.kubelet_files.memory_state import MemoryState
@@ -38,6 +38,12 @@ MEMORY_STATE = {
     "entries": {"uid-a": {"app": [memory([0], "memory", GIB), memory([1, 0], "hugepages-2Mi", 4 << 20)]}},
     "checksum": 77,
 }
+
+
+def text_of(state: object) -> dict[str, object]:
+    """The newer form: the state as text, with its checksum."""
+    text = json.dumps(state)
+    return {"data": text, "dataChecksum": text_checksum(text)}
 
 
 def write(folder: Path, *, state: object = None, config: str | None = None, memory: object = None) -> Path:
@@ -129,7 +135,36 @@ def test_a_static_manager_without_its_state_may_manage_every_cpu(tmp_path: Path)
         ("{", None, "cannot read {}/cpu_manager_state: Input data was truncated"),
         ("[]", None, "cannot read {}/cpu_manager_state: Expected `object`, got `array`"),
         ('{"policyName": "\\ud800"}', None, "cannot read {}/cpu_manager_state: "),
-        ('{"data": "{", "dataChecksum": 1}', None, "cannot read {}/cpu_manager_state: Input data was truncated"),
+        (
+            '{"data": "{", "dataChecksum": 3017666942}',
+            None,
+            "cannot read {}/cpu_manager_state: Input data was truncated",
+        ),
+        (
+            {**STATIC_STATE, "data": "{}", "dataChecksum": 7},
+            None,
+            "cannot read {}/cpu_manager_state: dataChecksum is 7, that of its data 694314937",
+        ),
+        (
+            {**STATIC_STATE, "data": "", "dataChecksum": 7},
+            None,
+            "cannot read {}/cpu_manager_state: dataChecksum is 7, that of its data ",
+        ),
+        (
+            {**STATIC_STATE, "data": "{}"},
+            None,
+            "cannot read {}/cpu_manager_state: dataChecksum is 0, that of its data ",
+        ),
+        (
+            {**STATIC_STATE, "baselines": {"uid-a": {"app": {"baseline": "1-"}}}},
+            None,
+            "cannot read CPU list '1-' of {}/cpu_manager_state: ",
+        ),
+        (
+            {**STATIC_STATE, "baselines": {"uid-a": {"app": "1"}}},
+            None,
+            "cannot read {}/cpu_manager_state: Expected `object`",
+        ),
         (
             {"policyName": "static", "entries": {"u": {"c": {"original": "1"}}}},
             None,
@@ -202,9 +237,9 @@ POD_LEVEL = {
     "state",
     [
         {**POD_LEVEL, "checksum": 9},
-        {**POD_LEVEL, "checksum": 0, "data": json.dumps(POD_LEVEL), "dataChecksum": 3},
-        {"data": json.dumps(POD_LEVEL), "dataChecksum": 3},
-        {"policyName": "none", "defaultCpuSet": "", "data": json.dumps({**POD_LEVEL, "later": 1}), "later": []},
+        {**POD_LEVEL, "checksum": 0, **text_of(POD_LEVEL)},
+        text_of(POD_LEVEL),
+        {"policyName": "none", "defaultCpuSet": "", **text_of({**POD_LEVEL, "later": 1}), "later": []},
     ],
     ids=["third", "fourth", "fourth-alone", "fourth-counts"],
 )
@@ -215,6 +250,55 @@ def test_whole_pods_are_read_from_the_newer_forms(state: object, tmp_path: Path)
     assert dict(found.pods) == {"uid-a": CpuSet.parse("1-5")}
     assert dict(found.assigned) == {("uid-a", "app"): CpuSet.parse("1"), ("uid-a", "side"): CpuSet.parse("2-3")}
     assert found.managed == CpuSet.parse("0-7")
+
+
+WRITTEN_BY_1_37 = {
+    "policyName": "static",
+    "defaultCpuSet": "0,6-7",
+    "entries": {"uid-a": {"app": "1", "side": "2-3"}},
+    "checksum": 3102377269,
+    "data": '{"policyName":"static","defaultCpuSet":"0,6-7","entries":{"uid-a":{"app":"1","side":"2-3"}},'
+    '"podEntries":{"uid-a":{"cpuSet":"1-5"}},"baselines":{"uid-a":{"app":{"baseline":"1"},"side":{"baseline":"2"}}}}',
+    "dataChecksum": 1340424055,
+}
+"""As kubelet 1.37.2 writes it with InPlacePodVerticalScalingExclusiveCPUs and PodLevelResourceManagers."""
+
+
+def test_what_kubelet_1_37_writes_is_read_as_it_means_it(tmp_path: Path) -> None:
+    """The checksum is right, and what containers had before they were resized is theirs still."""
+    found = read(write(tmp_path, state=WRITTEN_BY_1_37))
+    assert dict(found.pods) == {"uid-a": CpuSet.parse("1-5")}
+    assert dict(found.assigned) == {("uid-a", "app"): CpuSet.parse("1"), ("uid-a", "side"): CpuSet.parse("2-3")}
+
+
+def test_the_fields_for_older_kubelets_do_not_count(tmp_path: Path) -> None:
+    """Not even where they alone were edited."""
+    found = read(write(tmp_path, state={**WRITTEN_BY_1_37, "entries": {"uid-b": {"x": "7"}}, "policyName": "none"}))
+    assert found.static and ("uid-b", "x") not in found.assigned
+
+
+def test_a_text_that_is_not_what_was_written_is_refused(tmp_path: Path) -> None:
+    """Kubelet does not start with it either: one CPU more would be one that others have."""
+    edited = {**WRITTEN_BY_1_37, "data": str(WRITTEN_BY_1_37["data"]).replace('"2-3"', '"2-4"')}
+    with pytest.raises(InputError, match=r"cpu_manager_state: dataChecksum is 1340424055, that of its data \d+"):
+        read(write(tmp_path, state=edited))
+
+
+def test_cpus_that_a_container_was_promised_are_not_given_to_others(tmp_path: Path) -> None:
+    """Whatever its entry says by now."""
+    state = {**POD_LEVEL, "baselines": {"uid-a": {"app": {"baseline": "1,4"}}, "gone": {"x": {"baseline": "7"}}}}
+    found = read(write(tmp_path, state=text_of(state)))
+    assert found.assigned["uid-a", "app"] == CpuSet.parse("1,4")
+    assert ("gone", "x") not in found.assigned
+
+
+@pytest.mark.parametrize(
+    ("text", "checksum"),
+    [("", 441364273), ("{}", 694314937), ("{", 3017666942), ("ü\x7f", 1658109587)],
+)
+def test_the_checksum_is_that_of_kubelet(text: str, checksum: int) -> None:
+    """Of the text's bytes, with its type before it."""
+    assert text_checksum(text) == checksum
 
 
 # ---------------------------------------------------------------- the memory manager's state
@@ -240,7 +324,7 @@ def test_the_state_of_a_static_memory_manager_is_read_whole(tmp_path: Path) -> N
 @pytest.mark.parametrize("in_data", [False, True])
 def test_memory_of_whole_pods_is_read_from_the_newer_forms(in_data: bool, tmp_path: Path) -> None:
     state = {**MEMORY_STATE, "podEntries": {"uid-a": {"memoryBlocks": [memory([1], "memory", 2 * GIB)]}}}
-    whole = {**MEMORY_STATE, "data": json.dumps(state), "dataChecksum": 4} if in_data else state
+    whole = {**MEMORY_STATE, **text_of(state)} if in_data else state
     found = read_memory(write(tmp_path, memory=whole))
     assert dict(found.pods) == {"uid-a": (MemoryBlock(nodes=(1,), page_bytes=MEMORY, size_bytes=2 * GIB),)}
     assert list(found.assigned) == [("uid-a", "app")]

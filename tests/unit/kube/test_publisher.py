@@ -699,6 +699,84 @@ async def test_a_start_after_an_upgrade_of_the_server_uses_all_features_again() 
             assert it.standing.lost == ()
 
 
+# When a taint was added
+
+
+HOT, COLD = Taint(key="nodeagent.dev/unhealthy", value="hot"), Taint(key="nodeagent.dev/unhealthy", value="cold")
+
+
+def added(server: FakeApiServer) -> dict[str, list[str]]:
+    """The stored timeAdded of every tainted device."""
+    devices = [it for one in server.slices() for it in one["spec"].get("devices", ()) if it.get("taints")]
+    return {it["name"]: [taint["timeAdded"] for taint in it["taints"]] for it in devices}
+
+
+def with_taints(pool: Pool, **taints: tuple[Taint, ...]) -> Pool:
+    """The pool with the taints of each device that is named, with underscores for hyphens."""
+    found = {name.replace("_", "-"): one for name, one in taints.items()}
+    return replace(pool, devices=tuple(replace(it, taints=found.get(it.name, ())) for it in pool.devices))
+
+
+async def test_a_taint_keeps_its_time_when_something_else_is_written() -> None:
+    """A pod that tolerates it for a while is evicted in time, however often another device of the slice changes."""
+    async with bench(with_taints(gpus(2), gpu_0=(HOT,))) as it:
+        it.server.clock = lambda: 1_000.0
+        await it.until_right()
+        before = added(it.server)["gpu-0"]
+        it.server.clock = lambda: 2_000.0
+        it.source.set(with_taints(gpus(2), gpu_0=(HOT,), gpu_1=(HOT,)))
+        await it.until_right()
+        assert added(it.server) == {"gpu-0": before, "gpu-1": ["1970-01-01T00:33:20Z"]}
+        it.server.clock = lambda: 3_000.0
+        it.source.set(with_taints(gpus(2), gpu_0=(TAINT, HOT), gpu_1=(COLD,)))
+        await it.until_right()
+        assert added(it.server) == {"gpu-0": ["1970-01-01T00:50:00Z", *before], "gpu-1": ["1970-01-01T00:50:00Z"]}
+
+
+async def test_a_taint_that_went_and_came_back_has_a_new_time() -> None:
+    """The device was healthy in between."""
+    async with bench(with_taints(gpus(2), gpu_0=(HOT,))) as it:
+        it.server.clock = lambda: 1_000.0
+        await it.until_right()
+        it.source.set(gpus(2))
+        await it.until_right()
+        it.server.clock = lambda: 2_000.0
+        it.source.set(with_taints(gpus(2), gpu_0=(HOT,)))
+        await it.until_right()
+        assert added(it.server) == {"gpu-0": ["1970-01-01T00:33:20Z"]}
+
+
+async def test_a_taint_keeps_its_time_in_another_slice_and_generation() -> None:
+    """Where devices come before it, its own moves on to the next slice, which may be a new one."""
+    last = PoolDevice(name="last", part=DevicePart(), taints=(HOT,))
+    async with bench(replace(gpus(63), devices=(*gpus(63).devices, last))) as it:
+        it.server.clock = lambda: 1_000.0
+        await it.until_right()
+        before = added(it.server)
+        it.server.clock = lambda: 2_000.0
+        it.source.set(replace(gpus(63), devices=(*gpus(70).devices, last)))
+        await it.until_right()
+        assert len(it.server.slices()) == 2
+        assert added(it.server) == before
+
+
+async def test_a_taint_keeps_its_time_over_kubelets_wipe_and_over_a_restart() -> None:
+    """The device has been ill all the time."""
+    async with FakeApiServer() as server:
+        server.clock = lambda: 1_000.0
+        async with bench(with_taints(gpus(2), gpu_0=(HOT,)), server=server) as it:
+            await it.until_right()
+            before = added(server)
+            server.clock = lambda: 2_000.0
+            server.wipe(NODE)
+            await it.until_right()
+            assert added(server) == before
+        server.clock = lambda: 3_000.0
+        async with bench(with_taints(gpus(3), gpu_0=(HOT,)), server=server) as it:
+            await it.until_right()
+            assert added(server) == before
+
+
 # Pace
 
 

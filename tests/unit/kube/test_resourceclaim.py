@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from nodeagent.core.model.claim import FROM_CLASS, ClaimRef, Opaque, Result
 from nodeagent.errors import InputError
-from nodeagent.kube.resourceclaim import device_status, one_status, read
+from nodeagent.kube.resourceclaim import POD_CLAIM_NAME, device_status, one_status, read
 
 DRIVER = "nodeagent.dev"
 DOCUMENT: dict[str, Any] = {
@@ -87,6 +87,7 @@ def test_a_claim_comes_with_all_that_is_needed_and_what_is_new_is_passed_over() 
     parameters = {"kind": "CpuConfig", "deep": {"x": [1, None]}}
     assert claim.configs == (Opaque(source=FROM_CLASS, driver=DRIVER, requests=("cpus",), parameters=parameters),)
     assert claim.reserved_for == ("pod-1", "thing-1")
+    assert (claim.groups, claim.pods) == (("thing-1",), ("p",))
     assert claim.pods == ("p",)
 
 
@@ -271,3 +272,34 @@ def test_a_status_has_what_the_server_demands_and_no_more() -> None:
     body = device_status(ClaimRef(namespace="ns", name="c", uid="u"), [one])
     assert body["metadata"] == {"namespace": "ns", "name": "c", "uid": "u"}
     assert body["status"] == {"devices": [one]}
+
+
+# Whose it is
+
+
+def test_the_pods_of_a_claim_are_those_reserved_and_while_it_is_of_a_group_those_known() -> None:
+    """The group itself is no pod: nothing of it ever runs."""
+    claim = read(DOCUMENT, DRIVER)
+    assert claim.pods_with(["pod-2", "pod-1", "thing-1"]) == ("pod-1", "pod-2")
+    alone = copy.deepcopy(DOCUMENT)
+    del alone["status"]["reservedFor"][1]
+    assert read(alone, DRIVER).pods_with(["pod-2"]) == ("pod-1",)
+
+
+@pytest.mark.parametrize(
+    ("annotations", "name"),
+    [
+        ({POD_CLAIM_NAME: "near"}, "near"),
+        ({POD_CLAIM_NAME: "a" * 63}, "a" * 63),
+        ({POD_CLAIM_NAME: "a" * 64}, ""),
+        ({POD_CLAIM_NAME: "../x"}, ""),
+        ({POD_CLAIM_NAME: ""}, ""),
+        ({"other": "near"}, ""),
+        (None, ""),
+    ],
+)
+def test_the_name_in_the_pod_is_that_of_the_annotation(annotations: dict[str, str] | None, name: str) -> None:
+    """Of a claim that was made from a template; what no claim of a pod can be called is no name."""
+    document = copy.deepcopy(DOCUMENT)
+    document["metadata"]["annotations"] = annotations
+    assert read(document, DRIVER).pod_claim == name

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -24,10 +25,12 @@ from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.kube.resourceclaim import POD_CLAIM_NAME
 from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.claim_files import claims_held
+from tests.oracles import device_metadata as reader
 from tests.support.claim_node import Gate, Room, claim_room
-from tests.support.dra_node import CPUS, PAGES, SERIAL, consumed, result
+from tests.support.dra_node import CPUS, DRIVER, PAGES, SERIAL, consumed, result
 from tests.support.until import until
 
 CPUS_OF_NODE_0 = CpuSet([0, 4])
@@ -284,11 +287,88 @@ def everything(folder: Path) -> set[Path]:
 async def test_the_longest_and_oddest_names_that_kubernetes_has_are_prepared(name: str, folder: Path) -> None:
     """Of claims (DNS subdomains) and of requests (DNS labels)."""
     async with claim_room(folder) as room:
-        request = name.replace(".", "-")[:63]
+        request = name.replace(".", "-")[:63].rstrip("-")
         claim = room.claim(name, consumed("cpu", "numa0", request, cpus="1"))
         (answer,) = await room.prepare(claim)
         assert answer.error == "" and answer.devices[0].requests == (request,)
         assert f'"containerPath": "/var/run/nodeagent/claims/{name}"' in room.spec_file(claim).read_text()
+
+
+def mounts(room: Room, claim: ClaimRef) -> dict[str, str]:
+    """Host paths by container path, of the files for applications of every driver."""
+    devices = json.loads(room.spec_file(claim).read_text())["devices"]
+    every = [one for it in devices for one in it["containerEdits"]["mounts"]]
+    found = [one for one in every if one["containerPath"].startswith(reader.FOLDER)]
+    assert all("ro" in one["options"] and "bind" in one["options"] for one in found)
+    return {one["containerPath"]: one["hostPath"] for one in found}
+
+
+def remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def contents(mounts: dict[str, str]) -> dict[str, bytes]:
+    return {path: Path(host_path).read_bytes() for path, host_path in mounts.items()}
+
+
+async def test_applications_find_the_devices_of_a_claim_where_every_driver_puts_them(folder: Path) -> None:
+    """From Prepare to Unprepare; put back where somebody deletes it, and after a restart."""
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", "cpus", cpus="2"), result("char", PORT, "port/a"))
+        await room.prepare(claim)
+        cpus, port = (reader.claim_path(DRIVER, "c", request) for request in ("cpus", "port"))
+        before = mounts(room, claim)
+        assert list(before) == [cpus, port]
+        files_of = contents(before)
+        assert [one.name for one in reader.read(files_of[port]).requests or ()] == ["port/a"]
+        for lost in (*before.values(), str(room.readable)):
+            remove(Path(lost))
+            await room.restart()
+            await room.rendering.restore()
+            assert contents(before) == files_of
+        await room.unprepare(claim)
+        nothing_held(room)
+
+
+async def test_a_claim_made_from_a_template_is_found_by_its_name_in_the_pod(folder: Path) -> None:
+    """Its own name is generated. The name is kept where the API server is away and over a restart."""
+    async with claim_room(folder) as room:
+        claim = room.claim("pod-mine-x7k2p", consumed("cpu", "numa0", "cpus", cpus="2"))
+        room.objects["default", claim.name]["metadata"]["annotations"] = {POD_CLAIM_NAME: "mine"}
+        await room.prepare(claim)
+        path = reader.template_path(DRIVER, "mine", "cpus")
+        before = mounts(room, claim)
+        assert list(before) == [path]
+        assert reader.read(contents(before)[path]).pod_claim_name == "mine"
+        room.away = True
+        await room.restart()
+        room.spec_file(claim).unlink()
+        await room.rendering.restore()
+        assert mounts(room, claim) == before
+        assert [one.error for one in await room.prepare(claim)] == [""]
+        assert mounts(room, claim) == before
+
+
+@pytest.mark.parametrize("name", ["", "../../etc", "x" * 64, "Mine", 7, None])
+async def test_an_annotation_that_names_no_claim_of_a_pod_counts_for_nothing(name: object, folder: Path) -> None:
+    """Anyone may write one: the claim is found by its own name."""
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", "cpus", cpus="2"))
+        room.objects["default", "c"]["metadata"]["annotations"] = {POD_CLAIM_NAME: name}
+        assert [one.error for one in await room.prepare(claim)] == [""]
+        assert list(mounts(room, claim)) == [reader.claim_path(DRIVER, "c", "cpus")]
+
+
+async def test_a_claim_allocated_to_other_requests_has_no_files_of_the_former_ones(folder: Path) -> None:
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", "before", cpus="2"))
+        await room.prepare(claim)
+        room.claim("c", consumed("cpu", "numa0", "after", cpus="2"), uid=claim.uid)
+        await room.prepare(claim)
+        assert sorted(one.name for one in (room.readable / claim.uid).iterdir()) == [
+            "metadata.json",
+            "request-after.json",
+        ]
 
 
 async def test_thirty_two_devices_in_one_claim_are_named_in_order(folder: Path) -> None:
