@@ -16,7 +16,7 @@ import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
@@ -96,9 +96,12 @@ class Decisions:
         self._series_began_s = 0.0
         self._series_ended = asyncio.Event()
         self._staged: list[_Staged] = []
+        """Decisions that wait for the disk."""
         self._tip: Ledger | None = None
         """The ledger with all that is on its way to the disk; None if nothing is."""
-        self._committing: asyncio.Task[None] | None = None
+        self._settled = asyncio.Event()
+        """Set while nothing is on its way to the disk."""
+        self._settled.set()
         self._failures = 0
         """Number of transactions that failed."""
         self._announcement: asyncio.TimerHandle | None = None
@@ -108,6 +111,8 @@ class Decisions:
         self._closing = True
         while self._under_way:
             await asyncio.wait(self._under_way)
+        async with self._turn:
+            await self._settled.wait()
         self._disk.shutdown(wait=True)
         self._store.close()
 
@@ -118,22 +123,31 @@ class Decisions:
 
         If the peer hangs up, the decision is still completed and its result dropped; a failure is then only logged.
         """
-        return await self._completed(lambda: self._alone(lambda: work(*args, **kwargs)))
+        self._refuse_if_closing()
+        return await _kept_on(self._begin(lambda: self._alone(lambda: work(*args, **kwargs))))
 
     async def _decided_in_group(self, decide: Callable[[Ledger], Awaitable[Outcome[T]]], op: str) -> T:
         """Make a decision on the newest ledger, as it will be once everything before is durable, and return its result
-        when it is durable itself. A peer that hangs up is treated as in `_decided`."""
-        return await self._completed(lambda: self._in_group(decide, op))
+        when it is durable itself. If the peer hangs up, nothing is decided or the decision is completed."""
+        self._refuse_if_closing()
+        async with self._turn:
+            await self._join_series()
+            try:
+                failures = self._failures
+                outcome = await decide(self.newest)
+                if failures != self._failures:
+                    raise StateError(f"cannot decide: what it is based on could not be saved in {self._store.path}")
+                durable = self._stage(outcome, op)
+            except BaseException:
+                self._leave_series()
+                raise
+        durable.add_done_callback(lambda _: self._leave_series())
+        await _kept_on(durable)
+        return outcome.result
 
-    async def _completed(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    def _refuse_if_closing(self) -> None:
         if self._closing:
             raise StateError(f"cannot decide: the agent is stopping, its ledger {self._store.path} is closed")
-        task = self._begin(work)
-        try:
-            return await asyncio.shield(task)
-        except asyncio.CancelledError:
-            task.add_done_callback(_say_failure)
-            raise
 
     def _begin(self, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
         """Begin a decision, which `close` waits for."""
@@ -152,28 +166,10 @@ class Decisions:
         async with self._turn:
             await self._join_series()
             try:
-                await self._settled()
+                await self._settled.wait()
                 return await work()
             finally:
                 self._leave_series()
-
-    async def _in_group(self, decide: Callable[[Ledger], Awaitable[Outcome[T]]], op: str) -> T:
-        async with self._turn:
-            await self._join_series()
-            try:
-                failures = self._failures
-                outcome = await decide(self.newest)
-                if failures != self._failures:
-                    raise StateError(f"cannot decide: what it is based on could not be saved in {self._store.path}")
-                durable = self._stage(outcome, op)
-            except BaseException:
-                self._leave_series()
-                raise
-        try:
-            await durable
-            return outcome.result
-        finally:
-            self._leave_series()
 
     # ---------------------------------------------------------------- other processes
 
@@ -234,26 +230,33 @@ class Decisions:
     def _stage(self, outcome: Outcome[Any], op: str) -> asyncio.Future[None]:
         """Send a decision to the disk. The future is done when everything up to it is durable and in effect."""
         durable = asyncio.get_running_loop().create_future()
-        if not outcome.changes and outcome.then is None and self._committing is None:
+        if not outcome.changes and outcome.then is None and self._settled.is_set():
             durable.set_result(None)
             return durable
         self._tip = outcome.ledger
         self._staged.append(_Staged(outcome, Entry(outcome.changes, op, time.time()), durable))
-        if self._committing is None:
-            self._committing = asyncio.ensure_future(self._commit())
+        if self._settled.is_set():
+            self._settled.clear()
+            self._write_staged()
         return durable
 
-    async def _commit(self) -> None:
-        """Write what is staged, group by group, until nothing is."""
-        while self._staged:
-            group, self._staged = self._staged, []
-            try:
-                raised = await self._on_disk(self._write, group)
-            except Exception as error:
-                self._fail(group, error)
-            else:
-                self._take_effect(group, raised)
-        self._committing = self._tip = None
+    def _write_staged(self) -> None:
+        """Have all that waits for the disk written."""
+        group, self._staged = self._staged, []
+        loop = asyncio.get_running_loop()
+        writing = self._disk.submit(self._write, group)
+        writing.add_done_callback(lambda done: loop.call_soon_threadsafe(self._written, group, done))
+
+    def _written(self, group: Sequence[_Staged], done: Future[list[Exception | None]]) -> None:
+        if (error := done.exception()) is not None:
+            self._fail(group, error)
+        else:
+            self._take_effect(group, done.result())
+        if self._staged:
+            self._write_staged()
+        else:
+            self._tip = None
+            self._settled.set()
 
     def _write(self, group: Sequence[_Staged]) -> list[Exception | None]:
         """Write a group in one transaction, in the thread of the disk. Return what each one's `then` raised."""
@@ -267,17 +270,12 @@ class Decisions:
         for one, error in zip(group, raised, strict=True):
             _resolve(one.durable, error)
 
-    def _fail(self, group: Sequence[_Staged], error: Exception) -> None:
+    def _fail(self, group: Sequence[_Staged], error: BaseException) -> None:
         """Drop a group and all that was decided on top of it."""
         self._failures += 1
         based, self._staged, self._tip = self._staged, [], None
         for one in (*group, *based):
             _resolve(one.durable, error)
-
-    async def _settled(self) -> None:
-        """Return when nothing is on its way to the disk."""
-        while self._committing is not None:
-            await asyncio.wait({self._committing})
 
     async def _on_disk(self, work: Callable[..., T], *args: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work, *args)
@@ -308,7 +306,16 @@ def _raised_by(work: Callable[[], None] | None) -> Exception | None:
     return None
 
 
-def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
+async def _kept_on(work: asyncio.Future[T]) -> T:
+    """Return the result of work that goes on if the caller is cancelled; its failure is then only logged."""
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        work.add_done_callback(_say_failure)
+        raise
+
+
+def _resolve(future: asyncio.Future[None], error: BaseException | None) -> None:
     if future.done():  # cancelled with its task, as the loop ends
         return
     if error is None:
@@ -317,8 +324,8 @@ def _resolve(future: asyncio.Future[None], error: Exception | None) -> None:
         future.set_exception(error)
 
 
-def _say_failure(task: asyncio.Task[Any]) -> None:
-    """Log what a task raised that has no waiter left."""
+def _say_failure(task: asyncio.Future[Any]) -> None:
+    """Log what work raised that has no waiter left."""
     error = None if task.cancelled() else task.exception()
     if error is not None:
         unforeseen = None if isinstance(error, NodeagentError) else error

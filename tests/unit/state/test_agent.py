@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import pytest
@@ -345,23 +347,22 @@ async def test_reserved_cpus_are_refused(folder: Path) -> None:
 
 
 async def test_cpus_that_become_reserved_during_a_decision_stay_reserved(folder: Path) -> None:
-    """The decision took its ledger before, and saves after."""
+    """The decision took its ledger before, and is saved after."""
     async with node(folder) as one:
-        async with one.agent._turn:
-            decision = asyncio.ensure_future(one.allocate(CPU, "cpu4"))
-            await asyncio.sleep(0)
-        saving = asyncio.Event()
-        save = one.agent._on_disk
+        loop, save, applied = asyncio.get_running_loop(), one.agent._store.save_all, threading.Event()
 
-        async def slow(*args: object) -> object:
-            saving.set()
-            await asyncio.sleep(0)
+        def apply() -> None:
             one.agent.apply_settings(AgentSettings(reserved=CpuSet([0])))
-            return await save(*args)  # type: ignore[arg-type]
+            applied.set()
 
-        one.agent._on_disk = slow  # type: ignore[assignment, method-assign]
-        await decision
-        assert saving.is_set()
+        def slow(*args: Any, **more: Any) -> None:
+            loop.call_soon_threadsafe(apply)
+            assert applied.wait(10)
+            save(*args, **more)
+
+        one.agent._store.save_all = slow  # type: ignore[method-assign]
+        await one.allocate(CPU, "cpu4")
+        assert applied.is_set()
         assert one.agent.ledger.reserved == CpuSet([0])
 
 
@@ -386,19 +387,21 @@ async def test_a_caller_that_hangs_up_during_the_save_leaves_memory_and_disk_equ
             assert (await one.grant(CPU, *ids)).id == grant
 
 
-async def test_a_failure_that_nobody_waits_for_is_in_the_log(folder: Path) -> None:
-    """The caller hung up, then the decision was refused."""
+async def test_a_failure_that_nobody_waits_for_is_in_the_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller hung up, then the decision could not be saved; or it was refused in a turn of its own."""
     async with node(folder) as one:
-        await one.grant(FULL, "cpu1")
-        with capture_logs() as logs:
-            call = asyncio.ensure_future(one.allocate(CPU, "cpu1"))
-            await asyncio.sleep(0)
-            call.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await call
-            await one.agent.release([], "op")
-        (failed,) = [line for line in logs if line["event"] == "abandoned-decision-failed"]
-        assert "held by" in failed["error"]
+        with capture_logs() as logs, monkeypatch.context() as patch:
+            patch.setattr(Store, "save_all", _full)
+            for call in (one.allocate(CPU, "cpu1"), one.reconcile(holding("a", CPU, "cpu2"))):
+                task = asyncio.ensure_future(call)
+                await asyncio.sleep(0)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                await one.agent.refresh()
+        failed = [line["error"] for line in logs if line["event"] == "abandoned-decision-failed"]
+        assert failed == ["cannot save ledger.db: database or disk is full"] * 2
+        assert not one.agent.ledger.grants
 
 
 async def test_closing_lets_decisions_finish_and_takes_no_more(folder: Path) -> None:
