@@ -26,6 +26,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from nodeagent.cli.source import check_root
     from nodeagent.config.load import load as load_config
+    from nodeagent.config.load import placed
     from nodeagent.config.schema import Config
     from nodeagent.daemon import daemon
     from nodeagent.daemon.paths import paths_of
@@ -38,5 +39,6 @@ def run(args: argparse.Namespace) -> int:
     where = paths_of(
         config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir, accept_loss=args.accept_loss
     )
-    asyncio.run(daemon.run(config, where))
+    with placed(path):
+        asyncio.run(daemon.run(config, where))
     return 0
