@@ -544,8 +544,10 @@ def test_a_reservation_of_cpus_that_cannot_be_ends_with_one_line(folder: Path) -
     agent = Running(folder, reservedCpus="8000")
     done = start("--config", str(agent.config_file), "--kubelet-dir", str(folder / "kubelet"))
     assert done.returncode == 2
-    why = "nodeagent: cannot reserve CPUs 8000 of reservedCpus: this machine can have CPUs "
-    assert done.stderr.splitlines()[-1].startswith(why)
+    why = f"nodeagent: cannot use {agent.config_file}: cannot reserve CPUs 8000 of reservedCpus: this machine can have "
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(why)
+    assert " (line 1, column " in last
 
 
 @pytest.mark.parametrize(
