@@ -8,6 +8,7 @@ import pytest
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.ledger.exclusion import most_together
+from nodeagent.core.ledger.foreign import devices_named
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
@@ -386,3 +387,11 @@ def test_a_recorded_gpu_in_cpx_mode_has_eight_partitions(tmp_path: Path) -> None
     assert [one.exclusive_parts for one in parts] == [(f"/dev/dri/renderD{128 + number}",) for number in range(8)]
     assert {one.attributes["memory_bytes"] for one in parts} == {24 * GIB}
     assert by_id(found)["0000:05:00.0"].attributes["memory_bytes"] == 192 * GIB
+
+
+def test_a_partition_is_named_as_amds_plugin_names_it(tmp_path: Path) -> None:
+    """By the platform device of its render node; the first one has the render node of the PCI function."""
+    inventory = Inventory(devices=look(_recorded(tmp_path, "amd-cpx")).devices)
+    assert devices_named(inventory, ["amdgpu_xcp.0", "amdgpu_xcp.6"]) == ("0000:05:00.0/xcp-1", "0000:05:00.0/xcp-7")
+    assert devices_named(inventory, ["amdgpu_xcp.7"]) == ()
+    assert "platform" not in inventory.device_by_id["0000:05:00.0/xcp-0"].attributes
