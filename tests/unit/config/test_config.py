@@ -353,10 +353,22 @@ def test_config_schema_prints_it() -> None:
 
 def test_config_check_says_what_is_served(tmp_path: Path) -> None:
     file = tmp_path / "here.yaml"
-    file.write_text("domain: example.com\nresources: [{name: gpu, kind: gpu}]\n")
+    file.write_text(
+        "domain: example.com\ndra: {driver: d.example.com}\nresources:\n- {name: gpu, kind: gpu}\n"
+        "- {name: vf, kind: nic, serve: both}\n- {name: memory, kind: memory, serve: dra}\n"
+    )
     done = cli("check", str(file))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "example.com/gpu" in done.stdout
+    assert done.stdout.splitlines() == [
+        f"{file}: good",
+        "  device plugin: example.com/gpu, example.com/vf",
+        "  DRA, driver d.example.com: vf (nic), memory (memory)",
+    ]
+    file.write_text("resources: []\n")
+    assert cli("check", str(file)).stdout.splitlines()[1:] == [
+        "  device plugin: nothing",
+        "  DRA, driver nodeagent.dev: nothing",
+    ]
 
 
 @pytest.mark.parametrize(
