@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from hypothesis import strategies as some
 from nodeagent.core.deviceplugin.devices import HOST_USES, DeviceResource
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.host.devices.all_kinds import Devices, UsbSelector
+from nodeagent.host.devices.all_kinds import CharSelector, Devices, UsbSelector
 from nodeagent.host.host_uses import with_all_uses
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, look
@@ -98,6 +100,28 @@ def test_the_boot_partitions_of_an_emmc_are_no_disks(tree: DeviceTree) -> None:
     assert (found.id, found.attributes["in_use"]) == ("block-0000:00:1c.0-mmcblk0", False)
     tree.write("proc/1/mountinfo", "22 1 179:8 / /boot rw - ext4 /dev/mmcblk0boot0 rw")
     assert by_id(look(tree))[found.id].attributes["in_use"] is True
+
+
+@pytest.mark.parametrize("path", ["dev/sg0", "dev/bsg/0:0:0:0"])
+def test_another_node_of_a_disk_is_the_disk(tree: DeviceTree, path: str) -> None:
+    """A SCSI disk has three nodes; whoever writes to one of them writes to all."""
+    disk = tree.disk(CONTROLLER, "sda", "host0/0:0:0:0", 1 << 30, dev="8:0")
+    scsi = disk.parents[1]
+    folder = scsi / path.split("/")[1] / path.rpartition("/")[2]
+    tree.link(f"{folder.relative_to(tree.root)}/device", scsi)
+    tree.link("sys/dev/char/21:0", folder)
+    node = tree.root / path
+    node.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.mknod(node, stat.S_IFCHR | 0o600, os.makedev(21, 0))
+    except PermissionError as error:
+        pytest.skip(f"cannot make a device node here: {error}")
+    selected = (CharSelector(name="scsi", globs=("/dev/sg*", "/dev/bsg/*")),)
+    found = look(tree, char=selected)
+    assert excluded(found, f"/{path}") == {f"block-{CONTROLLER}-sda", CONTROLLER}
+    assert f"/{path}" in offered(found)
+    tree.write("proc/1/mountinfo", "22 1 8:0 / / rw - ext4 /dev/sda rw")
+    assert f"/{path}" not in offered(look(tree, char=selected))
 
 
 @pytest.mark.parametrize("name", ["zd0", "bcache0", "nullb0", "ublkb0", "rnbd0"])
