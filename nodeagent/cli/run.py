@@ -7,6 +7,8 @@ import asyncio
 import os
 from pathlib import Path
 
+from nodeagent.errors import InputError
+
 DEFAULT_CONFIG = Path("/etc/nodeagent/config.yaml")
 
 
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     check_root(args.root)
+    if args.kubelet_dir == "":
+        raise InputError("cannot use --kubelet-dir '': expected kubelet's folder")
     config = load_config(path) if path is not None else Config()
     log.configure(config.log.level, config.log.format)
     where = paths_of(

@@ -554,6 +554,13 @@ def test_a_kubelet_folder_that_is_too_deep_is_one_line(folder: Path) -> None:
     assert "the limit is 107" in done.stderr
 
 
+def test_an_empty_name_of_kubelets_folder_is_one_line(folder: Path) -> None:
+    """As of a variable that is not set: it must not mean the folder of the machine's own kubelet."""
+    done = start("--config", str(Running(folder).config_file), "--kubelet-dir", "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nodeagent: cannot use --kubelet-dir '': expected kubelet's folder\n"
+
+
 def test_a_state_folder_that_is_a_file_is_one_line(folder: Path) -> None:
     (folder / "state").write_text("")
     assert "cannot use folder" in mistaken(folder)
