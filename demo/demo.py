@@ -26,13 +26,14 @@ DOMAIN = "nodeagent.dev"
 PAGE_BYTES = 2 << 20
 PAGES = 8
 DEADLINE_S = 20.0
+NODES = Path("/sys/devices/system/node")
 
 
 class Hugepages:
     """A few free 2 MiB pages. The host is changed only with DEMO_HUGEPAGES=1, and changed back at the end."""
 
     def __init__(self) -> None:
-        folders = sorted(Path("/sys/devices/system/node").glob("node*/hugepages/hugepages-2048kB"))
+        folders = sorted(NODES.glob("node*/hugepages/hugepages-2048kB"))
         self._folder = folders[0] if folders else None
         self._before: str | None = None
         """What was in nr_hugepages, once it was changed."""
@@ -218,8 +219,14 @@ async def main() -> int:
     return 0 if good else 1
 
 
-if __name__ == "__main__":
+def run() -> int:
+    """Run the demonstration; the exit code. SIGTERM ends it as Ctrl-C does: what was changed is put back."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        sys.exit(asyncio.run(main()))
+        return asyncio.run(main())
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(run())

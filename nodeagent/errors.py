@@ -71,3 +71,8 @@ class PeerError(NodeagentError):
 
 class ConfigError(NodeagentError):
     """The configuration is invalid."""
+
+    def __init__(self, why: str, *, key: str = "") -> None:
+        """key: path of the wrong value, such as $.resources[0].kind, if it is not in the text."""
+        super().__init__(why)
+        self.key = key

@@ -198,12 +198,20 @@ def _request(inventory: Inventory, line: Line) -> Request:
 
 def _ledger(inventory: Inventory, line: Line, state: Sequence[Grant]) -> Ledger:
     """Return a ledger with what is held and reserved."""
-    held = CpuSet.parse(line.held, source="held") & inventory.cpus_online
-    reserved = CpuSet.parse(line.reserved, source="reserved") & inventory.cpus_online
+    held, reserved = _cpus(inventory, line.held, "held"), _cpus(inventory, line.reserved, "reserved")
     grants = {one.id: one for one in state}
     if held:
         grants["--held"] = Grant(id="--held", holder=Holder(api=DEVICE_PLUGIN), cpus=held)
     return Ledger(grants=grants, reserved=reserved)
+
+
+def _cpus(inventory: Inventory, text: str, name: str) -> CpuSet:
+    """Return the online CPUs of a list. Raise InputError if it names CPUs that this machine cannot have."""
+    named = CpuSet.parse(text, source=name)
+    possible = inventory.cpus_possible | inventory.cpus_online | inventory.cpus_offline
+    if strange := named - possible:
+        raise InputError(f"cannot use {name} {_short(text)}: this machine can have CPUs {possible}, not {strange}")
+    return named & inventory.cpus_online
 
 
 def _read_state(path: str) -> tuple[Grant, ...]:

@@ -7,6 +7,8 @@ import asyncio
 import os
 from pathlib import Path
 
+from nodeagent.errors import InputError
+
 DEFAULT_CONFIG = Path("/etc/nodeagent/config.yaml")
 
 
@@ -26,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from nodeagent.cli.source import check_root
     from nodeagent.config.load import load as load_config
+    from nodeagent.config.load import placed
     from nodeagent.config.schema import Config
     from nodeagent.daemon import daemon
     from nodeagent.daemon.paths import paths_of
@@ -33,10 +36,13 @@ def run(args: argparse.Namespace) -> int:
 
     path = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
     check_root(args.root)
+    if args.kubelet_dir == "":
+        raise InputError("cannot use --kubelet-dir '': expected kubelet's folder")
     config = load_config(path) if path is not None else Config()
     log.configure(config.log.level, config.log.format)
     where = paths_of(
         config, config_file=path, root=args.root, kubelet_dir=args.kubelet_dir, accept_loss=args.accept_loss
     )
-    asyncio.run(daemon.run(config, where))
+    with placed(path):
+        asyncio.run(daemon.run(config, where))
     return 0

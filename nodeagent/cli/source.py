@@ -15,7 +15,7 @@ from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.nvml.client import Probe
 from nodeagent.host.nvml.values import Failure, Snapshot
 from nodeagent.host.pci import NVIDIA
-from nodeagent.host.snapshot import scan
+from nodeagent.host.snapshot import NO_SELECTORS, Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 
 LARGEST_FILE_BYTES = 256 << 20
@@ -38,15 +38,18 @@ def check_root(root: str) -> None:
         raise InputError(f"cannot read --root {root}: {error.filename}: {error.strerror}") from None
 
 
-def read_root(root: str | None) -> Inventory:
+def read_root(root: str | None, selected: Selectors = NO_SELECTORS) -> Inventory:
     """Return the inventory of this machine, or of a captured tree (NVML is queried only on the machine itself). Raise
-    InputError if `root` is not a captured tree."""
+    InputError if `root` is not a captured tree.
+
+    selected: character and USB devices to look for.
+    """
     if root is not None:
         check_root(root)
     sysfs, families = SysFs(root or "/"), load_kinds()
-    inventory = scan(sysfs, families)
+    inventory = scan(sysfs, families, selected)
     if root is None and any(device.vendor == NVIDIA for device in inventory.devices):
-        inventory = scan(sysfs, families, nvml=asyncio.run(_ask_nvml()))
+        inventory = scan(sysfs, families, selected, nvml=asyncio.run(_ask_nvml()))
     return inventory
 
 

@@ -5,6 +5,7 @@ An unknown key is rejected with its path and the nearest known key, a wrong valu
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,27 +30,53 @@ def parse(text: str | bytes, *, source: str) -> Config:
     for path, key, known in _unknown(found, schema(), "$"):
         where = _line_of(text, hints.steps(f"at `{path}`"))
         raise ConfigError(f"cannot use {source}: unknown key {path}; {hints.hint(key, sorted(known))}{where}")
-    try:
-        config = msgspec.convert(found, Config)
-    except (msgspec.ValidationError, UnicodeError) as error:
-        said = str(error)
-        more = f"{hints.found(found, said)}{hints.expected(schema(), said)}{_line_of(text, hints.steps(said))}"
-        raise ConfigError(f"cannot use {source}: {said}{more}") from None
+    if said := _error_of(found):
+        place = hints.path_of(found, said, _error_of)
+        more = f"{hints.found(found, said, place)}{hints.expected(schema(), said)}{_line_of(text, place)}"
+        raise ConfigError(f"cannot use {source}: {said}{more}")
+    config = msgspec.convert(found, Config)
     for wrong in mistakes(config):
-        place = re.search(r"at (\$\S*?)(?:,|:| |$)", f"{wrong} ")
-        where = _line_of(text, hints.steps(f"at `{place[1]}`")) if place else ""
+        named = re.search(r"(?:at |^)(\$\S*?)(?:,|:| |$)", f"{wrong} ")
+        where = _line_of(text, hints.steps(f"at `{named[1]}`")) if named else ""
         raise ConfigError(f"cannot use {source}: {wrong}{where}")
     return config
 
 
+def _error_of(document: Any) -> str:
+    """Return why a document does not have the form of a configuration, or ""."""
+    try:
+        msgspec.convert(document, Config)
+    except (msgspec.ValidationError, UnicodeError) as error:
+        return str(error)
+    return ""
+
+
 def load(path: Path) -> Config:
     """Return the configuration in a file. Raise ConfigError."""
+    return parse(_read(path), source=str(path))
+
+
+@contextlib.contextmanager
+def placed(path: Path | None) -> Iterator[None]:
+    """Add the file and the line to a ConfigError that comes up while a configuration is used, if it names its key.
+
+    path: of the file that the configuration was loaded from, or None if it has none.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if path is None or not error.key:
+            raise
+        where = _line_of(_read(path), hints.steps(f"at `{error.key}`"))
+        raise ConfigError(f"cannot use {path}: {error}{where}") from None
+
+
+def _read(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            text = file.read(LARGEST_FILE_BYTES + 1)
+            return file.read(LARGEST_FILE_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    return parse(text, source=str(path))
 
 
 def differences(old: Config, new: Config) -> list[str]:

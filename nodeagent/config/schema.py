@@ -20,6 +20,7 @@ SMALLEST_PAGE_BYTES, LARGEST_PAGE_BYTES = 16 << 10, 16 << 30
 LONGEST_DOMAIN = 253
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
+NODE_NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
 RESOURCE_NAME = f"^({DOMAIN[1:-1]}/)?{NAME[1:]}"
 Name = Annotated[str, msgspec.Meta(pattern=NAME)]
 DevPath = Annotated[str, msgspec.Meta(pattern=r"^/dev/[^\0]+$")]
@@ -92,7 +93,7 @@ class DraConfig(_Base, frozen=True):
     """Dynamic Resource Allocation: how this node takes part if any resource is served through it."""
 
     driver: Annotated[str, msgspec.Meta(pattern=DOMAIN, max_length=63), AT_START] = "nodeagent.dev"
-    node_name: Annotated[str, AT_START] = ""
+    node_name: Annotated[str, msgspec.Meta(pattern=f"^({NODE_NAME})?$"), AT_START] = ""
     """The Node's name. Empty: $NODE_NAME, or otherwise the host name."""
     kubeconfig: Annotated[AbsoluteOrEmpty, AT_START] = ""
     """How to reach the API server. Empty: as a pod's service account."""

@@ -24,7 +24,7 @@ from nodeagent.admin.status import Status
 from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all, race, supervise
-from nodeagent.config.load import differences
+from nodeagent.config.load import differences, placed
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked, status_readers
@@ -430,8 +430,9 @@ class Daemon:
     async def _take(self, path: Path | None) -> list[str]:
         """Apply a configuration. Everything that can be refused comes before anything that changes."""
         new = load_config(path) if path is not None else self.config
-        check_served(new, self._families, self._where.kubelet_dir)
-        now = self._settings(new)
+        with placed(path):
+            check_served(new, self._families, self._where.kubelet_dir)
+            now = self._settings(new)
         changed, self.config = differences(self.config, new), new
         log_of.configure(new.log.level, new.log.format)
         self.agent.apply_settings(now)

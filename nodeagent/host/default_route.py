@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
 
 from nodeagent.host import pci
 from nodeagent.host.sysfs.lenient import Tolerant
@@ -16,6 +17,8 @@ from nodeagent.host.sysfs.lenient import Tolerant
 _NET = "sys/class/net"
 _OPEN_VSWITCH = "ovs-system"
 """The datapath, master of all ports except the bridges' own interfaces (net/openvswitch/vport-netdev.c)."""
+_WIDE_MASKS, _WIDE_PREFIXES = frozenset({"00000000", "00000080"}), frozenset({"00", "01", "02", "03"})
+"""Masks as in proc/net/route, in the byte order of the network; lengths of prefixes as in proc/net/ipv6_route."""
 _VRF_FLAGS = 0x480
 """IFF_MASTER and IFF_NOARP: no other interface has both (drivers/net/vrf.c)."""
 
@@ -24,18 +27,30 @@ def routed_interfaces(reader: Tolerant) -> frozenset[str]:
     """Return the interfaces with a default route in the network namespace of process 1, and all that are below them."""
     adapters = {name: address is not None for name, _, address, _ in pci.members(reader, _NET)}
     below = _links(reader, adapters)
-    named = {*_routes(reader), *_routed_vrfs(reader, below)}
-    return _reachable([*named, *_unlinked(reader, adapters, below, named)], below)
+    routes = _routes(reader)
+    named = {*(one.interface for one in routes if one.is_default), *_routed_vrfs(reader, below)}
+    found = _reachable([*named, *_unlinked(reader, adapters, below, named)], below)
+    there = found & adapters.keys()
+    if there and not any(adapters[one] or _is_hardware(reader, one) for one in there):
+        found |= _reachable(_below_tunnels(adapters, below, routes), below)
+    return found
 
 
-def _routes(reader: Tolerant) -> frozenset[str]:
-    """Return the interfaces that default routes name. The file for IPv4 has only the main table, that for IPv6 all."""
+class _Route(NamedTuple):
+    interface: str
+    is_default: bool
+    """Whether it leads to so much that it is a default route: a half of all addresses (0.0.0.0/1, as VPNs set them),
+    or all that are global (2000::/3)."""
+
+
+def _routes(reader: Tolerant) -> list[_Route]:
+    """Return all routes but those of the loopback interface. The file for IPv4 has only the main table, that for IPv6
+    all."""
     four = (line.split() for line in (reader.text("proc/1/net/route") or "").splitlines()[1:])
     six = (line.split() for line in (reader.text("proc/1/net/ipv6_route") or "").splitlines())
-    return frozenset(
-        [words[0] for words in four if len(words) > 7 and words[1] == words[7] == "00000000"]
-        + [words[9] for words in six if len(words) > 9 and words[1] == "00" and words[9] != "lo"]
-    )
+    found = [_Route(words[0], words[7] in _WIDE_MASKS) for words in four if len(words) > 7]
+    found += [_Route(words[9], words[1] in _WIDE_PREFIXES) for words in six if len(words) > 9]
+    return [one for one in found if one.interface != "lo"]
 
 
 def _routed_vrfs(reader: Tolerant, names: Iterable[str]) -> list[str]:
@@ -96,7 +111,7 @@ def _pairs(reader: Tolerant, name: str, files: list[str]) -> Iterator[tuple[str,
 
 
 def _reachable(names: Iterable[str], below: Mapping[str, set[str]]) -> frozenset[str]:
-    """Return the interfaces and all below them, at any depth; loops end."""
+    """Return some interfaces and all below them, at any depth; loops end."""
     found: set[str] = set()
     waiting = list(names)
     while waiting:
@@ -105,6 +120,18 @@ def _reachable(names: Iterable[str], below: Mapping[str, set[str]]) -> frozenset
             found.add(name)
             waiting.extend(below.get(name, ()))
     return frozenset(found)
+
+
+def _is_hardware(reader: Tolerant, name: str) -> bool:
+    return not reader.sysfs.real(f"{_NET}/{name}").startswith("sys/devices/virtual/")
+
+
+def _below_tunnels(adapters: Mapping[str, bool], below: Mapping[str, set[str]], routes: Iterable[_Route]) -> list[str]:
+    """Return the interfaces that may carry the node's network where its default routes lead into tunnels alone
+    (WireGuard, PPP, a dummy interface): those with any route that lead to an adapter, or else all adapters."""
+    routed = {one.interface for one in routes}
+    may = [one for one in routed if any(adapters.get(lower) for lower in _reachable([one], below))]
+    return may or [one for one, is_adapter in adapters.items() if is_adapter]
 
 
 def _unlinked(

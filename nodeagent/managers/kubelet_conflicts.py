@@ -24,6 +24,7 @@ from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY
 
 FIRST = " (before that, `nodeagent import kubelet-state` takes over what running pods have)"
 CGROUP_ROOT = "cgroupRoot"
+RESERVED_KEY = "$.reservedCpus"
 log = structlog.get_logger()
 
 
@@ -92,22 +93,28 @@ class KubeletConflicts:
 def reserved_cpus(config: Config, kubelet: Kubelet, inventory: Inventory) -> CpuSet:
     """Return the CPUs that are never granted: as configured, else kubelet's, else the first core.
 
-    A configured CPU that is offline stays reserved. Raise ConfigError if the configured list cannot be parsed, or if it
-    names CPUs that this machine cannot have.
+    Raise ConfigError as configured_cpus does.
     """
     if config.reserved_cpus is not None:
-        configured, possible = _configured(config.reserved_cpus), inventory.cpus_possible | inventory.cpus_online
-        if possible and (strange := configured - possible):
-            raise ConfigError(f"cannot reserve CPUs {strange} of reservedCpus: this machine can have CPUs {possible}")
-        return configured
+        return configured_cpus(config.reserved_cpus, inventory)
     return (kubelet.cpus.reserved if kubelet.cpus is not None else EMPTY) or _first_core(inventory)
+
+
+def configured_cpus(text: str, inventory: Inventory) -> CpuSet:
+    """Return the CPUs of a configured reservedCpus; one that is offline stays reserved. Raise ConfigError if the list
+    cannot be parsed, or if it names CPUs that this machine cannot have."""
+    configured, possible = _configured(text), inventory.cpus_possible | inventory.cpus_online
+    if possible and (strange := configured - possible):
+        why = f"cannot reserve CPUs {strange} of reservedCpus: this machine can have CPUs {possible}"
+        raise ConfigError(why, key=RESERVED_KEY)
+    return configured
 
 
 def _configured(text: str) -> CpuSet:
     try:
         return CpuSet.parse(text, source="reservedCpus")
     except InputError as error:
-        raise ConfigError(str(error)) from None
+        raise ConfigError(str(error), key=RESERVED_KEY) from None
 
 
 def _first_core(inventory: Inventory) -> CpuSet:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import msgspec
 
 from nodeagent.config.schema import CdiConfig, Config, ResourceConfig
-from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.deviceplugin.devices import DeviceResource, has_field
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.device import ContainerEdits, Device, Mount
@@ -88,7 +88,20 @@ def offers(config: Config, families: Sequence[all_kinds.Kind]) -> tuple[Offer, .
     Memory has no ids and is therefore not offered.
     """
     known = {family.name: family for family in families}
-    return tuple(_offer(config, one, known) for one in config.served if one.kind != MEMORY)
+    return tuple(_offer(config, i, known) for i, one in enumerate(config.served) if one.kind != MEMORY)
+
+
+def misspelt(offers: Iterable[Offer], inventory: Inventory) -> Iterator[str]:
+    """Yield the keys of `match`, and values of `cdi.name`, that no device of this machine has, though it has devices of
+    the kind: probably misspelt."""
+    for offer in offers:
+        kind, cdi = offer.resource.kind, offer.config.cdi
+        if there := inventory.devices_by_kind.get(kind):
+            keys = [key for key in offer.config.match if not any(has_field(one, key) for one in there)]
+            unknown = [f"match names {key!r}" for key in keys]
+            if cdi is not None and not any(_named_by(cdi, device) for device in there):
+                unknown.append(f"cdi.name is {cdi.name!r}")
+            yield from (f"{offer.name}: {what}, which no {kind} of this machine has" for what in unknown)
 
 
 def selectors(config: Config) -> Selectors:
@@ -104,13 +117,15 @@ def selectors(config: Config) -> Selectors:
     )
 
 
-def _offer(config: Config, one: ResourceConfig, known: Mapping[str, all_kinds.Kind]) -> Offer:
+def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> Offer:
+    one, where = config.served[number], f"$.resources[{number}]"
     name = config.full_name(one)
     if one.kind == CPU:
         try:
             options = check_options(one.options)
         except InputError as error:
-            raise ConfigError(f"cannot serve {name}: {error}") from None
+            key = f"{where}.options{_first_unknown(one.options)}"
+            raise ConfigError(f"cannot serve {name}: {error}", key=key) from None
         return Offer(config=one, resource=CpuResource(name=name, options=options, numa=one.numa))
     if one.kind == HUGEPAGES:
         size = parse_size(one.page_size)
@@ -118,12 +133,23 @@ def _offer(config: Config, one: ResourceConfig, known: Mapping[str, all_kinds.Ki
             config=one, resource=HugepageResource(name=name, page_bytes=size, pages_per_block=one.pages_per_block)
         )
     if one.kind not in known:
-        raise ConfigError(f"cannot serve {name}: unknown kind {one.kind!r}, expected one of {_names(known)}")
+        why = f"unknown kind {one.kind!r}, expected one of {_names(known)}"
+        raise ConfigError(f"cannot serve {name}: {why}", key=f"{where}.kind")
     match = dict(one.match)
     if one.kind in ("char", "usb"):
         match["selector"] = one.name
     resource = DeviceResource(name=name, kind=one.kind, match=MappingProxyType(match), replicas=one.replicas)
     return Offer(config=one, resource=resource, family=known[one.kind])
+
+
+def _first_unknown(names: Sequence[str]) -> str:
+    """Return the index of the first option that is unknown as "[0]", or "" if all are known."""
+    for i, name in enumerate(names):
+        try:
+            check_options([name])
+        except InputError:
+            return f"[{i}]"
+    return ""
 
 
 def _names(known: Iterable[str]) -> str:
@@ -182,7 +208,12 @@ def _cdi_name(cdi: CdiConfig, device: Device) -> str:
 
     Otherwise a container would silently start without the device.
     """
-    value = getattr(device, cdi.name, None) or device.attributes.get(cdi.name)
+    value = _named_by(cdi, device)
     if value is None:
         raise HostError(f"cannot name {device.id} for CDI kind {cdi.kind}: it has no {cdi.name!r} at this moment")
     return f"{cdi.kind}={value}"
+
+
+def _named_by(cdi: CdiConfig, device: Device) -> object:
+    """Return the field or attribute that names a device for CDI, or None if it has no such value."""
+    return getattr(device, cdi.name, None) or device.attributes.get(cdi.name)

@@ -175,9 +175,10 @@ class DeviceTree:
             self.write(f"{folder}/io_links/{index}/properties", text)
 
     def usb(self, controller: str, port: str, *, vendor: str, product: str, tty: str = "", **files: object) -> Path:
-        """A USB device at a port ("1-1.4"), with a serial port where `tty` names one."""
-        bus = port.split("-")[0]
-        folder = self.folders[controller] / f"usb{bus}" / port
+        """A USB device at a port ("1-1.4", below the hub at 1-1), with a serial port where `tty` names one."""
+        bus, ports = port.split("-")[0], port.split(".")
+        hubs = [".".join(ports[: depth + 1]) for depth in range(len(ports))]
+        folder = self.folders[controller].joinpath(f"usb{bus}", *hubs)
         told = {"idVendor": vendor, "idProduct": product, "busnum": bus, "devnum": 7, **files}
         for name, value in told.items():
             self.write(f"{folder.relative_to(self.root)}/{name}", value)

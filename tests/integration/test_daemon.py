@@ -17,9 +17,10 @@ from typing import Any
 
 import pytest
 
+from nodeagent.version import VERSION
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
-from tests.doubles.kubelet import AdmissionError, FakeKubelet
+from tests.doubles.kubelet import AdmissionError, FakeKubelet, Pod
 from tests.support.running import CHAR, CPU, Running, block, running
 
 CPU_RESOURCE = {"name": "cpu", "kind": "cpu"}
@@ -337,6 +338,37 @@ async def test_a_bad_configuration_is_said_and_not_taken(folder: Path, tree: Dev
         assert "nodeagent_config_refused 0.0" in text and "nodeagent_conflicts 0.0" in text
 
 
+async def test_what_kubelet_lists_and_the_ledger_contradicts_is_a_state_of_its_own(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """A pod that kubelet lists with what there never was: the agent stays ready, and says and counts it."""
+    async with registered(folder, tree) as (agent, kubelet):
+        kubelet.pods["default", "b"] = Pod("default", "b", devices={"main": {CPU: ["cpu77"]}})
+        (conflict,) = (await agent.until("/v1/status", lambda one: one["ready"] and one["conflicts"]))["conflicts"]
+        assert conflict == f"default/b: cannot allocate cpu77 of {CPU}: unknown"
+        assert "nodeagent_conflicts 1.0" in (await agent.ask("/metrics"))[1]
+        words = [sys.executable, "-m", "nodeagent", "status", "--socket", str(agent.socket)]
+        shown = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, check=True)
+        assert f"conflict: {conflict}" in shown.stdout.splitlines()
+        del kubelet.pods["default", "b"]
+        await agent.until("/v1/status", lambda status: not status["conflicts"])
+
+
+async def test_the_first_line_of_the_log_says_what_runs_and_where(folder: Path, tree: DeviceTree) -> None:
+    async with running(folder, root=tree.root, resources=[]) as agent:
+        line = await agent.said("starting")
+        assert {
+            key: line[key] for key in ("version", "config", "root", "kubelet_dir", "state_dir", "status_socket")
+        } == {
+            "version": VERSION,
+            "config": str(agent.config_file),
+            "root": f"{tree.root}/",
+            "kubelet_dir": str(folder / "kubelet"),
+            "state_dir": str(agent.state),
+            "status_socket": str(agent.socket),
+        }
+
+
 async def test_a_reload_can_be_asked_for_on_the_socket(folder: Path, tree: DeviceTree) -> None:
     async with registered(folder, tree) as (agent, kubelet):
         mark = len(agent.log)
@@ -522,6 +554,13 @@ def test_a_kubelet_folder_that_is_too_deep_is_one_line(folder: Path) -> None:
     assert "the limit is 107" in done.stderr
 
 
+def test_an_empty_name_of_kubelets_folder_is_one_line(folder: Path) -> None:
+    """As of a variable that is not set: it must not mean the folder of the machine's own kubelet."""
+    done = start("--config", str(Running(folder).config_file), "--kubelet-dir", "")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nodeagent: cannot use --kubelet-dir '': expected kubelet's folder\n"
+
+
 def test_a_state_folder_that_is_a_file_is_one_line(folder: Path) -> None:
     (folder / "state").write_text("")
     assert "cannot use folder" in mistaken(folder)
@@ -544,8 +583,10 @@ def test_a_reservation_of_cpus_that_cannot_be_ends_with_one_line(folder: Path) -
     agent = Running(folder, reservedCpus="8000")
     done = start("--config", str(agent.config_file), "--kubelet-dir", str(folder / "kubelet"))
     assert done.returncode == 2
-    why = "nodeagent: cannot reserve CPUs 8000 of reservedCpus: this machine can have CPUs "
-    assert done.stderr.splitlines()[-1].startswith(why)
+    why = f"nodeagent: cannot use {agent.config_file}: cannot reserve CPUs 8000 of reservedCpus: this machine can have "
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(why)
+    assert " (line 1, column " in last
 
 
 @pytest.mark.parametrize(

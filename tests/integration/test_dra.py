@@ -6,6 +6,7 @@ import asyncio
 import json
 import shutil
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -194,6 +195,11 @@ async def test_pages_memory_and_shares_are_given_as_the_scheduler_counted_them(f
         assert node.env(claim, 1)["NODEAGENT_HUGEPAGES_2MI"] == "2"
         assert node.env(claim, 2)["NODEAGENT_MEMORY_BYTES"] == str(1 << 20)
         assert [one["kind"] for one in node.metadata(claim)["devices"]] == ["cpu", "hugepages", "memory", "char"]
+        words = ["-m", "nodeagent", "grants", "--socket", str(node.agent.socket)]
+        asked = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
+        head, *lines = (await asked.communicate())[0].decode().splitlines()
+        at = head.index("MEMORY")
+        assert [one for line in lines if (one := line[at:].split()[0]) != "-"] == ["1Mi@node1"]
 
 
 # ---------------------------------------------------------------- one ledger

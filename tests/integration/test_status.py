@@ -221,6 +221,29 @@ async def test_a_group_of_readers_that_does_not_exist_is_named(folder: Path, tmp
         assert agent.socket.stat().st_mode & 0o777 == 0o600
 
 
+async def test_a_key_of_match_that_no_device_has_is_a_note(folder: Path, tmp_path: Path) -> None:
+    """Of a resource of either API; the agent serves nothing of it, and says why on the page for admins too."""
+    tree = DeviceTree(machine(tmp_path / "root", "1s1n4c"))
+    tree.pci("0000:3b:00.0", pci_class="030200", vendor="10de")
+    gpu = {"name": "gpu", "kind": "gpu", "match": {"vender": "10de"}}
+    claimed = {"name": "claimed", "kind": "gpu", "serve": "dra", "match": {"vendor": "10de", "colour": "x"}}
+    known = {"name": "known", "kind": "gpu", "match": {"vendor": "1002"}}
+    notes = [
+        "nodeagent.dev/gpu: match names 'vender', which no gpu of this machine has",
+        "nodeagent.dev/claimed: match names 'colour', which no gpu of this machine has",
+    ]
+    async with running(folder, root=tree.root, resources=[gpu, claimed, known]) as agent:
+        status = await agent.until("/v1/status", lambda found: len(found["notes"]) > 1)
+        assert [one for one in status["notes"] if "match" in one] == notes
+        assert {one["name"]: one["devices"] for one in status["resources"]} == {
+            "nodeagent.dev/gpu": 0,
+            "nodeagent.dev/known": 0,
+        }
+        words = [sys.executable, "-m", "nodeagent", "status", "--socket", str(agent.socket)]
+        done = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, check=True)
+        assert {f"note: {one}" for one in notes} <= set(done.stdout.splitlines())
+
+
 async def test_a_node_with_many_faults_gives_each_reason_once(folder: Path, tmp_path: Path) -> None:
     """No kubelet, no API server, no cgroups, pools that cannot be: in the lists and on the page for admins."""
     tree = DeviceTree(machine(tmp_path / "root", "1s1n4c"))

@@ -262,7 +262,8 @@ def _decode(parameters: Mapping[str, Any], where: str) -> _Form:
         found = msgspec.convert(said, form)
         found.settings()
     except msgspec.ValidationError as error:
-        raise InputError(f"cannot use {where}: {kind}: {error}{hints.found(said, str(error))}") from None
+        value = hints.found(said, str(error), hints.steps(str(error)))
+        raise InputError(f"cannot use {where}: {kind}: {error}{value}") from None
     except InputError as error:
         raise InputError(f"cannot use {where}: {kind}: {error}") from None
     return found

@@ -33,11 +33,12 @@ Ours = Callable[[str, str], bool]
 """Return whether (resource, id) is served by the agent."""
 Given = frozenset[tuple[str, str, str, str]]
 """(pod UID, container, resource, id), as kubelet's checkpoint has it."""
-_NAMED_BY = ("uuid", "rdma", "netdevs", "drm_card", "drm_render", "auxiliary")
+_NAMED_BY = ("uuid", "rdma", "netdevs", "drm_card", "drm_render", "platform", "auxiliary")
 """Attributes by which other plugins name a device; several values are separated by commas."""
 _NVIDIA = "10de"
-_UUID = re.compile(r"(gpu|mig)-[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(::[0-9]+|-[0-9]+)?")
-"""UUIDs of NVIDIA's GPUs and of their instances in lower case, with the number of a share."""
+_UUID = re.compile(r"(gpu|mig)-(?:gpu-)?[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(/[0-9]+){0,2}(::[0-9]+|-[0-9]+)?")
+"""UUIDs of NVIDIA's GPUs and of their instances in lower case, with the number of a share. Drivers before 470 name an
+instance MIG-GPU-UUID/GI/CI."""
 _MIG = "mig"
 _UNLABELLED = re.compile(r"[:.]")
 """What the names of DRA devices, which are DNS labels, have a dash for."""

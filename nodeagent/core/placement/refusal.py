@@ -58,9 +58,10 @@ def _too_few_devices(machine: MachineIndex, ledger: Ledger, request: Request) ->
         if want > together:
             what = "are free" if together == len(free) else "can be given away together"
             why = f"cannot place {want} devices of kind {kind}: {together} of {len(there)} {what}"
-            return Refused(
-                why, want=want, free=together, unit="devices", would_admit=f"{want - together} more would admit it"
+            change = (
+                f"{want - together} more would admit it" if want <= len(most_together(machine.inventory, there)) else ""
             )
+            return Refused(why, want=want, free=together, unit="devices", would_admit=change)
     return None
 
 
@@ -73,19 +74,21 @@ def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> R
         if size == MEMORY:
             what = _of_kind(request, "memory")
             why = f"cannot place {format_size(want)} of {what}: {format_size(free)} can be granted"
-            change = f"{format_size(want - free)} more would admit it" if _has_memory(machine, want) else ""
+            change = f"{format_size(want - free)} more would admit it" if _has_memory(machine, request, want) else ""
             return Refused(why, want=want, free=free, unit="bytes", would_admit=change)
         name = format_size(size)
         why = f"cannot place {want} {_of_kind(request, f'hugepages of {name}')}: {free} can be granted"
-        change = f"{want - free} more pages of {name} would admit it" if _has_memory(machine, want * size) else ""
+        change = (
+            f"{want - free} more pages of {name} would admit it" if _has_memory(machine, request, want * size) else ""
+        )
         return Refused(why, want=want, free=free, unit="pages", would_admit=change)
     return None
 
 
-def _has_memory(machine: MachineIndex, size_bytes: int) -> bool:
-    """Return whether the machine has so much memory at all, as far as its size is known."""
-    sizes = [node.memory_bytes for node in machine.inventory.numa_nodes]
-    return not all(sizes) or size_bytes <= sum(sizes)
+def _has_memory(machine: MachineIndex, request: Request, size_bytes: int) -> bool:
+    """Return whether the machine has so much memory of the requested kind at all, as far as its size is known."""
+    sizes = [node.memory_bytes for node in machine.inventory.numa_nodes if node.serves(request.memory_kind)]
+    return bool(sizes) and (not all(sizes) or size_bytes <= sum(sizes))
 
 
 def _of_kind(request: Request, what: str) -> str:

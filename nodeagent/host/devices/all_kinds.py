@@ -34,6 +34,7 @@ from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
 from nodeagent.host.devices.pci import Pci
 from nodeagent.host.devices.usb import Usb
+from nodeagent.host.host_uses import with_all_uses
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import functions as read_functions
 from nodeagent.host.pci import is_address, order
@@ -111,7 +112,7 @@ def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
     devices, repeated = _once(device for one in found for device in one.devices)
     known = {device.id for device in devices}
     return Devices(
-        devices=tuple(sorted(devices, key=_order)),
+        devices=tuple(sorted(with_all_uses(devices), key=_order)),
         links=tuple(link for one in found for link in one.links if link.a in known and link.b in known),
         kinds=tuple(sorted((one.state for one in found), key=lambda state: state.kind)),
         warnings=(*context.warnings, *(warning for one in found for warning in one.warnings), *repeated),

@@ -14,11 +14,13 @@ from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Context, Found, node_edits, part_of, short_id
-from nodeagent.host.devices.disks import BlockUses, block_uses, in_use, node, size_bytes, with_shared_use
+from nodeagent.host.devices.disks import BlockUses, block_uses, in_use, is_part, node, size_bytes
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
 _NOT_DISKS = re.compile(r"(loop|ram|zram|dm-|md|nbd|rbd|drbd|fd|sr|nvme|mtdblock)\d+.*")
+_SOFTWARE = "sys/devices/virtual/"
+"""Where the kernel has what is made in software, such as zd0 (a ZFS volume) and bcache0."""
 _UNFIT = re.compile(r"[^A-Za-z0-9.:_-]+")
 
 
@@ -29,7 +31,7 @@ class Block:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        devices = with_shared_use(_distinct(_disks(reader, context, block_uses(reader))))
+        devices = tuple(_distinct(_disks(reader, context, block_uses(reader))))
         return Found(state=KindState(kind="block", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
@@ -39,7 +41,7 @@ class Block:
 
 def _disks(reader: Tolerant, context: Context, uses: BlockUses) -> Iterator[Device]:
     for name, path, address, _ in pci.members(reader, "sys/class/block"):
-        if _NOT_DISKS.fullmatch(name) or reader.sysfs.exists(f"{path}/partition"):
+        if _NOT_DISKS.fullmatch(name) or path.startswith(_SOFTWARE) or is_part(reader, path):
             continue
         told = {
             "name": name,

@@ -17,6 +17,7 @@ from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode
 from nodeagent.core.model.inventory import ABSENT, PRESENT, KindState
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Context, Found, part_of, short_id
+from nodeagent.host.devices.disks import node
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -69,11 +70,14 @@ def _device(reader: Tolerant, context: Context, selector: str, path: str, target
     attributes: dict[str, str | int | bool] = {"selector": selector}
     if target != path:
         attributes["target"] = target
-    owner = None
+    owner, same = None, list[str]()
     if stat.S_ISCHR(status.st_mode):
         major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
         attributes.update(major=major, minor=minor)
-        address, _ = pci.split(reader.sysfs.real(f"sys/dev/char/{major}:{minor}"))
+        folder = reader.sysfs.real(f"sys/dev/char/{major}:{minor}")
+        # A disk has more nodes than one: /dev/sg0 and /dev/bsg/0:0:0:0 are /dev/sda too.
+        same = [node(name) for name in reader.names(f"{folder}/device/block")]
+        address, _ = pci.split(folder)
         owner = context.function_by_address.get(address) if address is not None else None
     device = part_of(owner, kind="char", id=short_id(path), paths=(path,), attributes=MappingProxyType(attributes))
-    yield replace(device, exclusive=(target,))
+    yield replace(device, exclusive=(target, *same))

@@ -10,11 +10,9 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from nodeagent.core.model.device import Device
 from nodeagent.host.sysfs.lenient import Tolerant
 
 SECTOR_BYTES = 512
@@ -56,8 +54,7 @@ def in_use(reader: Tolerant, name: str, path: str, uses: BlockUses) -> bool | st
 
     name: of the disk in /sys/class/block; path: its real folder.
     """
-    partitions = [one for one in reader.names(path) if reader.sysfs.exists(f"{path}/{one}/partition")]
-    parts = [(name, path), *((one, f"{path}/{one}") for one in partitions)]
+    parts = [(name, path), *((one, f"{path}/{one}") for one in reader.names(path) if is_part(reader, f"{path}/{one}"))]
     if any(_is_named(reader, uses, *part) for part in parts):
         return True
     if reader.sysfs.root == "/":
@@ -68,15 +65,12 @@ def in_use(reader: Tolerant, name: str, path: str, uses: BlockUses) -> bool | st
     return False
 
 
-def with_shared_use(devices: Iterable[Device]) -> tuple[Device, ...]:
-    """Return the disks, those in use too that another path leads to: a disk of the same LUN or namespace is in use."""
-    found = tuple(devices)
-    used = {thing for one in found if one.attributes.get("in_use") is True for thing in one.exclusive_parts}
-    return tuple(one if used.isdisjoint(one.exclusive_parts) else _used(one) for one in found)
-
-
-def _used(device: Device) -> Device:
-    return replace(device, attributes=MappingProxyType({**device.attributes, "in_use": True}))
+def is_part(reader: Tolerant, path: str) -> bool:
+    """Return whether a folder is that of a part of a disk: a partition, or a disk inside another, such as the boot
+    partitions of an eMMC (mmcblk0boot0, drivers/mmc/core/block.c)."""
+    return reader.sysfs.exists(f"{path}/partition") or all(
+        reader.sysfs.exists(f"{one}/{file}") for one in (path, path.rpartition("/")[0]) for file in ("dev", "size")
+    )
 
 
 def node(name: str) -> str:

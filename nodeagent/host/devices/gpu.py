@@ -90,7 +90,7 @@ def _devices(
     if nvidia is not None:
         yield from (_mig_device(reader, device, nvidia, mig) for mig in nvidia.migs)
     if len(kfd) > 1:
-        yield from (_partition(device, kfd, node) for node in kfd)
+        yield from (_partition(reader, device, kfd, node) for node in kfd)
 
 
 def _computes(function: Function, drm: list[str]) -> bool:
@@ -189,12 +189,13 @@ def _driver_version(reader: Tolerant, context: Context) -> str:
     return context.nvml.driver_version if isinstance(context.nvml, Snapshot) else driver_version(reader)
 
 
-def _partition(gpu: Device, kfd: Sequence[KfdNode], node: KfdNode) -> Device:
+def _partition(reader: Tolerant, gpu: Device, kfd: Sequence[KfdNode], node: KfdNode) -> Device:
     """Return one partition of AMD's GPU (drivers/gpu/drm/amd/amdgpu/amdgpu_xcp.c), with its own render node.
 
     All partitions may have the unique id of the GPU, which then identifies none of them.
     """
-    attributes = {**_kfd_attributes([node]), **({"drm_render": node.render} if node.render else {})}
+    found = {"drm_render": node.render, "platform": _platform(reader, node.render)}
+    attributes = {**_kfd_attributes([node]), **{key: value for key, value in found.items() if value}}
     if _share_id(kfd):
         attributes.pop("uuid", None)
     return replace(
@@ -204,6 +205,13 @@ def _partition(gpu: Device, kfd: Sequence[KfdNode], node: KfdNode) -> Device:
         paths=("/dev/kfd", *([f"/dev/dri/{node.render}"] if node.render else [])),
         attributes=MappingProxyType(attributes),
     )
+
+
+def _platform(reader: Tolerant, render: str) -> str:
+    """Return the name of the platform device of a render node, by which AMD's device plugin names a partition, or "" of
+    one that the PCI function itself has."""
+    real = reader.sysfs.real(f"sys/class/drm/{render}") if render else ""
+    return real.split("/")[3] if real.startswith("sys/devices/platform/") else ""
 
 
 def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Device:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
@@ -58,24 +58,12 @@ class Nic:
                 devices.append(_nic(reader, context, function, found, auxiliary.get(function.address, []), routed))
                 devices.extend(_scalable(reader, devices[-1], below, auxiliary.get(function.address, []), routed))
         return Found(
-            state=KindState(kind="nic", state=PRESENT), devices=_with_parts(devices), warnings=tuple(reader.warnings)
+            state=KindState(kind="nic", state=PRESENT), devices=tuple(devices), warnings=tuple(reader.warnings)
         )
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
         """Return the PCI addresses, and the RDMA or vfio nodes. The network plugin moves the interface itself."""
         return node_edits(device, devices)
-
-
-def _with_parts(devices: Iterable[Device]) -> tuple[Device, ...]:
-    """Return the adapters, with `default_route` also on a physical function if one of its own functions has it: the
-    holder of a physical function can remove its virtual functions."""
-    found = tuple(devices)
-    above = {one.parent for one in found if one.attributes.get("default_route")}
-    return tuple(_routed(one) if one.id in above else one for one in found)
-
-
-def _routed(device: Device) -> Device:
-    return replace(device, attributes=MappingProxyType({**device.attributes, "default_route": True}))
 
 
 def _all_below(reader: Tolerant) -> Mapping[tuple[str, str], _Below]:

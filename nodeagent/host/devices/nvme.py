@@ -14,7 +14,7 @@ from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
-from nodeagent.host.devices.disks import UNKNOWN_USE, BlockUses, block_uses, in_use, size_bytes, with_shared_use
+from nodeagent.host.devices.disks import UNKNOWN_USE, BlockUses, block_uses, in_use, size_bytes
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -41,8 +41,8 @@ class Nvme:
             for name, path, address, tail in pci.members(reader, "sys/class/nvme")
         ]
         uses = block_uses(reader)
-        found = (*_on_pci(reader, context, controllers, uses), *_on_fabrics(reader, controllers, uses))
-        devices, warnings = with_shared_use(found), tuple(dict.fromkeys(reader.warnings))
+        devices = (*_on_pci(reader, context, controllers, uses), *_on_fabrics(reader, controllers, uses))
+        warnings = tuple(dict.fromkeys(reader.warnings))
         return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=warnings)
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:

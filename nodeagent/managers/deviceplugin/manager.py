@@ -14,7 +14,6 @@ import structlog
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config
-from nodeagent.core.deviceplugin.devices import DeviceResource, has_field
 from nodeagent.core.ledger.release import Patience
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import PeerError
@@ -27,7 +26,7 @@ from nodeagent.managers.deviceplugin.shown import ShownCheck
 from nodeagent.managers.kubelet import Kubelet
 from nodeagent.managers.kubelet_conflicts import reserved_cpus
 from nodeagent.managers.manager import Manager
-from nodeagent.resources.offer import Offer, offers
+from nodeagent.resources.offer import Offer, misspelt, offers
 from nodeagent.state.agent import Agent
 from nodeagent.state.values import AgentSettings
 
@@ -138,15 +137,8 @@ class DevicePluginManager(Manager):
         return reasons or [f"{name}: kubelet does not show what was sent" for name in self._shown.unshown]
 
     def notes(self) -> list[str]:
-        """Return the keys of `match` that no device of this machine has: probably misspelt."""
-        devices = self._agent.inventory.devices_by_kind
-        return [
-            f"{offer.name}: match names {key!r}, which no {offer.resource.kind} of this machine has"
-            for offer in self.offers()
-            if isinstance(offer.resource, DeviceResource)
-            for key in offer.resource.match
-            if (there := devices.get(offer.resource.kind)) and not any(has_field(one, key) for one in there)
-        ]
+        """Return the keys of the configuration that no device of this machine has."""
+        return list(misspelt(self.offers(), self._agent.inventory))
 
     @property
     def awaited(self) -> bool:

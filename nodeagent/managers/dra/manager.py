@@ -44,6 +44,7 @@ from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, Stat
 from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.catalog import Dra, dra_of
+from nodeagent.resources.offer import misspelt
 from nodeagent.state.agent import Agent
 
 CLAIMS = "claims"
@@ -247,6 +248,10 @@ class DraManager(Manager):
         if standing.state != PUBLISHED:
             reasons.append(f"{driver}: slices not published: {standing.reason or standing.state}")
         return reasons
+
+    def notes(self) -> list[str]:
+        """Return the keys of the configuration that no device of this machine has."""
+        return list(misspelt(self._dra.offers, self._agent.inventory))
 
     def _told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
         if self.config.dra.device_status:

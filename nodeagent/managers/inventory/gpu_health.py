@@ -69,6 +69,17 @@ def _memory(gpu: Device, shown: NvGpu | None) -> Evidence:
     return Evidence(device=gpu.id, source="ecc", state=state, reason="; ".join(reasons))
 
 
+def forgotten(inventory: Inventory, record: str) -> list[Evidence]:
+    """Return the evidence of GPUs after the record of what the driver had reported of them was damaged: none is known
+    to be well."""
+    reason = f"the record of earlier errors ({record}) was damaged"
+    return [
+        Evidence(device=gpu.id, source="xid", state=UNKNOWN, reason=reason, latched=True)
+        for gpu in nvidia_gpus(inventory)
+        if gpu.parent is None and _by_nvidia(gpu)
+    ]
+
+
 def nvlink_evidence(
     nvml: Snapshot | Failure | None, inventory: Inventory, active_once: Mapping[str, frozenset[int]]
 ) -> tuple[list[Evidence], list[Said]]:

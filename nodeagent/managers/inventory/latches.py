@@ -57,6 +57,8 @@ class LatchMemory:
         self._unwritten: _Causes = {}
         self.readable = True
         """Whether the file could be read when it was last looked at."""
+        self.damaged = False
+        """Whether it was there and made no sense: what had latched is not known."""
         self._unreadable, self._unwritable = Once("health-unreadable"), Once("health-not-written")
 
     def standing(self, devices: Iterable[str]) -> tuple[list[Evidence], list[str]]:
@@ -122,7 +124,7 @@ class LatchMemory:
                 os.close(handle)
 
     def _read(self) -> _Causes:
-        self.readable = True
+        self.readable, self.damaged = True, False
         if self._unwritten:
             return dict(self._unwritten)
         try:
@@ -131,7 +133,7 @@ class LatchMemory:
             return {}
         except (OSError, msgspec.MsgspecError, UnicodeError) as error:
             left = "errors that GPUs reported before the agent started are not known"
-            self.readable = False
+            self.readable, self.damaged = False, not isinstance(error, OSError)
             self._unreadable.report(f"cannot read {self._path}: {cause_of(error)}", left=left)
             return {}
         return {(one.device, one.source): one for one in document.causes}

@@ -25,6 +25,7 @@ from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory.gpu_health import (
     bound_elsewhere,
+    forgotten,
     nvidia_gpus,
     nvlink_evidence,
     nvml_evidence,
@@ -145,6 +146,9 @@ class InventoryScanner(Manager):
     async def _look_at_latches(self) -> None:
         """Apply what was latched before the agent started, and what has ended since with the driver."""
         holding, ended = await asyncio.to_thread(self._latches.standing, list(self._agent.inventory.device_by_id))
+        if self._latches.damaged:
+            holding = forgotten(self._agent.inventory, LATCHES)
+            await asyncio.to_thread(self._latches.keep, holding)
         for device in ended:
             if self._agent.clear_health(device):
                 log.info("health-cleared", device=device, why="the machine was rebooted or the driver bound again")

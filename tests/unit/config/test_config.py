@@ -22,6 +22,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import ConfigError
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.resources.offer import offers
+from tests.builders.devices import DeviceTree
+from tests.builders.machines import machine
 from tests.support.paths import CHECKOUT
 
 EXAMPLE = CHECKOUT / "systemd" / "config.example.yaml"
@@ -320,12 +322,17 @@ def _keys(struct: type[msgspec.Struct]) -> set[str]:
     return {field.encode_name for field in msgspec.structs.fields(struct)}
 
 
-def test_the_schema_has_every_key_and_allows_no_other() -> None:
-    parts = {
+def _parts() -> dict[str, type[msgspec.Struct]]:
+    """All parts of the configuration, by the name of their type."""
+    return {
         one.__name__: one
         for one in vars(schema_of).values()
         if isinstance(one, type) and issubclass(one, msgspec.Struct) and not one.__name__.startswith("_")
     }
+
+
+def test_the_schema_has_every_key_and_allows_no_other() -> None:
+    parts = _parts()
     found = schema()["$defs"]
     assert set(found) == set(parts)
     for name, part in parts.items():
@@ -346,19 +353,46 @@ def test_config_schema_prints_it() -> None:
 
 def test_config_check_says_what_is_served(tmp_path: Path) -> None:
     file = tmp_path / "here.yaml"
-    file.write_text("domain: example.com\nresources: [{name: gpu, kind: gpu}]\n")
+    file.write_text(
+        "domain: example.com\ndra: {driver: d.example.com}\nresources:\n- {name: gpu, kind: gpu}\n"
+        "- {name: vf, kind: nic, serve: both}\n- {name: memory, kind: memory, serve: dra}\n"
+    )
     done = cli("check", str(file))
     assert (done.returncode, done.stderr) == (0, "")
-    assert "example.com/gpu" in done.stdout
+    assert done.stdout.splitlines() == [
+        f"{file}: good",
+        "  device plugin: example.com/gpu, example.com/vf",
+        "  DRA, driver d.example.com: vf (nic), memory (memory)",
+    ]
+    file.write_text("resources: []\n")
+    assert cli("check", str(file)).stdout.splitlines()[1:] == [
+        "  device plugin: nothing",
+        "  DRA, driver nodeagent.dev: nothing",
+    ]
 
 
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("resorces: []", "did you mean"),
-        (resource(kind="gpus"), "unknown kind 'gpus'"),
-        (resource(kind="cpu", options=["fast"]), "fast"),
-        ("reservedCpus: 3-1", "'3-1'"),
+        ("resources:\n- name: a\n  kind: gpus", "cannot serve nodeagent.dev/a: unknown kind 'gpus'"),
+        ("resources:\n- name: a\n  kind: gpus", "(line 3, column 9: kind: gpus)"),
+        (
+            "resources:\n- name: a\n  kind: cpu\n  options:\n  - full-pcpus-only\n  - fast",
+            'cannot use option "fast": unknown; expected one of ',
+        ),
+        (
+            "resources:\n- name: a\n  kind: cpu\n  options:\n  - full-pcpus-only\n  - fast",
+            "(line 6, column 5: - fast)",
+        ),
+        ("# one\nreservedCpus: 3-1", "'3-1'"),
+        ("# one\nreservedCpus: 3-1", "(line 2, column 15: reservedCpus: 3-1)"),
+        (
+            '# one\nreservedCpus: "8191"',
+            "cannot reserve CPUs 8191 of reservedCpus: this machine can have CPUs 0",
+        ),
+        ('# one\nreservedCpus: "8191"', '(line 2, column 15: reservedCpus: "8191")'),
+        ("dra: {nodeName: Node_1}", "(line 1, column 17: dra: {nodeName: Node_1})"),
     ],
 )
 def test_config_check_says_what_is_wrong_and_exits_with_2(tmp_path: Path, text: str, expected: str) -> None:
@@ -385,12 +419,31 @@ def test_config_check_names_what_this_machine_lacks_now(tmp_path: Path) -> None:
     ]
 
 
+def test_config_check_names_what_no_device_has_of_another_machine_too(tmp_path: Path) -> None:
+    """Typing errors in `match` and in the name of a CDI device, of both APIs, compared with a captured tree."""
+    file, root = tmp_path / "here.yaml", tmp_path / "root"
+    DeviceTree(machine(root, "1s1n2c")).pci("0000:3b:00.0", pci_class="030200", vendor="10de")
+    one = {"name": "gpu", "kind": "gpu", "match": {"vender": "10de", "vendor": "10de"}}
+    two = {"name": "vfio", "kind": "gpu", "serve": "dra", "cdi": {"kind": "a.b/c", "name": "uuidd"}}
+    file.write_text(json.dumps({"reservedCpus": "1", "resources": [one, two, {**one, "name": "fpga", "kind": "fpga"}]}))
+    done = cli("check", str(file), "--root", str(root))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[3:] == [
+        "  note: nodeagent.dev/gpu: match names 'vender', which no gpu of this machine has",
+        "  note: nodeagent.dev/vfio: cdi.name is 'uuidd', which no gpu of this machine has",
+    ]
+    file.write_text('{"reservedCpus": "2"}')
+    done = cli("check", str(file), "--root", str(root))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "cannot reserve CPUs 2 of reservedCpus: this machine can have CPUs 0-1" in done.stderr
+
+
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the example lies in the checkout")
 def test_the_example_is_good_and_has_every_key() -> None:
     done = cli("check", str(EXAMPLE))
     assert done.returncode == 0, done.stderr
     text = EXAMPLE.read_text()
-    missing = [key for key in _keys(Config) | _keys(schema_of.ResourceConfig) if f"{key}:" not in text]
+    missing = [key for part in _parts().values() for key in _keys(part) if f"{key}:" not in text]
     assert not missing
 
 
@@ -423,6 +476,30 @@ def test_the_example_with_a_line_lost_is_good_or_refused() -> None:
             "expected one of both, device-plugin, dra (line 3, column 31: - {name: b, kind: gpu, serve: maybe})",
         ),
         ("auditDay: 1\n", "unknown key $.auditDay; did you mean auditDays? (line 1, column 11: auditDay: 1)"),
+        (
+            "pinning:\n  mode: off\n",
+            "Expected `str`, got `bool` - at `$.pinning.mode`, found False, expected one of auto, cgroup, nri, off; "
+            "quote it (line 2, column 9: mode: off)",
+        ),
+        (
+            "resources:\n- name: a\n  kind: gpu\n  match:\n    vendor: x\n    sriov: yes\n",
+            "Expected `str`, got `bool` - at `$.resources[0].match[...]`, found True; quote it "
+            "(line 6, column 12: sriov: yes)",
+        ),
+        (
+            "resources:\n- name: a\n  kind: gpu\n  env:\n    A: b\n    B C: d\n",
+            "Expected `str` matching regex '^[A-Za-z_][A-Za-z0-9_]*$' - at `key` in `$.resources[0].env`, found 'B C' "
+            "(line 6, column 10: B C: d)",
+        ),
+        (
+            "resources:\n- name: a\n  kind: cpu\n  replicas: 2\n",
+            "$.resources[0].replicas has no meaning for kind cpu, only for devices (line 4, column 13: replicas: 2)",
+        ),
+        (
+            "domain: gpukubernetes.io\n",
+            "'gpukubernetes.io' at $.domain belongs to Kubernetes itself, expected a domain of your own "
+            "(line 1, column 9: domain: gpukubernetes.io)",
+        ),
         (
             "hugepages: [{pageSize: 3Mi, node: 0}]\n",
             "'3Mi' at $.hugepages[0].pageSize, expected a size that pages have, such as 2Mi or 1Gi "

@@ -103,6 +103,9 @@ def test_an_instance_that_nothing_shows_may_be_of_any_gpu_whose_instances_are_no
         devices=[nvidia(1), nvidia(2, uuid=uuid(2), mig=True), nvidia(3, uuid=uuid(3), mig=False), *MACHINE.devices],
     )
     assert devices_named(machine, [uuid(99, "MIG")]) == ("0000:11:00.0", "0000:21:00.0")
+    before_470 = f"{uuid(99, 'MIG-GPU')}/1/0"
+    assert devices_named(machine, [before_470]) == devices_named(machine, [f"{before_470}::2"])
+    assert devices_named(machine, [before_470]) == ("0000:11:00.0", "0000:21:00.0")
 
 
 @dataclass

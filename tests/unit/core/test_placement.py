@@ -14,6 +14,7 @@ from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device, Link
+from nodeagent.core.model.grant import CLAIM, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, RESTRICTED, SINGLE, Pages, Placement, PlacementCost, Request
@@ -184,10 +185,35 @@ def test_nothing_is_advised_that_the_machine_cannot_have() -> None:
     assert refusal(machine, Request(hugepages={GIB: 1000})).would_admit == ""
 
 
+def test_no_more_devices_are_advised_than_the_machine_can_give_away_together() -> None:
+    """Two functions of one IOMMU group are one thing, however many of them are free."""
+    group = [Device(kind="gpu", id=f"gpu{i}", exclusive=("iommu-group:5",)) for i in (0, 1)]
+    machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=[*group, Device(kind="gpu", id="gpu2")])
+    refused = refusal(machine, Request(devices={"gpu": 3}))
+    assert (refused.want, refused.free, refused.would_admit) == (3, 2, "")
+    held = Ledger(grants={"g": Grant(id="g", holder=Holder(api=CLAIM), devices=("gpu2",))})
+    refused = refusal(machine, Request(devices={"gpu": 2}), held)
+    assert (refused.free, refused.would_admit) == (1, "1 more would admit it")
+
+
+@pytest.mark.parametrize(
+    ("kind", "want", "advice"),
+    [("hbm", 1, ""), ("gpu", 40, ""), ("gpu", 30, "14Gi more would admit it"), ("dram", 20, "")],
+)
+def test_no_more_memory_of_a_kind_is_advised_than_the_machine_has(kind: str, want: int, advice: str) -> None:
+    """The memory of other nodes does not become memory of this kind."""
+    machine = inventory_of(even_rows(1, 1, 1, 2, 1))
+    (node,) = machine.numa_nodes
+    gpu = replace(node, id=1, kind="gpu", cpus=CpuSet(), memory_bytes=32 * GIB)
+    machine = replace(machine, numa_nodes=(node, gpu))
+    held = Ledger(grants={"g": Grant(id="g", holder=Holder(api=CLAIM), memory=((1, 16 * GIB),))})
+    assert refusal(machine, Request(memory_bytes=want * GIB, memory_kind=kind), held).would_admit == advice
+
+
 def test_too_few_devices_and_pages_are_counted() -> None:
     machine = inventory_of(even_rows(1, 1, 1, 2, 1), pages={(0, GIB): 2}, devices=[Device(kind="gpu", id="gpu0")])
     refused = refusal(machine, Request(devices={"gpu": 3}))
-    assert (refused.want, refused.free, refused.would_admit) == (3, 1, "2 more would admit it")
+    assert (refused.want, refused.free, refused.would_admit) == (3, 1, "")
     refused = refusal(machine, Request(hugepages={GIB: 5}))
     assert (refused.want, refused.free, refused.would_admit) == (5, 2, "3 more pages of 1Gi would admit it")
     refused = refusal(machine, Request(memory_bytes=17 * GIB))

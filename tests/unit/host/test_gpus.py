@@ -8,6 +8,7 @@ import pytest
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.ledger.exclusion import most_together
+from nodeagent.core.ledger.foreign import devices_named
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
@@ -198,9 +199,21 @@ def test_without_nvml_a_gpu_with_mig_instances_is_not_offered_as_a_whole(tree: D
 def test_a_gpu_in_mig_mode_is_not_offered_as_a_whole(tree: DeviceTree, instances: int) -> None:
     """Without instances it computes nothing; with some only these do."""
     address = _four_gpus(tree)[0]
+    tree.write("proc/driver/nvidia-caps/mig-minors", "gpu0/gi2/access 57\ngpu0/gi2/ci0/access 58")
     mig = Mig(uuid="MIG-1", profile="3g.40gb", memory_bytes=40 << 30, gpu_instance=2, compute_instance=0)
     found = look(tree, nvml=snapshot(nvidia(address, 0, mig_enabled=True, migs=(mig,) * instances)))
     assert _healthy(found) == {f"{address}/mig-2-0" for _ in range(instances)}
+
+
+@pytest.mark.parametrize("table", ["", "config 1", "gpu1/gi2/access 57\ngpu1/gi2/ci0/access 58"])
+def test_a_mig_instance_without_its_capability_nodes_is_not_healthy(tree: DeviceTree, table: str) -> None:
+    """The node of its GPU alone does not open it."""
+    address = _four_gpus(tree)[0]
+    tree.write("proc/driver/nvidia-caps/mig-minors", table)
+    mig = Mig(uuid="MIG-1", profile="3g.40gb", memory_bytes=40 << 30, gpu_instance=2, compute_instance=0)
+    found = look(tree, nvml=snapshot(nvidia(address, 0, mig_enabled=True, migs=(mig,))))
+    assert by_id(found)[f"{address}/mig-2-0"].paths == ("/dev/nvidia0",)
+    assert _healthy(found) == set()
 
 
 def test_a_malformed_minor_number_costs_its_gpu_and_no_other(tree: DeviceTree) -> None:
@@ -374,3 +387,11 @@ def test_a_recorded_gpu_in_cpx_mode_has_eight_partitions(tmp_path: Path) -> None
     assert [one.exclusive_parts for one in parts] == [(f"/dev/dri/renderD{128 + number}",) for number in range(8)]
     assert {one.attributes["memory_bytes"] for one in parts} == {24 * GIB}
     assert by_id(found)["0000:05:00.0"].attributes["memory_bytes"] == 192 * GIB
+
+
+def test_a_partition_is_named_as_amds_plugin_names_it(tmp_path: Path) -> None:
+    """By the platform device of its render node; the first one has the render node of the PCI function."""
+    inventory = Inventory(devices=look(_recorded(tmp_path, "amd-cpx")).devices)
+    assert devices_named(inventory, ["amdgpu_xcp.0", "amdgpu_xcp.6"]) == ("0000:05:00.0/xcp-1", "0000:05:00.0/xcp-7")
+    assert devices_named(inventory, ["amdgpu_xcp.7"]) == ()
+    assert "platform" not in inventory.device_by_id["0000:05:00.0/xcp-0"].attributes

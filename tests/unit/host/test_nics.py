@@ -262,3 +262,53 @@ def test_a_route_on_a_virtual_function_marks_the_physical_one_and_not_its_siblin
 def test_the_adapters_of_a_recorded_route_are_marked(tmp_path: Path, name: str, wanted: set[str]) -> None:
     root = tables.build(tmp_path, tables.load(f"nic-default-route-{name}", tables.TREES))
     assert _routed(DeviceTree(root)) == wanted
+
+
+# ---------------------------------------------------------------- routes that are default routes by another name
+
+
+def _ipv4_routes(tree: DeviceTree, *routes: tuple[str, str, str]) -> None:
+    """Routes as (interface, destination, mask), the latter two in the file's byte order."""
+    lines = [f"{name} {to} 00000000 0001 0 0 0 {mask} 0 0 0" for name, to, mask in routes]
+    tree.write("proc/1/net/route", "\n".join(["Iface Destination Gateway Flags RefCnt Use Metric Mask", *lines]))
+
+
+def test_two_halves_of_all_addresses_are_a_default_route(tree: DeviceTree) -> None:
+    """0.0.0.0/1 and 128.0.0.0/1, one on each adapter; a network of 8 bits is none."""
+    _three_adapters(tree)
+    _ipv4_routes(
+        tree, ("eth0", "00000000", "00000080"), ("eth1", "00000080", "00000080"), ("eth2", "0000000A", "000000FF")
+    )
+    assert _routed(tree) == {FIRST, SECOND}
+
+
+@pytest.mark.parametrize(("prefix", "routed"), [("00", {FIRST}), ("03", {FIRST}), ("08", set()), ("40", set())])
+def test_all_global_addresses_of_ipv6_are_a_default_route(tree: DeviceTree, prefix: str, routed: set[str]) -> None:
+    """2000::/3; neither ff00::/8 nor a network of 64 bits is one, nor what is unreachable through lo."""
+    _three_adapters(tree)
+    rest = f"{prefix} {'0' * 32} 00 {'0' * 32} 00000400 00000001 00000000 00000003"
+    tree.write("proc/1/net/ipv6_route", f"20{'0' * 30} {rest} eth0\n{'0' * 32} 00 {'0' * 32} 00 {'0' * 32} 0 0 0 0 lo")
+    assert _routed(tree) == routed
+
+
+@pytest.mark.parametrize("tunnel", ["wg0", "ppp0", "dummy0"])
+def test_below_a_tunnel_every_adapter_with_a_route_may_carry_the_network(tree: DeviceTree, tunnel: str) -> None:
+    """No link shows which one does: neither adapter with a route of its own is known to be free."""
+    _three_adapters(tree)
+    _virtual(tree, tunnel)
+    _virtual(tree, "bond0", "eth1")
+    wide = (tunnel, "00000000", "00000000")
+    _ipv4_routes(tree, wide, ("eth0", "0001A8C0", "00FFFFFF"), ("bond0", "0002A8C0", "00FFFFFF"))
+    assert _routed(tree) == {FIRST, SECOND}
+    _ipv4_routes(tree, wide)
+    assert _routed(tree) == {FIRST, SECOND, THIRD}
+    _ipv4_routes(tree, wide, ("eth2", "00000000", "00000000"))
+    assert _routed(tree) == {THIRD}
+
+
+def test_a_default_route_through_an_adapter_that_is_not_on_pci_marks_no_other(tree: DeviceTree) -> None:
+    """Such as the adapter of a system on chip."""
+    _three_adapters(tree)
+    tree.member("net", "end0", tree.root / "sys/devices/platform/soc/eth/net/end0", {"flags": "0x1003"})
+    _ipv4_routes(tree, ("end0", "00000000", "00000000"), ("eth0", "0001A8C0", "00FFFFFF"))
+    assert _routed(tree) == set()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
+from nodeagent.config.schema import Config
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import (
     HEALTHY,
@@ -28,12 +31,20 @@ from nodeagent.core.model.health import (
     withdraw,
 )
 from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
+from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
+from nodeagent.host.snapshot import scan
+from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory.gpu_health import bound_elsewhere, nvlink_evidence, nvml_evidence, xid_evidence
 from nodeagent.managers.inventory.latches import FILE, LatchMemory
 from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
 from nodeagent.managers.inventory.nvlinks import NvlinkMemory
+from nodeagent.managers.inventory.scanner import InventoryScanner
+from nodeagent.state.agent import Agent, AgentSettings
+from nodeagent.state.store import Store
+from tests.builders.devices import DeviceTree
 from tests.builders.inventories import even_rows, inventory_of
+from tests.builders.machines import machine
 
 GPU, MIG = "0000:41:00.0", "0000:41:00.0/mig-2-0"
 WHOLE = Device(kind="gpu", id=GPU, pci_address=GPU, vendor="10de", driver="nvidia")
@@ -424,3 +435,44 @@ def test_a_file_of_links_that_cannot_be_read_is_reported_and_written_again(tmp_p
     assert [one["event"] for one in lines] == ["nvlinks-not-kept"]
     node = Linked(tmp_path)
     assert node.poll(1, set(), {0})[0] == UNHEALTHY
+
+
+@contextlib.asynccontextmanager
+async def scanning(tree: DeviceTree, folder: Path) -> AsyncIterator[tuple[Agent, InventoryScanner]]:
+    """An agent that has looked at a machine once, with its record of errors in a folder."""
+    sysfs, families = SysFs(tree.root), builtin_kinds()
+    agent = Agent(Store(folder), scan(sysfs, families), AgentSettings(boot_id="b1"), nothing_held)
+    scanner = InventoryScanner(agent, sysfs, families, folder, Config)
+    try:
+        await scanner.rescan()
+        yield agent, scanner
+    finally:
+        await scanner.close()
+        await agent.close()
+
+
+async def nothing_held() -> tuple[()]:
+    return ()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"causes": 1}', b"\xff\xfe"])
+async def test_gpus_are_unknown_where_the_record_of_their_errors_is_damaged(tmp_path: Path, content: bytes) -> None:
+    """Until an admin says otherwise, one by one, also after a restart; devices of others are not concerned."""
+    tree, second = DeviceTree(machine(tmp_path / "root", "1s1n2c")), "0000:42:00.0"
+    for id in (GPU, second):
+        tree.pci(id, pci_class="030200", vendor="10de", driver="nvidia")
+    tree.pci("0000:43:00.0", pci_class="030200", vendor="1002", driver="amdgpu")
+    folder, why = tmp_path / "state", "the record of earlier errors (health.json) was damaged"
+    folder.mkdir()
+    (folder / FILE).write_bytes(content)
+    async with scanning(tree, folder) as (agent, scanner):
+        assert {id: (one.state, one.reason) for id, one in agent.health.items()} == {
+            GPU: (UNKNOWN, why),
+            second: (UNKNOWN, why),
+        }
+        assert await scanner.clear_health(GPU)
+        await scanner.rescan()
+        agent.observe([Evidence(device=second, source="xid", state=HEALTHY)])
+        assert {id: one.state for id, one in agent.health.items()} == {GPU: HEALTHY, second: UNKNOWN}
+    async with scanning(tree, folder) as (agent, _):
+        assert {id: (one.state, one.reason) for id, one in agent.health.items()} == {second: (UNKNOWN, why)}
