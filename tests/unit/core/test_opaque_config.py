@@ -24,6 +24,7 @@ from nodeagent.core.dra.opaque_config import (
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.options import OPTIONS, POLICIES, check_options
 from nodeagent.errors import InputError
+from tests.support.opaque_cases import RIGHT, STRANGE, WRONG
 
 DRIVER = "nodeagent.dev"
 
@@ -183,57 +184,18 @@ def test_a_slip_is_told_even_where_it_applies_to_nothing() -> None:
 # ---------------------------------------------------------------- what is refused
 
 
-@pytest.mark.parametrize(
-    ("parameters", "said"),
-    [
-        ({}, "nothing at $.apiVersion, expected 'nodeagent.dev/v1alpha1'"),
-        ({"apiVersion": "nodeagent.dev/v1", "kind": "CpuConfig"}, "'nodeagent.dev/v1' at $.apiVersion, expected"),
-        ({"apiVersion": API_VERSION}, "nothing at $.kind; expected one of CpuConfig, HugepageConfig"),
-        ({"apiVersion": API_VERSION, "kind": "CpuConfg"}, "'CpuConfg' at $.kind; did you mean CpuConfig?"),
-        ({"apiVersion": API_VERSION, "kind": ["CpuConfig"]}, "['CpuConfig'] at $.kind;"),
-        ({"apiVersion": API_VERSION, "kind": "MemoryConfig", "x": 1}, "MemoryConfig has no key $.x; expected none"),
-    ],
-)
+@pytest.mark.parametrize(("parameters", "said"), STRANGE)
 def test_what_is_not_ours_to_read_is_named(parameters: Mapping[str, Any], said: str) -> None:
     config = Opaque(source=FROM_CLAIM, driver=DRIVER, parameters=parameters)
     assert refusal("cpu", config).startswith(f"cannot use config[0] (FromClaim): {said}")
 
 
-@pytest.mark.parametrize(
-    ("config", "said", "problem"),
-    [
-        ("CpuConfig", {"option": []}, "has no key $.option; did you mean options?"),
-        ("CpuConfig", {"options": "full-pcpus-only"}, "at `$.options`, found 'full-pcpus-only'"),
-        ("CpuConfig", {"options": ["full-pcpus-only", 3]}, "at `$.options[1]`, found 3"),
-        ("CpuConfig", {"options": ["full-pcpus"]}, 'did you mean "full-pcpus-only"? at $.options'),
-        (
-            "CpuConfig",
-            {"options": ["prefer-performance-cores"], "coreType": "efficiency"},
-            'it excludes "prefer-performance-cores" at $.options',
-        ),
-        ("CpuConfig", {"numa": "strict"}, "at `$.numa`, found 'strict'"),
-        ("CpuConfig", {"coreType": "fast"}, "at `$.coreType`, found 'fast'"),
-        ("HugepageConfig", {"mountPath": "hugepages"}, "at `$.mountPath`, found 'hugepages'"),
-        ("HugepageConfig", {"mountPath": "/a\0b"}, "at `$.mountPath`"),
-        ("HugepageConfig", {"mountPath": "/"}, "'/' at $.mountPath"),
-        ("HugepageConfig", {"mountPath": "/mnt/../etc"}, "'/mnt/../etc' at $.mountPath"),
-        ("HugepageConfig", {"mountPath": "//proc/1"}, "would hide the kernel's own files"),
-        ("HugepageConfig", {"mountPath": "/dev"}, "would hide the kernel's own files"),
-        ("GpuConfig", {"timeSlicing": {}, "mps": {}}, "$.timeSlicing and $.mps exclude each other"),
-        ("GpuConfig", {"timeSlicing": {"interval": "long"}}, "at `$.timeSlicing.interval`, found 'long'"),
-        ("GpuConfig", {"timeSlicing": {"intervall": "Long"}}, "$.timeSlicing.intervall; did you mean interval?"),
-        ("GpuConfig", {"mps": {"activeThreadPercentage": 0}}, "at `$.mps.activeThreadPercentage`, found 0"),
-        ("GpuConfig", {"mps": {"activeThreadPercentage": 101}}, "at `$.mps.activeThreadPercentage`, found 101"),
-        ("GpuConfig", {"mps": {"activeThreadPercentage": True}}, "at `$.mps.activeThreadPercentage`, found True"),
-        ("GpuConfig", {"mps": {"pinnedDeviceMemoryLimit": "100m"}}, "a whole number at $.mps.pinnedDeviceMemoryLimit"),
-        ("GpuConfig", {"mps": {"pinnedDeviceMemoryLimit": "0"}}, "nothing at $.mps.pinnedDeviceMemoryLimit"),
-        ("NicConfig", {"rdma": "true"}, "at `$.rdma`, found 'true'"),
-        ("DeviceConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
-        ("DeviceConfig", {"env": {"SPEED": 115200}}, "SPEED: 115200 at $.env"),
-        ("DeviceConfig", {"env": {"SPEED": "a\0b"}}, "SPEED: 'a\\x00b' at $.env"),
-        ("DeviceConfig", {"env": {"NODEAGENT_CPUS": "0-3"}}, "NODEAGENT_CPUS at $.env"),
-    ],
-)
+@pytest.mark.parametrize(("config", "said"), RIGHT)
+def test_what_is_right_is_accepted(config: str, said: dict[str, Any]) -> None:
+    check_all([opaque(config, **said)], DRIVER)
+
+
+@pytest.mark.parametrize(("config", "said", "problem"), WRONG)
 def test_a_wrong_value_is_named_with_its_path(config: str, said: dict[str, Any], problem: str) -> None:
     with pytest.raises(InputError) as error:
         check_all([opaque(config, **said)], DRIVER)

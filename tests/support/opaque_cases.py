@@ -1,0 +1,75 @@
+"""Opaque parameters, right and wrong: what the driver and the API server's admission policy have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nodeagent.core.dra.opaque_config import API_VERSION
+from nodeagent.core.model.options import OPTIONS, POLICIES
+
+STRANGE: list[tuple[Mapping[str, Any], str]] = [
+    ({}, "nothing at $.apiVersion, expected 'nodeagent.dev/v1alpha1'"),
+    ({"apiVersion": "nodeagent.dev/v1", "kind": "CpuConfig"}, "'nodeagent.dev/v1' at $.apiVersion, expected"),
+    ({"apiVersion": API_VERSION}, "nothing at $.kind; expected one of CpuConfig, HugepageConfig"),
+    ({"apiVersion": API_VERSION, "kind": "CpuConfg"}, "'CpuConfg' at $.kind; did you mean CpuConfig?"),
+    ({"apiVersion": API_VERSION, "kind": ["CpuConfig"]}, "['CpuConfig'] at $.kind;"),
+    ({"apiVersion": API_VERSION, "kind": "MemoryConfig", "x": 1}, "MemoryConfig has no key $.x; expected none"),
+]
+"""Whole parameters, and what the driver says of them."""
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("CpuConfig", {"option": []}, "has no key $.option; did you mean options?"),
+    ("CpuConfig", {"options": "full-pcpus-only"}, "at `$.options`, found 'full-pcpus-only'"),
+    ("CpuConfig", {"options": ["full-pcpus-only", 3]}, "at `$.options[1]`, found 3"),
+    ("CpuConfig", {"options": ["full-pcpus"]}, 'did you mean "full-pcpus-only"? at $.options'),
+    (
+        "CpuConfig",
+        {"options": ["prefer-performance-cores"], "coreType": "efficiency"},
+        'it excludes "prefer-performance-cores" at $.options',
+    ),
+    ("CpuConfig", {"numa": "strict"}, "at `$.numa`, found 'strict'"),
+    ("CpuConfig", {"coreType": "fast"}, "at `$.coreType`, found 'fast'"),
+    ("HugepageConfig", {"mountPath": "hugepages"}, "at `$.mountPath`, found 'hugepages'"),
+    ("HugepageConfig", {"mountPath": "/a\0b"}, "at `$.mountPath`"),
+    ("HugepageConfig", {"mountPath": "/"}, "'/' at $.mountPath"),
+    ("HugepageConfig", {"mountPath": "/mnt/../etc"}, "'/mnt/../etc' at $.mountPath"),
+    ("HugepageConfig", {"mountPath": "//proc/1"}, "would hide the kernel's own files"),
+    ("HugepageConfig", {"mountPath": "/dev"}, "would hide the kernel's own files"),
+    ("GpuConfig", {"timeSlicing": {}, "mps": {}}, "$.timeSlicing and $.mps exclude each other"),
+    ("GpuConfig", {"timeSlicing": {"interval": "long"}}, "at `$.timeSlicing.interval`, found 'long'"),
+    ("GpuConfig", {"timeSlicing": {"intervall": "Long"}}, "$.timeSlicing.intervall; did you mean interval?"),
+    ("GpuConfig", {"mps": {"activeThreadPercentage": 0}}, "at `$.mps.activeThreadPercentage`, found 0"),
+    ("GpuConfig", {"mps": {"activeThreadPercentage": 101}}, "at `$.mps.activeThreadPercentage`, found 101"),
+    ("GpuConfig", {"mps": {"activeThreadPercentage": True}}, "at `$.mps.activeThreadPercentage`, found True"),
+    ("GpuConfig", {"mps": {"pinnedDeviceMemoryLimit": "100m"}}, "a whole number at $.mps.pinnedDeviceMemoryLimit"),
+    ("GpuConfig", {"mps": {"pinnedDeviceMemoryLimit": "0"}}, "nothing at $.mps.pinnedDeviceMemoryLimit"),
+    ("NicConfig", {"rdma": "true"}, "at `$.rdma`, found 'true'"),
+    ("DeviceConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
+    ("DeviceConfig", {"env": {"SPEED": 115200}}, "SPEED: 115200 at $.env"),
+    ("DeviceConfig", {"env": {"SPEED": "a\0b"}}, "SPEED: 'a\\x00b' at $.env"),
+    ("DeviceConfig", {"env": {"NODEAGENT_CPUS": "0-3"}}, "NODEAGENT_CPUS at $.env"),
+]
+"""(kind, the other keys, what the driver says of them)."""
+
+RIGHT: list[tuple[str, dict[str, Any]]] = [
+    *((kind, {}) for kind in ("CpuConfig", "HugepageConfig", "MemoryConfig", "GpuConfig", "NicConfig", "DeviceConfig")),
+    *(("CpuConfig", {"options": [one]}) for one in OPTIONS),
+    *(("CpuConfig", {"numa": one}) for one in ("", *POLICIES)),
+    ("CpuConfig", {"options": [], "coreType": ""}),
+    ("CpuConfig", {"options": ["full-pcpus-only", "prefer-isolated-cpus"], "coreType": "performance"}),
+    ("CpuConfig", {"options": ["prefer-efficiency-cores"], "coreType": "efficiency", "numa": "single"}),
+    ("HugepageConfig", {"mountPath": "/dev/hugepages"}),
+    ("HugepageConfig", {"mountPath": "//mnt//huge/"}),
+    ("HugepageConfig", {"mountPath": None}),
+    ("GpuConfig", {"timeSlicing": {}}),
+    ("GpuConfig", {"timeSlicing": {"interval": "Default"}, "mps": None}),
+    ("GpuConfig", {"mps": {}, "timeSlicing": None}),
+    ("GpuConfig", {"mps": {"activeThreadPercentage": 1, "pinnedDeviceMemoryLimit": "10Gi"}}),
+    ("GpuConfig", {"mps": {"activeThreadPercentage": 100, "pinnedDeviceMemoryLimit": None}}),
+    ("GpuConfig", {"mps": {"activeThreadPercentage": None, "pinnedDeviceMemoryLimit": "1e9"}}),
+    ("NicConfig", {"rdma": True}),
+    ("NicConfig", {"rdma": None}),
+    ("DeviceConfig", {"env": {}}),
+    ("DeviceConfig", {"env": {"SPEED": "115200", "_x1": ""}}),
+]
