@@ -150,6 +150,7 @@ def _dra(dra: Any) -> list[str]:
             + (f"; {one['reason']}" if one["reason"] else "")
             for one in slices["pools"]
         ]
+        lines += [f"the API server keeps {', '.join(slices['kept'])}"] if slices["kept"] else []
         lines += [f"the API server does not keep {name}" for name in slices["lost"]]
         lines += [f"left out: {why}" for why in slices["broken"]]
     return lines

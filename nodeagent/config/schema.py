@@ -18,6 +18,8 @@ Seconds = Annotated[float, msgspec.Meta(ge=0.1, le=86_400 * 366)]
 SMALLEST_PAGE_BYTES, LARGEST_PAGE_BYTES = 16 << 10, 16 << 30
 """Limits of hugepage sizes, over all processors that Linux supports."""
 LONGEST_DOMAIN = 253
+KEEP_FREE = "256Mi"
+"""More than twice what kubelet keeps free before it evicts pods (evictionHard: memory.available 100Mi)."""
 NAME = r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$"
 DOMAIN = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)+$"
 NODE_NAME = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?(\.[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)*"
@@ -193,6 +195,8 @@ class HugepagesConfig(_Base, frozen=True):
     """The pool is made at least this large at the start, and kept so."""
     max_pages: Annotated[int, msgspec.Meta(ge=0)] = 0
     """How far the pool may grow when a claim needs more; 0: not at all."""
+    keep_free: Annotated[str, msgspec.Meta(pattern=r"^[1-9][0-9]{0,8}(Ki|Mi|Gi)$")] = KEEP_FREE
+    """Memory of the node, and of the machine, that stays available when the pool grows for a claim."""
 
 
 class Config(_Base, frozen=True):

@@ -271,6 +271,8 @@ def _write_memory_kinds(tree: _Tree, shape: Shape) -> None:
 
 def _meminfo(total_bytes: int, prefix: str) -> str:
     lines = {"MemTotal": total_bytes >> 10, "MemFree": total_bytes >> 11}
+    if not prefix:
+        lines["MemAvailable"] = lines["MemFree"]
     return "\n".join(f"{prefix}{name}:{kib:>16} kB" for name, kib in lines.items())
 
 

@@ -90,9 +90,21 @@ class PageKernel:
             whole = self._machine(size) / f"{what}_hugepages"
             _replace(whole, int(whole.read_text()) + new - old)
             _replace(folder / f"{what}_hugepages", new)
+        self.take(node, (after[0] - before[0]) * size)
+
+    def take(self, node: int, size: int) -> None:
+        """Somebody takes memory of a node, or with a negative number gives it back."""
+        of_node = self.root / f"sys/devices/system/node/node{node}/meminfo"
+        for path in (of_node, self.root / "proc/meminfo"):
+            found = re.sub(r"(MemFree|MemAvailable): +(\d+)", lambda one: _less(one, size >> 10), path.read_text())
+            _replace(path, found.rstrip("\n"))
 
 
-def _replace(path: Path, value: int) -> None:
+def _less(found: re.Match[str], kib: int) -> str:
+    return f"{found[1]}: {max(0, int(found[2]) - kib)}"
+
+
+def _replace(path: Path, value: int | str) -> None:
     """A reader never sees half a write, as with the kernel."""
     draft = path.with_name(f".{path.name}")
     draft.write_text(f"{value}\n")

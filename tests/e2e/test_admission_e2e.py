@@ -79,4 +79,3 @@ def test_what_was_stored_before_the_policy_can_still_be_changed_elsewhere(node: 
     patch = {"metadata": {"labels": {"a": "b"}}}
     stored = node.api.call("PATCH", claim_path("policy"), patch, content="application/merge-patch+json")
     assert stored["metadata"]["labels"] == {"a": "b"}
-

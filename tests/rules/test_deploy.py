@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 import pytest
 import yaml
 
@@ -17,10 +19,12 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.cpu_pool import CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
+from nodeagent.core.dra.opaque_config import FORMS
 from nodeagent.core.dra.pool import ALL_FEATURES, PoolDevice
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import NO_HEALTH
+from nodeagent.core.model.options import OPTIONS
 from nodeagent.core.model.topology import DRAM, MEMORY_KINDS
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.kube.resourceslice.render import Owner, pool_name
@@ -29,6 +33,8 @@ from tests.support.paths import CHECKOUT
 
 FOLDER = CHECKOUT / "deploy"
 DRIVER, ACCOUNT = "nodeagent.dev", "nodeagent"
+PARAMETERS = "parameters.nodeagent.dev"
+"""The policy that concerns users instead of the agent."""
 MIB = 1 << 20
 TOPOLOGY = {"cpu", "hugepages", "memory"}
 KINDS = {*TOPOLOGY, *(kind.name for kind in builtin_kinds())}
@@ -102,9 +108,24 @@ def test_one_account_has_the_role_is_narrowed_and_runs_the_agent() -> None:
     assert only("ClusterRoleBinding")["roleRef"]["name"] == only("ClusterRole")["metadata"]["name"]
     assert pod()["serviceAccountName"] == account["name"]
     user = f"system:serviceaccount:{account['namespace']}:{account['name']}"
-    for policy in all_of("ValidatingAdmissionPolicy"):
+    narrowing = [one for one in all_of("ValidatingAdmissionPolicy") if one["metadata"]["name"] != PARAMETERS]
+    assert len(narrowing) == 2
+    for policy in narrowing:
         (condition,) = policy["spec"]["matchConditions"]
         assert condition["expression"] == f'request.userInfo.username == "{user}"'
+
+
+def test_the_policy_of_parameters_knows_every_kind_key_and_option_of_the_driver() -> None:
+    """What each of them means is compared on a real API server (tests/e2e/test_admission_e2e.py)."""
+    (policy,) = [one for one in all_of("ValidatingAdmissionPolicy") if one["metadata"]["name"] == PARAMETERS]
+    spec = policy["spec"]
+    variables = {one["name"]: one["expression"] for one in spec["variables"]}
+    known = {name: [one.encode_name for one in msgspec.structs.fields(form)] for name, form in FORMS.items()}
+    assert json.loads(variables["keys"]) == known
+    (options,) = [one["expression"] for one in spec["validations"] if "list of options" in one["message"]]
+    assert set(re.findall(r'"([a-z-]+)"', options)) == OPTIONS.keys()
+    (rule,) = spec["matchConstraints"]["resourceRules"]
+    assert rule["resources"] == ["resourceclaims", "resourceclaimtemplates", "deviceclasses"]
 
 
 def test_the_role_is_what_the_agent_does_and_no_more() -> None:

@@ -7,7 +7,7 @@ A quantity is an integer in the unit that its name carries or that Kubernetes us
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -93,7 +93,10 @@ class Pool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Features:
-    """ResourceSlice fields that the API server keeps; pools are built without those that it drops."""
+    """ResourceSlice fields that the API server keeps; pools are built without those that it drops.
+
+    docs/compatibility.md has the Kubernetes versions.
+    """
 
     consumable: bool = True
     """allowMultipleAllocations and requestPolicy (DRAConsumableCapacity)."""
@@ -102,5 +105,16 @@ class Features:
     taints: bool = True
     """taints (DRADeviceTaints)."""
 
+    def __and__(self, other: Features) -> Features:
+        return Features(**{name: getattr(self, name) and getattr(other, name) for name in FEATURES})
 
-ALL_FEATURES = Features()
+    def __or__(self, other: Features) -> Features:
+        return Features(**{name: getattr(self, name) or getattr(other, name) for name in FEATURES})
+
+    def names(self, *, kept: bool = True) -> tuple[str, ...]:
+        """Return the names of the features that are kept, or of those that are not."""
+        return tuple(name for name in FEATURES if getattr(self, name) == kept)
+
+
+FEATURES = tuple(one.name for one in fields(Features))
+ALL_FEATURES, NO_FEATURES = Features(), Features(consumable=False, counters=False, taints=False)

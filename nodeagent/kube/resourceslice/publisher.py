@@ -12,13 +12,13 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import structlog
 
 from nodeagent.aio.revision import Revision
-from nodeagent.core.dra.pool import ALL_FEATURES, Features, Pool
+from nodeagent.core.dra.pool import ALL_FEATURES, NO_FEATURES, Features, Pool
 from nodeagent.errors import NodeagentError, PeerError
 from nodeagent.kube.resourceslice.pool_writer import (
     DEFAULT_PACE,
@@ -33,7 +33,16 @@ from nodeagent.kube.resourceslice.pool_writer import (
     uid,
     version,
 )
-from nodeagent.kube.resourceslice.render import Object, Owner, SlicePlan, belongs, lost_features, plan, strays
+from nodeagent.kube.resourceslice.render import (
+    Object,
+    Owner,
+    SlicePlan,
+    belongs,
+    lost_features,
+    plan,
+    seen_features,
+    strays,
+)
 
 _FORBIDDEN, _NOT_FOUND = 403, 404
 """Status of a write that is not allowed; of one whose slice was deleted after it was planned."""
@@ -95,6 +104,9 @@ class PublicationState:
     pools: tuple[PoolStanding, ...] = ()
     lost: tuple[str, ...] = ()
     """Names of Features that the server does not keep."""
+    kept: tuple[str, ...] = ()
+    """Names of Features that the server is known to keep: of the others that are not lost, nothing was published since
+    the start."""
     broken: tuple[str, ...] = ()
     """Rules that our own slices would break; the offending devices or pools are not written."""
     writes: int = 0
@@ -129,6 +141,7 @@ class Publisher:
         self._pace = pace
         self._clock = clock
         self._features = ALL_FEATURES
+        self._kept = NO_FEATURES
         self._stored: dict[str, Object] = {}
         self._own_writes: set[str] = set()
         self._lanes: dict[str, PoolLane] = {}
@@ -353,10 +366,10 @@ class Publisher:
         await self._api.delete(self._slices, name, uid=uid(one))
 
     def _lose(self, kept: Features) -> None:
-        both = {one.name: getattr(kept, one.name) and getattr(self._features, one.name) for one in fields(Features)}
-        if Features(**both) != self._features:
-            self._features = Features(**both)
-            log.warning("features-lost", lost=_names_lost(self._features))
+        both = kept & self._features
+        if both != self._features:
+            self._features = both
+            log.warning("features-lost", lost=both.names(kept=False))
 
     # Reporting
 
@@ -382,7 +395,9 @@ class Publisher:
         broken = tuple(str(one) for lane in self._lanes.values() for one in lane.broken)
         bad = [one for one in shown if one.state == FAILED] or [one for one in shown if one.state == WAITING]
         state, reason = (bad[0].state, bad[0].reason) if bad else (PUBLISHED, "")
-        self._show(state, reason, pools=shown, broken=broken, lost=_names_lost(self._features))
+        self._kept = self._features & (self._kept | seen_features(self._stored.values()))
+        kept, lost = self._kept.names(), self._features.names(kept=False)
+        self._show(state, reason, pools=shown, broken=broken, lost=lost, kept=kept)
 
     def _show(self, state: PublishState, reason: str, **more: Any) -> None:
         before = self._standing
@@ -391,10 +406,6 @@ class Publisher:
         if after != before:
             self._standing = after
             self._revision.bump()
-
-
-def _names_lost(features: Features) -> tuple[str, ...]:
-    return tuple(one.name for one in fields(Features) if not getattr(features, one.name))
 
 
 def _status(error: Exception) -> int:

@@ -149,6 +149,19 @@ def lost_features(sent: Object, stored: Object) -> Features:
     )
 
 
+def seen_features(stored: Iterable[Object]) -> Features:
+    """Return which features the server is known to keep: True for a feature of which a stored slice has a field."""
+    specs = [one["spec"] for one in stored]
+    devices = [one for spec in specs for one in spec.get("devices", ())]
+    capacities = (capacity for one in devices for capacity in one.get("capacity", {}).values())
+    return Features(
+        consumable=any(one.get("allowMultipleAllocations") for one in devices)
+        or any(one.get("requestPolicy") for one in capacities),
+        counters=any(one.get("consumesCounters") for one in devices) or any(one.get("sharedCounters") for one in specs),
+        taints=any(one.get("taints") for one in devices),
+    )
+
+
 @functools.lru_cache(maxsize=4096)
 def quantity(text: str) -> Fraction | None:
     """Return the value of a Kubernetes quantity (apimachinery resource.Quantity), or None if it is not one."""

@@ -22,10 +22,9 @@ class PodClaimNames:
         self._names.update(names)
 
     def of(self, uid: str) -> str:
-        """Return a claim's name in its pod, or "" if it has none or it is not known. Reads a file the first time."""
-        if uid not in self._names:
-            self._names[uid] = self._recorded(uid)
-        return self._names[uid]
+        """Return a claim's name in its pod, or "" if it has none or it is not known. Reads a file unless the claim was
+        read: another agent may have prepared it and write its file only now."""
+        return self._names[uid] if uid in self._names else self._recorded(uid)
 
     def forget(self, uid: str) -> None:
         self._names.pop(uid, None)

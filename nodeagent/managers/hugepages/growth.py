@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import structlog
 
-from nodeagent.config.schema import Config
+from nodeagent.config.schema import KEEP_FREE, Config
 from nodeagent.core.dra.hugepage_demand import Amounts, Demand, concerned, demand, idle, is_granted
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.ledger.free import grantable
@@ -106,16 +106,27 @@ class PoolGrowth:
         grown, missing = dict[Key, int](), dict[Key, str]()
         until_s = time.monotonic() + self._pace.grow_s
         for key, pages in growth.items():
-            try:
-                grown[key] = await self._sizes.grow(key, pages, until_s - time.monotonic())
-            except HostError as error:
-                missing[key] = str(error)
-            if (given := grown.get(key, 0)) < pages:
-                missing.setdefault(key, f"the pool was to grow by {pages} pages, the kernel gave {given}")
-            log.info("pages-grown", **_names(key), wanted=pages, given=given, reason=missing.get(key, ""))
+            grown[key], why = await self._grow_one(key, pages, until_s)
+            if why:
+                missing[key] = why
+            log.info("pages-grown", **_names(key), wanted=pages, given=grown[key], reason=why)
         if growth:
             await self._rescan()
         return grown, missing
+
+    async def _grow_one(self, key: Key, pages: int, until_s: float) -> tuple[int, str]:
+        """Return by how many pages a pool grew, and why by no more, or ""."""
+        keep = self._keep_free(key)
+        try:
+            given, left = await self._sizes.grow(key, pages, until_s - time.monotonic(), parse_size(keep))
+        except HostError as error:
+            return 0, str(error)
+        if given == pages:
+            return given, ""
+        if left < parse_size(keep) + key[1]:
+            kept = f"{left} bytes of NUMA node {key[0]} are available, of which {keep} stay free (keepFree)"
+            return given, f"the pool was to grow by {pages} pages and grew by {given}: {kept}"
+        return given, f"the pool was to grow by {pages} pages, the kernel gave {given}"
 
     async def _take_back(self, unneeded: Amounts) -> None:
         """Return unneeded pages, except those granted to others meanwhile. Failures are retried later."""
@@ -178,6 +189,11 @@ class PoolGrowth:
         """Return the minimum size of a pool that the configuration demands, in pages."""
         rules = (one for one in self._config().hugepages if (one.node, parse_size(one.page_size)) == key)
         return max((one.pages for one in rules), default=0)
+
+    def _keep_free(self, key: Key) -> str:
+        """Return how much memory of a pool's node stays free when it grows, as configured."""
+        rules = (one for one in self._config().hugepages if (one.node, parse_size(one.page_size)) == key)
+        return next((one.keep_free for one in rules), KEEP_FREE)
 
     def pools(self) -> dict[Key, HugepagePool]:
         """Return the pools of the machine by NUMA node and page_bytes."""

@@ -9,10 +9,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import NamedTuple, ParamSpec, TypeVar
 
 from nodeagent.errors import StateError
 from nodeagent.host.cgroup.write import put as put_value
+from nodeagent.host.hugepages.available import available_bytes
 from nodeagent.host.hugepages.resize import STEP_BYTES, Put, counts, set_pages
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal, Key
@@ -23,6 +24,14 @@ P = ParamSpec("P")
 LOCK = "hugepages.lock"
 """In the state folder."""
 LOCK_POLL_S = 0.05
+
+
+class Growth(NamedTuple):
+    """How a pool grew for claims."""
+
+    pages: int
+    available_bytes: int
+    """Memory of its node that is available afterwards."""
 
 
 class PoolResizer:
@@ -71,10 +80,10 @@ class PoolResizer:
         """Grow a pool one step towards `pages`; return (size before, size now), without surplus pages."""
         return await self._in_thread(self._step, key, pages)
 
-    async def grow(self, key: Key, pages: int, patience_s: float) -> int:
-        """Grow a pool by `pages` for claims; return by how many pages it grew. Its original size is durable before it
-        grows."""
-        return await self._in_thread(self._grow, key, pages, patience_s)
+    async def grow(self, key: Key, pages: int, patience_s: float, keep_bytes: int) -> Growth:
+        """Grow a pool by up to `pages` for claims, as long as `keep_bytes` stay available on its node. Its original
+        size is durable before it grows."""
+        return await self._in_thread(self._grow, key, pages, patience_s, keep_bytes)
 
     async def shrink(self, key: Key, pages: int, least: int) -> int:
         """Remove up to `pages` free pages that were added for claims, leaving at least `least`; return how many were
@@ -93,15 +102,27 @@ class PoolResizer:
         target = min(pages, now + max(1, STEP_BYTES // key[1]))
         return now, set_pages(self._sysfs, *key, target, put=self._put) if now < target else now
 
-    def _grow(self, key: Key, pages: int, patience_s: float) -> int:
+    def _grow(self, key: Key, pages: int, patience_s: float, keep_bytes: int) -> Growth:
         before, until_s = self._now(key), time.monotonic() + patience_s
+        left = available_bytes(self._sysfs, key[0])
+        if left - keep_bytes < key[1]:
+            return Growth(0, left)
         self._records.grow(key, before, before + pages)
-        in_time = lambda: time.monotonic() < until_s  # noqa: E731 - one use, one line
+        now = want = before
         try:
-            now = set_pages(self._sysfs, *key, before + pages, put=self._put, go_on=in_time)
+            while now == want < before + pages and time.monotonic() < until_s:
+                want = self._next(key, now, before + pages, left - keep_bytes)
+                now = set_pages(self._sysfs, *key, want, put=self._put) if want > now else now
+                left = available_bytes(self._sysfs, key[0])
+                if left - keep_bytes < key[1]:
+                    break
         finally:
             self._records.now(key, self._now(key))
-        return max(0, now - before)
+        return Growth(max(0, now - before), left)
+
+    def _next(self, key: Key, now: int, target: int, spare_bytes: int) -> int:
+        """Return the size after one more step towards a target."""
+        return min(target, now + max(1, STEP_BYTES // key[1]), now + spare_bytes // key[1])
 
     def _shrink(self, key: Key, pages: int, least: int) -> int:
         before = self._now(key)

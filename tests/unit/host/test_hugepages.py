@@ -21,6 +21,7 @@ from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.hugepages import pools as hugepages
 from nodeagent.host.hugepages import resize as hugepageset
 from nodeagent.host.hugepages import use as hugepageuse
+from nodeagent.host.hugepages.available import available_bytes
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.topology import cpus as topology
@@ -241,6 +242,40 @@ def test_a_size_or_node_that_is_not_there_is_named(tmp_path: Path) -> None:
     root = machine(tmp_path, "1s1n4c")
     with pytest.raises(HostError, match=r"cannot read .*node7/hugepages/hugepages-2048kB/nr_hugepages: No such file"):
         hugepageset.set_pages(SysFs(root), 7, 2 * MIB, 1)
+
+
+def meminfo(tmp_path: Path, *, node: str, machine: str = "MemAvailable: 1000 kB\n") -> SysFs:
+    for path, text in (("sys/devices/system/node/node3/meminfo", node), ("proc/meminfo", machine)):
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    return SysFs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("node", "available_kib"),
+    [
+        ("Node 3 MemTotal: 900 kB\nNode 3 MemFree:  100 kB\n", 100),
+        ("Node 3 MemFree: 100 kB\nNode 3 Active(file): 30 kB\nNode 3 Inactive(file): 8 kB\n", 119),
+        ("Node 3 MemFree: 100 kB\nNode 3 SReclaimable:       10 kB\nNode 3 Active(anon): 500 kB\n", 105),
+        ("Node 3 MemFree: 5000 kB\n", 1000),
+    ],
+)
+def test_what_is_available_on_a_node_is_free_or_half_of_what_can_be_reclaimed(
+    node: str, available_kib: int, tmp_path: Path
+) -> None:
+    """And never more than the machine has, which may have promised it elsewhere."""
+    assert available_bytes(meminfo(tmp_path, node=node), 3) == available_kib << 10
+
+
+@pytest.mark.parametrize(
+    ("node", "machine"), [("", "MemAvailable: 1 kB\n"), ("Node 3 MemFree: x kB\n", "MemAvailable: 1 kB")]
+)
+def test_memory_that_is_not_shown_is_not_available(node: str, machine: str, tmp_path: Path) -> None:
+    with pytest.raises(HostError, match=r"cannot read .*node3/meminfo: expected a line MemFree: N kB"):
+        available_bytes(meminfo(tmp_path, node=node, machine=machine), 3)
+    with pytest.raises(HostError, match=r"cannot read .*proc/meminfo: expected a line MemAvailable: N kB"):
+        available_bytes(meminfo(tmp_path, node="Node 3 MemFree: 1 kB\n", machine="MemFree: 1 kB\n"), 3)
 
 
 def test_a_write_that_is_refused_is_named_with_its_value(tmp_path: Path) -> None:

@@ -687,6 +687,23 @@ async def test_an_older_server_gets_a_form_that_it_keeps(dropped: set[str], pool
     assert len(said) == len(set(said)) <= len(lost)
 
 
+async def test_what_the_server_keeps_is_known_from_what_it_stores() -> None:
+    """Of what was never published nobody knows; what it drops later is lost."""
+    async with bench(gpus(2, **SHARED)) as it:
+        await it.until_right()
+        await it.until(lambda it: it.kept == ("consumable",))
+        it.source.set(gpus(2, taints=(TAINT,), **SHARED))
+        await it.until_right()
+        await it.until(lambda it: it.kept == ("consumable", "taints"))
+        it.source.set(gpus(2))
+        await it.until_right()
+        assert it.standing.kept == ("consumable", "taints")
+        it.server.dropped_fields = {CONSUMABLE}
+        it.source.set(gpus(3, **SHARED))
+        standing = await it.until(lambda it: bool(it.lost) and it.state == PUBLISHED)
+        assert (standing.kept, standing.lost) == (("taints",), ("consumable",))
+
+
 async def test_a_start_after_an_upgrade_of_the_server_uses_all_features_again() -> None:
     """What was lost is remembered for the life of the process alone."""
     async with FakeApiServer() as server:

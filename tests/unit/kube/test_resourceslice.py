@@ -14,9 +14,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.core.dra.pool import ALL_FEATURES, Capacity, CounterSet, DevicePart, Features, Pool, PoolDevice, Taint
+from nodeagent.core.dra.pool import (
+    ALL_FEATURES,
+    NO_FEATURES,
+    Capacity,
+    CounterSet,
+    DevicePart,
+    Features,
+    Pool,
+    PoolDevice,
+    Taint,
+)
 from nodeagent.kube.resourceslice import render as slices
-from nodeagent.kube.resourceslice.render import Object, Owner, SlicePlan, lost_features, plan, quantity, render, strays
+from nodeagent.kube.resourceslice.render import (
+    Object,
+    Owner,
+    SlicePlan,
+    lost_features,
+    plan,
+    quantity,
+    render,
+    seen_features,
+    strays,
+)
 from nodeagent.kube.resourceslice.validate import Broken, check
 from tests.oracles import api_rules as server
 
@@ -629,6 +649,20 @@ def test_a_dropped_field_tells_which_feature_is_missing(
     assert lost_features(one, answer) == ALL_FEATURES
     drop(answer["spec"])
     assert lost_features(one, answer) == kept
+
+
+def test_a_stored_field_shows_that_its_feature_is_kept() -> None:
+    """Either of the fields of a feature does."""
+    assert seen_features(render(pool(device("a", attributes={"n": 1})), OWNER, 1)) == NO_FEATURES
+    counted = pool(device("a", consumes={"s": {"c": 1}}), counters=[CounterSet(name="s", counters={"c": 1})])
+    for sent, name in (
+        (pool(device("a", taints=(TAINT,))), "taints"),
+        (pool(device("a", shared=True)), "consumable"),
+        (counted, "counters"),
+    ):
+        slices = copy.deepcopy(render(sent, OWNER, 1))
+        assert seen_features(slices).names() == (name,)
+        assert all(seen_features([one]).names() == (name,) for one in slices)
 
 
 # Any sequence of pools, writes cut off anywhere, slices deleted in between

@@ -349,6 +349,21 @@ async def test_a_claim_made_from_a_template_is_found_by_its_name_in_the_pod(fold
         assert mounts(room, claim) == before
 
 
+async def test_the_name_in_the_pod_that_another_agent_has_learned_is_kept(folder: Path) -> None:
+    """During a rolling upgrade one prepares claims and the other keeps the files of both."""
+    async with claim_room(folder) as room:
+        claim = room.claim("pod-mine-x7k2p", consumed("cpu", "numa0", "cpus", cpus="2"))
+        await room.prepare(claim)
+        await room.restart()
+        await room.rendering.restore()
+        room.objects["default", claim.name]["metadata"]["annotations"] = {POD_CLAIM_NAME: "mine"}
+        leader = room.rendering
+        room.open()
+        await room.prepare(claim)
+        await leader.restore()
+        assert list(mounts(room, claim)) == [reader.template_path(DRIVER, "mine", "cpus")]
+
+
 @pytest.mark.parametrize("name", ["", "../../etc", "x" * 64, "Mine", 7, None])
 async def test_an_annotation_that_names_no_claim_of_a_pod_counts_for_nothing(name: object, folder: Path) -> None:
     """Anyone may write one: the claim is found by its own name."""

@@ -27,7 +27,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.hugepages.growth import GrowthTiming
 from nodeagent.managers.hugepages.pool_resizer import LOCK
 from nodeagent.state.lock import FileLock
-from tests.builders.machines import machine
+from tests.builders.machines import MIB, machine
 from tests.support.claim_node import Gate
 from tests.support.dra_node import DRIVER
 from tests.support.hugepage_node import CLAIM_UID, POOL, QUICK, RULE, SIZE, STEPS, PageRoom, page_room
@@ -219,6 +219,74 @@ async def test_what_the_kernel_gave_for_a_refused_claim_goes_back_at_once(folder
         assert answer.error.endswith("; the pool was to grow by 12 pages, the kernel gave 7")
         assert room.total() == 8
         assert not room.record.exists()
+
+
+# ---------------------------------------------------------------- what stays free
+
+
+def available(room: PageRoom, size: int) -> None:
+    """So much memory of node 0 is available, and of the machine twice as much."""
+    for path, prefix, name, kib in (
+        ("sys/devices/system/node/node0/meminfo", "Node 0 ", "MemFree", size >> 10),
+        ("proc/meminfo", "", "MemAvailable", size >> 9),
+    ):
+        (room.kernel.root / path).write_text(f"{prefix}MemTotal: {16 << 20} kB\n{prefix}{name}: {kib} kB\n")
+
+
+@pytest.mark.parametrize("spare", [-1, 0, 1])
+async def test_a_pool_grows_only_as_far_as_memory_stays_free(spare: int, folder: Path) -> None:
+    """The node's other applications are neither reclaimed from nor evicted for the pages of a claim."""
+    async with page_room(folder, {**RULE, "keepFree": "64Mi"}) as room:
+        available(room, (32 + 12) * SIZE + spare)
+        answers = await room.prepare(room.claim("c", 8 + 12))
+        if spare >= 0:
+            assert [one.error for one in answers] == [""] and room.total() == 20
+        else:
+            assert re.search(
+                r"the pool was to grow by 12 pages and grew by 11: \d+ bytes of NUMA node 0 are available, "
+                r"of which 64Mi stay free \(keepFree\)$",
+                answers[0].error,
+            )
+            assert room.total() == 8, "what was grown in vain goes back"
+
+
+async def test_a_pool_does_not_grow_where_hardly_any_memory_is_free(folder: Path) -> None:
+    """Nothing is asked of the kernel, which would take it from page caches and swap."""
+    async with page_room(folder) as room:
+        available(room, 256 * MIB)
+        (answer,) = await room.prepare(room.claim("c", 9))
+        assert answer.error.endswith(
+            "268435456 bytes of NUMA node 0 are available, of which 256Mi stay free (keepFree)"
+        )
+        assert room.kernel.sizes == [] and not room.record.exists()
+        available(room, 256 * MIB + SIZE)
+        assert [one.error for one in await room.prepare(room.claim("c", 9))] == [""]
+
+
+async def test_memory_that_others_take_while_a_pool_grows_is_left_to_them(folder: Path) -> None:
+    """It is looked at again after each step of 1 GiB."""
+    async with page_room(folder) as room:
+        available(room, 3 << 30)
+        real = room.kernel.put
+
+        def put(path: str, value: str) -> None:
+            real(path, value)
+            if len(room.kernel.sizes) == 1:
+                room.kernel.take(0, (1 << 30) + (512 << 20))
+
+        room.open(RULE, put=put)
+        (answer,) = await room.prepare(room.claim("c", 8 + 1200))
+        assert "(keepFree)" in answer.error
+        assert max(room.kernel.sizes) == 8 + 512 + 128
+
+
+@pytest.mark.parametrize("path", ["sys/devices/system/node/node0/meminfo", "proc/meminfo"])
+async def test_a_pool_does_not_grow_where_nobody_knows_what_is_free(path: str, folder: Path) -> None:
+    async with page_room(folder) as room:
+        (room.kernel.root / path).write_text(f"MemTotal: {16 << 20} kB\n")
+        (answer,) = await room.prepare(room.claim("c", 9))
+        assert re.search(rf"cannot read .*/{path}: expected a line Mem(Free|Available): N kB$", answer.error)
+        assert room.total() == 8
 
 
 async def test_of_two_claims_the_one_that_can_be_granted_keeps_its_pages(folder: Path) -> None:
