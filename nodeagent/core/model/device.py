@@ -80,10 +80,10 @@ class Device(PciFacts):
 
     @property
     def lacks_node(self) -> bool:
-        """Return whether a container could not use the device: its kind needs device nodes, and none of them is its
-        own. A MIG instance has those of its GPU too, which do not open it."""
-        own = any(one.startswith("/dev/") for one in self.exclusive_parts)
-        return self.kind in NODE_KINDS and not (own and self.paths)
+        """Return whether a container would get nothing: the kind needs device nodes, and there is none that is not
+        shared by all holders."""
+        only_shared = not self.exclusive and SHARED_NODES.issuperset(self.paths)
+        return self.kind in NODE_KINDS and (only_shared or not self.paths)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

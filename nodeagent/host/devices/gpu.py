@@ -227,7 +227,8 @@ def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Devic
         gpu,
         id=f"{gpu.id}/mig-{mig.gpu_instance}-{mig.compute_instance}",
         parent=gpu.id,
-        paths=(*gpu.paths, *capabilities),
+        # The nodes of the GPU alone do not open an instance.
+        paths=(*gpu.paths, *capabilities) if capabilities else (),
         exclusive=capabilities,
         attributes=MappingProxyType(attributes),
     )

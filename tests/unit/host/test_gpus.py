@@ -207,12 +207,12 @@ def test_a_gpu_in_mig_mode_is_not_offered_as_a_whole(tree: DeviceTree, instances
 
 @pytest.mark.parametrize("table", ["", "config 1", "gpu1/gi2/access 57\ngpu1/gi2/ci0/access 58"])
 def test_a_mig_instance_without_its_capability_nodes_is_not_healthy(tree: DeviceTree, table: str) -> None:
-    """The node of its GPU alone does not open it."""
+    """The node of its GPU alone does not open it, and is not handed over."""
     address = _four_gpus(tree)[0]
     tree.write("proc/driver/nvidia-caps/mig-minors", table)
     mig = Mig(uuid="MIG-1", profile="3g.40gb", memory_bytes=40 << 30, gpu_instance=2, compute_instance=0)
     found = look(tree, nvml=snapshot(nvidia(address, 0, mig_enabled=True, migs=(mig,))))
-    assert by_id(found)[f"{address}/mig-2-0"].paths == ("/dev/nvidia0",)
+    assert by_id(found)[f"{address}/mig-2-0"].paths == ()
     assert _healthy(found) == set()
 
 
