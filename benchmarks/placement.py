@@ -119,6 +119,9 @@ def joint_cases() -> Iterator[Case]:
     single = Request(cpus=8, hugepages={GIB: 1}, devices={"gpu": 2, "nic": 1}, numa=SINGLE)
     yield "8 CPUs + 1Gi page + 2 of 16 GPUs + 1 of 16 NICs, 8 nodes", lambda: place(inventory, EMPTY, wanted)
     yield "the same, NUMA policy single", lambda: place(inventory, EMPTY, single)
+    sixteen, few, many = machine((2, 8, 2, 8, 2)), Request(hugepages={GIB: 3}), Request(hugepages={GIB: 20})
+    yield "3 pages of 1Gi alone, 16 nodes", lambda: place(sixteen, EMPTY, few)
+    yield "20 pages of 1Gi alone, 3 of 16 nodes needed", lambda: place(sixteen, EMPTY, many)
     for links in ("tree", "switch", "mesh"):
         some = machine((2, 4, 4, 8, 2), devices_of(8), () if links == "tree" else nvlinks(links))
         request = max((Request(devices={"gpu": count}) for count in range(1, 17)), key=lambda r, i=some: _warm(i, r))  # type: ignore[misc]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import statistics
@@ -9,7 +10,7 @@ import subprocess
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nodeagent.host.devices import all_kinds
@@ -37,15 +38,21 @@ def lstopo(tree: Path) -> None:
     subprocess.run(command, env=env, check=True, capture_output=True)
 
 
-def main() -> None:
-    if not MACHINE.exists() or shutil.which("lstopo-no-graphics") is None:
-        print("skipped: it needs the recorded machines beside the checkout and lstopo-no-graphics (package hwloc-nox)")
-        return
+@contextlib.contextmanager
+def recorded_tree() -> Iterator[Path]:
+    """The tree of a recorded machine with 256 CPUs."""
     with tempfile.TemporaryDirectory() as name:
         with tarfile.open(MACHINE) as tar:
             tar.extraction_filter = lambda member, _: member  # an argument would need Python 3.11.4
             tar.extractall(name)
-        tree = next(Path(name).iterdir())
+        yield next(Path(name).iterdir())
+
+
+def main() -> None:
+    if not MACHINE.exists() or shutil.which("lstopo-no-graphics") is None:
+        print("skipped: it needs the recorded machines beside the checkout and lstopo-no-graphics (package hwloc-nox)")
+        return
+    with recorded_tree() as tree:
         families = all_kinds.load_kinds()
         ours, theirs = median_ms(lambda: scan(SysFs(tree), families), lambda: lstopo(tree))
         files = sum(len(found) for _, _, found in os.walk(tree))

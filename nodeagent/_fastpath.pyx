@@ -4,9 +4,10 @@ The entry points of this file take and return Python integers as bit masks: bit 
 """
 
 cimport cython
-from libc.stdint cimport int64_t, uint8_t, uint64_t
+from cpython cimport array
+from libc.stdint cimport INT64_MAX, INT64_MIN, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, qsort
-from libc.string cimport memcpy, memset
+from libc.string cimport memcmp, memcpy, memset
 from cpython.unicode cimport PyUnicode_AsUTF8AndSize, PyUnicode_DecodeASCII
 
 cdef enum:
@@ -15,14 +16,19 @@ cdef enum:
 
 MAX_ID = IDS - 1
 COMPILED = True
-Choice = tuple
-"""What Layout.choose returns; the stub has the element types."""
+Choice = Placed = tuple
+"""What Layout.choose and Machine.place return; the stub has the element types."""
 
 cdef extern from *:
     """
     #include <stdint.h>
     static inline int na_ctz(uint64_t word) { return __builtin_ctzll(word); }
-    static inline int na_popcount(uint64_t word) { return __builtin_popcountll(word); }
+    /* Without the instruction, which not every x86-64 has, the compiler would call a function. */
+    static inline int na_popcount(uint64_t word) {
+        word -= word >> 1 & 0x5555555555555555u;
+        word = (word & 0x3333333333333333u) + (word >> 2 & 0x3333333333333333u);
+        return (word + (word >> 4) & 0x0f0f0f0f0f0f0f0fu) * 0x0101010101010101u >> 56;
+    }
     """
     int na_ctz(uint64_t word) noexcept nogil
     int na_popcount(uint64_t word) noexcept nogil
@@ -216,7 +222,17 @@ def ids(mask):
 
 
 include "_fastpath_tables.pxi"
+include "_fastpath_classes.pxi"
 include "_fastpath_search.pxi"
 include "_fastpath_shares.pxi"
+include "_fastpath_ask.pxi"
 include "_fastpath_layout.pxi"
+include "_fastpath_covers.pxi"
 include "_fastpath_devices.pxi"
+include "_fastpath_pool.pxi"
+include "_fastpath_conflicts.pxi"
+include "_fastpath_draws.pxi"
+include "_fastpath_joint.pxi"
+include "_fastpath_pages.pxi"
+include "_fastpath_policy.pxi"
+include "_fastpath_machine.pxi"

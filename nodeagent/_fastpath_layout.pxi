@@ -11,6 +11,7 @@ cdef class Layout:
     cdef Shape shape
     cdef Shape priced                 # the same with priced packages; without CPUs if that is not possible
     cdef list blocks
+    cdef Py_ssize_t ids               # larger than every CPU id
 
     def __cinit__(self, list rows not None, int nodes, list distances not None):
         cdef Shape* s = &self.shape
@@ -22,6 +23,7 @@ cdef class Layout:
             if not (0 <= row[0] < IDS and 0 <= row[2] < nodes):
                 raise ValueError(f"cannot lay out a machine: CPU {row[0]} on node {row[2]} is out of range")
         self.blocks = []
+        self.ids = max((row[0] for row in rows), default=-1) + 1
         packages = {package: i for i, package in enumerate(sorted({row[1] for row in rows}))}
         placed = [(packages[package], node, l3, core, cpu) for cpu, package, node, l3, core in rows]
         self._draw(s, [((package, node), (package, node), *rest) for package, node, *rest in placed], nodes, distances)
@@ -48,6 +50,7 @@ cdef class Layout:
             cpu_id.append(row[4])
             before = row
         s.cpus, s.cores, s.groups, s.chips = len(cpu_id), len(core_cpus), len(group_cores), len(chip_groups)
+        s.ids = <int>self.ids
         s.cells, s.nodes, s.packages = len(cell_chips), nodes, len(set(cell_package))
         core_cpus.append(s.cpus)
         if any(core_cpus[i + 1] - core_cpus[i] > SMT_MAX for i in range(s.cores)):
@@ -55,22 +58,13 @@ cdef class Layout:
         group_cores.append(s.cores)
         chip_groups.append(s.groups)
         cell_chips.append(s.chips)
-        s.cpu_id, s.core_cpus, s.group_cores = self._ints(cpu_id), self._ints(core_cpus), self._ints(group_cores)
-        s.chip_groups, s.cell_chips = self._ints(chip_groups), self._ints(cell_chips)
-        s.cell_node, s.cell_package = self._ints(cell_node), self._ints(cell_package)
-        s.node_cells = self._ints([cell_node.count(node) for node in range(nodes)])
-        s.distance = self._ints(distances)
+        s.cpu_id, s.core_cpus, s.group_cores = _ints(self.blocks, cpu_id), _ints(self.blocks, core_cpus), _ints(self.blocks, group_cores)
+        s.chip_groups, s.cell_chips = _ints(self.blocks, chip_groups), _ints(self.blocks, cell_chips)
+        s.cell_node, s.cell_package = _ints(self.blocks, cell_node), _ints(self.blocks, cell_package)
+        s.node_cells = _ints(self.blocks, [cell_node.count(node) for node in range(nodes)])
+        s.distance = _ints(self.blocks, distances)
         self._classes(s)
         return 0
-
-    cdef int* _ints(self, list values) except NULL:
-        cdef bytearray block = bytearray(max(1, len(values)) * sizeof(int))
-        cdef int* out = <int*><char*>block
-        cdef int i
-        for i in range(len(values)):
-            out[i] = values[i]
-        self.blocks.append(block)
-        return out
 
     cdef int _classes(self, Shape* s) except -1:
         """Group twin cells into classes, in order of their first cell."""
@@ -90,8 +84,8 @@ cdef class Layout:
         for members in classes:
             starts.append(starts[-1] + len(members))
         s.classes = len(classes)
-        s.class_cells = self._ints([cell for members in classes for cell in members])
-        s.class_start = self._ints(starts)
+        s.class_cells = _ints(self.blocks, [cell for members in classes for cell in members])
+        s.class_start = _ints(self.blocks, starts)
         return 0
 
     def choose(self, object free_mask, int want, *, object must=0, bint whole_cores=False, bint spread_cores=False,
@@ -105,10 +99,12 @@ cdef class Layout:
         cores_broken, ids, exact, uneven); exact is False when the search ran out of steps. uneven is how many CPUs more
         one node gives than another; 0 where that is no more than an even spread may leave, and without spread_nodes.
         """
-        # With a limit, packages have to be counted instead of priced.
-        cdef Shape* s = &self.priced if self.priced.cpus and most_packages <= 0 else &self.shape
+        cdef Shape* s = self._shape(most_packages)
         cdef uint64_t[WORDS] words, must_words, out
-        cdef Ask a
+        cdef Rules r
+        cdef Chosen found
+        cdef Marked marked
+        cdef Outcome outcome
         if want < 1:
             raise ValueError(f"cannot choose {want} CPUs: expected 1 or more")
         if want > s.cpus:
@@ -120,113 +116,58 @@ cdef class Layout:
         memset(out, 0, sizeof(out))
         _words_of(free_mask, words)
         _words_of(must, must_words)
-        memset(&a, 0, sizeof(a))
-        a.want, a.whole_cores, a.spread_cores, a.groups_first = want, whole_cores, spread_cores, groups_first
-        a.most_packages = min(most_packages, s.packages) if most_packages > 0 else s.packages
-        a.most_nodes = min(most_nodes, s.nodes) if most_nodes > 0 else s.nodes
-        cdef bytearray memory = bytearray(_work_bytes(s, bool(near or taste)))
-        _lay_out(s, &a, <char*>memory, bool(near or taste))
-        _mark(s, words, must_words, &a)
-        cdef uint64_t near_most = _weights(s, near, a.near), taste_most = _weights(s, taste, a.taste)
-        cdef int bits = _widths(s, &a, near_most, taste_most)
-        if bits > 125:
-            raise ValueError(f"cannot choose {want} CPUs: the cost needs {bits} bits, 125 are there")
-        if a.near != NULL and not s.priced_chips and not _floor(s, &a):
-            raise MemoryError
-        cdef bint found
+        memset(&r, 0, sizeof(r))
+        r.want, r.whole_cores, r.spread_cores, r.spread_nodes = want, whole_cores, spread_cores, spread_nodes
+        r.groups_first, r.most_packages, r.most_nodes, r.must = groups_first, most_packages, most_nodes, must_words
+        cdef bytearray tastes = self._weights(taste), distances = self._weights(near)
+        cdef const uint64_t* near_of = <const uint64_t*><char*>distances if near else NULL
+        if taste:
+            r.taste = <const uint64_t*><char*>tastes
+        cdef bytearray memory = bytearray(_work_bytes(s))
+        cdef char* work = memory
         with nogil:
-            found = _choose(s, &a, spread_nodes, out)
-        if a.out_of_memory:
-            raise MemoryError
-        if not found:
-            return None
-        return _answer(s, &a, out, spread_nodes)
+            _open_search(s, &r, words, work, &marked)
+            outcome = _find_cpus(s, &r, &marked, near_of, NULL, out, &found)
+        _check_outcome(outcome, want, found.bits)
+        return _answer(&found, out) if outcome == FITS else None
+
+    cdef Shape* _shape(self, int most_packages) noexcept nogil:
+        """Return the shape to search. With a limit, packages have to be counted instead of priced."""
+        return &self.priced if self.priced.cpus and most_packages <= 0 else &self.shape
+
+    cdef bytearray _weights(self, object pairs):
+        """Return the sum of the weights of each CPU id, from pairs (mask, weight)."""
+        cdef bytearray block = bytearray(self.ids * sizeof(uint64_t) if pairs else 0)
+        cdef uint64_t* weights = <uint64_t*><char*>block
+        cdef uint64_t[WORDS] words
+        cdef uint64_t weight, word
+        cdef Py_ssize_t i, count, here
+        for mask, weight in pairs:
+            count = _words_of(mask, words)
+            for i in range(count):
+                word = words[i]
+                while word:
+                    here = i * 64 + na_ctz(word)
+                    if here < self.ids:
+                        weights[here] += weight
+                    word &= word - 1
+        return block
 
 
-cdef uint64_t _weights(const Shape* s, object pairs, uint64_t* weights) except? 0xFFFF:
-    """Add each pair's weight to the slots of its mask; return the largest sum."""
-    cdef uint64_t[WORDS] words
-    cdef uint64_t weight, most = 0
-    cdef int slot
-    for mask, weight in pairs:
-        memset(words, 0, sizeof(words))
-        _words_of(mask, words)
-        for slot in range(s.cpus):
-            if words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1:
-                weights[slot] += weight
-                most = max(most, weights[slot])
-    return most
+cdef int _check_outcome(Outcome outcome, int want, int bits) except -1:
+    """Raise what a search could not cope with."""
+    if outcome == TOO_WIDE:
+        raise ValueError(f"cannot choose {want} CPUs: the cost needs {bits} bits, {MOST_BITS} are there")
+    if outcome == NO_MEMORY:
+        raise MemoryError
+    return 0
 
 
-cdef object _answer(const Shape* s, Ask* a, const uint64_t* out, bint spread_nodes):
-    cdef cost_t high = a.best_high, low = a.best_low
-    cdef cost_t price = (high << a.at_low) + low
-    cdef int near_end = a.at_groups if a.groups_first else 127
+cdef object _answer(const Chosen* found, const uint64_t* out):
     return (
-        _mask_of(out, WORDS),
-        _field(price, a.at_near, near_end), _field(price, a.at_taste, a.at_near),
-        _field(price, a.at_packages, a.at_taste) if s.priced_chips else a.best_packages,
-        a.best_nodes, a.best_distance, _field(price, a.at_groups, a.at_groups + a.wide_groups),
-        _field(price, a.at_split, a.at_split + a.wide_split),
-        _field(price, a.at_nodes_broken, min(a.at_split, a.at_groups)),
-        _field(price, a.at_groups_broken, a.at_nodes_broken),
-        _field(price, a.at_cores_broken, a.at_groups_broken), _field(price, 0, a.at_cores_broken),
-        a.steps <= STEP_BUDGET and not a.cut, _uneven(s, a, out) if spread_nodes else 0,
+        _mask_of(out, WORDS), found.near, found.taste, found.packages, found.nodes, found.distance, found.groups,
+        found.split, found.nodes_broken, found.groups_broken, found.cores_broken, found.ids, found.exact, found.uneven,
     )
-
-
-cdef int _uneven(const Shape* s, Ask* a, const uint64_t* out) noexcept nogil:
-    """Return by how many CPUs the shares of nodes differ; 0 if that is within the slack of an even spread."""
-    cdef int cell, node, slot, least = a.want, most = 0
-    memset(a.node_uses, 0, s.nodes * sizeof(int))
-    for cell in range(s.cells):
-        for slot in range(s.core_cpus[_first_core(s, cell)], s.core_cpus[_first_core(s, cell + 1)]):
-            a.node_uses[s.cell_node[cell]] += out[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
-    for node in range(s.nodes):
-        if a.node_uses[node]:
-            least = min(least, a.node_uses[node])
-            most = max(most, a.node_uses[node])
-    return most - least if most - least > a.slack else 0
-
-
-cdef object _field(cost_t price, int start, int end):
-    cdef cost_t part = price >> start
-    part -= (part >> (end - start)) << (end - start)
-    return <uint64_t>part
-
-
-cdef bint _floor(const Shape* s, Ask* a) noexcept nogil:
-    """Set the floor: no choice has a smaller high part than the cheapest single CPUs. False: out of memory."""
-    cdef int slot, count = 0, left = a.want
-    cdef uint64_t price
-    cdef uint64_t* prices = <uint64_t*>malloc(s.cpus * sizeof(uint64_t))
-    if prices == NULL:
-        return False
-    for slot in range(s.cpus):
-        if a.free[slot]:
-            price = _price(a, slot)
-            if a.must[slot]:
-                a.floor_high += price
-                left -= 1
-            else:
-                prices[count] = price
-                count += 1
-    qsort(prices, count, sizeof(uint64_t), _by_size)
-    for slot in range(min(left, count)):
-        a.floor_high += prices[slot]
-        a.last_price = prices[slot]
-    free(prices)
-    return True
-
-
-cdef inline uint64_t _price(const Ask* a, int slot) noexcept nogil:
-    """Return the high part of the price of a CPU."""
-    return (a.near[slot] << (a.at_near - a.at_low)) + (a.taste[slot] << (a.at_taste - a.at_low))
-
-
-cdef int _by_size(const void* x, const void* y) noexcept nogil:
-    cdef uint64_t a = (<const uint64_t*>x)[0], b = (<const uint64_t*>y)[0]
-    return (a > b) - (a < b)
 
 
 cdef bint _twins(const Shape* s, int x, int y) noexcept nogil:
@@ -249,94 +190,3 @@ cdef int _cells_of_package(const Shape* s, int package) noexcept nogil:
     for cell in range(s.cells):
         count += s.cell_package[cell] == package
     return count
-
-
-cdef Py_ssize_t _work_bytes(const Shape* s, bint weights) noexcept nogil:
-    return (s.cells * 4 + s.nodes * 2 + s.packages + s.classes * 4) * sizeof(int) \
-        + (s.chips + s.cells + s.classes) * sizeof(void*) + (s.classes + 1) * sizeof(int64_t) \
-        + (2 * s.cpus * sizeof(uint64_t) if weights else 0) + 2 * s.cpus + 64
-
-
-cdef void _lay_out(const Shape* s, Ask* a, char* at, bint weights) noexcept nogil:
-    """Cut the zeroed working memory into tables, the widest first."""
-    a.chip_table = <cost_t**>at
-    a.cell_table = a.chip_table + s.chips
-    a.class_table = a.cell_table + s.cells
-    a.suffix = <int64_t*>(a.class_table + s.classes)
-    at = <char*>(a.suffix + s.classes + 1)
-    if weights:
-        a.near = <uint64_t*>at
-        a.taste = a.near + s.cpus
-        at = <char*>(a.taste + s.cpus)
-    a.cell_cap = <int*>at
-    a.cell_reach = a.cell_cap + s.cells
-    a.cell_least = a.cell_reach + s.cells
-    a.cell_most = a.cell_least + s.cells
-    a.node_whole = a.cell_most + s.cells
-    a.node_uses = a.node_whole + s.nodes
-    a.package_uses = a.node_uses + s.nodes
-    a.class_rows = a.package_uses + s.packages
-    a.class_least = a.class_rows + s.classes
-    a.counts = a.class_least + s.classes
-    a.best_counts = a.counts + s.classes
-    a.free = <uint8_t*>(a.best_counts + s.classes)
-    a.must = a.free + s.cpus
-
-
-cdef inline int _first_core(const Shape* s, int cell) noexcept nogil:
-    """Return the first core of a cell; for the index after the last cell, the number of cores."""
-    return s.group_cores[s.chip_groups[s.cell_chips[cell]]]
-
-
-cdef void _mark(const Shape* s, const uint64_t* words, const uint64_t* must, Ask* a) noexcept nogil:
-    """Determine which slots are free, what each cell can give, and which nodes are wholly free."""
-    cdef int cell, core, slot, node, free
-    for node in range(s.nodes):
-        a.node_whole[node] = 1
-    for cell in range(s.cells):
-        for core in range(_first_core(s, cell), _first_core(s, cell + 1)):
-            free = 0
-            for slot in range(s.core_cpus[core], s.core_cpus[core + 1]):
-                a.free[slot] = words[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
-                a.must[slot] = must[s.cpu_id[slot] >> 6] >> (s.cpu_id[slot] & 63) & 1
-                free += a.free[slot]
-            if free < s.core_cpus[core + 1] - s.core_cpus[core]:
-                a.node_whole[s.cell_node[cell]] = 0
-                if a.whole_cores:
-                    free = 0
-            a.cell_cap[cell] += free
-
-
-cdef int _widths(const Shape* s, Ask* a, uint64_t near_most, uint64_t taste_most) noexcept nogil:
-    """Pack the parts of the cost, each as wide as its largest value; return the bits needed."""
-    cdef int at = _bits(<uint64_t>a.want * IDS)
-    a.at_cores_broken = at
-    a.at_groups_broken = a.at_cores_broken + _bits(min(a.want, s.cores))
-    a.at_nodes_broken = a.at_groups_broken + _bits(min(a.want, s.groups))
-    a.wide_groups, a.wide_split = _bits(min(a.want, s.groups)), _bits(a.want)
-    at = a.at_nodes_broken + _bits(s.nodes)
-    if a.spread_cores and not a.groups_first:
-        a.at_groups = at
-        at += a.wide_groups
-    a.at_split = at
-    at += a.wide_split
-    if not a.spread_cores and not a.groups_first:
-        a.at_groups = at
-        at += a.wide_groups
-    a.at_low = at
-    a.at_packages = at
-    a.at_taste = at + (_bits(min(a.want, s.chips)) if s.priced_chips else 0)
-    a.at_near = a.at_taste + _bits(a.want * taste_most)
-    at = a.at_near + _bits(a.want * near_most)
-    if a.groups_first:
-        a.at_groups = at
-        at += a.wide_groups
-    return at
-
-
-cdef inline int _bits(uint64_t most) noexcept nogil:
-    cdef int bits = 0
-    while most:
-        bits += 1
-        most >>= 1
-    return bits

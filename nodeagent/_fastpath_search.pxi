@@ -17,14 +17,16 @@ cdef int64_t _distance(const Shape* s, const Ask* a) noexcept nogil:
 cdef void _weigh(const Shape* s, Ask* a, int packages, int nodes, cost_t* scratch) noexcept nogil:
     """Price the vector in a.counts and keep it if it is the best so far."""
     cdef int64_t distance = _distance(s, a)
-    cdef int node, cls, rows
+    cdef int node, cls, rows, used = 0
     cdef cost_t price, high, low
     if not a.probe and a.found and a.best_high == a.floor_high and a.best_packages == packages \
             and a.best_nodes == nodes and a.difference >= a.best_difference and distance > a.best_distance:
         return
     for cls in range(s.classes):
+        used += a.counts[cls]
+    for cls in range(s.classes):
         rows = min(s.class_start[cls + 1] - s.class_start[cls], max(packages, nodes)) + 1
-        if not _class_table(s, a, cls, rows):
+        if not _class_table(s, a, cls, rows, used):
             a.out_of_memory = True
             return
     _vector_tables(s, a, a.counts, scratch)
@@ -134,22 +136,44 @@ cdef int64_t _top(const Shape* s, const Ask* a, int cls, int count) noexcept nog
 
 
 cdef void _single_cells(const Shape* s, Ask* a) noexcept nogil:
-    """Try every choice inside a single cell."""
-    cdef int cell
-    cdef cost_t price
+    """Try the choices inside a single cell, the cells with the lowest floor first."""
+    cdef int cell = _next_cell(s, a, -1)
+    while cell >= 0 and not a.out_of_memory and not (a.found and a.cell_floor[cell] > a.best_high):
+        if _must_inside(s, a, cell):
+            _single_cell(s, a, cell)
+        cell = _next_cell(s, a, cell)
+
+
+cdef int _next_cell(const Shape* s, const Ask* a, int last) noexcept nogil:
+    """Return the cell with enough free CPUs that comes after `last` by floor and number (-1: the first); -1 if none
+    does."""
+    cdef int cell, best = -1
     for cell in range(s.cells):
-        if a.cell_cap[cell] < a.want or not _must_inside(s, a, cell):
+        if a.cell_cap[cell] < a.want or (last >= 0 and not _cell_before(a, last, cell)):
             continue
-        if not _cell_table(s, a, cell):
-            a.out_of_memory = True
-            return
-        price = _cell(s, a, cell)[a.want]
-        if price < INFINITE:
-            price += _cell_use(s, a, cell)
-            if s.node_cells[s.cell_node[cell]] > 1 and a.node_whole[s.cell_node[cell]]:
-                price += <cost_t>1 << a.at_nodes_broken
-            if _keep(a, price, 1, 1, 0):
-                a.best_cell = cell
+        if best < 0 or _cell_before(a, cell, best):
+            best = cell
+    return best
+
+
+cdef inline bint _cell_before(const Ask* a, int x, int y) noexcept nogil:
+    return a.cell_floor[x] < a.cell_floor[y] or (a.cell_floor[x] == a.cell_floor[y] and x < y)
+
+
+cdef void _single_cell(const Shape* s, Ask* a, int cell) noexcept nogil:
+    """Keep the best choice inside a cell if it is the best so far; of equal ones the first cell's."""
+    cdef cost_t price
+    if not _cell_table(s, a, cell):
+        a.out_of_memory = True
+        return
+    price = _cell(s, a, cell)[a.want]
+    if price >= INFINITE:
+        return
+    price += _cell_use(s, a, cell)
+    if s.node_cells[s.cell_node[cell]] > 1 and a.node_whole[s.cell_node[cell]]:
+        price += <cost_t>1 << a.at_nodes_broken
+    if _keep(a, price, 1, 1, 0) or (cell < a.best_cell and price == (a.best_high << a.at_low) + a.best_low):
+        a.best_cell = cell
 
 
 cdef bint _must_inside(const Shape* s, const Ask* a, int cell) noexcept nogil:
@@ -215,18 +239,20 @@ cdef bint _take_best(const Shape* s, Ask* a, cost_t* scratch, uint64_t* out) noe
     cdef Py_ssize_t row = a.want + 1
     cdef cost_t* inner = scratch + (s.classes + 1) * row
     if a.best_cell >= 0:
-        return _take_cell(s, a, a.best_cell, k, out)
+        _take_cell(s, a, a.best_cell, k, out)
+        return True
     _set_share(s, a, a.best_share)
+    share = 0
     for before in range(s.classes):
-        if not _class_table(s, a, before, a.best_counts[before] + 1):
+        share += a.best_counts[before]
+    for before in range(s.classes):
+        if not _class_table(s, a, before, a.best_counts[before] + 1, share):
             return False
     _vector_tables(s, a, a.best_counts, scratch)
     while cls > 0:
         if not a.share.high or _shared_node(s, cls - 1) < 0:
             cls -= 1
             k = _take_from_class(s, a, cls, scratch + cls * row, scratch + (cls + 1) * row, k, out)
-            if k < 0:
-                return False
             continue
         before = cls - 1
         while before > 0 and _shared_node(s, before - 1) == _shared_node(s, before):
@@ -237,22 +263,20 @@ cdef bint _take_best(const Shape* s, Ask* a, cost_t* scratch, uint64_t* out) noe
             cls -= 1
             share = _take_from_class(s, a, cls, scratch if cls == before else inner + cls * row, inner + (cls + 1) * row,
                                      share, out)
-            if share < 0:
-                return False
     return True
 
 
 cdef int _take_from_class(const Shape* s, Ask* a, int cls, const cost_t* left, const cost_t* here, int k,
                           uint64_t* out) noexcept nogil:
-    """Take what the step from row `left` to row `here` took of a class; how many CPUs are left to take, -1: out of
-    memory."""
+    """Take what the step from row `left` to row `here` took of a class; return how many CPUs are left to take."""
     cdef const cost_t* right = _class(s, a, cls, a.best_counts[cls])
     cdef int x = 1
     if a.best_counts[cls] == 0:
         return k
     while left[k - x] + right[x] != here[k]:
         x += 1
-    return k - x if _take_class(s, a, cls, a.best_counts[cls], x, out) else -1
+    _take_class(s, a, cls, a.best_counts[cls], x, out)
+    return k - x
 
 
 cdef int _share_taken(const Ask* a, const cost_t* left, const cost_t* node, cost_t price, int k) noexcept nogil:
@@ -264,7 +288,7 @@ cdef int _share_taken(const Ask* a, const cost_t* left, const cost_t* node, cost
     return 0
 
 
-cdef bint _take_class(const Shape* s, Ask* a, int cls, int count, int k, uint64_t* out) noexcept nogil:
+cdef void _take_class(const Shape* s, Ask* a, int cls, int count, int k, uint64_t* out) noexcept nogil:
     cdef int first = s.class_start[cls], i, x, cell
     cdef Py_ssize_t row = a.want + 1, plane = a.class_rows[cls] * row
     cdef const cost_t* here
@@ -280,11 +304,9 @@ cdef bint _take_class(const Shape* s, Ask* a, int cls, int count, int k, uint64_
         x = 1
         while (before - row)[k - x] + price[x] + _cell_use(s, a, cell) != here[k] or not _allowed(s, a, cell, x):
             x += 1
-        if not _take_cell(s, a, cell, x, out):
-            return False
+        _take_cell(s, a, cell, x, out)
         k -= x
         count -= 1
-    return True
 
 
 cdef inline bint _allowed(const Shape* s, const Ask* a, int cell, int x) noexcept nogil:
@@ -292,7 +314,7 @@ cdef inline bint _allowed(const Shape* s, const Ask* a, int cell, int x) noexcep
     return a.share.high == 0 or s.node_cells[s.cell_node[cell]] > 1 or a.share.low <= x <= a.share.high
 
 
-cdef bint _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* out) noexcept nogil:
+cdef void _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* out) noexcept nogil:
     """Walk a cell's table from its last chip to its first."""
     cdef int first = s.cell_chips[cell], i, x
     cdef Py_ssize_t row = a.want + 1
@@ -300,10 +322,8 @@ cdef bint _take_cell(const Shape* s, const Ask* a, int cell, int k, uint64_t* ou
     for i in range(s.cell_chips[cell + 1] - first - 1, -1, -1):
         before = a.cell_table[cell] + i * row
         x = _step(before, _chip(s, a, first + i), k, min(k, _chip_cpus(s, first + i)), before[row + k])
-        if not _take_chip(s, a, first + i, x, out):
-            return False
+        _take_chip(s, a, first + i, x, out)
         k -= x
-    return True
 
 
 cdef int _step(const cost_t* before, const cost_t* price, int k, int most, cost_t total) noexcept nogil:
@@ -315,50 +335,38 @@ cdef int _step(const cost_t* before, const cost_t* price, int k, int most, cost_
     return 0
 
 
-cdef bint _take_chip(const Shape* s, const Ask* a, int chip, int k, uint64_t* out) noexcept nogil:
-    """Walk a chip's table from its last group to its first. False: out of memory."""
-    cdef int first = s.chip_groups[chip], groups = s.chip_groups[chip + 1] - first, i, j, x, rows, cores = 0
+cdef void _take_chip(const Shape* s, const Ask* a, int chip, int k, uint64_t* out) noexcept nogil:
+    """Walk a chip's table from its last group to its first."""
+    cdef int first = s.chip_groups[chip], groups = s.chip_groups[chip + 1] - first, i, x
     cdef Py_ssize_t row = a.want + 1
     cdef const cost_t* before
-    cdef cost_t price, total
+    cdef cost_t total
     if k == 0:
-        return True
-    for i in range(groups):
-        cores = max(cores, s.group_cores[first + i + 1] - s.group_cores[first + i])
-    cdef cost_t* inner = <cost_t*>malloc((cores + 1) * row * sizeof(cost_t))
-    cdef cost_t* last = <cost_t*>malloc(row * sizeof(cost_t))
-    cdef int* caps = <int*>malloc((cores + 1) * sizeof(int))
-    if inner == NULL or last == NULL or caps == NULL:
-        free(inner)
-        free(last)
-        free(caps)
-        return False
+        return
     total = _chip(s, a, chip)[k] - (<cost_t>1 << a.at_packages if s.priced_chips else <cost_t>0)
     for i in range(groups - 1, -1, -1):
         before = a.chip_table[chip] + i * row
-        rows = _group_table(s, a, first + i, inner, caps)
-        price = _group_price(s, a, first + i)
-        for j in range(caps[rows] + 1):
-            last[j] = inner[rows * row + j] + (price if j else <cost_t>0)
-        x = _step(before, last, k, min(k, caps[rows]), total)
-        _take_group(s, a, first + i, x, inner, caps, out)
+        if before[k] == total and not a.any_must:
+            continue
+        x = _group_row(s, a, first + i, a.inner.table, a.inner.caps, a.inner.last)
+        x = _step(before, a.inner.last, k, min(k, x), total)
+        if a.narrow_prices:
+            _take_group(s, a, first + i, x, <const double*>a.inner.table, a.inner.caps, out)
+        else:
+            _take_group(s, a, first + i, x, <const cost_t*>a.inner.table, a.inner.caps, out)
         k -= x
         total = before[k]
-    free(inner)
-    free(last)
-    free(caps)
-    return True
 
 
-cdef void _take_group(const Shape* s, const Ask* a, int group, int k, const cost_t* table, const int* caps,
+cdef void _take_group(const Shape* s, const Ask* a, int group, int k, const price_t* table, const int* caps,
                       uint64_t* out) noexcept nogil:
     """Walk a group's table from its last core to its first."""
     cdef int first = s.group_cores[group], i, j, x, slot
-    cdef cost_t[SMT_MAX + 1] price
+    cdef price_t[SMT_MAX + 1] price
     cdef uint8_t[SMT_MAX] order
     cdef Py_ssize_t row = a.want + 1
     for i in range(s.group_cores[group + 1] - first - 1, -1, -1):
-        x = _core_options(s, a, first + i, price, order)
+        x = _core_prices(s, a, first + i, price, order)
         while x > 0 and (x > k or k - x > caps[i] or table[i * row + k - x] + price[x] != table[(i + 1) * row + k]):
             x -= 1
         for j in range(x):
@@ -371,7 +379,7 @@ cdef void _take_group(const Shape* s, const Ask* a, int group, int k, const cost
 
 cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noexcept nogil:
     """Search, read the choice back, and free every table."""
-    cdef int cls, cell, chip
+    cdef int cls, cell
     cdef bint found = False
     cdef cost_t* scratch = <cost_t*>malloc(2 * (s.classes + 1) * <Py_ssize_t>(a.want + 1) * sizeof(cost_t))
     if scratch == NULL:
@@ -384,8 +392,7 @@ cdef bint _choose(const Shape* s, Ask* a, bint spread_nodes, uint64_t* out) noex
             found = _search_all(s, a, spread_nodes, scratch)
         if found and not a.out_of_memory:
             a.out_of_memory = not _take_best(s, a, scratch, out)
-    for chip in range(s.chips):
-        free(a.chip_table[chip])
+    free(a.inner.table)
     for cell in range(s.cells):
         free(a.cell_table[cell])
     for cls in range(s.classes):

@@ -22,6 +22,13 @@ cdef extern from *:
 cdef enum:
     STEP_BUDGET = 2000000             # vectors examined before the search stops with the best one found
     SMT_MAX = 64
+    NARROW_BITS = 52
+
+
+ctypedef fused price_t:
+    # A price inside a group. The whole numbers up to NARROW_BITS bits are exact as `double`, which is twice as fast.
+    double
+    cost_t
 
 
 cdef enum Probe:
@@ -38,6 +45,7 @@ cdef struct Share:
 cdef struct Shape:
     # Sizes, then for each level where its members start: chip c owns groups chip_groups[c] .. chip_groups[c + 1] - 1.
     int cpus, cores, groups, chips, cells, nodes, packages, classes
+    int ids                           # more than the id of every CPU
     bint priced_chips                 # a chip is a package and has a price; else a cell has one chip without a price
     int* cpu_id
     int* core_cpus
@@ -52,6 +60,13 @@ cdef struct Shape:
     int* distance                     # nodes x nodes
 
 
+cdef struct Inner:
+    # Working memory for one group, in one block that starts with `table`.
+    void* table                       # of doubles if prices are narrow
+    cost_t* last                      # its last row, with the base cost of the group
+    int* caps
+
+
 cdef struct Ask:
     # One request, applied to the shape.
     int want
@@ -59,24 +74,30 @@ cdef struct Ask:
     int most_packages, most_nodes
     uint8_t* free                     # by CPU slot
     uint8_t* must
+    bint any_must                     # whether any CPU must be taken
     uint64_t* near                    # by CPU slot; NULL: no differences
     uint64_t* taste
     # Where each part of the cost starts in the packed number.
     int at_cores_broken, at_groups_broken, at_nodes_broken, at_split, at_groups, at_low
     int at_packages, at_taste, at_near
     int wide_groups, wide_split
+    bint narrow_prices                # the whole cost fits into NARROW_BITS bits
     # Working tables.
     int* cell_cap
+    int64_t* most_of                  # by number of cells: the most CPUs that so many can give
     int* cell_reach                   # the same within the share that a node may give
     int* cell_least                   # if `narrow`: how many CPUs of a cell a choice takes at least and at most
     int* cell_most
     int* class_least                  # how many cells of a class are used at least
     int64_t* suffix                   # by class: what all cells of it and of the classes after it can give
     int* node_whole
+    uint64_t* cell_floor              # by cell: no choice inside it has a smaller high part
+    Inner inner                       # of the largest group; NULL until it is needed
     cost_t** chip_table               # by chip: (groups + 1) rows of want + 1
     cost_t** cell_table               # by cell: (chips + 1) rows of want + 1
     cost_t** class_table              # by class: (cells + 1) x (rows) x (want + 1)
     int* class_rows
+    int* class_used                   # how many cells, of all classes, a choice from the table has at most
     # Shares of nodes.
     bint even                         # shares must be equal, give or take `slack`
     int slack, stride                 # largest core (or 1 CPU) and the steps in which nodes can give CPUs
@@ -156,53 +177,96 @@ cdef inline bint _sooner(const Shape* s, const Ask* a, int x, int y) noexcept no
     return s.cpu_id[x] < s.cpu_id[y]
 
 
-cdef int _join(const cost_t* left, int left_cap, const cost_t* right, int right_cap, int most, cost_t* out) noexcept nogil:
+cdef inline price_t _infinite(const price_t* any) noexcept nogil:
+    if price_t is double:
+        return 1e300
+    else:
+        return INFINITE
+
+
+cdef int _join(const price_t* left, int left_cap, const price_t* right, int right_cap, int most,
+               price_t* out) noexcept nogil:
     """out[k] = min over x of left[k - x] + right[x], for k up to `most`; the highest k reached."""
     cdef int cap = min(left_cap + right_cap, most), k, x, plain = 0
-    cdef cost_t best
+    cdef price_t best, sum
     if right_cap <= 2:
         plain = _join_core(left, min(left_cap, most), right, right_cap, out)
     for k in range(cap + 1):
         if plain and right_cap <= k < plain:
             continue
-        best = INFINITE
+        best = _infinite(left)
         for x in range(max(0, k - left_cap), min(k, right_cap) + 1):
-            best = _least(best, left[k - x] + right[x])
+            sum = left[k - x] + right[x]
+            best = sum if sum < best else best
         out[k] = best
     return cap
 
 
-cdef int _join_core(const cost_t* left, int last, const cost_t* right, int right_cap, cost_t* out) noexcept nogil:
+cdef int _join_core(const price_t* left, int last, const price_t* right, int right_cap, price_t* out) noexcept nogil:
     """The same for a core of at most two free CPUs, where out[right_cap..last] need no bounds; returns last + 1."""
-    cdef cost_t none = right[0], one, two
+    cdef price_t none = right[0], one, two, best, sum, infinite = _infinite(left)
     cdef int k
-    if right_cap == 0:
-        for k in range(last + 1):
-            out[k] = _least(left[k] + none, INFINITE)
-    elif right_cap == 1:
-        one = right[1]
-        for k in range(1, last + 1):
-            out[k] = _least(_least(left[k] + none, left[k - 1] + one), INFINITE)
-    else:
-        one, two = right[1], right[2]
-        for k in range(2, last + 1):
-            out[k] = _least(_least(_least(left[k] + none, left[k - 1] + one), left[k - 2] + two), INFINITE)
+    one = right[1] if right_cap > 0 else infinite
+    two = right[2] if right_cap > 1 else infinite
+    for k in range(right_cap, last + 1):
+        best = left[k] + none
+        best = infinite if infinite < best else best
+        if right_cap > 0:
+            sum = left[k - 1] + one
+            best = sum if sum < best else best
+        if right_cap > 1:
+            sum = left[k - 2] + two
+            best = sum if sum < best else best
+        out[k] = best
     return last + 1
 
 
-cdef int _group_table(const Shape* s, const Ask* a, int group, cost_t* table, int* caps) noexcept nogil:
+cdef int _group_table(const Shape* s, const Ask* a, int group, price_t* table, int* caps) noexcept nogil:
     """Rows of want + 1: row i is the cheapest way to take k CPUs of the first i cores of a group. caps[i]: how far row
     i reaches. Returns the number of rows less one."""
     cdef int first = s.group_cores[group], cores = s.group_cores[group + 1] - first, i, free
-    cdef cost_t[SMT_MAX + 1] price
+    cdef price_t[SMT_MAX + 1] price
     cdef uint8_t[SMT_MAX] order
     cdef Py_ssize_t row = a.want + 1
     table[0] = 0
     caps[0] = 0
     for i in range(cores):
-        free = _core_options(s, a, first + i, price, order)
+        free = _core_prices(s, a, first + i, price, order)
         caps[i + 1] = _join(table + i * row, caps[i], price, free, a.want, table + (i + 1) * row)
     return cores
+
+
+cdef int _core_prices(const Shape* s, const Ask* a, int core, price_t* price, uint8_t* order) noexcept nogil:
+    """Return _core_options with prices as they are inside a group."""
+    cdef cost_t[SMT_MAX + 1] whole
+    cdef int free, j
+    if price_t is double:
+        free = _core_options(s, a, core, whole, order)
+        for j in range(free + 1):
+            price[j] = <double><int64_t>whole[j] if whole[j] < INFINITE else 1e300
+    else:
+        free = _core_options(s, a, core, price, order)
+    return free
+
+
+cdef int _group_row(const Shape* s, const Ask* a, int group, void* table, int* caps, cost_t* last) noexcept nogil:
+    """Fill the table of a group; last[k]: the cheapest way to take k CPUs of it, with its base cost. Returns how far
+    that reaches."""
+    cdef int rows, k
+    cdef Py_ssize_t row = a.want + 1
+    cdef cost_t base = _group_price(s, a, group)
+    cdef double narrow
+    if a.narrow_prices:
+        rows = _group_table(s, a, group, <double*>table, caps)
+        for k in range(caps[rows] + 1):
+            narrow = (<double*>table)[rows * row + k]
+            last[k] = <cost_t><int64_t>narrow if narrow < 1e300 else INFINITE
+    else:
+        rows = _group_table(s, a, group, <cost_t*>table, caps)
+        memcpy(last, <cost_t*>table + rows * row, (caps[rows] + 1) * sizeof(cost_t))
+    for k in range(1, caps[rows] + 1):
+        last[k] += base
+    return caps[rows]
 
 
 cdef cost_t _group_price(const Shape* s, const Ask* a, int group) noexcept nogil:
@@ -215,48 +279,40 @@ cdef cost_t _group_price(const Shape* s, const Ask* a, int group) noexcept nogil
     return price + (<cost_t>1 << a.at_groups_broken)
 
 
-cdef bint _chip_table(const Shape* s, Ask* a, int chip) noexcept nogil:
-    """Fill a.chip_table[chip]: row i is the cheapest way to take k CPUs of the first i groups of a chip. False: out of
-    memory."""
-    cdef int first = s.chip_groups[chip], groups = s.chip_groups[chip + 1] - first, i, k, cap, rows, cores = 0
+cdef void _chip_table(const Shape* s, Ask* a, int chip) noexcept nogil:
+    """Fill a.chip_table[chip]: row i is the cheapest way to take k CPUs of the first i groups of a chip."""
+    cdef int first = s.chip_groups[chip], groups = s.chip_groups[chip + 1] - first, i, k, cap = 0
     cdef Py_ssize_t row = a.want + 1
-    cdef cost_t price
+    cdef cost_t* table = a.chip_table[chip]
+    _clear_row(a, table)
     for i in range(groups):
-        cores = max(cores, s.group_cores[first + i + 1] - s.group_cores[first + i])
-    cdef cost_t* table = _rows(a, groups + 1)
-    cdef cost_t* inner = <cost_t*>malloc((cores + 1) * row * sizeof(cost_t))
-    cdef int* caps = <int*>malloc((cores + 1) * sizeof(int))
-    a.chip_table[chip] = table
-    if table == NULL or inner == NULL or caps == NULL:
-        free(inner)
-        free(caps)
-        return False
-    cap = 0
-    for i in range(groups):
-        rows = _group_table(s, a, first + i, inner, caps)
-        price = _group_price(s, a, first + i)
-        for k in range(1, caps[rows] + 1):
-            inner[rows * row + k] += price
-        cap = _join(table + i * row, cap, inner + rows * row, caps[rows], a.want, table + (i + 1) * row)
+        k = _group_row(s, a, first + i, a.inner.table, a.inner.caps, a.inner.last)
+        cap = _join(table + i * row, cap, a.inner.last, k, a.want, table + (i + 1) * row)
         for k in range(cap + 1, a.want + 1):
             table[(i + 1) * row + k] = INFINITE
     if s.priced_chips:
         for k in range(1, cap + 1):
             table[groups * row + k] += <cost_t>1 << a.at_packages
-    free(inner)
-    free(caps)
-    return True
 
 
-cdef cost_t* _rows(const Ask* a, int rows) noexcept nogil:
-    """A table of want + 1 columns whose first row takes nothing; NULL: out of memory."""
-    cdef cost_t* table = <cost_t*>malloc(rows * <Py_ssize_t>(a.want + 1) * sizeof(cost_t))
+cdef bint _open_inner(const Shape* s, Ask* a) noexcept nogil:
+    """Make room for the table of a group. False: out of memory."""
+    cdef int group, cores = 0
+    cdef Py_ssize_t row = a.want + 1
+    for group in range(s.groups):
+        cores = max(cores, s.group_cores[group + 1] - s.group_cores[group])
+    a.inner.table = malloc((cores + 2) * row * sizeof(cost_t) + (cores + 1) * sizeof(int))
+    a.inner.last = <cost_t*>a.inner.table + (cores + 1) * row
+    a.inner.caps = <int*>(a.inner.last + row)
+    return a.inner.table != NULL
+
+
+cdef void _clear_row(const Ask* a, cost_t* row) noexcept nogil:
+    """Write the first row of a table: nothing can be taken yet."""
     cdef int k
-    if table != NULL:
-        table[0] = 0
-        for k in range(1, a.want + 1):
-            table[k] = INFINITE
-    return table
+    row[0] = 0
+    for k in range(1, a.want + 1):
+        row[k] = INFINITE
 
 
 cdef inline const cost_t* _chip(const Shape* s, const Ask* a, int chip) noexcept nogil:
@@ -271,18 +327,32 @@ cdef bint _cell_table(const Shape* s, Ask* a, int cell) noexcept nogil:
     cdef Py_ssize_t row = a.want + 1
     if a.cell_table[cell] != NULL:
         return True
-    cdef cost_t* table = _rows(a, chips + 1)
+    cdef cost_t* table = _tables_of_cell(s, a, cell)
     if table == NULL:
         return False
-    a.cell_table[cell] = table
     for i in range(chips):
-        if not _chip_table(s, a, first + i):
-            return False
+        _chip_table(s, a, first + i)
         cap = _join(table + i * row, cap, _chip(s, a, first + i), min(a.want, _chip_cpus(s, first + i)), a.want,
                     table + (i + 1) * row)
         for k in range(cap + 1, a.want + 1):
             table[(i + 1) * row + k] = INFINITE
     return True
+
+
+cdef cost_t* _tables_of_cell(const Shape* s, Ask* a, int cell) noexcept nogil:
+    """Return a new table of a cell; those of its chips lie behind it. NULL: out of memory."""
+    cdef int first = s.cell_chips[cell], end = s.cell_chips[cell + 1], chip
+    cdef Py_ssize_t row = a.want + 1, rows = 2 * (end - first) + 1 + s.chip_groups[end] - s.chip_groups[first]
+    cdef cost_t* at = <cost_t*>malloc(rows * row * sizeof(cost_t))
+    a.cell_table[cell] = at
+    if at == NULL or (a.inner.table == NULL and not _open_inner(s, a)):
+        return NULL
+    _clear_row(a, at)
+    at += (end - first + 1) * row
+    for chip in range(first, end):
+        a.chip_table[chip] = at
+        at += (s.chip_groups[chip + 1] - s.chip_groups[chip] + 1) * row
+    return a.cell_table[cell]
 
 
 cdef inline int _chip_cpus(const Shape* s, int chip) noexcept nogil:
@@ -323,108 +393,3 @@ cdef inline cost_t _cell_use(const Shape* s, const Ask* a, int cell) noexcept no
     if a.node_whole[node] and s.node_cells[node] == 1:
         return <cost_t>1 << a.at_nodes_broken
     return 0
-
-
-# ------------------------------------------------------------------ classes of twin cells
-
-cdef bint _class_table(const Shape* s, Ask* a, int cls, int rows) noexcept nogil:
-    """Fill a.class_table[cls]: [i][m][k] is the cheapest way to take k CPUs with exactly m of the first i cells of a
-    class, m < rows. False: out of memory."""
-    cdef int first = s.class_start[cls], cells = s.class_start[cls + 1] - first, i, m, k, cell, widest = 0
-    cdef Py_ssize_t row = a.want + 1, plane = rows * row
-    if a.class_table[cls] != NULL and a.class_rows[cls] >= rows:
-        return True
-    free(a.class_table[cls])
-    a.class_table[cls] = <cost_t*>malloc((cells + 1) * plane * sizeof(cost_t))
-    a.class_rows[cls] = rows
-    cdef cost_t* table = a.class_table[cls]
-    if table == NULL:
-        return False
-    for k in range(rows * <int>row):
-        table[k] = INFINITE
-    table[0] = 0
-    for i in range(cells):
-        cell = s.class_cells[first + i]
-        if not _cell_table(s, a, cell):
-            return False
-        for m in range(rows):
-            _one_more_cell(s, a, cell, table + i * plane + m * row, m > 0, (m - 1) * widest,
-                           table + (i + 1) * plane + m * row)
-        widest = max(widest, a.cell_cap[cell])
-    return True
-
-
-cdef void _one_more_cell(const Shape* s, const Ask* a, int cell, const cost_t* same, bint use, int reach,
-                         cost_t* out) noexcept nogil:
-    """out[k]: a cell left out (the row `same`) or, if it may be used, used for x CPUs (the row before `same`, which
-    reaches no further than `reach`)."""
-    cdef const cost_t* price = _cell(s, a, cell)
-    cdef const cost_t* fewer = same - (a.want + 1)
-    cdef int k, x, cap = a.cell_cap[cell]
-    cdef cost_t best, extra = _cell_use(s, a, cell)
-    for k in range(a.want + 1):
-        best = INFINITE
-        if use and a.share.high and s.node_cells[s.cell_node[cell]] == 1:
-            for x in range(max(a.share.low, k - reach), min(k, a.cell_reach[cell]) + 1):
-                best = _least(best, fewer[k - x] + price[x])
-        elif use:
-            for x in range(max(1, k - reach), min(k, cap) + 1):
-                best = _least(best, fewer[k - x] + price[x])
-        best = _least(best + extra, same[k] + price[0])
-        out[k] = best if best < INFINITE else INFINITE
-
-
-cdef inline const cost_t* _class(const Shape* s, const Ask* a, int cls, int count) noexcept nogil:
-    """Return the prices by number of CPUs when exactly `count` cells of a class are used."""
-    cdef int cells = s.class_start[cls + 1] - s.class_start[cls]
-    return a.class_table[cls] + (<Py_ssize_t>cells * a.class_rows[cls] + count) * (a.want + 1)
-
-
-cdef inline int _shared_node(const Shape* s, int cls) noexcept nogil:
-    """Return the node that contains all cells of a class, if it is split into several cells; else -1."""
-    cdef int node = s.cell_node[s.class_cells[s.class_start[cls]]]
-    return node if s.node_cells[node] > 1 else -1
-
-
-cdef void _vector_tables(const Shape* s, const Ask* a, const int* counts, cost_t* table) noexcept nogil:
-    """Row c of the first classes + 1 rows: the cheapest way to take k CPUs of the first c classes, counts[c] cells of
-    each used. A share is per node: where several classes lie on one node, the rows behind those hold the node's own
-    sums, and only the row after its last class counts."""
-    cdef int cls, start = 0, k, node
-    cdef Py_ssize_t row = a.want + 1
-    cdef cost_t* inner = table + (s.classes + 1) * row
-    for k in range(a.want + 1):
-        table[k] = INFINITE
-    table[0] = 0
-    for cls in range(s.classes):
-        node = _shared_node(s, cls)
-        if not a.share.high or node < 0:
-            _add_class(s, a, cls, counts[cls], table + cls * row, table + (cls + 1) * row)
-            continue
-        if cls == 0 or _shared_node(s, cls - 1) != node:
-            start = cls
-        # Row 0 of the table, nothing taken, is where a node's own sums start too.
-        _add_class(s, a, cls, counts[cls], table if cls == start else inner + cls * row, inner + (cls + 1) * row)
-        if cls + 1 == s.classes or _shared_node(s, cls + 1) != node:
-            _add_share(a, table + start * row, inner + (cls + 1) * row, table + (cls + 1) * row)
-
-
-cdef void _add_class(const Shape* s, const Ask* a, int cls, int count, const cost_t* left, cost_t* out) noexcept nogil:
-    """out[k]: x CPUs from `count` cells of a class, the others as in `left`."""
-    cdef const cost_t* right = _class(s, a, cls, count)
-    cdef int k, x, top = <int>min(<int64_t>a.want, _top(s, a, cls, count))
-    cdef cost_t best
-    for k in range(a.want + 1):
-        best = INFINITE if count else left[k] + right[0]
-        for x in range(1, min(k, top) + 1):
-            best = _least(best, left[k - x] + right[x])
-        out[k] = _least(best, INFINITE)
-
-
-cdef void _add_share(const Ask* a, const cost_t* left, const cost_t* node, cost_t* out) noexcept nogil:
-    """out[k]: a node gives nothing or a share that is allowed, the others as in `left`."""
-    cdef int k, x
-    for k in range(a.want + 1):
-        out[k] = _least(left[k] + node[0], INFINITE)
-        for x in range(a.share.low, min(k, a.share.high) + 1):
-            out[k] = _least(out[k], left[k - x] + node[x])

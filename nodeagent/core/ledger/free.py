@@ -1,87 +1,120 @@
-"""What can still be granted of hugepages and memory on each NUMA node, and taking amounts from it."""
+"""What can still be granted of hugepages and memory on each NUMA node."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from array import array
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import NamedTuple
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.request import Pages, Request
+from nodeagent.core.model.memo import kept_by
+from nodeagent.core.model.request import Request
 from nodeagent.core.model.topology import HugepagePool, NodeId, NumaNode
 
 MEMORY = 0
 """The key of memory (in bytes) alongside the page sizes."""
 
 
-@dataclass(frozen=True, slots=True)
-class Stock:
-    """Hugepages and memory wanted by a request and available on each node.
+class Stock(NamedTuple):
+    """Hugepages and memory wanted by a request and available on each node."""
 
-    want: number of pages by page_bytes, or bytes of memory under MEMORY. there: how much of each a node can still give.
-    """
-
+    order: tuple[NodeId, ...]
+    """Inventory.node_order."""
     want: Mapping[int, int]
-    there: Mapping[NodeId, Mapping[int, int]]
+    """Number of pages by page_bytes, or bytes of memory under MEMORY; in order of size."""
+    there: tuple[array[int], ...]
+    """For each size of `want`, how much of it each node can give, in the order of the nodes."""
 
     @classmethod
     def of(cls, inventory: Inventory, ledger: Ledger, request: Request, *, empty: bool = False) -> Stock:
         """Return the stock for a request, on nodes with the kind of memory that it names; with `empty`, as if every
         page were free."""
-        want = {page_bytes: count for page_bytes, count in request.hugepages.items() if count}
-        if request.memory_bytes:
-            want[MEMORY] = request.memory_bytes
-        there = {}
-        for node in (one for one in inventory.numa_nodes if want and one.serves(request.memory_kind)):
-            pools = {pool.page_bytes: pool for pool in node.hugepages}
-            mine = {
-                size: pools[size].total_pages if empty else grantable(pools[size], ledger)
-                for size in want
-                if size in pools
-            }
-            if MEMORY in want:
-                mine[MEMORY] = max(0, memory_left(node) - ledger.memory_held.get(node.id, 0))
-            if any(mine.values()):
-                there[node.id] = mine
-        return cls(want, there)
+        want = {MEMORY: request.memory_bytes} if request.memory_bytes else {}
+        for size in sorted(request.hugepages):
+            if request.hugepages[size]:
+                want[size] = request.hugepages[size]
+        if not want:
+            return _NOTHING_WANTED
+        rows = kept_by(inventory, "_amounts", lambda: _Amounts(inventory))
+        kind = request.memory_kind
+        there = [rows.total(kind, size) if empty else rows.free(ledger, kind, size) for size in want]
+        return cls(inventory.node_order, want, tuple(there))
 
     @property
-    def nothing_wanted(self) -> bool:
-        """Return whether neither hugepages nor memory are requested."""
-        return not self.want
+    def sizes(self) -> tuple[int, ...]:
+        """Return the sizes that are wanted, in order."""
+        return tuple(self.want)
 
     @property
     def nodes(self) -> frozenset[NodeId]:
         """Return the nodes that have any of what is wanted."""
-        return frozenset(self.there)
+        return frozenset(node for row in self.there for node, amount in zip(self.order, row, strict=True) if amount)
 
-    def within(self, nodes: frozenset[NodeId] | None) -> Stock:
-        """Return the stock restricted to some nodes, or unchanged if `nodes` is None."""
-        if nodes is None or not self.want:
-            return self
-        return replace(self, there={node: mine for node, mine in self.there.items() if node in nodes})
+    def sum(self, size: int) -> int:
+        """Return how much of one size all nodes have together."""
+        return next((sum(row) for one, row in zip(self.want, self.there, strict=True) if one == size), 0)
 
-    def sum(self, size: int, nodes: Iterable[NodeId] | None = None) -> int:
-        """Return how much of one size some nodes have together (None: all nodes)."""
-        return sum(self.there[n].get(size, 0) for n in (self.there if nodes is None else nodes) if n in self.there)
 
-    def enough(self, nodes: Iterable[NodeId] | None) -> bool:
-        """Return whether some nodes (None: all nodes) have enough of everything."""
-        some = None if nodes is None else list(nodes)
-        return all(self.sum(size, some) >= count for size, count in self.want.items())
+_NOTHING_WANTED = Stock((), MappingProxyType({}), ())
 
-    def take(self, nodes: Sequence[NodeId]) -> tuple[tuple[Pages, ...], tuple[tuple[NodeId, int], ...]]:
-        """Return (pages, memory), taking as much as possible from the first node, then from the next."""
-        pages, memory = [], []
-        for size, count in sorted(self.want.items()):
-            for node in nodes:
-                part = min(count, self.there.get(node, {}).get(size, 0))
-                count -= part
-                if part and size == MEMORY:
-                    memory.append((node, part))
-                elif part:
-                    pages.append(Pages(node=node, page_bytes=size, pages=part))
-        return tuple(pages), tuple(memory)
+
+class _Amounts:
+    """How much each node of an inventory has of each size and kind of memory, computed when it is first wanted."""
+
+    def __init__(self, inventory: Inventory) -> None:
+        self._inventory = inventory
+        self._number = {node: i for i, node in enumerate(inventory.node_order)}
+        self._totals: dict[tuple[str, int], array[int]] = {}
+        self._unheld: dict[tuple[str, int], array[int]] = {}
+
+    def total(self, kind: str, size: int) -> array[int]:
+        """Return what each node could give if every page were free."""
+        key = kind, size
+        if key not in self._totals:
+            self._totals[key] = self._row(lambda node: _total(node, size) if node.serves(kind) else 0)
+        return self._totals[key]
+
+    def free(self, ledger: Ledger, kind: str, size: int) -> array[int]:
+        """Return what each node can still give."""
+        unheld = self._unheld.get((kind, size))
+        if unheld is None:
+            unheld = self._row(lambda node: _left(node, size, _NOTHING_HELD) if node.serves(kind) else 0)
+            self._unheld[kind, size] = unheld
+        held = ledger.memory_held if size == MEMORY else ledger.pages_held
+        return self._less(unheld, ledger, kind, size) if held else unheld
+
+    def _less(self, unheld: array[int], ledger: Ledger, kind: str, size: int) -> array[int]:
+        """Return what is left of a row on the nodes on which any of it is granted."""
+        row = array("q", unheld)
+        held = ledger.memory_held if size == MEMORY else [node for node, one in ledger.pages_held if one == size]
+        for node in (self._inventory.node_by_id.get(one) for one in held):
+            if node is not None and node.serves(kind):
+                row[self._number[node.id]] = _left(node, size, ledger)
+        return row
+
+    def _row(self, amount: Callable[[NumaNode], int]) -> array[int]:
+        row = array("q", bytes(8 * len(self._number)))
+        for node in self._inventory.numa_nodes:
+            row[self._number[node.id]] = amount(node)
+        return row
+
+
+_NOTHING_HELD = Ledger()
+
+
+def _total(node: NumaNode, size: int) -> int:
+    if size == MEMORY:
+        return memory_left(node)
+    return next((pool.total_pages for pool in node.hugepages if pool.page_bytes == size), 0)
+
+
+def _left(node: NumaNode, size: int, ledger: Ledger) -> int:
+    if size == MEMORY:
+        return max(0, memory_left(node) - ledger.memory_held.get(node.id, 0))
+    return next((grantable(pool, ledger) for pool in node.hugepages if pool.page_bytes == size), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

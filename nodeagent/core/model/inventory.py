@@ -142,6 +142,11 @@ class Inventory:
         return MappingProxyType({cpu.id: cpu for cpu in self.cpus})
 
     @functools.cached_property
+    def node_order(self) -> tuple[NodeId, ...]:
+        """Return all NUMA nodes in order of number: NO_NODE first, if any CPU has none."""
+        return tuple(sorted({*(node.id for node in self.numa_nodes), *(cpu.numa_node for cpu in self.cpus)}))
+
+    @functools.cached_property
     def node_by_id(self) -> Mapping[NodeId, NumaNode]:
         """Return all NUMA nodes by number."""
         return MappingProxyType({node.id: node for node in self.numa_nodes})

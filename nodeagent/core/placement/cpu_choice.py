@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
@@ -13,9 +12,6 @@ from nodeagent.core.placement.index import MachineIndex
 
 if TYPE_CHECKING:
     from nodeagent._fastpath import Choice
-
-Near = Sequence[tuple[int, int]]
-"""(mask of CPUs, cost of each of them)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,38 +26,43 @@ class Limits:
 NO_LIMITS = Limits()
 
 
-def search_cpus(machine: MachineIndex, free: int, request: Request, near: Near, limits: Limits) -> Choice | None:
+class CoreRules(TypedDict):
+    """Options of a request as parameters of the compiled core."""
+
+    whole_cores: bool
+    spread_cores: bool
+    spread_nodes: bool
+    groups_first: bool
+
+
+def search_cpus(machine: MachineIndex, free: int, request: Request, limits: Limits) -> Choice | None:
     """Search with the compiled core for the best CPUs, translating each option into its parameters.
 
     free: mask of free CPUs. Return None if no choice is possible within the limits.
     """
-    chosen = request.options
     found = machine.layout.choose(
         free & allowed(machine, request) | request.must_cpus.mask,
         request.cpus,
         must=request.must_cpus.mask,
-        whole_cores=opt.FULL_PCPUS in chosen,
-        spread_cores=opt.SPREAD_CORES in chosen,
-        spread_nodes=opt.SPREAD_NUMA in chosen,
-        groups_first=opt.REQUIRE_L3 in chosen,
+        **core_rules(request),
         most_packages=limits.packages,
         most_nodes=limits.nodes,
-        near=near,
-        taste=_tastes(machine, chosen),
+        taste=tastes(machine, request.options),
     )
     if found is not None and limits.groups and found[6] > limits.groups:
         return None
     return found
 
 
-def leading(choice: Choice) -> tuple[int, ...]:
-    """Return the parts of a choice's cost before packages: whether it is uneven, near, preference."""
-    return choice[13] > 0, *choice[1:3]
-
-
-def ordered(request: Request, l3: int, split_cores: int) -> tuple[int, int]:
-    """Return two parts of a cost in the order in which the options rank them."""
-    return (split_cores, l3) if opt.SPREAD_CORES in request.options else (l3, split_cores)
+def core_rules(request: Request) -> CoreRules:
+    """Return the options as parameters of the compiled core."""
+    chosen = request.options
+    return {
+        "whole_cores": opt.FULL_PCPUS in chosen,
+        "spread_cores": opt.SPREAD_CORES in chosen,
+        "spread_nodes": opt.SPREAD_NUMA in chosen,
+        "groups_first": opt.REQUIRE_L3 in chosen,
+    }
 
 
 def allowed(machine: MachineIndex, request: Request) -> int:
@@ -79,7 +80,7 @@ def allowed(machine: MachineIndex, request: Request) -> int:
     return cpus
 
 
-def _tastes(machine: MachineIndex, chosen: frozenset[str]) -> list[tuple[int, int]]:
+def tastes(machine: MachineIndex, chosen: frozenset[str]) -> list[tuple[int, int]]:
     """Return the CPUs that the options would rather avoid, each at a cost of 1."""
     if not chosen:
         return []
@@ -112,4 +113,4 @@ def limits_of(machine: MachineIndex, ledger: Ledger, request: Request) -> Limits
 def _on_empty(machine: MachineIndex, ledger: Ledger, request: Request) -> Choice | None:
     """Return what the compiled core would choose if nothing were held."""
     free = machine.usable & ~ledger.reserved.mask | request.must_cpus.mask
-    return search_cpus(machine, free, request, (), NO_LIMITS)
+    return search_cpus(machine, free, request, NO_LIMITS)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import Placement, Request
-from nodeagent.core.model.topology import NO_NODE, NodeId
-from nodeagent.core.placement.index import MachineIndex, machine_of
+from nodeagent.core.model.topology import NO_NODE, Cpu, NodeId
+from nodeagent.core.placement.index import machine_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,38 +30,42 @@ def describe(inventory: Inventory, request: Request, placement: Placement) -> De
     """Return the description of a placement that was computed for this request on this inventory."""
     machine = machine_of(inventory)
     cpus = [inventory.cpu_by_id[one] for one in placement.cpus]
-    split = split_cores(machine, placement.cpus)
+    packages = tuple(sorted({cpu.package for cpu in cpus}))
+    nodes = _nodes(inventory, cpus, placement)
+    cores = (machine.cores[core] for core in {cpu.core for cpu in cpus})
+    split = sum(1 for core in cores if core & ~placement.cpus.mask)
+    where = f"{_where({cpu.numa_node for cpu in cpus}, nodes)}, {_count(len(packages), 'socket')}" if cpus else ""
     return Description(
-        packages=tuple(sorted({cpu.package for cpu in cpus})),
-        numa_nodes=_nodes(inventory, placement),
+        packages=packages,
+        numa_nodes=nodes,
         l3=tuple(sorted({cpu.l3 for cpu in cpus if cpu.l3 is not None})),
         split_cores=split,
-        why=tuple(_sentences(machine, request, placement, split)),
+        why=(*_of_cpus(placement, where, split), *_of_rest(request, placement)),
     )
 
 
-def split_cores(machine: MachineIndex, cpus: CpuSet) -> int:
-    """Return the number of cores of which some, but not all, threads are in a set of CPUs."""
-    return sum(1 for core in machine.cores.values() if core & cpus.mask and core & ~cpus.mask)
-
-
-def _nodes(inventory: Inventory, placement: Placement) -> tuple[NodeId, ...]:
-    nodes = machine_of(inventory).nodes_of(placement.cpus.mask) - {NO_NODE}
+def _nodes(inventory: Inventory, cpus: Iterable[Cpu], placement: Placement) -> tuple[NodeId, ...]:
+    nodes = {cpu.numa_node for cpu in cpus} - {NO_NODE}
     nodes |= {pages.node for pages in placement.hugepages} | {node for node, _ in placement.memory}
     if not nodes:
         found = (inventory.device_by_id[one].numa_node for one in placement.devices)
-        nodes = frozenset(node for node in found if node is not None)
+        nodes = {node for node in found if node is not None}
     return tuple(sorted(nodes))
 
 
-def _sentences(machine: MachineIndex, request: Request, placement: Placement, split: int) -> list[str]:
-    nodes = _nodes(machine.inventory, placement)
+def _of_cpus(placement: Placement, where: str, split: int) -> list[str]:
+    """Return the sentences about the CPUs of a placement. split: how many cores are only partly in it."""
+    if not placement.cpus:
+        return []
+    return [
+        f"{len(placement.cpus)} CPUs ({placement.cpus}) on {where}",
+        "whole cores only" if not split else f"{_count(split, 'core')} only in part",
+    ]
+
+
+def _of_rest(request: Request, placement: Placement) -> list[str]:
+    """Return the sentences about everything but the CPUs."""
     out = []
-    if placement.cpus:
-        where = _where(machine.nodes_of(placement.cpus.mask), nodes)
-        count = len({cpu.package for cpu in machine.inventory.cpus if cpu.id in placement.cpus})
-        out.append(f"{len(placement.cpus)} CPUs ({placement.cpus}) on {where}, {_count(count, 'socket')}")
-        out.append("whole cores only" if not split else f"{_count(split, 'core')} only in part")
     for pages in placement.hugepages:
         out.append(f"{pages.pages} pages of {format_size(pages.page_bytes)} on NUMA node {pages.node}")
     for node, size in placement.memory:
@@ -75,7 +80,7 @@ def _sentences(machine: MachineIndex, request: Request, placement: Placement, sp
     return out
 
 
-def _where(of_cpus: frozenset[NodeId], nodes: tuple[NodeId, ...]) -> str:
+def _where(of_cpus: Set[NodeId], nodes: tuple[NodeId, ...]) -> str:
     """Return the nodes of a placement in words. of_cpus: those of its CPUs, with NO_NODE if any has none."""
     if of_cpus == {NO_NODE}:
         return "no NUMA node"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nodeagent._fastpath import Layout
+from nodeagent._fastpath import Layout, Machine, Pool
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import LINK_WEIGHTS, Device
 from nodeagent.core.model.inventory import Inventory
@@ -25,15 +25,25 @@ class MachineIndex:
         """CPUs that pods can run on. The layout and the cores include all online CPUs: a core is not whole if pods
         cannot run on one of its threads."""
         self.isolated = self.usable & sum(1 << cpu.id for cpu in inventory.cpus if cpu.isolated)
-        self._cpus: dict[NodeId, int] = {node.id: 0 for node in inventory.numa_nodes}
+        self._cpus: dict[NodeId, int] = dict.fromkeys(inventory.node_order, 0)
         self._packages: dict[NodeId, int] = {}
         for cpu in inventory.cpus:
-            self._cpus[cpu.numa_node] = self._cpus.get(cpu.numa_node, 0) | 1 << cpu.id
+            self._cpus[cpu.numa_node] |= 1 << cpu.id
             self._packages[cpu.numa_node] = self._packages.get(cpu.numa_node, 0) | 1 << cpu.package
         self.nodes: tuple[NodeId, ...] = tuple(sorted(node.id for node in inventory.numa_nodes))
         self.on_nodes = self.usable & ~self._cpus.get(NO_NODE, 0)
         """Usable CPUs whose NUMA node is known; the others may be on any node, and on different ones."""
         self._pools: dict[tuple[str, ...], DeviceIndex] = {}
+
+    @functools.cached_property
+    def device_kinds(self) -> frozenset[str]:
+        """Return the kinds of devices that the machine can have."""
+        return frozenset({*self.inventory.devices_by_kind, *(one.kind for one in self.inventory.kinds)})
+
+    @functools.cached_property
+    def page_sizes(self) -> frozenset[int]:
+        """Return the sizes of hugepages that the machine has, in bytes."""
+        return frozenset(pool.page_bytes for node in self.inventory.numa_nodes for pool in node.hugepages)
 
     @functools.cached_property
     def proximity(self) -> Proximity:
@@ -52,6 +62,20 @@ class MachineIndex:
         ]
         distances = [self.proximity.node_distance(a, b) for a in nodes for b in nodes]
         return Layout(rows, max(1, len(nodes)), distances or [10])
+
+    @functools.cached_property
+    def compiled(self) -> Machine:
+        """Return the compiled view of all NUMA nodes, numbered as in `Inventory.node_order`."""
+        order = self.inventory.node_order
+        number = {node: i for i, node in enumerate(order)}
+        return Machine(
+            self.layout,
+            [self._cpus[node] for node in order],
+            [self._packages.get(node, 0) for node in order],
+            [self.proximity.node_distance(a, b) for a in order for b in order],
+            [[number[node]] for node in self.nodes],
+            [sorted(number[node] for node in some) for some in self.nodes_of_packages()],
+        )
 
     @functools.cached_property
     def heaviest_link(self) -> int:
@@ -96,14 +120,6 @@ class MachineIndex:
             return self.usable
         return sum(1 << cpu.id for cpu in self.inventory.cpus if cpu.kind == kind)
 
-    def cpus_of(self, nodes: Iterable[NodeId]) -> int:
-        """Return the mask of the CPUs of some NUMA nodes."""
-        return sum(self._cpus.get(node, 0) for node in nodes)
-
-    def nodes_of(self, mask: int) -> frozenset[NodeId]:
-        """Return the nodes of some CPUs; NO_NODE if any has none."""
-        return frozenset(node for node, cpus in self._cpus.items() if cpus & mask)
-
     def packages_of(self, nodes: Iterable[NodeId]) -> int:
         """Return a mask of the packages with CPUs on some nodes."""
         mask = 0
@@ -122,41 +138,63 @@ class MachineIndex:
             self._pools[kinds] = DeviceIndex.of(self, kinds)
         return self._pools[kinds]
 
-    def distance(self, nodes: Iterable[NodeId]) -> int:
-        """Return the sum of the distances between nodes, in both directions."""
-        some = list(nodes)
-        return sum(self.proximity.node_distance(a, b) for a in some for b in some if a != b)
-
 
 @dataclass(frozen=True, slots=True)
 class DeviceIndex:
     """All devices of some kinds, grouped into classes of interchangeable devices."""
 
-    classes: tuple[tuple[Device, ...], ...]
-    places: tuple[Place, ...]
-    """Where the devices of each class are."""
-    place_numbers: tuple[int, ...]
-    """Number of each class's place; equal for equal places."""
-    links: array[int]
-    """classes x classes: link weights, row by row; those within a class are on the diagonal."""
-    far: array[int]
-    """classes x classes: cost of a pair."""
+    kinds: tuple[str, ...]
+    firsts: tuple[Device, ...]
+    """One device of each class."""
+    ids: frozenset[str]
+    compiled: Pool
 
     @classmethod
     def of(cls, machine: MachineIndex, kinds: tuple[str, ...]) -> DeviceIndex:
-        near = machine.proximity
-        devices = sorted(machine.inventory.devices, key=lambda device: (device.kind, device.id))
+        """Return the index of some kinds, in order of their names."""
+        near, inventory = machine.proximity, machine.inventory
+        devices = sorted(inventory.devices, key=lambda device: (device.kind, device.id))
         classes = near.classes([device for device in devices if device.kind in kinds])
+        members = [device.id for some in classes for device in some]
+        places = list(dict.fromkeys(near.place(some[0]) for some in classes))
         pairs = [(a[0], b[-1]) for a in classes for b in classes]
-        places = tuple(near.place(members[0]) for members in classes)
-        numbers = {place: number for number, place in enumerate(dict.fromkeys(places))}
-        return cls(
-            classes=tuple(tuple(sorted(members, key=lambda device: device.id)) for members in classes),
-            places=places,
-            place_numbers=tuple(numbers[place] for place in places),
-            links=array("q", [near.weight(a, b) for a, b in pairs]),
-            far=array("q", [machine.far(a, b) for a, b in pairs]),
+        number = {node: i for i, node in enumerate(inventory.node_order)}
+        compiled = Pool(
+            members,
+            len(kinds),
+            [
+                (kinds.index(some[0].kind), len(some), places.index(near.place(some[0])), _number(number, some[0]))
+                for some in classes
+            ],
+            array("q", [machine.far(a, b) for a, b in pairs]),
+            array("q", [near.weight(a, b) for a, b in pairs]),
+            [near.cpu_weights([place]) for place in places],
+            [near.node_weights([place]) for place in places],
+            _exclusions(inventory, members),
         )
+        return cls(kinds, tuple(some[0] for some in classes), frozenset(members), compiled)
+
+
+def _number(numbers: Mapping[NodeId, int], device: Device) -> int:
+    """Return the number of a device's node; -1 if it is not known, -2 if the machine has no such node."""
+    return -1 if device.numa_node is None else numbers.get(device.numa_node, -2)
+
+
+def _exclusions(inventory: Inventory, ids: Sequence[str]) -> list[tuple[list[int], int, int]]:
+    """Return for each device the numbers of those that exclude it, how many do on the whole machine, and how much it
+    hands over; nothing if no two devices of the machine exclude each other."""
+    excluded = inventory.excluded_by
+    if not excluded:
+        return []
+    number = {one: i for i, one in enumerate(ids)}
+    return [
+        (
+            sorted(number[other] for other in excluded.get(one, ()) if other in number),
+            len(excluded.get(one, ())),
+            len(inventory.things_of[one]),
+        )
+        for one in ids
+    ]
 
 
 def machine_of(inventory: Inventory) -> MachineIndex:

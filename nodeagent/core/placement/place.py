@@ -22,8 +22,8 @@ _NOTHING = Placement()
 
 def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     """Return the cheapest placement of a request. Raise Refused with the numbers and what would admit it."""
-    _check(inventory, request)
     machine = machine_of(inventory)
+    _check(machine, request)
     free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
     if request.within_cpus is not None:
         free &= request.within_cpus.mask
@@ -35,14 +35,17 @@ def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     return found
 
 
-def _check(inventory: Inventory, request: Request) -> None:
+def _check(machine: MachineIndex, request: Request) -> None:
     """Raise InputError if the machine has no such kind of devices or size of hugepages: then no change of what is held
     would admit the request."""
-    kinds = {*inventory.devices_by_kind, *(one.kind for one in inventory.kinds)}
-    if inventory.kinds and (unknown := sorted(request.devices.keys() - kinds)):
-        raise InputError(f"cannot place devices of kind {unknown[0]!r}: expected one of {', '.join(sorted(kinds))}")
-    sizes = {pool.page_bytes for node in inventory.numa_nodes for pool in node.hugepages}
-    if strange := sorted(size for size, count in request.hugepages.items() if count and size not in sizes):
+    kinds = machine.device_kinds
+    if machine.inventory.kinds and not kinds.issuperset(request.devices):
+        unknown = min(request.devices.keys() - kinds)
+        raise InputError(f"cannot place devices of kind {unknown!r}: expected one of {', '.join(sorted(kinds))}")
+    sizes = machine.page_sizes
+    if not sizes.issuperset(request.hugepages) and (
+        strange := sorted(size for size, count in request.hugepages.items() if count and size not in sizes)
+    ):
         known = ", ".join(format_size(one) for one in sorted(sizes)) or "none"
         raise InputError(f"cannot place hugepages of {format_size(strange[0])}: the sizes of this machine are {known}")
 
@@ -62,7 +65,7 @@ def _place_cpus(machine: MachineIndex, free: int, ledger: Ledger, request: Reque
     if request.numa == BEST_EFFORT and not request.options and not request.must_cpus.mask:
         found = machine.layout.choose(free, request.cpus)
     else:
-        found = search_cpus(machine, free, request, (), limits_of(machine, ledger, request))
+        found = search_cpus(machine, free, request, limits_of(machine, ledger, request))
     if found is None:
         return None
     cost = PlacementCost(0, *found[1:11], 0, found[11])

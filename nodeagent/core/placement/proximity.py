@@ -117,6 +117,10 @@ class Proximity:
             return 1
         return 2 * self.node_distance(node, place[1]) + (package != self._package.get(place[1]))
 
+    def node_weights(self, places: Sequence[Place]) -> list[int]:
+        """Return the node weight of each node, in the order of `Inventory.node_order`."""
+        return [self.node_weight(node, places) for node in self._inventory.node_order]
+
     def node_weight(self, node: NodeId, places: Iterable[Place]) -> int:
         """Return the summed SLIT distance of a node, beyond the local distance, to all places whose node is known."""
         return sum(self.node_distance(node, at) - LOCAL for _, at in places if at is not None)

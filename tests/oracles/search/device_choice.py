@@ -11,10 +11,11 @@ from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.request import Request
 from nodeagent.core.model.topology import NodeId
-from nodeagent.core.placement.device_sets import Candidates, without_conflicts
-from nodeagent.core.placement.index import DeviceIndex, MachineIndex
+from nodeagent.core.placement.index import MachineIndex
 from nodeagent.core.placement.proximity import Place
 from nodeagent.errors import InputError
+from tests.oracles.search.device_index import DeviceIndex
+from tests.oracles.search.device_sets import Candidates, without_conflicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ def pick_devices(
     other (core/ledger/exclusion.py)."""
     if not request.devices:
         return (Pick((), 0, 0, (), True),)
-    pool = machine.pool(tuple(sorted(request.devices)))
+    pool = DeviceIndex.of(machine, tuple(sorted(request.devices)))
     taken = blocked(machine.inventory, ledger)
     usable = _usable_members(pool, taken, request, nodes)
     excluded = machine.inventory.excluded_by
