@@ -54,6 +54,7 @@ class _Body(msgspec.Struct, omit_defaults=True):
     result: _Result | None = None
     settings: str = ""
     pods: list[str] = []
+    pod_claim: str = ""
 
 
 def write(grant: Grant) -> str:
@@ -90,6 +91,7 @@ def _body(grant: Grant) -> _Body:
         result=_result_out(grant.result),
         settings=grant.settings,
         pods=list(grant.pods),
+        pod_claim=grant.holder.pod_claim,
     )
 
 
@@ -124,6 +126,7 @@ def _grant(found: _Body, source: str) -> Grant:
             container=found.container,
             claim=found.claim,
             uid=found.uid,
+            pod_claim=found.pod_claim,
         ),
         ids=tuple(found.ids),
         cpus=cpus,

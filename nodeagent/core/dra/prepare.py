@@ -118,7 +118,7 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
             results, held = results_of(catalog, claim), grants_of(ledger, uid)
             if [grant.result for grant in held] == results:
                 pods = claim.pods_with(chain.from_iterable(grant.pods for grant in held))
-                known = record_reserved_for(ledger, uid, pods, inventory)
+                known = _record(ledger, held, pods, inventory, claim.pod_claim)
                 ledger, grants[uid] = known.ledger, known.grants
                 changes += known.changes
             else:
@@ -133,22 +133,40 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
     return Batch(ledger=ledger, changes=tuple(changes), grants=grants, errors=errors)
 
 
-def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str], inventory: Inventory | None = None) -> Decision:
-    """Record the pods (UIDs) that may use a claim now; what it holds is unchanged.
-
-    inventory: if given, record too what its devices hand over now: after a reboot their nodes may have other names.
-    """
+def record_reserved_for(ledger: Ledger, uid: str, pods: Sequence[str]) -> Decision:
+    """Record the pods (UIDs) that may use a claim now; what it holds is unchanged."""
     held = grants_of(ledger, uid)
-    noted = tuple(replace(grant, pods=tuple(pods), things=_things_now(grant, inventory)) for grant in held)
+    return _recorded(ledger, held, [replace(grant, pods=tuple(pods)) for grant in held])
+
+
+def _record(
+    ledger: Ledger, held: Sequence[Grant], pods: Sequence[str], inventory: Inventory, pod_claim: str
+) -> Decision:
+    """Record what a claim that is prepared again shows: the pods that may use it, its name in the pod, and what its
+    devices hand over now. After a reboot their nodes may have other names."""
+    noted = [
+        replace(
+            grant,
+            pods=tuple(pods),
+            things=_things_now(grant, inventory),
+            holder=replace(grant.holder, pod_claim=pod_claim),
+        )
+        for grant in held
+    ]
+    return _recorded(ledger, held, noted)
+
+
+def _recorded(ledger: Ledger, held: Sequence[Grant], noted: Sequence[Grant]) -> Decision:
+    held, noted = tuple(held), tuple(noted)
     if noted == held:
         return Decision(ledger=ledger, grants=held)
     changes = tuple(Change(action=CONFIRMED, grant=grant, why=_READ) for grant in noted)
     return Decision(ledger=ledger_of.amend(ledger, noted), changes=changes, grants=noted)
 
 
-def _things_now(grant: Grant, inventory: Inventory | None) -> tuple[tuple[str, str], ...]:
+def _things_now(grant: Grant, inventory: Inventory) -> tuple[tuple[str, str], ...]:
     devices = (*grant.devices, *grant.shares)
-    if inventory is None or any(one not in inventory.device_by_id for one in devices):
+    if any(one not in inventory.device_by_id for one in devices):
         return grant.things
     return things_of(inventory, devices)
 
@@ -331,6 +349,7 @@ def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: 
             namespace=claim.ref.namespace,
             claim=claim.ref.name,
             uid=claim.ref.uid,
+            pod_claim=claim.pod_claim,
         ),
         ids=(_own_id(claim, one),),
         granted_at=call.stamp.at,

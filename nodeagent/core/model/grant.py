@@ -41,6 +41,8 @@ class Holder:
     container: str = ""
     claim: str = ""
     """Name of the claim."""
+    pod_claim: str = ""
+    """The pod's name of a claim that was made from a template."""
     uid: str = ""
     """UID of the claim, or of the pod if the grant was imported from kubelet."""
 

@@ -19,7 +19,6 @@ from nodeagent.errors import HostError, InputError, NodeagentError
 from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles
 from nodeagent.managers.dra import container_edits as handover
 from nodeagent.managers.dra import device_metadata
-from nodeagent.managers.dra.pod_claim_names import PodClaimNames
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 
@@ -47,7 +46,6 @@ class ClaimRenderer:
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
-        self._pod_claims = PodClaimNames(readable)
         self._disk = threading.Lock()
         """Held by the thread that writes or removes files."""
         self._unrendered: Mapping[str, str] = {}
@@ -100,14 +98,10 @@ class ClaimRenderer:
         with self._disk:
             return self._write_some({uid: grants for uid, grants in claims.items() if self.hold(grants)})
 
-    def write_now(self, claims: Mapping[str, Sequence[Grant]], made_for: Mapping[str, str]) -> dict[str, str]:
+    def write_now(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Write the files of claims whose grants are durable, whether or not they are in effect yet; blocks. Return
-        errors by UID. Their removal must be decided after this has returned.
-
-        made_for: the pods' names of claims just read from the API server, by UID.
-        """
+        errors by UID. Their removal must be decided after this has returned."""
         with self._disk:
-            self._pod_claims.learn(made_for)
             return self._write_some(claims)
 
     def _write_some(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
@@ -120,7 +114,7 @@ class ClaimRenderer:
         return errors
 
     def _write(self, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
-        claim, pod_claim = grants[0].holder.claim, self._pod_claims.of(uid)
+        claim, pod_claim = grants[0].holder.claim, grants[0].holder.pod_claim
         self._readable.write(uid, handover.metadata(dra, inventory, grants, pod_claim))
         standard = device_metadata.streams(dra, inventory, grants, pod_claim)
         self._readable.write_requests(uid, standard)
@@ -142,7 +136,6 @@ class ClaimRenderer:
         try:
             self._cdi.remove(uid)
             self._readable.remove(uid)
-            self._pod_claims.forget(uid)
         except InputError:
             return ""  # no file of ours can have such a name
         except (HostError, OSError) as error:

@@ -157,7 +157,7 @@ class ClaimPreparer:
             async with self._grow(catalog, found) as too_small:
                 found = [one for one in found if one.ref.uid in waited_for]  # growing takes time
                 unwritten = dict[str, str]()
-                batch = await self._agent.prepare(catalog, found, op, self._writing(found, unwritten))
+                batch = await self._agent.prepare(catalog, found, op, self._writing(unwritten))
                 errors = {uid: _because(why, too_small(uid)) for uid, why in batch.errors.items()} | unwritten
         granted = dict[str, Sequence[Grant]](batch.grants)
         for ref, one in zip(claims, read, strict=True):
@@ -171,10 +171,9 @@ class ClaimPreparer:
                 errors.setdefault(ref.uid, _UNPREPARED.format(ref))
         return _Decided(granted, errors, {one.ref.uid: one for one in read if isinstance(one, Claim)})
 
-    def _writing(self, claims: Sequence[Claim], unwritten: dict[str, str]) -> Callable[[Batch], None]:
-        """Return what writes the files of those of some claims that were granted. unwritten: receives errors by UID."""
-        made_for = {one.ref.uid: one.pod_claim for one in claims}
-        return lambda made: unwritten.update(self._rendering.write_now(made.grants, made_for))
+    def _writing(self, unwritten: dict[str, str]) -> Callable[[Batch], None]:
+        """Return what writes the files of claims that were just granted. unwritten: receives errors by UID."""
+        return lambda made: unwritten.update(self._rendering.write_now(made.grants))
 
     # ---------------------------------------------------------------- reading
 

@@ -331,7 +331,7 @@ async def test_applications_find_the_devices_of_a_claim_where_every_driver_puts_
 
 
 async def test_a_claim_made_from_a_template_is_found_by_its_name_in_the_pod(folder: Path) -> None:
-    """Its own name is generated. The name is kept where the API server is away and over a restart."""
+    """Its own name is generated. The name is kept where the API server is away, over a restart and over a reboot."""
     async with claim_room(folder) as room:
         claim = room.claim("pod-mine-x7k2p", consumed("cpu", "numa0", "cpus", cpus="2"))
         room.objects["default", claim.name]["metadata"]["annotations"] = {POD_CLAIM_NAME: "mine"}
@@ -343,6 +343,7 @@ async def test_a_claim_made_from_a_template_is_found_by_its_name_in_the_pod(fold
         room.away = True
         await room.restart()
         room.spec_file(claim).unlink()
+        shutil.rmtree(room.readable)
         await room.rendering.restore()
         assert mounts(room, claim) == before
         assert [one.error for one in await room.prepare(claim)] == [""]
