@@ -103,12 +103,11 @@ def _import(folder: Path, file: str) -> int:
     from nodeagent.state.store import Store
 
     grants = [from_document(one, file) for one in _read(file)]
-    with (
-        contextlib.closing(FileLock(folder / LOCK)) as lead,
-        contextlib.closing(Store(folder, accept_loss=True)) as store,
-    ):
-        if not lead.try_take():
+    with contextlib.ExitStack() as open_files:
+        # Before the ledger is opened: one of a newer build, which the agent may be, would be moved aside.
+        if not open_files.enter_context(contextlib.closing(FileLock(folder / LOCK))).try_take():
             raise StateError(f"cannot import {file}: an agent uses {folder}; stop it first")
+        store = open_files.enter_context(contextlib.closing(Store(folder, accept_loss=True)))
         ledger = Ledger()
         for one in store.load():
             ledger = ledger_of.grant(ledger, one)

@@ -212,12 +212,7 @@ class Daemon:
             events,
             other_drivers,
         )
-        if store.fresh and (traces := self._recovery.traces()):
-            store.lose(f"there was no ledger in {where.state_dir}, and {traces}")
-        # Query the ledger last: another agent may have prepared a claim a moment ago.
-        if not store.loss and (missed := store.never_had(self._recovery.claims_in_use())):
-            why = "kubelet has claims prepared that it never had, and their files are there"
-            store.lose(f"{store.path}: {why}: {', '.join(missed)}")
+        self._recovery.look_for_losses(store, [one.resource for one in offers(config, families)])
         self._news = Revision(
             *agent.revisions, self._device_plugin.revision, self._pinning.revision, self._others.revision
         )

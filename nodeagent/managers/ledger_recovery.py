@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from nodeagent.aio.supervise import race
+from nodeagent.core.deviceplugin.view import ResourceKind
 from nodeagent.core.ledger.rebuild import ClaimInUse, Sources
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.container import STOPPED
@@ -31,6 +32,7 @@ from nodeagent.managers.pod_witness import PodWitness
 from nodeagent.resources.offer import Offer
 from nodeagent.state import grant_json as storedgrant
 from nodeagent.state.agent import Agent
+from nodeagent.state.store import Store
 from nodeagent.telemetry.log import new_op
 from nodeagent.telemetry.once import Once
 
@@ -74,22 +76,49 @@ class LedgerRecovery(Manager):
         self._offers = offers
         self._failed = Once("ledger-not-rebuilt")
 
-    def traces(self) -> str:
-        """Return, as a clause, evidence that claims were prepared here before, or "" if there is none. Blocks."""
+    def look_for_losses(self, store: Store, served: Iterable[ResourceKind]) -> None:
+        """Record at start that the ledger lacks something if kubelet or a claim's files show it. served: the resources
+        that the agent is configured for. Blocks. Raise StateError on failure."""
+        if store.fresh and (traces := self._traces()):
+            store.lose(f"there was no ledger in {store.path.parent}, and {traces}")
+        # Query the ledger last: another agent may have made a grant a moment ago.
+        if not store.loss and (missed := store.never_had(self._claims_in_use())):
+            why = "kubelet has claims prepared that it never had, and their files are there"
+            store.lose(f"{store.path}: {why}: {', '.join(missed)}")
+        if not store.loss and (missed := store.never_had_of_pods(self._given_of(served))):
+            store.lose(f"{store.path}: kubelet has given devices to pods that it never had: {', '.join(missed)}")
+
+    def _traces(self) -> str:
+        """Return, as a clause, evidence that claims were prepared here before, or "" if there is none."""
         if files := self._claims_with_files():
             return f"there are files of {len(files)} claims"
         if claims := self._prepared():
             return f"kubelet has {len(claims)} claims prepared"
         return ""
 
-    def claims_in_use(self) -> frozenset[str]:
-        """Return the UIDs of claims that kubelet has prepared and whose files exist. Blocks.
+    def _claims_in_use(self) -> frozenset[str]:
+        """Return the UIDs of claims that kubelet has prepared and whose files exist.
 
         Kubelet's record alone is no proof: it outlives the response that a claim was released.
         """
         with contextlib.suppress(HostError):
             return self._prepared() & self._claims_with_files()
         return frozenset()
+
+    def _given_of(self, served: Iterable[ResourceKind]) -> Mapping[str, frozenset[tuple[str, str]]]:
+        """Return the (resource, id) pairs of some resources that kubelet's checkpoint has given to each pod, by UID.
+        Ids of another plugin that served a resource of the same name before are left out."""
+        kinds, found = {one.name: one for one in served}, dict[str, frozenset[tuple[str, str]]]()
+        for (uid, _), parts in self._witness.given().items():
+            mine = frozenset((name, one) for name, one in parts if name in kinds and self._is_id(kinds[name], one))
+            found[uid] = found.get(uid, frozenset()) | mine
+        return found
+
+    def _is_id(self, resource: ResourceKind, id: str) -> bool:
+        try:
+            return bool(resource.parts(self._agent.inventory, [id]))
+        except InputError:
+            return False
 
     def _prepared(self) -> frozenset[str]:
         """Return the UIDs of the claims that kubelet has prepared, as far as its record is readable."""

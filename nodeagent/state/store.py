@@ -15,7 +15,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
@@ -111,6 +111,15 @@ class Store:
                 for uid in sorted(claims)
                 if not self._db.execute(f"{grant} UNION ALL {line} LIMIT 1", (uid,)).fetchone()
             ]
+
+    def never_had_of_pods(self, given: Mapping[str, Set[tuple[str, str]]]) -> list[str]:
+        """Return the UIDs of those pods to which kubelet gave something that no grant has, and that no audit entry of
+        the device plugin's grants names. given: (resource, id) pairs by UID. Raise StateError on failure."""
+        held = {(grant.holder.resource, one) for grant in self.load() for one in grant.ids}
+        named = "SELECT 1 FROM audit WHERE grant_id GLOB 'g-*' AND instr(body, ?) LIMIT 1"
+        with self._said("load"):
+            lacking = sorted(uid for uid, parts in given.items() if not parts <= held)
+            return [uid for uid in lacking if not self._db.execute(named, (uid,)).fetchone()]
 
     # ---------------------------------------------------------------- completeness
 

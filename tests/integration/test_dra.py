@@ -143,6 +143,33 @@ async def test_a_claim_outlives_a_state_folder_that_was_restored_from_an_older_c
         assert (await node.grants(), node.spec(claim)) == (before, spec)
 
 
+@pytest.mark.parametrize("older", [False, True], ids=["lost", "older-copy"])
+async def test_no_claim_gets_the_cpus_of_a_running_pod_after_the_state_folder_was_lost_or_restored(
+    older: bool, folder: Path, tree: DeviceTree
+) -> None:
+    """Before kubelet lists any pod: its checkpoint says what they hold through the device plugin."""
+    async with dra_node(folder, tree, [CPUS]) as node:
+        await node.kubelet.wait_allocatable(CPU, 8)
+        await node.agent.stop(signal.SIGTERM)
+        shutil.copytree(folder / "state", folder / "copy")
+        await node.agent.start()
+        await node.kubelet.wait_allocatable(CPU, 8)
+        pod = await node.kubelet.admit_pod("default", "a", {"main": {CPU: 2}})
+        await node.agent.stop(signal.SIGKILL)
+        shutil.rmtree(folder / "state")
+        if older:
+            shutil.copytree(folder / "copy", folder / "state")
+        node.kubelet.knows_pods = False
+        await node.agent.start()
+        await node.dra.wait_registered(DRIVER, 3)
+        (put_back,) = await node.agent.until("/v1/grants", bool)
+        assert set(put_back["ids"]) == pod.held(CPU)
+        await node.agent.until("/v1/status", lambda status: status["ledger"]["whole"])
+        claims = [node.claim(f"c{number}", consumed("cpu", f"numa{number}", cpus="4")) for number in range(2)]
+        errors = [(await node.prepare(claim))[0].error for claim in claims]
+        assert pod.held(CPU) == {"cpu0", "cpu4"} and "numa0" in errors[0] and not errors[1]
+
+
 async def test_one_bad_claim_harms_no_other(folder: Path, tree: DeviceTree) -> None:
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu", "char")

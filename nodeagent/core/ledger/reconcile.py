@@ -19,6 +19,8 @@ from nodeagent.errors import InputError
 Adopt = Callable[[Holding], Grant]
 """Make a grant for a holding that the ledger does not know. Raise InputError if its ids are unknown or no longer
 exist."""
+_NAMED = {True: "kubelet names its holder", False: "kubelet's checkpoint names its pod"}
+"""Why a grant is confirmed, by whether kubelet has ever listed it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +42,7 @@ class Findings:
     @property
     def changes(self) -> tuple[Change, ...]:
         """Return the changes to grants that the ledger has, each with its reason."""
-        listed = (Change(action=CONFIRMED, grant=one, why="kubelet names its holder") for one in self.confirmed)
+        listed = (Change(action=CONFIRMED, grant=one, why=_NAMED[one.confirmed]) for one in self.confirmed)
         gone = (Change(action=RELEASED, grant=one, why=self.absences.why[one.id]) for one in self.released)
         return (*listed, *gone)
 

@@ -5,8 +5,9 @@ not enough: a kubelet that has just started lists nothing until it reaches its A
 running. Release needs proof. For a grant that is not listed, the first rule that applies decides:
 
     a process of its pod runs                                        held, disputed, whatever lists say
-    it was never listed, the checkpoint has it, and kubelet lists
-      another grant of its pod, or cgroup and runtime are silent     held
+    it was never listed, the checkpoint has it, kubelet has not
+      cleared its pod away (see below), and kubelet lists another
+      grant of its pod, or cgroup and runtime are silent             held
     this kubelet listed it before, and
       the pod's cgroup is removed                                    released at once
       nothing of the pod runs                                        released after confirmed_s
@@ -15,7 +16,9 @@ running. Release needs proof. For a grant that is not listed, the first rule tha
       and is not, or nothing of it runs and the checkpoint lacks
       its devices; or it was listed in this boot, kubelet has the
       API server's pods, and the pod has neither folder nor cgroup   released after confirmed_s; unconfirmed_s
-                                                                     if it was never listed
+                                                                     if it was never listed; unobserved_s
+                                                                     if its pod is unknown and it is older
+                                                                     than this kubelet
     its pod has no folder on the node, which kubelet makes as soon
       as it has admitted a pod, and nothing of it runs               released after unobserved_s
     kubelet is known to have received the API server's pods          released after unobserved_s

@@ -63,6 +63,16 @@ def test_a_listed_grant_gets_the_name_of_its_holder_once() -> None:
     assert found(ledger_of(*first.confirmed), listed("a", "1", "2")).confirmed == ()
 
 
+def test_the_audit_tells_a_pod_of_the_checkpoint_from_a_holder_that_kubelet_names() -> None:
+    """A container that runs before the others is never listed."""
+    before, named = held("a", "x"), held("b", "y")
+    witnesses = Witnesses(given={("uid", "setup"): frozenset({("r", "x")})})
+    ledger, none = ledger_of(before, named), frozenset[str]()
+    done = compare(ledger, [listed("p", "y")], Memory(), 100.0, PATIENCE, {"r"}, adopt, none, witnesses)
+    why = {one.grant.id: one.why for one in done.changes}
+    assert why == {"a": "kubelet's checkpoint names its pod", "b": "kubelet names its holder"}
+
+
 def test_a_grant_whose_ids_another_pod_has_now_gets_the_other_name() -> None:
     """The first pod ended between two lists."""
     first = found(ledger_of(held("g", "1")), listed("a", "1"))

@@ -18,6 +18,8 @@ from nodeagent.core.ledger.ledger import GRANTED, RELEASED, Change
 from nodeagent.errors import LedgerTooNewError
 from nodeagent.state import layout as ledgerlayout
 from nodeagent.state.layout import LedgerLayout, migrate, take_back
+from nodeagent.state.leader import LOCK as LEADER
+from nodeagent.state.lock import FileLock
 from nodeagent.state.store import FILE, LOCK, Store
 from nodeagent.telemetry.metrics import REGISTRY
 from tests.unit.state.test_store import filled, grant_of, granted
@@ -154,6 +156,22 @@ def test_it_is_known_which_claims_a_ledger_never_had(folder: Path) -> None:
     shutil.copy(empty, folder / FILE)
     with contextlib.closing(Store(folder)) as store:
         assert store.never_had([uid, other, uid[:-1]]) == [uid[:-1], uid, other]
+
+
+def test_it_is_known_which_pods_of_kubelets_checkpoint_a_ledger_never_had(folder: Path) -> None:
+    """What is held counts whoever holds it by now; a pod whose grant was released is known from the audit, unless all
+    that names it there is a claim."""
+    held, ended, with_claim, lost = "held", "6f4929bc-ended", "6f4929bc-claimed", "6f4929bc-lost"
+    grants = [replace(grant_of(number), id=f"g-{number}") for number in range(2)]
+    gone = replace(grants[1], pods=(ended,))
+    claimed = replace(grant_of(2), id="8f2d2c1e-0000-4000-8000-000000000001-0", pods=(with_claim,))
+    parts = {held: grants[0], ended: gone, with_claim: grants[1], lost: grants[1]}
+    given = {uid: frozenset((one.holder.resource, id) for id in one.ids) for uid, one in parts.items()}
+    with contextlib.closing(Store(folder)) as store:
+        store.save([Change(action=GRANTED, grant=one) for one in (*grants, claimed)], op="o", at=1)
+        store.save([Change(action=RELEASED, grant=gone)], op="o", at=2)
+        assert store.never_had_of_pods(given) == [with_claim, lost]
+        assert store.never_had_of_pods({}) == []
 
 
 def test_a_ledger_that_was_begun_anew_without_grants_is_whole_at_the_next_start(folder: Path) -> None:
@@ -325,9 +343,6 @@ def test_what_is_no_export_is_refused_in_one_line(text: str, why: str, folder: P
 
 def test_nothing_is_imported_under_an_agent_that_runs(folder: Path) -> None:
     """It would not learn of it in time."""
-    from nodeagent.state.leader import LOCK as LEADER
-    from nodeagent.state.lock import FileLock
-
     filled(folder, 1)
     file = folder / "x.json"
     assert nodeagent("ledger", "export", "--state-dir", str(folder), "-o", str(file)).returncode == 0
@@ -339,3 +354,17 @@ def test_nothing_is_imported_under_an_agent_that_runs(folder: Path) -> None:
         lock.close()
     assert done.returncode == 1
     assert "an agent uses" in done.stderr
+
+
+def test_an_import_that_is_refused_leaves_the_ledger_of_a_newer_version_in_its_place(folder: Path) -> None:
+    """The agent that runs may be of that version."""
+    filled(folder, 1)
+    file = folder / "x.json"
+    assert nodeagent("ledger", "export", "--state-dir", str(folder), "-o", str(file)).returncode == 0
+    with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
+        db.execute("PRAGMA user_version = 99")
+    with contextlib.closing(FileLock(folder / LEADER)) as lock:
+        assert lock.try_take()
+        done = nodeagent("ledger", "import", "--state-dir", str(folder), str(file))
+    assert (done.returncode, "an agent uses" in done.stderr) == (1, True)
+    assert not [one.name for one in folder.iterdir() if "damaged" in one.name]
