@@ -174,11 +174,7 @@ class Agent(ClaimDecisions):
     ) -> list[ContainerEdits]:
         """Grant each container its ids durably, all or nothing, and return what each gets, as rendered. Raise Refused
         naming the conflicting holder."""
-        grants, edits = await self._decided_in_group(
-            lambda newest: self._allocate(newest, resource, containers, render), op
-        )
-        self._tell(_say_granted, op, resource.name, grants)
-        return edits
+        return await self._decided_in_group(lambda newest: self._allocate(newest, resource, containers, render, op), op)
 
     async def release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
         """Release grants by id on an admin's request, and return those that existed. A claim is released as a whole:
@@ -263,15 +259,19 @@ class Agent(ClaimDecisions):
         return replace(grant, pods=(uid,))
 
     async def _allocate(
-        self, newest: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render
-    ) -> Outcome[tuple[Sequence[Grant], list[ContainerEdits]]]:
+        self, newest: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]], render: Render, op: str
+    ) -> Outcome[list[ContainerEdits]]:
         await self._make_way(newest, resource, containers)
         decision = decide.allocate(self.inventory, newest, resource, containers, self._stamp())
         if decision.changes:
             self._refuse_while_incomplete(f"devices of {resource.name}", sum(map(len, containers)))
         edits = [render(self.inventory, grant) for grant in decision.grants]
-        self._begin_anew(decision.grants)
-        return Outcome(result=(decision.grants, edits), ledger=decision.ledger, changes=decision.changes)
+
+        def effect() -> None:
+            self._begin_anew(decision.grants)
+            self._tell(_say_granted, op, resource.name, decision.grants)
+
+        return Outcome(result=edits, ledger=decision.ledger, changes=decision.changes, effect=effect)
 
     async def _make_way(self, newest: Ledger, resource: ResourceKind, containers: Sequence[Sequence[str]]) -> None:
         """Raise Refused if another container holds some of the ids and is alive or listed, or kubelet does not

@@ -63,6 +63,8 @@ class Outcome(Generic[T]):
     changes: Sequence[Change] = ()
     then: Callable[[], None] | None = None
     """Called in the thread of the disk once the decision is durable and before it is answered."""
+    effect: Callable[[], None] | None = None
+    """Called at the moment that the decision takes effect; quick, and raises nothing."""
 
 
 class _Staged(NamedTuple):
@@ -111,8 +113,6 @@ class Decisions:
         self._closing = True
         while self._under_way:
             await asyncio.wait(self._under_way)
-        async with self._turn:
-            await self._settled.wait()
         self._disk.shutdown(wait=True)
         self._store.close()
 
@@ -128,22 +128,9 @@ class Decisions:
 
     async def _decided_in_group(self, decide: Callable[[Ledger], Awaitable[Outcome[T]]], op: str) -> T:
         """Make a decision on the newest ledger, as it will be once everything before is durable, and return its result
-        when it is durable itself. If the peer hangs up, nothing is decided or the decision is completed."""
+        when it is durable itself. A peer that hangs up is treated as in `_decided`."""
         self._refuse_if_closing()
-        async with self._turn:
-            await self._join_series()
-            try:
-                failures = self._failures
-                outcome = await decide(self.newest)
-                if failures != self._failures:
-                    raise StateError(f"cannot decide: what it is based on could not be saved in {self._store.path}")
-                durable = self._stage(outcome, op)
-            except BaseException:
-                self._leave_series()
-                raise
-        durable.add_done_callback(lambda _: self._leave_series())
-        await _kept_on(durable)
-        return outcome.result
+        return await _kept_on(self._begin(lambda: self._in_group(decide, op)))
 
     def _refuse_if_closing(self) -> None:
         if self._closing:
@@ -170,6 +157,24 @@ class Decisions:
                 return await work()
             finally:
                 self._leave_series()
+
+    async def _in_group(self, decide: Callable[[Ledger], Awaitable[Outcome[T]]], op: str) -> T:
+        async with self._turn:
+            await self._join_series()
+            try:
+                failures = self._failures
+                outcome = await decide(self.newest)
+                if failures != self._failures:
+                    raise StateError(f"cannot decide: what it is based on could not be saved in {self._store.path}")
+                durable = self._stage(outcome, op)
+            except BaseException:
+                self._leave_series()
+                raise
+        try:
+            await durable
+        finally:
+            self._leave_series()
+        return outcome.result
 
     # ---------------------------------------------------------------- other processes
 
@@ -231,6 +236,7 @@ class Decisions:
         """Send a decision to the disk. The future is done when everything up to it is durable and in effect."""
         durable = asyncio.get_running_loop().create_future()
         if not outcome.changes and outcome.then is None and self._settled.is_set():
+            self._apply_effect(outcome)
             durable.set_result(None)
             return durable
         self._tip = outcome.ledger
@@ -268,7 +274,12 @@ class Decisions:
             self.ledger = self._with_surroundings(group[-1].outcome.ledger)
             self._announce_soon()
         for one, error in zip(group, raised, strict=True):
+            self._apply_effect(one.outcome)
             _resolve(one.durable, error)
+
+    def _apply_effect(self, outcome: Outcome[Any]) -> None:
+        if outcome.effect is not None:
+            outcome.effect()
 
     def _fail(self, group: Sequence[_Staged], error: BaseException) -> None:
         """Drop a group and all that was decided on top of it."""
