@@ -249,7 +249,8 @@ cdef struct Level:
 cdef struct Levels:
     # The levels of a cover, each found when it is first needed.
     Cover cover
-    const uint8_t* needed             # by unit: whether every set must have it; NULL: none
+    const uint8_t* needed             # by unit: whether every set must have it
+    bint any_unit                     # whether one unit with enough is as good as another
     int packages, most_packages, count
     bint done
     Level* first
@@ -320,13 +321,15 @@ cdef Level* _collect(Arena* arena, Levels* l) noexcept nogil:
         if found > LEVEL_SETS:
             c.steps.cut = True
             break
-        if l.needed != NULL and not _has_needed(c, l.needed):
+        if not _has_needed(c, l.needed):
             continue
         end[0] = _copy_set(arena, c, level.count)
         if end[0] == NULL:
             return NULL
         end = &end[0].next
         level.count += 1
+        if l.any_unit and c.count == 1:
+            break
     return level
 
 

@@ -118,12 +118,12 @@ cdef bint _reach_counts(Arena* arena, const Devices* d, Layer* layer, const int*
 
 
 cdef int _slot_of(const Devices* d, const Layer* layer, const int* counts) noexcept nogil:
-    """Return the slot of a combination, or the empty one where it belongs (FNV-1a, linear probing)."""
-    cdef uint64_t mixed = 14695981039346656037U
+    """Return the slot of a combination, or the empty one where it belongs (linear probing)."""
+    cdef uint64_t mixed = 0
     cdef int kind, slot
     for kind in range(d.kinds):
-        mixed = (mixed ^ <uint64_t>counts[kind]) * 1099511628211U
-    slot = <int>((mixed ^ mixed >> 32) & <uint64_t>(layer.slots - 1))
+        mixed = (mixed * 1000003 + <uint64_t>counts[kind]) & 0x7fffffff
+    slot = <int>((mixed ^ mixed >> 16) & <uint64_t>(layer.slots - 1))
     while layer.slot[slot] and memcmp(layer.reached[layer.slot[slot] - 1].counts, counts, d.kinds * sizeof(int)):
         slot = (slot + 1) & (layer.slots - 1)
     return slot

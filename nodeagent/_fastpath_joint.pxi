@@ -89,7 +89,6 @@ cdef struct Corner:
     Levels levels
     bint opened                       # whether the levels are
     int* unit_node                    # nodes of the levels' units
-    Level* level
 
 
 # ------------------------------------------------------------------ devices

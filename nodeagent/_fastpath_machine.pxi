@@ -95,13 +95,12 @@ cdef class Machine:
                         object taste) except -1:
         """Write what is known of CPUs into a task."""
         cdef Layout layout = self.layout
-        cdef uint64_t* must_words = self._words(t, must)
-        t.shape = layout._shape(t.rules.most_packages)
-        t.ids = layout.ids
-        t.free, t.unreserved = self._words(t, free), self._words(t, unreserved)
-        t.allowed, t.rules.must = self._words(t, allowed), must_words
+        t.rules.must = t.free = t.unreserved = t.allowed = self._words(t, must)
         if t.rules.want == 0:
             return 0
+        t.shape = layout._shape(t.rules.most_packages)
+        t.ids = layout.ids
+        t.free, t.unreserved, t.allowed = self._words(t, free), self._words(t, unreserved), self._words(t, allowed)
         t.marks = <char*>self._memory(t, _work_bytes(t.shape))
         t.work = <char*>self._memory(t, _work_bytes(t.shape))
         t.near = <uint64_t*>self._memory(t, t.ids * sizeof(uint64_t))

@@ -97,7 +97,7 @@ cdef bint _open_corner(Task* t, Corner* c, int cpus) noexcept nogil:
             unit += 1
     if not _open_cover(&t.arena, cover, unit, 1 + t.sizes, site.package_words, &t.steps):
         return False
-    c.levels.needed = needed
+    c.levels.needed, c.levels.any_unit = needed, cpus == 0
     cover.want[0] = cpus
     memcpy(cover.want + 1, t.want, t.sizes * sizeof(int64_t))
     for unit in range(cover.units):

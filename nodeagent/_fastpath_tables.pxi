@@ -187,19 +187,26 @@ cdef inline price_t _infinite(const price_t* any) noexcept nogil:
 cdef int _join(const price_t* left, int left_cap, const price_t* right, int right_cap, int most,
                price_t* out) noexcept nogil:
     """out[k] = min over x of left[k - x] + right[x], for k up to `most`; the highest k reached."""
-    cdef int cap = min(left_cap + right_cap, most), k, x, plain = 0
-    cdef price_t best, sum
-    if right_cap <= 2:
-        plain = _join_core(left, min(left_cap, most), right, right_cap, out)
-    for k in range(cap + 1):
-        if plain and right_cap <= k < plain:
-            continue
-        best = _infinite(left)
-        for x in range(max(0, k - left_cap), min(k, right_cap) + 1):
-            sum = left[k - x] + right[x]
-            best = sum if sum < best else best
-        out[k] = best
+    cdef int cap = min(left_cap + right_cap, most), k
+    if right_cap > 2 or left_cap < right_cap:
+        for k in range(cap + 1):
+            out[k] = _join_at(left, left_cap, right, right_cap, k)
+        return cap
+    for k in range(right_cap):
+        out[k] = _join_at(left, left_cap, right, right_cap, k)
+    for k in range(_join_core(left, min(left_cap, most), right, right_cap, out), cap + 1):
+        out[k] = _join_at(left, left_cap, right, right_cap, k)
     return cap
+
+
+cdef inline price_t _join_at(const price_t* left, int left_cap, const price_t* right, int right_cap, int k) noexcept nogil:
+    """Return one of the prices of _join."""
+    cdef price_t best = _infinite(left), sum
+    cdef int x
+    for x in range(max(0, k - left_cap), min(k, right_cap) + 1):
+        sum = left[k - x] + right[x]
+        best = sum if sum < best else best
+    return best
 
 
 cdef int _join_core(const price_t* left, int last, const price_t* right, int right_cap, price_t* out) noexcept nogil:

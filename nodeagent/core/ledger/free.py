@@ -44,11 +44,6 @@ class Stock(NamedTuple):
         return cls(inventory.node_order, want, tuple(there))
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Return the sizes that are wanted, in order."""
-        return tuple(self.want)
-
-    @property
     def nodes(self) -> frozenset[NodeId]:
         """Return the nodes that have any of what is wanted."""
         return frozenset(node for row in self.there for node, amount in zip(self.order, row, strict=True) if amount)

@@ -32,15 +32,13 @@ Terms = dict[str, Any]
 
 def place_joint(machine: MachineIndex, free: int, ledger: Ledger, request: Request) -> Placement | None:
     """Return the cheapest placement, or None if nothing fits. free: mask of the CPUs that can be granted."""
-    terms: Terms = {}
     places = _fixed_places(machine, request) if request.near or request.near_nodes or request.near_cpus.mask else ()
+    terms = _of_cpus(machine, free, ledger, request, places) if request.cpus else {}
     stock = Stock.of(machine.inventory, ledger, request)
     if stock.want:
         terms["sizes"], terms["there"] = tuple(stock.want.values()), stock.there
         if places:
             terms["node_near"] = machine.proximity.node_weights(places)
-    if request.cpus:
-        terms.update(_of_cpus(machine, free, ledger, request, places))
     if request.devices:
         index = machine.pool(tuple(sorted(request.devices)))
         closed = _closed(machine, request, index)
@@ -69,7 +67,7 @@ def _of_cpus(machine: MachineIndex, free: int, ledger: Ledger, request: Request,
 def _of_devices(machine: MachineIndex, ledger: Ledger, request: Request, index: DeviceIndex) -> Terms:
     terms: Terms = {
         "pool": index.compiled,
-        "need": tuple(request.devices[kind] for kind in index.kinds),
+        "need": tuple(map(request.devices.__getitem__, index.kinds)),
         "held": blocked(machine.inventory, ledger),
         "must_devices": request.must_devices,
     }
@@ -131,8 +129,9 @@ def _placement(found: Placed | None, stock: Stock) -> Placement | None:
     mask, cost, amounts, devices, exact = found
     pages: list[Pages] = []
     memory: list[tuple[NodeId, int]] = []
+    sizes = tuple(stock.want) if amounts else ()
     for number, node, amount in amounts:
-        size = stock.sizes[number]
+        size = sizes[number]
         if size == MEMORY:
             memory.append((stock.order[node], amount))
         else:

@@ -24,15 +24,19 @@ def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     """Return the cheapest placement of a request. Raise Refused with the numbers and what would admit it."""
     machine = machine_of(inventory)
     _check(machine, request)
-    free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
-    if request.within_cpus is not None:
-        free &= request.within_cpus.mask
-    if request.must_cpus.mask:
-        free |= request.must_cpus.mask & machine.usable
+    free = _free_cpus(machine, ledger, request) if request.cpus else 0
     found = _find(machine, free, ledger, request)
     if found is None:
         raise explain(machine, ledger, request, free, lambda other: _find(machine, free, ledger, other) is not None)
     return found
+
+
+def _free_cpus(machine: MachineIndex, ledger: Ledger, request: Request) -> int:
+    """Return a mask of the CPUs that can be granted."""
+    free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
+    if request.within_cpus is not None:
+        free &= request.within_cpus.mask
+    return free | request.must_cpus.mask & machine.usable
 
 
 def _check(machine: MachineIndex, request: Request) -> None:

@@ -4,6 +4,7 @@ refusal."""
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -156,3 +157,38 @@ def test_an_answer_that_is_cut_short_is_the_same_too(seed: int) -> None:
         )
         check(inventory, Ledger(), request)
     assert not place(inventory, Ledger(), Request(cpus=3, hugepages={GIB: 38})).exact
+
+
+def test_a_decision_takes_as_many_steps_of_python_on_a_large_machine_as_on_a_small_one() -> None:
+    """All that is searched, is searched in the compiled core; an inventory is laid out for it once."""
+    request = Request(cpus=2, hugepages={GIB: 3}, devices={"gpu": 2, "nic": 1}, numa=RESTRICTED)
+    counts = [calls_of(machine_with_devices(nodes), request) for nodes in (2, 16)]
+    assert counts[0] == counts[1] < 60
+
+
+def machine_with_devices(nodes: int) -> Inventory:
+    """A page of 1 GiB, a whole adapter with two parts and two GPUs on each node: pages of three nodes are needed."""
+    devices = [Device(kind="gpu", id=f"gpu{one}", numa_node=one % nodes) for one in range(2 * nodes)]
+    for one in range(nodes):
+        devices.append(Device(kind="nic", id=f"nic{one}", numa_node=one))
+        devices += [Device(kind="nic", id=f"vf{one}-{n}", numa_node=one, parent=f"nic{one}") for n in range(2)]
+    pages = {(node, GIB): 2 for node in range(nodes)}
+    return inventory_of(even_rows(2, nodes // 2, 1, 2, 1), pages=pages, devices=devices)
+
+
+def calls_of(inventory: Inventory, request: Request) -> int:
+    """How many Python functions run in a decision, once the inventory is laid out."""
+    count = 0
+
+    def seen(frame: object, event: str, arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    place(inventory, Ledger(), request)
+    before = sys.getprofile()
+    sys.setprofile(seen)
+    try:
+        place(inventory, Ledger(), request)
+    finally:
+        sys.setprofile(before)
+    return count
