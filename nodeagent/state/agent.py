@@ -297,8 +297,9 @@ class Agent(ClaimDecisions):
         """Give the requester all the time that a new pod has, even if the grant is an old one."""
         now = self._clock()
         self._granted.update((grant.id, now) for grant in grants)
-        missing = {one: since for one, since in self._memory.missing.items() if one not in self._granted}
-        self._memory = replace(self._memory, missing=missing, listed=self._memory.listed - self._granted.keys())
+        old, fresh = self._memory, self._granted.keys()
+        missing = {one: since for one, since in old.missing.items() if one not in fresh}
+        self._memory = replace(old, missing=missing, listed=old.listed - fresh, inherited=old.inherited - fresh)
 
     async def _release(self, ids: Sequence[str], op: str) -> tuple[Grant, ...]:
         named = [self.ledger.grants[one] for one in ids if one in self.ledger.grants]

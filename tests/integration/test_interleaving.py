@@ -471,8 +471,8 @@ async def give_everything_back(node: Node) -> None:
         await delete(node, name)
     bids = world.some(NEW, ASKED, HELD, LEAVING)
     await insist(lambda: unprepare(node, bids))
-    # As on any node: an agent that has just started learns from a listed pod that kubelet's list is not empty for want of
-    # the API server.
+    # As on any node: from a pod that is listed, an agent that has just started learns that kubelet knows the API
+    # server's pods.
     await world.kubelet.admit_pod("default", "bystander", {"main": {}})
     await until_right(lambda: nothing_is_held(node))
     full = {CPU: CPUS, PAGES: 16, PORT: 4, SHARED: 4}

@@ -108,7 +108,7 @@ def judge(
     alone. memory: Absences.memory of the previous list. now: when kubelet was asked, in seconds of any steady clock.
     """
     mine = [one for one in ledger.grants.values() if one.holder.api == DEVICE_PLUGIN]
-    memory = _remember(memory, mine, listed, witnesses, now)
+    memory = _remember(memory, mine, listed, young, witnesses, now)
     away = [one for one in mine if one.id not in listed and one.id not in young]
     present = {uid for one in mine if one.id in listed for uid in _pods(one, witnesses)}
     away = [one for one in away if not _is_unlisted_part(one, present, memory, witnesses)]
@@ -253,14 +253,23 @@ def _pods(grant: Grant, witnesses: Witnesses) -> tuple[str, ...]:
 
 
 def _remember(
-    memory: Memory, grants: Iterable[Grant], listed: Container[str], witnesses: Witnesses, now: float
+    memory: Memory,
+    grants: Iterable[Grant],
+    listed: Container[str],
+    young: Container[str],
+    witnesses: Witnesses,
+    now: float,
 ) -> Memory:
     """Return the memory after one more round. A new kubelet has listed nothing yet."""
     every = list(grants)
     ids = frozenset(one.id for one in every)
     if witnesses.kubelet != memory.kubelet:
+        inherited = frozenset(one for one in ids if one not in young)
         memory = Memory(
-            kubelet=witnesses.kubelet, inherited=ids, had_cgroup=memory.had_cgroup, had_folder=memory.had_folder
+            kubelet=witnesses.kubelet,
+            inherited=inherited,
+            had_cgroup=memory.had_cgroup,
+            had_folder=memory.had_folder,
         )
     uids = {uid for one in every for uid in _pods(one, witnesses)}
     seen = {one.id for one in every if one.id in listed}

@@ -21,6 +21,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, still_told
 from nodeagent.core.ledger.ledger import GRANTED, RELEASED, Change
 from nodeagent.core.ledger.rebuild import Sources
+from nodeagent.core.ledger.release import Patience
 from nodeagent.core.ledger.witness import Sight, Sighting, Witnesses
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import ContainerEdits, Device, Link
@@ -364,6 +365,23 @@ async def test_cpus_that_become_reserved_during_a_decision_stay_reserved(folder:
         await one.allocate(CPU, "cpu4")
         assert applied.is_set()
         assert one.agent.ledger.reserved == CpuSet([0])
+
+
+async def test_what_an_earlier_agent_granted_is_a_new_pods_once_it_is_requested_again(folder: Path) -> None:
+    """Its pod has the time of a pod in admission, not the patience for what an earlier agent left."""
+    patience = Patience(unconfirmed_s=60.0, unobserved_s=5.0)
+    async with node(folder, settings=AgentSettings(boot_id="boot", patience=patience)) as one:
+        old = await one.grant(CPU, "cpu1")
+        await one.restart()
+        await one.reconcile()
+        assert (await one.grant(CPU, "cpu1")).id == old.id
+        for _ in range(2):
+            one.now_s += 10.0
+            await one.reconcile()
+            assert old.id in one.agent.ledger.grants
+        one.now_s += 60.0
+        await one.reconcile()
+        assert not one.agent.ledger.grants
 
 
 # Hanging up, closing, full disks
