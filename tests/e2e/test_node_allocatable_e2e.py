@@ -85,6 +85,14 @@ def taken(node: Cluster, name: str) -> dict[str, str]:
     return {one["name"]: one["quantity"] for each in every for one in each.get("mapping", ())}
 
 
+def no_cpu_requests(node: Cluster) -> dict[str, str]:
+    """What the agent has told the pods of this test that request no CPU, by their names."""
+    names = {one["metadata"]["name"] for one in node.api.items("/api/v1/namespaces/default/pods")}
+    events = node.api.items("/apis/events.k8s.io/v1/namespaces/default/events")
+    mine = [one for one in events if one["reason"] == "NoCPURequest" and one["regarding"]["name"] in names]
+    return {one["regarding"]["name"]: one["note"] for one in mine}
+
+
 def cgroup(node: Cluster, name: str) -> Path:
     """The cgroup of the container of a pod, in the hierarchy of the cpu controller."""
     status = node.api.call("GET", pod_path(name))
@@ -183,6 +191,9 @@ def test_a_limit_rises_by_the_claim_and_without_a_limit_there_is_none(node: Clus
     run_pod(node, "open", {"cpus": "open"})
     assert quota(cgroup(node, "open")).split() in (["max", "100000"], ["-1", "100000"])
     assert node.api.call("GET", pod_path("open"))["status"]["qosClass"] == "BestEffort"
+    told = until("the pod is told", lambda: no_cpu_requests(node))
+    assert [*told] == ["open"] and "claim default/open gives it the exclusive CPUs" in told["open"]
+    assert any("default/open" in note for note in node.status()["notes"])
 
 
 # ---------------------------------------------------------------- kubelet without the gate

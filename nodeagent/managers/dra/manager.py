@@ -32,6 +32,7 @@ from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY
 from nodeagent.errors import ConfigError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.host.cgroup.pods_alive import PodCgroups
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.apiserver.lazy import LazyApi
@@ -41,6 +42,7 @@ from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.resourceslice.pool_writer import PUBLISHED, PublishPace
 from nodeagent.kube.resourceslice.publisher import Publisher
 from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
+from nodeagent.managers.dra.cpu_requests import CpuRequests
 from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
 from nodeagent.managers.dra.node_watch import NodeWatch
 from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
@@ -197,7 +199,13 @@ class DraManager(Manager):
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
         self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
-        self._claims = ClaimPreparer(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
+        cgroups = PodCgroups(sysfs, config.pinning.cgroup_root)
+        self._cpu_requests = CpuRequests(
+            cgroups.requests_cpus, self.api.event, lambda: agent.ledger, self._node_name, config.dra.driver
+        )
+        self._claims = ClaimPreparer(
+            agent, self.dra, self.api.claim, self._rendering, self._told, grow, self._cpu_requests.prepared
+        )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools, self._revision)
@@ -207,6 +215,11 @@ class DraManager(Manager):
     def dra(self) -> Dra:
         """Return what is currently served."""
         return self._dra
+
+    def kubelet_counts_claims(self) -> bool:
+        """Return whether kubelet adds what claims hold to its own limits, if the scheduler counted it, as far as its
+        Node tells."""
+        return self._node.books.declared
 
     def _books(self) -> NodeBooks:
         """Return what is known of the scheduler's books, as far as claims shall be counted there."""
@@ -256,8 +269,9 @@ class DraManager(Manager):
         }
 
     def notes(self) -> list[str]:
-        """Return what of the claims the scheduler does not count although it could."""
-        return uncounted(self.pools.last(), self._books()) if self._dra.served else []
+        """Return what of the claims the scheduler does not count although it could, and whose pods ask for no CPUs."""
+        left_out = uncounted(self.pools.last(), self._books()) if self._dra.served else []
+        return [*left_out, *self._cpu_requests.notes()]
 
     def not_ready(self) -> list[str]:
         """Return why pods cannot be scheduled here or have claims prepared, one sentence each."""
@@ -308,7 +322,9 @@ class DraManager(Manager):
             log.info("stale-socket-removed", path=str(path))
         self.plugin = DraPlugin(self._dra.catalog.driver, self._sockets, self._claims, self._health)
         try:
-            await race(self.plugin.run(), self.api.keep_warm())
+            await race(
+                self.plugin.run(), self.api.keep_warm(), supervise("requests of pods", self._cpu_requests.follow)
+            )
         finally:
             self.plugin = None
 
