@@ -366,6 +366,11 @@ async def test_the_double_treats_the_field_as_the_real_server_does() -> None:
             server.node_allocatable = True
             stored = await api.create(SLICE_RESOURCE, _slice("on", good))
             assert _device(stored)["nodeAllocatableResources"] == good
+            server.node_allocatable = False
+            _device(stored)["attributes"] = {"n": {"int": 1}}
+            stored = await api.replace(SLICE_RESOURCE, stored)
+            assert _device(stored)["nodeAllocatableResources"] == good, "kept where it is stored already"
+            server.node_allocatable = True
             assert await _refusal(api.create(SLICE_RESOURCE, _slice("bad", {"cpu": {"mapping": {}}}))) == 422
             server.change(NODES, NODE, status=status(declared=False))
             assert await _refusal(api.create(SLICE_RESOURCE, _slice("late", good))) == 403
