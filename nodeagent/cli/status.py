@@ -153,4 +153,7 @@ def _dra(dra: Any) -> list[str]:
         lines += [f"the API server keeps {', '.join(slices['kept'])}"] if slices["kept"] else []
         lines += [f"the API server does not keep {name}" for name in slices["lost"]]
         lines += [f"left out: {why}" for why in slices["broken"]]
+        lines += [f"not counted by the scheduler: {slices['withheld']}"] if slices.get("withheld") else []
+    if dra.get("counted"):
+        lines.append(f"the scheduler counts what claims take of the node's {', '.join(dra['counted'])}")
     return lines

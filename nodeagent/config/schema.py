@@ -29,6 +29,8 @@ DevPath = Annotated[str, msgspec.Meta(pattern=r"^/dev/[^\0]+$")]
 Absolute = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$")]
 AbsoluteOrEmpty = Annotated[str, msgspec.Meta(pattern=r"^(/[^\0]*)?$")]
 Variable = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Quantity = Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,15}(m|k|M|G|T|Ki|Mi|Gi|Ti)?)?$")]
+NodeResource = Annotated[str, msgspec.Meta(pattern=r"^(cpu|memory|hugepages-[1-9][0-9]{0,8}(Ki|Mi|Gi))$")]
 AT_START = msgspec.Meta(extra={"applied": "at start"})
 """Marks a key that takes effect only when the agent starts."""
 Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
@@ -61,6 +63,15 @@ class CdiConfig(_Base, frozen=True):
     name: str = "id"
 
 
+class OverheadConfig(_Base, frozen=True):
+    """What of one resource of the Node a pod needs in addition to a device. At least one is given."""
+
+    per_pod: Quantity = ""
+    """Once for each pod that uses a claim with the device."""
+    per_container: Quantity = ""
+    """For each of its containers that uses the claim."""
+
+
 class ResourceConfig(_Base, frozen=True):
     """One extended resource."""
 
@@ -89,6 +100,8 @@ class ResourceConfig(_Base, frozen=True):
     cdi: CdiConfig | None = None
     env: dict[Variable, Text] = {}
     mounts: list[MountConfig] = []
+    overhead: dict[NodeResource, OverheadConfig] = {}
+    """Devices through DRA: what of the Node's resources the scheduler counts for each, by resource."""
 
 
 class DraConfig(_Base, frozen=True):
@@ -107,6 +120,9 @@ class DraConfig(_Base, frozen=True):
     may start at the same moment."""
     device_status: bool = True
     """Whether prepared devices are written to the claim's status.devices."""
+    node_allocatable: Literal["auto", "off"] = "auto"
+    """Whether slices say what claims take of the Node's resources, so that the scheduler counts it: auto: if the Node
+    declares DRANodeAllocatableResources and the API server keeps it."""
 
 
 class KubeletConfigConfig(_Base, frozen=True):

@@ -38,7 +38,7 @@ _MEANT_FOR = {
     "numa": ("cpu",),
     "grouping": ("cpu",),
 }
-_ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi")
+_ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi", "overhead")
 """Keys that apply only to devices, not to CPUs or pages."""
 _NEEDED = {
     "char": ("paths", "globs such as /dev/ttyUSB*"),
@@ -157,6 +157,11 @@ def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
 
 
 def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
+    if one.overhead and one.serve == "device-plugin":
+        yield f"{where}.overhead has no meaning with serve 'device-plugin': only claims have one"
+    for name, overhead in one.overhead.items():
+        if not overhead.per_pod and not overhead.per_container:
+            yield f"nothing at {where}.overhead.{name}, expected perPod, perContainer or both"
     if one.kind == "memory" and one.serve != "dra":
         yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API cannot count memory"
     if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):

@@ -167,6 +167,7 @@ class Daemon:
             pods.listing,
             self._scanner.rescan,
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
+            kubelet_counts_claims=self._dra.kubelet_counts_claims,
         )
         self._isolation = IsolationManager(
             where.sysfs,

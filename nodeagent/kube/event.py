@@ -9,7 +9,7 @@ import datetime
 import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 NAMESPACE = "default"
 """Events of objects without a namespace, such as a Node, lie here."""
@@ -17,6 +17,14 @@ LONGEST_NOTE_BYTES, LONGEST_INSTANCE, LONGEST_NODE = 1024, 128, 220
 _IN_CORE = MappingProxyType(
     {"regarding": "involvedObject", "note": "message", "reportingController": "reportingComponent"}
 )
+
+
+class PodRef(NamedTuple):
+    """A pod that an Event is about."""
+
+    namespace: str
+    name: str
+    uid: str
 
 
 def on_node(
@@ -27,16 +35,40 @@ def on_node(
     controller: the name under which it is reported. at: seconds since the epoch. The UID of the Node is its name, as in
     kubelet's own Events: `kubectl describe node` finds both.
     """
+    regarding = {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node}
+    return _event(regarding, node, controller, reason, note, action, warns=warns, at=at)
+
+
+def on_pod(
+    pod: PodRef, node: str, controller: str, reason: str, note: str, *, action: str, warns: bool, at: float
+) -> dict[str, Any]:
+    """Return an Event on a pod, like on_node()."""
+    regarding = {"apiVersion": "v1", "kind": "Pod", "namespace": pod.namespace, "name": pod.name, "uid": pod.uid}
+    return _event(regarding, node, controller, reason, note, action, warns=warns, at=at)
+
+
+def _event(
+    regarding: Mapping[str, str],
+    node: str,
+    controller: str,
+    reason: str,
+    note: str,
+    action: str,
+    *,
+    warns: bool,
+    at: float,
+) -> dict[str, Any]:
     moment = datetime.datetime.fromtimestamp(at, datetime.UTC)
+    name = f"{regarding['name'][:LONGEST_NODE].rstrip('.-')}.{secrets.token_hex(8)}"
     return {
-        "metadata": {"name": f"{node[:LONGEST_NODE].rstrip('.-')}.{secrets.token_hex(8)}", "namespace": NAMESPACE},
+        "metadata": {"name": name, "namespace": regarding.get("namespace", NAMESPACE)},
         "eventTime": moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "reportingController": controller,
         "reportingInstance": node[:LONGEST_INSTANCE],
         "action": action,
         "reason": reason,
         "type": "Warning" if warns else "Normal",
-        "regarding": {"apiVersion": "v1", "kind": "Node", "name": node, "uid": node},
+        "regarding": dict(regarding),
         "note": note.encode("utf-8", "backslashreplace")[:LONGEST_NOTE_BYTES].decode("utf-8", "ignore"),
     }
 

@@ -6,33 +6,21 @@ newest state counts: what changes while the pace is exhausted is told once, as i
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
-
-import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, DeviceState
-from nodeagent.errors import PeerError
 from nodeagent.kube.event import on_node
+from nodeagent.managers.event_sender import EventSender, Pace, Send
 from nodeagent.managers.manager import Manager
 from nodeagent.state.agent import Agent
-from nodeagent.telemetry.once import Once
 
-BURST, PACE_S = 10, 30.0
-"""How many Events may be sent at once, and how long it takes until one more may be."""
-DEADLINE_S = 10.0
-NOT_ALLOWED_S = 600.0
-"""How long nothing is sent after the API server has forbidden it."""
 _REASONS = {HEALTHY: "DeviceHealthy", UNHEALTHY: "DeviceUnhealthy", UNKNOWN: "DeviceHealthUnknown"}
-Send = Callable[[Mapping[str, Any]], Awaitable[object]]
-"""Create an Event. Raises PeerError."""
-log = structlog.get_logger()
 
 
 class Change(NamedTuple):
@@ -42,24 +30,6 @@ class Change(NamedTuple):
     state: DeviceState
     reason: str
     holders: tuple[str, ...]
-
-
-class Pace:
-    """Allows BURST turns at once and one more every PACE_S."""
-
-    def __init__(self, burst: int = BURST, pace_s: float = PACE_S, clock: Callable[[], float] = time.monotonic) -> None:
-        self._burst, self._pace_s, self._clock = burst, pace_s, clock
-        self._full_at = clock()
-        """When the burst will be complete again."""
-
-    def wait_s(self) -> float:
-        """Return how long to wait for the next turn; 0 if it may be taken now."""
-        behind = self._full_at - self._clock() - (self._burst - 1) * self._pace_s
-        return max(0.0, behind)
-
-    def take(self) -> None:
-        """Take a turn."""
-        self._full_at = max(self._full_at, self._clock()) + self._pace_s
 
 
 class DeviceEvents(Manager):
@@ -72,16 +42,13 @@ class DeviceEvents(Manager):
     ) -> None:
         """controller: the name under which the Events are reported. configured: whether there is an API server."""
         self._agent = agent
-        self._send = send
         self._node = node_name
         self._controller = controller
         self._configured = configured
-        self._pace = pace or Pace()
+        self._sender = EventSender(send, pace)
         self._revision = Revision(*agent.revisions)
         self._told: dict[str, DeviceState] = {}
         """The state of each device that is held, as it was last told, or was good when it was first seen."""
-        self._not_before_s = 0.0
-        self._failing = Once("event-not-sent")
 
     async def lead(self) -> None:
         """Send an Event for every change, until cancelled."""
@@ -90,7 +57,7 @@ class DeviceEvents(Manager):
             if next(self._changes(), None) is None:
                 await self._revision.changed(seen)
                 continue
-            await asyncio.sleep(self._pace.wait_s())
+            await self._sender.ready()
             if (change := next(self._changes(), None)) is not None:
                 await self._tell(change)
 
@@ -107,17 +74,7 @@ class DeviceEvents(Manager):
     async def _tell(self, change: Change) -> None:
         """Send one Event; whether it arrives or not, the change counts as told."""
         self._told[change.device] = change.state
-        if time.monotonic() < self._not_before_s:
-            return
-        self._pace.take()
-        try:
-            async with asyncio.timeout(DEADLINE_S):
-                await self._send(event_of(change, self._node, self._controller, time.time()))
-            self._failing.clear()
-        except (PeerError, TimeoutError) as error:
-            self._failing.report(str(error) or f"the API server did not answer within {DEADLINE_S:g} s")
-            if isinstance(error, PeerError) and error.status == 403:
-                self._not_before_s = time.monotonic() + NOT_ALLOWED_S
+        await self._sender.send(event_of(change, self._node, self._controller, time.time()))
 
 
 def is_configured(kubeconfig: str, environ: Mapping[str, str] = os.environ) -> bool:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nodeagent.config.schema import Config
+from nodeagent.config.schema import Config, ResourceConfig
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.cpu_pool import CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
+from nodeagent.core.dra.pool import NodeCost
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.ledger.free import PageLimit
 from nodeagent.core.model.options import check_options
@@ -69,4 +70,11 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
     if kind == MEMORY:
         return MemoryPool(limits=page_limits(config))
     resources = tuple(offer.resource for offer in mine if isinstance(offer.resource, DeviceResource))
-    return DevicePool(kind=kind, resources=resources, unhealthy_effect=config.dra.unhealthy_effect)
+    costs = {offer.resource.name: _overhead(offer.config) for offer in mine if offer.config.overhead}
+    return DevicePool(kind=kind, resources=resources, unhealthy_effect=config.dra.unhealthy_effect, costs=costs)
+
+
+def _overhead(config: ResourceConfig) -> Mapping[str, NodeCost]:
+    return {
+        name: NodeCost(per_pod=one.per_pod, per_container=one.per_container) for name, one in config.overhead.items()
+    }

@@ -74,7 +74,8 @@ class Offer:
     def by_device_plugin_alone(self) -> Offer:
         """Return the same offer without its DRA settings."""
         plain = ResourceConfig(name=self.config.name, kind=self.config.kind)
-        return replace(self, config=msgspec.structs.replace(self.config, serve=plain.serve, grouping=plain.grouping))
+        own = {"serve": plain.serve, "grouping": plain.grouping, "overhead": plain.overhead}
+        return replace(self, config=msgspec.structs.replace(self.config, **own))
 
     @property
     def by_dra(self) -> bool:

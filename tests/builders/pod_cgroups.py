@@ -19,9 +19,12 @@ class PodCgroupTree:
         if not controller:
             (self._mount / "cgroup.controllers").write_text("cpuset cpu hugetlb\n")
 
-    def run(self, uid: str, *, qos: str = "burstable", container: str = "c1") -> Path:
-        """A pod with a container that runs; the pod's cgroup."""
+    def run(self, uid: str, *, qos: str = "burstable", container: str = "c1", shares: int = 1024) -> Path:
+        """A pod with a container that runs; the pod's cgroup. shares: of CPU, as kubelet works them out."""
         pod = self.top / qos / f"pod{uid}"
+        pod.mkdir(parents=True, exist_ok=True)
+        weight = ("cpu.shares", shares) if self._v1 else ("cpu.weight", 1 + (shares - 2) * 9999 // 262142)
+        (pod / weight[0]).write_text(f"{weight[1]}\n")
         (pod / container).mkdir(parents=True, exist_ok=True)
         self._populate(pod, container, alive=True)
         return pod

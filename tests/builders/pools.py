@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -58,6 +59,7 @@ def wrong_with(kind: PoolKind, inventory: Inventory, ledger: Ledger = NOBODY, he
     wrong = []
     for features in FORMS:
         pool = kind.pool(inventory, ledger, health, features)
+        pool = replace(pool, counted=frozenset(name for one in pool.devices for name in one.costs))
         wrong += [f"{features}: {broken}" for broken in check(render(pool, OWNER, 1))]
         wrong += [f"{features}: {one.name}" for one in pool.devices if kind.part(inventory, one.name) != one.part]
         wrong += [f"{features}: {one.name} is tainted" for one in pool.devices if one.taints and not features.taints]

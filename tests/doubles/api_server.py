@@ -174,6 +174,8 @@ class FakeApiServer:
         """Seconds since 1970 that this server takes for now, for what it dates."""
         self.demand_certificate = False
         self.dropped_fields: set[str] = set()
+        self.node_allocatable = False
+        """Whether the gate DRANodeAllocatableResources is on: off in every version up to 1.38."""
         self.answers: deque[Fault] = deque()
         self.absent: set[str] = set()
         """Resources that this server has never heard of."""
@@ -550,6 +552,7 @@ class FakeApiServer:
             raise Refusal(400, "resourceVersion should not be set on objects to be created")
         wrong = [*apirules._subdomain(name, "metadata.name")] if name else []
         self._check(seen, [*wrong, *self._wrong(seen.resource, found, None)], name)
+        self._admit(seen, found)
         if (seen.resource, seen.namespace, name) in self._store:
             details = {"name": name, "kind": seen.resource}
             raise Refusal(409, f'{seen.resource} "{name}" already exists', reason="AlreadyExists", details=details)
@@ -576,6 +579,7 @@ class FakeApiServer:
         if kept in before:
             found[kept] = before[kept]
         self._check(seen, [*self._wrong(seen.resource, found, before)], seen.name)
+        self._admit(seen, found)
         return 200, self._update((seen.resource, seen.namespace, seen.name), found)
 
     def _delete(self, seen: Seen) -> tuple[int, Object]:
@@ -641,12 +645,12 @@ class FakeApiServer:
         if namespaced and found["metadata"].get("namespace", seen.namespace) != seen.namespace:
             raise Refusal(400, "the namespace of the provided object does not match the namespace sent on the request")
         if seen.resource == SLICES:
-            found["spec"] = self._stored_spec(found.get("spec", {}))
+            found["spec"] = self._stored_spec(found.get("spec", {}), self._store.get((SLICES, "", seen.name)))
         if seen.resource == CLAIMS:
             _typed(found.get("status", {}).get("devices"), list[apirules.DeviceStatus] | None)
         return found  # type: ignore[no-any-return]
 
-    def _stored_spec(self, spec: Object) -> Object:
+    def _stored_spec(self, spec: Object, before: Object | None) -> Object:
         try:
             typed = apirules.read_slice(spec)
         except ValueError as error:
@@ -655,8 +659,11 @@ class FakeApiServer:
             ) from None
         if COUNTERS in self.dropped_fields:
             typed.shared_counters = None
+        counted = before is not None and any(map(_is_counted, before["spec"].get("devices", ())))
         for device in typed.devices or ():
             _drop(device, self.dropped_fields)
+            if not self.node_allocatable and not counted:
+                device.node_allocatable_resources = None
             for taint in device.taints or ():
                 taint.time_added = taint.time_added or self._now()
         return msgspec.to_builtins(typed)  # type: ignore[no-any-return]
@@ -688,6 +695,19 @@ class FakeApiServer:
             kind = _KINDS[seen.resource][1]
             details = {"name": name, "kind": kind, "causes": causes}
             raise Refusal(422, f'{kind} "{name}" is invalid: {lines}', details=details)
+
+    def _admit(self, seen: Seen, found: Object) -> None:
+        """Refusal 403 as of the admission plugin NodeDeclaredFeatures: it looks at what would be stored alone."""
+        if seen.resource != SLICES or not self.node_allocatable:
+            return
+        if not any(map(_is_counted, found["spec"].get("devices") or ())):
+            return
+        name, gate = found["spec"].get("nodeName", ""), "DRANodeAllocatableResources"
+        node = self._store.get((NODES, "", name))
+        if node is None or gate not in node.get("status", {}).get("declaredFeatures", ()):
+            why = f'node "{name}" does not support {gate} feature'
+            slice_name = found["metadata"].get("name", "")
+            raise Refusal(403, f'resourceslices.resource.k8s.io "{slice_name}" is forbidden: {why}')
 
     # Watches
 
@@ -885,6 +905,10 @@ def _typed(value: Any, kind: Any) -> Any:
         return msgspec.convert(value, kind)
     except ValueError as error:
         raise Refusal(400, f"strict decoding error: {error}") from None
+
+
+def _is_counted(device: Object) -> bool:
+    return bool(device.get("nodeAllocatableResources"))
 
 
 def _drop(device: apirules.Device, features: set[str]) -> None:

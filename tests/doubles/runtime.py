@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import re
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, Self, TypeVar
 
 from google.protobuf.message import Message
@@ -262,14 +263,17 @@ class FakeRuntime:
         env: Iterable[str] = (),
         cgroup: str = "",
         called: str = "",
+        pages: Mapping[str, int] = MappingProxyType({}),
         **fields: Any,
     ) -> pb.Container:
-        """A container that exists, or is to be created; its pod comes with it."""
+        """A container that exists, or is to be created; its pod comes with it. pages: kubelet's limits in bytes, by
+        size as the kernel names it, "2MB"."""
         uid = f"uid-{pod}"
         self.pods.setdefault(
             f"sandbox-{pod}", pb.PodSandbox(id=f"sandbox-{pod}", uid=uid, name=pod, namespace="default")
         )
-        resources = pb.LinuxResources(cpu=pb.LinuxCPU(cpus=cpus))
+        limits = [pb.HugepageLimit(page_size=size, limit=limit) for size, limit in pages.items()]
+        resources = pb.LinuxResources(cpu=pb.LinuxCPU(cpus=cpus), hugepage_limits=limits)
         linux = pb.LinuxContainer(resources=resources, cgroups_path=cgroup or f"/kubepods/{uid}/{self.prefix}{name}")
         fields.setdefault("state", pb.CONTAINER_RUNNING)
         found = pb.Container(

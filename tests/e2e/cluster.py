@@ -6,7 +6,8 @@ all tests of a file.
 The folder holds etcd, kube-apiserver, kube-scheduler, kube-controller-manager, kubelet, containerd,
 containerd-shim-runc-v2 and ctr; runc may be there or in PATH. Also needed: root, openssl and a static busybox; for the
 tests of GPUs' health a C compiler too. What is missing is said, and the tests are skipped. Written for Kubernetes 1.36,
-no feature gate set, and containerd 2. NODEAGENT_E2E_LOGS=/folder keeps the logs of all processes there.
+no feature gate set unless a file of tests says so, and containerd 2. NODEAGENT_E2E_LOGS=/folder keeps the logs of all
+processes there.
 
 The node has mount and PID namespaces of its own (inside.py), so that its kubelet has a /var/lib/kubelet for itself, and
 nothing of it is left over even where a test run is killed. What the kernel has only once (cgroups, a few sysctls) is
@@ -52,6 +53,9 @@ class Cluster:
         self.cdi = folder / "cdi"
         self.logs = folder / "logs"
         self.xid_file = folder / "xid"
+        self.gates: dict[str, tuple[str, ...]] = {}
+        """Feature gates that are turned on, by program, from its next start on."""
+        self.resources = nodefiles.RESOURCES
         self._ports = {name: free_port() for name in ("api", "etcd", "peer", "kubelet")}
         self.api = KubeApi(self._ports["api"], ADMIN)
         self._inside: subprocess.Popen[str] | None = None
@@ -65,7 +69,7 @@ class Cluster:
         env["PATH"] = path()
         if name.startswith("nodeagent"):
             env |= {"LD_LIBRARY_PATH": str(self.folder / "nvml"), "FAKE_NVML_XID": str(self.xid_file)}
-        words = command(name, self.folder, self._ports)
+        words = command(name, self.folder, self._ports, self.gates.get(name, ()))
         self._ask("start", name, words, env, str(self.logs / f"{name}.log"))
 
     def send(self, name: str, how: signal.Signals) -> None:
@@ -200,7 +204,7 @@ class Cluster:
 
     def write_agent_config(self, **dra: Any) -> None:
         draft = self.folder / "agent/config.new"
-        draft.write_text(json.dumps(nodefiles.agent_config(self.folder, dra)))
+        draft.write_text(json.dumps({**nodefiles.agent_config(self.folder, dra), "resources": self.resources}))
         draft.rename(self.folder / "agent/config.yaml")
 
     def status(self) -> dict[str, Any]:
@@ -246,8 +250,9 @@ _ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
 
 
 @contextlib.contextmanager
-def cluster(name: str) -> Iterator[Cluster]:
-    """A node that is up; the test is skipped, saying why, where there can be none. name: for kept logs."""
+def cluster(name: str, *, gate: str = "", resources: list[dict[str, Any]] | None = None) -> Iterator[Cluster]:
+    """A node that is up; the test is skipped, saying why, where there can be none. name: for kept logs. gate: turned on
+    at the API server, the scheduler and kubelet. resources: what the agent serves, if not what it usually does."""
     if reason := missing():
         pytest.skip(reason)
     with (
@@ -260,6 +265,9 @@ def cluster(name: str) -> Iterator[Cluster]:
         try:
             if reason := made.enter():
                 pytest.skip(f"no namespaces for a node here: {reason}")
+            if gate:
+                made.gates = dict.fromkeys(("kube-apiserver", "kube-scheduler", "kubelet"), (gate,))
+            made.resources = resources or made.resources
             made.up()
             yield made
         except BaseException:

@@ -173,7 +173,13 @@ exec sleep 36000
 """
 
 
-def pod(name: str, *, claims: Mapping[str, str] | None = None, limits: Mapping[str, str] | None = None) -> Object:
+def pod(
+    name: str,
+    *,
+    claims: Mapping[str, str] | None = None,
+    limits: Mapping[str, str] | None = None,
+    requests: Mapping[str, str] | None = None,
+) -> Object:
     """A pod of one container that says what it got. claims: name within the pod -> claim; one that begins with "@" is
     made from that template."""
     using = {mine: _source(one) for mine, one in (claims or {}).items()}
@@ -182,7 +188,11 @@ def pod(name: str, *, claims: Mapping[str, str] | None = None, limits: Mapping[s
         "image": IMAGE,
         "imagePullPolicy": "Never",
         "command": ["/bin/sh", "-c", SCRIPT],
-        "resources": {"claims": [{"name": one} for one in using], "limits": dict(limits or {})},
+        "resources": {
+            "claims": [{"name": one} for one in using],
+            "limits": dict(limits or {}),
+            "requests": dict(requests or {}),
+        },
     }
     spec = {
         "containers": [container],

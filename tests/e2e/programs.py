@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from tests.e2e.nodefiles import NODE
 
 
-def command(name: str, folder: Path, ports: Mapping[str, int]) -> list[str]:
-    """The words; any name that is none of Kubernetes is an agent's."""
+def command(name: str, folder: Path, ports: Mapping[str, int], gates: Iterable[str] = ()) -> list[str]:
+    """The words; any name that is none of Kubernetes is an agent's. gates: of Kubernetes, to be turned on."""
     programs = {
         "etcd": _etcd,
         "kube-apiserver": _apiserver,
@@ -21,7 +21,8 @@ def command(name: str, folder: Path, ports: Mapping[str, int]) -> list[str]:
     }
     if name not in programs:
         return _agent(folder)
-    return [name, *(f"--{flag}={value}" for flag, value in programs[name](folder, ports).items())]
+    flags = [f"--{flag}={value}" for flag, value in programs[name](folder, ports).items()]
+    return [name, *flags, *(f"--feature-gates={gate}=true" for gate in gates)]
 
 
 def _etcd(folder: Path, ports: Mapping[str, int]) -> dict[str, object]:

@@ -13,7 +13,7 @@ import pytest
 
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
-from tests.doubles.api_server import CLAIMS, Fault
+from tests.doubles.api_server import CLAIMS, NODES, Fault
 from tests.doubles.kubelet import AdmissionError
 from tests.support.dra_node import (
     CHAR,
@@ -388,6 +388,33 @@ async def test_an_older_server_gets_what_it_keeps(folder: Path, tree: DeviceTree
         (answer,) = await node.prepare(claim)
         assert answer.error == ""
         assert node.env(claim)["NODEAGENT_CPUS"] == "3,7"
+
+
+async def test_claims_are_counted_while_the_node_says_so_and_the_configuration_does(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """Kubelet gets the feature and loses it; counting is turned off and on live. The status says what is counted."""
+    declared = {"declaredFeatures": ["DRANodeAllocatableResources"]}
+
+    async def counted(node: DraNode, *names: str) -> None:
+        def shown() -> bool:
+            devices = node.devices("cpu").values()
+            return bool(devices) and all([*it.get("nodeAllocatableResources", ())] == [*names] for it in devices)
+
+        await node.api.until(shown)
+        await node.agent.until("/v1/status", lambda status: status["dra"]["counted"] == [*names])
+
+    async with dra_node(folder, tree, [CPUS]) as node:
+        node.api.node_allocatable = True
+        await counted(node)
+        node.api.change(NODES, NODE, status=declared)
+        await counted(node, "cpu")
+        node.agent.configure(**node.options | {"dra": {**node.options["dra"], "nodeAllocatable": "off"}})
+        await counted(node)
+        node.agent.configure(**node.options)
+        await counted(node, "cpu")
+        node.api.change(NODES, NODE, status={})
+        await counted(node)
 
 
 async def test_what_was_prepared_is_in_the_claims_status(folder: Path, tree: DeviceTree) -> None:

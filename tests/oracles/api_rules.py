@@ -95,6 +95,22 @@ class Taint(Typed):
     time_added: str | None = None
 
 
+class Mapping_(Typed):  # noqa: N801
+    capacity_key: str | None = None
+    capacity_multiplier: str | int | None = None
+    device_multiplier: str | int | None = None
+
+
+class Overhead(Typed):
+    per_pod: str | int | None = None
+    per_container: str | int | None = None
+
+
+class NodeResource(Typed):
+    mapping: Mapping_ | None = None
+    overhead: Overhead | None = None
+
+
 class Device(Typed):
     name: str = ""
     attributes: dict[str, Attribute] | None = None
@@ -108,7 +124,7 @@ class Device(Typed):
     binding_conditions: list[str] | None = None
     binding_failure_conditions: list[str] | None = None
     allow_multiple_allocations: bool | None = None
-    node_allocatable_resource_mappings: dict[str, Any] | None = None
+    node_allocatable_resources: dict[str, NodeResource] | None = None
 
 
 class SliceSpec(Typed):
@@ -191,6 +207,9 @@ def read_slice(spec: Any) -> SliceSpec:
                 _canonical_policy(policy)
         for consumption in device.consumes_counters or ():
             _canonical_counters(consumption.counters)
+        for cost in (device.node_allocatable_resources or {}).values():
+            _canonical_fields(cost.mapping, "capacity_multiplier", "device_multiplier")
+            _canonical_fields(cost.overhead, "per_pod", "per_container")
     for one in found.shared_counters or ():
         _canonical_counters(one.counters)
     return found
@@ -201,10 +220,13 @@ def _canonical_policy(policy: Policy) -> None:
         policy.default = canonical(policy.default)
     if policy.valid_values is not None:
         policy.valid_values = [canonical(one) for one in policy.valid_values]
-    if limits := policy.valid_range:
-        for name in ("min", "max", "step"):
-            if (value := getattr(limits, name)) is not None:
-                setattr(limits, name, canonical(value))
+    _canonical_fields(policy.valid_range, "min", "max", "step")
+
+
+def _canonical_fields(part: Typed | None, *names: str) -> None:
+    for name in names if part is not None else ():
+        if (value := getattr(part, name)) is not None:
+            setattr(part, name, canonical(value))
 
 
 def _canonical_counters(counters: dict[str, Counter]) -> None:
@@ -290,6 +312,38 @@ def _device(device: Device, path: str, selects: bool) -> Causes:
     if not selects and not (device.node_name is device.node_selector is device.all_nodes is None):
         yield _invalid(path, "", "`nodeName`, `nodeSelector` and `allNodes` need `perDeviceNodeSelection`")
     yield from _bindings(device, path)
+    for resource, cost in (device.node_allocatable_resources or {}).items():
+        yield from _node_resource(resource, cost, capacity, f"{path}.nodeAllocatableResources[{resource}]")
+
+
+def _node_resource(resource: str, cost: NodeResource, capacity: Mapping[str, Any], path: str) -> Causes:
+    """pkg/apis/resource/validation, and the declared union of the two forms of a mapping (Kubernetes 1.37.2)."""
+    if not (resource in ("cpu", "memory") or resource.startswith("hugepages-")):
+        yield _invalid(path, resource, "must be a node allocatable resource name")
+    if cost.mapping is None and cost.overhead is None:
+        yield (path, "FieldValueRequired", "Required value: at least one of mapping or overhead must be set")
+    if cost.mapping is not None:
+        yield from _node_mapping(cost.mapping, capacity, f"{path}.mapping")
+    if (overhead := cost.overhead) is not None:
+        if overhead.per_pod is None and overhead.per_container is None:
+            yield _invalid(f"{path}.overhead", "", "at least one of perPod or perContainer must be set")
+        for one in (overhead.per_pod, overhead.per_container):
+            if one is not None and quantity(one) < 0:
+                yield _invalid(f"{path}.overhead", one, "must be non-negative")
+
+
+def _node_mapping(mapping: Mapping_, capacity: Mapping[str, Any], path: str) -> Causes:
+    key, per_unit, per_device = mapping.capacity_key, mapping.capacity_multiplier, mapping.device_multiplier
+    if (key is None) == (per_device is None):
+        yield _invalid(path, mapping, "must specify one of: `capacityKey`, `deviceMultiplier`")
+    if key is not None and key not in capacity:
+        yield (f"{path}.capacityKey", "FieldValueNotFound", f"Not found: {key!r}")
+    if (key is None) != (per_unit is None):
+        missing = "capacityKey" if key is None else "capacityMultiplier"
+        yield (f"{path}.{missing}", "FieldValueRequired", f"Required value: {missing} is required")
+    for one in (per_unit, per_device):
+        if one is not None and quantity(one) <= 0:
+            yield _invalid(path, one, "must be positive")
 
 
 def _count(attribute: Attribute) -> int:

@@ -299,6 +299,22 @@ def test_pods_of_the_examples_name_claims_and_requests_that_there_are() -> None:
                 assert used.get("request") in {None, *requests}
 
 
+def test_pods_of_the_examples_request_the_cpus_of_their_claims_of_kubelet_too() -> None:
+    """Otherwise the scheduler does not count them, and the pod has the lowest weight. Pages are not repeated: the limit
+    would be the sum."""
+    seen = 0
+    for name in {name for name, _ in manifests()}:
+        mine = [one for where, one in manifests() if where == name]
+        for container in (it for one in mine if one["kind"] == "Pod" for it in one["spec"]["containers"]):
+            templates = [one for one in mine if one["kind"] == "ResourceClaimTemplate"]
+            claimed = sum(int(amount) for one in templates for amount in inner(one, "cpus") if isinstance(amount, str))
+            requests = container["resources"].get("requests", {})
+            assert int(requests.get("cpu", 0)) == claimed, name
+            assert not [one for one in requests if one.startswith("hugepages")], name
+            seen += bool(claimed)
+    assert seen == 2
+
+
 def classes() -> set[str]:
     shipped = yaml.safe_load_all((CHECKOUT / "deploy" / "deviceclasses.yaml").read_text())
     own = [one for _, one in manifests() if one["kind"] == "DeviceClass"]

@@ -63,6 +63,8 @@ class PinNode:
     running: asyncio.Task[None] | None = None
     kubelet_confines: bool = False
     """Whether kubelet's own CPU manager confines all containers."""
+    kubelet_counts_claims: bool = False
+    """Whether kubelet's limits of pages may include what claims hold."""
 
     def begin(self) -> None:
         """An agent that confines containers starts, as far as that is concerned."""
@@ -77,6 +79,7 @@ class PinNode:
             self.listing,
             self.rescan,
             kubelet_confines=lambda: self.kubelet_confines,
+            kubelet_counts_claims=lambda: self.kubelet_counts_claims,
             clock=self.clock,
         )
         self.running = asyncio.create_task(self._pin())

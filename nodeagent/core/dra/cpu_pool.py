@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-from nodeagent.core.dra.pool import HELD_TAINT, Capacity, DevicePart, Features, Pool, PoolDevice, Taint, Value
+from nodeagent.core.dra.pool import (
+    HELD_TAINT,
+    Capacity,
+    DevicePart,
+    Features,
+    NodeCost,
+    Pool,
+    PoolDevice,
+    Taint,
+    Value,
+)
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.grant import CLAIM
@@ -33,6 +43,9 @@ OTHERS_NUMA = ("dra.cpu/numaNodeID", "dra.net/numaNode")
 """Names that other drivers use for the same attribute, so that matchAttribute works across their devices and ours."""
 CPUS = "cpus"
 """The capacity of a group: a number of CPUs."""
+NODE_CPU = "cpu"
+"""What the Node object calls CPUs."""
+_COST_OF_GROUP, _COST_OF_CPU = {NODE_CPU: NodeCost(capacity=CPUS)}, {NODE_CPU: NodeCost(amount=1)}
 HELD = Taint(key=HELD_TAINT)
 T = TypeVar("T")
 
@@ -118,6 +131,7 @@ class CpuPool:
             attributes={"kind": self.kind, **_same(inventory, members)},
             capacity={CPUS: Capacity(value=self._count(inventory, cpus, step), least=step, step=step)},
             shared=True,
+            costs=_COST_OF_GROUP,
         )
 
     def _count(self, inventory: Inventory, free: CpuSet, step: int) -> int:
@@ -154,7 +168,8 @@ def _individual(inventory: Inventory) -> tuple[PoolDevice, ...]:
 
 def _one(inventory: Inventory, cpu: Cpu) -> PoolDevice:
     attributes: dict[str, Value] = {"kind": "cpu", "core": cpu.core, **_same(inventory, [cpu])}
-    return PoolDevice(name=f"cpu{cpu.id}", part=DevicePart(cpus=CpuSet([cpu.id])), attributes=attributes)
+    part = DevicePart(cpus=CpuSet([cpu.id]))
+    return PoolDevice(name=f"cpu{cpu.id}", part=part, attributes=attributes, costs=_COST_OF_CPU)
 
 
 def _less_each(every: Iterable[PoolDevice], never: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:

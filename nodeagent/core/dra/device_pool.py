@@ -10,7 +10,8 @@ import functools
 import hashlib
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 from nodeagent.core.deviceplugin.devices import (
     MOST_SHARES,
@@ -27,6 +28,7 @@ from nodeagent.core.dra.pool import (
     CounterSet,
     DevicePart,
     Features,
+    NodeCost,
     Pool,
     PoolDevice,
     Taint,
@@ -87,6 +89,8 @@ class DevicePool:
     """A device that matches several belongs to the first."""
     unhealthy_effect: str = NO_SCHEDULE
     """Taint effect for devices known to be unhealthy; devices in unknown state get NoSchedule and keep their pods."""
+    costs: Mapping[str, Mapping[str, NodeCost]] = field(default_factory=lambda: MappingProxyType({}))
+    """What pods need of the Node's resources in addition to a device, by name of the device's resource."""
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         still = self._still(inventory)
@@ -106,18 +110,25 @@ class DevicePool:
         return self._still(inventory).part(name)
 
     def _still(self, inventory: Inventory) -> _Still:
-        return kept_by(inventory, f"_devices_{self.kind}", lambda: _Still(inventory, self.resources), self.resources)
+        of = self.resources, self.costs
+        return kept_by(inventory, f"_devices_{self.kind}", lambda: _Still(inventory, *of), of)
 
 
 class _Still:
     """What is published of an inventory's devices while nothing is held and all are healthy."""
 
-    def __init__(self, inventory: Inventory, resources: Iterable[DeviceResource]) -> None:
+    def __init__(
+        self,
+        inventory: Inventory,
+        resources: Iterable[DeviceResource],
+        costs: Mapping[str, Mapping[str, NodeCost]],
+    ) -> None:
         served: dict[str, tuple[Device, DeviceResource]] = {}
         for resource in resources:
             for device in resource.devices(inventory):
                 served.setdefault(device.id, (device, resource))
         self._names = {id: label(id) for id in served}
+        self._costs = costs
         self._wholes = _wholes(inventory, served)
         self._shared = _shared_things(inventory, served)
         self._devices = [self._device(inventory, *one) for one in served.values()]
@@ -159,6 +170,7 @@ class _Still:
             capacity={SHARES: Capacity(value=shares)} if shares else _capacity(device),
             shared=bool(shares),
             consumes=self._consumes(inventory, device),
+            costs=self._costs.get(resource.name, {}),
         )
 
     def _consumes(self, inventory: Inventory, device: Device) -> dict[str, dict[str, int]]:

@@ -13,9 +13,10 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nodeagent.core.dra.cpu_pool import HELD, claimed_names, numa_attributes
-from nodeagent.core.dra.pool import Capacity, DevicePart, Features, Pool, PoolDevice, Value
+from nodeagent.core.dra.pool import Capacity, DevicePart, Features, NodeCost, Pool, PoolDevice, Value
 from nodeagent.core.ledger.free import PageLimit, grantable, memory_left, room
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.grant import CLAIM
@@ -162,6 +163,11 @@ def _sized(name: str, part: DevicePart, attributes: Mapping[str, Value], size: i
     )
 
 
+def node_resource(page_bytes: int) -> str:
+    """Return what the Node object calls pages of a size, or memory for size 0."""
+    return f"hugepages-{format_size(page_bytes)}" if page_bytes else "memory"
+
+
 def _pool_of(
     kind: str,
     every: Iterable[PoolDevice],
@@ -173,7 +179,9 @@ def _pool_of(
 
     totals: what each device stands for and its total bytes, by device name.
     """
-    if not features.consumable:
+    if features.consumable:
+        every = (replace(one, costs=_costs(one.part, totals[one.name][1], capacity=SIZE)) for one in every)
+    else:
         claimed = claimed_names(ledger)
         every = (block for one in every for block in _as_blocks(one, totals[one.name][1], claimed))
     return Pool(kind=kind, devices=tuple(one for one in every if features.taints or not one.taints))
@@ -195,7 +203,13 @@ def _as_blocks(device: PoolDevice, total: int, claimed: frozenset[str]) -> Itera
             attributes=device.attributes,
             capacity={SIZE: Capacity(value=size, binary=True)},
             taints=() if name in claimed or spare >= 0 else (HELD,),
+            costs=_costs(device.part, size, amount=size),
         )
+
+
+def _costs(part: DevicePart, largest: int, **mapping: Any) -> Mapping[str, NodeCost]:
+    """Return what an allocation takes of the Node's memory or pages. largest: bytes that the device can ever give."""
+    return {node_resource(part.page_bytes): NodeCost(largest=largest, **mapping)}
 
 
 def _blocks(size: int, step: int) -> list[int]:

@@ -50,6 +50,28 @@ class CounterSet:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeCost:
+    """What an allocation of a device takes of one resource that its Node has allocatable, such as cpu or memory
+    (NodeAllocatableResource of resource.k8s.io/v1, Kubernetes 1.37). It is a mapping, an overhead, or both."""
+
+    capacity: str = ""
+    """The capacity of the device, of which each consumed unit counts; only for devices that are shared."""
+    amount: int = 0
+    """What counts for each allocation of a device that is not shared, in the unit of the resource."""
+    largest: int = 0
+    """All that the device can ever give, in the unit of the resource."""
+    per_pod: str = ""
+    """Overhead of each pod that uses the device, as a quantity; "" for none."""
+    per_container: str = ""
+    """Overhead of each container that uses the device, as a quantity; "" for none."""
+
+    @property
+    def mapped(self) -> bool:
+        """Return whether the device stands for an amount of the resource."""
+        return bool(self.capacity or self.amount)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DevicePart:
     """What one device of a pool stands for on this machine."""
 
@@ -80,6 +102,8 @@ class PoolDevice:
     consumes: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: MappingProxyType({}))
     """Counters by counter set."""
     taints: tuple[Taint, ...] = ()
+    costs: Mapping[str, NodeCost] = field(default_factory=lambda: MappingProxyType({}))
+    """By resource of the Node: cpu, memory, hugepages-2Mi. Published are those in `Pool.counted`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +113,8 @@ class Pool:
     kind: str
     devices: tuple[PoolDevice, ...] = ()
     counters: tuple[CounterSet, ...] = ()
+    counted: frozenset[str] = frozenset()
+    """Resources of the Node against which the scheduler counts what claims take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +130,8 @@ class Features:
     """sharedCounters and consumesCounters (DRAPartitionableDevices)."""
     taints: bool = True
     """taints (DRADeviceTaints)."""
+    allocatable: bool = True
+    """nodeAllocatableResources (DRANodeAllocatableResources)."""
 
     def __and__(self, other: Features) -> Features:
         return Features(**{name: getattr(self, name) and getattr(other, name) for name in FEATURES})
@@ -117,4 +145,4 @@ class Features:
 
 
 FEATURES = tuple(one.name for one in fields(Features))
-ALL_FEATURES, NO_FEATURES = Features(), Features(consumable=False, counters=False, taints=False)
+ALL_FEATURES, NO_FEATURES = Features(), Features(**dict.fromkeys(FEATURES, False))

@@ -27,6 +27,17 @@ class ContainerState(StrEnum):
 UNKNOWN, CREATED, PAUSED, RUNNING, STOPPED = ContainerState
 
 
+class PageLimits(StrEnum):
+    """What limits of hugepages mean."""
+
+    FOUND = "found"
+    """As they are by now: the agent may have set them."""
+    ASKED = "asked"
+    """As kubelet asked for them by the container's own limits."""
+    COUNTED = "counted"
+    """As kubelet asked for them while it counted claims: what they hold may be included."""
+
+
 def _none() -> Mapping[str, str]:
     return MappingProxyType({})
 
@@ -76,6 +87,8 @@ class Container:
     cgroup_path: str = ""
     """As in the runtime's OCI configuration: a path (cgroupfs) or SLICE:PREFIX:ID (systemd)."""
     resources: Resources = Resources()
+    page_limits: PageLimits = PageLimits.FOUND
+    """Whose limits of hugepages are in `resources`."""
     pid: int = 0
     """PID of its first process, or 0 if there is none yet."""
 

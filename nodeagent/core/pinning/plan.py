@@ -3,7 +3,7 @@
 Pure: the machine, the ledger, kubelet's records of what it gave to whom, and the existing containers yield one plan.
 
 - A container that holds CPUs is confined to exactly these. One that holds pages or memory is confined to their NUMA
-  nodes, with a limit of just these pages.
+  nodes, with a limit of these pages and those that kubelet allows it.
 - All others are confined to the shared pool: the CPUs that are neither reserved nor held. The plan sets this on whole
   pods, so that it also applies to sandboxes, to containers that were not announced and to future ones. Containers in
   the same pod as one that holds CPUs are confined individually.
@@ -22,7 +22,7 @@ from types import MappingProxyType
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.ledger.witness import Given
-from nodeagent.core.model.container import STOPPED, Container
+from nodeagent.core.model.container import STOPPED, Container, PageLimits
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant
 from nodeagent.core.model.inventory import Inventory
@@ -138,7 +138,7 @@ class Situation:
         pins = {
             one: pin
             if one in unnamed and live[one].pod_uid in open_
-            else self._beside(pin, live[one].pod_uid in held, paged.get(live[one].pod_uid, _NOTHING))
+            else self._beside(live[one], pin, live[one].pod_uid in held, paged.get(live[one].pod_uid, _NOTHING))
             for one, pin in bare.items()
         }
         uids = {*sandboxes, *(one.pod_uid for one in live.values())}
@@ -209,7 +209,7 @@ class Situation:
             # If all its CPUs are gone, it is confined to the shared ones and not to those of others.
             cpus=(usable or self.shared or None) if held else None,
             mems=self._mems(grants, usable),
-            hugepage_limits=_limits(grants),
+            hugepage_limits=self._limits(container, grants),
             held=held,
             lost=held - usable,
             outside=held & self.inventory.cpus_outside,
@@ -286,19 +286,29 @@ class Situation:
         there = CpuSet(node for node in bound if node in self.inventory.node_by_id)
         return there if there and any(self.inventory.node_by_id[one].memory_bytes for one in there) else None
 
+    def _limits(self, container: Container, grants: Iterable[Grant]) -> Mapping[int, int]:
+        """Return the limits in bytes, by page_bytes, of those page sizes that the grants have."""
+        held, claimed = _pages_of(grants), _pages_of(one for one in grants if one.holder.api == CLAIM)
+        limits = {size: _limit(container, size, own, claimed.get(size, 0)) for size, own in held.items()}
+        return MappingProxyType({size: limit for size, limit in limits.items() if limit is not None})
+
     def _paged(self, live: Mapping[str, Container], pins: Mapping[str, Pin]) -> dict[str, dict[int, int]]:
-        """Return the bytes by page_bytes that each pod's containers hold together, by pod UID."""
+        """Return the bytes that each pod's containers may use together, by pod UID and page_bytes, of those sizes that
+        one of them holds."""
         found: dict[str, dict[int, int]] = {}
         for one, pin in pins.items():
-            for page_bytes, limit in pin.hugepage_limits.items():
-                of_pod = found.setdefault(live[one].pod_uid, {})
-                of_pod[page_bytes] = of_pod.get(page_bytes, 0) + limit
+            for page_bytes in pin.hugepage_limits:
+                found.setdefault(live[one].pod_uid, {})[page_bytes] = 0
+        for one, pin in pins.items():
+            of_pod = found.get(live[one].pod_uid, {})
+            for page_bytes in of_pod:
+                of_pod[page_bytes] += pin.hugepage_limits.get(page_bytes, _kubelets_limit(live[one], page_bytes))
         return found
 
-    def _beside(self, pin: Pin, mixed: bool, paged: Mapping[int, int]) -> Pin:
+    def _beside(self, container: Container, pin: Pin, mixed: bool, paged: Mapping[int, int]) -> Pin:
         """Return a container's pin within its pod: it is kept off CPUs and pages that other containers there hold."""
         others = not pin.exclusive and mixed and self.rules.confine_others
-        limits = {**dict.fromkeys(paged, 0), **pin.hugepage_limits}
+        limits = {**_limits_beside(container, paged), **pin.hugepage_limits}
         if not others and limits == pin.hugepage_limits:
             return pin
         return Pin(
@@ -328,9 +338,36 @@ def named_by(container: Container) -> tuple[str, ...]:
     return tuple(sorted({value for name, value in env.items() if name == variable(value)}))
 
 
-def _limits(grants: Iterable[Grant]) -> Mapping[int, int]:
+def _kubelets_limit(container: Container, page_bytes: int) -> int:
+    """Return the bytes of pages that a container may use by the limits that it was described with."""
+    return container.resources.hugepage_limits.get(page_bytes, 0)
+
+
+def _limit(container: Container, page_bytes: int, held: int, claimed: int) -> int | None:
+    """Return the bytes of pages that a container may use: what it holds, and what kubelet allows it in addition. Return
+    None if its limit is left as it is.
+
+    held: bytes that it holds, of which `claimed` through claims. A limit that may include them is taken to do so if it
+    is large enough: a container must never be allowed the pages of others. Of a limit that was found it is not known
+    whose it is. If it is beyond what the container holds, it is kubelet's or the agent's own, and either may stay.
+    """
+    known = _kubelets_limit(container, page_bytes)
+    if container.page_limits == PageLimits.FOUND:
+        return None if known > held else held + known if known < held else held
+    included = claimed if container.page_limits == PageLimits.COUNTED else 0
+    return held + (known - included if known >= included else known)
+
+
+def _limits_beside(container: Container, paged: Iterable[int]) -> dict[int, int]:
+    """Return the limits of a container for page sizes that others of its pod hold: what kubelet allows it."""
+    known = {page_bytes: _kubelets_limit(container, page_bytes) for page_bytes in paged}
+    found = container.page_limits == PageLimits.FOUND
+    return {page_bytes: limit for page_bytes, limit in known.items() if not (found and limit)}
+
+
+def _pages_of(grants: Iterable[Grant]) -> dict[int, int]:
     """Return the bytes by page_bytes, summed over several grants."""
-    limits: dict[int, int] = {}
+    sums: dict[int, int] = {}
     for pages in (pages for one in grants for pages in one.hugepages):
-        limits[pages.page_bytes] = limits.get(pages.page_bytes, 0) + pages.pages * pages.page_bytes
-    return MappingProxyType(limits)
+        sums[pages.page_bytes] = sums.get(pages.page_bytes, 0) + pages.pages * pages.page_bytes
+    return sums

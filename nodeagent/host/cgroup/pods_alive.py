@@ -18,6 +18,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 _MOUNT = "sys/fs/cgroup"
 _CONTROLLERS = ("pids", "cpuset", "memory", "cpu,cpuacct", "cpu", "systemd")
 """cgroup v1 hierarchies in which kubelet creates a pod's cgroup."""
+_LEAST_CPU = {"cpu.weight": "1", "cpu.shares": "2"}
 _QOS = (GUARANTEED, BURSTABLE, BEST_EFFORT)
 
 
@@ -36,6 +37,22 @@ class PodCgroups:
             return {uid: self._sighting(uid, tops) if tops else NOT_SEEN for uid in uids}
         except HostError:
             return dict.fromkeys(uids, NOT_SEEN)
+
+    def requests_cpus(self, uid: str) -> bool | None:
+        """Return whether kubelet gave a pod CPU time by its requests, or None if its cgroup is not there. Blocks.
+
+        Without a request it has the least that there is: 2 shares, which are weight 1. In cgroup v2, requests below 28m
+        are weight 1 too (ResourceConfigForPod in pkg/kubelet/cm/helpers_linux.go, Kubernetes 1.37).
+        """
+        try:
+            paths = [path for base, layout in self._tops() for path in _paths(base, layout, uid)]
+            files = [f"{path}/{file}" for path in paths for file in _LEAST_CPU]
+            found = {file: text for file in files if (text := self._sysfs.text(file, None)) is not None}
+        except HostError:
+            return None
+        if not found:
+            return None
+        return all(text.strip() != _LEAST_CPU[file.rpartition("/")[2]] for file, text in found.items())
 
     def _tops(self) -> Iterator[tuple[str, CgroupLayout]]:
         """Yield each hierarchy that has kubelet's top cgroup, with kubelet's naming in it. All of them are needed:

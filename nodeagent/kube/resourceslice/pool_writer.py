@@ -116,9 +116,10 @@ class PoolLane:
     def _known_sound(self, pool: Pool, owner: Owner) -> frozenset[str]:
         """Return the devices already checked: the identical objects with the same counters, which is most of a large
         pool."""
-        if self._given is None or self._given[1] != owner or self._given[0].counters != pool.counters:
+        before = self._given[0] if self._given is not None and self._given[1] == owner else Pool(kind="")
+        if (before.kind, before.counters, before.counted) != (pool.kind, pool.counters, pool.counted):
             return frozenset()
-        checked, bad = {id(one) for one in self._given[0].devices}, {one.device for one in self.broken}
+        checked, bad = {id(one) for one in before.devices}, {one.device for one in self.broken}
         return frozenset(one.name for one in pool.devices if id(one) in checked and one.name not in bad)
 
     def is_written(self, stored: Mapping[str, Object]) -> bool:

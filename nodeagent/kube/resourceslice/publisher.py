@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import structlog
 
 from nodeagent.aio.revision import Revision
+from nodeagent.core.dra.node_allocatable import FEATURE
 from nodeagent.core.dra.pool import ALL_FEATURES, NO_FEATURES, Features, Pool
 from nodeagent.errors import NodeagentError, PeerError
 from nodeagent.kube.resourceslice.pool_writer import (
@@ -38,11 +39,13 @@ from nodeagent.kube.resourceslice.render import (
     Owner,
     SlicePlan,
     belongs,
+    counts,
     lost_features,
     plan,
     seen_features,
     strays,
 )
+from nodeagent.kube.resourceslice.withholding import Withholding
 
 _FORBIDDEN, _NOT_FOUND = 403, 404
 """Status of a write that is not allowed; of one whose slice was deleted after it was planned."""
@@ -92,6 +95,26 @@ class Api(Protocol):
     def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[SliceEvent]: ...
 
 
+class NodeSight(Protocol):
+    """What is known of this node's Node object."""
+
+    @property
+    def books(self) -> object:
+        """Return what the pools depend on. What the server refused is tried again when this has changed."""
+
+    def take(self, node: Object) -> None:
+        """Take the Node object as it was just read."""
+
+
+class _Blind:
+    """Knows nothing of the Node."""
+
+    books: object = None
+
+    def take(self, node: Object) -> None:
+        pass
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublicationState:
     """Publication status of all pools."""
@@ -109,6 +132,8 @@ class PublicationState:
     the start."""
     broken: tuple[str, ...] = ()
     """Rules that our own slices would break; the offending devices or pools are not written."""
+    withheld: str = ""
+    """Why the server refuses to store what claims take of the Node's resources; the pools are published without it."""
     writes: int = 0
     """Requests that create, replace or delete a slice since the start."""
 
@@ -126,13 +151,14 @@ class Publisher:
         *,
         nodes: Any,
         slices: Any,
+        node: NodeSight | None = None,
         pace: PublishPace = DEFAULT_PACE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Set up without starting anything.
 
         `nodes` and `slices` are the names that `api` uses for these two resources. `pools()` returns one pool per kind.
-        `clock` is monotonic, in seconds.
+        `clock` is monotonic, in seconds. `node` is given the Node object whenever it was read.
         """
         self._api, self._nodes, self._slices = api, nodes, slices
         self._owner = Owner(driver=driver, node_name=node_name)
@@ -142,6 +168,8 @@ class Publisher:
         self._clock = clock
         self._features = ALL_FEATURES
         self._kept = NO_FEATURES
+        self._node: NodeSight = node or _Blind()
+        self._withholding = Withholding(pace)
         self._stored: dict[str, Object] = {}
         self._own_writes: set[str] = set()
         self._lanes: dict[str, PoolLane] = {}
@@ -237,6 +265,7 @@ class Publisher:
         node = await self._api.get(self._nodes, name)
         if node is None:
             raise _NoNodeError(f"cannot publish ResourceSlices: node {name} does not exist (yet)")
+        self._node.take(node)
         return replace(self._owner, node_uid=node["metadata"].get("uid", ""))
 
     async def _list(self) -> SliceList:
@@ -280,14 +309,22 @@ class Publisher:
 
     async def _publish(self, owner: Owner) -> float:
         """Write what differs and may be written now; return after how many seconds there is more to do."""
-        pools = self._pools(self._features)
+        withheld_s = self._withheld_s()
+        pools = self._pools(replace(self._features, allocatable=self._features.allocatable and not withheld_s))
         lanes = {pool.kind: self._lanes.get(pool.kind) or PoolLane(self._pace) for pool in pools}
         if len(lanes) != len(pools):
             raise AssertionError(f"two pools of one kind: {[pool.kind for pool in pools]}")
         self._lanes = lanes
-        waits = [await self._sweep(owner), *[await self._settle(lanes[pool.kind], pool, owner) for pool in pools]]
+        waits = [withheld_s or _NEVER_S, await self._sweep(owner)]
+        for pool in pools:
+            waits.append(await self._settle(lanes[pool.kind], pool, owner))
+            if not withheld_s and self._withheld_s():
+                break  # the others would be refused too: form all of them again
         self._show_pools()
         return min(waits)
+
+    def _withheld_s(self) -> float:
+        return self._withholding.left_s(self._node.books, self._clock())
 
     async def _settle(self, lane: PoolLane, pool: Pool, owner: Owner) -> float:
         lane.take(pool, owner)
@@ -313,21 +350,38 @@ class Publisher:
         try:
             kept = await self._apply(todo)
         except PeerError as error:
-            if _status(error) == _NOT_FOUND:
-                # The slice to be replaced has just been deleted: list everything again, immediately.
-                lane.missed(self._clock())
-                self._stale = True
-                return 0.0
-            if _status(error) == _FORBIDDEN and (todo.replace or todo.delete) and lane.doubts(self._clock(), error):
-                self._stale = True
-                return lane.wait_s(self._clock())
-            if not _lasts(error):
-                raise
-            return lane.refused(self._clock(), error)
+            return self._not_written(lane, todo, error)
         lane.wrote(self._clock())
         log.info("slices-written", pool=lane.name, **{verb: len(bodies) for verb, bodies in todo._asdict().items()})
         self._lose(kept)
         return 0.0  # to check the result
+
+    def _not_written(self, lane: PoolLane, todo: SlicePlan, error: PeerError) -> float:
+        """Return after how many seconds to look again. Raise the error if it concerns all pools."""
+        now_s = self._clock()
+        if _status(error) == _NOT_FOUND:
+            # The slice to be replaced has just been deleted: list everything again, immediately.
+            lane.missed(now_s)
+            self._stale = True
+            return 0.0
+        if FEATURE in str(error) and self._withhold(todo, error, now_s):
+            return 0.0
+        if _status(error) == _FORBIDDEN and (todo.replace or todo.delete) and lane.doubts(now_s, error):
+            self._stale = True
+            return lane.wait_s(now_s)
+        if not _lasts(error):
+            raise error
+        return 0.0 if self._withhold(todo, error, now_s) else lane.refused(now_s, error)
+
+    def _withhold(self, todo: SlicePlan, error: PeerError, now_s: float) -> bool:
+        """Leave out of all pools what claims take of the Node's resources, if it was to be written. Return whether it
+        was."""
+        if not any(map(counts, (*todo.create, *todo.replace))):
+            return False
+        if self._withholding.reason != str(error):
+            log.warning("allocatable-withheld", error=str(error))
+        self._withholding.refused(self._node.books, now_s, str(error))
+        return True
 
     async def _apply(self, todo: SlicePlan) -> Features:
         """Perform the writes in order and return which features the server kept.
@@ -396,8 +450,15 @@ class Publisher:
         bad = [one for one in shown if one.state == FAILED] or [one for one in shown if one.state == WAITING]
         state, reason = (bad[0].state, bad[0].reason) if bad else (PUBLISHED, "")
         self._kept = self._features & (self._kept | seen_features(self._stored.values()))
-        kept, lost = self._kept.names(), self._features.names(kept=False)
-        self._show(state, reason, pools=shown, broken=broken, lost=lost, kept=kept)
+        self._show(
+            state,
+            reason,
+            pools=shown,
+            broken=broken,
+            lost=self._features.names(kept=False),
+            kept=self._kept.names(),
+            withheld=self._withholding.reason if self._withheld_s() else "",
+        )
 
     def _show(self, state: PublishState, reason: str, **more: Any) -> None:
         before = self._standing

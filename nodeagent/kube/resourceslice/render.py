@@ -11,13 +11,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from nodeagent.core.dra.pool import Capacity, CounterSet, Features, Pool, PoolDevice, Taint, Value
+from nodeagent.core.dra.pool import Capacity, CounterSet, Features, NodeCost, Pool, PoolDevice, Taint, Value
 from nodeagent.kube.resourceslice.taint_times import TaintTimes, add_taint_times, taint_times
 
 Object = dict[str, Any]
@@ -38,7 +38,14 @@ _SUFFIXES: Mapping[str, Fraction] = {
     **{suffix: Fraction(1000) ** power for power, suffix in enumerate("numkMGTPE", start=-3) if suffix in "num"},
     **{suffix: Fraction(1000) ** power for power, suffix in enumerate("kMGTPE", start=1)},
 }
-_QUANTITY_FIELDS = frozenset({"value", "default", "min", "max", "step", "validValues"})
+_QUANTITY_FIELDS = frozenset({"value", "default", "min", "max", "step", "validValues"}) | {
+    "capacityMultiplier",
+    "deviceMultiplier",
+    "perPod",
+    "perContainer",
+}
+ALLOCATABLE = "nodeAllocatableResources"
+"""The field of a device that says what an allocation takes of the Node's resources."""
 NO_TIMES: TaintTimes = MappingProxyType({})
 T = TypeVar("T")
 
@@ -80,7 +87,7 @@ def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
         for index, chunk in enumerate(_chunks(pool.counters, COUNTER_SETS_A_SLICE))
     ]
     parts += [
-        (f"{index:04d}", {"devices": [_device(one) for one in chunk]})
+        (f"{index:04d}", {"devices": [_device(one, pool.counted) for one in chunk]})
         for index, chunk in enumerate(_chunks(pool.devices, DEVICES_A_SLICE))
     ]
     place = {"name": pool_name(owner, pool.kind), "generation": generation, "resourceSliceCount": len(parts)}
@@ -146,11 +153,13 @@ def lost_features(sent: Object, stored: Object) -> Features:
         counters=not any(_lacks(a, b, "consumesCounters") for a, b in pairs)
         and not _lacks(sent["spec"], stored["spec"], "sharedCounters"),
         taints=not any(_lacks(a, b, "taints") for a, b in pairs),
+        allocatable=not any(_lacks(a, b, ALLOCATABLE) for a, b in pairs),
     )
 
 
 def seen_features(stored: Iterable[Object]) -> Features:
     """Return which features the server is known to keep: True for a feature of which a stored slice has a field."""
+    stored = tuple(stored)
     specs = [one["spec"] for one in stored]
     devices = [one for spec in specs for one in spec.get("devices", ())]
     capacities = (capacity for one in devices for capacity in one.get("capacity", {}).values())
@@ -159,7 +168,13 @@ def seen_features(stored: Iterable[Object]) -> Features:
         or any(one.get("requestPolicy") for one in capacities),
         counters=any(one.get("consumesCounters") for one in devices) or any(one.get("sharedCounters") for one in specs),
         taints=any(one.get("taints") for one in devices),
+        allocatable=any(map(counts, stored)),
     )
+
+
+def counts(one: Object) -> bool:
+    """Return whether a slice has a device that says what it takes of the Node's resources."""
+    return any(ALLOCATABLE in device for device in one["spec"].get("devices", ()))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -206,7 +221,7 @@ def _counters(counters: Mapping[str, int]) -> Object:
     return {name: {"value": str(value)} for name, value in counters.items()}
 
 
-def _device(device: PoolDevice) -> Object:
+def _device(device: PoolDevice, counted: Collection[str]) -> Object:
     written: Object = {"name": device.name}
     if device.attributes:
         written["attributes"] = {name: attribute(value) for name, value in device.attributes.items()}
@@ -220,7 +235,17 @@ def _device(device: PoolDevice) -> Object:
         ]
     if device.taints:
         written["taints"] = [_taint(one) for one in device.taints]
+    if costs := {name: _cost(one) for name, one in device.costs.items() if name in counted}:
+        written[ALLOCATABLE] = costs
     return written
+
+
+def _cost(cost: NodeCost) -> Object:
+    """Return a NodeAllocatableResource. The server wants both the capacity and its multiplier, or neither."""
+    by_capacity = {"capacityKey": cost.capacity, "capacityMultiplier": "1"} if cost.capacity else {}
+    mapping = {"deviceMultiplier": str(cost.amount)} if cost.amount else by_capacity
+    overhead = {name: one for name, one in (("perPod", cost.per_pod), ("perContainer", cost.per_container)) if one}
+    return {name: one for name, one in (("mapping", mapping), ("overhead", overhead)) if one}
 
 
 def attribute(value: Value) -> Object:

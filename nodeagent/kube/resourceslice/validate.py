@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from fractions import Fraction
 from typing import Any, NamedTuple
 
-from nodeagent.kube.resourceslice.render import COUNTER_SETS_A_SLICE, LONGEST_NAME, Object, quantity
+from nodeagent.kube.resourceslice.render import ALLOCATABLE, COUNTER_SETS_A_SLICE, LONGEST_NAME, Object, quantity
 
 MOST_DEVICES, MOST_ADVANCED_DEVICES = 128, 64
 MOST_COUNTERS, MOST_CONSUMPTIONS, MOST_TAINTS = 32, 2, 16
@@ -32,6 +32,7 @@ _BEFORE, _BUILD = r"(0|[1-9][0-9]*|[0-9]*[A-Za-z-][0-9A-Za-z-]*)", r"[0-9A-Za-z-
 _SEMVER = re.compile(
     rf"{_NUMBER}\.{_NUMBER}\.{_NUMBER}(-{_BEFORE}(\.{_BEFORE})*)?(\+{_BUILD}(\.{_BUILD})*)?"
 )  # https://semver.org/spec/v2.0.0.html
+_NODE_RESOURCE = re.compile(r"cpu|memory|hugepages-.+")
 _LISTS = ("ints", "bools", "strings", "versions")
 _SCOPES = ("nodeName", "nodeSelector", "allNodes", "perDeviceNodeSelection")
 
@@ -139,6 +140,31 @@ def _device(device: Object, sets: Mapping[str, Mapping[str, Any]]) -> Iterator[s
     for taint in device.get("taints", ()):
         yield from _taint(taint)
     yield from _consumptions(device.get("consumesCounters", ()), sets)
+    for resource, one in device.get(ALLOCATABLE, {}).items():
+        yield from _node_cost(f"{ALLOCATABLE}[{resource}]", resource, one, capacity)
+
+
+def _node_cost(field: str, resource: str, cost: Object, capacity: Mapping[str, Any]) -> Iterator[str]:
+    yield from _matches(
+        ALLOCATABLE, resource, lambda it: _NODE_RESOURCE.fullmatch(it) is not None, "cpu, memory or hugepages-SIZE"
+    )
+    if not cost.get("mapping") and not cost.get("overhead"):
+        yield f"{field}: {cost}: a mapping or an overhead must be given"
+    if "mapping" in cost:
+        yield from _mapping(f"{field}.mapping", cost["mapping"], capacity)
+    for name, value in cost.get("overhead", {}).items():
+        yield from _amount(f"{field}.overhead.{name}", value)
+
+
+def _mapping(field: str, mapping: Object, capacity: Mapping[str, Any]) -> Iterator[str]:
+    if mapping.keys() not in ({"capacityKey", "capacityMultiplier"}, {"deviceMultiplier"}):
+        yield f"{field}: {sorted(mapping)}: it must be a capacityKey with capacityMultiplier, or deviceMultiplier"
+    if "capacityKey" in mapping and mapping["capacityKey"] not in capacity:
+        yield f"{field}.capacityKey: {mapping['capacityKey']!r}: the device has no capacity of exactly this name"
+    for name in mapping.keys() - {"capacityKey"}:
+        yield from _amount(f"{field}.{name}", mapping[name])
+        if not quantity(mapping[name]):
+            yield f"{field}.{name}: {mapping[name]}: it must be above 0"
 
 
 def _consumptions(consumed: Sequence[Object], sets: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -24,6 +24,7 @@ from nodeagent.aio.supervise import race, supervise
 from nodeagent.config.schema import Config
 from nodeagent.config.validate import endpoint_fault
 from nodeagent.core.deviceplugin.devices import illness
+from nodeagent.core.dra.node_allocatable import NO_BOOKS, NodeBooks, counted, uncounted
 from nodeagent.core.dra.pool import ALL_FEATURES, Features, Pool
 from nodeagent.core.ledger.offline import lost_cpus
 from nodeagent.core.model.claim import ClaimRef, DeviceHealth
@@ -31,6 +32,7 @@ from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY
 from nodeagent.errors import ConfigError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.host.cgroup.pods_alive import PodCgroups
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.apiserver.lazy import LazyApi
@@ -40,7 +42,9 @@ from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.resourceslice.pool_writer import PUBLISHED, PublishPace
 from nodeagent.kube.resourceslice.publisher import Publisher
 from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
+from nodeagent.managers.dra.cpu_requests import CpuRequests
 from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
+from nodeagent.managers.dra.node_watch import NodeWatch
 from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.catalog import Dra, dra_of
@@ -66,12 +70,13 @@ def check(config: Config, kubelet_dir: Path) -> None:
 
 
 class Pools:
-    """The current pools, computed once per state of inventory, ledger, health and served kinds."""
+    """The current pools, computed once per state of inventory, ledger, health, served kinds and the Node."""
 
-    def __init__(self, agent: Agent, dra: Callable[[], Dra]) -> None:
+    def __init__(self, agent: Agent, dra: Callable[[], Dra], books: Callable[[], NodeBooks] = lambda: NO_BOOKS) -> None:
         self._agent = agent
         self._dra = dra
-        self._now: tuple[object, ...] = (None,) * 4
+        self._books = books
+        self._now: tuple[object, ...] = (None,) * 5
         self._form: Features | None = None
         self._pools: tuple[Pool, ...] = ()
         """Computed from _now, in the form _form."""
@@ -86,13 +91,19 @@ class Pools:
         """Return every device under its published name, including those left out because they are unhealthy."""
         return self._of(replace(self._published, taints=True))
 
+    def last(self) -> tuple[Pool, ...]:
+        """Return the pools as they were last computed."""
+        return self._pools
+
     def _of(self, features: Features) -> tuple[Pool, ...]:
         agent, every = self._agent, self._dra().catalog.kinds
-        now = (agent.inventory, agent.ledger, agent.health, every)
+        books = self._books() if features.allocatable else NO_BOOKS
+        now = (agent.inventory, agent.ledger, agent.health, every, books)
         if features != self._form or any(a is not b for a, b in zip(self._now, now, strict=True)):
             self._now, self._form = now, features
             self._pools = tuple(
-                one.pool(agent.inventory, agent.ledger, agent.health, features) for one in every.values()
+                counted(one.pool(agent.inventory, agent.ledger, agent.health, features), books)
+                for one in every.values()
             )
         return self._pools
 
@@ -184,11 +195,18 @@ class DraManager(Manager):
         self._sockets = plugin_sockets(kubelet_dir, config.dra.driver, os.environ.get("POD_UID", ""))
         self._cdi_dir = Path(config.dra.cdi_dir)
         self.api = LazyApi(config.dra.kubeconfig)
-        self.pools = Pools(agent, self.dra)
+        self._node = NodeWatch(self.api, self._node_name, self._revision.bump)
+        self.pools = Pools(agent, self.dra, self._books)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
         self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
-        self._claims = ClaimPreparer(agent, self.dra, self.api.claim, self._rendering, self._told, grow)
+        cgroups = PodCgroups(sysfs, config.pinning.cgroup_root)
+        self._cpu_requests = CpuRequests(
+            cgroups.requests_cpus, self.api.event, lambda: agent.ledger, self._node_name, config.dra.driver
+        )
+        self._claims = ClaimPreparer(
+            agent, self.dra, self.api.claim, self._rendering, self._told, grow, self._cpu_requests.prepared
+        )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""
         self._health = DraHealth(agent, self.dra, self.pools, self._revision)
@@ -198,6 +216,18 @@ class DraManager(Manager):
     def dra(self) -> Dra:
         """Return what is currently served."""
         return self._dra
+
+    def kubelet_counts_claims(self) -> bool:
+        """Return whether kubelet adds what claims hold to its own limits, if the scheduler counted it, as far as its
+        Node tells."""
+        return self._node.books.declared
+
+    def _books(self) -> NodeBooks:
+        """Return what is known of the scheduler's books, as far as claims shall be counted there."""
+        return self._node.books if self._counts() else NO_BOOKS
+
+    def _counts(self) -> bool:
+        return self.config.dra.node_allocatable == "auto"
 
     # ---------------------------------------------------------------- what is served
 
@@ -209,7 +239,7 @@ class DraManager(Manager):
     async def apply(self, config: Config) -> None:
         """Apply a configuration. The driver's name stays as at the start: its sockets, files and slices are named after
         it."""
-        refused = self._refused(config)
+        refused, counts = self._refused(config), self._counts()
         fixed = msgspec.structs.replace(config.dra, driver=self.config.dra.driver)
         self.config = config = msgspec.structs.replace(config, dra=fixed)
         mine = {one.name: refused[one.name] for one in config.served_by_dra if one.name in refused}
@@ -217,7 +247,7 @@ class DraManager(Manager):
             log.warning("resource-refused", resource=name, api="dra", reason=mine[name])
         self.refused = mine
         after = dra_of(config, self._families, self._node_name, refused)
-        if after != self._dra:
+        if after != self._dra or counts != self._counts():
             self._dra = after
             self._revision.bump()
 
@@ -235,8 +265,15 @@ class DraManager(Manager):
             "reason": registration.reason if registration else "",
             "health_watched": registration.connected if registration else False,
             "slices": dataclasses.asdict(standing) if standing else {},
+            "counted": sorted({name for pool in self.pools.last() for name in pool.counted}),
             "claims": len(claims_held(self._agent.ledger)),
         }
+
+    def notes(self) -> list[str]:
+        """Return what of the claims the scheduler does not count although it could, whose pods ask for no CPUs, and the
+        keys of the configuration that no device of this machine has."""
+        left_out = uncounted(self.pools.last(), self._books()) if self._dra.served else []
+        return [*left_out, *self._cpu_requests.notes(), *misspelt(self._dra.offers, self._agent.inventory)]
 
     def not_ready(self) -> list[str]:
         """Return why pods cannot be scheduled here or have claims prepared, one sentence each."""
@@ -248,10 +285,6 @@ class DraManager(Manager):
         if standing.state != PUBLISHED:
             reasons.append(f"{driver}: slices not published: {standing.reason or standing.state}")
         return reasons
-
-    def notes(self) -> list[str]:
-        """Return the keys of the configuration that no device of this machine has."""
-        return list(misspelt(self._dra.offers, self._agent.inventory))
 
     def _told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
         if self.config.dra.device_status:
@@ -291,7 +324,9 @@ class DraManager(Manager):
             log.info("stale-socket-removed", path=str(path))
         self.plugin = DraPlugin(self._dra.catalog.driver, self._sockets, self._claims, self._health)
         try:
-            await race(self.plugin.run(), self.api.keep_warm())
+            await race(
+                self.plugin.run(), self.api.keep_warm(), supervise("requests of pods", self._cpu_requests.follow)
+            )
         finally:
             self.plugin = None
 
@@ -307,6 +342,7 @@ class DraManager(Manager):
             self._revision.changed,
             nodes=NODES,
             slices=SLICES,
+            node=self._node,
             pace=PublishPace(start_jitter_s=self.config.dra.spread_seconds),
         )
         forgotten = ClaimGarbageCollector(self._agent, self.api.claim, self._pods.claims, driver)
@@ -318,8 +354,15 @@ class DraManager(Manager):
                 )
                 tasks.create_task(supervise("forgotten claims", forgotten.follow))
                 tasks.create_task(supervise("claim status", self._status.follow))
+                tasks.create_task(supervise("node", self._follow_node))
         finally:
             # During a rolling upgrade the other instance continues with the same slices.
             if not other_instance_serves(self._kubelet_dir, driver, self._sockets):
                 await self.publisher.withdraw()
             self.publisher = None
+
+    async def _follow_node(self) -> None:
+        """Follow the Node as long as claims are to be counted."""
+        while True:
+            await self._until(self._counts)
+            await race(self._node.follow(), self._until(lambda: not self._counts()))

@@ -57,6 +57,12 @@ class StatusNotifier(Protocol):
     def __call__(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None: ...
 
 
+class PreparedNotifier(Protocol):
+    """Notified of a claim that was read and prepared, with its pods."""
+
+    def __call__(self, claim: Claim, grants: Sequence[Grant]) -> None: ...
+
+
 @contextlib.asynccontextmanager
 async def never_grow(catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Callable[[str], str]]:
     """Leave hugepage pools as they are."""
@@ -74,8 +80,10 @@ class ClaimPreparer:
         rendering: ClaimRenderer,
         told: StatusNotifier = lambda ref, grants, error: None,
         grow: Grow = never_grow,
+        prepared: PreparedNotifier = lambda claim, grants: None,
     ) -> None:
         """Store the parts. `dra` returns what is currently served."""
+        self._prepared = prepared
         self._agent = agent
         self._dra = dra
         self._fetch = fetch
@@ -101,6 +109,8 @@ class ClaimPreparer:
         for ref in claims:
             self._told(ref, granted.get(ref.uid, ()), answers[ref.uid].error)
             self._say(ref, granted.get(ref.uid, ()), answers[ref.uid].error, op)
+            if not answers[ref.uid].error and ref.uid in read:
+                self._prepared(read[ref.uid], granted[ref.uid])
         refused = [ref for ref in claims if answers[ref.uid].error]
         self._agent.record_refusals([_refusal(one, read.get(one.uid), answers[one.uid].error) for one in refused], op)
         failed = sum(bool(one.error) for one in answers.values())

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import PinningConfig
-from nodeagent.core.model.container import RUNNING, STOPPED, Container
+from nodeagent.core.model.container import RUNNING, STOPPED, Container, PageLimits
 from nodeagent.core.model.cpuset import EMPTY
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import HugepagePool
@@ -95,8 +95,7 @@ class ContainerTable:
         entry = self._entries.get(container.id)
         if entry is None:
             entry = self._entries[container.id] = ContainerEntry(container=container, path="", named=True, ran=ran)
-        if entry.container != container:
-            entry.container = container
+        entry.container = _as_asked(entry.container, container)
         entry.ran, entry.named = entry.ran or (ran and not entry.named), True
         entry.path = entry.path or self._path(container)
         self._pod_of(entry.path, container.pod_uid)
@@ -219,6 +218,14 @@ class ContainerTable:
             within=None if pin.exclusive else plan.pod(container.pod_uid).cpus,
             partition=_partition(config) if pin.exclusive and not pin.lost else MEMBER,
         )
+
+
+def _as_asked(before: Container, now: Container) -> Container:
+    """Return a container as it is described now, with the resources that kubelet asked for if they are known: later
+    descriptions have those that the agent has set."""
+    if before.page_limits != PageLimits.FOUND and now.page_limits == PageLimits.FOUND:
+        now = replace(now, resources=before.resources, page_limits=before.page_limits)
+    return before if before == now else now
 
 
 def _partition(config: PinningConfig) -> str:

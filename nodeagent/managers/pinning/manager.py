@@ -81,15 +81,18 @@ class PinningManager(Manager):
         rescan: Callable[[], Coroutine[Any, Any, object]],
         *,
         kubelet_confines: Callable[[], bool] = lambda: False,
+        kubelet_counts_claims: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Detect the cgroup hierarchy; nothing is written.
 
         `plugins` is kubelet's device-plugins folder. `fetch` returns a claim's object from the API server, `listing`
         what kubelet lists. `rescan` reads the machine again. `kubelet_confines` returns whether kubelet's own CPU
-        manager confines all containers. `clock` is in seconds.
+        manager confines all containers, `kubelet_counts_claims` whether its limits of pages may include what claims
+        hold. `clock` is in seconds.
         """
         self._kubelet_confines = kubelet_confines
+        self._kubelet_counts_claims = kubelet_counts_claims
         self._agent = agent
         self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
         """Increases with every change that affects where containers should run."""
@@ -168,7 +171,8 @@ class PinningManager(Manager):
                 tasks.create_task(supervise("systemd's slices", SliceNotifier(self.reconciler, self._sysfs).run))
 
     async def _serve_runtime(self) -> None:
-        config, handler = self._started_with, NriHooks(self._agent, self._table, self.reconciler, self._config)
+        config = self._started_with
+        handler = NriHooks(self._agent, self._table, self.reconciler, self._config, self._kubelet_counts_claims)
         self._plugin = NriPlugin(
             Path(config.nri_socket),
             NAME,

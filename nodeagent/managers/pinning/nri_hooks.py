@@ -21,7 +21,16 @@ import structlog
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.dra.opaque_config import OWN_VARIABLES
 from nodeagent.core.ledger.offline import outside_of
-from nodeagent.core.model.container import CREATED, RUNNING, Adjustment, Container, Pod, Resources, Update
+from nodeagent.core.model.container import (
+    CREATED,
+    RUNNING,
+    Adjustment,
+    Container,
+    PageLimits,
+    Pod,
+    Resources,
+    Update,
+)
 from nodeagent.core.pinning.plan import Pin, named_by
 from nodeagent.errors import HostError
 from nodeagent.managers.pinning.containers import ContainerTable
@@ -40,7 +49,10 @@ class NriHooks:
         table: ContainerTable,
         reconciler: CgroupReconciler,
         config: Callable[[], PinningConfig],
+        kubelet_counts_claims: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Set up. `kubelet_counts_claims` returns whether kubelet's limits of pages may include what claims hold."""
+        self._kubelet_counts_claims = kubelet_counts_claims
         self._agent = agent
         self._table = table
         self._reconciler = reconciler
@@ -53,8 +65,10 @@ class NriHooks:
         return self._reconciler.updates(anew=True)
 
     async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
-        with self._table.asking(replace(container, state=CREATED)):
-            return await self._created(container, within_s)
+        limits = PageLimits.COUNTED if self._kubelet_counts_claims() else PageLimits.ASKED
+        asked = replace(container, state=CREATED, page_limits=limits)
+        with self._table.asking(asked):
+            return await self._created(asked, within_s)
 
     async def _created(self, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
         if late := await _within(within_s, self._make_way(container)):

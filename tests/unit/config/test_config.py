@@ -122,6 +122,27 @@ resources:
         ("kubelet_dir: /x", ["$.kubelet_dir", "kubeletDir"]),
         ("dra: {nodename: x}", ["$.dra.nodename", "did you mean nodeName?"]),
         ("dra: {driver: x}", ["$.dra.driver", "'x'"]),
+        (
+            resource(kind="gpu", overhead={"memory": {"perPod": "1Gi"}}),
+            ["$.resources[0].overhead", "'device-plugin'"],
+        ),
+        (
+            resource(kind="cpu", serve="dra", overhead={"memory": {"perPod": "1Gi"}}),
+            ["$.resources[0].overhead", "only for devices"],
+        ),
+        (
+            resource(kind="gpu", serve="dra", overhead={"memory": {}}),
+            ["$.resources[0].overhead.memory", "perPod"],
+        ),
+        (
+            resource(kind="gpu", serve="dra", overhead={"nvidia.com/gpu": {"perPod": "1"}}),
+            ["$.resources[0].overhead", "nvidia.com/gpu", "hugepages-"],
+        ),
+        (
+            resource(kind="gpu", serve="dra", overhead={"memory": {"perPod": "-1Gi"}}),
+            ["$.resources[0].overhead", "perPod", "-1Gi"],
+        ),
+        ("dra: {nodeAllocatable: on}", ["$.dra.nodeAllocatable"]),
         (resource(kind="memory"), ["$.resources[0].serve", "'dra'"]),
         (resource(kind="Memory", serve="dra"), ["kind 'Memory'", "cannot name a pool"]),
         (resource(kind="gpu", grouping="l3"), ["$.resources[0].grouping", "only for cpu"]),

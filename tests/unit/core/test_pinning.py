@@ -6,11 +6,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.core.ledger.ledger import Ledger
-from nodeagent.core.model.container import RUNNING, STOPPED, Container
+from nodeagent.core.model.container import RUNNING, STOPPED, Container, PageLimits, Resources
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Holder
 from nodeagent.core.model.request import Pages
@@ -134,6 +135,57 @@ def test_pages_of_one_size_add_up_over_grants_and_a_neighbour_gets_none() -> Non
     assert plan.containers[holder.id].hugepage_limits == {MIB2: 12 * MIB2}
     assert plan.containers["a-sidecar"].hugepage_limits == {MIB2: 0}
     assert plan.pods["uid-a"].hugepages_at_least == {MIB2: 12 * MIB2}
+
+
+def limited(pages: int, limits: PageLimits, name: str = "main", **more: Any) -> Container:
+    """A container of pod a with kubelet's limit of so many pages of 2 MiB."""
+    return container("a", name, resources=Resources(hugepage_limits={MIB2: pages * MIB2}), page_limits=limits, **more)
+
+
+def test_a_container_may_use_what_kubelet_allows_it_and_what_it_holds() -> None:
+    """Its neighbours may use what kubelet allows them, and the pod all of that."""
+    mine = claim_grant("c", 0, pods=["uid-a"], hugepages=(Pages(node=0, page_bytes=MIB2, pages=8),))
+    holder = limited(3, PageLimits.ASKED, env=using(mine))
+    plan = situation(mine).plan([holder, limited(5, PageLimits.ASKED, "sidecar"), container("a", "plain")])
+    assert plan.containers[holder.id].hugepage_limits == {MIB2: 11 * MIB2}
+    assert plan.containers["a-sidecar"].hugepage_limits == {MIB2: 5 * MIB2}
+    assert plan.containers["a-plain"].hugepage_limits == {MIB2: 0}
+    assert plan.pods["uid-a"].hugepages_at_least == {MIB2: 16 * MIB2}
+
+
+@pytest.mark.parametrize(
+    ("limits", "kubelets", "whole"),
+    [
+        (PageLimits.ASKED, 0, 8),
+        (PageLimits.ASKED, 9, 17),
+        (PageLimits.COUNTED, 8, 8),  # the claim alone
+        (PageLimits.COUNTED, 11, 11),  # the claim and 3 of the container's own
+        (PageLimits.COUNTED, 3, 11),  # the claim was allocated before it was counted
+        (PageLimits.FOUND, 8, 8),  # as the agent has set it
+        (PageLimits.FOUND, 3, 11),  # as kubelet has, while the agent was away
+        (PageLimits.FOUND, 11, None),  # of either: it stays
+    ],
+)
+def test_no_page_of_a_claim_is_allowed_twice(limits: PageLimits, kubelets: int, whole: int | None) -> None:
+    """Kubelet that counts claims has added them already; a limit that was found may be the agent's own."""
+    mine = claim_grant("c", 0, pods=["uid-a"], hugepages=(Pages(node=0, page_bytes=MIB2, pages=8),))
+    found = situation(mine).pin(limited(kubelets, limits, env=using(mine)))
+    assert found.hugepage_limits == ({} if whole is None else {MIB2: whole * MIB2})
+
+
+@given(st.sampled_from(PageLimits), st.integers(0, 20), st.integers(0, 20), st.booleans())
+def test_a_limit_is_the_same_after_a_restart_and_never_more_than_kubelets_and_the_claims(
+    limits: PageLimits, own: int, claimed: int, counted: bool
+) -> None:
+    """own: pages of the container's own limits. counted: whether kubelet has added what the claim holds."""
+    mine = claim_grant("c", 0, pods=["uid-a"], hugepages=(Pages(node=0, page_bytes=MIB2, pages=claimed + 1),))
+    kubelets = own + (claimed + 1 if counted and limits == PageLimits.COUNTED else 0)
+    asked = limited(kubelets, limits, env=using(mine))
+    first = situation(mine).pin(asked).hugepage_limits.get(MIB2, kubelets * MIB2)
+    assert claimed + 1 <= first // MIB2 <= own + claimed + 1
+    for described in (first // MIB2, kubelets):  # some runtimes tell the agent's limits later, others kubelet's
+        again = limited(described, PageLimits.FOUND, env=using(mine))
+        assert situation(mine).pin(again).hugepage_limits.get(MIB2, first) in (first, (claimed + 1) * MIB2)
 
 
 def test_the_reserved_cpus_are_shared_where_nothing_else_is_left_or_where_it_is_said() -> None:

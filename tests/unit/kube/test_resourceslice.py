@@ -21,6 +21,7 @@ from nodeagent.core.dra.pool import (
     CounterSet,
     DevicePart,
     Features,
+    NodeCost,
     Pool,
     PoolDevice,
     Taint,
@@ -471,6 +472,11 @@ GOOD = st.sampled_from([f"{letter}{number}" for letter in "abc" for number in ra
 WORDS = st.one_of(*[GOOD] * 30, st.text("aB1-_./ é", max_size=66), st.sampled_from(["a.b/c", "d" * 64, "1.2.3"]))
 NUMBERS, EFFECTS = st.integers(0, 12), st.sampled_from(["NoExecute", "NoSchedule", "None"])
 CONSUMED = st.dictionaries(st.just("a"), st.dictionaries(WORDS, NUMBERS, max_size=1), max_size=1)
+COSTS = st.dictionaries(
+    st.sampled_from(["cpu", "memory", "hugepages-2Mi", "ephemeral-storage"]),
+    st.builds(NodeCost, capacity=st.just("") | GOOD, amount=NUMBERS, per_pod=st.sampled_from(["", "0", "1Gi", "500m"])),
+    max_size=2,
+)
 ODD_DEVICES = st.builds(
     device,
     WORDS,
@@ -481,6 +487,7 @@ ODD_DEVICES = st.builds(
     shared=st.booleans(),
     taints=st.lists(st.builds(Taint, key=WORDS, value=WORDS, effect=EFFECTS), max_size=1),
     consumes=st.one_of(*[st.just({})] * 9, CONSUMED),
+    costs=st.one_of(*[st.just({})] * 3, COSTS),
 )
 
 
@@ -490,9 +497,44 @@ def test_the_server_refuses_nothing_that_keeps_our_rules(
 ) -> None:
     """Whatever a kind may come up with: what it is is found here, before it is sent."""
     odd = pool(*devices, kind=kind, counters=[CounterSet(name="a", counters=counters)] if counters else [])
-    written = render(odd, OWNER, 1)
+    written = render(replace(odd, counted={name for one in devices for name in one.costs}), OWNER, 1)
     refused = [why for one in written for why in server.wrong_with_slice(server.read_slice(one["spec"]), None)]
     assert check(written) or not refused
+
+
+CPU_KEY = {"capacityKey": "cpus", "capacityMultiplier": "1"}
+
+
+@pytest.mark.parametrize(
+    ("resource", "cost", "good"),
+    [
+        ("cpu", {"mapping": CPU_KEY}, True),
+        ("memory", {"mapping": {"deviceMultiplier": "1Gi"}}, True),
+        ("hugepages-1Gi", {"mapping": {"deviceMultiplier": "1"}, "overhead": {"perPod": "0"}}, True),
+        ("memory", {"overhead": {"perPod": "1Gi", "perContainer": "1Mi"}}, True),
+        ("cpu", {"mapping": {"capacityKey": "cpus"}}, False),
+        ("cpu", {"mapping": {"capacityMultiplier": "1"}}, False),
+        ("cpu", {"mapping": {**CPU_KEY, "deviceMultiplier": "1"}}, False),
+        ("cpu", {"mapping": {}}, False),
+        ("cpu", {}, False),
+        ("cpu", {"overhead": {}}, False),
+        ("cpu", {"mapping": {"deviceMultiplier": "0"}}, False),
+        ("cpu", {"mapping": {"capacityKey": "cpus", "capacityMultiplier": "-1"}}, False),
+        ("cpu", {"mapping": {**CPU_KEY, "capacityKey": "nodeagent.dev/cpus"}}, False),
+        ("memory", {"overhead": {"perPod": "-1"}}, False),
+        ("ephemeral-storage", {"mapping": {"deviceMultiplier": "1"}}, False),
+        ("nodeagent.dev/cpu", {"mapping": {"deviceMultiplier": "1"}}, False),
+    ],
+)
+def test_what_a_device_takes_of_the_node_is_checked_as_the_server_does(resource: str, cost: Object, good: bool) -> None:
+    """The key is spelled as the capacity is, there is one form with its multiplier, and nothing else is counted."""
+    (one,) = copy.deepcopy(render(pool(device("a", shared=True)), OWNER, 1))
+    one["spec"]["devices"][0] |= {
+        "capacity": {"cpus": {"value": "8"}},
+        "nodeAllocatableResources": {resource: cost},
+    }
+    refused = [*server.wrong_with_slice(server.read_slice(spec(one)), None)]
+    assert (not check([one]), not refused) == (good, good)
 
 
 # Comparing
@@ -635,6 +677,11 @@ def test_a_pool_that_lost_its_last_device_is_deleted() -> None:
             pool(device("a"), counters=[CounterSet(name="s", counters={"c": 1})]),
             lambda one: one.pop("sharedCounters"),
             Features(counters=False),
+        ),
+        (
+            replace(pool(device("a", costs={"cpu": NodeCost(amount=1)})), counted=frozenset({"cpu"})),
+            lambda one: one["devices"][0].pop("nodeAllocatableResources"),
+            Features(allocatable=False),
         ),
         (pool(device("a", attributes={"n": 1})), lambda one: one["devices"][0].pop("attributes"), ALL_FEATURES),
         (pool(device("a")), lambda one: one.update(devices=[]), ALL_FEATURES),

@@ -16,7 +16,8 @@ from nodeagent.config.schema import Config
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.kube.apiserver.lazy import LazyApi
-from nodeagent.managers.device_events import Change, DeviceEvents, Pace, event_of, is_configured
+from nodeagent.managers.device_events import Change, DeviceEvents, event_of, is_configured
+from nodeagent.managers.event_sender import Pace
 from nodeagent.resources.offer import offers
 from tests.builders.devices import DeviceTree
 from tests.doubles.api_server import CORE_EVENTS, FakeApiServer, Fault

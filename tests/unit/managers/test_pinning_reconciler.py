@@ -183,6 +183,25 @@ async def test_a_container_that_cannot_be_confined_does_not_start(
         await node.start("dpdk", "main")
 
 
+@pytest.mark.parametrize("counts", [False, True], ids=["kubelet of today", "kubelet that counts claims"])
+async def test_a_container_may_use_its_pages_and_those_that_kubelet_allows_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, counts: bool
+) -> None:
+    """Kubelet never counts what the device plugin gave. The limit stays when the runtime describes it again."""
+    async with pin_node(folder, monkeypatch) as node:
+        node.kubelet_counts_claims = counts
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        answer = await node.create("dpdk", "main", pages={"2MB": 3 * MIB2})
+        (limit,) = answer.adjust.linux.resources.hugepage_limits
+        (grant,) = node.agent.ledger.grants.values()
+        assert limit.limit == 3 * MIB2 + sum(one.pages for one in grant.hugepages) * MIB2
+        await node.start("dpdk", "main")
+        node.agent.revisions.ledger.bump()
+        assert await node.pins.reconciler.enforce() == {}
+        limits = node.tree.mount / node.path("dpdk", "main") / "hugetlb.2MB.max"
+        assert int(limits.read_text()) == limit.limit
+
+
 async def test_others_go_on_where_one_cannot_be_confined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with pin_node(folder, monkeypatch) as node:
         bad, good = node.pod("bad"), node.pod("good")
