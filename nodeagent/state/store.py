@@ -1,4 +1,5 @@
-"""The ledger's durable form: one SQLite file, one transaction per decision, on disk before the decision takes effect.
+"""The ledger's durable form: one SQLite file, a transaction for the decisions that wait together, on disk before they
+take effect.
 
 Promises: what `save` returned from survives kill -9 and a power cut (WAL, synchronous=FULL). A save that fails changes
 nothing. A damaged file is moved aside and reported; it is never deleted and never stops the agent. A file of a newer
