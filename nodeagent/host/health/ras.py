@@ -38,8 +38,9 @@ class Ras:
             return Silence.NO_ANSWER
         texts = {name.removesuffix(_SUFFIX): reader.if_told(file) or "" for name, file in files.items()}
         counts = {block: found for block, text in texts.items() if "ue" in (found := counts_of(text))}
-        # While the GPU is reset, the driver answers with a sentence instead.
-        return judged(counts) if counts else Silence.NO_ANSWER
+        # While the GPU is reset, the driver answers with a sentence instead. A block that does not answer may be ill.
+        seen = judged(counts)
+        return Silence.NO_ANSWER if seen.state == HEALTHY and counts.keys() != texts.keys() else seen
 
 
 def counts_of(text: str) -> dict[str, int]:

@@ -84,3 +84,18 @@ async def test_a_gpu_without_counts_or_under_another_driver_says_nothing(tree: D
     async with health_node(tree) as node:
         await node.look()
         assert "ras" not in node.sources(GPU)
+
+
+async def test_a_gpu_does_not_recover_while_the_block_that_was_ill_does_not_answer(tree: DeviceTree) -> None:
+    """The others being well says nothing of it; another that is ill counts."""
+    count(tree, {"umc": "ue: 2\nce: 0", "gfx": "ue: 0\nce: 0"})
+    async with health_node(tree) as node:
+        await node.look()
+        known = ill(node)
+        count(tree, {"umc": "Query currently inaccessible"})
+        await node.look(100)
+        await node.look(100)
+        assert ill(node) == known == (UNHEALTHY, "2 uncorrected errors in umc since the driver was loaded")
+        count(tree, {"gfx": "ue: 1\nce: 0"})
+        await node.look(1)
+        assert ill(node) == (UNHEALTHY, "1 uncorrected errors in gfx since the driver was loaded")
