@@ -20,6 +20,8 @@ NODE, DRIVER = "e2e-node", "nodeagent.dev"
 PORTS = ("/dev/ttyE2E0", "/dev/ttyE2E1", "/dev/ttyE2E2")
 GPUS = {"0000:1b:00.0": 0, "0000:3b:00.0": 0, "0000:9b:00.0": 1, "0000:bb:00.0": 1}
 """PCI address -> NUMA node; the addresses are those of the double of libnvidia-ml."""
+MIG_MINORS = "gpu3/gi2/access 57\ngpu3/gi2/ci0/access 58\ngpu3/gi9/access 66\ngpu3/gi9/ci0/access 67\n"
+"""Capability nodes of the instances of the divided GPU, as the kernel's driver lists them."""
 CPUS_OF_NODE = {0: {0, 1, 4, 5}, 1: {2, 3, 6, 7}}
 PAGES = 16
 """Of 2 MiB, on each NUMA node."""
@@ -36,6 +38,7 @@ def write_machine(root: Path) -> None:
     """8 CPUs and 32 hugepages on 2 NUMA nodes, 4 NVIDIA GPUs, the last of them divided."""
     pages = {(node, 2 * MIB): (PAGES, PAGES, 0) for node in CPUS_OF_NODE}
     tree = DeviceTree(build(root, dataclasses.replace(named("1s2n4c-smt"), hugepages=pages)))
+    tree.write("proc/driver/nvidia-caps/mig-minors", MIG_MINORS)
     for address, node in GPUS.items():
         tree.pci(address, pci_class="030200", vendor="10de", device="2330", driver="nvidia", numa_node=node)
 

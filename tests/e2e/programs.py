@@ -83,6 +83,7 @@ def _agent(folder: Path) -> list[str]:
     """The made-up machine is the agent's alone, but for the cgroups: the others need the real one."""
     cgroups = f"{folder}/machine/sys/fs/cgroup"
     bind = f"mkdir -p {cgroups} && mount --rbind /sys/fs/cgroup {cgroups} && mount --rbind {folder}/machine/sys /sys"
+    bind += f" && mount --bind {folder}/machine/proc/driver /proc/driver"
     script = f'{bind} && exec "$@"'
     agent = [sys.executable, "-m", "nodeagent", "run", "--config", f"{folder}/agent/config.yaml"]
     return ["unshare", "--mount", "--propagation", "private", "sh", "-c", script, "sh", *agent]
