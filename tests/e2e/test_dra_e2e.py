@@ -216,8 +216,8 @@ def test_an_agents_token_writes_nothing_else_into_a_claim(node: Cluster) -> None
 
 def test_a_wrong_configuration_fails_its_own_pod_alone_and_says_why(node: Cluster) -> None:
     made = claim("wrong", request("cpus", "cpu", cpus="1"))
-    parameters = {"apiVersion": f"{DRIVER}/v1alpha1", "kind": "CpuConfig", "optoins": []}
-    made["spec"]["devices"]["config"] = [{"opaque": {"driver": DRIVER, "parameters": parameters}}]
+    parameters = {"apiVersion": f"{DRIVER}/v1alpha1", "kind": "NicConfig"}
+    made["spec"]["devices"]["config"] = [{"requests": ["cpus"], "opaque": {"driver": DRIVER, "parameters": parameters}}]
     node.api.create(made)
     node.api.create(pod("wrong", claims={"wrong": "wrong"}))
 
@@ -225,7 +225,7 @@ def test_a_wrong_configuration_fails_its_own_pod_alone_and_says_why(node: Cluste
         found = node.api.items("/api/v1/namespaces/default/events")
         return [one["message"] for one in found if one["reason"] == "FailedPrepareDynamicResources"]
 
-    messages = until("kubelet says why", lambda: [one for one in events() if "optoins" in one])
+    messages = until("kubelet says why", lambda: [one for one in events() if "NicConfig fits no device" in one])
     assert "cannot prepare claim default/wrong" in messages[0]
     node.api.create(claim("right", request("cpus", "cpu", cpus="1")))
     run_pod(node, "right", {"right": "right"})

@@ -81,6 +81,22 @@ def check_all(configs: Sequence[Opaque], driver: str) -> None:
         _decode(config.parameters, where)
 
 
+def check_fit(configs: Sequence[Opaque], driver: str, kinds: Mapping[str, str]) -> None:
+    """Raise InputError for the first valid configuration of the claim that is of a kind that none of its devices has.
+
+    kinds: the kind of device of each request that this driver satisfies. The scheduler of Kubernetes 1.37 and later
+    removes the requests from a configuration that names all of the claim, so the absence of requests does not show that
+    the user named none (dynamic-resource-allocation, structured allocators).
+    """
+    for where, config in _ours(configs, driver):
+        fit = {CONFIG_KINDS.get(kind, "DeviceConfig") for one, kind in kinds.items() if _covers(config.requests, one)}
+        said = config.parameters["kind"]
+        if config.source == FROM_CLAIM and fit and said not in fit:
+            raise InputError(
+                f"cannot use {where}: {said} fits no device of the claim, expected {', '.join(sorted(fit))}"
+            )
+
+
 def to_json(settings: OpaqueConfig) -> str:
     """Return the settings that are not empty, in a fixed order, or "" if there are none."""
     said = {one.name: getattr(settings, one.name) for one in fields(settings)}

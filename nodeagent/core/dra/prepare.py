@@ -17,7 +17,7 @@ from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_e
 from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_shares
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
-from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, settings_for, to_json
+from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, check_fit, settings_for, to_json
 from nodeagent.core.dra.pool import DevicePart
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.exclusion import things_of
@@ -205,7 +205,9 @@ def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
 
 def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Iterable[Result]) -> tuple[ClaimDemand, ...]:
     check_all(claim.configs, catalog.driver)
-    return tuple(_one_wanted(inventory, catalog, claim, index, result) for index, result in enumerate(results))
+    wanted = tuple(_one_wanted(inventory, catalog, claim, index, result) for index, result in enumerate(results))
+    check_fit(claim.configs, catalog.driver, {one.result.request: one.kind.kind for one in wanted})
+    return wanted
 
 
 def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int, result: Result) -> ClaimDemand:

@@ -17,6 +17,7 @@ from nodeagent.core.dra.opaque_config import (
     NO_SETTINGS,
     OpaqueConfig,
     check_all,
+    check_fit,
     from_json,
     settings_for,
     to_json,
@@ -154,6 +155,19 @@ def test_a_claim_that_names_a_request_of_another_kind_is_mistaken() -> None:
         'cannot use config[1] (FromClaim): NicConfig is for request "one", which got device "device-0" of kind gpu, '
         "expected GpuConfig"
     )
+
+
+def test_a_claims_configuration_that_fits_none_of_its_devices_is_mistaken() -> None:
+    """Also where the scheduler has removed the requests that it names."""
+    kinds = {"cpus": "cpu", "near/a": "gpu"}
+    nic = opaque("NicConfig")
+    with pytest.raises(InputError) as error:
+        check_fit([opaque("CpuConfig"), nic], DRIVER, kinds)
+    assert str(error.value) == (
+        "cannot use config[1] (FromClaim): NicConfig fits no device of the claim, expected CpuConfig, GpuConfig"
+    )
+    check_fit([opaque("CpuConfig"), opaque("GpuConfig", requests=("near",))], DRIVER, kinds)
+    check_fit([opaque("NicConfig", source=FROM_CLASS), opaque("NicConfig", requests=("theirs",))], DRIVER, kinds)
 
 
 def test_a_class_may_configure_several_kinds() -> None:
