@@ -3,8 +3,8 @@
 For each device the last matching configuration applies as a whole, the claim's overriding the class's, in the order in
 which Kubernetes lists them. Nothing is merged field by field, so that the effective configuration can be read in one
 place. A configuration without requests applies to the devices of its kind. A claim's configuration that names a request
-whose device is of another kind, or that fits none of its devices, is an error. One of a class is not: a class may cover several kinds and has no other way
-to configure each.
+whose device is of another kind, or that fits none of its devices, is an error. One of a class is not: a class may cover
+several kinds and has no other way to configure each.
 """
 
 from __future__ import annotations
