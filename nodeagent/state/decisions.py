@@ -144,7 +144,7 @@ class Decisions:
         return task
 
     def record_refusals(self, refusals: Sequence[Refusal], op: str) -> None:
-        """Write to the audit, soon, what was refused; nobody waits for it. A failure is only logged."""
+        """Write to the audit, soon, what was refused; the caller does not wait. A failure is only logged."""
         if refusals and not self._closing:
             save = functools.partial(self._store.record_refusals, refusals, op=op, at=time.time())
             self._begin(lambda: self._alone(lambda: self._on_disk(save))).add_done_callback(_say_failure)

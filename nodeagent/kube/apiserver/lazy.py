@@ -78,8 +78,10 @@ class LazyApi:
             await self._reached().create(CORE_EVENTS, in_core(body))
 
     async def keep_warm(self) -> None:
-        """Keep a connection ready, for ever: kubelet waits while a claim is read. The server closes idle ones after a
-        while (kube-apiserver after 90 s)."""
+        """Keep a connection ready indefinitely: kubelet waits while a claim is read.
+
+        The server closes idle ones after a while (kube-apiserver after 90 s).
+        """
         while True:
             rest_s = WARM_S
             try:
