@@ -1,4 +1,4 @@
-"""Allocate with one id over the unix socket, durable, beside what it cannot be faster than: an empty handler of the
+"""Allocate with one id over the unix socket, durable, alongside what it cannot be faster than: an empty handler of the
 same messages in the same process, and a bare commit of SQLite on the same disk.
 
 The server is a process of its own, the client is this one; the calls are made in turn, so that what else the machine

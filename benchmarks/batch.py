@@ -16,7 +16,7 @@ REQUESTS, RUNS = 10_000, 5
 
 def main() -> None:
     if not MACHINE.exists():
-        print("skipped: it needs the recorded machines beside the checkout")
+        print("skipped: it needs the recorded machines alongside the checkout")
         return
     with recorded_tree() as tree:
         requests = tree / "requests.jsonl"

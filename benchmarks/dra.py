@@ -24,7 +24,7 @@ import grpc
 from benchmarks.allocate import Sample, commits
 from benchmarks.api_process import ApiProcess
 from benchmarks.daemon import resident_mib, uevent
-from benchmarks.node import beside, folders, node
+from benchmarks.node import alongside, folders, node
 from nodeagent.host.nvml.client import Failure, Probe
 from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.plugin_registration import DraPlugin, plugin_sockets
@@ -117,7 +117,7 @@ async def prepares(disk: Path, tmpfs: Path) -> None:
     root, resources = machine(tmpfs / "root", "2s8n512c-smt"), [{**CPUS, "serve": "dra"}]
     async with (
         node(disk, tmpfs, resources, root, apart=True) as it,
-        beside("empty", disk / "empty.sock"),
+        alongside("empty", disk / "empty.sock"),
         sockets.channel(it.endpoint) as real,
         sockets.channel(disk / "empty.sock") as empty,
     ):
@@ -141,14 +141,14 @@ async def _lines(caller: Caller, held: int) -> None:
 
 
 async def _get_info(registry: Path, caller: Caller) -> None:
-    async with beside("probe", registry) as ended:
+    async with alongside("probe", registry) as ended:
         await caller.calls(MANY, PACK)
         took: Sample = json.loads(await ended())
     row(f"GetInfo while calls of {PACK} claims are prepared", "10 ms", spread(took))
 
 
 async def nvml_hangs(disk: Path, tmpfs: Path) -> None:
-    """GetInfo of the real parts in this process: NVML can hang beside it, but no NVIDIA GPU can be shown to a whole
+    """GetInfo of the real parts in this process: NVML can hang alongside it, but no NVIDIA GPU can be shown to a whole
     agent here."""
     what, library = "GetInfo while NVML hangs (in process)", hanging_nvml(tmpfs)
     if library is None:
@@ -162,7 +162,7 @@ async def nvml_hangs(disk: Path, tmpfs: Path) -> None:
     while plugin.registration.reason != "waiting for kubelet to ask":
         seen = await plugin.changed(seen)
     question = asyncio.create_task(asked.snapshot(HANG_S))
-    async with beside("probe", plugin_sockets(disk, DRIVER).registration) as ended:
+    async with alongside("probe", plugin_sockets(disk, DRIVER).registration) as ended:
         answer = await question
         took: Sample = json.loads(await ended())
     if not isinstance(answer, Failure):

@@ -1,4 +1,5 @@
-"""A whole agent beside both sides of a kubelet and an API server, and processes beside it, for benchmarks of claims."""
+"""A whole agent alongside both sides of a kubelet and an API server, and processes alongside it, for benchmarks of
+claims."""
 
 from __future__ import annotations
 
@@ -51,8 +52,8 @@ class Node:
 async def node(
     disk: Path, tmpfs: Path, resources: Sequence[Any], root: Path | str, *, apart: bool = False, **more: Any
 ) -> AsyncIterator[Node]:
-    """A whole agent beside both sides of a kubelet. disk, tmpfs: folders for what has to last and what has not. apart:
-    have the API server in a process of its own, over TLS."""
+    """A whole agent alongside both sides of a kubelet. disk, tmpfs: folders for what has to last and what has not.
+    apart: have the API server in a process of its own, over TLS."""
     runtime = tmpfs / "run"
     runtime.mkdir()
     (disk / "run").symlink_to(runtime)
@@ -85,7 +86,7 @@ def folders() -> Iterator[tuple[Path, Path]]:
         yield Path(disk), Path(tmpfs)
 
 
-# ---------------------------------------------------------------- processes beside it
+# ---------------------------------------------------------------- processes alongside it
 
 
 class _Empty(rpc.DRAPluginServicer):
@@ -122,7 +123,7 @@ async def probe(path: Path) -> None:
 
 
 @contextlib.asynccontextmanager
-async def beside(role: str, path: Path) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
+async def alongside(role: str, path: Path) -> AsyncIterator[Callable[[], Awaitable[bytes]]]:
     """A process of this file in a role; called, it is ended and has said what it had to say."""
     pipe = asyncio.subprocess.PIPE
     child = await asyncio.create_subprocess_exec(

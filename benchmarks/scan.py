@@ -50,7 +50,9 @@ def recorded_tree() -> Iterator[Path]:
 
 def main() -> None:
     if not MACHINE.exists() or shutil.which("lstopo-no-graphics") is None:
-        print("skipped: it needs the recorded machines beside the checkout and lstopo-no-graphics (package hwloc-nox)")
+        print(
+            "skipped: it needs the recorded machines alongside the checkout and lstopo-no-graphics (package hwloc-nox)"
+        )
         return
     with recorded_tree() as tree:
         families = all_kinds.load_kinds()

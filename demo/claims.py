@@ -1,4 +1,4 @@
-"""The second part of the demonstration: claims over DRA beside the device plugin, one ledger under both.
+"""The second part of the demonstration: claims over DRA alongside the device plugin, one ledger under both.
 
 The API server and kubelet's DRA side are those of the tests: real servers on real sockets that keep to their contracts.
 """

@@ -135,7 +135,7 @@ async def grants(folder: Path) -> list[Mapping[str, Any]]:
 
 
 async def named_grants(folder: Path, pods: int) -> list[Mapping[str, Any]]:
-    """The grants, once kubelet has told the names of all holders, and that no other holds anything any more."""
+    """The grants, once kubelet has told the names of all holders, and that no other holds anything any longer."""
     async with asyncio.timeout(DEADLINE_S):
         while True:
             found = await grants(folder)

@@ -5,7 +5,7 @@
 # Up to 1.36 the newer registration replaces the older. In 1.37 the second Register is refused while the stream of the
 # first is open, and the refusal also takes the live client off kubelet's table. When the plugin then ends its stream,
 # kubelet does not notice: the device stays allocatable, and every later Register on the same path is refused, although
-# nothing is connected any more. Another path is accepted at once.
+# nothing is connected any longer. Another path is accepted at once.
 #
 # Output seen:
 #   first Register on a.sock: accepted

@@ -24,7 +24,7 @@ from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.kube.kubelet_files import cpu_state as kubelet_state
 from nodeagent.kube.kubelet_files.checkpoints import pods_there
-from nodeagent.managers import kubelet_conflicts as beside
+from nodeagent.managers import kubelet_conflicts
 from nodeagent.managers.kubelet import Kubelet, look
 from nodeagent.state.leader import tell
 from nodeagent.state.store import FILE, Store
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     # After kubelet's state: a pod that has just arrived and is in that state then already has its folder.
     there = pods_there(folder)
     inventory = scan(sysfs, ())
-    reserved = beside.reserved_cpus(config, known, inventory)
+    reserved = kubelet_conflicts.reserved_cpus(config, known, inventory)
     with _turn(state_dir, make=args.apply) as store:
         grants = {one.id: one for one in store.load()} if store is not None else {}
         ledger = Ledger(grants=MappingProxyType(grants), reserved=reserved)

@@ -147,7 +147,7 @@ class TtrpcConnection:
 
     def _receive(self, one: Received) -> None:
         if isinstance(one, Stray):
-            log.warning("frame-for-nobody", connection=one.connection, payload_bytes=one.payload_bytes)
+            log.warning("frame-unclaimed", connection=one.connection, payload_bytes=one.payload_bytes)
         elif one.connection == self._serves:
             self._receive_call(one)
         else:

@@ -46,18 +46,22 @@ class Offer:
         said = {f"NODEAGENT_{_word(self.config.name)}_GRANT": grant.id, **held_variables(inventory, [grant])}
         return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
 
-    def device_edits(self, device: Device, beside: Sequence[Device]) -> ContainerEdits:
+    def device_edits(self, device: Device, same_request: Sequence[Device]) -> ContainerEdits:
         """Return what the container of a claim's device gets.
 
-        beside: all devices of the same kind that it gets, including this one.
+        same_request: all devices of the same kind that it gets, including this one.
         """
-        own = self._edits([device], beside)
+        own = self._edits([device], same_request)
         return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
 
-    def _edits(self, devices: Sequence[Device], beside: Sequence[Device]) -> ContainerEdits:
+    def _edits(self, devices: Sequence[Device], same_request: Sequence[Device]) -> ContainerEdits:
         if self.config.device_nodes:
             _refuse_without_nodes(devices)
-        own = all_kinds.edits(self.family, devices, beside) if self.family is not None and devices else ContainerEdits()
+        own = (
+            all_kinds.edits(self.family, devices, same_request)
+            if self.family is not None and devices
+            else ContainerEdits()
+        )
         return ContainerEdits(
             env=own.env,
             device_nodes=own.device_nodes if self.config.device_nodes else (),

@@ -322,7 +322,7 @@ class Store:
         self._db = self._open()
         missed = (self._mark.read() or Mark()).newest > self._seq
         held_still = [Change(action=ADOPTED, grant=grant, why=_REPLACED) for grant in held]
-        self._write([Entry(held_still, "ledger-begun-anew", at)])
+        self._write([Entry(held_still, "ledger-recreated", at)])
         self._files, self._version = self._identities(), _version(self._db)
         self.note = f"cannot use {self.path}: {why}; moved to {aside}, replaced by a new file with all grants"
         if missed:

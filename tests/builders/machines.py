@@ -4,8 +4,8 @@
     root = machine(tmp_path, "1s1n6c-offline3", isolated="4-5")
     root = build(tmp_path, Shape(packages=2, cores_per_l3=8, node_ids=(0, 8)))
 
-A shape is even; what makes a machine uneven (kinds, offline CPUs, nodes without CPUs, odd ids) is said beside it. CPUs
-are numbered as on most servers: first one thread of every core, then the second threads; `adjacent` puts siblings
+A shape is even; what makes a machine uneven (kinds, offline CPUs, nodes without CPUs, odd ids) is said alongside it.
+CPUs are numbered as on most servers: first one thread of every core, then the second threads; `adjacent` puts siblings
 together.
 """
 

@@ -30,7 +30,7 @@ class PodCgroupTree:
         return pod
 
     def end(self, uid: str) -> None:
-        """Nothing of the pod runs any more."""
+        """Nothing of the pod runs any longer."""
         for pod in self._pods(uid):
             for container in (one for one in pod.iterdir() if one.is_dir()):
                 self._populate(pod, container.name, alive=False)

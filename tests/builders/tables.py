@@ -1,4 +1,4 @@
-"""The /sys and /proc of recorded machines, written anew from the small tables in tests/data/machines.
+"""The /sys and /proc of recorded machines, written again from the small tables in tests/data/machines.
 
     root = build(tmp_path, load("48amd64-4pa2n6c-sparse"))
 

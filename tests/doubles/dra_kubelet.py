@@ -1,7 +1,7 @@
 """FakeDraKubelet: kubelet's side of plugin registration, DRA and the health of its devices, as strict as the real one.
 
-It stands beside FakeKubelet on the same folder and shares nothing with it. What a plugin does against the contract is
-kept in `violations` and raised when the kubelet is left.
+It stands alongside FakeKubelet on the same folder and shares nothing with it. What a plugin does against the contract
+is kept in `violations` and raised when the kubelet is left.
 """
 
 from __future__ import annotations
@@ -219,7 +219,7 @@ class FakeDraKubelet:
         self._news.tell()
 
     async def restart(self) -> None:
-        """Stop and start: every socket that is there is registered anew."""
+        """Stop and start: every socket that is there is registered again."""
         await self.stop()
         await self.start()
 

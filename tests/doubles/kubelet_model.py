@@ -208,7 +208,7 @@ class World:
             self.disk.started_with[pod.uid] = set(kubelet.devices.get(pod.uid, ()))
 
     def _clean(self, kubelet: Kubelet) -> None:
-        """Housekeeping: what is in no source any more is killed, then cleared away."""
+        """Housekeeping: what is in no source any longer is killed, then cleared away."""
         if not kubelet.ready or self.api_silent:
             return
         for uid in [uid for uid in (*self.disk.folders, *self.disk.cgroups) if uid not in self.api]:

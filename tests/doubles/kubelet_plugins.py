@@ -115,7 +115,7 @@ class TableByName:
 
 class TableByPath:
     """From 1.37: a path is taken once. A Register for a path that is taken is refused, and makes kubelet forget the
-    client whose end would free it: the path is lost, and its devices are shown for ever."""
+    client whose end would free it: the path is lost, and its devices are shown indefinitely."""
 
     def __init__(self) -> None:
         self.endpoints: dict[str, Endpoint] = {}

@@ -206,7 +206,7 @@ class FakeRuntime:
         self.forgives_late = False
         """Whether a late answer has its consequences without being held against the plugin."""
         self.forgotten: list[_Plugin] = []
-        """Plugins that are not asked any more while their connections stay open, as containerd 1.7 does with one that
+        """Plugins that are not asked any longer while their connections stay open, as containerd 1.7 does with one that
         was late to answer Synchronize."""
         self.pods: dict[str, pb.PodSandbox] = {}
         self.containers: dict[str, pb.Container] = {}

@@ -1,4 +1,4 @@
-"""Beside other device plugins at a real kubelet: NVIDIA's names and UUIDs, SR-IOV's names and addresses."""
+"""Alongside other device plugins at a real kubelet: NVIDIA's names and UUIDs, SR-IOV's names and addresses."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_device_that_another_plugin_names_by_its_path_is_not_offered_by_the_ag
 
 
 def test_gpus_that_another_driver_publishes_are_not_published_again(node: Cluster) -> None:
-    """By the UUID in its slices; until two looks have missed them, or the agent starts anew."""
+    """By the UUID in its slices; until two looks have missed them, or the agent starts again."""
     need_nvml(node)
     until("the GPUs are published", lambda: devices(node, "gpu"))
     theirs = {

@@ -2,9 +2,9 @@
 twice, and the same request gets the same answer.
 
 Each life is a whole agent (mortal.py): its own process, sockets, SQLite file. Pods come and go through FakeKubelet, and
-beside them a client asks for exact CPUs over the socket of a second resource and has some of them released. The moment
-of death is drawn before the agent serves, anywhere in the stream, or within the length of one call. After each death
-the ledger that the next life shows is compared with what was answered.
+alongside them a client asks for exact CPUs over the socket of a second resource and has some of them released. The
+moment of death is drawn before the agent serves, anywhere in the stream, or within the length of one call. After each
+death the ledger that the next life shows is compared with what was answered.
 """
 
 from __future__ import annotations
@@ -302,7 +302,7 @@ async def test_after_kill_9_at_any_moment_no_answer_is_lost_and_nothing_is_given
     assert world.counts["answered"] > LIVES // 2
     assert world.counts["died in a call"] >= 5
     assert world.counts["never granted"] + world.counts["granted unheard"] >= 3
-    assert "ledger-begun-anew" not in (folder / "log").read_text()
+    assert "ledger-recreated" not in (folder / "log").read_text()
 
 
 async def last_life(world: World, born: Nursery, words: list[str]) -> None:

@@ -201,7 +201,7 @@ async def test_what_an_init_container_holds_stays_held_while_its_pod_runs(folder
 
 
 async def test_another_pod_with_the_same_parts_has_another_grant(folder: Path, tree: DeviceTree) -> None:
-    """Its id is in the old pod's variables and in the audit: it means one pod for ever."""
+    """Its id is in the old pod's variables and in the audit: it means one pod indefinitely."""
     async with registered(folder, tree, release={**QUICK["release"], "unobservedSeconds": 3600}) as (agent, kubelet):
         await kubelet.admit_pod("shop", "till", {"main": {CPU: CPUS}})
         (before,) = await named(agent, 1)

@@ -353,7 +353,7 @@ async def test_an_api_server_that_is_away_is_waited_for_and_everything_else_goes
 
 
 async def test_a_server_that_hangs_keeps_nobody_but_the_claims_waiting(folder: Path, tree: DeviceTree) -> None:
-    """32 claims are being read: kubelet registers the driver anew, pods are admitted, claims given back."""
+    """32 claims are being read: kubelet registers the driver again, pods are admitted, claims given back."""
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu", "char")
         await node.kubelet.wait_allocatable(CPU, 8)
@@ -438,7 +438,7 @@ async def test_health_reaches_kubelet_and_the_slices(folder: Path, tree: DeviceT
 
 async def test_a_live_configuration_begins_and_ends_to_serve_through_dra(folder: Path, tree: DeviceTree) -> None:
     """Claims that are held when it ends can still be unprepared; the device plugin's side is not even registered
-    anew."""
+    again."""
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu", "char")
         claim = node.claim("c", consumed("cpu", "numa0", cpus="2"))
@@ -469,7 +469,7 @@ async def test_another_driver_name_waits_for_a_restart(folder: Path, tree: Devic
 async def test_claims_that_everybody_forgot_are_released(
     folder: Path, tree: DeviceTree, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shown in test_claimcare for each reason; here that a stopped agent's leftovers do not stay for ever."""
+    """Shown in test_claimcare for each reason; here that a stopped agent's leftovers do not stay indefinitely."""
     async with dra_node(folder, tree, [CPUS]) as node:
         await node.published("cpu")
         claim = node.claim("c", consumed("cpu", "numa0", cpus="2"))
@@ -485,7 +485,7 @@ async def test_claims_that_everybody_forgot_are_released(
 
 
 async def test_a_rolling_upgrade_serves_claims_all_the_time(folder: Path, tree: DeviceTree) -> None:
-    """The second instance answers kubelet beside the first, on the same ledger, and takes over when that ends."""
+    """The second instance answers kubelet alongside the first, on the same ledger, and takes over when that ends."""
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu", "char")
         await node.kubelet.wait_allocatable(CPU, 8)

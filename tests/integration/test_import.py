@@ -209,7 +209,7 @@ def test_taking_over_again_changes_nothing() -> None:
 
 
 def test_what_kubelet_has_otherwise_now_follows_it() -> None:
-    """Another set of CPUs; a container that has none any more; a pod that ended: its CPUs are another one's."""
+    """Another set of CPUs; a container that has none any longer; a pod that ended: its CPUs are another one's."""
     before = planned(of_cpus(x0aa0={"a": "1-2", "b": "3"}, x0bb0={"a": "5"})).ledger
     plan = planned(of_cpus(x0aa0={"a": "1,4"}, x0cc0={"a": "5"}), before, there=(A, C))
     assert shown(plan.taken) == {"k-0aa0-a": "1,4", "k-0cc0-a": "5"}
@@ -584,10 +584,10 @@ async def test_two_at_the_same_time_take_it_over_once(the_node: Node) -> None:
     assert len(audit(the_node.state)) == 2
 
 
-# ---------------------------------------------------------------- beside a running agent
+# ---------------------------------------------------------------- alongside a running agent
 
 
-def beside(the_node: Node, **config: Any) -> Any:
+def alongside(the_node: Node, **config: Any) -> Any:
     resources = [{"name": "cpu", "kind": "cpu"}]
     return running(the_node.folder, root=the_node.root, **{"resources": resources, **QUICK, **config})
 
@@ -600,7 +600,7 @@ async def import_beside(the_node: Node, agent: Running) -> dict[str, Any]:
 async def test_a_running_agent_hears_of_it_at_once(the_node: Node) -> None:
     """It waits for nothing else: it asks kubelet, and looks at the machine, once an hour."""
     slow = {"resyncSeconds": 3600, "release": {"pollSeconds": 3600}}
-    async with FakeKubelet(the_node.kubelet), beside(the_node, **slow) as agent:
+    async with FakeKubelet(the_node.kubelet), alongside(the_node, **slow) as agent:
         await agent.until("/v1/status", lambda status: status["refused"] and status["listed_at"])
         await import_beside(the_node, agent)
         await agent.until("/v1/grants", lambda grants: len(grants) == 2)
@@ -608,7 +608,7 @@ async def test_a_running_agent_hears_of_it_at_once(the_node: Node) -> None:
 
 async def test_what_was_taken_over_is_nobody_elses_until_its_pod_has_ended(the_node: Node) -> None:
     """Also when kubelet's own manager is off by then."""
-    async with FakeKubelet(the_node.kubelet) as kubelet, beside(the_node) as agent:
+    async with FakeKubelet(the_node.kubelet) as kubelet, alongside(the_node) as agent:
         await agent.until("/v1/status", lambda status: status["refused"])
         await import_beside(the_node, agent)
         grants = await agent.until("/v1/grants", lambda grants: len(grants) == 2)
@@ -634,7 +634,7 @@ async def test_what_was_taken_over_is_nobody_elses_until_its_pod_has_ended(the_n
 async def test_what_a_pod_holds_through_the_agent_is_not_taken_over_as_anothers(the_node: Node) -> None:
     """Each decides in its turn on what the other has done."""
     the_node.kubelet_says({"policyName": "none", "defaultCpuSet": "", "checksum": 1})
-    async with FakeKubelet(the_node.kubelet) as kubelet, beside(the_node) as agent:
+    async with FakeKubelet(the_node.kubelet) as kubelet, alongside(the_node) as agent:
         await kubelet.wait_allocatable(CPU, 8)
         await kubelet.admit_pod("shop", "till", {"main": {CPU: 8}})
         the_node.kubelet_says(STATIC)
@@ -648,7 +648,7 @@ async def test_what_a_pod_holds_through_the_agent_is_not_taken_over_as_anothers(
 async def test_what_was_taken_over_stays_while_nobody_can_see_the_pods(the_node: Node) -> None:
     """A folder of pods that cannot be read is not an empty one: it is said."""
     pods, aside = the_node.kubelet / "pods", the_node.kubelet / "aside"
-    async with FakeKubelet(the_node.kubelet), beside(the_node) as agent:
+    async with FakeKubelet(the_node.kubelet), alongside(the_node) as agent:
         await agent.until("/v1/status", lambda status: status["refused"])
         await import_beside(the_node, agent)
         await agent.until("/v1/grants", lambda grants: len(grants) == 2)
@@ -662,7 +662,7 @@ async def test_what_was_taken_over_stays_while_nobody_can_see_the_pods(the_node:
 
 
 async def test_it_outlives_kill_9_of_the_agent(the_node: Node) -> None:
-    async with FakeKubelet(the_node.kubelet), beside(the_node) as agent:
+    async with FakeKubelet(the_node.kubelet), alongside(the_node) as agent:
         await agent.until("/v1/status", lambda status: status["refused"])
         await import_beside(the_node, agent)
         agent.signal(9)
@@ -674,7 +674,7 @@ async def test_it_outlives_kill_9_of_the_agent(the_node: Node) -> None:
         assert [(one["id"], one["cpus"]) for one in grants] == [(f"k-{B}-db", "3")]
 
 
-# ---------------------------------------------------------------- beside kubelet's memory manager
+# ---------------------------------------------------------------- alongside kubelet's memory manager
 
 
 async def test_pages_and_memory_are_refused_beside_the_static_memory_manager(the_node: Node) -> None:
@@ -682,7 +682,7 @@ async def test_pages_and_memory_are_refused_beside_the_static_memory_manager(the
     pages = {"name": "pages", "kind": "hugepages", "pageSize": "2Mi", "pagesPerBlock": 4, "serve": "both"}
     resources = [{"name": "cpu", "kind": "cpu"}, pages, {"name": "memory", "kind": "memory", "serve": "dra"}]
     the_node.kubelet_says({"policyName": "none", "defaultCpuSet": "", "checksum": 1}, STATIC_MEMORY)
-    async with FakeKubelet(the_node.kubelet) as kubelet, beside(the_node, resources=resources) as agent:
+    async with FakeKubelet(the_node.kubelet) as kubelet, alongside(the_node, resources=resources) as agent:
         await kubelet.wait_allocatable(CPU, 8)
         status = await agent.until("/v1/status", lambda status: len(status["refused"]) == 3)
         assert set(status["refused"]) == {"nodeagent.dev/pages", "pages through DRA", "memory through DRA"}
@@ -699,6 +699,6 @@ async def test_a_memory_state_that_cannot_be_read_is_a_reason_too(the_node: Node
     pages = {"name": "pages", "kind": "hugepages", "pageSize": "2Mi", "pagesPerBlock": 4}
     (the_node.kubelet / "memory_manager_state").write_text("{")
     the_node.kubelet_says({"policyName": "none", "defaultCpuSet": "", "checksum": 1})
-    async with FakeKubelet(the_node.kubelet), beside(the_node, resources=[pages]) as agent:
+    async with FakeKubelet(the_node.kubelet), alongside(the_node, resources=[pages]) as agent:
         status = await agent.until("/v1/status", lambda status: status["refused"])
         assert "cannot determine whether kubelet manages memory itself" in status["refused"]["nodeagent.dev/pages"]

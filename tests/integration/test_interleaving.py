@@ -3,7 +3,7 @@ nothing is lost.
 
 Each seed draws batches of steps that run at the same time: pods admitted and deleted, claims prepared, prepared again,
 unprepared, given up in the middle, calls cut off, the API server away, kubelet restarted. Agents (mortal.py) die by
-kill -9 during a batch, are told to stop, or are replaced by one that starts beside them. What rivals.py knows of the
+kill -9 during a batch, are told to stop, or are replaced by one that starts alongside them. What rivals.py knows of the
 answers must hold at every answer; the ledger is compared after every batch.
 """
 
@@ -312,7 +312,7 @@ def pick(node: Node, most: int, *states: str) -> list[Bid]:
 # ---------------------------------------------------------------- batches
 
 
-async def batch(node: Node, *beside: Step) -> None:
+async def batch(node: Node, *alongside: Step) -> None:
     """One to nine steps at the same time."""
     world = node.world
     node.busy.clear()
@@ -320,7 +320,7 @@ async def batch(node: Node, *beside: Step) -> None:
     world.trace.append(f"--- {len(steps)} steps")
     away = bad_day(world)
     async with world.api.away() if away else contextlib.nullcontext():
-        for error in await asyncio.gather(*steps, *beside, return_exceptions=True):
+        for error in await asyncio.gather(*steps, *alongside, return_exceptions=True):
             if isinstance(error, Exception):
                 raise error  # a call whose connection kubelet closed is cancelled: that is no error
     node.world.bids = [bid for bid in world.bids if bid.state != GONE] + world.some(GONE)[-30:]
@@ -409,7 +409,7 @@ async def restart_kubelet(node: Node) -> None:
 
 
 async def upgrade(node: Node) -> None:
-    """Another instance starts beside the one there is, gets the claims, and then has everything."""
+    """Another instance starts alongside the one there is, gets the claims, and then has everything."""
     world = node.world
     world.note("upgrade")
     before = {one: world.kubelet.registrations.get(one, 0) for one in EVERY}
@@ -585,7 +585,7 @@ async def run(folder: Path, seed: int) -> None:
         check_audit(folder / "state" / "ledger.db")
     print(f"seed {seed}: {dict(sorted(world.counts.items()))}")
     log = (folder / "log").read_text()
-    assert "Traceback" not in log and "ledger-begun-anew" not in log
+    assert "Traceback" not in log and "ledger-recreated" not in log
     assert all(world.counts[one] >= 10 for one in ("pods admitted", "pods refused", "claims prepared", "same answer"))
 
 

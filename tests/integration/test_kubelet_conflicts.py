@@ -1,4 +1,4 @@
-"""The whole agent beside a kubelet whose configuration lies in files, drop-ins and flags."""
+"""The whole agent alongside a kubelet whose configuration lies in files, drop-ins and flags."""
 
 from __future__ import annotations
 

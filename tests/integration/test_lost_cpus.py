@@ -172,7 +172,7 @@ async def test_every_grouping_tells_of_a_lost_cpu(
 
 
 async def test_a_group_of_which_all_cpus_are_lost_says_so_of_every_claim(folder: Path) -> None:
-    """There is no such device any more; a claim that was allocated from it and not prepared yet is refused."""
+    """There is no such device any longer; a claim that was allocated from it and not prepared yet is refused."""
     async with claim_room(folder, CPUS, ports=0) as room:
         a, b = room.claim("a", consumed("cpu", "numa1", cpus="2")), room.claim("b", consumed("cpu", "numa1", cpus="1"))
         first = await room.prepare(a, b)

@@ -65,7 +65,7 @@ async def test_the_watchdog_is_fed_twice_as_often_as_it_asks(listener: tuple[soc
     [{}, {"WATCHDOG_USEC": "soon"}, {"WATCHDOG_USEC": "1000", "WATCHDOG_PID": "1"}, {"WATCHDOG_USEC": "0"}],
 )
 async def test_a_watchdog_that_is_not_ours_is_not_fed(environment: dict[str, str]) -> None:
-    """Nor does feeding it take for ever."""
+    """Nor does feeding it take indefinitely."""
     notifier = Notifier(environment)
     assert notifier.watchdog_s is None
     await asyncio.wait_for(notifier.keep_alive(), 5)

@@ -1,4 +1,4 @@
-"""The whole agent beside another device plugin at the same kubelet: no device is given away by both."""
+"""The whole agent alongside another device plugin at the same kubelet: no device is given away by both."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The whole agent as a real process beside a runtime that asks, where control groups can only be read: the runtime does
-all that is written. What is granted through either API is what containers are made with.
+"""The whole agent as a real process alongside a runtime that asks, where control groups can only be read: the runtime
+does all that is written. What is granted through either API is what containers are made with.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def tree(tmp_path: Path) -> DeviceTree:
 
 @contextlib.asynccontextmanager
 async def second(node: DraNode, tree: DeviceTree, **changes: Any) -> AsyncIterator[Running]:
-    """Another instance on the same node, with a configuration file of its own, registered with kubelet beside the
+    """Another instance on the same node, with a configuration file of its own, registered with kubelet alongside the
     first."""
     own = node.folder / "second"
     own.mkdir()

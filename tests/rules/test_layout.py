@@ -107,10 +107,10 @@ def test_imports_point_one_way() -> None:
         level, mine = package(name)
         for other in imported(tree):
             its, theirs = package(other)
-            beside = its == level and mine != theirs and mine in (*ROOMS, *BASE)
+            alongside = its == level and mine != theirs and mine in (*ROOMS, *BASE)
             if mine in BASE_IMPORTS:
-                beside = theirs not in {mine, *BASE_IMPORTS[mine]}
-            if its > level or beside:
+                alongside = theirs not in {mine, *BASE_IMPORTS[mine]}
+            if its > level or alongside:
                 wrong.append(f"{name} imports {other}")
     assert not wrong
 

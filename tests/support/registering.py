@@ -1,4 +1,4 @@
-"""A registrar at work beside a kubelet, for tests: what is run, what is broken, and what has to hold at the end."""
+"""A registrar at work alongside a kubelet, for tests: what is run, what is broken, and what has to hold at the end."""
 
 from __future__ import annotations
 

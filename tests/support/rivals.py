@@ -106,9 +106,9 @@ class World:
 
     # What must hold at every moment
 
-    def check(self, beside: Mapping[str, Counter[Unit]] = MappingProxyType({})) -> None:
+    def check(self, alongside: Mapping[str, Counter[Unit]] = MappingProxyType({})) -> None:
         """Of all that was answered and not given back, nothing is held twice."""
-        holders = dict(beside) | {f"pod {pod.name}": of_pod(pod) for pod in self.kubelet.pods.values()}
+        holders = dict(alongside) | {f"pod {pod.name}": of_pod(pod) for pod in self.kubelet.pods.values()}
         holders |= {f"claim {bid.claim.name}": of_claim(bid) for bid in self.some(HELD)}
         total = sum(holders.values(), Counter[Unit]())
         for unit, amount in total.items():

@@ -24,8 +24,8 @@ def guest(pods_guest: Guest) -> Guest:
 
 @pytest.fixture(scope="module")
 def held(guest: Guest) -> Iterator[Pod]:
-    """A pod with two CPUs of its own and a container beside that has none."""
-    pod = vmpods.make(guest, "held", 2, ("beside",))
+    """A pod with two CPUs of its own and a container alongside that has none."""
+    pod = vmpods.make(guest, "held", 2, ("alongside",))
     yield pod
     vmpods.remove(guest, pod)
 
@@ -42,7 +42,7 @@ def all_is_as_it_should_be(guest: Guest, held: Pod, shared: Pod) -> None:
     """By what is in effect in the kernel."""
     others = cpus(GRANTABLE) - cpus(held.cpus)
     assert vmpods.effective(guest, held.scope()) == held.cpus
-    assert cpus(vmpods.effective(guest, held.scope("beside"))) == others
+    assert cpus(vmpods.effective(guest, held.scope("alongside"))) == others
     assert cpus(vmpods.effective(guest, shared.scope())) == others
 
 
@@ -74,7 +74,7 @@ def test_a_pod_is_on_its_cpus_and_node_from_its_first_instruction(guest: Guest, 
 
 
 def test_what_runs_beside_it_in_its_pod_is_kept_off(guest: Guest, held: Pod) -> None:
-    said = vmpods.first_lines(guest, held, "beside")
+    said = vmpods.first_lines(guest, held, "alongside")
     assert cpus(said["Cpus_allowed_list"]) == cpus(GRANTABLE) - cpus(held.cpus)
 
 
@@ -96,7 +96,7 @@ def test_the_pool_shrinks_for_those_who_run_and_grows_back(guest: Guest, held: P
 def test_a_pod_that_was_begun_before_the_pool_shrank_never_gets_the_old_pool(
     guest: Guest, held: Pod, shared: Pod
 ) -> None:
-    """systemd writes the slice's cpuset anew when its sandbox starts: not what it knew when it loaded the slice."""
+    """systemd writes the slice's cpuset again when its sandbox starts: not what it knew when it loaded the slice."""
     begun = vmpods.admit(guest, "begun", {})
     vmpods.begin(guest, begun)
     exclusive = vmpods.make(guest, "exclusive", 3)

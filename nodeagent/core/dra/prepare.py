@@ -123,13 +123,13 @@ def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequ
                 changes += known.changes
             else:
                 wanted[uid] = _wanted(inventory, catalog, claim, results)
-    beside = _Beside.of(inventory, ledger, wanted.values(), grants.values(), stamp.at)
+    nearby = _Nearby.of(inventory, ledger, wanted.values(), grants.values(), stamp.at)
     for uid, parts in wanted.items():
         with _said(errors, every[uid]):
-            decision = _decide(call, ledger, every[uid], parts, beside)
+            decision = _decide(call, ledger, every[uid], parts, nearby)
             ledger, grants[uid] = decision.ledger, decision.grants
             changes += decision.changes
-            beside = beside.and_cpus(decision.grants)
+            nearby = nearby.and_cpus(decision.grants)
     return Batch(ledger=ledger, changes=tuple(changes), grants=grants, errors=errors)
 
 
@@ -276,7 +276,7 @@ class _Call:
 
 
 @dataclass(frozen=True, slots=True)
-class _Beside:
+class _Nearby:
     """What the CPUs of a pod should be close to."""
 
     devices: tuple[str, ...]
@@ -291,7 +291,7 @@ class _Beside:
         wanted: Iterable[Iterable[ClaimDemand]],
         held: Iterable[Iterable[Grant]],
         at: float,
-    ) -> _Beside:
+    ) -> _Nearby:
         """Return what all claims of the pod want or have, and what its containers were just granted.
 
         at: seconds since the epoch.
@@ -314,11 +314,11 @@ class _Beside:
         there = tuple(one for one in devices if one in inventory.device_by_id)
         return cls(there, given.cpus, tuple(sorted(nodes & inventory.node_by_id.keys()))).and_cpus(grants)
 
-    def and_cpus(self, grants: Iterable[Grant]) -> _Beside:
+    def and_cpus(self, grants: Iterable[Grant]) -> _Nearby:
         return replace(self, cpus=self.cpus | union(grant.cpus for grant in grants))
 
 
-def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDemand], beside: _Beside) -> Decision:
+def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDemand], nearby: _Nearby) -> Decision:
     """Grant everything that a claim wants, or raise Refused.
 
     What was allocated to it before under the same UID is released: the driver is not notified when an old allocation
@@ -328,7 +328,7 @@ def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDem
     ledger, made = before.ledger, dict[int, Grant]()
     for one in sorted(wanted, key=_first_fixed):
         with _placed(one.result):
-            new = _grant(call, ledger, claim, one, beside.and_cpus(made.values()))
+            new = _grant(call, ledger, claim, one, nearby.and_cpus(made.values()))
             ledger = ledger_of.grant(ledger, new)
         made[one.index] = new
     grants = tuple(made[one.index] for one in wanted)
@@ -341,7 +341,7 @@ def _first_fixed(one: ClaimDemand) -> tuple[bool, int, int]:
     return len(one.part.cpus) > 1, -one.cpus, one.index
 
 
-def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: _Beside) -> Grant:
+def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, nearby: _Nearby) -> Grant:
     """Return the grant for one result. Raise Refused with the holders if its pages, memory, CPUs or shares are gone."""
     grant = Grant(
         id=f"{claim.ref.uid}-{one.index}",
@@ -364,18 +364,18 @@ def _grant(call: _Call, ledger: Ledger, claim: Claim, one: ClaimDemand, beside: 
     if one.result.admin:
         return grant
     try:
-        grant = _holding(call.inventory, ledger, grant, one, beside)
+        grant = _holding(call.inventory, ledger, grant, one, nearby)
         _refuse_missing(call.inventory, ledger, one, grant)
     except Refused as refusal:
         raise _naming_holders(refusal, ledger, one.part) from None
     return grant
 
 
-def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDemand, beside: _Beside) -> Grant:
+def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDemand, nearby: _Nearby) -> Grant:
     """Return the grant with what it holds."""
     part = one.part
     if part.cpus:
-        return replace(grant, cpus=_cpus(inventory, ledger, one, beside))
+        return replace(grant, cpus=_cpus(inventory, ledger, one, nearby))
     if part.shares:
         return replace(grant, shares=(part.device,), things=things_of(inventory, [part.device]))
     if part.node is None:
@@ -394,7 +394,7 @@ def _own_id(claim: Claim, one: ClaimDemand) -> str:
     return f"{result.device}/{apart}" if apart else result.device
 
 
-def _cpus(inventory: Inventory, ledger: Ledger, one: ClaimDemand, beside: _Beside) -> CpuSet:
+def _cpus(inventory: Inventory, ledger: Ledger, one: ClaimDemand, nearby: _Nearby) -> CpuSet:
     """Return the best CPUs of a group."""
     if len(one.part.cpus) == 1:
         return one.part.cpus
@@ -402,9 +402,9 @@ def _cpus(inventory: Inventory, ledger: Ledger, one: ClaimDemand, beside: _Besid
     request = Request(
         cpus=one.cpus,
         within_cpus=one.part.cpus,
-        near=beside.devices,
-        near_cpus=beside.cpus & inventory.cpus_online,
-        near_nodes=beside.nodes,
+        near=nearby.devices,
+        near_cpus=nearby.cpus & inventory.cpus_online,
+        near_nodes=nearby.nodes,
         options=options,
         numa=numa,
     )

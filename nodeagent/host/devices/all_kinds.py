@@ -119,10 +119,12 @@ def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
     )
 
 
-def edits(kind: Kind, devices: Sequence[Device], beside: Sequence[Device] | None = None) -> ContainerEdits:
-    """Return what a container needs for some devices of one kind, in their order, each node once. beside: all devices
-    of the kind that the container gets, or None if these are all."""
-    every = devices if beside is None else beside
+def edits(kind: Kind, devices: Sequence[Device], same_request: Sequence[Device] | None = None) -> ContainerEdits:
+    """Return what a container needs for some devices of one kind, in their order, each node once.
+
+    same_request: all devices of the kind that the container gets, or None if these are all.
+    """
+    every = devices if same_request is None else same_request
     parts = [kind.edits(device, every) for device in devices]
     return ContainerEdits(
         env=MappingProxyType({name: value for part in parts for name, value in part.env.items()}),

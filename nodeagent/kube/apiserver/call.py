@@ -48,7 +48,7 @@ class ApiError(PeerError):
         self.lasting = status in _LASTING
 
 
-class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin anew, not a fault
+class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin again, not a fault
     """410 Gone: the server no longer has the requested revision."""
 
 

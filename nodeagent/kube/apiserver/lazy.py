@@ -87,7 +87,7 @@ class LazyApi:
             try:
                 await self._reached().warm()
             except PeerError:
-                rest_s = AWAY_S  # whoever needs the server says why it cannot be reached
+                rest_s = AWAY_S  # the caller that needs the server reports why it cannot be reached
             await asyncio.sleep(rest_s)
 
     async def close(self) -> None:

@@ -73,8 +73,10 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
     offer = next((one for one in dra.offers if _serves(one, device)), None)
     if offer is None:
         raise HostError(f"cannot hand over {device.id}: no configured resource serves it (or no longer does)")
-    beside = [found for one in same_request if (found := device_of(dra, inventory, one)) and found.kind == device.kind]
-    own = offer.device_edits(device, beside)
+    siblings = [
+        found for one in same_request if (found := device_of(dra, inventory, one)) and found.kind == device.kind
+    ]
+    own = offer.device_edits(device, siblings)
     if from_json(grant.settings).rdma is False:
         own = replace(own, device_nodes=tuple(n for n in own.device_nodes if "/infiniband/" not in n.host_path))
     return own

@@ -62,7 +62,7 @@ class NriHooks:
         self._table.tell_all(containers)
         await self._reconciler.enforce()
         await self._reconciler.prove(containers)
-        return self._reconciler.updates(anew=True)
+        return self._reconciler.updates(resend=True)
 
     async def create(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
         limits = PageLimits.COUNTED if self._kubelet_counts_claims() else PageLimits.ASKED

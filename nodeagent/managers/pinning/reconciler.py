@@ -399,12 +399,12 @@ class CgroupReconciler:
         pod = self.table.pods.get(entry.container.pod_uid, "")
         return self.enforcer is None or not pod or pod in self.errors
 
-    def updates(self, but: str = "", *, anew: bool = False) -> list[Update]:
+    def updates(self, but: str = "", *, resend: bool = False) -> list[Update]:
         """Return the changes for the runtime to make that it has not received yet.
 
-        `but` is the id of a container being created. `anew`: the runtime has lost what it received.
+        `but` is the id of a container being created. `resend`: the runtime has lost what it received.
         """
-        known = {} if anew else self._updates
+        known = {} if resend else self._updates
         entries = self.table.entries.items()
         named = [id for id, one in entries if one.container.name and id != but and self._helpless(one)]
         wanted = {id: (self.by_runtime(id), self.pin(id).mems) for id in named}

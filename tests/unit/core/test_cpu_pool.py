@@ -173,7 +173,7 @@ def test_whole_cores_are_counted_and_consumed_as_such() -> None:
 
 
 def test_where_cores_differ_the_step_is_the_largest_and_every_smaller_core_adds_to_it() -> None:
-    """2 performance cores of 2 threads beside 3 efficiency cores: 7 CPUs, of which any even number can be had."""
+    """2 performance cores of 2 threads alongside 3 efficiency cores: 7 CPUs, of which any even number can be had."""
     rows = [(0, 0, 0, 0, 0), (1, 0, 0, 0, 0), (2, 0, 0, 0, 1), (3, 0, 0, 0, 1), *((n, 0, 0, 0, n) for n in (4, 5, 6))]
     (device,) = pool_of(CpuPool(options=WHOLE), inventory_of(rows)).devices
     amount = device.capacity[CPUS]

@@ -155,7 +155,7 @@ def test_a_device_is_served_by_the_first_resource_that_matches() -> None:
 
 
 def test_a_whole_and_its_parts_consume_one_counter_set() -> None:
-    """Each part one, the whole all: no sum of two that exclude each other fits, and any parts beside each other do."""
+    """Each part one, the whole all: no sum of two that exclude each other fits, and any parts together do."""
     pool = pool_of(NICS, family())
     sets = {one.name: one.counters["parts"] for one in pool.counters}
     assert sets == {"pf": 3, "vf0": 1}
@@ -271,7 +271,7 @@ def test_without_consumable_capacity_each_share_is_a_device_and_as_many_can_be_h
 
 
 def test_what_is_published_of_a_device() -> None:
-    """Standard names beside our own; sizes are capacities, what comes and goes is not published."""
+    """Standard names alongside our own; sizes are capacities, what comes and goes is not published."""
     attributes = {"speed_mbps": 100000, "netdevs": "eth0", "mtu": 1500, "rdma": "mlx5_0", "memory_bytes": 1 << 30}
     one = device(
         "0000:41:00.0",
@@ -328,7 +328,7 @@ def test_what_the_server_would_not_take_is_left_out_and_the_rest_is_published() 
 
 @pytest.mark.parametrize("features", FORMS)
 def test_the_order_is_the_inventorys_and_the_same_twice(features: Features) -> None:
-    """Whatever is held; an inventory that is read anew gives an equal pool."""
+    """Whatever is held; an inventory that is read again gives an equal pool."""
     ledger = given_away("x", ledger=claimed("c", "vf1", devices=("vf1",)))
     first, again = (pool_of(NICS, family(), ledger, features=features) for _ in range(2))
     assert first == again

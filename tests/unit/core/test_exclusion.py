@@ -188,7 +188,7 @@ class Node:
 @settings(max_examples=500, deadline=None)
 @given(st.integers(0, 2**32))
 def test_no_thing_is_in_two_grants_whatever_comes_and_goes(seed: int) -> None:
-    """Over both APIs, over devices that leave the inventory while they are held and come back, and beside another
+    """Over both APIs, over devices that leave the inventory while they are held and come back, and alongside another
     device plugin."""
     node = Node(random.Random(seed))
     steps = [node.by_container] * 3 + [node.by_claim] * 2 + [node.give_back, node.lose]

@@ -47,7 +47,7 @@ def test_bad_evidence_counts_at_once_and_good_must_last(bad: str) -> None:
 
 
 def test_a_device_that_comes_and_goes_stays_unhealthy() -> None:
-    """Each fall begins the wait anew."""
+    """Each fall begins the wait again."""
     health = seen(NO_HEALTH, UNHEALTHY, 0)
     for now in range(0, 200, 20):
         health = seen(seen(health, HEALTHY, now), UNHEALTHY, now + 19)
@@ -82,7 +82,7 @@ def test_what_changes_nothing_returns_the_same_health() -> None:
 
 
 def test_a_device_that_is_gone_is_forgotten_with_its_evidence() -> None:
-    """When it comes back it is judged anew."""
+    """When it comes back it is judged again."""
     health = forget(seen(NO_HEALTH, UNHEALTHY, 0), ["d"])
     assert "d" not in health
     assert seen(health, HEALTHY, 1)["d"].state == HEALTHY

@@ -104,7 +104,7 @@ def test_what_a_claim_was_allocated_before_is_given_back_first() -> None:
 
 
 def test_memory_that_is_granted_does_not_become_pages() -> None:
-    """32 MiB beside 4 pages: room for 16 more, less what a claim holds."""
+    """32 MiB alongside 4 pages: room for 16 more, less what a claim holds."""
     held = prepare(machine(), NOBODY, catalog(), [wants("m", memory=24 * MIB)], stamp()).ledger
     assert lacking(wants("a", (0, 8)), ledger=held, memory_bytes=32 * MIB).growth == {(0, PAGE): 4}
     assert lacking(wants("a", (0, 9)), ledger=held, memory_bytes=32 * MIB).growth == {}

@@ -1,4 +1,4 @@
-"""The ledger: what may be held beside what, and that an old ledger stays as it was."""
+"""The ledger: what may be held alongside what, and that an old ledger stays as it was."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_nothing_is_said_on_a_node_that_does_not_count_claims(kind: PoolKind) ->
 
 
 def test_pages_that_kubelet_has_not_seen_are_not_counted_and_that_is_noted() -> None:
-    """The scheduler compares with what kubelet saw at its start: claims for the other pages would wait for ever."""
+    """The scheduler compares with what kubelet saw at its start: claims for the other pages would wait indefinitely."""
     books = replace(BOOKS, pages={PAGES_2M: 16 * 2 * MIB, PAGES_1G: 15 * GIB})
     pool = shown(PagePool(sizes=(2 * MIB, GIB)), books)
     assert pool.counted == {PAGES_2M}

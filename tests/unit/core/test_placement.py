@@ -1,4 +1,4 @@
-"""What place() promises beside its cost: refusals with true numbers, options, determinism, bounded work."""
+"""What place() promises alongside its cost: refusals with true numbers, options, determinism, bounded work."""
 
 from __future__ import annotations
 
@@ -324,8 +324,8 @@ def test_cpus_lie_near_devices_and_near_other_cpus() -> None:
         on = place(machine, EMPTY, Request(cpus=2, devices={"gpu": 1}, near_nodes=(node,)))
         assert {machine.cpu_by_id[one].numa_node for one in on.cpus} == {node}
         assert {machine.device_by_id[one].numa_node for one in on.devices} == {node}
-    beside = place(machine, EMPTY, Request(cpus=2, near_cpus=CpuSet([20])))
-    assert {machine.cpu_by_id[one].l3 for one in beside.cpus} == {machine.cpu_by_id[20].l3}
+    alongside = place(machine, EMPTY, Request(cpus=2, near_cpus=CpuSet([20])))
+    assert {machine.cpu_by_id[one].l3 for one in alongside.cpus} == {machine.cpu_by_id[20].l3}
     with pytest.raises(InputError, match="no such device"):
         place(machine, EMPTY, Request(cpus=1, near=("gpu9",)))
 

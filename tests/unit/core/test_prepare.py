@@ -145,7 +145,7 @@ def test_a_claim_gets_all_or_nothing_and_one_that_is_refused_harms_no_other() ->
 
 
 def test_the_same_claim_again_changes_nothing() -> None:
-    """Nor twice in one call, nor if what it holds is not served or not there any more."""
+    """Nor twice in one call, nor if what it holds is not served or not there any longer."""
     one = claim("c", cpus("socket0", 4), result("nic", "a"))
     batch = ask(one, one)
     again = ask(one, ledger=batch.ledger, at=2000)
@@ -201,22 +201,22 @@ def test_cpus_lie_in_the_group_that_the_scheduler_chose(group: str, name: str, w
 
 
 @pytest.mark.parametrize(
-    ("beside", "nodes"),
+    ("alongside", "nodes"),
     [([result("nic", "a")], {1}), ([pages(1, 1)], {1}), ([result("memory", "numa1", size=4096)], {1}), ([], {0})],
 )
 @pytest.mark.parametrize("apart", [False, True])
 def test_cpus_lie_near_the_devices_pages_and_memory_of_the_same_pod(
-    beside: list[Result], nodes: set[int], apart: bool
+    alongside: list[Result], nodes: set[int], apart: bool
 ) -> None:
     """Of the same claim, or of another of the same call that comes later, or that is granted already."""
-    if apart and beside:
-        other = claim("other", *beside)
+    if apart and alongside:
+        other = claim("other", *alongside)
         assert given(ask(claim("c", cpus("socket0", 2)), other), "c") == CpuSet([4, 5])
         assert given(ask(other, claim("c", cpus("socket0", 2)), ledger=ask(other).ledger), "other") == CpuSet()
         batch = ask(claim("c", cpus("socket0", 2)), other, ledger=ask(other).ledger)
         assert given(batch, "c") == CpuSet([4, 5])
         return
-    got = given(ask(claim("c", cpus("socket0", 2), *beside)), "c")
+    got = given(ask(claim("c", cpus("socket0", 2), *alongside)), "c")
     assert {cpu // 4 for cpu in got} == nodes
 
 
@@ -241,7 +241,7 @@ def test_what_leaves_no_choice_is_granted_first() -> None:
 
 
 def test_an_administrator_sees_a_device_without_holding_it() -> None:
-    """Beside its holder, shared or not, of CPUs too; and nothing is drawn near to it."""
+    """Alongside its holder, shared or not, of CPUs too; and nothing is drawn near to it."""
     ledger = ask(claim("holder", result("nic", "a"), cpus("socket0", 8))).ledger
     admin = claim(
         "c", result("nic", "a", admin=True), result("cpu", "socket0", admin=True), result("char", "dev-c", admin=True)

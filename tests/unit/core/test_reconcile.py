@@ -89,7 +89,7 @@ def test_an_init_container_is_not_taken_for_the_one_that_has_its_ids_now() -> No
 
 
 def test_a_list_with_the_grant_ends_its_absence() -> None:
-    """It starts anew with the next list without."""
+    """It starts again with the next list without."""
     ledger = ledger_of(held("g", "1"))
     assert found(ledger, listed("a", "1"), missing={"g": 1}).absences.memory.missing == {}
 

@@ -414,7 +414,7 @@ def test_an_invalid_partition_says_why(tmp_path: Path, text: str, partition: str
 
 
 def test_a_cgroup_that_is_gone_is_none(tmp_path: Path) -> None:
-    """Never there, no folder any more, and one whose files went while it was read."""
+    """Never there, no folder any longer, and one whose files went while it was read."""
     assert reader(tmp_path).read("c") is None
     (tmp_path / "file").write_text("")
     assert reader(tmp_path).read("file/c") is None
@@ -532,7 +532,7 @@ def test_what_cannot_be_written_to_is_said_and_never_made(tmp_path: Path) -> Non
 
 
 def test_a_limit_that_is_not_whole_pages_is_refused() -> None:
-    """The kernel would round it, and it would look like drift for ever."""
+    """The kernel would round it, and it would look like drift indefinitely."""
     for limit in (MIB2 + 1, -MIB2):
         with pytest.raises(InputError, match=f"2MB: {limit} bytes"):
             CgroupTarget(hugetlb={MIB2: limit})

@@ -65,7 +65,7 @@ def test_a_usb_stick_and_its_disk_are_one_thing(tree: DeviceTree) -> None:
 
 
 def test_what_leads_to_a_mounted_usb_stick_is_in_use(tree: DeviceTree) -> None:
-    """The stick as a USB device, its hub and the controller, but not what is plugged in beside it."""
+    """The stick as a USB device, its hub and the controller, but not what is plugged in alongside it."""
     stick(tree)
     tree.write("proc/1/mountinfo", "22 1 8:16 / / rw - ext4 /dev/sdb rw")
     assert offered(usb(tree)) == {"usb-1-1.2"}

@@ -20,8 +20,8 @@ NOT_IN_HWLOC = {
     # hwloc 2.9 skips domains beyond 16 bits unless it is built for them
     "2pa-pcidomain32bits": {"10000:00:00.0", "10000:00:04.0"},
 }
-"""Functions that the recorded listing leaves out, beside PCI-to-PCI bridges (class 0604), which are no PCI objects in
-hwloc. Its locality is the file local_cpus; none of the recorded runs had HWLOC_PCI_LOCALITY set."""
+"""Functions that the recorded listing leaves out, alongside PCI-to-PCI bridges (class 0604), which are no PCI objects
+in hwloc. Its locality is the file local_cpus; none of the recorded runs had HWLOC_PCI_LOCALITY set."""
 
 
 Tree = Callable[[str], Path]

@@ -76,7 +76,7 @@ def test_pods_have_what_is_in_effect_in_their_cgroup(tree: CgroupTree, root: str
 
 
 def test_cpus_that_are_let_through_to_partitions_are_had_by_pods(tree: CgroupTree) -> None:
-    """They are in effect below, and not in kubepods any more."""
+    """They are in effect below, and not in kubepods any longer."""
     tree.make(SYSTEMD, cpuset__cpus="2-9", cpuset__cpus__exclusive="4-5")
     (tree.mount / SYSTEMD / "cpuset.cpus.effective").write_text("2-3,6-9\n")
     assert found(tree) == (SYSTEMD, "2-9")

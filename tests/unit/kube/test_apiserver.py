@@ -738,7 +738,7 @@ async def test_the_name_in_the_servers_certificate_counts(tmp_path: Path) -> Non
 
 @needs_openssl
 async def test_authorities_are_loaded_once_until_their_file_is_replaced(tmp_path: Path) -> None:
-    """A connection that was opened with the old ones is not used any more."""
+    """A connection that was opened with the old ones is not used any longer."""
     async with FakeApiServer(tls=tmp_path) as server:
         found = access(server.kubeconfig(tmp_path))
         contexts, client, file = TlsContexts(found), ApiServer(found), tmp_path / "tls.crt"

@@ -101,7 +101,7 @@ async def test_thirty_two_claims_are_one_piece_of_work(version: Any, folder: Pat
 
 
 async def test_one_claim_that_fails_leaves_its_neighbours_prepared(folder: Path) -> None:
-    """Its error is its own; devices beside an error are not sent."""
+    """Its error is its own; devices alongside an error are not sent."""
     desk = Desk()
     desk.results["uid-1"] = Prepared(devices=(device("uid-1"),), error="cannot prepare claim default/claim-1: no")
     async with served(desk, folder) as client:
@@ -210,7 +210,7 @@ async def test_a_claim_that_stands_twice_is_asked_for_once(version: Any, folder:
 @both_versions
 @pytest.mark.parametrize("uid", ["", "../../etc/passwd", "a b", ".", "-x", "x" * 129, "ü"])
 async def test_a_uid_that_cannot_be_one_is_refused_for_itself(version: Any, uid: str, folder: Path) -> None:
-    """It reaches nobody; the claim beside it is served."""
+    """It reaches nobody; the claim alongside it is served."""
     desk, odd = Desk(), ClaimRef(namespace="default", name="odd", uid=uid)
     async with served(desk, folder, version) as client:
         answers = await client.prepare(odd, ref(1))

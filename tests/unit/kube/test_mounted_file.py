@@ -40,7 +40,7 @@ def test_a_state_file_that_was_replaced_says_nothing(replaced: Path, tmp_path: P
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path: Path) -> None:
-    """Another process writes it anew all the time."""
+    """Another process writes it again all the time."""
     path = tmp_path / "state"
     path.write_text("0")
     script = "import os, sys, pathlib\nwhile True:\n pathlib.Path('new').write_text('1')\n os.rename('new', 'state')"

@@ -226,7 +226,7 @@ async def test_the_driver_is_registered_beside_device_plugins(kubelet_dir: Path)
 
 
 async def test_kubelet_may_ask_what_it_is_while_everything_else_hangs(kubelet_dir: Path) -> None:
-    """GetInfo is a constant: 32 claims and the health of devices may wait for ever."""
+    """GetInfo is a constant: 32 claims and the health of devices may wait indefinitely."""
     desk, vitals = Desk(), Vitals(("gpu-0", HEALTHY))
     desk.free.clear()
     vitals.hangs = True

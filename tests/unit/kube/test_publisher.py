@@ -126,7 +126,7 @@ class Bench:
         }
 
     async def quiet(self) -> int:
-        """How many requests there were, once a change that is none has been seen: nobody asks any more."""
+        """How many requests there were, once a change that is none has been seen: nobody asks any longer."""
         seen = self.source.asked.value
         self.source.revision.bump()
         async with asyncio.timeout(DEADLINE_S):
@@ -140,7 +140,7 @@ def without_time(device: Object) -> Object:
 
 
 class Client(ApiServer):
-    """The real one; it counts how often the publisher begins anew."""
+    """The real one; it counts how often the publisher begins again."""
 
     tries: Revision
 
@@ -459,7 +459,7 @@ async def test_a_server_that_is_away_at_the_start_is_waited_for() -> None:
 
 
 async def test_a_forgotten_revision_is_no_failure() -> None:
-    """Told in the stream or refused: everything is listed anew, and changes are seen again."""
+    """Told in the stream or refused: everything is listed again, and changes are seen again."""
     async with bench(gpus(2)) as it:
         await it.until_right()
         await it.until_server(lambda: it.server.watching == 1)
@@ -623,7 +623,7 @@ async def test_a_pool_that_breaks_a_rule_is_kept_as_it_was_and_named() -> None:
 
 
 async def test_pools_that_cannot_be_formed_are_shown_and_tried_again() -> None:
-    """An unforeseen error ends no publication for ever."""
+    """An unforeseen error ends no publication indefinitely."""
     async with FakeApiServer() as server:
         server.add_node(NODE)
         source, broken = Source(gpus(2)), True

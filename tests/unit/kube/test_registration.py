@@ -157,7 +157,7 @@ async def test_a_registration_that_fails_five_times_succeeds_the_sixth(kubelet: 
 
 
 async def test_a_resource_that_always_fails_blocks_no_other(kubelet: FakeKubelet) -> None:
-    """One is refused for ever; the other is registered, and again after a restart."""
+    """One is refused indefinitely; the other is registered, and again after a restart."""
     kubelet.refuse(GPU)
     resources = [Shelf(GPU, 2), Shelf(CPU, 4)]
     async with kubelet, running(Registrar(resources, kubelet.plugins_folder, pace=QUICK)) as registrar:

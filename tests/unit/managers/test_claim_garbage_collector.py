@@ -95,7 +95,7 @@ def deallocated(look: Looking) -> None:
 
 
 async def test_a_claim_that_is_gone_is_not_forgotten_while_its_pod_runs(folder: Path) -> None:
-    """A pod deleted by force: neither the API server nor kubelet has it any more, its processes go on."""
+    """A pod deleted by force: neither the API server nor kubelet has it any longer, its processes go on."""
     async with looking(folder, "c") as look:
         gone(look)
         look.room.alive.add("pod-uid")

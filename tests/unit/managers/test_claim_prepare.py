@@ -116,7 +116,7 @@ async def test_what_is_unprepared_while_it_is_read_is_not_granted(folder: Path) 
 
 
 async def test_what_is_unprepared_while_it_is_decided_is_not_answered(folder: Path) -> None:
-    """Nobody is told to start containers with what is not held any more."""
+    """Nobody is told to start containers with what is not held any longer."""
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
         disk = held_up(room)

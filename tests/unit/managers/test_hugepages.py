@@ -205,7 +205,7 @@ async def test_a_claim_for_a_pool_that_may_not_grow_is_refused_with_its_numbers(
 
 
 async def test_pages_in_use_by_others_are_made_up_for(folder: Path) -> None:
-    """Known anew before the pool grows: 6 of 8 pages went to somebody since the last scan."""
+    """Known again before the pool grows: 6 of 8 pages went to somebody since the last scan."""
     async with page_room(folder) as room:
         room.kernel.use(POOL, 6)
         (answer,) = await room.prepare(room.claim("c", 10))
@@ -421,7 +421,7 @@ async def test_pages_of_a_claim_that_lives_stay(folder: Path) -> None:
         await room.room.unprepare(goes)
         for _ in range(3):
             await room.pages._growth.give_back()
-        assert room.total() == 24, "only when nothing of what was grown is granted any more"
+        assert room.total() == 24, "only when nothing of what was grown is granted any longer"
         await room.room.unprepare(stays)
         await room.pages._growth.give_back()
         assert room.total() == 8

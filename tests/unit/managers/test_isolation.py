@@ -213,7 +213,7 @@ async def test_one_looks_soon_after_other_cpus_became_exclusive(stand: Stand) ->
         await shown(stand, lambda shown: [one["comm"] for one in shown["threads"]] == ["three"])
         stand.revision.bump()
         await shown(stand, lambda _: stand.waits[-1] == stand.revision.value)
-        assert stand.waits.count(0) == 1, "nobody began to wait anew, after another look"
+        assert stand.waits.count(0) == 1, "nobody began to wait again, after another look"
         stand.hold("3-4")
         await shown(stand, lambda shown: shown["threads_total"] == 2)
         stand.irq(27, "3")

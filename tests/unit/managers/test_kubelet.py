@@ -217,7 +217,7 @@ def test_where_nothing_is_known_of_a_kubelet_nothing_is_assumed(node: Node) -> N
 
 
 def test_while_kubelet_is_away_the_flags_that_it_was_last_started_with_hold(node: Node) -> None:
-    """Its files are read anew all the same."""
+    """Its files are read again all the same."""
     file = put(node.root / "k.yaml", "cpuManagerPolicy: none\n")
     before = kubelet(node.root, node.dir, "--config=/k.yaml", "--reserved-cpus=3")
     seen = node.look().started

@@ -1,4 +1,4 @@
-"""Beside kubelet: what it reserves is never granted, and where the two disagree an admin can read it."""
+"""Alongside kubelet: what it reserves is never granted, and where the two disagree an admin can read it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Holder
 from nodeagent.errors import ConfigError
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers import kubelet_conflicts as beside
+from nodeagent.managers import kubelet_conflicts as alongside
 from nodeagent.managers.kubelet import Kubelet
 from nodeagent.managers.kubelet_conflicts import KubeletConflicts
 from tests.builders.inventories import even_rows, inventory_of
@@ -31,7 +31,7 @@ class Node:
     def __init__(self, folder: Path) -> None:
         self.root, self.dir = folder / "root", folder / "kubelet"
         self.dir.mkdir()
-        self.beside = KubeletConflicts(SysFs(self.root), self.dir)
+        self.alongside = KubeletConflicts(SysFs(self.root), self.dir)
 
     def starts(self, *flags: str, config: str = "", state: str = "") -> None:
         """A kubelet with a configuration file, and the state of its CPU manager."""
@@ -40,7 +40,7 @@ class Node:
         kubelet(self.root, self.dir, "--config=/k.yaml", *flags)
 
     def look(self, text: str = "{}") -> Kubelet:
-        return self.beside.look(parse(text, source="test"))
+        return self.alongside.look(parse(text, source="test"))
 
 
 @pytest.fixture
@@ -58,7 +58,7 @@ def static(shared: str) -> str:
 def test_a_cpu_reserved_in_a_drop_in_is_reserved(node: Node) -> None:
     put(node.root / "etc/kubelet.d/20-reserve.conf", 'reservedSystemCPUs: "0,8"\n')
     node.starts("--config-dir=/etc/kubelet.d", config="cpuManagerPolicy: none\n")
-    assert beside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
+    assert alongside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
 
 
 def test_cpus_that_the_machine_cannot_have_are_no_reservation(node: Node) -> None:
@@ -67,18 +67,18 @@ def test_cpus_that_the_machine_cannot_have_are_no_reservation(node: Node) -> Non
     with pytest.raises(
         ConfigError, match=r"^cannot reserve CPUs 300 of reservedCpus: this machine can have CPUs 0-31$"
     ):
-        beside.reserved_cpus(config, node.look(), INVENTORY)
+        alongside.reserved_cpus(config, node.look(), INVENTORY)
     online = INVENTORY.cpus_online
     without = replace(INVENTORY, cpus=INVENTORY.cpus[1:], cpus_online=online - CpuSet([0]), cpus_possible=online)
-    assert beside.reserved_cpus(parse("reservedCpus: '0'", source="test"), node.look(), without) == CpuSet([0])
+    assert alongside.reserved_cpus(parse("reservedCpus: '0'", source="test"), node.look(), without) == CpuSet([0])
 
 
 def test_what_the_admin_reserves_counts_more_than_kubelets_and_that_they_differ_is_reported(node: Node) -> None:
     node.starts("--reserved-cpus=0,8")
     config = parse("reservedCpus: '0-1'", source="test")
-    known = node.beside.look(config)
-    assert beside.reserved_cpus(config, known, INVENTORY) == CpuSet.parse("0-1")
-    assert node.beside.notes == [
+    known = node.alongside.look(config)
+    assert alongside.reserved_cpus(config, known, INVENTORY) == CpuSet.parse("0-1")
+    assert node.alongside.notes == [
         "kubelet reserves CPUs 0,8 (--reserved-cpus of kubelet (process 812)), reservedCpus says 0-1: CPUs 8 may be "
         "granted"
     ]
@@ -110,15 +110,15 @@ def test_contradictions_between_kubelets_configuration_and_the_agents(
     """Reserved CPUs, the control groups' root, and the node's name where claims need it."""
     node.starts(*flags)
     node.look(config)
-    assert len(node.beside.notes) == bool(notes)
+    assert len(node.alongside.notes) == bool(notes)
     for note in notes:
-        assert note in node.beside.notes[0]
+        assert note in node.alongside.notes[0]
 
 
 def test_a_state_of_another_policy_is_reported(node: Node) -> None:
     node.starts(config="cpuManagerPolicy: none\n", state=static("0-15"))
     node.look()
-    assert node.beside.notes == [
+    assert node.alongside.notes == [
         f"cpuManagerPolicy is none ({node.root}/k.yaml) and static in {node.dir}/cpu_manager_state: kubelet refuses to "
         "start with both"
     ]
@@ -149,27 +149,27 @@ def test_what_can_be_read_again_is_noticed(node: Node) -> None:
     """Without another start of kubelet."""
     node.starts(config="cpuManagerPolicy: none\n")
     node.look()
-    assert not node.beside.recovered(Config())
+    assert not node.alongside.recovered(Config())
     node.starts(config="cpuManagerPolicy: 1\n")
     node.look()
-    assert not node.beside.recovered(Config())
+    assert not node.alongside.recovered(Config())
     node.starts(config="cpuManagerPolicy: static\n")
-    assert node.beside.recovered(Config())
-    assert beside.confines_all(node.beside.kubelet)
+    assert node.alongside.recovered(Config())
+    assert alongside.confines_all(node.alongside.kubelet)
 
 
 def test_flags_are_remembered_while_kubelet_is_away(node: Node) -> None:
     node.starts("--reserved-cpus=0,8")
     node.look()
     ends(node.root / "proc/812")
-    assert beside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
-    assert node.beside.document()["pid"] == 812
+    assert alongside.reserved_cpus(Config(), node.look(), INVENTORY) == CpuSet.parse("0,8")
+    assert node.alongside.document()["pid"] == 812
 
 
 def test_the_status_shows_how_kubelet_is_configured(node: Node) -> None:
     node.starts("--reserved-cpus=0,8", config="maxPods: 7\nsystemReserved: {cpu: '1'}\n")
     node.look()
-    assert node.beside.document() == {
+    assert node.alongside.document() == {
         "pid": 812,
         "sources": [f"{node.root}/k.yaml", "--reserved-cpus"],
         "settings": {
@@ -199,7 +199,7 @@ def ledger(*grants: Grant) -> Ledger:
 def test_cpus_that_kubelets_static_manager_gives_to_all_containers_are_not_exclusive(node: Node) -> None:
     """With the pods and claims that had them; those that it has itself are its own affair."""
     node.starts(config="cpuManagerPolicy: static\n", state=static("0-15"))
-    assert beside.unprotected(node.look(), ledger(CLAIMED, MINE, KUBELETS)) == (
+    assert alongside.unprotected(node.look(), ledger(CLAIMED, MINE, KUBELETS)) == (
         f"CPUs 4-6 of claim default/c, default/a are not exclusive: kubelet's CPU manager is static "
         f"({node.root}/k.yaml) and confines all containers itself; set cpuManagerPolicy: none, or drain these pods"
     )
@@ -219,20 +219,20 @@ def test_cpus_that_kubelets_static_manager_gives_to_all_containers_are_not_exclu
 def test_only_cpus_on_which_kubelet_lets_others_run_are_hit(config: str, state: str, hit: str, node: Node) -> None:
     """It lets them run on reserved CPUs too; where nobody can tell, all are."""
     node.starts(config=config, state=state)
-    said = beside.unprotected(node.look(), ledger(MINE, CLAIMED))
+    said = alongside.unprotected(node.look(), ledger(MINE, CLAIMED))
     assert said.startswith(f"CPUs {hit} of " if hit else "")
     assert bool(said) == bool(hit)
 
 
 def test_without_grants_nothing_is_lost(node: Node) -> None:
     node.starts(config="cpuManagerPolicy: static\n")
-    assert beside.unprotected(node.look(), ledger(KUBELETS)) == ""
+    assert alongside.unprotected(node.look(), ledger(KUBELETS)) == ""
 
 
 def test_lost_exclusiveness_is_logged_when_it_changes(node: Node) -> None:
     def logged(*grants: Any) -> list[str]:
         with structlog.testing.capture_logs() as lines:
-            node.beside.watch(ledger(*grants))
+            node.alongside.watch(ledger(*grants))
         return [one["event"] for one in lines]
 
     node.starts(config="cpuManagerPolicy: static\n")

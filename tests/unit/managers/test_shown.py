@@ -35,7 +35,7 @@ def test_a_change_is_reported_only_when_kubelet_takes_longer_than_it_may() -> No
     clock.now_s += 0.1
     assert check.unshown == ["r/a"]
     check.compare({"r/a"}, set(), set(), {A})
-    assert check.differing == ["r/a"], "none is healthy any more, and kubelet shows one"
+    assert check.differing == ["r/a"], "none is healthy any longer, and kubelet shows one"
     check.compare({"r/b"}, set(), set(), {A})
     assert check.differing == [], "what is no longer served is not kubelet's to show"
 

@@ -438,7 +438,7 @@ async def test_a_runtime_may_come_late(folder: Path) -> None:
 
 
 async def test_a_runtime_restarted_thirty_times_is_always_connected_again(folder: Path) -> None:
-    """Each time everything is listed anew, and containers are asked about."""
+    """Each time everything is listed again, and containers are asked about."""
     desk, changes = Desk(), Changes()
     async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
         for times in range(30):

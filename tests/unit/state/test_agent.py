@@ -654,7 +654,7 @@ async def test_cpus_are_preferred_near_the_gpu_granted_a_moment_ago(folder: Path
 
 
 async def test_what_is_available_by_kubelets_word_is_preferred_whoever_held_it(folder: Path) -> None:
-    """Kubelet knows of the pod's end before the list does; an id that is none any more is left out."""
+    """Kubelet knows of the pod's end before the list does; an id that is none any longer is left out."""
     async with node(folder) as one:
         await one.grant(CPU, "cpu1", "cpu2")
         await one.reconcile(holding("a", CPU, "cpu1", "cpu2"))

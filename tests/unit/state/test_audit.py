@@ -122,7 +122,7 @@ async def test_a_refused_prepare_is_in_the_audit_with_its_pod_and_what_was_alloc
 
 
 def test_equal_refusals_are_counted_and_others_are_not(folder: Path) -> None:
-    """Also where the retries of two claims take turns; after an hour of silence an entry begins anew."""
+    """Also where the retries of two claims take turns; after an hour of silence an entry begins again."""
     other = replace(NEW, holder="claim default/d")
     with contextlib.closing(Store(folder)) as store:
         for second in range(5):

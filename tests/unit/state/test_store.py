@@ -57,7 +57,7 @@ def filled(folder: Path, count: int = 40) -> tuple[Grant, ...]:
 
 
 def reopened(folder: Path) -> tuple[str, tuple[Grant, ...]]:
-    """The note and the grants of a ledger opened anew, which must take another grant."""
+    """The note and the grants of a ledger opened again, which must take another grant."""
     with contextlib.closing(Store(folder)) as store:
         before = store.load()
         store.save(granted(999), op="again", at=1)
@@ -219,7 +219,7 @@ def write_lie(path: Path) -> None:
     ],
 )
 def test_what_cannot_be_a_ledger_is_moved_aside_and_named(put: Callable[[Path], None], why: str, folder: Path) -> None:
-    """And nothing of it is lost: it lies beside the new one."""
+    """And nothing of it is lost: it lies alongside the new one."""
     put(folder / FILE)
     note, found = reopened(folder)
     assert found == ()
@@ -313,7 +313,7 @@ def test_two_agents_agree_after_the_file_was_lost(folder: Path, first: str) -> N
 
 
 def test_two_agents_agree_after_the_file_was_damaged(folder: Path) -> None:
-    """One begins it anew with all that is held, and the other one goes on with that."""
+    """One begins it again with all that is held, and the other one goes on with that."""
     with contextlib.closing(Store(folder)) as old, contextlib.closing(Store(folder)) as new:
         old.save(granted(1), op="op", at=1)
         assert new.news([]) == (grant_of(1),)
@@ -442,7 +442,7 @@ def test_a_disk_that_is_full_at_the_start_is_said_and_moves_nothing_aside(folder
 
 
 def test_a_read_only_disk_is_said(folder: Path) -> None:
-    """Neither moved aside nor begun anew."""
+    """Neither moved aside nor begun again."""
     with mounted(folder, "size=1m"):
         before = filled(folder)
         subprocess.run(["mount", "-o", "remount,ro", folder], check=True)

@@ -2,8 +2,8 @@
 
     churn.py SECONDS PODS SEED    at least so long and at least so many pods; prints one object of JSON
 
-A pod has a container with one to three CPUs of its own, or none, or one beside another that has none. What is exclusive
-is told to the checker once the container has started, and taken back before it is stopped.
+A pod has a container with one to three CPUs of its own, or none, or one alongside another that has none. What is
+exclusive is told to the checker once the container has started, and taken back before it is stopped.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Churn:
         self.longest_s = max(self.longest_s, time.monotonic() - began)
 
     def _make(self, name: str, kind: str, count: int) -> None:
-        others: dict[str, Any] = {"beside": {}} if kind == "mixed" else {}
+        others: dict[str, Any] = {"alongside": {}} if kind == "mixed" else {}
         answer = ask_kubelet({"do": "admit", "name": name, "wants": {CPU: count} if count else {}, "others": others})
         if "error" in answer:
             raise RuntimeError(answer["error"])

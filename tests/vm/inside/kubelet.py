@@ -1,8 +1,8 @@
 """Runs in the guest: kubelet's side of the device-plugin API in /var/lib/kubelet, asked through a socket.
 
 A line of JSON in, one out: {"do": "state"}, {"do": "until", "resource": R, "has": [..], "lacks": [..], "limit_s": N},
-{"do": "admit", "name": N, "wants": {R: COUNT}}, {"do": "delete", "name": N}; "others" of admit: what containers beside
-"main" want, by name. Times are seconds of CLOCK_MONOTONIC, as in udev's own.
+{"do": "admit", "name": N, "wants": {R: COUNT}}, {"do": "delete", "name": N}; "others" of admit: what containers
+alongside "main" want, by name. Times are seconds of CLOCK_MONOTONIC, as in udev's own.
 """
 
 from __future__ import annotations

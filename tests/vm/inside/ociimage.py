@@ -21,7 +21,7 @@ def packed(files: dict[str, bytes], mode: int = 0o644) -> bytes:
 
 
 def image(busybox: bytes, name: str) -> bytes:
-    """Its default process waits for ever: it serves as a pod's sandbox too."""
+    """Its default process waits indefinitely: it serves as a pod's sandbox too."""
     layer = packed({"bin/busybox": busybox}, 0o755)
     digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
     config = {
