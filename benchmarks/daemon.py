@@ -30,7 +30,10 @@ def large_machine(folder: Path) -> Path:
     """256 CPUs on 8 NUMA nodes, and 64 accelerators."""
     tree = DeviceTree(machine(folder, "2s8n128c-smt"))
     for number in range(DEVICES):
-        tree.pci(f"0000:{number + 1:02x}:00.0", pci_class="120000", numa_node=number % 8)
+        address, name = f"0000:{number + 1:02x}:00.0", f"accel{number}"
+        tree.pci(address, pci_class="120000", numa_node=number % 8)
+        tree.member("accel", name, tree.folders[address] / "accel" / name, {})
+        tree.node(f"/dev/accel/{name}")
     return tree.root
 
 

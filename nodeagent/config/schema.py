@@ -123,6 +123,9 @@ class DraConfig(_Base, frozen=True):
     node_allocatable: Literal["auto", "off"] = "auto"
     """Whether slices say what claims take of the Node's resources, so that the scheduler counts it: auto: if the Node
     declares DRANodeAllocatableResources and the API server keeps it."""
+    binding_conditions: bool = False
+    """Whether the scheduler waits until the agent has granted a claim before it binds the pod, for kinds that are also
+    served through the device plugin (DRADeviceBindingConditions). Needs the right to list and watch ResourceClaims."""
 
 
 class KubeletConfigConfig(_Base, frozen=True):

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import msgspec
 
+from nodeagent.core.dra.pool import READY_CONDITION, REFUSED_CONDITION
 from nodeagent.core.model.claim import Claim, ClaimRef, Opaque, Result
 from nodeagent.core.model.quantity import parse_quantity
 from nodeagent.errors import InputError
@@ -77,6 +79,78 @@ class _Status(_Camel, frozen=True):
 class _ResourceClaim(_Camel, frozen=True):
     metadata: _Meta
     status: _Status | None = None
+
+
+class _Condition(_Camel, frozen=True):
+    type: str
+    status: str = ""
+
+
+class _Device(_Camel, frozen=True):
+    """A device of an allocation, or of status.devices."""
+
+    driver: str
+    pool: str
+    device: str
+    share_id: str | None = msgspec.field(name="shareID", default=None)
+    binding_conditions: tuple[str, ...] | None = None
+    conditions: tuple[_Condition, ...] | None = None
+
+    @property
+    def key(self) -> tuple[str, ...]:
+        return self.driver, self.pool, self.device, self.share_id or ""
+
+    @property
+    def decided(self) -> bool:
+        """Return whether its status is final for the scheduler."""
+        final = (READY_CONDITION, REFUSED_CONDITION)
+        return any(one.type in final and one.status == "True" for one in self.conditions or ())
+
+
+class _AllocatedDevices(_Camel, frozen=True):
+    results: tuple[_Device, ...] | None = None
+
+
+class _Allocated(_Camel, frozen=True):
+    devices: _AllocatedDevices = _AllocatedDevices()
+
+
+class _AllocationStatus(_Camel, frozen=True):
+    allocation: _Allocated | None = None
+    devices: tuple[_Device, ...] | None = None
+
+
+class _AllocatedClaim(_Camel, frozen=True):
+    metadata: _Meta
+    status: _AllocationStatus | None = None
+
+
+class Allocated(NamedTuple):
+    """Where a claim stands while its pod is being scheduled."""
+
+    ref: ClaimRef
+    here: bool
+    """Whether a device of this driver on this node is allocated to it."""
+    awaited: bool
+    """Whether the scheduler waits for a condition of such a device."""
+
+
+def read_allocated(document: Mapping[str, Any], driver: str, node_name: str) -> Allocated:
+    """Return where the claim in a decoded JSON document stands. Raise InputError with the field and what was
+    expected."""
+    try:
+        found = msgspec.convert(document, _AllocatedClaim)
+    except msgspec.ValidationError as error:
+        raise InputError(f"it cannot be read: {error}") from None
+    status = found.status or _AllocationStatus()
+    results = status.allocation.devices.results or () if status.allocation is not None else ()
+    mine = [one for one in results if one.driver == driver and one.pool.startswith(f"{node_name}/")]
+    decided = {one.key for one in status.devices or () if one.decided}
+    return Allocated(
+        ref=ClaimRef(namespace=found.metadata.namespace, name=found.metadata.name, uid=found.metadata.uid),
+        here=bool(mine),
+        awaited=any(one.binding_conditions and one.key not in decided for one in mine),
+    )
 
 
 def read(document: Mapping[str, Any], driver: str) -> Claim:
@@ -152,20 +226,29 @@ def device_status(ref: ClaimRef, devices: Iterable[Mapping[str, Any]]) -> dict[s
     }
 
 
-def one_status(result: Result, *, ready: bool, reason: str, message: str, at: str, data: Mapping[str, Any]) -> Any:
-    """Return the AllocatedDeviceStatus of one device, with `at` in RFC 3339 as the condition's transition time."""
-    condition = {
-        "type": "Ready",
-        "status": "True" if ready else "False",
-        "reason": reason,
-        "message": message[:32768],
-        "lastTransitionTime": at,
-    }
+def one_status(
+    result: Result,
+    *,
+    ready: bool,
+    reason: str,
+    message: str,
+    at: str,
+    data: Mapping[str, Any] = MappingProxyType({}),
+    refused: bool = False,
+) -> Any:
+    """Return the AllocatedDeviceStatus of one device, with `at` in RFC 3339 as the conditions' transition time.
+
+    refused: have the scheduler, which waits for the condition Ready, allocate another device.
+    """
+    shared = {"reason": reason, "message": message[:32768], "lastTransitionTime": at}
+    conditions = [{"type": READY_CONDITION, "status": "True" if ready else "False", **shared}]
+    if refused:
+        conditions.append({"type": REFUSED_CONDITION, "status": "True", **shared})
     found: dict[str, Any] = {
         "driver": result.driver,
         "pool": result.pool,
         "device": result.device,
-        "conditions": [condition],
+        "conditions": conditions,
         **data,
     }
     return {**found, "shareID": result.share_id} if result.share_id else found

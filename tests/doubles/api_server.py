@@ -41,7 +41,7 @@ SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "pods",
 )
 
-CONSUMABLE, COUNTERS, TAINTS = "consumable", "counters", "taints"
+CONSUMABLE, COUNTERS, TAINTS, CONDITIONS = "consumable", "counters", "taints", "conditions"
 """What `dropped_fields` may hold: the fields that an older server, or one without the feature, drops without a word."""
 
 _KINDS = {
@@ -920,6 +920,8 @@ def _drop(device: apirules.Device, features: set[str]) -> None:
         device.allow_multiple_allocations = None
         for capacity in (device.capacity or {}).values():
             capacity.request_policy = None
+    if CONDITIONS in features:
+        device.binding_conditions = device.binding_failure_conditions = None
 
 
 def _selectors(seen: Seen) -> dict[str, str]:

@@ -17,6 +17,8 @@ Value = str | int | bool
 """Value of an attribute. A bool stays a bool and is never 0 or 1."""
 
 NO_SCHEDULE, NO_EXECUTE = "NoSchedule", "NoExecute"
+READY_CONDITION, REFUSED_CONDITION = "Ready", "nodeagent.dev/Refused"
+"""Conditions of a device in a claim's status: the claim is prepared; the device cannot be granted to it."""
 UNHEALTHY_TAINT, HELD_TAINT = "nodeagent.dev/unhealthy", "nodeagent.dev/held-by-device-plugin"
 
 
@@ -115,6 +117,8 @@ class Pool:
     counters: tuple[CounterSet, ...] = ()
     counted: frozenset[str] = frozenset()
     """Resources of the Node against which the scheduler counts what claims take."""
+    conditional: bool = False
+    """Whether a pod is bound only after its claim has been granted what the scheduler allocated (bindingConditions)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +136,8 @@ class Features:
     """taints (DRADeviceTaints)."""
     allocatable: bool = True
     """nodeAllocatableResources (DRANodeAllocatableResources)."""
+    conditions: bool = True
+    """bindingConditions (DRADeviceBindingConditions)."""
 
     def __and__(self, other: Features) -> Features:
         return Features(**{name: getattr(self, name) and getattr(other, name) for name in FEATURES})

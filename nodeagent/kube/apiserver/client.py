@@ -120,14 +120,24 @@ class ApiServer:
         """Return all matching objects, fetched page by page. Raise ApiError, or Expired if the continue token expires
         between pages."""
         items: list[dict[str, Any]] = []
+        revision = ""
+        async for page in self.pages(resource, namespace=namespace, fields=fields):
+            items += page.items
+            revision = page.revision
+        return ObjectList(tuple(items), revision)
+
+    async def pages(
+        self, resource: ApiResource, *, namespace: str = "", fields: Mapping[str, str] = _NO_FIELDS
+    ) -> AsyncGenerator[ObjectList, None]:
+        """Yield all matching objects page by page, the same revision with each. Raise as list()."""
         query = {"limit": str(PAGE), **_selecting(fields)}
         while True:
             target = f"{resource.path(namespace)}?{urlencode(query)}"
             ask = Ask("GET", target, f"list {resource.shown(namespace)}")
             page = await self._object(ask, f"{resource.kind}List")
-            items += self._items(ask, page)
+            yield ObjectList(tuple(self._items(ask, page)), self._revision(ask, page))
             if not (more := page["metadata"].get("continue")):
-                return ObjectList(tuple(items), self._revision(ask, page))
+                return
             query["continue"] = str(more)
 
     async def create(self, resource: ApiResource, body: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,6 +54,18 @@ class LazyApi:
         listing = await self._reached().list(SLICES, fields={"spec.nodeName": node})
         return listing.items
 
+    def claims(self) -> AsyncIterator[Any]:
+        """Return all claims of the cluster, page by page."""
+        from nodeagent.kube.apiserver.client import CLAIMS
+
+        return self._reached().pages(CLAIMS)
+
+    def watch_claims(self, revision: str) -> AsyncIterator[Any]:
+        """Return the changes of all claims of the cluster since a revision."""
+        from nodeagent.kube.apiserver.client import CLAIMS
+
+        return self._reached().watch(CLAIMS, revision=revision)
+
     async def claim(self, ref: ClaimRef) -> Mapping[str, Any] | None:
         """Return the claim of that name, or None if there is none."""
         from nodeagent.kube.apiserver.client import CLAIMS

@@ -117,7 +117,7 @@ class PoolLane:
         """Return the devices already checked: the identical objects with the same counters, which is most of a large
         pool."""
         before = self._given[0] if self._given is not None and self._given[1] == owner else Pool(kind="")
-        if (before.kind, before.counters, before.counted) != (pool.kind, pool.counters, pool.counted):
+        if replace(before, devices=()) != replace(pool, devices=()):
             return frozenset()
         checked, bad = {id(one) for one in before.devices}, {one.device for one in self.broken}
         return frozenset(one.name for one in pool.devices if id(one) in checked and one.name not in bad)

@@ -11,13 +11,24 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
-from nodeagent.core.dra.pool import Capacity, CounterSet, Features, NodeCost, Pool, PoolDevice, Taint, Value
+from nodeagent.core.dra.pool import (
+    READY_CONDITION,
+    REFUSED_CONDITION,
+    Capacity,
+    CounterSet,
+    Features,
+    NodeCost,
+    Pool,
+    PoolDevice,
+    Taint,
+    Value,
+)
 from nodeagent.kube.resourceslice.taint_times import TaintTimes, add_taint_times, taint_times
 
 Object = dict[str, Any]
@@ -46,6 +57,8 @@ _QUANTITY_FIELDS = frozenset({"value", "default", "min", "max", "step", "validVa
 }
 ALLOCATABLE = "nodeAllocatableResources"
 """The field of a device that says what an allocation takes of the Node's resources."""
+CONDITIONS = "bindingConditions"
+"""The field of a device that says for which conditions of its status the scheduler waits before it binds a pod."""
 NO_TIMES: TaintTimes = MappingProxyType({})
 T = TypeVar("T")
 
@@ -87,7 +100,7 @@ def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
         for index, chunk in enumerate(_chunks(pool.counters, COUNTER_SETS_A_SLICE))
     ]
     parts += [
-        (f"{index:04d}", {"devices": [_device(one, pool.counted) for one in chunk]})
+        (f"{index:04d}", {"devices": [_device(one, pool) for one in chunk]})
         for index, chunk in enumerate(_chunks(pool.devices, DEVICES_A_SLICE))
     ]
     place = {"name": pool_name(owner, pool.kind), "generation": generation, "resourceSliceCount": len(parts)}
@@ -154,6 +167,7 @@ def lost_features(sent: Object, stored: Object) -> Features:
         and not _lacks(sent["spec"], stored["spec"], "sharedCounters"),
         taints=not any(_lacks(a, b, "taints") for a, b in pairs),
         allocatable=not any(_lacks(a, b, ALLOCATABLE) for a, b in pairs),
+        conditions=not any(_lacks(a, b, CONDITIONS) for a, b in pairs),
     )
 
 
@@ -169,6 +183,7 @@ def seen_features(stored: Iterable[Object]) -> Features:
         counters=any(one.get("consumesCounters") for one in devices) or any(one.get("sharedCounters") for one in specs),
         taints=any(one.get("taints") for one in devices),
         allocatable=any(map(counts, stored)),
+        conditions=any(one.get(CONDITIONS) for one in devices),
     )
 
 
@@ -221,7 +236,7 @@ def _counters(counters: Mapping[str, int]) -> Object:
     return {name: {"value": str(value)} for name, value in counters.items()}
 
 
-def _device(device: PoolDevice, counted: Collection[str]) -> Object:
+def _device(device: PoolDevice, pool: Pool) -> Object:
     written: Object = {"name": device.name}
     if device.attributes:
         written["attributes"] = {name: attribute(value) for name, value in device.attributes.items()}
@@ -235,8 +250,10 @@ def _device(device: PoolDevice, counted: Collection[str]) -> Object:
         ]
     if device.taints:
         written["taints"] = [_taint(one) for one in device.taints]
-    if costs := {name: _cost(one) for name, one in device.costs.items() if name in counted}:
+    if costs := {name: _cost(one) for name, one in device.costs.items() if name in pool.counted}:
         written[ALLOCATABLE] = costs
+    if pool.conditional:
+        written |= {CONDITIONS: [READY_CONDITION], "bindingFailureConditions": [REFUSED_CONDITION]}
     return written
 
 

@@ -6,6 +6,7 @@ Each loop runs until cancelled; nothing here makes kubelet wait.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ MOST_WAITING = 1000
 """Maximum number of claims whose status is waiting to be written."""
 NOT_ALLOWED_S = 600.0
 """How long no status is written after the API server has forbidden it."""
+NOT_PREPARED = "NotPrepared"
+"""Reason of a condition."""
 log = structlog.get_logger()
 
 
@@ -81,11 +84,19 @@ class ClaimGarbageCollector:
         self._driver = driver
         self._clock = clock
         self._gone_since: dict[str, float] = {}
+        self._hinted = asyncio.Event()
+
+    def hint(self) -> None:
+        """Look soon: a claim is probably gone."""
+        self._hinted.set()
 
     async def follow(self) -> None:
         while True:
             await self.look()
-            await asyncio.sleep(SECOND_LOOK_S if self._gone_since else LOOK_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SECOND_LOOK_S if self._gone_since else LOOK_S):
+                    await self._hinted.wait()
+            self._hinted.clear()
 
     async def look(self) -> tuple[Grant, ...]:
         """Look once and return what was released. If the API server or kubelet does not answer, claims whose check
@@ -166,13 +177,22 @@ class StatusWriter:
 
     def told(self, ref: ClaimRef, grants: Sequence[Grant], error: str) -> None:
         """Queue the status, unless it equals the one written last."""
-        devices = [self._device(grant, grant.result, error) for grant in grants if grant.result is not None]
+        devices = self._devices(grants, error)
         self._waiting.pop(ref.uid, None)
         full, silent = len(self._waiting) >= MOST_WAITING, time.monotonic() < self._not_before_s
         if not devices or self._written.get(ref.uid) == devices or full or silent:
             return
         self._waiting[ref.uid] = ref, devices
         self._news.set()
+
+    async def answer(self, claim: Claim, grants: Sequence[Grant], error: str) -> None:
+        """Write the result of preparing a claim for which the scheduler waits, `error` if it cannot be prepared. Raise
+        PeerError."""
+        mine = [one for one in claim.results if one.driver == self._driver]
+        devices = [self._refused(one, error) for one in mine] if error else self._devices(grants, "")
+        await self._tell(claim.ref, wire.device_status(claim.ref, devices), self._driver)
+        self._written[claim.ref.uid] = devices
+        self._forget_oldest()
 
     async def follow(self) -> None:
         while True:
@@ -201,9 +221,20 @@ class StatusWriter:
         while len(self._written) > MOST_WAITING:
             del self._written[next(iter(self._written))]
 
+    def _devices(self, grants: Sequence[Grant], error: str) -> list[Any]:
+        return [self._device(grant, grant.result, error) for grant in grants if grant.result is not None]
+
+    def _refused(self, result: Result, error: str) -> Any:
+        at = _rfc3339(time.time())
+        return wire.one_status(result, ready=False, reason=NOT_PREPARED, message=error, at=at, refused=True)
+
     def _device(self, grant: Grant, result: Result, error: str) -> Any:
-        at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(grant.granted_at))
-        reason, message = ("NotPrepared", error) if error else ("Prepared", describe(grant))
+        at = _rfc3339(grant.granted_at)
+        reason, message = (NOT_PREPARED, error) if error else ("Prepared", describe(grant))
         network = network_data(self._inventory(), grant)
         data = {"networkData": network} if network else {}
         return wire.one_status(result, ready=not error, reason=reason, message=message, at=at, data=data)
+
+
+def _rfc3339(at_unix_s: float) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at_unix_s))

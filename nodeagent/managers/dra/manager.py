@@ -41,6 +41,7 @@ from nodeagent.kube.kubelet.plugin_sockets import other_instance_serves, plugin_
 from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.resourceslice.pool_writer import PUBLISHED, PublishPace
 from nodeagent.kube.resourceslice.publisher import Publisher
+from nodeagent.managers.dra.claim_binding import ClaimBinder
 from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
 from nodeagent.managers.dra.cpu_requests import CpuRequests
 from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
@@ -53,6 +54,7 @@ from nodeagent.state.agent import Agent
 
 CLAIMS = "claims"
 """In the runtime folder: what containers may read about their claims."""
+_NONE: frozenset[str] = frozenset()
 LINGER_S = 2.0
 """How long kubelet is still answered after the last claim is gone and nothing is served any longer."""
 log = structlog.get_logger()
@@ -72,11 +74,19 @@ def check(config: Config, kubelet_dir: Path) -> None:
 class Pools:
     """The current pools, computed once per state of inventory, ledger, health, served kinds and the Node."""
 
-    def __init__(self, agent: Agent, dra: Callable[[], Dra], books: Callable[[], NodeBooks] = lambda: NO_BOOKS) -> None:
+    def __init__(
+        self,
+        agent: Agent,
+        dra: Callable[[], Dra],
+        books: Callable[[], NodeBooks] = lambda: NO_BOOKS,
+        conditional: Callable[[], frozenset[str]] = frozenset,
+    ) -> None:
+        """Store the sources. `conditional` returns the kinds whose claims are granted before their pods are bound."""
         self._agent = agent
         self._dra = dra
         self._books = books
-        self._now: tuple[object, ...] = (None,) * 5
+        self._conditional = conditional
+        self._now: tuple[object, ...] = (None,) * 6
         self._form: Features | None = None
         self._pools: tuple[Pool, ...] = ()
         """Computed from _now, in the form _form."""
@@ -98,13 +108,12 @@ class Pools:
     def _of(self, features: Features) -> tuple[Pool, ...]:
         agent, every = self._agent, self._dra().catalog.kinds
         books = self._books() if features.allocatable else NO_BOOKS
-        now = (agent.inventory, agent.ledger, agent.health, every, books)
+        conditional = self._conditional() if features.conditions else _NONE
+        now = (agent.inventory, agent.ledger, agent.health, every, books, conditional)
         if features != self._form or any(a is not b for a, b in zip(self._now, now, strict=True)):
             self._now, self._form = now, features
-            self._pools = tuple(
-                counted(one.pool(agent.inventory, agent.ledger, agent.health, features), books)
-                for one in every.values()
-            )
+            pools = (one.pool(agent.inventory, agent.ledger, agent.health, features) for one in every.values())
+            self._pools = tuple(replace(counted(one, books), conditional=one.kind in conditional) for one in pools)
         return self._pools
 
 
@@ -196,7 +205,7 @@ class DraManager(Manager):
         self._cdi_dir = Path(config.dra.cdi_dir)
         self.api = LazyApi(config.dra.kubeconfig)
         self._node = NodeWatch(self.api, self._node_name, self._revision.bump)
-        self.pools = Pools(agent, self.dra, self._books)
+        self.pools = Pools(agent, self.dra, self._books, self._conditional)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
         self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
@@ -212,6 +221,7 @@ class DraManager(Manager):
         self._health = DraHealth(agent, self.dra, self.pools, self._revision)
         self.plugin: DraPlugin | None = None
         self.publisher: Publisher | None = None
+        self.binder: ClaimBinder | None = None
 
     def dra(self) -> Dra:
         """Return what is currently served."""
@@ -225,6 +235,10 @@ class DraManager(Manager):
     def _books(self) -> NodeBooks:
         """Return what is known of the scheduler's books, as far as claims shall be counted there."""
         return self._node.books if self._counts() else NO_BOOKS
+
+    def _conditional(self) -> frozenset[str]:
+        """Return the kinds whose claims are granted before their pods are bound."""
+        return self._dra.conditional if self.binder is not None and self.binder.able else _NONE
 
     def _counts(self) -> bool:
         return self.config.dra.node_allocatable == "auto"
@@ -273,7 +287,18 @@ class DraManager(Manager):
         """Return what of the claims the scheduler does not count although it could, whose pods ask for no CPUs, and the
         keys of the configuration that no device of this machine has."""
         left_out = uncounted(self.pools.last(), self._books()) if self._dra.served else []
-        return [*left_out, *self._cpu_requests.notes(), *misspelt(self._dra.offers, self._agent.inventory)]
+        return [
+            *left_out,
+            *self._not_bound(),
+            *self._cpu_requests.notes(),
+            *misspelt(self._dra.offers, self._agent.inventory),
+        ]
+
+    def _not_bound(self) -> list[str]:
+        """Return why claims are not granted before their pods are bound although they shall be."""
+        if not self._dra.conditional or self.binder is None or not self.binder.reason:
+            return []
+        return [f"dra.bindingConditions has no effect at present: {self.binder.reason}"]
 
     def not_ready(self) -> list[str]:
         """Return why pods cannot be scheduled here or have claims prepared, one sentence each."""
@@ -346,6 +371,16 @@ class DraManager(Manager):
             pace=PublishPace(start_jitter_s=self.config.dra.spread_seconds),
         )
         forgotten = ClaimGarbageCollector(self._agent, self.api.claim, self._pods.claims, driver)
+        self.binder = binder = ClaimBinder(
+            self.api,
+            self._agent,
+            self._claims,
+            self._status.answer,
+            driver,
+            node,
+            changed=self._revision.bump,
+            gone=forgotten.hint,
+        )
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(supervise("slices", self.publisher.run))
@@ -355,11 +390,18 @@ class DraManager(Manager):
                 tasks.create_task(supervise("forgotten claims", forgotten.follow))
                 tasks.create_task(supervise("claim status", self._status.follow))
                 tasks.create_task(supervise("node", self._follow_node))
+                tasks.create_task(supervise("allocated claims", lambda: self._bind_claims(binder)))
         finally:
             # During a rolling upgrade the other instance continues with the same slices.
             if not other_instance_serves(self._kubelet_dir, driver, self._sockets):
                 await self.publisher.withdraw()
-            self.publisher = None
+            self.publisher = self.binder = None
+
+    async def _bind_claims(self, binder: ClaimBinder) -> None:
+        """Follow the claims of the cluster as long as some are to be granted before their pods are bound."""
+        while True:
+            await self._until(lambda: bool(self._dra.conditional))
+            await race(binder.follow(), self._until(lambda: not self._dra.conditional))
 
     async def _follow_node(self) -> None:
         """Follow the Node as long as claims are to be counted."""
