@@ -131,7 +131,8 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
         except InputError as error:
             key = f"{where}.options{_first_unknown(one.options)}"
             raise ConfigError(f"cannot serve {name}: {error}", key=key) from None
-        return Offer(config=one, resource=CpuResource(name=name, options=options, numa=one.numa))
+        claimed = any(other.kind == CPU for other in config.served_by_dra)
+        return Offer(config=one, resource=CpuResource(name=name, options=options, numa=one.numa, claimed=claimed))
     if one.kind == HUGEPAGES:
         size = parse_size(one.page_size)
         return Offer(

@@ -19,7 +19,7 @@ from nodeagent.core.model.device import Advertised
 from nodeagent.core.model.health import Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
-from nodeagent.core.model.request import BEST_EFFORT, Pages, Request
+from nodeagent.core.model.request import BEST_EFFORT, Pages, Placement, Request
 from nodeagent.core.model.topology import HugepagePool, NodeId
 from nodeagent.core.placement.index import machine_of
 from nodeagent.core.placement.place import place
@@ -82,6 +82,8 @@ class CpuResource:
     kind: str = "cpu"
     options: frozenset[str] = frozenset()
     numa: str = BEST_EFFORT
+    claimed: bool = False
+    """Whether claims are granted CPUs too. The scheduler allocates them from the first group that has enough."""
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {number for (resource, one) in ledger.by_id if resource == self.name for number in _cpu_numbers(one)}
@@ -113,11 +115,12 @@ class CpuResource:
     def prefer(
         self, inventory: Inventory, ledger: Ledger, available: Sequence[str], must: Sequence[str], size: int, near: Near
     ) -> list[str]:
+        free = CpuSet(number for one in available for number in _cpu_numbers(one)) & inventory.cpus_online
         request = Request(
             cpus=size,
             options=self.options,
             numa=self.numa,
-            within_cpus=CpuSet(number for one in available for number in _cpu_numbers(one)) & inventory.cpus_online,
+            within_cpus=free,
             must_cpus=self.parts(inventory, must).cpus,
             near=near.devices,
             near_cpus=near.cpus,
@@ -127,8 +130,27 @@ class CpuResource:
             found = place(inventory, ledger, request)
         except Refused:
             # Kubelet fails the pod on an error, and has already decided: scattered CPUs are better than none.
-            found = place(inventory, ledger, replace(request, options=frozenset(), numa=BEST_EFFORT))
+            request = replace(request, options=frozenset(), numa=BEST_EFFORT)
+            found = place(inventory, ledger, request)
+        if self.claimed:
+            found = _from_the_end(inventory, ledger, request, free, found)
         return [f"cpu{one}" for one in found.cpus]
+
+
+def _from_the_end(inventory: Inventory, ledger: Ledger, request: Request, free: CpuSet, first: Placement) -> Placement:
+    """Return an equally good placement on the last NUMA node that has one, or the first placement if there is none: so
+    that a container takes what the scheduler, which may not know of it yet, would allocate to a claim last."""
+    for node in reversed(inventory.numa_nodes):
+        within = free & node.cpus
+        if len(within) < request.cpus or not request.must_cpus <= within:
+            continue
+        try:
+            found = place(inventory, ledger, replace(request, within_cpus=within))
+        except Refused:
+            continue
+        if found.cost[:-1] == first.cost[:-1]:  # all but the CPUs' numbers
+            return found
+    return first
 
 
 def _cpu_numbers(one: str) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ from nodeagent.core.model.device import NODE_KINDS, Advertised, Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence, Health, observe
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.request import Pages
+from nodeagent.core.model.request import Pages, Request
+from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 from tests.builders.inventories import even_rows, inventory_of
 
@@ -117,6 +118,34 @@ def test_preference_is_exact_placement_among_what_is_available() -> None:
     assert CPUS.prefer(machine(), NOBODY, available, [], 1, Near(cpus=CpuSet([7]))) == ["cpu4"]
     with pytest.raises(Refused):
         CPUS.prefer(machine(), NOBODY, available, [], 6, Near())
+
+
+def test_a_container_takes_what_a_claim_would_be_allocated_last() -> None:
+    """Of equally good nodes the last one; a better node all the same, and what must be included."""
+    both, every = replace(CPUS, claimed=True), [f"cpu{n}" for n in range(8)]
+    assert CPUS.prefer(machine(), NOBODY, every, [], 2, Near()) == ["cpu0", "cpu1"]
+    assert both.prefer(machine(), NOBODY, every, [], 2, Near()) == ["cpu4", "cpu5"]
+    assert both.prefer(machine(), NOBODY, every, ["cpu0"], 2, Near()) == ["cpu0", "cpu1"]
+    assert both.prefer(machine(), NOBODY, every, [], 2, Near(cpus=CpuSet([1]))) == ["cpu0", "cpu1"]
+    assert both.prefer(machine(), NOBODY, every[:2] + every[3:], [], 4, Near()) == ["cpu4", "cpu5", "cpu6", "cpu7"]
+    assert both.prefer(machine(), NOBODY, every, [], 6, Near()) == CPUS.prefer(machine(), NOBODY, every, [], 6, Near())
+
+
+@given(st.sets(st.integers(0, 15), min_size=1), st.sets(st.integers(0, 15)), st.data())
+def test_what_a_container_takes_is_as_good_on_the_last_node(
+    free: set[int], taken: set[int], data: st.DataObject
+) -> None:
+    """By all that placement counts but the numbers of the CPUs."""
+    inventory = inventory_of(even_rows(2, 2, 1, 2, 2))
+    size = data.draw(st.integers(1, len(free)))
+    ledger = replace(NOBODY, reserved=CpuSet(taken - free))
+    every = [f"cpu{one}" for one in sorted(free)]
+    costs = []
+    for resource in (CPUS, replace(CPUS, claimed=True)):
+        chosen = CpuSet(int(one[3:]) for one in resource.prefer(inventory, ledger, every, [], size, Near()))
+        assert len(chosen) == size and set(chosen) <= free
+        costs.append(place(inventory, ledger, Request(cpus=size, within_cpus=CpuSet(free), must_cpus=chosen)).cost[:-1])
+    assert costs[0] == costs[1]
 
 
 def test_scattered_cpus_are_preferred_where_the_options_cannot_be_met() -> None:
