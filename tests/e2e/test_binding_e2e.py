@@ -43,6 +43,8 @@ def node(plain_node: Cluster) -> Iterator[Cluster]:
     yield plain_node
     plain_node.write_agent_config()
     until("pods no longer wait", lambda: devices(plain_node, "cpu") and not conditional(plain_node))
+    for kind in ("clusterroles", "clusterrolebindings"):
+        plain_node.api.delete(f"/apis/{RBAC['apiGroup']}/v1/{kind}/{RBAC['name']}")
 
 
 def conditional(node: Cluster) -> bool:
