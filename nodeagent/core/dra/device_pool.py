@@ -131,6 +131,10 @@ class _Still:
         self._costs = costs
         self._wholes = _wholes(inventory, served)
         self._shared = _shared_things(inventory, served)
+        self._shared_by: dict[str, list[tuple[str, ...]]] = {}
+        for ids in self._shared:
+            for one in ids:
+                self._shared_by.setdefault(one, []).append(ids)
         self._devices = [self._device(inventory, *one) for one in served.values()]
         self._parts = {one.name: one.part for one in self._devices}
         self._divided = {_cut(one.name, LONGEST_BASE): one.part for one in self._devices if one.part.shares}
@@ -181,7 +185,7 @@ class _Still:
         """
         own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
         above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
-        shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared if device.id in ids}
+        shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared_by.get(device.id, ())}
         return dict([*own.items(), *above.items(), *shared.items()][:MOST_COUNTER_SETS])
 
     def _shared_name(self, ids: Sequence[str]) -> str:
@@ -197,8 +201,9 @@ def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
 def _shared_things(inventory: Inventory, served: Collection[str]) -> list[tuple[str, ...]]:
     """Return the groups of served devices that hand over the same thing, except wholes with their parts."""
     found: dict[frozenset[str], None] = {}
+    every = frozenset(served)
     for _, ids in sorted(inventory.devices_by_thing.items()):
-        mine = ids & frozenset(served)
+        mine = ids & every
         if len(mine) > 1 and not _is_chain(inventory, mine):
             found[mine] = None
     largest = [ids for ids in found if not any(ids < other for other in found)]
