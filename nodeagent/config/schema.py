@@ -127,6 +127,9 @@ class DraConfig(_Base, frozen=True):
     """Whether the scheduler waits until the agent has granted a claim before it binds the pod, for kinds that are also
     served through the device plugin (DRADeviceBindingConditions). Needs the right to list and watch ResourceClaims."""
 
+    list_attributes: bool = False
+    """Whether groups of CPUs name all NUMA nodes and PCIe roots near them (DRAListTypeAttributes)."""
+
 
 class KubeletConfigConfig(_Base, frozen=True):
     """Where kubelet's own configuration is, if its command line cannot show it."""

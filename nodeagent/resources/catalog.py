@@ -68,7 +68,8 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
             options = check_options(configs[0].options)
         except InputError as error:
             raise ConfigError(f"cannot serve {configs[0].name}: {error}") from None
-        return CpuPool(group=configs[0].grouping, options=options, numa=configs[0].numa)
+        lists = config.dra.list_attributes
+        return CpuPool(group=configs[0].grouping, options=options, numa=configs[0].numa, lists=lists)
     if kind == HUGEPAGES:
         sizes = tuple(dict.fromkeys(parse_size(one.page_size) for one in configs))
         return PagePool(sizes=sizes, limits=page_limits(config))

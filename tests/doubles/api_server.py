@@ -41,7 +41,7 @@ SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "pods",
 )
 
-CONSUMABLE, COUNTERS, TAINTS, CONDITIONS = "consumable", "counters", "taints", "conditions"
+CONSUMABLE, COUNTERS, TAINTS, CONDITIONS, LISTS = "consumable", "counters", "taints", "conditions", "lists"
 """What `dropped_fields` may hold: the fields that an older server, or one without the feature, drops without a word."""
 
 _KINDS = {
@@ -922,6 +922,8 @@ def _drop(device: apirules.Device, features: set[str]) -> None:
             capacity.request_policy = None
     if CONDITIONS in features:
         device.binding_conditions = device.binding_failure_conditions = None
+    for one in (device.attributes or {}).values() if LISTS in features else ():
+        one.ints = one.bools = one.strings = one.versions = None
 
 
 def _selectors(seen: Seen) -> dict[str, str]:

@@ -52,6 +52,17 @@ def test_the_server_keeps_every_slice_whole(node: Cluster) -> None:
     assert sum(bool(one.get("consumesCounters")) for one in gpus) == (3 if has_nvml(node) else 0)
 
 
+def test_without_its_gate_lists_are_refused_and_the_pool_is_published_without_them(node: Cluster) -> None:
+    """Other pools stay as they are."""
+    others = {one["metadata"]["uid"] for one in slices(node) if not one["spec"]["pool"]["name"].endswith("/cpu")}
+    node.write_agent_config(listAttributes=True)
+    until("it is known", lambda: "lists" in node.status()["dra"]["slices"]["lost"])
+    until("all is published", lambda: node.status()["dra"]["slices"]["state"] == "published")
+    assert {one["attributes"][NUMA]["int"] for one in devices(node, "cpu").values()} == {0, 1}
+    assert others <= {one["metadata"]["uid"] for one in slices(node)}
+    node.write_agent_config()
+
+
 def test_what_is_shipped_for_the_server_is_accepted_as_it_is(node: Cluster) -> None:
     """The rest was created, strictly, when the node started; the classes name what stands for them."""
     for document in yaml.safe_load_all((CHECKOUT / "deploy" / "daemonset.yaml").read_text()):

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from nodeagent.core.dra.cpu_pool import PoolKind
-from nodeagent.core.dra.pool import ALL_FEATURES, Features, Value
+from nodeagent.core.dra.pool import Features, Value
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
 
-_FORMS = (ALL_FEATURES, Features(consumable=False, counters=False))
+_FORMS = (Features(lists=False), Features(consumable=False, counters=False, lists=False))
 """Under which all names are published: devices that are shared, and in their place those that are had whole."""
 NO_ATTRIBUTES: Mapping[str, Value] = MappingProxyType({})
 

@@ -8,6 +8,7 @@ amount.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -26,19 +27,20 @@ from nodeagent.core.dra.pool import (
 )
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet, union
+from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
 from nodeagent.core.model.options import FULL_PCPUS
 from nodeagent.core.model.request import BEST_EFFORT, Request
-from nodeagent.core.model.topology import Cpu, NodeId
+from nodeagent.core.model.topology import NO_NODE, Cpu, NodeId
 from nodeagent.core.placement.cpu_choice import allowed
 from nodeagent.core.placement.index import machine_of
 
 NUMA_NODE, SOCKET, L3, INDIVIDUAL = "numa-node", "socket", "l3", "individual"
 """Values of CpuPool.group: what one device of the CPU pool stands for."""
-STANDARD_NUMA = "resource.kubernetes.io/numaNode"
+STANDARD_NUMA, STANDARD_ROOT = "resource.kubernetes.io/numaNode", "resource.kubernetes.io/pcieRoot"
 OTHERS_NUMA = ("dra.cpu/numaNodeID", "dra.net/numaNode")
 """Names that other drivers use for the same attribute, so that matchAttribute works across their devices and ours."""
 CPUS = "cpus"
@@ -47,6 +49,11 @@ NODE_CPU = "cpu"
 """What the Node object calls CPUs."""
 _COST_OF_GROUP, _COST_OF_CPU = {NODE_CPU: NodeCost(capacity=CPUS)}, {NODE_CPU: NodeCost(amount=1)}
 HELD = Taint(key=HELD_TAINT)
+MOST_ROOTS = 16
+"""How many PCIe roots a group names at most: a device may have 48 values in all its attributes."""
+_PCIE_ROOT = re.compile(r"pci[0-9a-f]{4}:[0-9a-f]{2}")
+_UNKNOWN = 1 << 16
+"""Farther than any distance that the kernel reports."""
 T = TypeVar("T")
 
 
@@ -85,6 +92,8 @@ class CpuPool:
     """Placement options of claims that do not specify any."""
     numa: str = BEST_EFFORT
     kind: str = "cpu"
+    lists: bool = False
+    """Whether groups name all NUMA nodes and PCIe roots near them, if the API server keeps lists."""
 
     @property
     def whole_cores(self) -> bool:
@@ -97,7 +106,7 @@ class CpuPool:
             never = ledger.reserved | inventory.cpus_outside
             shown = _less_each(_individual(inventory), never, gone | never)
         else:
-            shown = self._less(inventory, ledger.reserved, gone)
+            shown = replace(self, lists=self.lists and features.lists)._less(inventory, ledger.reserved, gone)
         return Pool(kind=self.kind, devices=tuple(one for one in shown if features.taints or not one.taints))
 
     def part(self, inventory: Inventory, name: str) -> DevicePart | None:
@@ -105,7 +114,9 @@ class CpuPool:
 
     def _less(self, inventory: Inventory, reserved: CpuSet, gone: CpuSet) -> Iterator[PoolDevice]:
         """Yield the groups without the CPUs that are gone; a group that can never give any is left out."""
-        every = kept_by(inventory, f"_cpu_{self.group}", lambda: self._all(inventory), (self.options, self.numa))
+        every = kept_by(
+            inventory, f"_cpu_{self.group}", lambda: self._all(inventory), (self.options, self.numa, self.lists)
+        )
         for one in every:
             amount = one.capacity[CPUS]
             if self._count(inventory, one.part.cpus - reserved, amount.step) < amount.step:
@@ -128,7 +139,11 @@ class CpuPool:
         return PoolDevice(
             name=name,
             part=DevicePart(cpus=cpus),
-            attributes={"kind": self.kind, **_same(inventory, members)},
+            attributes={
+                "kind": self.kind,
+                **_same(inventory, members),
+                **(_near(inventory, members) if self.lists else {}),
+            },
             capacity={CPUS: Capacity(value=self._count(inventory, cpus, step), least=step, step=step)},
             shared=True,
             costs=_COST_OF_GROUP,
@@ -213,6 +228,27 @@ def _same(inventory: Inventory, cpus: list[Cpu]) -> dict[str, Value]:
     return {name: value for name, value in found.items() if value is not None}
 
 
+def _near(inventory: Inventory, cpus: list[Cpu]) -> dict[str, Value]:
+    """Return the standard attributes that name everything near a group of CPUs: its NUMA nodes and then those of the
+    same socket at the least distance, and the PCIe roots of its nodes."""
+    own = sorted({cpu.numa_node for cpu in cpus} - {NO_NODE})
+    roots = sorted({root for one in inventory.devices if one.numa_node in own and (root := standard_root(one))})
+    found: dict[str, Value] = {STANDARD_NUMA: (*own, *_next_to(inventory, cpus, own))} if own else {}
+    return {**found, STANDARD_ROOT: tuple(roots)} if 0 < len(roots) <= MOST_ROOTS else found
+
+
+def _next_to(inventory: Inventory, cpus: list[Cpu], own: list[NodeId]) -> list[NodeId]:
+    """Return the other nodes of the sockets of some CPUs that are nearest to their nodes; none if the kernel reports no
+    distances."""
+    sockets = {cpu.package for cpu in cpus}
+    others = {cpu.numa_node for cpu in inventory.cpus if cpu.package in sockets} - {*own, NO_NODE}
+    far = {
+        other: min(inventory.node_by_id[one].distances.get(other, _UNKNOWN) for one in own) for other in sorted(others)
+    }
+    least = min(far.values(), default=_UNKNOWN)
+    return [other for other, distance in far.items() if distance == least < _UNKNOWN]
+
+
 def _common(values: Iterable[T]) -> T | None:
     """Return the value that all have, or None if they differ."""
     distinct = set(values)
@@ -223,6 +259,12 @@ def _core_sizes(inventory: Inventory, cpus: CpuSet) -> set[int]:
     """Return the numbers of online threads of the cores that these CPUs belong to."""
     cores = machine_of(inventory).cores
     return {cores[inventory.cpu_by_id[cpu].core].bit_count() for cpu in cpus}
+
+
+def standard_root(device: Device) -> str | None:
+    """Return the PCIe root of a device, or None if it has none in the standard format."""
+    root = device.pcie_root or ""
+    return root if _PCIE_ROOT.fullmatch(root) else None
 
 
 def numa_attributes(node: NodeId) -> dict[str, Value]:

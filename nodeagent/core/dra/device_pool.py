@@ -20,7 +20,7 @@ from nodeagent.core.deviceplugin.devices import (
     illness,
     shares_by_device,
 )
-from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, claimed_names
+from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, STANDARD_ROOT, claimed_names, standard_root
 from nodeagent.core.dra.pool import (
     NO_SCHEDULE,
     UNHEALTHY_TAINT,
@@ -51,7 +51,6 @@ MOST_COUNTER_SETS = 2
 LONGEST_LABEL, LONGEST_TEXT, LONGEST_NAME, MOST_ATTRIBUTES = 63, 64, 32, 32
 LONGEST_BASE = LONGEST_LABEL - len(f"-share{MOST_SHARES - 1}")
 """Longest base of the name of a share."""
-_PCIE_ROOT = re.compile(r"pci[0-9a-f]{4}:[0-9a-f]{2}")
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_IDS = (
@@ -350,12 +349,12 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
 
 def _standard(device: Device) -> dict[str, Value | None]:
     """Return the attributes of resource.kubernetes.io that this machine has in their format (not Hyper-V, platform)."""
-    root, address = device.pcie_root or "", device.pci_address or ""
+    address = device.pci_address or ""
     node = device.numa_node if device.numa_node is not None and device.numa_node >= 0 else None
     return {
         "numaNode": node,
         STANDARD_NUMA: node,
-        "resource.kubernetes.io/pcieRoot": root if _PCIE_ROOT.fullmatch(root) else None,
+        STANDARD_ROOT: standard_root(device),
         "resource.kubernetes.io/pciBusID": address if _PCI_ADDRESS.fullmatch(address) else None,
     }
 

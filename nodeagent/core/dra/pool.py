@@ -13,8 +13,8 @@ from types import MappingProxyType
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import NodeId
 
-Value = str | int | bool
-"""Value of an attribute. A bool stays a bool and is never 0 or 1."""
+Value = str | int | bool | tuple[int, ...] | tuple[str, ...]
+"""Value of an attribute. A bool stays a bool and is never 0 or 1. A list is not empty, and has values of one type."""
 
 NO_SCHEDULE, NO_EXECUTE = "NoSchedule", "NoExecute"
 READY_CONDITION, REFUSED_CONDITION = "Ready", "nodeagent.dev/Refused"
@@ -138,6 +138,8 @@ class Features:
     """nodeAllocatableResources (DRANodeAllocatableResources)."""
     conditions: bool = True
     """bindingConditions (DRADeviceBindingConditions)."""
+    lists: bool = True
+    """Attributes with several values (DRAListTypeAttributes)."""
 
     def __and__(self, other: Features) -> Features:
         return Features(**{name: getattr(self, name) and getattr(other, name) for name in FEATURES})

@@ -40,6 +40,7 @@ from nodeagent.kube.resourceslice.render import (
     SlicePlan,
     belongs,
     counts,
+    lists,
     lost_features,
     plan,
     seen_features,
@@ -47,8 +48,10 @@ from nodeagent.kube.resourceslice.render import (
 )
 from nodeagent.kube.resourceslice.withholding import Withholding
 
-_FORBIDDEN, _NOT_FOUND = 403, 404
-"""Status of a write that is not allowed; of one whose slice was deleted after it was planned."""
+_FORBIDDEN, _NOT_FOUND, _INVALID = 403, 404, 422
+"""Status of a write that is not allowed; of one whose slice was deleted after it was planned; of one that breaks a
+rule, such as a list without its feature gate (Kubernetes 1.36 and later take its values away and refuse the rest)."""
+_NO_LISTS = replace(ALL_FEATURES, lists=False)
 _OUT_OF_DATE = (409, 410)
 """Another writer was faster; not logged if it happens only once."""
 _NEVER_S = float("inf")
@@ -369,6 +372,9 @@ class Publisher:
         if _status(error) == _FORBIDDEN and (todo.replace or todo.delete) and lane.doubts(now_s, error):
             self._stale = True
             return lane.wait_s(now_s)
+        if _status(error) == _INVALID and any(map(lists, (*todo.create, *todo.replace))):
+            self._lose(_NO_LISTS)
+            return 0.0
         if not _lasts(error):
             raise error
         return 0.0 if self._withhold(todo, error, now_s) else lane.refused(now_s, error)

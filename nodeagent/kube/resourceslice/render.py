@@ -59,6 +59,7 @@ ALLOCATABLE = "nodeAllocatableResources"
 """The field of a device that says what an allocation takes of the Node's resources."""
 CONDITIONS = "bindingConditions"
 """The field of a device that says for which conditions of its status the scheduler waits before it binds a pod."""
+_LIST_FORM: Mapping[type, str] = {int: "ints", str: "strings"}
 NO_TIMES: TaintTimes = MappingProxyType({})
 T = TypeVar("T")
 
@@ -168,6 +169,7 @@ def lost_features(sent: Object, stored: Object) -> Features:
         taints=not any(_lacks(a, b, "taints") for a, b in pairs),
         allocatable=not any(_lacks(a, b, ALLOCATABLE) for a, b in pairs),
         conditions=not any(_lacks(a, b, CONDITIONS) for a, b in pairs),
+        lists=not any(_has_lists(a) and not _has_lists(b) for a, b in pairs),
     )
 
 
@@ -184,12 +186,22 @@ def seen_features(stored: Iterable[Object]) -> Features:
         taints=any(one.get("taints") for one in devices),
         allocatable=any(map(counts, stored)),
         conditions=any(one.get(CONDITIONS) for one in devices),
+        lists=any(map(_has_lists, devices)),
     )
 
 
 def counts(one: Object) -> bool:
     """Return whether a slice has a device that says what it takes of the Node's resources."""
     return any(ALLOCATABLE in device for device in one["spec"].get("devices", ()))
+
+
+def lists(one: Object) -> bool:
+    """Return whether a slice has a device with an attribute of several values."""
+    return any(map(_has_lists, one["spec"].get("devices", ())))
+
+
+def _has_lists(device: Object) -> bool:
+    return any(form in one for one in device.get("attributes", {}).values() for form in _LIST_FORM.values())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -267,6 +279,8 @@ def _cost(cost: NodeCost) -> Object:
 
 def attribute(value: Value) -> Object:
     """Return a DeviceAttribute."""
+    if isinstance(value, tuple):
+        return {_LIST_FORM[type(value[0])]: list(value)}
     form = "bool" if isinstance(value, bool) else "int" if isinstance(value, int) else "string"
     return {form: value}
 

@@ -11,12 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
-from nodeagent.core.dra.cpu_pool import CPUS, INDIVIDUAL, L3, NUMA_NODE, SOCKET, CpuPool, PoolKind
+from nodeagent.core.dra.cpu_pool import (
+    CPUS,
+    INDIVIDUAL,
+    L3,
+    NUMA_NODE,
+    SOCKET,
+    STANDARD_NUMA,
+    STANDARD_ROOT,
+    CpuPool,
+    PoolKind,
+)
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import SIZE, MemoryPool, PagePool
 from nodeagent.core.dra.pool import HELD_TAINT, DevicePart, Features
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages
@@ -134,6 +145,40 @@ def test_attributes_say_what_all_cpus_of_a_device_have_in_common() -> None:
     assert shown(pool_of(CpuPool(group=SOCKET), inventory))["socket0"].attributes == common
     one = shown(pool_of(CpuPool(group=INDIVIDUAL), inventory))["cpu5"]
     assert one.attributes == {**common, **node, "l3": 1, "core": 2}
+
+
+def test_groups_name_all_that_is_near_them_where_lists_are_kept() -> None:
+    """Their own NUMA nodes first, then those of the same socket at the least distance; the PCIe roots of their own."""
+    gpu = Device(kind="gpu", id="g", numa_node=1, pcie_root="pci0000:80")
+    nic = replace(gpu, kind="nic", id="n", pcie_root="pci0000:40")
+    odd = replace(gpu, id="o", pcie_root="LNXSYSTM:00")
+    far = replace(gpu, id="f", numa_node=2, pcie_root="pci0000:c0")
+    near, across = 12, 32
+    distances = {(a, b): 10 if a == b else near if a // 2 == b // 2 else across for a in range(4) for b in range(4)}
+    inventory = inventory_of(even_rows(2, 2, 1, 2, 1), devices=(gpu, nic, odd, far), distances=distances)
+    found = shown(CpuPool(lists=True).pool(inventory, NOBODY, {}, Features()))
+    assert [found[f"numa{node}"].attributes[STANDARD_NUMA] for node in range(4)] == [(0, 1), (1, 0), (2, 3), (3, 2)]
+    assert found["numa1"].attributes[STANDARD_ROOT] == ("pci0000:40", "pci0000:80")
+    assert STANDARD_ROOT not in found["numa0"].attributes
+    sockets = shown(CpuPool(group=SOCKET, lists=True).pool(inventory, NOBODY, {}, Features()))
+    assert sockets["socket0"].attributes[STANDARD_NUMA] == (0, 1)
+    for plain in (
+        CpuPool().pool(inventory, NOBODY, {}, Features()),
+        CpuPool(lists=True).pool(inventory, NOBODY, {}, Features(lists=False)),
+    ):
+        assert (
+            shown(plain)["numa1"].attributes[STANDARD_NUMA] == 1
+            and STANDARD_ROOT not in shown(plain)["numa1"].attributes
+        )
+
+
+def test_no_more_roots_are_named_than_a_device_may_have() -> None:
+    roots = [Device(kind="nic", id=f"n{one}", numa_node=0, pcie_root=f"pci{one:04x}:00") for one in range(17)]
+    for count, named in ((16, True), (17, False)):
+        inventory = inventory_of(even_rows(1, 1, 1, 2, 1), devices=tuple(roots[:count]))
+        pool = CpuPool(lists=True).pool(inventory, NOBODY, {}, Features())
+        assert (STANDARD_ROOT in pool.devices[0].attributes) == named
+        assert not wrong_with(CpuPool(lists=True), inventory)
 
 
 def test_a_machine_without_numa_nodes_or_l3_has_one_device() -> None:

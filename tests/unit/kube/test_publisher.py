@@ -23,7 +23,7 @@ from nodeagent.kube.apiserver.client import Access, ApiServer
 from nodeagent.kube.resourceslice.pool_writer import FAILED, PUBLISHED, WAITING, PublishPace
 from nodeagent.kube.resourceslice.publisher import PublicationState, Publisher
 from nodeagent.kube.resourceslice.render import Object, Owner, render
-from tests.doubles.api_server import CONSUMABLE, COUNTERS, NODES, SLICES, TAINTS, FakeApiServer, Fault
+from tests.doubles.api_server import CONSUMABLE, COUNTERS, LISTS, NODES, SLICES, TAINTS, FakeApiServer, Fault
 
 NODE, DRIVER = "node-1", "nodeagent.dev"
 QUICK = PublishPace(
@@ -685,6 +685,28 @@ async def test_an_older_server_gets_a_form_that_it_keeps(dropped: set[str], pool
     said = [one["lost"] for one in logs if one["event"] == "features-lost"]
     assert said[-1] == lost
     assert len(said) == len(set(said)) <= len(lost)
+
+
+async def test_a_server_that_refuses_lists_gets_the_same_pool_without_them() -> None:
+    """With the gate off it takes the values away and then refuses the whole slice: at once, and no other pool waits."""
+    pools = {True: gpus(2, attributes={"numaNode": (0, 1)}), False: gpus(2, attributes={"numaNode": 0})}
+    with capture_logs() as logs:
+        async with FakeApiServer() as server:
+            server.dropped_fields = {LISTS}
+            server.add_node(NODE)
+            api = client(server)
+            publisher = published_by(api, Source(), QUICK)
+            publisher._pools = lambda features: [pools[features.lists], nics(1)]
+            task = asyncio.create_task(publisher.run())
+            async with asyncio.timeout(DEADLINE_S):
+                await server.until(lambda: len(server.slices()) == 2)
+            stored = [one["spec"]["devices"][0].get("attributes") for one in server.slices()]
+            assert {"numaNode": {"int": 0}} in stored
+            task.cancel()
+            await asyncio.wait({task})
+            await api.close()
+            assert publisher.standing.lost == ("lists",)
+    assert not [one for one in logs if one["event"] in ("pool-refused", "slices-not-published")]
 
 
 async def test_what_the_server_keeps_is_known_from_what_it_stores() -> None:

@@ -688,6 +688,11 @@ def test_a_pool_that_lost_its_last_device_is_deleted() -> None:
             lambda one: one["devices"][0].pop("bindingConditions"),
             Features(conditions=False),
         ),
+        (
+            pool(device("a", attributes={"n": (0, 1)})),
+            lambda one: one["devices"][0]["attributes"]["n"].pop("ints"),
+            Features(lists=False),
+        ),
         (pool(device("a", attributes={"n": 1})), lambda one: one["devices"][0].pop("attributes"), ALL_FEATURES),
         (pool(device("a")), lambda one: one.update(devices=[]), ALL_FEATURES),
     ],
@@ -712,6 +717,7 @@ def test_a_stored_field_shows_that_its_feature_is_kept() -> None:
         (pool(device("a", shared=True)), "consumable"),
         (counted, "counters"),
         (replace(pool(device("a")), conditional=True), "conditions"),
+        (pool(device("a", attributes={"n": ("x", "y")})), "lists"),
     ):
         slices = copy.deepcopy(render(sent, OWNER, 1))
         assert seen_features(slices).names() == (name,)
