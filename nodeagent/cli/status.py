@@ -104,7 +104,7 @@ def _pinning(pinning: Any) -> list[str]:
         return [f"off: {pinning['unsupported'] or 'as configured'}"]
     by = pinning["runtime"] if pinning["mode"] == "nri" else "control groups alone"
     state = f"{by}, {pinning['containers']} containers, shared CPUs {pinning['shared_cpus'] or 'all'}"
-    lines = [f"{state}, {pinning['drifts_repaired']} drifts repaired, {pinning['drifts_not_repaired']} not repaired"]
+    lines = [f"{state}, drifts: {pinning['drifts_repaired']} repaired, {pinning['drifts_not_repaired']} not repaired"]
     if pinning["mode"] == "nri" and not pinning["connected"]:
         lines.append(f"NOT connected: {pinning['reason']}")
     return [*lines, *_intruders(pinning["intruders"]), *(f"NOT confined: {why}" for why in pinning["errors"].values())]
