@@ -90,6 +90,9 @@ pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- if lt (len (splitList "/" .)) 3 -}}
 {{- fail (printf "cannot mount %s: it would hide the image's own folder, expected one below it, such as %s/kubelet" . (trimSuffix "/" .)) -}}
 {{- end -}}
+{{- if hasPrefix (printf "%s/" .) $settings.kubeletDir -}}
+{{- fail (printf "cannot mount %s: kubelet's folder %s lies in it, whose volumes the pod would hold" . $settings.kubeletDir) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.metrics.serviceMonitor.enabled (not .Values.metrics.enabled) -}}
 {{- fail "cannot make a ServiceMonitor: metrics.enabled is false, so there is nothing to scrape" -}}
