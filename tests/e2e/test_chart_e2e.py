@@ -38,6 +38,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "digest": {"image": {"digest": "sha256:" + "0" * 64, "pullSecrets": ["one"]}},
     "kubelet": {"config": {"kubeletDir": "/var/lib/k0s/kubelet", "kubeletConfig": {"file": "/etc/k0s/kubelet.yaml"}}},
     "nvidia": {"nvidia": {"runtimeClassName": "nvidia"}},
+    "library": {"privileged": True, "nvidia": {"driverRoot": "/run/nvidia/driver", "libraryFolder": "/usr/lib64"}},
     "metrics": {"metrics": {"enabled": True, "secretName": "s", "serviceMonitor": {"enabled": True}}},
     "hugepages": {"config": {"hugepages": [{"pageSize": "2Mi", "node": 0, "pages": 1000000}]}},
     "partition": {"config": {"pinning": {"partition": "root"}}},
@@ -129,8 +130,17 @@ def api(folder: Path) -> Iterator[KubeApi]:
         }
         found.create(account)
         found.create(_service_monitors())
-        until("it knows ServiceMonitors", lambda: found.find(f"/apis/{MONITOR}/v1/servicemonitors"))
+        until("it knows ServiceMonitors", lambda: _serves(found, f"/apis/{MONITOR}/v1/servicemonitors"))
         yield found
+
+
+def _serves(api: KubeApi, path: str) -> bool:
+    """Not found, then "storage is (re)initializing", until it does."""
+    try:
+        api.call("GET", path)
+    except Refusal:
+        return False
+    return True
 
 
 def _service_monitors() -> Object:
@@ -296,6 +306,17 @@ def test_hugepages_and_partitions_get_their_rights_and_nobody_else(tmp_path: Pat
     assert rights("nvidia") == ([], None, False)
 
 
+def test_nvidia_s_library_lies_where_the_agent_looks_for_it(tmp_path: Path) -> None:
+    """Not where the image has its own libraries."""
+    documents = rendered(tmp_path, yaml.safe_load((DATA / "chart" / "privileged.yaml").read_text()))
+    mounts, places = mounts_of(documents), {one["name"]: one for one in pod_of(documents)["volumes"]}
+    found = {
+        path: places[mounts[path]["name"]]["hostPath"]["path"] for path in mounts if "nvidia" in mounts[path]["name"]
+    }
+    assert found == {"/run/nvidia/driver": "/run/nvidia/driver", "/host/usr/lib64": "/usr/lib64"}
+    assert mounts["/run/nvidia/driver"]["mountPropagation"] == "HostToContainer"
+
+
 def test_pods_are_replaced_where_a_key_that_is_read_at_the_start_has_changed(tmp_path: Path) -> None:
     """All else is taken over by running agents."""
 
@@ -384,7 +405,14 @@ def _name(document: Object) -> tuple[str, str]:
         ),
         (
             {"config": {"pinning": {"moveInterrupts": True}}},
-            "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod; run the agent under systemd",
+            "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the",
+        ),
+        *(
+            (
+                {"nvidia": {key: "/run/nvidia/driver"}},
+                "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open",
+            )
+            for key in ("driverRoot", "libraryFolder")
         ),
         (
             {"config": {"dra": {"kubeconfig": "/etc/k"}}},

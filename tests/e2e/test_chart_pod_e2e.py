@@ -16,8 +16,8 @@ from tests.support.running import CHECKOUT
 started = nodeview.started
 NAMESPACE = "nodeagent"
 PODS = collection("v1", "Pod", NAMESPACE)
-PROBE = "nodeagent-e2e-probe"
-MOUNTED = f"{Config().kubelet_dir}/{PROBE}"
+MOUNTED = f"{Config().kubelet_dir}/nodeagent-e2e-probe"
+IN_SYS = "/sys/kernel/debug"
 OUTSIDE_S = 30.0
 
 
@@ -25,13 +25,13 @@ def shipped() -> Iterator[Object]:
     yield from yaml.safe_load_all((CHECKOUT / "deploy" / "daemonset.yaml").read_text())
 
 
-def script(mounts: list[Object]) -> str:
-    """Say of each folder whether it can be written to, then at each change whether the probe's mount is there."""
-    tries = [f"touch {one['mountPath']}/{PROBE} 2>/dev/null && echo WRITES {one['mountPath']}" for one in mounts]
-    look = f"while sleep 0.2; do grep -q ' {MOUNTED} ' /proc/self/mountinfo && echo MOUNTED || echo UNMOUNTED; done"
-    tries.append(f"echo SEES $(ls {Config().kubelet_dir})")
-    tries.append("mkdir /sys/fs/cgroup/" + PROBE + " && rmdir /sys/fs/cgroup/" + PROBE + " && echo CGROUP")
-    return "\n".join([*tries, "echo READY", look])
+SCRIPT = f"""
+while read -r _ _ _ _ place how _; do echo PLACE $place ${{how%%,*}}; done < /proc/self/mountinfo
+echo SEES $(ls {Config().kubelet_dir})
+echo READY
+while sleep 0.2; do grep -q ' {MOUNTED} ' /proc/self/mountinfo && echo MOUNTED || echo UNMOUNTED; done
+"""
+"""Say of each mount whether it is "ro" or "rw", then again and again whether the probe's mount is there."""
 
 
 def daemon_set() -> Object:
@@ -39,7 +39,7 @@ def daemon_set() -> Object:
     (found,) = [one for one in shipped() if one["kind"] == "DaemonSet"]
     (container,) = found["spec"]["template"]["spec"]["containers"]
     container |= {"image": IMAGE, "imagePullPolicy": "Never"}
-    container["command"] = ["/bin/sh", "-c", script(container["volumeMounts"])]
+    container["command"] = ["/bin/sh", "-c", SCRIPT]
     for probe in ("readinessProbe", "livenessProbe"):
         del container[probe]
     return found
@@ -52,7 +52,8 @@ def lines(node: Cluster) -> list[str]:
 
 @pytest.fixture(scope="module")
 def said(started: Cluster) -> list[str]:
-    """What the pod's script said until it was ready."""
+    """What the pod's script said until it was ready. Something is mounted in /sys, as tracing is on most hosts."""
+    started.run("probe", "mount", "-t", "tmpfs", "tmpfs", IN_SYS)
     for one in shipped():
         started.api.create(daemon_set() if one["kind"] == "DaemonSet" else one)
     until("the pod is ready", lambda: "READY" in lines(started), 120.0)
@@ -60,18 +61,29 @@ def said(started: Cluster) -> list[str]:
 
 
 def test_the_pod_starts_although_kubelet_lacks_files_and_folders(started: Cluster, said: list[str]) -> None:
-    """No config.yaml and no memory_manager_state are there, and no NRI."""
+    """There is no config.yaml, and no folder of NRI or of the driver."""
     (sees,) = [line.split()[1:] for line in said if line.startswith("SEES")]
     assert {"pods", "device-plugins", "plugins_registry", "pod-resources", "cpu_manager_state"} <= set(sees)
     assert "config.yaml" not in sees
 
 
+def places(said: list[str]) -> dict[str, str]:
+    """The uppermost mount of each place: "ro" or "rw"."""
+    return {words[1]: words[2] for words in (line.split() for line in said) if words[0] == "PLACE"}
+
+
 def test_the_pod_writes_to_its_own_folders_alone(said: list[str]) -> None:
-    kubelet = Config().kubelet_dir
-    wanted = {f"{kubelet}/{one}" for one in ("device-plugins", "plugins/nodeagent.dev", "plugins_registry")}
-    wanted |= {"/tmp", "/run/nodeagent", "/var/lib/nodeagent", "/var/run/cdi", "/var/run/nri", "/run/systemd"}
-    assert {line.split()[1] for line in said if line.startswith("WRITES")} == wanted
-    assert "CGROUP" in said, "folders, but no files, are made there"
+    (mounts,) = [one["spec"]["template"]["spec"]["containers"] for one in shipped() if one["kind"] == "DaemonSet"]
+    wanted = {one["mountPath"]: "ro" if one.get("readOnly") else "rw" for one in mounts[0]["volumeMounts"]}
+    found = places(said)
+    assert {path: found[path] for path in wanted} == wanted
+    assert found["/"] == "ro"
+
+
+def test_nothing_in_sys_but_control_groups_can_be_written(said: list[str]) -> None:
+    """Neither tracing nor bpf nor firmware variables, which have mounts of their own there."""
+    found = places(said)
+    assert (found[IN_SYS], found["/sys/fs/cgroup"]) == ("ro", "rw")
 
 
 def test_what_is_mounted_and_unmounted_on_the_host_is_so_in_the_pod(started: Cluster, said: list[str]) -> None:

@@ -73,8 +73,11 @@ pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- $settings := fromYaml (include "nodeagent.settings" .) -}}
 {{- $pinning := .Values.config.pinning | default dict -}}
 {{- $dra := .Values.config.dra | default dict -}}
-{{- if $pinning.moveInterrupts -}}
-{{- fail "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod; run the agent under systemd on these nodes" -}}
+{{- if and $pinning.moveInterrupts (not .Values.privileged) -}}
+{{- fail "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
+{{- end -}}
+{{- if and (or .Values.nvidia.driverRoot .Values.nvidia.libraryFolder) (not .Values.privileged) -}}
+{{- fail "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open NVIDIA's device nodes; set nvidia.runtimeClassName instead, or privileged" -}}
 {{- end -}}
 {{- if $dra.kubeconfig -}}
 {{- fail (printf "cannot use config.dra.kubeconfig %s: the pod talks to the API server with its service account, expected \"\"" $dra.kubeconfig) -}}
