@@ -1,4 +1,4 @@
-# make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make pb.
+# make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make pb, make manifests.
 # make vm-test: the agent in a guest with a systemd, NUMA nodes and hotplug of its own; needs root and QEMU.
 
 VENV := .venv
@@ -6,7 +6,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test vm-test bench lint wheel pb clean
+.PHONY: demo test vm-test bench lint wheel pb manifests clean
 
 demo: $(BUILT)
 	$(PYTHON) -m demo.demo
@@ -29,6 +29,9 @@ wheel: $(BUILT)
 
 pb: $(READY)
 	$(PYTHON) protos/generate.py
+
+manifests: $(BUILT)
+	$(PYTHON) deploy/generate.py
 
 $(READY): pyproject.toml setup.sh
 	./setup.sh $(VENV)

@@ -104,6 +104,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _text(loader: _Loader, node: yaml.ScalarNode) -> str:
+    return str(loader.construct_scalar(node))
+
+
+for _tag in ("value", "merge"):
+    # A plain "=" or "<<" as a value is text, as in YAML 1.2; PyYAML has no constructor for what they are in YAML 1.1.
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_tag}", _text)
+
+
 def _read_yaml(text: str | bytes, source: str) -> dict[Any, Any]:
     """Return a mapping of limited size: through aliases, a file of a few lines can expand to a billion values."""
     if len(text) > LARGEST_FILE_BYTES:

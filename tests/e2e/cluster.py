@@ -93,6 +93,11 @@ class Cluster:
         self.stop(name, how)
         self.start(name)
 
+    def run(self, name: str, *words: str) -> None:
+        """Run a command in the node's namespaces to its end. name: of its log."""
+        self._ask("start", name, list(words), {"PATH": path()}, str(self.logs / f"{name}.log"))
+        assert self.wait(name) == 0, (self.logs / f"{name}.log").read_text()
+
     def plug(self, path: str) -> None:
         """Make a device node on the node; /dev of the machine stays as it is."""
         self._ask("mknod", path)

@@ -55,6 +55,8 @@ def prepare(folder: Path, device_nodes: list[str]) -> None:
     (folder / "kubelet").mkdir()
     mount("--bind", folder / "kubelet", scratch / "var/merged/lib/kubelet")
     mount("--move", scratch / "var/merged", "/var")
+    # As on a host with systemd. Kubelet would mount its folder once more, and containerd looks at the lower mount.
+    mount("--make-rshared", "/var/lib/kubelet")
 
 
 class Processes:

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from nodeagent.cli import VERBS
+from nodeagent.cli.ask import SOCKET
 from nodeagent.config.load import parse
 from nodeagent.config.schema import DEFAULT_RESOURCES, Config
 from nodeagent.core.deviceplugin.devices import DeviceResource
@@ -203,8 +204,9 @@ def test_the_shipped_configuration_is_the_default() -> None:
 
 def test_the_probes_ask_with_a_verb_there_is() -> None:
     for probe in ("readinessProbe", "livenessProbe"):
-        program, verb = container()[probe]["exec"]["command"]
+        program, verb, option, path = container()[probe]["exec"]["command"]
         assert program == "nodeagent" and verb in VERBS
+        assert (option, path) == ("--socket", SOCKET)
 
 
 def test_the_folders_of_the_configuration_are_the_hosts_own_and_can_be_written_to() -> None:
@@ -220,10 +222,26 @@ def test_the_folders_of_the_configuration_are_the_hosts_own_and_can_be_written_t
         config.runtime_dir,
         "/var/run/cdi",
         *("/var/run/nri", "/sys/fs/cgroup", "/run/systemd"),
-        *(f"{kubelet}/{one}" for one in ("device-plugins", "pod-resources", "plugins_registry", f"plugins/{DRIVER}")),
+        *(f"{kubelet}/{one}" for one in ("device-plugins", "plugins_registry", f"plugins/{DRIVER}")),
     }
     assert written == {path for path, one in mounts.items() if places[one["name"]] and not one.get("readOnly")}
-    assert {"/sys", "/dev", "/run/udev", f"{kubelet}/config.yaml", f"{kubelet}/cpu_manager_state"} <= mounts.keys()
+    assert {"/sys", "/dev", "/run/udev", kubelet} <= mounts.keys()
+
+
+def test_a_folder_or_file_that_a_node_lacks_does_not_keep_the_agent_from_starting() -> None:
+    """Only what every node has is asked for: kubelet's folder, /sys with control groups, /dev. No single file is
+    mounted: one that is replaced would not be seen either."""
+    asked = {one["hostPath"]["path"]: one["hostPath"]["type"] for one in pod()["volumes"] if "hostPath" in one}
+    there = {path for path, how in asked.items() if how != "DirectoryOrCreate"}
+    assert there == {Config().kubelet_dir, "/sys", "/sys/fs/cgroup", "/dev"}
+    assert {asked[path] for path in there} == {"Directory"}
+
+
+def test_what_kubelet_unmounts_in_its_folder_is_not_held_by_the_pod() -> None:
+    """A mount that a pod has taken over without propagation keeps the volume's device busy on the host."""
+    above = Config().kubelet_dir
+    (mount,) = [one for one in container()["volumeMounts"] if one["mountPath"] == above]
+    assert (mount["mountPropagation"], mount["readOnly"]) == ("HostToContainer", True)
 
 
 def test_the_pod_sees_what_the_unit_sees_of_the_host() -> None:
@@ -344,9 +362,8 @@ def test_no_class_finds_special_memory(kind: str) -> None:
         assert [name for name, one in classes().items() if matches(one, special)] == []
 
 
-def test_there_is_a_class_for_what_most_claims_ask() -> None:
-    assert classes().keys() == {"cpu", "hugepages", "memory", "gpu", "gpu-part", "nic", "vf", "nvme", "pci", "char"}
-    assert classes().keys() - KIND_OF_CLASS.keys() <= KINDS
+def test_there_is_a_class_for_every_kind_and_for_parts_and_virtual_functions() -> None:
+    assert classes().keys() == {*KINDS, *KIND_OF_CLASS}
 
 
 def test_a_class_stands_for_the_device_plugins_resource_of_the_same_kind() -> None:

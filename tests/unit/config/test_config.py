@@ -532,3 +532,10 @@ def test_a_mistake_is_shown_with_its_line_and_what_is_expected(text: str, said: 
     with pytest.raises(ConfigError) as caught:
         parse(text, source="c.yaml")
     assert str(caught.value) == f"cannot use c.yaml: {said}"
+
+
+@pytest.mark.parametrize("text", ["=", "<<"])
+def test_a_plain_sign_that_yaml_1_1_reserves_is_text(text: str) -> None:
+    """Other programs, such as helm, write these without quotes."""
+    found = parse(f"resources:\n- {{name: k, kind: char, paths: [/dev/k], env: {{A: {text}}}}}\n", source="a file")
+    assert found.served[0].env == {"A": text}

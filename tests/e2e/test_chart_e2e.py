@@ -1,0 +1,471 @@
+"""The chart as helm renders it, on a real API server: what it makes is accepted, what is wrong is refused before that.
+
+    NODEAGENT_E2E_BIN=/folder make test TESTS=tests/e2e/test_chart_e2e.py
+
+The folder holds etcd, kube-apiserver and helm, or PATH has them. No root is needed, and nothing runs on the node.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from nodeagent.config.load import parse
+from nodeagent.config.schema import Config, schema
+from nodeagent.core.dra.opaque_config import API_VERSION
+from nodeagent.kube.kubelet.plugin_sockets import plugin_sockets
+from tests.e2e import apiserver, grounds
+from tests.e2e.kubeapi import KubeApi, Object, Refusal, claim, collection, request, until
+from tests.support.paths import CHECKOUT, DATA
+
+CHART = CHECKOUT / "deploy" / "chart"
+LACKING = apiserver.lacking("helm") if CHART.exists() else "the chart lies in the checkout"
+pytestmark = pytest.mark.skipif(bool(LACKING), reason=LACKING)
+if not LACKING:
+    from deploy import generate
+
+CASES = sorted((DATA / "chart").glob("*.yaml"))
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "digest": {"image": {"digest": "sha256:" + "0" * 64, "pullSecrets": ["one"]}},
+    "kubelet": {"config": {"kubeletDir": "/var/lib/k0s/kubelet", "kubeletConfig": {"file": "/etc/k0s/kubelet.yaml"}}},
+    "nvidia": {"nvidia": {"runtimeClassName": "nvidia"}},
+    "library": {"privileged": True, "nvidia": {"driverRoot": "/run/nvidia/driver", "libraryFolder": "/usr/lib64"}},
+    "metrics": {"metrics": {"enabled": True, "secretName": "s", "serviceMonitor": {"enabled": True}}},
+    "hugepages": {"config": {"hugepages": [{"pageSize": "2Mi", "node": 0, "pages": 1000000}]}},
+    "partition": {"config": {"pinning": {"partition": "root"}}},
+    "unpinned": {"config": {"pinning": {"mode": "off"}}},
+    "driver": {"config": {"dra": {"driver": "devices.example.com"}}},
+    "folders": {"hostFolders": ["/etc/kubernetes/kubelet.conf.d"]},
+    "selinux": {"seLinuxOptions": {"type": "spc_t"}, "podLabels": {"a": "b"}, "podAnnotations": {"c": "d"}},
+}
+"""What is combined two by two."""
+MONITOR = "monitoring.coreos.com"
+ENDPOINT = ("port", "path", "interval", "scheme", "authorization", "tlsConfig", "relabelings")
+
+
+# ---------------------------------------------------------------- rendering
+
+
+def helm(*words: str) -> str:
+    """What helm prints; AssertionError with its message where it refuses."""
+    env = {**os.environ, "PATH": grounds.path(), "HELM_NAMESPACE": "nodeagent"}
+    done = subprocess.run(["helm", *words], capture_output=True, text=True, env=env, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rendered(folder: Path, values: Mapping[str, Any] | None = None, release: str = "nodeagent") -> list[Object]:
+    """The chart's documents. folder: for the file of values."""
+    path = folder / "values.json"
+    path.write_text(json.dumps(values or {}))
+    text = helm("template", release, str(CHART), "-f", str(path), "--kube-version", generate.KUBERNETES)
+    return [one for one in yaml.safe_load_all(text) if one]
+
+
+def refusal(folder: Path, values: Mapping[str, Any]) -> str:
+    """Why helm does not render the chart with these values; "" where it does."""
+    try:
+        rendered(folder, values)
+    except AssertionError as refused:
+        return str(refused)
+    return ""
+
+
+def only(documents: list[Object], kind: str) -> Object:
+    (found,) = [one for one in documents if one["kind"] == kind]
+    return found
+
+
+def pod_of(documents: list[Object]) -> Object:
+    found: Object = only(documents, "DaemonSet")["spec"]["template"]["spec"]
+    return found
+
+
+def mounts_of(documents: list[Object]) -> dict[str, Object]:
+    (container,) = pod_of(documents)["containers"]
+    return {one["mountPath"]: one for one in container["volumeMounts"]}
+
+
+def configuration(documents: list[Object]) -> str:
+    (text,) = only(documents, "ConfigMap")["data"].values()
+    assert isinstance(text, str)
+    return text
+
+
+def together(*several: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for one in several:
+        for key, value in one.items():
+            inner = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+            found[key] = together(found[key], value) if inner else value
+    return found
+
+
+# ---------------------------------------------------------------- the server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("apiserver")
+
+
+@pytest.fixture(scope="module")
+def api(folder: Path) -> Iterator[KubeApi]:
+    """A server that knows ServiceMonitors, as far as the chart makes some, and has the namespace."""
+    with apiserver.api_server(folder) as found:
+        found.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "nodeagent"}})
+        account = {
+            "apiVersion": "v1",
+            "kind": "ServiceAccount",
+            "metadata": {"name": "default", "namespace": "nodeagent"},
+        }
+        found.create(account)
+        found.create(_service_monitors())
+        until("it knows ServiceMonitors", lambda: _serves(found, f"/apis/{MONITOR}/v1/servicemonitors"))
+        yield found
+
+
+def _serves(api: KubeApi, path: str) -> bool:
+    """Not found, then "storage is (re)initializing", until it does."""
+    try:
+        api.call("GET", path)
+    except Refusal:
+        return False
+    return True
+
+
+def _service_monitors() -> Object:
+    """The fields of the operator's own definition that the chart uses; a server prunes or refuses all others."""
+    text, free = {"type": "string"}, {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    kinds = dict.fromkeys(ENDPOINT[:4], text) | dict.fromkeys(ENDPOINT[4:6], free)
+    relabel = {"sourceLabels": {"type": "array", "items": text}, "targetLabel": text}
+    kinds["relabelings"] = {"type": "array", "items": {"type": "object", "properties": relabel}}
+    endpoints = {"type": "array", "items": {"type": "object", "properties": kinds}}
+    spec = {"type": "object", "properties": {"selector": free, "endpoints": endpoints}}
+    version = {"name": "v1", "served": True, "storage": True}
+    version["schema"] = {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}
+    names = {"plural": "servicemonitors", "singular": "servicemonitor", "kind": "ServiceMonitor"}
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"servicemonitors.{MONITOR}"},
+        "spec": {"group": MONITOR, "scope": "Namespaced", "names": names, "versions": [version]},
+    }
+
+
+def applied(api: KubeApi, documents: list[Object]) -> None:
+    """Each document is accepted as it is, and nothing is stored."""
+    for one in documents:
+        if one["kind"] != "Namespace":
+            api.create(one, dry_run=True)
+
+
+# ---------------------------------------------------------------- what is accepted
+
+
+def test_the_manifests_are_what_the_chart_renders() -> None:
+    """Other versions of helm may print them in another order."""
+    for path, text in generate.manifests(generate.helm() or "helm").items():
+        assert _contents(path.read_text()) == _contents(text), f"{path.name}: run make manifests"
+
+
+def _contents(text: str) -> tuple[list[str], list[str]]:
+    """The documents and the comments of a file."""
+    documents = [yaml.safe_dump(one) for one in yaml.safe_load_all(text)]
+    return sorted(documents), sorted(line.strip() for line in text.splitlines() if line.strip().startswith("#"))
+
+
+def test_the_chart_is_accepted_as_it_is(api: KubeApi, tmp_path: Path) -> None:
+    documents = rendered(tmp_path)
+    applied(api, documents)
+    assert parse(configuration(documents), source="the ConfigMap") == Config()
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_every_set_of_values_is_accepted(api: KubeApi, tmp_path: Path, path: Path) -> None:
+    values = yaml.safe_load(path.read_text())
+    documents = rendered(tmp_path, values)
+    applied(api, documents)
+    _is_the_configuration(documents, values)
+
+
+def _is_the_configuration(documents: list[Object], values: Mapping[str, Any]) -> None:
+    """What the ConfigMap has is what the values say, and the agent takes it."""
+    found = yaml.safe_load(text := configuration(documents))
+    wanted = {"apiVersion": API_VERSION, "kind": "NodeAgentConfiguration", **values.get("config", {})}
+    if (metrics := values.get("metrics", {})).get("enabled"):
+        wanted["metrics"] = {"listen": f"{metrics.get('address', '0.0.0.0')}:{metrics.get('port', 9101)}"}
+    assert found == wanted
+    if found.keys() <= schema()["$defs"]["Config"]["properties"].keys():
+        parse(text, source="the ConfigMap")
+
+
+def test_every_two_options_go_together(api: KubeApi, tmp_path: Path) -> None:
+    for names in itertools.combinations(OPTIONS, 2):
+        values = together(*(OPTIONS[name] for name in names))
+        documents = rendered(tmp_path, values)
+        namespaced = [one for one in documents if "namespace" in one["metadata"]]
+        try:
+            applied(api, namespaced)
+        except Refusal as refused:
+            raise AssertionError(f"{' and '.join(names)}: {refused}") from None
+        _is_the_configuration(documents, values)
+
+
+TEXTS = (
+    "n",
+    "off",
+    "~",
+    "1:30",
+    "0825",
+    "0o17",
+    "0x1F",
+    "1e3",
+    "1_000",
+    ".inf",
+    "2026-01-01",
+    "=",
+    "<<",
+    "",
+    "a: b",
+    "# c",
+)
+"""Strings that YAML 1.1, YAML 1.2, helm and Python do not all read as strings where they stand without quotes."""
+
+
+def test_texts_and_numbers_reach_the_agent_as_they_were_written(tmp_path: Path) -> None:
+    env = {f"V{i}": text for i, text in enumerate(TEXTS)}
+    one = {"name": "kvm", "kind": "char", "paths": ["/dev/kvm"], "env": env}
+    config = {
+        "resources": [one],
+        "resyncSeconds": 31_000_000,
+        "hugepages": [{"pageSize": "2Mi", "node": 0, "pages": 10**7}],
+    }
+    found = parse(configuration(rendered(tmp_path, {"config": config})), source="the ConfigMap")
+    assert found.served[0].env == env
+    assert (found.resync_seconds, found.hugepages[0].pages) == (31_000_000, 10**7)
+
+
+# ---------------------------------------------------------------- what follows from the configuration
+
+
+def test_the_pod_mounts_the_folders_that_the_configuration_names(tmp_path: Path) -> None:
+    values = yaml.safe_load((DATA / "chart" / "all.yaml").read_text())
+    documents = rendered(tmp_path, values)
+    mounts, places = mounts_of(documents), {one["name"]: one for one in pod_of(documents)["volumes"]}
+    for path in ("/var/lib/agent", "/run/agent", "/etc/cdi", "/run/other", "/sys/devices/system/node"):
+        assert not mounts[path].get("readOnly"), path
+    for path in ("/etc/kubernetes/kubelet", "/opt/one", "/opt/two", "/var/lib/k0s/kubelet"):
+        assert mounts[path]["readOnly"], path
+    service = plugin_sockets(
+        Path("/var/lib/k0s/kubelet"), "devices.example.com", "0" * 8 + "-0000" * 3 + "-" + "0" * 12
+    ).service
+    assert str(service.parent) in mounts
+    assert not any("conf.d" in path for path in mounts), "it lies in kubelet's folder"
+    hosts = {
+        path: places[one["name"]]["hostPath"]["path"]
+        for path, one in mounts.items()
+        if "hostPath" in places[one["name"]]
+    }
+    assert hosts == {path: path for path in hosts}
+
+
+@pytest.mark.parametrize(
+    ("config", "unmounted"),
+    [
+        ({"pinning": {"mode": "off"}}, {"/var/run/nri", "/sys/fs/cgroup", "/run/systemd"}),
+        ({"pinning": {"mode": "cgroup"}}, {"/var/run/nri"}),
+    ],
+)
+def test_without_pinning_nothing_of_it_can_be_written(tmp_path: Path, config: Object, unmounted: set[str]) -> None:
+    """Also not through /sys, where the control groups are mounted too."""
+    mounts = mounts_of(rendered(tmp_path, {"config": config}))
+    assert mounts_of(rendered(tmp_path)).keys() - mounts.keys() == unmounted
+    assert mounts["/sys"]["recursiveReadOnly"] == "IfPossible"
+
+
+def test_hugepages_and_partitions_get_their_rights_and_nobody_else(tmp_path: Path) -> None:
+    def rights(name: str) -> tuple[list[str], Any, bool]:
+        documents = rendered(tmp_path, OPTIONS[name])
+        found = pod_of(documents)["containers"][0]["securityContext"]
+        assert (found["privileged"], found["allowPrivilegeEscalation"]) == (False, False)
+        node = "/sys/devices/system/node" in mounts_of(documents)
+        return found["capabilities"]["add"], found.get("appArmorProfile"), node
+
+    assert rights("hugepages") == ([], {"type": "Unconfined"}, True)
+    assert rights("partition") == (["SYS_ADMIN"], None, False)
+    assert rights("nvidia") == ([], None, False)
+
+
+def test_nvidia_s_library_lies_where_the_agent_looks_for_it(tmp_path: Path) -> None:
+    """Not where the image has its own libraries."""
+    documents = rendered(tmp_path, yaml.safe_load((DATA / "chart" / "privileged.yaml").read_text()))
+    mounts, places = mounts_of(documents), {one["name"]: one for one in pod_of(documents)["volumes"]}
+    found = {
+        path: places[mounts[path]["name"]]["hostPath"]["path"] for path in mounts if "nvidia" in mounts[path]["name"]
+    }
+    assert found == {"/run/nvidia/driver": "/run/nvidia/driver", "/host/usr/lib64": "/usr/lib64"}
+    assert mounts["/run/nvidia/driver"]["mountPropagation"] == "HostToContainer"
+
+
+def test_pods_are_replaced_where_a_key_that_is_read_at_the_start_has_changed(tmp_path: Path) -> None:
+    """All else is taken over by running agents."""
+
+    def template(**config: Any) -> Object:
+        return only(rendered(tmp_path, {"config": config}), "DaemonSet")["spec"]["template"]
+
+    assert template(auditDays=9, pinning={"onFailure": "warn"}) == template()
+    for changed in (
+        {"pinning": {"nriIndex": "05"}},
+        {"status": {"group": "wheel"}},
+        {"pinning": {"verifySeconds": 9.5}},
+    ):
+        assert template(**changed) != template()
+    assert template(pinning={"nriIndex": "05"}) != template(pinning={"nriIndex": "06"})
+
+
+def test_classes_policies_and_rights_are_those_of_the_driver_and_the_account(tmp_path: Path) -> None:
+    documents = rendered(tmp_path, yaml.safe_load((DATA / "chart" / "all.yaml").read_text()))
+    text = yaml.safe_dump_all(
+        [one for one in documents if one["kind"] not in ("DaemonSet", "ConfigMap", "Pod")], width=999
+    )
+    assert set(re.findall(r"[\w.-]*nodeagent\.dev[\w/]*", text)) == {API_VERSION}
+    assert set(re.findall(r"system:serviceaccount:[\w:-]+", text)) == {"system:serviceaccount:nodeagent:agent"}
+    names = {one["spec"].get("extendedResourceName") for one in documents if one["kind"] == "DeviceClass"}
+    assert names == {None, "example.com/gpu", "example.com/vf", "example.com/nvme"}
+
+
+def test_a_second_release_shares_only_the_account_with_the_first(tmp_path: Path) -> None:
+    values = yaml.safe_load((DATA / "chart" / "second-release.yaml").read_text())
+    first, second = rendered(tmp_path), rendered(tmp_path, values, "storage")
+    assert not {_name(one) for one in first} & {_name(one) for one in second}
+    assert pod_of(second)["serviceAccountName"] == pod_of(first)["serviceAccountName"]
+    labels = [only(one, "DaemonSet")["spec"]["selector"]["matchLabels"] for one in (first, second)]
+    assert labels[0] != labels[1]
+
+
+def _name(document: Object) -> tuple[str, str]:
+    return document["kind"], document["metadata"]["name"]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"config": {"kubletDir": "/x"}}, "at '/config': additional properties 'kubletDir' not allowed"),
+        ({"config": {"kubeletDir": "x"}}, "at '/config/kubeletDir': 'x' does not match pattern"),
+        (
+            {"config": {"pinning": {"mode": "on"}}},
+            "at '/config/pinning/mode': value must be one of 'auto', 'cgroup', 'nri', 'off'",
+        ),
+        (
+            {"config": {"resources": [{"name": "a", "kind": "gpu", "sreve": "dra"}]}},
+            "at '/config/resources/0': additional properties 'sreve' not allowed",
+        ),
+        ({"config": {"auditDays": "many"}}, "at '/config/auditDays': got string, want integer"),
+        ({"image": {"tga": "1"}}, "at '/image': additional properties 'tga' not allowed"),
+        ({"image": {"digest": "abc"}}, "at '/image/digest': 'abc' does not match pattern '^(sha256:[0-9a-f]{64})?$'"),
+        (
+            {"image": {"pullPolicy": "Sometimes"}},
+            "at '/image/pullPolicy': value must be one of 'Always', 'IfNotPresent', 'Never'",
+        ),
+        ({"metrics": {"port": 0}}, "at '/metrics/port': minimum: got 0, want 1"),
+        ({"metrics": {"enabled": "yes"}}, "at '/metrics/enabled': got string, want boolean"),
+        ({"replicas": 3}, "at '': additional properties 'replicas' not allowed"),
+        ({"config": None}, "at '': missing property 'config'"),
+        (
+            {"tolerations": [{"operater": "Exists"}]},
+            "at '/tolerations/0': additional properties 'operater' not allowed",
+        ),
+        ({"resources": {"limits": {"memory": "lots"}}}, "at '/resources/limits/memory': 'lots' does not match pattern"),
+        ({"hostFolders": ["etc/k"]}, "at '/hostFolders/0': 'etc/k' does not match pattern"),
+        (
+            {"hostFolders": ["/etc/"]},
+            "cannot mount /etc: it would hide the image's own folder, expected one below it, such as /etc/kubelet",
+        ),
+        ({"config": {"kubeletConfig": {"file": "/etc/kubelet.yaml"}}}, "cannot mount /etc: it would hide"),
+        (
+            {"hostFolders": ["/var/lib"]},
+            "cannot mount /var/lib: kubelet's folder /var/lib/kubelet lies in it, whose volumes the pod would hold",
+        ),
+        (
+            {"metrics": {"serviceMonitor": {"enabled": True}}},
+            "cannot make a ServiceMonitor: metrics.enabled is false, so there is nothing to scrape",
+        ),
+        (
+            {"config": {"pinning": {"moveInterrupts": True}}},
+            "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the",
+        ),
+        *(
+            (
+                {"nvidia": {key: "/run/nvidia/driver"}},
+                "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open",
+            )
+            for key in ("driverRoot", "libraryFolder")
+        ),
+        (
+            {"config": {"dra": {"kubeconfig": "/etc/k"}}},
+            "cannot use config.dra.kubeconfig /etc/k: the pod talks to the API server with its service account",
+        ),
+        (
+            {"config": {"dra": {"nodeName": "one"}}},
+            'cannot use config.dra.nodeName one: every pod has the name of its own node, expected ""',
+        ),
+        (
+            {"config": {"kubeletDir": "/var/" + "k" * 40, "dra": {"driver": "d" * 40 + ".example.com"}}},
+            "config.kubeletDir and config.dra.driver have 97 characters together, expected at most 76",
+        ),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_place_and_what_is_expected(
+    tmp_path: Path, values: Object, message: str
+) -> None:
+    assert message in refusal(tmp_path, values)
+
+
+# ---------------------------------------------------------------- as helm installs it
+
+
+def test_a_release_is_installed_upgraded_rolled_back_and_removed(api: KubeApi, folder: Path, tmp_path: Path) -> None:
+    """With the objects that it had before after the rollback, and none of its objects after the removal."""
+    access = ("--kubeconfig", str(folder / "admin.kubeconfig"))
+    wanted = [one for one in rendered(tmp_path) if one["kind"] != "Pod"]
+    helm("install", "nodeagent", str(CHART), *access)
+    image = lambda: pod_of([_stored(api, only(wanted, "DaemonSet"))])["containers"][0]["image"]  # noqa: E731
+    first = image()
+    assert all(_stored(api, one) for one in wanted)
+    until("its policies are in force", lambda: _refuses_wrong_parameters(api))
+    helm("upgrade", "nodeagent", str(CHART), "--set", "image.tag=other,deviceClasses.create=false", *access)
+    assert image() == "nodeagent:other"
+    assert api.items("/apis/resource.k8s.io/v1/deviceclasses") == []
+    helm("rollback", "nodeagent", "1", *access)
+    assert image() == first and all(_stored(api, one) for one in wanted)
+    helm("uninstall", "nodeagent", *access)
+    assert [one for one in wanted if _stored(api, one)] == []
+
+
+def _stored(api: KubeApi, one: Object) -> Object:
+    metadata = one["metadata"]
+    path = collection(one["apiVersion"], one["kind"], metadata.get("namespace", ""))
+    return api.find(f"{path}/{metadata['name']}") or {}
+
+
+def _refuses_wrong_parameters(api: KubeApi) -> bool:
+    made = claim("wrong", request("r", "cpu"))
+    made["spec"]["devices"]["config"] = [{"opaque": {"driver": "nodeagent.dev", "parameters": {"kind": "CpuConfig"}}}]
+    try:
+        api.create(made, dry_run=True)
+    except Refusal as refused:
+        return "parameters.nodeagent.dev" in str(refused)
+    return False
