@@ -31,7 +31,6 @@ DROPPED = (
         "usr/share/locale",
         "usr/share/lintian",
         "usr/share/bug",
-        "usr/share/common-licenses/GFDL*",
     ),
     *("usr/lib/*/gconv", "usr/lib/*/perl-base", "usr/share/i18n", "usr/share/bash-completion", "usr/share/gcc"),
     *("usr/share/applications", "usr/share/pixmaps", "usr/share/menu", "usr/share/base-files", "usr/share/binfmts"),
