@@ -49,7 +49,7 @@ class Containerd:
 
     def load(self, archive: Path) -> None:
         """Load an image from an archive."""
-        self.ctr("images", "import", "--snapshotter", "native", str(archive))
+        self.ctr("images", "import", "--local", "--snapshotter", "native", str(archive))
 
     def run(self, reference: str, options: tuple[str, ...], *words: str) -> str:
         """What a program in a new container of the image prints; without words, the image's own command."""
@@ -97,8 +97,7 @@ version = 3
 root = "{folder}/root"
 state = "{folder}/state"
 disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.zfs",
-  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs",
-  "io.containerd.snapshotter.v1.overlayfs"]
+  "io.containerd.snapshotter.v1.devmapper", "io.containerd.snapshotter.v1.erofs"]
 [grpc]
   address = "{address}"
 [plugins."io.containerd.cri.v1.images"]
