@@ -1,4 +1,5 @@
 # make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make pb, make manifests.
+# make image: a container image in dist/, from Debian packages, without a container engine. make image-lock: its pins.
 # make vm-test: the agent in a guest with a systemd, NUMA nodes and hotplug of its own; needs root and QEMU.
 
 VENV := .venv
@@ -6,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test vm-test bench lint wheel pb manifests clean
+.PHONY: demo test vm-test bench lint wheel image image-lock pb manifests clean
 
 demo: $(BUILT)
 	$(PYTHON) -m demo.demo
@@ -26,6 +27,12 @@ lint: $(BUILT)
 
 wheel: $(BUILT)
 	$(PYTHON) -m build --outdir dist .
+
+image: $(BUILT)
+	PYTHONPATH=packaging $(PYTHON) -m image --source "$(IMAGE_SOURCE)"
+
+image-lock: $(BUILT)
+	PYTHONPATH=packaging $(PYTHON) -m image.lock
 
 pb: $(READY)
 	$(PYTHON) protos/generate.py

@@ -17,6 +17,7 @@ import nodeagent
 
 PACKAGE = Path(nodeagent.__file__).parent
 CHECKOUT = PACKAGE.parent
+PACKAGING = CHECKOUT / "packaging"
 BASE = ("errors", "version", "config", "telemetry", "aio", "pb", "_fastpath")
 """Below everything: they know nothing of the rest."""
 ROOMS = ("host", "kube", "nri")
@@ -74,6 +75,13 @@ def modules() -> Iterator[tuple[str, ast.Module]]:
             yield ".".join(parts), ast.parse(path.read_text())
 
 
+def sources() -> Iterator[tuple[str, ast.Module]]:
+    """The package's modules, and those that make what is installed of it, which an installed package does not have."""
+    yield from modules()
+    for path in sorted(PACKAGING.rglob("*.py")):
+        yield str(path.relative_to(CHECKOUT)), ast.parse(path.read_text())
+
+
 def imported(tree: ast.Module) -> Iterator[str]:
     """The modules of this package that a file imports, without the package's name."""
     for node in ast.walk(tree):
@@ -115,10 +123,17 @@ def test_imports_point_one_way() -> None:
     assert not wrong
 
 
+def test_what_makes_the_packages_knows_the_version_and_nothing_else_of_the_product() -> None:
+    """So that it runs before the compiled core is built."""
+    names = {(name, other) for name, tree in sources() if "/" in name for other in imported(tree)}
+    assert {other for _, other in names} <= {"version"}, names
+
+
 def test_no_folder_is_crowded() -> None:
-    folders = Counter(path.parent for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
-    crowded = {str(one.relative_to(PACKAGE)): count for one, count in folders.items() if count > MOST_MODULES}
-    crowded.pop("pb", None)
+    files = (*PACKAGE.rglob("*.py"), *PACKAGING.rglob("*.py"))
+    folders = Counter(path.parent for path in files if path.name != "__init__.py")
+    crowded = {str(one.relative_to(CHECKOUT)): count for one, count in folders.items() if count > MOST_MODULES}
+    crowded.pop("nodeagent/pb", None)
     assert not crowded
 
 
@@ -190,7 +205,7 @@ def _is_bump(node: ast.AST) -> TypeGuard[ast.Attribute]:
 
 
 def functions() -> Iterator[tuple[str, int]]:
-    for name, tree in modules():
+    for name, tree in sources():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield f"{name}.{node.name}", (node.end_lineno or 0) - node.lineno + 1
@@ -204,7 +219,7 @@ def test_the_median_function_is_under_ten_lines() -> None:
 def test_files_can_be_read_in_one_sitting() -> None:
     long = {
         p.name: n
-        for p in PACKAGE.rglob("*.p*")
+        for p in (*PACKAGE.rglob("*.p*"), *PACKAGING.rglob("*.p*"))
         if (n := p.read_bytes().count(b"\n")) > 500 and p.suffix in (".py", ".pyx", ".pxi")
     }
     assert not {name: lines for name, lines in long.items() if "_pb2" not in name}
@@ -212,7 +227,7 @@ def test_files_can_be_read_in_one_sitting() -> None:
 
 def test_every_module_class_and_public_function_says_what_it_is() -> None:
     """A method that says nothing implements one that another class documents, such as a protocol."""
-    every = [(name, *found) for name, tree in modules() for found in _public(tree, "")]
+    every = [(name, *found) for name, tree in sources() for found in _public(tree, "")]
     documented = {node.name for _, owner, node in every if owner and ast.get_docstring(node)}
     silent = [
         f"{name}: {owner}.{node.name}"
@@ -220,7 +235,7 @@ def test_every_module_class_and_public_function_says_what_it_is() -> None:
         if not ast.get_docstring(node) and not (owner and node.name in documented)
     ]
     assert not silent
-    assert not [name for name, tree in modules() if not ast.get_docstring(tree)]
+    assert not [name for name, tree in sources() if not ast.get_docstring(tree)]
 
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

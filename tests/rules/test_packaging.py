@@ -37,10 +37,24 @@ NEEDED_FILES = {
     "MANIFEST.in",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "Containerfile",
+    ".dockerignore",
     ".gitignore",
 }
-NEEDED_FOLDERS = (".ci", "benchmarks", "demo", "deploy", "docs", "findings", "protos", "systemd", "tests")
-PARTS_OF_TESTS = {"builders", "data", "doubles", "e2e", "integration", "oracles", "rules", "support", "unit", "vm"}
+NEEDED_FOLDERS = (".ci", "benchmarks", "demo", "deploy", "docs", "findings", "packaging", "protos", "systemd", "tests")
+PARTS_OF_TESTS = {
+    "builders",
+    "data",
+    "doubles",
+    "e2e",
+    "image",
+    "integration",
+    "oracles",
+    "rules",
+    "support",
+    "unit",
+    "vm",
+}
 
 
 @pytest.fixture(scope="session")

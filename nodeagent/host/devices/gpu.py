@@ -26,7 +26,7 @@ _COMPUTE_DRIVERS = frozenset({"amdgpu", "i915", "nvidia", "xe"})
 _NVIDIA_COMMON = ("/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools", "/dev/nvidia-modeset")
 _NO_LIBRARY = (
     ", so neither the health of NVIDIA's GPUs nor their MIG instances are known: make the driver's libraries visible to"
-    " the agent (a mount and LD_LIBRARY_PATH, or the NVIDIA container runtime)"
+    " the agent (a mount at /run/nvidia/driver or below /host, LD_LIBRARY_PATH, or the NVIDIA container runtime)"
 )
 _NO_NODE = (
     "neither NVML nor the driver shows a device node, so the GPU is not offered: run nvidia-modprobe -u -c MINOR on the"

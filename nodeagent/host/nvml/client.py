@@ -39,16 +39,19 @@ class _Helper:
 
 
 class Probe:
-    """The only client of NVML. Nothing starts before the first question; `close` ends the process."""
+    """The only client of NVML. Nothing starts before the first question; `close` ends the process. root: below which
+    the library is searched if the loader does not find it (library.py)."""
 
     def __init__(
         self,
         *,
         env: Mapping[str, str] | None = None,
+        root: str = "/",
         backoff_s: float = 1.0,
         longest_backoff_s: float = 60.0,
     ) -> None:
         self._env = {**os.environ, **(env or {})}
+        self._command = (*_COMMAND, root)
         self._first_s, self._longest_s = backoff_s, longest_backoff_s
         self._backoff_s = backoff_s
         self._not_before = 0.0
@@ -115,7 +118,7 @@ class Probe:
 
     async def _start(self) -> _Helper:
         pipe = asyncio.subprocess.PIPE
-        process = await asyncio.create_subprocess_exec(*_COMMAND, stdin=pipe, stdout=pipe, env=self._env)
+        process = await asyncio.create_subprocess_exec(*self._command, stdin=pipe, stdout=pipe, env=self._env)
         helper = _Helper(process)
         helper.reading = asyncio.create_task(self._read(helper), name="nvml-answers")
         return helper

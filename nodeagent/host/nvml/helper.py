@@ -13,14 +13,15 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from nodeagent.host.nvml.library import load
 from nodeagent.host.nvml.values import LENGTH, Failure, Mig, NvGpu, Reply, Snapshot, Xid, read_frame, sysfs_address
 
 T = TypeVar("T")
-LIBRARY = "libnvidia-ml.so.1"
 _PR_SET_PDEATHSIG = 1
 _EVENT_WAIT_MS = 5_000
 _EVENT_RETRY_S = 5.0
@@ -164,8 +165,8 @@ class Nvml:
 class Helper:
     """One loop for questions, one thread for events."""
 
-    def __init__(self, questions: BinaryIO, answers: BinaryIO) -> None:
-        self._questions, self._answers = questions, answers
+    def __init__(self, questions: BinaryIO, answers: BinaryIO, root: Path) -> None:
+        self._questions, self._answers, self._root = questions, answers, root
         self._one_at_a_time = threading.Lock()
         self._nvml: Nvml | None = None
 
@@ -180,11 +181,11 @@ class Helper:
 
         try:
             if self._nvml is None:
+                if failure := load(self._root):
+                    return Reply(to=to, failure=failure)
                 self._nvml = Nvml(pynvml)
                 threading.Thread(target=self._events, args=(self._nvml,), daemon=True).start()
             return Reply(to=to, snapshot=self._nvml.snapshot())
-        except pynvml.NVMLError_LibraryNotFound:
-            return Reply(to=to, failure=Failure(absent=True, reason=f"there is no library {LIBRARY}"))
         except (pynvml.NVMLError, ValueError, UnicodeError) as error:
             return Reply(to=to, failure=Failure(absent=False, reason=f"NVML failed: {error}"))
 
@@ -213,11 +214,12 @@ def _text(value: bytes | str) -> str:
 
 
 def main() -> None:
-    """Serve the parent, and die with it even inside a call that never returns."""
+    """Serve the parent, and die with it even inside a call that never returns. The argument is the root below which the
+    library is searched if the loader does not find it."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library's own output must not get between the frames
-    Helper(sys.stdin.buffer, answers).run()
+    Helper(sys.stdin.buffer, answers, Path(sys.argv[1])).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.host.nvml.client import Failure, Probe, Snapshot, Xid, has_nvidia
+from nodeagent.host.nvml.library import LIBRARY
 from nodeagent.host.nvml.values import sysfs_address
 from nodeagent.host.pci import Function
 from tests.support.paths import CHECKOUT, NVML_DOUBLE
@@ -30,15 +31,17 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("no C compiler for the double of libnvidia-ml.so.1")
     folder = tmp_path_factory.mktemp("nvml")
     built = folder / "libnvidia-ml.so.1"
-    flags = ("-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden")
+    flags = ("-shared", "-fPIC", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden", "-Wl,-soname,libnvidia-ml.so.1")
     subprocess.run([compiler, *flags, "-o", str(built), str(NVML_DOUBLE)], check=True)
     return folder
 
 
 @contextlib.asynccontextmanager
-async def probing(library: Path, mode: str = "", *, backoff_s: float = 1.0, **env: str) -> AsyncIterator[Probe]:
+async def probing(
+    library: Path, mode: str = "", *, backoff_s: float = 1.0, root: Path = Path("/"), **env: str
+) -> AsyncIterator[Probe]:
     """A probe on the double, closed afterwards."""
-    probe = Probe(env=_env(library, mode, env), backoff_s=backoff_s)
+    probe = Probe(env=_env(library, mode, env), root=str(root), backoff_s=backoff_s)
     try:
         yield probe
     finally:
@@ -177,9 +180,51 @@ async def test_after_the_back_off_a_library_that_works_again_is_used(library: Pa
 async def test_no_library_is_absence_and_says_so(tmp_path: Path) -> None:
     """Whatever lies on this machine, an empty library folder and a name that is not there."""
     (tmp_path / "libnvidia-ml.so.1").write_text("not a library")
-    async with probing(tmp_path) as probe:
+    async with probing(tmp_path, root=tmp_path) as probe:
         answer = await probe.snapshot(DEADLINE_S)
     assert answer == Failure(absent=True, reason="there is no library libnvidia-ml.so.1")
+
+
+def _put(root: Path, folder: str, content: bytes) -> Path:
+    path = root / folder / LIBRARY
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("top", ["run/nvidia/driver", "host"])
+@pytest.mark.parametrize("folder", [f"usr/lib/{os.uname().machine}-linux-gnu", "usr/lib64", "usr/lib", "lib64", "lib"])
+async def test_a_container_finds_the_library_in_the_drivers_root_and_in_the_hosts_folders(
+    library: Path, tmp_path: Path, top: str, folder: str
+) -> None:
+    """The loader has none (its folder has a text of that name); the operator's driver container or the host has."""
+    _put(tmp_path, "loader", b"not a library")
+    _put(tmp_path, f"{top}/{folder}", (library / LIBRARY).read_bytes())
+    async with probing(tmp_path / "loader", root=tmp_path) as probe:
+        assert len((await _snapshot(probe)).gpus) == 4
+
+
+async def test_the_loaders_library_comes_before_the_drivers_root(library: Path, tmp_path: Path) -> None:
+    """Where a runtime class puts the library into the container, that is the one that fits its device nodes."""
+    _put(tmp_path, "run/nvidia/driver/usr/lib64", b"not a library")
+    async with probing(library, root=tmp_path) as probe:
+        assert len((await _snapshot(probe)).gpus) == 4
+
+
+async def test_a_library_that_does_not_load_is_passed_over_for_one_that_does(library: Path, tmp_path: Path) -> None:
+    """A driver container that still unpacks, next to the host's driver."""
+    _put(tmp_path, "run/nvidia/driver/usr/lib64", (library / LIBRARY).read_bytes()[:100])
+    _put(tmp_path, "host/usr/lib64", (library / LIBRARY).read_bytes())
+    async with probing(tmp_path, root=tmp_path) as probe:
+        assert len((await _snapshot(probe)).gpus) == 4
+
+
+async def test_a_library_that_is_there_and_does_not_load_is_no_absence(tmp_path: Path) -> None:
+    """It is named, with the loader's reason; the next question may find it whole."""
+    path = _put(tmp_path, "run/nvidia/driver/usr/lib64", b"not a library")
+    async with probing(tmp_path, root=tmp_path) as probe:
+        answer = await probe.snapshot(DEADLINE_S)
+    assert answer == Failure(absent=False, reason=f"cannot load {path}: file too short")
 
 
 async def test_a_library_that_fails_as_a_whole_is_degraded_with_its_words(library: Path) -> None:
