@@ -18,9 +18,8 @@ from nodeagent.version import VERSION
 MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 CONFIG = "application/vnd.oci.image.config.v1+json"
 LAYER = "application/vnd.oci.image.layer.v1.tar+gzip"
-REFERENCE = f"{NAME}:{VERSION}"
-FULL_REFERENCE = f"docker.io/library/{REFERENCE}"
-"""What a container runtime makes of a pod's `image: nodeagent:VERSION`, and looks the image up by."""
+REFERENCE = f"localhost/{NAME}:{VERSION}"
+"""Of an image that was built here: a runtime that lacks it asks no registry in the world for a namesake."""
 
 
 def configuration(layers: Sequence[Layer], *, architecture: str, epoch_s: int, source: str) -> dict[str, Any]:
@@ -69,7 +68,7 @@ def write_archive(path: Path, layers: Sequence[Layer], configuration: dict[str, 
 
 def _index(manifest: bytes, architecture: str) -> bytes:
     """Return the index, with the names that containerd's and others' import give the image."""
-    names = {"io.containerd.image.name": FULL_REFERENCE, "org.opencontainers.image.ref.name": REFERENCE}
+    names = {"io.containerd.image.name": REFERENCE, "org.opencontainers.image.ref.name": REFERENCE}
     platform = {"architecture": architecture, "os": "linux"}
     entry = {**_descriptor(MANIFEST, _digest(manifest), len(manifest)), "platform": platform, "annotations": names}
     return _encoded({"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": [entry]})

@@ -17,7 +17,7 @@ from tests.rules.test_deploy import container, pod
 if TYPE_CHECKING:
     from image.build import Image
 
-REFERENCE = f"docker.io/library/nodeagent:{VERSION}"
+REFERENCE = f"localhost/nodeagent:{VERSION}"
 OWN = ("/sys", "/sys/fs/cgroup", "/dev")
 """What ctr mounts itself."""
 
@@ -34,7 +34,7 @@ def runtime(image: Image) -> Iterator[Containerd]:
 
 def test_a_pod_finds_the_image_by_the_name_in_the_daemonset(runtime: Containerd) -> None:
     assert REFERENCE in runtime.ctr("images", "ls", "-q").split()
-    assert REFERENCE.encode() in runtime.image_status(f"nodeagent:{VERSION}")
+    assert REFERENCE.encode() in runtime.image_status(REFERENCE)
     assert runtime.image_status("nodeagent:another") == b""
 
 

@@ -276,9 +276,10 @@ def test_two_agents_on_a_node_know_themselves_apart() -> None:
     assert told == {"NODE_NAME": "spec.nodeName", "POD_UID": "metadata.uid"}
 
 
-def test_the_image_is_a_placeholder_that_kustomize_replaces() -> None:
+def test_the_image_is_the_one_that_is_built_here_and_kustomize_can_replace_it() -> None:
+    """No registry is asked for a namesake where it is missing."""
     name, _, tag = container()["image"].partition(":")
-    assert "/" not in name
+    assert name == "localhost/nodeagent"
     assert only("Kustomization")["images"] == [{"name": name, "newTag": tag}]
 
 

@@ -110,7 +110,7 @@ def test_both_build_the_wheel_from_the_same_sources() -> None:
 def test_the_daemonset_starts_what_the_image_starts() -> None:
     assert container()["command"] == [*recipe.ENTRYPOINT, *recipe.COMMAND]
     assert container()["securityContext"]["runAsUser"] == int(recipe.USER.partition(":")[0])
-    assert container()["image"].partition(":")[0] == recipe.NAME
+    assert container()["image"] == REFERENCE
 
 
 def pins() -> Mapping[str, str]:

@@ -36,6 +36,7 @@ pins: {{ ne ($pinning.mode | default "auto") "off" }}
 nri: {{ has ($pinning.mode | default "auto") (list "auto" "nri") }}
 nriDir: {{ dir (clean ($pinning.nriSocket | default "/var/run/nri/nri.sock")) }}
 partitions: {{ ne ($pinning.partition | default "none") "none" }}
+binds: {{ $dra.bindingConditions | default false }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- end -}}
 
