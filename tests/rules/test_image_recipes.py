@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 )
 if (CHECKOUT / "Containerfile").exists():
     from image import product, recipe
+    from image.oci import REFERENCE
     from nodeagent.version import VERSION
 
 PYTHON = "python3.11"
