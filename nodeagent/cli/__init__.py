@@ -26,9 +26,10 @@ VERBS = {
     "config": "check a configuration or print its schema",
     "ledger": "show the audit; export the ledger to a file, or import it from one",
     "import": "take over what kubelet's own managers gave away",
+    "uninstall": "undo on this host what the agent has left there",
 }
-FILES = {"import": "import_state"}
-"""The module of a verb whose name cannot be a module name."""
+FILES = {"import": "kubelet_state.verb"}
+"""The module of a verb whose name cannot be a module name, or that has several."""
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
 
 
