@@ -13,6 +13,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ import pytest
 from nodeagent.cli import main
 from nodeagent.config.load import load
 from nodeagent.daemon import daemon
+from nodeagent.daemon.leftovers import STATE_FILES
 from nodeagent.daemon.paths import checked, paths_of
 from nodeagent.host.cgroup import write
+from nodeagent.host.sysfs.atomic_file import DRAFT_END
+from nodeagent.managers.hugepages import journal, pool_resizer
+from nodeagent.managers.inventory import latches, nvlinks
+from nodeagent.managers.isolation.manager import MOVED
+from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
 from nodeagent.state.lock import FileLock
 from tests.builders.cgroup_tree import CgroupTree
@@ -246,3 +253,20 @@ async def test_what_the_kernel_refuses_is_reported_and_the_rest_is_undone(
         assert f"cannot write {machine.cgroups.mount}/{OTHERS}/cpuset.cpus" in capsys.readouterr().err
         assert (machine.root / "proc/irq/27/smp_affinity_list").read_text().strip() == "2"
         assert not [*(folder / "cdi").iterdir()]
+
+
+def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> None:
+    """Also those that the agent of these tests has no reason to write."""
+    locks = (leader.LOCK, leader.NEWS, store.LOCK, pool_resizer.LOCK, Path(latches.FILE).with_suffix(".lock").name)
+    names = (
+        store.FILE,
+        f"{store.FILE}-wal",
+        f"{store.FILE}.damaged-1",
+        latches.FILE,
+        nvlinks.FILE,
+        journal.NAME,
+        MOVED,
+    )
+    drafts = [f".{name}.x{DRAFT_END}" for name in names]
+    for name in (*locks, *names, *drafts):
+        assert [one for one in STATE_FILES if fnmatch(name, one)], name
