@@ -1,4 +1,4 @@
-# make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make pb, make manifests.
+# make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make deb, make pb, make manifests.
 # make image: a container image in dist/, from Debian packages, without a container engine. make image-lock: its pins.
 # make vm-test: the agent in a guest with a systemd, NUMA nodes and hotplug of its own; needs root and QEMU.
 
@@ -7,7 +7,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test vm-test bench lint wheel image image-lock pb manifests clean
+.PHONY: demo test vm-test bench lint wheel image image-lock deb pb manifests clean
 
 demo: $(BUILT)
 	$(PYTHON) -m demo.demo
@@ -33,6 +33,15 @@ image: $(BUILT)
 
 image-lock: $(BUILT)
 	PYTHONPATH=packaging $(PYTHON) -m image.lock
+
+# The distribution's own Python: the package is for its ABI.
+deb:
+	/usr/bin/python3 -m venv build/deb
+	build/deb/bin/python -m pip install -q build 'setuptools>=77' 'cython>=3.1'
+	build/deb/bin/python -m pip install -q --require-hashes -r packaging/debian/libraries.txt
+	rm -rf build/deb/dist
+	build/deb/bin/python -m build --no-isolation --wheel --outdir build/deb/dist .
+	build/deb/bin/python packaging/debian/build.py build/deb/dist/nodeagent-*.whl --out dist
 
 pb: $(READY)
 	$(PYTHON) protos/generate.py

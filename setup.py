@@ -23,7 +23,7 @@ EXTENSION = Extension(
     "nodeagent._fastpath",
     ["nodeagent/_fastpath.pyx"],
     depends=[str(path) for path in sorted(Path("nodeagent").glob("*.pxi"))],
-    extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3"],
+    extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3", "-g0"],
     define_macros=[("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if DEBUG else [],
 )
 

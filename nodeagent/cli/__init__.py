@@ -9,7 +9,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from nodeagent.errors import ConfigError, InputError, LedgerTooNewError, NodeagentError
@@ -26,9 +26,10 @@ VERBS = {
     "config": "check a configuration or print its schema",
     "ledger": "show the audit; export the ledger to a file, or import it from one",
     "import": "take over what kubelet's own managers gave away",
+    "uninstall": "undo on this host what the agent has left there",
 }
-FILES = {"import": "import_state"}
-"""The module of a verb whose name cannot be a module name."""
+FILES = {"import": "kubelet_state.verb"}
+"""The module of a verb whose name cannot be a module name, or that has several."""
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
 
 
@@ -60,22 +61,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
-    parser = Parser(prog="nodeagent", description="Who gets which part of this machine.")
-    parser.add_argument("--version", action="store_true", help="show the version and whether the compiled core runs")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    for name, text in VERBS.items():
-        verb = verbs.add_parser(name, help=text, description=text, add_help=words[:1] == [name])
-        # Import only the verb that is called: `place` needs no gRPC.
-        if words[:1] == [name]:
-            _module(name).add_arguments(verb)
-    args = parser.parse_args(words)
+    # Import only the verb that is called: `place` needs no gRPC.
+    top = parser(words[:1])
+    args = top.parse_args(words)
     if args.version:
         print(version_line())
         return DONE
     if args.verb is None:
-        parser.print_help()
+        top.print_help()
         return BAD_INPUT
     return int(_module(args.verb).run(args))
+
+
+def parser(known: Collection[str] = VERBS) -> Parser:
+    """Return the parser of the command line. Only verbs in `known` have their options, as only they are imported."""
+    top = Parser(prog="nodeagent", description="Who gets which part of this machine.")
+    top.add_argument("--version", action="store_true", help="show the version and whether the compiled core runs")
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
+    for name, text in VERBS.items():
+        verb = verbs.add_parser(name, help=text, description=text, add_help=name in known)
+        if name in known:
+            _module(name).add_arguments(verb)
+    return top
 
 
 def _module(verb: str) -> Any:

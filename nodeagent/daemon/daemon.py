@@ -48,7 +48,7 @@ from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
 from nodeagent.managers.dra.other_drivers import OtherDrivers
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
-from nodeagent.managers.isolation.manager import IsolationManager
+from nodeagent.managers.isolation.manager import MOVED, IsolationManager
 from nodeagent.managers.kubelet_conflicts import KubeletConflicts, confines_all, managed_elsewhere, unprotected
 from nodeagent.managers.ledger_recovery import LedgerRecovery
 from nodeagent.managers.manager import Manager
@@ -175,7 +175,7 @@ class Daemon:
             lambda: self._pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held,
             lambda: self.config.pinning,
             self._pinning.revision.changed,
-            where.state_dir / "interrupts.json",
+            where.state_dir / MOVED,
         )
         self._recovery = LedgerRecovery(
             agent,

@@ -123,9 +123,12 @@ class CdiFolder:
 
     def sweep(self, keep: Container[str]) -> list[str]:
         """Remove our files of all other claims and drafts left by a killed agent. Return their names."""
-        orphans = [self._path(uid) for uid in sorted(self.uids()) if uid not in keep]
-        left = files.drafts(self._folder, self._name)
-        return [path.name for path in (*orphans, *left) if files.remove(path)]
+        return [path.name for path in self.orphans(keep) if files.remove(path)]
+
+    def orphans(self, keep: Container[str]) -> list[Path]:
+        """Return our files of all other claims, and drafts left by a killed agent."""
+        others = [self._path(uid) for uid in sorted(self.uids()) if uid not in keep]
+        return [*others, *files.drafts(self._folder, self._name)]
 
     def _path(self, uid: str) -> Path:
         return self._folder / f"{self._stem}{_checked_uid(uid)}.json"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -29,7 +31,6 @@ OUTSIDE = (
     "config/test_config.py",
 )
 """Unit tests that together touch every package."""
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", ".cache", ".*_cache", "*.egg-info", "build", "dist", "__pycache__")
 NEEDED_FILES = {
     "Makefile",
     "setup.sh",
@@ -58,22 +59,28 @@ PARTS_OF_TESTS = {
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the sdist, and the wheel built from it. They are built from a copy: setuptools also takes what an
-    earlier build has listed in the checkout (egg-info)."""
-    out = tmp_path_factory.mktemp("dist")
-    copy = shutil.copytree(CHECKOUT, tmp_path_factory.mktemp("copy") / "checkout", ignore=NOT_COPIED, symlinks=True)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), str(copy)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return out
-
-
-@pytest.fixture(scope="session")
 def sdist(built: Path) -> frozenset[str]:
     """The files of the sdist, below its one folder."""
     with tarfile.open(next(built.glob("*.tar.gz"))) as tar:
         return frozenset(one.name.partition("/")[2] for one in tar if one.isfile())
+
+
+@pytest.fixture(scope="session")
+def venv(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel, and the libraries of this one."""
+    venv = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
+    python, libraries = venv / "bin" / "python", Path(sysconfig.get_paths()["purelib"])
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", next(built.glob("*.whl"))], check=True)
+    # Behind the environment's own packages; no link from there leads to the checkout (.pth files are read here only).
+    (Path(site) / "libraries.pth").write_text(f"{libraries}\n")
+    return venv
 
 
 def test_the_sdist_has_all_sources(sdist: frozenset[str]) -> None:
@@ -100,20 +107,29 @@ def test_the_wheel_has_the_compiled_core_and_its_types(built: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "demo", "benchmarks"))]
 
 
-def test_the_wheel_works_outside_the_checkout(built: Path, tmp_path: Path) -> None:
+def test_wheels_are_made_for_every_python_and_processor_that_is_supported() -> None:
+    """One wheel for each, by cibuildwheel; the versions are those of the classifiers."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
+    wheels, classifiers = project["tool"]["cibuildwheel"], project["project"]["classifiers"]
+    versions = [one.rpartition(" ")[2] for one in classifiers if re.search(r"Python :: 3\.\d+$", one)]
+    assert wheels["build"] == [f"cp{one.replace('.', '')}-manylinux_*" for one in versions]
+    assert wheels["linux"]["archs"] == ["x86_64", "aarch64"]
+    assert wheels["test-command"].startswith("nodeagent --version")
+
+
+def test_the_wheel_of_the_sdist_runs_the_example_configuration(built: Path, sdist: frozenset[str], venv: Path) -> None:
+    """In an environment that has nothing but it and its libraries."""
+    assert "systemd/config.example.yaml" in sdist
+    nodeagent = venv / "bin" / "nodeagent"
+    for words in (["--version"], ["config", "check", str(CHECKOUT / "systemd" / "config.example.yaml")]):
+        done = subprocess.run([nodeagent, *words], cwd=venv, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert str(venv) in done.stdout or "config.example.yaml: good" in done.stdout
+
+
+def test_the_wheel_works_outside_the_checkout(venv: Path, tmp_path: Path) -> None:
     """Installed in an environment of its own, with the libraries of this one, it passes tests of every package."""
-    python = tmp_path / "venv" / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    libraries = Path(sysconfig.get_paths()["purelib"])
-    site = subprocess.run(
-        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.strip()
-    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", next(built.glob("*.whl"))], check=True)
-    # Behind the environment's own packages; no link from there leads to the checkout (.pth files are read here only).
-    (Path(site) / "libraries.pth").write_text(f"{libraries}\n")
+    python = venv / "bin" / "python"
     # pytest puts the folder above the package of tests into sys.path: it must not be the checkout.
     shutil.copytree(TESTS, tmp_path / "tests", ignore=shutil.ignore_patterns("__pycache__", "e2e", "vm"))
     command = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/unit/{name}" for name in OUTSIDE)]
@@ -123,7 +139,7 @@ def test_the_wheel_works_outside_the_checkout(built: Path, tmp_path: Path) -> No
     where = subprocess.run(
         [python, "-m", "nodeagent", "--version"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert str(tmp_path) in where.stdout
+    assert str(venv) in where.stdout
 
 
 def _source(path: Path) -> bool:

@@ -107,14 +107,19 @@ async def dra_node(
     resources: Sequence[Mapping[str, Any]],
     dra: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
+    program: Path | None = None,
 ) -> AsyncIterator[DraNode]:
-    """A node whose agent is registered with both sides of kubelet."""
+    """A node whose agent is registered with both sides of kubelet. program: where it is installed, if that is not the
+    checkout."""
     async with FakeApiServer() as api, FakeKubelet(folder / "kubelet") as kubelet:
         api.add_node(NODE)
         access = {"kubeconfig": str(api.kubeconfig(folder)), "nodeName": NODE, "cdiDir": str(folder / "cdi")}
         options = {"resources": list(resources), **QUICK, "dra": {**access, "spreadSeconds": 0, **(dra or {})}}
         options |= more or {}
-        async with FakeDraKubelet(folder / "kubelet") as side, running(folder, root=tree.root, **options) as agent:
+        async with (
+            FakeDraKubelet(folder / "kubelet") as side,
+            running(folder, root=tree.root, program=program, **options) as agent,
+        ):
             await side.wait_registered(DRIVER)
             for one in resources:
                 if one.get("serve") != "dra":

@@ -23,13 +23,23 @@ CPU, CHAR = "nodeagent.dev/cpu", "nodeagent.dev/serial"
 class Running:
     """`nodeagent run` in a folder: its configuration, ledger, status socket and log are there."""
 
-    def __init__(self, folder: Path, *, root: Path | str = "/", kubelet: Path | None = None, **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        root: Path | str = "/",
+        kubelet: Path | None = None,
+        program: Path | None = None,
+        **config: Any,
+    ) -> None:
+        """program: where the program is installed that is started, if that is not the checkout."""
         self.folder = folder
         self.config_file = folder / "config.yaml"
         self.socket = folder / "run" / "status.sock"
         self.state = folder / "state"
         self.log: list[dict[str, Any]] = []
         self.stderr = ""
+        self.program = program
         self._words = ["run", "--config", str(self.config_file), "--root", str(root)]
         self._words += ["--kubelet-dir", str(kubelet or folder / "kubelet")]
         self._process: asyncio.subprocess.Process | None = None
@@ -62,7 +72,7 @@ class Running:
             "-m",
             "nodeagent",
             *self._words,
-            cwd=CHECKOUT if (CHECKOUT / "nodeagent").exists() else None,
+            cwd=self.program or (CHECKOUT if (CHECKOUT / "nodeagent").exists() else None),
             stderr=asyncio.subprocess.PIPE,
             env={**os.environ, **(env or {})},
         )

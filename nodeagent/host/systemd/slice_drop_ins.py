@@ -53,6 +53,10 @@ class SliceDropins:
             del known[unit]
         self._there = known
 
+    def written(self) -> list[Path]:
+        """Return the drop-ins that exist, whichever agent wrote them. Raise HostError if they cannot be read."""
+        return [self._path(unit) for unit in self._found()]
+
     def _wanted(self, shared: CpuSet, pods: Mapping[str, CpuSet]) -> dict[str, str]:
         """Return drop-in texts by unit. A drop-in of a more specific unit replaces one of the same name."""
         own = {path.rpartition("/")[2]: cpus for path, cpus in pods.items() if path.endswith(".slice")}
@@ -74,10 +78,13 @@ class SliceDropins:
             raise HostError(f"cannot read {error.filename}: {error.strerror}") from None
 
     def _write(self, unit: str, text: str) -> None:
-        files.replace(self._folder / f"{unit}.d" / FILE, text.encode())
+        files.replace(self._path(unit), text.encode())
+
+    def _path(self, unit: str) -> Path:
+        return self._folder / f"{unit}.d" / FILE
 
     def _remove(self, unit: str) -> None:
-        path = self._folder / f"{unit}.d" / FILE
+        path = self._path(unit)
         files.remove(path)
         # Files of other programs keep the folder.
         with contextlib.suppress(OSError):

@@ -65,3 +65,11 @@ class PluginPaths:
 
     def _path(self, token: str) -> Path:
         return self._folder / f"{self._stem}-{token}.sock"
+
+
+def dead_sockets(folder: Path) -> list[Path]:
+    """Return the sockets of all resources, in order, whose servers have died."""
+    pattern = re.compile(rf"nodeagent-.+-{_TOKEN}\.sock")
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        return [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name) and sockets.is_dead(path)]
+    return []

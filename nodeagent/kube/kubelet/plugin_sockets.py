@@ -70,12 +70,17 @@ def _first_that_fits(paths: Sequence[Path]) -> Path:
 def remove_stale(kubelet_dir: Path, driver: str, mine: PluginSockets) -> list[Path]:
     """Remove the sockets of dead instances and return their paths. Sockets that a process serves are left alone."""
     removed = []
-    for path in (*_registrations(kubelet_dir, driver, mine), *_services(kubelet_dir, driver, mine)):
-        if sockets.is_dead(path):
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
-                removed.append(path)
+    for path in dead_sockets(kubelet_dir, driver, mine):
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            removed.append(path)
     return removed
+
+
+def dead_sockets(kubelet_dir: Path, driver: str, mine: PluginSockets | None = None) -> list[Path]:
+    """Return the sockets of dead instances, except `mine`."""
+    every = (*_registrations(kubelet_dir, driver, mine), *_services(kubelet_dir, driver, mine))
+    return [path for path in every if sockets.is_dead(path)]
 
 
 def other_instance_serves(kubelet_dir: Path, driver: str, mine: PluginSockets) -> bool:
@@ -83,18 +88,18 @@ def other_instance_serves(kubelet_dir: Path, driver: str, mine: PluginSockets) -
     return any(sockets.is_served(path) for path in _registrations(kubelet_dir, driver, mine))
 
 
-def _registrations(kubelet_dir: Path, driver: str, mine: PluginSockets) -> Iterator[Path]:
+def _registrations(kubelet_dir: Path, driver: str, mine: PluginSockets | None) -> Iterator[Path]:
     pattern = re.compile(rf"(?:{re.escape(driver)}|{_hash(driver)}){_INSTANCE}-reg\.sock")
-    yield from _matching(kubelet_dir / REGISTRY, pattern, mine.registration)
+    yield from _matching(kubelet_dir / REGISTRY, pattern, mine.registration if mine else None)
 
 
-def _services(kubelet_dir: Path, driver: str, mine: PluginSockets) -> Iterator[Path]:
+def _services(kubelet_dir: Path, driver: str, mine: PluginSockets | None) -> Iterator[Path]:
     pattern = re.compile(rf"dra{_INSTANCE}\.sock")
     for folder in (driver, _hash(driver)):
-        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, mine.service)
+        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, mine.service if mine else None)
 
 
-def _matching(folder: Path, pattern: re.Pattern[str], mine: Path) -> Iterator[Path]:
+def _matching(folder: Path, pattern: re.Pattern[str], mine: Path | None) -> Iterator[Path]:
     """Yield the paths in a folder whose names match, except `mine`, in order of their names."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.iterdir()):

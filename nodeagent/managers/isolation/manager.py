@@ -28,6 +28,8 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.manager import Manager
 from nodeagent.telemetry import metrics
 
+MOVED = "interrupts.json"
+"""In the state folder: interrupts that were moved."""
 SETTLE_S = 1.0
 """Delay of the look after the exclusive CPUs change: containers have their CPUs by then."""
 REST = 50

@@ -469,6 +469,12 @@ def test_the_example_is_good_and_has_every_key() -> None:
 
 
 @pytest.mark.skipif(not EXAMPLE.exists(), reason="the example lies in the checkout")
+def test_the_example_is_what_an_agent_without_a_configuration_does() -> None:
+    """It is installed as it is: nothing is served, pinned or provided that an admin has not asked for."""
+    assert load(EXAMPLE) == msgspec.structs.replace(Config(), resources=list(DEFAULT_RESOURCES))
+
+
+@pytest.mark.skipif(not EXAMPLE.exists(), reason="the example lies in the checkout")
 def test_the_example_with_a_line_lost_is_good_or_refused() -> None:
     lines = EXAMPLE.read_text().splitlines()
     for lost in range(len(lines)):

@@ -1,0 +1,1 @@
+"""`nodeagent import kubelet-state`: the verb, and how its plan is shown."""

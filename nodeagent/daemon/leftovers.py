@@ -1,0 +1,278 @@
+"""Everything that the agent leaves on a host, in one list, and how each is undone.
+
+What stays, because it ends with its container or nothing tells whether it was the agent's: hugepage limits of
+containers, controllers enabled for kubepods, folders of kubelet's. Pools of hugepages that were grown are reported.
+Every call blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nodeagent.config.schema import Config
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths
+from nodeagent.errors import HostError, PeerError
+from nodeagent.host.cdi import CdiFolder, ClaimFiles
+from nodeagent.host.cgroup.layout import layouts
+from nodeagent.host.cgroup.read import hierarchy
+from nodeagent.host.cgroup.widen import CPUS, MEMS, Widener
+from nodeagent.host.irq.interrupts import Mover
+from nodeagent.host.irq.journal import load
+from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
+from nodeagent.host.systemd.slice_drop_ins import SliceDropins
+from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
+from nodeagent.kube.apiserver.lazy import LazyApi
+from nodeagent.kube.kubelet import device_plugin_sockets, plugin_sockets
+from nodeagent.kube.resourceslice.render import Owner, belongs
+from nodeagent.managers.device_events import is_configured
+from nodeagent.managers.deviceplugin.manager import PLUGINS
+from nodeagent.managers.dra.manager import CLAIMS, node_name
+from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
+from nodeagent.managers.isolation.manager import MOVED
+from nodeagent.managers.kubelet import look
+from nodeagent.managers.kubelet_conflicts import confines_all
+from nodeagent.managers.pinning.manager import UNITS
+
+STATE_FILES = ("ledger.*", "leader.lock", "interrupts.json", "hugepages.*", "health.*", "nvlinks.json", ".*.tmp")
+"""Names in the state folder."""
+_KUBELETS = "kubelet's own manager writes it, or is not known"
+
+
+class Line(NamedTuple):
+    """One thing that is undone. `wanted` is "" if it is removed."""
+
+    path: str
+    found: str = ""
+    wanted: str = ""
+
+    def __str__(self) -> str:
+        change = f"{self.found or 'empty'} -> {self.wanted or 'empty'}"
+        return f"{self.path}: {change if self.found or self.wanted else 'removed'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Things that are undone together. `undo` yields why some stay."""
+
+    lines: Sequence[Line] = ()
+    undo: Callable[[], Iterable[str]] = tuple
+    notes: Sequence[str] = ()
+    """What the agent made and stays as it is, or is left to the admin."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Host:
+    """The agent's configuration and paths on a host."""
+
+    config: Config
+    where: Paths
+
+
+def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
+    """Yield what is left on a host, in the order in which it has to be undone: undo each before the next is asked for.
+    Raise HostError if some of it cannot be read. purge: the state folder too."""
+    yield _drop_ins(host)
+    yield _cgroups(host)
+    yield _interrupts(host)
+    yield _hugepages(host)
+    yield _cdi_files(host)
+    yield _claim_files(host)
+    yield _kubelet_sockets(host)
+    yield _slices(host)
+    yield _runtime_folder(host)
+    if purge:
+        yield _state_folder(host)
+
+
+# ---------------------------------------------------------------- confinement
+
+
+def _drop_ins(host: Host) -> Leftover:
+    folder = Path(host.where.sysfs.path(UNITS))
+    every = [SliceDropins(folder, one) for one in layouts(host.config.pinning.cgroup_root)]
+    found = dict.fromkeys(path for one in every for path in one.written())
+
+    def undo() -> Iterator[str]:
+        for one in every:
+            with _kept_going() as errors:
+                one.keep(None, {})
+            yield from errors
+
+    lines = [Line(str(path)) for path in found]
+    return Leftover(lines, undo, ["systemd forgets drop-ins at its next `systemctl daemon-reload`"] if lines else [])
+
+
+def _cgroups(host: Host) -> Leftover:
+    where, found = host.where, hierarchy(host.where.sysfs)
+    if found.unsupported:
+        return Leftover()
+    kubelet = look(where.sysfs, where.kubelet_dir, host.config.kubelet_config)
+    cpus, mems = not confines_all(kubelet), kubelet.memory is not None and not kubelet.memory.static
+    widener = Widener(found.mount, host.config.pinning.cgroup_root, cpus=cpus, mems=mems)
+    plan = widener.plan()
+    slices = {one.path: CpuSet.parse(one.wanted) for one in plan if one.file == CPUS and is_slice(one.path)}
+
+    def undo() -> Iterator[str]:
+        yield from widener.undo()
+        yield from _tell_systemd(host, slices)
+
+    lines = [Line(f"{found.mount}/{one.path}/{one.file}", one.found, one.wanted) for one in plan]
+    theirs = [file for file, ours in ((CPUS, cpus), (MEMS, mems)) if not ours]
+    return Leftover(lines, undo, [f"{file} of containers stays as it is: {_KUBELETS}" for file in theirs])
+
+
+def _tell_systemd(host: Host, slices: dict[str, CpuSet]) -> Iterator[str]:
+    """Replace what systemd was told of slices, which it would write again at its next reload."""
+    if not slices or not host.where.sysfs.exists(SOCKET):
+        return
+    with _kept_going() as errors, contextlib.closing(Systemd(host.where.sysfs)) as systemd:
+        for path, cpus in slices.items():
+            systemd.allow(path.rpartition("/")[2], cpus)  # a refusal means that it does not know the slice
+    yield from errors
+
+
+def _interrupts(host: Host) -> Leftover:
+    sysfs, memory = host.where.sysfs, host.where.state_dir / MOVED
+    moved, unread = load(sysfs, memory)
+    lines = [
+        Line(sysfs.path(f"proc/irq/{irq}/smp_affinity_list"), str(one.seen), str(one.before))
+        for irq, one in sorted(moved.items())
+    ]
+
+    def undo() -> Iterator[str]:
+        with _kept_going() as errors:
+            yield from Mover(sysfs, memory).move(EMPTY, EMPTY, ()).why.values()
+        yield from errors
+
+    return Leftover(lines, undo if not unread else lambda: [unread])
+
+
+def _hugepages(host: Host) -> Leftover:
+    sysfs = host.where.sysfs
+    grown = GrowthJournal(host.where.state_dir, sysfs.text(BOOT_ID, "")).read().values()
+    return Leftover(notes=[_pool(sysfs, one) for one in grown])
+
+
+def _pool(sysfs: SysFs, one: Grown) -> str:
+    folder = f"sys/devices/system/node/node{one.node}/hugepages/hugepages-{one.page_bytes >> 10}kB"
+    path = sysfs.path(f"{folder}/nr_hugepages")
+    return f"{path} stays as it is: grown from {one.base_pages} to {one.grown_pages} pages for claims"
+
+
+# ---------------------------------------------------------------- the API server
+
+
+def _slices(host: Host) -> Leftover:
+    """Return the ResourceSlices of this driver and node, or the command that deletes them if they cannot be listed."""
+    dra, node = host.config.dra, node_name(host.config)
+    fields = f"spec.driver={dra.driver},spec.nodeName={node}"
+    command = f"kubectl delete resourceslices --field-selector {fields}"
+    if not is_configured(dra.kubeconfig):
+        return Leftover(notes=[f"{command} deletes what was published, if it was"] if host.config.served_by_dra else [])
+    try:
+        found = asyncio.run(_published(dra.kubeconfig, Owner(driver=dra.driver, node_name=node)))
+    except PeerError as error:
+        return Leftover(notes=[f"{command} deletes what was published, if it was: {error}"])
+    names = {str(one["metadata"]["name"]): str(one["metadata"]["uid"]) for one in found}
+    return Leftover([Line(f"resourceslice {name}") for name in names], lambda: _delete(dra.kubeconfig, names))
+
+
+async def _published(kubeconfig: str, owner: Owner) -> list[dict[str, Any]]:
+    async with _api(kubeconfig) as api:
+        return [one for one in map(dict, await api.slices_of(owner.node_name)) if belongs(one, owner)]
+
+
+def _delete(kubeconfig: str, names: Mapping[str, str]) -> list[str]:
+    """Delete slices, UIDs by name. Return why some stay."""
+    try:
+        asyncio.run(_deleted(kubeconfig, names))
+    except PeerError as error:
+        return [str(error)]
+    return []
+
+
+async def _deleted(kubeconfig: str, names: Mapping[str, str]) -> None:
+    from nodeagent.kube.apiserver.client import SLICES
+
+    async with _api(kubeconfig) as api:
+        for name, uid in names.items():
+            await api.delete(SLICES, name, uid=uid)
+
+
+@contextlib.asynccontextmanager
+async def _api(kubeconfig: str) -> AsyncIterator[LazyApi]:
+    api = LazyApi(kubeconfig)
+    try:
+        yield api
+    finally:
+        await api.close()
+
+
+# ---------------------------------------------------------------- files
+
+
+def _cdi_files(host: Host) -> Leftover:
+    dra = host.config.dra
+    return _removed(CdiFolder(Path(dra.cdi_dir), dra.driver, host.where.sysfs).orphans(()))
+
+
+def _claim_files(host: Host) -> Leftover:
+    folder = host.where.runtime_dir / CLAIMS
+    claims = ClaimFiles(folder)
+    paths = [claims.path(uid).parent for uid in sorted(claims.uids())]
+    return _removed(paths, files.remove_folder)
+
+
+def _kubelet_sockets(host: Host) -> Leftover:
+    """Return the sockets that no process serves: those of an agent that still runs are its own to remove."""
+    folder, driver = host.where.kubelet_dir, host.config.dra.driver
+    every = device_plugin_sockets.dead_sockets(folder / PLUGINS), plugin_sockets.dead_sockets(folder, driver)
+    return _with_folder(folder / plugin_sockets.PLUGINS / driver, [path for some in every for path in some])
+
+
+def _runtime_folder(host: Host) -> Leftover:
+    folder = host.where.runtime_dir
+    return _with_folder(folder, [path for path in (folder / STATUS_SOCKET, folder / CLAIMS) if path.exists()])
+
+
+def _state_folder(host: Host) -> Leftover:
+    """Return the ledger and what else is the agent's in its folder; the folder only if nothing else is in it."""
+    folder = host.where.state_dir
+    return _with_folder(folder, sorted({path for name in STATE_FILES for path in folder.glob(name)}))
+
+
+def _with_folder(folder: Path, paths: Sequence[Path]) -> Leftover:
+    """Return some files and the folder of the agent's that is removed with them, if nothing else is in it."""
+    every = [*paths, *([folder] if folder.is_dir() and not {*folder.iterdir()} - {*paths} else ())]
+    return _removed(every, _remove_one)
+
+
+def _remove_one(path: Path) -> object:
+    return files.remove_folder(path) if path.is_dir() else files.remove(path)
+
+
+def _removed(paths: Sequence[Path], remove: Callable[[Path], object] = files.remove) -> Leftover:
+    def undo() -> Iterator[str]:
+        for path in paths:
+            with _kept_going() as errors:
+                remove(path)
+            yield from errors
+
+    return Leftover([Line(str(path)) for path in paths], undo)
+
+
+@contextlib.contextmanager
+def _kept_going() -> Iterator[list[str]]:
+    """Collect the error of one step, so that the others are done all the same."""
+    errors: list[str] = []
+    try:
+        yield errors
+    except HostError as error:
+        errors.append(str(error))
