@@ -1,0 +1,1 @@
+"""`nodeagent import kubelet-state`: the verb and its report."""
