@@ -109,9 +109,9 @@ class _Inbox:
 
     def drain(self) -> None:
         """Receive everything that is readable; the event loop calls this."""
-        self._arrived_s = self._arrived_s or time.monotonic()
         try:
             while (device := self._receive()) is not None:
+                self._arrived_s = self._arrived_s or time.monotonic()
                 self._events[Uevent(action=device.action, subsystem=device.subsystem, path=device.device_path)] = None
                 self.arrived.set()
         except OSError as error:
