@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import re
+from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.parser import text_string_to_metric_families
 
+from nodeagent.admin import metrics_page
 from nodeagent.admin import numa_gauges as numa
-from nodeagent.admin.metrics_page import GaugeText
+from nodeagent.admin.metrics_page import GaugeText, MetricsPage
 from nodeagent.admin.state_gauges import STATE_GAUGES, StateGauge
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.ledger.free import memory_left
@@ -125,3 +130,49 @@ def test_a_held_device_is_not_counted_as_unhealthy_and_one_of_no_node_has_its_ow
 def test_devices_that_no_resource_serves_are_not_counted() -> None:
     nic = Device(kind="nic", id="eth0", numa_node=0)
     assert dict(numa.devices(machine_with(nic), Ledger(), {}, [DeviceResource(name="x", kind="gpu")])) == {}
+
+
+class Reads:
+    """A gauge that counts how often the state is read for it."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def read(self, _: object) -> list[tuple[tuple[str, ...], float]]:
+        self.count += 1
+        return [(("\udcff",), self.count)]
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Reads:
+    """The only gauge of the state."""
+    one = Reads()
+    gauge = StateGauge(name="nodeagent_reads", help="Reads.", labels=("device",), read=one.read)
+    monkeypatch.setattr(metrics_page, "STATE_GAUGES", (gauge,))
+    return one
+
+
+def page() -> MetricsPage:
+    watched: Any = SimpleNamespace(agent=SimpleNamespace(ledger=None, inventory=None))
+    return MetricsPage(watched)
+
+
+async def test_many_scrapers_at_once_cost_no_more_than_two_and_each_gets_a_whole_page(reads: Reads) -> None:
+    """None gets an older state than that of when it asked."""
+    one = page()
+    texts = await asyncio.gather(*(one.text() for _ in range(100)))
+    assert reads.count <= 2
+    assert {*re.findall(rb"^nodeagent_reads\{[^}]*\} (\S+)$", b"".join(texts), re.M)} <= {b"1.0", b"2.0"}
+    assert all(b"nodeagent_build_info" in text and b"nodeagent_reads" in text for text in texts)
+    assert f"}} {reads.count + 1}.0\n".encode() in await one.text()
+
+
+async def test_a_page_that_may_be_old_is_made_once(reads: Reads) -> None:
+    one = page()
+    assert {await one.text(max_age_s=3600) for _ in range(5)} == {await one.text(max_age_s=3600)}
+    assert reads.count == 1
+
+
+async def test_a_device_whose_name_is_no_text_spoils_no_page(reads: Reads) -> None:
+    """Names of device nodes are bytes."""
+    assert b'nodeagent_reads{device="?"} 1.0\n' in await page().text()
