@@ -174,6 +174,22 @@ def test_prometheus_takes_the_rules_and_each_fires_when_it_should(words: list[st
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(promtool() is None, reason="promtool is neither in NODEAGENT_E2E_BIN nor in PATH")
+def test_prometheus_can_read_every_query(tmp_path: Path) -> None:
+    """Those of the dashboard with what Grafana puts in place of its variables."""
+    known = (("$__rate_interval", "5m"), ("$instance", ".*"))
+    rules = []
+    for number, (_, query) in enumerate(one for one in queries() if not one[0].startswith("variable")):
+        for name, value in known:
+            query = query.replace(name, value)
+        rules.append({"record": f"query_{number}", "expr": query})
+    file = tmp_path / "queries.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "queries", "rules": rules}]}))
+    command = [promtool() or "", "check", "rules", str(file)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_every_alert_is_tried() -> None:
     tests = yaml.safe_load((FOLDER / "rules_test.yaml").read_text())["tests"]
     cases = [case for one in tests for case in one["alert_rule_test"]]
