@@ -10,80 +10,36 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any
 from urllib.parse import unquote
 
-from nodeagent.admin.http import HttpAnswer, Peer
+from nodeagent.admin.http import TEXT, HttpAnswer, HttpRequest
 from nodeagent.admin.http import problem as _problem
+from nodeagent.admin.metrics_page import CONTENT_TYPE, MetricsPage
+from nodeagent.admin.watched import Watched, disputed, resources
 from nodeagent.core.deviceplugin.devices import illness
-from nodeagent.core.model.grant import KUBELET, OTHER_PLUGIN, Grant
+from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size
 from nodeagent.errors import ConfigError
-from nodeagent.kube.kubelet.registration import Registration
-from nodeagent.resources.offer import Offer
-from nodeagent.state.agent import Agent
-from nodeagent.telemetry import metrics
 from nodeagent.telemetry.log import new_op
 from nodeagent.version import VERSION
-
-
-class Watched(Protocol):
-    """What the daemon reports about itself."""
-
-    agent: Agent
-    started_at: float
-    config_error: str
-
-    @property
-    def notes(self) -> list[str]: ...
-    @property
-    def refused(self) -> Mapping[str, str]: ...
-
-    def offers(self) -> Sequence[Offer]: ...
-    def registrations(self) -> Sequence[Registration]: ...
-    def kubelet_document(self) -> dict[str, Any]:
-        """Return kubelet's configuration, as far as it concerns the agent."""
-        ...
-
-    def dra_document(self) -> dict[str, Any]:
-        """Return the state of DRA, or {} if nothing is served through it."""
-        ...
-
-    def pinning_document(self) -> dict[str, Any]:
-        """Return how containers are confined to what they hold."""
-        ...
-
-    def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:
-        """Return the numbers that were read of the devices, by device and source."""
-        ...
-
-    async def clear_health(self, device: str) -> bool:
-        """Clear the latched causes of a device. Return whether it had any."""
-        ...
-
-    def not_ready(self) -> Sequence[str]:
-        """Return why the agent is not ready, one sentence each; empty if it is."""
-        ...
-
-    async def reload(self) -> list[str]:
-        """Read the configuration again and return what changed. On ConfigError the old one stays."""
-        ...
 
 
 class Status:
     """Answers requests on the status socket."""
 
-    def __init__(self, watched: Watched) -> None:
+    def __init__(self, watched: Watched, metrics: MetricsPage) -> None:
         self._watched = watched
+        self._metrics = metrics
 
-    async def handle(self, method: str, target: str, peer: Peer) -> HttpAnswer:
+    async def handle(self, request: HttpRequest) -> HttpAnswer:
         """Answer one request: 403 if the peer lacks permission, 404 and 405 as usual, never 500 without a reason."""
-        path = target.partition("?")[0]
-        if method not in ("GET", "HEAD") and peer.uid not in (0, os.geteuid()):
-            return _problem(403, f"cannot {method} {path}: only root may, uid {peer.uid} asks")
+        method, path, peer = request.method, request.path, request.peer
+        if method not in ("GET", "HEAD") and (peer is None or peer.uid not in (0, os.geteuid())):
+            return _problem(403, f"cannot {method} {path}: only root may, uid {peer.uid if peer else 'unknown'} asks")
         if method == "DELETE" and path.startswith("/v1/grants/"):
             return await self._release(path.removeprefix("/v1/grants/"))
         if method == "DELETE" and path.startswith("/v1/health/"):
@@ -95,18 +51,18 @@ class Status:
             return _problem(404, f"cannot find {path}: expected one of {', '.join(self._pages())}")
         if method not in ("GET", "HEAD"):
             return _problem(405, f"cannot {method} {path}: it can only be read")
-        return page()
+        return await page()
 
-    def _pages(self) -> Mapping[str, Callable[[], HttpAnswer]]:
+    def _pages(self) -> Mapping[str, Callable[[], Awaitable[HttpAnswer]]]:
         return {
-            "/v1/status": lambda: _document(self.status()),
-            "/v1/inventory": lambda: _document(to_document(self._watched.agent.inventory)),
-            "/v1/grants": lambda: _document(self.grants()),
-            "/v1/health": lambda: _document(self.health()),
-            "/v1/devices": lambda: _document(self.devices()),
-            "/healthz": lambda: HttpAnswer(200, b"ok\n", "text/plain"),
+            "/v1/status": _documented(self.status),
+            "/v1/inventory": _documented(lambda: to_document(self._watched.agent.inventory)),
+            "/v1/grants": _documented(self.grants),
+            "/v1/health": _documented(self.health),
+            "/v1/devices": _documented(self.devices),
+            "/healthz": self._healthz,
             "/readyz": self._readyz,
-            "/metrics": self._metrics,
+            "/metrics": self._metrics_page,
         }
 
     def status(self) -> dict[str, Any]:
@@ -134,30 +90,14 @@ class Status:
             "kubelet": self._watched.kubelet_document(),
             "dra": self._watched.dra_document(),
             "pinning": self._watched.pinning_document(),
-            "resources": [self._resource(offer) for offer in self._watched.offers()],
+            "resources": resources(self._watched),
             "grants": len(agent.ledger.grants),
             "ledger": {"whole": not agent.loss, "loss": agent.loss, "missing": dict(agent.unaccounted)},
             "listed_at": agent.listed_at,
             "conflicts": list(agent.conflicts),
-            "disputed": [f"{agent.ledger.grants[one].holder}: {agent.held_back[one]}" for one in self._disputed()],
+            "disputed": [f"{agent.ledger.grants[one].holder}: {agent.held_back[one]}" for one in disputed(agent)],
             "notes": list(self._watched.notes),
             "config_error": self._watched.config_error,
-        }
-
-    def _resource(self, offer: Offer) -> dict[str, Any]:
-        shown = self._watched.agent.advertised(offer.resource)
-        held = sum(1 for resource, _ in self._watched.agent.ledger.by_id if resource == offer.name)
-        known = next((one for one in self._watched.registrations() if one.resource == offer.name), None)
-        return {
-            "name": offer.name,
-            "kind": offer.resource.kind,
-            "devices": len(shown),
-            "healthy": sum(1 for one in shown if one.healthy),
-            "held_elsewhere": sum(1 for one in shown if one.held and not one.healthy),
-            "held": held,
-            "registered": known.ready if known else False,
-            "registration": known.state if known else "",
-            "reason": known.reason if known else "",
         }
 
     def grants(self) -> list[dict[str, Any]]:
@@ -173,11 +113,6 @@ class Status:
             }
             for one in every
         ] + [{**grant_document(one), "api": OTHER_PLUGIN, "disputed": False, "held_back": ""} for one in foreign]
-
-    def _disputed(self) -> list[str]:
-        """Return the ids of the grants that kubelet has stopped listing although their pods are alive."""
-        agent = self._watched.agent
-        return sorted(one for one in agent.disputed if one in agent.ledger.grants)
 
     def devices(self) -> list[dict[str, Any]]:
         """Return every id advertised to kubelet, with its health, NUMA nodes and holder."""
@@ -216,73 +151,16 @@ class Status:
             for device, state in sorted(self._watched.agent.health.items())
         ]
 
-    def _readyz(self) -> HttpAnswer:
+    async def _healthz(self) -> HttpAnswer:
+        return HttpAnswer(200, b"ok\n", TEXT)
+
+    async def _readyz(self) -> HttpAnswer:
         reasons = self._watched.not_ready()
         text = "\n".join(reasons) if reasons else "ok"
-        return HttpAnswer(503 if reasons else 200, f"{text}\n".encode(), "text/plain")
+        return HttpAnswer(503 if reasons else 200, f"{text}\n".encode(), TEXT)
 
-    def _metrics(self) -> HttpAnswer:
-        agent = self._watched.agent
-        for gauge in (metrics.DEVICES, metrics.HELD, metrics.REGISTERED, metrics.HOLDER):
-            gauge.clear()
-        for one in (self._resource(offer) for offer in self._watched.offers()):
-            metrics.DEVICES.labels(one["name"], "healthy").set(one["healthy"])
-            metrics.DEVICES.labels(one["name"], "held").set(one["held_elsewhere"])
-            unhealthy = one["devices"] - one["healthy"] - one["held_elsewhere"]
-            metrics.DEVICES.labels(one["name"], "unhealthy").set(unhealthy)
-            metrics.HELD.labels(one["name"]).set(one["held"])
-            metrics.REGISTERED.labels(one["name"]).set(one["registered"])
-        for grant in agent.ledger.grants.values():
-            holder = grant.holder
-            pod = holder.uid if holder.api == KUBELET else holder.pod
-            names = holder.namespace, pod, holder.container, holder.claim
-            metrics.HOLDER.labels(holder.resource, *names).set(1)
-        metrics.LEDGER_WHOLE.set(not agent.loss)
-        metrics.CONFIG_REFUSED.set(bool(self._watched.config_error))
-        metrics.CONFLICTS.set(len(agent.conflicts))
-        metrics.DISPUTED.set(len(self._disputed()))
-        self._health_metrics()
-        self._dra_metrics()
-        self._page_metrics()
-        self._pinning_metrics()
-        metrics.GENERATION.set(agent.inventory.generation)
-        metrics.WARNINGS.set(len(agent.inventory.warnings))
-        metrics.READY.set(not self._watched.not_ready())
-        return HttpAnswer(200, metrics.render(), "text/plain; version=0.0.4; charset=utf-8")
-
-    def _health_metrics(self) -> None:
-        for gauge in (metrics.DEVICE_ILL, metrics.DEVICE_READING):
-            gauge.clear()
-        for device, state in self._watched.agent.health.items():
-            if state.state != HEALTHY:
-                metrics.DEVICE_ILL.labels(device, state.state, state.reason).set(1)
-        for (device, source), readings in self._watched.health_readings().items():
-            for reading, number in readings.items():
-                metrics.DEVICE_READING.labels(device, source, reading).set(number)
-
-    def _dra_metrics(self) -> None:
-        dra = self._watched.dra_document()
-        metrics.DRA_REGISTERED.set(dra.get("registered", False))
-        metrics.DRA_CLAIMS.set(dra.get("claims", 0))
-        metrics.SLICES.clear()
-        for pool in dra.get("slices", {}).get("pools", ()):
-            metrics.SLICES.labels(pool["name"], pool["state"]).set(pool["slices"])
-        metrics.SLICE_WRITES.set(dra.get("slices", {}).get("writes", 0))
-
-    def _page_metrics(self) -> None:
-        metrics.HUGEPAGES.clear()
-        for pool in (pool for node in self._watched.agent.inventory.numa_nodes for pool in node.hugepages):
-            states = {"total": pool.total_pages, "free": pool.free_pages, "reserved": pool.reserved_pages}
-            states |= {"foreign": pool.foreign_pages} if pool.foreign_pages is not None else {}
-            for state, pages in states.items():
-                metrics.HUGEPAGES.labels(str(pool.node), format_size(pool.page_bytes), state).set(pages)
-
-    def _pinning_metrics(self) -> None:
-        pinning = self._watched.pinning_document()
-        metrics.PINNED.set(len(pinning["pinned"]))
-        metrics.UNCONFINED.set(len(pinning["errors"]))
-        metrics.THROTTLED.set(sum(one["quota_cpus"] is not None for one in pinning["pinned"]))
-        metrics.RUNTIME_CONNECTED.set(pinning["connected"])
+    async def _metrics_page(self) -> HttpAnswer:
+        return HttpAnswer(200, await self._metrics.text(), CONTENT_TYPE)
 
     async def _release(self, grant_id: str) -> HttpAnswer:
         gone = await self._watched.agent.release([grant_id], new_op())
@@ -334,6 +212,15 @@ def _by_part(grants: Iterable[Grant]) -> dict[str, Grant]:
     for grant in grants:
         found.update(dict.fromkeys((*grant.devices, *(f"cpu{cpu}" for cpu in grant.cpus)), grant))
     return found
+
+
+def _documented(read: Callable[[], Any]) -> Callable[[], Awaitable[HttpAnswer]]:
+    """Return a page that shows what `read` returns."""
+
+    async def page() -> HttpAnswer:
+        return _document(read())
+
+    return page
 
 
 def _document(value: Any) -> HttpAnswer:

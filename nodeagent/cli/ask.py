@@ -68,19 +68,36 @@ def ask(path: str, page: str) -> Any:
 
 def request(path: str, method: str, page: str) -> Any:
     """Return the JSON that answers a request. Raise PeerError if the agent does not answer or refuses it."""
+    status, body = _answer(path, method, page)
+    try:
+        document = json.loads(body)
+    except ValueError as error:
+        raise PeerError(f"cannot ask the agent at {path}: {cause_of(error)}") from None
+    if status != http.client.OK:
+        reason = document.get("error", http.client.responses.get(status, status))
+        raise PeerError(f"cannot {VERBS[method]} {page} at {path}: {reason}")
+    return document
+
+
+def text(path: str, page: str) -> str:
+    """Return a page that is text. Raise PeerError if the agent does not answer or refuses it."""
+    status, body = _answer(path, "GET", page)
+    if status != http.client.OK:
+        raise PeerError(f"cannot read {page} at {path}: {http.client.responses.get(status, status)}")
+    return body.decode(errors="replace")
+
+
+def _answer(path: str, method: str, page: str) -> tuple[int, bytes]:
+    """Return the status and the body of an answer. Raise PeerError if there is none."""
     connection = _Connection(path)
     try:
         connection.request(method, page)
         answer = connection.getresponse()
-        body = answer.read()
-        document = json.loads(body)
-    except (OSError, http.client.HTTPException, ValueError) as error:
+        return answer.status, answer.read()
+    except (OSError, http.client.HTTPException) as error:
         raise PeerError(f"cannot ask the agent at {path}: {cause_of(error)}") from None
     finally:
         connection.close()
-    if answer.status != http.client.OK:
-        raise PeerError(f"cannot {VERBS[method]} {page} at {path}: {document.get('error', answer.reason)}")
-    return document
 
 
 class _Connection(http.client.HTTPConnection):

@@ -7,13 +7,13 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from nodeagent.admin.status_endpoint import status_readers
 from nodeagent.cli.run import DEFAULT_CONFIG
 from nodeagent.cli.source import add_root, read_root
 from nodeagent.config.load import load as load_config
 from nodeagent.config.load import placed
 from nodeagent.config.schema import Config, schema
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.daemon.paths import status_readers
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.managers.hugepages.manager import lacking
 from nodeagent.managers.kubelet_conflicts import configured_cpus

@@ -154,6 +154,26 @@ class StatusConfig(_Base, frozen=True):
     """A group whose members may read it; root always may."""
 
 
+class MetricsTlsConfig(_Base, frozen=True):
+    """How the metrics are secured; files are read again when they change."""
+
+    cert_file: AbsoluteOrEmpty = ""
+    """The server's certificate and those between it and its authority (PEM). Empty: no TLS."""
+    key_file: AbsoluteOrEmpty = ""
+    client_ca_file: AbsoluteOrEmpty = ""
+    """Authorities of clients. Empty: clients need no certificate."""
+
+
+class MetricsConfig(_Base, frozen=True):
+    """Where the metrics are served in addition to the status socket, and to whom."""
+
+    listen: str = ""
+    """ADDRESS:PORT (TCP). Empty: only on the status socket."""
+    token_file: AbsoluteOrEmpty = ""
+    """A file with the token that scrapers must present; read again when it changes. Empty: none is needed."""
+    tls: MetricsTlsConfig = MetricsTlsConfig()
+
+
 class ReleaseConfig(_Base, frozen=True):
     """How long a grant may be missing from kubelet's list before it is released."""
 
@@ -239,6 +259,7 @@ class Config(_Base, frozen=True):
     audit_days: Annotated[int, msgspec.Meta(ge=1, le=3650)] = 30
     log: LogConfig = LogConfig()
     status: StatusConfig = StatusConfig()
+    metrics: MetricsConfig = MetricsConfig()
     release: ReleaseConfig = ReleaseConfig()
     health: HealthConfig = HealthConfig()
     dra: DraConfig = DraConfig()

@@ -8,12 +8,14 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from nodeagent.config.listen import ListenAddress
 from nodeagent.config.schema import (
     LARGEST_PAGE_BYTES,
     LONGEST_DOMAIN,
     SMALLEST_PAGE_BYTES,
     Config,
     HugepagesConfig,
+    MetricsConfig,
     ResourceConfig,
 )
 
@@ -63,6 +65,7 @@ def wrong(config: Config) -> Iterator[str]:
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
     yield from _wrong_dra(config)
     yield from _wrong_pages(config.hugepages)
+    yield from _wrong_metrics(config.metrics)
 
 
 def _wrong_sockets(config: Config) -> Iterator[str]:
@@ -96,6 +99,21 @@ def endpoint_fault(path: str) -> str:
         return ""
     what = repr(found[1]) if found[1] else "two slashes at its start"
     return f"kubelet reads it as a URL: expected a path without {what}"
+
+
+def _wrong_metrics(metrics: MetricsConfig) -> Iterator[str]:
+    """Yield an address that is none, and files of TLS without those that they need."""
+    if metrics.listen:
+        try:
+            ListenAddress.parse(metrics.listen)
+        except ValueError as error:
+            yield f"{metrics.listen!r} at $.metrics.listen, {error}"
+    tls = metrics.tls
+    if bool(tls.cert_file) != bool(tls.key_file):
+        given, missing = ("certFile", "keyFile") if tls.cert_file else ("keyFile", "certFile")
+        yield f"nothing at $.metrics.tls.{missing}, expected a file: $.metrics.tls.{given} names one"
+    if tls.client_ca_file and not tls.cert_file:
+        yield f"{tls.client_ca_file!r} at $.metrics.tls.clientCaFile has no meaning without certFile and keyFile"
 
 
 def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:

@@ -18,16 +18,17 @@ from typing import Any
 
 import structlog
 
-from nodeagent.admin.http import UnixHttpServer
+from nodeagent.admin.metrics_endpoint import MetricsEndpoint
+from nodeagent.admin.metrics_page import MetricsPage
 from nodeagent.admin.reasons import merged
 from nodeagent.admin.status import Status
-from nodeagent.aio.folder_watch import FolderWatch
+from nodeagent.admin.status_endpoint import StatusEndpoint
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all, race, supervise
 from nodeagent.config.load import differences, placed
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked, status_readers
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked
 from nodeagent.daemon.reload import rewrites
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -69,8 +70,6 @@ READ_BACK_S, UNSHOWN_POLL_S, SETTLE_S = 30.0, 1.0, 0.2
 """Intervals of reading back what kubelet shows: without news; while it differs from what was sent; after news."""
 SWITCH_S = 0.001
 """The interpreter's switch interval: how long a busy thread may delay the loop, and so kubelet's answer, each time."""
-FOLDER_POLL_S = 30.0
-"""Fallback for the folder watch."""
 Parts = Mapping[str, Callable[[], Coroutine[Any, Any, None]]]
 log = structlog.get_logger()
 
@@ -121,7 +120,6 @@ class Daemon:
         self._pods = pods
         self._store = store
         self._kubelet = kubelet
-        self._readers = status_readers(config)
         self._plugins = where.kubelet_dir / PLUGINS
         self._refused_now: Mapping[str, str] = {}
         """What cannot be served, as it was when the managers were last told."""
@@ -200,6 +198,7 @@ class Daemon:
             config.dra.driver,
             Path(config.dra.cdi_dir),
         )
+        page = MetricsPage(self)
         # In start order. Losses of the ledger are resolved first; what kubelet is shown comes before what follows it.
         self._managers: Sequence[Manager] = (
             self._recovery,
@@ -212,6 +211,8 @@ class Daemon:
             holders,
             events,
             other_drivers,
+            StatusEndpoint(where.runtime_dir / STATUS_SOCKET, Status(self, page).handle, config),
+            MetricsEndpoint(page, self.not_ready),
         )
         self._recovery.look_for_losses(store, [one.resource for one in offers(config, families)])
         self._news = Revision(
@@ -230,8 +231,7 @@ class Daemon:
     @property
     def notes(self) -> list[str]:
         by_managers = [note for one in self._managers for note in one.notes()]
-        readers = [self._readers.missing] if self._readers.missing else []
-        return merged((*self._leader.notes, *self._kubelet.notes, *readers, *by_managers))
+        return merged((*self._leader.notes, *self._kubelet.notes, *by_managers))
 
     @property
     def refused(self) -> Mapping[str, str]:
@@ -242,6 +242,9 @@ class Daemon:
 
     def offers(self) -> tuple[Offer, ...]:
         return self._device_plugin.offers()
+
+    def configured(self) -> tuple[Offer, ...]:
+        return offers(self.config, self._families)
 
     def registrations(self) -> tuple[Registration, ...]:
         return self._device_plugin.registrations()
@@ -315,28 +318,11 @@ class Daemon:
     def _while_leading(self) -> Parts:
         """Return the parts that only one agent on a node may run."""
         own = {
-            "status": self._serve_status,
             "kubelet": self._follow_kubelet,
             "housekeeping": self._leader.keep,
             "watchdog": self._notifier.keep_alive,
         }
         return {one.name: one.lead for one in self._managers} | own
-
-    async def _serve_status(self) -> None:
-        """Serve the status socket, and again if another process removes it."""
-        path = self._where.runtime_dir / STATUS_SOCKET
-        if self._readers.missing:
-            log.warning("no-status-group", group=self.config.status.group, reason=self._readers.missing)
-        server = UnixHttpServer(path, Status(self).handle, group_id=self._readers.group_id)
-        try:
-            with FolderWatch(path.parent, poll_s=FOLDER_POLL_S) as folder:
-                while True:
-                    if server.lost:
-                        await server.stop()
-                        await server.start()
-                    await folder.wait()
-        finally:
-            await server.stop()
 
     async def _follow_starts(self) -> None:
         """Apply the settings of each kubelet as soon as it starts."""

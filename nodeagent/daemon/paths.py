@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grp
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -60,28 +59,6 @@ def check_served(config: Config, families: Sequence[all_kinds.Kind], kubelet_dir
     """Raise ConfigError if a resource cannot be served, or its sockets cannot be in kubelet's folder."""
     check_device_plugin(config, families, kubelet_dir)
     check_dra(config, kubelet_dir)
-
-
-@dataclass(frozen=True, slots=True)
-class StatusReaders:
-    """Who may read the status socket in addition to root: the members of a group, if one is configured and exists."""
-
-    group_id: int | None = None
-    missing: str = ""
-    """Why a configured group may not read it, or ""."""
-
-
-def status_readers(config: Config) -> StatusReaders:
-    """Return the readers that `status.group` names on this host. A group may come later, as from a directory service
-    that is not up yet, so a missing one does not stop the agent."""
-    name = config.status.group
-    if not name:
-        return StatusReaders()
-    try:
-        return StatusReaders(grp.getgrnam(name).gr_gid)
-    except KeyError:
-        remedy = "only root can read the status socket until the group exists and the agent is restarted"
-        return StatusReaders(None, f"status.group: there is no group {name!r} here; {remedy}")
 
 
 def _check_folder(folder: Path, mode: int) -> None:

@@ -11,8 +11,9 @@ import contextlib
 import errno
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -50,6 +51,8 @@ class MachineChange:
     events: tuple[Uevent, ...] = ()
     lost: bool = False
     """The kernel dropped events: anything may have changed."""
+    arrived_s: float | None = field(default=None, compare=False)
+    """When the first event came (time.monotonic); None for a resync."""
 
 
 def source(control: str = _CONTROL) -> Source:
@@ -98,6 +101,7 @@ class _Inbox:
         self._events: dict[Uevent, None] = {}
         self._lost = False
         self._broken: OSError | None = None
+        self._arrived_s: float | None = None
         self.arrived = asyncio.Event()
 
     def fileno(self) -> int:
@@ -107,6 +111,7 @@ class _Inbox:
         """Receive everything that is readable; the event loop calls this."""
         try:
             while (device := self._receive()) is not None:
+                self._arrived_s = self._arrived_s or time.monotonic()
                 self._events[Uevent(action=device.action, subsystem=device.subsystem, path=device.device_path)] = None
                 self.arrived.set()
         except OSError as error:
@@ -118,9 +123,10 @@ class _Inbox:
         if self._broken is not None:
             raise HostError(f"cannot listen to events: {self._broken}")
         events, lost = tuple(self._events), self._lost
-        self._events, self._lost = {}, False
+        arrived_s = self._arrived_s
+        self._events, self._lost, self._arrived_s = {}, False, None
         self.arrived.clear()
-        return MachineChange(reason="resync" if lost else "udev", events=events, lost=lost)
+        return MachineChange(reason="resync" if lost else "udev", events=events, lost=lost, arrived_s=arrived_s)
 
     def _receive(self) -> pyudev.Device | None:
         """Return the next event. pyudev reports only that the socket has an error; which one must

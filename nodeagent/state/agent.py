@@ -69,6 +69,8 @@ class Agent(ClaimDecisions):
         self.health: Health = NO_HEALTH
         inventory = still_told(Inventory(), inventory, self.ledger.devices_taken)
         self.inventory, self._numbers = numbered(inventory, numbers_held(self.ledger))
+        self.event_s: float | None = None
+        """When the kernel's event came that led to the inventory (time.monotonic), or None if none did."""
         self.conflicts: tuple[str, ...] = ()
         """What kubelet reports that contradicts the ledger, from its newest list only."""
         self.unaccounted: Mapping[str, str] = MappingProxyType({})
@@ -93,15 +95,16 @@ class Agent(ClaimDecisions):
 
     # ---------------------------------------------------------------- the machine and its health
 
-    def see(self, inventory: Inventory) -> bool:
+    def see(self, inventory: Inventory, event_s: float | None = None) -> bool:
         """Take a fresh snapshot. Return whether it shows anything new; if not, the old one is kept with all derived
-        from it."""
+        from it. event_s: when the kernel's event came that led to it (time.monotonic), or None if none did."""
         inventory, self._numbers = numbered(inventory, self._numbers)
         inventory = still_told(self.inventory, inventory, self.ledger.devices_taken)
         if same_machine(self.inventory, inventory):
             return False
         gone = self.inventory.device_by_id.keys() - inventory.device_by_id.keys()
         self.inventory = replace(inventory, generation=self.inventory.generation + 1)
+        self.event_s = event_s
         strangers = self.health.keys() - inventory.device_by_id.keys()
         before, self.health = self.health, health_of.forget(self.health, strangers)
         log.info("inventory-changed", generation=self.inventory.generation, devices_gone=sorted(gone))

@@ -234,7 +234,7 @@ class Store:
         entries = [one for one in entries if one.changes]
         if not entries:
             return
-        with self._turn(), self._said("save"):
+        with self._turn(), self._said("save"), metrics.LEDGER_WRITE_SECONDS.time():
             try:
                 self._put_back()
                 self._write(entries)

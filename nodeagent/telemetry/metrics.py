@@ -1,4 +1,4 @@
-"""Prometheus metrics. Counters live here; gauges are set from the state at each scrape."""
+"""Prometheus metrics of what happens: counters and histograms. Gauges of the state are in `admin/state_gauges.py`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nodeagent.errors import InputError, Refused
 from nodeagent.version import VERSION
 
 REGISTRY = CollectorRegistry()
-"""The process's only registry; nothing else registers here."""
+"""The process's only registry."""
 ProcessCollector(registry=REGISTRY)
 PlatformCollector(registry=REGISTRY)
 
@@ -28,40 +28,45 @@ ALLOCATE_SECONDS = Histogram(
     buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5),
     registry=REGISTRY,
 )
+PREFER_SECONDS = Histogram(
+    "nodeagent_prefer_seconds",
+    "Time to answer GetPreferredAllocation.",
+    ["resource"],
+    buckets=(0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1),
+    registry=REGISTRY,
+)
+LEDGER_WRITE_SECONDS = Histogram(
+    "nodeagent_ledger_write_seconds",
+    "Time to make the decisions of one transaction durable in the ledger's file.",
+    buckets=(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5),
+    registry=REGISTRY,
+)
+REGISTRATION_SECONDS = Histogram(
+    "nodeagent_registration_seconds",
+    "Time from the socket of a new kubelet to the registration of a resource with it.",
+    ["resource"],
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 300),
+    registry=REGISTRY,
+)
+EVENT_TO_LIST_SECONDS = Histogram(
+    "nodeagent_event_to_list_seconds",
+    "Time from an event of the kernel to the list or the ResourceSlices that show what it changed.",
+    ["api"],
+    buckets=(0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60),
+    registry=REGISTRY,
+)
 RELEASES = Counter("nodeagent_releases", "Grants released because kubelet lists them no more.", registry=REGISTRY)
 ADOPTIONS = Counter("nodeagent_adoptions", "Grants taken over from kubelet's list.", registry=REGISTRY)
 SCANS = Histogram("nodeagent_scan_seconds", "Time to read the whole machine.", registry=REGISTRY)
-DEVICES = Gauge("nodeagent_devices", "Ids shown to kubelet.", ["resource", "health"], registry=REGISTRY)
-HELD = Gauge("nodeagent_held", "Ids held by containers.", ["resource"], registry=REGISTRY)
-HOLDER = Gauge(
-    "nodeagent_holder",
-    "1 for each container or claim that holds something.",
-    ["resource", "namespace", "pod", "container", "claim"],
-    registry=REGISTRY,
-)
 DRIFT = Counter(
     "nodeagent_pin_drift",
     "Cgroup files that were found with another value than the desired one.",
     ["file"],
     registry=REGISTRY,
 )
-LEDGER_WHOLE = Gauge(
-    "nodeagent_ledger_whole",
-    "1 where the ledger has every decision; 0 while it is rebuilt, and nothing new is granted.",
-    registry=REGISTRY,
-)
 LEDGER_REPLACED = Counter(
     "nodeagent_ledger_replaced",
     "Ledgers that were found damaged, removed or without decisions that were made, since the agent started.",
-    registry=REGISTRY,
-)
-CONFIG_REFUSED = Gauge(
-    "nodeagent_config_refused", "Whether the newest configuration is not in force.", registry=REGISTRY
-)
-CONFLICTS = Gauge("nodeagent_conflicts", "What kubelet lists and the ledger contradicts.", registry=REGISTRY)
-DISPUTED = Gauge(
-    "nodeagent_grants_disputed",
-    "Grants that kubelet has stopped listing although their pods live.",
     registry=REGISTRY,
 )
 DRIFT_UNREPAIRED = Counter(
@@ -70,13 +75,11 @@ DRIFT_UNREPAIRED = Counter(
     ["file"],
     registry=REGISTRY,
 )
-PINNED = Gauge("nodeagent_pinned_containers", "Containers confined to what they hold.", registry=REGISTRY)
-UNCONFINED = Gauge("nodeagent_unconfined_cgroups", "Cgroups that are not in their desired state.", registry=REGISTRY)
-THROTTLED = Gauge(
-    "nodeagent_throttled_containers", "Containers with less CPU time than exclusive CPUs.", registry=REGISTRY
-)
-RUNTIME_CONNECTED = Gauge(
-    "nodeagent_runtime_connected", "1 where the container runtime asks through NRI.", registry=REGISTRY
+DRIFT_REPAIR_SECONDS = Histogram(
+    "nodeagent_pin_drift_repair_seconds",
+    "Time from when a changed cgroup was noticed to when a read-back confirmed its repair.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 5, 30, 60),
+    registry=REGISTRY,
 )
 NRI_DISCONNECTS = Counter(
     "nodeagent_nri_disconnects",
@@ -94,9 +97,6 @@ NRI_ANSWER_SECONDS = Histogram(
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5),
     registry=REGISTRY,
 )
-REGISTERED = Gauge(
-    "nodeagent_registered", "1 where kubelet took and watches a resource.", ["resource"], registry=REGISTRY
-)
 PREPARES = Counter("nodeagent_prepares", "Claims asked to be prepared, by outcome.", ["outcome"], registry=REGISTRY)
 PREPARE_SECONDS = Histogram(
     "nodeagent_prepare_seconds",
@@ -104,39 +104,19 @@ PREPARE_SECONDS = Histogram(
     buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 5, 20),
     registry=REGISTRY,
 )
-DRA_REGISTERED = Gauge("nodeagent_dra_registered", "1 where kubelet took the DRA driver.", registry=REGISTRY)
-DRA_CLAIMS = Gauge("nodeagent_dra_claims", "Claims that hold something.", registry=REGISTRY)
-SLICES = Gauge(
-    "nodeagent_resource_slices", "ResourceSlices of each pool in the API server.", ["pool", "state"], registry=REGISTRY
-)
-SLICE_WRITES = Gauge(
-    "nodeagent_resource_slice_writes", "Writes of ResourceSlices since the agent started.", registry=REGISTRY
-)
-HUGEPAGES = Gauge(
-    "nodeagent_hugepages",
-    "Pages of each pool: total, free, reserved, and, if known, foreign: in use by no holder of a grant.",
-    ["node", "size", "state"],
-    registry=REGISTRY,
-)
-DEVICE_ILL = Gauge(
-    "nodeagent_device_ill", "1 for each device that is not healthy.", ["device", "state", "reason"], registry=REGISTRY
-)
-DEVICE_READING = Gauge(
-    "nodeagent_device_reading",
-    "Numbers that were read to judge the health of devices.",
-    ["device", "source", "reading"],
+UNPREPARE_SECONDS = Histogram(
+    "nodeagent_unprepare_seconds",
+    "Time of a call that unprepares claims, with the wait for the last processes of their pods.",
+    buckets=(0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5, 1, 2, 5, 20),
     registry=REGISTRY,
 )
 XIDS = Counter("nodeagent_xids", "Errors reported by NVIDIA's driver.", ["device", "code", "effect"], registry=REGISTRY)
-GENERATION = Gauge("nodeagent_inventory_generation", "How often the machine was seen to change.", registry=REGISTRY)
-WARNINGS = Gauge("nodeagent_inventory_warnings", "Files of the machine that cannot be read.", registry=REGISTRY)
 INTRUDERS = Gauge(
     "nodeagent_intruders", "Threads of the host and interrupts on exclusive CPUs.", ["kind"], registry=REGISTRY
 )
 INTERRUPTS_MOVED = Counter(
     "nodeagent_interrupts_moved", "Interrupts moved away from exclusive CPUs.", registry=REGISTRY
 )
-READY = Gauge("nodeagent_ready", "1 where nothing of /readyz is wrong.", registry=REGISTRY)
 INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
 INFO.labels(VERSION).set(1)
 
@@ -167,5 +147,5 @@ def count_prepared(errors: int, good: int, took_s: float) -> None:
 
 
 def render() -> bytes:
-    """Return all metrics in Prometheus's text format."""
+    """Return these metrics in Prometheus' text format."""
     return generate_latest(REGISTRY)

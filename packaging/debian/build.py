@@ -1,7 +1,7 @@
 """Builds the Debian package from the wheel: a tree, and `dpkg-deb --build`. Run it with the Python of the environment
 whose libraries are to be shipped; that has to be the minor version of the distribution's python3.
 
-The same inputs and SOURCE_DATE_EPOCH give the same bytes. docs/decisions/0010-debian-package.md has the reasons.
+The same inputs and SOURCE_DATE_EPOCH give the same bytes. docs/decisions/0012-debian-package.md has the reasons.
 """
 
 from __future__ import annotations

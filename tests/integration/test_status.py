@@ -23,6 +23,7 @@ from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.kubelet import FakeKubelet
 from tests.support.running import CHAR, CPU, Running, running
+from tests.support.scraping import free_port, scrape
 from tests.unit.admin.test_reasons import given_twice
 
 RESOURCES = [
@@ -88,6 +89,11 @@ async def test_the_metrics_can_be_parsed_and_say_the_same(folder: Path, tmp_path
         assert value("held", resource=CPU) == 2
         assert value("allocations_total", resource=CPU, outcome="granted") == 1
         assert value("allocate_seconds_count", resource=CPU) == 1
+        assert value("prefer_seconds_count", resource=CPU) >= 1
+        assert value("registration_seconds_count", resource=CPU) == 1
+        assert value("ledger_write_seconds_count") >= 2
+        assert value("numa_cpus", numa_node="0", state="free") == value("numa_cpus", numa_node="0", state="held") == 2
+        assert value("numa_devices", numa_node="none", kind="char", state="held") == 1
         assert value("holder", resource=CHAR, namespace="shop", pod="till", container="main", claim="") == 1
         await kubelet.delete_pod("shop", "till")
         await agent.until("/v1/grants", lambda grants: grants == [])
@@ -271,3 +277,62 @@ async def test_a_node_with_many_faults_gives_each_reason_once(folder: Path, tmp_
     page = done.stdout.partition("\n\n")[0].splitlines()[2:]
     assert len(page) > 4
     assert given_twice(line.partition(": ")[2] for line in page) == [], page
+
+
+async def test_the_metrics_are_scraped_over_tcp_as_configured(folder: Path, tmp_path: Path) -> None:
+    """They are the same as on the status socket, and a changed configuration applies without a restart."""
+    port, other = free_port(), free_port()
+    async with standing(folder, tmp_path, metrics={"listen": f"127.0.0.1:{port}"}) as (agent, _):
+        await agent.said("metrics-served", listen=f"127.0.0.1:{port}")
+        status, _, text = await scrape(port)
+        assert status == 200
+        lines = {line for line in text.splitlines() if line.startswith(("nodeagent_held", "nodeagent_numa_cpus"))}
+        assert f'nodeagent_held{{resource="{CPU}"}} 2.0' in lines
+        assert lines < {*(await agent.ask("/metrics"))[1].splitlines()}
+        assert (await scrape(port, "/readyz"))[2] == "ok\n"
+        assert (await scrape(port, "/v1/grants"))[0] == (await scrape(port, "/v1/grants/x", "DELETE"))[0] == 404
+        (folder / "token").write_text("t0ken")
+        (folder / "token").chmod(0o600)
+        before = len(agent.log)
+        metrics = {"listen": f"127.0.0.1:{other}", "tokenFile": str(folder / "token")}
+        agent.configure(resources=RESOURCES, metrics=metrics)
+        await agent.said("metrics-served", before, listen=f"127.0.0.1:{other}")
+        assert (await scrape(other))[0] == 401
+        assert (await scrape(other, headers=["Authorization: Bearer t0ken"]))[0] == 200
+        with pytest.raises(OSError):
+            await scrape(port)
+        agent.configure(resources=RESOURCES)
+        await agent.said("configuration-reloaded", len(agent.log))
+        with pytest.raises(OSError):
+            await scrape(other)
+
+
+async def test_an_agent_whose_port_is_taken_is_ready_and_says_so(folder: Path, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        async with standing(folder, tmp_path, metrics={"listen": address}) as (agent, _):
+            note = f"cannot serve metrics.listen {address}: Address already in use"
+            await agent.until("/v1/status", lambda status: status["notes"])
+            status = (await agent.ask("/v1/status"))[1]
+            assert (status["notes"], status["ready"]) == ([note], True)
+            assert (await agent.said("metrics-not-served"))["error"] == note
+
+
+async def test_the_verb_prints_the_page_and_writes_it_for_node_exporter(folder: Path, tmp_path: Path) -> None:
+    """The file has no metric that node_exporter has itself, and its age shows whether it is still written."""
+    file = tmp_path / "textfile" / "nodeagent.prom"
+    async with standing(folder, tmp_path) as (agent, _):
+        command = [sys.executable, "-m", "nodeagent", "metrics", "--socket", str(agent.socket)]
+        page = await asyncio.to_thread(subprocess.check_output, command, text=True)
+        assert f'nodeagent_held{{resource="{CPU}"}} 2.0\n' in page and "process_cpu_seconds_total" in page
+        await asyncio.to_thread(subprocess.check_call, [*command, "--textfile", str(file)])
+        families = {one.name for one in text_string_to_metric_families(file.read_text())}
+        assert "nodeagent_held" in families and not [one for one in families if not one.startswith("nodeagent_")]
+        assert file.stat().st_mode & 0o777 == 0o644
+        os.utime(file, (0, 0))
+        await asyncio.to_thread(subprocess.check_call, [*command, "--textfile", str(file)])
+        assert file.stat().st_mtime > 0
+    failed = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True, check=False)
+    assert (failed.returncode, "cannot ask the agent at" in failed.stderr) == (1, True)

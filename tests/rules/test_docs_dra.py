@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nodeagent.admin.state_gauges import STATE_GAUGES
 from nodeagent.config.load import parse
 from nodeagent.config.schema import schema
 from nodeagent.core.deviceplugin.devices import DeviceResource
@@ -437,7 +438,8 @@ def test_every_metric_that_is_named_is_one_that_there_is(name: str) -> None:
 def metric_names() -> set[str]:
     """As a query names them."""
     found = [one for one in REGISTRY.collect() if one.name.startswith("nodeagent_")]
-    return {f"{one.name}_total" if one.type == "counter" else one.name for one in found}
+    happened = {f"{one.name}_total" if one.type == "counter" else one.name for one in found}
+    return happened | {one.name for one in STATE_GAUGES}
 
 
 def test_every_metric_is_explained() -> None:

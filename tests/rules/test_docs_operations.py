@@ -48,7 +48,7 @@ def test_the_words_of_every_message_that_is_explained_are_said(message: str) -> 
 def test_every_page_of_the_status_socket_is_in_the_table_and_no_other() -> None:
     named = {codes(cells[0])[0] for cells in rows(section("The status socket", NAME), "request")}
     pages = {one.removeprefix("GET ") for one in named if one.startswith("GET ")}
-    assert pages == set(Status(watched=None)._pages())  # type: ignore[arg-type]
+    assert pages == set(Status(watched=None, metrics=None)._pages())  # type: ignore[arg-type]
 
 
 def test_the_files_of_the_state_folder_are_called_so() -> None:

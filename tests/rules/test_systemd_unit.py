@@ -56,6 +56,27 @@ def test_systemd_finds_nothing_wrong_with_the_drop_in_for_dra(tmp_path: Path) ->
     assert set(writable.removeprefix("ReadWritePaths=").replace("-/", "/").split()) == set(folders)
 
 
+METRICS = UNIT.with_name("nodeagent-metrics.conf")
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_metrics(tmp_path: Path) -> None:
+    """It opens TCP, and to this host alone: everything else stays denied by the unit."""
+    (tmp_path / f"{UNIT.name}.d").mkdir()
+    shutil.copy(METRICS, tmp_path / f"{UNIT.name}.d" / METRICS.name)
+    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_the_drop_in_for_metrics_opens_tcp_to_this_host_and_nothing_else() -> None:
+    lines = [line for line in METRICS.read_text().splitlines() if line and not line.startswith("#")]
+    assert lines == ["[Service]", "RestrictAddressFamilies=AF_INET AF_INET6", "IPAddressAllow=localhost"]
+    assert ("IPAddressDeny", "any") in settings()
+    assert ("RestrictAddressFamilies", "AF_UNIX AF_NETLINK") in settings()
+    assert "PrivateNetwork" not in dict(settings())
+
+
 @needs_systemd
 @pytest.mark.parametrize("drop_ins", WORST_EXPOSURE, ids=["alone", "with-dra", "with-every-drop-in"])
 def test_the_exposure_is_what_the_documentation_says(drop_ins: tuple[Path, ...], tmp_path: Path) -> None:

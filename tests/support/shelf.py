@@ -28,6 +28,7 @@ class Shelf:
         self.allocations: list[list[list[str]]] = []
         self.ops: list[str] = []
         self.started: list[list[str]] = []
+        self.news: list[bool] = []
         self.revision = Revision()
         self._count = count
         self._ids = tuple(ids)
@@ -43,6 +44,9 @@ class Shelf:
             Advertised(id=one, healthy=one not in self.unhealthy, numa_nodes=(number % 2,))
             for number, one in enumerate(ids)
         )
+
+    def listed(self, *, news: bool) -> None:
+        self.news.append(news)
 
     async def changed(self, seen: int) -> int:
         return await self.revision.changed(seen)

@@ -47,6 +47,9 @@ class Resource(Protocol):
     def advertised(self) -> tuple[Advertised, ...]:
         """Return the current full list, in a fixed order. Cheap."""
 
+    def listed(self, *, news: bool) -> None:
+        """Learn that kubelet knows the list that was last returned. news: whether it was sent and replaces another."""
+
     async def changed(self, seen: int) -> int:
         """Return the version of the list, counted from 1, as soon as it differs from `seen` (0: immediately)."""
 
@@ -157,9 +160,11 @@ class _Service(rpc.DevicePluginServicer):
             seen, sent = 0, None
             while version := await unless(self.ending, self.resource.changed(seen)):
                 seen, newest = version, self.resource.advertised()
-                if newest != sent:
+                news = newest != sent
+                if news:
                     await context.write(_device_list(newest))
-                    sent = newest
+                self.resource.listed(news=news and sent is not None)
+                sent = newest
 
     async def GetPreferredAllocation(  # noqa: N802
         self, request: pb.PreferredAllocationRequest, context: Any

@@ -18,6 +18,7 @@ from nodeagent.kube.kubelet.register_call import Outcome, RegisterOutcome, regis
 from nodeagent.kube.kubelet.register_steps import Facts, OfferedTo, Step, next_step
 from nodeagent.kube.kubelet.registration_state import Registration, RegistrationState, RegistrationTiming
 from nodeagent.pb import deviceplugin_pb2 as pb
+from nodeagent.telemetry import metrics
 
 log = structlog.get_logger()
 
@@ -47,6 +48,9 @@ class PluginKeeper:
         """The kubelet that was given the server's path in a Register."""
         self._counted = False
         """Whether the resource counts as registered with it."""
+        self._seen: sockets.SocketIdentity | None = None
+        self._seen_s: float | None = None
+        """The kubelet seen last, and since when (monotonic); None once the resource was registered with it."""
         self._due_s = self._clean_s = self._changed_s = time.monotonic()
         """Monotonic times: when the last step should have taken effect; when kubelet should have cleaned up after a
         stream or call that was ended; when kubelet last started or stopped watching."""
@@ -84,6 +88,8 @@ class PluginKeeper:
 
     async def _advance(self) -> None:
         kubelet = self._kubelet.look()
+        if kubelet is not None and kubelet != self._seen:
+            self._seen, self._seen_s = kubelet, time.monotonic()
         match next_step(self._facts(kubelet)):
             case Step.AWAIT_KUBELET:
                 absence = sockets.absence(self._kubelet.path)
@@ -156,7 +162,14 @@ class PluginKeeper:
             self._counted, self._retry_s = True, self._pace.first_retry_s
             name, socket = self.registration.resource, self.server.path.name
             log.info("registered", resource=name, socket=socket, kubelet_inode=kubelet.inode)
+            self._time_registration(name)
         self._show(RegistrationState.REGISTERED, kubelet_inode=kubelet.inode)
+
+    def _time_registration(self, name: str) -> None:
+        """Record how long the first registration with a kubelet has taken since its socket was seen."""
+        if self._seen_s is not None:
+            metrics.REGISTRATION_SECONDS.labels(name).observe(time.monotonic() - self._seen_s)
+            self._seen_s = None
 
     # ---------------------------------------------------------------- time
 

@@ -47,6 +47,7 @@ from nodeagent.kube.resourceslice.render import (
     strays,
 )
 from nodeagent.kube.resourceslice.withholding import Withholding
+from nodeagent.telemetry.event_timer import EventTimer
 
 _FORBIDDEN, _NOT_FOUND, _INVALID = 403, 404, 422
 """Status of a write that is not allowed; of one whose slice was deleted after it was planned; of one that breaks a
@@ -157,11 +158,13 @@ class Publisher:
         node: NodeSight | None = None,
         pace: PublishPace = DEFAULT_PACE,
         clock: Callable[[], float] = time.monotonic,
+        timer: EventTimer | None = None,
     ) -> None:
         """Set up without starting anything.
 
         `nodes` and `slices` are the names that `api` uses for these two resources. `pools()` returns one pool per kind.
         `clock` is monotonic, in seconds. `node` is given the Node object whenever it was read.
+        `timer` is told when slices are written and when a pool is in force.
         """
         self._api, self._nodes, self._slices = api, nodes, slices
         self._owner = Owner(driver=driver, node_name=node_name)
@@ -169,6 +172,7 @@ class Publisher:
         self._pools, self._pools_changed = pools, pools_changed
         self._pace = pace
         self._clock = clock
+        self._timer = timer or EventTimer("dra")
         self._features = ALL_FEATURES
         self._kept = NO_FEATURES
         self._node: NodeSight = node or _Blind()
@@ -332,11 +336,13 @@ class Publisher:
     async def _settle(self, lane: PoolLane, pool: Pool, owner: Owner) -> float:
         lane.take(pool, owner)
         if lane.is_written(self._stored):
+            self._timer.in_force(lane.name)
             return _NEVER_S
         todo = SlicePlan() if lane.unfit else plan(self._stored.values(), lane.pool, owner, lane.taint_times)
         if todo:
             return await self._write(lane, todo)
         lane.mark_written(self._stored)
+        self._timer.in_force(lane.name)
         return _NEVER_S
 
     async def _sweep(self, owner: Owner) -> float:
@@ -355,6 +361,7 @@ class Publisher:
         except PeerError as error:
             return self._not_written(lane, todo, error)
         lane.wrote(self._clock())
+        self._timer.sent(lane.name)
         log.info("slices-written", pool=lane.name, **{verb: len(bodies) for verb, bodies in todo._asdict().items()})
         self._lose(kept)
         return 0.0  # to check the result

@@ -12,6 +12,7 @@ from nodeagent.resources.offer import Offer
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import Refusal
 from nodeagent.telemetry import metrics
+from nodeagent.telemetry.event_timer import EventTimer
 
 
 class OfferAdapter:
@@ -23,19 +24,27 @@ class OfferAdapter:
         self._agent = agent
         self.offer = offer
         self._shown = Revision(*agent.revisions)
+        self._timer = EventTimer("device-plugin")
 
     @property
     def name(self) -> str:
         return self.offer.name
 
     def advertised(self) -> tuple[Advertised, ...]:
+        self._timer.looked(self._agent.inventory.generation, self._agent.event_s)
         return self._agent.advertised(self.offer.resource)
+
+    def listed(self, *, news: bool) -> None:
+        if news:
+            self._timer.sent(self.name)
+        self._timer.in_force(self.name)
 
     async def changed(self, seen: int) -> int:
         return await self._shown.changed(seen)
 
     def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
-        return self._agent.prefer(self.offer.resource, available, must_include, size)
+        with metrics.PREFER_SECONDS.labels(self.name).time():
+            return self._agent.prefer(self.offer.resource, available, must_include, size)
 
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         with metrics.counted_allocation(self.name):

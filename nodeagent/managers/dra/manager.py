@@ -51,6 +51,7 @@ from nodeagent.managers.manager import Manager
 from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.resources.offer import misspelt
 from nodeagent.state.agent import Agent
+from nodeagent.telemetry.event_timer import EventTimer
 
 CLAIMS = "claims"
 """In the runtime folder: what containers may read about their claims."""
@@ -91,10 +92,13 @@ class Pools:
         self._pools: tuple[Pool, ...] = ()
         """Computed from _now, in the form _form."""
         self._published = ALL_FEATURES
+        self.timer = EventTimer("dra")
+        """Times how long the events of the kernel take to the slices."""
 
     def published(self, features: Features) -> tuple[Pool, ...]:
         """Return the pools with the features that the API server keeps, and remember these features."""
         self._published = features
+        self.timer.looked(self._agent.inventory.generation, self._agent.event_s)
         return self._of(features)
 
     def known(self) -> tuple[Pool, ...]:
@@ -369,6 +373,7 @@ class DraManager(Manager):
             slices=SLICES,
             node=self._node,
             pace=PublishPace(start_jitter_s=self.config.dra.spread_seconds),
+            timer=self.pools.timer,
         )
         forgotten = ClaimGarbageCollector(self._agent, self.api.claim, self._pods.claims, driver)
         self.binder = binder = ClaimBinder(

@@ -127,7 +127,8 @@ class ClaimPreparer:
         for waited_for in self._reading:
             waited_for.difference_update(ref.uid for ref in claims)
         unremoved = dict[str, str]()
-        done = await self._unprepared([ref.uid for ref in claims], op, unremoved)
+        with metrics.UNPREPARE_SECONDS.time():
+            done = await self._unprepared([ref.uid for ref in claims], op, unremoved)
         for grant in done.released:
             log.info("claim-released", op=op, claim=str(grant.holder), grant=grant.id)
         errors = {ref.uid: _IN_USE.format(ref, done.living[ref.uid]) for ref in claims if ref.uid in done.living}

@@ -105,9 +105,9 @@ class InventoryScanner(Manager):
         while True:
             resync = self._config().resync_seconds
             async with contextlib.aclosing(self._changes(resync)) as changes:
-                async for _ in changes:
+                async for change in changes:
                     # The first of many events is handled at once; an event storm may use at most a tenth of a core.
-                    await asyncio.sleep(min(LONGEST_REST_S, 10 * await self.rescan()))
+                    await asyncio.sleep(min(LONGEST_REST_S, 10 * await self.rescan(change.arrived_s)))
                     if self._config().resync_seconds != resync:
                         break
 
@@ -125,8 +125,9 @@ class InventoryScanner(Manager):
         async with contextlib.aclosing(udev.ticks(resync_s)) as ticks:
             yield await anext(ticks)
 
-    async def rescan(self) -> float:
-        """Read everything again and return how many seconds it took."""
+    async def rescan(self, event_s: float | None = None) -> float:
+        """Read everything again and return how many seconds it took. event_s: when the kernel's event came that is the
+        reason (time.monotonic), or None if there is another."""
         async with self._turn:
             began = time.perf_counter()
             inventory = await self._scan()
@@ -138,7 +139,7 @@ class InventoryScanner(Manager):
                 inventory = await self._scan()
             for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
                 log.warning("machine-unreadable", warning=warning)
-            self._agent.see(inventory)
+            self._agent.see(inventory, event_s)
             async with self._latching:
                 await self._look_at_latches()
             return took_s

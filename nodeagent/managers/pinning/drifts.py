@@ -50,9 +50,25 @@ class Drifts:
 
     clock: Callable[[], float] = time.time
     _tallies: dict[str, Tally] = field(default_factory=dict)
+    _noticed_s: dict[str, float] = field(default_factory=dict)
+    """Since when cgroups that are not repaired yet are known to differ (time.monotonic)."""
 
-    def found(self, path: str, drift: Iterable[Drift], *, repaired: bool) -> None:
-        """Record that a cgroup differed from its desired state. `repaired`: a read-back has confirmed the repair."""
+    def found(self, path: str, drift: Iterable[Drift], *, repaired: bool, noticed_s: float) -> None:
+        """Record that a cgroup differed from its desired state.
+
+        repaired: a read-back has confirmed the repair. noticed_s: when the change was noticed (time.monotonic).
+        """
+        self._noticed_s.setdefault(path, noticed_s)
+        if repaired:
+            self._time_repair(path)
+        self._count(path, drift, repaired=repaired)
+
+    def _time_repair(self, path: str) -> None:
+        """Record how long a cgroup has differed, if it did, now that it does no longer."""
+        if (noticed_s := self._noticed_s.pop(path, None)) is not None:
+            metrics.DRIFT_REPAIR_SECONDS.observe(time.monotonic() - noticed_s)
+
+    def _count(self, path: str, drift: Iterable[Drift], *, repaired: bool) -> None:
         for one in drift:
             file = one.file.partition(" ")[0]
             metrics.DRIFT.labels(file).inc()
@@ -63,13 +79,14 @@ class Drifts:
 
     def ran_elsewhere(self, path: str, drift: Drift, *, repaired: bool) -> None:
         """Record that a container or pod had run elsewhere before it was first confined."""
-        self.found(path, [drift], repaired=repaired)
+        self._count(path, [drift], repaired=repaired)
         until = self.clock() if repaired else None
         elsewhere = Elsewhere(file=drift.file, found=drift.found, wanted=drift.wanted, until_unix_s=until)
         self._tallies[path] = replace(self._tallies[path], elsewhere=elsewhere)
 
     def put_right(self, path: str) -> None:
         """Record that a cgroup is in its desired state, whatever was wrong before."""
+        self._time_repair(path)
         before = self._tallies.get(path)
         if before is None or not before.open:
             return
@@ -81,6 +98,7 @@ class Drifts:
     def forget(self, path: str) -> None:
         """Drop a cgroup that is gone."""
         self._tallies.pop(path, None)
+        self._noticed_s.pop(path, None)
 
     def of(self, *paths: str) -> Tally:
         """Return the combined tally of some cgroups; `elsewhere` is that of the first."""

@@ -208,6 +208,7 @@ class PinningManager(Manager):
 
     async def _take(self, changes: Sequence[CgroupChange]) -> None:
         """Confine what came and read back what was written to; periodically read back everything."""
+        noticed_s = time.monotonic()
         look = any(one.what == LOOK for one in changes)
         if look or any(map(self._moves_all, changes)):
             await self._look_at_pods_cgroup()
@@ -229,11 +230,12 @@ class PinningManager(Manager):
             return
         # Writes to a new cgroup before its watch began went unnoticed, so new ones are read back as well.
         written = {one.path: None for one in changes if one.what in (CAME, WRITTEN)}
-        found = {one.path for one in await self.reconciler.verify(written)}
+        found = {one.path for one in await self.reconciler.verify(written, noticed_s=noticed_s)}
         # Effective values below change without an event. Below a pod, read them back only if the pod had drifted.
         heads = tuple(f"{path}/" if path else "" for path in written if path in found or self._is_above_pods(path))
         if heads:
-            await self.reconciler.verify([path for path in self.reconciler.applied() if path.startswith(heads)])
+            below = [path for path in self.reconciler.applied() if path.startswith(heads)]
+            await self.reconciler.verify(below, noticed_s=noticed_s)
 
     def _note(self, changes: Iterable[CgroupChange], known: Mapping[str, Container]) -> None:
         """Record what came and went. Containers that existed before the first look count as having run, and so do those

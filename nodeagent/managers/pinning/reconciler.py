@@ -8,6 +8,7 @@ periodically.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -302,27 +303,30 @@ class CgroupReconciler:
 
     # ---------------------------------------------------------------- reading back
 
-    async def verify(self, paths: Iterable[str] | None = None) -> Sequence[Finding]:
+    async def verify(self, paths: Iterable[str] | None = None, *, noticed_s: float | None = None) -> Sequence[Finding]:
         """Read back and repair what is in force at some paths, or everywhere if None; return what differed.
+
+        noticed_s: when something was written there (time.monotonic); None if nothing is known of that.
 
         Works on a few paths at a time, so that calls of the runtime can run in between.
         """
         every = list(self._applied if paths is None else paths)
         packs = [every[start : start + PACK] for start in range(0, len(every), PACK)]
-        return [found for pack in packs for found in await run_to_end(self._verify(pack))]
+        return [found for pack in packs for found in await run_to_end(self._verify(pack, noticed_s))]
 
-    async def _verify(self, paths: Sequence[str]) -> Sequence[Finding]:
+    async def _verify(self, paths: Sequence[str], noticed_s: float | None) -> Sequence[Finding]:
         if self.enforcer is None:
             return ()
         async with self._turn:
             wanted = {path: self._applied[path] for path in paths if path in self._applied}
+            began_s = time.monotonic()
             found = await asyncio.to_thread(self.enforcer.verify, wanted)
             for one in found:
-                self._found(one)
+                self._found(one, began_s if noticed_s is None else noticed_s)
         return found
 
-    def _found(self, one: Finding) -> None:
-        self.drifts.found(one.path, one.drift, repaired=not one.error)
+    def _found(self, one: Finding, noticed_s: float) -> None:
+        self.drifts.found(one.path, one.drift, repaired=not one.error, noticed_s=noticed_s)
         if one.error:
             self.errors = MappingProxyType({**self.errors, one.path: one.error})
             self._applied.pop(one.path, None)

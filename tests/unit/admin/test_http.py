@@ -15,24 +15,28 @@ import pytest
 from structlog.testing import capture_logs
 
 from nodeagent.admin import http as http_of
-from nodeagent.admin.http import LARGEST_REQUEST_BYTES, MOST_CLIENTS, HttpAnswer, Peer, UnixHttpServer
+from nodeagent.admin.http import LARGEST_REQUEST_BYTES, HttpAnswer, HttpRequest
+from nodeagent.admin.listener import MOST_CLIENTS
+from nodeagent.admin.unix_server import UnixHttpServer
 from nodeagent.errors import HostError
 from tests.support.until import until
 
 BIG = b"x" * (8 << 20)
 
 
-async def echo(method: str, target: str, peer: Peer) -> HttpAnswer:
+async def echo(request: HttpRequest) -> HttpAnswer:
     """Says what it heard; /big is more than any buffer, /broken is not foreseen."""
-    if target == "/broken":
+    if request.target == "/broken":
         raise ZeroDivisionError("by zero")
-    return HttpAnswer(200, BIG if target == "/big" else f"{method} {target} {peer.uid}".encode(), "text/plain")
+    assert request.peer is not None
+    heard = f"{request.method} {request.target} {request.peer.uid}".encode()
+    return HttpAnswer(200, BIG if request.target == "/big" else heard, "text/plain")
 
 
 @contextlib.asynccontextmanager
 async def served(path: Path) -> AsyncIterator[UnixHttpServer]:
     server = UnixHttpServer(path, echo)
-    await server.start()
+    server.start()
     try:
         yield server
     finally:
@@ -163,8 +167,8 @@ async def test_a_client_that_never_reads_is_hung_up_on(folder: Path, monkeypatch
             lazy.setblocking(False)
             await asyncio.get_running_loop().sock_connect(lazy, str(path))
             await asyncio.get_running_loop().sock_sendall(lazy, get("/big"))
-            await until(lambda: server._clients, poll_s=0)
-            await asyncio.gather(*server._clients, return_exceptions=True)
+            await until(lambda: server.listener.clients, poll_s=0)
+            await asyncio.gather(*server.listener.clients, return_exceptions=True)
             await asyncio.sleep(0)  # the transport closes in the loop's next turn
             assert len(os.listdir("/proc/self/fd")) == handles + 1
 
@@ -180,7 +184,7 @@ async def test_stopping_does_not_wait_for_idle_clients(folder: Path) -> None:
     path = folder / "s"
     async with served(path) as server:
         idle = [await asyncio.open_unix_connection(path) for _ in range(5)]
-        while len(server._clients) < len(idle):  # noqa: ASYNC110
+        while len(server.listener.clients) < len(idle):  # noqa: ASYNC110
             await asyncio.sleep(0)
         async with asyncio.timeout(2):
             await server.stop()
@@ -203,7 +207,7 @@ async def test_the_socket_is_for_its_owner_alone_unless_a_group_is_named(
     if not lists:
         monkeypatch.setattr(os, "setxattr", refuse_access_lists)
     server = UnixHttpServer(folder / "g", echo, group_id=12345)
-    await server.start()
+    server.start()
     assert (folder / "g").stat().st_mode & 0o777 == 0o660
     assert changed == ([] if lists else [12345])
     await server.stop()
@@ -221,7 +225,7 @@ async def test_a_group_that_cannot_be_let_in_leaves_the_socket_to_its_owner(
     monkeypatch.setattr(os, "chown", not_permitted)
     server = UnixHttpServer(folder / "g", echo, group_id=12345)
     with capture_logs() as said:
-        await server.start()
+        server.start()
     assert (folder / "g").stat().st_mode & 0o777 == 0o600
     assert [(one["event"], one["reason"]) for one in said] == [
         ("status-group-not-let-in", "Operation not supported; Operation not permitted")
@@ -249,6 +253,6 @@ async def test_a_full_folder_in_its_place_is_named(folder: Path) -> None:
     (folder / "s" / "more").mkdir(parents=True)
     server = UnixHttpServer(folder / "s", echo)
     with pytest.raises(HostError, match=f"cannot serve {folder}/s: "):
-        await server.start()
+        server.start()
     assert os.listdir(folder) == ["s"]
     await server.stop()

@@ -80,6 +80,7 @@ resyncSeconds: 5
 auditDays: 3
 log: {level: debug, format: json}
 status: {group: adm}
+metrics: {listen: "[::1]:9464", tokenFile: /t, tls: {certFile: /cert, keyFile: /key, clientCaFile: /ca}}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}
@@ -122,6 +123,17 @@ resources:
         ("kubelet_dir: /x", ["$.kubelet_dir", "kubeletDir"]),
         ("dra: {nodename: x}", ["$.dra.nodename", "did you mean nodeName?"]),
         ("dra: {driver: x}", ["$.dra.driver", "'x'"]),
+        *(
+            (f'metrics: {{listen: "{one}"}}', [f"{one!r} at $.metrics.listen", "expected an IP address and a port"])
+            for one in ("9464", ":9464", "localhost:9464", "::1:9464", "127.0.0.1", "127.0.0.1:", "[::1]", "1.2.3:9464")
+        ),
+        *(
+            (f"metrics: {{listen: 127.0.0.1:{port}}}", ["at $.metrics.listen", "expected a port from 1 to 65535"])
+            for port in ("0", "65536")
+        ),
+        ("metrics: {tls: {certFile: /c}}", ["nothing at $.metrics.tls.keyFile", "certFile names one", "(line 1"]),
+        ("metrics: {tls: {keyFile: /k}}", ["nothing at $.metrics.tls.certFile", "keyFile names one"]),
+        ("metrics: {tls: {clientCaFile: /a}}", ["'/a' at $.metrics.tls.clientCaFile", "no meaning without certFile"]),
         (
             resource(kind="gpu", overhead={"memory": {"perPod": "1Gi"}}),
             ["$.resources[0].overhead", "'device-plugin'"],

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.admin.http import HttpAnswer, Peer, UnixHttpServer
+from nodeagent.admin.http import HttpAnswer, HttpRequest
+from nodeagent.admin.unix_server import UnixHttpServer
 from nodeagent.config.load import parse
 from nodeagent.config.schema import Config
 from nodeagent.config.validate import wrong
@@ -84,7 +85,7 @@ def test_a_folder_from_which_dra_cannot_be_served_is_refused_with_its_line_and_a
     checked(parse(f"stateDir: {tmp_path}\nruntimeDir: {tmp_path}\n", source="here.yaml"), where)
 
 
-async def answer(method: str, path: str, peer: Peer) -> HttpAnswer:
+async def answer(request: HttpRequest) -> HttpAnswer:
     return HttpAnswer(200, b"")
 
 
@@ -98,7 +99,7 @@ async def test_a_folder_that_is_taken_for_the_status_socket_can_have_one(spare: 
     if spare <= 0:
         server = UnixHttpServer(deep / STATUS_SOCKET, answer)
         with contextlib.suppress(HostError):
-            await server.start()
+            server.start()
         assert not server.lost
         await server.stop()
 

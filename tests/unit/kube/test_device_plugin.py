@@ -93,6 +93,8 @@ async def test_each_change_sends_the_newest_list_alone(folder: Path) -> None:
         await stub.GetDevicePluginOptions(pb.Empty())
         shelf.show(102)
         assert len((await stream.read()).devices) == 102
+        # The first list replaces none; what kubelet knows already is no news.
+        assert shelf.news[0] is False and shelf.news.count(True) == 2
 
 
 async def test_every_watcher_gets_every_change(folder: Path) -> None:

@@ -23,7 +23,9 @@ from nodeagent.kube.apiserver.client import Access, ApiServer
 from nodeagent.kube.resourceslice.pool_writer import FAILED, PUBLISHED, WAITING, PublishPace
 from nodeagent.kube.resourceslice.publisher import PublicationState, Publisher
 from nodeagent.kube.resourceslice.render import Object, Owner, render
+from nodeagent.telemetry.event_timer import EventTimer
 from tests.doubles.api_server import CONSUMABLE, COUNTERS, LISTS, NODES, SLICES, TAINTS, FakeApiServer, Fault
+from tests.support.observed import observed
 
 NODE, DRIVER = "node-1", "nodeagent.dev"
 QUICK = PublishPace(
@@ -48,6 +50,13 @@ class Source:
         self.revision = Revision()
         self.wanted: tuple[Pool, ...] = pools
         self.asked = Revision()
+        self.timer = EventTimer("t-slices")
+        self._seen: tuple[int, float | None] = 1, None
+
+    def event(self, *pools: Pool) -> None:
+        """Change the pools by an event of the kernel."""
+        self._seen = self._seen[0] + 1, time.monotonic()
+        self.set(*pools)
 
     def set(self, *pools: Pool) -> None:
         self.wanted = pools
@@ -55,6 +64,7 @@ class Source:
 
     def pools(self, features: Features) -> Sequence[Pool]:
         self.asked.bump()
+        self.timer.looked(*self._seen)
         return [self._formed(one, features) for one in self.wanted]
 
     def _formed(self, pool: Pool, features: Features) -> Pool:
@@ -166,6 +176,7 @@ def published_by(api: ApiServer, source: Source, pace: PublishPace = QUICK) -> P
         nodes=apiserver.NODES,
         slices=apiserver.SLICES,
         pace=pace,
+        timer=source.timer,
     )
 
 
@@ -233,6 +244,22 @@ async def test_a_change_is_written_within_half_a_second() -> None:
         assert time.monotonic() - began_s < 0.5
         assert await it.quiet() == before + 1
         assert it.server.requests[-1].verb == "replace"
+
+
+async def test_a_pool_that_a_kernel_event_changes_is_timed_until_it_is_written() -> None:
+    """Once: the other pool, and what changes later for another reason, are not the event's."""
+    before = observed("event_to_list", api="t-slices")
+    async with bench(gpus(), nics()) as it:
+        await it.until_right()
+        await it.quiet()
+        it.source.event(gpus(3), nics())
+        await it.until_right()
+        await it.quiet()
+        assert observed("event_to_list", api="t-slices") == before + 1
+        it.source.set(gpus(3), nics(2))
+        await it.until_right()
+        await it.quiet()
+        assert observed("event_to_list", api="t-slices") == before + 1
 
 
 async def test_nothing_is_asked_or_written_when_nothing_changed() -> None:

@@ -25,6 +25,7 @@ from nodeagent.kube.kubelet.device_plugin_sockets import PluginPaths
 from nodeagent.kube.kubelet.registration import FAILED, REGISTERED, WAITING, Registrar, RegistrationTiming
 from tests.doubles.kubelet import FakeKubelet
 from tests.doubles.kubelet_plugins import Version
+from tests.support.observed import observed
 from tests.support.paths import CHECKOUT
 from tests.support.registering import QUICK, in_state, leave_dead_socket, own_sockets, running, shown
 from tests.support.shelf import CPU, GPU, Shelf
@@ -45,6 +46,22 @@ async def test_a_resource_is_served_registered_and_watched(kubelet: FakeKubelet)
         assert (state.resource, state.state, state.watched, state.reason) == (CPU, REGISTERED, True, "")
         assert state.kubelet_inode == kubelet.socket.stat().st_ino
         assert kubelet.registrations == {CPU: 1}
+
+
+async def test_the_registration_with_each_kubelet_is_timed_once(kubelet: FakeKubelet) -> None:
+    """Not again when only the stream was cut: kubelet is the same."""
+    before = observed("registration", resource=CPU)
+    async with kubelet, running(Registrar([Shelf()], kubelet.plugins_folder, pace=QUICK)) as registrar:
+        await registrar.wait_ready()
+        for _ in range(3):
+            await kubelet.restart()
+            await kubelet.wait_allocatable(CPU, 4)
+            await registrar.wait_ready()
+        assert observed("registration", resource=CPU) == before + 4
+        await kubelet.cut_streams()
+        await kubelet.wait_registered(CPU, kubelet.registrations[CPU] + 1)
+        await registrar.wait_ready()
+        assert observed("registration", resource=CPU) == before + 4
 
 
 async def test_kubelet_restarted_fifty_times_always_has_everything_again(kubelet: FakeKubelet) -> None:

@@ -31,6 +31,7 @@ from nodeagent.managers.dra.claim_files import claims_held
 from tests.oracles import device_metadata as reader
 from tests.support.claim_node import Gate, Room, claim_room
 from tests.support.dra_node import CPUS, DRIVER, PAGES, SERIAL, consumed, result
+from tests.support.observed import observed
 from tests.support.until import until
 
 CPUS_OF_NODE_0 = CpuSet([0, 4])
@@ -99,6 +100,17 @@ async def test_a_claim_allocated_anew_keeps_what_its_old_pod_still_uses(folder: 
 
 
 # ---------------------------------------------------------------- what is asked at the same time
+
+
+async def test_calls_that_prepare_and_unprepare_claims_are_timed(folder: Path) -> None:
+    """And so is each decision that they write."""
+    names = ("prepare", "unprepare", "ledger_write")
+    async with claim_room(folder) as room:
+        claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
+        before = [observed(one) for one in names]
+        await room.prepare(claim)
+        await room.unprepare(claim)
+        assert [observed(one) for one in names] == [one + more for one, more in zip(before, (1, 1, 2), strict=True)]
 
 
 async def test_what_is_unprepared_while_it_is_read_is_not_granted(folder: Path) -> None:

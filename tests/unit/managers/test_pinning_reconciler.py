@@ -19,6 +19,7 @@ from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
 from nodeagent.managers.pinning.manager import GRACE_S
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.runtime import PluginRefusedError
+from tests.support.observed import observed
 from tests.support.pin_node import pin_node
 from tests.unit.state.test_agent import PAGES, machine
 
@@ -156,7 +157,7 @@ async def test_a_wrong_cpuset_is_repaired_counted_and_said(folder: Path, monkeyp
         await node.run("web", "main")
         await node.admit("db", "main", "cpu4", "cpu5")
         await node.run("db", "main")
-        path = node.path("db", "main")
+        path, timed = node.path("db", "main"), observed("pin_drift_repair")
         with capture_logs() as lines:
             node.tree.set(path, "cpuset.cpus", "6")
             await node.until(lambda: node.tree.effective(path) == "4-5")
@@ -167,6 +168,7 @@ async def test_a_wrong_cpuset_is_repaired_counted_and_said(folder: Path, monkeyp
         assert [line["whose"] for line in said] == ["default/db/main", "pod uid-web"]
         assert "cpuset.cpus: '6', not '4-5'" in said[0]["files"]
         assert node.pins.document()["pinned"][0]["drifts"] == 1
+        assert observed("pin_drift_repair") == timed + 2
 
 
 async def test_a_container_that_cannot_be_confined_does_not_start(
@@ -378,12 +380,15 @@ async def test_a_drift_that_cannot_be_put_right_is_counted_apart_until_it_is(
         path = node.path("db", "main")
         node.tree.refuses[f"{path}/cpuset.cpus"] = errno.EBUSY
         node.tree.set(path, "cpuset.cpus", "6")
+        timed = observed("pin_drift_repair")
         await node.until(lambda: counts() == (1, 0, 1))
         assert node.pins.document()["pinned"][0]["drifts_not_repaired"] == 1
+        assert observed("pin_drift_repair") == timed
         node.tree.refuses.clear()
         node.agent.revisions.ledger.bump()
         await node.until(lambda: counts() == (1, 1, 0))
         assert node.tree.effective(path) == "4-5"
+        assert observed("pin_drift_repair") == timed + 1
 
 
 async def test_a_runtime_that_is_away_for_longer_than_a_moment_makes_the_agent_not_ready(
