@@ -44,5 +44,5 @@ def _needed(module: Path) -> list[str]:
 
 def _glibc(modules: Iterable[Path]) -> str:
     """Return the newest version of glibc that a symbol needs."""
-    found = {version for one in modules for version in re.findall(rb"GLIBC_(2\.\d+)\b", one.read_bytes())}
+    found: set[bytes] = {one for module in modules for one in re.findall(rb"GLIBC_(2\.\d+)\b", module.read_bytes())}
     return max(found, key=lambda version: int(version[2:])).decode()
