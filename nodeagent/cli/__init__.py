@@ -22,7 +22,7 @@ VERBS = {
     "status": "show how a running agent stands",
     "devices": "show what a running agent advertises",
     "grants": "show who holds what",
-    "metrics": "print the metrics of a running agent, or write them to a file for node_exporter",
+    "metrics": "print the metrics of a running agent, or write them for node_exporter",
     "health": "show what is known against devices, or clear it",
     "config": "check a configuration or print its schema",
     "ledger": "show the audit; export the ledger to a file, or import it from one",
