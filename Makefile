@@ -35,6 +35,7 @@ image-lock: $(BUILT)
 	PYTHONPATH=packaging $(PYTHON) -m image.lock
 
 # The distribution's own Python: the package is for its ABI.
+deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y pyproject.toml)
 deb:
 	/usr/bin/python3 -m venv build/deb
 	build/deb/bin/python -m pip install -q build 'setuptools>=77' 'cython>=3.1'
