@@ -16,7 +16,8 @@ from pathlib import Path
 from image.errors import ImageError
 from image.programs import run
 
-_HINT = "run apt-get update as root, with the network up"
+HINT = "run apt-get update as root, with the network up"
+"""What to do where apt does not offer a package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +57,7 @@ def _choice(group: tuple[str, ...], why: str, known: Mapping[str, Deb], found: M
         for name in group:
             if name in table:
                 return table[name]
-    raise ImageError(f"apt knows no package {' | '.join(group)}, which {why} needs: {_HINT}")
+    raise ImageError(f"apt knows no package {' | '.join(group)}, which {why} needs: {HINT}")
 
 
 def available(names: Iterable[str]) -> Mapping[str, Deb]:
@@ -99,7 +100,7 @@ def download(debs: Iterable[Deb], folder: Path) -> Mapping[Deb, Path]:
         _fetch(missing, folder)
     for deb, path in files.items():
         if not path.exists():
-            raise ImageError(f"apt-get gave no {deb.name} {deb.version} with SHA-256 {deb.sha256}: {_HINT}")
+            raise ImageError(f"apt-get gave no {deb.name} {deb.version} with SHA-256 {deb.sha256}: {HINT}")
     return files
 
 
@@ -109,6 +110,6 @@ def _fetch(debs: Iterable[Deb], folder: Path) -> None:
         try:
             run(["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", *names], cwd=Path(new))
         except ImageError as error:
-            raise ImageError(f"{error}; {_HINT}") from error
+            raise ImageError(f"{error}; {HINT}") from error
         for path in Path(new).glob("*.deb"):
             shutil.move(path, folder / f"{hashlib.sha256(path.read_bytes()).hexdigest()}.deb")

@@ -12,7 +12,7 @@ import pytest
 
 from nodeagent.version import VERSION
 from tests.image.containerd import Containerd, containerd, lacking
-from tests.rules.test_deploy import container, pod
+from tests.rules.test_deploy import container
 
 if TYPE_CHECKING:
     from image.build import Image
@@ -58,12 +58,11 @@ print(json.dumps({"written": written, "capabilities": capabilities, "uid": os.ge
 def test_it_writes_where_the_daemonset_mounts_and_has_no_capability(runtime: Containerd, tmp_path: Path) -> None:
     """Root without capabilities on a root file system that cannot be written to: what is mounted at each of the paths
     is the host's folder, also below /var/run, which is a link."""
-    files = {one["name"] for one in pod()["volumes"] if one.get("hostPath", {}).get("type") == "File"}
     words, folders = ["--read-only", *(f"--cap-drop={one}" for one in CAPABILITIES)], []
     for mount in container()["volumeMounts"]:
-        path, source = mount["mountPath"], tmp_path / mount["name"]
-        if path not in OWN and mount["name"] not in files:
-            source.mkdir()
+        path, source = mount["mountPath"], tmp_path / mount["mountPath"].strip("/")
+        if path not in OWN:
+            source.mkdir(parents=True)  # as on the host: what lies in a folder that cannot be written to is there
             mode = "ro" if mount.get("readOnly") else "rw"
             words += ["--mount", f"type=bind,src={source},dst={path},options=rbind:{mode}"]
             folders += [(path, source)] if mode == "rw" else []
