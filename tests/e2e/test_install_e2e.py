@@ -318,6 +318,12 @@ def removed(node: Cluster) -> None:
 LEFT = ("/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", "/var/lib/kubelet/device-plugins")
 
 
+def of_the_driver(node: Cluster) -> dict[str, str]:
+    """The device plugin's resources that the Node can allocate."""
+    found = node.api.call("GET", f"/api/v1/nodes/{NODE}")["status"]["allocatable"]
+    return {name: count for name, count in found.items() if name.startswith(DRIVER)}
+
+
 def test_a_removal_leaves_only_what_the_documentation_says(installed: Cluster) -> None:
     """And the pods that hold something."""
     removed(installed)
@@ -326,7 +332,8 @@ def test_a_removal_leaves_only_what_the_documentation_says(installed: Cluster) -
     assert {one for one in found if one.startswith("/var/lib/kubelet") and "nodeagent" in one} == {
         f"/var/lib/kubelet/plugins/{DRIVER}"
     }
-    until("kubelet has no port to give", lambda: allocatable(installed, "port") == 0)
+    until("kubelet has nothing to give", lambda: set(of_the_driver(installed).values()) == {"0"})
+    assert of_the_driver(installed).keys() == {f"{DRIVER}/cpu", f"{DRIVER}/port"}
     _never_restarted(installed, "engine", "serial")
 
 
