@@ -57,7 +57,7 @@ def daemon_set() -> tuple[Object, Object]:
 def with_a_shell() -> Object:
     found, container = daemon_set()
     container["command"] = ["/bin/sh", "-c", SCRIPT]
-    for probe in ("readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         del container[probe]
     return found
 
@@ -68,10 +68,9 @@ def with_the_agent() -> Object:
     found["metadata"]["name"] = AGENT
     found["spec"]["selector"]["matchLabels"] = found["spec"]["template"]["metadata"]["labels"] = {"app": AGENT}
     container["command"] = [*PYTHON, *container["command"][1:]]
-    for probe in ("readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         exec_ = container[probe]["exec"]
         exec_["command"] = [*PYTHON, *exec_["command"][1:]]
-    container["readinessProbe"]["periodSeconds"] = 2
     container["workingDir"] = str(CHECKOUT)
     # By ldconfig and its cache ctypes finds libudev.
     places = {
