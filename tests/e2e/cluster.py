@@ -34,10 +34,11 @@ import pytest
 import yaml
 
 from tests.e2e import nodefiles
+from tests.e2e.forward import forwarding
 from tests.e2e.grounds import PREFIX, Shared, busybox, missing, path
 from tests.e2e.kubeapi import KubeApi, until
 from tests.e2e.nodefiles import NODE, PORTS
-from tests.e2e.programs import command
+from tests.e2e.programs import API_PORT, API_SERVICE, command
 from tests.support.paths import NVML_DOUBLE
 from tests.support.running import CHECKOUT
 
@@ -76,10 +77,10 @@ class Cluster:
         """Send one of the programs a signal that does not end it, such as SIGSTOP."""
         self._ask("signal", name, int(how))
 
-    def wait(self, name: str) -> int:
+    def wait(self, name: str, seconds: float = STOP_S) -> int:
         """The exit code of a program that ends by itself."""
-        code = self._ask("wait", name, STOP_S)
-        assert isinstance(code, int), f"{name} did not end within {STOP_S:g} s"
+        code = self._ask("wait", name, seconds)
+        assert isinstance(code, int), f"{name} did not end within {seconds:g} s"
         return code
 
     def stop(self, name: str, how: signal.Signals = signal.SIGTERM) -> int:
@@ -93,10 +94,21 @@ class Cluster:
         self.stop(name, how)
         self.start(name)
 
-    def run(self, name: str, *words: str) -> None:
-        """Run a command in the node's namespaces to its end. name: of its log."""
+    def run(self, name: str, *words: str, seconds: float = STOP_S) -> None:
+        """Run a command in the node's namespaces to its end, for which it has that long. name: of its log."""
         self._ask("start", name, list(words), {"PATH": path()}, str(self.logs / f"{name}.log"))
-        assert self.wait(name) == 0, (self.logs / f"{name}.log").read_text()
+        assert self.wait(name, seconds) == 0, (self.logs / f"{name}.log").read_text()
+
+    def output(self, *words: str) -> str:
+        """What a command prints that is run in the node's namespaces to its end."""
+        log = self.logs / "command.log"
+        log.unlink(missing_ok=True)
+        self.run("command", *words)
+        return log.read_text()
+
+    def ctr(self, *words: str, seconds: float = STOP_S) -> None:
+        """Run containerd's command in the namespace of kubelet's containers."""
+        self.run("ctr", "ctr", "-a", f"{self.folder}/containerd.sock", "-n", "k8s.io", *words, seconds=seconds)
 
     def plug(self, path: str) -> None:
         """Make a device node on the node; /dev of the machine stays as it is."""
@@ -117,7 +129,7 @@ class Cluster:
     # Up and down
 
     def up(self) -> None:
-        """Start everything; returns when the node is Ready and the agent's pools are published."""
+        """Start everything but the agent; returns when the node is Ready."""
         self._write_files()
         self.start("etcd")
         self.start("containerd")
@@ -129,6 +141,9 @@ class Cluster:
             self.start(name)
         until("there is a default service account", lambda: self.api.find(_ACCOUNT), STEP_S)
         until("the node is Ready", self._node_ready, STEP_S)
+
+    def start_agent(self) -> None:
+        """Start the agent as a process of the node; returns when its pools are published."""
         self.deploy()
         self.write_agent_config()
         self.start("nodeagent")
@@ -166,7 +181,8 @@ class Cluster:
         nodefiles.write_machine(f / "machine")
         nodefiles.write_image(f / "image.tar", busybox() or Path())
         nodefiles.write_containerd(f)
-        nodefiles.write_kubelet(f, self._ports["kubelet"])
+        settings = nodefiles.kubelet_settings(f, self._ports["kubelet"])
+        (f / "kubelet" / nodefiles.KUBELET_CONFIG.name).write_text(json.dumps(settings))
         nodefiles.write_kubeconfig(f / "admin.kubeconfig", self.api.port, ADMIN)
         nodefiles.write_kubeconfig(f / "kubelet.kubeconfig", self.api.port, KUBELET)
         tokens = (f"{ADMIN},admin,admin,system:masters", f"{KUBELET},system:node:{NODE},{NODE},system:nodes")
@@ -255,9 +271,12 @@ _ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
 
 
 @contextlib.contextmanager
-def cluster(name: str, *, gate: str = "", resources: list[dict[str, Any]] | None = None) -> Iterator[Cluster]:
+def cluster(
+    name: str, *, gate: str = "", resources: list[dict[str, Any]] | None = None, agent: bool = True
+) -> Iterator[Cluster]:
     """A node that is up; the test is skipped, saying why, where there can be none. name: for kept logs. gate: turned on
-    at the API server, the scheduler and kubelet. resources: what the agent serves, if not what it usually does."""
+    at the API server, the scheduler and kubelet. resources: what the agent serves, if not what it usually does. agent:
+    whether it runs, as a process."""
     if reason := missing():
         pytest.skip(reason)
     with (
@@ -274,7 +293,10 @@ def cluster(name: str, *, gate: str = "", resources: list[dict[str, Any]] | None
                 made.gates = dict.fromkeys(("kube-apiserver", "kube-scheduler", "kubelet"), (gate,))
             made.resources = resources or made.resources
             made.up()
-            yield made
+            with forwarding((API_SERVICE, API_PORT), ("127.0.0.1", made.api.port)):
+                if agent:
+                    made.start_agent()
+                yield made
         except BaseException:
             sys.stderr.write(made.last_words())
             raise

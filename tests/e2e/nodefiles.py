@@ -23,6 +23,8 @@ GPUS = {"0000:1b:00.0": 0, "0000:3b:00.0": 0, "0000:9b:00.0": 1, "0000:bb:00.0":
 MIG_MINORS = "gpu3/gi2/access 57\ngpu3/gi2/ci0/access 58\ngpu3/gi9/access 66\ngpu3/gi9/ci0/access 67\n"
 """Capability nodes of the instances of the divided GPU, as the kernel's driver lists them."""
 CPUS_OF_NODE = {0: {0, 1, 4, 5}, 1: {2, 3, 6, 7}}
+KUBELET_CONFIG = Path("/var/lib/kubelet/config.yaml")
+"""On the node, as with kubeadm."""
 PAGES = 16
 """Of 2 MiB, on each NUMA node."""
 RESOURCES: list[dict[str, Any]] = [
@@ -98,9 +100,20 @@ def write_kubeconfig(path: Path, port: int, token: str, ca: Path | None = None, 
     path.write_text(json.dumps(document))
 
 
+CNI_PLUGIN = """#!/bin/sh
+[ $CNI_COMMAND != VERSION ] || exec echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}'
+[ $CNI_COMMAND = ADD ] || exit 0
+name='{"name":"'$CNI_IFNAME'","sandbox":"'$CNI_NETNS'"}'
+echo '{"cniVersion":"1.0.0","interfaces":['$name'],"ips":[{"address":"192.0.2.2/24","interface":0}]}'
+"""
+"""A pod with a network of its own has none: it is given an address that it does not have (RFC 5737)."""
+
+
 def write_containerd(folder: Path) -> None:
     """Its root lies on a tmpfs: an overlay cannot lie on another one."""
     (folder / "cni").mkdir()
+    (folder / "cni/loopback").write_text(CNI_PLUGIN)
+    (folder / "cni/loopback").chmod(0o755)
     (folder / "cni/10-lo.conflist").write_text('{"cniVersion":"1.0.0","name":"lo","plugins":[{"type":"loopback"}]}')
     (folder / "containerd.toml").write_text(f"""
 version = 3
@@ -113,7 +126,7 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 [plugins."io.containerd.cri.v1.runtime"]
   restrict_oom_score_adj = true
   enable_cdi = true
-  cdi_spec_dirs = ["{folder}/cdi"]
+  cdi_spec_dirs = ["{folder}/cdi", "/var/run/cdi"]
   [plugins."io.containerd.cri.v1.runtime".cni]
     bin_dirs = ["{folder}/cni"]
     conf_dir = "{folder}/cni"
@@ -126,9 +139,9 @@ disabled_plugins = ["io.containerd.snapshotter.v1.btrfs", "io.containerd.snapsho
 """)
 
 
-def write_kubelet(folder: Path, port: int) -> None:
-    """JSON is YAML. The port must not be another program's. A pod that could not start is tried again every 5 s."""
-    settings = {
+def kubelet_settings(folder: Path, port: int) -> dict[str, Any]:
+    """The port must not be another program's. A pod that could not start is tried again every 5 s."""
+    return {
         "apiVersion": "kubelet.config.k8s.io/v1beta1",
         "kind": "KubeletConfiguration",
         "address": "127.0.0.1",
@@ -151,7 +164,6 @@ def write_kubelet(folder: Path, port: int) -> None:
         "resolvConf": "",
         "logging": {"verbosity": 3},
     }
-    (folder / "kubelet.yaml").write_text(json.dumps(settings))
 
 
 def agent_config(folder: Path, dra: Mapping[str, Any]) -> Mapping[str, Any]:

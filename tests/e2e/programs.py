@@ -6,7 +6,11 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.e2e.nodefiles import NODE
+from tests.e2e.nodefiles import KUBELET_CONFIG, NODE
+
+SERVICES, API_SERVICE, API_PORT = "127.0.96.0/24", "127.0.96.1", 443
+"""The addresses of Services, and the first of them, which pods find the API server at: on loopback, as nothing here
+translates addresses (forward.py)."""
 
 
 def command(name: str, folder: Path, ports: Mapping[str, int], gates: Iterable[str] = ()) -> list[str]:
@@ -51,7 +55,7 @@ def _apiserver(folder: Path, ports: Mapping[str, int]) -> dict[str, object]:
         "service-account-signing-key-file": folder / "sa.key",
         "authorization-mode": "Node,RBAC",
         "enable-admission-plugins": "NodeRestriction",
-        "service-cluster-ip-range": "10.96.0.0/24",
+        "service-cluster-ip-range": SERVICES,
         "endpoint-reconciler-type": "none",
         "allow-privileged": "true",
     }
@@ -62,12 +66,13 @@ def _scheduler(folder: Path, ports: Mapping[str, int]) -> dict[str, object]:
 
 
 def _controllers(folder: Path, ports: Mapping[str, int]) -> dict[str, object]:
-    return {**_scheduler(folder, ports), "service-account-private-key-file": folder / "sa.key"}
+    own = {"service-account-private-key-file": folder / "sa.key", "root-ca-file": folder / "apicert/apiserver.crt"}
+    return {**_scheduler(folder, ports), **own}
 
 
 def _kubelet(folder: Path, ports: Mapping[str, int]) -> dict[str, object]:
     return {
-        "config": folder / "kubelet.yaml",
+        "config": KUBELET_CONFIG,
         "kubeconfig": folder / "kubelet.kubeconfig",
         "cert-dir": folder / "kubeletcert",
         "hostname-override": NODE,

@@ -447,7 +447,7 @@ def test_a_release_is_installed_upgraded_rolled_back_and_removed(api: KubeApi, f
     assert all(_stored(api, one) for one in wanted)
     until("its policies are in force", lambda: _refuses_wrong_parameters(api))
     helm("upgrade", "nodeagent", str(CHART), "--set", "image.tag=other,deviceClasses.create=false", *access)
-    assert image() == "nodeagent:other"
+    assert image() == "localhost/nodeagent:other"
     assert api.items("/apis/resource.k8s.io/v1/deviceclasses") == []
     helm("rollback", "nodeagent", "1", *access)
     assert image() == first and all(_stored(api, one) for one in wanted)

@@ -18,6 +18,7 @@ from nodeagent.config.schema import Config
 from tests.e2e import nodeview
 from tests.e2e.cluster import Cluster
 from tests.e2e.kubeapi import IMAGE, Object, collection, until
+from tests.e2e.nodefiles import KUBELET_CONFIG
 from tests.support.running import CHECKOUT
 
 started = nodeview.started
@@ -26,9 +27,8 @@ PODS = collection("v1", "Pod", NAMESPACE)
 MOUNTED = f"{Config().kubelet_dir}/nodeagent-e2e-probe"
 AGENT = "agent"
 PYTHON = (sys.executable, "-m", "nodeagent")
-OF_THIS_NODE = {"nothing-is-pinned", "slices-of-other-drivers-unknown"}
-"""What a test's node lacks: control groups of version 2 alone, where the machine has others, and the certificate of the
-API server among the authorities that pods are given."""
+OF_THIS_NODE = {"nothing-is-pinned"}
+"""What a test's node lacks: control groups of version 2 alone, where the machine has others."""
 IN_SYS = "/sys/kernel/debug"
 OUTSIDE_S = 30.0
 
@@ -57,21 +57,20 @@ def daemon_set() -> tuple[Object, Object]:
 def with_a_shell() -> Object:
     found, container = daemon_set()
     container["command"] = ["/bin/sh", "-c", SCRIPT]
-    for probe in ("readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         del container[probe]
     return found
 
 
-def with_the_agent(node: Cluster) -> Object:
-    """With what Python needs mounted at its own place, and the folder of kubelet's --config, as values name it."""
+def with_the_agent() -> Object:
+    """With what Python needs mounted at its own place."""
     found, container = daemon_set()
     found["metadata"]["name"] = AGENT
     found["spec"]["selector"]["matchLabels"] = found["spec"]["template"]["metadata"]["labels"] = {"app": AGENT}
     container["command"] = [*PYTHON, *container["command"][1:]]
-    for probe in ("readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         exec_ = container[probe]["exec"]
         exec_["command"] = [*PYTHON, *exec_["command"][1:]]
-    container["readinessProbe"]["periodSeconds"] = 2
     container["workingDir"] = str(CHECKOUT)
     # By ldconfig and its cache ctypes finds libudev.
     places = {
@@ -83,7 +82,6 @@ def with_the_agent(node: Cluster) -> Object:
         str(CHECKOUT),
         sys.prefix,
         sys.base_prefix,
-        str(node.folder),
     }
     for i, place in enumerate(
         sorted(one for one in places if not any(one.startswith(f"{other}/") for other in places))
@@ -111,10 +109,9 @@ def said(started: Cluster) -> list[str]:
 
 
 def test_the_pod_starts_although_kubelet_lacks_files_and_folders(started: Cluster, said: list[str]) -> None:
-    """There is no config.yaml, and no folder of NRI or of the driver."""
+    """There is no folder of NRI or of the driver."""
     (sees,) = [line.split()[1:] for line in said if line.startswith("SEES")]
     assert {"pods", "device-plugins", "plugins_registry", "pod-resources", "cpu_manager_state"} <= set(sees)
-    assert "config.yaml" not in sees
 
 
 def places(said: list[str]) -> dict[str, str]:
@@ -152,7 +149,7 @@ def test_what_is_mounted_and_unmounted_on_the_host_is_so_in_the_pod(started: Clu
 def status(started: Cluster, said: list[str]) -> dict[str, Any]:
     """What the agent in the pod says of itself once the DaemonSet is ready. The node's own one has ended."""
     started.stop("nodeagent")
-    started.api.create(with_the_agent(started))
+    started.api.create(with_the_agent())
     path = f"{collection('apps/v1', 'DaemonSet', NAMESPACE)}/{AGENT}"
     until("the DaemonSet is ready", lambda: started.api.call("GET", path)["status"].get("numberReady"), 120.0)
 
@@ -165,10 +162,7 @@ def status(started: Cluster, said: list[str]) -> dict[str, Any]:
 
 def asked(node: Cluster) -> dict[str, Any]:
     """As `helm test` asks: over the socket on the node."""
-    log = node.logs / "status.log"
-    log.unlink(missing_ok=True)
-    node.run("status", *PYTHON, "status", "-o", "json")
-    found: dict[str, Any] = json.loads(log.read_text())
+    found: dict[str, Any] = json.loads(node.output(*PYTHON, "status", "-o", "json"))
     return found
 
 
@@ -181,7 +175,7 @@ def test_kubelet_takes_the_resources_of_the_agent_in_the_pod(started: Cluster, s
 
 def test_the_agent_in_the_pod_sees_how_kubelet_runs(started: Cluster, status: dict[str, Any]) -> None:
     kubelet = status["kubelet"]
-    assert (kubelet["error"], kubelet["sources"]) == ("", [str(started.folder / "kubelet.yaml")])
+    assert (kubelet["error"], kubelet["sources"]) == ("", [str(KUBELET_CONFIG)])
     assert kubelet["pid"] is not None
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tarfile
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.image.bundle import Bundle
+from tests.support.image import lacking_tools
 
 if TYPE_CHECKING:
     from image.build import Image
@@ -22,8 +22,7 @@ def lacking() -> str:
     """Why no image is built here; "" where one is."""
     if os.environ.get("NODEAGENT_IMAGE") != "1":
         return "NODEAGENT_IMAGE=1 is not set: building an image takes a minute and needs the network"
-    absent = [name for name in ("apt-get", "apt-cache", "dpkg", "dpkg-deb") if shutil.which(name) is None]
-    return f"{', '.join(absent)} not found: the image is made of Debian packages" if absent else ""
+    return lacking_tools()
 
 
 @pytest.fixture(scope="session")

@@ -203,7 +203,7 @@ def test_the_shipped_configuration_is_the_default() -> None:
 
 
 def test_the_probes_ask_with_a_verb_there_is() -> None:
-    for probe in ("readinessProbe", "livenessProbe"):
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         program, verb, option, path = container()[probe]["exec"]["command"]
         assert program == "nodeagent" and verb in VERBS
         assert (option, path) == ("--socket", SOCKET)

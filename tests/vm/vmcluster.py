@@ -177,8 +177,7 @@ def _prepare(guest: Guest, plane: ControlPlane) -> None:
     guest.run("ctr -n k8s.io images import /share/box.tar")
     kubernetes = guest.share / "kubernetes"
     kubernetes.mkdir()
-    nodefiles.write_kubelet(kubernetes, 10250)
-    settings = json.loads((kubernetes / "kubelet.yaml").read_text())
+    settings = nodefiles.kubelet_settings(kubernetes, 10250)
     settings |= {"cgroupDriver": "systemd", "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock"}
     settings |= {"podLogsDir": "/var/log/pods", "failCgroupV1": True, "address": GUEST_ADDRESS}
     (kubernetes / "kubelet.yaml").write_text(json.dumps(settings))
