@@ -82,8 +82,9 @@ class CpuResource:
     kind: str = "cpu"
     options: frozenset[str] = frozenset()
     numa: str = BEST_EFFORT
-    claimed: bool = False
-    """Whether claims are granted CPUs too. The scheduler allocates them from the first group that has enough."""
+    claimed: bool = field(default=False, compare=False)
+    """Whether claims are granted CPUs too. The scheduler allocates them from the first group that has enough. Kubelet
+    is told nothing of it: a resource that differs in it alone is the same resource."""
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {number for (resource, one) in ledger.by_id if resource == self.name for number in _cpu_numbers(one)}

@@ -22,17 +22,21 @@ class OfferAdapter:
 
     def __init__(self, agent: Agent, offer: Offer) -> None:
         self._agent = agent
-        self.offer = offer
+        self._offer = offer
         self._shown = Revision(*agent.revisions)
         self._timer = EventTimer("device-plugin")
 
+    def take(self, offer: Offer) -> None:
+        """Take an equal offer, which may differ in what kubelet is not told."""
+        self._offer = offer
+
     @property
     def name(self) -> str:
-        return self.offer.name
+        return self._offer.name
 
     def advertised(self) -> tuple[Advertised, ...]:
         self._timer.looked(self._agent.inventory.generation, self._agent.event_s)
-        return self._agent.advertised(self.offer.resource)
+        return self._agent.advertised(self._offer.resource)
 
     def listed(self, *, news: bool) -> None:
         if news:
@@ -44,12 +48,12 @@ class OfferAdapter:
 
     def prefer(self, available: Sequence[str], must_include: Sequence[str], size: int) -> list[str]:
         with metrics.PREFER_SECONDS.labels(self.name).time():
-            return self._agent.prefer(self.offer.resource, available, must_include, size)
+            return self._agent.prefer(self._offer.resource, available, must_include, size)
 
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         with metrics.counted_allocation(self.name):
             try:
-                return await self._agent.allocate(self.offer.resource, containers, self.offer.edits, op)
+                return await self._agent.allocate(self._offer.resource, containers, self._offer.edits, op)
             except (Refused, InputError) as error:
                 self._agent.record_refusals([self._refusal(containers, error)], op)
                 raise

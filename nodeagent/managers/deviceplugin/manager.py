@@ -43,6 +43,7 @@ class _One:
     """One offer, and the task that keeps it registered."""
 
     offer: Offer
+    adapter: OfferAdapter
     registrar: Registrar
     task: asyncio.Task[None]
 
@@ -93,6 +94,8 @@ class DevicePluginManager(Manager):
         kept_on = {name: one for name, one in self._now.items() if wanted.get(name) == one.offer}
         # Kubelet up to 1.36 ends a resource's new registration when its old stream ends, so end that first.
         await cancel_all(one.task for name, one in self._now.items() if name not in kept_on)
+        for name, one in kept_on.items():
+            one.adapter.take(wanted[name])
         self._now = MappingProxyType({name: kept_on.get(name) or self._begin(offer) for name, offer in wanted.items()})
         self.revision.bump()
 
@@ -102,9 +105,10 @@ class DevicePluginManager(Manager):
         self._now = MappingProxyType({})
 
     def _begin(self, offer: Offer) -> _One:
-        registrar = Registrar([OfferAdapter(self._agent, offer)], self._kubelet_dir / PLUGINS, pace=PACE)
+        adapter = OfferAdapter(self._agent, offer)
+        registrar = Registrar([adapter], self._kubelet_dir / PLUGINS, pace=PACE)
         task = asyncio.create_task(supervise(offer.name, lambda: self._run(registrar)), name=offer.name)
-        return _One(offer, registrar, task)
+        return _One(offer, adapter, registrar, task)
 
     async def _run(self, registrar: Registrar) -> None:
         async with asyncio.TaskGroup() as tasks:
