@@ -54,7 +54,7 @@ class Bench:
     def __init__(self, server: FakeApiServer, api: ApiServer, pace: PublishPace) -> None:
         self.server = server
         self.revision = Revision()
-        self.machine = SimpleNamespace(inventory=MACHINE, ledger=Ledger(), health={})
+        self.machine = SimpleNamespace(inventory=MACHINE, ledger=Ledger(), health={}, event_s=None)
         self.on = True
         self.watch = NodeWatch(api, NODE, self.revision.bump)
         kinds = MappingProxyType({"cpu": CpuPool(), "hugepages": PagePool(sizes=(2 * MIB,))})
