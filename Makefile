@@ -19,8 +19,9 @@ vm-test: $(BUILT)
 	tests/vm/setup.sh
 	NODEAGENT_VM=1 $(PYTHON) -m pytest -q -s tests/vm
 
+# Without cached bytecode every start would compile the sources.
 bench: $(BUILT)
-	$(PYTHON) -m benchmarks
+	env -u PYTHONDONTWRITEBYTECODE $(PYTHON) -m benchmarks
 
 lint: $(BUILT)
 	$(PYTHON) -m pytest -q tests/rules/test_layout.py
