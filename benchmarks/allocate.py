@@ -2,7 +2,7 @@
 same messages in the same process, and a bare commit of SQLite on the same disk.
 
 The server is a process of its own, the client is this one; the calls are made in turn, so that what else the machine
-does falls on all alike. Every call asks for a CPU that nobody holds; between rounds all are released.
+does falls on all alike. Every call asks for a CPU that is free; between rounds all are released.
 """
 
 from __future__ import annotations

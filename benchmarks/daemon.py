@@ -104,7 +104,7 @@ async def appears_ms(folder: Path) -> list[float]:
 
 @asynccontextmanager
 async def idle_agent(folder: Path, **config: Any) -> AsyncIterator[Running]:
-    """An agent on this machine that kubelet shows and nobody asks."""
+    """An agent on this machine that kubelet shows and that gets no request."""
     async with FakeKubelet(folder / "kubelet"), running(folder, log=QUIET, **config) as agent:
         await agent.ready()
         yield agent

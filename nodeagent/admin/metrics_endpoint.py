@@ -31,7 +31,7 @@ FIRST_RETRY_S, LAST_RETRY_S = 1.0, 60.0
 LOOK_S = 10.0
 """How often the files are looked at without any connection, so that the status shows what is wrong with them."""
 PAGE_S = 1.0
-"""How old a page may be: whoever can connect can ask, and the agent makes no more than one in this time for all."""
+"""How old a page may be: every client that can connect can ask, and no more than one is made in this time for all."""
 PATHS = ("/metrics", "/healthz", "/readyz")
 _CHALLENGE = ("www-authenticate", 'Bearer realm="nodeagent"')
 log = structlog.get_logger()

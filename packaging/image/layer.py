@@ -1,4 +1,4 @@
-"""A tree as a layer of an image: the same tree gives the same bytes, whoever builds it and where."""
+"""A tree as a layer of an image: the same tree gives the same bytes for every user and machine."""
 
 from __future__ import annotations
 

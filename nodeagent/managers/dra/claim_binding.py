@@ -19,7 +19,7 @@ import structlog
 from nodeagent.core.dra.prepare import grants_of
 from nodeagent.core.model.claim import Claim, ClaimRef, Prepared
 from nodeagent.core.model.grant import Grant
-from nodeagent.errors import InputError, PeerError
+from nodeagent.errors import InputError, NodeagentError, PeerError
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.state.agent import Agent
 from nodeagent.telemetry.log import new_op
@@ -27,7 +27,7 @@ from nodeagent.telemetry.once import Once
 
 AGAIN_S, AWAY_S, NOT_ALLOWED_S = 0.2, 5.0, 600.0
 """How long to wait after a watch has ended; after an error; after it was forbidden."""
-_FORBIDDEN, _EXPIRED = 403, 410
+_FORBIDDEN, _GONE, _EXPIRED = 403, 404, 410
 log = structlog.get_logger()
 
 
@@ -135,10 +135,18 @@ class ClaimBinder:
             self._gone()
 
     async def _bind(self, claim: Claim) -> None:
-        """Prepare a claim and tell the scheduler."""
-        answers = await self._preparer.prepare([claim.ref], new_op())
-        error = answers[claim.ref.uid].error
-        await self._answer(claim, grants_of(self._agent.ledger, claim.ref.uid), error)
+        """Prepare a claim and inform the scheduler. Raise PeerError if the API server cannot be reached; what concerns
+        this claim alone, such as a ledger that cannot be written, is the reason of a refusal."""
+        try:
+            error = (await self._preparer.prepare([claim.ref], new_op()))[claim.ref.uid].error
+        except NodeagentError as fault:
+            error = f"cannot prepare claim {claim.ref}: {fault}"
+        try:
+            await self._answer(claim, grants_of(self._agent.ledger, claim.ref.uid), error)
+        except PeerError as fault:
+            if fault.status != _GONE:
+                raise
+            error = str(fault)
         log.info(
             "claim-bound" if not error else "claim-not-bound", claim=str(claim.ref), uid=claim.ref.uid, error=error
         )

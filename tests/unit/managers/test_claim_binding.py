@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from nodeagent.errors import StateError
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.managers.dra.claim_binding import ClaimBinder
 from nodeagent.managers.dra.claim_files import claims_held
@@ -108,3 +109,37 @@ async def test_a_claim_that_is_decided_is_not_prepared_again(folder: Path) -> No
         at.server.add_claim("second", results=at.allocated())
         await at.until_ready("second")
         assert at.server.count("apply", CLAIMS) == applied + 1
+
+
+async def test_a_ledger_that_cannot_be_written_refuses_the_claim_and_the_next_one_is_decided(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler tries another node; claims are followed all the same."""
+    async with binding(folder) as at:
+        prepare, full = at.room.claims.prepare, [True]
+
+        async def on_a_full_disk(claims: Any, op: str) -> Any:
+            if full.pop() if full else False:
+                raise StateError("cannot save /state: No space left on device")
+            return await prepare(claims, op)
+
+        monkeypatch.setattr(at.room.claims, "prepare", on_a_full_disk)
+        at.server.add_claim("c", results=at.allocated())
+        await at.server.until(lambda: "devices" in (at.server.find(CLAIMS, "c", "default") or {}).get("status", {}))
+        (found,) = (at.server.find(CLAIMS, "c", "default") or {})["status"]["devices"]
+        refused = {one["type"]: (one["status"], one["message"]) for one in found["conditions"]}["nodeagent.dev/Refused"]
+        assert refused == ("True", "cannot prepare claim default/c: cannot save /state: No space left on device")
+        at.server.add_claim("next", results=at.allocated())
+        await at.until_ready("next")
+        assert at.server.count("list", CLAIMS) == 1 and at.binder.able
+
+
+async def test_a_claim_that_is_deleted_meanwhile_delays_no_other(folder: Path) -> None:
+    """Its status cannot be written any longer."""
+    async with binding(folder) as at:
+        await at.server.until(lambda: at.server.watching == 1)
+        at.server.fail(404, verb="apply", resource=CLAIMS)
+        at.server.add_claim("gone", results=at.allocated())
+        at.server.add_claim("next", results=at.allocated())
+        await at.until_ready("next")
+        assert at.server.count("list", CLAIMS) == 1 and at.binder.able
