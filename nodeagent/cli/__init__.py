@@ -1,4 +1,5 @@
-"""The command line: `nodeagent VERB`. One file per verb; this one finds the verb and turns errors into exit codes.
+"""The command line: `nodeagent VERB`. One file per verb, in the folder of its subject; this one
+finds the verb and turns errors into exit codes.
 
 Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused.
 """
@@ -10,27 +11,33 @@ import importlib
 import os
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from nodeagent.errors import ConfigError, InputError, LedgerTooNewError, NodeagentError
 from nodeagent.version import VERSION
 
+
+class Verb(NamedTuple):
+    """Where a verb is, below this package, and what it does, for the help."""
+
+    module: str
+    text: str
+
+
 VERBS = {
-    "run": "run the agent",
-    "inventory": "show what the machine has",
-    "place": "compute where a request would go",
-    "status": "show how a running agent stands",
-    "devices": "show what a running agent advertises",
-    "grants": "show who holds what",
-    "metrics": "print the metrics of a running agent, or write them for node_exporter",
-    "health": "show what is known against devices, or clear it",
-    "config": "check a configuration or print its schema",
-    "ledger": "show the audit; export the ledger to a file, or import it from one",
-    "import": "take over what kubelet's own managers gave away",
-    "uninstall": "undo on this host what the agent has left there",
+    "run": Verb("node.run", "run the agent"),
+    "inventory": Verb("machine.inventory", "show what the machine has"),
+    "place": Verb("machine.place", "compute where a request would go"),
+    "status": Verb("agent.status", "show how a running agent stands"),
+    "devices": Verb("agent.devices", "show what a running agent advertises"),
+    "grants": Verb("agent.grants", "show who holds what"),
+    "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
+    "health": Verb("agent.health", "show what is known against devices, or clear it"),
+    "config": Verb("node.config", "check a configuration or print its schema"),
+    "ledger": Verb("node.ledger", "show the audit; export the ledger to a file, or import it from one"),
+    "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
+    "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }
-FILES = {"import": "kubelet_state.verb"}
-"""The module of a verb whose name cannot be a module name, or that has several."""
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
 
 
@@ -79,7 +86,7 @@ def parser(known: Collection[str] = VERBS) -> Parser:
     top = Parser(prog="nodeagent", description="Who gets which part of this machine.")
     top.add_argument("--version", action="store_true", help="show the version and whether the compiled core runs")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
-    for name, text in VERBS.items():
+    for name, (_, text) in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text, add_help=name in known)
         if name in known:
             _module(name).add_arguments(verb)
@@ -87,7 +94,7 @@ def parser(known: Collection[str] = VERBS) -> Parser:
 
 
 def _module(verb: str) -> Any:
-    return importlib.import_module(f"nodeagent.cli.{FILES.get(verb, verb)}")
+    return importlib.import_module(f"nodeagent.cli.{VERBS[verb].module}")
 
 
 def version_line() -> str:

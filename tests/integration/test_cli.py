@@ -57,7 +57,7 @@ def test_without_a_verb_it_shows_the_verbs() -> None:
 def test_every_verb_explains_itself(verb: str) -> None:
     done = cli(verb, "--help")
     assert (done.returncode, done.stderr) == (0, "")
-    assert VERBS[verb] in done.stdout
+    assert VERBS[verb].text in done.stdout
 
 
 @pytest.mark.parametrize(

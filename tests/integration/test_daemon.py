@@ -612,7 +612,7 @@ def test_no_permission_is_one_line(folder: Path) -> None:
     agent = Running(folder)
     folder.chmod(0o755)
     # What is imported comes first: nobody may not even read this interpreter's libraries.
-    become = "import os, sys, nodeagent.daemon.daemon; from nodeagent.cli import main, run"
+    become = "import os, sys, nodeagent.daemon.daemon, nodeagent.cli.node.run; from nodeagent.cli import main"
     become += "; os.setgid(65534); os.setuid(65534)"
     words = [sys.executable, "-c", f"{become}; sys.exit(main(sys.argv[1:]))", "run", "--config", str(agent.config_file)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=30, check=False)

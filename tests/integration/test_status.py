@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from nodeagent.cli import status as status_of
+from nodeagent.cli.agent import status as status_of
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.kubelet import FakeKubelet

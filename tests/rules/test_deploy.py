@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from nodeagent.cli import VERBS
-from nodeagent.cli.ask import SOCKET
+from nodeagent.cli.shared.ask import SOCKET
 from nodeagent.config.load import parse
 from nodeagent.config.schema import DEFAULT_RESOURCES, Config
 from nodeagent.core.deviceplugin.devices import DeviceResource

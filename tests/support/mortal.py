@@ -99,7 +99,7 @@ def _live(cli: Any, words: Sequence[str], env: Mapping[str, str]) -> None:
 
 def _main() -> None:
     os.environ["GRPC_VERBOSITY"] = "NONE"
-    import nodeagent.cli.run
+    import nodeagent.cli.node.run
     import nodeagent.daemon.daemon
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)

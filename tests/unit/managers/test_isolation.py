@@ -18,7 +18,7 @@ from prometheus_client import generate_latest
 from structlog.testing import capture_logs
 
 from nodeagent.aio.revision import Revision
-from nodeagent.cli import status
+from nodeagent.cli.agent import status
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError

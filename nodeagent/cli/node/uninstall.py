@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nodeagent.cli.run import DEFAULT_CONFIG
+from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config
 from nodeagent.daemon.leftovers import Host, leftovers

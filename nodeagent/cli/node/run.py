@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     # gRPC's core prints to stderr alongside our log; it reads this once, when it is imported.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from nodeagent.cli.source import check_root
+    from nodeagent.cli.shared.source import check_root
     from nodeagent.config.load import load as load_config
     from nodeagent.config.load import placed
     from nodeagent.config.schema import Config

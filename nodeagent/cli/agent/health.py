@@ -7,8 +7,8 @@ import os
 from typing import Any
 from urllib.parse import quote
 
-from nodeagent.cli import ask
-from nodeagent.cli.tables import print_table
+from nodeagent.cli.shared import ask
+from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.errors import InputError
 

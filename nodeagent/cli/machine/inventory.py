@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nodeagent.cli.source import add_root, read_root
-from nodeagent.cli.tables import print_document, print_table
+from nodeagent.cli.shared.source import add_root, read_root
+from nodeagent.cli.shared.tables import print_document, print_table
 from nodeagent.core.model.inventory import ABSENT, Inventory
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size

@@ -17,13 +17,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.cli.source import read_file
+from nodeagent.cli.shared.source import read_file
 from nodeagent.core.model.device import Device, Link
 from nodeagent.core.model.inventory_json import from_document, to_document
 from nodeagent.errors import InputError
 from tests.builders import machines
 from tests.builders.inventories import GIB, even_rows, inventory_of
-from tests.unit.cli.test_place import complaint, nodeagent
+from tests.unit.cli.machine.test_place import complaint, nodeagent
 
 RECORDED = (
     "256ppc-8n8s4t",
@@ -81,7 +81,7 @@ def test_a_tree_that_may_not_be_read_is_one_line(tmp_path: Path) -> None:
     """For any user but root."""
     (tmp_path / "sys").mkdir()
     (tmp_path / "sys").chmod(0)
-    script = "import os, sys, nodeagent.cli.inventory as _; os.setuid(65534); sys.exit(nodeagent.cli.main())"
+    script = "import os, sys, nodeagent.cli.machine.inventory as _; os.setuid(65534); sys.exit(nodeagent.cli.main())"
     words = [sys.executable, "-c", f"import nodeagent.cli; {script}", "inventory", "--root", str(tmp_path)]
     for folder in (tmp_path, *tmp_path.parents[:-2]):
         folder.chmod(0o755)

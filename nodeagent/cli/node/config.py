@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from nodeagent.admin.status_endpoint import status_readers
-from nodeagent.cli.run import DEFAULT_CONFIG
-from nodeagent.cli.source import add_root, read_root
+from nodeagent.cli.node.run import DEFAULT_CONFIG
+from nodeagent.cli.shared.source import add_root, read_root
 from nodeagent.config.load import load as load_config
 from nodeagent.config.load import placed
 from nodeagent.config.schema import Config, schema

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from nodeagent.cli.run import DEFAULT_CONFIG
-from nodeagent.cli.tables import print_document, print_table
+from nodeagent.cli.node.run import DEFAULT_CONFIG
+from nodeagent.cli.shared.tables import print_document, print_table
 from nodeagent.errors import InputError, Refused, StateError
 
 if TYPE_CHECKING:

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
 
-from nodeagent.cli.kubelet_state.report import Managers, Report
-from nodeagent.cli.run import DEFAULT_CONFIG
+from nodeagent.cli.node.kubelet_state.report import Managers, Report
+from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config
 from nodeagent.core.kubelet import imports

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nodeagent.cli.tables import print_table
+from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.kubelet.assigned import Assigned, Said, assigned
 from nodeagent.core.kubelet.imports import ImportPlan
 from nodeagent.core.ledger.free import MEMORY

@@ -7,9 +7,9 @@ import time
 from typing import Any
 
 from nodeagent.admin.reasons import once
-from nodeagent.cli.ask import add_arguments as add_arguments
-from nodeagent.cli.ask import show
-from nodeagent.cli.tables import print_table
+from nodeagent.cli.shared.ask import add_arguments as add_arguments
+from nodeagent.cli.shared.ask import show
+from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.cpuset import CpuSet
 
 

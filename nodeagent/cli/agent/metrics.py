@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from nodeagent.cli import ask
+from nodeagent.cli.shared import ask
 from nodeagent.host.sysfs import atomic_file
 
 OWN = "nodeagent_"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nodeagent.cli.ask import add_arguments as add_arguments
-from nodeagent.cli.ask import show
-from nodeagent.cli.tables import print_table
+from nodeagent.cli.shared.ask import add_arguments as add_arguments
+from nodeagent.cli.shared.ask import show
+from nodeagent.cli.shared.tables import print_table
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,1 @@
+"""Verbs about the machine and where a request fits on it."""

@@ -1,0 +1,1 @@
+"""What the verbs have in common: where facts come from, and how they are shown."""
