@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -49,6 +50,45 @@ def test_an_error_carries_its_traceback_in_the_same_line() -> None:
         structlog.get_logger().error("failed", exc_info=error)
     (line,) = lines(out)
     assert "ValueError: broken" in str(line["exception"])
+
+
+def test_an_error_is_said_although_its_traceback_cannot_be_formatted(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_: object) -> str:
+        raise SystemError("AST constructor recursion depth mismatch")
+
+    monkeypatch.setattr(log_of._EXCEPTIONS, "format_exception", fails)
+    out = io.StringIO()
+    log_of.configure("info", "json", out)
+    structlog.get_logger().error("failed", exc_info=ValueError("broken"))
+    assert lines(out)[0]["exception"] == "ValueError('broken')"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_a_full_disk_costs_the_line_and_not_the_call_that_logs(form: str) -> None:
+    with contextlib.suppress(OSError), Path("/dev/full").open("w", buffering=1) as full:
+        log_of.configure("info", form, full)
+        structlog.get_logger().error("granted", n=3)
+        said = "the call goes on"
+    assert said
+
+
+def test_a_reader_that_has_gone_costs_the_line_and_not_the_call_that_logs() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with contextlib.suppress(OSError), os.fdopen(write, "w") as pipe:
+        log_of.configure("info", "json", pipe)
+        structlog.get_logger().warning("granted", n=3)
+        said = "the call goes on"
+    assert said
+
+
+def test_a_closed_stream_costs_the_line_and_not_the_call_that_logs() -> None:
+    out = io.StringIO()
+    log_of.configure("info", "json", out)
+    logger = structlog.get_logger()
+    out.close()
+    logger.exception("failed")
 
 
 @pytest.mark.parametrize(("level", "kept"), [("debug", 4), ("info", 3), ("warning", 2), ("error", 1)])
