@@ -12,11 +12,13 @@ MODULES = {
     "grpc.aio": "kubelet speaks gRPC (grpcio)",
     "h11": "HTTP/1.1 of the status socket",
     "msgspec": "strict typed decoding of configuration and JSON",
+    "psutil": "the machine as it runs; imported by the command line only",
     "pynvml": "NVML; imported by the helper process only (nvidia-ml-py)",
     "prometheus_client": "the metrics text format",
     "pyudev": "kernel events",
     "yaml": "the configuration's syntax (pyyaml)",
     "structlog": "events with fields",
+    "zstandard": "archives of captures; imported by the command line only",
 }
 _PROBE = """
 import importlib, os, time
