@@ -9,20 +9,12 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import structlog
 
 from nodeagent.telemetry import log as log_of
-
-
-@pytest.fixture(autouse=True)
-def _defaults_again() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()
-    structlog.contextvars.clear_contextvars()
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:
