@@ -174,6 +174,13 @@ class MetricsConfig(_Base, frozen=True):
     tls: MetricsTlsConfig = MetricsTlsConfig()
 
 
+class EventsConfig(_Base, frozen=True):
+    """Kubernetes Events on pods and the Node."""
+
+    enabled: bool = True
+    """Whether Events are written where there is an API server."""
+
+
 class ReleaseConfig(_Base, frozen=True):
     """How long a grant may be missing from kubelet's list before it is released."""
 
@@ -260,6 +267,7 @@ class Config(_Base, frozen=True):
     log: LogConfig = LogConfig()
     status: StatusConfig = StatusConfig()
     metrics: MetricsConfig = MetricsConfig()
+    events: EventsConfig = EventsConfig()
     release: ReleaseConfig = ReleaseConfig()
     health: HealthConfig = HealthConfig()
     dra: DraConfig = DraConfig()

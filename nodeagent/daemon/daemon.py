@@ -28,6 +28,8 @@ from nodeagent.aio.supervise import cancel_all, race, supervise
 from nodeagent.config.load import differences, placed
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
+from nodeagent.core.events.states import Node
+from nodeagent.daemon.observed import observed
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked
 from nodeagent.daemon.reload import rewrites
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
@@ -38,15 +40,17 @@ from nodeagent.host.devices import all_kinds
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.host.systemd.notify import Notifier
+from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
-from nodeagent.managers.device_events import DeviceEvents, is_configured
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
 from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager, settings
 from nodeagent.managers.deviceplugin.others import OtherOffers
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
 from nodeagent.managers.dra.other_drivers import OtherDrivers
+from nodeagent.managers.events.manager import EventsManager
+from nodeagent.managers.events.recorder import EventRecorder
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager
@@ -129,8 +133,10 @@ class Daemon:
         self._scanner = InventoryScanner(
             agent, where.sysfs, families, where.state_dir, lambda: self.config, self._page_holders
         )
+        api, node, reachable = LazyApi(config.dra.kubeconfig), node_name(config), is_configured(config.dra.kubeconfig)
+        recorder = EventRecorder(api, node, config.dra.driver)
         self._device_plugin = DevicePluginManager(
-            agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held
+            agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held, recorder.report
         )
         self._hugepages = HugepagesManager(
             agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
@@ -143,17 +149,16 @@ class Daemon:
             where.kubelet_dir,
             where.runtime_dir,
             pods,
+            api,
+            recorder.report,
             self._refused,
             self._hugepages.growing,
         )
-        events = DeviceEvents(
-            agent, self._dra.api.event, node_name(config), config.dra.driver, is_configured(config.dra.kubeconfig)
-        )
         other_drivers = OtherDrivers(
-            functools.partial(self._dra.api.slices_of, node_name(config)),
+            functools.partial(api.slices_of, node),
             config.dra.driver,
             self._others.hear_slices,
-            configured=is_configured(config.dra.kubeconfig),
+            configured=reachable,
         )
         self._pinning = PinningManager(
             agent,
@@ -161,11 +166,12 @@ class Daemon:
             containers,
             self._plugins,
             lambda: self.config.pinning,
-            self._dra.api.claim,
+            api.claim,
             pods.listing,
             self._scanner.rescan,
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
+            report=recorder.report,
         )
         self._isolation = IsolationManager(
             where.sysfs,
@@ -198,6 +204,11 @@ class Daemon:
             config.dra.driver,
             Path(config.dra.cdi_dir),
         )
+        self._news = Revision(
+            *agent.revisions, self._device_plugin.revision, self._pinning.revision, self._others.revision
+        )
+        """Rises with everything that is reported to systemd."""
+        events = EventsManager(recorder, self._observed, containers.pod_of, self._news, configured=reachable)
         page = MetricsPage(self)
         # In start order. Losses of the ledger are resolved first; what kubelet is shown comes before what follows it.
         self._managers: Sequence[Manager] = (
@@ -215,10 +226,6 @@ class Daemon:
             MetricsEndpoint(page, self.not_ready),
         )
         self._recovery.look_for_losses(store, [one.resource for one in offers(config, families)])
-        self._news = Revision(
-            *agent.revisions, self._device_plugin.revision, self._pinning.revision, self._others.revision
-        )
-        """Rises with everything that is reported to systemd."""
         self._notifier = Notifier()
         self._reload_asked = asyncio.Event()
         self._reloading = asyncio.Lock()
@@ -264,6 +271,10 @@ class Daemon:
 
     def _not_shown(self) -> list[str]:
         return [*self._device_plugin.not_ready(), *self._dra.not_ready()]
+
+    def _observed(self) -> Node:
+        refused, error = self._refused_now, self.config_error
+        return observed(self.agent, self._kubelet, self.configured(), refused, self._leader.notes, error)
 
     def kubelet_document(self) -> dict[str, Any]:
         return self._kubelet.document()

@@ -28,10 +28,9 @@ from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
-from nodeagent.kube.apiserver.lazy import LazyApi
+from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.kube.kubelet import device_plugin_sockets, plugin_sockets
 from nodeagent.kube.resourceslice.render import Owner, belongs
-from nodeagent.managers.device_events import is_configured
 from nodeagent.managers.deviceplugin.manager import PLUGINS
 from nodeagent.managers.dra.manager import CLAIMS, node_name
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal

@@ -128,6 +128,21 @@ class _Change:
     before: Object | None
 
 
+MERGE = "application/merge-patch+json"
+
+
+def _merged_json(before: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return patch
+    kept = {**before} if isinstance(before, dict) else {}
+    for key, value in patch.items():
+        kept.pop(key, None)
+        if value is not None:
+            kept[key] = _merged_json(before.get(key) if isinstance(before, dict) else None, value)
+    return kept
+
+
 class Refusal(Exception):  # noqa: N818
     """A request is answered with a Status."""
 
@@ -600,7 +615,10 @@ class FakeApiServer:
         return answer
 
     def _apply(self, seen: Seen) -> tuple[int, Object]:
-        """Server-side apply of a claim's status.devices, a list that is merged by driver, pool, device and share."""
+        """Server-side apply of a claim's status.devices, a list that is merged by driver, pool, device and share; a
+        JSON merge patch of an Event."""
+        if seen.resource in (EVENTS, CORE_EVENTS) and seen.headers.get("content-type") == MERGE:
+            return self._merge(seen)
         if seen.headers.get("content-type") != "application/apply-patch+yaml":
             raise Refusal(415, "the body of the request was in an unknown format")
         if (seen.resource, seen.subresource) != (CLAIMS, "status"):
@@ -621,6 +639,12 @@ class FakeApiServer:
         self._check(seen, [*self._wrong(CLAIMS, found, before)], seen.name)
         self._owned[key] = owned
         return 200, self._update(key, found)
+
+    def _merge(self, seen: Seen) -> tuple[int, Object]:
+        before = self._existing(seen)
+        found = _merged_json(before, json.loads(seen.body))
+        self._check(seen, [*self._wrong(seen.resource, found, before)], seen.name)
+        return 200, self._update((seen.resource, seen.namespace, seen.name), found)
 
     def _existing(self, seen: Seen) -> Object:
         found = self._store.get((seen.resource, seen.namespace, seen.name))
@@ -672,8 +696,10 @@ class FakeApiServer:
         if resource == SLICES:
             old = apirules.read_slice(before["spec"]) if before is not None else None
             yield from apirules.wrong_with_slice(apirules.read_slice(found["spec"]), old)
-        if resource in (EVENTS, CORE_EVENTS) and before is None:
+        if resource in (EVENTS, CORE_EVENTS):
             yield from apirules.wrong_with_event(found, core=resource == CORE_EVENTS)
+            if before is not None and {**found, "series": None} != {**before, "series": None}:
+                yield "message", "FieldValueInvalid", "Invalid value: field is immutable"
         if resource == CLAIMS and before is not None:
             if found.get("spec") != before.get("spec"):
                 yield "spec", "FieldValueInvalid", "Invalid value: field is immutable"

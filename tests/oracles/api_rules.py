@@ -610,6 +610,7 @@ _EVENT_PARTS = {
     "action",
     "reason",
     "related",
+    "series",
     "type",
 }
 
@@ -629,6 +630,11 @@ def wrong_with_event(event: Mapping[str, Any], *, core: bool = False) -> Causes:
             yield part, "FieldValueInvalid", "can have at most 128 characters, and must have some"
     if len(event.get(note, "").encode()) > 1024:
         yield note, "FieldValueInvalid", "can have at most 1024 characters"
+    series = event.get("series")
+    if series is not None and series.get("count", 0) < 2:
+        yield "series.count", "FieldValueInvalid", "Invalid value: should be at least 2"
+    if series is not None and not _EVENT_TIME.fullmatch(series.get("lastObservedTime", "")):
+        yield "series.lastObservedTime", "FieldValueRequired", "Required value"
     if event.get("type") not in ("Normal", "Warning"):
         yield "type", "FieldValueInvalid", "Invalid value"
     namespace = event.get(regarding, {}).get("namespace", "")

@@ -143,7 +143,7 @@ def test_the_role_is_what_the_agent_does_and_no_more() -> None:
         (api, "resourceclaims"): {"get"},
         (api, "resourceclaims/status"): {"update", "patch"},
         (api, "resourceclaims/driver"): {"associated-node:update", "associated-node:patch"},
-        ("events.k8s.io", "events"): {"create"},
+        ("events.k8s.io", "events"): {"create", "patch"},
         ("", "nodes"): {"get", "watch"},
     }
     (named,) = [rule for rule in only("ClusterRole")["rules"] if "resourceNames" in rule]

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from nodeagent.admin.status import Status
+from nodeagent.core.events.happenings import RULES
 from nodeagent.core.ledger.release import Patience
 from nodeagent.state import leader, store
 from tests.rules.test_docs_dra import DOCS, codes, rows, said, section
@@ -49,6 +50,13 @@ def test_every_page_of_the_status_socket_is_in_the_table_and_no_other() -> None:
     named = {codes(cells[0])[0] for cells in rows(section("The status socket", NAME), "request")}
     pages = {one.removeprefix("GET ") for one in named if one.startswith("GET ")}
     assert pages == set(Status(watched=None, metrics=None)._pages())  # type: ignore[arg-type]
+
+
+def test_every_event_is_in_the_table_with_its_type() -> None:
+    """Each reason once."""
+    cells = rows(section("Events", NAME), "reason")
+    found = [(reason, one[1]) for one in cells for reason in codes(one[0])]
+    assert sorted(found) == sorted((one, "Warning" if rule.warns else "Normal") for one, rule in RULES.items())
 
 
 def test_the_files_of_the_state_folder_are_called_so() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from nodeagent.config.schema import Config
+from nodeagent.core.events.happenings import Happening
 from nodeagent.core.model.claim import ClaimRef, Prepared
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant, Holding
@@ -58,6 +59,8 @@ class Room:
     reading: int = 0
     most_reading: int = 0
     told: list[tuple[ClaimRef, tuple[Grant, ...], str]] = field(default_factory=list)
+    reported: list[Happening] = field(default_factory=list)
+    """What Events are made of."""
 
     @property
     def cdi(self) -> Path:
@@ -135,7 +138,8 @@ class Room:
     def open(self) -> None:
         folder = CdiFolder(self.cdi, DRIVER, SysFs(str(self.tree.root)))
         self.rendering = ClaimRenderer(self.agent, lambda: self.dra, folder, ClaimFiles(self.readable))
-        self.claims = ClaimPreparer(self.agent, lambda: self.dra, self.fetch, self.rendering, self.tell)
+        report = self.reported.append
+        self.claims = ClaimPreparer(self.agent, lambda: self.dra, self.fetch, self.rendering, self.tell, report=report)
 
 
 def config_of(*resources: Mapping[str, Any]) -> Config:

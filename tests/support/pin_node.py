@@ -17,6 +17,7 @@ import msgspec
 import pytest
 
 from nodeagent.config.schema import Config, PinningConfig
+from nodeagent.core.events.happenings import Happening
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Holding
@@ -63,6 +64,8 @@ class PinNode:
     running: asyncio.Task[None] | None = None
     kubelet_confines: bool = False
     """Whether kubelet's own CPU manager confines all containers."""
+    reported: list[Happening] = field(default_factory=list)
+    """What Events are made of."""
     kubelet_counts_claims: bool = False
     """Whether kubelet's limits of pages may include what claims hold."""
 
@@ -81,6 +84,7 @@ class PinNode:
             kubelet_confines=lambda: self.kubelet_confines,
             kubelet_counts_claims=lambda: self.kubelet_counts_claims,
             clock=self.clock,
+            report=self.reported.append,
         )
         self.running = asyncio.create_task(self._pin())
 

@@ -26,6 +26,7 @@
 {{- $config := .Values.config -}}
 {{- $dra := $config.dra | default dict -}}
 {{- $pinning := $config.pinning | default dict -}}
+{{- $events := $config.events | default dict -}}
 kubeletDir: {{ clean ($config.kubeletDir | default "/var/lib/kubelet") }}
 stateDir: {{ clean ($config.stateDir | default "/var/lib/nodeagent") }}
 runtimeDir: {{ clean ($config.runtimeDir | default "/run/nodeagent") }}
@@ -37,6 +38,7 @@ nri: {{ has ($pinning.mode | default "auto") (list "auto" "nri") }}
 nriDir: {{ dir (clean ($pinning.nriSocket | default "/var/run/nri/nri.sock")) }}
 partitions: {{ ne ($pinning.partition | default "none") "none" }}
 binds: {{ $dra.bindingConditions | default false }}
+events: {{ not (and (hasKey $events "enabled") (not $events.enabled)) }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- end -}}
 

@@ -25,7 +25,7 @@ MOST_CALLS = 4
 """Maximum number of concurrent calls, not counting watches."""
 LARGEST_ANSWER_BYTES = 64 << 20
 USER_AGENT = f"nodeagent/{VERSION}"
-JSON, APPLY = "application/json", "application/apply-patch+yaml"
+JSON, APPLY, MERGE = "application/json", "application/apply-patch+yaml", "application/merge-patch+json"
 
 _LASTING = (400, 403, 404, 405, 422)
 _SAID_BYTES = 300

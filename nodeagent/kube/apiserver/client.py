@@ -14,7 +14,7 @@ from urllib.parse import quote, urlencode
 
 import msgspec
 
-from nodeagent.kube.apiserver.call import APPLY, ApiError, Ask, Caller, Expired
+from nodeagent.kube.apiserver.call import APPLY, MERGE, ApiError, Ask, Caller, Expired
 from nodeagent.kube.apiserver.credentials import Access
 from nodeagent.kube.apiserver.kubeconfig import access
 
@@ -172,6 +172,18 @@ class ApiServer:
         if namespace:
             whole["metadata"]["namespace"] = namespace
         return await self._object(Ask("PATCH", target, what, "", msgspec.json.encode(whole), APPLY), resource.kind)
+
+    async def merge(
+        self, resource: ApiResource, name: str, namespace: str, patch: Mapping[str, Any]
+    ) -> dict[str, Any] | None:
+        """Apply a JSON merge patch (RFC 7396) and return the object as stored, or None if there is none of this name.
+
+        An empty patch changes nothing and returns the object. Raise ApiError.
+        """
+        what = f"patch {resource.shown(namespace, name)}"
+        ask = Ask("PATCH", resource.path(namespace, name), what, name, msgspec.json.encode(patch), MERGE)
+        answer = await self._caller.call(ask)
+        return None if answer is None else self._checked(ask, resource.kind, answer)
 
     async def watch(
         self, resource: ApiResource, *, fields: Mapping[str, str] = _NO_FIELDS, revision: str

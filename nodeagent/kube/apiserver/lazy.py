@@ -7,6 +7,7 @@ next one tries again.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
 
 WARM_S, AWAY_S = 10.0, 60.0
 """How often to see whether a connection is ready; how long to wait if none can be opened."""
+
+
+def is_configured(kubeconfig: str, environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether there is an API server: a kubeconfig, or the variables of a pod."""
+    return bool(kubeconfig or environ.get("KUBERNETES_SERVICE_HOST"))
 
 
 class LazyApi:
@@ -78,16 +84,27 @@ class LazyApi:
 
         await self._reached().apply_status(CLAIMS, ref.name, ref.namespace, body, manager=manager)
 
-    async def event(self, body: Mapping[str, Any]) -> None:
+    async def create_event(self, event: Mapping[str, Any]) -> None:
         """Create an Event of events.k8s.io/v1, or the same in the core group if only that is allowed."""
         from nodeagent.kube.apiserver.client import CORE_EVENTS, EVENTS
 
         try:
-            await self._reached().create(EVENTS, body)
+            await self._reached().create(EVENTS, event)
         except PeerError as error:
             if error.status != 403:
                 raise
-            await self._reached().create(CORE_EVENTS, in_core(body))
+            await self._reached().create(CORE_EVENTS, in_core(event))
+
+    async def patch_event(self, namespace: str, name: str, patch: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Change an Event, through either group, and return it, or None if there is none."""
+        from nodeagent.kube.apiserver.client import CORE_EVENTS, EVENTS
+
+        try:
+            return await self._reached().merge(EVENTS, name, namespace, patch)
+        except PeerError as error:
+            if error.status != 403:
+                raise
+            return await self._reached().merge(CORE_EVENTS, name, namespace, in_core(patch))
 
     async def keep_warm(self) -> None:
         """Keep a connection ready indefinitely: kubelet waits while a claim is read.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nodeagent.aio.revision import Revision
+from nodeagent.core.events.happenings import Report, allocation_refused, unreported
 from nodeagent.core.model.device import Advertised, ContainerEdits
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Holder
 from nodeagent.errors import InputError, Refused
@@ -20,8 +21,9 @@ class OfferAdapter:
 
     pre_start_required = False
 
-    def __init__(self, agent: Agent, offer: Offer) -> None:
+    def __init__(self, agent: Agent, offer: Offer, report: Report = unreported) -> None:
         self._agent = agent
+        self._report = report
         self._offer = offer
         self._shown = Revision(*agent.revisions)
         self._timer = EventTimer("device-plugin")
@@ -56,6 +58,8 @@ class OfferAdapter:
                 return await self._agent.allocate(self._offer.resource, containers, self._offer.edits, op)
             except (Refused, InputError) as error:
                 self._agent.record_refusals([self._refusal(containers, error)], op)
+                ids = [one for container in containers for one in container]
+                self._report(allocation_refused(self.name, ids, str(error)))
                 raise
 
     def _refusal(self, containers: Sequence[Sequence[str]], error: Exception) -> Refusal:

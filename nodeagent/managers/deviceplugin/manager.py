@@ -14,6 +14,7 @@ import structlog
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config
+from nodeagent.core.events.happenings import Report, unreported
 from nodeagent.core.ledger.release import Patience
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import PeerError
@@ -60,6 +61,7 @@ class DevicePluginManager(Manager):
         families: Sequence[all_kinds.Kind],
         refused: Callable[[Config], Mapping[str, str]],
         leads: Callable[[], bool],
+        report: Report = unreported,
     ) -> None:
         """Set up without serving.
 
@@ -67,6 +69,7 @@ class DevicePluginManager(Manager):
         other device plugins, with the reason. `leads` returns whether this agent leads.
         """
         self._leads = leads
+        self._report = report
         self.refused: Mapping[str, str] = MappingProxyType({})
         """Configured resources that are not served, with the reason."""
         self.revision = Revision()
@@ -105,7 +108,7 @@ class DevicePluginManager(Manager):
         self._now = MappingProxyType({})
 
     def _begin(self, offer: Offer) -> _One:
-        adapter = OfferAdapter(self._agent, offer)
+        adapter = OfferAdapter(self._agent, offer, self._report)
         registrar = Registrar([adapter], self._kubelet_dir / PLUGINS, pace=PACE)
         task = asyncio.create_task(supervise(offer.name, lambda: self._run(registrar)), name=offer.name)
         return _One(offer, adapter, registrar, task)

@@ -9,22 +9,19 @@ claims prepared (SyncPod in pkg/kubelet/kubelet.go); a cgroup that is not there 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import structlog
 
+from nodeagent.core.events.happenings import PodRef, Report, no_cpu_request, pods_of
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.grant import CLAIM, Grant
-from nodeagent.kube.event import PodRef, on_pod
-from nodeagent.managers.event_sender import EventSender, Pace, Send
 
 MOST_WAITING, MOST_NAMED = 1000, 5
 """How many claims may wait to be looked at; how many a note names."""
-REASON, ACTION = "NoCPURequest", "ClaimPrepared"
 log = structlog.get_logger()
 
 
@@ -46,19 +43,14 @@ class CpuRequests:
     def __init__(
         self,
         requests_cpus: Callable[[str], bool | None],
-        send: Send,
         ledger: Callable[[], Ledger],
-        node_name: str,
-        controller: str,
-        pace: Pace | None = None,
+        report: Report,
     ) -> None:
         """`requests_cpus` returns whether a pod, by its UID, asks kubelet for CPUs, or None if that is unknown; it may
-        block. `controller` is the name under which Events are reported."""
+        block."""
         self._requests_cpus = requests_cpus
         self._ledger = ledger
-        self._node = node_name
-        self._controller = controller
-        self._sender = EventSender(send, pace)
+        self._report = report
         self._waiting: dict[str, _Look] = {}
         self._news = asyncio.Event()
         self._noted: dict[str, str] = {}
@@ -69,10 +61,7 @@ class CpuRequests:
         cpus = union(one.cpus for one in grants)
         if not cpus or len(self._waiting) >= MOST_WAITING:
             return
-        uids = claim.pods_with(())
-        pods = (PodRef(claim.ref.namespace, name, uid) for uid, name in zip(uids, claim.pods, strict=False))
-        name = f"{claim.ref.namespace}/{claim.ref.name}"
-        self._waiting[claim.ref.uid] = _Look(name, cpus, uids, tuple(pods))
+        self._waiting[claim.ref.uid] = _Look(str(claim.ref), cpus, claim.pods_with(()), pods_of(claim))
         self._news.set()
 
     def notes(self) -> list[str]:
@@ -106,17 +95,8 @@ class CpuRequests:
         self._noted[uid] = f"{look.name} ({look.cpus})"
         for pod in look.pods if not known else ():
             if pod.uid in silent:
-                await self._tell(pod, look)
-
-    async def _tell(self, pod: PodRef, look: _Look) -> None:
-        note = (
-            f"claim {look.name} gives it the exclusive CPUs {look.cpus}, but it requests no CPU of kubelet: it has the "
-            "lowest CPU weight, and without any request it is evicted and killed first"
-        )
-        log.info("no-cpu-request", pod=f"{pod.namespace}/{pod.name}", claim=look.name, cpus=str(look.cpus))
-        await self._sender.ready()
-        event = on_pod(pod, self._node, self._controller, REASON, note, action=ACTION, warns=True, at=time.time())
-        await self._sender.send(event)
+                log.info("no-cpu-request", pod=f"{pod.namespace}/{pod.name}", claim=look.name, cpus=str(look.cpus))
+                self._report(no_cpu_request(look.name, look.cpus, pod))
 
 
 def _of_claims(ledger: Ledger) -> Iterable[Grant]:

@@ -26,6 +26,7 @@ from nodeagent.config.validate import endpoint_fault
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.dra.node_allocatable import NO_BOOKS, NodeBooks, counted, uncounted
 from nodeagent.core.dra.pool import ALL_FEATURES, Features, Pool
+from nodeagent.core.events.happenings import Report
 from nodeagent.core.ledger.offline import lost_cpus
 from nodeagent.core.model.claim import ClaimRef, DeviceHealth
 from nodeagent.core.model.grant import CLAIM, Grant
@@ -189,6 +190,8 @@ class DraManager(Manager):
         kubelet_dir: Path,
         runtime_dir: Path,
         pods: PodResources,
+        api: LazyApi,
+        report: Report,
         refused: Callable[[Config], Mapping[str, str]] = lambda config: {},
         grow: Grow = never_grow,
     ) -> None:
@@ -207,18 +210,16 @@ class DraManager(Manager):
         self._dra = dra_of(config, families, self._node_name)
         self._sockets = plugin_sockets(kubelet_dir, config.dra.driver, os.environ.get("POD_UID", ""))
         self._cdi_dir = Path(config.dra.cdi_dir)
-        self.api = LazyApi(config.dra.kubeconfig)
+        self.api = api
         self._node = NodeWatch(self.api, self._node_name, self._revision.bump)
         self.pools = Pools(agent, self.dra, self._books, self._conditional)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
         self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
         cgroups = PodCgroups(sysfs, config.pinning.cgroup_root)
-        self._cpu_requests = CpuRequests(
-            cgroups.requests_cpus, self.api.event, lambda: agent.ledger, self._node_name, config.dra.driver
-        )
+        self._cpu_requests = CpuRequests(cgroups.requests_cpus, lambda: agent.ledger, report)
         self._claims = ClaimPreparer(
-            agent, self.dra, self.api.claim, self._rendering, self._told, grow, self._cpu_requests.prepared
+            agent, self.dra, self.api.claim, self._rendering, self._told, grow, self._cpu_requests.prepared, report
         )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import structlog
 
 from nodeagent.core.dra.prepare import Batch, Catalog, grants_of
+from nodeagent.core.events.happenings import Report, claim_refused, unreported
 from nodeagent.core.model.claim import Claim, ClaimRef, Prepared, PreparedDevice
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
@@ -81,9 +82,11 @@ class ClaimPreparer:
         told: StatusNotifier = lambda ref, grants, error: None,
         grow: Grow = never_grow,
         prepared: PreparedNotifier = lambda claim, grants: None,
+        report: Report = unreported,
     ) -> None:
         """Store the parts. `dra` returns what is currently served."""
         self._prepared = prepared
+        self._report = report
         self._agent = agent
         self._dra = dra
         self._fetch = fetch
@@ -113,6 +116,8 @@ class ClaimPreparer:
                 self._prepared(read[ref.uid], granted[ref.uid])
         refused = [ref for ref in claims if answers[ref.uid].error]
         self._agent.record_refusals([_refusal(one, read.get(one.uid), answers[one.uid].error) for one in refused], op)
+        for one in refused:
+            self._report(claim_refused(one, read.get(one.uid), answers[one.uid].error))
         failed = sum(bool(one.error) for one in answers.values())
         metrics.count_prepared(failed, len(answers) - failed, time.perf_counter() - began)
         return answers

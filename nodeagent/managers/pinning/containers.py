@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import PinningConfig
+from nodeagent.core.events.happenings import PodRef
 from nodeagent.core.model.container import RUNNING, STOPPED, Container, PageLimits
 from nodeagent.core.model.cpuset import EMPTY
 from nodeagent.core.model.inventory import Inventory
@@ -62,6 +63,9 @@ class ContainerTable:
         """Path of each pod's cgroup, by pod UID."""
         self._ran: set[str] = set()
         """UIDs of pods that existed before they could be confined."""
+        self._refs: Mapping[str, PodRef] = {}
+        self._refs_of = 0
+        """The revision of _refs."""
 
     # ---------------------------------------------------------------- what exists
 
@@ -72,6 +76,14 @@ class ContainerTable:
     def by_path(self) -> dict[str, ContainerEntry]:
         """Return the entries by cgroup path."""
         return {one.path: one for one in self._entries.values() if one.path}
+
+    def pod_of(self, uid: str) -> PodRef | None:
+        """Return the pod with a UID, or None if no container has shown its name."""
+        if self._refs_of != self.revision:
+            named = (one for one in self.containers() if one.pod_uid and one.pod_name)
+            self._refs = {one.pod_uid: PodRef(one.namespace, one.pod_name, one.pod_uid) for one in named}
+            self._refs_of = self.revision
+        return self._refs.get(uid)
 
     def unnamed(self, pod_uid: str = "") -> frozenset[str]:
         """Return the ids of containers, in one pod or in all, of which only the cgroup has been seen."""

@@ -24,6 +24,7 @@ import structlog
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end, supervise
 from nodeagent.config.schema import Config, PinningConfig
+from nodeagent.core.events.happenings import Report, unreported
 from nodeagent.core.ledger.offline import held_outside, narrowed
 from nodeagent.core.model.container import Container
 from nodeagent.core.model.cpuset import CpuSet
@@ -83,6 +84,7 @@ class PinningManager(Manager):
         kubelet_confines: Callable[[], bool] = lambda: False,
         kubelet_counts_claims: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
+        report: Report = unreported,
     ) -> None:
         """Detect the cgroup hierarchy; nothing is written.
 
@@ -93,6 +95,7 @@ class PinningManager(Manager):
         """
         self._kubelet_confines = kubelet_confines
         self._kubelet_counts_claims = kubelet_counts_claims
+        self._report = report
         self._agent = agent
         self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
         """Increases with every change that affects where containers should run."""
@@ -118,6 +121,7 @@ class PinningManager(Manager):
             config,
             began=functools.partial(has_begun, sysfs),
             dropins=[SliceDropins(Path(sysfs.path(UNITS)), one) for one in self._layouts],
+            report=report,
         )
         self._plugin: NriPlugin | None = None
         self._seen = asyncio.Event()
@@ -172,7 +176,9 @@ class PinningManager(Manager):
 
     async def _serve_runtime(self) -> None:
         config = self._started_with
-        handler = NriHooks(self._agent, self._table, self.reconciler, self._config, self._kubelet_counts_claims)
+        handler = NriHooks(
+            self._agent, self._table, self.reconciler, self._config, self._kubelet_counts_claims, self._report
+        )
         self._plugin = NriPlugin(
             Path(config.nri_socket),
             NAME,

@@ -20,6 +20,7 @@ import structlog
 
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.dra.opaque_config import OWN_VARIABLES
+from nodeagent.core.events.happenings import Report, container_refused, unreported
 from nodeagent.core.ledger.offline import outside_of
 from nodeagent.core.model.container import (
     CREATED,
@@ -50,9 +51,11 @@ class NriHooks:
         reconciler: CgroupReconciler,
         config: Callable[[], PinningConfig],
         kubelet_counts_claims: Callable[[], bool] = lambda: False,
+        report: Report = unreported,
     ) -> None:
         """Set up. `kubelet_counts_claims` returns whether kubelet's limits of pages may include what claims hold."""
         self._kubelet_counts_claims = kubelet_counts_claims
+        self._report = report
         self._agent = agent
         self._table = table
         self._reconciler = reconciler
@@ -133,7 +136,9 @@ class NriHooks:
 
     def _refuse(self, container: Container, why: str) -> None:
         if self._config().on_failure == "refuse":
-            raise HostError(f"cannot start container {container}: {why}")
+            error = HostError(f"cannot start container {container}: {why}")
+            self._report(container_refused(str(container), self._table.pod_of(container.pod_uid), str(error)))
+            raise error
         log.error("started-unconfined", container=str(container), why=why)
 
 

@@ -17,6 +17,8 @@ import structlog
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end
 from nodeagent.config.schema import PinningConfig
+from nodeagent.core.events.happenings import PodRef, Report, unreported
+from nodeagent.core.events.happenings import drift as drifted
 from nodeagent.core.model.container import Container, Update
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.pinning.plan import NO_PIN, Pin, PinPlan, Rules, Situation
@@ -48,6 +50,7 @@ class CgroupReconciler:
         config: Callable[[], PinningConfig],
         began: Callable[[CgroupState], bool] = lambda state: state.populated,
         dropins: Sequence[SliceDropins] = (),
+        report: Report = unreported,
     ) -> None:
         """Set up without touching cgroups.
 
@@ -55,6 +58,7 @@ class CgroupReconciler:
         block. `dropins` hold what systemd knows; empty if systemd does not create the pods' cgroups.
         """
         self.table = table
+        self._report = report
         self.drifts = Drifts()
         self.enforcer = enforcer
         self.ownership = ownership
@@ -331,7 +335,9 @@ class CgroupReconciler:
             self.errors = MappingProxyType({**self.errors, one.path: one.error})
             self._applied.pop(one.path, None)
         files = [f"{drift.file}: {drift.found!r}, not {drift.wanted!r}" for drift in one.drift]
-        log.warning("drift", whose=self._whose(one.path), path=one.path, files=files, error=one.error)
+        whose = self._whose(one.path)
+        log.warning("drift", whose=whose, path=one.path, files=files, error=one.error)
+        self._report(drifted(whose, [drift.file for drift in one.drift], self._pod_at(one.path), one.error))
 
     async def look_at_quotas(self) -> None:
         """Find containers whose CPU time is limited below the CPUs they are pinned to."""
@@ -379,6 +385,12 @@ class CgroupReconciler:
         state = next((one for path in paths if (one := self.enforcer.states.get(path)) is not None), None)
         others = self._agent.ledger.cpus_held - own
         return state is None or state.cpus_effective is None or not state.cpus_effective.isdisjoint(others)
+
+    def _pod_at(self, path: str) -> PodRef | None:
+        """Return the pod of a cgroup, or None if its name is not known."""
+        entry = self.table.by_path().get(path)
+        uids = (uid for uid, one in self.table.pods.items() if one == path)
+        return self.table.pod_of(entry.container.pod_uid if entry is not None else next(uids, ""))
 
     def _whose(self, path: str) -> str:
         entry = self.table.by_path().get(path)

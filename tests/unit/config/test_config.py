@@ -81,6 +81,7 @@ auditDays: 3
 log: {level: debug, format: json}
 status: {group: adm}
 metrics: {listen: "[::1]:9464", tokenFile: /t, tls: {certFile: /cert, keyFile: /key, clientCaFile: /ca}}
+events: {enabled: false}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}

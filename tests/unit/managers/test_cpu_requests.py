@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from nodeagent.aio.supervise import cancel_all
+from nodeagent.core.events.happenings import Happening
 from nodeagent.core.ledger.ledger import Ledger, grant, release
 from nodeagent.core.model.claim import Claim, ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
@@ -19,10 +21,11 @@ from nodeagent.host.cgroup.pods_alive import PodCgroups
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.managers.dra.cpu_requests import CpuRequests
-from nodeagent.managers.event_sender import Pace
+from nodeagent.managers.events.pace import Pace
+from nodeagent.managers.events.recorder import EventRecorder
 from tests.builders.pod_cgroups import PodCgroupTree
 from tests.builders.pools import DRIVER, NODE, result
-from tests.doubles.api_server import EVENTS, FakeApiServer, Fault
+from tests.doubles.api_server import EVENTS, FakeApiServer
 from tests.support.until import until
 
 WAIT_S = 20.0
@@ -63,13 +66,14 @@ async def bench(folder: Path, ledger: Ledger) -> AsyncIterator[Bench]:
     async with FakeApiServer() as api:
         client = LazyApi(api.kubeconfig(folder))
         asks = PodCgroups(SysFs(folder)).requests_cpus
-        requests = CpuRequests(asks, client.event, lambda: ledger, NODE, DRIVER, Pace(100, 0.01))
-        task = asyncio.create_task(requests.follow())
+        recorder = EventRecorder(client, NODE, DRIVER, Pace(100, 0.01))
+        recorder.enable(True)
+        requests = CpuRequests(asks, lambda: ledger, recorder.report)
+        tasks = [asyncio.create_task(work) for work in (requests.follow(), recorder.run())]
         try:
             yield Bench(api, requests)
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            await cancel_all(tasks)
             await client.close()
             assert not api.rejected
 
@@ -148,7 +152,7 @@ async def test_the_note_goes_with_the_claim_and_names_a_few_of_many(folder: Path
         cgroups.run(f"uid-p{number}", shares=SILENT)
         ledgers.append(grant(ledgers[-1], grant_of(f"c{number}", str(number), f"p{number}")))
     now = ledgers.pop()
-    requests = CpuRequests(PodCgroups(SysFs(folder)).requests_cpus, _nothing, lambda: now, NODE, DRIVER)
+    requests = CpuRequests(PodCgroups(SysFs(folder)).requests_cpus, lambda: now, _nothing)
     task = asyncio.create_task(requests.follow())
     try:
         await until(lambda: "and 2 more" in "".join(requests.notes()))
@@ -161,18 +165,5 @@ async def test_the_note_goes_with_the_claim_and_names_a_few_of_many(folder: Path
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def _nothing(event: Any) -> None:
+def _nothing(happening: Happening) -> None:
     raise AssertionError("nobody knows the names of these pods")
-
-
-async def test_an_event_that_cannot_be_sent_keeps_no_other_from_being_sent(folder: Path) -> None:
-    cgroups = PodCgroupTree(folder)
-    grants = [grant_of(name, cpus, name) for name, cpus in (("a", "1"), ("b", "2"))]
-    for one in grants:
-        cgroups.run(one.pods[0], shares=SILENT)
-    async with bench(folder, ledger_of(*grants)) as it:
-        it.api.answers.append(Fault(status=500, resource=EVENTS))
-        for one in grants:
-            it.requests.prepared(claim_of(one.holder.claim, one.holder.claim), [one])
-        (event,) = await it.events(1)
-        assert event["regarding"]["name"] == "b"

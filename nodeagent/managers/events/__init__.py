@@ -1,0 +1,1 @@
+"""Kubernetes Events: what is reported, and how it reaches the API server."""
