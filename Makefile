@@ -1,4 +1,5 @@
 # make demo, make test: everything needed is set up first. make bench, make lint, make wheel, make deb, make pb, make manifests.
+# make images: the drawings in docs/images.
 # make image: a container image in dist/, from Debian packages, without a container engine. make image-lock: its pins.
 # make vm-test: the agent in a guest with a systemd, NUMA nodes and hotplug of its own; needs root and QEMU.
 
@@ -7,7 +8,7 @@ PYTHON := $(VENV)/bin/python
 READY := $(VENV)/.ready
 BUILT := $(VENV)/.built
 
-.PHONY: demo test vm-test bench lint wheel image image-lock deb pb manifests clean
+.PHONY: demo test vm-test bench lint wheel image images image-lock deb pb manifests clean
 
 demo: $(BUILT)
 	$(PYTHON) -m demo.demo
@@ -28,6 +29,9 @@ lint: $(BUILT)
 
 wheel: $(BUILT)
 	$(PYTHON) -m build --outdir dist .
+
+images: $(BUILT)
+	$(PYTHON) -m tests.builders.docs_images
 
 image: $(BUILT)
 	PYTHONPATH=packaging $(PYTHON) -m image --source "$(IMAGE_SOURCE)"

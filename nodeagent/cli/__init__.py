@@ -30,6 +30,7 @@ VERBS = {
     "place": Verb("machine.place", "compute where a request would go"),
     "status": Verb("agent.status", "show how a running agent stands"),
     "devices": Verb("agent.devices", "show what a running agent advertises"),
+    "map": Verb("agent.map", "draw the machine with who holds which part of it"),
     "grants": Verb("agent.grants", "show who holds what"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),

@@ -30,11 +30,17 @@ class _HeldMemory(msgspec.Struct):
 
 
 class _Held(msgspec.Struct):
-    """What a placement needs of a grant."""
+    """What placements and pictures need of a grant."""
 
     id: str
     api: str = ""
     resource: str = ""
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    claim: str = ""
+    uid: str = ""
+    pod_uids: list[str] = []
     cpus: str = ""
     hugepages: list[_HeldPages] = []
     memory: list[_HeldMemory] = []
@@ -77,10 +83,19 @@ def _grant(held: _Held) -> Grant:
     pages = (Pages(node=one.numa_node, page_bytes=parse_size(one.size), pages=one.pages) for one in held.hugepages)
     return Grant(
         id=held.id,
-        holder=Holder(api=held.api, resource=held.resource),
+        holder=Holder(
+            api=held.api,
+            resource=held.resource,
+            namespace=held.namespace,
+            pod=held.pod,
+            container=held.container,
+            claim=held.claim,
+            uid=held.uid,
+        ),
         cpus=CpuSet.parse(held.cpus, source=f"grant {held.id}"),
         hugepages=tuple(pages),
         memory=tuple((one.numa_node, one.bytes) for one in held.memory),
         devices=tuple(held.devices),
         things=tuple(held.things),
+        pods=tuple(held.pod_uids),
     )

@@ -1,0 +1,1 @@
+"""Drawings of a picture: text for terminals and files, and SVG."""
