@@ -35,7 +35,8 @@ VERBS = {
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "config": Verb("node.config", "check a configuration or print its schema"),
-    "ledger": Verb("node.ledger", "show the audit; export the ledger to a file, or import it from one"),
+    "ledger": Verb("node.ledger", "export the ledger to a file, or import it from one"),
+    "history": Verb("node.history", "show what was granted, refused and released, and who held what at a moment"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }

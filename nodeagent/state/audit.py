@@ -18,14 +18,22 @@ from pathlib import Path
 from urllib.parse import quote
 
 from nodeagent.core.ledger.ledger import Change
-from nodeagent.core.model.grant import describe
+from nodeagent.core.model.grant import Grant, describe
 from nodeagent.errors import StateError
 from nodeagent.state import grant_json as storedgrant
 
 COUNTED, REFUSED = "counted", "refused"
 """Action of an entry without a grant, which only records how far the ledger has counted; of a refusal."""
+LEDGER = "ledger"
+"""Action that admins see of an entry without a grant."""
 REPEAT_S = 3600.0
 """For how long after a refusal an equal one is counted with it."""
+WHOLE, RECREATED = "ledger-whole", "ledger-recreated"
+"""Ops of entries without a grant."""
+_COUNTED_WHY = {
+    WHOLE: "it was found to have every decision in force",
+    RECREATED: "the file was damaged and replaced while nothing was held",
+}
 MOST_REFUSALS = 1000
 MOST_CHARACTERS = 2000
 """Length of the longest text of a refusal; the rest is cut off."""
@@ -38,9 +46,9 @@ CREATE {temp} TABLE IF NOT EXISTS refusals (
 """
 _NEWEST = """
 SELECT at, at, 1, action, op, grant_id, holder, body, coalesce(why, ''), seq
-    FROM audit LEFT JOIN audit_reasons USING (seq) WHERE action != ?1
-UNION ALL SELECT at, first_at, times, ?2, op, '', holder, want, why, id FROM refusals
-ORDER BY 1 DESC, 10 DESC LIMIT ?3
+    FROM audit LEFT JOIN audit_reasons USING (seq)
+UNION ALL SELECT at, first_at, times, ?1, op, '', holder, want, why, id FROM refusals
+ORDER BY 1 DESC, 10 DESC LIMIT ?2
 """
 
 
@@ -69,6 +77,11 @@ class AuditEntry:
     what: str
     """What is held, or what was requested."""
     why: str
+    number: int = 0
+    """Its place among all decisions: what the ledger contained follows from the decisions in this order. 0 for a
+    refusal."""
+    held: Grant | None = None
+    """The grant as the decision left it, or, if it was released, as it was; None if the entry is about no grant."""
 
 
 # ---------------------------------------------------------------- writing
@@ -129,10 +142,10 @@ def newest(path: Path, most: int) -> list[AuditEntry]:
     try:
         with contextlib.closing(sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True)) as db:
             _stand_in(db)
-            found = db.execute(_NEWEST, (COUNTED, REFUSED, most)).fetchall()
+            found = db.execute(_NEWEST, (REFUSED, most)).fetchall()
     except sqlite3.Error as error:
         raise StateError(f"cannot read {path}: {error}") from None
-    return [_entry(row[:-1], str(path)) for row in reversed(found)]
+    return [_entry(row, str(path)) for row in reversed(found)]
 
 
 def _stand_in(db: sqlite3.Connection) -> None:
@@ -141,17 +154,19 @@ def _stand_in(db: sqlite3.Connection) -> None:
         db.executescript(_TABLES.format(temp="TEMP"))
 
 
-def _entry(row: tuple[float, float, int, str, str, str, str, str, str], source: str) -> AuditEntry:
-    at, first_at, times, action, op, grant, holder, text, why = row
-    what = describe(storedgrant.read(text, f"{source}, the audit's entry on {grant}")) if grant else text
+def _entry(row: tuple[float, float, int, str, str, str, str, str, str, int], source: str) -> AuditEntry:
+    at, first_at, times, action, op, grant, holder, text, why, number = row
+    held = storedgrant.read(text, f"{source}, the audit's entry on {grant}") if grant else None
     return AuditEntry(
         at=at,
         first_at=first_at,
         times=times,
-        action=action,
+        action=LEDGER if action == COUNTED else action,
         op=op,
         grant=grant,
         holder=holder,
-        what=what,
-        why=why,
+        what=describe(held) if held is not None else text,
+        why=_COUNTED_WHY.get(op, "") if action == COUNTED else why,
+        number=0 if action == REFUSED else number,
+        held=held,
     )

@@ -34,8 +34,6 @@ from nodeagent.state.mark import LedgerMark, Mark
 from nodeagent.telemetry import metrics
 
 FILE, LOCK = "ledger.db", "ledger.lock"
-WHOLE = "ledger-whole"
-"""Op of an audit entry without a grant."""
 _REPLACED = "the ledger file was damaged and replaced while it was held"
 BUSY_TIMEOUT_MS = 2000
 TURN_S, TURN_POLL_S = 20.0, 0.005
@@ -148,7 +146,7 @@ class Store:
     def found_whole(self) -> None:
         """Record that every decision in force is in the ledger. Raise StateError if that fails."""
         with self._turn(), self._said("save"):
-            self._write([Entry((), WHOLE, time.time())])
+            self._write([Entry((), audit.WHOLE, time.time())])
             self._mark.write(Mark(newest=self._seq))
             self.loss = ""
 
@@ -322,7 +320,7 @@ class Store:
         self._db = self._open()
         missed = (self._mark.read() or Mark()).newest > self._seq
         held_still = [Change(action=ADOPTED, grant=grant, why=_REPLACED) for grant in held]
-        self._write([Entry(held_still, "ledger-recreated", at)])
+        self._write([Entry(held_still, audit.RECREATED, at)])
         self._files, self._version = self._identities(), _version(self._db)
         self.note = f"cannot use {self.path}: {why}; moved to {aside}, replaced by a new file with all grants"
         if missed:

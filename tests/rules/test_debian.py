@@ -156,9 +156,9 @@ def test_the_manuals_have_every_verb_and_every_key(tree: Path) -> None:
     ("line", "words"),
     [
         ("nodeagent le", "ledger"),
-        ("nodeagent ledger ", "export import audit -h --help"),
-        ("nodeagent ledger audit -o ", "table json"),
-        ("nodeagent ledger audit --l", "--last"),
+        ("nodeagent ledger ", "export import -h --help"),
+        ("nodeagent history -o ", "table json jsonl"),
+        ("nodeagent history --l", "--last"),
         ("nodeagent health c", "clear"),
         ("nodeagent run --config /et", ""),
     ],

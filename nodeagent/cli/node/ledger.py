@@ -1,27 +1,21 @@
-"""`nodeagent ledger`: show the audit; transfer the grants of one ledger to another, between versions or machines."""
+"""`nodeagent ledger`: transfer the grants of one ledger to another, between versions or machines."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from nodeagent.cli.node.run import DEFAULT_CONFIG
-from nodeagent.cli.shared.tables import print_document, print_table
+from nodeagent.cli.shared.facts import add_state_dir, state_dir_of
 from nodeagent.errors import InputError, Refused, StateError
 
-if TYPE_CHECKING:
-    from nodeagent.state.audit import AuditEntry
-
 API_VERSION, KIND = "nodeagent.dev/v1alpha1", "Ledger"
-LAST = 100
-COLUMNS = ("TIME", "ACTION", "GRANT", "HOLDER", "WHAT", "WHY")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,51 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     export.add_argument("-o", "--output", metavar="FILE", help="default: standard output")
     load = verbs.add_parser("import", help="add the grants of an export to the ledger; not while the agent runs")
     load.add_argument("file", metavar="FILE", help='"-": standard input')
-    audit = verbs.add_parser("audit", help="show what was granted, released and refused, and why; newest last")
-    audit.add_argument("-o", "--output", choices=["table", "json"], default="table")
-    audit.add_argument("--last", metavar="N", type=int, default=LAST, help=f"at most N entries ({LAST}; 0: all)")
-    for one in (export, load, audit):
+    for one in (export, load):
         one.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
-        one.add_argument("--state-dir", metavar="DIR", help="the ledger's folder (default: the configuration's)")
+        add_state_dir(one)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    folder = Path(args.state_dir) if args.state_dir else _state_dir(args.config)
-    match args.what:
-        case "audit":
-            return _audit(folder, args.last, args.output)
-        case "export":
-            return _export(folder, args.output)
-        case _:
-            return _import(folder, args.file)
-
-
-def _state_dir(config_file: str | None) -> Path:
-    from nodeagent.config.load import load as load_config
-    from nodeagent.config.schema import Config
-
-    path = Path(config_file) if config_file else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
-    return Path((load_config(path) if path is not None else Config()).state_dir)
-
-
-def _audit(folder: Path, last: int, output: str) -> int:
-    """Print the newest entries of the audit; 0 or less means all."""
-    from nodeagent.state.audit import newest
-    from nodeagent.state.store import FILE
-
-    entries = newest(folder / FILE, last if last > 0 else -1)
-    if output == "json":
-        print_document(list(map(dataclasses.asdict, entries)), output)
-    else:
-        print_table(COLUMNS, map(_row, entries))
-    return 0
-
-
-def _row(entry: AuditEntry) -> tuple[str, ...]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.at))
-    times = f" ({entry.times} times)" if entry.times > 1 else ""
-    return at, f"{entry.action}{times}", entry.grant, entry.holder, entry.what, entry.why
+    folder = state_dir_of(args)
+    return _export(folder, args.output) if args.what == "export" else _import(folder, args.file)
 
 
 def _export(folder: Path, output: str | None) -> int:

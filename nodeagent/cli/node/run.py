@@ -7,9 +7,8 @@ import asyncio
 import os
 from pathlib import Path
 
+from nodeagent.cli.shared.places import DEFAULT_CONFIG as DEFAULT_CONFIG
 from nodeagent.errors import InputError
-
-DEFAULT_CONFIG = Path("/etc/nodeagent/config.yaml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,11 +13,10 @@ import msgspec
 
 from nodeagent.cli.shared.ask import SOCKET, ask
 from nodeagent.cli.shared.held import grants_of
+from nodeagent.cli.shared.places import DEFAULT_CONFIG, STATE_DIR
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.inventory_json import from_document
-
-STATE_DIR = "/var/lib/nodeagent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +42,14 @@ class Facts:
 
 
 def add_facts(parser: argparse.ArgumentParser) -> None:
-    """Add the options that name the running agent to ask."""
+    """Add the options that name the running agent to ask, and its ledger."""
     parser.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the agent's status socket ({SOCKET})")
-    parser.add_argument("--state-dir", metavar="DIR", default=STATE_DIR, help=f"the ledger's folder ({STATE_DIR})")
+    add_state_dir(parser)
+
+
+def add_state_dir(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the folder with the ledger."""
+    parser.add_argument("--state-dir", metavar="DIR", help="the ledger's folder (default: the configuration's)")
 
 
 def facts_of(args: argparse.Namespace) -> Facts:
@@ -53,4 +57,19 @@ def facts_of(args: argparse.Namespace) -> Facts:
     replayed: Facts | None = getattr(args, "facts", None)
     if replayed is not None:
         return replayed
-    return Facts(page=lambda path: ask(args.socket, path), root="/", state_dir=Path(args.state_dir), now_s=time.time())
+    return Facts(page=lambda path: ask(args.socket, path), root="/", state_dir=state_dir_of(args), now_s=time.time())
+
+
+def state_dir_of(args: argparse.Namespace) -> Path:
+    """Return the ledger's folder: as given, as configured, or the default one. Raise ConfigError if the configuration
+    cannot be read. A verb without the option needs no ledger."""
+    if not hasattr(args, "state_dir"):
+        return Path(STATE_DIR)
+    if args.state_dir:
+        return Path(args.state_dir)
+    file = getattr(args, "config", None) or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    if file is None:
+        return Path(STATE_DIR)
+    from nodeagent.config.load import load as load_config
+
+    return Path(load_config(Path(file)).state_dir)

@@ -1,19 +1,16 @@
-"""The audit as admins read it: who or what released a grant and by which rule, and what was refused to whom."""
+"""The audit: who or what released a grant and by which rule, and what was refused to whom."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import sqlite3
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nodeagent.cli import main
 from nodeagent.core.ledger.witness import Sight
-from nodeagent.errors import InputError, Refused
+from nodeagent.errors import InputError, Refused, StateError
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.state import audit
 from nodeagent.state.audit import AuditEntry, Refusal, newest
@@ -162,45 +159,31 @@ async def test_a_refusal_that_cannot_be_recorded_is_still_answered(folder: Path)
 # ---------------------------------------------------------------- reading
 
 
-def shown(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> Sequence[str]:
-    assert main(["ledger", "audit", "--state-dir", str(folder), *words]) == 0
-    return capsys.readouterr().out.splitlines()
-
-
-def test_the_audit_is_shown_as_a_table_and_as_json(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Oldest first, while the file is open; --last shows the newest."""
-    with contextlib.closing(Store(folder)) as store:
-        store.save(granted(1), op="a", at=1e9)
-        refused(store, NEW, at=1e9 + 60)
-        refused(store, NEW, at=1e9 + 61)
-        lines = shown(capsys, folder)
-        (document,) = json.loads("\n".join(shown(capsys, folder, "-o", "json", "--last", "1")))
-    assert [line.split("   ")[0] for line in lines] == [
-        "TIME",
-        "2001-09-09T01:46:40Z",
-        "2001-09-09T01:47:41Z",
-    ]
-    assert lines[2].split()[1:] == ["refused", "(2", "times)", "-", *f"{NEW.holder} {NEW.want} {NEW.why}".split()]
-    assert document == {
-        "at": 1e9 + 61, "first_at": 1e9 + 60, "times": 2, "action": "refused", "op": "op", "grant": "",
-        "holder": NEW.holder, "what": NEW.want, "why": NEW.why,
-    }  # fmt: skip
-
-
-def test_a_file_of_an_older_build_is_shown_without_reasons(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_of_an_older_build_is_read_without_reasons(folder: Path) -> None:
     """Reading changes nothing of it."""
     with contextlib.closing(Store(folder)) as store:
         store.save(granted(1), op="a", at=1e9)
     with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
         db.executescript("DROP TABLE refusals; DROP TABLE audit_reasons;")
         before = db.execute("SELECT name FROM sqlite_schema").fetchall()
-        assert len(shown(capsys, folder)) == 2
+        assert [one.why for one in newest(folder / FILE, -1)] == [""]
         assert db.execute("SELECT name FROM sqlite_schema").fetchall() == before
 
 
-def test_an_audit_that_is_not_there_is_an_error(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["ledger", "audit", "--state-dir", str(folder)]) == 1
-    assert capsys.readouterr().err == f"nodeagent: cannot read {folder}/ledger.db: unable to open database file\n"
+def test_an_audit_that_is_not_there_is_an_error(folder: Path) -> None:
+    with pytest.raises(StateError, match=rf"cannot read {folder}/ledger.db: unable to open database file"):
+        newest(folder / FILE, -1)
+
+
+def test_a_ledger_that_was_found_whole_says_so(folder: Path) -> None:
+    with contextlib.closing(Store(folder)) as store:
+        store.save(granted(1), op="a", at=1e9)
+    (folder / FILE).unlink()
+    with contextlib.closing(Store(folder)) as store:
+        store.found_whole()
+    assert [(one.action, one.why) for one in newest(folder / FILE, -1)] == [
+        ("ledger", "it was found to have every decision in force")
+    ]
 
 
 def test_an_older_build_beside_this_one_leaves_reasons_and_refusals_alone(folder: Path) -> None:
