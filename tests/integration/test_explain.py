@@ -95,3 +95,38 @@ async def test_a_question_about_nothing_gets_one_clear_line(folder: Path, tmp_pa
             said = await nodeagent(agent, "explain", *words)
             assert (said.code, said.out) == (2, "")
             assert said.err.startswith(f"nodeagent: {why}") and said.err.count("\n") == 1
+
+
+async def test_pods_cpus_and_devices_are_explained_by_name(folder: Path, tmp_path: Path) -> None:
+    """What the pod holds and why there; who has the CPU; a name that is not known is one clear line and exit code 2."""
+    async with node(folder, tmp_path) as (agent, _):
+        pod = await nodeagent(agent, "explain", "pod", "shop/till")
+        assert (pod.code, pod.err) == (0, "")
+        assert "why: 6 CPUs (0-5) on NUMA node 0, 1 socket" in pod.out and "1x1Gi@node0" in pod.out
+        assert "it lies as close together as on the empty machine" in pod.out
+        found = (await nodeagent(agent, "explain", "cpu", "9", "-o", "json")).document()
+        assert found["holder"] == "shop/web/nginx"
+        for words, why in (
+            (("pod", "shop/none"), "cannot explain pod shop/none: it holds nothing here, and no refusal names it"),
+            (("cpu", "16"), "cannot explain CPU 16: this machine can have CPUs 0-15"),
+            (("device", "gpu7"), "cannot explain device 'gpu7': this machine has none"),
+            (("tree", "x"), "cannot explain 'tree': expected pod, claim, cpu, device"),
+        ):
+            said = await nodeagent(agent, "explain", *words)
+            assert (said.code, said.out) == (2, "")
+            assert said.err.startswith(f"nodeagent: {why}") and said.err.count("\n") == 1
+
+
+async def test_advice_about_moves_names_pods_and_moves_nothing(folder: Path, tmp_path: Path) -> None:
+    """Four CPUs lie on two nodes unless a pod moves; the ledger is the same afterwards, and metrics show the figure."""
+    async with node(folder, tmp_path) as (agent, _):
+        before = await agent.ask("/v1/grants")
+        said = await nodeagent(agent, "advise", "--cpus", "4")
+        assert said.code == 3 and "no moves: no set of pods that come back as close together as now" in said.out
+        most = (await nodeagent(agent, "advise", "-o", "json")).document()
+        assert (most["largest_now"], most["cpus"], most["moves"], most["aligned_now"]) == (3, 3, [], True)
+        assert most["fragmentation"]["cpu"] == 1 - 3 / 5
+        wrong = await nodeagent(agent, "advise", "--largest", "--cpus", "4")
+        assert (wrong.code, wrong.out) == (2, "") and wrong.err.count("\n") == 1
+        assert await agent.ask("/v1/grants") == before
+        assert f"nodeagent_cpu_fragmentation_ratio {1 - 3 / 5}\n" in (await agent.ask("/metrics"))[1]
