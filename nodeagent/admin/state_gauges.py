@@ -72,6 +72,12 @@ def _devices(moment: Moment) -> Iterator[Sample]:
         yield (one["name"], "unhealthy"), one["devices"] - one["healthy"] - one["held_elsewhere"]
 
 
+def _scattered_cpus(moment: Moment) -> float:
+    from nodeagent.core.advice.fragmentation import CPU, fragmentation
+
+    return dict(fragmentation(moment.inventory, moment.ledger))[CPU]
+
+
 def _holders(moment: Moment) -> Iterator[Sample]:
     for grant in moment.ledger.grants.values():
         holder = grant.holder
@@ -150,6 +156,11 @@ STATE_GAUGES = (
         help="The most free CPUs of each NUMA node that share one L3 cache.",
         labels=("numa_node",),
         read=_numa(numa.largest_l3),
+    ),
+    _one(
+        "nodeagent_cpu_fragmentation_ratio",
+        "How scattered the free CPUs lie over the NUMA nodes: 0 where as many are free on one node as can be.",
+        _scattered_cpus,
     ),
     StateGauge(
         name="nodeagent_numa_hugepages",

@@ -19,6 +19,7 @@ from nodeagent.admin.http import problem as _problem
 from nodeagent.admin.metrics_page import CONTENT_TYPE, MetricsPage
 from nodeagent.admin.watched import Watched, disputed, resources
 from nodeagent.core.deviceplugin.devices import illness
+from nodeagent.core.model.claim import Result
 from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.inventory_json import to_document
@@ -201,8 +202,22 @@ def grant_document(grant: Grant) -> dict[str, Any]:
         ],
         "memory": [{"bytes": size, "numa_node": node} for node, size in grant.memory],
         "devices": [*grant.devices, *grant.shares],
+        "shares": list(grant.shares),
         "things": [list(one) for one in grant.things],
         "granted_at": grant.granted_at,
+        "result": _result(grant.result) if grant.result is not None else None,
+        "settings": grant.settings,
+    }
+
+
+def _result(result: Result) -> dict[str, Any]:
+    """Return what the scheduler allocated to a claim, in plain types."""
+    return {
+        "request": result.request,
+        "pool": result.pool,
+        "device": result.device,
+        "admin": result.admin,
+        "consumed": dict(result.consumed),
     }
 
 

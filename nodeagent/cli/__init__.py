@@ -32,6 +32,8 @@ VERBS = {
     "devices": Verb("agent.devices", "show what a running agent advertises"),
     "map": Verb("agent.map", "draw the machine with who holds which part of it"),
     "grants": Verb("agent.grants", "show who holds what"),
+    "explain": Verb("agent.explain.verb", "say why: a request, a pod, a claim, a CPU or a device"),
+    "advise": Verb("agent.planning.advise", "say which pods to move so that a request lies close together"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "config": Verb("node.config", "check a configuration or print its schema"),

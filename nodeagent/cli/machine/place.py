@@ -5,22 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from nodeagent.cli.shared.held import online_cpus, read_grants
+from nodeagent.cli.shared.placed import placed_document, placed_rows, refusal_document
 from nodeagent.cli.shared.request_options import RequestLine, add_request_options, request_of, written_request
 from nodeagent.cli.shared.source import add_root, read_file, read_root
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.quantity import format_size
-from nodeagent.core.model.request import Placement, Request
-from nodeagent.core.placement.describe import describe
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 
@@ -67,15 +65,15 @@ def _one(inventory: Inventory, line: Line, state: Sequence[Grant], form: str) ->
         placement = place(inventory, ledger, request)
     except Refused as refusal:
         if form == "json":
-            print(json.dumps(_refusal(refusal)))
+            print(json.dumps(refusal_document(refusal)))
         else:
             print(f"refused: {refusal}")
         return REFUSED
-    document = _document(inventory, request, placement)
+    document = placed_document(inventory, request, placement)
     if form == "json":
         print(json.dumps(document))
     else:
-        print_table(("WHAT", "WHERE"), _rows(document))
+        print_table(("WHAT", "WHERE"), placed_rows(document))
     return DONE
 
 
@@ -118,59 +116,8 @@ def _answer(
             raise InputError("expected an object")
         line = msgspec.convert({**base, **given}, Line)
         request, ledger = request_of(inventory, line), _ledger(inventory, line, state)
-        return _document(inventory, request, place(inventory, ledger, request))
+        return placed_document(inventory, request, place(inventory, ledger, request))
     except Refused as refusal:
-        return _refusal(refusal)
+        return refusal_document(refusal)
     except (InputError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         return {"error": f"line {number}: {error}", "line": number}
-
-
-# ---------------------------------------------------------------- answers
-
-
-def _document(inventory: Inventory, request: Request, placement: Placement) -> dict[str, Any]:
-    """Return the answer in its documented form."""
-    more = describe(inventory, request, placement)
-    pages: dict[str, dict[str, int]] = {}
-    for one in placement.hugepages:
-        pages.setdefault(format_size(one.page_bytes), {})[str(one.node)] = one.pages
-    document: dict[str, Any] = {
-        "cpus": str(placement.cpus),
-        "packages": list(more.packages),
-        "numa_nodes": list(more.numa_nodes),
-        "l3": list(more.l3),
-        "split_cores": more.split_cores,
-        "hugepages": pages,
-        "devices": list(placement.devices),
-        "cost": list(placement.cost),
-        "why": list(more.why),
-    }
-    if placement.memory:
-        document["memory"] = {str(node): size for node, size in placement.memory}
-    return document
-
-
-def _refusal(refusal: Refused) -> dict[str, Any]:
-    return {
-        "refused": refusal.why,
-        "want": refusal.want,
-        "free": refusal.free,
-        "unit": refusal.unit,
-        "would_admit": refusal.would_admit,
-    }
-
-
-def _rows(document: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
-    for name, value in document.items():
-        if name == "why":
-            yield from ((name, sentence) for sentence in value)
-        elif isinstance(value, Mapping):
-            yield from (
-                (f"{name} {key}", ", ".join(f"{k}: {v}" for k, v in _items(part))) for key, part in value.items()
-            )
-        else:
-            yield name, ", ".join(str(one) for one in value) if isinstance(value, list) else str(value)
-
-
-def _items(value: Any) -> Iterable[tuple[str, Any]]:
-    return value.items() if isinstance(value, Mapping) else [("bytes", value)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -10,8 +11,10 @@ import msgspec
 
 from nodeagent.cli.shared.request_options import MOST, shortened
 from nodeagent.cli.shared.source import LARGEST_FILE_BYTES
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.claim import Result
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.grant import Grant, Holder
+from nodeagent.core.model.grant import OTHER_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import parse_size
 from nodeagent.core.model.request import Pages
@@ -29,8 +32,16 @@ class _HeldMemory(msgspec.Struct):
     numa_node: int
 
 
+class _HeldResult(msgspec.Struct):
+    request: str
+    pool: str
+    device: str
+    admin: bool = False
+    consumed: dict[str, int] = {}
+
+
 class _Held(msgspec.Struct):
-    """What placements and pictures need of a grant."""
+    """A grant as the page shows it. A placement needs no names, which documents of older agents lack."""
 
     id: str
     api: str = ""
@@ -45,7 +56,19 @@ class _Held(msgspec.Struct):
     hugepages: list[_HeldPages] = []
     memory: list[_HeldMemory] = []
     devices: list[str] = []
+    shares: list[str] = []
     things: list[tuple[str, str]] = []
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    claim: str = ""
+    uid: str = ""
+    pod_uids: list[str] = []
+    ids: list[str] = []
+    confirmed: bool = False
+    granted_at: float = 0.0
+    result: _HeldResult | None = None
+    settings: str = ""
 
 
 def online_cpus(inventory: Inventory, text: str, name: str) -> CpuSet:
@@ -83,19 +106,54 @@ def _grant(held: _Held) -> Grant:
     pages = (Pages(node=one.numa_node, page_bytes=parse_size(one.size), pages=one.pages) for one in held.hugepages)
     return Grant(
         id=held.id,
-        holder=Holder(
-            api=held.api,
-            resource=held.resource,
-            namespace=held.namespace,
-            pod=held.pod,
-            container=held.container,
-            claim=held.claim,
-            uid=held.uid,
-        ),
+        holder=_holder(held),
+        ids=tuple(held.ids),
         cpus=CpuSet.parse(held.cpus, source=f"grant {held.id}"),
         hugepages=tuple(pages),
         memory=tuple((one.numa_node, one.bytes) for one in held.memory),
-        devices=tuple(held.devices),
+        devices=tuple(one for one in held.devices if one not in held.shares),
+        shares=tuple(held.shares),
         things=tuple(held.things),
+        granted_at=held.granted_at,
+        confirmed=held.confirmed,
+        result=_result(held),
+        settings=held.settings,
         pods=tuple(held.pod_uids),
+    )
+
+
+def _holder(held: _Held) -> Holder:
+    return Holder(
+        api=held.api,
+        resource=held.resource,
+        namespace=held.namespace,
+        pod=held.pod,
+        container=held.container,
+        claim=held.claim,
+        uid=held.uid,
+    )
+
+
+def _result(held: _Held) -> Result | None:
+    """Return what the scheduler allocated to a claim; the driver is the end of the grant's resource, KIND.DRIVER."""
+    one = held.result
+    if one is None:
+        return None
+    return Result(
+        request=one.request,
+        driver=held.resource.partition(".")[2],
+        pool=one.pool,
+        device=one.device,
+        admin=one.admin,
+        consumed=one.consumed,
+    )
+
+
+def ledger_of(grants: Iterable[Grant], reserved: CpuSet) -> Ledger:
+    """Return the ledger that an agent with these grants and reserved CPUs decides on."""
+    every = list(grants)
+    return Ledger(
+        grants={one.id: one for one in every if one.holder.api != OTHER_PLUGIN},
+        reserved=reserved,
+        foreign={one.id: one for one in every if one.holder.api == OTHER_PLUGIN},
     )

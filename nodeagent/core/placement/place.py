@@ -31,6 +31,13 @@ def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     return found
 
 
+def find(inventory: Inventory, ledger: Ledger, request: Request) -> Placement | None:
+    """Return what `place` returns, or None where it refuses: for those who ask often and need no reasons."""
+    machine = machine_of(inventory)
+    _check(machine, request)
+    return _find(machine, _free_cpus(machine, ledger, request) if request.cpus else 0, ledger, request)
+
+
 def _free_cpus(machine: MachineIndex, ledger: Ledger, request: Request) -> int:
     """Return a mask of the CPUs that can be granted."""
     free = machine.usable & ~(ledger.cpus_held.mask | ledger.reserved.mask)
