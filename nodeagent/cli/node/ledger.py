@@ -7,21 +7,25 @@ import contextlib
 import dataclasses
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import msgspec
 
 from nodeagent.cli.node.run import DEFAULT_CONFIG
-from nodeagent.cli.shared.tables import print_document, print_table
+from nodeagent.cli.output import forms
+from nodeagent.cli.output.columns import Column
 from nodeagent.errors import InputError, Refused, StateError
-
-if TYPE_CHECKING:
-    from nodeagent.state.audit import AuditEntry
 
 API_VERSION, KIND = "nodeagent.dev/v1alpha1", "Ledger"
 LAST = 100
-COLUMNS = ("TIME", "ACTION", "GRANT", "HOLDER", "WHAT", "WHY")
+EXAMPLES = (
+    ("nodeagent ledger audit --last 20", "what was granted, refused and released lately, and why"),
+    ("nodeagent ledger audit -o jsonpath='{[?(@.action==\"refused\")].why}'", "the reasons of refusals"),
+    ("nodeagent ledger export -o grants.json", "all grants, for another version or machine"),
+    ("nodeagent ledger import grants.json", "add them to the ledger of an agent that is stopped"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -32,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load = verbs.add_parser("import", help="add the grants of an export to the ledger; not while the agent runs")
     load.add_argument("file", metavar="FILE", help='"-": standard input')
     audit = verbs.add_parser("audit", help="show what was granted, released and refused, and why; newest last")
-    audit.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    forms.add_output(audit)
     audit.add_argument("--last", metavar="N", type=int, default=LAST, help=f"at most N entries ({LAST}; 0: all)")
     for one in (export, load, audit):
         one.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
@@ -44,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     folder = Path(args.state_dir) if args.state_dir else _state_dir(args.config)
     match args.what:
         case "audit":
-            return _audit(folder, args.last, args.output)
+            return _audit(folder, args)
         case "export":
             return _export(folder, args.output)
         case _:
@@ -59,23 +63,28 @@ def _state_dir(config_file: str | None) -> Path:
     return Path((load_config(path) if path is not None else Config()).state_dir)
 
 
-def _audit(folder: Path, last: int, output: str) -> int:
+def _audit(folder: Path, args: argparse.Namespace) -> int:
     """Print the newest entries of the audit; 0 or less means all."""
     from nodeagent.state.audit import newest
     from nodeagent.state.store import FILE
 
-    entries = newest(folder / FILE, last if last > 0 else -1)
-    if output == "json":
-        print_document(list(map(dataclasses.asdict, entries)), output)
-    else:
-        print_table(COLUMNS, map(_row, entries))
+    entries = newest(folder / FILE, args.last if args.last > 0 else -1)
+    forms.write_list(args, list(map(dataclasses.asdict, entries)), AUDIT, name=lambda one: one["grant"])
     return 0
 
 
-def _row(entry: AuditEntry) -> tuple[str, ...]:
-    at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.at))
-    times = f" ({entry.times} times)" if entry.times > 1 else ""
-    return at, f"{entry.action}{times}", entry.grant, entry.holder, entry.what, entry.why
+def _action(entry: Mapping[str, Any]) -> str:
+    return f"{entry['action']} ({entry['times']} times)" if entry["times"] > 1 else str(entry["action"])
+
+
+AUDIT = (
+    Column("TIME", lambda one: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(one["at"]))),
+    Column("ACTION", _action),
+    Column("GRANT", lambda one: one["grant"]),
+    Column("HOLDER", lambda one: one["holder"]),
+    Column("WHAT", lambda one: one["what"]),
+    Column("WHY", lambda one: one["why"]),
+)
 
 
 def _export(folder: Path, output: str | None) -> int:

@@ -10,6 +10,11 @@ from pathlib import Path
 from nodeagent.errors import InputError
 
 DEFAULT_CONFIG = Path("/etc/nodeagent/config.yaml")
+EXAMPLES = (
+    ("nodeagent run", "as nodeagent.service does"),
+    ("nodeagent run --config my.yaml --kubelet-dir /var/lib/k0s/kubelet", "with a kubelet that lives elsewhere"),
+    ("nodeagent run --accept-loss", "although the ledger was written by a newer version"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
