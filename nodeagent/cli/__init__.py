@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 from nodeagent.cli.help.about import EXIT_CODES, About
 from nodeagent.cli.help.parser import Parser, add_color, explain
 from nodeagent.errors import ConfigError, InputError, LedgerTooNewError, NodeagentError
-from nodeagent.version import VERSION
 
 
 class Verb(NamedTuple):
@@ -37,6 +36,10 @@ VERBS = {
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "config": Verb("node.config", "check a configuration or print its schema"),
     "ledger": Verb("node.ledger", "show the audit; export the ledger to a file, or import it from one"),
+    "release": Verb("node.release", "take a grant back by hand"),
+    "reload": Verb("node.reload", "have the running agent read its configuration again"),
+    "wait": Verb("node.wait", "wait until the agent is ready, its ledger whole, or all of it registered"),
+    "version": Verb("node.version", "show the version of this program and of the running agent"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }
@@ -76,7 +79,9 @@ def _run(words: list[str]) -> int:
 
         choose(args.color, os.environ)
     if args.version:
-        print(version_line())
+        from nodeagent.cli.node.version import client, line
+
+        print(line(client()))
         return DONE
     if args.verb is None:
         top.print_help()
@@ -113,14 +118,6 @@ def parser(known: Collection[str] = VERBS) -> Parser:
 
 def _module(verb: str) -> Any:
     return importlib.import_module(f"nodeagent.cli.{VERBS[verb].module}")
-
-
-def version_line() -> str:
-    """Return the version and whether the core is compiled, as the core itself reports it."""
-    import nodeagent._fastpath as core
-
-    kind = "compiled" if core.COMPILED and not str(core.__file__).endswith((".py", ".pyc")) else "NOT compiled"
-    return f"nodeagent {VERSION} (core: {kind}, {core.__file__})"
 
 
 def _fail(message: str, code: int) -> int:
