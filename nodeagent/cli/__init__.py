@@ -1,20 +1,21 @@
 """The command line: `nodeagent VERB`. One file per verb, in the folder of its subject; this one
 finds the verb and turns errors into exit codes.
 
-Exit codes: 0 done, 1 failed, 2 bad input or configuration, 3 refused.
+A verb is a module with `add_arguments` and `run`, EXAMPLES, and where they differ from the usual ones EXIT_CODES and
+ENVIRONMENT (help/about.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from nodeagent.cli.help.about import EXIT_CODES, About
+from nodeagent.cli.help.parser import Parser, add_color, explain
 from nodeagent.errors import ConfigError, InputError, LedgerTooNewError, NodeagentError
-from nodeagent.version import VERSION
 
 
 class Verb(NamedTuple):
@@ -39,18 +40,19 @@ VERBS = {
     "config": Verb("node.config", "check a configuration or print its schema"),
     "ledger": Verb("node.ledger", "export the ledger to a file, or import it from one"),
     "history": Verb("node.history", "show what was granted, refused and released, and who held what at a moment"),
+    "release": Verb("node.release", "take a grant back by hand"),
+    "reload": Verb("node.reload", "have the running agent read its configuration again"),
+    "wait": Verb("node.wait", "wait until the agent is ready, its ledger whole, or all of it registered"),
+    "version": Verb("node.version", "show the version of this program and of the running agent"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports errors in one line and exits with 2."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        raise SystemExit(BAD_INPUT)
+EXAMPLES = (
+    ("nodeagent status", "whether the agent of this node is ready, and what it serves"),
+    ("nodeagent grants", "who holds what"),
+    ("nodeagent place --cpus 8 --devices gpu=2", "where a request would go on this machine"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +76,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     # Import only the verb that is called: `place` needs no gRPC.
-    top = parser(words[:1])
+    top = parser([one for one in words if one in VERBS][:1])
     args = top.parse_args(words)
+    if hasattr(args, "color"):
+        from nodeagent.cli.output.colour import choose
+
+        choose(args.color, os.environ)
     if args.version:
-        print(version_line())
+        from nodeagent.cli.node.version import client, line
+
+        print(line(client()))
         return DONE
     if args.verb is None:
         top.print_help()
@@ -85,28 +93,35 @@ def _run(words: list[str]) -> int:
     return int(_module(args.verb).run(args))
 
 
+class _Program(Parser):
+    """The parser of the program itself; its help groups the verbs."""
+
+    def format_help(self) -> str:
+        from nodeagent.cli.help.text import overview, sections
+
+        options = {", ".join(one.option_strings): one.help or "" for one in self._actions if one.option_strings}
+        usage = "usage: nodeagent VERB [OPTION]...      nodeagent VERB -h explains a verb"
+        return overview(usage, self.description or "", VERBS, options) + sections(self.about)
+
+
 def parser(known: Collection[str] = VERBS) -> Parser:
     """Return the parser of the command line. Only verbs in `known` have their options, as only they are imported."""
-    top = Parser(prog="nodeagent", description="Who gets which part of this machine.")
+    top = _Program(prog="nodeagent", description="Who gets which part of this machine.")
+    top.about = About(EXAMPLES, EXIT_CODES | {REFUSED: "refused: the request does not fit"})
     top.add_argument("--version", action="store_true", help="show the version and whether the compiled core runs")
+    add_color(top)
     verbs = top.add_subparsers(dest="verb", metavar="VERB", parser_class=Parser)
     for name, (_, text) in VERBS.items():
         verb = verbs.add_parser(name, help=text, description=text, add_help=name in known)
         if name in known:
-            _module(name).add_arguments(verb)
+            module = _module(name)
+            module.add_arguments(verb)
+            explain(verb, About.of(module))
     return top
 
 
 def _module(verb: str) -> Any:
     return importlib.import_module(f"nodeagent.cli.{VERBS[verb].module}")
-
-
-def version_line() -> str:
-    """Return the version and whether the core is compiled, as the core itself reports it."""
-    import nodeagent._fastpath as core
-
-    kind = "compiled" if core.COMPILED and not str(core.__file__).endswith((".py", ".pyc")) else "NOT compiled"
-    return f"nodeagent {VERSION} (core: {kind}, {core.__file__})"
 
 
 def _fail(message: str, code: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Iterator
 
-from manual import subparsers
+from nodeagent.cli.help.parser import subparsers
 
 _HEAD = """\
 # bash completion for nodeagent, generated from its parser

@@ -14,6 +14,8 @@ from typing import Any
 
 from roff import bold, entry, escaped, from_markdown, section
 
+from nodeagent.cli.help.parser import Parser, leaves
+
 CONFIG = "/etc/nodeagent/config.yaml"
 MANUAL = "System Administration"
 
@@ -22,7 +24,7 @@ class StaleError(Exception):
     """The documentation lacks something that the program has."""
 
 
-def program(parser: argparse.ArgumentParser, version: str, epoch_s: int) -> str:
+def program(parser: Parser, version: str, epoch_s: int) -> str:
     """Return nodeagent(8)."""
     return "".join(
         (
@@ -33,8 +35,9 @@ def program(parser: argparse.ArgumentParser, version: str, epoch_s: int) -> str:
             ),
             section("DESCRIPTION", *_about()),
             ".SH VERBS\n",
-            *map(_verb, _leaves(parser)),
-            section("EXIT STATUS", *(entry(bold(code), text) for code, text in _exit_codes())),
+            *map(_verb, leaves(parser)),
+            section("EXIT STATUS", *(entry(bold(code), text) for code, text in _exit_codes(parser))),
+            section("ENVIRONMENT", *(entry(bold(name), escaped(text)) for name, text in _environment(parser))),
             section("FILES", *(entry(_italic(path), escaped(text)) for path, text in _files())),
             section("SEE ALSO", f"{bold('nodeagent.yaml')}(5), {_italic('/usr/share/doc/nodeagent/')}"),
         )
@@ -76,12 +79,13 @@ def _about() -> Iterator[str]:
     )
 
 
-def _verb(leaf: tuple[argparse.ArgumentParser, str]) -> str:
-    parser, text = leaf
+def _verb(parser: Parser) -> str:
+    text = parser.description
     shown = [one for one in _arguments(parser) if one.help != argparse.SUPPRESS]
     words = " ".join(_usage(one) for one in shown if not one.option_strings)
     head = f".SS {bold(parser.prog)}{' ' + words if words else ''}\n"
-    return head + (f"{escaped(text)}\n" if text else "") + "".join(map(_argument, shown))
+    examples = "".join(_example(*one) for one in parser.about.examples)
+    return head + (f"{escaped(text)}\n" if text else "") + "".join(map(_argument, shown)) + examples
 
 
 def _argument(one: argparse.Action) -> str:
@@ -102,42 +106,27 @@ def _value(one: argparse.Action) -> str:
     return str(one.metavar or one.dest.upper())
 
 
-def _leaves(parser: argparse.ArgumentParser, text: str = "") -> Iterator[tuple[argparse.ArgumentParser, str]]:
-    """Yield the parsers of all verbs that take no further verb, with what they do."""
-    below = subparsers(parser)
-    if not below:
-        yield parser, text
-    for name, one in below.items():
-        yield from _leaves(one, _help_of(parser, name))
-
-
-def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """Return the parsers of a parser's verbs, by name."""
-    found: dict[str, argparse.ArgumentParser] = {}
-    for one in parser._actions:
-        if isinstance(one, argparse._SubParsersAction):
-            found |= one.choices
-    return found
-
-
-def _help_of(parser: argparse.ArgumentParser, name: str) -> str:
-    every = (one for one in parser._actions if isinstance(one, argparse._SubParsersAction))
-    return next((str(choice.help or "") for one in every for choice in one._choices_actions if choice.dest == name), "")
-
-
 def _arguments(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     skipped = (argparse._HelpAction, argparse._SubParsersAction)
     return [one for one in parser._actions if not isinstance(one, skipped)]
 
 
-def _exit_codes() -> Iterator[tuple[str, str]]:
-    """Yield the codes that the docstring of the command line promises."""
-    import nodeagent.cli
+def _example(command: str, text: str) -> str:
+    return f".PP\n.nf\n.RS\n{escaped(command)}\n.RE\n.fi\n.RS\n{escaped(text)}.\n.RE\n"
 
-    (line,) = re.findall(r"^Exit codes: (.*)\.$", nodeagent.cli.__doc__ or "", re.M)
-    for part in line.split(", "):
-        code, _, text = part.partition(" ")
-        yield code, escaped(text)
+
+def _exit_codes(parser: Parser) -> Iterator[tuple[str, str]]:
+    """Yield the exit codes of all verbs, and those of some verbs with their names."""
+    for code, text in parser.about.exit_codes.items():
+        yield str(code), escaped(text)
+    for leaf in leaves(parser):
+        for code, text in leaf.about.exit_codes.items():
+            if parser.about.exit_codes.get(code) != text:
+                yield f"{code} ({leaf.prog})", escaped(text)
+
+
+def _environment(parser: Parser) -> Iterator[tuple[str, str]]:
+    yield from {name: text for one in leaves(parser) for name, text in one.about.environment.items()}.items()
 
 
 def _files() -> Iterator[tuple[str, str]]:

@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
 
-from nodeagent.cli.shared import ask
-from nodeagent.cli.shared.tables import print_table
+from nodeagent.cli.output import columns, forms
+from nodeagent.cli.output.columns import Column
+from nodeagent.cli.shared import ask, watch
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.errors import InputError
+
+EXAMPLES = (
+    ("nodeagent health", "what is known against devices, by source"),
+    ("nodeagent health -o jsonpath='{[?(@.state==\"unhealthy\")].device}'", "the devices that are unhealthy"),
+    ("nodeagent health clear 0000:41:00.0", "end the causes of a repaired device that last until then"),
+)
+COLUMNS = (
+    Column("DEVICE", lambda cause: cause["device"]),
+    Column("STATE", lambda cause: cause["state"]),
+    Column("SOURCE", lambda cause: cause["source"]),
+    Column("LATCHED", lambda cause: "yes" if cause["latched"] else ""),
+    Column("REASON", lambda cause: cause["reason"]),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent health`."""
-    ask.add_arguments(parser)
+    ask.add_socket(parser)
+    forms.add_output(parser)
+    columns.add_sort(parser, COLUMNS)
+    watch.add_watch(parser)
     parser.add_argument("action", nargs="?", choices=["clear"], help="clear: end the latched causes of a device")
     parser.add_argument("device", nargs="?", metavar="DEVICE", help="id of a device, such as 0000:41:00.0")
 
@@ -23,21 +40,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     if args.action is None:
-        return ask.show(args, "/v1/health", _print)
+        return watch.show(args, lambda: ask.pages(args)("/v1/health"), lambda health: _write(args, health))
     if args.device is None:
         raise InputError("cannot clear the health of a device: DEVICE is missing")
+    from urllib.parse import quote
+
     done = ask.request(args.socket, "DELETE", f"/v1/health/{quote(os.fsencode(args.device), safe=':./')}")
     print(f"cleared {done['device']}: it is {done['state']}")
     return 0
 
 
-def _print(health: Any) -> None:
-    print_table(
-        ("DEVICE", "STATE", "SOURCE", "LATCHED", "REASON"),
-        [
-            (one["device"], cause["state"], cause["source"], "yes" if cause["latched"] else "", cause["reason"])
-            for one in health
-            for cause in one["causes"]
-            if cause["state"] != HEALTHY
-        ],
-    )
+def _write(args: argparse.Namespace, health: Any) -> None:
+    if args.output.is_table:
+        forms.write_list(args, [*_causes(health)], COLUMNS)
+    else:
+        forms.write_list(args, health, COLUMNS, name=lambda one: one["device"])
+
+
+def _causes(health: Any) -> Iterator[Any]:
+    """Yield what is known against devices, each with its device."""
+    for one in health:
+        yield from ({"device": one["device"], **cause} for cause in one["causes"] if cause["state"] != HEALTHY)

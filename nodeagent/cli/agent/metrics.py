@@ -11,15 +11,17 @@ from pathlib import Path
 from nodeagent.cli.shared import ask
 from nodeagent.host.sysfs import atomic_file
 
+EXAMPLES = (
+    ("nodeagent metrics", "the page that Prometheus scrapes"),
+    ("nodeagent metrics --textfile /var/lib/node_exporter/textfile/nodeagent.prom", "a file for node_exporter"),
+)
 OWN = "nodeagent_"
 _ABOUT = re.compile(r"# (?:HELP|TYPE) (\S+)")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent metrics`."""
-    parser.add_argument(
-        "--socket", metavar="PATH", default=ask.SOCKET, help=f"the agent's status socket ({ask.SOCKET})"
-    )
+    ask.add_socket(parser)
     parser.add_argument("--textfile", metavar="FILE", help="write the agent's own metrics for node_exporter to a file")
 
 

@@ -7,18 +7,63 @@ import time
 from typing import Any
 
 from nodeagent.admin.reasons import once
-from nodeagent.cli.shared.ask import add_arguments as add_arguments
-from nodeagent.cli.shared.ask import show
+from nodeagent.cli.output import forms
+from nodeagent.cli.shared import ask, watch
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.cpuset import CpuSet
+
+EXAMPLES = (
+    ("nodeagent status", "whether the agent is ready, what it serves, how containers are confined"),
+    ("nodeagent status -o wide", "also every kind of device, and what was looked for in vain"),
+    ("nodeagent status --watch", "again at each change"),
+    ("nodeagent status -o jsonpath='{.ready}'", "true or false"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `nodeagent status`."""
+    ask.add_socket(parser)
+    forms.add_output(parser, forms.DOCUMENT_FORMS)
+    watch.add_watch(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    return show(args, "/v1/status", _print)
+    return watch.show(
+        args,
+        lambda: ask.pages(args)("/v1/status"),
+        lambda status: forms.write(args, status, lambda shown: _print(args, shown)),
+    )
 
 
-def _print(status: Any) -> None:
+def _print(args: argparse.Namespace, status: Any) -> None:
+    _print_lines(status)
+    print()
+    print_table(
+        ("RESOURCE", "KIND", "DEVICES", "HEALTHY", "HELD", "KUBELET"),
+        [
+            (
+                r["name"],
+                r["kind"],
+                r["devices"],
+                r["healthy"],
+                r["held"],
+                "shown" if r["registered"] else r["registration"],
+            )
+            for r in status["resources"]
+        ],
+        whole=args.no_trunc,
+    )
+    if args.output.kind == forms.WIDE:
+        print()
+        kinds = [(one["kind"], one["state"], one["reason"]) for one in status["kinds"]]
+        print_table(("KIND", "STATE", "REASON"), kinds, whole=args.no_trunc)
+    if status["pinning"]["pinned"]:
+        _print_pinned(status["pinning"]["pinned"], whole=args.no_trunc)
+
+
+def _print_lines(status: Any) -> None:
+    """Print what there is to say in sentences."""
     machine = status["inventory"]
     print(f"nodeagent {status['version']}, up {status['uptime_s']} s, {'ready' if status['ready'] else 'NOT ready'}")
     outside = f", {machine['cpus_outside']} not for pods" if machine["cpus_outside"] else ""
@@ -41,26 +86,9 @@ def _print(status: Any) -> None:
     )
     for line in once(sections):
         print(line)
-    print()
-    print_table(
-        ("RESOURCE", "KIND", "DEVICES", "HEALTHY", "HELD", "KUBELET"),
-        [
-            (
-                r["name"],
-                r["kind"],
-                r["devices"],
-                r["healthy"],
-                r["held"],
-                "shown" if r["registered"] else r["registration"],
-            )
-            for r in status["resources"]
-        ],
-    )
-    if status["pinning"]["pinned"]:
-        _print_pinned(status["pinning"]["pinned"])
 
 
-def _print_pinned(pinned: Any) -> None:
+def _print_pinned(pinned: Any, *, whole: bool) -> None:
     """Print for each container what it was granted and what is in effect."""
     print()
     print_table(
@@ -77,6 +105,7 @@ def _print_pinned(pinned: Any) -> None:
             )
             for one in pinned
         ],
+        whole=whole,
     )
 
 

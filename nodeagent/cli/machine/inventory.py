@@ -5,33 +5,53 @@ from __future__ import annotations
 import argparse
 import sys
 
+from nodeagent.cli.output import forms
+from nodeagent.cli.output.columns import Column
 from nodeagent.cli.shared.source import add_root, read_root
-from nodeagent.cli.shared.tables import print_document, print_table
+from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.inventory import ABSENT, Inventory
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import HugepagePool
 
+EXAMPLES = (
+    ("nodeagent inventory", "what this machine has"),
+    ("nodeagent inventory -o json > node.json", "the same for `nodeagent place --inventory node.json`"),
+    ("nodeagent inventory --root /tmp/captured -o yaml", "what a captured tree of /sys and /proc has"),
+    ("nodeagent inventory -o jsonpath='{.devices[?(@.kind==\"gpu\")].id}'", "the ids of the GPUs"),
+)
+DEVICES = (
+    Column("KIND", lambda one: one.kind),
+    Column("ID", lambda one: one.id),
+    Column("NUMA", lambda one: one.numa_node),
+    Column("LOCAL CPUS", lambda one: one.local_cpus, wide=True),
+    Column("DRIVER", lambda one: one.driver),
+    Column("VENDOR:DEVICE", lambda one: f"{one.vendor}:{one.device}" if one.vendor else ""),
+    Column("CLASS", lambda one: one.pci_class),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent inventory`."""
     add_root(parser)
-    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table")
+    forms.add_output(parser, forms.LIST_FORMS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     inventory = read_root(args.root)
-    if args.output == "table":
-        _print_tables(inventory)
+    if args.output.is_table:
+        _print_tables(inventory, args)
+    elif args.output.kind == forms.NAME:
+        forms.write_list(args, inventory.devices, DEVICES, name=lambda device: device.id)
     else:
-        print_document(to_document(inventory), args.output)
+        forms.write(args, to_document(inventory), print)
     for warning in inventory.warnings:
         print(f"nodeagent: warning: {warning}", file=sys.stderr)
     return 0
 
 
-def _print_tables(inventory: Inventory) -> None:
+def _print_tables(inventory: Inventory, args: argparse.Namespace) -> None:
     packages = {cpu.package for cpu in inventory.cpus}
     cores = {cpu.core for cpu in inventory.cpus}
     print(
@@ -40,30 +60,24 @@ def _print_tables(inventory: Inventory) -> None:
         + (f", isolated {inventory.cpus_isolated}" if inventory.cpus_isolated else "")
     )
     print()
-    _print_nodes(inventory)
+    _print_nodes(inventory, args)
     if inventory.devices:
         print()
-        print_table(
-            ("KIND", "ID", "NUMA", "DRIVER", "VENDOR:DEVICE", "CLASS"),
-            [
-                (d.kind, d.id, d.numa_node, d.driver, f"{d.vendor}:{d.device}" if d.vendor else "", d.pci_class)
-                for d in inventory.devices
-                if d.kind != "bridge"
-            ],
-        )
+        shown = [one for one in inventory.devices if one.kind != "bridge" or args.output.kind == forms.WIDE]
+        forms.print_columns(args, shown, DEVICES)
     states = [state for state in inventory.kinds if state.reason and state.state != ABSENT]
     if states:
         print()
-        print_table(("KIND", "STATE", "REASON"), [(s.kind, s.state, s.reason) for s in states])
+        print_table(("KIND", "STATE", "REASON"), [(s.kind, s.state, s.reason) for s in states], whole=args.no_trunc)
 
 
-def _print_nodes(inventory: Inventory) -> None:
+def _print_nodes(inventory: Inventory, args: argparse.Namespace) -> None:
     rows = []
     for node in inventory.numa_nodes:
         groups = {cpu.l3 for cpu in inventory.cpus if cpu.numa_node == node.id and cpu.l3 is not None}
         pages = " ".join(_pool(pool) for pool in node.hugepages if pool.total_pages)
         rows.append((node.id, node.cpus, len(groups) or None, node.kind, _gib(node.memory_bytes), pages))
-    print_table(("NUMA", "CPUS", "L3", "KIND", "MEMORY", "HUGEPAGES FREE/TOTAL"), rows)
+    print_table(("NUMA", "CPUS", "L3", "KIND", "MEMORY", "HUGEPAGES FREE/TOTAL"), rows, whole=args.no_trunc)
 
 
 def _pool(pool: HugepagePool) -> str:

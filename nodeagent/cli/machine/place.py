@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from nodeagent.cli.output import forms
 from nodeagent.cli.shared.held import online_cpus, read_grants
 from nodeagent.cli.shared.placed import placed_document, placed_rows, refusal_document
 from nodeagent.cli.shared.request_options import RequestLine, add_request_options, request_of, written_request
@@ -22,6 +23,13 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 
+EXAMPLES = (
+    ("nodeagent place --cpus 8 --devices gpu=2 --numa single", "where 8 CPUs and 2 GPUs of one NUMA node would be"),
+    ("nodeagent place --cpus 4 --state grants.json", "what else would fit; from `nodeagent grants -o json`"),
+    ("nodeagent place --cpus 4 --hugepages 1Gi=2 --root /tmp/captured", "on a captured machine"),
+    ("nodeagent place --inventory node.json --batch requests.jsonl", "many requests, one JSON object a line"),
+)
+EXIT_CODES = {3: "refused: the request does not fit"}
 DONE, REFUSED = 0, 3
 
 
@@ -41,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state", metavar="FILE", help="what is held, as `nodeagent grants -o json` writes it")
     parser.add_argument("--reserved", metavar="LIST", default="", help="CPUs that are never granted")
     parser.add_argument("--batch", metavar="FILE", help="one request object a line; - is standard input")
-    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    forms.add_output(parser, forms.ANSWER_FORMS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,28 +61,30 @@ def run(args: argparse.Namespace) -> int:
     state = read_grants(args.state) if args.state is not None else ()
     if args.batch is not None:
         return _batch(inventory, args.batch, line, state)
-    return _one(inventory, line, state, args.output)
+    return _one(inventory, line, state, args)
 
 
 # ---------------------------------------------------------------- one request
 
 
-def _one(inventory: Inventory, line: Line, state: Sequence[Grant], form: str) -> int:
+def _one(inventory: Inventory, line: Line, state: Sequence[Grant], args: argparse.Namespace) -> int:
     request, ledger = request_of(inventory, line), _ledger(inventory, line, state)
     try:
-        placement = place(inventory, ledger, request)
+        document = placed_document(inventory, request, place(inventory, ledger, request))
     except Refused as refusal:
-        if form == "json":
-            print(json.dumps(refusal_document(refusal)))
-        else:
-            print(f"refused: {refusal}")
+        why = f"refused: {refusal}"
+        _write(args, refusal_document(refusal), lambda _: print(why))
         return REFUSED
-    document = placed_document(inventory, request, placement)
-    if form == "json":
+    _write(args, document, lambda shown: print_table(("WHAT", "WHERE"), placed_rows(shown), whole=args.no_trunc))
+    return DONE
+
+
+def _write(args: argparse.Namespace, document: Mapping[str, Any], show: Callable[[Any], None]) -> None:
+    """Write an answer; as JSON in one line, like those of a batch."""
+    if args.output.kind == forms.JSON:
         print(json.dumps(document))
     else:
-        print_table(("WHAT", "WHERE"), placed_rows(document))
-    return DONE
+        forms.write(args, document, show)
 
 
 def _ledger(inventory: Inventory, line: Line, state: Sequence[Grant]) -> Ledger:

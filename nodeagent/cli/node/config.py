@@ -19,6 +19,12 @@ from nodeagent.managers.hugepages.manager import lacking
 from nodeagent.managers.kubelet_conflicts import configured_cpus
 from nodeagent.resources.offer import Offer, misspelt, offers, selectors
 
+EXAMPLES = (
+    ("nodeagent config check", f"whether {DEFAULT_CONFIG} is good, and what would be served on this machine"),
+    ("nodeagent config check new.yaml --root /tmp/captured", "the same of a file, on a captured machine"),
+    ("nodeagent config schema > nodeagent.schema.json", "the JSON schema, for editors"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent config`."""

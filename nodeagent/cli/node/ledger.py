@@ -16,6 +16,10 @@ from nodeagent.cli.shared.facts import add_state_dir, state_dir_of
 from nodeagent.errors import InputError, Refused, StateError
 
 API_VERSION, KIND = "nodeagent.dev/v1alpha1", "Ledger"
+EXAMPLES = (
+    ("nodeagent ledger export -o grants.json", "all grants, for another version or machine"),
+    ("nodeagent ledger import grants.json", "add them to the ledger of an agent that is stopped"),
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

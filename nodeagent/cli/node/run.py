@@ -10,6 +10,12 @@ from pathlib import Path
 from nodeagent.cli.shared.places import DEFAULT_CONFIG as DEFAULT_CONFIG
 from nodeagent.errors import InputError
 
+EXAMPLES = (
+    ("nodeagent run", "as nodeagent.service does"),
+    ("nodeagent run --config my.yaml --kubelet-dir /var/lib/k0s/kubelet", "with a kubelet that lives elsewhere"),
+    ("nodeagent run --accept-loss", "although the ledger was written by a newer version"),
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent run`."""

@@ -27,6 +27,11 @@ from nodeagent.state.lock import FileLock
 from nodeagent.state.store import FILE, read_only
 from nodeagent.telemetry import log as log_of
 
+EXAMPLES = (
+    ("nodeagent uninstall --dry-run", "what would be undone on this host"),
+    ("nodeagent uninstall --purge", "undo it, and remove the ledger"),
+)
+EXIT_CODES = {3: "refused: pods hold something"}
 DONE, FAILED, REFUSED = 0, 1, 3
 MOST_SHOWN = 5
 """Holders that a refusal names."""

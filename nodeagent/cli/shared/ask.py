@@ -1,113 +1,116 @@
-"""Queries a running agent over its status socket."""
+"""Queries a running agent over its status socket.
+
+HTTP/1.1 is spoken here in a few lines: importing the standard library's client alone takes longer than everything else
+that `nodeagent status` does.
+"""
 
 from __future__ import annotations
 
 import argparse
-import http.client
 import json
 import socket
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
-from nodeagent.errors import PeerError, cause_of
+from nodeagent.errors import ConfigError, PeerError, cause_of
 
 SOCKET = "/run/nodeagent/status.sock"
 TIMEOUT_S = 10.0
-WATCH_S = 0.5
-RESTLESS = frozenset({"uptime_s", "listed_at"})
-VERBS = {"GET": "read", "DELETE": "clear"}
+"""For a whole answer."""
+LARGEST_ANSWER_BYTES = 256 << 20
+OK, CONFLICT = 200, 409
+_CHUNK_BYTES = 1 << 16
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of verbs that query a running agent."""
+def add_socket(parser: argparse.ArgumentParser) -> None:
+    """Add the option that names the agent to ask."""
     parser.add_argument("--socket", metavar="PATH", default=SOCKET, help=f"the agent's status socket ({SOCKET})")
-    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
-    parser.add_argument("-w", "--watch", action="store_true", help="show it again whenever it changes")
 
 
-def show(args: argparse.Namespace, page: str, print_table: Callable[[Any], None]) -> int:
-    """Print a page once, or, when watching, each time it changes; a watch survives a restart of the agent."""
-    seen = ask(args.socket, page)
-    _print(args, seen, print_table)
-    while args.watch:
-        time.sleep(WATCH_S)
-        try:
-            document = ask(args.socket, page)
-        except PeerError as error:
-            if seen is not None:
-                print(f"nodeagent: {error}", file=sys.stderr, flush=True)
-            seen = None
-            continue
-        if _still(document) != _still(seen):
-            _print(args, document, print_table)
-        seen = document
-    return 0
+def pages(args: argparse.Namespace) -> Callable[[str], Any]:
+    """Return what reads a page: of a capture that is replayed, else of the running agent."""
+    replayed = getattr(args, "facts", None)
+    return replayed.page if replayed is not None else lambda page: ask(args.socket, page)
 
 
-def _still(document: Any) -> Any:
-    """Return a page without what changes although nothing happens."""
-    if not isinstance(document, dict):
-        return document
-    return {key: value for key, value in document.items() if key not in RESTLESS}
+def now_s(args: argparse.Namespace) -> float:
+    """Return the time of the answers in seconds since the epoch: that of a capture that is replayed, else now."""
+    replayed = getattr(args, "facts", None)
+    return float(replayed.now_s) if replayed is not None else time.time()
 
 
-def _print(args: argparse.Namespace, document: Any, print_table: Callable[[Any], None]) -> None:
-    if args.output == "json":
-        print(json.dumps(document, indent=1))
-    else:
-        print_table(document)
-    sys.stdout.flush()
+def ask(path: str, page: str, *, timeout_s: float = TIMEOUT_S) -> Any:
+    """Return the JSON of one page. Raise PeerError if the agent does not answer in time."""
+    return request(path, "GET", page, timeout_s=timeout_s)
 
 
-def ask(path: str, page: str) -> Any:
-    """Return the JSON of one page. Raise PeerError if the agent does not answer."""
-    return request(path, "GET", page)
-
-
-def request(path: str, method: str, page: str) -> Any:
-    """Return the JSON that answers a request. Raise PeerError if the agent does not answer or refuses it."""
-    status, body = _answer(path, method, page)
+def request(path: str, method: str, page: str, *, timeout_s: float = TIMEOUT_S) -> Any:
+    """Return the JSON that answers a request. Raise PeerError if the agent does not answer in time or refuses it, and
+    ConfigError if it refuses its configuration."""
+    status, body = _answer(path, method, page, timeout_s)
     try:
         document = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise PeerError(f"cannot ask the agent at {path}: {cause_of(error)}") from None
-    if status != http.client.OK:
-        reason = document.get("error", http.client.responses.get(status, status))
-        raise PeerError(f"cannot {VERBS[method]} {page} at {path}: {reason}")
-    return document
+    if status == OK:
+        return document
+    reason = document.get("error") if isinstance(document, dict) else None
+    if status == CONFLICT and reason:
+        raise ConfigError(reason)
+    raise PeerError(reason or f"cannot {method} {page} at {path}: HTTP status {status}")
 
 
 def text(path: str, page: str) -> str:
     """Return a page that is text. Raise PeerError if the agent does not answer or refuses it."""
-    status, body = _answer(path, "GET", page)
-    if status != http.client.OK:
-        raise PeerError(f"cannot read {page} at {path}: {http.client.responses.get(status, status)}")
+    status, body = _answer(path, "GET", page, TIMEOUT_S)
+    if status != OK:
+        raise PeerError(f"cannot read {page} at {path}: HTTP status {status}")
     return body.decode(errors="replace")
 
 
-def _answer(path: str, method: str, page: str) -> tuple[int, bytes]:
+def _answer(path: str, method: str, page: str, timeout_s: float) -> tuple[int, bytes]:
     """Return the status and the body of an answer. Raise PeerError if there is none."""
-    connection = _Connection(path)
+    head = f"{method} {page} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
     try:
-        connection.request(method, page)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    except (OSError, http.client.HTTPException) as error:
+        return _parsed(_exchange(path, head.encode("ascii"), time.monotonic() + timeout_s))
+    except (OSError, ValueError) as error:
         raise PeerError(f"cannot ask the agent at {path}: {cause_of(error)}") from None
-    finally:
-        connection.close()
 
 
-class _Connection(http.client.HTTPConnection):
-    """HTTP over a Unix socket."""
+def _exchange(path: str, message: bytes, deadline_s: float) -> bytes:
+    """Return everything that the agent sends until it closes the connection. Raise OSError if that takes too long, and
+    ValueError if it is too much."""
+    found = bytearray()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_left(deadline_s))
+        connection.connect(path)
+        connection.sendall(message)
+        while part := connection.recv(_CHUNK_BYTES):
+            found += part
+            if len(found) > LARGEST_ANSWER_BYTES:
+                raise ValueError(f"its answer is larger than {LARGEST_ANSWER_BYTES >> 20} MiB")
+            connection.settimeout(_left(deadline_s))
+    return bytes(found)
 
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=TIMEOUT_S)
-        self._path = path
 
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+def _left(deadline_s: float) -> float:
+    left = deadline_s - time.monotonic()
+    if left <= 0:
+        raise TimeoutError("timed out")
+    return left
+
+
+def _parsed(message: bytes) -> tuple[int, bytes]:
+    """Return the status and the body of a whole HTTP/1.1 answer. Raise ValueError if it is none."""
+    head, separator, body = message.partition(b"\r\n\r\n")
+    first, *fields = head.decode("latin-1").split("\r\n")
+    version, _, rest = first.partition(" ")
+    code = rest[:3]
+    if not separator or not version.startswith("HTTP/1.") or not (code.isascii() and code.isdigit() and len(code) == 3):
+        raise ValueError(f"expected an answer in HTTP, not {first[:40]!r}")
+    headers = {name.lower(): value.strip() for name, _, value in (field.partition(":") for field in fields)}
+    length = headers.get("content-length", "")
+    if not (length.isascii() and length.isdigit()) or int(length[:12]) != len(body):
+        raise ValueError(f"its answer has {len(body)} bytes, expected Content-Length: {length[:20] or 'missing'}")
+    return int(code), body

@@ -58,12 +58,6 @@ class _Held(msgspec.Struct):
     devices: list[str] = []
     shares: list[str] = []
     things: list[tuple[str, str]] = []
-    namespace: str = ""
-    pod: str = ""
-    container: str = ""
-    claim: str = ""
-    uid: str = ""
-    pod_uids: list[str] = []
     ids: list[str] = []
     confirmed: bool = False
     granted_at: float = 0.0

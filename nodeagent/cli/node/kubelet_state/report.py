@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import argparse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nodeagent.cli.output import forms
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.kubelet.assigned import Assigned, Said, assigned
 from nodeagent.core.kubelet.imports import ImportPlan
@@ -54,16 +55,12 @@ class Report:
     plan: ImportPlan
     applied: bool
 
-    def show(self, form: str) -> None:
-        """Print the report as json or as a table."""
-        rows = [*self._rows()]
-        if form == "json":
-            print(
-                json.dumps(
-                    {**self._policies(), "applied": self.applied, "entries": rows, "next": self.next()}, indent=1
-                )
-            )
-            return
+    def show(self, args: argparse.Namespace) -> None:
+        """Print the report in the form that was asked for."""
+        document = {**self._policies(), "applied": self.applied, "entries": [*self._rows()], "next": self.next()}
+        forms.write(args, document, lambda shown: self._print(shown["entries"], whole=args.no_trunc))
+
+    def _print(self, rows: list[dict[str, Any]], *, whole: bool) -> None:
         print_table(
             ("STATE", "POD UID", "CONTAINER", "CPUS", "HUGEPAGES", "MEMORY", "WHY"),
             [
@@ -78,6 +75,7 @@ class Report:
                 )
                 for row in rows
             ],
+            whole=whole,
         )
         for step in self.next():
             print(f"next: {step}")

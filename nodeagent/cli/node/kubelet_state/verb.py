@@ -14,6 +14,7 @@ from types import MappingProxyType
 
 from nodeagent.cli.node.kubelet_state.report import Managers, Report
 from nodeagent.cli.node.run import DEFAULT_CONFIG
+from nodeagent.cli.output import forms
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config
 from nodeagent.core.kubelet import imports
@@ -31,6 +32,11 @@ from nodeagent.state.store import FILE, Store
 from nodeagent.telemetry import log as log_of
 from nodeagent.telemetry.log import new_op
 
+EXAMPLES = (
+    ("nodeagent import kubelet-state", "what would be taken over, what not and why, and the next steps"),
+    ("nodeagent import kubelet-state --apply", "take it over; pods keep what they have"),
+)
+EXIT_CODES = {3: "refused: something cannot be taken over"}
 DONE, REFUSED = 0, 3
 
 
@@ -44,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verb.add_argument("--kubelet-dir", metavar="DIR", help="kubelet's folder (default: as configured)")
     verb.add_argument("--state-dir", metavar="DIR", help="the ledger's folder (default: as configured)")
     verb.add_argument("--root", metavar="DIR", default="/", help="read the machine from a captured tree")
-    verb.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    forms.add_output(verb, forms.ANSWER_FORMS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -68,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
         applied = args.apply and store is not None and _save(store, plan, ledger, now)
     if applied and plan.changes:
         tell(state_dir)
-    Report(kubelet, plan, applied=applied).show(args.output)
+    Report(kubelet, plan, applied=applied).show(args)
     return REFUSED if plan.refused else DONE
 
 

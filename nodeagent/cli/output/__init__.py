@@ -1,0 +1,1 @@
+"""How answers look: tables that fit the terminal, the forms of -o, colour, filters, order."""
