@@ -37,6 +37,7 @@ VERBS = {
     "advise": Verb("agent.planning.advise", "say which pods to move so that a request lies close together"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
+    "doctor": Verb("node.doctor.verb", "check what on this node hinders the agent, and what to do"),
     "config": Verb("node.config", "check a configuration or print its schema"),
     "ledger": Verb("node.ledger", "export the ledger to a file, or import it from one"),
     "history": Verb("node.history", "show what was granted, refused and released, and who held what at a moment"),

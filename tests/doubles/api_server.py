@@ -44,6 +44,7 @@ SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
 CONSUMABLE, COUNTERS, TAINTS, CONDITIONS, LISTS = "consumable", "counters", "taints", "conditions", "lists"
 """What `dropped_fields` may hold: the fields that an older server, or one without the feature, drops without a word."""
 
+ACCESS_REVIEWS, WHO_AM_I = "selfsubjectaccessreviews", "selfsubjectreviews"
 _KINDS = {
     SLICES: (DRA, "ResourceSlice", False),
     CLAIMS: (DRA, "ResourceClaim", True),
@@ -53,6 +54,8 @@ _KINDS = {
     PODS: (CORE, "Pod", True),
     EVENTS: (REPORTS, "Event", True),
     CORE_EVENTS: (CORE, "Event", True),
+    ACCESS_REVIEWS: ("authorization.k8s.io/v1", "SelfSubjectAccessReview", False),
+    WHO_AM_I: ("authentication.k8s.io/v1", "SelfSubjectReview", False),
 }
 _SELECTABLE = {
     SLICES: ("spec.nodeName", "spec.driver"),
@@ -198,6 +201,9 @@ class FakeApiServer:
         """Which form 410 takes for a watch: an ERROR event, or the answer's status."""
         self.page: int | None = None
         """The most items in one page, whatever is asked."""
+        self.user = "system:serviceaccount:nodeagent:nodeagent"
+        self.denied: set[str] = set()
+        """What whoever asks may not do, as "VERB RESOURCE", by its own reviews alone."""
         self.requests: list[Seen] = []
         self.rejected: list[Object] = []
         """The Status of every object that broke the rules (422), so that a test can say there was none."""
@@ -559,6 +565,8 @@ class FakeApiServer:
 
     def _create(self, seen: Seen) -> tuple[int, Object]:
         found = self._body(seen)
+        if seen.resource in (ACCESS_REVIEWS, WHO_AM_I):
+            return 201, {**found, "status": self._reviewed(seen.resource, found)}
         metadata = found["metadata"]
         if "name" not in metadata and "generateName" in metadata:
             metadata["name"] = metadata["generateName"] + uuid.uuid4().hex[:5]
@@ -578,6 +586,16 @@ class FakeApiServer:
         if seen.namespace:
             metadata["namespace"] = seen.namespace
         return 201, self._insert(seen.resource, seen.namespace, found)
+
+    def _reviewed(self, resource: str, found: Object) -> Object:
+        """What reviews say of whoever asks. They are not stored."""
+        if resource == WHO_AM_I:
+            return {"userInfo": {"username": self.user}}
+        asked = found["spec"]["resourceAttributes"]
+        assert asked.keys() <= {"verb", "group", "resource", "subresource", "name", "namespace"}
+        what = "/".join(filter(None, (asked["resource"], asked.get("subresource"))))
+        allowed = f"{asked['verb']} {what}" not in self.denied
+        return {"allowed": allowed, "reason": "" if allowed else "no role"}
 
     def _replace(self, seen: Seen) -> tuple[int, Object]:
         before, found = self._existing(seen), self._body(seen)

@@ -1,4 +1,4 @@
-"""`nodeagent config`: check a configuration, print its schema."""
+"""`nodeagent config`: check a configuration, by itself or against this machine; print its schema."""
 
 from __future__ import annotations
 
@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="what", metavar="check|schema", required=True)
     check = verbs.add_parser("check", help="read a configuration and say what is wrong with it")
     check.add_argument("file", nargs="?", default=str(DEFAULT_CONFIG), metavar="FILE")
+    check.add_argument(
+        "--here",
+        action="store_true",
+        help="also compare it with this machine, its kubelet and its runtime; exit code 1 if something will not work",
+    )
     add_root(check)
     verbs.add_parser("schema", help="print the JSON schema")
 
@@ -53,7 +58,14 @@ def run(args: argparse.Namespace) -> int:
     print(f"  DRA, driver {config.dra.driver}: {', '.join(kinds) or 'nothing'}")
     for note in _notes(config, every, inventory):
         print(f"  note: {note}")
-    return 0
+    return _compared(path, args.root) if args.here else 0
+
+
+def _compared(path: Path, root: str | None) -> int:
+    """Print what `nodeagent doctor` has against this configuration on this machine; return 1 if something fails."""
+    from nodeagent.cli.node.doctor.verb import compare
+
+    return compare(path, root)
 
 
 def _notes(config: Config, every: Iterable[Offer], inventory: Inventory) -> Iterator[str]:

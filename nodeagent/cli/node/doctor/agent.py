@@ -1,0 +1,252 @@
+"""The agent itself: its unit, whether it answers, what it says against itself, its configuration, socket and metrics.
+
+Source: systemctl(1), systemd.unit(5).
+"""
+
+from __future__ import annotations
+
+import stat
+import uuid
+from collections.abc import Iterator
+
+from nodeagent.admin.status_endpoint import status_readers
+from nodeagent.cli.node.doctor.model import Check, Finding, failure, ok, skipped, warning
+from nodeagent.cli.node.doctor.node import Node
+from nodeagent.config.listen import ListenAddress
+from nodeagent.config.schema import Config
+from nodeagent.host.sysfs.sysfs import BOOT_ID
+from nodeagent.version import VERSION
+
+AWAY = skipped("the agent does not answer")
+MOST_NAMED = 3
+UNIT = "nodeagent.service"
+FOLDERS = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
+PROPERTIES = ("LoadState", "ActiveState", "SubState", "Result", "NRestarts", "UnitFileState", "NeedDaemonReload")
+MOST_RESTARTS = 3
+
+
+def _answers(node: Node) -> Finding:
+    if not node.agent_error:
+        return ok(f"version {node.status.get('version', 'unknown')} answers")
+    if not node.live:
+        return skipped("not in a capture")
+    return warning(
+        f"no agent answers: {node.agent_error}",
+        "start the agent; what it would report is left out below",
+        "systemctl start nodeagent",
+        "journalctl -u nodeagent -n 50",
+    )
+
+
+def _ready(node: Node) -> Finding:
+    if node.agent_error:
+        return AWAY
+    reasons = node.listed("not_ready")
+    if not reasons:
+        return ok("it is ready")
+    return failure(_some(reasons), "what each reason needs is in the section named here", "nodeagent status")
+
+
+def _notes(node: Node) -> Finding:
+    if node.agent_error:
+        return AWAY
+    inventory = node.status.get("inventory")
+    warnings = inventory.get("warnings") if isinstance(inventory, dict) else None
+    notes = [*node.listed("notes"), *node.listed("conflicts"), *(map(str, warnings) if warnings else ())]
+    return warning(_some(notes), "read the notes", "nodeagent status") if notes else ok("no notes, no conflicts")
+
+
+def _refused(node: Node) -> Finding:
+    if node.agent_error:
+        return AWAY
+    refused = node.status.get("refused")
+    reasons = [f"{name}: {why}" for name, why in refused.items()] if isinstance(refused, dict) else []
+    if not reasons:
+        return ok("every configured resource is served")
+    return failure(_some(reasons), "serve each device through one program only", "nodeagent status")
+
+
+def _version(node: Node) -> Finding:
+    if node.agent_error:
+        return AWAY
+    running = node.status.get("version")
+    if running == VERSION:
+        return ok(f"the agent and this program are {VERSION}")
+    return warning(
+        f"the agent that runs is {running}, this program {VERSION}",
+        "restart the agent if it was upgraded",
+        "systemctl restart nodeagent",
+    )
+
+
+def _configuration(node: Node) -> Finding:
+    if node.config_error:
+        check = f"nodeagent config check {node.config_file}"
+        return failure(node.config_error, "correct the configuration", check)
+    if refused := node.status.get("config_error"):
+        return failure(f"the agent has refused the newest configuration: {refused}", "correct it", "nodeagent reload")
+    if not node.has_config:
+        return ok(f"there is no {node.config_file}: the defaults apply")
+    node.offers()
+    return ok(f"{node.config_file} is good")
+
+
+def _socket(node: Node) -> Finding:
+    path = node.socket
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return skipped(f"there is no {path}")
+    if not stat.S_ISSOCK(found.st_mode):
+        return failure(f"{path} is not a socket", "remove it; the agent makes it again", f"rm {path}")
+    if found.st_mode & 0o007:
+        return failure(
+            f"{path} has mode {stat.S_IMODE(found.st_mode):04o}: every user may read it and release grants",
+            "restart the agent, which sets the mode",
+            f"chmod o= {path}",
+        )
+    if missing := status_readers(node.config).missing:
+        return warning(missing, "make the group and restart the agent", f"groupadd -r {node.config.status.group}")
+    return ok(f"{path} has mode {stat.S_IMODE(found.st_mode):04o}")
+
+
+def _metrics(node: Node) -> Finding:
+    listen = node.config.metrics.listen
+    if not listen:
+        return skipped("metrics.listen is not set")
+    address = ListenAddress.parse(listen)
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(address.host, address.host)  # noqa: S104 - what it means
+    answers = node.probes.answers(host, address.port)
+    if node.agent_error:
+        if not answers:
+            return ok(f"port {address.port} is free for the agent")
+        return warning(
+            f"a program listens at {address} although no agent answers",
+            "end that program or choose another port",
+            f"ss -ltnp 'sport = :{address.port}'",
+        )
+    if answers:
+        return ok(f"the agent listens at {address}")
+    return warning(
+        f"nothing listens at {address}",
+        "install the drop-in that opens TCP, and read the note in the status",
+        "nodeagent status",
+    )
+
+
+def _boot(node: Node) -> Finding:
+    text = node.kernel_text(BOOT_ID)
+    if text is None:
+        return failure(
+            f"there is no {node.files.path(BOOT_ID)}", "mount /proc: grants of an earlier boot are told by it"
+        )
+    try:
+        uuid.UUID(text)
+    except ValueError:
+        return failure(f"{node.files.path(BOOT_ID)} is {text[:60]!r}", "mount the kernel's own /proc")
+    boot = node.status.get("boot_id")
+    if boot is not None and boot != text:
+        return failure(
+            f"this boot is {text}, the agent's {boot}", "restart the agent: it sees another /proc", "nodeagent status"
+        )
+    return ok(f"this boot is {text}")
+
+
+def _some(texts: list[str]) -> str:
+    more = len(texts) - MOST_NAMED
+    return "; ".join(texts[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+# ---------------------------------------------------------------- the systemd unit
+
+
+def _installed(node: Node) -> bool:
+    return any(node.files.exists(f"{folder}/{UNIT}") for folder in FOLDERS)
+
+
+def _state(node: Node) -> Finding:
+    if not _installed(node):
+        return skipped(f"there is no {UNIT} here" + (": this is a pod" if node.in_pod else ""))
+    words = ("systemctl", "show", UNIT, *(f"--property={one}" for one in PROPERTIES))
+    return judged(dict(line.split("=", 1) for line in node.probes.output(*words).splitlines() if "=" in line))
+
+
+def judged(shown: dict[str, str]) -> Finding:
+    """Return what the properties of the unit mean, as `systemctl show` prints them."""
+    active, sub = shown.get("ActiveState", ""), shown.get("SubState", "")
+    restarts = shown.get("NRestarts", "0")
+    if shown.get("LoadState") == "masked":
+        return failure(f"{UNIT} is masked", "unmask it", f"systemctl unmask {UNIT}")
+    if active == "failed":
+        why = f"{UNIT} has failed ({shown.get('Result', 'unknown')})"
+        return failure(why, "the log says why", f"journalctl -u {UNIT} -n 50")
+    if shown.get("NeedDaemonReload") == "yes":
+        return warning(f"{UNIT} was changed since systemd read it", "have it read again", "systemctl daemon-reload")
+    if active != "active":
+        return warning(f"{UNIT} is {active or 'unknown'}", "start it", f"systemctl start {UNIT}")
+    if restarts.isdigit() and int(restarts[:9]) >= MOST_RESTARTS:
+        return warning(f"{UNIT} was restarted {restarts} times", "the log says why", f"journalctl -u {UNIT} -n 200")
+    if shown.get("UnitFileState") == "disabled":
+        return warning(f"{UNIT} runs and is not enabled", "have it start at boot", f"systemctl enable {UNIT}")
+    return ok(f"{UNIT} is {active} ({sub})")
+
+
+def _drop_ins(node: Node) -> Finding:
+    if not _installed(node):
+        return skipped(f"there is no {UNIT} here")
+    there = {one for folder in FOLDERS for one in node.names(f"{folder}/{UNIT}.d")}
+    missing = [one for one in needed(node.config) if not _has(node, one, there)]
+    if missing:
+        return failure(
+            f"the configuration needs {', '.join(missing)}",
+            "install the drop-ins; without them the unit's sandbox forbids what they open",
+            *(f"install -D -m 644 systemd/{one} /etc/systemd/system/{UNIT}.d/{one}" for one in missing),
+            "systemctl daemon-reload && systemctl restart nodeagent",
+        )
+    return ok(f"drop-ins: {', '.join(sorted(there)) or 'none, and none is needed'}")
+
+
+def needed(config: Config) -> Iterator[str]:
+    """Yield the names of the drop-ins that a configuration needs."""
+    if config.served_by_dra:
+        yield "nodeagent-dra.conf"
+    if config.pinning.move_interrupts:
+        yield "nodeagent-interrupts.conf"
+    if config.pinning.partition != "none":
+        yield "nodeagent-partitions.conf"
+    if config.metrics.listen:
+        yield "nodeagent-metrics.conf"
+
+
+def _has(node: Node, name: str, there: set[str]) -> bool:
+    """Return whether a drop-in is there, under its name or in a file with all of its settings."""
+    return name in there or any(_opens(node, name, one) for one in there)
+
+
+OPENED = {
+    "nodeagent-dra.conf": ("AF_INET", "plugins_registry"),
+    "nodeagent-interrupts.conf": ("ProtectKernelTunables=false",),
+    "nodeagent-partitions.conf": ("CAP_SYS_ADMIN",),
+    "nodeagent-metrics.conf": ("AF_INET",),
+}
+"""What each drop-in sets that the unit itself does not."""
+
+
+def _opens(node: Node, name: str, file: str) -> bool:
+    texts = [node.text(f"{folder}/{UNIT}.d/{file}") or "" for folder in FOLDERS]
+    return any(all(word in text for word in OPENED[name]) for text in texts)
+
+
+CHECKS = (
+    Check("unit.state", "operations.md#with-systemd", _state, live=True),
+    Check("unit.drop-ins", "operations.md#with-systemd", _drop_ins, configuration=True),
+    Check("agent.answers", "operations.md#the-status-socket", _answers),
+    Check("agent.ready", "operations.md#troubleshooting", _ready),
+    Check("agent.resources", "migrating.md#other-device-plugins", _refused),
+    Check("agent.notes", "operations.md#what-happens-when", _notes),
+    Check("agent.version", "operations.md#upgrade-and-rollback", _version),
+    Check("agent.configuration", "configuration.md#configuration", _configuration),
+    Check("agent.socket", "operations.md#the-status-socket", _socket, live=True),
+    Check("agent.metrics", "operations.md#metrics-over-tcp", _metrics, live=True, configuration=True),
+    Check("agent.boot", "doctor.md#agent", _boot),
+)

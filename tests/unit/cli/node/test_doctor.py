@@ -1,0 +1,186 @@
+"""`nodeagent doctor` as an admin sees it: the lines, the commands, the exit code, and that nothing makes it fail."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nodeagent.cli import main
+from nodeagent.cli.node.doctor import show
+from nodeagent.cli.node.doctor.model import State
+from nodeagent.cli.node.doctor.registry import CHECKS, exit_code, findings
+from tests.builders.doctor_node import BuiltNode
+
+GARBAGE_FILES = (
+    "etc/nodeagent/config.yaml",
+    "var/lib/k.yaml",
+    "etc/containerd/config.toml",
+    "etc/crio/crio.conf",
+    "etc/default/irqbalance",
+    "etc/systemd/system/nodeagent.service.d/x.conf",
+    "proc/swaps",
+    "proc/sys/kernel/random/boot_id",
+    "proc/sys/kernel/numa_balancing",
+    "proc/sys/kernel/sched_rt_runtime_us",
+    "proc/sys/vm/zone_reclaim_mode",
+    "proc/9/comm",
+    "proc/9/cmdline",
+    "proc/9/status",
+    "sys/kernel/mm/transparent_hugepage/enabled",
+    "sys/devices/system/cpu/isolated",
+    "sys/devices/system/cpu/nohz_full",
+    "sys/devices/system/cpu/online",
+    "sys/devices/system/cpu/cpu1/cpufreq/scaling_governor",
+    "sys/devices/system/node/node0/distance",
+    "sys/fs/cgroup/cgroup.controllers",
+    "sys/fs/cgroup/kubepods.slice/cpuset.cpus.effective",
+    "sys/module/nvidia/version",
+)
+KUBELET_FILES = ("cpu_manager_state", "memory_manager_state", "device-plugins/kubelet_internal_checkpoint")
+STATE_FILES = ("ledger.db", "ledger.lock")
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = (
+    "version",
+    "not_ready",
+    "notes",
+    "conflicts",
+    "inventory",
+    "refused",
+    "kinds",
+    "ledger",
+    "boot_id",
+    "config_error",
+)
+
+
+def test_a_captured_tree_is_answered_as_far_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = BuiltNode(tmp_path)
+    assert main(["doctor", "--root", str(built.root)]) == 0
+    out = capsys.readouterr().out
+    assert "✔ machine: 8 CPUs on 2 NUMA nodes" in out and "all well" in out
+    assert main(["doctor", "--root", str(built.root), "--all"]) == 0
+    assert "– clock: not in a capture" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("mode", "code"), [("madvise", 0), ("always", 1)])
+def test_the_exit_code_says_how_bad_it_is(tmp_path: Path, mode: str, code: int) -> None:
+    built = BuiltNode(tmp_path)
+    built.write("sys/kernel/mm/transparent_hugepage/enabled", f"[{mode}]")
+    assert main(["doctor", "--root", str(built.root)]) == code
+    built.configure(domian="x.y")
+    assert main(["doctor", "--root", str(built.root)]) == 2
+
+
+def test_json_has_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--root", str(BuiltNode(tmp_path).root), "-o", "json"])
+    document = json.loads(capsys.readouterr().out)
+    assert [one["name"] for one in document["checks"]] == [check.name for check in CHECKS]
+    assert document["counts"]["ok"] == sum(one["state"] == "ok" for one in document["checks"])
+
+
+def test_fix_hints_are_commands_to_copy_and_nothing_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = BuiltNode(tmp_path)
+    file = built.write("sys/kernel/mm/transparent_hugepage/enabled", "[always]")
+    assert main(["doctor", "--root", str(built.root), "--fix-hint"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled" in lines
+    assert all(line.startswith("#") for line in lines if "transparent hugepages are" in line)
+    assert file.read_text() == "[always]\n"
+
+
+def test_a_root_that_is_no_tree_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--root", str(tmp_path / "none")]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_configuration_is_compared_with_the_machine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the same checks; what is configured well by itself can be wrong here."""
+    built = BuiltNode(tmp_path)
+    built.configure(hugepages=[{"pageSize": "2Mi", "node": 7, "pages": 4}])
+    file = str(built.root / "etc/nodeagent/config.yaml")
+    assert main(["config", "check", file, "--root", str(built.root)]) == 0
+    assert "✖" not in capsys.readouterr().out
+    assert main(["config", "check", file, "--root", str(built.root), "--here"]) == 1
+    out = capsys.readouterr().out
+    assert "✖ pools: hugepages[0]: this machine has no NUMA node 7" in out and "swap" not in out
+
+
+class Stream(io.StringIO):
+    def __init__(self, encoding: str, terminal: bool = False) -> None:
+        super().__init__()
+        self._encoding, self._terminal = encoding, terminal
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._encoding
+
+    def isatty(self) -> bool:
+        return self._terminal
+
+
+def test_signs_are_ascii_where_others_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert show.signs_for(Stream("utf-8", terminal=True)) is show.SIGNS
+    assert show.signs_for(Stream("ascii")) is show.PLAIN_SIGNS
+    assert show.signs_for(Stream("iso8859-1")) is show.PLAIN_SIGNS
+    monkeypatch.setenv("TERM", "linux")
+    assert show.signs_for(Stream("utf-8", terminal=True)) is show.PLAIN_SIGNS
+    assert all(sign.isascii() for sign in show.PLAIN_SIGNS.values())
+    assert {*show.SIGNS} == {*show.PLAIN_SIGNS} == {*State}
+
+
+def test_a_locale_without_these_signs_gets_plain_text(tmp_path: Path) -> None:
+    built = BuiltNode(tmp_path)
+    words = [sys.executable, "-m", "nodeagent", "doctor", "--all", "--root", str(built.root)]
+    done = subprocess.run(words, capture_output=True, env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin"}, check=True)
+    assert b"[ok]   machine: 8 CPUs" in done.stdout and not done.stderr
+
+
+def test_what_a_file_holds_cannot_control_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    built = BuiltNode(tmp_path)
+    built.write("proc/sys/vm/zone_reclaim_mode", "\x1b[31m1")
+    main(["doctor", "--root", str(built.root)])
+    out = capsys.readouterr().out
+    assert "zone-reclaim" in out and "\x1b" not in out
+
+
+@settings(max_examples=40)
+@given(data=st.data())
+def test_no_file_makes_it_fail(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Random bytes in any of the files that are read, and anything on the agent's page: unknown at worst."""
+    built = BuiltNode(tmp_path_factory.mktemp("doctor"))
+    built.kubelet("cpuManagerPolicy: none\n")
+    built.write("etc/systemd/system/nodeagent.service", "")
+    built.process(9, "/usr/bin/containerd", name="containerd")
+    content = st.binary(max_size=40) | st.text(max_size=40).map(str.encode)
+    for name in GARBAGE_FILES:
+        _put(built.root / name, data.draw(st.none() | content))
+    for name in KUBELET_FILES:
+        _put(built.kubelet_dir / name, data.draw(st.none() | content))
+    built.state_dir.mkdir()
+    for name in STATE_FILES:
+        _put(built.state_dir / name, data.draw(st.none() | content))
+    status: Any = data.draw(st.none() | st.dictionaries(st.sampled_from(KEYS), JSON))
+    built.status = status
+    found = list(findings(built.node()))
+    assert [check for check, _ in found] == list(CHECKS)
+    assert not [(check.name, one.seen) for check, one in found if "the check itself failed" in one.seen]
+    assert exit_code(found) in (0, 1, 2)
+
+
+def _put(path: Path, content: bytes | None) -> None:
+    if content is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
