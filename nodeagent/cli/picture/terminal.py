@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from nodeagent.cli.output import colour
 from nodeagent.cli.picture.colours import colour_of
-from nodeagent.cli.picture.lines import Line, text_of
+from nodeagent.cli.picture.lines import Line, Span, text_of
+
+_DEEP = ("truecolor", "24bit")
+"""Values of COLORTERM of terminals with 16 million colours; the others have 256."""
 
 
 def columns() -> int:
@@ -18,26 +22,20 @@ def columns() -> int:
 
 def print_lines(lines: Iterable[Line]) -> None:
     """Print to standard output."""
-    if _has_colours():
-        _print_coloured(lines)
-        return
+    coloured = colour.is_wanted(sys.stdout)
     for line in lines:
-        print(text_of(line).rstrip())
+        print(("".join(map(_painted, line)) if coloured else text_of(line)).rstrip())
 
 
-def _has_colours() -> bool:
-    """Return whether colours are wanted (no-color.org) and shown."""
-    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") not in (None, "", "dumb")
+def _painted(span: Span) -> str:
+    return span.text if span.holder is None else colour.painted(span.text, style_of(colour_of(span.holder)))
 
 
-def _print_coloured(lines: Iterable[Line]) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
-    for line in lines:
-        text = Text(end="")
-        for span in line:
-            text.append(span.text, None if span.holder is None else f"#111111 on {colour_of(span.holder)}")
-        text.rstrip()
-        console.print(text)
+def style_of(background: str, environ: Mapping[str, str] = os.environ) -> str:
+    """Return the parameters of Select Graphic Rendition for black text on #rrggbb, or on the nearest of the 6 x 6 x 6
+    colours that terminals with 256 have (xterm's ctlseqs, "Character Attributes")."""
+    parts = [int(background[at : at + 2], 16) for at in (1, 3, 5)]
+    if environ.get("COLORTERM") in _DEEP:
+        return f"30;48;2;{parts[0]};{parts[1]};{parts[2]}"
+    red, green, blue = (max(0, round((one - 55) / 40)) for one in parts)
+    return f"30;48;5;{16 + 36 * red + 6 * green + blue}"

@@ -12,7 +12,7 @@ from nodeagent.cli.node.doctor.node import Node
 from nodeagent.config.schema import Config
 from nodeagent.errors import ConfigError, HostError, PeerError
 from nodeagent.kube.apiserver.client import NODES, ApiResource, ApiServer, access
-from nodeagent.managers.device_events import is_configured
+from nodeagent.kube.apiserver.lazy import is_configured
 from nodeagent.managers.dra.manager import node_name
 
 REVIEWS = ApiResource("authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview", False)
