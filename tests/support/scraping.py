@@ -38,6 +38,15 @@ async def scrape(
         writer.close()
 
 
+async def refused(port: int) -> bool:
+    """Whether nothing answers at a port of this host."""
+    try:
+        await scrape(port, "/healthz")
+    except OSError:
+        return True
+    return False
+
+
 async def certificate(port: int, tls: ssl.SSLContext) -> bytes:
     """The certificate that a server shows, as DER."""
     _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=tls, server_hostname="localhost")

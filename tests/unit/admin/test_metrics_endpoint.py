@@ -22,7 +22,7 @@ from nodeagent.admin import metrics_endpoint as endpoint_of
 from nodeagent.admin.metrics_endpoint import MetricsEndpoint
 from nodeagent.config.schema import Config
 from tests.builders.certificates import AUTHORITY, SERVER, Office, Signed
-from tests.support.scraping import certificate, free_port, scrape
+from tests.support.scraping import certificate, free_port, refused, scrape
 from tests.support.until import until
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="openssl is not installed")
@@ -134,14 +134,6 @@ async def test_all_addresses_take_both_protocols(endpoint: Endpoint) -> None:
     await endpoint.apply(listen=f"[::]:{port}")
     await endpoint.up(port)
     assert (await scrape(port, host="::1"))[0] == 200
-
-
-async def refused(port: int) -> bool:
-    try:
-        await scrape(port, "/healthz")
-    except OSError:
-        return True
-    return False
 
 
 # ---------------------------------------------------------------- what hinders it
