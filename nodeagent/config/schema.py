@@ -181,6 +181,15 @@ class EventsConfig(_Base, frozen=True):
     """Whether Events are written where there is an API server."""
 
 
+class PublishConfig(_Base, frozen=True):
+    """What the API server is told of the machine for others, in addition to ResourceSlices."""
+
+    node_labels: bool = False
+    """Whether the Node has labels about its machine."""
+    node_resource_topology: bool = False
+    """Whether there is a NodeResourceTopology (topology.node.k8s.io/v1alpha2) of the node."""
+
+
 class ReleaseConfig(_Base, frozen=True):
     """How long a grant may be missing from kubelet's list before it is released."""
 
@@ -268,6 +277,7 @@ class Config(_Base, frozen=True):
     status: StatusConfig = StatusConfig()
     metrics: MetricsConfig = MetricsConfig()
     events: EventsConfig = EventsConfig()
+    publish: PublishConfig = PublishConfig()
     release: ReleaseConfig = ReleaseConfig()
     health: HealthConfig = HealthConfig()
     dra: DraConfig = DraConfig()

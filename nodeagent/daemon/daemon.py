@@ -60,6 +60,8 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
+from nodeagent.managers.publish.manager import PublishManager
+from nodeagent.managers.publish.publications import publications
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
 from nodeagent.state.leader import Leader
@@ -209,6 +211,9 @@ class Daemon:
         )
         """Rises with everything that is reported to systemd."""
         events = EventsManager(recorder, self._observed, containers.pod_of, self._news, configured=reachable)
+        driver, topology = config.dra.driver, kubelet.topology_manager
+        published = publications(api, agent, node, driver, lambda: self.config.domain, self.offers, topology)
+        publish = PublishManager(published, self._news, where.state_dir, configured=reachable)
         page = MetricsPage(self)
         # In start order. Losses of the ledger are resolved first; what kubelet is shown comes before what follows it.
         self._managers: Sequence[Manager] = (
@@ -221,6 +226,7 @@ class Daemon:
             self._isolation,
             holders,
             events,
+            publish,
             other_drivers,
             StatusEndpoint(where.runtime_dir / STATUS_SOCKET, Status(self, page).handle, config),
             MetricsEndpoint(page, self.not_ready),

@@ -38,8 +38,19 @@ from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.pinning.manager import UNITS
+from nodeagent.managers.publish.journal import FILE, PublishJournal
+from nodeagent.managers.publish.publications import LABELS, TOPOLOGY
 
-STATE_FILES = ("ledger.*", "leader.lock", "interrupts.json", "hugepages.*", "health.*", "nvlinks.json", ".*.tmp")
+STATE_FILES = (
+    "ledger.*",
+    "leader.lock",
+    "interrupts.json",
+    "hugepages.*",
+    "health.*",
+    "nvlinks.json",
+    "published.json",
+    ".*.tmp",
+)
 """Names in the state folder."""
 _KUBELETS = "kubelet's own manager writes it, or is not known"
 
@@ -85,6 +96,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _claim_files(host)
     yield _kubelet_sockets(host)
     yield _slices(host)
+    yield _published_objects(host)
     yield _runtime_folder(host)
     if purge:
         yield _state_folder(host)
@@ -181,6 +193,20 @@ def _slices(host: Host) -> Leftover:
         return Leftover(notes=[f"{command} deletes what was published, if it was: {error}"])
     names = {str(one["metadata"]["name"]): str(one["metadata"]["uid"]) for one in found}
     return Leftover([Line(f"resourceslice {name}") for name in names], lambda: _delete(dra.kubeconfig, names))
+
+
+def _published_objects(host: Host) -> Leftover:
+    """Return the commands that remove what was published of the machine."""
+    try:
+        found = PublishJournal(host.where.state_dir / FILE).read()
+    except HostError as error:
+        return Leftover(notes=[str(error)])
+    node, domain = node_name(host.config), host.config.domain
+    commands = {
+        LABELS: f"kubectl label node {node} with each label that starts with {domain}/ and a - after it",
+        TOPOLOGY: f"kubectl delete noderesourcetopology {node}",
+    }
+    return Leftover(notes=[f"{commands[key]} removes what {key} published" for key in sorted(found & commands.keys())])
 
 
 async def _published(kubeconfig: str, owner: Owner) -> list[dict[str, Any]]:

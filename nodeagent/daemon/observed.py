@@ -30,7 +30,7 @@ def observed(
         ledger=agent.ledger,
         health=agent.health,
         refused={one.name: refused.get(one.config.name, "") for one in configured},
-        conflicts=(*kubelet.notes, *agent.conflicts, *held),
+        conflicts=(*kubelet.contradictions, *agent.conflicts, *held),
         not_exclusive=unprotected(kubelet.kubelet, agent.ledger),
         loss=agent.loss,
         replaced=replaced,

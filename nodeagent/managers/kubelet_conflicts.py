@@ -24,6 +24,8 @@ from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY
 
 FIRST = " (before that, `nodeagent import kubelet-state` takes over what running pods have)"
 CGROUP_ROOT = "cgroupRoot"
+TOPOLOGY_MANAGER = {"topologyManagerPolicy": "none", "topologyManagerScope": "container"}
+"""Keys of kubelet's topology manager with their defaults (pkg/kubelet/apis/config/v1beta1/defaults.go)."""
 RESERVED_KEY = "$.reservedCpus"
 log = structlog.get_logger()
 
@@ -34,8 +36,10 @@ class KubeletConflicts:
     def __init__(self, sysfs: SysFs, kubelet_dir: Path) -> None:
         """Store where to look; nothing is read yet."""
         self.kubelet = Kubelet()
+        self.contradictions: list[str] = []
+        """Where kubelet contradicts itself or the agent."""
         self.notes: list[str] = []
-        """Contradictions between kubelet and the agent, and what cannot be determined about kubelet."""
+        """These, and what cannot be determined about kubelet."""
         self._sysfs = sysfs
         self._kubelet_dir = kubelet_dir
         self._said: Mapping[str, Any] = {}
@@ -44,7 +48,8 @@ class KubeletConflicts:
     def look(self, config: Config) -> Kubelet:
         """Inspect kubelet's process, its files and its managers' states again."""
         known = self.kubelet = look(self._sysfs, self._kubelet_dir, config.kubelet_config, self.kubelet.started)
-        notes = [one for one in (known.unseen, *contradictions(known, config)) if one]
+        self.contradictions = [one for one in contradictions(known, config) if one]
+        notes = [*([known.unseen] if known.unseen else []), *self.contradictions]
         if (said := self.document()) != self._said:
             (log.warning if known.cpus is None else log.info)("kubelet-configuration", **said)
         for note in (one for one in notes if one not in self.notes):
@@ -57,6 +62,13 @@ class KubeletConflicts:
         started = self.kubelet.started
         found = started.flags.last(HOSTNAME).strip().lower() if started is not None else ""
         return frozenset({found} - {""})
+
+    def topology_manager(self) -> dict[str, str]:
+        """Return the policy and the scope of kubelet's topology manager, or nothing while its configuration is
+        unknown."""
+        config = self.kubelet.config
+        known = {key: str(config.values.get(key) or default) for key, default in TOPOLOGY_MANAGER.items()}
+        return known if config.known else {}
 
     def recovered(self, config: Config) -> bool:
         """Return whether kubelet's configuration and states have become readable again. Looks only if they were not."""

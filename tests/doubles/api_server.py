@@ -26,6 +26,7 @@ import h11
 import msgspec
 import yaml
 
+from tests.doubles import applied
 from tests.oracles import api_rules as apirules
 from tests.support.until import News
 
@@ -40,6 +41,7 @@ SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "nodes",
     "pods",
 )
+TOPOLOGIES, TOPOLOGY = "noderesourcetopologies", "topology.node.k8s.io/v1alpha2"
 
 CONSUMABLE, COUNTERS, TAINTS, CONDITIONS, LISTS = "consumable", "counters", "taints", "conditions", "lists"
 """What `dropped_fields` may hold: the fields that an older server, or one without the feature, drops without a word."""
@@ -52,6 +54,7 @@ _KINDS = {
     TEMPLATES: (DRA, "ResourceClaimTemplate", True),
     NODES: (CORE, "Node", False),
     PODS: (CORE, "Pod", True),
+    TOPOLOGIES: (TOPOLOGY, "NodeResourceTopology", False),
     EVENTS: (REPORTS, "Event", True),
     CORE_EVENTS: (CORE, "Event", True),
     ACCESS_REVIEWS: ("authorization.k8s.io/v1", "SelfSubjectAccessReview", False),
@@ -212,6 +215,8 @@ class FakeApiServer:
         """How many were ever accepted."""
         self._store: dict[tuple[str, str, str], Object] = {}
         self._owned: dict[tuple[str, str, str], dict[str, dict[tuple[str, ...], set[str]]]] = {}
+        self._applied: dict[tuple[str, str, str], applied.Owned] = {}
+        """Who has applied which fields of whole objects."""
         self._revision = 100
         self._oldest = 100
         self._history: list[_Change] = []
@@ -432,6 +437,7 @@ class FakeApiServer:
     def _remove(self, key: tuple[str, str, str]) -> Object:
         before = self._store.pop(key)
         self._owned.pop(key, None)
+        self._applied.pop(key, None)
         return self._record("DELETED", key[0], copy.deepcopy(before), before)
 
     def _put(self, kind: str, key: tuple[str, str, str], found: Object) -> Object:
@@ -639,6 +645,8 @@ class FakeApiServer:
             return self._merge(seen)
         if seen.headers.get("content-type") != "application/apply-patch+yaml":
             raise Refusal(415, "the body of the request was in an unknown format")
+        if seen.resource in (NODES, TOPOLOGIES) and not seen.subresource:
+            return self._apply_object(seen)
         if (seen.resource, seen.subresource) != (CLAIMS, "status"):
             raise Refusal(405, "this server applies nothing but the status of claims")
         manager = seen.query.get("fieldManager", "")
@@ -656,6 +664,26 @@ class FakeApiServer:
             del found["status"]["devices"]
         self._check(seen, [*self._wrong(CLAIMS, found, before)], seen.name)
         self._owned[key] = owned
+        return 200, self._update(key, found)
+
+    def _apply_object(self, seen: Seen) -> tuple[int, Object]:
+        """Create or change a whole object."""
+        body, key = self._body(seen), (seen.resource, seen.namespace, seen.name)
+        before, manager = self._store.get(key), seen.query.get("fieldManager", "")
+        if not manager:
+            raise Refusal(422, "fieldManager: Required value: is required for apply patch")
+        uid = body["metadata"].get("uid")
+        if uid and uid != (before or {"metadata": {}})["metadata"].get("uid"):
+            raise self._conflict(seen, f"uid mismatch: the provided object specified uid {uid}")
+        owned = copy.deepcopy(self._applied.get(key, {}))
+        start = before or {"metadata": {"name": seen.name}}
+        try:
+            found = applied.merged(start, body, manager, owned, force=seen.query.get("force") == "true")
+        except applied.AppliedConflictError as conflict:
+            raise self._conflict(seen, f"Apply failed with 1 conflict: {conflict}") from None
+        self._applied[key] = owned
+        if before is None:
+            return 201, self._insert(seen.resource, seen.namespace, found)
         return 200, self._update(key, found)
 
     def _merge(self, seen: Seen) -> tuple[int, Object]:

@@ -20,6 +20,7 @@ _PLURALS = {
     "DeviceClass": "deviceclasses",
     "Namespace": "namespaces",
     "Node": "nodes",
+    "NodeResourceTopology": "noderesourcetopologies",
     "Pod": "pods",
     "ResourceClaim": "resourceclaims",
     "ResourceClaimTemplate": "resourceclaimtemplates",

@@ -45,6 +45,8 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "unpinned": {"config": {"pinning": {"mode": "off"}}},
     "driver": {"config": {"dra": {"driver": "devices.example.com"}}},
     "folders": {"hostFolders": ["/etc/kubernetes/kubelet.conf.d"]},
+    "published": {"config": {"publish": {"nodeLabels": True, "nodeResourceTopology": False}}},
+    "eventless": {"config": {"events": {"enabled": False}}},
     "selinux": {"seLinuxOptions": {"type": "spc_t"}, "podLabels": {"a": "b"}, "podAnnotations": {"c": "d"}},
 }
 """What is combined two by two."""

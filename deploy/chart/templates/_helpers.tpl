@@ -27,6 +27,7 @@
 {{- $dra := $config.dra | default dict -}}
 {{- $pinning := $config.pinning | default dict -}}
 {{- $events := $config.events | default dict -}}
+{{- $publish := $config.publish | default dict -}}
 kubeletDir: {{ clean ($config.kubeletDir | default "/var/lib/kubelet") }}
 stateDir: {{ clean ($config.stateDir | default "/var/lib/nodeagent") }}
 runtimeDir: {{ clean ($config.runtimeDir | default "/run/nodeagent") }}
@@ -39,6 +40,8 @@ nriDir: {{ dir (clean ($pinning.nriSocket | default "/var/run/nri/nri.sock")) }}
 partitions: {{ ne ($pinning.partition | default "none") "none" }}
 binds: {{ $dra.bindingConditions | default false }}
 events: {{ not (and (hasKey $events "enabled") (not $events.enabled)) }}
+labels: {{ hasKey $publish "nodeLabels" }}
+topology: {{ hasKey $publish "nodeResourceTopology" }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- end -}}
 

@@ -82,31 +82,30 @@ def _reached(old: State | None, reason: Reason) -> Reason:
 
 
 def _devices(node: Node, pod_of: PodOf) -> Iterator[State]:
-    for id in sorted(node.ledger.devices_held):
-        device = node.inventory.device_by_id.get(id)
-        if device is None:
-            yield _missing(node, id, pod_of)
-            continue
+    holding: dict[str, list[Grant]] = {}
+    for grant in node.ledger.grants.values():
+        for id in dict.fromkeys((*grant.devices, *grant.shares)):
+            holding.setdefault(id, []).append(grant)
+    for id, grants in sorted(holding.items()):
+        reason, how = _health(node, id)
+        holders = ", ".join(sorted({str(one.holder) for one in grants}))
+        pods = tuple(dict.fromkeys(pod for one in grants for pod in _pods(one, pod_of)))
+        note = f"device {id} is {how}; held by {holders}"
+        yield State(Happening(reason=reason, subject=f"device {id}", note=note, pods=pods, on_node=True), reason)
+
+
+def _health(node: Node, id: str) -> tuple[Reason, str]:
+    """Return the state of a device, and how it is in words. One that was not found is gone, or unknown if some devices
+    could not be looked for."""
+    if (device := node.inventory.device_by_id.get(id)) is not None:
         ill = illness(device, node.health)
         state, cause = (ill.state, ill.reason) if ill is not None else (HEALTHY, "")
-        yield _device(node, id, OF_HEALTH[state], f"{state}: {cause}" if cause else state, pod_of)
-
-
-def _missing(node: Node, id: str, pod_of: PodOf) -> State:
-    """Return the state of a device that was not found: gone, or unknown if some devices could not be looked for."""
+        return OF_HEALTH[state], f"{state}: {cause}" if cause else state
     unread = [f"{one.kind}: {one.reason}" for one in node.inventory.kinds if one.state == DEGRADED]
     if not unread:
-        return _device(node, id, Reason.DEVICE_LOST, "no longer there", pod_of)
-    cause = f"{UNKNOWN}: it was not found, and not all devices could be looked for ({'; '.join(unread)})"
-    return _device(node, id, Reason.DEVICE_HEALTH_UNKNOWN, cause, pod_of)
-
-
-def _device(node: Node, id: str, reason: Reason, how: str, pod_of: PodOf) -> State:
-    holding = [one for one in node.ledger.grants.values() if id in (*one.devices, *one.shares)]
-    holders = ", ".join(sorted({str(one.holder) for one in holding}))
-    note = f"device {id} is {how}; held by {holders}"
-    pods = tuple(dict.fromkeys(pod for one in holding for pod in _pods(one, pod_of)))
-    return State(Happening(reason=reason, subject=f"device {id}", note=note, pods=pods, on_node=True), reason)
+        return Reason.DEVICE_LOST, "no longer there"
+    cause = f"it was not found, and not all devices could be looked for ({'; '.join(unread)})"
+    return Reason.DEVICE_HEALTH_UNKNOWN, f"{UNKNOWN}: {cause}"
 
 
 def _pods(grant: Grant, pod_of: PodOf) -> Iterator[PodRef]:

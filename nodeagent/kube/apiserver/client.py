@@ -28,6 +28,7 @@ __all__ = [
     "MODIFIED",
     "NODES",
     "SLICES",
+    "TOPOLOGIES",
     "Access",
     "ApiError",
     "ApiResource",
@@ -75,6 +76,7 @@ NODES = ApiResource("", "v1", "nodes", "Node", False)
 SLICES = ApiResource("resource.k8s.io", "v1", "resourceslices", "ResourceSlice", False)
 EVENTS = ApiResource("events.k8s.io", "v1", "events", "Event", True)
 CORE_EVENTS = ApiResource("", "v1", "events", "Event", True)
+TOPOLOGIES = ApiResource("topology.node.k8s.io", "v1alpha2", "noderesourcetopologies", "NodeResourceTopology", False)
 CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True)
 
 
@@ -158,16 +160,25 @@ class ApiServer:
         what, body = f"delete {resource.shown(namespace, name)}", msgspec.json.encode(options)
         return await self._caller.call(Ask("DELETE", resource.path(namespace, name), what, name, body)) is not None
 
-    async def apply_status(
-        self, resource: ApiResource, name: str, namespace: str, body: Mapping[str, Any], *, manager: str
+    async def apply(
+        self,
+        resource: ApiResource,
+        name: str,
+        namespace: str,
+        body: Mapping[str, Any],
+        *,
+        manager: str,
+        force: bool,
+        subresource: str = "",
     ) -> dict[str, Any]:
-        """Apply an object's status (server-side apply) and return the object as stored.
+        """Apply an object or a subresource of it (server-side apply) and return the object as stored.
 
-        Fields owned by other managers are taken over (force). Raise ApiError.
+        force: take over fields that other managers own; without it they are a conflict. Raise ApiError, with status 409
+        on a conflict.
         """
-        query = urlencode({"fieldManager": manager, "force": "true"})
-        target = f"{resource.path(namespace, name, 'status')}?{query}"
-        what = f"apply the status of {resource.shown(namespace, name)}"
+        query = urlencode({"fieldManager": manager, "force": "true" if force else "false"})
+        target = f"{resource.path(namespace, name, subresource)}?{query}"
+        what = f"apply {f'the {subresource} of ' if subresource else ''}{resource.shown(namespace, name)}"
         whole = {**_typed(resource, body), "metadata": {**body.get("metadata", {}), "name": name}}
         if namespace:
             whole["metadata"]["namespace"] = namespace

@@ -50,6 +50,11 @@ class LazyApi:
     async def delete(self, resource: Any, name: str, *, uid: str) -> bool:
         return await self._reached().delete(resource, name, uid=uid)
 
+    async def apply(
+        self, resource: Any, name: str, body: Mapping[str, Any], *, manager: str, force: bool
+    ) -> dict[str, Any]:
+        return await self._reached().apply(resource, name, "", body, manager=manager, force=force)
+
     def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[Any]:
         return self._reached().watch(resource, fields=fields, revision=revision)
 
@@ -82,7 +87,9 @@ class LazyApi:
         """Apply a claim's status."""
         from nodeagent.kube.apiserver.client import CLAIMS
 
-        await self._reached().apply_status(CLAIMS, ref.name, ref.namespace, body, manager=manager)
+        await self._reached().apply(
+            CLAIMS, ref.name, ref.namespace, body, manager=manager, force=True, subresource="status"
+        )
 
     async def create_event(self, event: Mapping[str, Any]) -> None:
         """Create an Event of events.k8s.io/v1, or the same in the core group if only that is allowed."""

@@ -13,7 +13,7 @@ from nodeagent.core.events.states import Node, PodOf, State, changes, states
 from nodeagent.managers.events.recorder import EventRecorder
 from nodeagent.managers.manager import Manager
 
-LOOK_S, CALM_S = 15.0, 0.2
+LOOK_S, CALM_S = 15.0, 1.0
 """Longest time between two looks at the state, for what has no revision; shortest."""
 START_S = 60.0
 """For how long after the start of the agent a state counts as found: an earlier agent may have reported it already."""

@@ -82,6 +82,7 @@ log: {level: debug, format: json}
 status: {group: adm}
 metrics: {listen: "[::1]:9464", tokenFile: /t, tls: {certFile: /cert, keyFile: /key, clientCaFile: /ca}}
 events: {enabled: false}
+publish: {nodeLabels: true, nodeResourceTopology: true}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}

@@ -39,6 +39,7 @@ DRIVER = "cpu.nodeagent.dev"
 PODS = ApiResource("", "v1", "pods", "Pod", True)
 
 needs_openssl = pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl to make a certificate with")
+STATUS: dict[str, Any] = {"force": True, "subresource": "status"}
 
 
 def at(server: FakeApiServer, **more: Any) -> Access:
@@ -229,13 +230,13 @@ async def test_a_claims_device_status_is_applied_and_taken_back_beside_that_of_o
         other = {"request": "nic", "driver": "nic.other", "pool": "p", "device": "d"}
         server.add_claim("c", results=[RESULT, other])
         theirs = {"driver": "nic.other", "pool": "p", "device": "d", "data": {"mtu": 9000}}
-        await client.apply_status(CLAIMS, "c", "default", {"status": {"devices": [theirs]}}, manager="other")
+        await client.apply(CLAIMS, "c", "default", {"status": {"devices": [theirs]}}, manager="other", **STATUS)
         ours = device_status(conditions=[CONDITION], data={"cpus": "2-3"})
-        stored = await client.apply_status(CLAIMS, "c", "default", {"status": {"devices": [ours]}}, manager="us")
+        stored = await client.apply(CLAIMS, "c", "default", {"status": {"devices": [ours]}}, manager="us", **STATUS)
         stored_theirs = {**theirs, "conditions": None}
         assert stored["status"]["devices"] == [stored_theirs, ours]
         assert stored["status"]["allocation"] and stored["status"]["reservedFor"]
-        stored = await client.apply_status(CLAIMS, "c", "default", {"status": {"devices": []}}, manager="us")
+        stored = await client.apply(CLAIMS, "c", "default", {"status": {"devices": []}}, manager="us", **STATUS)
         assert stored["status"]["devices"] == [stored_theirs]
 
 
@@ -245,7 +246,7 @@ async def test_what_two_managers_share_stays_until_both_take_it_back() -> None:
 
         async def applied(manager: str, *devices: dict[str, Any]) -> Any:
             body = {"status": {"devices": [*devices]}}
-            stored = await client.apply_status(CLAIMS, "c", "default", body, manager=manager)
+            stored = await client.apply(CLAIMS, "c", "default", body, manager=manager, **STATUS)
             return stored["status"].get("devices")
 
         await applied("us", device_status(conditions=[CONDITION], data={"cpus": "2-3"}))
@@ -260,15 +261,15 @@ async def test_a_condition_given_twice_cannot_be_applied() -> None:
         server.add_claim("c", results=[RESULT])
         body = {"status": {"devices": [device_status(conditions=[CONDITION, CONDITION])]}}
         with pytest.raises(ApiError, match=r"500 InternalError: .*duplicate"):
-            await client.apply_status(CLAIMS, "c", "default", body, manager="us")
+            await client.apply(CLAIMS, "c", "default", body, manager="us", **STATUS)
 
 
 async def test_applying_the_same_status_again_changes_nothing() -> None:
     async with pair() as (server, client):
         server.add_claim("c", results=[RESULT])
         body = {"status": {"devices": [device_status(conditions=[CONDITION])]}}
-        first = await client.apply_status(CLAIMS, "c", "default", body, manager="us")
-        assert await client.apply_status(CLAIMS, "c", "default", body, manager="us") == first
+        first = await client.apply(CLAIMS, "c", "default", body, manager="us", **STATUS)
+        assert await client.apply(CLAIMS, "c", "default", body, manager="us", **STATUS) == first
         assert server.requests[-1].query == {"fieldManager": "us", "force": "true"}
 
 
@@ -288,14 +289,14 @@ async def test_a_bad_device_status_is_refused_with_its_place(status: dict[str, A
     async with pair() as (server, client):
         server.add_claim("c", results=[RESULT])
         with pytest.raises(ApiError, match=said) as caught:
-            await client.apply_status(CLAIMS, "c", "default", {"status": {"devices": [status]}}, manager="us")
+            await client.apply(CLAIMS, "c", "default", {"status": {"devices": [status]}}, manager="us", **STATUS)
         assert caught.value.status == 422 and caught.value.lasting and len(server.rejected) == 1
 
 
 async def test_the_status_of_a_claim_that_is_gone_is_an_error() -> None:
     async with pair() as (_, client):
         with pytest.raises(ApiError, match=r"cannot apply the status of resourceclaims default/c .*404 NotFound"):
-            await client.apply_status(CLAIMS, "c", "default", {"status": {}}, manager="us")
+            await client.apply(CLAIMS, "c", "default", {"status": {}}, manager="us", **STATUS)
 
 
 # Watches

@@ -1,0 +1,1 @@
+"""Keeps objects of the API server that describe the machine up to date."""
