@@ -32,6 +32,7 @@ VERBS = {
     "devices": Verb("agent.devices", "show what a running agent advertises"),
     "map": Verb("agent.map", "draw the machine with who holds which part of it"),
     "grants": Verb("agent.grants", "show who holds what"),
+    "web": Verb("agent.web", "show the map and the state of a running agent in a browser"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "config": Verb("node.config", "check a configuration or print its schema"),
