@@ -6,14 +6,18 @@ Where connections come from is in `listener.py`. A client may be anything: garba
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import h11
 import structlog
+
+from nodeagent.aio.supervise import race
 
 REQUEST_S = 5.0
 """How long a client may take to send a request, and how long to receive its answer."""
@@ -39,13 +43,27 @@ class HttpRequest:
     target: str
     peer: Peer | None
     """The process that sends it, or None if it came over a network."""
-    authorization: str = ""
-    """The Authorization header; "" if there is none, or more than one."""
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    """Names in lower case, and values."""
 
     @property
     def path(self) -> str:
         """Return the target without its query."""
         return self.target.partition("?")[0]
+
+    def header(self, name: str) -> str:
+        """Return a header by its name in lower case; "" if there is none, or more than one."""
+        given = [value.decode("latin-1") for one, value in self.headers if one == name.encode()]
+        return given[0] if len(given) == 1 else ""
+
+
+class Stream(Protocol):
+    """What follows the head of an answer, part by part."""
+
+    def __aiter__(self) -> AsyncIterator[bytes]: ...
+    async def aclose(self) -> None:
+        """End it; called once, whether anything was taken from it or not."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,8 @@ class HttpAnswer:
     body: bytes
     content_type: str = "application/json"
     headers: tuple[tuple[str, str], ...] = ()
+    stream: Stream | None = None
+    """What follows the body, for as long as the client listens; it is closed as soon as the client is gone."""
 
 
 Handler = Callable[[HttpRequest], Awaitable[HttpAnswer]]
@@ -79,7 +99,11 @@ async def converse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, h
             return
         if request is None:
             return
-        await _reply(writer, talk, request, await _answer(handler, request, peer))
+        answer = await _answer(handler, request, peer)
+        if answer.stream is not None:
+            await _stream(reader, writer, talk, request, answer, answer.stream)
+            return
+        await _reply(writer, talk, request, answer)
         if talk.our_state is not h11.DONE or talk.their_state is not h11.DONE:
             return
         talk.start_next_cycle()
@@ -97,12 +121,11 @@ async def _answer(handler: Handler, request: h11.Request, peer: Peer | None) -> 
 
 
 def _read(request: h11.Request, peer: Peer | None) -> HttpRequest:
-    given = [value.decode("latin-1") for name, value in request.headers if name == b"authorization"]
     return HttpRequest(
         method=request.method.decode(),
         target=request.target.decode("latin-1"),
         peer=peer,
-        authorization=given[0] if len(given) == 1 else "",
+        headers=tuple((bytes(name), bytes(value)) for name, value in request.headers),
     )
 
 
@@ -140,6 +163,43 @@ async def _reply(
     writer.write(talk.send(h11.EndOfMessage()) or b"")
     async with asyncio.timeout(REQUEST_S):
         await writer.drain()
+
+
+async def _stream(
+    reader: asyncio.StreamReader,
+    writer: asyncio.StreamWriter,
+    talk: h11.Connection,
+    request: h11.Request,
+    answer: HttpAnswer,
+    stream: Stream,
+) -> None:
+    """Send an answer without an end; it is the last of its connection."""
+    async with contextlib.aclosing(stream):
+        headers = [("content-type", answer.content_type), ("connection", "close"), *answer.headers]
+        await _send(writer, talk, h11.Response(status_code=answer.status, headers=headers))
+        if request.method == b"HEAD":
+            return
+        await _send(writer, talk, h11.Data(data=answer.body))
+        await race(_pass_on(stream, writer, talk), _gone(reader))
+
+
+async def _pass_on(stream: Stream, writer: asyncio.StreamWriter, talk: h11.Connection) -> None:
+    async for data in stream:
+        await _send(writer, talk, h11.Data(data=data))
+    await _send(writer, talk, h11.EndOfMessage())
+
+
+async def _send(writer: asyncio.StreamWriter, talk: h11.Connection, event: h11.Event) -> None:
+    """Send a part of an answer. Raise TimeoutError if the client does not take it."""
+    writer.write(talk.send(event) or b"")
+    async with asyncio.timeout(REQUEST_S):
+        await writer.drain()
+
+
+async def _gone(reader: asyncio.StreamReader) -> None:
+    """Return once the client has closed its end; whatever else it sends is ignored."""
+    while await reader.read(1 << 10):
+        pass
 
 
 async def close(writer: asyncio.StreamWriter) -> None:

@@ -69,7 +69,7 @@ class MetricsPages:
 def _presents(request: HttpRequest, token: bytes) -> bool:
     """Return whether a request carries the token (RFC 6750, section 2.1). The time it takes does not depend on where
     the two differ."""
-    scheme, _, given = request.authorization.partition(" ")
+    scheme, _, given = request.header("authorization").partition(" ")
     right = hmac.compare_digest(given.strip().encode("latin-1"), token)
     return right and scheme.lower() == "bearer"
 

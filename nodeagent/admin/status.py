@@ -1,6 +1,7 @@
 """What admins see: the status socket. It reads the frozen values on which the agent decides; changes need root.
 
-GET /v1/status /v1/inventory /v1/grants /v1/devices /v1/health /healthz /readyz /metrics
+GET / is a page for browsers; GET /v1/status /v1/inventory /v1/grants /v1/devices /v1/health /v1/map /v1/events
+/healthz /readyz /metrics.
 DELETE /v1/grants/ID releases a grant by hand; DELETE /v1/health/DEVICE clears latched causes; POST /v1/reload reads
 the configuration again.
 """
@@ -11,7 +12,8 @@ import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from nodeagent.admin.http import TEXT, HttpAnswer, HttpRequest
@@ -28,6 +30,13 @@ from nodeagent.errors import ConfigError
 from nodeagent.telemetry.log import new_op
 from nodeagent.version import VERSION
 
+if TYPE_CHECKING:
+    from nodeagent.admin.web.events import Events
+
+
+PAGE_FILES = frozenset({"/page.js", "/page.css", "/icon.svg"})
+"""What the page for browsers loads."""
+
 
 class Status:
     """Answers requests on the status socket."""
@@ -35,6 +44,8 @@ class Status:
     def __init__(self, watched: Watched, metrics: MetricsPage) -> None:
         self._watched = watched
         self._metrics = metrics
+        self._events: Events | None = None
+        """Made when somebody listens for the first time."""
 
     async def handle(self, request: HttpRequest) -> HttpAnswer:
         """Answer one request: 403 if the peer lacks permission, 404 and 405 as usual, never 500 without a reason."""
@@ -47,7 +58,7 @@ class Status:
             return await self._clear_health(unquote(path.removeprefix("/v1/health/"), errors="surrogateescape"))
         if method == "POST" and path == "/v1/reload":
             return await self._reload()
-        page = self._pages().get(path)
+        page = partial(_asset, path) if path in PAGE_FILES else self._pages().get(path)
         if page is None:
             return _problem(404, f"cannot find {path}: expected one of {', '.join(self._pages())}")
         if method not in ("GET", "HEAD"):
@@ -64,6 +75,9 @@ class Status:
             "/healthz": self._healthz,
             "/readyz": self._readyz,
             "/metrics": self._metrics_page,
+            "/v1/map": self._map,
+            "/v1/events": self._listen,
+            "/": partial(_asset, "/"),
         }
 
     def status(self) -> dict[str, Any]:
@@ -163,6 +177,20 @@ class Status:
     async def _metrics_page(self) -> HttpAnswer:
         return HttpAnswer(200, await self._metrics.text(), CONTENT_TYPE)
 
+    # What only the page needs is imported when it is asked for.
+
+    async def _map(self) -> HttpAnswer:
+        from nodeagent.admin.web.page import picture
+
+        return picture(self._watched.agent)
+
+    async def _listen(self) -> HttpAnswer:
+        from nodeagent.admin.web.events import Events
+
+        if self._events is None:
+            self._events = Events(self._watched.agent)
+        return self._events.answer()
+
     async def _release(self, grant_id: str) -> HttpAnswer:
         gone = await self._watched.agent.release([grant_id], new_op())
         if not gone:
@@ -236,6 +264,12 @@ def _documented(read: Callable[[], Any]) -> Callable[[], Awaitable[HttpAnswer]]:
         return _document(read())
 
     return page
+
+
+async def _asset(path: str) -> HttpAnswer:
+    from nodeagent.admin.web.page import asset
+
+    return asset(path)
 
 
 def _document(value: Any) -> HttpAnswer:

@@ -35,6 +35,7 @@ VERBS = {
     "grants": Verb("agent.grants", "show who holds what"),
     "explain": Verb("agent.explain.verb", "say why: a request, a pod, a claim, a CPU or a device"),
     "advise": Verb("agent.planning.advise", "say which pods to move so that a request lies close together"),
+    "web": Verb("agent.web", "show the map and the state of a running agent in a browser"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "doctor": Verb("node.doctor.verb", "check what on this node hinders the agent, and what to do"),

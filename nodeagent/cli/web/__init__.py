@@ -1,0 +1,1 @@
+"""What `nodeagent web` is made of: who may see the page, and where its content comes from."""
