@@ -201,6 +201,7 @@ def grant_document(grant: Grant) -> dict[str, Any]:
         ],
         "memory": [{"bytes": size, "numa_node": node} for node, size in grant.memory],
         "devices": [*grant.devices, *grant.shares],
+        "shares": list(grant.shares),
         "things": [list(one) for one in grant.things],
         "granted_at": grant.granted_at,
     }

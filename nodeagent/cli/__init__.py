@@ -36,6 +36,8 @@ VERBS = {
     "config": Verb("node.config", "check a configuration or print its schema"),
     "ledger": Verb("node.ledger", "export the ledger to a file, or import it from one"),
     "history": Verb("node.history", "show what was granted, refused and released, and who held what at a moment"),
+    "capture": Verb("node.capture.verb", "write one node into one file, to look at elsewhere"),
+    "replay": Verb("node.replay.verb", "run another command on a captured node"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }

@@ -9,6 +9,8 @@ from nodeagent.cli.shared.ask import add_arguments as add_arguments
 from nodeagent.cli.shared.ask import show
 from nodeagent.cli.shared.tables import print_table
 
+REPLAYABLE = True
+
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""

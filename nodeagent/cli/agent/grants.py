@@ -16,6 +16,8 @@ COLUMNS = (
     *("CPUS", "HUGEPAGES", "MEMORY", "DEVICES", "NOTE"),
 )
 
+REPLAYABLE = True
+
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""

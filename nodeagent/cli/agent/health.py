@@ -12,6 +12,8 @@ from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.errors import InputError
 
+REPLAYABLE = True
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent health`."""
@@ -24,6 +26,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     if args.action is None:
         return ask.show(args, "/v1/health", _print)
+    if getattr(args, "facts", None) is not None:
+        raise InputError(f"cannot clear the health of {args.device}: a capture is only read")
     if args.device is None:
         raise InputError("cannot clear the health of a device: DEVICE is missing")
     done = ask.request(args.socket, "DELETE", f"/v1/health/{quote(os.fsencode(args.device), safe=':./')}")

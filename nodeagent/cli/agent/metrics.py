@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.cli.shared import ask
+from nodeagent.cli.shared.facts import facts_of
 from nodeagent.host.sysfs import atomic_file
 
+REPLAYABLE = True
 OWN = "nodeagent_"
 _ABOUT = re.compile(r"# (?:HELP|TYPE) (\S+)")
 
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    text = ask.text(args.socket, "/metrics")
+    text = facts_of(args).text("/metrics")
     if args.textfile is None:
         sys.stdout.write(text)
         return 0

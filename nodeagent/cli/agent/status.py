@@ -12,6 +12,8 @@ from nodeagent.cli.shared.ask import show
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.cpuset import CpuSet
 
+REPLAYABLE = True
+
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""

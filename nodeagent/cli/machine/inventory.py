@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-from nodeagent.cli.shared.source import add_root, read_root
+from nodeagent.cli.shared.facts import machine_of
+from nodeagent.cli.shared.source import add_root
 from nodeagent.cli.shared.tables import print_document, print_table
 from nodeagent.core.model.inventory import ABSENT, Inventory
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import HugepagePool
+
+REPLAYABLE = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    inventory = read_root(args.root)
+    inventory = machine_of(args)
     if args.output == "table":
         _print_tables(inventory)
     else:

@@ -29,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def show(args: argparse.Namespace, page: str, print_table: Callable[[Any], None]) -> int:
     """Print a page once, or, when watching, each time it changes; a watch survives a restart of the agent."""
-    seen = ask(args.socket, page)
+    replayed = getattr(args, "facts", None)
+    seen = ask(args.socket, page) if replayed is None else replayed.page(page)
     _print(args, seen, print_table)
     while args.watch:
         time.sleep(WATCH_S)

@@ -39,6 +39,7 @@ class _Held(msgspec.Struct):
     hugepages: list[_HeldPages] = []
     memory: list[_HeldMemory] = []
     devices: list[str] = []
+    shares: list[str] = []
     things: list[tuple[str, str]] = []
 
 
@@ -81,6 +82,7 @@ def _grant(held: _Held) -> Grant:
         cpus=CpuSet.parse(held.cpus, source=f"grant {held.id}"),
         hugepages=tuple(pages),
         memory=tuple((one.numa_node, one.bytes) for one in held.memory),
-        devices=tuple(held.devices),
+        devices=tuple(one for one in held.devices if one not in held.shares),
+        shares=tuple(held.shares),
         things=tuple(held.things),
     )
