@@ -46,6 +46,8 @@ VERBS = {
     "reload": Verb("node.reload", "have the running agent read its configuration again"),
     "wait": Verb("node.wait", "wait until the agent is ready, its ledger whole, or all of it registered"),
     "version": Verb("node.version", "show the version of this program and of the running agent"),
+    "capture": Verb("node.capture.verb", "write one node into one file, to look at elsewhere"),
+    "replay": Verb("node.replay.verb", "run another command on a captured node"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }

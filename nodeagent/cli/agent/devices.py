@@ -57,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     watch.add_watch(parser)
 
 
+REPLAYABLE = True
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     return watch.show(args, lambda: _read(args), lambda pages: _write(args, *pages))

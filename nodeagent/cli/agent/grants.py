@@ -19,6 +19,8 @@ EXAMPLES = (
     ("nodeagent grants --watch", "the table again at each change"),
 )
 
+REPLAYABLE = True
+
 
 class _Held(NamedTuple):
     grants: Sequence[Any]

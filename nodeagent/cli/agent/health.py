@@ -25,6 +25,7 @@ COLUMNS = (
     Column("LATCHED", lambda cause: "yes" if cause["latched"] else ""),
     Column("REASON", lambda cause: cause["reason"]),
 )
+REPLAYABLE = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +42,8 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     if args.action is None:
         return watch.show(args, lambda: ask.pages(args)("/v1/health"), lambda health: _write(args, health))
+    if getattr(args, "facts", None) is not None:
+        raise InputError(f"cannot clear the health of {args.device}: a capture is only read")
     if args.device is None:
         raise InputError("cannot clear the health of a device: DEVICE is missing")
     from urllib.parse import quote

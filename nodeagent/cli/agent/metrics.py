@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.cli.shared import ask
+from nodeagent.cli.shared.facts import facts_of
 from nodeagent.host.sysfs import atomic_file
 
 EXAMPLES = (
     ("nodeagent metrics", "the page that Prometheus scrapes"),
     ("nodeagent metrics --textfile /var/lib/node_exporter/textfile/nodeagent.prom", "a file for node_exporter"),
 )
+REPLAYABLE = True
 OWN = "nodeagent_"
 _ABOUT = re.compile(r"# (?:HELP|TYPE) (\S+)")
 
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    text = ask.text(args.socket, "/metrics")
+    text = facts_of(args).text("/metrics")
     if args.textfile is None:
         sys.stdout.write(text)
         return 0

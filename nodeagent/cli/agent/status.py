@@ -18,6 +18,7 @@ EXAMPLES = (
     ("nodeagent status --watch", "again at each change"),
     ("nodeagent status -o jsonpath='{.ready}'", "true or false"),
 )
+REPLAYABLE = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

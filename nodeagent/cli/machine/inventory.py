@@ -7,7 +7,8 @@ import sys
 
 from nodeagent.cli.output import forms
 from nodeagent.cli.output.columns import Column
-from nodeagent.cli.shared.source import add_root, read_root
+from nodeagent.cli.shared.facts import machine_of
+from nodeagent.cli.shared.source import add_root
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.model.inventory import ABSENT, Inventory
 from nodeagent.core.model.inventory_json import to_document
@@ -29,6 +30,7 @@ DEVICES = (
     Column("VENDOR:DEVICE", lambda one: f"{one.vendor}:{one.device}" if one.vendor else ""),
     Column("CLASS", lambda one: one.pci_class),
 )
+REPLAYABLE = True
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    inventory = read_root(args.root)
+    inventory = machine_of(args)
     if args.output.is_table:
         _print_tables(inventory, args)
     elif args.output.kind == forms.NAME:

@@ -12,10 +12,11 @@ from typing import Any
 import msgspec
 
 from nodeagent.cli.output import forms
+from nodeagent.cli.shared.facts import machine_of
 from nodeagent.cli.shared.held import online_cpus, read_grants
 from nodeagent.cli.shared.placed import placed_document, placed_rows, refusal_document
 from nodeagent.cli.shared.request_options import RequestLine, add_request_options, request_of, written_request
-from nodeagent.cli.shared.source import add_root, read_file, read_root
+from nodeagent.cli.shared.source import add_root, read_file
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
@@ -31,6 +32,7 @@ EXAMPLES = (
 )
 EXIT_CODES = {3: "refused: the request does not fit"}
 DONE, REFUSED = 0, 3
+REPLAYABLE = True
 
 
 class Line(RequestLine):
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     if args.inventory is not None and args.root is not None:
         raise InputError("cannot use --inventory and --root together: expected one of them")
-    inventory = read_file(args.inventory) if args.inventory is not None else read_root(args.root)
+    inventory = read_file(args.inventory) if args.inventory is not None else machine_of(args)
     line = Line(**written_request(args), held=args.held, reserved=args.reserved)
     state = read_grants(args.state) if args.state is not None else ()
     if args.batch is not None:

@@ -23,6 +23,7 @@ from nodeagent.errors import InputError, StateError
 if TYPE_CHECKING:
     from nodeagent.state.audit import AuditEntry
 
+REPLAYABLE = True
 LAST = 100
 COLUMNS = ("TIME", "ACTION", "HOLDER", "WHAT", "WHY", "GRANT")
 NO_GRANT = Grant(id="", holder=Holder(api=""))

@@ -11,12 +11,20 @@ from typing import Any
 
 import msgspec
 
-from nodeagent.cli.shared.ask import SOCKET, ask
+from nodeagent.cli.shared.ask import SOCKET, ask, text
 from nodeagent.cli.shared.held import grants_of
 from nodeagent.cli.shared.places import DEFAULT_CONFIG, STATE_DIR
-from nodeagent.core.model.grant import Grant
+from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.inventory_json import from_document
+from nodeagent.errors import PeerError
+
+
+def no_text(page: str) -> str:
+    """Raise PeerError: nothing answers in text."""
+    raise PeerError(f"cannot read {page}: it is not known here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +40,11 @@ class Facts:
     now_s: float
     """When the node looked like this, in seconds since the epoch."""
 
+    text: Callable[[str], str] = no_text
+    """Returns a page that is text, such as /metrics, like `page`."""
+    scanned: bytes | None = None
+    """The machine as `nodeagent inventory -o json` shows it, of a capture; None if it can be scanned."""
+
     def inventory(self) -> Inventory:
         """Return the machine as the agent saw it."""
         return from_document(msgspec.json.encode(self.page("/v1/inventory")), source="/v1/inventory")
@@ -39,6 +52,23 @@ class Facts:
     def grants(self) -> tuple[Grant, ...]:
         """Return what is held, also by other device plugins."""
         return grants_of(msgspec.json.encode(self.page("/v1/grants")))
+
+    def ledger(self) -> Ledger:
+        """Return what is held and reserved as the agent decides on it."""
+        held, status = self.grants(), self.page("/v1/status")
+        return Ledger(
+            grants={one.id: one for one in held if one.holder.api != OTHER_PLUGIN},
+            foreign={one.id: one for one in held if one.holder.api == OTHER_PLUGIN},
+            reserved=CpuSet.parse(status["inventory"]["cpus_reserved"], source="/v1/status"),
+        )
+
+    def machine(self) -> Inventory:
+        """Return the machine itself, scanned now or when it was captured."""
+        if self.scanned is not None:
+            return from_document(self.scanned, source="the capture")
+        from nodeagent.cli.shared.source import read_root
+
+        return read_root(None if self.root == "/" else self.root)
 
 
 def add_facts(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +82,27 @@ def add_state_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--state-dir", metavar="DIR", help="the ledger's folder (default: the configuration's)")
 
 
+def machine_of(args: argparse.Namespace) -> Inventory:
+    """Return the machine of the option --root, or of the facts. Raise InputError if it cannot be read."""
+    if args.root is None:
+        return facts_of(args).machine()
+    from nodeagent.cli.shared.source import read_root
+
+    return read_root(args.root)
+
+
 def facts_of(args: argparse.Namespace) -> Facts:
     """Return the facts that a verb is to use: those of a capture that is replayed, else the running agent's."""
     replayed: Facts | None = getattr(args, "facts", None)
     if replayed is not None:
         return replayed
-    return Facts(page=lambda path: ask(args.socket, path), root="/", state_dir=state_dir_of(args), now_s=time.time())
+    return Facts(
+        page=lambda path: ask(args.socket, path),
+        root="/",
+        state_dir=state_dir_of(args),
+        now_s=time.time(),
+        text=lambda path: text(args.socket, path),
+    )
 
 
 def state_dir_of(args: argparse.Namespace) -> Path:

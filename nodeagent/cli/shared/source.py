@@ -46,9 +46,14 @@ def read_root(root: str | None, selected: Selectors = NO_SELECTORS) -> Inventory
     """
     if root is not None:
         check_root(root)
-    sysfs, families = SysFs(root or "/"), load_kinds()
+    return scan_machine(SysFs(root or "/"), selected, live=root is None)
+
+
+def scan_machine(sysfs: SysFs, selected: Selectors = NO_SELECTORS, *, live: bool) -> Inventory:
+    """Return the inventory of a machine, with what NVML says of it if it is this one (`live`)."""
+    families = load_kinds()
     inventory = scan(sysfs, families, selected)
-    if root is None and any(device.vendor == NVIDIA for device in inventory.devices):
+    if live and any(device.vendor == NVIDIA for device in inventory.devices):
         inventory = scan(sysfs, families, selected, nvml=asyncio.run(_ask_nvml()))
     return inventory
 

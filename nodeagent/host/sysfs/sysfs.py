@@ -50,7 +50,7 @@ class SysFs:
 
         Raise HostError if it cannot be read; if it is missing, return the default if one is given."""
         try:
-            return _read(self.root + path).decode("utf-8", "backslashreplace").strip("\0 \t\r\n")
+            return self._bytes(path).decode("utf-8", "backslashreplace").strip("\0 \t\r\n")
         except OSError as error:
             if default is not _REFUSE and error.errno in _MISSING:
                 return default
@@ -59,9 +59,13 @@ class SysFs:
     def content(self, path: str) -> bytes:
         """Return a file's raw bytes. Raise HostError if it cannot be read."""
         try:
-            return _read(self.root + path)
+            return self._bytes(path)
         except OSError as error:
             raise HostError(f"cannot read {self.root + path}: {error.strerror}") from None
+
+    def _bytes(self, path: str) -> bytes:
+        """Return a file's raw bytes. Raise OSError. Every read of a file passes here."""
+        return _read(self.root + path)
 
     def value(self, path: str, convert: Callable[[str], T], default: T | None = None) -> T | None:
         """Return a file's text through `convert`, or `default` if the file is missing or empty."""

@@ -1,0 +1,1 @@
+"""`nodeagent capture`: one node in one file."""

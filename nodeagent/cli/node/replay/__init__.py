@@ -1,0 +1,1 @@
+"""`nodeagent replay`: another verb on a captured node."""

@@ -1,0 +1,73 @@
+"""A running agent, captured and replayed: every command that shows something gives the answers of the agent."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.integration.test_status import standing
+from tests.support.running import Running
+
+SHOWN = ("status", "grants", "devices", "health", "metrics", "history")
+
+
+async def nodeagent(*words: str) -> tuple[int | None, str]:
+    """Exit code and output, without what the time alone changes."""
+    pipe = asyncio.subprocess.PIPE
+    done = await asyncio.create_subprocess_exec(sys.executable, "-m", "nodeagent", *words, stdout=pipe, stderr=pipe)
+    out, err = await done.communicate()
+    text = re.sub(r"up [\d.]+ s|\"uptime_s\": [\d.]+|\"listed_at\": [\d.]+", "up", (out + err).decode())
+    return done.returncode, text
+
+
+def where(agent: Running, verb: str) -> list[str]:
+    return ["--state-dir", str(agent.state)] if verb == "history" else ["--socket", str(agent.socket)]
+
+
+async def test_a_replay_gives_the_answers_of_the_agent(folder: Path, tmp_path: Path) -> None:
+    """As tables and as JSON, also after the agent has gone on; of the metrics, what is about the node."""
+    file = str(folder / "c.tar.zst")
+    async with standing(folder, tmp_path) as (agent, kubelet):
+        words = ["--config", str(agent.config_file), "--socket", str(agent.socket), "--root", str(tmp_path / "root")]
+        code, said = await nodeagent("capture", *words, "--kubelet-dir", str(folder / "kubelet"), "-o", file)
+        assert code == 0 and "pages" not in said and "ledger" not in said, said
+        live = {verb: await nodeagent(verb, *where(agent, verb)) for verb in SHOWN}
+        tables = {verb: await nodeagent(verb, *where(agent, verb), "-o", "json") for verb in SHOWN if verb != "metrics"}
+        await kubelet.delete_pod("shop", "till")
+        await agent.until("/v1/grants", lambda grants: not grants)
+    for verb in SHOWN:
+        replayed = await nodeagent("replay", file, verb)
+        if verb == "metrics":
+            assert replayed[0] == 0 and figures(replayed[1]) == figures(live[verb][1])
+        else:
+            assert replayed == live[verb], verb
+            assert await nodeagent("replay", file, verb, "-o", "json") == tables[verb], verb
+    assert [one["pod"] for one in json.loads((await nodeagent("replay", file, "grants", "-o", "json"))[1])] == [
+        "till"
+    ] * 2
+
+
+def figures(page: str) -> list[str]:
+    """What the metrics say of the node rather than of the process."""
+    return [line for line in page.splitlines() if re.match(r"nodeagent_(numa_cpus|devices|grants)\b", line)]
+
+
+@pytest.mark.parametrize("anonymize", [[], ["--anonymize"]])
+async def test_a_capture_changes_nothing_of_the_node(folder: Path, tmp_path: Path, anonymize: list[str]) -> None:
+    async with standing(folder, tmp_path) as (agent, _):
+        before = stamps(tmp_path / "root", folder / "kubelet")
+        words = ["--config", str(agent.config_file), "--socket", str(agent.socket), "--root", str(tmp_path / "root")]
+        await nodeagent(
+            "capture", *words, "--kubelet-dir", str(folder / "kubelet"), "-o", str(folder / "c"), *anonymize
+        )
+        assert stamps(tmp_path / "root", folder / "kubelet") == before
+        assert (await agent.ask("/readyz"))[0] == 200
+
+
+def stamps(*folders: Path) -> dict[str, float]:
+    return {str(one): one.lstat().st_mtime for folder in folders for one in folder.rglob("*")}
