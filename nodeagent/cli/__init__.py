@@ -31,6 +31,7 @@ VERBS = {
     "status": Verb("agent.status", "show how a running agent stands"),
     "devices": Verb("agent.devices", "show what a running agent advertises"),
     "grants": Verb("agent.grants", "show who holds what"),
+    "top": Verb("agent.top.verb", "show what is used of what is held"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "doctor": Verb("node.doctor.verb", "check what on this node hinders the agent, and what to do"),
