@@ -35,6 +35,7 @@ VERBS = {
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "doctor": Verb("node.doctor.verb", "check what on this node hinders the agent, and what to do"),
+    "bench": Verb("node.bench.verb", "measure what a placement is worth on this machine"),
     "config": Verb("node.config", "check a configuration or print its schema"),
     "ledger": Verb("node.ledger", "show the audit; export the ledger to a file, or import it from one"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),

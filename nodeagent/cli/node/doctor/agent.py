@@ -149,7 +149,9 @@ def _boot(node: Node) -> Finding:
     boot = node.status.get("boot_id")
     if boot is not None and boot != text:
         return failure(
-            f"this boot is {text}, the agent's {boot}", "restart the agent: it sees another /proc", "nodeagent status"
+            f"this boot is {text}, the agent's {boot or 'unknown'}",
+            "restart the agent: it sees another /proc",
+            "nodeagent status",
         )
     return ok(f"this boot is {text}")
 
