@@ -59,9 +59,9 @@ $(READY): pyproject.toml setup.sh
 	./setup.sh $(VENV)
 	touch $@
 
-$(BUILT): $(READY) setup.py pyproject.toml $(wildcard nodeagent/*.pyx nodeagent/*.pxi)
+$(BUILT): $(READY) setup.py pyproject.toml $(wildcard nodeagent/*.pyx nodeagent/*.pxi nodeagent/cli/node/bench/*.pyx)
 	$(PYTHON) -m pip install -q --no-build-isolation -e .
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info nodeagent/*.so
+	rm -rf $(VENV) build dist *.egg-info nodeagent/*.so nodeagent/cli/node/bench/*.so

@@ -1,4 +1,5 @@
-"""Builds the compiled core. Safety directives live here and nowhere else: NODEAGENT_DEBUG=1 switches every check on."""
+"""Builds the compiled core and the probe of `nodeagent bench`. Safety directives live here and nowhere else:
+NODEAGENT_DEBUG=1 switches every check on."""
 
 import os
 from pathlib import Path
@@ -19,12 +20,21 @@ DIRECTIVES = {
     "embedsignature.format": "python",
     "linetrace": DEBUG,
 }
-EXTENSION = Extension(
-    "nodeagent._fastpath",
-    ["nodeagent/_fastpath.pyx"],
-    depends=[str(path) for path in sorted(Path("nodeagent").glob("*.pxi"))],
-    extra_compile_args=["-O1", "-g"] if DEBUG else ["-O3", "-g0"],
-    define_macros=[("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if DEBUG else [],
-)
+COMPILE_ARGS = ["-O1", "-g"] if DEBUG else ["-O3", "-g0"]
+MACROS = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if DEBUG else []
 
-setup(ext_modules=cythonize([EXTENSION], compiler_directives=DIRECTIVES, build_dir="build/cython"))
+
+def extension(name: str, depends: str = "") -> Extension:
+    """Return the extension module of a .pyx file. depends: a pattern of the files beside it that it includes."""
+    source = Path(*name.split(".")).with_suffix(".pyx")
+    included = sorted(map(str, source.parent.glob(depends))) if depends else []
+    return Extension(name, [str(source)], depends=included, extra_compile_args=COMPILE_ARGS, define_macros=MACROS)
+
+
+EXTENSIONS = [
+    extension("nodeagent._fastpath", "*.pxi"),
+    # The command line's alone: the daemon never loads it.
+    extension("nodeagent.cli.node.bench._probe"),
+]
+
+setup(ext_modules=cythonize(EXTENSIONS, compiler_directives=DIRECTIVES, build_dir="build/cython"))

@@ -63,6 +63,7 @@ class BuiltNode:
         self.live = True
         self.probes: dict[str, Any] = {}
         self.status: dict[str, Any] | None = None
+        self.refusal = "cannot ask the agent at status.sock: No such file or directory"
         self.configuration: dict[str, Any] = {}
         (self.root / "proc/self/ns").mkdir(parents=True)
         (self.root / "proc/self/ns/pid").symlink_to("pid:[4026531836]")
@@ -126,7 +127,7 @@ class BuiltNode:
 
     def page(self, path: str) -> Any:
         if self.status is None:
-            raise PeerError("cannot ask the agent at status.sock: No such file or directory")
+            raise PeerError(self.refusal)
         return self.status
 
     def node(self) -> Node:

@@ -59,7 +59,7 @@ in_checkout = pytest.mark.skipif(
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["mypy"],
-        ["mypy.stubtest", "nodeagent._fastpath"],
+        ["mypy.stubtest", "nodeagent._fastpath", "nodeagent.cli.node.bench._probe"],
     ],
     ids=["ruff-check", "ruff-format", "mypy-strict", "stubtest"],
 )

@@ -98,11 +98,13 @@ def test_the_sdist_has_all_that_its_tests_need(sdist: frozenset[str]) -> None:
     assert not [name for name in sdist if "__pycache__" in name or name.endswith((".so", ".pyc"))]
 
 
-def test_the_wheel_has_the_compiled_core_and_its_types(built: Path) -> None:
+def test_the_wheel_has_what_is_compiled_and_its_types(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
     suffix = sysconfig.get_config_var("EXT_SUFFIX")
     assert {f"nodeagent/_fastpath{suffix}", "nodeagent/_fastpath.pyi", "nodeagent/py.typed"} <= names
+    probe = "nodeagent/cli/node/bench/_probe"
+    assert {f"{probe}{suffix}", f"{probe}.pyi"} <= names
     assert "nodeagent/pb/deviceplugin_pb2.py" in names
     assert not [name for name in names if name.startswith(("tests", "demo", "benchmarks"))]
 

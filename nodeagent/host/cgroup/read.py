@@ -101,6 +101,8 @@ class CgroupState:
     quota_us: int | None = None
     """CPU time in a period, or None if unlimited or if `period_us` is None too."""
     period_us: int | None = None
+    used_us: int | None = None
+    """CPU time of all its processes, ended ones too."""
     throttled_count: int | None = None
     throttled_us: int | None = None
     processes: int | None = None
@@ -219,6 +221,7 @@ class CgroupReader:
             hugetlb=self._hugetlb(folder, parts),
             quota_us=quota_us,
             period_us=period_us,
+            used_us=stat.get("usage_usec"),
             throttled_count=stat.get("nr_throttled"),
             throttled_us=stat.get("throttled_usec"),
             processes=_lines(folder.text("cgroup.procs")) if CgroupPart.PROCESSES in parts else None,

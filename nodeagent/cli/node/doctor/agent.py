@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 
 from nodeagent.admin.status_endpoint import status_readers
-from nodeagent.cli.node.doctor.model import Check, Finding, failure, ok, skipped, warning
+from nodeagent.cli.node.doctor.model import DENIED, Check, Finding, failure, ok, skipped, unknown, warning
 from nodeagent.cli.node.doctor.node import Node
 from nodeagent.config.listen import ListenAddress
 from nodeagent.config.schema import Config
@@ -30,6 +30,8 @@ def _answers(node: Node) -> Finding:
         return ok(f"version {node.status.get('version', 'unknown')} answers")
     if not node.live:
         return skipped("not in a capture")
+    if DENIED in node.agent_error:
+        return unknown(node.agent_error)
     return warning(
         f"no agent answers: {node.agent_error}",
         "start the agent; what it would report is left out below",
@@ -147,7 +149,9 @@ def _boot(node: Node) -> Finding:
     boot = node.status.get("boot_id")
     if boot is not None and boot != text:
         return failure(
-            f"this boot is {text}, the agent's {boot}", "restart the agent: it sees another /proc", "nodeagent status"
+            f"this boot is {text}, the agent's {boot or 'unknown'}",
+            "restart the agent: it sees another /proc",
+            "nodeagent status",
         )
     return ok(f"this boot is {text}")
 

@@ -57,14 +57,12 @@ def _iommu(node: Node) -> Finding:
     if bound:
         return failure(
             f"no IOMMU, and {', '.join(bound[:3])} bound to vfio-pci: a container could write to all memory",
-            "switch the IOMMU on in the firmware and on the kernel's command line",
-            "grubby --update-kernel=ALL --args='intel_iommu=on iommu=pt'",
+            "switch the IOMMU on in the firmware and on the kernel's command line (intel_iommu=on, or amd_iommu=on)",
         )
     if any(one.attributes.get("sriov") == "vf" for one in node.inventory.devices):
         return warning(
             "no IOMMU: virtual functions cannot be given to user space safely",
-            "switch it on if pods use DPDK or VFIO",
-            "grubby --update-kernel=ALL --args='intel_iommu=on iommu=pt'",
+            "switch it on if pods use DPDK or VFIO (intel_iommu=on, or amd_iommu=on, on the kernel's command line)",
         )
     return skipped("no device needs an IOMMU")
 

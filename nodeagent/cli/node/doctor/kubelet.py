@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nodeagent.cli.node.doctor.model import Check, Finding, failure, ok, skipped, unknown, warning
+from nodeagent.cli.node.doctor.model import DENIED, Check, Finding, failure, ok, skipped, unknown, warning
 from nodeagent.cli.node.doctor.node import Node
 from nodeagent.errors import InputError
 from nodeagent.kube.kubelet.pod_resources import registered
@@ -35,7 +35,8 @@ def _process(node: Node) -> Finding:
 def _configuration(node: Node) -> Finding:
     kubelet = node.kubelet
     if error := kubelet.cpus_error or kubelet.memory_error:
-        return failure(error, "make kubelet's files readable, or name them in kubeletConfig")
+        denied = DENIED in error
+        return unknown(error) if denied else failure(error, "correct kubelet's files, or name others in kubeletConfig")
     if not kubelet.config.known:
         return UNCONFIGURED
     return ok(f"read from {', '.join(kubelet.config.sources) or 'its defaults'}")

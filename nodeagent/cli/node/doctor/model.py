@@ -6,6 +6,8 @@ HostError, InputError or another NodeagentError where something cannot be read: 
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -83,6 +85,8 @@ class Check:
         return self.name.partition(".")[0]
 
 
+DENIED = os.strerror(errno.EACCES)
+"""How messages of the operating system end where rights are missing."""
 NOT_IN_A_CAPTURE = skipped("not in a capture")
 
 

@@ -95,10 +95,16 @@ class Node:
         """Why the configuration cannot be used, or ""."""
         try:
             if self.has_config:
+                self._readable(self.config_file)
                 load_config(self.config_file)
             return ""
         except ConfigError as error:
             return str(error)
+
+    def _readable(self, path: Path) -> None:
+        """Raise HostError if this user may not read a file: what follows from it is unknown then, not its default."""
+        if not os.access(path, os.R_OK):
+            raise HostError(f"{path} may not be read by this user")
 
     @property
     def has_config(self) -> bool:

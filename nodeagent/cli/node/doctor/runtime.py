@@ -183,8 +183,7 @@ def _hierarchy(node: Node) -> Finding:
     if found.unsupported:
         return failure(
             f"{found.unsupported}: nothing is confined",
-            "boot with cgroup v2 alone",
-            "grubby --update-kernel=ALL --args=systemd.unified_cgroup_hierarchy=1",
+            "boot with cgroup v2 alone (systemd.unified_cgroup_hierarchy=1 on the kernel's command line)",
         )
     return ok("cgroup v2" + (", a part of it" if found.namespaced else ""))
 

@@ -77,7 +77,7 @@ def _ledger(node: Node) -> Finding:
                 "start the version that wrote it",
                 "nodeagent ledger export -o grants.json",
             )
-        return ok(f"{len(node.ledger())} grants, whole and readable")
+        return ok(f"grants: {len(node.ledger())}, all of them whole and readable")
     except StateError as error:
         return _damaged(str(error))
 
@@ -135,7 +135,7 @@ def _reboots(node: Node) -> Finding:
             "start the agent: it asks kubelet which pods are still there",
             "systemctl start nodeagent",
         )
-    return ok(f"{len(grants)} grants, {len(older)} of an earlier boot")
+    return ok(f"grants: {len(grants)}, of an earlier boot: {len(older)}")
 
 
 CHECKS = (

@@ -20,7 +20,7 @@ from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.cli.shared.ask import SOCKET
 from nodeagent.cli.shared.facts import Facts, facts_of
 from nodeagent.cli.shared.source import add_root, check_root
-from nodeagent.errors import PeerError
+from nodeagent.errors import NodeagentError, PeerError
 
 FAILED = 2
 
@@ -92,9 +92,17 @@ def node_of(args: argparse.Namespace) -> Node:
 
 def _here(args: argparse.Namespace, paths: dict[str, Any]) -> Node:
     draft = Node(root="/", page=_no_page, live=True, now_s=0.0, **paths)
-    socket = args.socket or str(draft.socket)
+    socket = args.socket or _socket(draft)
     facts = _live(args, socket)
     return Node(root="/", page=facts.page, live=True, now_s=facts.now_s, socket=Path(socket), **paths)
+
+
+def _socket(node: Node) -> str:
+    """Return the configured status socket, or the default one where the configuration cannot be read."""
+    try:
+        return str(node.socket)
+    except (NodeagentError, OSError):
+        return SOCKET
 
 
 def _live(args: argparse.Namespace, socket: str) -> Facts:

@@ -184,3 +184,11 @@ def _put(path: Path, content: bytes | None) -> None:
     if content is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
+
+
+def test_the_daemon_loads_nothing_of_it() -> None:
+    """Nor what only the command line uses (docs/decisions/0011-no-psutil-in-the-daemon.md)."""
+    loaded = "[n for n in sys.modules if n.startswith(('psutil', 'nodeagent.cli'))]"
+    source = f"import sys, nodeagent.daemon.daemon; print(*{loaded})"
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

@@ -381,6 +381,20 @@ def test_what_may_not_be_read_is_unknown_and_says_why(built: BuiltNode) -> None:
     assert finding.state is UNKNOWN and "because" in finding.seen and "proc/swaps" in finding.seen
 
 
+def test_without_rights_nothing_follows_from_defaults(built: BuiltNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A configuration that may not be read could say anything."""
+    built.configure(reservedCpus="0")
+    monkeypatch.setattr(os, "access", lambda path, mode: "config.yaml" not in str(path))
+    for name in ("agent.configuration", "cpus.reserved", "memory.hugepages", "runtime.nri"):
+        finding = found(name, built)
+        assert finding.state is UNKNOWN and "may not be read" in finding.seen, finding
+
+
+def test_an_agent_that_may_not_be_asked_is_not_taken_for_dead(built: BuiltNode) -> None:
+    built.refusal = "cannot ask the agent at status.sock: Permission denied"
+    assert found("agent.answers", built).state is UNKNOWN
+
+
 def test_hidden_processes_are_no_proof_that_none_runs(built: BuiltNode) -> None:
     link = built.root / "proc/self/ns/pid"
     link.unlink()

@@ -1,0 +1,1 @@
+"""`nodeagent top`: what is used of what is held."""

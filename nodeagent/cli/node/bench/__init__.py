@@ -1,0 +1,1 @@
+"""`nodeagent bench`: what a placement is worth on this machine, measured."""
