@@ -32,6 +32,13 @@ from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 from nodeagent.host.sysfs import atomic_file
 
+EXAMPLES = (
+    ("nodeagent map", "who has which part of this machine"),
+    ("nodeagent map --svg map.svg", "the same as a picture, for a ticket or a document"),
+    ("nodeagent map --cpus 8 --devices gpu=2 --place", "where a request would go"),
+)
+EXIT_CODES = {3: "refused: the request of --place does not fit"}
+REPLAYABLE = True
 DONE, REFUSED = 0, 3
 _OPTIONS = {"options": "--option", "memory_kind": "--memory-kind"}
 """Options of a request that are not named as its fields are."""
@@ -46,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reserved", metavar="LIST", help="CPUs reserved there for the system, such as 0-1")
     parser.add_argument("--place", action="store_true", help="show also where the request of these options would go:")
     add_request_options(parser)
-    parser.add_argument("-o", "--output", choices=["text", "json", "yaml"], default="text")
+    parser.add_argument("-o", "--output", choices=["text", "json", "yaml"], default="text", help="how to write it")
     parser.add_argument("--svg", metavar="FILE", help="draw it into a file that does not exist yet")
     parser.add_argument("--force", action="store_true", help="with --svg: replace the file if it exists")
 

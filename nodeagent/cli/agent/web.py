@@ -20,6 +20,10 @@ from nodeagent.cli.web.gate import ADDRESS, Gate
 from nodeagent.cli.web.upstream import Upstream
 from nodeagent.errors import HostError, InputError
 
+EXAMPLES = (
+    ("nodeagent web", "open the page of this node's agent in a browser"),
+    ("nodeagent web --port 8080 --no-open", "print the address, for a browser behind `ssh -L 8080:127.0.0.1:8080`"),
+)
 DONE = 0
 HIGHEST_PORT = 65535
 DISPLAYS = ("DISPLAY", "WAYLAND_DISPLAY")

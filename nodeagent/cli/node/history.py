@@ -23,6 +23,12 @@ from nodeagent.errors import InputError, StateError
 if TYPE_CHECKING:
     from nodeagent.state.audit import AuditEntry
 
+EXAMPLES = (
+    ("nodeagent history --last 20", "what was granted, refused and released lately, by whom and why"),
+    ("nodeagent history --cpu 7 --at 03:12", "who held a CPU at a moment"),
+    ("nodeagent history --pod shop/till --since 2h", "what happened to a pod"),
+    ("nodeagent history --since 1d -o jsonl", "one JSON object a line, for a collector"),
+)
 REPLAYABLE = True
 LAST = 100
 COLUMNS = ("TIME", "ACTION", "HOLDER", "WHAT", "WHY", "GRANT")
@@ -101,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--last", metavar="N", type=int, help=f"at most N entries ({LAST}, or with --since all; 0: all)"
     )
-    parser.add_argument("-o", "--output", choices=["table", "json", "jsonl"], default="table")
+    parser.add_argument("-o", "--output", choices=["table", "json", "jsonl"], default="table", help="how to write it")
     add_state_dir(parser)
     parser.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
 

@@ -12,6 +12,14 @@ from nodeagent.cli.shared.request_options import add_request_options
 from nodeagent.cli.shared.tables import print_document
 from nodeagent.errors import InputError
 
+EXAMPLES = (
+    ("nodeagent explain pod shop/till", "what a pod holds and why, or why it was refused"),
+    ("nodeagent explain cpu 7", "who holds a CPU"),
+    ("nodeagent explain device 0000:41:00.0", "who holds a device, and what is known against it"),
+    ("nodeagent explain --cpus 8 --devices gpu=2", "whether a request would fit now, and who stands in the way"),
+)
+EXIT_CODES = {3: "refused: the request does not fit"}
+REPLAYABLE = True
 DONE, REFUSED = 0, 3
 Document = dict[str, Any]
 
@@ -33,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--uid", metavar="UID", default="", help="which of several pods or claims of that name")
     add_facts(parser)
     add_request_options(parser)
-    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table")
+    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table", help="how to write it")
 
 
 def run(args: argparse.Namespace) -> int:

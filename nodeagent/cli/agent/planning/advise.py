@@ -23,6 +23,11 @@ from nodeagent.core.model.request import Placement, Request
 from nodeagent.core.placement.describe import describe
 from nodeagent.errors import InputError
 
+EXAMPLES = (
+    ("nodeagent advise --cpus 16 --devices gpu=4", "which pods to move so that a request lies close together"),
+    ("nodeagent advise --largest", "the largest request that one NUMA node could hold, and what that takes"),
+)
+REPLAYABLE = True
 DONE, REFUSED = 0, 3
 SHOW_AFTER_S = 1.0
 Document = dict[str, Any]
@@ -35,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--largest", action="store_true", help="as many CPUs as one NUMA node can give; the default without a request"
     )
-    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table")
+    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table", help="how to write it")
 
 
 def run(args: argparse.Namespace) -> int:

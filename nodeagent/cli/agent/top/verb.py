@@ -25,6 +25,11 @@ from nodeagent.core.model.quantity import parse_size
 from nodeagent.errors import InputError, PeerError
 from nodeagent.host.sysfs.sysfs import SysFs
 
+EXAMPLES = (
+    ("nodeagent top", "who uses what it holds, refreshed in place"),
+    ("nodeagent top -b -n 1", "once, as text"),
+    ("nodeagent top -o json", "one sample, for a program"),
+)
 DELAY_S, SHORTEST_S, LONGEST_S = 2.0, 0.1, 3600.0
 TO_THE_TOP = "\x1b[H\x1b[J"
 """Moves to the upper left corner and clears what follows (ECMA-48)."""

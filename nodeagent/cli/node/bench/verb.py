@@ -25,6 +25,10 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.kubelet import ROOT, look
 from nodeagent.state.store import FILE, read_only
 
+EXAMPLES = (
+    ("nodeagent bench placement", "what a good placement is worth on this machine, on CPUs that no one holds"),
+    ("nodeagent bench placement --pod shop/till", "on the CPUs of a pod"),
+)
 SECONDS, SHORTEST_S, LONGEST_S = 5.0, 0.5, 60.0
 
 
@@ -38,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", metavar="S", type=float, default=SECONDS, help=f"{SHORTEST_S:g} to {LONGEST_S:g} ({SECONDS:g})"
     )
     one.add_argument("--kubelet-dir", metavar="DIR", default=ROOT, help=f"kubelet's folder ({ROOT})")
-    one.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    one.add_argument("-o", "--output", choices=["table", "json"], default="table", help="how to write it")
 
 
 def run(args: argparse.Namespace) -> int:

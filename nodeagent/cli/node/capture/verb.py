@@ -21,6 +21,10 @@ from nodeagent.cli.shared.places import DEFAULT_CONFIG
 if TYPE_CHECKING:
     from nodeagent.cli.node.capture.collect import Node
 
+EXAMPLES = (
+    ("nodeagent capture", "this node in one file in the current folder"),
+    ("nodeagent capture --anonymize -o node.tar.zst", "without names, addresses and serial numbers"),
+)
 SHOWN_AFTER_S = 1.0
 """Progress is shown on a terminal if it takes longer."""
 

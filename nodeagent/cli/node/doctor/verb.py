@@ -22,12 +22,18 @@ from nodeagent.cli.shared.facts import Facts, facts_of
 from nodeagent.cli.shared.source import add_root, check_root
 from nodeagent.errors import NodeagentError, PeerError
 
+EXAMPLES = (
+    ("nodeagent doctor", "what on this node hinders the agent, and what to do"),
+    ("nodeagent doctor --fix-hint", "with commands to copy; none of them is run"),
+    ("nodeagent doctor -o json", "for a program"),
+)
+EXIT_CODES = {1: "warnings", 2: "failures, or bad input"}
 FAILED = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent doctor`."""
-    parser.add_argument("-o", "--output", choices=["table", "json"], default="table")
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="how to write it")
     parser.add_argument("-a", "--all", action="store_true", help="also show the checks that do not apply here")
     parser.add_argument("--fix-hint", action="store_true", help="print commands to copy; nothing is run")
     parser.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")

@@ -9,6 +9,11 @@ from typing import Any
 
 from nodeagent.errors import InputError
 
+EXAMPLES = (
+    ("nodeagent replay node.tar.zst status", "how the agent stood when the node was captured"),
+    ("nodeagent replay node.tar.zst explain pod shop/till", "as on the node itself"),
+)
+EXIT_CODES = {3: "refused, by the other command"}
 FOREIGN = ("root", "socket", "state_dir", "config", "watch")
 """Options that name another node, or wait for changes."""
 
