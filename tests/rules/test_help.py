@@ -55,7 +55,7 @@ def test_every_option_is_explained(one: Parser) -> None:
 
 
 def test_every_option_means_the_same_everywhere() -> None:
-    """-o is the form, or the file, of what is written; -n a namespace, -w a watch; of top, -n is what it means there."""
+    """-o is the form, or the file, of what is written; -n a namespace, -w a watch; of top, a count as in top."""
     meanings: dict[str, set[str]] = {}
     for one in every_parser():
         for action in one._actions:
