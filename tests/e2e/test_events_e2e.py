@@ -205,7 +205,7 @@ async def test_events_that_are_not_allowed_wait_until_they_are(folder: Path, api
     async with node(folder, api) as one:
         answers = await one.kubelet.prepare(DRIVER, [refused])
         assert answers[refused.uid].error
-        await one.notes(lambda notes: "Events are not written at present" in notes and "forbidden" in notes)
+        await one.notes(lambda notes: "Events cannot be written at present" in notes and "forbidden" in notes)
     api.call("PATCH", path, {"rules": role["rules"]}, MERGE)
 
 
