@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import signal
 import socket
@@ -29,6 +28,7 @@ from nodeagent.config.load import differences, placed
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
 from nodeagent.core.events.states import Node
+from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.observed import observed
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked
 from nodeagent.daemon.reload import rewrites
@@ -40,7 +40,6 @@ from nodeagent.host.devices import all_kinds
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.host.systemd.notify import Notifier
-from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.kube.kubelet.pod_resources import PodResources
 from nodeagent.kube.kubelet.registration import KUBELET_SOCKET, Registration
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
@@ -48,9 +47,6 @@ from nodeagent.managers.deviceplugin.manager import PLUGINS, DevicePluginManager
 from nodeagent.managers.deviceplugin.others import OtherOffers
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
-from nodeagent.managers.dra.other_drivers import OtherDrivers
-from nodeagent.managers.events.manager import EventsManager
-from nodeagent.managers.events.recorder import EventRecorder
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager
@@ -60,8 +56,6 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
-from nodeagent.managers.publish.manager import PublishManager
-from nodeagent.managers.publish.publications import publications
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
 from nodeagent.state.leader import Leader
@@ -135,10 +129,9 @@ class Daemon:
         self._scanner = InventoryScanner(
             agent, where.sysfs, families, where.state_dir, lambda: self.config, self._page_holders
         )
-        api, node, reachable = LazyApi(config.dra.kubeconfig), node_name(config), is_configured(config.dra.kubeconfig)
-        recorder = EventRecorder(api, node, config.dra.driver)
+        cluster = Cluster(config)
         self._device_plugin = DevicePluginManager(
-            agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held, recorder.report
+            agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held, cluster.report
         )
         self._hugepages = HugepagesManager(
             agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
@@ -151,16 +144,10 @@ class Daemon:
             where.kubelet_dir,
             where.runtime_dir,
             pods,
-            api,
-            recorder.report,
+            cluster.api,
+            cluster.report,
             self._refused,
             self._hugepages.growing,
-        )
-        other_drivers = OtherDrivers(
-            functools.partial(api.slices_of, node),
-            config.dra.driver,
-            self._others.hear_slices,
-            configured=reachable,
         )
         self._pinning = PinningManager(
             agent,
@@ -168,12 +155,12 @@ class Daemon:
             containers,
             self._plugins,
             lambda: self.config.pinning,
-            api.claim,
+            cluster.api.claim,
             pods.listing,
             self._scanner.rescan,
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
-            report=recorder.report,
+            report=cluster.report,
         )
         self._isolation = IsolationManager(
             where.sysfs,
@@ -210,10 +197,7 @@ class Daemon:
             *agent.revisions, self._device_plugin.revision, self._pinning.revision, self._others.revision
         )
         """Rises with everything that is reported to systemd."""
-        events = EventsManager(recorder, self._observed, containers.pod_of, self._news, configured=reachable)
-        driver, topology = config.dra.driver, kubelet.topology_manager
-        published = publications(api, agent, node, driver, lambda: self.config.domain, self.offers, topology)
-        publish = PublishManager(published, self._news, where.state_dir, configured=reachable)
+        domain, topology = lambda: self.config.domain, kubelet.topology_manager
         page = MetricsPage(self)
         # In start order. Losses of the ledger are resolved first; what kubelet is shown comes before what follows it.
         self._managers: Sequence[Manager] = (
@@ -225,9 +209,9 @@ class Daemon:
             self._hugepages,
             self._isolation,
             holders,
-            events,
-            publish,
-            other_drivers,
+            cluster.events(self._observed, containers.pod_of, self._news),
+            cluster.published(agent, self._news, where.state_dir, domain, self.offers, topology),
+            cluster.other_drivers(self._others.hear_slices),
             StatusEndpoint(where.runtime_dir / STATUS_SOCKET, Status(self, page).handle, config),
             MetricsEndpoint(page, self.not_ready),
         )

@@ -96,7 +96,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _claim_files(host)
     yield _kubelet_sockets(host)
     yield _slices(host)
-    yield _published_objects(host)
+    yield published_objects(host)
     yield _runtime_folder(host)
     if purge:
         yield _state_folder(host)
@@ -195,7 +195,7 @@ def _slices(host: Host) -> Leftover:
     return Leftover([Line(f"resourceslice {name}") for name in names], lambda: _delete(dra.kubeconfig, names))
 
 
-def _published_objects(host: Host) -> Leftover:
+def published_objects(host: Host) -> Leftover:
     """Return the commands that remove what was published of the machine."""
     try:
         found = PublishJournal(host.where.state_dir / FILE).read()

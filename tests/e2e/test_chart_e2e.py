@@ -346,6 +346,25 @@ def test_classes_policies_and_rights_are_those_of_the_driver_and_the_account(tmp
     assert names == {None, "example.com/gpu", "example.com/vf", "example.com/nvme"}
 
 
+def test_events_labels_and_topologies_may_be_written_only_where_they_are_configured(tmp_path: Path) -> None:
+    """A key that is false still gives the right: what was published has to be removed."""
+
+    def given(**config: Any) -> set[str]:
+        documents = rendered(tmp_path, {"config": config})
+        rules = only(documents, "ClusterRole")["rules"]
+        written = {name for rule in rules for name in rule["resources"] if {"create", "patch"} & {*rule["verbs"]}}
+        names = {_name(one)[1].partition(".")[0] for one in documents if one["kind"] == "ValidatingAdmissionPolicy"}
+        return (written & {"events", "nodes", "noderesourcetopologies"}) | (names & {"nodes", "topologies"})
+
+    assert given() == {"events"}
+    assert given(events={"enabled": False}) == set()
+    assert given(events={"enabled": True}) == {"events"}
+    for on in (True, False):
+        assert given(publish={"nodeLabels": on}) == {"events", "nodes"}
+        topology = {"events", "noderesourcetopologies", "topologies"}
+        assert given(publish={"nodeResourceTopology": on}) == topology
+
+
 def test_a_second_release_shares_only_the_account_with_the_first(tmp_path: Path) -> None:
     values = yaml.safe_load((DATA / "chart" / "second-release.yaml").read_text())
     first, second = rendered(tmp_path), rendered(tmp_path, values, "storage")

@@ -17,18 +17,21 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from nodeagent.cli import main
 from nodeagent.config.load import load
+from nodeagent.config.schema import Config
 from nodeagent.daemon import daemon
-from nodeagent.daemon.leftovers import STATE_FILES
+from nodeagent.daemon.leftovers import STATE_FILES, Host, published_objects
 from nodeagent.daemon.paths import checked, paths_of
 from nodeagent.host.cgroup import write
 from nodeagent.host.sysfs.atomic_file import DRAFT_END
 from nodeagent.managers.hugepages import journal, pool_resizer
 from nodeagent.managers.inventory import latches, nvlinks
 from nodeagent.managers.isolation.manager import MOVED
+from nodeagent.managers.publish import journal as published
 from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
 from nodeagent.state.lock import FileLock
@@ -255,6 +258,16 @@ async def test_what_the_kernel_refuses_is_reported_and_the_rest_is_undone(
         assert not [*(folder / "cdi").iterdir()]
 
 
+def test_the_commands_that_remove_what_was_published_are_named(folder: Path) -> None:
+    """An API server that is reached with the agent's credentials may no longer allow it."""
+    config = msgspec.convert({"dra": {"nodeName": NODE}, "stateDir": str(folder)}, Config)
+    host = Host(config=config, where=paths_of(config, config_file=None, root=str(folder), kubelet_dir=None))
+    assert not published_objects(host).notes
+    published.PublishJournal(folder / published.FILE).note("publish.nodeResourceTopology", published=True)
+    (note,) = published_objects(host).notes
+    assert note.startswith(f"kubectl delete noderesourcetopology {NODE} removes what publish.nodeResourceTopology")
+
+
 def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> None:
     """Also those that the agent of these tests has no reason to write."""
     locks = (leader.LOCK, leader.NEWS, store.LOCK, pool_resizer.LOCK, Path(latches.FILE).with_suffix(".lock").name)
@@ -264,6 +277,7 @@ def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> No
         f"{store.FILE}.damaged-1",
         latches.FILE,
         nvlinks.FILE,
+        published.FILE,
         journal.NAME,
         MOVED,
     )

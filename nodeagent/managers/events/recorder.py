@@ -82,12 +82,12 @@ class EventRecorder:
 
     def notes(self) -> list[str]:
         """Return why Events are not written, one sentence each."""
-        found = []
-        if self.enabled and (why := self._failing.last):
-            found.append(f"Events are not written at present, {len(self._queue)} wait: {why}")
-        if self._queue.dropped:
-            last = f"; the last was refused: {self._refused.last}" if self._refused.last else ""
-            found.append(f"{self._queue.dropped} Events were never written{last}")
+        found, waiting, dropped = [], len(self._queue), self._queue.dropped
+        if waiting and (why := self._failing.last):
+            found.append(f"Events cannot be written at present; waiting: {waiting}; cause: {why}")
+        if dropped:
+            last = f"; the last one refused: {self._refused.last}" if self._refused.last else ""
+            found.append(f"Events never written since the agent started: {dropped}{last}")
         return found
 
     # ---------------------------------------------------------------- writing
@@ -161,17 +161,23 @@ class EventRecorder:
         return await self._api.patch_event(one.event.namespace, one.event.name, patch)
 
     def _failed(self, one: Series, error: PeerError) -> None:
+        why = _without_name(str(error), one)
         if error.status == GONE or (error.lasting and error.status != FORBIDDEN):
-            self._refused.report(str(error))  # the namespace is gone, or the Event breaks a rule
+            self._refused.report(why)  # the namespace is gone, or the Event breaks a rule
             self._queue.refuse(one)
             return
-        self._failing.report(str(error))
+        self._failing.report(why)
         if error.status == FORBIDDEN:
             self._silent[_right(one)] = self._clock() + NOT_ALLOWED_S
             return
         self._failures += 1
         pause_s = min(AGAIN_S * 2 ** min(self._failures - 1, 10), SLOWEST_S)
         self._resume_s = self._clock() + max(pause_s, error.retry_after_s)
+
+
+def _without_name(why: str, one: Series) -> str:
+    """Return an error without the name of the Event, so that the same cause has the same words for all of them."""
+    return why.replace(f"{one.event.namespace}/{one.event.name}", f"in {one.event.namespace}")
 
 
 def _right(one: Series) -> tuple[str, bool]:

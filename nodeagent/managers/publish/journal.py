@@ -5,6 +5,7 @@ What is switched off while no agent runs is removed by the next one, and one tha
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import msgspec
@@ -22,10 +23,11 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class PublishJournal:
-    """Keys of what was written. Its methods block."""
+    """Keys of what was written. Its methods block, and may be called from several threads."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._turn = threading.Lock()
 
     def read(self) -> frozenset[str]:
         """Return the keys. Raise HostError if the file cannot be read."""
@@ -38,9 +40,10 @@ class PublishJournal:
 
     def note(self, key: str, *, published: bool) -> None:
         """Record that something is about to be written, or was removed. Raise HostError if that cannot be saved."""
-        before = self.read()
-        after = before | {key} if published else before - {key}
-        if not after:
-            atomic_file.remove(self._path)
-        elif after != before:
-            atomic_file.replace(self._path, msgspec.json.encode(_Document(published=tuple(sorted(after)))))
+        with self._turn:
+            before = self.read()
+            after = before | {key} if published else before - {key}
+            if not after:
+                atomic_file.remove(self._path)
+            elif after != before:
+                atomic_file.replace(self._path, msgspec.json.encode(_Document(published=tuple(sorted(after)))))

@@ -19,6 +19,7 @@ from nodeagent.core.events.states import Node
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
+from nodeagent.managers.events import recorder
 from nodeagent.managers.events.event_queue import MOST_WAITING, SERIES_S, STALE_S
 from nodeagent.managers.events.manager import START_S, EventsManager
 from nodeagent.managers.events.pace import Pace
@@ -231,13 +232,28 @@ async def test_what_cannot_be_written_waits_and_is_in_the_notes(tmp_path: Path, 
             await until(lambda: bool(one.recorder.notes()))
             one.recorder.report(said("second"))
             (note,) = one.recorder.notes()
-            assert note.startswith("Events are not written at present, 2 wait: cannot create events default/")
+            assert note.startswith(
+                "Events cannot be written at present; waiting: 2; cause: cannot create events in default at "
+            )
             one.now_s += 60
             one.recorder.report(said("third"))
             found = await one.events(3)
         assert [event["note"] for event in found] == ["first", "second", "third"]
         assert [line["event"] for line in lines] == ["event-not-written"]
         await until(lambda: one.recorder.notes() == [])
+
+
+async def test_a_server_that_hangs_delays_nothing_but_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recorder, "DEADLINE_S", 0.05)
+    async with desk(tmp_path) as one, one.serving():
+        one.api.answers.append(Fault(kind="hang"))
+        one.recorder.report(said("first"))
+        await until(lambda: bool(one.recorder.notes()))
+        assert one.recorder.notes()[0].endswith("the API server did not answer within 0.05 s")
+        monkeypatch.undo()
+        one.now_s += 60
+        one.recorder.report(said("second"))
+        await one.events(2)
 
 
 async def test_without_the_right_to_write_events_nothing_is_lost_and_hardly_asked(tmp_path: Path) -> None:
@@ -289,20 +305,22 @@ async def test_an_event_in_a_namespace_that_is_gone_delays_no_other(tmp_path: Pa
         one.recorder.report(said("gone", pods=(POD,)))
         one.recorder.report(said("here"))
         await one.events(1)
-        assert one.recorder.notes()[0].startswith("1 Events were never written; the last was refused: ")
+        assert one.recorder.notes()[0].startswith(
+            "Events never written since the agent started: 1; the last one refused: cannot create events in trading"
+        )
 
 
 async def test_too_many_and_too_old_events_are_dropped_and_counted(tmp_path: Path) -> None:
     async with desk(tmp_path) as one:
         for number in range(MOST_WAITING + 5):
             one.recorder.report(said(f"refusal {number}"))
-        assert one.recorder.notes() == ["5 Events were never written"]
+        assert one.recorder.notes() == ["Events never written since the agent started: 5"]
         one.now_s += STALE_S + 1
         one.recorder.report(said("new"))
         async with one.serving():
             (event,) = await one.events(1)
         assert event["note"] == "new"
-        assert one.recorder.notes() == [f"{MOST_WAITING + 5} Events were never written"]
+        assert one.recorder.notes() == [f"Events never written since the agent started: {MOST_WAITING + 5}"]
 
 
 async def test_events_that_are_switched_off_are_not_written(tmp_path: Path) -> None:

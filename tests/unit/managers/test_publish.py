@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,10 @@ import pytest
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.view import CpuResource
 from nodeagent.core.model.device import ContainerEdits
+from nodeagent.errors import HostError
 from nodeagent.kube.apiserver.client import TOPOLOGIES as TOPOLOGY_KIND
 from nodeagent.kube.apiserver.lazy import LazyApi
-from nodeagent.managers.publish.journal import FILE
+from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.manager import PublishManager
 from nodeagent.managers.publish.publications import NodeLabels, ResourceTopology
 from nodeagent.state.agent import Agent, AgentSettings
@@ -96,6 +99,27 @@ async def machine_with_api(tmp_path: Path) -> AsyncIterator[Room]:
         finally:
             await client.close()
             await agent.close()
+
+
+# ---------------------------------------------------------------- what was published
+
+
+def test_what_several_threads_note_at_once_is_all_there(tmp_path: Path) -> None:
+    """Labels and topology are first written at the same moment."""
+    for _ in range(20):
+        journal, keys = PublishJournal(tmp_path / FILE), [f"key-{number}" for number in range(8)]
+        with ThreadPoolExecutor(len(keys)) as pool:
+            list(pool.map(functools.partial(journal.note, published=True), keys))
+        assert journal.read() == {*keys}
+        with ThreadPoolExecutor(len(keys)) as pool:
+            list(pool.map(functools.partial(journal.note, published=False), keys))
+        assert journal.read() == frozenset()
+
+
+def test_a_file_that_cannot_be_read_is_reported_with_its_path(tmp_path: Path) -> None:
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(HostError, match=f"cannot read .*{FILE}"):
+        PublishJournal(tmp_path / FILE).read()
 
 
 # ---------------------------------------------------------------- labels
