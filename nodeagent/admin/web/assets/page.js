@@ -3,7 +3,7 @@
 // What the agent says is only ever set as text.
 
 const RETRY_MS = 2000;
-const MARKS = {free: "", reserved: "", outside: "", blocked: "~"};
+const MARKS = {free: "", reserved: "", outside: "", excluded: "~"};
 const byId = (id) => document.getElementById(id);
 const slots = new Map(); // name of a holder -> number of its colour: a holder keeps its colour
 const state = {map: null, search: "", chosen: null, loading: false, again: false};
