@@ -51,6 +51,11 @@ class HttpRequest:
         """Return the target without its query."""
         return self.target.partition("?")[0]
 
+    @property
+    def is_from_web_page(self) -> bool:
+        """Return whether a browser sends it for a page, of whatever origin (Fetch standard, 3.1; Fetch Metadata)."""
+        return any(name in (b"origin", b"sec-fetch-site") for name, _ in self.headers)
+
     def header(self, name: str) -> str:
         """Return a header by its name in lower case; "" if there is none, or more than one."""
         given = [value.decode("latin-1") for one, value in self.headers if one == name.encode()]

@@ -52,6 +52,8 @@ class Status:
         method, path, peer = request.method, request.path, request.peer
         if method not in ("GET", "HEAD") and (peer is None or peer.uid not in (0, os.geteuid())):
             return _problem(403, f"cannot {method} {path}: only root may, uid {peer.uid if peer else 'unknown'} asks")
+        if method not in ("GET", "HEAD") and request.is_from_web_page:
+            return _problem(403, f"cannot {method} {path}: a web page asks for it")
         if method == "DELETE" and path.startswith("/v1/grants/"):
             return await self._release(path.removeprefix("/v1/grants/"))
         if method == "DELETE" and path.startswith("/v1/health/"):

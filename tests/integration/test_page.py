@@ -32,3 +32,15 @@ async def test_what_a_request_could_be_placed_on_is_drawn_of_a_running_agent(fol
         done = await asyncio.to_thread(subprocess.run, [*words[:-1], "3"], capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout.startswith("refused: "), done.stderr) == (3, True, "")
         assert len((await agent.ask("/v1/grants"))[1]) == 2
+
+
+async def test_a_web_page_cannot_change_anything_even_through_a_forwarded_socket(folder: Path, tmp_path: Path) -> None:
+    """The browser names the page's origin; the commands of the agent send no such header."""
+    async with standing(folder, tmp_path) as (agent, _):
+        for header in ("Origin: http://localhost:8080", "Origin: null", "Sec-Fetch-Site: cross-site"):
+            reader, writer = await asyncio.open_unix_connection(agent.socket)
+            writer.write(f"POST /v1/reload HTTP/1.1\r\nHost: x\r\n{header}\r\nConnection: close\r\n\r\n".encode())
+            answer = (await reader.read()).decode()
+            writer.close()
+            assert answer.startswith("HTTP/1.1 403 ") and "a web page asks for it" in answer
+        assert (await agent.ask("/v1/reload", "POST"))[0] == 200

@@ -55,6 +55,7 @@ PARTS_OF_TESTS = {
     "support",
     "unit",
     "vm",
+    "web",
 }
 
 
@@ -96,6 +97,12 @@ def test_the_sdist_has_all_that_its_tests_need(sdist: frozenset[str]) -> None:
     assert not (wanted | NEEDED_FILES) - sdist
     assert {path.split("/")[1] for path in wanted if path.startswith("tests/")} >= PARTS_OF_TESTS
     assert not [name for name in sdist if "__pycache__" in name or name.endswith((".so", ".pyc"))]
+
+
+def test_the_wheel_has_the_files_of_the_page(built: Path) -> None:
+    assets = (CHECKOUT / "nodeagent" / "admin" / "web" / "assets").iterdir()
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        assert {str(path.relative_to(CHECKOUT)) for path in assets} <= set(wheel.namelist())
 
 
 def test_the_wheel_has_what_is_compiled_and_its_types(built: Path) -> None:

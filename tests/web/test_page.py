@@ -9,6 +9,7 @@ import statistics
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+from nodeagent.admin.web.events import MOST_LISTENERS, Listener
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
@@ -17,6 +18,7 @@ from tests.builders.pictures import large_machine, many_grants, pod_grant
 from tests.doubles.status_socket import StatusSocket, status_socket
 from tests.integration.test_status import standing
 from tests.support.running import CPU
+from tests.support.until import until
 from tests.support.web import web_of
 from tests.web.conftest import Program
 from tests.web.devtools import Page, browsing
@@ -204,6 +206,21 @@ async def test_an_agent_that_goes_away_and_comes_back_is_noticed(folder: Path, c
         shown = StatusSocket(small(), [pod_grant(1, CpuSet([0]))])
         await stack.enter_async_context(status_socket(socket, shown))
         await page.until(f"{live} === 'live' && document.querySelectorAll('.cpu.held').length === 1")
+
+
+async def test_a_page_that_finds_no_room_among_the_listeners_still_follows(folder: Path, chromium: Program) -> None:
+    """It looks from time to time, and listens as soon as it can."""
+    shown = StatusSocket(small(), [])
+    others = [Listener(shown.events) for _ in range(MOST_LISTENERS)]
+    socket = folder / "status.sock"
+    async with status_socket(socket, shown), web_of(socket) as web, browsing(*chromium) as browser:
+        page = await browser.page()
+        await page.open(web.address)
+        await page.until(DRAWN)
+        shown.show([pod_grant(1, CpuSet([0]))])
+        await page.until("document.querySelectorAll('.cpu.held').length === 1")
+        await others[0].aclose()
+        await until(lambda: len(shown.events.listeners) == MOST_LISTENERS)
 
 
 async def test_a_browser_without_the_token_sees_nothing(folder: Path, chromium: Program) -> None:

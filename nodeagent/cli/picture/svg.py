@@ -10,7 +10,7 @@ from nodeagent.cli.picture.colours import colour_of
 from nodeagent.cli.picture.lines import Item, plain, printable, text_of, words, wrapped
 from nodeagent.cli.picture.text import device_label, holdings, node_title, package_title, part_mark, summary_parts
 from nodeagent.core.picture.values import (
-    BLOCKED,
+    EXCLUDED,
     FREE,
     OUTSIDE,
     RESERVED,
@@ -26,7 +26,7 @@ WIDTH, MARGIN, INDENT = 920, 16, 12
 CELL, PITCH, GROUP_GAP = 12, 13, 7
 LINE, CHARACTER = 16, 6.7
 """Height of a line of text, and the width of a character, in pixels of an 11 pixel monospace font."""
-_FILLS = {FREE: "f", RESERVED: "r", OUTSIDE: "o", BLOCKED: "b"}
+_FILLS = {FREE: "f", RESERVED: "r", OUTSIDE: "o", EXCLUDED: "b"}
 _STYLE = """
 text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;fill:var(--ink)}
 .h{font-weight:bold}.c{fill:#111;font-size:9px;text-anchor:middle}.q{fill:var(--dim)}

@@ -15,7 +15,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NO_NODE
 from nodeagent.core.picture.document import cpus_by_state
 from nodeagent.core.picture.values import (
-    BLOCKED,
+    EXCLUDED,
     FREE,
     OUTSIDE,
     PLACED,
@@ -29,7 +29,7 @@ from nodeagent.core.picture.values import (
     PicturePackage,
 )
 
-MARKS = {FREE: ".", RESERVED: "-", OUTSIDE: "/", BLOCKED: "~", PLACED: "*"}
+MARKS = {FREE: ".", RESERVED: "-", OUTSIDE: "/", EXCLUDED: "~", PLACED: "*"}
 SHARED_MARK = "+"
 """A CPU or device with more than one holder."""
 ILL = "!"
@@ -39,7 +39,7 @@ _MEANINGS = {
     MARKS[FREE]: "free",
     MARKS[RESERVED]: "reserved for the system",
     MARKS[OUTSIDE]: "not for pods",
-    MARKS[BLOCKED]: "excluded by a device that is held",
+    MARKS[EXCLUDED]: "excluded by a device that is held",
     SHARED_MARK: "several holders",
     ILL: "not healthy",
 }
@@ -135,7 +135,7 @@ def _gib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 30):.4g}Gi"
 
 
-Block = list[tuple[PictureCore | None, ...]]
+Block = list[tuple[PictureCore, ...]]
 """Cores side by side in groups, as wide as a line allows."""
 
 
@@ -163,7 +163,7 @@ def _label_width(node: PictureNode) -> int:
 
 def _rows(picture: Picture, block: Block) -> Iterator[Line]:
     """Return one line for each thread of a block's cores, which starts with the number of its first CPU."""
-    cores = [core for group in block for core in group if core is not None]
+    cores = [core for group in block for core in group]
     digits = max(len(str(cpu.id)) for core in cores for cpu in core.cpus)
     for thread in range(max(len(core.cpus) for core in cores)):
         first = next(core.cpus[thread].id for core in cores if thread < len(core.cpus))
@@ -174,8 +174,8 @@ def _rows(picture: Picture, block: Block) -> Iterator[Line]:
         yield _merged(line)
 
 
-def _cell(picture: Picture, core: PictureCore | None, thread: int) -> Span:
-    if core is None or thread >= len(core.cpus):
+def _cell(picture: Picture, core: PictureCore, thread: int) -> Span:
+    if thread >= len(core.cpus):
         return plain(" ")
     cpu = core.cpus[thread]
     return part_mark(picture, cpu.state, cpu.holders)

@@ -35,7 +35,7 @@ def to_document(picture: Picture) -> dict[str, Any]:
 
 def cpus_by_state(picture: Picture) -> dict[str, CpuSet]:
     """Return the online CPUs in each state that CPUs can have."""
-    states = [state for state in PartState if state != PartState.BLOCKED]
+    states = [state for state in PartState if state != PartState.EXCLUDED]
     return {str(state): CpuSet(cpu.id for cpu in picture.cpus() if cpu.state == state) for state in states}
 
 

@@ -20,7 +20,7 @@ from nodeagent.core.model.request import Placement
 from nodeagent.core.model.topology import NO_NODE, Cpu, HugepagePool, NodeId, NumaNode
 from nodeagent.core.picture.holders import holders_of, placed_holder
 from nodeagent.core.picture.values import (
-    BLOCKED,
+    EXCLUDED,
     FREE,
     HELD,
     OUTSIDE,
@@ -155,7 +155,7 @@ class _Drawing:
             id=device.id,
             kind=device.kind,
             name=next((str(device.attributes[key]) for key in _NAMES if device.attributes.get(key)), ""),
-            state=self._held_state(held) if held else BLOCKED if device.id in self._blocked else FREE,
+            state=self._held_state(held) if held else EXCLUDED if device.id in self._excluded else FREE,
             holders=held,
             health=ill.state if ill is not None else HEALTHY,
             reason=ill.reason if ill is not None else "",
@@ -188,7 +188,7 @@ class _Drawing:
         return _sums((node, index, size) for index, holder in enumerate(self._holders) for node, size in holder.memory)
 
     @functools.cached_property
-    def _blocked(self) -> frozenset[str]:
+    def _excluded(self) -> frozenset[str]:
         return excluded_with(self._inventory, self._ledger, self._devices_held)
 
     @functools.cached_property

@@ -26,11 +26,11 @@ class PartState(StrEnum):
     """Reserved for the system."""
     OUTSIDE = "outside"
     """No pod can run on it (Inventory.cpus_outside)."""
-    BLOCKED = "blocked"
+    EXCLUDED = "excluded"
     """Not held itself; a device that is held excludes it (core/ledger/exclusion.py)."""
 
 
-FREE, HELD, PLACED, RESERVED, OUTSIDE, BLOCKED = PartState
+FREE, HELD, PLACED, RESERVED, OUTSIDE, EXCLUDED = PartState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

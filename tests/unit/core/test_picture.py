@@ -18,7 +18,7 @@ from nodeagent.core.model.topology import NO_NODE
 from nodeagent.core.picture.document import to_document
 from nodeagent.core.picture.draw import draw
 from nodeagent.core.picture.holders import LETTERS, MORE
-from nodeagent.core.picture.values import BLOCKED, FREE, HELD, PLACED, RESERVED, Picture
+from nodeagent.core.picture.values import EXCLUDED, FREE, HELD, PLACED, RESERVED, Picture
 from tests.builders.inventories import GIB, even_rows, inventory_of
 from tests.builders.pictures import claim_grant, large_machine, many_grants, pod_grant
 from tests.oracles.placement import Row
@@ -163,7 +163,7 @@ def test_a_device_says_that_it_is_ill_or_that_another_excludes_it() -> None:
     health = {"ill": HealthState(state=DeviceState.UNHEALTHY, since=0, reason="no carrier")}
     shown = _devices(draw(inventory, [pod_grant(1, devices=("vf",))], health=health))
     assert {one: (state, health) for one, (state, health, _) in shown.items()} == {
-        "pf": (BLOCKED, "healthy"),
+        "pf": (EXCLUDED, "healthy"),
         "vf": (HELD, "healthy"),
         "ill": (FREE, "unhealthy"),
     }

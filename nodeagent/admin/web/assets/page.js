@@ -3,7 +3,8 @@
 // What the agent says is only ever set as text.
 
 const RETRY_MS = 2000;
-const MARKS = {free: "", reserved: "", outside: "", blocked: "~"};
+const POLL_MS = 5000;
+const MARKS = {free: "", reserved: "", outside: "", excluded: "~"};
 const byId = (id) => document.getElementById(id);
 const slots = new Map(); // name of a holder -> number of its colour: a holder keeps its colour
 const state = {map: null, search: "", chosen: null, loading: false, again: false};
@@ -370,9 +371,14 @@ function follow() {
   const events = new EventSource("v1/events");
   events.addEventListener("changed", () => refresh(true));
   events.addEventListener("beat", () => refresh(false));
-  events.addEventListener("error", () => {
-    said(false, "");
-    if (events.readyState === EventSource.CLOSED) setTimeout(follow, RETRY_MS);
+  events.addEventListener("error", async () => {
+    if (events.readyState !== EventSource.CLOSED) {
+      said(false, ""); // the browser connects again
+      return;
+    }
+    // Refused, as when too many listen: then look from time to time.
+    await refresh(true);
+    setTimeout(follow, document.body.classList.contains("away") ? RETRY_MS : POLL_MS);
   });
 }
 

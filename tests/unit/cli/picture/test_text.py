@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.cli.picture.lines import Span, plain, text_of, wrapped
+from nodeagent.cli.picture.svg import svg_of
 from nodeagent.cli.picture.text import picture_lines
+from nodeagent.cli.shared.source import read_root
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.picture.draw import draw
 from nodeagent.core.picture.values import Picture
+from tests.builders import tables
 from tests.builders.inventories import even_rows, inventory_of
 from tests.builders.pictures import large_machine, many_grants, pod_grant
 
@@ -26,7 +32,10 @@ def lines_of(picture: Picture, width: int = 80) -> list[str]:
 
 def rows_of(lines: Sequence[str]) -> list[str]:
     """The rows of CPUs, without the number that each starts with."""
-    return [line[7:] for line in lines if line[:6].strip().isdigit() and line[6:7] == " "]
+    parts = [part.splitlines() for part in "\n".join(lines).split("\n\n")]
+    machine = [line for part in parts if part[0].startswith(("package", " ")) for line in part]
+    found = [re.fullmatch(r" {3,6}\d+ ([^:]*)", line) for line in machine]
+    return [one[1] for one in found if one]
 
 
 def test_256_cpus_are_drawn_within_80_columns_with_one_character_each() -> None:
@@ -94,3 +103,16 @@ def test_wrapping_keeps_every_character_and_the_width(texts: list[str], width: i
 def test_spans_keep_their_holders_when_a_word_is_cut() -> None:
     lines = list(wrapped([(Span("aaaa", 1), Span("bbbb", 2))], 3))
     assert [span for line in lines for span in line] == [Span("a", 1)] * 4 + [Span("b", 2)] * 4
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in tables.TABLES.glob("*.json")))
+def test_every_recorded_machine_is_drawn_within_80_columns(name: str, recorded_tree: Callable[[str], Path]) -> None:
+    """And as an SVG."""
+    inventory = read_root(str(recorded_tree(name)))
+    picture = draw(inventory, [])
+    lines = lines_of(picture)
+    assert max(map(len, lines)) <= 80
+    assert len("".join(rows_of(lines)).replace(" ", "")) == len(inventory.cpus_online)
+    svg = ElementTree.fromstring(svg_of(picture))
+    titles = [one.text or "" for one in svg.iter("{http://www.w3.org/2000/svg}title")]
+    assert len([one for one in titles if one.startswith("CPU ")]) == len(inventory.cpus_online)
