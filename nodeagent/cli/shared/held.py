@@ -11,7 +11,7 @@ import msgspec
 from nodeagent.cli.shared.request_options import MOST, shortened
 from nodeagent.cli.shared.source import LARGEST_FILE_BYTES
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.grant import Grant, Holder
+from nodeagent.core.model.grant import KUBELET, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import parse_size
 from nodeagent.core.model.request import Pages
@@ -30,11 +30,20 @@ class _HeldMemory(msgspec.Struct):
 
 
 class _Held(msgspec.Struct):
-    """What a placement needs of a grant."""
+    """A grant as the page shows it. A placement needs its parts alone; a refusal names its holder."""
 
     id: str
     api: str = ""
     resource: str = ""
+    namespace: str = ""
+    pod: str = ""
+    container: str = ""
+    claim: str = ""
+    uid: str = ""
+    pod_uids: list[str] = []
+    confirmed: bool = False
+    ids: list[str] = []
+    granted_at: float = 0.0
     cpus: str = ""
     hugepages: list[_HeldPages] = []
     memory: list[_HeldMemory] = []
@@ -78,7 +87,19 @@ def _grant(held: _Held) -> Grant:
     pages = (Pages(node=one.numa_node, page_bytes=parse_size(one.size), pages=one.pages) for one in held.hugepages)
     return Grant(
         id=held.id,
-        holder=Holder(api=held.api, resource=held.resource),
+        holder=Holder(
+            api=held.api,
+            resource=held.resource,
+            namespace=held.namespace,
+            pod=held.pod,
+            container=held.container,
+            claim=held.claim,
+            uid=held.uid,
+        ),
+        ids=tuple(held.ids),
+        granted_at=held.granted_at,
+        confirmed=held.confirmed,
+        pods=() if held.api == KUBELET else tuple(held.pod_uids),
         cpus=CpuSet.parse(held.cpus, source=f"grant {held.id}"),
         hugepages=tuple(pages),
         memory=tuple((one.numa_node, one.bytes) for one in held.memory),
