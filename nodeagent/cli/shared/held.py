@@ -14,7 +14,7 @@ from nodeagent.cli.shared.source import LARGEST_FILE_BYTES
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.grant import OTHER_PLUGIN, Grant, Holder
+from nodeagent.core.model.grant import KUBELET, OTHER_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import parse_size
 from nodeagent.core.model.request import Pages
@@ -112,7 +112,7 @@ def _grant(held: _Held) -> Grant:
         confirmed=held.confirmed,
         result=_result(held),
         settings=held.settings,
-        pods=tuple(held.pod_uids),
+        pods=() if held.api == KUBELET else tuple(held.pod_uids),
     )
 
 

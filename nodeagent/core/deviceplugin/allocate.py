@@ -180,12 +180,12 @@ def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
         if others := mine & inventory.excluded_by.get(one, frozenset()):
             why = f"cannot grant {names}: {_clash(inventory, one, others)}"
             raise Refused(why, want=len(mine), free=len(mine) - len(others), unit="devices")
-    for other in ledger.foreign.values():
+    for other in ledger_of.in_order(ledger.foreign):
         if taken := mine & excluded_with(inventory, ledger, other.devices):
             why = f"cannot grant {names}: {', '.join(sorted(taken))} held by {other.holder} as {other.holder.resource}"
             raise Refused(why, want=len(mine), free=len(mine - taken), unit="devices")
     kin = (excluded_with(inventory, ledger, mine) - mine) & ledger.devices_held
-    for other in ledger.grants.values() if kin else ():
+    for other in ledger_of.in_order(ledger.grants) if kin else ():
         if taken := kin.intersection((*other.devices, *other.shares)):
             same = ", ".join(sorted(taken))
             why = f"cannot grant {names}: {same} is of the same device and held by {other.holder}"

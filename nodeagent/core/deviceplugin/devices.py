@@ -204,7 +204,7 @@ def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int
     others = [one for one in ledger.grants.values() if device in one.shares and one.id != grant.id]
     free = max(0, shares - sum(shares_of(one, device) for one in others))
     if want > free:
-        holders = ", ".join(dict.fromkeys(str(one.holder) for one in others))
+        holders = ", ".join(sorted({str(one.holder) for one in others}))
         held = f", others are held by {holders}" if holders else ""
         why = f"cannot grant {want} of {shares} shares of {device}: {free} are left{held}"
         raise Refused(why, want=want, free=free, unit="shares")

@@ -435,7 +435,7 @@ def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, gran
 def _naming_holders(refusal: Refused, ledger: Ledger, part: DevicePart) -> Refused:
     """Return the refusal with the holders of CPUs, pages or memory of the same part; for devices it already has
     them."""
-    holders = list(dict.fromkeys(str(grant.holder) for grant in ledger.grants.values() if _has_of(grant, part)))
+    holders = sorted({str(grant.holder) for grant in ledger.grants.values() if _has_of(grant, part)})
     if not holders:
         return refusal
     others = f" and {len(holders) - MOST_NAMED} more" if len(holders) > MOST_NAMED else ""

@@ -95,6 +95,12 @@ class Ledger:
         return {(grant.holder.resource, one): grant for grant in self.grants.values() for one in grant.ids}
 
 
+def in_order(grants: Mapping[str, Grant]) -> list[Grant]:
+    """Return grants in order of their ids. A refusal that names one of several names the same one whatever the order
+    in which they were made or read from disk."""
+    return [grants[one] for one in sorted(grants)]
+
+
 class Action(StrEnum):
     """What happened to a grant."""
 
@@ -135,7 +141,7 @@ def grant(ledger: Ledger, new: Grant) -> Ledger:
         return ledger
     others = release(ledger, [new.id])
     if _may_overlap(others, new):
-        for old in others.grants.values():
+        for old in in_order(others.grants):
             _refuse_overlap(old, new)
     if taken := new.cpus & ledger.reserved:
         raise Refused(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.ledger.ledger import Ledger, in_order
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
@@ -20,7 +20,7 @@ def lost_cpus(inventory: Inventory, ledger: Ledger) -> Mapping[tuple[str, str], 
     Devices that lost nothing are left out. Claims are listed in the order of their grants' ids.
     """
     found: dict[tuple[str, str], dict[str, list[str]]] = {}
-    for grant in _in_order(ledger):
+    for grant in in_order(ledger.grants):
         if grant.holder.api != CLAIM or grant.result is None:
             continue
         for why, lost in _lost(inventory, grant.cpus):
@@ -40,7 +40,7 @@ def outside_of(inventory: Inventory) -> str:
 
 def held_outside(inventory: Inventory, ledger: Ledger) -> str:
     """Describe which holders have CPUs outside the cpuset of all pods; "" if there are none."""
-    every = ((grant, grant.cpus & inventory.cpus_outside) for grant in _in_order(ledger))
+    every = ((grant, grant.cpus & inventory.cpus_outside) for grant in in_order(ledger.grants))
     named = [_of(cpus, grant) for grant, cpus in every if cpus]
     return f"{', '.join(named)}: {outside_of(inventory)}" if named else ""
 
@@ -49,10 +49,6 @@ def narrowed(inventory: Inventory, ledger: Ledger) -> str:
     """Describe which unreserved CPUs are not offered because pods cannot run on them; "" if there are none."""
     cpus = inventory.cpus_outside - ledger.reserved
     return f"CPUs {cpus} are not offered: {outside_of(inventory)}" if cpus else ""
-
-
-def _in_order(ledger: Ledger) -> list[Grant]:
-    return sorted(ledger.grants.values(), key=lambda one: one.id)
 
 
 def _lost(inventory: Inventory, cpus: CpuSet) -> list[tuple[str, CpuSet]]:
