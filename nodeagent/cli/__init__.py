@@ -33,6 +33,8 @@ VERBS = {
     "grants": Verb("agent.grants", "show who holds what"),
     "explain": Verb("agent.explain.verb", "say why: a request, a pod, a claim, a CPU or a device"),
     "advise": Verb("agent.planning.advise", "say which pods to move so that a request lies close together"),
+    "forecast": Verb("agent.planning.forecast", "say how many more of a pod or claim fit"),
+    "template": Verb("agent.planning.template", "print the node's shape as ResourceSlices without a node"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "config": Verb("node.config", "check a configuration or print its schema"),
