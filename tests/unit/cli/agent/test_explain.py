@@ -171,6 +171,12 @@ def test_a_device_says_why_nobody_can_have_it(machine: Inventory, tmp_path: Path
     assert "gpu0/mig0, which cannot be given away together with it, is held by ns/a/main" in whole["not_offered"]
     ill = explain_device(facts, state, "gpu1")
     assert ill["causes"] == {"xid": "unhealthy: Xid 79"} and "it is unhealthy: Xid 79" in ill["not_offered"]
+    unserved = "neither a resource of the device plugin nor a pool of DRA serves it (gpu)"
+    assert unserved in ill["not_offered"]
+    published = {"slices": {"pools": [{"name": "node-a/gpu"}]}}
+    by_dra = facts_of(machine, grants, tmp_path, dra=published)
+    healthy = explain_device(by_dra, state_of(by_dra), "gpu1")
+    assert (healthy["pool"], healthy["not_offered"]) == ("node-a/gpu", [])
     with pytest.raises(InputError, match=r"cannot explain device 'gpu2': .*did you mean gpu"):
         explain_device(facts, state, "gpu2")
 
