@@ -37,6 +37,8 @@ VERBS = {
     "advise": Verb("agent.planning.advise", "say which pods to move so that a request lies close together"),
     "web": Verb("agent.web", "show the map and the state of a running agent in a browser"),
     "top": Verb("agent.top.verb", "show what is used of what is held"),
+    "forecast": Verb("agent.planning.forecast", "say how many more of a pod or claim fit"),
+    "template": Verb("agent.planning.template", "print the node's shape as ResourceSlices without a node"),
     "metrics": Verb("agent.metrics", "print the metrics of a running agent, or write them for node_exporter"),
     "health": Verb("agent.health", "show what is known against devices, or clear it"),
     "doctor": Verb("node.doctor.verb", "check what on this node hinders the agent, and what to do"),

@@ -23,7 +23,7 @@ def random_server(pick: random.Random, *, most_gpus: int = 8, most_cores: int = 
     cores = pick.randint(1, most_cores // (packages * nodes * groups * threads))
     every = packages * nodes
     gpus = [
-        Device(kind="gpu", id=f"gpu{i}", numa_node=i % every, pcie_root=f"pci{i % every}", vendor="10de")
+        Device(kind="gpu", id=f"gpu{i}", numa_node=i % every, pcie_root=f"pci{i % every}", paths=(f"/dev/gpu{i}",))
         for i in range(pick.randint(0, most_gpus))
     ]
     pages = {(node, GIB): pick.randint(0, 3) for node in range(every)}

@@ -47,6 +47,7 @@ def explain_device(facts: Facts, state: NodeState, id: str) -> Document:
         if health is not None
         else {},
         "offered": [_offer(one) for one in offered],
+        "pool": _pools(state).get(device.kind, ""),
         "not_offered": list(_reasons(state, device, offered, others)),
     }
 
@@ -95,16 +96,20 @@ def _reasons(
     if why := state.ill().get(device.id):
         yield f"it is {why}"
     yield from (_WITHHELD[name] for name in WITHHELD if device.attributes.get(name) and not offered)
-    if not offered and not any(
-        one.holder.resource.startswith(f"{device.kind}.") for one in _holders(state, [device.id])
-    ):
-        yield f"no resource of the device plugin serves it ({device.kind})"
+    if not offered and device.kind not in _pools(state):
+        yield f"neither a resource of the device plugin nor a pool of DRA serves it ({device.kind})"
     for refused, why in state.status["refused"].items():
         if device.kind in refused:
             yield f"resource {refused} is not served: {why}"
     for other in others:
         for grant in _holders(state, [other]):
             yield f"{other}, which cannot be given away together with it, is held by {grant.holder}"
+
+
+def _pools(state: NodeState) -> dict[str, str]:
+    """Return the names of the pools that are published through DRA, by kind."""
+    slices = (state.status["dra"] or {}).get("slices") or {}
+    return {one["name"].rpartition("/")[2]: one["name"] for one in slices.get("pools", ())}
 
 
 # ---------------------------------------------------------------- as text
@@ -142,4 +147,6 @@ def _about_use(document: Mapping[str, Any]) -> Iterator[str]:
     yield from (f"health by {source}: {cause}" for source, cause in document["causes"].items())
     for one in document["offered"]:
         yield f"offered as {one['id']} of {one['resource']}: {'healthy' if one['healthy'] else 'Unhealthy'}"
+    if document["pool"]:
+        yield f"kind {document['kind']} is published in pool {document['pool']}"
     yield from (f"not available: {why}" for why in document["not_offered"])

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
 from nodeagent.cli.agent.explain.request import costs, requested
 from nodeagent.cli.agent.explain.words import print_costs
+from nodeagent.cli.agent.planning.progress import Progress
 from nodeagent.cli.shared.facts import add_facts, facts_of
 from nodeagent.cli.shared.node_state import NodeState, state_of
 from nodeagent.cli.shared.placed import placed_document
@@ -29,7 +28,6 @@ EXAMPLES = (
 )
 REPLAYABLE = True
 DONE, REFUSED = 0, 3
-SHOW_AFTER_S = 1.0
 Document = dict[str, Any]
 
 
@@ -45,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    state, progress = state_of(facts_of(args)), Progress()
+    state, progress = state_of(facts_of(args)), Progress("tried {} sets of pods")
     try:
         document = advice_document(state, _wanted(args, state), progress)
     finally:
@@ -66,26 +64,6 @@ def _wanted(args: argparse.Namespace, state: NodeState) -> tuple[Request, bool]:
     if args.largest or not asked:
         return request_of(state.inventory, RequestLine(**written)), True
     return requested(args, state.inventory), False
-
-
-class Progress:
-    """Shows on a terminal how many sets of pods were tried, once that takes longer than a second."""
-
-    def __init__(self) -> None:
-        self._began = time.monotonic()
-        self._shown_at = 0.0
-
-    def __call__(self, tried: int) -> None:
-        """Take in the number of sets tried so far."""
-        now = time.monotonic()
-        if now - self._began > SHOW_AFTER_S and now - self._shown_at > 0.1 and sys.stderr.isatty():
-            print(f"\rtried {tried} sets of pods …", end="", file=sys.stderr, flush=True)
-            self._shown_at = now
-
-    def end(self) -> None:
-        """Clear the line."""
-        if self._shown_at:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def advice_document(state: NodeState, wanted: tuple[Request, bool], tick: Progress) -> Document:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.cli.agent.explain.cpu import explain_cpu
+from nodeagent.cli.agent.explain.cpu import explain_cpu, print_cpu
 from nodeagent.cli.agent.explain.device import explain_device
-from nodeagent.cli.agent.explain.pod import explain_claim, explain_pod
+from nodeagent.cli.agent.explain.pod import explain_claim, explain_pod, print_holder
 from nodeagent.cli.agent.explain.request import explain_request
 from nodeagent.cli.shared.node_state import state_of
 from nodeagent.core.ledger.exclusion import things_of
@@ -171,6 +171,12 @@ def test_a_device_says_why_nobody_can_have_it(machine: Inventory, tmp_path: Path
     assert "gpu0/mig0, which cannot be given away together with it, is held by ns/a/main" in whole["not_offered"]
     ill = explain_device(facts, state, "gpu1")
     assert ill["causes"] == {"xid": "unhealthy: Xid 79"} and "it is unhealthy: Xid 79" in ill["not_offered"]
+    unserved = "neither a resource of the device plugin nor a pool of DRA serves it (gpu)"
+    assert unserved in ill["not_offered"]
+    published = {"slices": {"pools": [{"name": "node-a/gpu"}]}}
+    by_dra = facts_of(machine, grants, tmp_path, dra=published)
+    healthy = explain_device(by_dra, state_of(by_dra), "gpu1")
+    assert (healthy["pool"], healthy["not_offered"]) == ("node-a/gpu", [])
     with pytest.raises(InputError, match=r"cannot explain device 'gpu2': .*did you mean gpu"):
         explain_device(facts, state, "gpu2")
 
@@ -193,3 +199,45 @@ def test_pages_that_a_pod_uses_come_back_with_its_end(machine: Inventory, tmp_pa
     facts = facts_of(inventory, ledger(held), tmp_path)
     found = explain_request(state_of(facts), Request(hugepages={GIB: 4}))
     assert [one["pods"] for one in found["in_the_way"]] == [["ns/a"]]
+
+
+PINNED = {
+    "namespace": "ns",
+    "pod": "a",
+    "pod_uid": "uid-a",
+    "container": "main",
+    "grants": ["g1"],
+    "granted_cpus": "0-1",
+    "effective_cpus": "0-2",
+    "granted_mems": "0",
+    "effective_mems": "0",
+    "hugepage_limits": {"1Gi": GIB},
+    "drifts": 2,
+    "quota_cpus": 1.5,
+    "error": "cannot write cpuset.cpus",
+}
+
+
+def test_what_the_agent_has_found_in_the_kernel_is_printed(
+    machine: Inventory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Effective CPUs, page limits, quota, drifts; of interrupts and threads of the host those on its CPUs."""
+    intruders = {
+        "irqs": [
+            {"irq": 24, "name": "eth0-rx", "cpus": "1,7", "moved": False},
+            {"irq": 25, "name": "eth0-tx", "cpus": "1", "moved": True},
+            {"irq": 26, "name": "nvme0", "cpus": "6", "moved": False},
+        ],
+        "threads": [{"tid": 77, "comm": "kworker/0:1", "cpus": "0"}, {"tid": 78, "comm": "sshd", "cpus": "5"}],
+    }
+    pinning = {"mode": "nri", "pinned": [PINNED, {**PINNED, "pod": "b"}], "intruders": intruders}
+    grants = ledger(container("g1", "a", "uid-a", cpus=CpuSet([0, 1])))
+    facts = facts_of(machine, grants, tmp_path, pinning=pinning)
+    state = state_of(facts)
+    print_holder(explain_pod(facts, state, "ns/a"))
+    out = capsys.readouterr().out
+    assert out.count("cannot write cpuset.cpus") == 1 and f"1Gi={GIB}" in out
+    assert "interrupt 24 (eth0-rx) may run on 1,7" in out and "eth0-tx" not in out and "nvme0" not in out
+    assert "thread 77 (kworker/0:1) of the host may run on 0" in out and "sshd" not in out
+    print_cpu(explain_cpu(state, "2"))
+    assert "the kernel lets ns/a/main run on it" in capsys.readouterr().out
