@@ -52,9 +52,12 @@ VERBS = {
     "version": Verb("node.version", "show the version of this program and of the running agent"),
     "capture": Verb("node.capture.verb", "write one node into one file, to look at elsewhere"),
     "replay": Verb("node.replay.verb", "run another command on a captured node"),
+    "completion": Verb("completion.verb", "print the script that makes a shell complete these words"),
     "import": Verb("node.kubelet_state.verb", "take over what kubelet's own managers gave away"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }
+COMPLETE = "__complete"
+"""The verb that the scripts of completion call (completion/scripts.py)."""
 DONE, FAILED, BAD_INPUT, REFUSED = 0, 1, 2, 3
 EXAMPLES = (
     ("nodeagent status", "whether the agent of this node is ready, and what it serves"),
@@ -83,6 +86,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == [COMPLETE]:
+        from nodeagent.cli.completion.complete import run
+
+        return run(words[1:], parser, VERBS)
     # Import only the verb that is called: `place` needs no gRPC.
     top = parser([one for one in words if one in VERBS][:1])
     args = top.parse_args(words)

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import pytest
 
-from nodeagent.cli import VERBS
+from nodeagent.cli import VERBS, parser
+from nodeagent.cli.help.parser import leaves
 from nodeagent.config.schema import schema
 from tests.support.paths import CHECKOUT
+from tests.support.shells import completed
 
 BUILD = CHECKOUT / "packaging" / "debian" / "build.py"
 CONFIG = "/etc/nodeagent/config.yaml"
@@ -33,6 +35,8 @@ SHIPPED = {
     "/usr/lib/nodeagent/pyvenv.cfg",
     "/usr/lib/systemd/system/nodeagent.service",
     "/usr/share/bash-completion/completions/nodeagent",
+    "/usr/share/zsh/vendor-completions/_nodeagent",
+    "/usr/share/fish/vendor_completions.d/nodeagent.fish",
     "/usr/share/doc/nodeagent/changelog.Debian.gz",
     "/usr/share/doc/nodeagent/copyright",
     "/usr/share/doc/nodeagent/operations.md",
@@ -147,6 +151,8 @@ def test_the_manuals_are_correct_roff(name: str, tree: Path) -> None:
 def test_the_manuals_have_every_verb_and_every_key(tree: Path) -> None:
     verbs, keys = page(tree, "nodeagent.8"), re.sub(r"\\f[BIR]", " ", page(tree, "nodeagent.yaml.5"))
     assert not [name for name in VERBS if f".SS \\fBnodeagent {name}" not in verbs]
+    shown = verbs.replace("\\-", "-").replace("\\e", "\\")
+    assert not [command for leaf in leaves(parser()) for command, _ in leaf.about.examples if command not in shown]
     every = {key for one in schema()["$defs"].values() for key in one.get("properties", {})}
     assert not [key for key in every if not re.search(rf"\b{key}\b", keys)]
 
@@ -156,20 +162,16 @@ def test_the_manuals_have_every_verb_and_every_key(tree: Path) -> None:
     ("line", "words"),
     [
         ("nodeagent le", "ledger"),
-        ("nodeagent ledger ", "export import -h --help"),
+        ("nodeagent ledger ", "export import"),
         ("nodeagent history -o ", "table json jsonl"),
         ("nodeagent history --l", "--last"),
         ("nodeagent health c", "clear"),
         ("nodeagent run --config /et", ""),
     ],
 )
-def test_bash_completes_verbs_options_and_choices(line: str, words: str, tree: Path) -> None:
-    typed = line.split(" ")
-    script = f"""source {tree}/usr/share/bash-completion/completions/nodeagent
-        COMP_WORDS=({" ".join(f"'{one}'" for one in typed)}) COMP_CWORD={len(typed) - 1}
-        _nodeagent; echo "${{COMPREPLY[@]}}" """
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True)
-    assert set(done.stdout.split()) == set(words.split())
+def test_bash_completes_verbs_options_and_choices(line: str, words: str, tree: Path, tmp_path: Path) -> None:
+    """The installed script, with this program."""
+    assert completed(line, tree / "usr/share/bash-completion/completions/nodeagent", tmp_path) == set(words.split())
 
 
 # ---------------------------------------------------------------- installed in a copy of this machine

@@ -10,7 +10,6 @@ from typing import Any
 from nodeagent.cli.output import columns, forms
 from nodeagent.cli.output.columns import Column
 from nodeagent.cli.shared import ask, watch
-from nodeagent.core.model.health import HEALTHY
 from nodeagent.errors import InputError
 
 EXAMPLES = (
@@ -62,5 +61,7 @@ def _write(args: argparse.Namespace, health: Any) -> None:
 
 def _causes(health: Any) -> Iterator[Any]:
     """Yield what is known against devices, each with its device."""
+    from nodeagent.core.model.health import HEALTHY
+
     for one in health:
         yield from ({"device": one["device"], **cause} for cause in one["causes"] if cause["state"] != HEALTHY)

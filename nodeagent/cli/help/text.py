@@ -10,6 +10,7 @@ GROUPS = {
     "agent": "ask a running agent",
     "machine": "the machine, and where requests fit on it",
     "node": "run, configure and repair",
+    "completion": "run, configure and repair",
 }
 """What the verbs in each folder are about."""
 OTHERS = "more"
@@ -34,7 +35,7 @@ def overview(usage: str, description: str, verbs: Mapping[str, tuple[str, str]],
     groups: dict[str, dict[str, str]] = {}
     for name, (module, text) in verbs.items():
         groups.setdefault(GROUPS.get(module.partition(".")[0], OTHERS), {})[name] = text
-    ordered = [*(one for one in GROUPS.values() if one in groups), *(one for one in groups if one == OTHERS)]
+    ordered = [one for one in dict.fromkeys((*GROUPS.values(), OTHERS)) if one in groups]
     width = max(map(len, (*verbs, *options)))
     parts = [_section(title, [*_listed(groups[title], width)]) for title in ordered]
     parts.append(_section("options", [*_listed(options, width)]))

@@ -29,8 +29,19 @@ class Column(NamedTuple):
 
 def add_sort(parser: argparse.ArgumentParser, columns: Sequence[Column]) -> None:
     """Add the option that orders a list."""
-    names = ", ".join(one.name for one in columns)
-    parser.add_argument("--sort-by", metavar="COLUMN", help=f"{names}, or a path in the JSON such as .id")
+    order = _Order([one.name for one in columns])
+    about = f"{', '.join(order.words)}, or a path in the JSON such as .id"
+    parser.add_argument("--sort-by", metavar="COLUMN", type=order, help=about)
+
+
+class _Order:
+    """Reads a value of --sort-by for argparse; in_order checks it. words: for completion."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = words
+
+    def __call__(self, text: str) -> str:
+        return text
 
 
 def in_order(items: Sequence[Any], columns: Sequence[Column], by: str) -> list[Any]:

@@ -35,29 +35,34 @@ def add_output(parser: argparse.ArgumentParser, forms: Sequence[str] = LIST_FORM
     """Add the options that say how an answer is written. forms: those that make sense for the verb."""
     known = ", ".join(_SHOWN.get(one, one) for one in forms)
     parser.add_argument(
-        "-o", "--output", metavar="FORM", type=_reader(forms), default=Form(TABLE), help=f"{known} (table)"
+        "-o", "--output", metavar="FORM", type=_Reader(forms), default=Form(TABLE), help=f"{known} (table)"
     )
     parser.add_argument("--no-trunc", action="store_true", help="do not cut tables to the width of the terminal")
 
 
-def _reader(forms: Sequence[str]) -> Callable[[str], Form]:
-    """Return what reads a value of -o for argparse."""
+class _Reader:
+    """Reads a value of -o for argparse. words: for completion."""
 
-    def read(text: str) -> Form:
+    def __init__(self, forms: Sequence[str]) -> None:
+        self._forms = forms
+        self.words = [one if one != JSONPATH else f"{one}=" for one in forms]
+
+    def __call__(self, text: str) -> Form:
+        """Return the form. Raise ArgumentTypeError with what is wrong, and where."""
         kind, equals, template = text.partition("=")
-        if kind not in forms or bool(equals) != (kind == JSONPATH):
-            known = ", ".join(_SHOWN.get(one, one) for one in forms)
+        if kind not in self._forms or bool(equals) != (kind == JSONPATH):
+            known = ", ".join(_SHOWN.get(one, one) for one in self._forms)
             raise argparse.ArgumentTypeError(f"unknown form {text[:40]!r}: expected one of {known}")
-        if kind != JSONPATH:
-            return Form(kind)
-        from nodeagent.cli.output.jsonpath_syntax import parse
+        return Form(kind, _parts(template)) if kind == JSONPATH else Form(kind)
 
-        try:
-            return Form(kind, parse(template))
-        except InputError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
 
-    return read
+def _parts(template: str) -> Sequence[Any]:
+    from nodeagent.cli.output.jsonpath_syntax import parse
+
+    try:
+        return parse(template)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def write(args: argparse.Namespace, document: Any, show: Callable[[Any], None]) -> None:

@@ -62,7 +62,7 @@ def columns(now_s: float, nodes: Nodes) -> tuple[Column, ...]:
         Column("RESOURCE", lambda g: g["resource"] or g["api"]),
         Column("CPUS", lambda g: g["cpus"]),
         Column("MEMORY", memory),
-        Column("DEVICES", lambda g: " ".join(g["devices"])),
+        Column("DEVICES", lambda g: " ".join(sorted(g["devices"]))),
         Column("AGE", lambda g: age(g["granted_at"], now_s), key=lambda g: now_s - g["granted_at"]),
         Column("NUMA", lambda g: nodes_of(g, nodes), wide=True),
         Column("API", lambda g: g["api"], wide=True),

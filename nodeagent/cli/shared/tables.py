@@ -1,4 +1,8 @@
-"""Rows of text under headings, as in `kubectl get`: fitted to a terminal, whole everywhere else."""
+"""Rows of text under headings, as in `kubectl get`: fitted to a terminal, whole everywhere else.
+
+They are drawn here and not by rich: importing it takes more CPU time than a whole `nodeagent status`, and drawing 200
+rows twice as much again.
+"""
 
 from __future__ import annotations
 
