@@ -38,7 +38,9 @@ TO_THE_TOP = "\x1b[H\x1b[J"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent top`."""
     add_facts(parser)
-    parser.add_argument("-d", "--delay", metavar="SECONDS", type=float, default=DELAY_S, help=f"({DELAY_S:g})")
+    parser.add_argument(
+        "-d", "--delay", metavar="SECONDS", type=float, default=DELAY_S, help=f"how long a reading covers ({DELAY_S:g})"
+    )
     parser.add_argument("-n", "--count", metavar="COUNT", type=int, default=0, help="end after so many (0: never)")
     parser.add_argument(
         "-b", "--batch", action="store_true", help="print one below the other, as where there is no terminal"

@@ -22,6 +22,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 
 T = TypeVar("T")
 INTERVAL_NS = 1_000_000
+ANYWHERE = -1
 FREE_TIMES = 4
 """A node needs so many times as much free memory as is measured: nobody is to run short of it."""
 START_S = 20.0
@@ -67,6 +68,8 @@ class Bench:
         self._sysfs = sysfs
         self._held = held
         self._say = say
+        self._bound = len(plan.nodes) > 1
+        """Whether memory is bound to its node: with one there is no other, and a kernel without NUMA binds none."""
 
     def run(self, seconds: float) -> Measured:
         """Measure for about so many seconds. Raise HostError if the kernel does not let this process run on these CPUs,
@@ -92,8 +95,8 @@ class Bench:
         self._check(f"NUMA node {node}")
         with on_cpu(min(self._plan.cpus)):
             try:
-                memory = Memory(size, node)
-                where = memory.nodes()
+                memory = Memory(size, node if self._bound else ANYWHERE)
+                where = memory.nodes() if self._bound else [node]
             except OSError as error:
                 return NodeMeasure(node, why_not=f"no memory can be bound to it: {cause_of(error)}")
             if where != [node]:

@@ -248,7 +248,7 @@ CHECKS = (
     Check("agent.ready", "operations.md#troubleshooting", _ready),
     Check("agent.resources", "migrating.md#other-device-plugins", _refused),
     Check("agent.notes", "operations.md#what-happens-when", _notes),
-    Check("agent.version", "operations.md#upgrade-and-rollback", _version),
+    Check("agent.version", "operations.md#upgrade-and-rollback", _version, live=True),
     Check("agent.configuration", "configuration.md#configuration", _configuration),
     Check("agent.socket", "operations.md#the-status-socket", _socket, live=True),
     Check("agent.metrics", "operations.md#metrics-over-tcp", _metrics, live=True, configuration=True),

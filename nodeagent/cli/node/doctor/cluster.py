@@ -20,6 +20,8 @@ WHOAMI = ApiResource("authentication.k8s.io", "v1", "selfsubjectreviews", "SelfS
 DRA = "resource.k8s.io"
 CALL_S = 3.0
 NODE_USER = "system:node:"
+DRIVER_RIGHTS = (1, 36)
+"""From here on the status of devices in claims needs rights of its own."""
 OLDEST, NEWEST = (1, 34), (1, 38)
 """Versions of Kubernetes that docs/compatibility.md has columns for."""
 TESTED_RUNTIMES = {"containerd": ((1, 7), (2, 99))}
@@ -50,8 +52,10 @@ class Right(NamedTuple):
         return {"metadata": {}, "spec": {"resourceAttributes": {**asked, "group": self.group}}}
 
 
-def rights(config: Config, node: str) -> Iterator[Right]:
-    """Yield the rights that a configuration needs (docs/operations.md, "Permissions in the API server")."""
+def rights(config: Config, node: str, kubernetes: tuple[int, int] | None = None) -> Iterator[Right]:
+    """Yield the rights that a configuration needs (docs/operations.md, "Permissions in the API server").
+
+    kubernetes: the version, or None if it is not known: then those that only newer ones ask for are left out."""
     if config.served_by_dra:
         yield from (Right(verb, DRA, "resourceslices") for verb in VERBS)
         yield Right("get", DRA, "resourceclaims")
@@ -60,6 +64,9 @@ def rights(config: Config, node: str) -> Iterator[Right]:
         yield from (Right(verb, DRA, "resourceclaims") for verb in ("list", "watch"))
     if config.served_by_dra and config.dra.device_status:
         yield from (Right(verb, DRA, "resourceclaims", "status") for verb in ("update", "patch"))
+        if (kubernetes or OLDEST) >= DRIVER_RIGHTS:
+            verbs = ("associated-node:update", "associated-node:patch")
+            yield from (Right(verb, DRA, "resourceclaims", "driver", config.dra.driver) for verb in verbs)
     yield Right("create", "events.k8s.io", "events")
 
 
@@ -101,7 +108,8 @@ async def _allowed(api: ApiServer, right: Right) -> bool:
 def _rights(node: Node) -> Finding:
     if not is_configured(node.config.dra.kubeconfig):
         return NO_API
-    found = asyncio.run(_ask(_api(node), rights(node.config, node_name(node.config))))
+    wanted = rights(node.config, node_name(node.config), _kubernetes(node))
+    found = asyncio.run(_ask(_api(node), wanted))
     if not found.denied:
         return ok(f"{found.user or 'the credentials'} may do all that is configured")
     if found.user.startswith(NODE_USER):
@@ -112,6 +120,14 @@ def _rights(node: Node) -> Finding:
     return failure(
         f"{found.user or 'the credentials'} may not {', '.join(found.denied)}", "apply the roles", SLICES_FIX
     )
+
+
+def _kubernetes(node: Node) -> tuple[int, int] | None:
+    """Return the version of Kubernetes as far as this node's kubelet shows it, or None."""
+    try:
+        return _number(_said_version(node, "kubeletVersion"))
+    except PeerError:
+        return None
 
 
 async def _get_node(api: ApiServer, name: str) -> dict[str, Any] | None:

@@ -91,18 +91,25 @@ NOT_IN_A_CAPTURE = skipped("not in a capture")
 
 
 def examine(check: Check, node: Node) -> Finding:
-    """Return what a check finds. Raises nothing: what cannot be read is unknown, and so is what the check itself trips
-    over."""
+    """Return what a check finds, with paths as they are on the node. Raises nothing: what cannot be read is unknown,
+    and so is what the check itself trips over."""
     if check.live and not node.live:
         return NOT_IN_A_CAPTURE
     try:
-        return check.judge(node)
+        found = check.judge(node)
     except NotCapturedError:
-        return NOT_IN_A_CAPTURE
+        found = NOT_IN_A_CAPTURE
     except (NodeagentError, OSError) as error:
-        return unknown(_reason(error))
+        found = unknown(_reason(error))
     except Exception as error:
-        return unknown(f"the check itself failed: {type(error).__name__}: {error}")
+        found = unknown(f"the check itself failed: {type(error).__name__}: {error}")
+    return _placed(found, node.files.root)
+
+
+def _placed(found: Finding, root: str) -> Finding:
+    """Return a finding of a tree as it is on the node: a capture gives the same answer wherever it lies."""
+    seen, fix, *commands = (text.replace(root, "/") for text in (found.seen, found.fix, *found.commands))
+    return Finding(found.state, seen, fix, tuple(commands))
 
 
 def _reason(error: Exception) -> str:

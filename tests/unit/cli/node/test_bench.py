@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -104,11 +105,18 @@ def test_this_machine_is_measured_on_one_cpu_and_the_affinity_is_as_before() -> 
     before, steps = os.sched_getaffinity(0), []
     found = Bench(small(CpuSet((min(HERE),))), SysFs("/"), lambda: EMPTY, steps.append).run(0.03)
     node, skipped = found.nodes
-    assert node.why_not or (node.latency_ns and node.bytes_per_s and node.latency_ns > 0)
+    assert not node.why_not and node.latency_ns and node.bytes_per_s, "with one node, no binding is needed"
     assert skipped == NodeMeasure(7, why_not="no memory")
     (jitter,) = found.jitter
     assert jitter.wakeups and jitter.median_ns <= jitter.p99_ns <= jitter.worst_ns
     assert os.sched_getaffinity(0) == before and steps
+
+
+def test_a_node_that_the_machine_lacks_is_said_to_be_so() -> None:
+    """Of several, each must be where it was bound to."""
+    nodes = dataclasses.replace(small(CpuSet((min(HERE),))), nodes=(0, 1023))
+    found = Bench(nodes, SysFs("/"), lambda: EMPTY, lambda _: None).run(0.03).nodes
+    assert "no memory can be bound to it" in next(one for one in found if one.node == 1023).why_not
 
 
 def test_cpus_that_are_granted_to_others_meanwhile_end_it() -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from nodeagent.cli import main
 from nodeagent.cli.node.doctor import show
 from nodeagent.cli.node.doctor.model import State
 from nodeagent.cli.node.doctor.registry import CHECKS, exit_code, findings
+from tests.builders import tables
 from tests.builders.doctor_node import BuiltNode
 
 GARBAGE_FILES = (
@@ -81,6 +83,27 @@ def test_the_exit_code_says_how_bad_it_is(tmp_path: Path, mode: str, code: int) 
     assert main(["doctor", "--root", str(built.root)]) == code
     built.configure(domian="x.y")
     assert main(["doctor", "--root", str(built.root)]) == 2
+
+
+def test_a_capture_gives_the_same_answers_wherever_it_lies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    outputs = []
+    for name in ("a", "b/c"):
+        built = BuiltNode(tmp_path / name)
+        built.configure(domian="x.y")
+        built.write("proc/sys/kernel/numa_balancing", "1")
+        assert main(["doctor", "--root", str(built.root), "-o", "json"]) == 2
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "/etc/nodeagent/config.yaml" in outputs[0]
+
+
+@pytest.mark.parametrize("name", tables.names())
+def test_every_recorded_machine_can_be_examined(
+    name: str, recorded_tree: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["doctor", "--root", str(recorded_tree(name)), "-o", "json"]) in (0, 1, 2)
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    assert not [one for one in checks if "the check itself failed" in one["seen"]]
+    assert next(one for one in checks if one["name"] == "cpus.machine")["state"] == "ok"
 
 
 def test_json_has_every_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,7 @@ async def test_an_account_with_all_rights_is_well(tmp_path: Path) -> None:
         finding = await found("cluster.rights", built)
         assert finding.state is State.OK and server.user in finding.seen
         asked = {seen.verb for seen in server.requests}
-        assert asked == {"create"}, "reviews alone: nothing is written or read to find out"
+        assert asked == {"create", "get"}, "nothing is written to find out"
 
 
 async def test_a_right_that_is_missing_is_named(tmp_path: Path) -> None:
@@ -48,6 +48,16 @@ async def test_a_right_that_is_missing_is_named(tmp_path: Path) -> None:
         finding = await found("cluster.rights", built)
         assert finding.state is State.FAILURE and finding.commands == ("kubectl apply -k deploy",)
         assert "may not deletecollection resourceslices, patch resourceclaims/status" in finding.seen
+
+
+async def test_rights_of_newer_versions_are_asked_for_there_alone(tmp_path: Path) -> None:
+    async with cluster(tmp_path) as (server, built):
+        server.denied = {"associated-node:update resourceclaims/driver"}
+        assert "associated-node:update resourceclaims/driver" in (await found("cluster.rights", built)).seen
+        node = server.find(NODES, "n1") or {}
+        node["status"]["nodeInfo"]["kubeletVersion"] = "v1.35.4"
+        server.add(NODES, node)
+        assert (await found("cluster.rights", built)).state is State.OK
 
 
 async def test_what_kubelets_own_account_may_do_in_general_proves_nothing(tmp_path: Path) -> None:
