@@ -73,9 +73,11 @@ def replace(node: Node, mark: str) -> None:
 def away(node: Node) -> Iterator[None]:
     """Without an agent: the DaemonSet wants another kind of node."""
     _select(node, {"tests/away": "yes"})
-    until("no agent is left", lambda: not agents(node), ROLLOUT_S)
-    yield
-    _select(node, {"tests/away": None})
+    try:
+        until("no agent is left", lambda: not agents(node), ROLLOUT_S)
+        yield
+    finally:
+        _select(node, {"tests/away": None})
 
 
 def _select(node: Node, labels: Mapping[str, str | None]) -> None:
