@@ -209,6 +209,12 @@ def test_the_probes_ask_with_a_verb_there_is() -> None:
         assert (option, path) == ("--socket", SOCKET)
 
 
+def test_an_agent_that_answers_late_is_not_restarted() -> None:
+    """Where a node is short of CPU, starting the program that asks takes most of the time."""
+    waits = [container()[one]["timeoutSeconds"] for one in ("startupProbe", "readinessProbe", "livenessProbe")]
+    assert min(waits) >= 30 and waits[-1] >= 60
+
+
 def test_the_folders_of_the_configuration_are_the_hosts_own_and_can_be_written_to() -> None:
     config = Config()
     places = {one["name"]: one.get("hostPath", {}).get("path") for one in pod()["volumes"]}

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.kubeapi import claim, request, until
+from tests.e2e.kubeapi import claim, claim_path, pod_path, request, until
 from tests.vm import vmcluster
 from tests.vm.vmcluster import STEP_S, Node
 
 SILENT_S = 60.0
 """For how long kubelet's list has none of the running pods; the agent's patience is 5 s."""
 RESTARTS = 3
-OWN = {"one": 2, "two": 1}
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +24,8 @@ def node() -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def pods(node: Node) -> Iterator[dict[str, str]]:
-    """Two pods with CPUs of their own, one of a claim, one without any; the CPUs on which each may run."""
-    for name, count in OWN.items():
-        node.run_pod(name, count)
-    node.api.create(claim("claim", request("cpus", "cpu", cpus="2")))
-    node.run_pod("claimed", claim="claim")
-    node.run_pod("shared")
-    found = {name: node.effective(name) for name in (*OWN, "claimed", "shared")}
-    assert sorted(found[name] for name in (*OWN, "claimed")) == sorted(node.grants().values())
-    yield found
-    for name in found:
-        node.delete_pod(name)
+    with vmcluster.pods(node) as found:
+        yield found
 
 
 def unchanged(node: Node, pods: dict[str, str], grants: dict[str, str]) -> None:
@@ -43,16 +33,12 @@ def unchanged(node: Node, pods: dict[str, str], grants: dict[str, str]) -> None:
     assert {name: node.effective(name) for name in pods} == pods
 
 
-def listed_since(node: Node, since: float) -> None:
-    until("kubelet lists pods", lambda: (node.status()["listed_at"] or 0) > since, STEP_S)
-
-
 def test_pods_keep_their_cpus_over_restarts_of_kubelet(node: Node, pods: dict[str, str]) -> None:
     grants = node.grants()
     for _ in range(RESTARTS):
         began = time.time()
         node.guest.run("systemctl restart kubelet")
-        listed_since(node, began)
+        node.listed_since(began)
         unchanged(node, pods, grants)
         node.ready()
         unchanged(node, pods, grants)
@@ -66,7 +52,7 @@ def test_pods_keep_their_cpus_while_a_restarted_kubelet_cannot_reach_the_api_ser
         began = time.time()
         node.guest.run("systemctl restart kubelet")
         for since in (began, began + SILENT_S):
-            listed_since(node, since)
+            node.listed_since(since)
             unchanged(node, pods, grants)
     node.ready()
     unchanged(node, pods, grants)
@@ -141,3 +127,28 @@ def test_a_prepared_claim_outlives_an_overwritten_ledger(node: Node, pods: dict[
     node.ready()
     assert sorted(node.grants().values()) == sorted(grants.values())
     assert {name: node.effective(name) for name in pods} == pods
+
+
+def test_pods_are_on_their_cpus_again_after_a_reboot(node: Node, pods: dict[str, str]) -> None:
+    """From their first instruction on. What pods held that were deleted meanwhile is released, and claims have the
+    files that they had."""
+    grants, files = node.grants(), node.guest.run("ls /var/run/cdi")
+    node.run_pod("gone", 1)
+    node.api.create(claim("gone", request("cpus", "cpu", cpus="1")))
+    node.run_pod("gone-too", claim="gone")
+    node.guest.run("systemctl stop kubelet")
+    for path in (pod_path("gone"), pod_path("gone-too"), claim_path("gone")):
+        node.api.call("DELETE", path, {"gracePeriodSeconds": 0})
+    assert len(node.grants()) == len(grants) + 2
+    before, began = {name: node.container(name) for name in pods}, time.monotonic()
+    node.guest.reboot()
+    print(f"vm: reboot: {time.monotonic() - began:.1f} s", flush=True)
+    for name in pods:
+        node.runs(name, after=before[name])
+        print(f"vm: pod {name} runs again: {time.monotonic() - began:.1f} s", flush=True)
+    assert {name: node.first_cpus(name) for name in pods} == pods
+    until("what is gone is released", lambda: node.grants() == grants, STEP_S)
+    print(f"vm: only what runs is held: {time.monotonic() - began:.1f} s", flush=True)
+    node.ready()
+    assert {name: node.effective(name) for name in pods} == pods
+    assert node.guest.run("ls /var/run/cdi") == files

@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,18 +30,38 @@ from tests.vm.vmguest import Guest
 from tests.vm.vmpods import CPU
 
 HOST_ADDRESS, GUEST_ADDRESS, NODE = "10.0.2.2", "10.0.2.15", nodefiles.NODE
+FIRST_LINE = "grep Cpus_allowed_list /proc/self/status; exec sleep infinity"
+OWN: Mapping[str, int] = {"one": 2, "two": 1}
+"""Pods with so many CPUs of their own."""
+CLAIMED, SHARED = "claimed", "shared"
 NETWORK = ("-netdev", "user,id=user", "-netdev", "hubport,id=uplink,hubid=0,netdev=user")
 KUBECONFIG = "/etc/kubernetes/nodeagent.kubeconfig"
-LIFE_S, STEP_S = 2400.0, 240.0
+LIFE_S, STEP_S = 3600.0, 480.0
 RESOURCES = [{"name": "cpu", "kind": "cpu", "serve": "both"}]
+QUIET = {"nodeStatusUpdateFrequency": "5s", "syncFrequency": "30s", "logging": {"verbosity": 0}}
+"""One core emulates sixteen, and kubelet would use most of it."""
+UNHURRIED = r'\n  plugin_registration_timeout = "15s"\n  plugin_request_timeout = "10s"'
+"""What docs/pinning.md advises for NRI where a node has few CPUs for itself."""
+UPLINK = f"""
+[Service]
+Type=oneshot
+RemainAfterExit=yes
+ExecStart=/bin/sh -c 'card=$$(basename $$(dirname $$(grep -l 52:54:00:00:00:01 /sys/class/net/*/address))); \
+ip link set $$card up && ip addr add {GUEST_ADDRESS}/24 dev $$card && ip route add default via {HOST_ADDRESS}'
+[Install]
+WantedBy=multi-user.target
+"""
+"""The guest's network, also after a reboot."""
 UNIT = f"""
 [Unit]
-After=containerd.service
+After=containerd.service uplink.service
 [Service]
-ExecStart=/usr/local/bin/kubelet --config=/etc/kubernetes/kubelet.yaml --kubeconfig=/etc/kubernetes/kubelet.kubeconfig \
+ExecStart=/usr/local/bin/kubelet --config={nodefiles.KUBELET_CONFIG} --kubeconfig=/etc/kubernetes/kubelet.kubeconfig \
 --hostname-override={NODE} --node-ip={GUEST_ADDRESS}
 Restart=always
 RestartSec=1
+[Install]
+WantedBy=multi-user.target
 """
 
 
@@ -114,9 +134,25 @@ class Node:
 
     def run_pod(self, name: str, cpus: int = 0, claim: str = "") -> None:
         """Create a pod with so many CPUs of its own, and wait until it runs."""
+        self.create_pod(name, cpus, claim)
+        self.runs(name)
+
+    def create_pod(self, name: str, cpus: int = 0, claim: str = "") -> None:
+        """It says in its first line on which CPUs it may run."""
         limits = {CPU: str(cpus)} if cpus else {}
-        self.api.create(kubeapi.pod(name, claims={"mine": claim} if claim else None, limits=limits))
-        until(f"pod {name} runs", lambda: self.container(name), STEP_S)
+        document = kubeapi.pod(name, claims={"mine": claim} if claim else None, limits=limits)
+        document["spec"]["containers"][0]["command"] = ["/bin/sh", "-c", FIRST_LINE]
+        self.api.create(document)
+
+    def runs(self, name: str, after: str = "") -> None:
+        """Wait until a pod's container runs. after: the id of an earlier one, which it is not."""
+        until(f"pod {name} runs", lambda: self.container(name) not in ("", after), STEP_S)
+
+    def first_cpus(self, pod: str) -> str:
+        """On which CPUs the first instruction of a pod's newest container ran."""
+        newest = f"$(ls -tr /var/log/pods/default_{pod}_*/main/*.log | tail -n 1)"
+        said = self.guest.run(f"grep -m 1 Cpus_allowed_list {newest}", until=True)
+        return said.split()[-1]
 
     def container(self, pod: str) -> str:
         """The id of a pod's running container; "" while there is none."""
@@ -133,9 +169,17 @@ class Node:
         """On which CPUs a pod's container may run, by the kernel."""
         return self.guest.run(f"cat $({self.scope(pod)})/cpuset.cpus.effective").strip()
 
-    def kill(self, pod: str) -> None:
-        """End the processes of a pod's container, for kubelet to start it again."""
-        self.guest.run(f"kill -9 $(cat $({self.scope(pod)})/cgroup.procs)")
+    def is_on(self, pod: str, wanted: str) -> str:
+        """The command that succeeds while a pod's container may run on these CPUs alone."""
+        return f'[ "$(cat $({self.scope(pod)})/cpuset.cpus.effective)" = {wanted} ]'
+
+    def kill(self, pod: str, *others: str) -> None:
+        """End the processes of a pod's container, for kubelet to start it again. others: more processes."""
+        self.guest.run(f"kill -9 $(cat $({self.scope(pod)})/cgroup.procs) {' '.join(others)}")
+
+    def listed_since(self, since: float) -> None:
+        """Wait until kubelet has listed pods after that time."""
+        until("kubelet lists pods", lambda: (self.status()["listed_at"] or 0) > since, STEP_S)
 
     def scope(self, pod: str) -> str:
         """The command that finds the cgroup of a pod's container."""
@@ -144,8 +188,17 @@ class Node:
 
 @contextlib.contextmanager
 def node(**config: Any) -> Iterator[Node]:
-    """A node that is Ready in its API server, with the agent's unit running. config: keys of the agent's configuration.
-    Skips where there can be none."""
+    """A node with the agent's unit running and ready. config: keys of the agent's configuration. Skips where there can
+    be none."""
+    with without_agent(**config) as made:
+        _install_agent(made.guest, made.plane)
+        made.ready()
+        yield made
+
+
+@contextlib.contextmanager
+def without_agent(**config: Any) -> Iterator[Node]:
+    """A node that is Ready in its API server; the agent's wheel and unit are installed and not started."""
     if not os.environ.get("NODEAGENT_VM"):
         pytest.skip("tests in a guest run with `make vm-test`")
     if reason := grounds.lacking():
@@ -161,36 +214,48 @@ def node(**config: Any) -> Iterator[Node]:
         _prepare(guest, plane)
         made = Node(guest, plane)
         until("the node is Ready", lambda: _is_ready(plane.api), STEP_S)
-        _install_agent(guest, plane)
-        made.ready()
         yield made
+
+
+@contextlib.contextmanager
+def pods(node: Node) -> Iterator[dict[str, str]]:
+    """Pods with CPUs of their own, one of a claim, one without any; the CPUs on which each may run."""
+    for name, count in OWN.items():
+        node.run_pod(name, count)
+    node.api.create(kubeapi.claim("claim", kubeapi.request("cpus", "cpu", cpus="2")))
+    node.run_pod(CLAIMED, claim="claim")
+    node.run_pod(SHARED)
+    found = {name: node.effective(name) for name in (*OWN, CLAIMED, SHARED)}
+    assert sorted(found[name] for name in (*OWN, CLAIMED)) == sorted(node.grants().values())
+    yield found
+    for name in found:
+        node.delete_pod(name)
 
 
 def _prepare(guest: Guest, plane: ControlPlane) -> None:
     """The network, the runtime with its images, kubelet."""
-    card = "$(basename $(dirname $(grep -l 52:54:00:00:00:01 /sys/class/net/*/address)))"
-    guest.run(
-        f"ip link set {card} up && ip addr add {GUEST_ADDRESS}/24 dev {card} && ip route add default via {HOST_ADDRESS}"
-    )
     vmnode.prepare_runtime(guest)
+    guest.run(
+        f"sed -i 's/^  disable = false/&{UNHURRIED}/' /etc/containerd/config.toml && systemctl restart containerd"
+    )
     nodefiles.write_image(guest.share / "box.tar", grounds.busybox() or Path())
     guest.run("ctr -n k8s.io images import /share/box.tar")
     kubernetes = guest.share / "kubernetes"
     kubernetes.mkdir()
     settings = nodefiles.kubelet_settings(kubernetes, 10250)
     settings |= {"cgroupDriver": "systemd", "containerRuntimeEndpoint": "unix:///run/containerd/containerd.sock"}
-    settings |= {"podLogsDir": "/var/log/pods", "failCgroupV1": True, "address": GUEST_ADDRESS}
-    (kubernetes / "kubelet.yaml").write_text(json.dumps(settings))
+    settings |= {"podLogsDir": "/var/log/pods", "failCgroupV1": True, "address": GUEST_ADDRESS, **QUIET}
+    (kubernetes / nodefiles.KUBELET_CONFIG.name).write_text(json.dumps(settings))
     nodefiles.write_kubeconfig(kubernetes / "kubelet.kubeconfig", plane.ports["api"], KUBELET, host=HOST_ADDRESS)
     (kubernetes / "kubelet.service").write_text(UNIT)
+    (kubernetes / "uplink.service").write_text(UPLINK)
     shutil.copy(Path(os.environ["NODEAGENT_E2E_BIN"]) / "kubelet", kubernetes)
-    guest.run(
-        "install -D -m 644 -t /etc/kubernetes /share/kubernetes/kubelet.yaml /share/kubernetes/kubelet.kubeconfig"
-    )
+    for place in (nodefiles.KUBELET_CONFIG, "/etc/kubernetes/kubelet.kubeconfig"):
+        guest.run(f"install -D -m 644 /share/kubernetes/$(basename {place}) {place}")
     guest.run("install -m 755 /share/kubernetes/kubelet /usr/local/bin/ && mkdir -p /etc/cni/net.d", 300)
-    guest.run("cp /share/kubernetes/kubelet.service /etc/systemd/system/ && systemctl daemon-reload")
     loopback = '{"cniVersion":"1.0.0","name":"lo","plugins":[{"type":"loopback"}]}'
-    guest.run(f"echo '{loopback}' >/etc/cni/net.d/10-lo.conflist && systemctl start kubelet")
+    guest.run(f"echo '{loopback}' >/etc/cni/net.d/10-lo.conflist")
+    guest.run("cp /share/kubernetes/*.service /etc/systemd/system/ && systemctl enable --now uplink kubelet")
 
 
 def _install_agent(guest: Guest, plane: ControlPlane) -> None:

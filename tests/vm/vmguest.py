@@ -23,7 +23,7 @@ from tests.vm import vmmachine
 
 QEMU = "qemu-system-x86_64"
 LOCK = Path(tempfile.gettempdir()) / "nodeagent-vm.lock"
-BOOT_S, LIFE_S, LOCK_S = 240.0, 900.0, 2700.0
+BOOT_S, REBOOT_S, LIFE_S, LOCK_S = 240.0, 480.0, 900.0, 2700.0
 POLL_S = 0.05
 ACCELERATOR = "tcg,thread=single"
 """With thread=multi a boot in ten hangs (RCU stall); /dev/kvm may be there and fail."""
@@ -138,6 +138,14 @@ class Guest:
     def unplug(self, name: str) -> None:
         """The guest's kernel lets it go about five seconds later: the attention button of PCI Express."""
         self.qmp("device_del", id=name)
+
+    def reboot(self) -> None:
+        """As systemd does it; return when it is up again. What was in memory is gone, the disk is as it was left."""
+        self.qmp("set-action", reboot="reset")
+        self._control.send({"command": "systemctl --no-block reboot", "limit_s": 60.0, "until": False})
+        deadline = self._deadline(REBOOT_S)
+        while "up_s" not in self._control.receive(deadline):
+            pass
 
     # Its life
 
