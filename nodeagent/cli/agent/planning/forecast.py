@@ -23,6 +23,12 @@ from nodeagent.kube.claim_spec import read_claim
 from nodeagent.kube.pod_demand import KINDS as POD_KINDS
 from nodeagent.kube.pod_demand import demands, of_the_node, pod_spec
 
+EXAMPLES = (
+    ("nodeagent forecast --pod deployment.yaml", "how many more of its pods fit on this node, and on an empty one"),
+    ("nodeagent forecast --claim claim.yaml --count 4", "whether four more of a claim fit"),
+)
+EXIT_CODES = {3: "refused: --count of them do not fit"}
+REPLAYABLE = True
 DONE, REFUSED = 0, 3
 Document = dict[str, Any]
 Ask = Callable[[Ledger, Health], Forecast]
@@ -37,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--count", metavar="N", type=_count, help="whether so many fit: exit code 3 if they do not")
     add_config(parser)
     add_facts(parser)
-    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table")
+    parser.add_argument("-o", "--output", choices=["table", "json", "yaml"], default="table", help="how to write it")
 
 
 def _count(text: str) -> int:

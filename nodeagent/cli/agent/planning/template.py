@@ -15,6 +15,11 @@ from nodeagent.core.dra.prepare import Catalog
 from nodeagent.errors import InputError
 from nodeagent.kube.resourceslice.render import Owner, render
 
+EXAMPLES = (
+    ("nodeagent template > template.yaml", "the node's shape, for an autoscaler"),
+    ("nodeagent replay node.tar.zst template", "that of a captured node"),
+)
+REPLAYABLE = True
 Object = dict[str, Any]
 
 
@@ -22,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `nodeagent template`."""
     add_config(parser)
     add_facts(parser)
-    parser.add_argument("-o", "--output", choices=["yaml", "json"], default="yaml")
+    parser.add_argument("-o", "--output", choices=["yaml", "json"], default="yaml", help="how to write it")
 
 
 def run(args: argparse.Namespace) -> int:
