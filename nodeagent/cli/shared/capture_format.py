@@ -17,8 +17,8 @@ import msgspec
 
 FORMAT = 1
 """Raised when an older build would misread a capture; new members alone do not raise it."""
-MANIFEST, TREE, DEVICES, SCANNED, STATE, LOG = (
-    *("manifest.json", "tree", "devices.json", "inventory.json", "state", "log.txt"),
+MANIFEST, TREE, DEVICES, SCANNED, STATE, LOG, CONFIG = (
+    *("manifest.json", "tree", "devices.json", "inventory.json", "state", "log.txt", "config/config.yaml"),
 )
 PAGES = ("/v1/status", "/v1/inventory", "/v1/grants", "/v1/devices", "/v1/health")
 TEXTS = ("/metrics",)

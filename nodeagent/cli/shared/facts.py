@@ -42,6 +42,8 @@ class Facts:
 
     text: Callable[[str], str] = no_text
     """Returns a page that is text, such as /metrics, like `page`."""
+    config_file: Path | None = None
+    """The agent's configuration; None if there is no file, so that the defaults are in force."""
     scanned: bytes | None = None
     """The machine as `nodeagent inventory -o json` shows it, of a capture; None if it can be scanned."""
 
@@ -102,7 +104,15 @@ def facts_of(args: argparse.Namespace) -> Facts:
         state_dir=state_dir_of(args),
         now_s=time.time(),
         text=lambda path: text(args.socket, path),
+        config_file=config_file_of(args),
     )
+
+
+def config_file_of(args: argparse.Namespace) -> Path | None:
+    """Return the configuration as given, or the default one if it exists."""
+    if given := getattr(args, "config", None):
+        return Path(given)
+    return DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
 
 
 def state_dir_of(args: argparse.Namespace) -> Path:
@@ -112,9 +122,9 @@ def state_dir_of(args: argparse.Namespace) -> Path:
         return Path(STATE_DIR)
     if args.state_dir:
         return Path(args.state_dir)
-    file = getattr(args, "config", None) or (DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None)
+    file = config_file_of(args)
     if file is None:
         return Path(STATE_DIR)
     from nodeagent.config.load import load as load_config
 
-    return Path(load_config(Path(file)).state_dir)
+    return Path(load_config(file).state_dir)

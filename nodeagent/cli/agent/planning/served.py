@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from nodeagent.cli.node.run import DEFAULT_CONFIG
@@ -38,9 +37,9 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE", help=f"the agent's configuration (default: {DEFAULT_CONFIG})")
 
 
-def served(args: argparse.Namespace, facts: Facts, state: NodeState) -> Served:
+def served(facts: Facts, state: NodeState) -> Served:
     """Return what the agent serves. Raise ConfigError if its configuration cannot be read."""
-    config, families = _config(args, facts), load_kinds()
+    config, families = _config(facts), load_kinds()
     refused, dra = frozenset(state.status["refused"]), state.status["dra"] or {}
     every = offers(config, families)
     mine = (one for one in every if one.by_device_plugin and refused.isdisjoint((one.name, one.config.name)))
@@ -51,10 +50,11 @@ def served(args: argparse.Namespace, facts: Facts, state: NodeState) -> Served:
     )
 
 
-def _config(args: argparse.Namespace, facts: Facts) -> Config:
-    path = Path(args.config) if args.config else Path(facts.root) / str(DEFAULT_CONFIG).lstrip("/")
+def _config(facts: Facts) -> Config:
+    if facts.config_file is None:
+        return Config()
     try:
-        return load(path)
+        return load(facts.config_file)
     except ConfigError as error:
         raise ConfigError(f"{error}; --config names the agent's configuration") from None
 

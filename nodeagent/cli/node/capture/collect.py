@@ -26,6 +26,7 @@ from nodeagent.cli.node.capture.archive import Members
 from nodeagent.cli.node.capture.tree import record
 from nodeagent.cli.shared import ask
 from nodeagent.cli.shared.capture_format import (
+    CONFIG,
     DEVICES,
     FORMAT,
     LOG,
@@ -187,7 +188,7 @@ def _kubelet(node: Node, found: Gathered) -> None:
 def _config(node: Node, found: Gathered) -> None:
     if node.config_file is not None:
         with found.part("config"):
-            found.members.files["config/config.yaml"] = redact.configuration(_content(node.config_file))
+            found.members.files[CONFIG] = redact.configuration(_content(node.config_file))
 
 
 def _content(path: Path) -> bytes:

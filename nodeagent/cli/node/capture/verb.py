@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from nodeagent.cli.shared.ask import SOCKET
-from nodeagent.cli.shared.facts import add_facts, state_dir_of
+from nodeagent.cli.shared.facts import add_facts, config_file_of, state_dir_of
 from nodeagent.cli.shared.places import DEFAULT_CONFIG
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def _node(args: argparse.Namespace) -> Node:
 
     if args.root != "/":
         check_root(args.root)
-    file = Path(args.config) if args.config else DEFAULT_CONFIG if DEFAULT_CONFIG.exists() else None
+    file = config_file_of(args)
     config = load_config(file) if file is not None else Config()
     return collect.Node(
         root=args.root,

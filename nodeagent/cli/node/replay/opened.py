@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent.cli.node.replay.unpack import unpack
-from nodeagent.cli.shared.capture_format import SCANNED, STATE, TREE, Manifest, page_member
+from nodeagent.cli.shared.capture_format import CONFIG, SCANNED, STATE, TREE, Manifest, page_member
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.source import check_root
 from nodeagent.errors import InputError, PeerError
@@ -44,6 +44,7 @@ def _temporary() -> Iterator[Path]:
 
 def capture_facts(folder: Path, manifest: Manifest, source: Path) -> Facts:
     """Return the facts of a capture that is unpacked in a folder. source: its name, for errors."""
+    config = folder / CONFIG
     with contextlib.suppress(FileNotFoundError):
         return Facts(
             page=_page(folder, manifest, source, json.loads),
@@ -51,6 +52,7 @@ def capture_facts(folder: Path, manifest: Manifest, source: Path) -> Facts:
             state_dir=folder / STATE,
             now_s=manifest.at_s,
             text=_page(folder, manifest, source, lambda text: text),
+            config_file=config if config.exists() else None,
             scanned=(folder / SCANNED).read_bytes(),
         )
     raise InputError(f"cannot replay {source}: it has no {SCANNED}")

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from nodeagent.cli import main
-from nodeagent.cli.machine import place as place_verb
 from nodeagent.cli.shared.facts import Facts
+from nodeagent.cli.shared.placed import placed_document, refusal_document
 from nodeagent.cli.shared.request_options import RequestLine, request_of
 from nodeagent.core.dra.device_pool import label
 from nodeagent.core.ledger.ledger import Ledger
@@ -130,14 +130,14 @@ def placed(inventory: Inventory, ledger: Ledger, line: RequestLine) -> dict[str,
     """The answer of `place`, or the refusal with its numbers."""
     try:
         request = request_of(inventory, line)
-        return place_verb._document(inventory, request, place(inventory, ledger, request))
+        return placed_document(inventory, request, place(inventory, ledger, request))
     except Refused as refusal:
-        return place_verb._refusal(refusal)
+        return refusal_document(refusal)
 
 
 def shown(ledger: Ledger) -> Ledger:
     """A ledger without what the pages do not show of a grant."""
-    bare = {"boot_id": "", "result": None, "settings": ""}
+    bare = {"boot_id": ""}
     return replace(ledger, grants={name: replace(one, **bare) for name, one in ledger.grants.items()})
 
 
