@@ -18,6 +18,8 @@ SERIES_S = 360.0
 STALE_S = 3600.0
 """How long an Event may wait, and how long a written one is remembered: for as long as the API server keeps it
 (--event-ttl)."""
+FORGET_S = 60.0
+"""How often to look at what can be forgotten."""
 MOST_WAITING, MOST_KNOWN = 200, 1000
 
 
@@ -36,7 +38,7 @@ class Series:
     counted: bool = False
     """Whether `count` has what an earlier agent wrote, too."""
     written: int = 0
-    """How often it had happened when it was last written; 0: it never was."""
+    """How often it had happened when it was last written."""
     written_s: float = 0.0
     reported_s: float = 0.0
 
@@ -58,6 +60,7 @@ class EventQueue:
         self._waiting: dict[tuple[str, str, str], Series] = {}
         self._last: dict[tuple[str, str, str], Series] = {}
         """What was last written about each subject."""
+        self._forget_s = 0.0
         self.dropped = 0
         """How many were never written since too many waited, or they waited for too long."""
 
@@ -99,14 +102,14 @@ class EventQueue:
 
     def _replaced(self, one: Series) -> None:
         """Forget an Event that was not written in time, or what of it was not."""
-        if one.written:
+        if one.exists:
             one.count = one.written
         else:
             self._known.pop(one.event, None)
 
     def _drop(self, one: Series) -> None:
         self._waiting.pop(one.subject, None)
-        self.dropped += not one.written
+        self.dropped += not one.exists
         self._replaced(one)
 
     # ---------------------------------------------------------------- writing
@@ -144,15 +147,11 @@ class EventQueue:
         before_s = self._clock() - STALE_S
         for one in [one for one in self._waiting.values() if one.reported_s < before_s]:
             self._drop(one)
-        if len(self._known) <= MOST_KNOWN and not self._old(before_s):
-            return
-        quiet = sorted((one for one in self._known.values() if not one.waits), key=lambda one: one.written_s)
-        excess = len(self._known) - MOST_KNOWN
-        for number, one in enumerate(quiet):
-            if number < excess or one.written_s < before_s:
-                del self._known[one.event]
-                if self._last.get(one.subject) is one:
-                    del self._last[one.subject]
-
-    def _old(self, before_s: float) -> bool:
-        return any(one.written_s < before_s for one in self._known.values() if not one.waits)
+        if self._clock() >= self._forget_s or len(self._known) > MOST_KNOWN:
+            self._forget_s = self._clock() + FORGET_S
+            self._last = {subject: one for subject, one in self._last.items() if one.written_s >= before_s}
+            quiet = sorted((one for one in self._known.values() if not one.waits), key=lambda one: one.written_s)
+            excess = len(self._known) - MOST_KNOWN
+            for number, one in enumerate(quiet):
+                if number < excess or one.written_s < before_s:
+                    del self._known[one.event]

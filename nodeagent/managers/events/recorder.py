@@ -153,7 +153,10 @@ class EventRecorder:
             one.exists, one.counted = error.status == EXISTS, False
             if not one.exists:
                 raise
-            return count if one.found else await self._deliver(one)
+            if not one.found:
+                return await self._deliver(one)
+            one.count -= count
+            return 0
         one.exists = one.counted = True
         return count
 

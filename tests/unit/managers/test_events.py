@@ -20,7 +20,7 @@ from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.managers.events import recorder
-from nodeagent.managers.events.event_queue import MOST_WAITING, SERIES_S, STALE_S
+from nodeagent.managers.events.event_queue import MOST_KNOWN, MOST_WAITING, SERIES_S, STALE_S, EventQueue
 from nodeagent.managers.events.manager import START_S, EventsManager
 from nodeagent.managers.events.pace import Pace
 from nodeagent.managers.events.recorder import NOT_ALLOWED_S, EventRecorder
@@ -204,7 +204,12 @@ async def test_a_restarted_agent_counts_on_and_reports_no_state_twice(tmp_path: 
             one.recorder.report(said("a refusal"))
             await one.until(lambda: any("series" in event for event in one.api.objects(STORED)))
             found = {event["note"]: event.get("series", {}).get("count") for event in await one.events(2)}
-    assert found == {"a state": None, "a refusal": 2}
+            assert found == {"a state": None, "a refusal": 2}
+            one.now_s += SERIES_S
+            one.recorder.report(said("a state"))
+            await one.until(lambda: all("series" in event for event in one.api.objects(STORED)))
+            found = {event["note"]: event["series"]["count"] for event in await one.events(2)}
+    assert found == {"a state": 2, "a refusal": 2}
 
 
 async def test_an_event_that_the_api_server_has_forgotten_is_created_again(tmp_path: Path) -> None:
@@ -321,6 +326,26 @@ async def test_too_many_and_too_old_events_are_dropped_and_counted(tmp_path: Pat
             (event,) = await one.events(1)
         assert event["note"] == "new"
         assert one.recorder.notes() == [f"Events never written since the agent started: {MOST_WAITING + 5}"]
+
+
+def test_what_was_written_long_ago_takes_no_memory() -> None:
+    """Whether it was replaced while it was being written or not."""
+    now_s = [10_000.0]
+    queue = EventQueue(NODE, DRIVER, lambda: now_s[0], lambda: now_s[0])
+    for number in range(3 * MOST_KNOWN):
+        queue.add(said(f"refusal {number}", f"claim {number}"))
+        one, _ = queue.next()
+        assert one is not None
+        if number % 2:
+            queue.add(said(f"another {number}", f"claim {number}"))
+        queue.wrote(one, 1, now_s[0])
+        while (one := queue.next()[0]) is not None:
+            queue.wrote(one, one.count, now_s[0])
+    assert len(queue._known) <= MOST_KNOWN + 1
+    now_s[0] += STALE_S + 1
+    queue.add(said("new"))
+    queue.next()
+    assert len(queue._known) == 1 and len(queue._last) == 0 and len(queue) == 1
 
 
 async def test_events_that_are_switched_off_are_not_written(tmp_path: Path) -> None:
