@@ -23,7 +23,8 @@ from nodeagent.core.picture.values import (
 )
 
 WIDTH, MARGIN, INDENT = 920, 16, 12
-CELL, PITCH, GROUP_GAP = 12, 13, 7
+PITCH, LARGE_PITCH, GROUP_GAP = 13, 20, 7
+"""From one cell to the next; CPUs are drawn larger where all of a NUMA node still fit beside each other."""
 LINE, CHARACTER = 16, 6.7
 """Height of a line of text, and the width of a character, in pixels of an 11 pixel monospace font."""
 _FILLS = {FREE: "f", RESERVED: "r", OUTSIDE: "o", EXCLUDED: "b"}
@@ -60,6 +61,10 @@ class _Drawing:
         self.y = MARGIN
         """Where the next part starts."""
         self._picture = picture
+        widest = max(
+            (len(node.groups) + sum(len(group.cores) for group in node.groups) for node in picture.nodes()), default=0
+        )
+        self._pitch = LARGE_PITCH if widest * LARGE_PITCH <= WIDTH - 2 * (MARGIN + INDENT) else PITCH
 
     def draw(self) -> None:
         for package in self._picture.packages:
@@ -88,22 +93,22 @@ class _Drawing:
         left = MARGIN + INDENT
         x, rows = left, 0
         for group in groups:
-            most = (WIDTH - 2 * (MARGIN + INDENT)) // PITCH
+            most = (WIDTH - 2 * (MARGIN + INDENT)) // self._pitch
             for start in range(0, len(group.cores), most):
                 cores = group.cores[start : start + most]
-                if x > left and x + len(cores) * PITCH > WIDTH - MARGIN - INDENT:
-                    self.y += rows * PITCH + 4
+                if x > left and x + len(cores) * self._pitch > WIDTH - MARGIN - INDENT:
+                    self.y += rows * self._pitch + 4
                     x, rows = left, 0
                 self._cores(cores, x)
-                x += len(cores) * PITCH + GROUP_GAP
+                x += len(cores) * self._pitch + GROUP_GAP
                 rows = max(rows, *(len(core.cpus) for core in cores))
-        self.y += rows * PITCH + 4
+        self.y += rows * self._pitch + 4
 
     def _cores(self, cores: Sequence[PictureCore], x: int) -> None:
         for column, core in enumerate(cores):
             for row, cpu in enumerate(core.cpus):
-                where = x + column * PITCH, self.y + row * PITCH
-                self._cell(where, cpu.state, cpu.holders, f"CPU {cpu.id}")
+                where = x + column * self._pitch, self.y + row * self._pitch
+                self._cell(where, cpu.state, cpu.holders, f"CPU {cpu.id}", pitch=self._pitch)
 
     def _devices(self, kind: str, devices: Sequence[PictureDevice]) -> None:
         """Draw the devices of one kind, each a cell; few of them with their names."""
@@ -123,20 +128,29 @@ class _Drawing:
             x += width
         self.y += LINE
 
-    def _cell(self, where: tuple[int, int], state: PartState, holders: Sequence[int], what: str, ill: str = "") -> None:
+    def _cell(
+        self,
+        where: tuple[int, int],
+        state: PartState,
+        holders: Sequence[int],
+        what: str,
+        ill: str = "",
+        pitch: int = PITCH,
+    ) -> None:
         """Draw one CPU or device with its holder's letter."""
         x, y = where
         mark = part_mark(self._picture, state, holders)
         names = ", ".join(self._picture.holders[one].name for one in holders)
         said = f"{what}: {names or state}" + (f"; {ill}" if ill else "")
-        look = f'fill="{colour_of(holders[0])}"' if holders else ""
+        look = f' fill="{colour_of(holders[0])}"' if holders else ""
         classes = " ".join(filter(None, ("" if holders else _FILLS[state], "ill" if ill else "")))
-        self.parts.append(
-            f'<g><title>{_safe(said)}</title><rect x="{x}" y="{y}" width="{CELL}" height="{CELL}" rx="2" {look}'
-            f"{f' class={chr(34)}{classes}{chr(34)}' if classes else ''}/>"
-        )
+        look += f' class="{classes}"' if classes else ""
+        square = f'x="{x}" y="{y}" width="{pitch - 1}" height="{pitch - 1}" rx="2"'
+        self.parts.append(f"<g><title>{_safe(said)}</title><rect {square}{look}/>")
         if holders:
-            self.parts.append(f'<text class="c" x="{x + CELL / 2:g}" y="{y + 9.5}">{_safe(mark.text)}</text>')
+            self.parts.append(
+                f'<text class="c" x="{x + (pitch - 1) / 2:g}" y="{y + pitch / 2 + 3:g}">{_safe(mark.text)}</text>'
+            )
         self.parts.append("</g>\n")
 
     # ---------------------------------------------------------------- text
