@@ -58,6 +58,7 @@ from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
+from nodeagent.state.audit import CONFIGURATION, Happening
 from nodeagent.state.leader import Leader
 from nodeagent.state.store import Store
 from nodeagent.state.values import AgentSettings
@@ -403,12 +404,17 @@ class Daemon:
             try:
                 changed = await self._take(self._where.config_file)
                 self.config_error = ""
+                self._note_config(f"applied: {'; '.join(changed) or 'nothing has changed'}")
             except ConfigError as error:
                 self.config_error = str(error)
+                self._note_config("refused", self.config_error)
                 raise
             finally:
                 self._notifier.ready()
         return changed
+
+    def _note_config(self, what: str, why: str = "") -> None:
+        self.agent.record_happenings([Happening(action=CONFIGURATION, what=what, why=why)])
 
     async def _take(self, path: Path | None) -> list[str]:
         """Apply a configuration. Everything that can be refused comes before anything that changes."""

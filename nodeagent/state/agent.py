@@ -29,6 +29,7 @@ from nodeagent.core.model.grant import CLAIM, Grant, Holding
 from nodeagent.core.model.health import NO_HEALTH, Evidence, Health
 from nodeagent.core.model.inventory import Inventory, same_machine
 from nodeagent.errors import PeerError, Refused
+from nodeagent.state.audit import HEALTH, Happening
 from nodeagent.state.claim_decisions import ClaimDecisions, Living
 from nodeagent.state.decisions import Outcome
 from nodeagent.state.others import OtherPlugins
@@ -136,10 +137,13 @@ class Agent(ClaimDecisions):
     def _take_health(self, after: Health) -> None:
         if after is self.health:
             return
+        changed = []
         for device, state in after.items():
             before = self.health.get(device)
             if state.state != (before.state if before is not None else health_of.HEALTHY):
                 log.info("health-changed", device=device, state=state.state, reason=state.reason)
+                changed.append(Happening(action=HEALTH, what=f"{device} {state.state}", why=state.reason))
+        self.record_happenings(changed)
         self.health = after
         self.revisions.health.bump()
 

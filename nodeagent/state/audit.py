@@ -1,11 +1,12 @@
-"""The audit in the ledger file: what happened to each grant, who or what caused it, and what was refused.
+"""The audit in the ledger file: what happened to each grant, who or what caused it, what was refused, and what else
+happened on the node: health of devices, configuration.
 
-An entry about a grant is written in the transaction of its decision. A refusal changes nothing and is written after it
-was answered. Kubelet repeats a call that was refused: equal refusals within REPEAT_S are one entry that counts them,
-and only the newest MOST_REFUSALS entries are kept.
+An entry about a grant is written in the transaction of its decision. A refusal or happening changes nothing and is
+written afterwards. Kubelet repeats a call that was refused, and a device may fail again and again: equal ones within
+REPEAT_S are one entry that counts them, and only the newest MOST_REFUSALS and MOST_HAPPENINGS entries are kept.
 
-Reasons and refusals have tables of their own that belong to no layout. A build that does not know them ignores them, so
-an older build that starts during a rollback takes nothing away from a newer one that is still running.
+Reasons, refusals and happenings have tables of their own that belong to no layout. A build that does not know them
+ignores them, so an older build that starts during a rollback takes nothing away from a newer one that is still running.
 """
 
 from __future__ import annotations
@@ -34,20 +35,25 @@ _COUNTED_WHY = {
     WHOLE: "it was found to have every decision in force",
     RECREATED: "the file was damaged and replaced while nothing was held",
 }
-MOST_REFUSALS = 1000
+HEALTH, CONFIGURATION = "health", "configuration"
+"""Actions of happenings."""
+MOST_REFUSALS = MOST_HAPPENINGS = 1000
 MOST_CHARACTERS = 2000
-"""Length of the longest text of a refusal; the rest is cut off."""
-_TABLES = """
-CREATE {temp} TABLE IF NOT EXISTS audit_reasons (seq INTEGER PRIMARY KEY, why TEXT NOT NULL) STRICT;
-CREATE {temp} TABLE IF NOT EXISTS refusals (
-    id INTEGER PRIMARY KEY, first_at REAL NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, op TEXT NOT NULL,
-    holder TEXT NOT NULL, want TEXT NOT NULL, why TEXT NOT NULL
-) STRICT;
-"""
+"""Length of the longest text of a refusal or happening; the rest is cut off."""
+_COUNTED_COLUMNS = (
+    "id INTEGER PRIMARY KEY, first_at REAL NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, op TEXT NOT NULL"
+)
+_TABLES = {
+    "audit_reasons": "seq INTEGER PRIMARY KEY, why TEXT NOT NULL",
+    "refusals": f"{_COUNTED_COLUMNS}, holder TEXT NOT NULL, want TEXT NOT NULL, why TEXT NOT NULL",
+    "happenings": f"{_COUNTED_COLUMNS}, action TEXT NOT NULL, what TEXT NOT NULL, why TEXT NOT NULL",
+}
+"""Columns by table."""
 _NEWEST = """
 SELECT at, at, 1, action, op, grant_id, holder, body, coalesce(why, ''), seq
     FROM audit LEFT JOIN audit_reasons USING (seq)
 UNION ALL SELECT at, first_at, times, ?1, op, '', holder, want, why, id FROM refusals
+UNION ALL SELECT at, first_at, times, action, op, '', '', what, why, id FROM happenings
 ORDER BY 1 DESC, 10 DESC LIMIT ?2
 """
 
@@ -59,6 +65,15 @@ class Refusal:
     holder: str
     want: str
     why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Happening:
+    """What happened on the node that is no decision. action: HEALTH or CONFIGURATION; what: to what, and what."""
+
+    action: str
+    what: str
+    why: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,8 +93,8 @@ class AuditEntry:
     """What is held, or what was requested."""
     why: str
     number: int = 0
-    """Its place among all decisions: what the ledger contained follows from the decisions in this order. 0 for a
-    refusal."""
+    """Its place among all decisions about grants: what the ledger contained follows from them in this order. 0 for
+    anything else."""
     held: Grant | None = None
     """The grant as the decision left it, or, if it was released, as it was; None if the entry is about no grant."""
 
@@ -89,7 +104,8 @@ class AuditEntry:
 
 def add_tables(db: sqlite3.Connection) -> None:
     """Create what an audit needs in addition to the layout."""
-    db.executescript(_TABLES.format(temp=""))
+    for name, columns in _TABLES.items():
+        db.execute(f"CREATE TABLE IF NOT EXISTS {name} ({columns}) STRICT")
 
 
 def add(db: sqlite3.Connection, number: int, change: Change, body: str, *, op: str, at: float) -> None:
@@ -112,12 +128,29 @@ def _insert(db: sqlite3.Connection, *values: float | str) -> None:
 def add_refusals(db: sqlite3.Connection, refusals: Iterable[Refusal], *, op: str, at: float) -> None:
     """Write refusals, or count them where equal ones are recent. Entries beyond MOST_REFUSALS are deleted."""
     for one in refusals:
-        texts = _short(one.holder), _short(one.want), _short(one.why)
-        equal = "UPDATE refusals SET at = ?, times = times + 1, op = ? WHERE (holder, want, why) = (?, ?, ?) AND at > ?"
-        if not db.execute(equal, (at, op, *texts, at - REPEAT_S)).rowcount:
-            db.execute("INSERT INTO refusals VALUES (NULL, ?, ?, 1, ?, ?, ?, ?)", (at, at, op, *texts))
-    oldest = "SELECT id FROM refusals ORDER BY at DESC, id DESC LIMIT -1 OFFSET ?"
-    db.execute(f"DELETE FROM refusals WHERE id IN ({oldest})", (MOST_REFUSALS,))  # noqa: S608 - our own text
+        _count(db, "refusals", "holder, want, why", (one.holder, one.want, one.why), op, at)
+    _delete_oldest(db, "refusals", MOST_REFUSALS)
+
+
+def add_happenings(db: sqlite3.Connection, happenings: Iterable[Happening], *, at: float) -> None:
+    """Write what happened, or count it where equal ones are recent. Entries beyond MOST_HAPPENINGS are deleted."""
+    for one in happenings:
+        _count(db, "happenings", "action, what, why", (one.action, one.what, one.why), "", at)
+    _delete_oldest(db, "happenings", MOST_HAPPENINGS)
+
+
+def _count(db: sqlite3.Connection, table: str, columns: str, texts: Iterable[str], op: str, at: float) -> None:
+    """Write an entry with three texts, or count it if an equal one is recent."""
+    short = tuple(map(_short, texts))
+    equal = f"({columns}) = (?, ?, ?) AND at > ?"
+    count = f"UPDATE {table} SET at = ?, times = times + 1, op = ? WHERE {equal}"  # noqa: S608 - our own text
+    if not db.execute(count, (at, op, *short, at - REPEAT_S)).rowcount:
+        db.execute(f"INSERT INTO {table} VALUES (NULL, ?, ?, 1, ?, ?, ?, ?)", (at, at, op, *short))  # noqa: S608
+
+
+def _delete_oldest(db: sqlite3.Connection, table: str, most: int) -> None:
+    oldest = f"SELECT id FROM {table} ORDER BY at DESC, id DESC LIMIT -1 OFFSET ?"  # noqa: S608 - our own text
+    db.execute(f"DELETE FROM {table} WHERE id IN ({oldest})", (most,))  # noqa: S608
 
 
 def _short(text: str) -> str:
@@ -129,7 +162,8 @@ def prune(db: sqlite3.Connection, before: float) -> int:
     # The newest entry stays: its number shows how far the ledger has counted.
     gone = db.execute("DELETE FROM audit WHERE at < ? AND seq < (SELECT max(seq) FROM audit)", (before,)).rowcount
     db.execute("DELETE FROM audit_reasons WHERE seq NOT IN (SELECT seq FROM audit)")
-    db.execute("DELETE FROM refusals WHERE at < ?", (before,))
+    for table in ("refusals", "happenings"):
+        db.execute(f"DELETE FROM {table} WHERE at < ?", (before,))  # noqa: S608 - our own text
     return gone
 
 
@@ -150,8 +184,9 @@ def newest(path: Path, most: int) -> list[AuditEntry]:
 
 def _stand_in(db: sqlite3.Connection) -> None:
     """Let empty tables stand in for those that a file of an older build lacks; the file stays as it is."""
-    if not db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'refusals'").fetchone():
-        db.executescript(_TABLES.format(temp="TEMP"))
+    there = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
+    for name in _TABLES.keys() - there:
+        db.execute(f"CREATE TEMP TABLE {name} ({_TABLES[name]}) STRICT")
 
 
 def _entry(row: tuple[float, float, int, str, str, str, str, str, str, int], source: str) -> AuditEntry:
@@ -167,6 +202,6 @@ def _entry(row: tuple[float, float, int, str, str, str, str, str, str, int], sou
         holder=holder,
         what=describe(held) if held is not None else text,
         why=_COUNTED_WHY.get(op, "") if action == COUNTED else why,
-        number=0 if action == REFUSED else number,
+        number=number if grant else 0,
         held=held,
     )

@@ -29,7 +29,7 @@ from nodeagent.core.ledger.ledger import Change, Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import NodeagentError, StateError
-from nodeagent.state.audit import Refusal
+from nodeagent.state.audit import Happening, Refusal
 from nodeagent.state.store import Entry, Store
 
 T = TypeVar("T")
@@ -147,6 +147,12 @@ class Decisions:
         """Write to the audit, soon, what was refused; the caller does not wait. A failure is only logged."""
         if refusals and not self._closing:
             save = functools.partial(self._store.record_refusals, refusals, op=op, at=time.time())
+            self._begin(lambda: self._alone(lambda: self._on_disk(save))).add_done_callback(_say_failure)
+
+    def record_happenings(self, happenings: Sequence[Happening]) -> None:
+        """Write to the audit, soon, what happened; the caller does not wait. A failure is only logged."""
+        if happenings and not self._closing:
+            save = functools.partial(self._store.record_happenings, happenings, at=time.time())
             self._begin(lambda: self._alone(lambda: self._on_disk(save))).add_done_callback(_say_failure)
 
     async def _alone(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -16,9 +16,9 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from urllib.parse import quote
 
 from nodeagent.core.ledger.ledger import ADOPTED, RELEASED, Change
@@ -27,12 +27,13 @@ from nodeagent.errors import LedgerTooNewError, StateError
 from nodeagent.state import audit
 from nodeagent.state import file_identity as files
 from nodeagent.state import grant_json as storedgrant
-from nodeagent.state.audit import Refusal
+from nodeagent.state.audit import Happening, Refusal
 from nodeagent.state.layout import migrate, take_back
 from nodeagent.state.lock import FileLock
 from nodeagent.state.mark import LedgerMark, Mark
 from nodeagent.telemetry import metrics
 
+T = TypeVar("T")
 FILE, LOCK = "ledger.db", "ledger.lock"
 _REPLACED = "the ledger file was damaged and replaced while it was held"
 BUSY_TIMEOUT_MS = 2000
@@ -244,19 +245,29 @@ class Store:
 
     def record_refusals(self, refusals: Iterable[Refusal], *, op: str, at: float) -> None:
         """Write to the audit what was refused. Raise StateError if that fails. at: seconds since the epoch."""
+        self._record("save", lambda db: audit.add_refusals(db, refusals, op=op, at=at))
+
+    def record_happenings(self, happenings: Iterable[Happening], *, at: float) -> None:
+        """Write to the audit what happened, like refusals. It survives kill -9 at once, and a power cut from the next
+        decision on: no decision waits for it on the disk."""
         with self._turn(), self._said("save"):
-            self._put_back()
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
-                audit.add_refusals(self._db, refusals, op=op, at=at)
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            try:
+                self._record("save", lambda db: audit.add_happenings(db, happenings, at=at))
+            finally:
+                self._db.execute("PRAGMA synchronous = FULL")
 
     def prune(self, before: float) -> int:
         """Delete audit entries older than `before` (seconds since the epoch). Return how many about grants."""
-        with self._turn(), self._said("prune"):
+        return self._record("prune", lambda db: audit.prune(db, before))
+
+    def _record(self, verb: str, change: Callable[[sqlite3.Connection], T]) -> T:
+        """Change the audit alone, in a transaction of its own."""
+        with self._turn(), self._said(verb):
             self._put_back()
             with self._db:
                 self._db.execute("BEGIN IMMEDIATE")
-                return audit.prune(self._db, before)
+                return change(self._db)
 
     def _put_back(self) -> None:
         """Restore the file if it or its folder was removed or replaced: the open file still has everything."""

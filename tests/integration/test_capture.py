@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.test_status import standing
+from nodeagent.state.audit import CONFIGURATION, AuditEntry, newest
+from nodeagent.state.store import FILE
+from tests.integration.test_status import RESOURCES, standing
 from tests.support.running import Running
+from tests.support.until import until
 
 SHOWN = ("status", "grants", "devices", "health", "metrics", "history")
 
@@ -71,3 +74,24 @@ async def test_a_capture_changes_nothing_of_the_node(folder: Path, tmp_path: Pat
 
 def stamps(*folders: Path) -> dict[str, float]:
     return {str(one): one.lstat().st_mtime for folder in folders for one in folder.rglob("*")}
+
+
+async def test_a_changed_and_a_refused_configuration_are_in_the_history(folder: Path, tmp_path: Path) -> None:
+    """A moment later: nothing waits for it."""
+    async with standing(folder, tmp_path) as (agent, _):
+        agent.configure(auditDays=7, resources=RESOURCES)
+        await agent.said("configuration-reloaded")
+        agent.write_config("auditDays: never")
+        await agent.said("configuration-refused")
+
+        async def recorded() -> bool:
+            return len(configured(agent)) == 2
+
+        await until(recorded)
+        applied, refused = configured(agent)
+    assert "auditDays: 30 -> 7" in applied.what
+    assert refused.what == "refused" and "auditDays" in refused.why
+
+
+def configured(agent: Running) -> list[AuditEntry]:
+    return [one for one in newest(agent.state / FILE, -1) if one.action == CONFIGURATION]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from nodeagent.core.ledger.witness import Sight
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Evidence
 from nodeagent.errors import InputError, Refused, StateError
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.state import audit
-from nodeagent.state.audit import AuditEntry, Refusal, newest
+from nodeagent.state.audit import AuditEntry, Happening, Refusal, newest
 from nodeagent.state.store import FILE, Store
 from tests.support.claim_node import claim_room
 from tests.support.dra_node import consumed
@@ -156,6 +157,37 @@ async def test_a_refusal_that_cannot_be_recorded_is_still_answered(folder: Path)
         await one.grant(CPU, "cpu1")
 
 
+# ---------------------------------------------------------------- what else happened
+
+
+async def test_the_health_of_a_device_is_in_the_audit_whenever_it_changes(folder: Path) -> None:
+    """Equal changes within an hour are one entry; what stays as it is makes none."""
+    async with node(folder) as one:
+        for state in (UNHEALTHY, UNHEALTHY, HEALTHY, UNHEALTHY):
+            one.agent.observe(
+                [Evidence(device="gpu0", source="s", state=state, reason="" if state == HEALTHY else "hot")]
+            )
+            one.now_s += 1000
+            one.agent.recover_due()
+        await one.agent.refresh()
+        await one.grant(CPU, "cpu1")
+    found = [(line.what, line.why, line.times) for line in entries(folder, "health")]
+    assert sorted(found) == [("gpu0 healthy", "", 1), ("gpu0 unhealthy", "hot", 2)]
+
+
+def test_what_happened_is_limited_in_number_and_goes_with_the_rest(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(audit, "MOST_HAPPENINGS", 3)
+    with contextlib.closing(Store(folder)) as store:
+        for number in range(5):
+            store.record_happenings([Happening(action="configuration", what=f"applied: {number}")], at=float(number))
+        assert [one.what for one in entries(folder, "configuration")] == ["applied: 2", "applied: 3", "applied: 4"]
+        assert store._db.execute("PRAGMA synchronous").fetchone() == (2,)
+        store.prune(4.0)
+    assert [one.what for one in entries(folder, "configuration")] == ["applied: 4"]
+
+
 # ---------------------------------------------------------------- reading
 
 
@@ -164,7 +196,7 @@ def test_a_file_of_an_older_build_is_read_without_reasons(folder: Path) -> None:
     with contextlib.closing(Store(folder)) as store:
         store.save(granted(1), op="a", at=1e9)
     with contextlib.closing(sqlite3.connect(folder / FILE)) as db:
-        db.executescript("DROP TABLE refusals; DROP TABLE audit_reasons;")
+        db.executescript("DROP TABLE refusals; DROP TABLE audit_reasons; DROP TABLE happenings;")
         before = db.execute("SELECT name FROM sqlite_schema").fetchall()
         assert [one.why for one in newest(folder / FILE, -1)] == [""]
         assert db.execute("SELECT name FROM sqlite_schema").fetchall() == before

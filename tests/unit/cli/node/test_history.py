@@ -21,7 +21,7 @@ from nodeagent.core.ledger.ledger import ADOPTED, CONFIRMED, GRANTED, REDUCED, R
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.errors import InputError
-from nodeagent.state.audit import Refusal
+from nodeagent.state.audit import Happening, Refusal
 from nodeagent.state.store import Store
 from tests.support.long_form import share_of
 
@@ -148,6 +148,16 @@ def test_refusals_that_are_counted_together_are_one_entry_of_their_whole_time(
     (one,) = documents(capsys, folder)
     assert (one["times"], one["first_time"], one["time"]) == (3, rfc3339(MADE_S), rfc3339(MADE_S + 2))
     assert "refused (3 times)" in asked(capsys, folder)[1]
+
+
+def test_health_and_configuration_are_part_of_it(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(Store(folder)) as store:
+        store.record_happenings([Happening(action="health", what="gpu0 unhealthy", why="Xid 79")], at=MADE_S)
+        store.record_happenings([Happening(action="configuration", what="applied: auditDays: 3 -> 4")], at=MADE_S + 1)
+    assert [one["what"] for one in documents(capsys, folder)] == ["gpu0 unhealthy", "applied: auditDays: 3 -> 4"]
+    (one,) = documents(capsys, folder, "--device", "gpu0")
+    assert (one["action"], one["why"], one["grant"]) == ("health", "Xid 79", "")
+    assert documents(capsys, folder, "--pod", "ns/book") == documents(capsys, folder, "--cpu", "7") == []
 
 
 # ---------------------------------------------------------------- who held it
