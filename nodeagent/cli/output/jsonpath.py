@@ -40,7 +40,7 @@ def printed(parts: Sequence[Part], document: Any) -> str:
 
 def found(path: Path, document: Any) -> list[Any]:
     """Return the values of a path, in order."""
-    return list(_values(path, document, document))
+    return _values(path, document, document)
 
 
 def _printed(parts: Sequence[Part], current: Any, root: Any) -> Iterator[str]:
@@ -59,20 +59,37 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def _values(path: Path, current: Any, root: Any) -> Iterable[Any]:
-    values: Iterable[Any] = [root if path.from_root else current]
+def _values(path: Path, current: Any, root: Any) -> list[Any]:
+    values = [root if path.from_root else current]
     for step in path.steps:
-        values = [one for value in values for one in _stepped(step, value, root)]
+        values = _after(step, values, root)
     return values
+
+
+def _after(step: Step, values: Sequence[Any], root: Any) -> list[Any]:
+    """Return what one step leads to from some values. Several names or indexes give one group each, as in kubectl."""
+    match step:
+        case Keys(paths):
+            return [one for names in paths for value in values for one in _members(value, names)]
+        case Indexes(numbers):
+            lists = [value for value in values if isinstance(value, list)]
+            return [value[one] for one in numbers for value in lists if -len(value) <= one < len(value)]
+        case _:
+            return [one for value in values for one in _stepped(step, value, root)]
+
+
+def _members(value: Any, names: Sequence[str]) -> Iterator[Any]:
+    """Yield what some names lead to, one after another, if all are there."""
+    for name in names:
+        if not isinstance(value, dict) or name not in value:
+            return
+        value = value[name]
+    yield value
 
 
 def _stepped(step: Step, value: Any, root: Any) -> Iterator[Any]:
     """Yield what one step leads to from one value; nothing if it has no such part."""
     match step:
-        case Keys(names) if isinstance(value, dict):
-            yield from (value[name] for name in names if name in value)
-        case Indexes(numbers) if isinstance(value, list):
-            yield from (value[one] for one in numbers if -len(value) <= one < len(value))
         case Slice(start, stop, stride) if isinstance(value, list):
             yield from value[start:stop:stride]
         case Every():
@@ -94,11 +111,11 @@ def _everything(value: Any) -> Iterator[Any]:
 
 
 def _holds(condition: Filter, one: Any, root: Any) -> bool:
-    left = list(_values(condition.left, one, root))
+    left = _values(condition.left, one, root)
     if not condition.operator:
         return bool(left)
     right = condition.right
-    others = list(_values(right, one, root)) if isinstance(right, Path) else [right]
+    others = _values(right, one, root) if isinstance(right, Path) else [right]
     return any(_compares(condition.operator, a, b) for a in left[:1] for b in others[:1])
 
 

@@ -1,9 +1,10 @@
 """The syntax of -o jsonpath: a template as steps. A subset of kubectl's, without functions and scripts.
 
-    text {.a.b} {['a b']} {$} {@} {[0]} {[-1]} {[1:3]} {[::2]} {[*]} {.*} {..name} {['a','b']} {[0,2]}
-    {[?(@.a=="x")]} {[?(@.a)]}, also with != < <= > >=      {range .a[*]}…{end}      {"text\\n"}
+    text {.a.b} {.a\\.b} {['a.b']} {['a\\.b']} {['a','b']} {$} {@} {[0]} {[-1]} {[0,2]} {[1:3]} {[::2]} {[*]} {.*}
+    {..name} {[?(@.a=="x")]} {[?(@.a)]}, also with != < <= > >=      {range .a[*]}…{end}      {"text\\n"}
 
-Source: kubernetes.io/docs/reference/kubectl/jsonpath.
+A dot within a quoted name separates names too, unless it is escaped.
+Source: kubernetes.io/docs/reference/kubectl/jsonpath, and util/jsonpath of client-go.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ class Text(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Members of an object."""
+    """Members of an object. paths: the names that lead to each."""
 
-    names: Sequence[str]
+    paths: Sequence[Sequence[str]]
 
 
 class Indexes(NamedTuple):
@@ -77,7 +78,9 @@ class Range(NamedTuple):
 
 Part = Text | Path | Range
 OPERATORS = ("==", "!=", "<=", ">=", "<", ">")
-_NAME = re.compile(r"[\w-]+")
+_NAME = re.compile(r"(?:\\.|[^\s.,\[\](){}$@\\=<>!~'\"*?:;|])+")
+_QUOTED_NAME = re.compile(r"'((?:\\.|[^'\\])+)'|\"((?:\\.|[^\"\\])+)\"")
+_NAME_PART = re.compile(r"(?:\\.|[^.\\])+")
 _SLICE = re.compile(r"\s*(-?\d{1,9})?\s*:\s*(-?\d{1,9})?\s*(?::\s*(\d{1,9})?\s*)?\]")
 _INDEXES = re.compile(r"\s*(-?\d{1,9}(?:\s*,\s*-?\d{1,9})*)\s*\]")
 _NUMBER = re.compile(r"-?\d{1,18}(?:\.\d{1,18})?")
@@ -185,7 +188,7 @@ class _Reader:
         if found is None:
             raise self.error("expected a name or *")
         self._at = found.end()
-        return Keys((found[0],))
+        return Keys(((_unescaped(found[0]),),))
 
     def _brackets(self, depth: int) -> Step:
         self._blanks()
@@ -208,14 +211,19 @@ class _Reader:
         raise self.error("expected *, a number, a slice, a quoted name or ?( between the brackets")
 
     def _names(self) -> Keys:
-        names = [self._quoted()]
-        self._blanks()
-        while self._take(","):
+        paths = [self._quoted_name()]
+        while self._after_blanks(","):
             self._blanks()
-            names.append(self._quoted())
-            self._blanks()
+            paths.append(self._quoted_name())
         self._expect("]")
-        return Keys(tuple(names))
+        return Keys(tuple(paths))
+
+    def _quoted_name(self) -> tuple[str, ...]:
+        found = _QUOTED_NAME.match(self._text, self._at)
+        if found is None:
+            raise self.error("expected a name in quotes")
+        self._at = found.end()
+        return tuple(map(_unescaped, _NAME_PART.findall(found[1] or found[2])))
 
     def _filter(self, depth: int) -> Filter:
         if depth >= _DEEPEST:
@@ -278,6 +286,10 @@ class _Reader:
         self._at += len(text) if found else 0
         return found
 
+    def _after_blanks(self, text: str) -> bool:
+        self._blanks()
+        return self._take(text)
+
     def _word(self, word: str) -> bool:
         found = _WORD.match(self._text, self._at)
         return found is not None and found[0] == word and self._take(word)
@@ -286,3 +298,8 @@ class _Reader:
         self._blanks()
         if not self._take(text):
             raise self.error(f"expected {text}")
+
+
+def _unescaped(name: str) -> str:
+    """Return a name without the backslashes that escape its characters."""
+    return re.sub(r"\\(.)", r"\1", name)
