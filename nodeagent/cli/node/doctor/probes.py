@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from nodeagent.errors import HostError, cause_of
 
-PROGRAM_S = 3.0
+PROGRAM_S = 10.0
 CONNECT_S = 1.0
 SYNCS = 7
 _UNSYNCHRONISED, _TIMEX_BYTES, _STATUS = 0x40, 208, 40
