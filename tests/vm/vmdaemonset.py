@@ -22,8 +22,8 @@ PODS = collection("v1", "Pod", NAMESPACE)
 DAEMON_SET = f"{collection('apps/v1', 'DaemonSet', NAMESPACE)}/nodeagent"
 IMPORT_S, ROLLOUT_S = 600.0, 600.0
 MERGE = "application/strategic-merge-patch+json"
-LISTENS = "*' 00010000 '*/run/nodeagent/status.sock"
-"""In /proc/net/unix: the flag of a socket that listens (__SO_ACCEPTCON)."""
+LISTENS = "*' 00010000 '*/run/nodeagent/.status.sock.*"
+"""A line of /proc/net/unix: the flag of a socket that listens (__SO_ACCEPTCON), and the name that it was bound with."""
 PROBES_S, PROBE_S = {"startupProbe": 5, "readinessProbe": 60, "livenessProbe": 600}, 120
 """How often kubelet asks, and how long it waits. One core emulates sixteen: as shipped, the questions would use most of
 it, and be answered too late."""
