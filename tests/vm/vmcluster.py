@@ -169,10 +169,6 @@ class Node:
         """On which CPUs a pod's container may run, by the kernel."""
         return self.guest.run(f"cat $({self.scope(pod)})/cpuset.cpus.effective").strip()
 
-    def is_on(self, pod: str, wanted: str) -> str:
-        """The command that succeeds while a pod's container may run on these CPUs alone."""
-        return f'[ "$(cat $({self.scope(pod)})/cpuset.cpus.effective)" = {wanted} ]'
-
     def kill(self, pod: str, *others: str) -> None:
         """End the processes of a pod's container, for kubelet to start it again. others: more processes."""
         self.guest.run(f"kill -9 $(cat $({self.scope(pod)})/cgroup.procs) {' '.join(others)}")

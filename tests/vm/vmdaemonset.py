@@ -22,8 +22,8 @@ PODS = collection("v1", "Pod", NAMESPACE)
 DAEMON_SET = f"{collection('apps/v1', 'DaemonSet', NAMESPACE)}/nodeagent"
 IMPORT_S, ROLLOUT_S = 600.0, 600.0
 MERGE = "application/strategic-merge-patch+json"
-LISTENS = "00010000 .*/run/nodeagent/status.sock"
-"""In /proc/net/unix: the flag of a socket that listens (__SO_ACCEPTCON)."""
+LISTENS = "*' 00010000 '*/run/nodeagent/.status.sock.*"
+"""A line of /proc/net/unix: the flag of a socket that listens (__SO_ACCEPTCON), and the name that it was bound with."""
 PROBES_S, PROBE_S = {"startupProbe": 5, "readinessProbe": 60, "livenessProbe": 600}, 120
 """How often kubelet asks, and how long it waits. One core emulates sixteen: as shipped, the questions would use most of
 it, and be answered too late."""
@@ -85,15 +85,17 @@ def _select(node: Node, labels: Mapping[str, str | None]) -> None:
     node.api.call("PATCH", DAEMON_SET, change, MERGE)
 
 
-def returned(node: Node, right: str) -> str:
-    """How long after the agent's process has come it listens, and a command first succeeds, in milliseconds."""
+def returned(node: Node, pod: str, wanted: str) -> str:
+    """How long after the agent's process has come it listens, and a pod's container may run on these CPUs alone, in
+    milliseconds. Looks with what the shell has itself: programs would take the agent's time."""
     return node.guest.run(
-        f"""until pgrep -f '[n]odeagent run' >/dev/null; do sleep 0.02; done; began=$(date +%s%N)
+        f"""file=$({node.scope(pod)})/cpuset.cpus.effective
+        until pgrep -f '[n]odeagent run' >/dev/null; do sleep 0.5; done; began=$EPOCHREALTIME
         while [ -z "$up" ] || [ -z "$right" ]; do
-            now=$(( ($(date +%s%N) - began) / 1000000 ))
-            [ "$up" ] || ! grep -q '{LISTENS}' /proc/net/unix || up=$now
-            [ "$right" ] || ! {{ {right}; }} || right=$now
-            sleep 0.02
+            now=$(( (${{EPOCHREALTIME/./}} - ${{began/./}}) / 1000 ))
+            while [ -z "$up" ] && read -r line; do [[ $line != {LISTENS} ]] || up=$now; done </proc/net/unix
+            read -r seen <$file; [ "$right" ] || [ "$seen" != {wanted} ] || right=$now
+            sleep 0.2
         done; echo $up $right""",
         STEP_S,
     ).strip()
