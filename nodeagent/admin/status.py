@@ -246,6 +246,7 @@ def _result(result: Result) -> dict[str, Any]:
         "request": result.request,
         "pool": result.pool,
         "device": result.device,
+        "share_id": result.share_id,
         "admin": result.admin,
         "consumed": dict(result.consumed),
     }

@@ -36,6 +36,7 @@ class _HeldResult(msgspec.Struct):
     request: str
     pool: str
     device: str
+    share_id: str = ""
     admin: bool = False
     consumed: dict[str, int] = {}
 
@@ -138,6 +139,7 @@ def _result(held: _Held) -> Result | None:
         driver=held.resource.partition(".")[2],
         pool=one.pool,
         device=one.device,
+        share_id=one.share_id,
         admin=one.admin,
         consumed=one.consumed,
     )
