@@ -20,16 +20,22 @@ from nodeagent.cli import main
 from nodeagent.cli.node.replay import unpack
 from nodeagent.cli.shared.capture_format import FORMAT
 from nodeagent.state.store import Store
-from tests.builders import machines
+from tests.builders import machines, tables
 from tests.builders.node_captures import capture, facts_of_tree, manifest, member, packed
+from tests.support.long_form import LONG
 from tests.unit.state.test_store import granted
 
-RECORDED = ("256ppc-8n8s4t", "40intel64-2g2n4c+pcilocality", "fakeheteromemtiers", "20s390-2g6s4c", "memorysidecaches")
+SOME = ("256ppc-8n8s4t", "40intel64-2g2n4c+pcilocality", "fakeheteromemtiers", "20s390-2g6s4c", "memorysidecaches")
+
+RECORDED = tables.names(answered=False) if LONG else SOME
 
 
 @pytest.fixture(name="temporary")
-def _temporary(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Where temporary folders are made; nothing is left there."""
+def _temporary(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """Where temporary folders are made; nothing is left there. Pytest's own are elsewhere."""
+    tmp_path_factory.getbasetemp()
     made = folder / "tmp"
     made.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(made))
