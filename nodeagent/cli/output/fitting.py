@@ -1,5 +1,5 @@
-"""How columns fit a width: the widest are cut first; where too little would remain of each, every row becomes a block
-of lines. Pure: cells in, lines out.
+"""How columns fit a width: those that are empty in every row are left out, then the widest are cut; where too little
+would remain of each, every row becomes a block of lines. Pure: cells in, lines out.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 GAP = "   "
+EMPTY = "-"
 LEAST = 8
 """Characters that a cut column keeps."""
 Paint = Callable[[str, str], str]
@@ -43,7 +44,10 @@ def _level(widths: Sequence[int], room: int) -> int:
 
 def table(cells: Sequence[Sequence[str]], room: int | None, ellipsis: str, paint: Paint) -> Iterator[str]:
     """Yield the lines of a table. cells: rows, the headings first. room: characters in a line, or None for any."""
-    natural = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    natural = _natural(cells)
+    if room is not None and widths_within(natural, room) != natural:
+        cells = _without_empty(cells)
+        natural = _natural(cells)
     widths = natural if room is None else widths_within(natural, room)
     if widths is None:
         yield from _blocks(cells, paint)
@@ -55,6 +59,18 @@ def table(cells: Sequence[Sequence[str]], room: int | None, ellipsis: str, paint
             for i, (cell, width) in enumerate(zip(row[: last + 1], widths, strict=False))
         )
         yield GAP.join(shown)
+
+
+def _natural(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return how wide each column is."""
+    return [max(map(len, column)) for column in zip(*cells, strict=True)]
+
+
+def _without_empty(cells: Sequence[Sequence[str]]) -> Sequence[Sequence[str]]:
+    """Return the columns that have a value in some row, and the first."""
+    first, *others = zip(*cells, strict=True)
+    shown = [column for column in others if any(cell != EMPTY for cell in column[1:])]
+    return [*zip(first, *shown, strict=True)]
 
 
 def _cut(cell: str, width: int, ellipsis: str) -> str:
@@ -69,5 +85,5 @@ def _blocks(cells: Sequence[Sequence[str]], paint: Paint) -> Iterator[str]:
         if number:
             yield ""
         for heading, cell in zip(headings, row, strict=True):
-            if cell != "-":
+            if cell != EMPTY:
                 yield f"{paint(heading, heading.ljust(width))} {paint(cell, cell)}"

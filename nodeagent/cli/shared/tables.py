@@ -58,7 +58,7 @@ def print_document(document: Any, form: str) -> None:
 
 def _text(cell: object) -> str:
     """Return a cell in one line. Control characters must not reach a terminal: names come from devices and pods."""
-    text = "-" if cell in (None, "") else str(cell)
+    text = fitting.EMPTY if cell in (None, "") else str(cell)
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() else " " if one.isspace() else "?" for one in text)

@@ -49,6 +49,18 @@ def test_the_widest_columns_are_cut_to_fit(monkeypatch: pytest.MonkeyPatch) -> N
     assert {len(line) <= 50 for line in lines} == {True}
 
 
+def test_columns_that_are_empty_are_left_out_before_any_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"{__name__}.ROWS", [("g-01", "", "0-3,128-131,64-67,192-195,16-19", "")])
+    assert shown(monkeypatch, 60) == [
+        "GRANT   HOLDER   CPUS                              NOTE",
+        "g-01    -        0-3,128-131,64-67,192-195,16-19   -",
+    ]
+    assert shown(monkeypatch, 45) == [
+        "GRANT   CPUS",
+        "g-01    0-3,128-131,64-67,192-195,16-19",
+    ]
+
+
 def test_nothing_is_cut_with_no_trunc(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shown(monkeypatch, 50, whole=True) == shown(monkeypatch, 120)
 
