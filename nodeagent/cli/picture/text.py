@@ -93,8 +93,9 @@ def _package(picture: Picture, package: PicturePackage, width: int) -> Iterator[
 
 def _node(picture: Picture, node: PictureNode, width: int) -> Iterator[Line]:
     yield from wrapped(words(node_title(node)), width, first=" ", rest="       ")
-    for block in _blocks(node, width):
-        yield from _rows(picture, block)
+    digits = _digits(picture)
+    for block in _blocks(node, width - 3 - digits):
+        yield from _rows(picture, block, digits)
     by_kind: dict[str, list[PictureDevice]] = {}
     for device in node.devices:
         by_kind.setdefault(device.kind, []).append(device)
@@ -139,10 +140,9 @@ Block = list[tuple[PictureCore, ...]]
 """Cores side by side in groups, as wide as a line allows."""
 
 
-def _blocks(node: PictureNode, width: int) -> Iterator[Block]:
-    """Return a node's groups of cores, as many side by side as fit; a group that is too wide is cut."""
-    label = _label_width(node)
-    room = width - label
+def _blocks(node: PictureNode, room: int) -> Iterator[Block]:
+    """Return a node's groups of cores, as many side by side as fit into `room` columns; a group that is too wide is
+    cut."""
     block: Block = []
     used = 0
     for group in node.groups:
@@ -157,14 +157,15 @@ def _blocks(node: PictureNode, width: int) -> Iterator[Block]:
         yield block
 
 
-def _label_width(node: PictureNode) -> int:
-    return 3 + max((len(str(cpu.id)) for cpu in node.cpus()), default=1)
+def _digits(picture: Picture) -> int:
+    """Return how many columns the number of any CPU takes, so that all rows begin in the same one."""
+    cpus = (cpu.id for package in picture.packages for node in package.nodes for cpu in node.cpus())
+    return max((len(str(one)) for one in cpus), default=1)
 
 
-def _rows(picture: Picture, block: Block) -> Iterator[Line]:
+def _rows(picture: Picture, block: Block, digits: int) -> Iterator[Line]:
     """Return one line for each thread of a block's cores, which starts with the number of its first CPU."""
     cores = [core for group in block for core in group]
-    digits = max(len(str(cpu.id)) for core in cores for cpu in core.cpus)
     for thread in range(max(len(core.cpus) for core in cores)):
         first = next(core.cpus[thread].id for core in cores if thread < len(core.cpus))
         line = [plain(f"   {first:>{digits}}")]

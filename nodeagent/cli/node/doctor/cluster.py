@@ -18,6 +18,7 @@ from nodeagent.managers.dra.manager import node_name
 REVIEWS = ApiResource("authorization.k8s.io", "v1", "selfsubjectaccessreviews", "SelfSubjectAccessReview", False)
 WHOAMI = ApiResource("authentication.k8s.io", "v1", "selfsubjectreviews", "SelfSubjectReview", False)
 DRA = "resource.k8s.io"
+TOPOLOGY = "topology.node.k8s.io"
 CALL_S = 3.0
 NODE_USER = "system:node:"
 DRIVER_RIGHTS = (1, 36)
@@ -67,7 +68,12 @@ def rights(config: Config, node: str, kubernetes: tuple[int, int] | None = None)
         if (kubernetes or OLDEST) >= DRIVER_RIGHTS:
             verbs = ("associated-node:update", "associated-node:patch")
             yield from (Right(verb, DRA, "resourceclaims", "driver", config.dra.driver) for verb in verbs)
-    yield Right("create", "events.k8s.io", "events")
+    if config.events.enabled:
+        yield from (Right(verb, "events.k8s.io", "events") for verb in ("create", "patch"))
+    if config.publish.node_labels:
+        yield Right("patch", "", "nodes", name=node)
+    if config.publish.node_resource_topology:
+        yield from (Right(verb, TOPOLOGY, "noderesourcetopologies") for verb in ("get", "create", "patch", "delete"))
 
 
 def _api(node: Node) -> ApiServer:
