@@ -143,11 +143,13 @@ class FakeDraKubelet:
         services: Sequence[str] = (V1, V1BETA1),
         health_service: str = HEALTH_V1ALPHA1,
         health_retry_s: float = 0.2,
+        retry_s: tuple[float, float] = (FIRST_RETRY_S, LAST_RETRY_S),
         seed: int = 0,
     ) -> None:
         """`folder` stands for /var/lib/kubelet, `services` for what this kubelet knows; no `health_service`: it does
-        not ask for health. The real one opens the stream of health again every 5 s; `seed` fixes in which order a
-        start finds the sockets.
+        not ask for health. The real one opens the stream of health again every 5 s; `retry_s`: how long it first and at
+        last waits after a registration that failed, before it tries the same path again; `seed` fixes in which order
+        a start finds the sockets.
         """
         self.registry = folder / "plugins_registry"
         self.state_file = folder / "dra_manager_state"
@@ -165,6 +167,10 @@ class FakeDraKubelet:
         self._health_retry_s = health_retry_s
         self._random = random.Random(seed)
         self._refusals: dict[str, float] = {}
+        self._silences: dict[str, float] = {}
+        self._retry_s = retry_s
+        self._waits: dict[Path, tuple[float, float]] = {}
+        """By path, whatever socket is there: how long it waits after the next failure, and until when it waits now."""
         self._health: dict[str, dict[tuple[str, str], DeviceState]] = {}
         self._lists: dict[str, int] = {}
         self._age_s = 0.0
@@ -214,6 +220,7 @@ class FakeDraKubelet:
             await plugin.close()
         self.plugins.clear()
         self._wanted.clear()
+        self._waits.clear()
         self._actual.clear()
         self._health.clear()
         self._news.tell()
@@ -226,6 +233,11 @@ class FakeDraKubelet:
     def refuse(self, driver: str, times: float = float("inf")) -> None:
         """Fail the next `times` registrations of a driver; 0 ends that."""
         self._refusals[driver] = times
+
+    def give_up_on(self, driver: str, times: float = float("inf")) -> None:
+        """Fail the next `times` registrations of a driver without a verdict, as where a busy node is too slow for
+        kubelet's deadline; 0 ends that."""
+        self._silences[driver] = times
 
     async def cut_streams(self, driver: str) -> None:
         """Hang up on every instance of a driver and connect again: what a broken connection looks like."""
@@ -311,22 +323,26 @@ class FakeDraKubelet:
         self._news.tell()
 
     async def _settle(self, path: Path) -> None:
-        retry_s = FIRST_RETRY_S
         while True:
             mark = self._wanted.get(path)
             known = self._actual.get(path)
             if known is not None and known[0] is not mark:
                 await self._deregister(path)
-            elif mark is None or known is not None:
+            elif mark is None or known is not None or await self._gone_meanwhile(path):
                 return
-            elif not await self._register(path, mark) and self._wanted.get(path) is mark:
-                await self._changed_or(path, mark, retry_s)
-                retry_s = min(2 * retry_s, LAST_RETRY_S)
+            elif await self._register(path, mark):
+                self._waits.pop(path, None)
+            else:
+                next_s, _ = self._waits.get(path, (self._retry_s[0], 0.0))
+                self._waits[path] = min(2 * next_s, self._retry_s[1]), time.monotonic() + next_s
 
-    async def _changed_or(self, path: Path, mark: object, seconds: float) -> None:
+    async def _gone_meanwhile(self, path: Path) -> bool:
+        """Wait as long as an earlier failure of this path demands; whether the socket is gone by then."""
+        _, until_s = self._waits.get(path, (0.0, 0.0))
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self.until(lambda: self._wanted.get(path) is not mark)
+            async with asyncio.timeout(until_s - time.monotonic()):
+                await self.until(lambda: path not in self._wanted)
+        return path not in self._wanted
 
     async def _register(self, path: Path, mark: object) -> bool:
         """One try; whether the plugin is registered now."""
@@ -336,6 +352,8 @@ class FakeDraKubelet:
                 async with asyncio.timeout(DIAL_S):
                     await self._dial(channel, path, mark)
                 info = await self._get_info(stub)
+                if self._counted(self._silences, info.name):
+                    return False
                 error = self._wrong_with_info(info)
                 if error:
                     self._violation(f"{path.name}: {error}")
@@ -396,10 +414,14 @@ class FakeDraKubelet:
         return ""
 
     def _refused(self, info: pb.PluginInfo) -> str:
-        if self._refusals.get(info.name, 0) > 0:
-            self._refusals[info.name] -= 1
-            return f"{info.name} is refused on purpose"
-        return ""
+        return f"{info.name} is refused on purpose" if self._counted(self._refusals, info.name) else ""
+
+    def _counted(self, failures: dict[str, float], driver: str) -> bool:
+        """Whether this registration of a driver is one that is to fail."""
+        if failures.get(driver, 0) <= 0:
+            return False
+        failures[driver] -= 1
+        return True
 
     def _no_place(self, info: pb.PluginInfo) -> str:
         if Path(info.endpoint) in self.instances(info.name):

@@ -3,6 +3,8 @@
 Kubelet discovers the registration socket, asks it for the driver's details, and reports whether it accepted the driver;
 it forgets the driver when that socket's file is removed. So the driver is served before the registration socket appears
 and still served after it is gone. Both sockets are re-created after any removal, including that of their folders.
+An attempt that kubelet refuses, or does not follow up, is repeated under another name of the registration socket: under
+the same one kubelet would wait (plugin_sockets.py).
 Answers to kubelet's query are constants: nothing that can hang delays them.
 """
 
@@ -38,6 +40,9 @@ __all__ = ["DraPlugin", "DraRegistration", "PluginSockets", "other_instance_serv
 
 PLUGIN_TYPE = "DRAPlugin"
 LAST_RETRY_S = 30.0
+UNASKED_S, LAST_UNASKED_S = 20.0, 120.0
+"""How long kubelet may leave a socket without a verdict, at first and at last. One of its attempts takes up to 16 s: 10
+to connect, 1 for GetInfo, 5 for its verdict (operation_generator.go in pkg/kubelet/pluginmanager of 1.37)."""
 
 log = structlog.get_logger()
 
@@ -77,11 +82,14 @@ class _Served:
         """Return whether a socket is being served but the path no longer refers to it."""
         return self._bound is not None and not self.stands
 
-    async def begin(self) -> None:
-        """Serve on a fresh socket. Raise HostError, or PeerError if a live process has taken the path."""
-        if sockets.is_served(self.path) and not self.stands:
-            raise PeerError(f"cannot serve {self.path}: another process serves it")
+    async def begin(self, path: Path | None = None) -> None:
+        """Serve on a fresh socket, under another path if one is given. Raise HostError, or PeerError if a live process
+        has taken the path."""
+        path = path or self.path
+        if sockets.is_served(path) and not (self.stands and path == self.path):
+            raise PeerError(f"cannot serve {path}: another process serves it")
         await self.stop(STOP_GRACE_S)
+        self.path = path
         self._server = await sockets.serve(self.path, self._add)
         self._bound = sockets.identity(self.path)
 
@@ -107,12 +115,14 @@ class DraPlugin:
         *,
         poll_s: float = 15.0,
         retry_s: float = 1.0,
+        unasked_s: float = UNASKED_S,
         heartbeat_s: float = drahealth.HEARTBEAT_S,
     ) -> None:
         """Set up both sockets without binding them.
 
-        `poll_s` is the fallback interval of the folder watches; `retry_s` the first wait after a failure; `heartbeat_s`
-        how often health is repeated, and thus how long it is unknown to kubelet after another instance has ended.
+        `poll_s` is the fallback interval of the folder watches; `retry_s` the first wait after a failure; `unasked_s`
+        how long kubelet may at first leave a socket without a verdict; `heartbeat_s` how often health is repeated, and
+        thus how long it is unknown to kubelet after another instance has ended.
         """
         self.registration = DraRegistration(driver=driver, since_unix_s=time.time(), reason="not started")
         self._sockets = sockets
@@ -121,6 +131,8 @@ class DraPlugin:
         self._poll_s = poll_s
         self._heartbeat_s = heartbeat_s
         self._first_retry_s = self._retry_s = retry_s
+        self._first_unasked_s = self._unasked_s = unasked_s
+        self._attempt = 0
         self._jitter = random.Random(str(sockets.service))  # noqa: S311  spreads retries; the name makes it repeatable
         self._revision = Revision()
         self._woken, self._ending = asyncio.Event(), asyncio.Event()
@@ -181,8 +193,8 @@ class DraPlugin:
             return self._poll_s
         if not self._service.stands:
             await self._serve()
-        if time.monotonic() >= self._again_at_s or not self._registry.stands:
-            await self._offer()
+        if (due := time.monotonic() >= self._again_at_s) or not self._registry.stands:
+            await self._offer(self._attempt + due)
         self._show_standing()
         return max(0.0, min(self._again_at_s - time.monotonic(), self._poll_s))
 
@@ -192,12 +204,13 @@ class DraPlugin:
         self._ending = asyncio.Event()
         await self._service.begin()
 
-    async def _offer(self) -> None:
-        """Serve a fresh registration socket: kubelet drops what it knew of the previous one and asks again."""
+    async def _offer(self, attempt: int) -> None:
+        """Serve a fresh registration socket: kubelet drops what it knew of the previous one and asks."""
         self._taken = False
-        self._again_at_s = math.inf
-        await self._registry.begin()
-        log.info("offered-to-kubelet", driver=self.registration.driver, socket=str(self._sockets.registration))
+        self._attempt, self._again_at_s = attempt, time.monotonic() + self._unasked_s
+        self._unasked_s = min(2 * self._unasked_s, LAST_UNASKED_S)
+        await self._registry.begin(self._sockets.registration_of(attempt))
+        log.info("offered-to-kubelet", driver=self.registration.driver, socket=str(self._registry.path))
 
     # ---------------------------------------------------------------- what the servers serve
 
@@ -220,10 +233,11 @@ class DraPlugin:
 
     def _told(self, taken: bool, error: str) -> None:
         """Handle kubelet's verdict on the driver. Kubelet itself retries a refused registration at growing intervals; a
-        fresh socket makes it retry immediately."""
+        socket with another name makes it retry immediately."""
         self._taken = taken
         if taken:
             self._refusal, self._again_at_s, self._retry_s = "", math.inf, self._first_retry_s
+            self._unasked_s = self._first_unasked_s
             self._show(REGISTERED, times=self.registration.times + 1)
             log.info("registered", driver=self.registration.driver, times=self.registration.times)
         else:

@@ -2,6 +2,10 @@
 
 Each instance has its own two sockets, named after its pod, so two can be registered during a rolling upgrade. Sockets
 served by another instance are never touched; only a socket that the kernel reports as having no listener is removed.
+
+The registration socket has further names, for further attempts: kubelet counts failures by the path, waits up to two
+minutes before it tries the same one again, and does not notice that it was made anew (goroutinemap in
+pkg/util/goroutinemap, used by pkg/kubelet/pluginmanager/operationexecutor of 1.37).
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ import contextlib
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,12 +28,23 @@ _HASH = r"[0-9a-f]{12}"
 _INSTANCE = rf"(?:-(?:{_UID}|{_HASH}))?"
 
 
+FURTHER_NAMES = 7
+"""With the pauses between attempts, the first name is used again after about two minutes."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PluginSockets:
     """The two sockets of one instance of a driver."""
 
     registration: Path
     service: Path
+    further: tuple[Path, ...] = ()
+    """Further names of the registration socket, one of which it has after an attempt that failed."""
+
+    def registration_of(self, attempt: int) -> Path:
+        """Return the registration socket of an attempt, counted from 0."""
+        names = (self.registration, *self.further)
+        return names[attempt % len(names)]
 
 
 def plugin_sockets(kubelet_dir: Path, driver: str, pod_uid: str = "") -> PluginSockets:
@@ -43,9 +58,14 @@ def plugin_sockets(kubelet_dir: Path, driver: str, pod_uid: str = "") -> PluginS
     short = _hash(pod_uid) if pod_uid else ""
     every = [(driver, instance), (driver, short), (_hash(driver), short)]
     registry, plugins = kubelet_dir / REGISTRY, kubelet_dir / PLUGINS
+    further = (_hash(f"{driver} {pod_uid} {number}") for number in range(FURTHER_NAMES))
     return PluginSockets(
         registration=_first_that_fits([registry / f"{_joined(name, one)}-reg.sock" for name, one in every]),
         service=_first_that_fits([plugins / name / f"{_joined('dra', one)}.sock" for name, one in every]),
+        further=tuple(
+            _first_that_fits([registry / f"{_joined(name, one)}-reg.sock" for name in (driver, _hash(driver))])
+            for one in further
+        ),
     )
 
 
@@ -90,18 +110,18 @@ def other_instance_serves(kubelet_dir: Path, driver: str, mine: PluginSockets) -
 
 def _registrations(kubelet_dir: Path, driver: str, mine: PluginSockets | None) -> Iterator[Path]:
     pattern = re.compile(rf"(?:{re.escape(driver)}|{_hash(driver)}){_INSTANCE}-reg\.sock")
-    yield from _matching(kubelet_dir / REGISTRY, pattern, mine.registration if mine else None)
+    yield from _matching(kubelet_dir / REGISTRY, pattern, (mine.registration, *mine.further) if mine else ())
 
 
 def _services(kubelet_dir: Path, driver: str, mine: PluginSockets | None) -> Iterator[Path]:
     pattern = re.compile(rf"dra{_INSTANCE}\.sock")
     for folder in (driver, _hash(driver)):
-        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, mine.service if mine else None)
+        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, (mine.service,) if mine else ())
 
 
-def _matching(folder: Path, pattern: re.Pattern[str], mine: Path | None) -> Iterator[Path]:
+def _matching(folder: Path, pattern: re.Pattern[str], mine: Collection[Path]) -> Iterator[Path]:
     """Yield the paths in a folder whose names match, except `mine`, in order of their names."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         for path in sorted(folder.iterdir()):
-            if pattern.fullmatch(path.name) and path != mine:
+            if pattern.fullmatch(path.name) and path not in mine:
                 yield path

@@ -9,6 +9,7 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -28,6 +29,7 @@ from nodeagent.kube.kubelet.plugin_registration import (
     plugin_sockets,
     remove_stale,
 )
+from nodeagent.kube.kubelet.plugin_sockets import FURTHER_NAMES
 from nodeagent.kube.kubelet.registration import FAILED, REGISTERED, WAITING
 from nodeagent.pb import dra_v1_pb2, dra_v1_pb2_grpc
 from nodeagent.pb import pluginregistration_pb2 as pb
@@ -45,10 +47,14 @@ def kubelet_dir(folder: Path) -> Path:
     return folder
 
 
-def plugin(kubelet_dir: Path, desk: Desk | None = None, vitals: Vitals | None = None, uid: str = "") -> DraPlugin:
+def plugin(
+    kubelet_dir: Path, desk: Desk | None = None, vitals: Vitals | None = None, uid: str = "", unasked_s: float = 60.0
+) -> DraPlugin:
     vitals = vitals or Vitals(("gpu-0", HEALTHY))
     where = plugin_sockets(kubelet_dir, DRIVER, uid)
-    return DraPlugin(DRIVER, where, desk or Desk(), vitals, poll_s=30.0, retry_s=0.02, heartbeat_s=0.5)
+    return DraPlugin(
+        DRIVER, where, desk or Desk(), vitals, poll_s=30.0, retry_s=0.02, unasked_s=unasked_s, heartbeat_s=0.5
+    )
 
 
 @contextlib.asynccontextmanager
@@ -100,11 +106,11 @@ def live_socket(path: Path) -> Iterator[Path]:
 def test_sockets_are_where_kubelet_looks() -> None:
     """Named by the driver, and by the pod where there is one."""
     kubelet = Path("/var/lib/kubelet")
-    assert plugin_sockets(kubelet, DRIVER) == PluginSockets(
+    assert replace(plugin_sockets(kubelet, DRIVER), further=()) == PluginSockets(
         registration=kubelet / "plugins_registry/nodeagent.dev-reg.sock",
         service=kubelet / "plugins/nodeagent.dev/dra.sock",
     )
-    assert plugin_sockets(kubelet, DRIVER, OLD_UID) == PluginSockets(
+    assert replace(plugin_sockets(kubelet, DRIVER, OLD_UID), further=()) == PluginSockets(
         registration=kubelet / f"plugins_registry/nodeagent.dev-{OLD_UID}-reg.sock",
         service=kubelet / f"plugins/nodeagent.dev/dra-{OLD_UID}.sock",
     )
@@ -117,9 +123,10 @@ def test_every_path_fits_and_belongs_to_one_instance_alone(deep: str, driver: st
     """Hashed where it would be too long, differently for each driver and pod."""
     one = plugin_sockets(Path(deep), driver, uid)
     others = [plugin_sockets(Path(deep), "other.dev", uid), plugin_sockets(Path(deep), driver, NEW_UID)]
-    paths = [path for instance in (one, *others) for path in (instance.registration, instance.service)]
+    every = [(each.registration, each.service, *each.further) for each in (one, *others)]
+    paths = [path for instance in every for path in instance]
     assert max(len(os.fsencode(path)) for path in paths) <= sockets.LONGEST_PATH_BYTES
-    assert len(set(paths)) == 6
+    assert len(set(paths)) == len(paths) == 3 * (2 + FURTHER_NAMES)
     assert one == plugin_sockets(Path(deep), driver, uid)
     assert one.registration.parent == Path(deep) / "plugins_registry"
     assert one.registration.name.endswith("-reg.sock")
@@ -354,14 +361,38 @@ async def test_a_refusal_is_shown_in_kubelet_s_words_and_tried_again(kubelet_dir
             async with running(plugin(kubelet_dir)) as one:
                 state = await until(one, lambda state: state.state == FAILED)
                 assert state.reason == f"cannot register {DRIVER} with kubelet: {DRIVER} is refused on purpose"
-                with sockets.SocketWatch(path) as watch:
-                    before = watch.look()
-                    await seen_in(path.parent, lambda: watch.look() not in (before, None))
+                await seen_in(path.parent, lambda: not path.exists() and any(path.parent.iterdir()))
                 assert one.registration.state == FAILED
                 kubelet.refuse(DRIVER, 1)
                 await until(one, lambda state: state.ready)
                 assert one.registration.reason == ""
         assert [line["log_level"] for line in lines if line["event"] == "not-registered"] == ["warning"]
+
+
+@pytest.mark.parametrize("fail", [FakeDraKubelet.refuse, FakeDraKubelet.give_up_on], ids=["refused", "no-verdict"])
+async def test_a_failed_registration_is_repeated_although_kubelet_waits(
+    fail: Callable[[FakeDraKubelet, str, int], None], kubelet_dir: Path
+) -> None:
+    """After a failure kubelet leaves that path alone for up to two minutes: the next attempt has another name. What is
+    left of the earlier ones is no other instance, and is gone."""
+    mine = plugin_sockets(kubelet_dir, DRIVER)
+    async with FakeDraKubelet(kubelet_dir, retry_s=(600.0, 600.0)) as kubelet:
+        fail(kubelet, DRIVER, 4)
+        async with running(plugin(kubelet_dir, unasked_s=0.1)) as one:
+            await until(one, lambda state: state.ready)
+            (path,) = mine.registration.parent.iterdir()
+            assert path in mine.further
+            assert not other_instance_serves(kubelet_dir, DRIVER, mine)
+            path.unlink()
+            await kubelet.wait_registered(DRIVER, 2)
+            assert [*path.parent.iterdir()] == [path], "the same name again: kubelet knows of no failure of it"
+        assert not any(path.parent.iterdir())
+
+
+def test_a_dead_socket_of_a_further_attempt_is_removed_by_the_next_instance(kubelet_dir: Path) -> None:
+    old, mine = (plugin_sockets(kubelet_dir, DRIVER, uid) for uid in (OLD_UID, NEW_UID))
+    with dead_socket(old.further[0]), dead_socket(mine.further[0]):
+        assert remove_stale(kubelet_dir, DRIVER, mine) == [old.further[0]]
 
 
 async def test_a_kubelet_that_knows_no_version_of_ours_says_so(kubelet_dir: Path) -> None:
