@@ -226,7 +226,7 @@ async def test_pages_memory_and_shares_are_given_as_the_scheduler_counted_them(f
         asked = await asyncio.create_subprocess_exec(sys.executable, *words, stdout=asyncio.subprocess.PIPE)
         head, *lines = (await asked.communicate())[0].decode().splitlines()
         at = head.index("MEMORY")
-        assert [one for line in lines if (one := line[at:].split()[0]) != "-"] == ["1Mi@node1"]
+        assert [one for line in lines if (one := line[at:].split()[0]) != "-"] == ["2x2Mi@node1", "1Mi@node1"]
 
 
 # ---------------------------------------------------------------- one ledger
