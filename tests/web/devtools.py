@@ -12,6 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tests.support.until import until
@@ -145,13 +146,15 @@ async def browsing(command: Sequence[str], environment: Mapping[str, str]) -> As
     ours_in, theirs_out = _pipe()
     profile = tempfile.mkdtemp(prefix="na-browser-")
     words = [*command, *OPTIONS, f"--user-data-dir={profile}", "about:blank"]
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _START, str(theirs_in), str(theirs_out), *words),
-        pass_fds=(theirs_in, theirs_out),
-        env={**os.environ, **environment, "HOME": profile},
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    said = Path(profile) / "stderr"
+    with said.open("wb") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _START, str(theirs_in), str(theirs_out), *words),
+            pass_fds=(theirs_in, theirs_out),
+            env={**os.environ, **environment, "HOME": profile},
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=stderr,
+        )
     os.close(theirs_in)
     os.close(theirs_out)
     loop, reader = asyncio.get_running_loop(), asyncio.StreamReader(limit=LARGEST_MESSAGE)
@@ -161,6 +164,9 @@ async def browsing(command: Sequence[str], environment: Mapping[str, str]) -> As
     listening = asyncio.create_task(browser.read())
     try:
         yield browser
+    except BaseException:
+        print(f"the browser ({process.returncode or 'running'}) said:", said.read_text()[-4000:], file=sys.stderr)
+        raise
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.kill()
