@@ -20,6 +20,7 @@ from nodeagent.cli import VERBS
 from nodeagent.version import VERSION
 from tests.builders.machines import machine
 from tests.doubles.kubelet import FakeKubelet
+from tests.support.interruptible import INTERRUPTIBLE
 from tests.support.running import CPU, Running, running
 
 ASKING = ("status", "devices", "grants")
@@ -211,13 +212,6 @@ async def test_a_bad_configuration_shows_in_the_status(folder: Path, tmp_path: P
         await agent.until("/v1/status", lambda status: status["config_error"])
         done = await asyncio.to_thread(cli, "status", "--socket", str(agent.socket))
         assert "configuration: " in done.stdout and "did you mean resources?" in done.stdout
-
-
-INTERRUPTIBLE = (
-    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "import runpy; runpy.run_module('nodeagent', run_name='__main__', alter_sys=True)"
-)
-"""The program, also where the tests were started in the background by a shell: it has its children ignore SIGINT."""
 
 
 async def test_watch_shows_it_again_when_it_changes(folder: Path, tmp_path: Path) -> None:

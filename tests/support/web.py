@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tests.support.interruptible import INTERRUPTIBLE
+
 
 class Web:
     """A running `nodeagent web`."""
@@ -57,7 +59,7 @@ def _joined(chunks: bytes) -> bytes:
 async def web_of(socket: Path, *words: str) -> AsyncIterator[Web]:
     """It, ended by Ctrl-C, which is the normal end."""
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "nodeagent", "web", "--no-open", "--socket", str(socket), *words),
+        *(sys.executable, "-c", INTERRUPTIBLE, "web", "--no-open", "--socket", str(socket), *words),
         stdout=asyncio.subprocess.PIPE,
     )
     assert process.stdout is not None
