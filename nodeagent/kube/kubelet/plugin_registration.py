@@ -17,6 +17,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,10 +194,20 @@ class DraPlugin:
             return self._poll_s
         if not self._service.stands:
             await self._serve()
-        if (due := time.monotonic() >= self._again_at_s) or not self._registry.stands:
+        if (due := self._is_due()) or not self._registry.stands:
             await self._offer(self._attempt + due)
         self._show_standing()
         return max(0.0, min(self._again_at_s - time.monotonic(), self._poll_s))
+
+    def _is_due(self) -> bool:
+        """Return whether another attempt is due. A kubelet that watches health has taken the driver, although its
+        verdict was lost."""
+        if time.monotonic() < self._again_at_s:
+            return False
+        if self._streams > 0 and not self._refusal:
+            self._again_at_s = time.monotonic() + self._unasked_s
+            return False
+        return True
 
     async def _serve(self) -> None:
         _make(self._sockets.service.parent)
@@ -225,15 +236,21 @@ class DraPlugin:
             endpoint=str(self._sockets.service),
             supported_versions=[*dra.SERVICES, *drahealth.SERVICES],
         )
-        rpc.add_RegistrationServicer_to_server(_Registration(info, self._told), server)  # type: ignore[no-untyped-call]
+        service = _Registration(info, partial(self._told, self._attempt))
+        rpc.add_RegistrationServicer_to_server(service, server)  # type: ignore[no-untyped-call]
 
     def _watched(self, change: int) -> None:
         self._streams += change
         self._show(self.registration.state, reason=self.registration.reason)
 
-    def _told(self, taken: bool, error: str) -> None:
-        """Handle kubelet's verdict on the driver. Kubelet itself retries a refused registration at growing intervals; a
-        socket with another name makes it retry immediately."""
+    def _told(self, attempt: int, taken: bool, error: str) -> None:
+        """Handle kubelet's verdict on the driver, unless it is on an earlier attempt.
+
+        Kubelet itself retries a refused registration at growing intervals; a socket with another name makes it retry
+        immediately.
+        """
+        if attempt != self._attempt:
+            return
         self._taken = taken
         if taken:
             self._refusal, self._again_at_s, self._retry_s = "", math.inf, self._first_retry_s

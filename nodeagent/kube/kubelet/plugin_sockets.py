@@ -98,25 +98,27 @@ def remove_stale(kubelet_dir: Path, driver: str, mine: PluginSockets) -> list[Pa
 
 
 def dead_sockets(kubelet_dir: Path, driver: str, mine: PluginSockets | None = None) -> list[Path]:
-    """Return the sockets of dead instances, except `mine`."""
-    every = (*_registrations(kubelet_dir, driver, mine), *_services(kubelet_dir, driver, mine))
+    """Return the sockets of dead instances, except the two that `mine` begins with and takes over."""
+    kept = (mine.registration, mine.service) if mine else ()
+    every = (*_registrations(kubelet_dir, driver, kept), *_services(kubelet_dir, driver, kept))
     return [path for path in every if sockets.is_dead(path)]
 
 
 def other_instance_serves(kubelet_dir: Path, driver: str, mine: PluginSockets) -> bool:
     """Return whether another instance is offering itself to kubelet now."""
-    return any(sockets.is_served(path) for path in _registrations(kubelet_dir, driver, mine))
+    others = _registrations(kubelet_dir, driver, (mine.registration, *mine.further))
+    return any(sockets.is_served(path) for path in others)
 
 
-def _registrations(kubelet_dir: Path, driver: str, mine: PluginSockets | None) -> Iterator[Path]:
+def _registrations(kubelet_dir: Path, driver: str, mine: Collection[Path]) -> Iterator[Path]:
     pattern = re.compile(rf"(?:{re.escape(driver)}|{_hash(driver)}){_INSTANCE}-reg\.sock")
-    yield from _matching(kubelet_dir / REGISTRY, pattern, (mine.registration, *mine.further) if mine else ())
+    yield from _matching(kubelet_dir / REGISTRY, pattern, mine)
 
 
-def _services(kubelet_dir: Path, driver: str, mine: PluginSockets | None) -> Iterator[Path]:
+def _services(kubelet_dir: Path, driver: str, mine: Collection[Path]) -> Iterator[Path]:
     pattern = re.compile(rf"dra{_INSTANCE}\.sock")
     for folder in (driver, _hash(driver)):
-        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, (mine.service,) if mine else ())
+        yield from _matching(kubelet_dir / PLUGINS / folder, pattern, mine)
 
 
 def _matching(folder: Path, pattern: re.Pattern[str], mine: Collection[Path]) -> Iterator[Path]:

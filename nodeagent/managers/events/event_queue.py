@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from nodeagent.core.events.happenings import RULES, Happening
+from nodeagent.core.events.happenings import MOST_PODS, RULES, Happening
 from nodeagent.kube.event import Event
 
 SERIES_S = 360.0
@@ -35,6 +35,8 @@ class Series:
     last_at: float = 0.0
     exists: bool = False
     """Whether the API server has it, as far as known."""
+    unsure: bool = False
+    """Whether this agent may have created it: the answer was lost."""
     counted: bool = False
     """Whether `count` has what an earlier agent wrote, too."""
     written: int = 0
@@ -77,7 +79,7 @@ class EventQueue:
     def _events(self, happening: Happening) -> Iterable[Event]:
         action, warns = RULES[happening.reason]
         on_node = (None,) if happening.on_node or not happening.pods else ()
-        for pod in (*on_node, *happening.pods):
+        for pod in (*on_node, *happening.pods[:MOST_PODS]):
             yield Event(
                 pod=pod,
                 node=self._node,
@@ -131,6 +133,11 @@ class EventQueue:
         self._last[one.subject] = one
         if not one.waits and self._waiting.get(one.subject) is one:
             del self._waiting[one.subject]
+
+    def defer(self, one: Series) -> None:
+        """Note that an Event could not be written now: the others that wait are tried before it."""
+        if self._waiting.get(one.subject) is one:
+            self._waiting[one.subject] = self._waiting.pop(one.subject)
 
     def refuse(self, one: Series) -> None:
         """Note that an Event can never be written."""

@@ -16,7 +16,7 @@ from nodeagent.managers.manager import Manager
 LOOK_S, CALM_S = 15.0, 1.0
 """Longest time between two looks at the state, for what has no revision; shortest."""
 START_S = 60.0
-"""For how long after the start of the agent a state counts as found: an earlier agent may have reported it already."""
+"""For how long after the agent began to lead a state counts as found: an earlier one may have reported it already."""
 
 
 class EventsManager(Manager):
@@ -60,6 +60,7 @@ class EventsManager(Manager):
 
     async def lead(self) -> None:
         """Report changes of the state, until cancelled."""
+        self._began_s = self._clock()
         while self._configured:
             seen = self._news.value
             self.look()

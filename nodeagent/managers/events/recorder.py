@@ -146,18 +146,23 @@ class EventRecorder:
     async def _create(self, one: Series) -> int:
         """Create an Event. One that was found at the start of the agent and exists was reported by an earlier agent; it
         is not counted again."""
-        count = one.count
+        count, mine = one.count, one.unsure
+        one.unsure = True  # until there is an answer
         try:
             await self._api.create_event(render(one.event, first_at=one.first_at, count=count, last_at=one.last_at))
         except PeerError as error:
-            one.exists, one.counted = error.status == EXISTS, False
+            one.unsure = mine or not error.status
+            one.exists, one.counted = error.status == EXISTS, mine
             if not one.exists:
                 raise
-            if not one.found:
+            if mine and count == 1:
+                return count
+            if mine or not one.found:
                 return await self._deliver(one)
             one.count -= count
             return 0
         one.exists = one.counted = True
+        one.unsure = False
         return count
 
     async def _patched(self, one: Series, patch: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -170,6 +175,7 @@ class EventRecorder:
             self._queue.refuse(one)
             return
         self._failing.report(why)
+        self._queue.defer(one)
         if error.status == FORBIDDEN:
             self._silent[_right(one)] = self._clock() + NOT_ALLOWED_S
             return

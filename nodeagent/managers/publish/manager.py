@@ -21,7 +21,7 @@ from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.publications import Publication
 from nodeagent.telemetry.once import Once
 
-PACE_S, CALM_S = 10.0, 1.0
+PACE_S = 10.0
 """Shortest time between two writes of one object, and between two looks at what it shall say."""
 AGAIN_S, SLOWEST_S, LASTING_S = 10.0, 300.0, 600.0
 """Time until a retry: after a first failure, doubled with each more; at most; after one that lasts, such as a missing
@@ -139,7 +139,7 @@ class _Kept:
             self._written, self._written_s = wanted, time.monotonic()
             self._next_s = self._written_s + self._pace_s
             return RESYNC_S
-        self._next_s = time.monotonic() + min(CALM_S, self._pace_s)
+        self._next_s = time.monotonic() + self._pace_s
         return RESYNC_S - age_s
 
     async def _remove(self) -> None:

@@ -37,6 +37,7 @@ from nodeagent.pb import pluginregistration_pb2_grpc as rpc
 from tests.doubles.dra_kubelet import HEALTH_V1, V1, V1BETA1, DraCallError, FakeDraKubelet
 from tests.doubles.kubelet import FakeKubelet
 from tests.support.claim_desk import POOL, Desk, Vitals, ref
+from tests.support.until import until as eventually
 
 DRIVER = "nodeagent.dev"
 OLD_UID, NEW_UID = "11111111-2222-3333-4444-555555555555", "99999999-2222-3333-4444-555555555555"
@@ -391,8 +392,38 @@ async def test_a_failed_registration_is_repeated_although_kubelet_waits(
 
 def test_a_dead_socket_of_a_further_attempt_is_removed_by_the_next_instance(kubelet_dir: Path) -> None:
     old, mine = (plugin_sockets(kubelet_dir, DRIVER, uid) for uid in (OLD_UID, NEW_UID))
-    with dead_socket(old.further[0]), dead_socket(mine.further[0]):
-        assert remove_stale(kubelet_dir, DRIVER, mine) == [old.further[0]]
+    with dead_socket(old.further[0]), dead_socket(old.registration), dead_socket(mine.registration):
+        assert remove_stale(kubelet_dir, DRIVER, mine) == sorted((old.further[0], old.registration))
+
+
+def test_a_dead_socket_of_ones_own_further_attempt_is_removed_before_the_first(kubelet_dir: Path) -> None:
+    """Kubelet may have it registered with the same endpoint, and would take that away when the file goes later."""
+    mine = plugin_sockets(kubelet_dir, DRIVER, NEW_UID)
+    with dead_socket(mine.further[2]), dead_socket(mine.service):
+        assert remove_stale(kubelet_dir, DRIVER, mine) == [mine.further[2]]
+
+
+async def test_a_verdict_on_an_earlier_attempt_does_not_count_for_this_one(kubelet_dir: Path) -> None:
+    async with FakeDraKubelet(kubelet_dir) as kubelet, running(plugin(kubelet_dir)) as one:
+        await until(one, lambda state: state.ready)
+        await kubelet.wait_registered(DRIVER)
+        one._told(one._attempt - 1, taken=False, error="of an earlier attempt")
+        assert one.registration.ready
+        assert kubelet.registrations == {DRIVER: 1}
+
+
+async def test_a_kubelet_that_watches_health_has_taken_the_driver_although_its_verdict_is_lost(
+    kubelet_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would close the connection, and cancel what is being prepared, if the socket went."""
+    monkeypatch.setattr(DraPlugin, "_told", lambda *_, **__: None)
+    async with FakeDraKubelet(kubelet_dir) as kubelet, running(plugin(kubelet_dir, unasked_s=0.3)) as one:
+        await kubelet.wait_registered(DRIVER)
+        await until(one, lambda state: state.connected)
+        first = one._again_at_s
+        await eventually(lambda: one._again_at_s != first)
+        assert [*kubelet.registry.iterdir()] == [plugin_sockets(kubelet_dir, DRIVER).registration]
+        assert kubelet.registrations == {DRIVER: 1}
 
 
 async def test_a_kubelet_that_knows_no_version_of_ours_says_so(kubelet_dir: Path) -> None:

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import Config
-from nodeagent.core.events.happenings import RULES, Happening, PodRef, Reason, drift
+from nodeagent.core.events.happenings import MOST_PODS, RULES, Happening, PodRef, Reason, drift
 from nodeagent.core.events.states import Node
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.devices.all_kinds import builtin_kinds
@@ -313,6 +313,50 @@ async def test_an_event_in_a_namespace_that_is_gone_delays_no_other(tmp_path: Pa
         assert one.recorder.notes()[0].startswith(
             "Events never written since the agent started: 1; the last one refused: cannot create events in trading"
         )
+
+
+async def test_an_event_that_always_fails_keeps_no_other_from_being_written(tmp_path: Path) -> None:
+    """As in a namespace with a broken webhook, where kubelet has the same thing refused again and again."""
+    async with desk(tmp_path) as one, one.serving():
+        one.api.fail(500)
+        one.recorder.report(said("broken", pods=(POD,)))
+        await until(lambda: bool(one.recorder.notes()))
+        one.recorder.report(said("here"))
+        one.api.fail(500)
+        one.now_s += 60
+        one.recorder.report(said("broken", pods=(POD,)))
+        await until(lambda: one.recorder._failures == 2)
+        one.now_s += 60
+        one.recorder.report(said("broken", pods=(POD,)))
+        await one.events(2)
+        assert [request.namespace for request in one.api.requests] == ["trading", "trading", "default", "trading"]
+
+
+async def test_one_happening_is_reported_on_a_few_pods_at_most(tmp_path: Path) -> None:
+    """A device that 256 pods share does not take the places of what else waits."""
+    pods = tuple(PodRef("trading", f"book-{number}", f"uid-{number}") for number in range(256))
+    async with desk(tmp_path) as one, one.serving():
+        one.recorder.report(said("lost", pods=pods))
+        one.recorder.report(said("here"))
+        assert len(await one.events(MOST_PODS + 1)) == MOST_PODS + 1
+        assert one.recorder.notes() == []
+
+
+async def test_an_event_whose_answer_is_lost_is_counted_once(tmp_path: Path) -> None:
+    async with desk(tmp_path) as one, one.serving():
+        one.api.answers.append(Fault(kind="close", done=True))
+        one.recorder.report(said("first"))
+        await until(lambda: bool(one.recorder.notes()))
+        one.now_s += 60
+        one.recorder.report(said("second"))
+        first, _ = await one.events(2)
+        await until(lambda: one.recorder.notes() == [])
+        assert "series" not in first
+        one.now_s += SERIES_S
+        one.recorder.report(said("first"))
+        await one.until(lambda: any(event.get("series") for event in one.api.objects(STORED)))
+        (counted,) = (event["series"]["count"] for event in one.api.objects(STORED) if event.get("series"))
+        assert counted == 2
 
 
 async def test_too_many_and_too_old_events_are_dropped_and_counted(tmp_path: Path) -> None:
