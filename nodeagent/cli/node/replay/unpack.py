@@ -1,7 +1,8 @@
 """Unpacks a capture into an empty folder. A capture comes from elsewhere: nothing in it is trusted.
 
 Every member is checked before it is written: only plain files, folders, and relative links of the tree that stay in it;
-names that stay in the folder and do not lead through a link. What is larger than a node can be is refused while it is
+names that stay in the folder and do not lead through a link. Links are made last, so that nothing can be written
+through one, and each is then followed as the kernel does. What is larger than a node can be is refused while it is
 read, and so is what is not whole.
 """
 
@@ -66,11 +67,14 @@ class _Unpacking:
     folder: Path
     links: dict[str, str] = field(default_factory=dict)
     files: set[str] = field(default_factory=set)
+    content_bytes: int = 0
 
     def member(self, tar: tarfile.TarFile, one: tarfile.TarInfo) -> None:
         """Write one member. Raise BadCaptureError if it may not be there."""
         name = _checked_name(one.name)
         self._check_way(name)
+        if one.issparse():  # a few bytes of it may stand for any number
+            raise BadCaptureError(f"{name!r} is a sparse file")
         if one.type in (tarfile.REGTYPE, tarfile.AREGTYPE):
             self._file(tar, one, name)
         elif one.isdir():
@@ -91,6 +95,9 @@ class _Unpacking:
     def _file(self, tar: tarfile.TarFile, one: tarfile.TarInfo, name: str) -> None:
         if one.size > MOST_FILE_BYTES:
             raise BadCaptureError(f"{name!r} is larger than {MOST_FILE_BYTES >> 20} MiB")
+        self.content_bytes += one.size
+        if self.content_bytes > MOST_BYTES:
+            raise BadCaptureError(f"it contains more than {MOST_BYTES >> 20} MiB")
         content = tar.extractfile(one)
         assert content is not None
         path = self._at(name)
@@ -106,13 +113,21 @@ class _Unpacking:
         inside = os.path.normpath(os.path.join(os.path.dirname(name), target))  # noqa: PTH118, PTH120 - not a path here
         if not name.startswith(f"{TREE}/") or target.startswith("/") or not f"{inside}/".startswith(f"{TREE}/"):
             raise BadCaptureError(f"{name!r} is a link out of the tree, to {target!r}")
-        path = self._at(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            path.symlink_to(target)
-        except FileExistsError:
-            raise BadCaptureError(f"{name!r} is there twice") from None
         self.links[name] = target
+
+    def finish(self) -> None:
+        """Make the links. Raise BadCaptureError if one leads out of the tree, alone or through others."""
+        for name, target in self.links.items():
+            path = self._at(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.symlink_to(target)
+            except FileExistsError:
+                raise BadCaptureError(f"{name!r} is there twice") from None
+        tree = os.path.realpath(self.folder / TREE)
+        for name, target in self.links.items():
+            if not f"{os.path.realpath(self._at(name))}/".startswith(f"{tree}/"):
+                raise BadCaptureError(f"{name!r} is a link out of the tree, to {target!r}")
 
     def _at(self, name: str) -> Path:
         return self.folder / name
@@ -120,7 +135,7 @@ class _Unpacking:
 
 def _checked_name(name: str) -> str:
     parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "" in parts or "\0" in name or len(name) > MOST_PATH or parts[0] == ".":
+    if not {"", ".", ".."}.isdisjoint(parts) or "\0" in name or len(name) > MOST_PATH:
         raise BadCaptureError(f"{name[:80]!r} is no path below it")
     return name
 
@@ -170,6 +185,7 @@ def _members(tar: tarfile.TarFile, folder: Path) -> Manifest:
         raise BadCaptureError("it is empty")
     if found < manifest.members:
         raise BadCaptureError(f"it is truncated: {found} of {manifest.members} members are there")
+    unpacking.finish()
     return manifest
 
 

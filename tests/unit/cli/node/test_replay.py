@@ -131,6 +131,13 @@ def garbage() -> bytes:
     return random.Random(1).randbytes(10_000)
 
 
+def sparse(name: str) -> tarfile.TarInfo:
+    """A file of 1 MiB without any content (GNU's sparse format 0.1)."""
+    one = tarfile.TarInfo(name)
+    one.pax_headers = {"GNU.sparse.map": "0,0", "GNU.sparse.size": str(1 << 20)}
+    return one
+
+
 OUT = "../../../escaped"
 BAD = {
     "no archive": (garbage(), "it is no capture, or"),
@@ -154,6 +161,16 @@ BAD = {
         packed(member("tree/a", tarfile.SYMTYPE, "b"), ("tree/a", b"x")),
         "'tree/a' leads through 'tree/a'",
     ),
+    "a link out through another": (
+        packed(
+            ("tree/d/x", b""),
+            member("tree/a/b/c", tarfile.SYMTYPE, "../../d"),
+            member("tree/e", tarfile.SYMTYPE, "a/b/c/../../x"),
+        ),
+        "'tree/e' is a link out of the tree, to 'a/b/c/../../x'",
+    ),
+    "a dot in a name": (packed(("tree/./a", b"x")), "'tree/./a' is no path below it"),
+    "a sparse file": (packed(sparse("tree/a")), "'tree/a' is a sparse file"),
     "over a file": (packed(("tree/a", b"x"), ("tree/a", b"y")), "'tree/a' is there twice"),
     "below a file": (packed(("tree/a", b"x"), ("tree/a/b", b"y")), "'tree/a/b' leads through 'tree/a'"),
     "a hard link": (packed(member("tree/a", tarfile.LNKTYPE, "/etc/passwd")), "'tree/a' is neither a file nor"),
