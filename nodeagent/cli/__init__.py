@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words)
-        sys.stdout.flush()  # here, so that a closed pipe is noticed
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, so that a closed pipe is noticed
         return code
     except (InputError, ConfigError, LedgerTooNewError) as error:
         return _fail(str(error), BAD_INPUT)
@@ -79,10 +80,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), FAILED)
     except BrokenPipeError:
         # The reader has closed the pipe (`| head`): not an error, and nothing more may be written.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_output()
         return DONE
+    except OSError as error:
+        _abandon_output()
+        what = f"use {error.filename}" if error.filename else "write the output"
+        return _fail(f"cannot {what}: {error.strerror or error}", FAILED)
     except KeyboardInterrupt:
         return 130
+
+
+def _abandon_output() -> None:
+    """Have what is left of the output go nowhere: the interpreter would try to write it at its end."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(words: list[str]) -> int:
@@ -140,5 +151,7 @@ def _module(verb: str) -> Any:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"nodeagent: {message}", file=sys.stderr)
+    """Say what is wrong, without what would move a terminal's cursor."""
+    safe = "".join(one if one.isprintable() or one == "\n" else "\N{REPLACEMENT CHARACTER}" for one in message)
+    print(f"nodeagent: {safe}", file=sys.stderr)
     return code

@@ -123,7 +123,8 @@ class BuiltNode:
 
     def answer(self, **status: Any) -> None:
         """An agent answers with this status."""
-        self.status = {"version": VERSION, "not_ready": [], "boot_id": BOOT, **status}
+        good = {"version": VERSION, "ready": True, "boot_id": BOOT, "refused": {}, "inventory": {}}
+        self.status = {**good, "not_ready": [], "notes": [], "conflicts": [], **status}
 
     def page(self, path: str) -> Any:
         if self.status is None:

@@ -84,8 +84,10 @@ def _check_new(path: Path) -> None:
 
 def _write(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    if path.is_dir():
-        raise InputError(f"cannot write --svg {path}: it is a folder")
+    if (path.exists() and not path.is_file()) or path.is_symlink():
+        raise InputError(f"cannot write --svg {path}: it is no regular file")
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write --svg {path}: there is no folder {path.parent}")
     atomic_file.replace(path, text.encode(errors="replace"), durable=False)
 
 

@@ -82,8 +82,8 @@ def _is_of(grant: Grant, pod: str) -> bool:
     """Return whether a pod, given as NS/NAME or UID, holds a grant. A claim names its pods by UID, and by name only if
     it was made from the pod's template: then it is NAME-CLAIM-SUFFIX."""
     holder, (namespace, _, name) = grant.holder, pod.partition("/")
-    if pod in grant.pod_uids:
-        return True
+    if pod in grant.pod_uids or not name:
+        return pod in grant.pod_uids
     own = bool(holder.pod_claim) and holder.claim.startswith(f"{name}-{holder.pod_claim}-")
     return holder.namespace == namespace and (holder.pod == name or own)
 
@@ -92,7 +92,7 @@ def _refused_pod(holder: str, pod: str) -> bool:
     """Return whether a refusal names a pod: "claim NS/CLAIM of POD, POD"."""
     claim, _, pods = holder.partition(" of ")
     namespace, _, name = pod.partition("/")
-    return claim.startswith(f"claim {namespace}/") and name in pods.split(", ")
+    return bool(name) and claim.startswith(f"claim {namespace}/") and name in pods.split(", ")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

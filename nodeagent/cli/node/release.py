@@ -39,11 +39,11 @@ def run(args: argparse.Namespace) -> int:
     gone: dict[str, Any] = {}
     for one in wanted:
         if one["id"] not in gone:  # a claim has all of its grants released at once
-            gone |= {it["id"]: it for it in ask.request(args.socket, "DELETE", f"/v1/grants/{_path(one['id'])}")}
-    if args.output.kind == forms.TABLE:
-        for one in gone.values():
-            print(f"released {_described(one)}")
-    else:
+            now = ask.request(args.socket, "DELETE", f"/v1/grants/{_path(one['id'])}")
+            gone |= {it["id"]: it for it in now}
+            if args.output.kind == forms.TABLE:  # at once: the next one may fail
+                print(*(f"released {_described(it)}" for it in now), sep="\n", flush=True)
+    if args.output.kind != forms.TABLE:
         forms.write_list(args, list(gone.values()), (), name=lambda one: one["id"])
     return 0
 

@@ -189,14 +189,14 @@ class _Search:
                 after = find(self._inventory, ledger, request)
                 if after is None or not as_well_as(after, before):
                     return None
-                ledger = self._with(ledger, name, after)
+                ledger = self._with(ledger, f"\0{len(ledger.grants)}", after)
                 moved.append(MovedUnit(name=name, request=request, before=before, after=after))
             moves.append(Move(tenant=one.tenant, units=tuple(moved)))
         return tuple(moves)
 
-    def _with(self, ledger: Ledger, name: str, placed: Placement) -> Ledger:
+    def _with(self, ledger: Ledger, grant_id: str, placed: Placement) -> Ledger:
         grant = Grant(
-            id=f"\0{name}",
+            id=grant_id,
             holder=Holder(api=""),
             cpus=placed.cpus,
             hugepages=placed.hugepages,

@@ -113,7 +113,7 @@ def _unknown(facts: Facts, what: str) -> str:
         return f"cannot explain {what}: it holds nothing; whether it was refused is unknown: {trouble}"
     more = ""
     if unnamed:
-        more = f"; {len(unnamed)} refusals of containers that kubelet did not name: `nodeagent ledger audit`"
+        more = f"; {len(unnamed)} refusals of containers that kubelet did not name: `nodeagent history`"
     return f"cannot explain {what}: it holds nothing here, and no refusal names it{more}"
 
 

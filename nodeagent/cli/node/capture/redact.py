@@ -12,7 +12,7 @@ _ASSIGNED = re.compile(
     r"(?:bearer\s+|basic\s+)?)([^\s\0\"'/,;&}][^\s\0\"',;&}]*)"
 )
 _FLAG = re.compile(r"(?i)(--[\w-]*(?:passw|secret|token|credential|api-?key)[\w-]*[ \0])([^\s\0/-][^\s\0]*)")
-_URL = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^/\s@:]+:[^/\s@]+@")
+_URL = re.compile(r"(?i)(\b[a-z][a-z0-9+.-]*://)[^/\s@:]+:[^\s@]+@")
 _PEM = re.compile(r"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.S)
 _BEARER = re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*")
 """A JSON Web Token, as service accounts have."""
@@ -20,13 +20,24 @@ _BEARER = re.compile(r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*")
 
 def document(value: Any, *, secret: bool = False) -> Any:
     """Return plain types with every value hidden that stands below a key which names a secret."""
+    if secret and isinstance(value, int | float) and not isinstance(value, bool):
+        return HIDDEN
     if isinstance(value, dict):
-        return {key: document(one, secret=secret or bool(_KEY.search(str(key)))) for key, one in value.items()}
+        named = "value" in value and isinstance(value.get("name"), str) and bool(_KEY.search(value["name"]))
+        return {
+            key: document(one, secret=secret or bool(_KEY.search(str(key))) or (named and key == "value"))
+            for key, one in value.items()
+        }
     if isinstance(value, list):
-        return [document(one, secret=secret) for one in value]
+        after_flag = [False, *map(_is_secret_flag, value)]
+        return [document(one, secret=secret or after) for after, one in zip(after_flag, value, strict=False)]
     if isinstance(value, str):
         return HIDDEN if secret and value and not value.startswith("/") else text(value)
     return value
+
+
+def _is_secret_flag(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("-") and "=" not in value and bool(_KEY.search(value))
 
 
 def text(value: str) -> str:

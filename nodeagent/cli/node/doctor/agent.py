@@ -18,6 +18,7 @@ from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.version import VERSION
 
 AWAY = skipped("the agent does not answer")
+NOT_SHOWN = unknown("the agent's status does not show it")
 MOST_NAMED = 3
 UNIT = "nodeagent.service"
 FOLDERS = ("etc/systemd/system", "run/systemd/system", "usr/lib/systemd/system", "lib/systemd/system")
@@ -44,6 +45,8 @@ def _ready(node: Node) -> Finding:
     if node.agent_error:
         return AWAY
     reasons = node.listed("not_ready")
+    if not reasons and node.status.get("ready") is not True:
+        return NOT_SHOWN
     if not reasons:
         return ok("it is ready")
     return failure(_some(reasons), "what each reason needs is in the section named here", "nodeagent status")
@@ -53,7 +56,9 @@ def _notes(node: Node) -> Finding:
     if node.agent_error:
         return AWAY
     inventory = node.status.get("inventory")
-    warnings = inventory.get("warnings") if isinstance(inventory, dict) else None
+    if not isinstance(inventory, dict) or not {"notes", "conflicts"} <= node.status.keys():
+        return NOT_SHOWN
+    warnings = inventory.get("warnings")
     notes = [*node.listed("notes"), *node.listed("conflicts"), *(map(str, warnings) if warnings else ())]
     return warning(_some(notes), "read the notes", "nodeagent status") if notes else ok("no notes, no conflicts")
 
@@ -62,7 +67,9 @@ def _refused(node: Node) -> Finding:
     if node.agent_error:
         return AWAY
     refused = node.status.get("refused")
-    reasons = [f"{name}: {why}" for name, why in refused.items()] if isinstance(refused, dict) else []
+    if not isinstance(refused, dict):
+        return NOT_SHOWN
+    reasons = [f"{name}: {why}" for name, why in refused.items()]
     if not reasons:
         return ok("every configured resource is served")
     return failure(_some(reasons), "serve each device through one program only", "nodeagent status")

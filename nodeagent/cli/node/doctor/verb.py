@@ -20,7 +20,7 @@ from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.cli.shared.ask import SOCKET
 from nodeagent.cli.shared.facts import Facts, facts_of
 from nodeagent.cli.shared.source import add_root, check_root
-from nodeagent.errors import NodeagentError, PeerError
+from nodeagent.errors import InputError, NodeagentError, PeerError
 
 EXAMPLES = (
     ("nodeagent doctor", "what on this node hinders the agent, and what to do"),
@@ -77,6 +77,8 @@ def node_of(args: argparse.Namespace) -> Node:
     """Return the node that the options name: a replayed capture, a captured tree, or this machine."""
     replayed: Facts | None = getattr(args, "facts", None)
     given = {"config_file": args.config, "kubelet_dir": args.kubelet_dir}
+    if args.config and not Path(args.config).exists():
+        raise InputError(f"cannot read --config {args.config}: there is no such file")
     paths: dict[str, Any] = {name: Path(one) for name, one in given.items() if one}
     if replayed is not None:
         return Node(

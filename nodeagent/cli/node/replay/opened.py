@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from nodeagent.cli.node.replay.unpack import unpack
 from nodeagent.cli.shared.capture_format import CONFIG, SCANNED, STATE, TREE, Manifest, page_member
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.source import check_root
-from nodeagent.errors import InputError, PeerError
+from nodeagent.errors import InputError, PeerError, cause_of
 
 
 @contextlib.contextmanager
@@ -47,15 +48,24 @@ def capture_facts(folder: Path, manifest: Manifest, source: Path) -> Facts:
     config = folder / CONFIG
     with contextlib.suppress(FileNotFoundError):
         return Facts(
-            page=_page(folder, manifest, source, json.loads),
+            page=_page(folder, manifest, source, lambda text: json.loads(_harmless(text))),
             root=str(folder / TREE),
             state_dir=folder / STATE,
             now_s=manifest.at_s,
-            text=_page(folder, manifest, source, lambda text: text),
+            text=_page(folder, manifest, source, _harmless),
             config_file=config if config.exists() else None,
-            scanned=(folder / SCANNED).read_bytes(),
+            scanned=_harmless((folder / SCANNED).read_text()).encode(),
         )
     raise InputError(f"cannot replay {source}: it has no {SCANNED}")
+
+
+_CONTROL = re.compile(r"((?<!\\)(?:\\\\)*)\\u00(?:[01][0-9a-f]|7f|[89][0-9a-f])", re.I)
+_RAW = {code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\t\n\r"}
+
+
+def _harmless(text: str) -> str:
+    """Return JSON or text without what would move a terminal's cursor: a capture comes from elsewhere."""
+    return _CONTROL.sub("\\1\N{REPLACEMENT CHARACTER}", text.translate(_RAW))
 
 
 def _page(folder: Path, manifest: Manifest, source: Path, convert: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -65,8 +75,8 @@ def _page(folder: Path, manifest: Manifest, source: Path, convert: Callable[[str
         except FileNotFoundError:
             why = manifest.missing.get(name) or manifest.missing.get("pages") or "it is not part of it"
             raise PeerError(f"cannot read {name} of {source}: {why}") from None
-        except ValueError as error:
-            raise InputError(f"cannot read {name} of {source}: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise InputError(f"cannot read {name} of {source}: {cause_of(error)}") from None
 
     return page
 
@@ -88,7 +98,7 @@ def tree_facts(path: Path) -> Facts:
 def _in_zone(zone: str) -> Iterator[None]:
     """Show times as on the node."""
     before = os.environ.get("TZ")
-    if zone:
+    if zone and "\0" not in zone:
         _set_zone(zone)
     try:
         yield

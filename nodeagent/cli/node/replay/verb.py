@@ -32,7 +32,11 @@ def run(args: argparse.Namespace) -> int:
     module, other = _parsed(args.other, args.words)
     with opened(Path(args.file)) as facts:
         other.facts = facts
-        return int(module.run(other))
+        try:
+            return int(module.run(other))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            why = f"its pages are not those of an agent ({type(error).__name__}: {error})"
+            raise InputError(f"cannot replay {args.file}: {why}") from error
 
 
 def _parsed(verb: str, words: list[str]) -> tuple[Any, argparse.Namespace]:

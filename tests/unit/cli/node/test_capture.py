@@ -303,6 +303,7 @@ def test_a_device_node_is_a_name_with_its_numbers() -> None:
         ("--token abc -v", "--token REDACTED -v"),
         ("password: hunter2", "password: REDACTED"),
         ("https://user:pass@host/x", "https://REDACTED@host/x"),
+        ("HTTP://user:pa/ss@host/x", "HTTP://REDACTED@host/x"),
         ("--kubeconfig=/etc/kubernetes/kubelet.conf", "--kubeconfig=/etc/kubernetes/kubelet.conf"),
         ("tokenFile: /etc/token", "tokenFile: /etc/token"),
         ("Authorization: Bearer abc.def", "Authorization: Bearer REDACTED"),
@@ -311,6 +312,23 @@ def test_a_device_node_is_a_name_with_its_numbers() -> None:
 )
 def test_secrets_are_hidden_and_paths_of_secrets_are_not(text: str, hidden: str) -> None:
     assert redact.text(text) == hidden
+
+
+def test_secrets_of_a_configuration_are_hidden_whatever_their_type_and_place() -> None:
+    given = {
+        "password": 123456,
+        "env": [{"name": "DB_PASSWORD", "value": "hunter2"}, {"name": "HOME", "value": "/root"}],
+        "args": ["--client-secret", "hunter2", "-v"],
+        "tokenFile": "/etc/token",
+        "useToken": True,
+    }
+    assert redact.document(given) == {
+        "password": "REDACTED",
+        "env": [{"name": "DB_PASSWORD", "value": "REDACTED"}, {"name": "HOME", "value": "/root"}],
+        "args": ["--client-secret", "REDACTED", "-v"],
+        "tokenFile": "/etc/token",
+        "useToken": True,
+    }
 
 
 def test_a_replacement_has_the_form_of_what_it_replaces() -> None:

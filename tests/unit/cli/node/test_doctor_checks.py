@@ -423,6 +423,11 @@ def test_an_absent_agent_is_one_warning(built: BuiltNode) -> None:
     assert {one for name, one in states.items() if name != "agent.answers"} <= {OK, SKIPPED}
 
 
+def test_a_status_that_shows_nothing_is_no_proof_that_all_is_well(built: BuiltNode) -> None:
+    built.status = {}
+    assert {found(name, built).state for name in ("agent.ready", "agent.resources", "agent.notes")} == {UNKNOWN}
+
+
 def test_a_configured_containerd_of_another_folder_is_the_one_that_counts(built: BuiltNode) -> None:
     """As k3s has it: the file that the process was started with, and what that imports."""
     built.configure(resources=CPUS_BY_CLAIM)

@@ -197,6 +197,24 @@ def test_a_bad_capture_is_refused_in_one_line_and_nothing_is_written_elsewhere(
     assert sorted(str(one) for one in folder.rglob("*")) == before and not Path("/escaped").exists()
 
 
+@pytest.mark.parametrize(
+    ("page", "said_of_it"),
+    [
+        (b"{}", "cannot replay FILE: its pages are not those of an agent (KeyError"),
+        (b"[" * 100_000, "cannot read /v1/status of FILE: maximum recursion depth exceeded"),
+        (b'{"version": "\\u001b[31m1"}', "cannot replay FILE: its pages are not those of an agent (KeyError"),
+    ],
+)
+def test_pages_that_are_not_those_of_an_agent_are_one_line(
+    page: bytes, said_of_it: str, temporary: Path, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = folder / "c.tar.zst"
+    file.write_bytes(packed(("inventory.json", b"{}"), ("pages/v1/status.json", page)))
+    code, out, err = said(capsys, "replay", str(file), "status")
+    assert code == 2 and err.startswith(f"nodeagent: {said_of_it.replace('FILE', str(file))}"), err
+    assert "\x1b" not in out + err and err.count("\n") == 1
+
+
 def test_a_capture_that_is_cut_off_anywhere_is_refused(
     temporary: Path, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

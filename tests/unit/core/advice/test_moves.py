@@ -16,7 +16,7 @@ from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.exclusion import things_of
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import FULL_PCPUS
 from nodeagent.core.model.request import SINGLE, Placement, Request
@@ -171,6 +171,18 @@ def test_the_smaller_of_two_pods_is_moved() -> None:
     assert found.after is not None and found.after.cpus == CpuSet.parse("4-7")
     assert found.moves[0].units[0].after.cpus <= CpuSet.parse("2-3")
     assert dict(fragmentation(inventory, ledger)) == {"cpu": 1 - 3 / 4}
+
+
+def test_pods_that_kubelet_has_not_named_yet_do_not_get_the_same_cpus() -> None:
+    """They have one name until kubelet lists them."""
+    inventory = inventory_of(even_rows(1, 2, 1, 6, 1), distances=even_distances(1, 2))
+    unnamed = Holder(api=DEVICE_PLUGIN, resource="r")
+    held = [Grant(id=f"g-{cpu}", holder=unnamed, cpus=CpuSet([cpu])) for cpu in (0, 1)]
+    held.append(Grant(id="kubelet", holder=Holder(api=KUBELET, uid="u"), cpus=CpuSet.parse("6-8")))
+    ledger = Ledger(grants={one.id: one for one in held})
+    found = advise(inventory, ledger, Request(cpus=6, numa=SINGLE), tenants_of(ledger))
+    after = [unit.after.cpus for move in found.moves for unit in move.units]
+    assert len(after) == 2 and not after[0] & after[1]
 
 
 def test_what_no_move_can_give_is_refused_with_the_reason() -> None:
