@@ -24,7 +24,7 @@ async def nodeagent(*words: str) -> tuple[int | None, str]:
     pipe = asyncio.subprocess.PIPE
     done = await asyncio.create_subprocess_exec(sys.executable, "-m", "nodeagent", *words, stdout=pipe, stderr=pipe)
     out, err = await done.communicate()
-    text = re.sub(r"up [\d.]+ s|\"uptime_s\": [\d.]+|\"(?:listed|looked)_at\": [\d.]+", "up", (out + err).decode())
+    text = re.sub(r"up [\d.]+ s|\"uptime_s\": [\d.]+|\"(?:listed|looked)_at\": [\d.]+| +\d+s\b", "up", (out + err).decode())
     return done.returncode, text
 
 
