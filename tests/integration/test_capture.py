@@ -19,12 +19,16 @@ from tests.support.until import until
 SHOWN = ("status", "grants", "devices", "health", "metrics", "history")
 
 
+MOVING = re.compile(r"up [\d.]+ s|\"uptime_s\": [\d.]+|\"(?:listed|looked)_at\": [\d.]+| +\d+s\b")
+"""What the time alone changes: ages, and when the agent last looked."""
+
+
 async def nodeagent(*words: str) -> tuple[int | None, str]:
     """Exit code and output, without what the time alone changes."""
     pipe = asyncio.subprocess.PIPE
     done = await asyncio.create_subprocess_exec(sys.executable, "-m", "nodeagent", *words, stdout=pipe, stderr=pipe)
     out, err = await done.communicate()
-    text = re.sub(r"up [\d.]+ s|\"uptime_s\": [\d.]+|\"(?:listed|looked)_at\": [\d.]+| +\d+s\b", "up", (out + err).decode())
+    text = MOVING.sub("up", (out + err).decode())
     return done.returncode, text
 
 
