@@ -25,7 +25,7 @@ MACROS = [("CYTHON_TRACE_NOGIL", "1"), ("CYTHON_USE_SYS_MONITORING", "0")] if DE
 
 
 def extension(name: str, depends: str = "") -> Extension:
-    """Return the extension module of a .pyx file. depends: a pattern of the files beside it that it includes."""
+    """Return the extension module of a .pyx file. depends: a pattern of the files next to it that it includes."""
     source = Path(*name.split(".")).with_suffix(".pyx")
     included = sorted(map(str, source.parent.glob(depends))) if depends else []
     return Extension(name, [str(source)], depends=included, extra_compile_args=COMPILE_ARGS, define_macros=MACROS)

@@ -45,7 +45,7 @@ class Status:
         self._watched = watched
         self._metrics = metrics
         self._events: Events | None = None
-        """Made when somebody listens for the first time."""
+        """Made when the first listener connects."""
 
     async def handle(self, request: HttpRequest) -> HttpAnswer:
         """Answer one request: 403 if the peer lacks permission, 404 and 405 as usual, never 500 without a reason."""

@@ -32,7 +32,7 @@ async def test_a_refused_claim_names_the_pod_in_the_way(folder: Path, tmp_path: 
         assert "now: the end of ns/narrow would admit it" in out
         await node.kubelet.delete_pod("ns", "narrow")
         await node.agent.until("/v1/grants", lambda found: all(one["pod"] != "narrow" for one in found))
-        assert "now: nobody stands in the way, it would fit" in await explained("claim", "c")
+        assert "now: nothing stands in the way, it would fit" in await explained("claim", "c")
         (granted,) = await node.prepare(node.claim("d", consumed("cpu", where, cpus="3")))
         assert not granted.error
         out = await explained("claim", "default/d")

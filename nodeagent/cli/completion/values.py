@@ -9,7 +9,7 @@ from nodeagent.cli.shared.ask import ask
 from nodeagent.errors import ConfigError, PeerError
 
 DEADLINE_S = 0.5
-"""For the agent's answer: somebody waits at a keyboard."""
+"""For the agent's answer: the user waits at a keyboard."""
 Page = Callable[[str], Any]
 Candidates = Iterator[tuple[str, str]]
 

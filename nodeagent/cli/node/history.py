@@ -230,7 +230,7 @@ def _show_held(facts: Facts, wanted: Wanted, at: float, form: str) -> int:
 
 
 def _unknown(entries: Sequence[AuditEntry], every: Iterable[Tenure], at: float) -> str:
-    """Return why it is not known that nobody held something at a moment, or "" if it is known."""
+    """Return why it is not known that something was free at a moment, or "" if it is known."""
     begins = min((one.first_at for one in entries), default=None)
     if begins is None:
         return "the history is empty"

@@ -1,5 +1,5 @@
 """A picture as SVG, for tickets and documents: one file without anything from elsewhere, readable on light and dark
-backgrounds, with the name of each part for whoever points at it or has it read aloud."""
+backgrounds, with the name of each part for a pointer and a screen reader."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nodeagent.core.picture.values import (
 
 WIDTH, MARGIN, INDENT = 920, 16, 12
 PITCH, LARGE_PITCH, GROUP_GAP = 13, 20, 7
-"""From one cell to the next; CPUs are drawn larger where all of a NUMA node still fit beside each other."""
+"""From one cell to the next; CPUs are drawn larger where all of a NUMA node still fit side by side."""
 LINE, CHARACTER = 16, 6.7
 """Height of a line of text, and the width of a character, in pixels of an 11 pixel monospace font."""
 _FILLS = {FREE: "f", RESERVED: "r", OUTSIDE: "o", EXCLUDED: "b"}

@@ -50,7 +50,7 @@ def _write(document: Any, write: Callable[[Any], None], *, clear: bool) -> None:
 
 
 def _pause() -> None:
-    """Wait until the next look. Raise BrokenPipeError as soon as nobody reads what is written."""
+    """Wait until the next look. Raise BrokenPipeError as soon as the reader of the output is gone."""
     reader = select.poll()
     reader.register(sys.stdout.fileno(), 0)  # errors and hang-ups are always reported
     if reader.poll(WATCH_S * 1000):

@@ -1,7 +1,7 @@
 """The states of a node that are reported when they change: held devices, resources, kubelet, ledger, configuration.
 
 A state is bad or good. What is good when it is first seen is no news; nor is what is no longer looked at, such as a
-device that nobody holds any more.
+device that is no longer held.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from nodeagent.core.picture.values import (
 )
 
 NOT_DRAWN = "bridge"
-"""A kind of device that nobody is granted."""
+"""A kind of device that is never granted."""
 _NAMES = ("name", "netdevs")
 """Attributes with the kernel's name of a device."""
 T = TypeVar("T")

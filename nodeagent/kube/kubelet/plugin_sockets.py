@@ -4,7 +4,7 @@ Each instance has its own two sockets, named after its pod, so two can be regist
 served by another instance are never touched; only a socket that the kernel reports as having no listener is removed.
 
 The registration socket has further names, for further attempts: kubelet counts failures by the path, waits up to two
-minutes before it tries the same one again, and does not notice that it was made anew (goroutinemap in
+minutes before it tries the same one again, and does not notice that it was re-created (goroutinemap in
 pkg/util/goroutinemap, used by pkg/kubelet/pluginmanager/operationexecutor of 1.37).
 """
 

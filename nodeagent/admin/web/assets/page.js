@@ -279,12 +279,12 @@ function move(event) {
 function neighbour(all, from, key) {
   if (key === "Home") return all[0];
   if (key === "End") return all[all.length - 1];
-  if (key === "ArrowRight" || key === "ArrowLeft") return beside(all, from, key === "ArrowRight" ? 1 : -1);
+  if (key === "ArrowRight" || key === "ArrowLeft") return inOrder(all, from, key === "ArrowRight" ? 1 : -1);
   if (key === "ArrowDown" || key === "ArrowUp") return all[from + (key === "ArrowDown" ? 1 : -1)] || null;
   return null;
 }
 
-function beside(all, from, step) {
+function inOrder(all, from, step) {
   // Threads of a core stand below each other: the next column is the next core.
   const core = all[from].parentElement;
   let at = from + step;

@@ -55,7 +55,7 @@ def _name(grant: Grant | None) -> str:
 
 
 def _hindrances(state: NodeState, cpu: int) -> Iterator[str]:
-    """Yield why a CPU cannot be granted, whoever holds it."""
+    """Yield why a CPU cannot be granted, whether it is held or not."""
     inventory = state.inventory
     if cpu not in inventory.cpus_online:
         yield "it is offline"

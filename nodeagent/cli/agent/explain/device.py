@@ -92,7 +92,7 @@ def _offer(one: Mapping[str, Any]) -> Document:
 def _reasons(
     state: NodeState, device: Device, offered: Sequence[Mapping[str, Any]], others: Sequence[str]
 ) -> Iterator[str]:
-    """Yield why nobody else can be granted a device now."""
+    """Yield why a device cannot be granted to another holder now."""
     if why := state.ill().get(device.id):
         yield f"it is {why}"
     yield from (_WITHHELD[name] for name in WITHHELD if device.attributes.get(name) and not offered)
@@ -142,7 +142,7 @@ def _about_use(document: Mapping[str, Any]) -> Iterator[str]:
         shared = " (in shares)" if one["shared"] else ""
         yield f"held by {one['holder']}{shared}, grant {one['grant']} of {moment(one['granted_at'])}"
     if not document["holders"]:
-        yield "nobody holds it"
+        yield "it is not held"
     yield f"health: {document['health']}"
     yield from (f"health by {source}: {cause}" for source, cause in document["causes"].items())
     for one in document["offered"]:

@@ -151,8 +151,8 @@ def print_refusals(documents: Sequence[Mapping[str, Any]], most: int = 5) -> Non
 
 def _now(now: Mapping[str, Any]) -> str:
     if now["fits"]:
-        return "nobody stands in the way, it would fit"
+        return "nothing stands in the way, it would fit"
     named = [pod for one in now["in_the_way"] for pod in one["pods"]]
     if named:
         return f"the end of {', '.join(named)} would admit it" + ("" if now["smallest"] else "; fewer may do")
-    return f"held there by {', '.join(now['holders'])}" if now["holders"] else "what was wanted is held by nobody"
+    return f"held there by {', '.join(now['holders'])}" if now["holders"] else "what was wanted is not held"

@@ -168,7 +168,7 @@ def _print_moves(document: Mapping[str, Any]) -> None:
     ]
     print_table(("MOVE", "FROM", "TO", "THEN", "GIVES THE REQUEST"), rows)
     if any(unit["name"].startswith("claim ") for one in document["moves"] for unit in one["units"]):
-        print("note: a claim moves only if it is deleted and allocated anew, and the scheduler chooses its devices")
+        print("note: a claim moves only if it is deleted and allocated again, and the scheduler chooses its devices")
     print()
 
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 INTERVAL_NS = 1_000_000
 ANYWHERE = -1
 FREE_TIMES = 4
-"""A node needs so many times as much free memory as is measured: nobody is to run short of it."""
+"""A node needs so many times as much free memory as is measured: the pods on it must not run short."""
 START_S = 20.0
 """How long the threads of one step wait for each other."""
 

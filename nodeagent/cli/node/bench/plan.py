@@ -30,7 +30,7 @@ class Plan:
     """What to measure."""
 
     whose: str
-    """The pod, or "" for CPUs that nobody holds."""
+    """The pod, or "" for free CPUs."""
     cpus: CpuSet
     local: CpuSet
     """The NUMA nodes that the grant, or a good placement, uses."""
@@ -53,7 +53,7 @@ def _pod(grant: Mapping[str, Any]) -> str:
 
 
 def plan(inventory: Inventory, grants: Documents, others: CpuSet, reserved: CpuSet, pod: str = "") -> Plan:
-    """Return what to measure for a pod, or for a placement on CPUs that nobody holds. Raise InputError if the pod holds
+    """Return what to measure for a pod, or for a placement on free CPUs. Raise InputError if the pod holds
     no CPUs of its own, or if no CPU is free."""
     cpus = _of_pod(grants, pod) - others & inventory.cpus_online if pod else _free(inventory, others | reserved)
     if not cpus:

@@ -21,7 +21,7 @@ LIMITS = (
 
 def print_measured(found: Measured) -> None:
     """Print everything."""
-    whose = f"pod {found.plan.whose}" if found.plan.whose else "CPUs that nobody holds"
+    whose = f"pod {found.plan.whose}" if found.plan.whose else "free CPUs"
     print(f"{whose}: CPUs {found.plan.cpus}, about {found.seconds:g} s, {found.plan.bytes_per_node >> 20} MiB a node\n")
     print_table(NODES, [_row(one, found) for one in found.nodes])
     print()

@@ -1,6 +1,6 @@
 """`nodeagent bench placement`: what a grant, or a good placement, is worth on this machine against the worst one.
 
-It measures for some seconds, on the CPUs of the pod or on CPUs that nobody holds, never on those of others.
+It measures for some seconds, on the CPUs of the pod or on free CPUs, never on those of others.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="what", metavar="placement", required=True)
     one = verbs.add_parser("placement", help="measure memory and wake-ups on granted CPUs")
     add_facts(one)
-    one.add_argument("--pod", metavar="NAMESPACE/NAME", default="", help="its CPUs (default: CPUs that nobody holds)")
+    one.add_argument("--pod", metavar="NAMESPACE/NAME", default="", help="its CPUs (default: free CPUs)")
     one.add_argument(
         "--seconds", metavar="S", type=float, default=SECONDS, help=f"{SHORTEST_S:g} to {LONGEST_S:g} ({SECONDS:g})"
     )

@@ -138,7 +138,7 @@ def _offline(node: Node) -> Finding:
             "bring them online again, or restart the pods",
             *(f"echo 1 > /sys/devices/system/cpu/cpu{cpu}/online" for _, cpus in held for cpu in cpus),
         )
-    return ok(f"CPUs {offline} are offline; nobody holds them")
+    return ok(f"CPUs {offline} are offline; no grant holds them")
 
 
 def _real_time(node: Node) -> Finding:
