@@ -17,7 +17,6 @@ from nodeagent.config.schema import Config
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.version import VERSION
 
-AWAY = skipped("the agent does not answer")
 NOT_SHOWN = unknown("the agent's status does not show it")
 MOST_NAMED = 3
 UNIT = "nodeagent.service"
@@ -42,8 +41,6 @@ def _answers(node: Node) -> Finding:
 
 
 def _ready(node: Node) -> Finding:
-    if node.agent_error:
-        return AWAY
     reasons = node.listed("not_ready")
     if not reasons and node.status.get("ready") is not True:
         return NOT_SHOWN
@@ -53,8 +50,6 @@ def _ready(node: Node) -> Finding:
 
 
 def _notes(node: Node) -> Finding:
-    if node.agent_error:
-        return AWAY
     inventory = node.status.get("inventory")
     if not isinstance(inventory, dict) or not {"notes", "conflicts"} <= node.status.keys():
         return NOT_SHOWN
@@ -64,8 +59,6 @@ def _notes(node: Node) -> Finding:
 
 
 def _refused(node: Node) -> Finding:
-    if node.agent_error:
-        return AWAY
     refused = node.status.get("refused")
     if not isinstance(refused, dict):
         return NOT_SHOWN
@@ -76,8 +69,6 @@ def _refused(node: Node) -> Finding:
 
 
 def _version(node: Node) -> Finding:
-    if node.agent_error:
-        return AWAY
     running = node.status.get("version")
     if running == VERSION:
         return ok(f"the agent and this program are {VERSION}")
@@ -252,10 +243,10 @@ CHECKS = (
     Check("unit.state", "operations.md#with-systemd", _state, live=True),
     Check("unit.drop-ins", "operations.md#with-systemd", _drop_ins, configuration=True),
     Check("agent.answers", "operations.md#the-status-socket", _answers),
-    Check("agent.ready", "operations.md#troubleshooting", _ready),
-    Check("agent.resources", "migrating.md#other-device-plugins", _refused),
-    Check("agent.notes", "operations.md#what-happens-when", _notes),
-    Check("agent.version", "operations.md#upgrade-and-rollback", _version, live=True),
+    Check("agent.ready", "operations.md#troubleshooting", _ready, agent=True),
+    Check("agent.resources", "migrating.md#other-device-plugins", _refused, agent=True),
+    Check("agent.notes", "operations.md#what-happens-when", _notes, agent=True),
+    Check("agent.version", "operations.md#upgrade-and-rollback", _version, live=True, agent=True),
     Check("agent.configuration", "configuration.md#configuration", _configuration),
     Check("agent.socket", "operations.md#the-status-socket", _socket, live=True),
     Check("agent.metrics", "operations.md#metrics-over-tcp", _metrics, live=True, configuration=True),

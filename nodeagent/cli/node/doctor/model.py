@@ -76,6 +76,8 @@ class Check:
     judge: Callable[[Node], Finding]
     live: bool = False
     """Whether only the running machine can answer it, and no captured tree."""
+    agent: bool = False
+    """Whether it looks at the status of the agent, so that it does not arise while none answers."""
     configuration: bool = False
     """Whether it compares the configuration with the machine: `nodeagent config check --here` asks it too."""
 
@@ -88,6 +90,7 @@ class Check:
 DENIED = os.strerror(errno.EACCES)
 """How messages of the operating system end where rights are missing."""
 NOT_IN_A_CAPTURE = skipped("not in a capture")
+AWAY = skipped("the agent does not answer")
 
 
 def examine(check: Check, node: Node) -> Finding:
@@ -96,7 +99,7 @@ def examine(check: Check, node: Node) -> Finding:
     if check.live and not node.live:
         return NOT_IN_A_CAPTURE
     try:
-        found = check.judge(node)
+        found = AWAY if check.agent and node.agent_error else check.judge(node)
     except NotCapturedError:
         found = NOT_IN_A_CAPTURE
     except (NodeagentError, OSError) as error:
