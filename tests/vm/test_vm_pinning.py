@@ -48,7 +48,10 @@ def all_is_as_it_should_be(guest: Guest, held: Pod, shared: Pod) -> None:
 
 def until_grown_back(guest: Guest, held: Pod, shared: Pod) -> None:
     """... as soon as no other pod holds any CPU."""
-    vmpods.until_effective(guest, shared.scope(), vmpods.listed(cpus(GRANTABLE) - cpus(held.cpus)))
+    try:
+        vmpods.until_effective(guest, shared.scope(), vmpods.listed(cpus(GRANTABLE) - cpus(held.cpus)))
+    except GuestError as error:
+        pytest.fail(f"{error}\nthe agent holds and says: {guest.run('nodeagent grants -o json; nodeagent status')}")
     all_is_as_it_should_be(guest, held, shared)
 
 
