@@ -216,6 +216,19 @@ class HealthConfig(_Base, frozen=True):
     """Sources of evidence that do not count on this node."""
 
 
+class TuningConfig(_Base, frozen=True):
+    """What exclusive CPUs are set to while containers hold them. Everything is left alone unless it is given."""
+
+    governor: Annotated[str, msgspec.Meta(pattern=r"^[a-z_]{0,15}$")] = ""
+    """Of cpufreq, such as performance."""
+    energy_performance_preference: Annotated[str, msgspec.Meta(pattern=r"^([a-z_]{0,31}|[0-9]{1,3})$")] = ""
+    min_frequency_mhz: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    """A core that cannot reach it gets its own limit."""
+    max_frequency_mhz: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
+    wakeup_latency_us: Annotated[int, msgspec.Meta(ge=0, le=1_000_000)] | None = None
+    """The longest tolerated time for leaving an idle state; 0: none."""
+
+
 class PinningConfig(_Base, frozen=True):
     """How containers are confined to what they hold, and all others kept off it."""
 
@@ -242,6 +255,7 @@ class PinningConfig(_Base, frozen=True):
     """Whether interrupts are moved away from exclusive CPUs."""
     intruders_seconds: Seconds = 60.0
     """How often to look for host threads and interrupts on exclusive CPUs."""
+    tuning: TuningConfig = TuningConfig()
 
 
 class HugepagesConfig(_Base, frozen=True):

@@ -56,6 +56,7 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
+from nodeagent.managers.tuning.manager import TUNED, TuningManager
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import CONFIGURATION, Happening
@@ -171,6 +172,13 @@ class Daemon:
             self._pinning.revision.changed,
             where.state_dir / MOVED,
         )
+        self._tuning = TuningManager(
+            where.sysfs,
+            lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
+            lambda: self.config.pinning,
+            self._pinning.revision.changed,
+            where.state_dir / TUNED,
+        )
         self._recovery = LedgerRecovery(
             agent,
             pods,
@@ -209,6 +217,7 @@ class Daemon:
             self._pinning,
             self._hugepages,
             self._isolation,
+            self._tuning,
             holders,
             cluster.events(self._observed, containers.pod_of, self._news),
             cluster.published(agent, self._news, where.state_dir, domain, self.offers, topology),
@@ -274,7 +283,7 @@ class Daemon:
         return self._dra.document()
 
     def pinning_document(self) -> dict[str, Any]:
-        return {**self._pinning.document(), "intruders": self._isolation.document()}
+        return {**self._pinning.document(), "intruders": self._isolation.document(), "tuning": self._tuning.document()}
 
     # ---------------------------------------------------------------- running
 

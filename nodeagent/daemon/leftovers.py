@@ -28,6 +28,8 @@ from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
+from nodeagent.host.tuning.journal import load as load_tuned
+from nodeagent.host.tuning.tuner import Tuner
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.kube.kubelet import device_plugin_sockets, plugin_sockets
 from nodeagent.kube.resourceslice.render import Owner, belongs
@@ -40,6 +42,7 @@ from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.pinning.manager import UNITS
 from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.publications import LABELS, TOPOLOGY
+from nodeagent.managers.tuning.manager import TUNED
 
 STATE_FILES = (
     "ledger.*",
@@ -49,6 +52,7 @@ STATE_FILES = (
     "health.*",
     "nvlinks.json",
     "published.json",
+    "tuning.json",
     ".*.tmp",
 )
 """Names in the state folder."""
@@ -91,6 +95,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _drop_ins(host)
     yield _cgroups(host)
     yield _interrupts(host)
+    yield _tuning(host)
     yield _hugepages(host)
     yield _cdi_files(host)
     yield _claim_files(host)
@@ -160,6 +165,19 @@ def _interrupts(host: Host) -> Leftover:
     def undo() -> Iterator[str]:
         with _kept_going() as errors:
             yield from Mover(sysfs, memory).move(EMPTY, EMPTY, ()).why.values()
+        yield from errors
+
+    return Leftover(lines, undo if not unread else lambda: [unread])
+
+
+def _tuning(host: Host) -> Leftover:
+    sysfs, memory = host.where.sysfs, host.where.state_dir / TUNED
+    tuned, unread = load_tuned(sysfs, memory)
+    lines = [Line(sysfs.path(path), one.seen or one.wanted, one.before) for path, one in tuned.items()]
+
+    def undo() -> Iterator[str]:
+        with _kept_going() as errors:
+            yield from Tuner(sysfs, memory).tune({}).why.values()
         yield from errors
 
     return Leftover(lines, undo if not unread else lambda: [unread])

@@ -117,6 +117,17 @@ INTRUDERS = Gauge(
 INTERRUPTS_MOVED = Counter(
     "nodeagent_interrupts_moved", "Interrupts moved away from exclusive CPUs.", registry=REGISTRY
 )
+CPU_SETTINGS = Gauge(
+    "nodeagent_cpu_settings",
+    "Kernel files of exclusive CPUs by whether they have what pinning.tuning asks for.",
+    ["state"],
+    registry=REGISTRY,
+)
+CPU_SETTINGS_REPAIRED = Counter(
+    "nodeagent_cpu_settings_repaired",
+    "Kernel files of exclusive CPUs that another program had changed.",
+    registry=REGISTRY,
+)
 INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
 INFO.labels(VERSION).set(1)
 

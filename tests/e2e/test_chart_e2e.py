@@ -428,6 +428,10 @@ def _name(document: Object) -> tuple[str, str]:
             {"config": {"pinning": {"moveInterrupts": True}}},
             "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the",
         ),
+        (
+            {"config": {"pinning": {"tuning": {"governor": "performance"}}}},
+            "cannot set config.pinning.tuning: /sys/devices/system/cpu is read only in a pod that is not privileged;",
+        ),
         *(
             (
                 {"nvidia": {key: "/run/nvidia/driver"}},

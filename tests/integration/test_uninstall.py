@@ -28,16 +28,19 @@ from nodeagent.daemon.leftovers import STATE_FILES, Host, published_objects
 from nodeagent.daemon.paths import checked, paths_of
 from nodeagent.host.cgroup import write
 from nodeagent.host.sysfs.atomic_file import DRAFT_END
+from nodeagent.host.tuning import tuner
 from nodeagent.managers.hugepages import journal, pool_resizer
 from nodeagent.managers.inventory import latches, nvlinks
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.publish import journal as published
+from nodeagent.managers.tuning.manager import TUNED
 from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
 from nodeagent.state.lock import FileLock
 from tests.builders.cgroup_tree import CgroupTree
 from tests.builders.machines import machine
 from tests.doubles.api_server import FakeApiServer
+from tests.doubles.cpufreq import FakeCpufreq
 from tests.doubles.dra_kubelet import ClaimId, FakeDraKubelet
 from tests.doubles.kubelet import FakeKubelet
 from tests.doubles.systemd import FakeSystemd
@@ -94,6 +97,7 @@ async def site(folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> As
     root = machine(folder / "root", "1s2n4c-smt")
     cgroups = CgroupTree(root, cpus="0-7", mems="0-1")
     monkeypatch.setattr(write, "put", cgroups.put)
+    monkeypatch.setattr(tuner, "put", FakeCpufreq(root, [(cpu,) for cpu in range(8)]).put)
     cgroups.make(CONTAINER)
     irq(root, 27, smp_affinity_list="2")
     (root / "run/systemd/system").mkdir(parents=True)
@@ -105,7 +109,7 @@ async def site(folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> As
     ):
         api.add_node(NODE)
         access = {"kubeconfig": str(api.kubeconfig(folder)), "nodeName": NODE, "cdiDir": str(folder / "cdi")}
-        pinning = {"mode": "cgroup", "moveInterrupts": True, "intrudersSeconds": 0.1}
+        pinning = {"mode": "cgroup", "moveInterrupts": True, "intrudersSeconds": 0.1, "tuning": {"wakeupLatencyUs": 0}}
         folders = {"stateDir": str(folder / "state"), "runtimeDir": str(folder / "run"), "reservedCpus": ""}
         config = {**folders, **QUICK, "resources": [CPUS], "dra": {**access, "spreadSeconds": 0}, "pinning": pinning}
         (folder / "config.yaml").write_text(json.dumps({**config, **more}))
@@ -173,6 +177,7 @@ async def test_nothing_that_an_agent_wrote_is_left(folder: Path, monkeypatch: py
             "50-nodeagent.conf",
             "cpuset.cpus.effective",
             "smp_affinity_list",
+            "pm_qos_resume_latency_us",
             "metadata.json",
             "ledger.db",
         }
@@ -280,6 +285,7 @@ def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> No
         published.FILE,
         journal.NAME,
         MOVED,
+        TUNED,
     )
     drafts = [f".{name}.x{DRAFT_END}" for name in names]
     for name in (*locks, *names, *drafts):

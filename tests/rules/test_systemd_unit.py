@@ -77,6 +77,11 @@ def test_the_drop_in_for_metrics_opens_tcp_to_this_host_and_nothing_else() -> No
     assert "PrivateNetwork" not in dict(settings())
 
 
+def test_the_drop_in_for_tuning_opens_the_files_of_cpus_and_nothing_else() -> None:
+    lines = [line for line in UNIT.with_name("nodeagent-tuning.conf").read_text().splitlines() if line[:1] not in "#"]
+    assert lines == ["[Service]", "ReadWritePaths=/sys/devices/system/cpu"]
+
+
 @needs_systemd
 @pytest.mark.parametrize("drop_ins", WORST_EXPOSURE, ids=["alone", "with-dra", "with-every-drop-in"])
 def test_the_exposure_is_what_the_documentation_says(drop_ins: tuple[Path, ...], tmp_path: Path) -> None:

@@ -88,7 +88,9 @@ health: {recoverSeconds: 8, nvmlSeconds: 9}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
-  verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9}
+  verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
+  tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
+    wakeupLatencyUs: 0}}
 hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
 - name: vf

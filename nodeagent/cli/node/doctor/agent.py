@@ -13,7 +13,7 @@ from nodeagent.admin.status_endpoint import status_readers
 from nodeagent.cli.node.doctor.model import DENIED, Check, Finding, failure, ok, skipped, unknown, warning
 from nodeagent.cli.node.doctor.node import Node
 from nodeagent.config.listen import ListenAddress
-from nodeagent.config.schema import Config
+from nodeagent.config.schema import Config, TuningConfig
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.version import VERSION
 
@@ -216,6 +216,8 @@ def needed(config: Config) -> Iterator[str]:
         yield "nodeagent-interrupts.conf"
     if config.pinning.partition != "none":
         yield "nodeagent-partitions.conf"
+    if config.pinning.tuning != TuningConfig():
+        yield "nodeagent-tuning.conf"
     if config.metrics.listen:
         yield "nodeagent-metrics.conf"
 
@@ -229,6 +231,7 @@ OPENED = {
     "nodeagent-dra.conf": ("AF_INET", "plugins_registry"),
     "nodeagent-interrupts.conf": ("ProtectKernelTunables=false",),
     "nodeagent-partitions.conf": ("CAP_SYS_ADMIN",),
+    "nodeagent-tuning.conf": ("/sys/devices/system/cpu",),
     "nodeagent-metrics.conf": ("AF_INET",),
 }
 """What each drop-in sets that the unit itself does not."""

@@ -1,0 +1,1 @@
+"""What exclusive CPUs are set to while they are held."""

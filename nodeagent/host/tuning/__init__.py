@@ -1,0 +1,1 @@
+"""Frequency and idle states of CPUs, read and set."""

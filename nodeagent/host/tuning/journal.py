@@ -1,0 +1,58 @@
+"""Which kernel files were set and what they had before, in a file that survives the agent but not the boot: after a
+reboot the kernel has its own values again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
+
+_MODE = 0o600
+
+
+class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A file that the agent has set, or was about to set."""
+
+    path: str
+    """Below the root, without a leading slash."""
+    before: str
+    wanted: str
+    seen: str = ""
+    """What the kernel made of it; empty until it was read back."""
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    version: Literal[1] = 1
+    boot_id: str = ""
+    tuned: list[Tuned] = []
+
+
+def load(sysfs: SysFs, path: Path) -> tuple[dict[str, Tuned], str]:
+    """Return what was set since boot, by path, and why that is unknown; empty if it is known."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_File)
+    except FileNotFoundError:
+        return {}, ""
+    except OSError as error:
+        cause = error.strerror or str(error)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        cause = str(error)
+    else:
+        return {one.path: one for one in found.tuned} if found.boot_id == sysfs.text(BOOT_ID, "") else {}, ""
+    return {}, f"cannot load {path}: {cause}; CPUs that were tuned before stay as they are"
+
+
+def save(sysfs: SysFs, path: Path, tuned: Iterable[Tuned]) -> None:
+    """Record exactly these; the file exists only if there are any. Raise HostError with the cause."""
+    every = list(tuned)
+    if not every:
+        files.remove(path)
+        return
+    content = msgspec.json.encode(_File(boot_id=sysfs.text(BOOT_ID, ""), tuned=every))
+    files.replace(path, msgspec.json.format(content, indent=1) + b"\n", mode=_MODE)

@@ -1,0 +1,1 @@
+"""Keeps exclusive CPUs at the frequency and latency that are configured for them."""
