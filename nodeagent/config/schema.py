@@ -214,6 +214,8 @@ class HealthConfig(_Base, frozen=True):
     """How often the devices are looked at through the kernel."""
     ignore: list[Literal["carrier", "pcie", "aer", "nvme", "smart", "ras", "nvlink"]] = []
     """Sources of evidence that do not count on this node."""
+    quarantine: list[Annotated[str, msgspec.Meta(min_length=1, max_length=256)]] = []
+    """Devices that are not granted: shell patterns of their id, PCI address, UUID or serial number."""
 
 
 class TuningConfig(_Base, frozen=True):

@@ -321,6 +321,22 @@ async def test_only_what_changed_is_registered_again(folder: Path, tree: DeviceT
             assert kubelet.registrations == {CPU: 1, CHAR: 2, "nodeagent.dev/gone": 1, "nodeagent.dev/new": 1}
 
 
+async def test_a_quarantined_device_is_never_offered_until_it_is_taken_out_of_the_configuration(
+    folder: Path, tree: DeviceTree
+) -> None:
+    async with FakeKubelet(folder / "kubelet") as kubelet:
+        health = {"quarantine": ["/dev/ttyS1", "GPU-*"], "recoverSeconds": 0.1}
+        async with running(folder, root=tree.root, resources=BOTH, health=health, **QUICK) as agent:
+            await shown(kubelet, ports=1)
+            (device,) = [one for one in (await agent.ask("/v1/devices"))[1] if one["id"] == "/dev/ttyS1"]
+            assert device["reason"] == "quarantined by the configuration (/dev/ttyS1)"
+            status = await agent.until("/v1/status", lambda status: status["notes"])
+            assert any("serial number GPU-*" in one for one in status["notes"])
+            agent.configure(resources=BOTH, health={"recoverSeconds": 0.1}, **QUICK)
+            await shown(kubelet, ports=2)
+            assert not any(one.health != "Healthy" for one in kubelet.devices(CHAR))
+
+
 async def test_a_bad_configuration_is_said_and_not_taken(folder: Path, tree: DeviceTree) -> None:
     async with registered(folder, tree) as (agent, kubelet):
         agent.write_config("resorces: []\n")

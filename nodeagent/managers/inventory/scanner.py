@@ -23,6 +23,7 @@ from nodeagent.host.nvml.client import Failure, Probe, Snapshot
 from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.inventory import quarantine
 from nodeagent.managers.inventory.gpu_health import (
     bound_elsewhere,
     forgotten,
@@ -36,6 +37,7 @@ from nodeagent.managers.inventory.latches import FILE as LATCHES
 from nodeagent.managers.inventory.latches import LatchMemory
 from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
 from nodeagent.managers.inventory.nvlinks import NvlinkMemory
+from nodeagent.managers.inventory.quarantine import quarantined
 from nodeagent.managers.inventory.recovery import recoveries
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import selectors
@@ -87,9 +89,19 @@ class InventoryScanner(Manager):
         self._latching = asyncio.Lock()
         """Apart from `_turn`: a scan that hangs delays neither an error of a GPU nor an admin's word."""
         self._deaf = Once("no-device-events")
+        self._unused: Sequence[str] = ()
+        """Patterns of health.quarantine that match no device."""
+
+    async def apply(self, config: Config) -> None:
+        """Keep devices out before anything is offered."""
+        self._keep_out()
 
     async def close(self) -> None:
         await self._probe.close()
+
+    def notes(self) -> list[str]:
+        """Return which devices to keep out are not here."""
+        return quarantine.notes(self._unused)
 
     async def serve(self) -> None:
         """Follow kernel events, the devices' health and NVML, and let devices recover; each continues if another
@@ -140,9 +152,16 @@ class InventoryScanner(Manager):
             for warning in sorted(set(inventory.warnings) - set(self._agent.inventory.warnings)):
                 log.warning("machine-unreadable", warning=warning)
             self._agent.see(inventory, event_s)
+            self._keep_out()
             async with self._latching:
                 await self._look_at_latches()
             return took_s
+
+    def _keep_out(self) -> None:
+        """Apply what the configuration keeps from being granted."""
+        patterns = self._config().health.quarantine
+        evidence, freed, self._unused = quarantined(self._agent.inventory, patterns, self._agent.health)
+        self._agent.observe(evidence, freed)
 
     async def _look_at_latches(self) -> None:
         """Apply what was latched before the agent started, and what has ended since with the driver."""

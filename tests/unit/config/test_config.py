@@ -84,7 +84,7 @@ metrics: {listen: "[::1]:9464", tokenFile: /t, tls: {certFile: /cert, keyFile: /
 events: {enabled: false}
 publish: {nodeLabels: true, nodeResourceTopology: true}
 release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
-health: {recoverSeconds: 8, nvmlSeconds: 9}
+health: {recoverSeconds: 8, nvmlSeconds: 9, quarantine: ["0000:41:00.0"]}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
