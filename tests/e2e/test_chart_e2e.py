@@ -45,6 +45,7 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "unpinned": {"config": {"pinning": {"mode": "off"}}},
     "driver": {"config": {"dra": {"driver": "devices.example.com"}}},
     "folders": {"hostFolders": ["/etc/kubernetes/kubelet.conf.d"]},
+    "bundles": {"runtimeBundles": "/run/containers/storage/overlay-containers"},
     "published": {"config": {"publish": {"nodeLabels": True, "nodeResourceTopology": False}}},
     "eventless": {"config": {"events": {"enabled": False}}},
     "selinux": {"seLinuxOptions": {"type": "spc_t"}, "podLabels": {"a": "b"}, "podAnnotations": {"c": "d"}},
@@ -279,6 +280,18 @@ def test_the_pod_mounts_the_folders_that_the_configuration_names(tmp_path: Path)
         if "hostPath" in places[one["name"]]
     }
     assert hosts == {path: path for path in hosts}
+
+
+def test_the_runtime_s_bundles_are_mounted_where_the_values_name_them(tmp_path: Path) -> None:
+    """Read-only, at the host's path; nothing is made on a node with another runtime, and no mount of a container is
+    held after its end."""
+    folder = "/run/containerd/io.containerd.runtime.v2.task"
+    assert folder not in mounts_of(rendered(tmp_path))
+    documents = rendered(tmp_path, {"runtimeBundles": folder})
+    mount = mounts_of(documents)[folder]
+    assert (mount["readOnly"], mount["mountPropagation"]) == (True, "HostToContainer")
+    place = next(one for one in pod_of(documents)["volumes"] if one["name"] == mount["name"])
+    assert place["hostPath"] == {"path": folder, "type": "Directory"}
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from nodeagent.config.schema import schema
+from nodeagent.host.cgroup.oci_bundle import FOLDERS
 from nodeagent.version import VERSION
 from tests.support.paths import CHECKOUT
 
@@ -75,6 +76,11 @@ def test_the_configuration_in_the_values_is_checked_by_the_agent_s_own_schema() 
     found = values_schema()
     assert found["properties"]["config"] == {"$ref": schema()["$ref"]}
     assert found["$defs"] == schema()["$defs"]
+
+
+def test_the_folders_of_bundles_that_can_be_mounted_are_those_that_the_agent_reads() -> None:
+    folders = {"", *(f"/{folder}" for folder in FOLDERS)}
+    assert set(values_schema()["properties"]["runtimeBundles"]["enum"]) == folders
 
 
 def test_every_reference_and_pattern_of_the_schema_can_be_used() -> None:

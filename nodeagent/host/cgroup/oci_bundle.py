@@ -16,13 +16,17 @@ from nodeagent.core.model.container import RUNNING, Container
 from nodeagent.errors import HostError
 from nodeagent.host.sysfs.sysfs import SysFs
 
-FOLDERS = (
-    "run/containerd/io.containerd.runtime.v2.task/k8s.io/{}/config.json",
-    "run/k3s/containerd/io.containerd.runtime.v2.task/k8s.io/{}/config.json",
-    "run/containers/storage/overlay-containers/{}/userdata/config.json",
-    "var/lib/containers/storage/overlay-containers/{}/userdata/config.json",
-)
-"""Paths of a bundle below the root; the container's id goes into the braces."""
+_CONTAINERD, _CRIO = "k8s.io/{}/config.json", "{}/userdata/config.json"
+FOLDERS = {
+    "run/containerd/io.containerd.runtime.v2.task": _CONTAINERD,
+    "run/k3s/containerd/io.containerd.runtime.v2.task": _CONTAINERD,
+    "run/k0s/containerd/io.containerd.runtime.v2.task": _CONTAINERD,
+    "var/snap/microk8s/common/run/containerd/io.containerd.runtime.v2.task": _CONTAINERD,
+    "run/containers/storage/overlay-containers": _CRIO,
+    "var/lib/containers/storage/overlay-containers": _CRIO,
+}
+"""Where runtimes keep bundles, below the root, and the path of one in such a folder: the container's id goes into the
+braces. The folder is what the chart mounts into the agent's pod (`runtimeBundles`)."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 _KEYS = {
     "name": ("io.kubernetes.cri.container-name", "io.kubernetes.container.name"),
@@ -52,8 +56,8 @@ def read(sysfs: SysFs, container_id: str) -> Container | None:
     Raise HostError, naming the file, if a bundle cannot be read."""
     if not _ID.fullmatch(container_id):
         return None
-    for folder in FOLDERS:
-        path = folder.format(container_id)
+    for folder, below in FOLDERS.items():
+        path = f"{folder}/{below.format(container_id)}"
         if (text := sysfs.text(path, None)) is not None:
             return _container(container_id, text, sysfs.path(path))
     return None

@@ -19,6 +19,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.cgroup_tree import CgroupTree
 
 MIB2 = 2 << 20
+BUNDLES = [f"{folder}/{below}" for folder, below in bundles.FOLDERS.items()]
 A, B = "kubepods/poda", "kubepods/podb"
 
 
@@ -165,7 +166,7 @@ def test_cpu_time_is_told_in_cpus(tree: CgroupTree) -> None:
 # Bundles
 
 
-@pytest.mark.parametrize("folder", bundles.FOLDERS)
+@pytest.mark.parametrize("folder", BUNDLES)
 def test_a_container_is_known_from_its_bundle_wherever_the_runtime_leaves_it(tmp_path: Path, folder: str) -> None:
     crio = "storage" in folder
     keys = {"name": "container.name", "namespace": "pod.namespace", "pod": "pod.name", "uid": "pod.uid"}
@@ -188,7 +189,7 @@ def test_an_id_that_is_none_or_has_no_bundle_is_not_known(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"process": 3}', '{"annotations": {"a": 1}}'])
 def test_a_bundle_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> None:
-    path = tmp_path / bundles.FOLDERS[0].format("abc")
+    path = tmp_path / BUNDLES[0].format("abc")
     path.parent.mkdir(parents=True)
     path.write_text(text)
     with pytest.raises(HostError, match=f"cannot read {path}: "):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from nodeagent.cli.node.doctor.model import NOT_IN_A_CAPTURE, Check, Finding, failure, ok, skipped, unknown, warning
 from nodeagent.cli.node.doctor.node import Node
 from nodeagent.errors import InputError
+from nodeagent.host.cgroup.oci_bundle import FOLDERS
 from nodeagent.host.cgroup.read import NONE, V2, hierarchy
 
 CONTAINERD, CRIO = "containerd", "crio"
@@ -171,6 +172,19 @@ def _plain(path: str) -> str:
     return path.removeprefix("/var") if path.startswith("/var/run/") else path
 
 
+def _bundles(node: Node) -> Finding:
+    if node.config.pinning.mode == "off":
+        return skipped("pinning.mode is off")
+    if seen := [f"/{one}" for one in FOLDERS if node.files.exists(one)]:
+        return ok(f"bundles are read from {', '.join(seen)}")
+    if not node.in_pod:
+        return skipped("no runtime keeps bundles here")
+    return warning(
+        "no folder of bundles is mounted: a container that starts while NRI is away is pinned only when it is back",
+        "set the chart's value runtimeBundles to the folder of the nodes' runtime",
+    )
+
+
 # ---------------------------------------------------------------- control groups
 
 
@@ -221,6 +235,7 @@ def _outside(node: Node) -> Finding:
 CHECKS = (
     Check("runtime.nri", "install.md#nri", _nri, configuration=True),
     Check("runtime.cdi", "doctor.md#runtime", _cdi, configuration=True),
+    Check("runtime.bundles", "install.md#bundles", _bundles, live=True),
     Check("cgroup.hierarchy", "pinning.md#what-it-needs", _hierarchy),
     Check("cgroup.controllers", "pinning.md#what-it-needs", _controllers),
     Check("cgroup.pods", "pinning.md#when-pods-are-confined-from-outside", _outside),

@@ -195,6 +195,12 @@ CASES = {
         FAILURE,
         "/var/run/cdi",
     ),
+    "runtime.bundles": Case(
+        lambda n: n.write("run/containerd/io.containerd.runtime.v2.task/k8s.io/a/config.json", "{}"),
+        lambda n: n.configure(pinning={"mode": "off"}),
+        SKIPPED,
+        "pinning.mode is off",
+    ),
     "cgroup.hierarchy": Case(
         lambda n: n.cgroups(), lambda n: n.write("sys/fs/cgroup/cpu/tasks", ""), FAILURE, "cgroup v1"
     ),
@@ -437,6 +443,13 @@ def test_a_configured_containerd_of_another_folder_is_the_one_that_counts(built:
     built.write("opt/c/conf.d/1.toml", CDI_ON.replace("true", "false"))
     finding = found("runtime.cdi", built)
     assert finding.state is FAILURE and "/opt/c/config.toml" in finding.seen
+
+
+def test_a_pod_without_the_runtime_s_bundles_is_a_warning(built: BuiltNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert found("runtime.bundles", built).state is SKIPPED
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    finding = found("runtime.bundles", built)
+    assert finding.state is WARNING and "runtimeBundles" in finding.fix
 
 
 def test_cri_o_is_read_with_its_drop_ins(built: BuiltNode) -> None:
