@@ -50,7 +50,13 @@ from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager
-from nodeagent.managers.kubelet_conflicts import KubeletConflicts, confines_all, managed_elsewhere, unprotected
+from nodeagent.managers.kubelet_conflicts import (
+    KubeletConflicts,
+    confines_all,
+    managed_elsewhere,
+    undetermined,
+    unprotected,
+)
 from nodeagent.managers.ledger_recovery import LedgerRecovery
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
@@ -264,10 +270,12 @@ class Daemon:
 
     def not_ready(self) -> list[str]:
         """Return why nothing can be granted, kubelet or the API server does not show what was sent, containers may not
-        be pinned, or what was granted is not exclusive."""
+        be pinned, what was granted is not exclusive, or resources are refused because kubelet's files cannot be
+        read."""
         not_exclusive = unprotected(self._kubelet.kubelet, self.agent.ledger)
+        unread = undetermined(self._kubelet.kubelet, self.config)
         by_managers = [why for one in self._managers for why in one.not_ready()]
-        return merged((*by_managers, not_exclusive) if not_exclusive else by_managers)
+        return merged((*by_managers, *([not_exclusive] if not_exclusive else []), *unread))
 
     def _not_shown(self) -> list[str]:
         return [*self._device_plugin.not_ready(), *self._dra.not_ready()]

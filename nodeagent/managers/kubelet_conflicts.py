@@ -145,6 +145,15 @@ def managed_elsewhere(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) 
     return {kind: why for kind, why in every.items() if why}
 
 
+def undetermined(kubelet: Kubelet, config: Config) -> list[str]:
+    """Return why configured resources are refused because kubelet's configuration or states cannot be read, as
+    "NAME: REASON"; empty if they can be."""
+    cpus = _cpus_undetermined(kubelet) if kubelet.cpus is None else ""
+    memory = _memory_undetermined(kubelet) if kubelet.memory is None else ""
+    every = {CPU: cpus, HUGEPAGES: memory, MEMORY: memory}
+    return [f"{one.name}: {why}" for one in config.served if (why := every.get(one.kind))]
+
+
 def confines_all(kubelet: Kubelet) -> bool:
     """Return whether kubelet's CPU manager itself writes the cpuset of every container, as the static one does.
 
@@ -179,7 +188,7 @@ def _cpus_managed(kubelet: Kubelet, inventory: Inventory, reserved: CpuSet) -> s
     """Return why CPUs cannot be served alongside kubelet's CPU manager, or "" if they can."""
     known = kubelet.cpus
     if known is None:
-        return f"cannot determine whether kubelet manages CPUs itself: {kubelet.cpus_error}"
+        return _cpus_undetermined(kubelet)
     if not known.static:
         return ""
     advice = f"set cpuManagerPolicy: none{FIRST}"
@@ -195,13 +204,21 @@ def _memory_managed(kubelet: Kubelet) -> str:
     """Return why hugepages and memory cannot be served alongside kubelet's memory manager, or "" if they can."""
     known = kubelet.memory
     if known is None:
-        return f"cannot determine whether kubelet manages memory itself: {kubelet.memory_error}"
+        return _memory_undetermined(kubelet)
     if not known.static:
         return ""
     return (
         f"kubelet's memory manager is {known.policy} ({known.policy_source}): it gives from the same pools; set "
         f"memoryManagerPolicy: None{FIRST}"
     )
+
+
+def _cpus_undetermined(kubelet: Kubelet) -> str:
+    return f"cannot determine whether kubelet manages CPUs itself: {kubelet.cpus_error}"
+
+
+def _memory_undetermined(kubelet: Kubelet) -> str:
+    return f"cannot determine whether kubelet manages memory itself: {kubelet.memory_error}"
 
 
 # ---------------------------------------------------------------- contradictions

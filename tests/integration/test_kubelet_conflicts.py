@@ -107,6 +107,8 @@ async def test_a_drop_in_that_cannot_be_read_keeps_all_cpus_back(folder: Path, t
             "cannot determine whether kubelet manages CPUs itself: cannot read CPU list '1-' of reservedSystemCPUs of "
             f"{bad}: "
         )
+        status = await agent.until("/v1/status", lambda found: len(found["not_ready"]) == 1)
+        assert status["not_ready"] == [f"cpu: {status['refused'][CPU]}"] and not status["ready"]
         put(bad, "reservedSystemCPUs: '1'\n")
         await node.wait_allocatable(CHAR, 1)
         await node.admit_pod("default", "a", {"main": {CHAR: 1}})

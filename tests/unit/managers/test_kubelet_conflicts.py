@@ -7,6 +7,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import msgspec
 import pytest
 import structlog
 
@@ -227,6 +228,36 @@ def test_only_cpus_on_which_kubelet_lets_others_run_are_hit(config: str, state: 
 def test_without_grants_nothing_is_lost(node: Node) -> None:
     node.starts(config="cpuManagerPolicy: static\n")
     assert alongside.unprotected(node.look(), ledger(KUBELETS)) == ""
+
+
+CPU_AND_PAGES = {
+    "resources": [
+        {"name": "cores", "kind": "cpu"},
+        {"name": "pages", "kind": "hugepages", "pageSize": "2Mi", "serve": "dra"},
+        {"name": "nvme", "kind": "nvme"},
+    ]
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "memory", "hit"),
+    [
+        ("cpuManagerPolicy: none\n", "", []),
+        ("cpuManagerPolicy: static\n", "", []),
+        ("cpuManagerPolicy: [\n", "", ["cores", "pages"]),
+        ("cpuManagerPolicy: none\n", "{", ["pages"]),
+    ],
+    ids=["none", "static", "no-configuration", "no-memory-state"],
+)
+def test_resources_that_are_refused_as_kubelet_cannot_be_read_are_named(
+    config: str, memory: str, hit: list[str], node: Node
+) -> None:
+    """A policy that is known, or a kind that kubelet does not assign, is no such reason."""
+    node.starts(config=config)
+    if memory:
+        (node.dir / "memory_manager_state").write_text(memory)
+    found = alongside.undetermined(node.look(), msgspec.convert(CPU_AND_PAGES, Config))
+    assert [one.partition(": cannot determine whether kubelet manages ")[0] for one in found] == hit
 
 
 def test_lost_exclusiveness_is_logged_when_it_changes(node: Node) -> None:

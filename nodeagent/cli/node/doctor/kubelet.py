@@ -7,7 +7,7 @@ from nodeagent.cli.node.doctor.node import Node
 from nodeagent.errors import InputError
 from nodeagent.kube.kubelet.pod_resources import registered
 from nodeagent.managers.kubelet import SOCKET
-from nodeagent.managers.kubelet_conflicts import contradictions, managed_elsewhere
+from nodeagent.managers.kubelet_conflicts import contradictions, managed_elsewhere, undetermined
 from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY
 
 PLUGINS = "device-plugins"
@@ -35,8 +35,11 @@ def _process(node: Node) -> Finding:
 def _configuration(node: Node) -> Finding:
     kubelet = node.kubelet
     if error := kubelet.cpus_error or kubelet.memory_error:
-        denied = DENIED in error
-        return unknown(error) if denied else failure(error, "correct kubelet's files, or name others in kubeletConfig")
+        if DENIED in error:
+            return unknown(error)
+        refused = [line.partition(":")[0] for line in undetermined(kubelet, node.config)]
+        seen = f"{error}; until it can be read, these are not served: {', '.join(refused)}" if refused else error
+        return failure(seen, "correct kubelet's files, or name others in kubeletConfig")
     if not kubelet.config.known:
         return UNCONFIGURED
     return ok(f"read from {', '.join(kubelet.config.sources) or 'its defaults'}")

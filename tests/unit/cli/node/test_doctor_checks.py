@@ -380,6 +380,13 @@ def test_a_check_notices_what_it_is_there_for(name: str, built: BuiltNode) -> No
     assert bool(finding.fix) == (finding.state in (WARNING, FAILURE))
 
 
+def test_an_unreadable_configuration_of_kubelet_names_what_is_not_served_for_it(built: BuiltNode) -> None:
+    built.configure(resources=[*CPUS_BY_CLAIM, *PAGES, {"name": "nvme", "kind": "nvme"}])
+    built.kubelet("a: [\n")
+    finding = found("kubelet.configuration", built)
+    assert finding.state is FAILURE and finding.seen.endswith("these are not served: cpu, pages")
+
+
 def test_what_may_not_be_read_is_unknown_and_says_why(built: BuiltNode) -> None:
     """A folder in the place of a file stands for a lack of rights, which root does not have."""
     (built.root / "proc/swaps").mkdir()
