@@ -22,7 +22,8 @@ from nodeagent.kube.apiserver.exec_plugin import Credential, Runner
 from nodeagent.version import VERSION
 
 MOST_CALLS = 4
-"""Maximum number of concurrent calls, not counting watches."""
+"""Maximum number of concurrent calls of each of two classes, not counting watches: those that a pod's start waits for,
+and all others."""
 LARGEST_ANSWER_BYTES = 64 << 20
 USER_AGENT = f"nodeagent/{VERSION}"
 JSON, APPLY, MERGE = "application/json", "application/apply-patch+yaml", "application/merge-patch+json"
@@ -55,7 +56,8 @@ class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin again
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One request. `what` is its "VERB OBJECT" for messages; `name` is the object whose absence (404) counts as an
-    answer rather than an error."""
+    answer rather than an error. `urgent`: a pod's start waits for it, so it never waits for a slot behind calls of
+    which that is not true."""
 
     method: str
     target: str
@@ -63,6 +65,7 @@ class Ask:
     name: str = ""
     body: bytes = b""
     content_type: str = JSON
+    urgent: bool = False
 
 
 class Caller:
@@ -73,12 +76,12 @@ class Caller:
         self._timeout_s = timeout_s
         self._pool = ConnectionPool(access)
         self._plugin = Runner(access.plugin) if access.plugin else None
-        self._calls = asyncio.Semaphore(MOST_CALLS)
+        self._slots = {urgent: asyncio.Semaphore(MOST_CALLS) for urgent in (False, True)}
 
     async def call(self, ask: Ask) -> dict[str, Any] | None:
         """Return the response as an object, or None if the server has no object named `ask.name`. Raise ApiError."""
         try:
-            async with asyncio.timeout(self._timeout_s), self._calls:
+            async with asyncio.timeout(self._timeout_s), self._slots[ask.urgent]:
                 head, raw = await self._exchange(ask)
         except FAULTS as error:
             raise self._failed(ask, error) from None

@@ -109,10 +109,16 @@ class ApiServer:
         self._timeout_s = timeout_s
         self._watch_s = watch_s
 
-    async def get(self, resource: ApiResource, name: str, namespace: str = "") -> dict[str, Any] | None:
+    async def get(
+        self, resource: ApiResource, name: str, namespace: str = "", *, urgent: bool = False
+    ) -> dict[str, Any] | None:
         """Return the object, or None if the server has none of this name. Raise ApiError, also if the server does not
-        know the kind."""
-        ask = Ask("GET", resource.path(namespace, name), f"get {resource.shown(namespace, name)}", name)
+        know the kind.
+
+        urgent: a pod's start waits for it; see Ask.
+        """
+        what = f"get {resource.shown(namespace, name)}"
+        ask = Ask("GET", resource.path(namespace, name), what, name, urgent=urgent)
         answer = await self._caller.call(ask)
         return None if answer is None else self._checked(ask, resource.kind, answer)
 

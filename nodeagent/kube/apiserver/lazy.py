@@ -78,10 +78,11 @@ class LazyApi:
         return self._reached().watch(CLAIMS, revision=revision)
 
     async def claim(self, ref: ClaimRef) -> Mapping[str, Any] | None:
-        """Return the claim of that name, or None if there is none."""
+        """Return the claim of that name, or None if there is none. Never waits behind calls that no pod waits for, such
+        as Events."""
         from nodeagent.kube.apiserver.client import CLAIMS
 
-        return await self._reached().get(CLAIMS, ref.name, ref.namespace)
+        return await self._reached().get(CLAIMS, ref.name, ref.namespace, urgent=True)
 
     async def tell(self, ref: ClaimRef, body: Mapping[str, Any], manager: str) -> None:
         """Apply a claim's status."""

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import yaml
 
+from nodeagent.core.model.claim import ClaimRef
 from nodeagent.errors import ConfigError, PeerError
+from nodeagent.kube.apiserver.call import MOST_CALLS
 from nodeagent.kube.apiserver.client import (
     BOOKMARK,
     CLAIMS,
@@ -32,6 +34,7 @@ from nodeagent.kube.apiserver.client import (
     access,
 )
 from nodeagent.kube.apiserver.credentials import Access, TlsContexts
+from nodeagent.kube.apiserver.lazy import LazyApi
 from tests.doubles.api_server import CONSUMABLE, COUNTERS, TAINTS, FakeApiServer, Fault
 
 NODE = "worker-1"
@@ -207,6 +210,39 @@ async def test_many_calls_at_once_share_few_connections() -> None:
         await asyncio.gather(*(client.get(NODES, f"n{number}") for number in range(40)))
         assert server.count("get") == 40
         assert server.connections <= 40 // 2
+
+
+async def test_a_claim_is_read_while_a_slow_server_holds_up_everything_else(tmp_path: Path) -> None:
+    """More Events, labels and slices than there are slots wait for their answers; a pod that starts does not."""
+    async with FakeApiServer() as server:
+        server.add_claim("c")
+        server.add_node(NODE)
+        server.answers += [Fault(kind="hang", verb=verb) for verb in ("create", "apply", "list") for _ in range(8)]
+        api = LazyApi(server.kubeconfig(tmp_path))
+        event = {"metadata": {"name": "e", "namespace": "default"}}
+        waiting = [
+            asyncio.create_task(call)
+            for _ in range(8)
+            for call in (
+                api.create_event(event),
+                api.apply(NODES, NODE, {"metadata": {}}, manager=DRIVER, force=True),
+                api.list(SLICES, fields={"spec.nodeName": NODE}),
+            )
+        ]
+        try:
+            await server.until(lambda: len(server.requests) == MOST_CALLS)
+            async with asyncio.timeout(5):
+                found = await asyncio.gather(
+                    *(api.claim(ClaimRef(namespace="default", name="c", uid="")) for _ in range(8))
+                )
+            assert all(one is not None and one["metadata"]["name"] == "c" for one in found)
+            assert not any(one.done() for one in waiting)
+            assert len(server.requests) == MOST_CALLS + 8
+        finally:
+            for one in waiting:
+                one.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+            await api.close()
 
 
 # Server-side apply
