@@ -49,7 +49,7 @@ class Cluster:
     ) -> PublishManager:
         """Return what publishes the machine; for the parameters, see publications() and PublishManager."""
         some = publications(self.api, agent, self._node, self._driver, domain, offers, topology_manager)
-        return PublishManager(some, news, state_dir, configured=self._configured)
+        return PublishManager(some, news, state_dir, self.api, self._node, configured=self._configured)
 
     def other_drivers(self, hear: Callable[[Names], None]) -> OtherDrivers:
         """Return what looks at the slices of other drivers. hear: takes what they publish."""

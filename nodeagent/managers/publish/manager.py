@@ -1,22 +1,27 @@
 """Publishes labels of the Node and its NodeResourceTopology where the configuration says so, and removes what it had
-published where it no longer does. Both are off by default, and then nothing is asked or written."""
+published where it no longer does. Both are off by default, and then nothing is asked or written.
+
+A Node that is deleted takes both with it. So the Node is watched while something is published, and all of it is written
+again for a new one.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import structlog
 
 from nodeagent.aio.revision import Revision
-from nodeagent.aio.supervise import supervise
+from nodeagent.aio.supervise import race, supervise
 from nodeagent.config.schema import Config, PublishConfig
 from nodeagent.errors import HostError, NodeagentError, PeerError
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.node_follower import NodeApi, NodeFollower
 from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.publications import Publication
 from nodeagent.telemetry.once import Once
@@ -38,10 +43,20 @@ class PublishManager(Manager):
     name = "published objects"
 
     def __init__(
-        self, publications: Sequence[Publication], news: Revision, state_dir: Path, *, configured: bool, **timing: float
+        self,
+        publications: Sequence[Publication],
+        news: Revision,
+        state_dir: Path,
+        api: NodeApi,
+        node: str,
+        *,
+        configured: bool,
+        **timing: float,
     ) -> None:
-        """news: rises with what they say. configured: whether there is an API server."""
+        """news: rises with what they say. node: the Node's name. configured: whether there is an API server."""
         self._config = PublishConfig()
+        self._node = NodeFollower(api, node, self._node_seen)
+        self._node_uid = ""
         self._configured = configured
         self._news = Revision(news)
         journal = PublishJournal(state_dir / FILE)
@@ -61,11 +76,35 @@ class PublishManager(Manager):
             async with asyncio.TaskGroup() as tasks:
                 for one in self._kept:
                     tasks.create_task(supervise(one.key, one.run))
+                tasks.create_task(supervise("published node", self._follow_node))
+
+    async def _follow_node(self) -> None:
+        """Follow the Node as long as something is published."""
+        while True:
+            await self._until(lambda: self._on)
+            await race(self._node.follow(), self._until(lambda: not self._on))
+
+    async def _until(self, holds: Callable[[], bool]) -> None:
+        while not holds():
+            await self._news.changed(self._news.value)
+
+    def _node_seen(self, node: Mapping[str, Any]) -> None:
+        """Have everything looked at again if this is another Node than before."""
+        uid = str(node["metadata"].get("uid", ""))
+        if uid != self._node_uid:
+            self._node_uid = uid
+            for one in self._kept:
+                one.node_seen(uid)
+            self._news.bump()
+
+    @property
+    def _on(self) -> bool:
+        """Return whether anything is published."""
+        return self._config.node_labels or self._config.node_resource_topology
 
     def notes(self) -> list[str]:
         """Return why something is not published, or not removed."""
-        on = self._config.node_labels or self._config.node_resource_topology
-        if on and not self._configured:
+        if self._on and not self._configured:
             return ["nothing is published: there is no API server, dra.kubeconfig is empty"]
         return [note for one in self._kept for note in one.notes()]
 
@@ -91,6 +130,10 @@ class _Kept:
         self._failures = 0
         self._written: Any = None
         self._written_s = 0.0
+        self._node_uid = ""
+        """Of the Node as it was last seen."""
+        self._written_for: tuple[str, ...] = ()
+        """The UID of the Node for which it was written, and the one that was seen by then, which may be older."""
         self._next_s = 0.0
         self._removed = False
         """Whether it is known to be removed."""
@@ -102,6 +145,12 @@ class _Kept:
     def hurry(self) -> None:
         """Have the next step taken at once, whatever failed before."""
         self._next_s = 0.0
+
+    def node_seen(self, uid: str) -> None:
+        """Take the UID of the Node. What was written for another Node is gone with it."""
+        self._node_uid = uid
+        if uid not in self._written_for:
+            self.hurry()
 
     def notes(self) -> list[str]:
         if not (why := self._failing.last):
@@ -130,10 +179,10 @@ class _Kept:
 
     async def _publish(self) -> float:
         wanted = self._publication.wanted()
-        age_s = time.monotonic() - self._written_s
-        if self._written is None or wanted != self._written or age_s >= RESYNC_S:
+        age_s, seen = time.monotonic() - self._written_s, self._node_uid
+        if self._written is None or wanted != self._written or seen not in self._written_for or age_s >= RESYNC_S:
             await asyncio.to_thread(self._journal.note, self.key, published=True)
-            await self._publication.write(wanted)
+            self._written_for = (await self._publication.write(wanted), seen)
             if self._written is None:
                 log.info("published", what=self.key)
             self._written, self._written_s = wanted, time.monotonic()

@@ -51,8 +51,8 @@ class Publication(Protocol):
         """Return what it shall say now, as a value that can be compared."""
         ...
 
-    async def write(self, wanted: Any) -> None:
-        """Write it. Raise PeerError."""
+    async def write(self, wanted: Any) -> str:
+        """Write it and return the UID of the Node for which it was written. Raise PeerError."""
         ...
 
     async def remove(self) -> None:
@@ -80,8 +80,10 @@ class NodeLabels:
             self._of, self._labels = now, labels(*now)
         return self._labels
 
-    async def write(self, wanted: Mapping[str, str]) -> None:
-        await self._apply(await node_uid(self._api, self._node), {"labels": dict(wanted)})
+    async def write(self, wanted: Mapping[str, str]) -> str:
+        uid = await node_uid(self._api, self._node)
+        await self._apply(uid, {"labels": dict(wanted)})
+        return uid
 
     async def remove(self) -> None:
         from nodeagent.kube.apiserver.client import NODES
@@ -124,12 +126,15 @@ class ResourceTopology:
         found = zones(agent.inventory, agent.ledger, agent.settings.reserved, self._shown())
         return NodeTopology(zones=found, attributes=self._attributes())
 
-    async def write(self, wanted: NodeTopology) -> None:
-        """Write it. An object of another publisher is left alone: its fields are not taken over."""
+    async def write(self, wanted: NodeTopology) -> str:
+        """Write it and return the Node's UID. An object of another publisher is left alone: its fields are not taken
+        over."""
         from nodeagent.kube.apiserver.client import TOPOLOGIES
 
-        body = wire.render(wanted, self._node, await node_uid(self._api, self._node), self._driver)
+        uid = await node_uid(self._api, self._node)
+        body = wire.render(wanted, self._node, uid, self._driver)
         await self._api.apply(TOPOLOGIES, self._node, body, manager=self._driver, force=False)
+        return uid
 
     async def remove(self) -> None:
         from nodeagent.kube.apiserver.client import TOPOLOGIES

@@ -22,7 +22,7 @@ from nodeagent.kube.apiserver.client import SLICES as SLICE_RESOURCE
 from nodeagent.kube.apiserver.client import Access, ApiError, ApiServer
 from nodeagent.kube.resourceslice.pool_writer import PUBLISHED, PublishPace
 from nodeagent.kube.resourceslice.publisher import PublicationState, Publisher
-from nodeagent.managers.dra import node_watch
+from nodeagent.managers import node_follower
 from nodeagent.managers.dra.manager import Pools
 from nodeagent.managers.dra.node_watch import NodeWatch
 from tests.builders.inventories import even_rows, inventory_of
@@ -221,7 +221,7 @@ async def test_what_is_no_news_for_the_books_writes_nothing() -> None:
 
 async def test_an_agent_that_may_not_watch_the_node_looks_again_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the rights of an earlier version it may read the Node only."""
-    monkeypatch.setattr(node_watch, "NOT_ALLOWED_S", 0.05)
+    monkeypatch.setattr(node_follower, "NOT_ALLOWED_S", 0.05)
     async with FakeApiServer() as server:
         server.fail(403, times=10_000, verb="watch", resource=NODES)
         with capture_logs() as logs:

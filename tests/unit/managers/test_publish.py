@@ -19,6 +19,8 @@ from nodeagent.core.model.device import ContainerEdits
 from nodeagent.errors import HostError
 from nodeagent.kube.apiserver.client import TOPOLOGIES as TOPOLOGY_KIND
 from nodeagent.kube.apiserver.lazy import LazyApi
+from nodeagent.managers import node_follower
+from nodeagent.managers.publish import manager
 from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.manager import PublishManager
 from nodeagent.managers.publish.publications import NodeLabels, ResourceTopology
@@ -51,7 +53,13 @@ class Room:
         policy = {"topologyManagerPolicy": "single-numa-node"}
         topology = ResourceTopology(self.client, self.agent, NODE, DRIVER, shown, lambda: policy)
         self.manager = PublishManager(
-            [labels, topology], self.agent.revisions.ledger, self.folder, configured=True, **QUICK
+            [labels, topology],
+            self.agent.revisions.ledger,
+            self.folder,
+            self.client,
+            NODE,
+            configured=True,
+            **QUICK,
         )
         await self.configure(**publish)
         leading = asyncio.create_task(self.manager.lead())
@@ -156,6 +164,70 @@ async def test_a_node_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
             assert room.api.find(NODES, NODE) is None
 
 
+async def test_a_node_that_was_deleted_and_made_again_soon_has_labels_and_topology(tmp_path: Path) -> None:
+    """Once each, for the new Node; the old one's topology is collected with it."""
+    async with machine_with_api(tmp_path) as room, room.running(nodeLabels=True, nodeResourceTopology=True):
+        await room.until(lambda: LABEL in room.labels() and bool(room.zones()) and room.api.watching == 1)
+        for _ in range(2):
+            room.api.delete(NODES, NODE)
+            room.api.delete(TOPOLOGIES, NODE)
+            uid = room.api.add_node(NODE)["metadata"]["uid"]
+            await room.until(lambda: LABEL in room.labels() and bool(room.zones()))
+            assert room.api.find(TOPOLOGIES, NODE)["metadata"]["ownerReferences"][0]["uid"] == uid  # type: ignore[index]
+        assert (room.api.count("apply", NODES), room.api.count("apply", TOPOLOGIES)) == (3, 3)
+
+
+async def test_a_node_that_was_made_again_while_the_server_was_away_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(node_follower, "AWAY_S", 0.05)
+    async with machine_with_api(tmp_path) as room, room.running(nodeLabels=True):
+        await room.until(lambda: LABEL in room.labels() and room.api.watching == 1)
+        async with room.api.away():
+            room.api.delete(NODES, NODE)
+            room.api.add_node(NODE)
+        await room.until(lambda: LABEL in room.labels())
+
+
+async def test_a_node_that_kubelet_registers_late_is_labelled_when_it_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the pause that failed attempts have earned by then."""
+    monkeypatch.setattr(manager, "AGAIN_S", 3600.0)
+    monkeypatch.setattr(manager, "SLOWEST_S", 3600.0)
+    monkeypatch.setattr(node_follower, "AGAIN_S", 0.05)
+    async with machine_with_api(tmp_path) as room:
+        room.api.delete(NODES, NODE)
+        async with room.running(nodeLabels=True):
+            await until(lambda: bool(room.manager.notes()))
+            room.api.add_node(NODE)
+            await room.until(lambda: LABEL in room.labels())
+            await until(lambda: room.manager.notes() == [])
+
+
+async def test_changes_of_the_same_node_write_nothing(tmp_path: Path) -> None:
+    """Kubelet writes the Node's status again and again."""
+    async with machine_with_api(tmp_path) as room, room.running(nodeLabels=True):
+        await room.until(lambda: LABEL in room.labels() and room.api.watching == 1)
+        writes = room.api.writes
+        for beat in range(5):
+            room.api.change(NODES, NODE, status={"conditions": [{"lastHeartbeatTime": str(beat)}]})
+        seen: list[str] = []
+        monitored = room.manager._node._take
+        room.manager._node._take = lambda node: (seen.append(node["status"]["conditions"][0]), monitored(node))  # type: ignore[assignment, func-returns-value]
+        room.api.change(NODES, NODE, status={"conditions": ["the last"]})
+        await until(lambda: "the last" in seen)
+        await asyncio.sleep(5 * QUICK["pace_s"])
+        assert room.api.writes == writes
+
+
+async def test_the_node_is_watched_only_while_something_is_published(tmp_path: Path) -> None:
+    async with machine_with_api(tmp_path) as room, room.running(nodeLabels=True):
+        await room.until(lambda: room.api.watching == 1)
+        await room.configure()
+        await until(lambda: room.api.watching == 0)
+
+
 # ---------------------------------------------------------------- NodeResourceTopology
 
 
@@ -244,7 +316,7 @@ async def test_what_cannot_be_removed_is_said_and_tried_again(tmp_path: Path) ->
 
 async def test_without_an_api_server_it_is_said(tmp_path: Path) -> None:
     async with machine_with_api(tmp_path) as room:
-        manager = PublishManager([], room.agent.revisions.ledger, tmp_path, configured=False)
+        manager = PublishManager([], room.agent.revisions.ledger, tmp_path, room.client, NODE, configured=False)
         assert manager.notes() == []
         await manager.apply(msgspec.convert({"publish": {"nodeLabels": True}}, Config))
         await asyncio.wait_for(manager.lead(), WAIT_S)
