@@ -1,7 +1,8 @@
 """Keeps what is derived fresh: `python deploy/generate.py` (make manifests).
 
 The chart, deploy/chart, is the source of the manifests. From the program come the versions, the part of
-values.schema.json that describes the agent's configuration, and keys-at-start.txt. From the chart come the manifests
+values.schema.json that describes the agent's configuration, and keys-at-start.txt; from deploy/monitoring the chart's
+rules.yaml, as a chart reads no file outside its folder. From the chart come the manifests
 for `kubectl apply -k deploy`, rendered with its default values, and made-from.sha256: the digests of what they were
 rendered from and of themselves, by which a test notices without helm that one side has changed alone. Needs helm, in
 NODEAGENT_E2E_BIN or PATH, only where templates or values have changed.
@@ -19,7 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nodeagent.config.schema import keys_applied_at_start, schema
+from nodeagent.config.json_schema import json_schema
+from nodeagent.config.schema import keys_applied_at_start
 from nodeagent.version import VERSION
 
 DEPLOY = Path(__file__).resolve().parent
@@ -29,6 +31,7 @@ MANIFESTS = ("rbac", "admission", "deviceclasses", "daemonset")
 DIGESTS = "made-from.sha256"
 KUBERNETES = "1.37.0"
 NOTICE = "# Made from deploy/chart by `make manifests`: change it there.\n"
+NOTICE_OF_RULES = "# Made from deploy/monitoring/rules.yaml by `make manifests`: change it there.\n"
 VALUES = ("namespace.create=true",)
 """What differs from the default values: kubectl makes the namespace too."""
 _SOURCE = re.compile(r"^---\n# Source: .*\n", re.MULTILINE)
@@ -38,12 +41,13 @@ _SOURCE = re.compile(r"^---\n# Source: .*\n", re.MULTILINE)
 
 
 def derived() -> dict[Path, str]:
-    """Return the text of each file that the program decides, at least in part."""
+    """Return the text of each file that the program or the alerts decide, at least in part."""
     kustomization = DEPLOY / "kustomization.yaml"
     return {
         kustomization: re.sub(r"newTag: .*", f"newTag: {VERSION}", kustomization.read_text()),
         CHART / "Chart.yaml": _versions((CHART / "Chart.yaml").read_text()),
         CHART / "values.schema.json": _with_configuration(json.loads((CHART / "values.schema.json").read_text())),
+        CHART / "rules.yaml": NOTICE_OF_RULES + (DEPLOY / "monitoring" / "rules.yaml").read_text(),
         CHART / "keys-at-start.txt": "".join(f"{key}\n" for key in sorted(keys_applied_at_start())),
     }
 
@@ -54,7 +58,7 @@ def _versions(text: str) -> str:
 
 
 def _with_configuration(values: dict[str, Any]) -> str:
-    return json.dumps({**values, "$defs": schema()["$defs"]}, indent=1) + "\n"
+    return json.dumps({**values, "$defs": json_schema()["$defs"]}, indent=1) + "\n"
 
 
 # ---------------------------------------------------------------- what comes from the chart

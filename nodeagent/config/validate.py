@@ -1,4 +1,7 @@
-"""Checks that types alone cannot express: reports what is wrong with a configuration, one sentence each."""
+"""Checks that types alone cannot express: reports what is wrong with a configuration, one sentence each.
+
+What of them a JSON schema can express is in json_schema.py too.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,7 @@ LONGEST_BELOW_KUBELET_BYTES = max(
 _NOT_PLAIN = re.compile(r"//|.*([%?#\x00-\x1f\x7f])", re.DOTALL)
 LONGEST_BELOW_RUNTIME_BYTES = len("/.status.sock.4194304")
 """The status socket, while it is being made: the suffix is a process id, of which 4194304 is the highest (proc(5))."""
-_MEANT_FOR = {
+MEANT_FOR = {
     "paths": ("char",),
     "usb": ("usb",),
     "pageSize": ("hugepages",),
@@ -40,12 +43,18 @@ _MEANT_FOR = {
     "numa": ("cpu",),
     "grouping": ("cpu",),
 }
-_ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi", "overhead")
+"""Keys that apply only to some kinds, with these."""
+TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")
+"""Kinds that are no devices."""
+ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi", "overhead")
 """Keys that apply only to devices, not to CPUs or pages."""
-_NEEDED = {
+NEEDED = {
     "char": ("paths", "globs such as /dev/ttyUSB*"),
     "usb": ("usb", "vendor and product"),
 }
+"""Keys without which a kind has nothing to serve, with what is expected."""
+POOL_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
+"""What the name of a kind that is served through DRA looks like."""
 
 
 def wrong(config: Config) -> Iterator[str]:
@@ -150,7 +159,7 @@ def _wrong_dra(config: Config) -> Iterator[str]:
         if kinds.count(kind) > 1:
             yield f"kind {kind} at $.resources is served through DRA {kinds.count(kind)} times, expected once"
     for kind in kinds:
-        if not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", kind):
+        if not re.fullmatch(POOL_NAME, kind):
             yield f"kind {kind!r} at $.resources cannot name a pool: expected lower-case letters, digits and '-'"
 
 
@@ -167,10 +176,10 @@ def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
     said = msgspec.to_builtins(one)
     silent = msgspec.to_builtins(ResourceConfig(name=one.name, kind=one.kind))
     for key in (key for key in said if said[key] != silent[key]):
-        kinds = _MEANT_FOR.get(key, (one.kind,))
+        kinds = MEANT_FOR.get(key, (one.kind,))
         if one.kind not in kinds:
             yield f"{where}.{key} has no meaning for kind {one.kind}, only for {', '.join(kinds)}"
-        if key in _ONLY_DEVICES and one.kind in ("cpu", "hugepages", "memory"):
+        if key in ONLY_DEVICES and one.kind in TOPOLOGY_KINDS:
             yield f"{where}.{key} has no meaning for kind {one.kind}, only for devices"
 
 
@@ -186,6 +195,6 @@ def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
         yield f"{one.page_size!r} at {where}.pageSize, expected a size such as 2Mi"
     elif one.kind == "hugepages" and not _is_page_size(_page_bytes(one.page_size)):
         yield f"{one.page_size!r} at {where}.pageSize, expected a size that pages have, such as 2Mi or 1Gi"
-    key, expected = _NEEDED.get(one.kind, ("", ""))
+    key, expected = NEEDED.get(one.kind, ("", ""))
     if key and not getattr(one, key):
         yield f"nothing at {where}.{key}, expected {expected}"

@@ -153,7 +153,7 @@ def _service_monitors() -> Object:
     relabel = {"sourceLabels": {"type": "array", "items": text}, "targetLabel": text}
     kinds["relabelings"] = {"type": "array", "items": {"type": "object", "properties": relabel}}
     endpoints = {"type": "array", "items": {"type": "object", "properties": kinds}}
-    spec = {"type": "object", "properties": {"selector": free, "endpoints": endpoints}}
+    spec = {"type": "object", "properties": {"jobLabel": text, "selector": free, "endpoints": endpoints}}
     version = {"name": "v1", "served": True, "storage": True}
     version["schema"] = {"openAPIV3Schema": {"type": "object", "properties": {"spec": spec}}}
     names = {"plural": "servicemonitors", "singular": "servicemonitor", "kind": "ServiceMonitor"}
@@ -332,6 +332,20 @@ def test_nvidia_s_library_lies_where_the_agent_looks_for_it(tmp_path: Path) -> N
     assert mounts["/run/nvidia/driver"]["mountPropagation"] == "HostToContainer"
 
 
+def test_the_alerts_lead_to_the_runbooks_of_the_values_and_go_by_the_release(tmp_path: Path) -> None:
+    address = "http://wiki.example.com/nodeagent"
+    on = {"metrics": {"enabled": True, "prometheusRule": {"enabled": True, "labels": {"a": "b"}}}}
+    shipped = yaml.safe_load((CHECKOUT / "deploy" / "monitoring" / "rules.yaml").read_text())
+    assert only(rendered(tmp_path, on), "PrometheusRule")["spec"] == shipped
+    on = together(on, {"metrics": {"prometheusRule": {"runbookUrl": address}}})
+    found = only(rendered(tmp_path, on, "storage"), "PrometheusRule")
+    assert (found["metadata"]["name"], found["metadata"]["labels"]) == ("storage-nodeagent", {"a": "b"})
+    (group,) = found["spec"]["groups"]
+    urls = {one["alert"]: one["annotations"]["runbook_url"] for one in group["rules"] if "alert" in one}
+    assert urls == {name: f"{address}#{name.lower()}" for name in urls} and len(urls) == 10
+    assert [one["expr"] for one in group["rules"] if "up{" in one["expr"]] == ['up{job="storage-nodeagent"} == 0']
+
+
 def test_pods_are_replaced_where_a_key_that_is_read_at_the_start_has_changed(tmp_path: Path) -> None:
     """All else is taken over by running agents."""
 
@@ -407,6 +421,16 @@ def _name(document: Object) -> tuple[str, str]:
             {"config": {"resources": [{"name": "a", "kind": "gpu", "sreve": "dra"}]}},
             "at '/config/resources/0': additional properties 'sreve' not allowed",
         ),
+        (
+            {"config": {"resources": [{"name": "a", "kind": "gpu", "pageSize": "2Mi"}]}},
+            "at '/config/resources/0/pageSize': value must be ''",
+        ),
+        (
+            {"config": {"resources": [{"name": "a", "kind": "char"}]}},
+            "at '/config/resources/0': missing property 'paths'",
+        ),
+        ({"config": {"metrics": {"tls": {"certFile": "/a"}}}}, "at '/config/metrics/tls': missing property 'keyFile'"),
+        ({"config": {"domain": "a.kubernetes.io"}}, "at '/config/domain': 'not' failed"),
         ({"config": {"auditDays": "many"}}, "at '/config/auditDays': got string, want integer"),
         ({"image": {"tga": "1"}}, "at '/image': additional properties 'tga' not allowed"),
         ({"image": {"digest": "abc"}}, "at '/image/digest': 'abc' does not match pattern '^(sha256:[0-9a-f]{64})?$'"),
@@ -436,6 +460,14 @@ def _name(document: Object) -> tuple[str, str]:
         (
             {"metrics": {"serviceMonitor": {"enabled": True}}},
             "cannot make a ServiceMonitor: metrics.enabled is false, so there is nothing to scrape",
+        ),
+        (
+            {"metrics": {"prometheusRule": {"enabled": True}}},
+            "cannot make a PrometheusRule: metrics.enabled is false, so there is nothing to be alerted of",
+        ),
+        (
+            {"metrics": {"prometheusRule": {"runbookUrl": "docs/runbooks.md"}}},
+            "at '/metrics/prometheusRule/runbookUrl': 'docs/runbooks.md' does not match pattern",
         ),
         (
             {"config": {"pinning": {"moveInterrupts": True}}},

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from nodeagent.config.schema import schema
+from nodeagent.config.json_schema import json_schema
 from nodeagent.host.cgroup.oci_bundle import FOLDERS
 from nodeagent.version import VERSION
 from tests.support.paths import CHECKOUT
@@ -74,8 +74,8 @@ def test_an_unknown_value_is_refused_wherever_it_stands() -> None:
 
 def test_the_configuration_in_the_values_is_checked_by_the_agent_s_own_schema() -> None:
     found = values_schema()
-    assert found["properties"]["config"] == {"$ref": schema()["$ref"]}
-    assert found["$defs"] == schema()["$defs"]
+    assert found["properties"]["config"] == {"$ref": json_schema()["$ref"]}
+    assert found["$defs"] == json_schema()["$defs"]
 
 
 def test_the_folders_of_bundles_that_can_be_mounted_are_those_that_the_agent_reads() -> None:

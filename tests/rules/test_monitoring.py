@@ -18,7 +18,7 @@ from nodeagent.admin.state_gauges import STATE_GAUGES
 from nodeagent.telemetry import metrics
 from tests.support.paths import CHECKOUT
 
-FOLDER, DOCS = CHECKOUT / "deploy" / "monitoring", CHECKOUT / "docs"
+FOLDER, CHART, DOCS = CHECKOUT / "deploy" / "monitoring", CHECKOUT / "deploy" / "chart", CHECKOUT / "docs"
 TARGET = frozenset({"instance", "job"})
 """Labels that Prometheus adds to what it scrapes."""
 ALERTS = 10
@@ -141,8 +141,10 @@ def test_every_alert_has_a_runbook_and_every_runbook_an_alert() -> None:
     parts = re.split(r"^## (\w+)\n", (DOCS / "runbooks.md").read_text(), flags=re.M)[1:]
     runbooks = dict(zip(parts[::2], parts[1::2], strict=True))
     assert runbooks.keys() == {one["alert"] for one in alerts()}
+    address = yaml.safe_load((CHART / "values.yaml").read_text())["metrics"]["prometheusRule"]["runbookUrl"]
+    assert address.startswith("https://") and address.endswith("/docs/runbooks.md")
     for one in alerts():
-        assert one["annotations"]["runbook_url"] == f"docs/runbooks.md#{one['alert'].lower()}"
+        assert one["annotations"]["runbook_url"] == f"{address}#{one['alert'].lower()}"
         assert re.findall(r"^\*\*(\w+)\.\*\*", runbooks[one["alert"]], re.M) == ["Meaning", "Check", "Do"]
 
 

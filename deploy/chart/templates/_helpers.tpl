@@ -109,6 +109,9 @@ pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- if and .Values.rbac.create (or $settings.labels $settings.topology) (not .Values.admissionPolicies.create) -}}
 {{- fail "cannot grant what config.publish needs: without admissionPolicies.create every agent could change every Node; set it, or rbac.create false and grant it yourself" -}}
 {{- end -}}
+{{- if and .Values.metrics.prometheusRule.enabled (not .Values.metrics.enabled) -}}
+{{- fail "cannot make a PrometheusRule: metrics.enabled is false, so there is nothing to be alerted of" -}}
+{{- end -}}
 {{- if and .Values.metrics.serviceMonitor.enabled (not .Values.metrics.enabled) -}}
 {{- fail "cannot make a ServiceMonitor: metrics.enabled is false, so there is nothing to scrape" -}}
 {{- end -}}

@@ -10,9 +10,10 @@ from pathlib import Path
 from nodeagent.admin.status_endpoint import status_readers
 from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.cli.shared.source import add_root, read_root
+from nodeagent.config.json_schema import json_schema
 from nodeagent.config.load import load as load_config
 from nodeagent.config.load import placed
-from nodeagent.config.schema import Config, schema
+from nodeagent.config.schema import Config
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.managers.hugepages.manager import lacking
@@ -43,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     if args.what == "schema":
-        print(json.dumps(schema(), indent=1))
+        print(json.dumps(json_schema(), indent=1))
         return 0
     path = Path(args.file)
     config = load_config(path)
