@@ -220,13 +220,24 @@ def _show_held(facts: Facts, wanted: Wanted, at: float, form: str) -> int:
 
     held = read_only(facts.state_dir)  # before the decisions: one that is released meanwhile is among them
     entries = _entries(facts)
-    every = tenures(map(_decided, sorted((one for one in entries if one.held), key=lambda one: one.number)), held)
+    decisions = map(_decided, sorted((one for one in entries if one.held), key=lambda one: one.number))
+    every = tenures(decisions, held, facts.now_s)
     about = [one for one in every if wanted.holds(one.grant)]
     found = [one for one in about if one.covers(at)]
-    if not found and (why := _unknown(entries, every, at)):
+    certain = [one for one in found if one.until is None or one.doubted is None]
+    if not certain and (why := _doubt(about, at) or ("" if found else _unknown(entries, every, at))):
         raise StateError(f"cannot say who held {wanted or 'what'} at {local(at)}: {why}")
     _print(found, form, tenure_document, lambda some: _print_held(some, about, wanted, at))
     return 0
+
+
+def _doubt(about: Iterable[Tenure], at: float) -> str:
+    """Return why the clock leaves open who held something at a moment, or "" if it does not."""
+    maybe = next((one for one in about if one.may_cover(at)), None)
+    if maybe is None:
+        return ""
+    whose = f"grant {maybe.grant.id} of {maybe.grant.holder} may have held it"
+    return f"{whose}: the clock was not right when its beginning was recorded ({local(maybe.since)})"
 
 
 def _unknown(entries: Sequence[AuditEntry], every: Iterable[Tenure], at: float) -> str:
@@ -282,7 +293,9 @@ def _asked(wanted: Wanted, grant: Grant) -> str:
 
 def _sentence(one: Tenure) -> str:
     until = "and holds it" if one.until is None else f"until {local(one.until)} ({one.ended_by})"
-    return f"{one.grant.holder} held {describe(one.grant)} since {local(one.since)} {until}; grant {one.grant.id}"
+    by_clock = " (by a clock that was not right)" if one.doubted else ""
+    since = f"since {local(one.since)}{by_clock}"
+    return f"{one.grant.holder} held {describe(one.grant)} {since} {until}; grant {one.grant.id}"
 
 
 def _around(about: Sequence[Tenure], at: float) -> str:
