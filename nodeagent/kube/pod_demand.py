@@ -13,6 +13,7 @@ WITH_TEMPLATE = ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job", 
 CRON_JOB = "CronJob"
 KINDS = ("Pod", *WITH_TEMPLATE, CRON_JOB)
 Object = Mapping[str, Any]
+LONGEST_SHOWN = 60
 
 
 def pod_spec(one: Object) -> Object:
@@ -33,13 +34,33 @@ def pod_spec(one: Object) -> Object:
 def demands(spec: Object) -> tuple[ContainerDemand, ...]:
     """Return what containers request, in kubelet's order: init containers first. Raise InputError with the container
     and the resource that are wrong."""
-    init, apps = spec.get("initContainers") or [], spec["containers"]
+    init, apps = _init_containers(spec), spec["containers"]
     return (*(_demand(one, init=True) for one in init), *(_demand(one, init=False) for one in apps))
+
+
+def _init_containers(spec: Object) -> list[Any]:
+    found = spec.get("initContainers") or []
+    if not isinstance(found, list):
+        raise InputError(f"cannot read initContainers: {_shown(found)}, expected a list")
+    return found
+
+
+def _mapping(parent: Object, key: str, name: str) -> Object:
+    """Return an object below another one, empty if there is none. Raise InputError, naming the container."""
+    found = parent.get(key) or {}
+    if not isinstance(found, dict):
+        raise InputError(f"cannot read container {name}: {key} is {_shown(found)}, expected an object")
+    return found
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
 def _demand(container: Any, *, init: bool) -> ContainerDemand:
     if not isinstance(container, dict):
-        raise InputError(f"cannot read container {container!r}: expected an object")
+        raise InputError(f"cannot read container {_shown(container)}: expected an object")
     name = str(container.get("name", ""))
     sidecar = init and container.get("restartPolicy") == "Always"
     return ContainerDemand(name=name, amounts=dict(_amounts(container, name)), init=init, sidecar=sidecar)
@@ -47,8 +68,8 @@ def _demand(container: Any, *, init: bool) -> ContainerDemand:
 
 def _amounts(container: Object, name: str) -> Iterator[tuple[str, int]]:
     """Yield the extended resources that a container requests; what the node itself has (cpu, memory) has no domain."""
-    resources = container.get("resources") or {}
-    requests, limits = resources.get("requests") or {}, resources.get("limits") or {}
+    resources = _mapping(container, "resources", name)
+    requests, limits = (_mapping(resources, key, name) for key in ("requests", "limits"))
     for resource in sorted(name for name in {**requests, **limits} if "/" in name):
         want = {str(some[resource]) for some in (requests, limits) if resource in some}
         if len(want) > 1 or resource not in limits:
@@ -63,9 +84,12 @@ def _amounts(container: Object, name: str) -> Iterator[tuple[str, int]]:
 
 
 def of_the_node(spec: Object) -> list[str]:
-    """Return what containers request of the node itself and not of a device plugin: cpu, memory, pages."""
+    """Return what containers request of the node itself and not of a device plugin: cpu, memory, pages.
+
+    Raise InputError as `demands` does."""
     found = set()
-    for one in (*(spec.get("initContainers") or ()), *spec["containers"]):
-        resources = one.get("resources") or {}
-        found |= {name for part in ("requests", "limits") for name in resources.get(part) or {} if "/" not in name}
+    for one in (*_init_containers(spec), *spec["containers"]):
+        resources = _mapping(one, "resources", str(one.get("name", "")))
+        parts = (_mapping(resources, key, str(one.get("name", ""))) for key in ("requests", "limits"))
+        found |= {name for part in parts for name in part if "/" not in name}
     return sorted(found)

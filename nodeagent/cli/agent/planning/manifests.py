@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from nodeagent.errors import InputError
 
 LARGEST_FILE_BYTES = 4 << 20
+MOST_VALUES, DEEPEST = 500_000, 100
 Object = dict[str, Any]
 
 
@@ -20,12 +22,16 @@ def read_objects(path: str, option: str) -> list[Object]:
     """
     import yaml
 
-    text = _read(path, option)
+    text, source = _read(path, option), f"{option} {path}"
     try:
         documents = list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read {option} {path}: {' '.join(str(error).split())}") from None
-    return [one for document in documents if document is not None for one in _objects(document, f"{option} {path}")]
+    except RecursionError:
+        raise InputError(f"cannot read {source}: it is nested too deeply") from None
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
+        # The last ones are what the loader raises where a tag and its value do not fit, such as "!!bool x".
+        raise InputError(f"cannot read {source}: {' '.join(str(error).split())}") from None
+    plain = _Plain(source)
+    return [one for document in documents if document is not None for one in _objects(plain.of(document), source)]
 
 
 def _read(path: str, option: str) -> bytes:
@@ -42,11 +48,47 @@ def _read(path: str, option: str) -> bytes:
     return text
 
 
+class _Plain:
+    """Converts what YAML can express to what JSON can, as far as the bounds allow: through aliases, a few lines can
+    expand to a billion values, or contain themselves."""
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._count = 0
+
+    def of(self, value: Any, depth: int = 0) -> Any:
+        """Return a value in plain types; a key that is no text, and a date, as text. Raise InputError."""
+        self._count += 1
+        if self._count > MOST_VALUES:
+            raise self._wrong(f"it has more than {MOST_VALUES} values, aliases counted each time")
+        if depth > DEEPEST:
+            raise self._wrong("it is nested too deeply")
+        if isinstance(value, dict):
+            return {_key(key): self.of(one, depth + 1) for key, one in value.items()}
+        if isinstance(value, list):
+            return [self.of(one, depth + 1) for one in value]
+        if isinstance(value, datetime.date):
+            return value.isoformat()
+        if value is None or isinstance(value, str | int | float):
+            return value
+        raise self._wrong(f"a value of type {type(value).__name__}, which JSON does not have")
+
+    def _wrong(self, why: str) -> InputError:
+        return InputError(f"cannot read {self._source}: {why}")
+
+
+def _key(key: object) -> str:
+    return key if isinstance(key, str) else str(key)
+
+
 def _objects(document: Any, source: str) -> Iterator[Object]:
     if not isinstance(document, dict) or not isinstance(document.get("kind"), str):
         raise InputError(f"cannot read {source}: expected Kubernetes objects with a kind")
     if not document["kind"].endswith("List"):
         yield document
         return
-    for one in document.get("items") or ():
+    items = document.get("items") or []
+    if not isinstance(items, list):
+        raise InputError(f"cannot read {source}: items of {document['kind']} is no list")
+    for one in items:
         yield from _objects(one, source)
