@@ -27,6 +27,7 @@ LISTENS = "*' 00010000 '*/run/nodeagent/.status.sock.*"
 PROBES_S, PROBE_S = {"startupProbe": 5, "readinessProbe": 60, "livenessProbe": 600}, 120
 """How often kubelet asks, and how long it waits. One core emulates sixteen: as shipped, the questions would use most of
 it, and be answered too late."""
+BUNDLES = "/run/containerd/io.containerd.runtime.v2.task"
 PROXY = "/usr/lib/systemd/systemd-socket-proxyd"
 CONFIG: Mapping[str, Any] = {
     "apiVersion": "nodeagent.dev/v1alpha1",
@@ -48,7 +49,15 @@ def install(node: Node, archive: Path) -> None:
                 document["data"] = {"config.yaml": json.dumps(CONFIG)}
             if document["kind"] == "DaemonSet":
                 _be_patient(document["spec"]["template"]["spec"]["containers"][0])
+                _see_bundles(document["spec"]["template"]["spec"])
             node.api.create(document)
+
+
+def _see_bundles(spec: Object) -> None:
+    """As the chart does with `runtimeBundles`."""
+    mount = {"name": "bundles", "mountPath": BUNDLES, "readOnly": True, "mountPropagation": "HostToContainer"}
+    spec["containers"][0]["volumeMounts"].append(mount)
+    spec["volumes"].append({"name": "bundles", "hostPath": {"path": BUNDLES, "type": "Directory"}})
 
 
 def _be_patient(container: Object) -> None:
