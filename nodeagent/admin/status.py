@@ -115,6 +115,7 @@ class Status:
             "disputed": [f"{agent.ledger.grants[one].holder}: {agent.held_back[one]}" for one in disputed(agent)],
             "notes": list(self._watched.notes),
             "config_error": self._watched.config_error,
+            "config_file": self._watched.config_file,
         }
 
     def grants(self) -> list[dict[str, Any]]:

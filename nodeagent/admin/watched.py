@@ -17,6 +17,8 @@ class Watched(Protocol):
     agent: Agent
     started_at: float
     config_error: str
+    config_file: str
+    """The path of the configuration, or "" if the agent has its defaults."""
 
     @property
     def notes(self) -> list[str]: ...

@@ -121,6 +121,7 @@ class Daemon:
         self.config = config
         self.config_error = ""
         """Why the newest configuration is not in force."""
+        self.config_file = str(where.config_file or "")
         self.agent = agent
         self.started_at = time.time()
         self._where = where

@@ -33,6 +33,7 @@ STATUS: dict[str, Any] = {
     "disputed": [],
     "notes": [],
     "config_error": "",
+    "config_file": "",
 }
 HEALTH = [
     {

@@ -85,6 +85,24 @@ async def test_kubelet_admits_as_many_pods_as_were_forecast(folder: Path, tmp_pa
         assert "on this node now: 0 of 1 fit" in full.out and "on an empty node of this shape: all 1 fit" in full.out
 
 
+async def test_without_a_configuration_the_running_agents_counts_and_no_other(folder: Path, tmp_path: Path) -> None:
+    """It is not the default one here. Another one, or one that is not in force, is refused."""
+    async with dra_node(folder, tree(tmp_path), [CPUS, SERIAL]) as node:
+        await node.kubelet.wait_allocatable(CPU, 8)
+        await node.kubelet.wait_allocatable(CHAR, 3)
+        manifest = written(folder, POD)
+        found = await nodeagent(node.agent, "forecast", "--pod", manifest, "-o", "json")
+        assert (found.code, found.document()["now"]) == (0, 2)
+        for resources, served in (([], "nothing"), ([{"name": "cores", "kind": "cpu"}], "nodeagent.dev/cores")):
+            other = folder / "other.yaml"
+            other.write_text(json.dumps({"resources": resources}))
+            for verb in (["forecast", "--pod", manifest], ["template"]):
+                refused = await nodeagent(node.agent, *verb, "--config", str(other))
+                assert (refused.code, refused.out) == (2, "")
+                assert f"{other} is not the configuration that the agent has in force: " in refused.err
+                assert f"it serves {served}, the agent {CPU}, {CHAR}; --config names" in refused.err
+
+
 async def test_as_many_claims_are_prepared_as_were_forecast(folder: Path, tmp_path: Path) -> None:
     """Claims for two CPUs of a node, of which one is prepared already: three more, and no fourth."""
     async with dra_node(folder, tree(tmp_path), [CPUS]) as node:

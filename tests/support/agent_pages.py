@@ -22,6 +22,7 @@ class AgentAlone:
         self.agent = agent
         self.started_at = time.time()
         self.config_error = ""
+        self.config_file = ""
         self.notes: list[str] = []
         self.refused: Mapping[str, str] = {}
         self._offers = tuple(offers)

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     facts = facts_of(args)
     state = state_of(facts)
-    offered, most, progress = served(facts, state), args.count or MOST_COPIES, Progress("{} fit so far")
+    offered, most, progress = served(facts, state, args.config), args.count or MOST_COPIES, Progress("{} fit so far")
     if args.pod is not None:
         ask, not_counted = _of_pod(args.pod, facts, state, offered, most, progress)
     else:

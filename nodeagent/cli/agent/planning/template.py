@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     facts = facts_of(args)
     state = state_of(facts)
-    offered = served(facts, state)
+    offered = served(facts, state, args.config)
     if not offered.dra.served:
         raise InputError("cannot make a template: the agent serves nothing through DRA")
     print_document(template(state, offered.dra.catalog, offered.features), args.output)
