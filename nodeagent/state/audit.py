@@ -1,5 +1,5 @@
 """The audit in the ledger file: what happened to each grant, who or what caused it, what was refused, and what else
-happened on the node: health of devices, configuration.
+happened on the node: health of devices, configuration, drift of cgroups.
 
 An entry about a grant is written in the transaction of its decision. A refusal or happening changes nothing and is
 written afterwards. Kubelet repeats a call that was refused, and a device may fail again and again: equal ones within
@@ -35,7 +35,7 @@ _COUNTED_WHY = {
     WHOLE: "it was found to have every decision in force",
     RECREATED: "the file was damaged and replaced while nothing was held",
 }
-HEALTH, CONFIGURATION = "health", "configuration"
+HEALTH, CONFIGURATION, DRIFT = "health", "configuration", "drift"
 """Actions of happenings."""
 MOST_REFUSALS = MOST_HAPPENINGS = 1000
 MOST_CHARACTERS = 2000
@@ -69,7 +69,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Happening:
-    """What happened on the node that is no decision. action: HEALTH or CONFIGURATION; what: to what, and what."""
+    """What happened on the node that is no decision. action: one of the above; what: to what, and what."""
 
     action: str
     what: str

@@ -32,6 +32,8 @@ EXAMPLES = (
 REPLAYABLE = True
 LAST = 100
 COLUMNS = ("TIME", "ACTION", "HOLDER", "WHAT", "WHY", "GRANT")
+DRIFT = "drift"
+"""Action of the audit; its module is loaded only when it is read."""
 NO_GRANT = Grant(id="", holder=Holder(api=""))
 HELD_COLUMNS = ("HOLDER", "HOLDS", "SINCE", "UNTIL", "GRANT")
 
@@ -52,6 +54,8 @@ class Wanted:
         """Return whether an entry is about it. Of a refusal only the words are known."""
         if entry.held is not None:
             return self.holds(entry.held)
+        if entry.action == DRIFT:
+            return not self or (not (self.claim or self.cpus or self.device) and _drifted_pod(entry.what, self.pod))
         names = f"{entry.holder} {entry.what} ".replace(",", " ").replace(";", " ").split()
         return not self or not (self.cpus or (self.device and self.device not in names) or not self._named(entry))
 
@@ -93,6 +97,12 @@ def _refused_pod(holder: str, pod: str) -> bool:
     claim, _, pods = holder.partition(" of ")
     namespace, _, name = pod.partition("/")
     return bool(name) and claim.startswith(f"claim {namespace}/") and name in pods.split(", ")
+
+
+def _drifted_pod(what: str, pod: str) -> bool:
+    """Return whether a drift is of a pod, NAMESPACE/NAME or a UID, or of one of its containers: "NS/POD/CONTAINER: …",
+    "pod NS/POD: …", or "pod UID: …" where no name is known."""
+    return f"{what.removeprefix('pod ')}/".startswith((f"{pod}/", f"{pod}: "))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

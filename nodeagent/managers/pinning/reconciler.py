@@ -31,6 +31,7 @@ from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.drifts import Drifts, elsewhere
 from nodeagent.managers.pinning.ownership import GrantOwnership
 from nodeagent.state.agent import Agent
+from nodeagent.state.audit import DRIFT, Happening
 
 PACK = 32
 """Number of cgroups read back in one turn."""
@@ -325,11 +326,12 @@ class CgroupReconciler:
             wanted = {path: self._applied[path] for path in paths if path in self._applied}
             began_s = time.monotonic()
             found = await asyncio.to_thread(self.enforcer.verify, wanted)
-            for one in found:
-                self._found(one, began_s if noticed_s is None else noticed_s)
+            noted = [self._found(one, began_s if noticed_s is None else noticed_s) for one in found]
+            self._agent.record_happenings(noted)
         return found
 
-    def _found(self, one: Finding, noticed_s: float) -> None:
+    def _found(self, one: Finding, noticed_s: float) -> Happening:
+        """Count and report a drift; return it for the audit, in the same words each time: equal ones are counted."""
         self.drifts.found(one.path, one.drift, repaired=not one.error, noticed_s=noticed_s)
         if one.error:
             self.errors = MappingProxyType({**self.errors, one.path: one.error})
@@ -337,7 +339,10 @@ class CgroupReconciler:
         files = [f"{drift.file}: {drift.found!r}, not {drift.wanted!r}" for drift in one.drift]
         whose = self._whose(one.path)
         log.warning("drift", whose=whose, path=one.path, files=files, error=one.error)
-        self._report(drifted(whose, [drift.file for drift in one.drift], self._pod_at(one.path), one.error))
+        pod = self._pod_at(one.path)
+        self._report(drifted(whose, [drift.file for drift in one.drift], pod, one.error))
+        named = f"pod {pod.namespace}/{pod.name}" if pod is not None and whose.startswith("pod ") else whose
+        return Happening(action=DRIFT, what=f"{named}: {'; '.join(files)}", why=one.error or "repaired")
 
     async def look_at_quotas(self) -> None:
         """Find containers whose CPU time is limited below the CPUs they are pinned to."""

@@ -13,10 +13,13 @@ from nodeagent.core.model.claim import ClaimRef
 from nodeagent.errors import InputError
 from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter
+from nodeagent.state.audit import DRIFT, AuditEntry, newest
+from nodeagent.state.store import FILE
 from tests.doubles.runtime import PluginRefusedError
 from tests.support.claim_node import claim_room
 from tests.support.dra_node import result
 from tests.support.pin_node import pin_node
+from tests.support.until import until
 from tests.unit.state.test_agent import CPU
 
 PORT = label("/dev/ttyS0")
@@ -77,6 +80,16 @@ async def test_a_repaired_drift_is_reported_on_the_pod(folder: Path, monkeypatch
         assert (not_repaired.reason, not_repaired.pods) == (Reason.DRIFT_NOT_REPAIRED, (BOOK,))
         assert "cannot write" in not_repaired.note
         node.tree.refuses.clear()
+        await until(lambda: len(drifts(folder)) == 2)
+        wrong = "default/db/main: cpuset.cpus: '6', not '4-5'; cpuset.cpus.effective: '6', not '4-5'"
+        assert [one.what for one in drifts(folder)] == [wrong] * 2
+        assert drifts(folder)[0].why == "repaired" and "cannot write" in drifts(folder)[1].why
+
+
+def drifts(folder: Path) -> list[AuditEntry]:
+    """What of them is in the audit."""
+    (path,) = folder.rglob(FILE)
+    return [one for one in newest(path, -1) if one.action == DRIFT]
 
 
 async def test_a_container_that_is_not_started_is_reported_on_its_pod(

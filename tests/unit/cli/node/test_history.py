@@ -160,6 +160,23 @@ def test_health_and_configuration_are_part_of_it(folder: Path, capsys: pytest.Ca
     assert documents(capsys, folder, "--pod", "ns/book") == documents(capsys, folder, "--cpu", "7") == []
 
 
+def test_drifts_are_part_of_it_and_of_what_concerns_their_pod(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = "cpuset.cpus: '6', not '4-5'"
+    drifts = [
+        Happening(action="drift", what=f"{whose}: {wrong}", why="repaired")
+        for whose in ("ns/book/engine", "pod ns/book", "ns/book2/engine", "pod uid-7")
+    ]
+    with contextlib.closing(Store(folder)) as store:
+        for second in range(2):
+            store.record_happenings(drifts, at=MADE_S + second)
+    found = documents(capsys, folder)
+    assert [(one["action"], one["times"], one["why"]) for one in found] == [("drift", 2, "repaired")] * 4
+    assert [one["what"] for one in documents(capsys, folder, "--pod", "ns/book")] == [one.what for one in drifts[:2]]
+    assert [one["what"] for one in documents(capsys, folder, "--pod", "uid-7")] == [drifts[3].what]
+    for words in (["--pod", "ns/boo"], ["--cpu", "6"], ["--device", "gpu0"], ["--claim", "ns/book"]):
+        assert documents(capsys, folder, *words) == []
+
+
 # ---------------------------------------------------------------- who held it
 
 
