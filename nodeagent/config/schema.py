@@ -63,6 +63,20 @@ class CdiConfig(_Base, frozen=True):
     name: str = "id"
 
 
+DriverCapability = Literal["graphics", "video"]
+"""What containers may get of NVIDIA's driver in addition to what computing needs."""
+
+
+class NvidiaConfig(_Base, frozen=True):
+    """The user-space files of NVIDIA's driver that containers with its GPUs get."""
+
+    driver_files: Literal["auto", "inject", "off"] = "auto"
+    """auto: if they are found; inject: always, a GPU without them is not handed over; off: NVIDIA's runtime adds
+    them."""
+    driver_root: AbsoluteOrEmpty = ""
+    """The root of the file system with the driver. Empty: /run/nvidia/driver, /host, /."""
+
+
 class OverheadConfig(_Base, frozen=True):
     """What of one resource of the Node a pod needs in addition to a device. At least one is given."""
 
@@ -98,6 +112,8 @@ class ResourceConfig(_Base, frozen=True):
     device_nodes: bool = True
     """Whether the container gets the device nodes themselves; false if CDI provides everything."""
     cdi: CdiConfig | None = None
+    driver_capabilities: list[DriverCapability] = []
+    """kind gpu: what containers get of NVIDIA's driver in addition to what computing needs."""
     env: dict[Variable, Text] = {}
     mounts: list[MountConfig] = []
     overhead: dict[NodeResource, OverheadConfig] = {}
@@ -297,6 +313,7 @@ class Config(_Base, frozen=True):
     release: ReleaseConfig = ReleaseConfig()
     health: HealthConfig = HealthConfig()
     dra: DraConfig = DraConfig()
+    nvidia: NvidiaConfig = NvidiaConfig()
     pinning: PinningConfig = PinningConfig()
     hugepages: list[HugepagesConfig] = []
     """Pools to provide; others are left alone."""

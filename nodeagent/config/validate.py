@@ -42,6 +42,7 @@ MEANT_FOR = {
     "options": ("cpu",),
     "numa": ("cpu",),
     "grouping": ("cpu",),
+    "driverCapabilities": ("gpu",),
 }
 """Keys that apply only to some kinds, with these."""
 TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")

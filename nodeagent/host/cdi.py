@@ -258,6 +258,7 @@ def _edits(edits: ContainerEdits, nodes: Mapping[str, NodeFacts]) -> dict[str, A
         "env": [f"{key}={value}" for key, value in sorted(edits.env.items())],
         "deviceNodes": [_node(node, nodes.get(node.host_path)) for node in edits.device_nodes],
         "mounts": [_mount(mount) for mount in edits.mounts],
+        "hooks": [{"hookName": "createContainer", "path": hook.path, "args": list(hook.args)} for hook in edits.hooks],
     }
     return {key: value for key, value in found.items() if value}
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from nodeagent.core.model.device import Device, DriverFiles
 from nodeagent.core.model.inventory import Inventory, PodsCgroup
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
 from nodeagent.host.devices import all_kinds
+from nodeagent.host.driver_root.find import find
+from nodeagent.host.driver_root.render import is_driven
 from nodeagent.host.hugepages import use as hugepageuse
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -22,6 +25,8 @@ class Selectors:
     char: tuple[all_kinds.CharSelector, ...] = ()
     usb: tuple[all_kinds.UsbSelector, ...] = ()
     pci: tuple[all_kinds.PciSelector, ...] = ()
+    driver_root: str | None = ""
+    """Where the files of NVIDIA's driver are searched: a root on the host; "": the usual ones; None: nowhere."""
 
 
 NO_SELECTORS = Selectors()
@@ -57,14 +62,25 @@ def scan(
         nvml=nvml,
     )
     devices = all_kinds.discover(sysfs, families, context)
+    driver, missing = _driver_files(sysfs, devices.devices, selectors.driver_root)
     return replace(
         found,
         generation=generation,
         devices=devices.devices,
         links=devices.links,
         kinds=devices.kinds,
-        warnings=(*found.warnings, *devices.warnings),
+        warnings=(*found.warnings, *devices.warnings, *missing),
+        nvidia_driver=driver,
     )
+
+
+def _driver_files(
+    sysfs: SysFs, devices: Iterable[Device], root: str | None
+) -> tuple[DriverFiles | None, tuple[str, ...]]:
+    """Return the files of NVIDIA's driver if it has a GPU here and its version is known, and warnings."""
+    versions = (one.attributes.get("driver_version") for one in devices if is_driven(one))
+    version = next((str(one) for one in versions if one), "")
+    return find(sysfs, version, root) if version and root is not None else (None, ())
 
 
 def _with_pods(sysfs: SysFs, found: Inventory, cgroup_root: str, known: PodsCgroup | None) -> Inventory:

@@ -21,6 +21,7 @@ from nodeagent.core.model.topology import NodeId
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector
+from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
 from nodeagent.host.snapshot import Selectors
 
 CPU, HUGEPAGES, MEMORY = "cpu", "hugepages", "memory"
@@ -33,6 +34,8 @@ class Offer:
     config: ResourceConfig
     resource: ResourceKind
     family: all_kinds.Kind | None = None
+    driver_files: str = AUTO
+    """NvidiaConfig.driver_files."""
 
     @property
     def name(self) -> str:
@@ -42,19 +45,28 @@ class Offer:
     def edits(self, inventory: Inventory, grant: Grant) -> ContainerEdits:
         """Return what the container of a grant gets."""
         devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
-        own = self._edits(devices, devices)
+        own = self._edits(inventory, devices, devices)
         said = {f"NODEAGENT_{_word(self.config.name)}_GRANT": grant.id, **held_variables(inventory, [grant])}
         return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
 
-    def device_edits(self, device: Device, same_request: Sequence[Device]) -> ContainerEdits:
+    def device_edits(
+        self, inventory: Inventory, device: Device, same_request: Sequence[Device], capabilities: Iterable[str] = ()
+    ) -> ContainerEdits:
         """Return what the container of a claim's device gets.
 
-        same_request: all devices of the same kind that it gets, including this one.
+        same_request: all devices of the same kind that it gets, including this one. capabilities: what it gets of
+        NVIDIA's driver in addition to the configured ones.
         """
-        own = self._edits([device], same_request)
+        own = self._edits(inventory, [device], same_request, capabilities)
         return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
 
-    def _edits(self, devices: Sequence[Device], same_request: Sequence[Device]) -> ContainerEdits:
+    def _edits(
+        self,
+        inventory: Inventory,
+        devices: Sequence[Device],
+        same_request: Sequence[Device],
+        capabilities: Iterable[str] = (),
+    ) -> ContainerEdits:
         if self.config.device_nodes:
             _refuse_without_nodes(devices)
         own = (
@@ -62,12 +74,17 @@ class Offer:
             if self.family is not None and devices
             else ContainerEdits()
         )
+        if self.config.device_nodes and self.config.cdi is None:
+            uses = {*self.config.driver_capabilities, *capabilities}
+            driver, mode = inventory.nvidia_driver, self.driver_files
+            own = with_driver(own, driver, devices, same_request, uses=uses, mode=mode)
         return ContainerEdits(
             env=own.env,
             device_nodes=own.device_nodes if self.config.device_nodes else (),
             mounts=(*own.mounts, *_mounts(self.config)),
             annotations=own.annotations,
             cdi_devices=(*own.cdi_devices, *_cdi_names(self.config, devices)),
+            hooks=own.hooks,
         )
 
     @property
@@ -119,6 +136,7 @@ def selectors(config: Config) -> Selectors:
             for one in served
             for usb in one.usb
         ),
+        driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
     )
 
 
@@ -145,7 +163,8 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
     if one.kind in ("char", "usb"):
         match["selector"] = one.name
     resource = DeviceResource(name=name, kind=one.kind, match=MappingProxyType(match), replicas=one.replicas)
-    return Offer(config=one, resource=resource, family=known[one.kind])
+    files = config.nvidia.driver_files
+    return Offer(config=one, resource=resource, family=known[one.kind], driver_files=files)
 
 
 def _first_unknown(names: Sequence[str]) -> str:

@@ -46,6 +46,8 @@ class OpaqueConfig:
     """True if the GPU is shared through NVIDIA's Multi-Process Service."""
     mps_threads_percent: int | None = None
     mps_pinned_bytes: int | None = None
+    driver_capabilities: frozenset[str] = frozenset()
+    """What a container gets of NVIDIA's driver in addition to what computing needs: graphics, video."""
     rdma: bool | None = None
     """Whether a container gets an adapter's RDMA device nodes."""
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -207,8 +209,12 @@ class _Mps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="came
 class _Gpu(_Form, frozen=True):
     time_slicing: _TimeSlicing | None = None
     mps: _Mps | None = None
+    driver_capabilities: tuple[Literal["graphics", "video"], ...] = ()
 
     def settings(self) -> OpaqueConfig:
+        return replace(self._sharing(), driver_capabilities=frozenset(self.driver_capabilities))
+
+    def _sharing(self) -> OpaqueConfig:
         if self.mps is None:
             return OpaqueConfig(time_slice=self.time_slicing.interval if self.time_slicing is not None else "")
         if self.time_slicing is not None:

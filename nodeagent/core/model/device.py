@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
 
@@ -127,6 +128,56 @@ class Mount:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Hook:
+    """A program of the host that the container runtime runs when it has made a container's mounts (OCI's
+    createContainer; only CDI can express that). args: with the program's name first."""
+
+    path: str
+    args: tuple[str, ...]
+
+
+class DriverUse(StrEnum):
+    """What a file of a driver is for."""
+
+    COMPUTE = "compute"
+    GRAPHICS = "graphics"
+    VIDEO = "video"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverFile:
+    """A file of a driver: its path on the host, and the paths under which containers get it."""
+
+    host_path: str
+    container_paths: tuple[str, ...]
+    use: DriverUse = DriverUse.COMPUTE
+
+    @property
+    def has_cuda(self) -> bool:
+        """Return whether it is the library that every CUDA program needs."""
+        return any(path.rpartition("/")[2].startswith("libcuda.so.") for path in self.container_paths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverFiles:
+    """The user-space files of the NVIDIA driver that is loaded."""
+
+    version: str
+    root: str = ""
+    """Path on the host of the file system in which they are, or "" if there are none."""
+    searched: tuple[str, ...] = ()
+    """Library folders on the host that were searched."""
+    files: tuple[DriverFile, ...] = ()
+    hook: Hook | None = None
+    """What renews a container's loader cache, if the host has such a program."""
+
+    @property
+    def has_cuda(self) -> bool:
+        """Return whether CUDA programs can run with these files."""
+        return any(one.has_cuda for one in self.files)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ContainerEdits:
     """Everything that must be added to a container so that it can use what it was granted."""
 
@@ -136,6 +187,8 @@ class ContainerEdits:
     annotations: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     cdi_devices: tuple[str, ...] = ()
     """CDI device names, vendor/class=name."""
+    hooks: tuple[Hook, ...] = ()
+    """Not expressed by the device plugin API."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.core.model.device import Device, Link
+from nodeagent.core.model.device import Device, DriverFiles, Link
 from nodeagent.core.model.topology import CacheGroup, Cpu, NodeId, NumaNode
 
 PRESENT, ABSENT, DEGRADED = "present", "absent", "degraded"
@@ -63,6 +63,8 @@ class Inventory:
     """Values that could not be read, each with its file and value."""
     pods_cgroup: PodsCgroup | None = None
     """None if there is none, or if nothing in it shows which CPUs it has."""
+    nvidia_driver: DriverFiles | None = None
+    """None if NVIDIA's driver has no GPU here, or if its files were not searched."""
 
     @functools.cached_property
     def cpus_outside(self) -> CpuSet:

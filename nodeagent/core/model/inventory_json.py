@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from nodeagent.core.model.cpuset import MAX_ID, CpuSet
-from nodeagent.core.model.device import Device, Link
+from nodeagent.core.model.device import Device, DriverFile, DriverFiles, DriverUse, Hook, Link
 from nodeagent.core.model.inventory import Inventory, KindState, PodsCgroup
 from nodeagent.core.model.topology import NO_NODE, CacheGroup, Cpu, HugepagePool, NumaNode
 from nodeagent.errors import InputError
@@ -100,6 +100,25 @@ class _Kind(msgspec.Struct):
     reason: str = ""
 
 
+class _Hook(msgspec.Struct):
+    path: str
+    args: list[str] = []
+
+
+class _DriverFile(msgspec.Struct):
+    host_path: str
+    container_paths: list[str]
+    use: DriverUse = DriverUse.COMPUTE
+
+
+class _Driver(msgspec.Struct):
+    version: str
+    root: str = ""
+    searched: list[str] = []
+    files: list[_DriverFile] = []
+    hook: _Hook | None = None
+
+
 class _PodsCgroup(msgspec.Struct):
     path: str
     cpus: str
@@ -118,6 +137,7 @@ class _Document(msgspec.Struct):
     links: list[_Link] = []
     kinds: list[_Kind] = []
     warnings: list[str] = []
+    nvidia_driver: _Driver | None = None
 
 
 def to_document(inventory: Inventory) -> dict[str, Any]:
@@ -140,6 +160,7 @@ def to_document(inventory: Inventory) -> dict[str, Any]:
         "links": [{"a": one.a, "b": one.b, "type": one.type, "weight": one.weight} for one in inventory.links],
         "kinds": [{"kind": one.kind, "state": one.state, "reason": one.reason} for one in inventory.kinds],
         "warnings": list(inventory.warnings),
+        **({} if inventory.nvidia_driver is None else {"nvidia_driver": _driver_out(inventory.nvidia_driver)}),
     }
 
 
@@ -194,6 +215,36 @@ def _inventory(found: _Document, source: str) -> Inventory:
         links=tuple(Link(a=one.a, b=one.b, type=one.type, weight=one.weight) for one in found.links),
         kinds=tuple(KindState(kind=one.kind, state=one.state, reason=one.reason) for one in found.kinds),
         warnings=tuple(found.warnings),
+        nvidia_driver=_driver_in(found.nvidia_driver) if found.nvidia_driver is not None else None,
+    )
+
+
+def _driver_out(driver: DriverFiles) -> dict[str, Any]:
+    files = [
+        {"host_path": one.host_path, "container_paths": list(one.container_paths), "use": str(one.use)}
+        for one in driver.files
+    ]
+    hook = driver.hook
+    return {
+        "version": driver.version,
+        "root": driver.root,
+        "searched": list(driver.searched),
+        "files": files,
+        "hook": None if hook is None else {"path": hook.path, "args": list(hook.args)},
+    }
+
+
+def _driver_in(driver: _Driver) -> DriverFiles:
+    hook = driver.hook
+    return DriverFiles(
+        version=driver.version,
+        root=driver.root,
+        searched=tuple(driver.searched),
+        files=tuple(
+            DriverFile(host_path=one.host_path, container_paths=tuple(one.container_paths), use=one.use)
+            for one in driver.files
+        ),
+        hook=None if hook is None else Hook(path=hook.path, args=tuple(hook.args)),
     )
 
 

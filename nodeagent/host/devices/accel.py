@@ -1,7 +1,9 @@
-"""Accelerators other than GPUs: Intel QAT, DSA and IAA, vector engines, /sys/class/accel, any PCI co-processor.
+"""Accelerators other than GPUs: Intel QAT, DSA and IAA, vector engines, Gaudi, AWS Neuron, /sys/class/accel, any PCI
+co-processor.
 
 DSA and IAA: Documentation/ABI/stable/sysfs-driver-dma-idxd. Their PCI class is only "system peripheral", so they are
-recognised by their bus.
+recognised by their bus. Gaudi has a second node for its state (drivers/accel/habanalabs/common/device.c). Neuron's
+class devices have no parent, so they show no PCI function (sys/devices/virtual/neuron_device).
 """
 
 from __future__ import annotations
@@ -12,11 +14,13 @@ from dataclasses import dataclass
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
-from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
 _CLASSES = ("0b40", "12")
+_ACCEL_CLASSES = ("sys/class/accel", "sys/class/habanalabs")
+_NEURON_CLASS = "sys/class/neuron_device"
 _IDXD_TOLD = ("state", "max_work_queues", "max_groups", "max_engines")
 
 
@@ -35,13 +39,14 @@ class Accel:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        parts: Mapping[str, _Part] = dict((*_vector_engines(reader), *_accels(reader), *_idxd(reader)))
+        parts: Mapping[str, _Part] = dict((*_vector_engines(reader), *_accels(reader).items(), *_idxd(reader)))
         nothing = _Part(attributes={})
         devices = []
         for function in context.functions:
             if function.is_class(*_CLASSES) or function.address in parts:
                 part = parts.get(function.address, nothing)
                 devices.append(pci_device(context, function, "accel", paths=part.paths, attributes=part.attributes))
+        devices += _neurons(reader, context)
         state = KindState(kind="accel", state=PRESENT)
         return Found(state=state, devices=tuple(devices), warnings=tuple(reader.warnings))
 
@@ -50,11 +55,36 @@ class Accel:
         return node_edits(device, devices)
 
 
-def _accels(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
-    """Yield accelerators with nodes below /dev/accel, by PCI address (Documentation/accel/introduction.rst)."""
-    for name, _, address, _ in pci.members(reader, "sys/class/accel"):
-        if address is not None:
-            yield address, _Part(paths=(f"/dev/accel/{name}",), attributes={"name": name})
+def _accels(reader: Tolerant) -> Mapping[str, _Part]:
+    """Return accelerators with nodes below /dev/accel, by PCI address (Documentation/accel/introduction.rst), with the
+    node of the accelerator before others of the same function."""
+    found: dict[str, list[str]] = {}
+    for folder in _ACCEL_CLASSES:
+        for name, _, address, _ in pci.members(reader, folder):
+            if address is not None and name not in found.setdefault(address, []):
+                found[address].append(name)
+    return {
+        address: _Part(paths=tuple(_accel_node(name) for name in names), attributes={"name": names[0]})
+        for address, names in ((address, sorted(names, key=_main_first)) for address, names in found.items())
+    }
+
+
+def _accel_node(name: str) -> str:
+    return f"/dev/accel/{name}" if name.startswith("accel") else f"/dev/{name}"
+
+
+def _main_first(name: str) -> tuple[bool, str]:
+    return "control" in name, name
+
+
+def _neurons(reader: Tolerant, context: Context) -> Iterator[Device]:
+    """Yield Neuron devices. If there is one, it is where the only function of the driver is; of several the driver does
+    not show which is which."""
+    names = [name for name in reader.names(_NEURON_CLASS) if name.startswith("neuron")]
+    functions = [function for function in context.functions if function.driver == "neuron"]
+    owner = functions[0] if len(names) == len(functions) == 1 else None
+    for name in names:
+        yield part_of(owner, kind="accel", id=name, paths=(f"/dev/{name}",), attributes={"name": name})
 
 
 def _vector_engines(reader: Tolerant) -> Iterator[tuple[str, _Part]]:

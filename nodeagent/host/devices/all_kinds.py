@@ -132,6 +132,7 @@ def edits(kind: Kind, devices: Sequence[Device], same_request: Sequence[Device] 
         mounts=tuple(dict.fromkeys(mount for part in parts for mount in part.mounts)),
         annotations=MappingProxyType({name: value for part in parts for name, value in part.annotations.items()}),
         cdi_devices=tuple(dict.fromkeys(name for part in parts for name in part.cdi_devices)),
+        hooks=tuple(dict.fromkeys(hook for part in parts for hook in part.hooks)),
     )
 
 

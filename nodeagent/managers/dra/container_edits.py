@@ -76,8 +76,9 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
     siblings = [
         found for one in same_request if (found := device_of(dra, inventory, one)) and found.kind == device.kind
     ]
-    own = offer.device_edits(device, siblings)
-    if from_json(grant.settings).rdma is False:
+    settings = from_json(grant.settings)
+    own = offer.device_edits(inventory, device, siblings, settings.driver_capabilities)
+    if settings.rdma is False:
         own = replace(own, device_nodes=tuple(n for n in own.device_nodes if "/infiniband/" not in n.host_path))
     return own
 

@@ -88,6 +88,7 @@ release: {unconfirmedSeconds: 7, confirmedSeconds: 0.5}
 health: {recoverSeconds: 8, nvmlSeconds: 9, quarantine: ["0000:41:00.0"]}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
+nvidia: {driverFiles: inject, driverRoot: /opt/driver}
 pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
@@ -104,6 +105,7 @@ resources:
   env: {A_1: b}
   mounts: [{hostPath: /a, containerPath: /b, readOnly: false}]
 - {name: port, kind: char, paths: [/dev/ttyUSB*]}
+- {name: gpu, kind: gpu, driverCapabilities: [graphics, video]}
 - {name: cam, kind: usb, usb: [{vendor: 046D, product: 082d, serial: X}]}
 - {name: page, kind: hugepages, pageSize: 2Mi, pagesPerBlock: 64}
 - {name: cpu, kind: cpu, options: [full-pcpus-only], numa: single, serve: both, grouping: l3}
@@ -113,7 +115,8 @@ resources:
     unsaid = [key for key, value in msgspec.to_builtins(found).items() if value == msgspec.to_builtins(silent)[key]]
     assert unsaid == ["apiVersion", "kind"]
     assert found.served[0].cdi == schema_of.CdiConfig(kind="vendor.com/net", name="pci_address")
-    assert found.served[3].pages_per_block == 64
+    assert found.served[4].pages_per_block == 64
+    assert found.served[2].driver_capabilities == ["graphics", "video"]
     assert [one.name for one in found.served_by_dra] == ["vf", "cpu"]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from nodeagent.core.model.device import ContainerEdits, DeviceNode, Mount
+from nodeagent.core.model.device import ContainerEdits, DeviceNode, Hook, Mount
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.cdi import CdiDevice, CdiFolder, ClaimFiles, NodeFacts, node_facts, spec
 from nodeagent.host.sysfs import atomic_file as files
@@ -621,3 +621,16 @@ def test_a_folder_goes_also_while_somebody_writes_into_it(tmp_path: Path) -> Non
                 assert json.loads(claims.path("a-1").read_text()) == {"number": number}
             claims.remove("a-1")
             assert not claims.uids()
+
+
+def test_a_hook_is_one_of_the_container_s_creation() -> None:
+    hook = Hook(path="/usr/bin/nvidia-cdi-hook", args=("nvidia-cdi-hook", "update-ldcache"))
+    edits = ContainerEdits(env={"A": "1"}, hooks=(hook,))
+    written = json.loads(spec("nodeagent.dev/claim", [CdiDevice(name="a", edits=edits)], {}))
+    assert written["devices"][0]["containerEdits"]["hooks"] == [
+        {
+            "hookName": "createContainer",
+            "path": "/usr/bin/nvidia-cdi-hook",
+            "args": ["nvidia-cdi-hook", "update-ldcache"],
+        }
+    ]

@@ -109,6 +109,32 @@ def test_what_the_accel_class_lists_is_an_accelerator(tree: DeviceTree) -> None:
     assert (device.kind, device.paths) == ("accel", ("/dev/accel/accel0",))
 
 
+@pytest.mark.parametrize("control_class", ["accel", "habanalabs"])
+def test_gaudi_comes_with_its_control_node(tree: DeviceTree, control_class: str) -> None:
+    """Kernels differ in the class of the second node."""
+    tree.pci("0000:4d:00.0", pci_class="120000", vendor="1da3", device="1020", driver="habanalabs")
+    folder = tree.folders["0000:4d:00.0"]
+    tree.member("accel", "accel0", folder / "accel" / "accel0", {})
+    tree.member(control_class, "accel_controlD0", folder / control_class / "accel_controlD0", {})
+    device = by_id(look(tree))["0000:4d:00.0"]
+    assert paths(edits(device)) == ["/dev/accel/accel0", "/dev/accel/accel_controlD0"]
+    assert device.attributes["name"] == "accel0"
+
+
+def test_neuron_devices_have_their_nodes_and_a_place_only_where_it_is_known(tree: DeviceTree) -> None:
+    """The driver's class devices have no parent: of two, nothing says which function is which."""
+    tree.pci("0000:1e:00.0", pci_class="088000", vendor="1d0f", device="7164", driver="neuron", numa_node=1)
+    virtual = tree.root / "sys/devices/virtual/neuron_device"
+    tree.member("neuron_device", "neuron0", virtual / "neuron0", {})
+    device = by_id(look(tree))["neuron0"]
+    assert (device.kind, device.parent, device.numa_node) == ("accel", "0000:1e:00.0", 1)
+    assert paths(edits(device)) == ["/dev/neuron0"]
+    tree.pci("0000:1f:00.0", pci_class="088000", vendor="1d0f", device="7164", driver="neuron", numa_node=0)
+    tree.member("neuron_device", "neuron1", virtual / "neuron1", {})
+    found = by_id(look(tree))
+    assert [(found[one].parent, found[one].numa_node) for one in ("neuron0", "neuron1")] == [(None, None)] * 2
+
+
 def test_an_fpga_is_known_by_its_manager_and_regions(tree: DeviceTree) -> None:
     """One on PCI with a port, one of a system on chip."""
     tree.pci("0000:b1:00.0", pci_class="120000", vendor="8086", driver="dfl-pci")

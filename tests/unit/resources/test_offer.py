@@ -10,7 +10,7 @@ import pytest
 
 from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.device import Device, DeviceNode, Mount
+from nodeagent.core.model.device import Device, DeviceNode, DriverFile, DriverFiles, DriverUse, Hook, Mount
 from nodeagent.core.model.grant import Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages
@@ -97,3 +97,67 @@ def test_the_machine_is_searched_for_what_is_configured() -> None:
     )
     found = selectors(configured(kind="usb", usb=[{"vendor": "046D", "product": "082d"}])).usb
     assert found == (UsbSelector(name="r", vendor="046d", product="082d"),)
+
+
+# ---------------------------------------------------------------- the files of NVIDIA's driver
+
+
+DRIVER = DriverFiles(
+    version="580.95.05",
+    root="/",
+    searched=("/usr/lib64",),
+    files=(
+        DriverFile(host_path="/usr/lib64/libcuda.so.580.95.05", container_paths=("/usr/lib64/libcuda.so.1",)),
+        DriverFile(
+            host_path="/usr/lib64/libnvcuvid.so.580.95.05",
+            container_paths=("/usr/lib64/libnvcuvid.so.1",),
+            use=DriverUse.VIDEO,
+        ),
+    ),
+    hook=Hook(path="/usr/bin/nvidia-cdi-hook", args=("nvidia-cdi-hook", "update-ldcache")),
+)
+GPU = Device(kind="gpu", id="0000:01:00.0", vendor="10de", driver="nvidia", paths=("/dev/nvidia0",))
+
+
+def _gpu_edits(files: DriverFiles | None, nvidia: dict[str, str] | None = None, **resource: Any) -> Any:
+    content = {"resources": [{"name": "gpu", "kind": "gpu", **resource}], "nvidia": nvidia or {}}
+    (offer,) = offers(msgspec.convert(content, Config), builtin_kinds())
+    machine = Inventory(devices=(GPU,), nvidia_driver=files)
+    holder = Holder(api="device-plugin", resource="nodeagent.dev/gpu")
+    return offer.edits(machine, Grant(id="g-1", holder=holder, ids=(GPU.id,), devices=(GPU.id,)))
+
+
+def test_a_gpu_of_nvidia_comes_with_the_files_of_its_driver() -> None:
+    got = _gpu_edits(DRIVER)
+    assert [one.container_path for one in got.mounts] == ["/usr/lib64/libcuda.so.1"]
+    assert got.env["NVIDIA_VISIBLE_DEVICES"] == "void"
+    assert got.hooks == (DRIVER.hook,)
+    video = _gpu_edits(DRIVER, driverCapabilities=["video"])
+    assert [one.container_path for one in video.mounts] == ["/usr/lib64/libcuda.so.1", "/usr/lib64/libnvcuvid.so.1"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"nvidia": {"driverFiles": "off"}},
+        {"cdi": {"kind": "nvidia.com/gpu"}},
+        {"cdi": {"kind": "nvidia.com/gpu"}, "deviceNodes": False},
+        {"deviceNodes": False},
+    ],
+)
+def test_where_another_injector_is_configured_the_agent_adds_no_file(content: dict[str, Any]) -> None:
+    got = _gpu_edits(DRIVER, **content)
+    assert got.mounts == ()
+    assert "NVIDIA_VISIBLE_DEVICES" not in got.env
+    assert got.hooks == ()
+
+
+def test_without_the_files_a_gpu_is_handed_over_only_if_they_need_not_be_injected() -> None:
+    assert _gpu_edits(None).device_nodes
+    with pytest.raises(HostError, match="the version of NVIDIA's driver is unknown"):
+        _gpu_edits(None, {"driverFiles": "inject"})
+
+
+def test_the_configured_root_is_searched_and_with_off_nothing_is() -> None:
+    for nvidia, root in (({}, ""), ({"driverRoot": "/opt/driver"}, "/opt/driver"), ({"driverFiles": "off"}, None)):
+        assert selectors(msgspec.convert({"nvidia": nvidia}, Config)).driver_root == root
