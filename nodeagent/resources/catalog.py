@@ -77,7 +77,8 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
         return MemoryPool(limits=page_limits(config))
     resources = tuple(offer.resource for offer in mine if isinstance(offer.resource, DeviceResource))
     costs = {offer.resource.name: _overhead(offer.config) for offer in mine if offer.config.overhead}
-    return DevicePool(kind=kind, resources=resources, unhealthy_effect=config.dra.unhealthy_effect, costs=costs)
+    effect, lists = config.dra.unhealthy_effect, config.dra.list_attributes
+    return DevicePool(kind=kind, resources=resources, unhealthy_effect=effect, costs=costs, lists=lists)
 
 
 def _overhead(config: ResourceConfig) -> Mapping[str, NodeCost]:

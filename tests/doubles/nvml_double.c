@@ -155,6 +155,19 @@ EXPORT int nvmlDeviceGetRemappedRows(Handle *h, unsigned *corrected, unsigned *u
     *pending = h->gpu == 1 && getenv("FAKE_NVML_ROWS_PENDING") != NULL;
     return OK;
 }
+/* The fabric, of FAKE_NVML_FABRIC=1: GPU 0 and 1 are in one clique, GPU 2 is still being registered, GPU 3 (in MIG mode) has
+ * none. */
+typedef struct { unsigned char cluster[16]; int status; unsigned clique; unsigned char state; } Fabric;
+enum { FABRIC_IN_PROGRESS = 2, FABRIC_COMPLETED = 3 };
+EXPORT int nvmlDeviceGetGpuFabricInfo(Handle *h, Fabric *to) {
+    CHECK(h);
+    if (!to) return INVALID_ARGUMENT;
+    if (h->gpu == 3 || !getenv("FAKE_NVML_FABRIC")) return NOT_SUPPORTED;
+    memset(to, 0, sizeof *to);
+    to->state = h->gpu == 2 ? FABRIC_IN_PROGRESS : FABRIC_COMPLETED;
+    if (h->gpu < 2) { memset(to->cluster, 0xab, sizeof to->cluster); to->clique = 7; }
+    return OK;
+}
 EXPORT int nvmlEventSetCreate(void **to) {
     if (!initialised) return UNINITIALIZED;
     *to = &set_made;

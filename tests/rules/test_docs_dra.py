@@ -29,6 +29,7 @@ from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector, builtin_kinds
 from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
+from nodeagent.host.nvml.values import Fabric
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.telemetry.metrics import REGISTRY
@@ -40,6 +41,7 @@ DOCS, SOURCES = CHECKOUT / "docs", CHECKOUT / "nodeagent"
 DRIVER = "nodeagent.dev"
 SIZES = (2 * MIB, GIB)
 GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "0000:5e:00.0"
+LINKED_GPU, SWITCH, DOWN = "0000:c2:00.0", "0000:01:00.0", "0000:02:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci"}
 DEVICES = {*PCI, "block", "usb", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
@@ -72,7 +74,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
         pmus={"cpu_core": "0-7", "cpu_atom": "8-15"},
     )
     tree = DeviceTree(build(tmp_path_factory.mktemp("machine"), shape))
-    for add in (_add_gpus, _add_nics, _add_disks, _add_accelerators, _add_ports):
+    for add in (_add_switch, _add_gpus, _add_nics, _add_disks, _add_accelerators, _add_ports):
         add(tree)
     selectors = Selectors(
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
@@ -85,8 +87,9 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
 def _nvml() -> Snapshot:
     mig = Mig(uuid="MIG-0", profile="3g.40gb", memory_bytes=40 * GIB, gpu_instance=1, compute_instance=0)
     told = {"uuid": "GPU-0", "name": "NVIDIA H100", "memory_bytes": 80 * GIB, "minor": 0, "ecc_uncorrected": 0}
-    gpu = NvGpu(pci_address=GPU, mig_enabled=True, migs=(mig,), **told)  # type: ignore[arg-type]
-    whole = NvGpu(pci_address=WHOLE_GPU, mig_enabled=False, **told)  # type: ignore[arg-type]
+    fabric = Fabric(cluster="5f1c0000-0000-0000-0000-000000000000", clique=1)
+    gpu = NvGpu(pci_address=GPU, mig_enabled=True, migs=(mig,), nvlinks={WHOLE_GPU: 1}, **told)  # type: ignore[arg-type]
+    whole = NvGpu(pci_address=WHOLE_GPU, mig_enabled=False, fabric=fabric, **told)  # type: ignore[arg-type]
     return Snapshot(driver_version="580.95", gpus=(gpu, whole))
 
 
@@ -98,18 +101,27 @@ def _as_a_real_node(device: Device) -> Device:
     return replace(device, numa_node=0, pcie_root="pci0000:00", parent="0000:00:1f.0", attributes=told)
 
 
+def _add_switch(tree: DeviceTree) -> None:
+    """A root port and a switch, below which there is a device of every PCI kind."""
+    tree.bridge("0000:00:01.0")
+    tree.switch(SWITCH, [DOWN], under="0000:00:01.0")
+
+
 def _add_gpus(tree: DeviceTree) -> None:
     for address in (GPU, WHOLE_GPU):
-        tree.pci(address, pci_class="030200", vendor="10de", device="2330", driver="nvidia", numa_node=0, group=7)
+        facts = {"pci_class": "030200", "vendor": "10de", "device": "2330", "driver": "nvidia", "numa_node": 0}
+        tree.pci(address, group=7, under=DOWN, **facts)  # type: ignore[arg-type]
     tree.pci(AMD_GPU, pci_class="038000", vendor="1002", driver="amdgpu", numa_node=1)
     tree.drm(AMD_GPU, 1)
     tree.kfd(0, None)
     for partition in (0, 1):
-        tree.kfd(1 + partition, AMD_GPU, partition=partition, render=129 + partition)
+        tree.kfd(1 + partition, AMD_GPU, [3], partition=partition, render=129 + partition)
+    tree.pci(LINKED_GPU, pci_class="038000", vendor="1002", driver="amdgpu", numa_node=1)
+    tree.kfd(3, LINKED_GPU, [1])
 
 
 def _add_nics(tree: DeviceTree) -> None:
-    tree.pci(NIC, vendor="15b3", driver="mlx5_core", numa_node=0)
+    tree.pci(NIC, vendor="15b3", driver="mlx5_core", numa_node=0, under=DOWN)
     tree.net(NIC, "ens2np0", phys_port_name="p0", phys_switch_id="9a1b")
     tree.rdma(NIC, "mlx5_0", 0)
     tree.vf(NIC, 0, "0000:5e:01.0")
@@ -117,20 +129,20 @@ def _add_nics(tree: DeviceTree) -> None:
 
 
 def _add_disks(tree: DeviceTree) -> None:
-    tree.pci("0000:41:00.0", pci_class="010802", driver="nvme", numa_node=1)
+    tree.pci("0000:41:00.0", pci_class="010802", driver="nvme", numa_node=1, under=DOWN)
     (tree.nvme("0000:41:00.0", 0, {1: 1 << 40}) / "firmware_rev").write_text("1.0\n")
-    tree.pci("0000:42:00.0", pci_class="010700", driver="mpt3sas", numa_node=1)
+    tree.pci("0000:42:00.0", pci_class="010700", driver="mpt3sas", numa_node=1, under=DOWN)
     told = {"device/model": "Disk", "device/wwid": "naa.5000c500", "serial": "S1", "queue/rotational": 1}
     tree.disk("0000:42:00.0", "sda", "host0", 1 << 40, removable=0, **told)
 
 
 def _add_accelerators(tree: DeviceTree) -> None:
-    tree.pci("0000:6a:01.0", pci_class="088000", driver="idxd", numa_node=0)
+    tree.pci("0000:6a:01.0", pci_class="088000", driver="idxd", numa_node=0, under=DOWN)
     folder = tree.folders["0000:6a:01.0"] / "dsa0"
     for name, value in {"state": "enabled", "max_work_queues": 8, "max_groups": 4, "max_engines": 4}.items():
         tree.write(f"{folder.relative_to(tree.root)}/{name}", value)
     tree.link("sys/bus/dsa/devices/dsa0", folder)
-    tree.pci("0000:b1:00.0", pci_class="120000", device="bcce", driver="dfl-pci", numa_node=1)
+    tree.pci("0000:b1:00.0", pci_class="120000", device="bcce", driver="dfl-pci", numa_node=1, under=DOWN)
     fpga = tree.folders["0000:b1:00.0"]
     tree.member("fpga_manager", "fpga0", fpga / "fpga_manager/fpga0", {"name": "FPGA Manager", "state": "operating"})
     tree.member("fpga_region", "region0", fpga / "fpga_region/region0", {})

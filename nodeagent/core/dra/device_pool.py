@@ -44,6 +44,7 @@ from nodeagent.core.model.memo import kept_by
 
 MEMORY, SIZE = "memory", "size"
 """Names of capacities, in bytes: a GPU's memory; the size of a disk."""
+SWITCH = "pcieSwitch"
 PARTS = "parts"
 """The counter of a device that has parts: each part consumes one, the whole consumes all."""
 MOST_COUNTER_SETS = 2
@@ -90,13 +91,17 @@ class DevicePool:
     """Taint effect for devices known to be unhealthy; devices in unknown state get NoSchedule and keep their pods."""
     costs: Mapping[str, Mapping[str, NodeCost]] = field(default_factory=lambda: MappingProxyType({}))
     """What pods need of the Node's resources in addition to a device, by name of the device's resource."""
+    lists: bool = False
+    """Whether devices below several PCIe switches name them all, if the API server keeps lists."""
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         still = self._still(inventory)
         now = _Now.of(inventory, ledger, health)
         shown = (
             one
-            for forms in still.forms(consumable=features.consumable, counters=features.counters)
+            for forms in still.forms(
+                consumable=features.consumable, counters=features.counters, lists=self.lists and features.lists
+            )
             for one in now.tainted(forms, self.unhealthy_effect)
         )
         return Pool(
@@ -137,25 +142,37 @@ class _Still:
         self._devices = [self._device(inventory, *one) for one in served.values()]
         self._parts = {one.name: one.part for one in self._devices}
         self._divided = {_cut(one.name, LONGEST_BASE): one.part for one in self._devices if one.part.shares}
-        self._forms: dict[tuple[bool, bool], tuple[tuple[PoolDevice, ...], ...]] = {}
+        self._switches = {
+            self._names[id]: switches
+            for id, (device, _) in served.items()
+            if len(switches := pcie_switches(device)) > 1
+        }
+        self._forms: dict[tuple[bool, bool, bool], tuple[tuple[PoolDevice, ...], ...]] = {}
         self.counters = (
             *(CounterSet(name=self._names[id], counters={PARTS: parts}) for id, parts in self._wholes.items()),
             *(CounterSet(name=self._shared_name(ids), counters={PARTS: 1}) for ids in self._shared),
         )
 
-    def forms(self, *, consumable: bool, counters: bool) -> tuple[tuple[PoolDevice, ...], ...]:
+    def forms(self, *, consumable: bool, counters: bool, lists: bool = False) -> tuple[tuple[PoolDevice, ...], ...]:
         """Return the published form of each device: the device itself, or one device per share.
 
         Without counters, a device that has parts is left out, and all but the first of several that hand over the same
         thing: the scheduler could allocate both.
         """
-        key = consumable, counters
+        key = consumable, counters, lists
         if key not in self._forms:
             left_out = {*self._wholes, *(one for ids in self._shared for one in ids[1:])}
             every = (one for one in self._devices if counters or one.part.device not in left_out)
             every = every if counters else (replace(one, consumes={}) for one in every)
+            every = (self._with_lists(one) for one in every) if lists else every
             self._forms[key] = tuple((one,) if consumable else tuple(_shares(one)) for one in every)
         return self._forms[key]
+
+    def _with_lists(self, one: PoolDevice) -> PoolDevice:
+        """Return a device with all switches that it is below, if these are several."""
+        if one.name not in self._switches:
+            return one
+        return replace(one, attributes={**one.attributes, SWITCH: self._switches[one.name]})
 
     def part(self, name: str) -> DevicePart | None:
         share = _SHARE.fullmatch(name)
@@ -333,6 +350,7 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
         "parent": device.parent,
         "pciAddress": device.pci_address,
         "iommuGroup": device.iommu_group,
+        SWITCH: next(iter(reversed(pcie_switches(device))), None),
         **({"rdma": bool(device.attributes.get("rdma"))} if device.kind == "nic" else {}),
         # The holder of one share consumes some of every capacity, so an amount that is not counted is published as an
         # attribute instead.
@@ -345,6 +363,12 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
     return dict(
         [(name, value) for name, value in found.items() if value is not None and _is_name(name) and _fits(value)][:most]
     )
+
+
+def pcie_switches(device: Device) -> tuple[str, ...]:
+    """Return the PCIe switches that a device is below, the outermost first, each by the address of its upstream port. A
+    switch is two bridges below a root port: one towards the root, one towards the device. Only of a PCI function."""
+    return device.bridges[1:-1:2] if device.pci_address is not None else ()
 
 
 def _standard(device: Device) -> dict[str, Value | None]:

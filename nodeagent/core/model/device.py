@@ -98,9 +98,9 @@ class Link:
 
 
 LINK_WEIGHTS: Mapping[str, int] = MappingProxyType(
-    {"system": 10, "socket": 20, "numa": 30, "pcie-root": 40, "pcie-switch": 50, "nvlink": 100}
+    {"system": 10, "socket": 20, "numa": 30, "pcie-root": 40, "pcie-switch": 50, "xgmi": 90, "nvlink": 100}
 )
-"""Weight by link type; each NVLink beyond the first adds NVLINK_STEP."""
+"""Weight by link type; each NVLink beyond the first adds NVLINK_STEP. The kernel shows no number of XGMI links."""
 
 
 NVLINK_STEP = 10

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
 from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device
-from nodeagent.host.devices.gpu_links import nvlinks, xgmi_links
+from nodeagent.host.devices.gpu_links import nvlinks, with_domains, xgmi_links
 from nodeagent.host.devices.kfd import KfdNode, kfd_nodes
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.driver import driver_gpus, driver_version
@@ -49,10 +49,11 @@ class Gpu:
             for function in context.functions
             for device in _devices(reader, context, function, kfd, nvidia.get(function.address))
         ]
+        links = (*nvlinks(nvidia.values()), *xgmi_links(kfd))
         return Found(
             state=_state(context, devices),
-            devices=tuple(devices),
-            links=(*nvlinks(nvidia.values()), *xgmi_links(kfd)),
+            devices=tuple(with_domains(devices, links)),
+            links=links,
             warnings=(*reader.warnings, *(context.nvml.errors if isinstance(context.nvml, Snapshot) else ())),
         )
 
@@ -181,6 +182,8 @@ def _nvidia_attributes(reader: Tolerant, context: Context, function: Function, g
         "minor": gpu.minor,
         "mig": gpu.mig_enabled,
         "ecc_uncorrected": gpu.ecc_uncorrected,
+        "fabric_cluster": gpu.fabric.cluster if gpu.fabric is not None else None,
+        "fabric_clique": gpu.fabric.clique if gpu.fabric is not None else None,
     }
     return {key: value for key, value in found.items() if value is not None}
 

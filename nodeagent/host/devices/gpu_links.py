@@ -1,13 +1,20 @@
-"""Links between GPUs: NVLink and XGMI. Proximity over PCIe follows from device positions and is not covered here."""
+"""Links between GPUs: NVLink and XGMI, and which GPUs they connect completely. Proximity over PCIe follows from device
+positions and is not covered here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import combinations
+from types import MappingProxyType
 
-from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
+from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Device, Link
+from nodeagent.core.placement.linked import complete_groups
 from nodeagent.host.devices.kfd import KfdNode
 from nodeagent.host.nvml.client import NvGpu
+
+DOMAINS: Mapping[str, str] = MappingProxyType({"nvlink": "nvlink_domain", "xgmi": "xgmi_hive"})
+"""Attribute by type of link."""
 
 
 def nvlinks(gpus: Iterable[NvGpu]) -> tuple[Link, ...]:
@@ -23,7 +30,23 @@ def xgmi_links(gpus: Mapping[str, Sequence[KfdNode]]) -> tuple[Link, ...]:
     numbers = {address: {node.number for node in nodes} for address, nodes in gpus.items()}
     peers = {address: {peer for node in nodes for peer in node.xgmi} for address, nodes in gpus.items()}
     pairs = combinations(sorted(gpus), 2)
-    return tuple(_link(a, b, 1) for a, b in pairs if numbers[b] & peers[a] or numbers[a] & peers[b])
+    linked = ((a, b) for a, b in pairs if numbers[b] & peers[a] or numbers[a] & peers[b])
+    return tuple(Link(a=a, b=b, type="xgmi", weight=LINK_WEIGHTS["xgmi"]) for a, b in linked)
+
+
+def with_domains(devices: Iterable[Device], links: Iterable[Link]) -> list[Device]:
+    """Return the devices, of which those that links of one type connect completely, each with each, name the first of
+    their group in an attribute."""
+    every, found = tuple(links), dict[str, dict[str, str]]()
+    for type_, attribute in DOMAINS.items():
+        pairs = [(one.a, one.b) for one in every if one.type == type_]
+        for group in complete_groups(pairs):
+            for id_ in group:
+                found.setdefault(id_, {})[attribute] = group[0]
+    return [
+        replace(one, attributes=MappingProxyType({**one.attributes, **found[one.id]})) if one.id in found else one
+        for one in devices
+    ]
 
 
 def _direct(a: NvGpu, b: NvGpu) -> int:

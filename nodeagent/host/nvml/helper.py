@@ -11,6 +11,7 @@ import re
 import signal
 import sys
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,7 +20,18 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from nodeagent.host.nvml.library import load
-from nodeagent.host.nvml.values import LENGTH, Failure, Mig, NvGpu, Reply, Snapshot, Xid, read_frame, sysfs_address
+from nodeagent.host.nvml.values import (
+    LENGTH,
+    Fabric,
+    Failure,
+    Mig,
+    NvGpu,
+    Reply,
+    Snapshot,
+    Xid,
+    read_frame,
+    sysfs_address,
+)
 
 T = TypeVar("T")
 _PR_SET_PDEATHSIG = 1
@@ -106,6 +118,7 @@ class Nvml:
             nvlinks=self._peers(handle, links),
             nvlinks_active=tuple(link for link, active in links.items() if active),
             nvlinks_inactive=tuple(link for link, active in links.items() if not active),
+            fabric=self._fabric(handle),
             ecc_uncorrected=optional(nvml.nvmlDeviceGetTotalEccErrors, handle, *ecc),
             rows_pending=bool(rows[2]) if rows is not None else None,
             rows_failed=bool(rows[3]) if rows is not None else None,
@@ -151,6 +164,17 @@ class Nvml:
             if remote is not None:
                 counts[sysfs_address(_text(remote.busId))] += 1
         return dict(counts)
+
+    def _fabric(self, handle: Any) -> Fabric | None:
+        """Return the fabric with which a GPU is registered (nvmlDeviceGetGpuFabricInfo, driver 525 and later). One that
+        reaches no other node has no UUID."""
+        told = self._nvml.c_nvmlGpuFabricInfo_t()
+        if self._if_supported(self._nvml.nvmlDeviceGetGpuFabricInfo, handle, ctypes.byref(told)) is None:
+            return None
+        cluster = uuid.UUID(bytes=bytes(told.clusterUuid))
+        if told.state != self._nvml.NVML_GPU_FABRIC_STATE_COMPLETED or told.status != self._nvml.NVML_SUCCESS:
+            return None
+        return Fabric(cluster=str(cluster), clique=told.cliqueId) if cluster.int else None
 
     def _address(self, handle: Any) -> str:
         return sysfs_address(_text(self._nvml.nvmlDeviceGetPciInfo(handle).busId))

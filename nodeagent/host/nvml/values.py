@@ -27,6 +27,15 @@ class Mig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Fabric:
+    """The GPUs of several nodes among which NVLinks reach: those of one cluster and clique."""
+
+    cluster: str
+    """UUID."""
+    clique: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NvGpu:
     """One GPU as NVML sees it. What the GPU does not support is None."""
 
@@ -47,6 +56,8 @@ class NvGpu:
     """Numbers of the NVLinks that are active."""
     nvlinks_inactive: tuple[int, ...] = ()
     """Numbers of those that are not: there is no bridge, or the link has failed."""
+    fabric: Fabric | None = None
+    """None if the GPU is in none, or is not registered with its fabric manager yet."""
     ecc_uncorrected: int | None = None
     """Uncorrected memory errors since the driver was loaded."""
     rows_pending: bool | None = None

@@ -301,6 +301,22 @@ def test_what_is_published_of_a_device() -> None:
     assert {name: (it.value, it.binary) for name, it in found.capacity.items()} == {"memory": (1 << 30, True)}
 
 
+def test_the_nearest_switch_is_named_and_all_of_them_only_where_the_server_keeps_lists() -> None:
+    """Below a root port there are two bridges for each switch."""
+    near = device("a", pci_address="0000:05:00.0", bridges=("0000:00:01.0", "0000:01:00.0", "0000:02:00.0"))
+    nested = replace(near, id="b", bridges=(*near.bridges, "0000:03:00.0", "0000:04:00.0"))
+    direct = replace(near, id="c", bridges=("0000:00:02.0",))
+    inventory = machine(near, nested, direct)
+    names = {one.name: one.attributes.get("pcieSwitch") for one in pool_of(NICS, inventory).devices}
+    assert names == {"a": "0000:01:00.0", "b": "0000:03:00.0", "c": None}
+    with_lists = replace(NICS, lists=True)
+    listed = {one.name: one.attributes.get("pcieSwitch") for one in pool_of(with_lists, inventory).devices}
+    assert listed == {"a": "0000:01:00.0", "b": ("0000:01:00.0", "0000:03:00.0"), "c": None}
+    old = with_lists.pool(inventory, NOBODY, {}, Features(lists=False))
+    assert {one.name: one.attributes.get("pcieSwitch") for one in old.devices} == names
+    assert wrong_with(with_lists, inventory) == []
+
+
 def test_standard_attributes_are_left_out_where_the_machine_has_another_form() -> None:
     """A domain of five digits, a root that is no PCI bus, no NUMA node."""
     odd = device("x", pci_address="10000:e1:00.0", pcie_root="VMBUS:01", numa_node=-1)

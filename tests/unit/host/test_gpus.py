@@ -14,6 +14,7 @@ from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
 from nodeagent.host.devices.all_kinds import CharSelector, Devices
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
+from nodeagent.host.nvml.values import Fabric
 from tests.builders import tables
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths, state
@@ -102,6 +103,26 @@ def test_nvlinks_become_links_that_weigh_by_their_number(tree: DeviceTree) -> No
         Link(a=a, b=b, type="nvlink", weight=weight + 3 * NVLINK_STEP),
         Link(a=c, b=d, type="nvlink", weight=weight + NVLINK_STEP),
     )
+
+
+def test_gpus_that_are_linked_each_with_each_are_in_one_domain(tree: DeviceTree) -> None:
+    """In a chain of three the first two are: the last has no link to the first."""
+    a, b, c, d = _four_gpus(tree)
+    chain = nvidia(a, 0, nvlinks={b: 1}), nvidia(b, 1, nvlinks={a: 1, c: 1}), nvidia(c, 2), nvidia(d, 3)
+    found = by_id(look(tree, nvml=snapshot(*chain)))
+    assert [found[one].attributes.get("nvlink_domain") for one in (a, b, c, d)] == [a, a, None, None]
+    switch = {"0000:d1:00.0": 18}
+    every = by_id(look(tree, nvml=snapshot(*(nvidia(one, i, nvlinks=switch) for i, one in enumerate((a, b, c, d))))))
+    assert {every[one].attributes["nvlink_domain"] for one in (a, b, c, d)} == {a}
+
+
+def test_the_fabric_of_a_gpu_is_an_attribute(tree: DeviceTree) -> None:
+    first, second, *_ = _four_gpus(tree)
+    fabric = Fabric(cluster="abababab-abab-abab-abab-abababababab", clique=7)
+    found = by_id(look(tree, nvml=snapshot(nvidia(first, 0, fabric=fabric), nvidia(second, 1))))
+    assert found[first].attributes["fabric_cluster"] == fabric.cluster
+    assert found[first].attributes["fabric_clique"] == 7
+    assert "fabric_cluster" not in found[second].attributes
 
 
 @pytest.mark.parametrize(
@@ -256,10 +277,11 @@ def test_amd_gpus_are_found_through_kfd_with_their_links(tree: DeviceTree) -> No
         "kfd_node": 2,
         "memory_bytes": 192 << 30,
         "uuid": "0000000000001234",
+        "xgmi_hive": "0000:0c:00.0",
     }
     assert paths(edits(gpu)) == ["/dev/kfd", "/dev/dri/card2", "/dev/dri/renderD130"]
     assert "NVIDIA_VISIBLE_DEVICES" not in edits(gpu).env
-    assert found.links == (Link(a="0000:0c:00.0", b="0001:22:00.0", type="nvlink", weight=LINK_WEIGHTS["nvlink"]),)
+    assert found.links == (Link(a="0000:0c:00.0", b="0001:22:00.0", type="xgmi", weight=LINK_WEIGHTS["xgmi"]),)
 
 
 GIB = 1 << 30
@@ -353,7 +375,7 @@ def test_partitioned_gpus_have_one_link(tree: DeviceTree) -> None:
         for number in (0, 1):
             xgmi = [one for one in range(1, 5) if one != first + number]
             tree.kfd(first + number, address, xgmi, partition=number, render=127 + first + number)
-    assert look(tree).links == (Link(a=a, b=b, type="nvlink", weight=LINK_WEIGHTS["nvlink"]),)
+    assert look(tree).links == (Link(a=a, b=b, type="xgmi", weight=LINK_WEIGHTS["xgmi"]),)
 
 
 def test_a_node_that_belongs_to_another_device_is_not_served_twice(tree: DeviceTree) -> None:

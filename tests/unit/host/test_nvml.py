@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.host.nvml.client import Failure, Probe, Snapshot, Xid, has_nvidia
+from nodeagent.host.nvml.values import Fabric
 from nodeagent.host.nvml.library import LIBRARY
 from nodeagent.host.nvml.values import sysfs_address
 from nodeagent.host.pci import Function
@@ -71,6 +72,16 @@ async def test_a_snapshot_has_every_gpu_as_the_library_tells_it(library: Path) -
     assert [gpu.ecc_uncorrected for gpu in answer.gpus] == [None, 5, 0, 0]
     assert [gpu.rows_pending for gpu in answer.gpus] == [None, True, False, False]
     assert [gpu.rows_failed for gpu in answer.gpus] == [None, False, False, False]
+
+
+async def test_the_fabric_is_told_once_a_gpu_is_registered_with_it(library: Path) -> None:
+    """Not while it is being registered, nor where the GPU or the driver knows of none."""
+    async with probing(library, FAKE_NVML_FABRIC="1") as probe:
+        gpus = (await _snapshot(probe)).gpus
+    fabric = Fabric(cluster="abababab-abab-abab-abab-abababababab", clique=7)
+    assert [gpu.fabric for gpu in gpus] == [fabric, fabric, None, None]
+    async with probing(library) as probe:
+        assert {gpu.fabric for gpu in (await _snapshot(probe)).gpus} == {None}
 
 
 async def test_links_are_counted_by_the_address_at_their_other_end(library: Path) -> None:
