@@ -10,6 +10,7 @@ from nodeagent.core.model.inventory import Inventory, PodsCgroup
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
 from nodeagent.host.devices import all_kinds
+from nodeagent.host.devices.gpus.groups import gpu_groups
 from nodeagent.host.driver_root.find import find
 from nodeagent.host.driver_root.render import is_driven
 from nodeagent.host.hugepages import use as hugepageuse
@@ -25,6 +26,8 @@ class Selectors:
     char: tuple[all_kinds.CharSelector, ...] = ()
     usb: tuple[all_kinds.UsbSelector, ...] = ()
     pci: tuple[all_kinds.PciSelector, ...] = ()
+    gpu_groups: frozenset[int] = frozenset()
+    """Sizes of ready-made sets of linked GPUs."""
     driver_root: str | None = ""
     """Where the files of NVIDIA's driver are searched: a root on the host; "": the usual ones; None: nowhere."""
 
@@ -63,7 +66,7 @@ def scan(
     )
     devices = all_kinds.discover(sysfs, families, context)
     driver, missing = _driver_files(sysfs, devices.devices, selectors.driver_root)
-    return replace(
+    found = replace(
         found,
         generation=generation,
         devices=devices.devices,
@@ -72,6 +75,8 @@ def scan(
         warnings=(*found.warnings, *devices.warnings, *missing),
         nvidia_driver=driver,
     )
+    groups = tuple(gpu_groups(found, selectors.gpu_groups))
+    return replace(found, devices=all_kinds.in_order((*found.devices, *groups))) if groups else found
 
 
 def _driver_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -18,6 +19,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import format_size, parse_size
 from nodeagent.core.model.topology import NodeId
+from nodeagent.core.placement.linked import SIZES
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector
@@ -136,8 +138,13 @@ def selectors(config: Config) -> Selectors:
             for one in served
             for usb in one.usb
         ),
+        gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for_group(one, size)),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
     )
+
+
+def _asks_for_group(config: ResourceConfig, size: int) -> bool:
+    return config.kind == "gpu" and "group" in config.match and fnmatch.fnmatchcase(str(size), config.match["group"])
 
 
 def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> Offer:

@@ -315,7 +315,7 @@ def matches(expression: str, device: PoolDevice) -> bool:
     return True
 
 
-KIND_OF_CLASS = {"vf": "nic", "gpu-part": "gpu"}
+KIND_OF_CLASS = {"vf": "nic", "gpu-part": "gpu", "gpu-group": "gpu"}
 """Of classes that are not called like their kind."""
 
 
@@ -335,12 +335,19 @@ def published() -> dict[str, list[PoolDevice]]:
     devices = [Device(kind=kind, id=f"{kind}-0", numa_node=0) for kind in sorted(KINDS - {*TOPOLOGY, "nic"})]
     devices += [Device(kind="nic", id=f"nic-{role}", attributes={"sriov": role}) for role in ("pf", "vf")]
     devices += [Device(kind="nic", id="nic-plain"), Device(kind="gpu", id="gpu-0/mig-1-0", parent="gpu-0")]
+    devices += [Device(kind="gpu", id="gpus-2", attributes={"group": 2, "members": "gpu-0,gpu-1"})]
     pages = {(node, 2 * MIB): 8 for node in (0, 1)}
     found = sorted(devices, key=lambda one: (one.kind, one.id))
     inventory = inventory_of(even_rows(1, 2, 2, 4, 2), pages=pages, devices=found)
     pools: list[PoolKind] = [CpuPool(), PagePool(sizes=(2 * MIB,)), MemoryPool()]
     pools += [
-        DevicePool(kind=kind, resources=(DeviceResource(name=f"{DRIVER}/{kind}", kind=kind),))
+        DevicePool(
+            kind=kind,
+            resources=(
+                DeviceResource(name=f"{DRIVER}/{kind}", kind=kind),
+                DeviceResource(name=f"{DRIVER}/{kind}-set", kind=kind, match={"group": "?*"}),
+            ),
+        )
         for kind in sorted(KINDS - TOPOLOGY)
     ]
     return {pool.kind: list(pool.pool(inventory, Ledger(), NO_HEALTH, ALL_FEATURES).devices) for pool in pools}
@@ -352,7 +359,7 @@ def test_each_class_finds_the_devices_of_its_kind_and_no_others() -> None:
     for name, expression in classes().items():
         found = {kind for kind, devices in shown.items() for one in devices if matches(expression, one)}
         assert found == {KIND_OF_CLASS.get(name, name)}
-    for name, wanted in (("gpu", "gpu-0"), ("gpu-part", "gpu-0/mig-1-0")):
+    for name, wanted in (("gpu", "gpu-0"), ("gpu-part", "gpu-0/mig-1-0"), ("gpu-group", "gpus-2")):
         assert [one.part.device for one in shown["gpu"] if matches(classes()[name], one)] == [wanted]
     functions = [one.attributes.get("sriov") for one in shown["nic"] if matches(classes()["vf"], one)]
     assert functions == ["vf"]

@@ -41,9 +41,10 @@ DOCS, SOURCES = CHECKOUT / "docs", CHECKOUT / "nodeagent"
 DRIVER = "nodeagent.dev"
 SIZES = (2 * MIB, GIB)
 GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "0000:5e:00.0"
-LINKED_GPU, SWITCH, DOWN = "0000:c2:00.0", "0000:01:00.0", "0000:02:00.0"
+LINKED_GPU, OTHER_GPU = "0000:c2:00.0", "0000:c3:00.0"
+SWITCH, DOWN = "0000:01:00.0", "0000:02:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci"}
-DEVICES = {*PCI, "block", "usb", "char"}
+DEVICES = {*PCI, "block", "imex", "usb", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
 TYPES = {"int": int, "string": str, "bool": bool}
 API_VERSIONS = {
@@ -79,6 +80,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
     selectors = Selectors(
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
+        gpu_groups=frozenset({2}),
     )
     found = scan(SysFs(tree.root), builtin_kinds(), selectors, _nvml())
     return replace(found, devices=tuple(map(_as_a_real_node, found.devices)))
@@ -116,8 +118,10 @@ def _add_gpus(tree: DeviceTree) -> None:
     tree.kfd(0, None)
     for partition in (0, 1):
         tree.kfd(1 + partition, AMD_GPU, [3], partition=partition, render=129 + partition)
-    tree.pci(LINKED_GPU, pci_class="038000", vendor="1002", driver="amdgpu", numa_node=1)
-    tree.kfd(3, LINKED_GPU, [1])
+    for number, address in enumerate((LINKED_GPU, OTHER_GPU), 3):
+        tree.pci(address, pci_class="038000", vendor="1002", driver="amdgpu", numa_node=1)
+        tree.drm(address, number)
+        tree.kfd(number, address, [1, 7 - number])
 
 
 def _add_nics(tree: DeviceTree) -> None:
@@ -153,6 +157,7 @@ def _add_ports(tree: DeviceTree) -> None:
     tree.usb("0000:00:14.0", "1-1", vendor="046d", product="082d", manufacturer="Maker", serial="A1", speed=480)
     tree.write("sys/devices/pci0000:00/0000:00:14.0/usb1/1-1/product", "Camera")
     tree.pci("0000:00:1f.0", pci_class="ff0000", numa_node=0)
+    tree.node("/dev/nvidia-caps-imex-channels/channel0")
     tree.node("/dev/ttyS0")
     tree.link("dev/serial/by-id/usb-Maker", tree.node("/dev/ttyUSB0"))
 
@@ -165,7 +170,8 @@ def published(machine: Inventory) -> list[Pool]:
     for name in sorted(DEVICES):
         for replicas in (1, 4):
             resource = DeviceResource(name=f"{DRIVER}/{name}", kind=name, replicas=replicas)
-            kinds.append(DevicePool(kind=name, resources=(resource,)))
+            sets = DeviceResource(name=f"{DRIVER}/{name}-set", kind=name, match={"group": "?*"})
+            kinds.append(DevicePool(kind=name, resources=(resource, sets)))
     made = [one.pool(machine, Ledger(), NO_HEALTH, ALL_FEATURES) for one in kinds]
     assert all(pool.devices for pool in made)
     return made
@@ -270,7 +276,8 @@ def test_the_table_of_capacities_has_what_is_published_and_nothing_else(publishe
 
 def test_the_tables_of_counters_and_taints_have_every_name(published: list[Pool]) -> None:
     text = section("Counters and taints")
-    counters = {name for pool in published for one in pool.counters for name in one.counters}
+    every = {name for pool in published for one in pool.counters for name in one.counters}
+    counters = {re.sub(r"-[0-9]+$", "-N", name) for name in every}
     assert {only_code(cells[0]) for cells in rows(text, "counter")} == counters
     assert {only_code(cells[0]) for cells in rows(text, "taint")} == {UNHEALTHY_TAINT, HELD_TAINT}
 

@@ -27,9 +27,9 @@ from nodeagent.errors import Refused
 
 HOST_USES = ("in_use", "default_route")
 """Attributes that show that the host itself uses a device."""
-WITHHELD = (*HOST_USES, "mig")
+WITHHELD = (*HOST_USES, "mig", "group")
 """Attributes of a device that is not offered: the host itself uses it, or it is a GPU in MIG mode, which computes only
-through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide)."""
+through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide), or it stands for several."""
 SHARES = "shares"
 """The capacity of a claim's device that is divided into shares."""
 SHARE = "::"
@@ -267,11 +267,12 @@ def has_field(device: Device, name: str) -> bool:
 
 
 def illness(device: Device, health: Health) -> HealthState | None:
-    """Return the worse state of a device and its parent, or None if nothing is known against either.
+    """Return the worst state of a device, its parent and its members, or None if nothing is known against any.
 
     A device without a device node to hand over is in unknown state at best.
     """
-    states = [health[one] for one in (device.id, device.parent) if one is not None and one in health]
+    every = (device.id, device.parent, *device.members)
+    states = [health[one] for one in every if one is not None and one in health]
     ill = [one for one in states if one.state != HEALTHY] or ([NO_NODE] if device.lacks_node else [])
     return next((one for one in ill if one.state == UNHEALTHY), ill[0] if ill else None)
 

@@ -21,6 +21,7 @@ from nodeagent.core.deviceplugin.devices import (
     shares_by_device,
 )
 from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, STANDARD_ROOT, claimed_names, standard_root
+from nodeagent.core.dra.linked_counters import linked_counters
 from nodeagent.core.dra.pool import (
     NO_SCHEDULE,
     UNHEALTHY_TAINT,
@@ -139,6 +140,8 @@ class _Still:
         for ids in self._shared:
             for one in ids:
                 self._shared_by.setdefault(one, []).append(ids)
+        self._linked = linked_counters([device for device, _ in served.values()], self._names)
+        self._sets = {id for id, (device, _) in served.items() if device.members}
         self._devices = [self._device(inventory, *one) for one in served.values()]
         self._parts = {one.name: one.part for one in self._devices}
         self._divided = {_cut(one.name, LONGEST_BASE): one.part for one in self._devices if one.part.shares}
@@ -151,6 +154,7 @@ class _Still:
         self.counters = (
             *(CounterSet(name=self._names[id], counters={PARTS: parts}) for id, parts in self._wholes.items()),
             *(CounterSet(name=self._shared_name(ids), counters={PARTS: 1}) for ids in self._shared),
+            *self._linked.counters,
         )
 
     def forms(self, *, consumable: bool, counters: bool, lists: bool = False) -> tuple[tuple[PoolDevice, ...], ...]:
@@ -161,7 +165,7 @@ class _Still:
         """
         key = consumable, counters, lists
         if key not in self._forms:
-            left_out = {*self._wholes, *(one for ids in self._shared for one in ids[1:])}
+            left_out = {*self._wholes, *(one for ids in self._shared for one in ids[1:]), *self._sets}
             every = (one for one in self._devices if counters or one.part.device not in left_out)
             every = every if counters else (replace(one, consumes={}) for one in every)
             every = (self._with_lists(one) for one in every) if lists else every
@@ -199,10 +203,12 @@ class _Still:
 
         Beyond the number of sets that one device can consume, the scheduler cannot know, and Prepare refuses.
         """
+        linked = self._linked.consumes.get(device.id, {})
         own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
         above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
         shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared_by.get(device.id, ())}
-        return dict([*own.items(), *above.items(), *shared.items()][:MOST_COUNTER_SETS])
+        every = [*own.items(), *linked.items(), *above.items(), *shared.items()]
+        return {name: dict(counters) for name, counters in every[:MOST_COUNTER_SETS]}
 
     def _shared_name(self, ids: Sequence[str]) -> str:
         return _cut(f"{self._names[ids[0]]}-{_digest(' '.join(ids))}", LONGEST_LABEL)
@@ -215,9 +221,10 @@ def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
 
 
 def _shared_things(inventory: Inventory, served: Collection[str]) -> list[tuple[str, ...]]:
-    """Return the groups of served devices that hand over the same thing, except wholes with their parts."""
+    """Return the groups of served devices that hand over the same thing, except wholes with their parts and sets with
+    their members."""
     found: dict[frozenset[str], None] = {}
-    every = frozenset(served)
+    every = frozenset(one for one in served if not inventory.device_by_id[one].members)
     for _, ids in sorted(inventory.devices_by_thing.items()):
         mine = ids & every
         if len(mine) > 1 and not _is_chain(inventory, mine):

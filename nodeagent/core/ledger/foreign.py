@@ -168,7 +168,8 @@ def _suspects(inventory: Inventory, id: str) -> frozenset[str]:
     """Return the GPUs that an unknown UUID may belong to: those of which none is known, and for an instance any."""
     if (uuid := _UUID.fullmatch(id)) is None:
         return frozenset()
-    gpus = (one for one in inventory.devices if one.kind == "gpu" and one.vendor == _NVIDIA and one.parent is None)
+    nvidia = (one for one in inventory.devices if one.kind == "gpu" and one.vendor == _NVIDIA)
+    gpus = (one for one in nvidia if one.parent is None and not one.members)
     return frozenset(
         one.id for one in gpus if "uuid" not in one.attributes or (uuid[1] == _MIG and _may_be_divided(inventory, one))
     )
@@ -181,7 +182,7 @@ def _may_be_divided(inventory: Inventory, gpu: Device) -> bool:
 
 def _names_of(inventory: Inventory) -> Mapping[str, frozenset[str]]:
     found: dict[str, set[str]] = {}
-    for device in inventory.devices:
+    for device in (one for one in inventory.devices if not one.members):
         for name in _names(inventory, device):
             found.setdefault(name.lower(), set()).add(device.id)
     return {name: frozenset(devices) for name, devices in found.items()}

@@ -52,7 +52,7 @@ SHARED_NODES = frozenset(
 """Device nodes that every holder of a device gets and that belong to no device."""
 
 
-NODE_KINDS = frozenset({"accel", "block", "char", "fpga", "gpu", "nvme", "usb"})
+NODE_KINDS = frozenset({"accel", "block", "char", "fpga", "gpu", "imex", "nvme", "usb"})
 """Kinds whose devices reach a container only through their device nodes."""
 
 
@@ -78,6 +78,12 @@ class Device(PciFacts):
         if self.exclusive is not None:
             return self.exclusive
         return tuple(path for path in self.paths if path not in SHARED_NODES)
+
+    @property
+    def members(self) -> tuple[str, ...]:
+        """Return the ids of the devices that are handed over together as this one; none if it is a device itself."""
+        found = self.attributes.get("members")
+        return tuple(found.split(",")) if isinstance(found, str) and "group" in self.attributes else ()
 
     @property
     def lacks_node(self) -> bool:

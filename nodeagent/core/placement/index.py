@@ -148,6 +148,8 @@ class DeviceIndex:
     """One device of each class."""
     ids: frozenset[str]
     compiled: Pool
+    sets: frozenset[str] = frozenset()
+    """Those that stand for several devices: nobody means them who asks for a number of devices."""
 
     @classmethod
     def of(cls, machine: MachineIndex, kinds: tuple[str, ...]) -> DeviceIndex:
@@ -172,7 +174,8 @@ class DeviceIndex:
             [near.node_weights([place]) for place in places],
             _exclusions(inventory, members),
         )
-        return cls(kinds, tuple(some[0] for some in classes), frozenset(members), compiled)
+        sets = frozenset(device.id for some in classes for device in some if device.members)
+        return cls(kinds, tuple(some[0] for some in classes), frozenset(members), compiled, sets)
 
 
 def _number(numbers: Mapping[NodeId, int], device: Device) -> int:

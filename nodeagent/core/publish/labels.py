@@ -51,7 +51,7 @@ def _pages(inventory: Inventory) -> Iterator[tuple[str, str]]:
 
 def _devices(inventory: Inventory) -> Iterator[tuple[str, str]]:
     """Yield how many whole devices there are of some kinds, and what all GPUs have in common."""
-    whole = [one for one in inventory.devices if one.parent is None and one.kind in COUNTED]
+    whole = [one for one in inventory.devices if one.parent is None and one.kind in COUNTED and not one.members]
     yield from ((f"{kind}.count", str(count)) for kind, count in Counter(one.kind for one in whole).items())
     gpus = [one for one in whole if one.kind == GPU]
     if product := _common(gpus, "product"):

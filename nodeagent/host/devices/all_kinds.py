@@ -30,6 +30,7 @@ from nodeagent.host.devices.block import Block
 from nodeagent.host.devices.char import Char
 from nodeagent.host.devices.fpga import Fpga
 from nodeagent.host.devices.gpu import Gpu
+from nodeagent.host.devices.imex import Imex
 from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
 from nodeagent.host.devices.pci import Pci
@@ -71,7 +72,7 @@ class Devices:
 
 def builtin_kinds() -> tuple[Kind, ...]:
     """Return the built-in kinds, the most specific first: if two find the same device, the earlier one keeps it."""
-    return Gpu(), Nic(), Nvme(), Fpga(), Accel(), Block(), Usb(), Char(), Pci()
+    return Gpu(), Nic(), Nvme(), Fpga(), Accel(), Imex(), Block(), Usb(), Char(), Pci()
 
 
 def load_kinds() -> tuple[Kind, ...]:
@@ -208,6 +209,11 @@ def _once(devices: Iterable[Device]) -> tuple[list[Device], list[str]]:
             kept[device.id] = device
             owners.update((path, device) for path in device.paths if path not in SHARED_NODES and path != device.id)
     return list(kept.values()), warnings
+
+
+def in_order(devices: Iterable[Device]) -> tuple[Device, ...]:
+    """Return devices in order of kind, then PCI address, then id."""
+    return tuple(sorted(devices, key=_order))
 
 
 def _order(device: Device) -> tuple[str, tuple[int, ...], str]:

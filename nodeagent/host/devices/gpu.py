@@ -13,7 +13,8 @@ from types import MappingProxyType
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
 from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device
-from nodeagent.host.devices.gpu_links import nvlinks, with_domains, xgmi_links
+from nodeagent.host.devices.gpus.groups import with_members
+from nodeagent.host.devices.gpus.links import nvlinks, with_domains, xgmi_links
 from nodeagent.host.devices.kfd import KfdNode, kfd_nodes
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.driver import driver_gpus, driver_version
@@ -59,8 +60,8 @@ class Gpu:
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
         """Return the nodes; for NVIDIA also the variable that its container runtime and libraries read."""
-        edits = node_edits(device, devices)
-        uuids = [str(one.attributes["uuid"]) for one in devices if "uuid" in one.attributes]
+        edits = with_members(node_edits(device, devices), devices)
+        uuids = [str(found) for one in devices if (found := one.attributes.get("uuid") or one.attributes.get("uuids"))]
         if device.vendor != NVIDIA or not uuids:
             return edits
         return replace(edits, env=MappingProxyType({**edits.env, "NVIDIA_VISIBLE_DEVICES": ",".join(uuids)}))

@@ -20,8 +20,9 @@ _OF_NVML = ("nvml", "xid", "ecc", "nvlink")
 
 
 def nvidia_gpus(inventory: Inventory) -> list[Device]:
-    """Return NVIDIA's GPUs and their MIG instances."""
-    return [device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA]
+    """Return NVIDIA's GPUs and their MIG instances, without sets of GPUs."""
+    gpus = (device for device in inventory.devices if device.kind == "gpu" and device.vendor == NVIDIA)
+    return [device for device in gpus if not device.members]
 
 
 def bound_elsewhere(inventory: Inventory) -> list[Said]:

@@ -121,6 +121,20 @@ def test_gaudi_comes_with_its_control_node(tree: DeviceTree, control_class: str)
     assert device.attributes["name"] == "accel0"
 
 
+def test_each_imex_channel_is_a_device_with_its_node(tree: DeviceTree) -> None:
+    assert state(look(tree), "imex") == KindState(
+        kind="imex", state=ABSENT, reason="NVIDIA's driver shows no channel below /dev/nvidia-caps-imex-channels"
+    )
+    for number in (10, 2):
+        tree.node(f"/dev/nvidia-caps-imex-channels/channel{number}")
+    found = look(tree)
+    assert state(found, "imex").state == PRESENT
+    channels = [one for one in found.devices if one.kind == "imex"]
+    assert [(one.id, one.attributes["channel"]) for one in channels] == [("imex-10", 10), ("imex-2", 2)]
+    assert paths(edits(channels[1])) == ["/dev/nvidia-caps-imex-channels/channel2"]
+    assert channels[1].exclusive_parts == ("/dev/nvidia-caps-imex-channels/channel2",)
+
+
 def test_neuron_devices_have_their_nodes_and_a_place_only_where_it_is_known(tree: DeviceTree) -> None:
     """The driver's class devices have no parent: of two, nothing says which function is which."""
     tree.pci("0000:1e:00.0", pci_class="088000", vendor="1d0f", device="7164", driver="neuron", numa_node=1)

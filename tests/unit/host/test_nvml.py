@@ -15,9 +15,8 @@ from pathlib import Path
 import pytest
 
 from nodeagent.host.nvml.client import Failure, Probe, Snapshot, Xid, has_nvidia
-from nodeagent.host.nvml.values import Fabric
 from nodeagent.host.nvml.library import LIBRARY
-from nodeagent.host.nvml.values import sysfs_address
+from nodeagent.host.nvml.values import Fabric, sysfs_address
 from nodeagent.host.pci import Function
 from tests.support.paths import CHECKOUT, NVML_DOUBLE
 

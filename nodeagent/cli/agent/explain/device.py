@@ -20,6 +20,7 @@ _WITHHELD = {
     "in_use": "the host itself uses it",
     "default_route": "the host reaches the network through it",
     "mig": "it is a GPU in MIG mode, which computes only through its instances",
+    "group": "it is a set of GPUs",
 }
 
 

@@ -1,0 +1,1 @@
+"""How GPUs belong together: links, and sets of linked ones."""
