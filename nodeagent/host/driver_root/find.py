@@ -10,7 +10,7 @@ and given under the names by which programs ask for it: its SONAME and the links
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from nodeagent.core.model.device import DriverFile, DriverFiles, DriverUse, Hook
@@ -86,25 +86,28 @@ def _search(sysfs: SysFs, root: Root, version: str) -> Search:
     found, seen = Search(root), set[str]()
     for folder in library_folders(root):
         names = _names(root, folder)
-        if not names:
-            continue
-        found.folders.append(folder)
-        for place in (folder, f"{folder}/{_VDPAU}") if _VDPAU in names else (folder,):
-            found.files += _libraries(sysfs, root, place, version, seen)
+        if names:
+            found.folders.append(folder)
+            found.files += _libraries(sysfs, root, folder, names, version, seen)
+        if _VDPAU in names:
+            below = f"{folder}/{_VDPAU}"
+            found.files += _libraries(sysfs, root, below, _names(root, below), version, seen)
     return found
 
 
-def _libraries(sysfs: SysFs, root: Root, folder: str, version: str, seen: set[str]) -> Iterator[DriverFile]:
+def _libraries(
+    sysfs: SysFs, root: Root, folder: str, names: Sequence[str], version: str, seen: set[str]
+) -> Iterator[DriverFile]:
     """Yield the libraries of a version in a folder, except those that another folder had."""
-    names, tail = _names(root, folder), f".so.{version}"
+    tail = f".so.{version}"
     mine = {name: name.removesuffix(tail) for name in names if name.endswith(tail)}
     links: dict[str, list[str]] = {}
-    stems = set(mine.values())
+    begins = tuple(f"{stem}.so" for stem in mine.values())
     for name in names:
-        if name not in mine and name.partition(".so")[0] in stems:
-            links.setdefault(root.resolved(f"{folder}/{name}"), []).append(name)
+        if name.startswith(begins) and name not in mine:
+            links.setdefault(root.resolved(name, folder), []).append(name)
     for name, stem in mine.items():
-        real = root.resolved(f"{folder}/{name}")
+        real = root.resolved(name, folder)
         shown = elf.read(root.at(real))
         if stem in seen or not os.path.isfile(root.at(real)) or (shown is not None and shown.bits != _BITS):
             continue

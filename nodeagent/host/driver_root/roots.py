@@ -45,9 +45,10 @@ class Root:
         """Return the path on the host of a path below the root."""
         return f"{self.host}/{path}"
 
-    def resolved(self, path: str) -> str:
-        """Return a path below the root with links followed; links that form a loop are left."""
-        left, done, links = deque(path.split("/")), list[str](), 0
+    def resolved(self, path: str, folder: str = "") -> str:
+        """Return a path below a folder of the root with links followed; links that form a loop are left. The folder has
+        none on its way."""
+        left, done, links = deque(path.split("/")), folder.split("/") if folder else [], 0
         while left:
             part = left.popleft()
             if part in ("", "."):

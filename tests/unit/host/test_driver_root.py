@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -280,3 +281,62 @@ def test_other_gpus_and_those_of_a_guest_get_no_files_of_the_driver(tmp_path: Pa
     for gpu in (_gpu(vendor="1002", driver="amdgpu"), _gpu(driver="vfio-pci")):
         assert _given(files, gpu, mode=INJECT) == ContainerEdits()
     assert _given(files, _gpu(), mode=OFF) == ContainerEdits()
+
+
+# ---------------------------------------------------------------- the loader of a container
+
+PROGRAM = r"""
+#include <dlfcn.h>
+#include <stdio.h>
+int main(void) {
+    void *cuda = dlopen("libcuda.so.1", RTLD_NOW), *old = dlopen("libcuda.so", RTLD_NOW);
+    int (*init)(unsigned) = cuda ? (int (*)(unsigned))dlsym(cuda, "cuInit") : 0;
+    if (!init || !old) { puts(dlerror()); return 1; }
+    printf("%d\n", init(0));
+    return 0;
+}
+"""
+LIBCUDA = "int answer(void); int cuInit(unsigned flags) { (void)flags; return answer(); }"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change the root of a program")
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="there is no gcc to link libraries")
+def test_a_program_finds_the_libraries_in_a_root_without_a_loader_cache(tmp_path: Path) -> None:
+    """Real libraries, of which one needs another, in a root with glibc and what the edits mount, and nothing else."""
+    host, container = tmp_path / "host", tmp_path / "container"
+    folder = host / "usr/lib64"
+    folder.mkdir(parents=True)
+    _link(
+        folder / f"libnvidia-ptxjitcompiler.so.{VERSION}",
+        "libnvidia-ptxjitcompiler.so.1",
+        "int answer(void) { return 42; }",
+    )
+    needed = folder / f"libnvidia-ptxjitcompiler.so.{VERSION}"
+    _link(folder / f"libcuda.so.{VERSION}", "libcuda.so.1", LIBCUDA, str(needed))
+    _link(container / "program", "", PROGRAM, "-ldl", shared=False)
+    _copy_loader(container)
+    got = _given(_found(host), _gpu())
+    for mount in got.mounts:
+        at = container / mount.container_path[1:]
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.hardlink_to(host / mount.host_path[1:])
+    ran = subprocess.run(["chroot", str(container), "/program"], capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, "42\n"), ran.stdout + ran.stderr
+
+
+def _link(path: Path, soname: str, source: str, *more: str, shared: bool = True) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.with_name(f"{path.name}.c")
+    file.write_text(source)
+    own = ["-shared", "-fPIC", f"-Wl,-soname,{soname}"] if shared else []
+    subprocess.run(["gcc", *own, "-o", str(path), str(file), *more], check=True)
+    file.unlink()
+
+
+def _copy_loader(root: Path) -> None:
+    """glibc with its loader, at the paths that programs name."""
+    shown = subprocess.run(["ldd", str(root / "program")], capture_output=True, text=True, check=True).stdout
+    for path in (Path(word) for line in shown.splitlines() for word in line.split() if word.startswith("/")):
+        at = root / str(path)[1:]
+        at.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, at)
