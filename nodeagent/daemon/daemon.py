@@ -29,6 +29,7 @@ from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
 from nodeagent.core.events.states import Node
 from nodeagent.daemon.cluster import Cluster
+from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.observed import observed
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked
 from nodeagent.daemon.reload import rewrites
@@ -49,7 +50,6 @@ from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager, node_name
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
-from nodeagent.managers.isolation.manager import MOVED, IsolationManager
 from nodeagent.managers.kubelet_conflicts import (
     KubeletConflicts,
     confines_all,
@@ -62,7 +62,6 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
-from nodeagent.managers.tuning.manager import TUNED, TuningManager
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import CONFIGURATION, Happening
@@ -171,21 +170,7 @@ class Daemon:
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
             report=cluster.report,
         )
-        self._isolation = IsolationManager(
-            where.sysfs,
-            lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
-            lambda: self._pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held,
-            lambda: self.config.pinning,
-            self._pinning.revision.changed,
-            where.state_dir / MOVED,
-        )
-        self._tuning = TuningManager(
-            where.sysfs,
-            lambda: agent.ledger.cpus_held & agent.inventory.cpus_usable,
-            lambda: self.config.pinning,
-            self._pinning.revision.changed,
-            where.state_dir / TUNED,
-        )
+        self._exclusive = ExclusiveCpus(agent, where, lambda: self.config.pinning, self._pinning)
         self._recovery = LedgerRecovery(
             agent,
             pods,
@@ -223,8 +208,7 @@ class Daemon:
             self._dra,
             self._pinning,
             self._hugepages,
-            self._isolation,
-            self._tuning,
+            *self._exclusive.managers,
             holders,
             cluster.events(self._observed, containers.pod_of, self._news),
             cluster.published(agent, self._news, where.state_dir, domain, self.offers, topology),
@@ -292,7 +276,7 @@ class Daemon:
         return self._dra.document()
 
     def pinning_document(self) -> dict[str, Any]:
-        return {**self._pinning.document(), "intruders": self._isolation.document(), "tuning": self._tuning.document()}
+        return {**self._pinning.document(), **self._exclusive.document()}
 
     # ---------------------------------------------------------------- running
 

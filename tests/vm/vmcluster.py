@@ -146,7 +146,12 @@ class Node:
 
     def runs(self, name: str, after: str = "") -> None:
         """Wait until a pod's container runs. after: the id of an earlier one, which it is not."""
-        until(f"pod {name} runs", lambda: self.container(name) not in ("", after), STEP_S)
+        try:
+            until(f"pod {name} runs", lambda: self.container(name) not in ("", after), STEP_S)
+        except AssertionError as error:
+            status = (self.api.find(kubeapi.pod_path(name)) or {}).get("status")
+            said = self.guest.run("nodeagent status; systemctl --no-pager status kubelet containerd nodeagent | cat")
+            raise AssertionError(f"{error}: {json.dumps(status)}\n{said}") from None
 
     def first_cpus(self, pod: str) -> str:
         """On which CPUs the first instruction of a pod's newest container ran."""

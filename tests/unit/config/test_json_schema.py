@@ -42,6 +42,7 @@ VALUES: dict[str, list[Any]] = {
     "numa": ["best-effort", "single"],
     "grouping": ["numa-node", "socket"],
     "deviceNodes": [True, False],
+    "driverCapabilities": [[], ["graphics"]],
     "cdi": [None, {"kind": "a.com/b"}],
     "env": [{}, {"A": "b"}],
     "overhead": [{}, {"cpu": OVERHEAD}, {"cpu": {}}, {"cpu": {"perPod": "", "perContainer": "1"}}],

@@ -1,0 +1,44 @@
+"""Wires what looks after the CPUs that containers hold exclusively, besides confining the containers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from nodeagent.config.schema import PinningConfig
+from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.daemon.paths import Paths
+from nodeagent.managers.isolation.manager import MOVED, IsolationManager
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.pinning.manager import PinningManager
+from nodeagent.managers.tuning.manager import TUNED, TuningManager
+from nodeagent.state.agent import Agent
+
+
+class ExclusiveCpus:
+    """Intruders on these CPUs, and how they run."""
+
+    def __init__(
+        self, agent: Agent, where: Paths, config: Callable[[], PinningConfig], pinning: PinningManager
+    ) -> None:
+        """`pinning` knows the CPUs of everybody else."""
+
+        def exclusive() -> CpuSet:
+            return agent.ledger.cpus_held & agent.inventory.cpus_usable
+
+        def others() -> CpuSet:
+            return pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held
+
+        changed = pinning.revision.changed
+        memory = where.state_dir / MOVED
+        self._isolation = IsolationManager(where.sysfs, exclusive, others, config, changed, memory)
+        self._tuning = TuningManager(where.sysfs, exclusive, config, changed, where.state_dir / TUNED)
+
+    @property
+    def managers(self) -> Sequence[Manager]:
+        """Return the managers, in start order."""
+        return self._isolation, self._tuning
+
+    def document(self) -> dict[str, Any]:
+        """Return the state of both, in plain types."""
+        return {"intruders": self._isolation.document(), "tuning": self._tuning.document()}
