@@ -82,10 +82,10 @@ def devices(inventory: Inventory, ledger: Ledger, health: Health, served: Iterab
     for one in served:
         if isinstance(one, DeviceResource):
             resources[one.kind].append(one)
-    taken, excluded = ledger.devices_taken, blocked(inventory, ledger)
+    taken, excluded = inventory.with_members(ledger.devices_taken), blocked(inventory, ledger)
     counts = Counter[tuple[NodeId, str, str]]()
     for device in (one for kind in resources for one in inventory.devices_by_kind.get(kind, ())):
-        if any(one.serves(device) for one in resources[device.kind]):
+        if not device.members and any(one.serves(device) for one in resources[device.kind]):
             where = _state(device, device.id in taken, device.id in excluded, health)
             counts[_node(device), device.kind, where] += 1
     for node, kind in sorted({(node, kind) for node, kind, _ in counts}):

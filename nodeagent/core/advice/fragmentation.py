@@ -26,7 +26,8 @@ def fragmentation(inventory: Inventory, ledger: Ledger, kinds: Iterable[str] = (
     yield CPU, _scattered([len(free & one) for one in nodes], [len(ours & one) for one in nodes])
     taken = blocked(inventory, ledger)
     for kind in kinds:
-        devices = [one for one in inventory.devices_by_kind.get(kind, ()) if one.numa_node is not None]
+        every_one = inventory.devices_by_kind.get(kind, ())
+        devices = [one for one in every_one if one.numa_node is not None and not one.members]
         every = Counter(one.numa_node for one in devices)
         left = Counter(one.numa_node for one in devices if one.id not in taken)
         yield kind, _scattered(left.values(), every.values())

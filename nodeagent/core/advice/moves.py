@@ -141,7 +141,8 @@ class _Search:
             return f"only {free} CPUs are free, and pods that are moved take theirs again"
         taken = blocked(inventory, ledger)
         for kind, want in request.devices.items():
-            left = [one.id for one in inventory.devices_by_kind.get(kind, ()) if one.id not in taken]
+            every = (one for one in inventory.devices_by_kind.get(kind, ()) if not one.members)
+            left = [one.id for one in every if one.id not in taken]
             if want > len(most_together(inventory, left)):
                 return f"only {len(left)} devices of kind {kind} are free, and pods that are moved take theirs again"
         stock = Stock.of(inventory, ledger, request)

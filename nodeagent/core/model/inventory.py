@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from types import MappingProxyType
 
@@ -88,6 +88,11 @@ class Inventory:
         for device in self.devices:
             found.setdefault(device.kind, []).append(device)
         return MappingProxyType({kind: tuple(devices) for kind, devices in found.items()})
+
+    def with_members(self, ids: Iterable[str]) -> frozenset[str]:
+        """Return some ids, and the members of those that stand for several devices."""
+        known = self.device_by_id
+        return frozenset(one for id in ids for one in (id, *(known[id].members if id in known else ())))
 
     def wholes_of(self, id: str) -> tuple[str, ...]:
         """Return what a device is a part of, the nearest first; the last may be no device of the inventory."""

@@ -173,7 +173,11 @@ class _Drawing:
 
     @functools.cached_property
     def _devices_held(self) -> Mapping[str, Sequence[int]]:
-        return _lists((one, index) for index, holder in enumerate(self._holders) for one in holder.devices)
+        """Return the holders of each device; who holds a set of devices holds its members."""
+        expanded = self._inventory.with_members
+        return _lists(
+            (one, index) for index, holder in enumerate(self._holders) for one in sorted(expanded(holder.devices))
+        )
 
     @functools.cached_property
     def _pages_held(self) -> Mapping[tuple[NodeId, int], tuple[tuple[int, int], ...]]:
@@ -195,7 +199,7 @@ class _Drawing:
     def _devices(self) -> Mapping[NodeId, Sequence[Device]]:
         """Return the devices to draw by node; NO_NODE for those whose node is unknown or not there."""
         known = set(self._inventory.node_order)
-        shown = (one for one in self._inventory.devices if one.kind != NOT_DRAWN)
+        shown = (one for one in self._inventory.devices if one.kind != NOT_DRAWN and not one.members)
         return _grouped(shown, lambda one: one.numa_node if one.numa_node in known else NO_NODE)
 
 

@@ -9,18 +9,23 @@ from typing import Any
 import msgspec
 import pytest
 
+from nodeagent.admin import numa_gauges
 from nodeagent.config.schema import Config
+from nodeagent.core.advice.fragmentation import fragmentation
 from nodeagent.core.deviceplugin.allocate import allocate
 from nodeagent.core.deviceplugin.devices import DeviceResource, illness
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.pool import Features
 from nodeagent.core.dra.prepare import prepare
 from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import EMPTY
 from nodeagent.core.model.device import Device, Link
 from nodeagent.core.model.health import UNHEALTHY, HealthState
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Request
+from nodeagent.core.picture.draw import draw
 from nodeagent.core.placement.place import place
+from nodeagent.core.publish.labels import labels
 from nodeagent.errors import Refused
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.gpus.groups import gpu_groups
@@ -190,3 +195,32 @@ def test_a_granted_set_hands_over_all_its_gpus() -> None:
     assert [one.host_path for one in got.device_nodes] == list(quad.paths)
     assert got.env["PCIDEVICE_NODEAGENT_GPU"] == ",".join(GPUS[:4])
     assert got.env["NVIDIA_VISIBLE_DEVICES"] == "GPU-0,GPU-1,GPU-2,GPU-3"
+
+
+# ---------------------------------------------------------------- what is shown
+
+
+def _held_quad() -> tuple[Inventory, Ledger]:
+    made, catalog = machine(), dra_of(config(), all_kinds.builtin_kinds(), NODE).catalog
+    return made, prepare(made, Ledger(), catalog, [claim("c", result("gpu", groups(made, 4)[1].id))], stamp()).ledger
+
+
+def test_a_held_set_is_drawn_on_its_members() -> None:
+    made, ledger = _held_quad()
+    picture = draw(made, ledger.grants.values())
+    drawn = [one for package in picture.packages for node in package.nodes for one in node.devices]
+    assert {one.id for one in drawn} == set(GPUS)
+    assert [one.id for one in drawn if one.holders] == GPUS[4:]
+
+
+def test_gauges_count_gpus_and_no_sets() -> None:
+    made, ledger = _held_quad()
+    served = [one.resource for one in offers(config(), all_kinds.builtin_kinds())]
+    counts = {labels: value for labels, value in numa_gauges.devices(made, ledger, {}, served) if value}
+    assert counts == {("0", "gpu", "free"): 4, ("1", "gpu", "held"): 4}
+
+
+def test_labels_and_fragmentation_count_gpus_and_no_sets() -> None:
+    made, ledger = _held_quad()
+    assert labels(made, EMPTY, "d")["d/gpu.count"] == "8"
+    assert dict(fragmentation(made, ledger, ["gpu"]))["gpu"] == 0.0
