@@ -46,6 +46,10 @@ class Watched(Protocol):
         """Return how containers are confined to what they hold."""
         ...
 
+    def sharing_document(self) -> dict[str, Any]:
+        """Return the MPS daemons and time slices of GPUs, or {} if there are none."""
+        ...
+
     def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:
         """Return the numbers that were read of the devices, by device and source."""
         ...

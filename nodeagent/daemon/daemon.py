@@ -62,6 +62,7 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
+from nodeagent.managers.sharing.manager import SharingManager
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import CONFIGURATION, Happening
@@ -144,6 +145,9 @@ class Daemon:
         self._hugepages = HugepagesManager(
             agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
         )
+        self._sharing = SharingManager(
+            agent, where.sysfs, where.state_dir, where.runtime_dir, cluster.report, containers.pod_of
+        )
         self._dra = DraManager(
             agent,
             config,
@@ -156,6 +160,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
+            self._sharing,
         )
         self._pinning = PinningManager(
             agent,
@@ -205,6 +210,7 @@ class Daemon:
             self._recovery,
             self._scanner,
             self._device_plugin,
+            self._sharing,
             self._dra,
             self._pinning,
             self._hugepages,
@@ -274,6 +280,9 @@ class Daemon:
 
     def dra_document(self) -> dict[str, Any]:
         return self._dra.document()
+
+    def sharing_document(self) -> dict[str, Any]:
+        return self._sharing.document()
 
     def pinning_document(self) -> dict[str, Any]:
         return {**self._pinning.document(), **self._exclusive.document()}

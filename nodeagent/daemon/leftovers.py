@@ -24,6 +24,8 @@ from nodeagent.host.cgroup.read import hierarchy
 from nodeagent.host.cgroup.widen import CPUS, MEMS, Widener
 from nodeagent.host.irq.interrupts import Mover
 from nodeagent.host.irq.journal import load
+from nodeagent.host.mps.control import FOLDER as MPS_FOLDER
+from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
@@ -42,6 +44,9 @@ from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.pinning.manager import UNITS
 from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.publications import LABELS, TOPOLOGY
+from nodeagent.managers.sharing.journal import SharingJournal
+from nodeagent.managers.sharing.mps_daemons import MpsDaemons
+from nodeagent.managers.sharing.time_slices import TimeSlices
 from nodeagent.managers.tuning.manager import TUNED
 
 STATE_FILES = (
@@ -53,6 +58,7 @@ STATE_FILES = (
     "nvlinks.json",
     "published.json",
     "tuning.json",
+    "sharing.*",
     ".*.tmp",
 )
 """Names in the state folder."""
@@ -97,6 +103,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _interrupts(host)
     yield _tuning(host)
     yield _hugepages(host)
+    yield _sharing(host)
     yield _cdi_files(host)
     yield _claim_files(host)
     yield _kubelet_sockets(host)
@@ -195,6 +202,22 @@ def _pool(sysfs: SysFs, one: Grown) -> str:
     return f"{path} stays as it is: grown from {one.base_pages} to {one.grown_pages} pages for claims"
 
 
+def _sharing(host: Host) -> Leftover:
+    """Return the MPS daemons, with their folders, and the time slices of GPUs that were changed."""
+    where = host.where
+    journal, smi = SharingJournal(where.state_dir, where.sysfs.text(BOOT_ID, "")), NvidiaSmi(Path(where.sysfs.root))
+    daemons, slices = MpsDaemons(journal, where.runtime_dir, Path(where.sysfs.root), smi), TimeSlices(journal, smi)
+    names, changed = daemons.left(), slices.records()
+    lines = [Line(str(daemons.folder / name)) for name in sorted(names)]
+    lines += [Line(f"time slice of {id}", one.interval, one.before) for id, one in sorted(changed.items())]
+
+    def undo() -> Iterator[str]:
+        yield from daemons.stop(names).values()
+        yield from slices.restore(set(changed)).values()
+
+    return Leftover(lines, undo)
+
+
 # ---------------------------------------------------------------- the API server
 
 
@@ -282,7 +305,9 @@ def _kubelet_sockets(host: Host) -> Leftover:
 
 def _runtime_folder(host: Host) -> Leftover:
     folder = host.where.runtime_dir
-    return _with_folder(folder, [path for path in (folder / STATUS_SOCKET, folder / CLAIMS) if path.exists()])
+    return _with_folder(
+        folder, [path for path in (folder / STATUS_SOCKET, folder / CLAIMS, folder / MPS_FOLDER) if path.exists()]
+    )
 
 
 def _state_folder(host: Host) -> Leftover:

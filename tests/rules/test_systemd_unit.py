@@ -14,7 +14,9 @@ from tests.support.paths import CHECKOUT
 
 UNIT = CHECKOUT / "systemd" / "nodeagent.service"
 DROP_IN = UNIT.with_name("nodeagent-dra.conf")
-EVERY_DROP_IN = tuple(sorted(UNIT.parent.glob("nodeagent-*.conf")))
+MPS = UNIT.with_name("nodeagent-mps.conf")
+EVERY_DROP_IN = tuple(sorted({*UNIT.parent.glob("nodeagent-*.conf")} - {MPS}))
+"""But the one for MPS, with which programs of NVIDIA run in the sandbox."""
 WORST_EXPOSURE = {(): 1.6, (DROP_IN,): 2.0, EVERY_DROP_IN: 2.4}
 """Of 10, by the drop-ins that are installed; docs/operations.md states the scores."""
 
@@ -54,6 +56,21 @@ def test_systemd_finds_nothing_wrong_with_the_drop_in_for_dra(tmp_path: Path) ->
     (writable,) = [line for line in lines if line.startswith("ReadWritePaths=")]
     folders = ("/var/lib/kubelet/plugins", "/var/lib/kubelet/plugins_registry", Config().dra.cdi_dir)
     assert set(writable.removeprefix("ReadWritePaths=").replace("-/", "/").split()) == set(folders)
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_mps(tmp_path: Path) -> None:
+    (tmp_path / f"{UNIT.name}.d").mkdir()
+    shutil.copy(MPS, tmp_path / f"{UNIT.name}.d" / MPS.name)
+    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+def test_with_the_drop_in_for_mps_daemons_outlive_the_agent_and_without_it_they_end_with_it() -> None:
+    """The unit leaves systemd's default, KillMode=control-group."""
+    assert "KillMode=process" in MPS.read_text().splitlines()
+    assert "KillMode" not in dict(settings())
 
 
 METRICS = UNIT.with_name("nodeagent-metrics.conf")

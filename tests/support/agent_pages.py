@@ -42,6 +42,9 @@ class AgentAlone:
     def dra_document(self) -> dict[str, Any]:
         return {}
 
+    def sharing_document(self) -> dict[str, Any]:
+        return {}
+
     def pinning_document(self) -> dict[str, Any]:
         return {"mode": "off", "unsupported": "a test", "pinned": []}
 

@@ -137,7 +137,9 @@ class Room:
 
     def open(self) -> None:
         folder = CdiFolder(self.cdi, DRIVER, SysFs(str(self.tree.root)))
-        self.rendering = ClaimRenderer(self.agent, lambda: self.dra, folder, ClaimFiles(self.readable))
+        self.rendering = ClaimRenderer(
+            self.agent, lambda: self.dra, folder, ClaimFiles(self.readable), self.folder / "run" / "mps"
+        )
         report = self.reported.append
         self.claims = ClaimPreparer(self.agent, lambda: self.dra, self.fetch, self.rendering, self.tell, report=report)
 

@@ -31,6 +31,7 @@ from nodeagent.core.model.options import FULL_PCPUS, check_options
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.place import place
+from nodeagent.core.sharing.rules import check_claim, check_device, refuse_otherwise_shared
 from nodeagent.errors import InputError, Refused
 
 _READ = "its claim was read again"
@@ -207,6 +208,8 @@ def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Itera
     check_all(claim.configs, catalog.driver)
     wanted = tuple(_one_wanted(inventory, catalog, claim, index, result) for index, result in enumerate(results))
     check_fit(claim.configs, catalog.driver, {one.result.request: one.kind.kind for one in wanted})
+    shared = (one for one in wanted if not one.result.admin)
+    check_claim(inventory, [(one.part.device, bool(one.part.shares), one.settings) for one in shared])
     return wanted
 
 
@@ -214,10 +217,9 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
     with _placed(result):
         kind, part = catalog.find(inventory, result)
         settings = settings_for(result, kind.kind, claim.configs, catalog.driver)
-        if settings.time_slice not in ("", "Default"):
-            raise InputError(f"time slice {settings.time_slice}: this driver leaves a GPU's time slice as it is")
         one = ClaimDemand(index=index, result=result, kind=kind, part=part, settings=settings)
         if not result.admin:
+            check_device(inventory, part.device, settings)
             _check_amounts(one)
     return one
 
@@ -429,6 +431,7 @@ def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, gran
             why = f"cannot grant {size} bytes of memory on NUMA node {node}: {max(0, free)} can be granted"
             raise Refused(why, want=size, free=max(0, free), unit="bytes")
     for device in grant.shares:
+        refuse_otherwise_shared(ledger, device, one.settings)
         refuse_missing_shares(ledger, grant, device, one.part.shares, one.shares)
 
 

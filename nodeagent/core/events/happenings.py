@@ -40,6 +40,7 @@ class Reason(StrEnum):
     DEVICE_HEALTH_UNKNOWN = "DeviceHealthUnknown"
     DEVICE_LOST = "DeviceLost"
     DEVICE_RETURNED = "DeviceReturned"
+    MPS_RESTARTED = "MPSRestarted"
     RESOURCE_NOT_SERVED = "ResourceNotServed"
     RESOURCE_SERVED = "ResourceServed"
     KUBELET_CONFLICT = "KubeletConflict"
@@ -74,6 +75,7 @@ RULES: Mapping[Reason, Rule] = MappingProxyType(
         Reason.DEVICE_HEALTH_UNKNOWN: Rule("WatchDevice", warns=True),
         Reason.DEVICE_LOST: Rule("WatchDevice", warns=True),
         Reason.DEVICE_RETURNED: Rule("WatchDevice", warns=False),
+        Reason.MPS_RESTARTED: Rule("WatchMPS", warns=True),
         Reason.RESOURCE_NOT_SERVED: Rule("ServeResource", warns=True),
         Reason.RESOURCE_SERVED: Rule("ServeResource", warns=False),
         Reason.KUBELET_CONFLICT: Rule("CompareWithKubelet", warns=True),
@@ -141,6 +143,18 @@ def container_refused(container: str, pod: PodRef | None, why: str) -> Happening
     """Return the happening that a container was not started since it cannot be confined to what it holds."""
     pods = (pod,) if pod is not None else ()
     return Happening(reason=Reason.CONTAINER_REFUSED, subject=f"container {container}", note=why, pods=pods)
+
+
+# ---------------------------------------------------------------- devices
+
+
+def mps_restarted(name: str, devices: Sequence[str], holders: Sequence[str], pods: tuple[PodRef, ...]) -> Happening:
+    """Return the happening that an MPS daemon ended and was started again. name: of the daemon."""
+    note = (
+        f"the MPS daemon of {', '.join(devices)} ended and was started again: programs of {', '.join(holders)} that "
+        "used it have lost it and must be started again"
+    )
+    return Happening(reason=Reason.MPS_RESTARTED, subject=f"MPS daemon {name}", note=note, pods=pods, on_node=True)
 
 
 # ---------------------------------------------------------------- pods

@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import structlog
 
@@ -40,12 +41,15 @@ _EVERY_CLAIM = _EveryClaim()
 class ClaimRenderer:
     """Writes and removes the files of all claims, one call at a time."""
 
-    def __init__(self, agent: Agent, dra: Callable[[], Dra], cdi: CdiFolder, readable: ClaimFiles) -> None:
-        """Store the folders. `dra` returns what is currently served."""
+    def __init__(
+        self, agent: Agent, dra: Callable[[], Dra], cdi: CdiFolder, readable: ClaimFiles, mps_folder: Path
+    ) -> None:
+        """Store the folders; mps_folder: of the MPS daemons. `dra` returns what is currently served."""
         self._agent = agent
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
+        self._mps_folder = mps_folder
         self._disk = threading.Lock()
         """Held by the thread that writes or removes files."""
         self._unrendered: Mapping[str, str] = {}
@@ -120,7 +124,7 @@ class ClaimRenderer:
         self._readable.write_requests(uid, standard)
         paths = {request: str(self._readable.request_path(uid, request)) for request in standard}
         of_request = device_metadata.mounts(paths, dra.catalog.driver, claim, pod_claim)
-        edits = handover.edits(dra, inventory, grants, self._mount(uid, claim), of_request)
+        edits = handover.edits(dra, inventory, grants, self._mount(uid, claim), of_request, self._mps_folder)
         names = [self._cdi.device_name(uid, _index(grant)) for grant in grants]
         self._cdi.write(uid, [CdiDevice(name=name, edits=one) for name, one in zip(names, edits, strict=True)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +18,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.pinning.plan import variable
 from nodeagent.errors import HostError
+from nodeagent.managers.dra import mps_edits
 from nodeagent.managers.dra.device_metadata import by_request
 from nodeagent.resources.catalog import Dra
 from nodeagent.resources.offer import Offer, held_variables, nodes_of_cpus, numbers
@@ -24,7 +26,8 @@ from nodeagent.state import grant_json as storedgrant
 
 CLAIMS_FOLDER = "/var/run/nodeagent/claims"
 """Where a container finds the metadata of its claims: CLAIMS_FOLDER/NAME/metadata.json."""
-MPS_PIPES = "/tmp/nvidia-mps"  # noqa: S108 - where NVIDIA's control daemon has its pipes unless told otherwise
+MPS_FOLDER = Path("/run/nodeagent/mps")
+"""The folder of the MPS daemons, if the configuration leaves the runtime folder as it is."""
 
 
 def edits(
@@ -33,6 +36,7 @@ def edits(
     grants: Sequence[Grant],
     metadata: Mount,
     of_request: Mapping[str, Mount] = MappingProxyType({}),
+    mps_folder: Path = MPS_FOLDER,
 ) -> list[ContainerEdits]:
     """Return, for each grant of one claim, the edits of its CDI device; never empty, as the metadata mount is always
     there. The mount that `of_request` has for a request goes with its first device.
@@ -45,8 +49,9 @@ def edits(
     for request, some in by_request(grants).items():
         env, left = _environment(inventory, request, some), dict(of_request)
         for one in some:
-            mounts = (*filter(None, [left.pop(request, None)]), metadata)
-            found[one.id] = _edits(dra, inventory, one, some, env, mounts)
+            mounts = (*filter(None, [left.pop(request, None)]), metadata, *mps_edits.mounts(one, mps_folder))
+            own = {**mps_edits.variables(one, grants), **env}
+            found[one.id] = _edits(dra, inventory, one, some, own, mounts)
     return [found[one.id] for one in grants]
 
 
@@ -61,7 +66,7 @@ def _edits(
     own, settings = _device_edits(dra, inventory, grant, same_request), from_json(grant.settings)
     return replace(
         own,
-        env=MappingProxyType({**own.env, **_settings_env(settings), **env, variable(grant.id): grant.id}),
+        env=MappingProxyType({**own.env, **settings.env, **env, variable(grant.id): grant.id}),
         mounts=(*own.mounts, *_settings_mounts(settings, grant), *mounts),
     )
 
@@ -128,17 +133,6 @@ def _memory_env(grants: Iterable[Grant]) -> dict[str, str]:
     }
 
 
-def _settings_env(settings: OpaqueConfig) -> dict[str, str]:
-    env = dict(settings.env)
-    if settings.mps:
-        env["CUDA_MPS_PIPE_DIRECTORY"] = MPS_PIPES
-    if settings.mps_threads_percent is not None:
-        env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(settings.mps_threads_percent)
-    if settings.mps_pinned_bytes is not None:
-        env["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"0={-(-settings.mps_pinned_bytes // (1 << 20))}M"
-    return env
-
-
 def _settings_mounts(settings: OpaqueConfig, grant: Grant) -> Iterator[Mount]:
     if settings.mount_path and grant.hugepages:
         yield Mount(
@@ -148,8 +142,6 @@ def _settings_mounts(settings: OpaqueConfig, grant: Grant) -> Iterator[Mount]:
             type="hugetlbfs",
             options=(f"pagesize={grant.hugepages[0].page_bytes >> 10}K", "mode=1777"),
         )
-    if settings.mps:
-        yield Mount(host_path=MPS_PIPES, container_path=MPS_PIPES, read_only=False)
 
 
 # ---------------------------------------------------------------- what a container can read

@@ -35,6 +35,7 @@ from nodeagent.errors import ConfigError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroup.pods_alive import PodCgroups
 from nodeagent.host.devices import all_kinds
+from nodeagent.host.mps import control as mps
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.kube.kubelet.plugin_registration import DraPlugin
@@ -47,7 +48,7 @@ from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
 from nodeagent.managers.dra.cpu_requests import CpuRequests
 from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
 from nodeagent.managers.dra.node_watch import NodeWatch
-from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
+from nodeagent.managers.dra.prepare import NOTHING_SHARED, ClaimPreparer, Grow, Sharing, never_grow
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.resources.offer import misspelt
@@ -194,6 +195,7 @@ class DraManager(Manager):
         report: Report,
         refused: Callable[[Config], Mapping[str, str]] = lambda config: {},
         grow: Grow = never_grow,
+        sharing: Sharing = NOTHING_SHARED,
     ) -> None:
         """Set up. `refused` returns the resources of a configuration that cannot be served alongside kubelet's own
         managers and other device plugins, with the reason."""
@@ -215,11 +217,19 @@ class DraManager(Manager):
         self.pools = Pools(agent, self.dra, self._books, self._conditional)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
-        self._rendering = ClaimRenderer(agent, self.dra, folder, readable)
+        self._rendering = ClaimRenderer(agent, self.dra, folder, readable, runtime_dir / mps.FOLDER)
         cgroups = PodCgroups(sysfs, config.pinning.cgroup_root)
         self._cpu_requests = CpuRequests(cgroups.requests_cpus, lambda: agent.ledger, report)
         self._claims = ClaimPreparer(
-            agent, self.dra, self.api.claim, self._rendering, self._told, grow, self._cpu_requests.prepared, report
+            agent,
+            self.dra,
+            self.api.claim,
+            self._rendering,
+            self._told,
+            grow,
+            self._cpu_requests.prepared,
+            report,
+            sharing,
         )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""

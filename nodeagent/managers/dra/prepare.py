@@ -64,6 +64,29 @@ class PreparedNotifier(Protocol):
     def __call__(self, claim: Claim, grants: Sequence[Grant]) -> None: ...
 
 
+class Sharing(Protocol):
+    """What GPUs that are shared need in addition to a grant, such as MPS daemons: made before a claim is answered,
+    ended before its release is. Each returns errors by the UID of the claim."""
+
+    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
+    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
+
+
+class NothingShared:
+    """Does nothing."""
+
+    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        """Return no errors."""
+        return {}
+
+    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        """Return no errors."""
+        return {}
+
+
+NOTHING_SHARED = NothingShared()
+
+
 @contextlib.asynccontextmanager
 async def never_grow(catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Callable[[str], str]]:
     """Leave hugepage pools as they are."""
@@ -83,8 +106,10 @@ class ClaimPreparer:
         grow: Grow = never_grow,
         prepared: PreparedNotifier = lambda claim, grants: None,
         report: Report = unreported,
+        sharing: Sharing = NOTHING_SHARED,
     ) -> None:
         """Store the parts. `dra` returns what is currently served."""
+        self._sharing = sharing
         self._prepared = prepared
         self._report = report
         self._agent = agent
@@ -105,6 +130,7 @@ class ClaimPreparer:
         """
         began = time.perf_counter()
         granted, errors, read = await self._decided(claims, op)
+        errors |= await self._shared(claims, {uid: grants for uid, grants in granted.items() if uid not in errors})
         for ref in claims:
             if ref.uid in granted and not self._rendering.hold(granted[ref.uid]):
                 errors[ref.uid] = _UNPREPARED.format(ref)
@@ -122,6 +148,11 @@ class ClaimPreparer:
         metrics.count_prepared(failed, len(answers) - failed, time.perf_counter() - began)
         return answers
 
+    async def _shared(self, claims: Sequence[ClaimRef], granted: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """Make ready what the programs of claims share. Return errors by UID."""
+        found, refs = await self._sharing.prepare(granted), {ref.uid: ref for ref in claims}
+        return {uid: f"cannot prepare claim {refs[uid]}: {why}" for uid, why in found.items()}
+
     async def unprepare(self, claims: Sequence[ClaimRef], op: str) -> Mapping[str, str]:
         """Return, by UID, "" or why something of a claim is left.
 
@@ -136,6 +167,10 @@ class ClaimPreparer:
             done = await self._unprepared([ref.uid for ref in claims], op, unremoved)
         for grant in done.released:
             log.info("claim-released", op=op, claim=str(grant.holder), grant=grant.id)
+        unremoved |= {
+            uid: f"cannot unprepare claim {uid}: {why}"
+            for uid, why in (await self._sharing.release(_by_uid(done.released))).items()
+        }
         errors = {ref.uid: _IN_USE.format(ref, done.living[ref.uid]) for ref in claims if ref.uid in done.living}
         for uid, why in errors.items():
             log.warning("claim-in-use", op=op, uid=uid, error=why)
@@ -264,6 +299,13 @@ def _refusal(ref: ClaimRef, claim: Claim | None, error: str) -> Refusal:
     pods = ", ".join(claim.pods) if claim is not None else ""
     want = ", ".join(map(str, claim.results)) if claim is not None else ""
     return Refusal(holder=f"claim {ref}" + (f" of {pods}" if pods else ""), want=want, why=error)
+
+
+def _by_uid(grants: Sequence[Grant]) -> dict[str, list[Grant]]:
+    found: dict[str, list[Grant]] = {}
+    for one in grants:
+        found.setdefault(one.holder.uid, []).append(one)
+    return found
 
 
 def _because(error: str, why: str) -> str:

@@ -3,27 +3,21 @@ The locks may be held across several changes if nothing must interfere in betwee
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import NamedTuple, ParamSpec, TypeVar
+from typing import NamedTuple
 
-from nodeagent.errors import StateError
 from nodeagent.host.cgroup.write import put as put_value
 from nodeagent.host.hugepages.available import available_bytes
 from nodeagent.host.hugepages.resize import STEP_BYTES, Put, counts, set_pages
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal, Key
-from nodeagent.state.lock import FileLock
+from nodeagent.managers.turns import Turns
 
-T = TypeVar("T")
-P = ParamSpec("P")
 LOCK = "hugepages.lock"
 """In the state folder."""
-LOCK_POLL_S = 0.05
 
 
 class Growth(NamedTuple):
@@ -41,58 +35,38 @@ class PoolResizer:
         self._sysfs = sysfs
         self._put = put
         self._records = GrowthJournal(state_dir, boot_id)
-        self._lock_path = state_dir / LOCK
-        self._turn = asyncio.Lock()
-        self._thread = ThreadPoolExecutor(1, "hugepages")
+        self._turns = Turns(state_dir / LOCK, "cannot change hugepage pools")
 
     async def close(self) -> None:
         """Wait for a step in progress."""
-        await asyncio.to_thread(self._thread.shutdown)
+        await self._turns.close()
 
-    @contextlib.asynccontextmanager
-    async def alone(self, patience_s: float) -> AsyncIterator[None]:
-        """Hold the right to change pools exclusively. Raise StateError if another holder keeps it for longer than
-        `patience_s`."""
-        until_s = time.monotonic() + patience_s
-        try:
-            async with asyncio.timeout(patience_s):
-                await self._turn.acquire()
-        except TimeoutError:
-            raise StateError(f"cannot change hugepage pools: busy for more than {patience_s:g} s") from None
-        lock: FileLock | None = None
-        try:
-            lock = FileLock(self._lock_path)
-            while not lock.try_take():
-                if time.monotonic() > until_s:
-                    raise StateError(f"cannot change hugepage pools: another agent has {self._lock_path}")
-                await asyncio.sleep(LOCK_POLL_S)
-            yield
-        finally:
-            if lock is not None:
-                lock.close()
-            self._turn.release()
+    def alone(self, patience_s: float) -> AbstractAsyncContextManager[None]:
+        """Hold the right to change pools exclusively. Entering raises StateError if another holder keeps it for longer
+        than `patience_s`."""
+        return self._turns.alone(patience_s)
 
     async def grown(self) -> Mapping[Key, Grown]:
         """Return the pools that were grown for claims."""
-        return await self._in_thread(self._records.read)
+        return await self._turns.in_thread(self._records.read)
 
     async def step(self, key: Key, pages: int) -> tuple[int, int]:
         """Grow a pool one step towards `pages`; return (size before, size now), without surplus pages."""
-        return await self._in_thread(self._step, key, pages)
+        return await self._turns.in_thread(self._step, key, pages)
 
     async def grow(self, key: Key, pages: int, patience_s: float, keep_bytes: int) -> Growth:
         """Grow a pool by up to `pages` for claims, as long as `keep_bytes` stay available on its node. Its original
         size is durable before it grows."""
-        return await self._in_thread(self._grow, key, pages, patience_s, keep_bytes)
+        return await self._turns.in_thread(self._grow, key, pages, patience_s, keep_bytes)
 
     async def shrink(self, key: Key, pages: int, least: int) -> int:
         """Remove up to `pages` free pages that were added for claims, leaving at least `least`; return how many were
         removed."""
-        return await self._in_thread(self._shrink, key, pages, least)
+        return await self._turns.in_thread(self._shrink, key, pages, least)
 
     async def forget(self, key: Key) -> None:
         """Record that nothing of a pool was added for claims any longer."""
-        await self._in_thread(self._records.forget, key)
+        await self._turns.in_thread(self._records.forget, key)
 
     def _now(self, key: Key) -> int:
         return counts(self._sysfs, *key).persistent_pages
@@ -134,14 +108,3 @@ class PoolResizer:
         now = set_pages(self._sysfs, *key, target, put=self._put) if target < before else before
         self._records.shrunk(key, floor, now)
         return before - now
-
-    async def _in_thread(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Run `work` in the single thread. A cancelled caller still waits for it, so the locks are not released
-        early."""
-        future = asyncio.ensure_future(asyncio.wrap_future(self._thread.submit(work, *args, **kwargs)))
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])
-            future.exception()  # retrieved, so that asyncio does not log it: no caller is left
-            raise

@@ -375,20 +375,6 @@ def test_what_a_claim_holds_a_container_is_refused_by_the_claims_name() -> None:
     assert allocate(machine(), ledger, CHARS, [["/dev/c::2"]], stamp()).grants
 
 
-def test_time_slices_that_nobody_would_set_are_refused() -> None:
-    """Rather than silently ignored."""
-    gpus = replace(machine(), devices=(device("g", "gpu"),))
-    pool = DevicePool(kind="gpu", resources=(DeviceResource(name="r/gpu", kind="gpu"),))
-    of = Catalog(driver=DRIVER, node_name=NODE, kinds={"gpu": pool})
-
-    def asked(interval: str) -> Batch:
-        config = {"kind": "GpuConfig", "timeSlicing": {"interval": interval}}
-        return prepare(gpus, NOBODY, of, [claim("c", result("gpu", "g"), config=config)], stamp())
-
-    assert "time slice Long" in asked("Long").errors["uid-c"]
-    assert not asked("Default").errors
-
-
 # Whatever comes in whatever order
 
 

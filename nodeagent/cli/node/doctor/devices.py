@@ -116,12 +116,14 @@ def _library(node: Node) -> Finding:
 
 def _mps(node: Node) -> Finding:
     names = {one[:COMM_LENGTH] for one in MPS}
-    found = [one for one in node.running(*names) if one.words[0].rpartition("/")[2] in MPS]
+    ours = _mps_of_the_agent(node)
+    every = [one for one in node.running(*names) if one.words[0].rpartition("/")[2] in MPS]
+    found = [one for one in every if ours.isdisjoint({one.pid, one.parent})]
     folders = [one for one in MPS_FOLDERS if node.names(one)]
     if found:
         return warning(
             f"CUDA's MPS runs (process {found[0].pid}): programs of several pods may share a GPU that one was granted",
-            "end it, unless replicas of a GPU are meant to share it",
+            "end it, unless replicas of a GPU are meant to share it: what claims ask for the agent runs itself",
             "echo quit | nvidia-cuda-mps-control",
         )
     if folders and _nvidia(node):
@@ -130,7 +132,16 @@ def _mps(node: Node) -> Finding:
             "remove what it has left",
             *(f"rm -r /{one}" for one in folders),
         )
-    return ok("MPS does not run and has left nothing")
+    return ok(f"MPS runs for claims ({len(ours)})" if ours else "MPS does not run and has left nothing")
+
+
+def _mps_of_the_agent(node: Node) -> set[int]:
+    """Return the pids of the daemons that the agent keeps; none if it does not answer."""
+    if not node.live or node.agent_error:
+        return set()
+    sharing = node.status.get("sharing")
+    daemons = sharing.get("mps", []) if isinstance(sharing, dict) else []
+    return {one["pid"] for one in daemons if isinstance(one, dict) and isinstance(one.get("pid"), int)}
 
 
 CHECKS = (

@@ -441,6 +441,17 @@ def test_a_status_that_shows_nothing_is_no_proof_that_all_is_well(built: BuiltNo
     assert {found(name, built).state for name in ("agent.ready", "agent.resources", "agent.notes")} == {UNKNOWN}
 
 
+def test_the_daemons_of_mps_that_the_agent_keeps_are_no_finding(built: BuiltNode) -> None:
+    """Nor the servers that they have started; another one is."""
+    built.status = {"sharing": {"mps": [{"name": "a", "pid": 9}]}}
+    built.process(9, "/usr/bin/nvidia-cuda-mps-control", "-f", name="nvidia-cuda-mps")
+    built.process(10, "/usr/bin/nvidia-cuda-mps-server", name="nvidia-cuda-mps")
+    built.write("proc/10/status", "Name:\tnvidia-cuda-mps\nPPid:\t9")
+    assert found("devices.mps", built) == Finding(OK, "MPS runs for claims (1)")
+    built.process(11, "/usr/bin/nvidia-cuda-mps-control", "-d", name="nvidia-cuda-mps")
+    assert "process 11" in found("devices.mps", built).seen
+
+
 def test_a_configured_containerd_of_another_folder_is_the_one_that_counts(built: BuiltNode) -> None:
     """As k3s has it: the file that the process was started with, and what that imports."""
     built.configure(resources=CPUS_BY_CLAIM)

@@ -1,0 +1,129 @@
+"""Which MPS daemons the ledger asks for: one for the GPUs of a claim, one for each device that claims share.
+
+Pure. A container has one pipe folder, so the GPUs that one claim has whole belong to one daemon; a daemon serves one
+MIG instance at most, and a claim uses MPS on one shared device at most (core/sharing/rules.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
+from nodeagent.core.ledger.ledger import Ledger, in_order
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import InputError
+
+MIB = 1 << 20
+ALL_THREADS = 100
+"""NVIDIA's default of the active thread percentage."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientLimits:
+    """What each program of one grant may use of its device. None: as much as there is."""
+
+    threads_percent: int | None = None
+    memory_mib: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MpsSet:
+    """One daemon: the devices that it serves and the highest limits of its clients."""
+
+    name: str
+    """The name of its folder: hexadecimal digits, the same for the same claim or device."""
+    devices: tuple[str, ...]
+    """Device.id, in the order in which CUDA numbers them for the daemon."""
+    holders: tuple[str, ...]
+    uuids: tuple[str, ...] = ()
+    """Of the devices, in the same order; empty if `fault` is not."""
+    parents: tuple[str, ...] = ()
+    """UUIDs of the GPUs whose compute mode applies."""
+    shared: bool = False
+    """Whether several claims may use it."""
+    threads_percent: int = ALL_THREADS
+    memory_mib: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    """By number of the device; none for a device with a client that is not limited."""
+    fault: str = ""
+    """Why no daemon can be started at present."""
+
+
+def settings_of(grant: Grant) -> OpaqueConfig:
+    """Return a grant's settings. Those that a newer build wrote and this one cannot read count as none."""
+    try:
+        return from_json(grant.settings)
+    except InputError:
+        return NO_SETTINGS
+
+
+def uses_mps(grant: Grant) -> bool:
+    """Return whether the programs of a grant share its device through MPS."""
+    return grant.holder.api == CLAIM and bool(grant.devices or grant.shares) and settings_of(grant).mps
+
+
+def set_name(grant: Grant) -> str:
+    """Return the name of the daemon that serves a grant: of the device if it is shared, of the claim otherwise."""
+    whose = f"device {grant.shares[0]}" if grant.shares else f"claim {grant.holder.uid}"
+    return hashlib.sha256(whose.encode(errors="surrogateescape")).hexdigest()[:12]
+
+
+def limits_of(grant: Grant) -> ClientLimits:
+    """Return what each program of a grant may use, as its settings say."""
+    settings = settings_of(grant)
+    size = settings.mps_pinned_bytes
+    return ClientLimits(
+        threads_percent=settings.mps_threads_percent, memory_mib=None if size is None else -(-size // MIB)
+    )
+
+
+def mps_sets(inventory: Inventory, ledger: Ledger) -> dict[str, MpsSet]:
+    """Return the daemons that the grants of a ledger need, by name."""
+    by_name: dict[str, list[Grant]] = {}
+    for grant in in_order(ledger.grants):
+        if uses_mps(grant):
+            by_name.setdefault(set_name(grant), []).append(grant)
+    return {name: _set(inventory, name, grants) for name, grants in by_name.items()}
+
+
+def devices_of(grants: Iterable[Grant]) -> tuple[str, ...]:
+    """Return the devices of the grants of one daemon, as CUDA numbers them there: by PCI address."""
+    return tuple(sorted({one for grant in grants for one in (*grant.devices, *grant.shares)}))
+
+
+def _set(inventory: Inventory, name: str, grants: list[Grant]) -> MpsSet:
+    devices = devices_of(grants)
+    uuids, parents, faults = [], [], []
+    for id in devices:
+        found = inventory.device_by_id.get(id)
+        uuid = str(found.attributes.get("uuid", "")) if found is not None else ""
+        above = inventory.device_by_id.get(found.parent) if found is not None and found.parent else found
+        if found is None or not uuid:
+            faults.append(f"{id} is not there at this moment" if found is None else f"the UUID of {id} is not known")
+        uuids.append(uuid)
+        parents.append(str(above.attributes.get("uuid", "")) if above is not None else "")
+    limits = [(devices.index(next(iter((*one.devices, *one.shares)))), limits_of(one)) for one in grants]
+    return MpsSet(
+        name=name,
+        devices=devices,
+        holders=tuple(sorted({str(one.holder) for one in grants})),
+        uuids=() if faults else tuple(uuids),
+        parents=tuple(dict.fromkeys(one for one in parents if one)),
+        shared=any(one.shares for one in grants),
+        threads_percent=max(ALL_THREADS if one.threads_percent is None else one.threads_percent for _, one in limits),
+        memory_mib=MappingProxyType(_most_memory(limits)),
+        fault="; ".join(faults),
+    )
+
+
+def _most_memory(limits: Iterable[tuple[int, ClientLimits]]) -> dict[int, int]:
+    """Return the largest limit of each device, without those that have a client without one."""
+    found: dict[int, int] = {}
+    unlimited = {device for device, one in limits if one.memory_mib is None}
+    for device, one in limits:
+        if device not in unlimited and one.memory_mib is not None:
+            found[device] = max(found.get(device, 0), one.memory_mib)
+    return found

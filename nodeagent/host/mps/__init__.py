@@ -1,0 +1,1 @@
+"""NVIDIA's Multi-Process Service: its control daemons as processes of this machine."""

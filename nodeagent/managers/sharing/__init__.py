@@ -1,0 +1,1 @@
+"""Keeps MPS daemons and time slices of GPUs as the ledger has them."""
