@@ -153,6 +153,17 @@ class Node:
             said = self.guest.run("nodeagent status; systemctl --no-pager status kubelet containerd nodeagent | cat")
             raise AssertionError(f"{error}: {json.dumps(status)}\n{said}") from None
 
+    def runs_or_is_rejected(self, name: str, after: str) -> bool:
+        """Wait until another container of a pod runs, or kubelet has rejected the pod. Return whether it has
+        been rejected."""
+
+        def look() -> str:
+            status = (self.api.find(kubeapi.pod_path(name)) or {"status": {}})["status"]
+            rejected = status.get("reason") == "UnexpectedAdmissionError"
+            return "rejected" if rejected else "runs" if self.container(name) not in ("", after) else ""
+
+        return until(f"pod {name} runs or is rejected", look, STEP_S) == "rejected"
+
     def first_cpus(self, pod: str) -> str:
         """On which CPUs the first instruction of a pod's newest container ran."""
         newest = f"$(ls -tr /var/log/pods/default_{pod}_*/main/*.log | tail -n 1)"
