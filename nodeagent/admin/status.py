@@ -26,6 +26,7 @@ from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.core.model.quantity import format_size
+from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError
 from nodeagent.telemetry.log import new_op
 from nodeagent.version import VERSION
@@ -235,6 +236,8 @@ def grant_document(grant: Grant) -> dict[str, Any]:
         "memory": [{"bytes": size, "numa_node": node} for node, size in grant.memory],
         "devices": [*grant.devices, *grant.shares],
         "shares": list(grant.shares),
+        "amounts": [{"device": id, "capacity": name, "amount": size} for id, name, size in grant.amounts],
+        "limits": enforcement([grant]) if grant.amounts else "",
         "things": [list(one) for one in grant.things],
         "granted_at": grant.granted_at,
         "result": _result(grant.result) if grant.result is not None else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -20,6 +21,8 @@ from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import format_size, parse_size
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.linked import SIZES
+from nodeagent.core.sharing import amounts as gpu_amounts
+from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector
@@ -199,7 +202,21 @@ def held_variables(inventory: Inventory, grants: Sequence[Grant]) -> dict[str, s
         name, mine = f"NODEAGENT_HUGEPAGES_{format_size(size).upper()}", [it for it in pages if it.page_bytes == size]
         env[name] = str(sum(one.pages for one in mine))
         env[f"{name}_NUMA_NODES"] = numbers(one.node for one in mine)
-    return env
+    return {**env, **_amount_variables([grant for grant in grants if grant.amounts])}
+
+
+def _amount_variables(grants: Sequence[Grant]) -> dict[str, str]:
+    """Return the variables for shares of GPUs, and what enforces them."""
+    if not grants:
+        return {}
+    sizes = Counter[str]()
+    for _, name, size in (amount for grant in grants for amount in grant.amounts):
+        sizes[name] += size
+    return {
+        "NODEAGENT_DEVICE_MEMORY_BYTES": str(sizes[gpu_amounts.MEMORY]),
+        "NODEAGENT_DEVICE_CORES_PERCENT": str(sizes[gpu_amounts.CORES]),
+        "NODEAGENT_DEVICE_LIMITS": enforcement(grants),
+    }
 
 
 def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:

@@ -47,6 +47,7 @@ class _Body(msgspec.Struct, omit_defaults=True):
     memory: list[tuple[int, int]] = []
     devices: list[str] = []
     shares: list[str] = []
+    amounts: list[tuple[str, str, int]] = []
     things: list[tuple[str, str]] = []
     granted_at: float = 0.0
     confirmed: bool = False
@@ -84,6 +85,7 @@ def _body(grant: Grant) -> _Body:
         memory=list(grant.memory),
         devices=list(grant.devices),
         shares=list(grant.shares),
+        amounts=list(grant.amounts),
         things=list(grant.things),
         granted_at=grant.granted_at,
         confirmed=grant.confirmed,
@@ -134,6 +136,7 @@ def _grant(found: _Body, source: str) -> Grant:
         memory=tuple(found.memory),
         devices=tuple(found.devices),
         shares=tuple(found.shares),
+        amounts=tuple(found.amounts),
         things=tuple(found.things),
         granted_at=found.granted_at,
         confirmed=found.confirmed,

@@ -233,8 +233,10 @@ class _Search:
 
 
 def _consumption(capacity: Capacity, wanted: int | None) -> int:
-    """Return what a claim consumes of a shared device: at least the default, in whole steps."""
-    if wanted is None or wanted <= capacity.least:
+    """Return what a claim consumes of a shared device: the default, or at least the smallest amount, in whole steps."""
+    if wanted is None:
+        return capacity.default
+    if wanted <= capacity.least:
         return capacity.least
     return capacity.least + -(-(wanted - capacity.least) // capacity.step) * capacity.step
 

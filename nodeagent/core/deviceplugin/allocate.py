@@ -11,16 +11,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
-from nodeagent.core.deviceplugin.devices import DeviceResource, refuse_missing_shares, shares_of, without
+from nodeagent.core.deviceplugin.devices import (
+    DeviceResource,
+    refuse_missing_amounts,
+    refuse_missing_shares,
+    shares_of,
+    without,
+)
 from nodeagent.core.deviceplugin.view import Near, ResourceKind
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.exclusion import excluded_with, things_of
 from nodeagent.core.ledger.free import grantable
 from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
 from nodeagent.core.model.cpuset import union
-from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder, Holding
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Amount, Grant, Holder, Holding
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import NO_NODE
+from nodeagent.core.sharing.amounts import amounts, per_share
 from nodeagent.errors import InputError, Refused
 
 SAME_POD_S = 5.0
@@ -85,7 +92,7 @@ def check_asked(name: str, containers: Sequence[Sequence[str]]) -> None:
 def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], grant_id: str, stamp: Stamp) -> Grant:
     """Return a grant of these ids to a container whose name is not known yet. Raise InputError if an id is unknown."""
     parts = resource.parts(inventory, ids)
-    return Grant(
+    grant = Grant(
         id=grant_id,
         holder=Holder(api=DEVICE_PLUGIN, resource=resource.name),
         ids=tuple(ids),
@@ -97,6 +104,16 @@ def grant_of(inventory: Inventory, resource: ResourceKind, ids: Sequence[str], g
         granted_at=stamp.at,
         boot_id=stamp.boot_id,
     )
+    return replace(grant, amounts=_amounts(inventory, resource, grant)) if grant.shares else grant
+
+
+def _amounts(inventory: Inventory, resource: ResourceKind, grant: Grant) -> tuple[Amount, ...]:
+    """Return what the shares of a grant have of the memory and the cores of their devices."""
+    if not isinstance(resource, DeviceResource):
+        return ()
+    devices = (inventory.device_by_id[one] for one in sorted(grant.shares))
+    parts = (amounts(one.id, shares_of(grant, one.id), per_share(one, resource.replicas), {}) for one in devices)
+    return tuple(chain.from_iterable(parts))
 
 
 def adopt(inventory: Inventory, ledger: Ledger, grants: Iterable[Grant]) -> tuple[Decision, tuple[str, ...]]:
@@ -147,6 +164,7 @@ def _one_more(
     if isinstance(resource, DeviceResource):
         for device in grant.shares:
             refuse_missing_shares(ledger, grant, device, resource.replicas, shares_of(grant, device))
+            refuse_missing_amounts(ledger, grant, inventory.device_by_id[device], resource.replicas)
     ledger = ledger_of.grant(ledger, grant)
     changes.append(Change(action=GRANTED, grant=grant))
     return Decision(ledger=ledger, changes=tuple(changes), grants=(*before.grants, grant))

@@ -23,6 +23,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.place import place
+from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.errors import Refused
 
 HOST_USES = ("in_use", "default_route")
@@ -72,7 +73,7 @@ class DeviceResource:
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {one for (resource, one) in ledger.by_id if resource == self.name}
-        taken, shares = self._taken(inventory, ledger), shares_by_device(ledger.grants.values())
+        taken = self._taken(inventory, ledger)
         shown = [
             Advertised(
                 id=one,
@@ -84,7 +85,7 @@ class DeviceResource:
             )
             for device in self.devices(inventory)
             for ill in (illness(device, health),)
-            for one, left in self._left(device, shares[device.id], held)
+            for one, left in self._left(device, self._spare(ledger, device), held)
         ]
         known = {one.id for one in shown}
         return (*shown, *(Advertised(id=one, healthy=False) for one in sorted(held - known)))
@@ -149,13 +150,22 @@ class DeviceResource:
             )
         return chosen
 
-    def _left(self, device: Device, shares: int, held: Container[str]) -> Iterator[tuple[str, bool]]:
+    def _spare(self, ledger: Ledger, device: Device) -> int:
+        """Return how many shares of a device can still be granted: by their number, and by what is left of its memory
+        and its cores, of which a claim may have more than a share's."""
+        if self.replicas == 1:
+            return 1
+        holding = [one for one in ledger.grants.values() if device.id in one.shares]
+        by_number = self.replicas - shares_by_device(holding)[device.id]
+        each = gpu_amounts.per_share(device, self.replicas)
+        by_amount = gpu_amounts.shares_left(free_amounts(holding, device, self.replicas), each)
+        return by_number if by_amount is None else min(by_number, by_amount)
+
+    def _left(self, device: Device, spare: int, held: Container[str]) -> Iterator[tuple[str, bool]]:
         """Yield each id of a device and whether it can be granted or is held.
 
-        shares: how many shares of it are held through both APIs. For each share that a claim holds, one free id is
-        unavailable, starting with the last.
+        spare: how many shares of it can be granted. Free ids beyond these are unavailable, starting with the last.
         """
-        spare = self.replicas - shares if self.replicas > 1 else 1
         for one in self._ids(device):
             spare -= one not in held
             yield one, one in held or spare >= 0
@@ -210,6 +220,22 @@ def refuse_missing_shares(ledger: Ledger, grant: Grant, device: str, shares: int
         raise Refused(why, want=want, free=free, unit="shares")
 
 
+def free_amounts(holding: Iterable[Grant], device: Device, replicas: int) -> dict[str, int]:
+    """Return what some grants leave of the memory and the cores of a device that is divided into shares."""
+    each, whole = gpu_amounts.per_share(device, replicas), gpu_amounts.totals(device, replicas)
+    return gpu_amounts.left(
+        whole, (gpu_amounts.held(one, device.id, shares_of(one, device.id), each) for one in holding)
+    )
+
+
+def refuse_missing_amounts(ledger: Ledger, grant: Grant, device: Device, replicas: int) -> None:
+    """Raise Refused if other grants leave less of a device's memory or cores than a grant has of them."""
+    others = [one for one in ledger.grants.values() if device.id in one.shares and one.id != grant.id]
+    wanted = {name: size for id, name, size in grant.amounts if id == device.id}
+    holders = ", ".join(sorted({str(one.holder) for one in others}))
+    gpu_amounts.refuse_missing(device.id, wanted, free_amounts(others, device, replicas), holders)
+
+
 def shares_by_device(grants: Iterable[Grant]) -> Counter[str]:
     """Return how many shares of each device the grants hold together."""
     held: Counter[str] = Counter()
@@ -239,6 +265,8 @@ def without(grant: Grant, ids: Iterable[str], parts: Parts) -> Grant | None:
     bases = {_owner(one) for one in rest}
     devices = tuple(one for one in grant.devices if one not in parts.devices)
     shares = tuple(one for one in grant.shares if _share_base(one) in bases)
+    before = {one: shares_of(grant, one) for one in shares}
+    after = {one: shares_of(replace(grant, ids=rest), one) for one in shares}
     return replace(
         grant,
         ids=rest,
@@ -246,6 +274,9 @@ def without(grant: Grant, ids: Iterable[str], parts: Parts) -> Grant | None:
         hugepages=_fewer(grant.hugepages, parts.hugepages),
         devices=devices,
         shares=shares,
+        amounts=tuple(
+            (one, name, size * after[one] // before[one]) for one, name, size in grant.amounts if one in after
+        ),
         things=tuple((one, thing) for one, thing in grant.things if one in devices or one in shares),
     )
 

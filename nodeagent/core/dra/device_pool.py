@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -38,13 +39,14 @@ from nodeagent.core.dra.pool import (
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
-from nodeagent.core.model.grant import DEVICE_PLUGIN
+from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
+from nodeagent.core.sharing.amounts import MEMORY, MIB, per_share, totals
 
-MEMORY, SIZE = "memory", "size"
-"""Names of capacities, in bytes: a GPU's memory; the size of a disk."""
+SIZE = "size"
+"""The capacity of a disk, in bytes."""
 SWITCH = "pcieSwitch"
 PARTS = "parts"
 """The counter of a device that has parts: each part consumes one, the whole consumes all."""
@@ -189,9 +191,9 @@ class _Still:
         shares = resource.replicas if resource.replicas > 1 else 0
         return PoolDevice(
             name=self._names[device.id],
-            part=DevicePart(device=device.id, shares=shares),
+            part=DevicePart(device=device.id, shares=shares, each=tuple(per_share(device, shares).items())),
             attributes=_attributes(device, resource),
-            capacity={SHARES: Capacity(value=shares)} if shares else _capacity(device),
+            capacity=_divided(device, shares) if shares else _capacity(device),
             shared=bool(shares),
             consumes=self._consumes(inventory, device),
             costs=self._costs.get(resource.name, {}),
@@ -212,6 +214,16 @@ class _Still:
 
     def _shared_name(self, ids: Sequence[str]) -> str:
         return _cut(f"{self._names[ids[0]]}-{_digest(' '.join(ids))}", LONGEST_LABEL)
+
+
+def _divided(device: Device, shares: int) -> dict[str, Capacity]:
+    """Return the capacities of a device in shares: a claim consumes one share, and of a GPU's memory and cores what it
+    asks for, or as much as an equal share has."""
+    found, each = {SHARES: Capacity(value=shares)}, per_share(device, shares)
+    for name, size in totals(device, shares).items():
+        step = MIB if name == MEMORY else 1
+        found[name] = Capacity(value=size, binary=name == MEMORY, least=step, step=step, usual=each[name])
+    return found
 
 
 def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
@@ -269,6 +281,8 @@ class _Now:
     """Devices that the device plugin or another one granted, or of which it granted a part or the whole."""
     shares: Mapping[str, int]
     """Number of shares of each device that the device plugin granted."""
+    amounts: Mapping[str, Mapping[str, int]]
+    """What the device plugin granted of the memory and the cores of each device."""
     claimed: frozenset[str]
     """Names of devices that claims hold."""
 
@@ -280,7 +294,7 @@ class _Now:
         held = excluded_with(inventory, ledger, {one for grant in given for one in grant.devices})
         held |= excluded_with(inventory, ledger, shares) - shares.keys()
         held |= excluded_with(inventory, ledger, ledger.devices_foreign)
-        return cls(inventory, bad, held, shares, claimed_names(ledger))
+        return cls(inventory, bad, held, shares, _amounts_by_device(given), claimed_names(ledger))
 
     def tainted(self, forms: tuple[PoolDevice, ...], effect: str) -> Iterable[PoolDevice]:
         """Return the forms of one device with reduced capacity and taints."""
@@ -291,7 +305,7 @@ class _Now:
         if not taints and not gone:
             return forms
         if forms[0].shared:
-            return (_with_less(forms[0], gone, taints),)
+            return (_with_less(forms[0], gone, self.amounts.get(part.device, {}), taints),)
         spare = [one.name for one in forms if one.name not in self.claimed]
         lost = {*spare[max(0, len(spare) - gone) :]}
         return [replace(one, taints=_held(taints) if one.name in lost else taints) for one in forms]
@@ -303,10 +317,22 @@ class _Now:
         return (Taint(key=UNHEALTHY_TAINT, value=ill.state, effect=effect if ill.state == UNHEALTHY else NO_SCHEDULE),)
 
 
-def _with_less(one: PoolDevice, gone: int, taints: tuple[Taint, ...]) -> PoolDevice:
-    """Return a divided device without the shares that are gone; with none left it is tainted as held."""
+def _amounts_by_device(grants: Iterable[Grant]) -> dict[str, Counter[str]]:
+    found: dict[str, Counter[str]] = {}
+    for grant in grants:
+        for device, name, size in grant.amounts:
+            found.setdefault(device, Counter())[name] += size
+    return found
+
+
+def _with_less(one: PoolDevice, gone: int, amounts: Mapping[str, int], taints: tuple[Taint, ...]) -> PoolDevice:
+    """Return a divided device without the shares that are gone, and what they have; with none left it is tainted as
+    held."""
     left = max(0, one.part.shares - gone)
-    capacity = {**one.capacity, SHARES: Capacity(value=left)}
+    capacity = {
+        name: replace(had, value=left if name == SHARES else max(0, had.value - amounts.get(name, 0)))
+        for name, had in one.capacity.items()
+    }
     return replace(one, capacity=capacity, taints=taints if left else _held(taints))
 
 

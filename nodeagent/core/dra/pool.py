@@ -30,8 +30,15 @@ class Capacity:
     binary: bool = False
     """True for bytes, written as 512Mi; otherwise a plain number."""
     least: int = 1
-    """The smallest amount that can be consumed, and the amount for a request that does not specify one."""
+    """The smallest amount that can be consumed."""
     step: int = 1
+    usual: int = 0
+    """The amount for a request that does not specify one, whole steps above the smallest; 0: the smallest."""
+
+    @property
+    def default(self) -> int:
+        """Return the amount for a request that does not specify one."""
+        return self.usual or self.least
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +95,8 @@ class DevicePart:
     """Device.id."""
     shares: int = 0
     """Number of shares into which the device is divided; 0 if it is allocated whole."""
+    each: tuple[tuple[str, int], ...] = ()
+    """What an equal share has of other capacities of the device, by name (core/sharing/amounts.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from itertools import chain
 from types import MappingProxyType
 
 from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_excluded, refuse_missing_pages
-from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_shares
+from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_amounts, refuse_missing_shares
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
 from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, check_fit, settings_for, to_json
@@ -31,6 +31,7 @@ from nodeagent.core.model.options import FULL_PCPUS, check_options
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.placement.place import place
+from nodeagent.core.sharing.amounts import amounts
 from nodeagent.core.sharing.rules import check_claim, check_device, refuse_otherwise_shared
 from nodeagent.errors import InputError, Refused
 
@@ -233,6 +234,9 @@ def _check_amounts(one: ClaimDemand) -> None:
         _check_bytes(one.bytes, part)
     if part.shares and not 1 <= one.shares <= part.shares:
         raise InputError(f"{one.shares} shares are consumed of a device with {part.shares}")
+    for name, _ in part.each:
+        if one.result.consumed.get(name, 1) < 1:
+            raise InputError(f"{one.result.consumed[name]} of {name} is consumed, expected at least 1")
 
 
 def _check_bytes(size: int, part: DevicePart) -> None:
@@ -379,7 +383,8 @@ def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDeman
     if part.cpus:
         return replace(grant, cpus=_cpus(inventory, ledger, one, nearby))
     if part.shares:
-        return replace(grant, shares=(part.device,), things=things_of(inventory, [part.device]))
+        held = amounts(part.device, one.shares, dict(part.each), one.result.consumed)
+        return replace(grant, shares=(part.device,), amounts=held, things=things_of(inventory, [part.device]))
     if part.node is None:
         return replace(grant, devices=(part.device,), things=things_of(inventory, [part.device]))
     if not part.page_bytes:
@@ -433,6 +438,7 @@ def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, gran
     for device in grant.shares:
         refuse_otherwise_shared(ledger, device, one.settings)
         refuse_missing_shares(ledger, grant, device, one.part.shares, one.shares)
+        refuse_missing_amounts(ledger, grant, inventory.device_by_id[device], one.part.shares)
 
 
 def _naming_holders(refusal: Refused, ledger: Ledger, part: DevicePart) -> Refused:

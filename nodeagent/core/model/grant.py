@@ -55,6 +55,10 @@ class Holder:
         return where or f"a container not yet listed ({self.resource})"
 
 
+Amount = tuple[str, str, int]
+"""(device id, capacity, amount) of what is held of a shared device: core/sharing/amounts.py."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """What one holder holds. `ids` are the names by which its API knows the parts."""
@@ -69,6 +73,8 @@ class Grant:
     """Devices held whole."""
     shares: tuple[str, ...] = ()
     """Devices held by some of several shares."""
+    amounts: tuple[Amount, ...] = ()
+    """What it has of the memory and the cores of `shares`, sorted."""
     things: tuple[tuple[str, str], ...] = ()
     """(device id, thing): what `devices` and `shares` handed over when they were granted; core/ledger/exclusion.py."""
     granted_at: float = 0.0

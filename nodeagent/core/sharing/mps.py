@@ -15,9 +15,11 @@ from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_jso
 from nodeagent.core.ledger.ledger import Ledger, in_order
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.sharing.amounts import CORES, MEMORY, MIB
 from nodeagent.errors import InputError
 
-MIB = 1 << 20
+MPS, ADVISORY = "MPS", "advisory"
+"""What enforces the amounts of shares."""
 ALL_THREADS = 100
 """NVIDIA's default of the active thread percentage."""
 
@@ -72,12 +74,23 @@ def set_name(grant: Grant) -> str:
 
 
 def limits_of(grant: Grant) -> ClientLimits:
-    """Return what each program of a grant may use, as its settings say."""
-    settings = settings_of(grant)
+    """Return what each program of a grant may use: what the grant has of a shared device, or less if its settings say
+    so."""
+    settings, has = settings_of(grant), {name: size for _, name, size in grant.amounts}
     size = settings.mps_pinned_bytes
     return ClientLimits(
-        threads_percent=settings.mps_threads_percent, memory_mib=None if size is None else -(-size // MIB)
+        threads_percent=_lower(settings.mps_threads_percent, has.get(CORES)),
+        memory_mib=_lower(None if size is None else -(-size // MIB), has[MEMORY] // MIB if MEMORY in has else None),
     )
+
+
+def _lower(one: int | None, other: int | None) -> int | None:
+    return min((size for size in (one, other) if size is not None), default=None)
+
+
+def enforcement(grants: Iterable[Grant]) -> str:
+    """Return what keeps programs to the amounts of their grants: MPS, or nothing (ADVISORY)."""
+    return MPS if all(map(uses_mps, grants)) else ADVISORY
 
 
 def mps_sets(inventory: Inventory, ledger: Ledger) -> dict[str, MpsSet]:
@@ -89,13 +102,15 @@ def mps_sets(inventory: Inventory, ledger: Ledger) -> dict[str, MpsSet]:
     return {name: _set(inventory, name, grants) for name, grants in by_name.items()}
 
 
-def devices_of(grants: Iterable[Grant]) -> tuple[str, ...]:
-    """Return the devices of the grants of one daemon, as CUDA numbers them there: by PCI address."""
-    return tuple(sorted({one for grant in grants for one in (*grant.devices, *grant.shares)}))
+def devices_of(inventory: Inventory, grants: Iterable[Grant]) -> tuple[str, ...]:
+    """Return the devices of some grants, a set of GPUs as its members, as CUDA numbers them: by PCI address."""
+    held = {one for grant in grants for one in (*grant.devices, *grant.shares)}
+    known = inventory.device_by_id
+    return tuple(sorted({one for id in held for one in (known[id].members if id in known else ()) or (id,)}))
 
 
 def _set(inventory: Inventory, name: str, grants: list[Grant]) -> MpsSet:
-    devices = devices_of(grants)
+    devices = devices_of(inventory, grants)
     uuids, parents, faults = [], [], []
     for id in devices:
         found = inventory.device_by_id.get(id)
@@ -105,7 +120,7 @@ def _set(inventory: Inventory, name: str, grants: list[Grant]) -> MpsSet:
             faults.append(f"{id} is not there at this moment" if found is None else f"the UUID of {id} is not known")
         uuids.append(uuid)
         parents.append(str(above.attributes.get("uuid", "")) if above is not None else "")
-    limits = [(devices.index(next(iter((*one.devices, *one.shares)))), limits_of(one)) for one in grants]
+    limits = [(devices.index(id), limits_of(one)) for one in grants for id in devices_of(inventory, [one])]
     return MpsSet(
         name=name,
         devices=devices,

@@ -12,7 +12,7 @@ from nodeagent.core.dra.opaque_config import OpaqueConfig
 from nodeagent.core.ledger.ledger import Ledger, in_order
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.sharing.mps import settings_of, uses_mps
+from nodeagent.core.sharing.mps import devices_of, settings_of, uses_mps
 from nodeagent.errors import InputError, Refused
 
 NVIDIA = "10de"
@@ -69,10 +69,10 @@ def refuse_otherwise_shared(ledger: Ledger, id: str, settings: OpaqueConfig) -> 
             raise _refused(f"cannot set the time slice of {id} to {settings.time_slice}: {why}")
 
 
-def time_slices(ledger: Ledger) -> dict[str, str]:
-    """Return the time slices that grants ask for, by device id."""
+def time_slices(inventory: Inventory, ledger: Ledger) -> dict[str, str]:
+    """Return the time slices that grants ask for, by device id; of a set of GPUs by its members."""
     found = ((grant, settings_of(grant).time_slice) for grant in in_order(ledger.grants))
-    return {id: interval for grant, interval in found if interval for id in (*grant.devices, *grant.shares)}
+    return {id: interval for grant, interval in found if interval for id in devices_of(inventory, [grant])}
 
 
 def _is_part(inventory: Inventory, id: str) -> bool:

@@ -293,7 +293,7 @@ def _taint(taint: Taint) -> Object:
 def _capacity(capacity: Capacity, shared: bool) -> Object:
     write = _binary if capacity.binary else str
     written: Object = {"value": write(capacity.value)}
-    if not shared or capacity.value < capacity.least:
+    if not shared or capacity.value < capacity.default:
         return written
     least = write(capacity.least)
     if capacity.value >= capacity.least + capacity.step:
@@ -301,7 +301,7 @@ def _capacity(capacity: Capacity, shared: bool) -> Object:
     else:
         # The server rejects a range whose first step exceeds the value.
         allowed = {"validValues": [least]}
-    return {**written, "requestPolicy": {"default": least, **allowed}}
+    return {**written, "requestPolicy": {"default": write(capacity.default), **allowed}}
 
 
 def _binary(value: int) -> str:

@@ -17,6 +17,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.pinning.plan import variable
+from nodeagent.core.sharing.amounts import CORES, MEMORY
+from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import HostError
 from nodeagent.managers.dra import mps_edits
 from nodeagent.managers.dra.device_metadata import by_request
@@ -50,7 +52,7 @@ def edits(
         env, left = _environment(inventory, request, some), dict(of_request)
         for one in some:
             mounts = (*filter(None, [left.pop(request, None)]), metadata, *mps_edits.mounts(one, mps_folder))
-            own = {**mps_edits.variables(one, grants), **env}
+            own = {**mps_edits.variables(inventory, one, grants), **env}
             found[one.id] = _edits(dra, inventory, one, some, own, mounts)
     return [found[one.id] for one in grants]
 
@@ -178,8 +180,17 @@ def _device_metadata(dra: Dra, inventory: Inventory, grant: Grant) -> dict[str, 
         "id": device.id if device else None,
         "pciAddress": device.pci_address if device else None,
         "paths": list(device.paths) or None if device else None,
+        "limits": _limits(grant),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _limits(grant: Grant) -> dict[str, Any] | None:
+    """Return what a grant has of a shared device, and what enforces it."""
+    sizes = {name: size for _, name, size in grant.amounts}
+    if not sizes:
+        return None
+    return {"memoryBytes": sizes[MEMORY], "coresPercent": sizes[CORES], "enforcedBy": enforcement([grant])}
 
 
 def _nodes(inventory: Inventory, grant: Grant, device: Device | None) -> list[NodeId]:

@@ -12,13 +12,14 @@ from pathlib import Path
 
 from nodeagent.core.model.device import Mount
 from nodeagent.core.model.grant import Grant
-from nodeagent.core.sharing.mps import limits_of, set_name, uses_mps
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.sharing.mps import devices_of, limits_of, set_name, uses_mps
 
 PIPES = "/tmp/nvidia-mps"  # noqa: S108 - where CUDA looks for a daemon unless told otherwise
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - a path that CUDA has built in
 
 
-def variables(grant: Grant, claim: Sequence[Grant]) -> Mapping[str, str]:
+def variables(inventory: Inventory, grant: Grant, claim: Sequence[Grant]) -> Mapping[str, str]:
     """Return the variables for one grant of a claim.
 
     The limit of memory is a variable only where the claim has one such device: CUDA numbers the devices by those that a
@@ -29,7 +30,7 @@ def variables(grant: Grant, claim: Sequence[Grant]) -> Mapping[str, str]:
     limits, env = limits_of(grant), {"CUDA_MPS_PIPE_DIRECTORY": PIPES}
     if limits.threads_percent is not None:
         env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] = str(limits.threads_percent)
-    if limits.memory_mib is not None and sum(map(uses_mps, claim)) == 1:
+    if limits.memory_mib is not None and len(devices_of(inventory, filter(uses_mps, claim))) == 1:
         env["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"0={limits.memory_mib}M"
     return env
 

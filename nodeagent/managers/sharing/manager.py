@@ -20,7 +20,8 @@ from nodeagent.aio.supervise import race, run_to_end, supervise
 from nodeagent.core.events.happenings import Report, mps_restarted
 from nodeagent.core.events.states import PodOf
 from nodeagent.core.model.grant import Grant
-from nodeagent.core.sharing.mps import MpsSet, mps_sets, set_name, settings_of, uses_mps
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.sharing.mps import MpsSet, devices_of, mps_sets, set_name, settings_of, uses_mps
 from nodeagent.core.sharing.rules import time_slices
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.nvidia_smi import NvidiaSmi
@@ -84,32 +85,32 @@ class SharingManager(Manager):
         return await run_to_end(self._release(mine)) if mine else {}
 
     async def _prepare(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        names, devices = _touched(claims.values())
+        names, devices = _touched(self._agent.inventory, claims.values())
         try:
             async with self._turns.alone(LOCK_S):
                 await self._agent.refresh()
                 sets = {name: one for name, one in self._sets().items() if name in names}
-                slices = {id: one for id, one in time_slices(self._agent.ledger).items() if id in devices}
+                slices = {id: one for id, one in self._wanted_slices().items() if id in devices}
                 kept = await self._turns.in_thread(self._daemons.keep, sets, ended=False)
                 errors = await self._turns.in_thread(self._slices.keep, slices, self._uuids(), ended=False)
                 self._say_restarts(sets, kept)
                 await self._look()
         except (HostError, StateError) as error:
             return {uid: str(error) for uid in claims}
-        return _by_claim(claims, {**errors, **kept.errors})
+        return _by_claim(self._agent.inventory, claims, {**errors, **kept.errors})
 
     async def _release(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        names, devices = _touched(claims.values())
+        names, devices = _touched(self._agent.inventory, claims.values())
         try:
             async with self._turns.alone(LOCK_S):
                 await self._agent.refresh()
-                sets, slices = self._sets(), time_slices(self._agent.ledger)
+                sets, slices = self._sets(), self._wanted_slices()
                 stopped = await self._turns.in_thread(self._daemons.stop, names - sets.keys())
                 errors = await self._turns.in_thread(self._slices.restore, devices - slices.keys())
                 await self._look()
         except (HostError, StateError) as error:
             return {uid: str(error) for uid in claims}
-        return _by_claim(claims, {**errors, **stopped})
+        return _by_claim(self._agent.inventory, claims, {**errors, **stopped})
 
     # ---------------------------------------------------------------- between calls
 
@@ -135,7 +136,8 @@ class SharingManager(Manager):
         try:
             async with self._turns.alone(LOCK_S):
                 await self._agent.refresh()
-                sets, slices, whole = self._sets(), time_slices(self._agent.ledger), not self._agent.loss
+                sets, slices = self._sets(), self._wanted_slices()
+                whole = not self._agent.loss
                 kept = await self._turns.in_thread(self._daemons.keep, sets, ended=whole)
                 errors = await self._turns.in_thread(self._slices.keep, slices, self._uuids(), ended=whole)
                 self._say_restarts(sets, kept)
@@ -157,6 +159,9 @@ class SharingManager(Manager):
 
     def _sets(self) -> dict[str, MpsSet]:
         return mps_sets(self._agent.inventory, self._agent.ledger)
+
+    def _wanted_slices(self) -> dict[str, str]:
+        return time_slices(self._agent.inventory, self._agent.ledger)
 
     def _uuids(self) -> dict[str, str]:
         every = ((one.id, one.attributes.get("uuid", "")) for one in self._agent.inventory.devices)
@@ -238,18 +243,18 @@ def _concerns(grant: Grant) -> bool:
     return uses_mps(grant) or bool(settings_of(grant).time_slice)
 
 
-def _touched(claims: Iterable[Sequence[Grant]]) -> tuple[set[str], set[str]]:
+def _touched(inventory: Inventory, claims: Iterable[Sequence[Grant]]) -> tuple[set[str], set[str]]:
     """Return the names of the daemons of some claims, and the devices of which they set the time slice."""
     grants = [grant for some in claims for grant in some]
     names = {set_name(one) for one in grants if uses_mps(one)}
-    return names, {id for one in grants if settings_of(one).time_slice for id in (*one.devices, *one.shares)}
+    return names, set(devices_of(inventory, (one for one in grants if settings_of(one).time_slice)))
 
 
-def _by_claim(claims: Mapping[str, Sequence[Grant]], errors: Mapping[str, str]) -> dict[str, str]:
+def _by_claim(inventory: Inventory, claims: Mapping[str, Sequence[Grant]], errors: Mapping[str, str]) -> dict[str, str]:
     """Return the errors of daemons and devices by the claims that they concern."""
     found = dict[str, str]()
     for uid, grants in claims.items():
-        names, devices = _touched([grants])
+        names, devices = _touched(inventory, [grants])
         if whys := [errors[one] for one in sorted(names | devices) if one in errors]:
             found[uid] = "; ".join(whys)
     return found

@@ -15,13 +15,13 @@ from nodeagent.core.model.claim import Claim, Result
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import UNHEALTHY
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.sharing.amounts import totals
 from nodeagent.core.sharing.mps import mps_sets, set_name, uses_mps
 from nodeagent.core.sharing.rules import time_slices
 from tests.builders.inventories import even_rows, inventory_of
 from tests.builders.pools import DRIVER, FORMS, NOBODY, NODE, claim, device, health_of, pool_of, result, stamp
 
 GIB = 1 << 30
-MIB = 1 << 20
 PART_1, PART_2 = label("m/mig-1"), label("m/mig-2")
 
 
@@ -89,14 +89,14 @@ def test_all_claims_on_one_shared_device_have_one_daemon_with_the_largest_limits
     )
     (one,) = mps_sets(machine(), first).values()
     assert (one.threads_percent, dict(one.memory_mib), one.shared) == (20, {0: 4096}, True)
-    more = of("two", result("gpu", "a"), mps={"activeThreadPercentage": 50, "pinnedDeviceMemoryLimit": str(MIB + 1)})
+    more = of("two", result("gpu", "a", memory=8 * GIB, cores=50), mps={"activeThreadPercentage": 40})
     second = granted(more, ledger=first, replicas=4)
     (two,) = mps_sets(machine(), second).values()
-    assert (two.name, two.threads_percent, dict(two.memory_mib)) == (one.name, 50, {0: 4096})
+    assert (two.name, two.threads_percent, dict(two.memory_mib)) == (one.name, 40, {0: 8192})
     assert two.holders == ("claim ns/one", "claim ns/two")
-    free = granted(of("three", result("gpu", "a"), mps={}), ledger=second, replicas=4)
-    (three,) = mps_sets(machine(), free).values()
-    assert (three.threads_percent, dict(three.memory_mib)) == (100, {})
+    equal = granted(of("three", result("gpu", "a"), mps={}), ledger=second, replicas=4)
+    (three,) = mps_sets(machine(), equal).values()
+    assert (three.threads_percent, dict(three.memory_mib)) == (40, {0: 20 << 10})
     assert mps_sets(machine(), unprepare(second, ["uid-two"], "over").ledger)[one.name] == one
 
 
@@ -121,6 +121,23 @@ def test_a_daemon_whose_device_cannot_be_named_is_wanted_and_says_why_it_cannot_
     left = replace(there, devices=tuple(one for one in there.devices if one.id != "a"))
     (one,) = mps_sets(left, ledger).values()
     assert (one.fault, one.uuids) == (fault, ())
+
+
+def test_a_set_of_gpus_is_shared_as_its_members() -> None:
+    attributes = {"group": 2, "members": "a,b", "memory_bytes": 160 * GIB}
+    pair = device("gpus-2", "gpu", vendor="10de", paths=("/dev/nvidia-a", "/dev/nvidia-b"), attributes=attributes)
+    there, sets = machine(pair), DeviceResource(name="r/sets", kind="gpu", match={"group": "*"})
+    kinds = {"gpu": DevicePool(kind="gpu", resources=(sets,))}
+    served = Catalog(driver=DRIVER, node_name=NODE, kinds=kinds)
+    for config in ({"mps": {"pinnedDeviceMemoryLimit": "1Gi"}}, {"timeSlicing": {"interval": "Long"}}):
+        batch = prepare(there, NOBODY, served, [of("c", result("gpu", "gpus-2"), **config)], stamp())
+        assert not batch.errors
+        if "mps" in config:
+            (one,) = mps_sets(there, batch.ledger).values()
+            assert (one.uuids, dict(one.memory_mib)) == (("GPU-a", "GPU-b"), {0: 1024, 1: 1024})
+        else:
+            assert time_slices(there, batch.ledger) == {"a": "Long", "b": "Long"}
+    assert totals(pair, 4) == {}
 
 
 # What is refused
@@ -181,7 +198,7 @@ def test_a_shared_gpu_is_shared_in_one_way() -> None:
         "cannot set the time slice of a to Short: claim ns/turns has set it to Long"
     )
     both = granted(of("c", result("gpu", "a"), **long), ledger=in_turns, replicas=4)
-    assert time_slices(both) == {"a": "Long"}
+    assert time_slices(machine(), both) == {"a": "Long"}
     assert granted(claim("any", result("gpu", "a")), ledger=both, replicas=4)
 
 

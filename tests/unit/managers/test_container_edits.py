@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -233,6 +234,41 @@ def test_mps_is_a_mount_and_its_limits_are_variables() -> None:
     assert found.env["CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"] == "30"
     assert found.env["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] == "0=2M"
     assert found.env["CUDA_MPS_PIPE_DIRECTORY"] in [mount.container_path for mount in found.mounts]
+
+
+def test_a_gpu_of_which_programs_share_the_daemon_brings_its_folder_and_the_hosts_shared_memory() -> None:
+    """With several GPUs the limits of memory are the daemon's alone: CUDA numbers the GPUs that a container sees."""
+    mps = {"activeThreadPercentage": 30, "pinnedDeviceMemoryLimit": "1Gi"}
+    found = edited(result("gpu", "g0", "a"), result("gpu", "g1", "b"), config={"kind": "GpuConfig", "mps": mps})
+    folders = {
+        (mount.host_path, mount.container_path, mount.read_only)
+        for one in found
+        for mount in one.mounts
+        if mount != METADATA
+    }
+    ((pipe, *_), shared) = sorted(folders, key=lambda one: one[1] == "/dev/shm")
+    assert shared == ("/dev/shm", "/dev/shm", False)
+    assert re.fullmatch("/run/nodeagent/mps/[0-9a-f]{12}/pipe", pipe)
+    assert len(folders) == 2
+    assert all("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT" not in one.env for one in found)
+
+
+@pytest.mark.parametrize(("mps", "by"), [(True, "MPS"), (False, "advisory")])
+def test_a_share_of_a_gpu_says_what_it_has_and_what_enforces_it(mps: bool, by: str) -> None:
+    gpu = device("g0", "gpu", vendor="10de", paths=("/dev/nvidia0",), attributes={"uuid": "x", "memory_bytes": 8 * GIB})
+    there = inventory_of(even_rows(1, 1, 1, 4, 1), devices=(gpu,))
+    dra = served({"name": "gpu", "kind": "gpu", "serve": "dra", "replicas": 4})
+    config = {"kind": "GpuConfig", "mps": {}} if mps else None
+    wanted = claim("c", result("gpu", "g0", "r", memory=GIB, cores=30), config=config)
+    grants = prepare(there, NOBODY, dra.catalog, [wanted], stamp()).grants["uid-c"]
+    (found,) = handover.edits(dra, there, grants, METADATA)
+    names = ("NODEAGENT_DEVICE_MEMORY_BYTES", "NODEAGENT_DEVICE_CORES_PERCENT", "NODEAGENT_DEVICE_LIMITS")
+    assert [found.env[name] for name in names] == [str(GIB), "30", by]
+    assert found.env.get("CUDA_MPS_PINNED_DEVICE_MEM_LIMIT", "") == ("0=1024M" if mps else "")
+    (said,) = handover.metadata(dra, there, grants)["devices"]
+    assert said["limits"] == {"memoryBytes": GIB, "coresPercent": 30, "enforcedBy": by}
+    (plugin,) = handover.edits(dra, there, [replace(grants[0], amounts=())], METADATA)
+    assert not any(name in plugin.env for name in names)
 
 
 def test_own_variables_win_over_those_of_the_claim_and_the_claims_over_the_devices() -> None:
