@@ -207,6 +207,8 @@ def _is_the_configuration(documents: list[Object], values: Mapping[str, Any]) ->
     wanted = {"apiVersion": API_VERSION, "kind": "NodeAgentConfiguration", **values.get("config", {})}
     if (metrics := values.get("metrics", {})).get("enabled"):
         wanted["metrics"] = {"listen": f"{metrics.get('address', '0.0.0.0')}:{metrics.get('port', 9101)}"}
+    if root := values.get("nvidia", {}).get("driverRoot"):
+        wanted["nvidia"] = {"driverRoot": root.rstrip("/"), **wanted.get("nvidia", {})}
     assert found == wanted
     if found.keys() <= schema()["$defs"]["Config"]["properties"].keys():
         parse(text, source="the ConfigMap")
@@ -222,6 +224,16 @@ def test_every_two_options_go_together(api: KubeApi, tmp_path: Path) -> None:
         except Refusal as refused:
             raise AssertionError(f"{' and '.join(names)}: {refused}") from None
         _is_the_configuration(documents, values)
+
+
+def test_the_root_of_nvidia_s_driver_is_configured_where_it_is_on_the_host(tmp_path: Path) -> None:
+    """The pod sees it elsewhere; a root in the agent's own configuration comes first."""
+    values: dict[str, Any] = {"privileged": True, "nvidia": {"driverRoot": "/home/kubernetes/bin/nvidia/"}}
+    found = parse(configuration(rendered(tmp_path, values)), source="the ConfigMap")
+    assert found.nvidia.driver_root == "/home/kubernetes/bin/nvidia"
+    values["config"] = {"nvidia": {"driverRoot": "/other", "driverFiles": "inject"}}
+    found = parse(configuration(rendered(tmp_path, values)), source="the ConfigMap")
+    assert (found.nvidia.driver_root, found.nvidia.driver_files) == ("/other", "inject")
 
 
 TEXTS = (

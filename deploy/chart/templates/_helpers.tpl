@@ -18,6 +18,9 @@
 {{- $listen := dict "listen" (printf "%s:%d" .Values.metrics.address (int .Values.metrics.port)) -}}
 {{- $_ := set $config "metrics" (merge $listen (deepCopy ($config.metrics | default dict))) -}}
 {{- end -}}
+{{- with .Values.nvidia.driverRoot -}}
+{{- $_ := set $config "nvidia" (merge (deepCopy ($config.nvidia | default dict)) (dict "driverRoot" (clean .))) -}}
+{{- end -}}
 {{- toYaml $config -}}
 {{- end -}}
 

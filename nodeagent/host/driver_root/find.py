@@ -86,7 +86,7 @@ def _search(sysfs: SysFs, root: Root, version: str) -> Search:
     found, seen = Search(root), set[str]()
     for folder in library_folders(root):
         names = _names(root, folder)
-        if names:
+        if _seen(sysfs, root, folder):
             found.folders.append(folder)
             found.files += _libraries(sysfs, root, folder, names, version, seen)
         if _VDPAU in names:
@@ -112,7 +112,8 @@ def _libraries(
         if stem in seen or not os.path.isfile(root.at(real)) or (shown is not None and shown.bits != _BITS):
             continue
         seen.add(stem)
-        sysfs.path(root.at(real)[len(sysfs.root) :])  # a recording remembers the name, not hundreds of megabytes
+        for one in (name, *links.get(real, ())):
+            _seen(sysfs, root, f"{folder}/{one}")
         own = shown.soname if shown is not None else ""
         asked = {*links.get(real, ()), *([own] if own else [])} or {name}
         asked |= {ALSO_ASKED[stem]} if stem in ALSO_ASKED else set()
@@ -172,7 +173,13 @@ def _at_same_path(sysfs: SysFs, root: Root, paths: tuple[str, ...], use: DriverU
 
 
 def _is_there(sysfs: SysFs, root: Root, path: str) -> bool:
-    return sysfs.exists(root.at(root.resolved(path))[len(sysfs.root) :])
+    _seen(sysfs, root, path)
+    return _seen(sysfs, root, root.resolved(path))
+
+
+def _seen(sysfs: SysFs, root: Root, path: str) -> bool:
+    """Return whether there is something at a path. A recording remembers the name, and not hundreds of megabytes."""
+    return sysfs.exists(root.at(path)[len(sysfs.root) :])
 
 
 def _hook(sysfs: SysFs, *, own: bool) -> Hook | None:

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH115, PTH123
+# ruff: noqa: PTH112, PTH115, PTH123
 # Paths are strings here, as in SysFs.
 """Where the files of a driver may be: the roots of file systems that have one, and the folders in each.
 
@@ -73,12 +73,14 @@ def roots(top: str, configured: str, *, own: bool) -> tuple[Root, ...]:
     """Return the roots to search, in order.
 
     top: what this process takes for / (another folder for a captured tree). configured: the only root to search, a path
-    on the host, or "". own: whether / is the host's root, and not that of a container.
+    on the host, or ""; a container may see it at the first of ROOTS. own: whether / is the host's root, and not that of
+    a container.
     """
     top = top.rstrip("/")
     if configured:
         path = configured.rstrip("/")
-        return (Root(base=f"{top}{path}", host=path),)
+        there = f"{top}{path}"
+        return (Root(base=there if os.path.isdir(there) else f"{top}/{ROOTS[0]}", host=path),)
     found = [Root(base=f"{top}/{one}", host="" if one == _HOST else f"/{one}") for one in ROOTS]
     return (*found, *([Root(base=top, host="")] if own else []))
 

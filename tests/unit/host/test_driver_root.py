@@ -125,6 +125,14 @@ def test_a_configured_root_is_the_only_one(tmp_path: Path) -> None:
     assert f"/home/kubernetes/bin/nvidia/lib64/libcuda.so.{VERSION}" in _by_host(found)
 
 
+def test_a_configured_root_may_be_mounted_where_driver_containers_have_theirs(tmp_path: Path) -> None:
+    """As the chart does: the host's paths are those of the configured root."""
+    DriverRoot(tmp_path / "run/nvidia/driver", "lib64").install()
+    found = _found(tmp_path, "/home/kubernetes/bin/nvidia", own=False)
+    assert found.root == "/home/kubernetes/bin/nvidia"
+    assert f"/home/kubernetes/bin/nvidia/lib64/libcuda.so.{VERSION}" in _by_host(found)
+
+
 def test_programs_firmware_and_sockets_are_given_where_they_are(tmp_path: Path) -> None:
     root = DriverRoot(tmp_path)
     root.install()
@@ -166,13 +174,28 @@ def test_the_vendor_s_hook_renews_the_loader_s_cache_where_it_is(
     assert _found(tmp_path, own=False).hook is None
 
 
-def test_a_capture_has_the_names_of_the_files_and_not_their_content(tmp_path: Path) -> None:
-    DriverRoot(tmp_path).install()
-    recorded = RecordingSysFs(tmp_path)
-    find(recorded, VERSION, own=True)
-    names = recorded.files.keys() | recorded.listed
-    assert f"usr/lib/x86_64-linux-gnu/libcuda.so.{VERSION}" in names
+@pytest.mark.parametrize("top", ["", "run/nvidia/driver"])
+def test_a_capture_has_the_names_of_the_files_and_not_their_content(tmp_path: Path, top: str) -> None:
+    """Replayed, it gives the same files."""
+    root = DriverRoot(tmp_path / "node" / top)
+    root.install()
+    root.write("opt/smi", b"\x7fELF")
+    (root.root / "usr/bin/nvidia-smi").unlink()
+    root.link("usr/bin/nvidia-smi", "/opt/smi")
+    recorded = RecordingSysFs(tmp_path / "node")
+    first = find(recorded, VERSION, own=True)
+    assert first[0].has_cuda
     assert not any(b"ELF" in data for data in recorded.files.values())
+    again = tmp_path / "again"
+    for folder in recorded.folders:
+        (again / folder).mkdir(parents=True, exist_ok=True)
+    for path, content in recorded.tree():
+        (again / path).parent.mkdir(parents=True, exist_ok=True)
+        (again / path).write_bytes(content)
+    for path, target in recorded.links.items():
+        (again / path).parent.mkdir(parents=True, exist_ok=True)
+        (again / path).symlink_to(target)
+    assert find(SysFs(again), VERSION, own=True) == first
 
 
 def test_the_inventory_s_document_has_the_files(tmp_path: Path) -> None:
