@@ -298,6 +298,16 @@ def test_where_no_file_is_visible_the_vendor_s_runtime_adds_them_unless_injectio
             _given(files, _gpu(), mode=INJECT)
 
 
+def test_a_mig_instance_gets_the_files_and_no_node_for_drawing(tmp_path: Path) -> None:
+    DriverRoot(tmp_path).install()
+    nodes = ("/dev/nvidia0", "/dev/nvidia-caps/nvidia-cap57", "/dev/nvidia-caps/nvidia-cap58")
+    part = _gpu(id="0000:01:00.0/mig-2-0", parent="0000:01:00.0", paths=nodes, attributes={"mig_profile": "3g.40gb"})
+    got = _given(_found(tmp_path), part, uses=(DriverUse.GRAPHICS,))
+    assert got.env == {"NVIDIA_VISIBLE_DEVICES": "void"}
+    assert "libcuda.so.1" in {Path(one.container_path).name for one in got.mounts}
+    assert got.device_nodes == ()
+
+
 def test_other_gpus_and_those_of_a_guest_get_no_files_of_the_driver(tmp_path: Path) -> None:
     DriverRoot(tmp_path).install()
     files = _found(tmp_path)
