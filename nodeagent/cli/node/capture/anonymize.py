@@ -17,9 +17,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nodeagent.cli.node.capture import named_texts
 from nodeagent.cli.node.capture.archive import Members
+from nodeagent.cli.node.capture.named_texts import Named
 from nodeagent.cli.node.capture.pseudonyms import Pseudonyms
-from nodeagent.cli.shared.capture_format import DEVICES, STATE, TREE
+from nodeagent.cli.shared.capture_format import DEVICES, LOG, STATE, TREE
 from nodeagent.state.store import FILE as LEDGER
 
 KINDS = {
@@ -43,6 +45,13 @@ NAMED_IN_TREE = ("mounts", "mountinfo", "cmdline", "hostname", "swaps")
 """Files of the kernel that may name pods or nodes."""
 _REFUSED = re.compile(r"claim ([^/ ]+)/([^/ ]+)(?: of (.*))?$")
 _WORD = re.compile(r"[a-z][a-z0-9_]*")
+_TEXTS = (
+    *(("audit_reasons", "why"), ("refusals", "holder"), ("refusals", "want"), ("refusals", "why")),
+    *(("happenings", "what"), ("happenings", "why")),
+)
+"""Tables and columns of the ledger's file with sentences."""
+DROPPED = frozenset({"allocresp"})
+"""Keys of kubelet's checkpoint whose values are left out: what plugins answered, as protobuf in base64."""
 
 
 def anonymized(members: Members, host: str) -> tuple[Members, Pseudonyms]:
@@ -55,6 +64,7 @@ def anonymized(members: Members, host: str) -> tuple[Members, Pseudonyms]:
         _collect(names, document)
         if not name.startswith("kubelet/"):
             names.protect(_keys(document))
+    _collect_texts(names, members)
     _collect_serials(names, members)
     ledger = members.files.get(f"{STATE}/{LEDGER}")
     if ledger is not None:
@@ -87,11 +97,16 @@ def _collect(names: Pseudonyms, value: Any) -> None:
     elif isinstance(value, str):
         if (inner := _inner(value)) is not None:
             _collect(names, inner)
+        else:
+            _add_all(names, named_texts.in_text(value))
     elif isinstance(value, dict):
         _collect_pair(names, value)
+        _collect_assigned(names, value.get("entries"))
         for key, one in value.items():
             kind = KINDS.get(_key(str(key)))
-            if kind and isinstance(one, str):
+            if _key(str(key)) == "providerid" and isinstance(one, str):
+                _add_all(names, [named_texts.Named(provider=one)])
+            elif kind and isinstance(one, str):
                 names.add(kind, one)
             elif _key(str(key)) in SERIALS and isinstance(one, str):
                 names.add_serial(one)
@@ -110,6 +125,53 @@ def _collect_pair(names: Pseudonyms, value: dict[str, Any]) -> None:
 
 def _pair(names: Pseudonyms, namespace: str, kind: str, name: str) -> None:
     names._names[f"{namespace}/{name}"] = f"{names.add('namespace', namespace)}/{names.add(kind, name)}"
+
+
+def _collect_assigned(names: Pseudonyms, entries: Any) -> None:
+    """Collect the containers of kubelet's CPU and memory managers: {pod UID: {container: what it has}}."""
+    for containers in entries.values() if isinstance(entries, dict) else ():
+        for name in containers if isinstance(containers, dict) else ():
+            names.add("container", str(name))
+
+
+def _add_all(names: Pseudonyms, found: Iterable[Named]) -> None:
+    """Add names that stand together, alone and as they are joined by slashes."""
+    for one in (one for one in found if not named_texts.is_cgroup(one.namespace)):
+        for kind in ("namespace", "pod", "container", "claim", "node"):
+            if text := getattr(one, kind):
+                names.add(kind, text)
+        if one.provider:
+            names.add("provider", one.provider)
+            names.add("provider", one.provider.rpartition("/")[2])
+        for kind in ("pod", "claim"):
+            if one.namespace and getattr(one, kind):
+                _pair(names, one.namespace, kind, getattr(one, kind))
+        if one.namespace and one.pod and one.container:
+            joined = f"{one.namespace}/{one.pod}/{one.container}"
+            names._names[joined] = (
+                f"{names._names[f'{one.namespace}/{one.pod}']}/{names.add('container', one.container)}"
+            )
+
+
+def _collect_texts(names: Pseudonyms, members: Members) -> None:
+    """Collect the names in the log, in configurations and in command lines."""
+    for name, content in members.files.items():
+        text = content.decode("utf-8", "replace")
+        if name == LOG:
+            _add_all(names, named_texts.in_log(text))
+        elif name.startswith(f"{TREE}/"):
+            if name.rpartition("/")[2] == "cmdline":
+                _add_all(names, named_texts.in_text(text))
+        elif name.endswith(".yaml"):
+            _collect(names, _yaml(text))
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    with contextlib.suppress(yaml.YAMLError, ValueError, RecursionError):
+        return yaml.safe_load(text)
+    return None
 
 
 def _inner(text: str) -> Any:
@@ -146,6 +208,9 @@ def _collect_ledger(names: Pseudonyms, db: sqlite3.Connection) -> None:
     for table in ("grants", "audit"):
         for (body,) in db.execute(f"SELECT DISTINCT body FROM {table} WHERE body != ''"):  # noqa: S608 - our own names
             _collect(names, _inner(body))
+    for table, column in _TEXTS:
+        for (text,) in _rows(db, f"SELECT DISTINCT {column} FROM {table}"):  # noqa: S608 - our own names
+            _add_all(names, named_texts.in_text(text))
     for (holder,) in _rows(db, "SELECT DISTINCT holder FROM refusals"):
         if found := _REFUSED.match(holder):
             for pod in filter(None, (found[3] or "").split(", ")):
@@ -200,6 +265,8 @@ def _document(names: Pseudonyms, value: Any) -> Any:
 
 def _value(names: Pseudonyms, key: str, value: Any) -> Any:
     kind = KINDS.get(_key(key))
+    if _key(key) in DROPPED:
+        return ""
     return names.name(kind, value) if kind and isinstance(value, str) else _document(names, value)
 
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import random
 import re
 import stat
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from nodeagent.cli import main
 from nodeagent.cli.node.capture import collect, redact
+from nodeagent.cli.node.capture.anonymize import anonymized
+from nodeagent.cli.node.capture.archive import Members
 from nodeagent.cli.node.capture.pseudonyms import Pseudonyms
 from nodeagent.core.ledger.ledger import GRANTED, RELEASED, Change
 from nodeagent.core.model.cpuset import CpuSet
@@ -26,7 +32,7 @@ from nodeagent.host.sysfs.atomic_file import drafts
 from nodeagent.host.sysfs.recording import DeviceNode, RecordingSysFs
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.state.agent import Agent
-from nodeagent.state.audit import Refusal
+from nodeagent.state.audit import Happening, Refusal
 from nodeagent.state.store import FILE, Store
 from nodeagent.state.values import AgentSettings
 from tests.builders.devices import DeviceTree
@@ -206,6 +212,93 @@ def opened_store(folder: Path, content: bytes) -> Store:
     folder.mkdir()
     (folder / FILE).write_bytes(content)
     return Store(folder)
+
+
+# ---------------------------------------------------------------- every place of a name
+
+
+def everywhere(folder: Path, name: Mapping[str, str]) -> Members:
+    """A capture in which each name stands in every place where a node has it, and some in one place alone."""
+    whose = f"{name['namespace']}/{name['pod']}/{name['container']}"
+    claim = f"{name['namespace']}/{name['claim']}"
+    answer = base64.b64encode(f"\n\x04GRANT\x12{name['env']}".encode()).decode()
+    pods = [{"PodUID": POD_UID, "ContainerName": name["container2"], "ResourceName": "a/b", "AllocResp": answer}]
+    claims = {"ClaimInfoStateList": [{"ClaimUID": CLAIM_UID, "ClaimName": name["claim2"], "Namespace": "default"}]}
+    lines = [
+        {"event": "drift", "whose": f"{name['namespace2']}/{name['pod2']}/{name['container3']}", "files": []},
+        {"event": "pinned", "name": whose, "container": CONTAINER_ID},
+        {"event": "claim-not-prepared", "claim": f"{name['namespace3']}/{name['claim3']}", "error": "no"},
+        {"event": "x", "error": f"cannot prepare claim {name['namespace3']}/{name['claim4']}: 1 is free"},
+        {"event": "x", "error": f"cannot start container {name['namespace3']}/{name['pod3']}/{name['container4']}: no"},
+        {"event": "x", "error": f"cannot find nodes {name['node2']}: kubelet has not registered it"},
+        {"event": "x", "pod": name["pod4"], "holders": [f"claim {claim}", "kubepods/burstable/pod1"]},
+    ]
+    with contextlib.closing(Store(folder)) as store:
+        wrong = "cpuset.cpus: '6', not '4-5'"
+        drift = Happening(action="drift", what=f"{name['namespace']}/{name['pod5']}/{name['container5']}: {wrong}")
+        store.record_happenings([drift], at=1e9)
+        store.record_refusals([Refusal(holder="", want="1", why=f"cannot prepare claim {claim}: no")], op="", at=1e9)
+    log = [f"2026-11-29T21:08:26+0000 {name['host']} nodeagent[7]: {json.dumps(one)}" for one in lines]
+    console = f"drift  error= whose={name['namespace2']}/{name['pod6']}/{name['container']}"
+    yaml_of = {"config": {"dra": {"nodeName": name["node"]}}, "kubelet": {"providerID": f"aws:///z/{name['provider']}"}}
+    files: dict[str, Any] = {
+        "kubelet/cpu_manager_state": {"policyName": "static", "entries": {POD_UID: {name["container6"]: "1-2"}}},
+        "kubelet/memory_manager_state": {"entries": {POD_UID: {name["container7"]: [{"size": 1}]}}},
+        "kubelet/device-plugins/kubelet_internal_checkpoint": {"Data": {"PodDeviceEntries": pods}, "Checksum": 1},
+        "kubelet/dra_manager_state": {"Data": json.dumps(claims), "Checksum": 1},
+        "pages/v1/status.json": {
+            "notes": [f"pod {name['namespace']}/{name['pod']} has claim {claim}"],
+            "not_ready": [],
+        },
+        "pages/v1/grants.json": [{"namespace": name["namespace"], "pod": name["pod"], "container": name["container"]}],
+    }
+    command = ["kubelet", f"--hostname-override={name['node3']}", f"--provider-id=x:///{name['provider2']}"]
+    members = Members(files={path: json.dumps(one).encode() for path, one in files.items()})
+    members.files |= {
+        "config/config.yaml": yaml.safe_dump(yaml_of["config"]).encode(),
+        "kubelet/config.yaml": yaml.safe_dump(yaml_of["kubelet"]).encode(),
+        "log.txt": "\n".join([*log, console]).encode(),
+        "tree/proc/812/cmdline": "\0".join(command).encode(),
+        f"state/{FILE}": (folder / FILE).read_bytes(),
+    }
+    return members
+
+
+PLACES = (
+    *("namespace", "namespace2", "namespace3", "host", "env", "provider", "provider2", "node", "node2", "node3"),
+    *(f"pod{number}" for number in ("", 2, 3, 4, 5, 6)),
+    *(f"container{number}" for number in ("", 2, 3, 4, 5, 6, 7)),
+    *(f"claim{number}" for number in ("", 2, 3, 4)),
+)
+
+
+def some_names(seed: int) -> dict[str, str]:
+    """A name for each place that nothing else in a capture contains, short and long ones."""
+    draw, found = random.Random(seed), dict[str, str]()
+    while len(found) < len(PLACES):
+        middle = "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 10)))
+        found[f"zq{middle}{draw.choice(('q', '-7', '-x-y', '0'))}"] = ""
+    return dict(zip(PLACES, found, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_no_name_of_a_node_is_anywhere_in_an_anonymous_capture(seed: int) -> None:
+    """Whatever it names, however long it is, and also where it stands in one place alone. What is no name stays."""
+    name = some_names(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        before = everywhere(Path(folder), name)
+    whole = b"".join(before.files.values())
+    assert [one for place, one in name.items() if one.encode() not in whole and place != "env"] == []
+    after, _ = anonymized(before, name["host"])
+    for path, content in after.files.items():
+        for place, one in name.items():
+            assert one.encode() not in content and one not in path, (place, one, path)
+    states = json.loads(after.files["kubelet/cpu_manager_state"])
+    assert next(iter(states["entries"].values())).popitem()[1] == "1-2"
+    (pod,) = json.loads(after.files[f"kubelet/{collect.CHECKPOINT}"])["Data"]["PodDeviceEntries"]
+    assert (pod["AllocResp"], pod["ResourceName"]) == ("", "a/b")
+    log = after.files["log.txt"].decode()
+    assert "cpuset" not in log and "kubepods/burstable/pod1" in log and '"event": "claim-not-prepared"' in log
 
 
 # ---------------------------------------------------------------- the file
