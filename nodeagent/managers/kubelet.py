@@ -7,6 +7,7 @@ so.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -89,6 +90,18 @@ def look(
     acknowledged = known.started is not None or named.file or named.drop_ins
     unseen = f"{unseen}: {_assumed(config)}" if unseen and not acknowledged else ""
     return _with_states(replace(known, unseen=unseen, config=config), kubelet_dir)
+
+
+def configuration_files(sysfs: SysFs, kubelet_dir: Path, named: KubeletConfigConfig | None = None) -> list[str]:
+    """Return the full paths of the files with kubelet's configuration, in the order in which they count, and of the
+    folder of drop-ins, as far as they can be found. The parameters are those of `look`."""
+    found: list[str] = []
+    with contextlib.suppress(InputError, HostError):
+        started, _ = _find(sysfs, kubelet_dir)
+        file, folder = _files(sysfs, kubelet_dir, named or KubeletConfigConfig(), started)
+        found += [file] if file else []
+        found += [folder, *kubelet_config.drop_ins(folder)] if folder else []
+    return found
 
 
 def _config(sysfs: SysFs, kubelet_dir: Path, named: KubeletConfigConfig, started: Started | None) -> KubeletConfig:
@@ -207,7 +220,10 @@ def _resolved(sysfs: SysFs, started: Started, flag: str) -> str:
             "kubeletConfig names where kubelet's configuration lies"
         )
     # A trailing slash matters: with it a symlink to a folder is followed.
-    return sysfs.path(os.path.join(started.folder, given).lstrip("/"))  # noqa: PTH118
+    path = os.path.join(started.folder, given)  # noqa: PTH118
+    if sysfs.root != "/" and ".." in path.split("/"):  # a captured command line leads nowhere out of its tree
+        path = os.path.normpath(f"/{path}")
+    return sysfs.path(path.lstrip("/"))
 
 
 def _if_there(path: str) -> str:

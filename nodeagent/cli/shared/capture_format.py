@@ -7,7 +7,7 @@ inventory.json       the machine as scanned at that moment, with what NVML says
 pages/               the pages of the status socket: pages/v1/status.json, pages/metrics.txt
 state/ledger.db      a copy of the ledger
 config/              the configuration, without secrets
-kubelet/             kubelet's checkpoints, state and configuration
+kubelet/             kubelet's checkpoints, state and configuration; what of that is elsewhere is in the tree
 log.txt versions.json
 """
 
@@ -40,6 +40,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     anonymized: bool
     members: int
     """How many members follow."""
+    kubelet_dir: str = ""
+    """Where kubelet's folder was on the node; "" if an older build made it."""
     missing: dict[str, str] = {}
     """Why something is not part of it, by name."""
 

@@ -44,6 +44,8 @@ class Facts:
     """Returns a page that is text, such as /metrics, like `page`."""
     config_file: Path | None = None
     """The agent's configuration; None if there is no file, so that the defaults are in force."""
+    kubelet_dir: Path | None = None
+    """Kubelet's folder, of a capture; None if it is where the configuration says."""
     scanned: bytes | None = None
     """The machine as `nodeagent inventory -o json` shows it, of a capture; None if it can be scanned."""
 

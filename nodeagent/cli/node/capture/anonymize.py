@@ -50,6 +50,8 @@ _TEXTS = (
     *(("happenings", "what"), ("happenings", "why")),
 )
 """Tables and columns of the ledger's file with sentences."""
+KERNELS = tuple(f"{TREE}/{folder}/" for folder in ("sys", "proc", "dev"))
+"""What of the tree is the kernel's; the rest are files that programs read."""
 DROPPED = frozenset({"allocresp"})
 """Keys of kubelet's checkpoint whose values are left out: what plugins answered, as protobuf in base64."""
 
@@ -159,10 +161,10 @@ def _collect_texts(names: Pseudonyms, members: Members) -> None:
         text = content.decode("utf-8", "replace")
         if name == LOG:
             _add_all(names, named_texts.in_log(text))
-        elif name.startswith(f"{TREE}/"):
+        elif name.startswith(KERNELS):
             if name.rpartition("/")[2] == "cmdline":
                 _add_all(names, named_texts.in_text(text))
-        elif name.endswith(".yaml"):
+        elif name.startswith(f"{TREE}/") or name.endswith(".yaml"):
             _collect(names, _yaml(text))
 
 
@@ -247,7 +249,7 @@ def _content(names: Pseudonyms, name: str, content: bytes, documents: dict[str, 
     if name in documents:
         return json.dumps(_document(names, documents[name])).encode() + b"\n"
     text = content.decode("utf-8", "surrogateescape")
-    if not name.startswith(f"{TREE}/") or name.rpartition("/")[2] in NAMED_IN_TREE:
+    if not name.startswith(KERNELS) or name.rpartition("/")[2] in NAMED_IN_TREE:
         return names.text(text).encode("utf-8", "surrogateescape")
     return names.serials(text).encode("utf-8", "surrogateescape")
 

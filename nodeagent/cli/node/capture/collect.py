@@ -44,8 +44,10 @@ from nodeagent.config.schema import Config
 from nodeagent.core.model.inventory_json import to_document
 from nodeagent.errors import NodeagentError, cause_of
 from nodeagent.host.sysfs.recording import RecordingSysFs
+from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory.latches import FILE as LATCHES
-from nodeagent.state.store import BUSY_TIMEOUT_MS
+from nodeagent.managers.kubelet import configuration_files
+from nodeagent.state.store import BUSY_TIMEOUT_MS, LOCK
 from nodeagent.state.store import FILE as LEDGER
 from nodeagent.version import VERSION
 
@@ -76,6 +78,7 @@ class Gathered:
     at_s: float
     members: Members = field(default_factory=Members)
     missing: dict[str, str] = field(default_factory=dict)
+    kubelet_dir: str = ""
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -96,6 +99,7 @@ class Gathered:
             timezone=time_zone(),
             anonymized=anonymized,
             members=len(self.members),
+            kubelet_dir=self.kubelet_dir,
             missing=dict(self.missing),
         )
 
@@ -105,7 +109,7 @@ def gather(node: Node, step: Callable[[str], None]) -> Gathered:
 
     The ledger and the pages come first, next to each other: they change, the machine hardly does.
     """
-    found = Gathered(time.time())
+    found = Gathered(time.time(), kubelet_dir=str(node.kubelet_dir.absolute()))
     for name, part in (
         ("the agent's pages", _pages),
         ("the ledger", _state),
@@ -136,6 +140,8 @@ def _pages(node: Node, found: Gathered) -> None:
 def _state(node: Node, found: Gathered) -> None:
     with found.part("ledger"):
         found.members.files[f"{STATE}/{LEDGER}"] = ledger_copy(node.state_dir / LEDGER)
+    with found.part("mark"), contextlib.suppress(FileNotFoundError):
+        found.members.files[f"{STATE}/{LOCK}"] = _content(node.state_dir / LOCK)
     with found.part("latches"), contextlib.suppress(FileNotFoundError):
         found.members.files[f"{STATE}/{LATCHES}"] = _content(node.state_dir / LATCHES)
 
@@ -183,6 +189,21 @@ def _kubelet(node: Node, found: Gathered) -> None:
     with found.part(f"kubelet/{KUBELET_CONFIG}"):
         content = _content(node.kubelet_dir / KUBELET_CONFIG)
         found.members.files[f"kubelet/{KUBELET_CONFIG}"] = redact.configuration(content)
+    for path in configuration_files(SysFs(node.root), node.kubelet_dir, node.config.kubelet_config):
+        with found.part(f"kubelet's {path}"):
+            _kubelet_elsewhere(node, found, path)
+
+
+def _kubelet_elsewhere(node: Node, found: Gathered, path: str) -> None:
+    """Add a file or folder of kubelet's configuration that is not in kubelet's folder."""
+    root = node.root.rstrip("/")
+    place = f"{TREE}/{path.removeprefix(root).strip('/')}"
+    if path == str(node.kubelet_dir / KUBELET_CONFIG) or not path.startswith(f"{root}/"):
+        return
+    if Path(path).is_dir():
+        found.members.folders.add(place)
+    else:
+        found.members.files[place] = redact.configuration(_content(Path(path)))
 
 
 def _config(node: Node, found: Gathered) -> None:

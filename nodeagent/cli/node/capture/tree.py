@@ -12,6 +12,7 @@ from nodeagent.config.schema import Config
 from nodeagent.errors import HostError, NodeagentError
 from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.devices.all_kinds import load_kinds
+from nodeagent.host.processes import running, sees_all
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.recording import RecordingSysFs
 from nodeagent.managers.kubelet import look
@@ -35,6 +36,8 @@ PATTERNS = (
 """Read in addition to a scan."""
 NOT_ENTERED = ("shm", "mqueue", "hugepages", "pts")
 """Folders of /dev with what programs put there."""
+PROGRAMS = ("containerd", "crio", "irqbalance")
+"""Programs besides kubelet whose command lines matter."""
 MOST_NODES = 20_000
 
 
@@ -45,6 +48,7 @@ def record(sysfs: RecordingSysFs, config: Config) -> dict[str, str]:
         "scan": lambda: scan(sysfs, load_kinds(), selectors(config), cgroup_root=config.pinning.cgroup_root),
         "kubelet's process": lambda: look(sysfs, Path(config.kubelet_dir), config.kubelet_config),
         "cgroups": lambda: _cgroups(sysfs, config.pinning.cgroup_root),
+        "other programs": lambda: (sees_all(sysfs), running(sysfs, lambda name: name in PROGRAMS)),
         "device nodes": lambda: _nodes(sysfs),
         "other files": lambda: _read(sysfs, (one for pattern in PATTERNS for one in matches(sysfs, pattern))),
     }

@@ -65,7 +65,7 @@ class Node:
 
     def text(self, path: str) -> str | None:
         """Return a file's text, or None if there is no such file. path: without the leading slash. Raise HostError."""
-        return self.files.text(path, None)
+        return self.files.text(self._inside(path), None)
 
     def kernel_text(self, path: str) -> str | None:
         """Return a file of the kernel, or None if this kernel has none. Raise NotCapturedError if a capture lacks it,
@@ -77,11 +77,15 @@ class Node:
 
     def names(self, path: str) -> list[str]:
         """Return the names in a folder, none if it is missing. Raise HostError."""
-        return self.files.names(path)
+        return self.files.names(self._inside(path))
 
     def below(self, path: str) -> Path:
         """Return where a path of the node is found from here."""
-        return Path(self.files.path(path.lstrip("/")))
+        return Path(self.files.path(self._inside(path.lstrip("/"))))
+
+    def _inside(self, path: str) -> str:
+        """Return a path that leads nowhere out of a captured tree: what names it may be part of the capture."""
+        return path if self.live or ".." not in path else os.path.normpath(f"/{path}")[1:]
 
     @property
     def in_pod(self) -> bool:

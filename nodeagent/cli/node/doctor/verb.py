@@ -28,6 +28,7 @@ EXAMPLES = (
     ("nodeagent doctor -o json", "for a program"),
 )
 EXIT_CODES = {1: "warnings", 2: "failures, or bad input"}
+REPLAYABLE = True
 FAILED = 2
 
 
@@ -87,7 +88,8 @@ def node_of(args: argparse.Namespace) -> Node:
             live=False,
             now_s=replayed.now_s,
             state_dir=replayed.state_dir,
-            **paths,
+            config_file=replayed.config_file,
+            kubelet_dir=replayed.kubelet_dir,
         )
     if args.state_dir:
         paths["state_dir"] = Path(args.state_dir)

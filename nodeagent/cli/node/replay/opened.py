@@ -16,6 +16,7 @@ from nodeagent.cli.node.replay.unpack import unpack
 from nodeagent.cli.shared.capture_format import CONFIG, SCANNED, STATE, TREE, Manifest, page_member
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.source import check_root
+from nodeagent.config.schema import Config
 from nodeagent.errors import InputError, PeerError, cause_of
 
 
@@ -54,9 +55,22 @@ def capture_facts(folder: Path, manifest: Manifest, source: Path) -> Facts:
             now_s=manifest.at_s,
             text=_page(folder, manifest, source, _harmless),
             config_file=config if config.exists() else None,
+            kubelet_dir=_kubelet_dir(folder, manifest),
             scanned=_harmless((folder / SCANNED).read_text()).encode(),
         )
     raise InputError(f"cannot replay {source}: it has no {SCANNED}")
+
+
+def _kubelet_dir(folder: Path, manifest: Manifest) -> Path:
+    """Put kubelet's folder where it was in the tree, so that what names it finds it. Return its path."""
+    place = folder / f"{TREE}{os.path.normpath(f'/{manifest.kubelet_dir or Config().kubelet_dir}')}"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for one in [*(folder / "kubelet").glob("*")]:
+            one.rename(place / one.name)
+    except OSError:
+        return folder / "kubelet"  # a link or a file is in the way
+    return place
 
 
 _CONTROL = re.compile(r"((?<!\\)(?:\\\\)*)\\u00(?:[01][0-9a-f]|7f|[89][0-9a-f])", re.I)

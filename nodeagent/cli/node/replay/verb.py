@@ -14,7 +14,7 @@ EXAMPLES = (
     ("nodeagent replay node.tar.zst explain pod shop/till", "as on the node itself"),
 )
 EXIT_CODES = {3: "refused, by the other command"}
-FOREIGN = ("root", "socket", "state_dir", "config", "watch")
+FOREIGN = ("root", "socket", "state_dir", "kubelet_dir", "config", "watch")
 """Options that name another node, or wait for changes."""
 
 

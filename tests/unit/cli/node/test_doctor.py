@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nodeagent.cli import main
+from nodeagent.cli.node.capture import archive, collect
+from nodeagent.cli.node.capture.anonymize import anonymized
 from nodeagent.cli.node.doctor import show
-from nodeagent.cli.node.doctor.model import State
+from nodeagent.cli.node.doctor.model import State, examine
 from nodeagent.cli.node.doctor.registry import CHECKS, exit_code, findings
+from nodeagent.cli.shared.capture_format import MANIFEST, PAGES, page_member
+from nodeagent.config.load import load
+from nodeagent.config.schema import Config
 from tests.builders import tables
 from tests.builders.doctor_node import BuiltNode
+from tests.doubles.kubelet_process import put
 
 GARBAGE_FILES = (
     "etc/nodeagent/config.yaml",
@@ -94,6 +102,96 @@ def test_a_capture_gives_the_same_answers_wherever_it_lies(tmp_path: Path, capsy
         assert main(["doctor", "--root", str(built.root), "-o", "json"]) == 2
         outputs.append(capsys.readouterr().out)
     assert outputs[0] == outputs[1] and "/etc/nodeagent/config.yaml" in outputs[0]
+
+
+def captured(built: BuiltNode, folder: Path, *, anonymous: bool = False) -> str:
+    """A capture of a built node and its agent."""
+    file, _ = built.root / "etc/nodeagent/config.yaml", folder.mkdir(exist_ok=True)
+    node = collect.Node(
+        root=str(built.root),
+        socket=str(built.socket),
+        state_dir=built.state_dir,
+        kubelet_dir=built.kubelet_dir,
+        config=load(file) if file.exists() else Config(),
+        config_file=file if file.exists() else None,
+    )
+    found = collect.gather(node, lambda _: None)
+    for page in PAGES if built.status is not None else ():
+        found.members.files[page_member(page)] = json.dumps(built.status).encode()
+    if anonymous:
+        found.members, _ = anonymized(found.members, "host-of-the-test")
+    manifest = msgspec.json.encode(found.manifest(host="n", anonymized=anonymous))
+    archive.write(str(folder / "c.tar.zst"), (MANIFEST, manifest), found.members, found.at_s)
+    return str(folder / "c.tar.zst")
+
+
+def refused(built: BuiltNode) -> None:
+    built.kubelet("cpuManagerPolicy: [\n")
+
+
+def static(built: BuiltNode) -> None:
+    """Reserved in a drop-in, static by the file that the flag names, and the state of its manager."""
+    put(built.root / "etc/kubelet.d/20-reserve.conf", "reservedSystemCPUs: '0-1'\n")
+    built.kubelet("cpuManagerPolicy: static\n", "--config-dir=/etc/kubelet.d")
+    built.kubelet_file(
+        "cpu_manager_state", json.dumps({"policyName": "static", "defaultCpuSet": "0-7", "entries": {}, "checksum": 1})
+    )
+
+
+def busy(built: BuiltNode) -> None:
+    """An agent with a configuration of its own, grants, notes, and another device plugin beside it."""
+    built.kubelet("topologyManagerPolicy: restricted\n")
+    built.configure(domain="a.b", resources=[{"name": "cpu", "kind": "cpu", "serve": "dra"}], reservedCpus="0")
+    built.answer(notes=["look"], not_ready=["waiting"])
+    built.checkpoint("nvidia.com/gpu")
+    built.grant("4-5")
+    built.cgroups()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda built: None, refused, static, busy], ids=["plain", "refused", "static", "busy"]
+)
+@pytest.mark.parametrize("anonymous", [False, True], ids=["", "anonymous"])
+def test_a_replayed_capture_is_examined_as_the_node_was(
+    make: Callable[[BuiltNode], None], anonymous: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But for what only the running machine can answer: the same states, of files that are found nowhere else."""
+    built = BuiltNode(tmp_path / "node")
+    make(built)
+    built.live = False
+    expected = {check.name: examine(check, built.node()) for check in CHECKS}
+    file = captured(built, tmp_path / "capture", anonymous=anonymous)
+    shutil.rmtree(tmp_path / "node")
+    code = main(["replay", file, "doctor", "-o", "json"])
+    found = {one["name"]: one for one in json.loads(capsys.readouterr().out)["checks"]}
+    states = {one["state"] for one in found.values()}
+    assert code == (2 if "failure" in states else int(bool(states & {"warning", "unknown"})))
+    lacking = "not in a capture"
+    different = {
+        name: (one["state"], one["seen"], expected[name].seen)
+        for name, one in found.items()
+        if one["state"] != str(expected[name].state) and one["seen"] != lacking
+    }
+    assert different == {}
+    assert {name for name in found if name.startswith("kubelet.") and found[name]["seen"] == lacking} <= {
+        "kubelet.sockets"
+    }
+
+
+def test_a_hostile_capture_leads_the_doctor_to_no_file_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Neither by its configuration nor by kubelet's command line."""
+    outside = tmp_path / "outside.yaml"
+    outside.write_text("secret: [\n")
+    up = "/.." * 20
+    built = BuiltNode(tmp_path / "node")
+    built.configure(kubeletConfig={"file": f"{up}{outside}"})
+    built.kubelet("", f"--config-dir={up}{outside}")
+    file = captured(built, tmp_path / "capture")
+    capsys.readouterr()
+    assert main(["replay", file, "doctor", "-o", "json", "--all"]) in (0, 1, 2)
+    assert "secret" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", tables.names())
