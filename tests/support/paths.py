@@ -7,6 +7,7 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 """The folder that `tests` is a package in."""
+NVML_STATE_DOUBLE = CHECKOUT / "tests" / "doubles" / "nvml_state_double.c"
 DATA = CHECKOUT / "tests" / "data"
 """Facts that were recorded elsewhere; its README says where."""
 NVML_DOUBLE = CHECKOUT / "tests" / "doubles" / "nvml_double.c"

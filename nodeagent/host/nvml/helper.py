@@ -20,12 +20,15 @@ from typing import Any, BinaryIO, TypeVar
 import msgspec
 
 from nodeagent.host.nvml.library import load
+from nodeagent.host.nvml.mig import MigControl, mig_state
 from nodeagent.host.nvml.values import (
     LENGTH,
     Fabric,
     Failure,
     Mig,
     NvGpu,
+    Question,
+    RefusedByDriver,
     Reply,
     Snapshot,
     Xid,
@@ -47,7 +50,25 @@ class Nvml:
 
     def __init__(self, nvml: Any) -> None:  # the module pynvml, which has no types
         self._nvml = nvml
+        self._mig_control = MigControl(nvml)
         nvml.nvmlInit()
+
+    def answer(self, question: Question) -> Reply:
+        """Answer one question. Raise NVMLError if NVML fails as a whole."""
+        to, mig = question.ask, self._mig_control
+        try:
+            if question.create is not None:
+                return Reply(to=to, made=mig.create(question.create))
+            if question.destroy is not None:
+                return Reply(to=to, completed=mig.destroy(question.destroy))
+            if question.mode is not None:
+                return Reply(to=to, completed=mig.set_mode(question.mode))
+            if question.look:
+                return Reply(to=to, state=mig_state(mig, self._migs, question.look))
+        except self._nvml.NVMLError as error:
+            in_use = isinstance(error, self._nvml.NVMLError_InUse)
+            return Reply(to=to, refused=RefusedByDriver(reason=str(error), in_use=in_use))
+        return Reply(to=to, snapshot=self.snapshot())
 
     def snapshot(self) -> Snapshot:
         """Read everything; a GPU that fails becomes an error message."""
@@ -107,14 +128,20 @@ class Nvml:
         ecc = (nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC)
         links = self._links(handle)
         rows = optional(nvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
+        uuid = nvml.nvmlDeviceGetUUID(handle)
+        profiles = self._mig_control.profiles(uuid, handle) if mode and mode[0] else ()
         return NvGpu(
             pci_address=address,
-            uuid=nvml.nvmlDeviceGetUUID(handle),
+            uuid=uuid,
             name=nvml.nvmlDeviceGetName(handle),
             minor=optional(nvml.nvmlDeviceGetMinorNumber, handle),
             memory_bytes=memory.total if memory is not None else None,
             mig_enabled=bool(mode and mode[0]),
             migs=self._migs(handle) if mode and mode[0] else (),
+            mig_pending=bool(mode[1]) if mode else None,
+            profiles=profiles,
+            instances=self._mig_control.instances(handle, profiles) if mode and mode[0] else (),
+            processes=self._mig_control.processes(handle) if mode else None,
             nvlinks=self._peers(handle, links),
             nvlinks_active=tuple(link for link, active in links.items() if active),
             nvlinks_inactive=tuple(link for link, active in links.items() if not active),
@@ -189,27 +216,28 @@ class Nvml:
 class Helper:
     """One loop for questions, one thread for events."""
 
-    def __init__(self, questions: BinaryIO, answers: BinaryIO, root: Path) -> None:
-        self._questions, self._answers, self._root = questions, answers, root
+    def __init__(self, questions: BinaryIO, answers: BinaryIO, root: Path, *, by_loader: bool) -> None:
+        self._questions, self._answers = questions, answers
+        self._root, self._by_loader = root, by_loader
         self._one_at_a_time = threading.Lock()
         self._nvml: Nvml | None = None
 
     def run(self) -> None:
         """Answer until the questions end."""
         while (question := read_frame(self._questions)) is not None:
-            to = msgspec.json.decode(question, type=dict[str, int])["ask"]
-            self._send(self._answer(to))
+            self._send(self._answer(msgspec.json.decode(question, type=Question)))
 
-    def _answer(self, to: int) -> Reply:
+    def _answer(self, question: Question) -> Reply:
         import pynvml
 
+        to = question.ask
         try:
             if self._nvml is None:
-                if failure := load(self._root):
+                if failure := load(self._root, by_loader=self._by_loader):
                     return Reply(to=to, failure=failure)
                 self._nvml = Nvml(pynvml)
                 threading.Thread(target=self._events, args=(self._nvml,), daemon=True).start()
-            return Reply(to=to, snapshot=self._nvml.snapshot())
+            return self._nvml.answer(question)
         except (pynvml.NVMLError, ValueError, UnicodeError) as error:
             return Reply(to=to, failure=Failure(absent=False, reason=f"NVML failed: {error}"))
 
@@ -239,11 +267,11 @@ def _text(value: bytes | str) -> str:
 
 def main() -> None:
     """Serve the parent, and die with it even inside a call that never returns. The argument is the root below which the
-    library is searched if the loader does not find it."""
+    library is searched if the loader does not find it; with --only-root the loader is not asked."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library's own output must not get between the frames
-    Helper(sys.stdin.buffer, answers, Path(sys.argv[1])).run()
+    Helper(sys.stdin.buffer, answers, Path(sys.argv[1]), by_loader="--only-root" not in sys.argv).run()
 
 
 if __name__ == "__main__":

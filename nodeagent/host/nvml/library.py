@@ -25,20 +25,26 @@ FOLDERS = tuple(
 )
 
 
-def load(root: Path = Path("/")) -> Failure | None:
+def has_library(root: Path) -> bool:
+    """Return whether a root has the library itself, in one of ROOTS."""
+    return any(candidates(root))
+
+
+def load(root: Path = Path("/"), *, by_loader: bool = True) -> Failure | None:
     """Load the library, so that loading it by its name alone gives this one from now on: the loader compares the name
-    with the SONAME of what is loaded. Return why there is none, or None if it is loaded.
+    with the SONAME of what is loaded. Return why there is none, or None if it is loaded. by_loader: whether the loader
+    is asked first; it knows the library of this machine, which another root does not describe.
 
     A file that is found but does not load (of another architecture, or half written) is reported only if no other
     loads; it may be repaired, so it does not count as absent."""
     errors = []
-    for path in (LIBRARY, *map(str, candidates(root))):
+    for path in (*([LIBRARY] if by_loader else []), *map(str, candidates(root))):
         try:
             ctypes.CDLL(path)
             return None
         except OSError as error:
             errors.append(f"cannot load {error}")  # the loader's message begins with the file's path
-    found = errors[1:]
+    found = errors[1:] if by_loader else errors
     return Failure(absent=not found, reason="; ".join(found) or f"there is no library {LIBRARY}")
 
 

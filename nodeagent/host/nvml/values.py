@@ -1,7 +1,7 @@
 """What the daemon and the process that calls NVML exchange: values, and the frames that carry them.
 
-A frame is four bytes of length, little endian, followed by JSON. The question is {"ask": N}; the answer is a Reply with
-the same N; an Xid that happens meanwhile is a Reply with N = 0.
+A frame is four bytes of length, little endian, followed by JSON. The answer to a Question is a Reply with its number;
+an Xid that happens meanwhile is a Reply with the number 0.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import msgspec
+
+from nodeagent.core.partitions.geometry import Profiles
 
 LENGTH = struct.Struct("<I")
 
@@ -36,6 +38,18 @@ class Fabric:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuInstance:
+    """One GPU instance, with or without compute instances: it holds its memory slices either way."""
+
+    id: int
+    profile: int
+    """Profile.id."""
+    start: int
+    size: int
+    """In memory slices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NvGpu:
     """One GPU as NVML sees it. What the GPU does not support is None."""
 
@@ -50,6 +64,14 @@ class NvGpu:
     mig_enabled: bool | None = False
     """None if unknown."""
     migs: tuple[Mig, ...] = ()
+    mig_pending: bool | None = None
+    """Whether it will be in MIG mode after its next reset. None if unknown."""
+    profiles: Profiles = ()
+    """What it can be divided into, if it is in MIG mode."""
+    instances: tuple[GpuInstance, ...] | None = ()
+    """None if they cannot be listed."""
+    processes: int | None = None
+    """How many processes compute on it. None if unknown."""
     nvlinks: dict[str, int] = field(default_factory=dict)
     """Number of active NVLinks by the PCI address of the other end, which may be a switch."""
     nvlinks_active: tuple[int, ...] = ()
@@ -93,13 +115,88 @@ class Xid:
     """(GPU instance, compute instance) of MIG; None: the whole GPU."""
 
 
+class Create(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """Make a GPU instance at exactly one placement, with one compute instance over all of it."""
+
+    gpu: str
+    """The GPU's UUID."""
+    profile: int
+    start: int
+    size: int
+    gi: int | None = None
+    """An instance that is there and only lacks its compute instance."""
+
+
+class Destroy(msgspec.Struct, frozen=True, kw_only=True):
+    """Destroy a GPU instance with its compute instances."""
+
+    gpu: str
+    gi: int
+
+
+class SetMode(msgspec.Struct, frozen=True, kw_only=True):
+    """Switch a GPU into or out of MIG mode."""
+
+    gpu: str
+    enabled: bool
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One frame to the helper: at most one of the other fields is set; with none, a snapshot is wanted."""
+
+    ask: int
+    look: str = ""
+    """UUID of the GPU whose instances are wanted."""
+    create: Create | None = None
+    destroy: Destroy | None = None
+    mode: SetMode | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MigState:
+    """The instances of one GPU at this moment."""
+
+    instances: tuple[GpuInstance, ...] | None
+    """None if they cannot be listed."""
+    migs: tuple[Mig, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """An instance that was created: what containers and NVML name it by."""
+
+    gi: int
+    ci: int
+    uuid: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completed:
+    """A request was carried out. pending: it takes effect when the GPU is reset."""
+
+    pending: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefusedByDriver:
+    """The driver refused a request, and nothing has changed."""
+
+    reason: str
+    in_use: bool = False
+    """Whether it is refused because a process uses the GPU or the instance."""
+
+
 class Reply(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One frame from the helper; exactly one of the last three fields is set."""
+    """One frame from the helper; exactly one of the fields after `to` is set."""
 
     to: int = 0
     snapshot: Snapshot | None = None
     failure: Failure | None = None
     xid: Xid | None = None
+    state: MigState | None = None
+    made: Made | None = None
+    completed: Completed | None = None
+    refused: RefusedByDriver | None = None
 
 
 def sysfs_address(bus_id: str) -> str:
