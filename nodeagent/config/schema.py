@@ -86,6 +86,17 @@ class OverheadConfig(_Base, frozen=True):
     """For each of its containers that uses the claim."""
 
 
+class MigConfig(_Base, frozen=True):
+    """Kind gpu: how NVIDIA's GPUs in MIG mode are divided."""
+
+    mode: Literal["static", "dynamic"] = "static"
+    """static: the resource serves the instances that somebody else made. dynamic: it serves everything that could be
+    made; an instance is made for a claim when it is prepared, and destroyed afterwards."""
+    gpus: list[str] = []
+    """With dynamic: shell patterns of PCI addresses. The agent puts these GPUs into MIG mode while nothing uses them,
+    and takes out of it those that it put there and that no resource names any longer."""
+
+
 class ResourceConfig(_Base, frozen=True):
     """One extended resource."""
 
@@ -116,6 +127,7 @@ class ResourceConfig(_Base, frozen=True):
     """kind gpu: what containers get of NVIDIA's driver in addition to what computing needs."""
     env: dict[Variable, Text] = {}
     mounts: list[MountConfig] = []
+    mig: MigConfig = MigConfig()
     overhead: dict[NodeResource, OverheadConfig] = {}
     """Devices through DRA: what of the Node's resources the scheduler counts for each, by resource."""
 
@@ -326,6 +338,11 @@ class Config(_Base, frozen=True):
     def served(self) -> list[ResourceConfig]:
         """Return the configured resources, or the default ones if none are configured."""
         return list(DEFAULT_RESOURCES) if self.resources is None else self.resources
+
+    @property
+    def divided(self) -> list[ResourceConfig]:
+        """Return the served resources whose devices are MIG instances that are made on demand."""
+        return [one for one in self.served if one.mig.mode == "dynamic"]
 
     @property
     def served_by_dra(self) -> list[ResourceConfig]:

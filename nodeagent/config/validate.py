@@ -43,12 +43,14 @@ MEANT_FOR = {
     "numa": ("cpu",),
     "grouping": ("cpu",),
     "driverCapabilities": ("gpu",),
+    "mig": ("gpu",),
 }
 """Keys that apply only to some kinds, with these."""
 TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")
 """Kinds that are no devices."""
 ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi", "overhead")
 """Keys that apply only to devices, not to CPUs or pages."""
+_NO_ALTERNATIVES = "the device plugin API has no devices of which only some can exist at the same time"
 NEEDED = {
     "char": ("paths", "globs such as /dev/ttyUSB*"),
     "usb": ("usb", "vendor and product"),
@@ -187,6 +189,12 @@ def _misplaced(one: ResourceConfig, where: str) -> Iterator[str]:
 def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
     if one.overhead and one.serve == "device-plugin":
         yield f"{where}.overhead has no meaning with serve 'device-plugin': only claims have one"
+    if one.mig.mode == "dynamic" and one.serve != "dra":
+        yield f"{one.serve!r} at {where}.serve, expected 'dra' with mig.mode 'dynamic': {_NO_ALTERNATIVES}"
+    if one.mig.mode == "dynamic" and one.replicas > 1:
+        yield f"{one.replicas} at {where}.replicas, expected 1 with mig.mode 'dynamic': an instance has one holder"
+    if one.mig.gpus and one.mig.mode != "dynamic":
+        yield f"{where}.mig.gpus has no meaning with mode 'static': nothing is divided on demand"
     for name, overhead in one.overhead.items():
         if not overhead.per_pod and not overhead.per_container:
             yield f"nothing at {where}.overhead.{name}, expected perPod, perContainer or both"

@@ -30,6 +30,7 @@ from nodeagent.config.schema import Config, keys_applied_at_start
 from nodeagent.core.events.states import Node
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
+from nodeagent.daemon.gpus import Gpus, instance_table
 from nodeagent.daemon.observed import observed
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked
 from nodeagent.daemon.reload import rewrites
@@ -62,7 +63,6 @@ from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.managers.pod_witness import PodWitness
-from nodeagent.managers.sharing.manager import SharingManager
 from nodeagent.resources.offer import Offer, offers, selectors
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import CONFIGURATION, Happening
@@ -135,18 +135,19 @@ class Daemon:
         self._others = OtherOffers(self._plugins)
         self._others.read_checkpoint()
         self._leader = Leader(agent, store, where.state_dir, lambda: self.config.audit_days)
+        instances = instance_table(agent, where)
         self._scanner = InventoryScanner(
-            agent, where.sysfs, families, where.state_dir, lambda: self.config, self._page_holders
+            agent, where.sysfs, families, where.state_dir, lambda: self.config, self._page_holders, instances
         )
         cluster = Cluster(config)
+        self._gpus = Gpus(
+            agent, where, lambda: self.config, self._scanner, instances, cluster.report, containers.pod_of
+        )
         self._device_plugin = DevicePluginManager(
             agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held, cluster.report
         )
         self._hugepages = HugepagesManager(
             agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
-        )
-        self._sharing = SharingManager(
-            agent, where.sysfs, where.state_dir, where.runtime_dir, cluster.report, containers.pod_of
         )
         self._dra = DraManager(
             agent,
@@ -160,7 +161,8 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            self._sharing,
+            self._gpus.sharing,
+            self._gpus.partitions,
         )
         self._pinning = PinningManager(
             agent,
@@ -210,7 +212,7 @@ class Daemon:
             self._recovery,
             self._scanner,
             self._device_plugin,
-            self._sharing,
+            *self._gpus.managers,
             self._dra,
             self._pinning,
             self._hugepages,
@@ -282,7 +284,7 @@ class Daemon:
         return self._dra.document()
 
     def sharing_document(self) -> dict[str, Any]:
-        return self._sharing.document()
+        return self._gpus.sharing.document()
 
     def pinning_document(self) -> dict[str, Any]:
         return {**self._pinning.document(), **self._exclusive.document()}

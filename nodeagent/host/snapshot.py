@@ -30,6 +30,8 @@ class Selectors:
     """Sizes of ready-made sets of linked GPUs."""
     driver_root: str | None = ""
     """Where the files of NVIDIA's driver are searched: a root on the host; "": the usual ones; None: nowhere."""
+    partitions: all_kinds.PartitionSelector | None = None
+    """None if no GPU is divided on demand."""
 
 
 NO_SELECTORS = Selectors()
@@ -63,6 +65,7 @@ def scan(
         usb=selectors.usb,
         pci_selectors=selectors.pci,
         nvml=nvml,
+        partitions=selectors.partitions,
     )
     devices = all_kinds.discover(sysfs, families, context)
     driver, missing = _driver_files(sysfs, devices.devices, selectors.driver_root)

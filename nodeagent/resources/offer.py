@@ -25,7 +25,7 @@ from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector
+from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector
 from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
 from nodeagent.host.snapshot import Selectors
 
@@ -143,6 +143,7 @@ def selectors(config: Config) -> Selectors:
         ),
         gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for_group(one, size)),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
+        partitions=PartitionSelector() if config.divided else None,
     )
 
 
@@ -172,7 +173,13 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
     match = dict(one.match)
     if one.kind in ("char", "usb"):
         match["selector"] = one.name
-    resource = DeviceResource(name=name, kind=one.kind, match=MappingProxyType(match), replicas=one.replicas)
+    resource = DeviceResource(
+        name=name,
+        kind=one.kind,
+        match=MappingProxyType(match),
+        replicas=one.replicas,
+        partitions=one.mig.mode == "dynamic",
+    )
     files = config.nvidia.driver_files
     return Offer(config=one, resource=resource, family=known[one.kind], driver_files=files)
 
@@ -235,6 +242,8 @@ def _refuse_without_nodes(devices: Iterable[Device]) -> None:
     for device in devices:
         if device.lacks_node:
             raise HostError(f"cannot hand over {device.id}: it has no device node at this moment")
+        if device.partition is not None and not device.partition.made:
+            raise HostError(f"cannot hand over {device.id}: its instance does not exist at this moment")
 
 
 def _word(name: str) -> str:

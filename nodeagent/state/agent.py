@@ -79,6 +79,10 @@ class Agent(ClaimDecisions):
         self.listed_at: float | None = None
         """When kubelet last listed what pods hold, in seconds since the epoch."""
         self._others = OtherPlugins()
+        self._foreign: Mapping[str, Grant] = MappingProxyType({})
+        """What other device plugins gave to pods."""
+        self._ending: Mapping[str, Grant] = MappingProxyType({})
+        """What still exists of grants that have ended; hold_back."""
         self._listing = listing
         self._living = living
         self._clock = clock
@@ -346,8 +350,16 @@ class Agent(ClaimDecisions):
         patience, see = self.settings.patience, self._others.observe
         self._take_foreign(see(self.inventory, self.ledger, served, holdings, witnesses, asked_at, patience))
 
+    def hold_back(self, parts: Mapping[str, Grant]) -> None:
+        """Grant nothing that these parts exclude, by grant id, as if another plugin held them: what still exists of
+        grants that have ended. They replace those of the call before."""
+        if parts != self._ending:
+            self._ending = dict(parts)
+            self._take_foreign(self._foreign)
+
     def _take_foreign(self, foreign: Mapping[str, Grant]) -> None:
-        before, self.ledger = self.ledger, ledger_of.with_foreign(self.ledger, foreign)
+        self._foreign = foreign
+        before, self.ledger = self.ledger, ledger_of.with_foreign(self.ledger, {**foreign, **self._ending})
         if before is not self.ledger:
             self.revisions.ledger.bump()
 

@@ -27,14 +27,15 @@ from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector, builtin_kinds
+from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector, builtin_kinds
 from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
-from nodeagent.host.nvml.values import Fabric
+from nodeagent.host.nvml.values import Fabric, GpuInstance
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.telemetry.metrics import REGISTRY
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import GIB, MIB, Shape, build
+from tests.support.mig_driver import profiles_of
 from tests.support.paths import CHECKOUT
 
 DOCS, SOURCES = CHECKOUT / "docs", CHECKOUT / "nodeagent"
@@ -81,6 +82,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
         gpu_groups=frozenset({2}),
+        partitions=PartitionSelector(),
     )
     found = scan(SysFs(tree.root), builtin_kinds(), selectors, _nvml())
     return replace(found, devices=tuple(map(_as_a_real_node, found.devices)))
@@ -90,7 +92,9 @@ def _nvml() -> Snapshot:
     mig = Mig(uuid="MIG-0", profile="3g.40gb", memory_bytes=40 * GIB, gpu_instance=1, compute_instance=0)
     told = {"uuid": "GPU-0", "name": "NVIDIA H100", "memory_bytes": 80 * GIB, "minor": 0, "ecc_uncorrected": 0}
     fabric = Fabric(cluster="5f1c0000-0000-0000-0000-000000000000", clique=1)
-    gpu = NvGpu(pci_address=GPU, mig_enabled=True, migs=(mig,), nvlinks={WHOLE_GPU: 1}, **told)  # type: ignore[arg-type]
+    lying = GpuInstance(id=1, profile=9, start=4, size=4)
+    divided = {"migs": (mig,), "instances": (lying,), "profiles": profiles_of("h100-80")}
+    gpu = NvGpu(pci_address=GPU, mig_enabled=True, nvlinks={WHOLE_GPU: 1}, **divided, **told)  # type: ignore[arg-type]
     whole = NvGpu(pci_address=WHOLE_GPU, mig_enabled=False, fabric=fabric, **told)  # type: ignore[arg-type]
     return Snapshot(driver_version="580.95", gpus=(gpu, whole))
 
@@ -172,6 +176,8 @@ def published(machine: Inventory) -> list[Pool]:
             resource = DeviceResource(name=f"{DRIVER}/{name}", kind=name, replicas=replicas)
             sets = DeviceResource(name=f"{DRIVER}/{name}-set", kind=name, match={"group": "?*"})
             kinds.append(DevicePool(kind=name, resources=(resource, sets)))
+    parts = DeviceResource(name=f"{DRIVER}/mig", kind="gpu", partitions=True)
+    kinds.append(DevicePool(kind="gpu", resources=(parts,)))
     made = [one.pool(machine, Ledger(), NO_HEALTH, ALL_FEATURES) for one in kinds]
     assert all(pool.devices for pool in made)
     return made
@@ -473,5 +479,5 @@ def test_every_key_of_the_configuration_is_explained() -> None:
         assert f"`dra.{name}`" in text
     for name in parts["PinningConfig"]["properties"]:
         assert f"`pinning.{name}`" in text
-    for name in {*parts["ResourceConfig"]["properties"]} - {"cdi"}:
+    for name in {*parts["ResourceConfig"]["properties"]} - {"cdi", "mig"}:
         assert f"`{name}`" in text

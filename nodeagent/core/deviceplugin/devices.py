@@ -55,6 +55,8 @@ class DeviceResource:
     match: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     """Shell patterns by field or attribute name; all must match."""
     replicas: int = 1
+    partitions: bool = False
+    """Whether it serves parts that are made when they are granted, and nothing else."""
 
     def devices(self, inventory: Inventory) -> list[Device]:
         """Return the devices that this resource serves, in the inventory's order.
@@ -67,6 +69,7 @@ class DeviceResource:
         """Return whether a device is of this kind, matches, and is not WITHHELD (unless `match` mentions why it is)."""
         return (
             device.kind == self.kind
+            and (device.partition is not None) == self.partitions
             and self._matches(device)
             and not any(device.attributes.get(name) and name not in self.match for name in WITHHELD)
         )

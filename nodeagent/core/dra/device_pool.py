@@ -21,6 +21,7 @@ from nodeagent.core.deviceplugin.devices import (
     illness,
     shares_by_device,
 )
+from nodeagent.core.dra import partition_pool
 from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, STANDARD_ROOT, claimed_names, standard_root
 from nodeagent.core.dra.linked_counters import linked_counters
 from nodeagent.core.dra.pool import (
@@ -58,7 +59,8 @@ LONGEST_BASE = LONGEST_LABEL - len(f"-share{MOST_SHARES - 1}")
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_IDS = (
-    re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f](/[a-z0-9]+(-[a-z0-9]+)*)?"),
+    re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f](/(?!mig-[0-9]+g-)[a-z0-9]+(-[a-z0-9]+)*)?"),
+    re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]/mig-[0-9]+g\.[0-9]+gb(\+me)?-[0-9]+"),
     re.compile(r"/dev(/[a-z0-9]+)+"),
     re.compile(r"(?!dev-|[0-9a-f]{4,8}-[0-9a-f]{2}-[0-9a-f]{2}-[0-9a-f](-|$))[a-z0-9]+(-[a-z0-9]+)*"),
 )
@@ -137,14 +139,16 @@ class _Still:
         self._names = {id: label(id) for id in served}
         self._costs = costs
         self._wholes = _wholes(inventory, served)
-        self._shared = _shared_things(inventory, served)
+        self._possible = frozenset(device.id for device, _ in served.values() if device.partition is not None)
+        self._shared = _shared_things(inventory, served.keys() - self._possible)
         self._shared_by: dict[str, list[tuple[str, ...]]] = {}
         for ids in self._shared:
             for one in ids:
                 self._shared_by.setdefault(one, []).append(ids)
         self._linked = linked_counters([device for device, _ in served.values()], self._names)
         self._sets = {id for id, (device, _) in served.items() if device.members}
-        self._devices = [self._device(inventory, *one) for one in served.values()]
+        ordered = partition_pool.in_order(device for device, _ in served.values())
+        self._devices = [self._device(inventory, *served[one.id]) for one in ordered]
         self._parts = {one.name: one.part for one in self._devices}
         self._divided = {_cut(one.name, LONGEST_BASE): one.part for one in self._devices if one.part.shares}
         self._switches = {
@@ -157,17 +161,19 @@ class _Still:
             *(CounterSet(name=self._names[id], counters={PARTS: parts}) for id, parts in self._wholes.items()),
             *(CounterSet(name=self._shared_name(ids), counters={PARTS: 1}) for ids in self._shared),
             *self._linked.counters,
+            *partition_pool.counter_sets(ordered, _partitioned),
         )
 
     def forms(self, *, consumable: bool, counters: bool, lists: bool = False) -> tuple[tuple[PoolDevice, ...], ...]:
         """Return the published form of each device: the device itself, or one device per share.
 
         Without counters, a device that has parts is left out, and all but the first of several that hand over the same
-        thing: the scheduler could allocate both.
+        thing, and parts that are made when they are granted: the scheduler could allocate two that exclude each other.
         """
         key = consumable, counters, lists
         if key not in self._forms:
-            left_out = {*self._wholes, *(one for ids in self._shared for one in ids[1:]), *self._sets}
+            shared = (one for ids in self._shared for one in ids[1:])
+            left_out = {*self._wholes, *self._possible, *shared, *self._sets}
             every = (one for one in self._devices if counters or one.part.device not in left_out)
             every = every if counters else (replace(one, consumes={}) for one in every)
             every = (self._with_lists(one) for one in every) if lists else every
@@ -192,24 +198,25 @@ class _Still:
         return PoolDevice(
             name=self._names[device.id],
             part=DevicePart(device=device.id, shares=shares, each=tuple(per_share(device, shares).items())),
-            attributes=_attributes(device, resource),
+            attributes=_attributes(device, resource) if device.partition is None else _of_part(device, resource),
             capacity=_divided(device, shares) if shares else _capacity(device),
             shared=bool(shares),
             consumes=self._consumes(inventory, device),
             costs=self._costs.get(resource.name, {}),
         )
 
-    def _consumes(self, inventory: Inventory, device: Device) -> dict[str, dict[str, int]]:
+    def _consumes(self, inventory: Inventory, device: Device) -> dict[str, Mapping[str, int]]:
         """Return the counters of the device's own set, of the sets of its ancestors, nearest first, and of the sets of
         what it hands over as other devices do.
 
         Beyond the number of sets that one device can consume, the scheduler cannot know, and Prepare refuses.
         """
         linked = self._linked.consumes.get(device.id, {})
+        made = partition_pool.consumed(device, _partitioned)
         own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
         above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
         shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared_by.get(device.id, ())}
-        every = [*own.items(), *linked.items(), *above.items(), *shared.items()]
+        every = [*made.items(), *own.items(), *linked.items(), *above.items(), *shared.items()]
         return {name: dict(counters) for name, counters in every[:MOST_COUNTER_SETS]}
 
     def _shared_name(self, ids: Sequence[str]) -> str:
@@ -224,6 +231,11 @@ def _divided(device: Device, shares: int) -> dict[str, Capacity]:
         step = MIB if name == MEMORY else 1
         found[name] = Capacity(value=size, binary=name == MEMORY, least=step, step=step, usual=each[name])
     return found
+
+
+def _partitioned(whole: str) -> str:
+    """Return the name of the counter set of a device of which parts are made on demand."""
+    return _cut(f"{label(whole)}-mig", LONGEST_LABEL)
 
 
 def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
@@ -402,6 +414,11 @@ def pcie_switches(device: Device) -> tuple[str, ...]:
     """Return the PCIe switches that a device is below, the outermost first, each by the address of its upstream port. A
     switch is two bridges below a root port: one towards the root, one towards the device. Only of a PCI function."""
     return device.bridges[1:-1:2] if device.pci_address is not None else ()
+
+
+def _of_part(device: Device, resource: DeviceResource) -> dict[str, Value]:
+    found = partition_pool.attributes(device, resource.name.rpartition("/")[2])
+    return {name: value for name, value in found.items() if value is not None and _fits(value)}
 
 
 def _standard(device: Device) -> dict[str, Value | None]:

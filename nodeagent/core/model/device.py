@@ -57,6 +57,26 @@ NODE_KINDS = frozenset({"accel", "block", "char", "fpga", "gpu", "imex", "nvme",
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Partition:
+    """A part of a device that need not exist: it is made when it is granted, and destroyed afterwards."""
+
+    rank: int
+    """Its place in the order in which the parts of one device are offered."""
+    profile: int
+    """The driver's number for its size."""
+    start: int
+    """The first of the memory slices on which it lies."""
+    size: int
+    """How many memory slices these are."""
+    draws: Mapping[str, int]
+    """What it takes of the counters of the whole."""
+    counters: Mapping[str, int]
+    """The counters of the whole."""
+    made: bool = False
+    """Whether it exists. In an inventory it says nothing of that; what a container gets is rendered with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Device(PciFacts):
     """A device that can be granted as a whole. `id` stays the same across reboots and driver failures."""
 
@@ -71,6 +91,8 @@ class Device(PciFacts):
     exclusive: tuple[str, ...] | None = None
     """What only one holder may have of it: device nodes, "wwid:…". None: all of `paths` but SHARED_NODES."""
     attributes: Mapping[str, str | int | bool] = field(default_factory=lambda: MappingProxyType({}))
+    partition: Partition | None = None
+    """Set for a part that need not exist: it has no device nodes before it is made."""
 
     @property
     def exclusive_parts(self) -> tuple[str, ...]:
@@ -88,7 +110,9 @@ class Device(PciFacts):
     @property
     def lacks_node(self) -> bool:
         """Return whether a container would get nothing: the kind needs device nodes, and there is none that is not
-        shared by all holders."""
+        shared by all holders. A part that is made when it is granted gets its nodes then."""
+        if self.partition is not None and not self.partition.made:
+            return False
         only_shared = not self.exclusive and SHARED_NODES.issuperset(self.paths)
         return self.kind in NODE_KINDS and (only_shared or not self.paths)
 

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from nodeagent.core.model.cpuset import MAX_ID, CpuSet
-from nodeagent.core.model.device import Device, DriverFile, DriverFiles, DriverUse, Hook, Link
+from nodeagent.core.model.device import Device, DriverFile, DriverFiles, DriverUse, Hook, Link, Partition
 from nodeagent.core.model.inventory import Inventory, KindState, PodsCgroup
 from nodeagent.core.model.topology import NO_NODE, CacheGroup, Cpu, HugepagePool, NumaNode
 from nodeagent.errors import InputError
@@ -85,6 +85,7 @@ class _Device(msgspec.Struct):
     parent: str | None = None
     exclusive: list[str] | None = None
     attributes: dict[str, str | int | bool] = {}
+    partition: Partition | None = None
 
 
 class _Link(msgspec.Struct):
@@ -183,6 +184,7 @@ def device_document(device: Device) -> dict[str, Any]:
         "parent": device.parent,
         **({} if device.exclusive is None else {"exclusive": list(device.exclusive)}),
         "attributes": dict(device.attributes),
+        **({} if device.partition is None else {"partition": msgspec.to_builtins(device.partition)}),
     }
 
 
@@ -444,4 +446,5 @@ def _device_in(device: _Device, source: str) -> Device:
         parent=device.parent,
         exclusive=None if device.exclusive is None else tuple(device.exclusive),
         attributes=MappingProxyType(dict(device.attributes)),
+        partition=device.partition,
     )

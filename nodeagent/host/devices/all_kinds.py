@@ -23,6 +23,7 @@ from nodeagent.host.devices.base import (
     Context,
     Found,
     Kind,
+    PartitionSelector,
     PciSelector,
     UsbSelector,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "Devices",
     "Found",
     "Kind",
+    "PartitionSelector",
     "PciSelector",
     "UsbSelector",
     "builtin_kinds",
@@ -90,6 +92,7 @@ def read_context(
     usb: tuple[UsbSelector, ...] = (),
     pci_selectors: tuple[PciSelector, ...] = (),
     nvml: Snapshot | Failure | None = None,
+    partitions: PartitionSelector | None = None,
 ) -> Context:
     """Read once what several kinds need. Blocks."""
     reader = Tolerant(sysfs)
@@ -103,6 +106,7 @@ def read_context(
         usb=usb,
         pci=pci_selectors,
         nvml=nvml,
+        partitions=partitions,
         warnings=tuple(reader.warnings),
     )
 

@@ -61,6 +61,14 @@ class PciSelector:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartitionSelector:
+    """GPUs in MIG mode are divided on demand. own: (UUID of the GPU, profile, start) of each instance that the agent
+    made or is making; all others are those of somebody else."""
+
+    own: frozenset[tuple[str, int, int]] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Context:
     """What was read and configured before discovery."""
@@ -74,6 +82,8 @@ class Context:
     pci: tuple[PciSelector, ...] = ()
     nvml: Snapshot | Failure | None = None
     """None if NVML was not queried."""
+    partitions: PartitionSelector | None = None
+    """None if nothing is divided on demand."""
     warnings: tuple[str, ...] = ()
     """Warnings from reading the above."""
 

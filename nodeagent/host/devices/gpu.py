@@ -16,8 +16,9 @@ from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, 
 from nodeagent.host.devices.gpus.groups import with_members
 from nodeagent.host.devices.gpus.links import nvlinks, with_domains, xgmi_links
 from nodeagent.host.devices.kfd import KfdNode, kfd_nodes
-from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
+from nodeagent.host.nvml.client import Failure, NvGpu, Snapshot
 from nodeagent.host.nvml.driver import driver_gpus, driver_version
+from nodeagent.host.nvml.mig_devices import mig_devices
 from nodeagent.host.pci import AMD, INTEL, NVIDIA, Function
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -33,7 +34,6 @@ _NO_NODE = (
     "neither NVML nor the driver shows a device node, so the GPU is not offered: run nvidia-modprobe -u -c MINOR on the"
     " host, and make /dev and /proc/driver/nvidia of the host visible to the agent"
 )
-_NVIDIA_CAPS = "proc/driver/nvidia-caps/mig-minors"
 
 
 class Gpu:
@@ -90,7 +90,7 @@ def _devices(
     device = pci_device(context, function, "gpu", paths=paths, attributes=attributes)
     yield device
     if nvidia is not None:
-        yield from (_mig_device(reader, device, nvidia, mig) for mig in nvidia.migs)
+        yield from mig_devices(reader, context.partitions, device, nvidia)
     if len(kfd) > 1:
         yield from (_partition(reader, device, kfd, node) for node in kfd)
 
@@ -216,32 +216,3 @@ def _platform(reader: Tolerant, render: str) -> str:
     one that the PCI function itself has."""
     real = reader.sysfs.real(f"sys/class/drm/{render}") if render else ""
     return real.split("/")[3] if real.startswith("sys/devices/platform/") else ""
-
-
-def _mig_device(reader: Tolerant, gpu: Device, nvidia: NvGpu, mig: Mig) -> Device:
-    attributes: Attributes = {
-        "uuid": mig.uuid,
-        "product": nvidia.name,
-        "driver_version": str(gpu.attributes.get("driver_version", "")),
-        "mig_profile": mig.profile,
-        "memory_bytes": mig.memory_bytes,
-    }
-    capabilities = _capabilities(reader, nvidia, mig)
-    return replace(
-        gpu,
-        id=f"{gpu.id}/mig-{mig.gpu_instance}-{mig.compute_instance}",
-        parent=gpu.id,
-        # The nodes of the GPU alone do not open an instance.
-        paths=(*gpu.paths, *capabilities) if capabilities else (),
-        exclusive=capabilities,
-        attributes=MappingProxyType(attributes),
-    )
-
-
-def _capabilities(reader: Tolerant, nvidia: NvGpu, mig: Mig) -> tuple[str, ...]:
-    """Return the capability nodes of an instance; lines of the driver's table read "gpu0/gi1/ci0/access 13"."""
-    instance = f"gpu{nvidia.minor}/gi{mig.gpu_instance}"
-    wanted = (f"{instance}/access", f"{instance}/ci{mig.compute_instance}/access")
-    lines = (line.split() for line in (reader.text(_NVIDIA_CAPS) or "").splitlines())
-    table = {words[0]: words[1] for words in lines if len(words) == 2}
-    return tuple(f"/dev/nvidia-caps/nvidia-cap{table[name]}" for name in wanted if name in table)

@@ -42,10 +42,18 @@ class ClaimRenderer:
     """Writes and removes the files of all claims, one call at a time."""
 
     def __init__(
-        self, agent: Agent, dra: Callable[[], Dra], cdi: CdiFolder, readable: ClaimFiles, mps_folder: Path
+        self,
+        agent: Agent,
+        dra: Callable[[], Dra],
+        cdi: CdiFolder,
+        readable: ClaimFiles,
+        mps_folder: Path,
+        view: Callable[[Inventory], Inventory] = lambda inventory: inventory,
     ) -> None:
-        """Store the folders; mps_folder: of the MPS daemons. `dra` returns what is currently served."""
+        """Store the folders; mps_folder: of the MPS daemons. `dra` returns what is currently served; `view` the
+        inventory with the parts that were made on demand as they are now."""
         self._agent = agent
+        self._view = view
         self._dra = dra
         self._cdi = cdi
         self._readable = readable
@@ -60,6 +68,10 @@ class ClaimRenderer:
         pods."""
         now = self._agent.newest.grants
         return all(one.id in now and replace(now[one.id], pods=one.pods) == one for one in grants)
+
+    def inventory(self) -> Inventory:
+        """Return the devices as they are handed over now."""
+        return self._view(self._agent.inventory)
 
     def cdi_id(self, grant: Grant) -> str:
         """Return the name of a grant's CDI device, VENDOR/CLASS=NAME."""
@@ -109,7 +121,7 @@ class ClaimRenderer:
             return self._write_some(claims)
 
     def _write_some(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        errors, dra, inventory = dict[str, str](), self._dra(), self._agent.inventory
+        errors, dra, inventory = dict[str, str](), self._dra(), self.inventory()
         for uid, grants in claims.items():
             try:
                 self._write(dra, inventory, uid, grants)

@@ -50,6 +50,7 @@ from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, Stat
 from nodeagent.managers.dra.node_watch import NodeWatch
 from nodeagent.managers.dra.prepare import NOTHING_SHARED, ClaimPreparer, Grow, Sharing, never_grow
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.partitions.manager import NO_INSTANCES, Instances
 from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.resources.offer import misspelt
 from nodeagent.state.agent import Agent
@@ -196,9 +197,11 @@ class DraManager(Manager):
         refused: Callable[[Config], Mapping[str, str]] = lambda config: {},
         grow: Grow = never_grow,
         sharing: Sharing = NOTHING_SHARED,
+        instances: Instances = NO_INSTANCES,
     ) -> None:
         """Set up. `refused` returns the resources of a configuration that cannot be served alongside kubelet's own
         managers and other device plugins, with the reason."""
+        self._instances = instances
         self._refused = refused
         self.config = config
         self._agent = agent
@@ -217,7 +220,7 @@ class DraManager(Manager):
         self.pools = Pools(agent, self.dra, self._books, self._conditional)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
-        self._rendering = ClaimRenderer(agent, self.dra, folder, readable, runtime_dir / mps.FOLDER)
+        self._rendering = ClaimRenderer(agent, self.dra, folder, readable, runtime_dir / mps.FOLDER, instances.view)
         cgroups = PodCgroups(sysfs, config.pinning.cgroup_root)
         self._cpu_requests = CpuRequests(cgroups.requests_cpus, lambda: agent.ledger, report)
         self._claims = ClaimPreparer(
@@ -230,6 +233,7 @@ class DraManager(Manager):
             self._cpu_requests.prepared,
             report,
             sharing,
+            instances,
         )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""
@@ -373,6 +377,7 @@ class DraManager(Manager):
     async def _lead(self) -> None:
         from nodeagent.kube.apiserver.client import NODES, SLICES
 
+        await self._instances.ready()
         driver, node = self._dra.catalog.driver, self._node_name
         self.publisher = Publisher(
             self.api,

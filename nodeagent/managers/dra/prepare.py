@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import structlog
 
+from nodeagent.aio.supervise import run_to_end
 from nodeagent.core.dra.prepare import Batch, Catalog, grants_of
 from nodeagent.core.events.happenings import Report, claim_refused, unreported
 from nodeagent.core.model.claim import Claim, ClaimRef, Prepared, PreparedDevice
@@ -20,6 +21,7 @@ from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.dra import container_edits as handover
 from nodeagent.managers.dra.claim_files import ClaimRenderer
+from nodeagent.managers.partitions.manager import NO_INSTANCES, Instances
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import Refusal
@@ -41,6 +43,7 @@ Grow = Callable[[Catalog, Sequence[Claim]], AbstractAsyncContextManager[Callable
 why they did not grow."""
 _ENDED = "kubelet unprepared its claim"
 _IN_USE = "cannot unprepare claim {}: it is in use, {}"
+_UNMADE = "the driver refused to make what was allocated to its claim"
 _UNPREPARED = "cannot prepare claim {}: it was unprepared meanwhile"
 
 
@@ -107,9 +110,11 @@ class ClaimPreparer:
         prepared: PreparedNotifier = lambda claim, grants: None,
         report: Report = unreported,
         sharing: Sharing = NOTHING_SHARED,
+        instances: Instances = NO_INSTANCES,
     ) -> None:
         """Store the parts. `dra` returns what is currently served."""
         self._sharing = sharing
+        self._instances = instances
         self._prepared = prepared
         self._report = report
         self._agent = agent
@@ -171,6 +176,8 @@ class ClaimPreparer:
             uid: f"cannot unprepare claim {uid}: {why}"
             for uid, why in (await self._sharing.release(_by_uid(done.released))).items()
         }
+        if self._instances.concerned(done.released):  # nothing of ours uses them any longer
+            await self._instances.settle()
         errors = {ref.uid: _IN_USE.format(ref, done.living[ref.uid]) for ref in claims if ref.uid in done.living}
         for uid, why in errors.items():
             log.warning("claim-in-use", op=op, uid=uid, error=why)
@@ -203,6 +210,7 @@ class ClaimPreparer:
         with self._waited_for(claims) as waited_for:
             until_s = asyncio.get_running_loop().time() + READ_S
             read = await asyncio.gather(*(self._read(ref, until_s) for ref in claims))
+            await self._instances.ready()
             found = [one for one in read if isinstance(one, Claim) and one.ref.uid in waited_for]
             catalog = self._dra().catalog
             async with self._grow(catalog, found) as too_small:
@@ -215,16 +223,41 @@ class ClaimPreparer:
             if isinstance(one, PeerError) and (known := grants_of(self._agent.ledger, ref.uid)):
                 log.warning("claim-not-read", claim=str(ref), error=str(one), answered="as granted before")
                 granted[ref.uid] = known
-                errors |= await self._rendering.write({ref.uid: known})
+                if not self._instances.concerned(known):
+                    errors |= await self._rendering.write({ref.uid: known})
             elif isinstance(one, NodeagentError):
                 errors[ref.uid] = f"cannot prepare claim {ref}: {one}"
             elif ref.uid not in batch.grants:
                 errors.setdefault(ref.uid, _UNPREPARED.format(ref))
+        if made := {uid: grants for uid, grants in granted.items() if self._instances.concerned(grants)}:
+            errors |= await run_to_end(self._make(made, granted, op))
         return _Decided(granted, errors, {one.ref.uid: one for one in read if isinstance(one, Claim)})
 
     def _writing(self, unwritten: dict[str, str]) -> Callable[[Batch], None]:
-        """Return what writes the files of claims that were just granted. unwritten: receives errors by UID."""
-        return lambda made: unwritten.update(self._rendering.write_now(made.grants))
+        """Return what writes the files of claims that were just granted, apart from those of which something has to be
+        made first. unwritten: receives errors by UID."""
+
+        def write(made: Batch) -> None:
+            there = {uid: grants for uid, grants in made.grants.items() if not self._instances.concerned(grants)}
+            unwritten.update(self._rendering.write_now(there))
+
+        return write
+
+    async def _make(
+        self, wanted: Mapping[str, Sequence[Grant]], granted: dict[str, Sequence[Grant]], op: str
+    ) -> dict[str, str]:
+        """Make what was granted and need not exist, and write the files. Return errors by UID. A claim that the driver
+        refuses is released whole, and removed from `granted`."""
+        unmade = await self._instances.make(wanted)
+        errors = await self._rendering.write({uid: one for uid, one in wanted.items() if uid not in unmade})
+        errors |= {uid: f"cannot prepare {wanted[uid][0].holder}: {one.why}" for uid, one in unmade.items()}
+        if refused := [uid for uid, one in unmade.items() if one.refused]:
+            done = await self._agent.unprepare(refused, _UNMADE, op, self._removing(refused, {}))
+            for uid in refused:
+                if uid not in done.living:
+                    del granted[uid]
+            await self._instances.settle()
+        return errors
 
     # ---------------------------------------------------------------- reading
 
@@ -277,7 +310,7 @@ class ClaimPreparer:
         if result is None:
             raise StateError(f"grant {grant.id} of the ledger does not say what was allocated")
         own = self._rendering.cdi_id(grant)
-        others = handover.cdi_names(self._dra(), self._agent.inventory, grant)
+        others = handover.cdi_names(self._dra(), self._rendering.inventory(), grant)
         return PreparedDevice(
             requests=_names(result.request),
             pool=result.pool,

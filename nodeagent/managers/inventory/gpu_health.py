@@ -105,15 +105,15 @@ def _nvlinks(gpu: str, lost: frozenset[int]) -> Evidence:
     return Evidence(device=gpu, source="nvlink", state=UNHEALTHY if lost else HEALTHY, reason=reason)
 
 
-def xid_evidence(xid: Xid, inventory: Inventory) -> list[Evidence]:
+def xid_evidence(xid: Xid, inventory: Inventory, own: str | None = None) -> list[Evidence]:
     """Return the health evidence of one Xid: none if it is the application's, of one MIG instance if it is contained
-    in that."""
+    in that. own: the device of that instance if the agent made it."""
     effect = effect_of(xid.code)
     if effect is XidEffect.APPLICATION:
         return []
     device, reason = xid.pci_address, f"the driver reported {describe(xid.code)}"
     if effect is XidEffect.CONTAINED and xid.instance is not None:
-        part = "{}/mig-{}-{}".format(xid.pci_address, *xid.instance)
+        part = own or "{}/mig-{}-{}".format(xid.pci_address, *xid.instance)
         device = part if part in inventory.device_by_id else device
     state = UNKNOWN if effect is XidEffect.UNLISTED else UNHEALTHY
     latched = effect in (XidEffect.FATAL, XidEffect.UNLISTED)

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -19,9 +20,10 @@ from nodeagent.core.model.xid import effect_of
 from nodeagent.errors import HostError
 from nodeagent.host import uevents as udev
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.nvml.client import Failure, Probe, Snapshot
+from nodeagent.host.nvml.client import Failure, Probe, Snapshot, Xid
+from nodeagent.host.nvml.library import has_library
 from nodeagent.host.pci import driver_binding
-from nodeagent.host.snapshot import scan
+from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory import quarantine
 from nodeagent.managers.inventory.gpu_health import (
@@ -40,6 +42,7 @@ from nodeagent.managers.inventory.nvlinks import NvlinkMemory
 from nodeagent.managers.inventory.quarantine import quarantined
 from nodeagent.managers.inventory.recovery import recoveries
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.partitions.table import InstanceTable
 from nodeagent.resources.offer import selectors
 from nodeagent.state.agent import Agent
 from nodeagent.telemetry import metrics
@@ -65,12 +68,15 @@ class InventoryScanner(Manager):
         state_dir: Path,
         config: Callable[[], Config],
         holders: Callable[[], Iterable[str] | None] = lambda: None,
+        instances: InstanceTable | None = None,
     ) -> None:
         """Set up without reading anything.
 
         `config` returns the configuration in force; `holders` returns the cgroups of all containers that hold
-        hugepages, relative to the cgroup v2 mount, or None if not all are known.
+        hugepages, relative to the cgroup v2 mount, or None if not all are known; `instances` has the MIG instances that
+        the agent made.
         """
+        self._instances = instances
         self._agent = agent
         self._sysfs = sysfs
         self._families = families
@@ -83,7 +89,11 @@ class InventoryScanner(Manager):
         )
         self.kernel_health = KernelHealth(agent, sysfs, config)
         self._nvlinks = NvlinkMemory(state_dir / NVLINKS, agent.settings.boot_id)
-        self._probe = Probe()
+        self._asks_nvml = self._live or has_library(Path(sysfs.root))
+        self.probe = Probe(root=sysfs.root, by_loader=self._live)
+        """The only client of NVML."""
+        self.answered = asyncio.Event()
+        """Set once NVML has answered, or there is nothing to ask it."""
         self._nvml: Snapshot | Failure | None = None
         self._turn = asyncio.Lock()
         self._latching = asyncio.Lock()
@@ -97,7 +107,7 @@ class InventoryScanner(Manager):
         self._keep_out()
 
     async def close(self) -> None:
-        await self._probe.close()
+        await self.probe.close()
 
     def notes(self) -> list[str]:
         """Return which devices to keep out are not here."""
@@ -193,40 +203,63 @@ class InventoryScanner(Manager):
         return had
 
     async def _scan(self) -> Inventory:
-        config, known = self._config(), self._agent.inventory.pods_cgroup
+        config, known, nvml = self._config(), self._agent.inventory.pods_cgroup, self._nvml
         read = functools.partial(
             scan,
             self._sysfs,
             self._families,
-            selectors(config),
-            self._nvml,
+            nvml=nvml,
             holders=self._holders(),
             cgroup_root=config.pinning.cgroup_root,
             known=known,
         )
-        return await asyncio.to_thread(read)
+        return await asyncio.to_thread(lambda: read(selectors=self._selectors(config)))
+
+    def _selectors(self, config: Config) -> Selectors:
+        """Return what to look for, with the MIG instances that the agent made; blocks."""
+        found = selectors(config)
+        if found.partitions is None or self._instances is None:
+            return found
+        return replace(found, partitions=self._instances.selector())
 
     # ---------------------------------------------------------------- NVML
 
     async def follow_nvml(self) -> None:
         """Query NVML periodically if there is an NVIDIA GPU, and forward every Xid."""
-        if not self._live:
+        if not self._asks_nvml:
+            self.answered.set()
             return
         xids = asyncio.create_task(supervise("xids", self._follow_xids))
         try:
             while True:
                 if nvidia_gpus(self._agent.inventory):
-                    await self._ask_nvml()
+                    await self.ask_nvml()
+                self.answered.set()
                 await asyncio.sleep(self._config().health.nvml_seconds)
         finally:
             await cancel_all([xids])
 
-    async def _ask_nvml(self) -> None:
-        self._nvml = await self._probe.snapshot()
+    @property
+    def nvml(self) -> Snapshot | Failure | None:
+        """NVML's last answer, or None before the first."""
+        return self._nvml
+
+    async def ask_nvml(self) -> None:
+        """Ask NVML, and report the machine and its health as they are now."""
+        asked_s = time.monotonic()
+        self._nvml = await self.probe.snapshot()
+        if self._instances is not None:
+            self._instances.asked(asked_s)
         await self.rescan()
         inventory = self._agent.inventory
         self._agent.observe(nvml_evidence(self._nvml, inventory), bound_elsewhere(inventory))
         await self._look_at_nvlinks(self._nvml)
+
+    def _part(self, xid: Xid) -> str | None:
+        """Return the device of the agent's own MIG instance that an error is of, or None if it is of none."""
+        if self._instances is None or xid.instance is None:
+            return None
+        return self._instances.partition_of(self._agent.inventory, xid.pci_address, xid.instance[0])
 
     async def _look_at_nvlinks(self, nvml: Snapshot | Failure) -> None:
         if isinstance(nvml, Snapshot):
@@ -236,11 +269,11 @@ class InventoryScanner(Manager):
         self._agent.observe(*nvlink_evidence(nvml, self._agent.inventory, active_once))
 
     async def _follow_xids(self) -> None:
-        async for xid in self._probe.events():
+        async for xid in self.probe.events():
             effect = effect_of(xid.code)
             log.warning("xid", device=xid.pci_address, code=xid.code, effect=effect, instance=xid.instance)
             metrics.XIDS.labels(xid.pci_address, str(xid.code), effect).inc()
-            evidence = xid_evidence(xid, self._agent.inventory)
+            evidence = xid_evidence(xid, self._agent.inventory, self._part(xid))
             async with self._latching:
                 self._agent.observe(evidence)
                 # The GPU may have left the bus already: the agent knows nothing of it, and it may come back.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,18 @@ class SharingManager(Manager):
     name = "sharing"
 
     def __init__(
-        self, agent: Agent, sysfs: SysFs, state_dir: Path, runtime_dir: Path, report: Report, pod_of: PodOf
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        state_dir: Path,
+        runtime_dir: Path,
+        report: Report,
+        pod_of: PodOf,
+        view: Callable[[Inventory], Inventory] = lambda inventory: inventory,
     ) -> None:
-        """Set up. `pod_of` returns the pod with a UID, if its name is known."""
+        """Set up. `pod_of` returns the pod with a UID, if its name is known; `view` an inventory with the parts that
+        were made on demand as they are now."""
+        self._view = view
         journal, root = SharingJournal(state_dir, agent.settings.boot_id), Path(sysfs.root)
         smi = NvidiaSmi(root)
         self._agent = agent
@@ -158,13 +167,13 @@ class SharingManager(Manager):
         self._watch(one.pid for _, one in self._shown.values() if one.pid)
 
     def _sets(self) -> dict[str, MpsSet]:
-        return mps_sets(self._agent.inventory, self._agent.ledger)
+        return mps_sets(self._view(self._agent.inventory), self._agent.ledger)
 
     def _wanted_slices(self) -> dict[str, str]:
         return time_slices(self._agent.inventory, self._agent.ledger)
 
     def _uuids(self) -> dict[str, str]:
-        every = ((one.id, one.attributes.get("uuid", "")) for one in self._agent.inventory.devices)
+        every = ((one.id, one.attributes.get("uuid", "")) for one in self._view(self._agent.inventory).devices)
         return {id: str(uuid) for id, uuid in every if uuid}
 
     # ---------------------------------------------------------------- daemons that end

@@ -1,0 +1,1 @@
+"""MIG instances that are made for claims and destroyed afterwards."""
