@@ -72,6 +72,7 @@ class Offer:
         same_request: Sequence[Device],
         capabilities: Iterable[str] = (),
     ) -> ContainerEdits:
+        _refuse_unmade(devices)
         if self.config.device_nodes:
             _refuse_without_nodes(devices)
         own = (
@@ -242,6 +243,11 @@ def _refuse_without_nodes(devices: Iterable[Device]) -> None:
     for device in devices:
         if device.lacks_node:
             raise HostError(f"cannot hand over {device.id}: it has no device node at this moment")
+
+
+def _refuse_unmade(devices: Iterable[Device]) -> None:
+    """Raise HostError if a device is a part that is made on demand and does not exist."""
+    for device in devices:
         if device.partition is not None and not device.partition.made:
             raise HostError(f"cannot hand over {device.id}: its instance does not exist at this moment")
 

@@ -1,6 +1,7 @@
 /* A double of NVIDIA's management library whose GPUs are in a file, so that what is created outlives the process.
  *
  *   FAKE_NVML_STATE=FILE   the state; tests/support/mig_driver.py writes and reads it. FILE.lock is held during a call.
+ *   FAKE_NVML_FROZEN=1     the state is read once: for measuring what asking costs without what the double costs.
  *
  * Lines of the file, separated by spaces:
  *   gpu BUS NOW PENDING RESET PROCESSES LOST MEMORY_MIB SLICES SM CE DEC ENC JPEG OFA NAME   (NAME to the end)
@@ -58,6 +59,7 @@ static void fail(const char *what) { fprintf(stderr, "nvml_state_double: %s\n", 
 static const char *path(void) { const char *p = getenv("FAKE_NVML_STATE"); if (!p) fail("FAKE_NVML_STATE is not set"); return p; }
 static void load(void) {
     char name[4096], line[1024], text[512];
+    if (now.gpus && getenv("FAKE_NVML_FROZEN")) return;
     pthread_mutex_lock(&one_thread);
     snprintf(name, sizeof name, "%s.lock", path());
     lock = open(name, O_CREAT | O_RDWR | O_CLOEXEC, 0600);

@@ -40,6 +40,13 @@ def api_server(folder: Path) -> Iterator[KubeApi]:
 
 
 @contextlib.contextmanager
+def scheduler(folder: Path) -> Iterator[None]:
+    """A scheduler beside the server of the folder."""
+    with _running("kube-scheduler", folder, {}):
+        yield
+
+
+@contextlib.contextmanager
 def _running(name: str, folder: Path, ports: dict[str, int]) -> Iterator[None]:
     with (folder / f"{name}.log").open("wb") as log:
         env = {**os.environ, "PATH": grounds.path()}

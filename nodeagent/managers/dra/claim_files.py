@@ -87,7 +87,9 @@ class ClaimRenderer:
         # A file is written after its decision: a claim still unknown after the refresh has no grant.
         await self._agent.refresh()
         held = claims_held(self._agent.ledger)
-        before, self._unrendered = self._unrendered, await self._write_all(held)
+        inventory = self.inventory()
+        there = {uid: grants for uid, grants in held.items() if not any(_is_unmade(inventory, one) for one in grants)}
+        before, self._unrendered = self._unrendered, await self._write_all(there)
         for uid, error in self._unrendered.items():
             if before.get(uid) != error:
                 log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
@@ -176,6 +178,12 @@ def claims_held(ledger: Ledger) -> dict[str, tuple[Grant, ...]]:
         if grant.holder.api == CLAIM:
             held.setdefault(grant.holder.uid, []).append(grant)
     return {uid: tuple(sorted(grants, key=lambda one: (len(one.id), one.id))) for uid, grants in held.items()}
+
+
+def _is_unmade(inventory: Inventory, grant: Grant) -> bool:
+    """Return whether a grant has a part that does not exist: its files are written when it is made."""
+    parts = (inventory.device_by_id[one].partition for one in grant.devices if one in inventory.device_by_id)
+    return any(part is not None and not part.made for part in parts)
 
 
 def _index(grant: Grant) -> str:

@@ -1,7 +1,8 @@
 """Which MIG instances are the agent's own: a small file, written before the driver is asked to make one.
 
-After kill -9 at any moment only this file distinguishes them from those of others. An unreadable file counts as empty,
-and this is logged: instances are then left as they are rather than taken from somebody else.
+After kill -9 at any moment only this file distinguishes them from those of others. It need not survive a power cut, and
+is not synced: no instance does. An unreadable file counts as empty, and this is logged: instances are then left as they
+are rather than taken from somebody else.
 """
 
 from __future__ import annotations
@@ -48,8 +49,7 @@ class PartitionJournal:
         return {one.partition: one for one in found if one.boot_id == self.boot_id}
 
     def put(self, records: Iterable[Record]) -> None:
-        """Record instances that are about to be made, or were made. Durable on return. Raise HostError if it cannot be
-        written."""
+        """Record instances that are about to be made, or were made. Raise HostError if it cannot be written."""
         with self._turn:
             self._write({**self.read(), **{one.partition: one for one in records}}.values())
 
@@ -62,6 +62,6 @@ class PartitionJournal:
     def _write(self, records: Iterable[Record]) -> None:
         ours = [dataclasses.asdict(one) for one in sorted(records, key=lambda one: one.partition)]
         if ours:
-            files.replace(self.path, msgspec.json.encode(ours) + b"\n", mode=0o600)
+            files.replace(self.path, msgspec.json.encode(ours) + b"\n", mode=0o600, durable=False)
         else:
-            files.remove(self.path)
+            files.remove(self.path, durable=False)

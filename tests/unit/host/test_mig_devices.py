@@ -18,6 +18,7 @@ from nodeagent.host.nvml.mig_devices import capabilities, capability_table, with
 from nodeagent.host.nvml.values import GpuInstance, Mig, NvGpu, Snapshot
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.resources.offer import _refuse_unmade
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, look
 from tests.support.mig_driver import NVIDIA_GPU, profiles_of
@@ -130,7 +131,5 @@ def test_a_made_instance_has_the_nodes_of_its_gpu_and_its_capabilities(tree: Dev
 
 
 def test_an_instance_that_does_not_exist_is_not_handed_over(tree: DeviceTree) -> None:
-    from nodeagent.resources.offer import _refuse_without_nodes
-
     with pytest.raises(HostError, match=r"mig-3g.40gb-4: its instance does not exist at this moment"):
-        _refuse_without_nodes([parts(tree, gpu())["mig-3g.40gb-4"]])
+        _refuse_unmade([parts(tree, gpu())["mig-3g.40gb-4"]])

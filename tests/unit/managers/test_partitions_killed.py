@@ -23,7 +23,7 @@ from nodeagent.host.nvml.values import Completed, Create, Destroy, Failure, Made
 from nodeagent.managers.partitions import manager as manager_of
 from nodeagent.managers.partitions.journal import PartitionJournal
 from tests.support.long_form import share_of
-from tests.support.mig_driver import CARDS, Instance, address
+from tests.support.mig_driver import CARDS, Instance, address, uuid
 from tests.support.mig_node import LocalNvml, MigRoom, mig_room
 
 SEEDS = 4
@@ -153,7 +153,8 @@ class World:
         elif "did not answer" not in answer.error:
             self.counts["refused"] += 1
             del self.claims[name]
-            assert self.room.held().isdisjoint(ids), "a refused claim holds something"
+            holders = {grant.holder.uid for grant in self.room.agent.ledger.grants.values()}
+            assert claim.uid not in holders, "a refused claim holds something"
 
     async def again(self) -> None:
         if self.claims:
@@ -176,7 +177,9 @@ class World:
         free = all(one.start + sizes[one.profile] <= start or start + size <= one.start for one in there)
         media = profile[11] and any("+me" in one.profile or one.profile.startswith("7g") for one in there)
         id = max({*range(1, 15)} - {one.id for one in there}, default=0)
-        if free and not media and id:
+        # Where the agent has asked and does not know the answer, an instance is taken for its own.
+        asked = (uuid(gpu), profile[1], start) in self.room.table.selector().own
+        if free and not media and id and not asked:
             self.room.driver.make(gpu, profile[2], start, id=id, complete=self.drawn.random() < 0.8)
             self.others.add((gpu, id))
             if self.drawn.random() < 0.7:
