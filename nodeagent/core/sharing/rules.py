@@ -28,8 +28,6 @@ def check_device(inventory: Inventory, id: str, settings: OpaqueConfig) -> None:
     device = inventory.device_by_id.get(id)
     if device is None or device.vendor != NVIDIA:
         raise InputError(f"{what}: only NVIDIA's GPUs have it, {id} is none")
-    if device.members:
-        raise InputError(f"{what}: {id} stands for several GPUs; claim these one by one to share them")
     if _is_passed_through(device):
         raise InputError(f"{what}: {id} is passed through to a guest (driver {device.driver}), not used by CUDA here")
     if device.attributes.get("mig"):

@@ -43,6 +43,7 @@ VALUES: dict[str, list[Any]] = {
     "grouping": ["numa-node", "socket"],
     "deviceNodes": [True, False],
     "driverCapabilities": [[], ["graphics"]],
+    "mig": [{}, {"mode": "dynamic"}, {"gpus": ["0000:*"]}],
     "cdi": [None, {"kind": "a.com/b"}],
     "env": [{}, {"A": "b"}],
     "overhead": [{}, {"cpu": OVERHEAD}, {"cpu": {}}, {"cpu": {"perPod": "", "perContainer": "1"}}],

@@ -15,7 +15,6 @@ from nodeagent.core.advice.fragmentation import fragmentation
 from nodeagent.core.deviceplugin.allocate import allocate
 from nodeagent.core.deviceplugin.devices import DeviceResource, illness
 from nodeagent.core.dra.device_pool import DevicePool
-from nodeagent.core.dra.opaque_config import API_VERSION
 from nodeagent.core.dra.pool import Features
 from nodeagent.core.dra.prepare import prepare
 from nodeagent.core.ledger.ledger import Ledger
@@ -196,16 +195,6 @@ def test_a_granted_set_hands_over_all_its_gpus() -> None:
     assert [one.host_path for one in got.device_nodes] == list(quad.paths)
     assert got.env["PCIDEVICE_NODEAGENT_GPU"] == ",".join(GPUS[:4])
     assert got.env["NVIDIA_VISIBLE_DEVICES"] == "GPU-0,GPU-1,GPU-2,GPU-3"
-
-
-@pytest.mark.parametrize("settings", [{"mps": {}}, {"timeSlicing": {"interval": "Short"}}])
-def test_a_set_is_shared_neither_through_mps_nor_by_time_slices(settings: dict[str, Any]) -> None:
-    made, catalog = machine(), dra_of(config(), all_kinds.builtin_kinds(), NODE).catalog
-    parameters = {"apiVersion": API_VERSION, "kind": "GpuConfig", **settings}
-    one = claim("c", result("gpu", groups(made, 4)[0].id), config=parameters)
-    batch = prepare(made, Ledger(), catalog, [one], stamp())
-    assert "stands for several GPUs" in batch.errors[one.ref.uid]
-    assert batch.ledger.grants == {}
 
 
 # ---------------------------------------------------------------- what is shown
