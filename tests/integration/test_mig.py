@@ -95,7 +95,8 @@ async def test_kill_9_at_any_moment_leaves_exactly_what_the_ledger_grants(
             await asyncio.gather(*calls)
             await node.agent.start()
             await node.dra.wait_registered(DRIVER, life + 2)
-        held = {one["device"] for grant in await node.grants() for one in [grant["result"]]}
+        grants = await node.agent.until("/v1/grants", lambda grants: isinstance(grants, list))
+        held = {grant["result"]["device"] for grant in grants}
         for name in held:
             (answer,) = await node.prepare(claims[name])
             assert answer.error == ""

@@ -5,6 +5,7 @@ standard input, and with its parent.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -271,7 +272,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a library's own output must not get between the frames
-    Helper(sys.stdin.buffer, answers, Path(sys.argv[1]), by_loader="--only-root" not in sys.argv).run()
+    with contextlib.suppress(BrokenPipeError):  # the parent is dead, and so is this process in a moment
+        Helper(sys.stdin.buffer, answers, Path(sys.argv[1]), by_loader="--only-root" not in sys.argv).run()
 
 
 if __name__ == "__main__":
