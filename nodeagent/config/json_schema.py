@@ -39,6 +39,7 @@ def json_schema() -> Form:
     }
     forms["HugepagesConfig"]["properties"]["pageSize"]["enum"] = page_sizes()
     forms["OverheadConfig"]["anyOf"] = [_given(key) for key in ("perPod", "perContainer")]
+    forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
     forms["MetricsTlsConfig"] |= {
         "if": _given("certFile"),
         "then": _given("keyFile"),
@@ -68,6 +69,8 @@ def _of_resources() -> Iterator[Form]:
     for kind, (key, _) in NEEDED.items():
         yield {"if": _one_of("kind", [kind]), "then": {"required": [key], "properties": {key: {"minItems": 1}}}}
     yield {"if": _one_of("kind", ["memory"]), "then": _one_of("serve", ["dra"])}
+    dynamic = {"required": ["mig"], "properties": {"mig": _one_of("mode", ["dynamic"])}}
+    yield {"if": dynamic, "then": {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}}
     yield {"if": _one_of("kind", ["hugepages"]), "then": _one_of("pageSize", page_sizes())}
     yield {
         "if": _one_of("serve", ["dra", "both"]),
@@ -86,5 +89,10 @@ def _given(key: str) -> Form:
 
 
 def _silent(defaults: Mapping[str, Any]) -> Form:
-    """Return the form of an object that gives no other values than these defaults."""
-    return {"properties": {key: {"const": value} for key, value in defaults.items()}}
+    """Return the form of an object that gives no other values than these defaults; of a part with keys of its own, in
+    each of these."""
+    return {"properties": {key: _only(value) for key, value in defaults.items()}}
+
+
+def _only(default: Any) -> Form:
+    return _silent(default) if isinstance(default, dict) and default else {"const": default}
