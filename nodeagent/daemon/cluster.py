@@ -51,7 +51,7 @@ class Cluster:
         some = publications(self.api, agent, self._node, self._driver, domain, offers, topology_manager)
         return PublishManager(some, news, state_dir, self.api, self._node, configured=self._configured)
 
-    def other_drivers(self, hear: Callable[[Names], None]) -> OtherDrivers:
-        """Return what looks at the slices of other drivers. hear: takes what they publish."""
+    def other_drivers(self, take: Callable[[Names], None]) -> OtherDrivers:
+        """Return what looks at the slices of other drivers. take: takes what they publish."""
         slices = functools.partial(self.api.slices_of, self._node)
-        return OtherDrivers(slices, self._driver, hear, configured=self._configured)
+        return OtherDrivers(slices, self._driver, take, configured=self._configured)

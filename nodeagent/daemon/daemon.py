@@ -220,7 +220,7 @@ class Daemon:
             holders,
             cluster.events(self._observed, containers.pod_of, self._news),
             cluster.published(agent, self._news, where.state_dir, domain, self.offers, topology),
-            cluster.other_drivers(self._others.hear_slices),
+            cluster.other_drivers(self._others.learn_slices),
             StatusEndpoint(where.runtime_dir / STATUS_SOCKET, Status(self, page).handle, config),
             MetricsEndpoint(page, self.not_ready),
         )
@@ -316,8 +316,8 @@ class Daemon:
         self._leader.close()
 
     async def _begin_to_lead(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        self._others.hear(await self._device_plugin.read_back(self._pods))
-        await self._go_by_kubelet()
+        self._others.learn(await self._device_plugin.read_back(self._pods))
+        await self._apply_kubelet_settings()
         leading = self._begin(tasks, self._while_leading())
         self._notifier.ready()
         return leading
@@ -343,20 +343,20 @@ class Daemon:
         """Apply the settings of each kubelet as soon as it starts."""
         async with contextlib.aclosing(kubelets(self._plugins)) as starts:
             async for _ in starts:
-                await self._go_by_kubelet()
+                await self._apply_kubelet_settings()
 
     async def _follow_kubelet(self) -> None:
         """Read back what kubelet shows; report the status to systemd."""
         while True:
             seen = self._news.value
-            self._others.hear(await self._device_plugin.read_back(self._pods))
+            self._others.learn(await self._device_plugin.read_back(self._pods))
             if self._kubelet.recovered(self.config) or self._refused(self.config) != self._refused_now:
-                await self._go_by_kubelet()
+                await self._apply_kubelet_settings()
             self._kubelet.watch(self.agent.ledger)
             self._notifier.status(self._summary())
             await self._news_since(seen)
 
-    async def _go_by_kubelet(self) -> None:
+    async def _apply_kubelet_settings(self) -> None:
         """Apply kubelet's settings. A kubelet that starts may reserve and manage other CPUs than before, so look
         before it asks for anything."""
         if (now := self._settings(self.config)) != self.agent.settings:

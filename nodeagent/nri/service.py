@@ -62,7 +62,7 @@ class Handler(Protocol):
 
 
 @runtime_checkable
-class HearsStarts(Protocol):
+class HandlesStarts(Protocol):
     """A handler that is also notified when containers start."""
 
     async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
@@ -74,7 +74,7 @@ class HearsStarts(Protocol):
 
 
 @runtime_checkable
-class HearsPods(Protocol):
+class HandlesPods(Protocol):
     """A handler that is also notified about pods."""
 
     async def pod_started(self, pod: Pod) -> None:
@@ -94,8 +94,8 @@ _PODS = (pb.RUN_POD_SANDBOX, pb.STOP_POD_SANDBOX, pb.REMOVE_POD_SANDBOX)
 
 def event_mask(handler: Handler) -> int:
     """Return the event mask to which the handler subscribes."""
-    starts = _STARTS if isinstance(handler, HearsStarts) else ()
-    pods = _PODS if isinstance(handler, HearsPods) else ()
+    starts = _STARTS if isinstance(handler, HandlesStarts) else ()
+    pods = _PODS if isinstance(handler, HandlesPods) else ()
     return sum(1 << (event - 1) for event in (*_ALWAYS, *starts, *pods))
 
 
@@ -240,16 +240,16 @@ class PluginService:
         pod, container = _subject(of_pod, of_container)
         if event == pb.REMOVE_CONTAINER:
             await self._or_none("removed", handler.removed(pod, container), limit_s, **_names(container))
-        elif event == pb.START_CONTAINER and isinstance(handler, HearsStarts):
+        elif event == pb.START_CONTAINER and isinstance(handler, HandlesStarts):
             work = handler.starting(pod, container, WAITING * limit_s)
             await self._decide("starting", work, limit_s, **_names(container))
-        elif event == pb.POST_START_CONTAINER and isinstance(handler, HearsStarts):
+        elif event == pb.POST_START_CONTAINER and isinstance(handler, HandlesStarts):
             await self._or_none("started", handler.started(pod, container), limit_s, **_names(container))
-        elif event in _PODS and isinstance(handler, HearsPods):
-            heard = dict(zip(_PODS, (handler.pod_started, handler.pod_stopped, handler.pod_removed), strict=True))[
+        elif event in _PODS and isinstance(handler, HandlesPods):
+            handle = dict(zip(_PODS, (handler.pod_started, handler.pod_stopped, handler.pod_removed), strict=True))[
                 event
             ]
-            await self._or_none(heard.__name__, heard(pod), limit_s, pod=f"{pod.namespace}/{pod.name}")
+            await self._or_none(handle.__name__, handle(pod), limit_s, pod=f"{pod.namespace}/{pod.name}")
 
     async def _updates(self, work: Awaitable[Sequence[Update]]) -> list[pb.ContainerUpdate]:
         return [write_update(one) for one in await work]

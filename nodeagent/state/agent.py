@@ -279,7 +279,7 @@ class Agent(ClaimDecisions):
         edits = [render(self.inventory, grant) for grant in decision.grants]
 
         def effect() -> None:
-            self._begin_anew(decision.grants)
+            self._restart_patience(decision.grants)
             self._tell(_say_granted, op, resource.name, decision.grants)
 
         return Outcome(result=edits, ledger=decision.ledger, changes=decision.changes, effect=effect)
@@ -304,7 +304,7 @@ class Agent(ClaimDecisions):
         for holding in holdings:
             decide.refuse_listed(resource, ids, holding)
 
-    def _begin_anew(self, grants: Iterable[Grant]) -> None:
+    def _restart_patience(self, grants: Iterable[Grant]) -> None:
         """Give the requester all the time that a new pod has, even if the grant is an old one."""
         now = self._clock()
         self._granted.update((grant.id, now) for grant in grants)

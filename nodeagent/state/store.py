@@ -189,7 +189,7 @@ class Store:
             except (sqlite3.DatabaseError, StateError) as error:
                 if isinstance(error, sqlite3.Error) and not _damaged(error):
                     raise
-                self._begin_anew(str(error), held, time.time())
+                self._replace_damaged(str(error), held, time.time())
                 return None
             self._version, self._seq = version, _last_seq(self._db)
             return grants
@@ -240,7 +240,7 @@ class Store:
             except (sqlite3.DatabaseError, StateError) as error:
                 if isinstance(error, sqlite3.Error) and not _damaged(error):
                     raise
-                self._begin_anew(str(error), held, entries[0].at)
+                self._replace_damaged(str(error), held, entries[0].at)
                 self._write(entries)
 
     def record_refusals(self, refusals: Iterable[Refusal], *, op: str, at: float) -> None:
@@ -323,7 +323,7 @@ class Store:
             self._mark.write(Mark(newest=self._seq))
         self.note = f"{self.path} was removed or replaced while it was in use: it was written again{aside}"
 
-    def _begin_anew(self, why: str, held: Iterable[Grant], at: float) -> None:
+    def _replace_damaged(self, why: str, held: Iterable[Grant], at: float) -> None:
         """Replace a damaged file by a new one with everything that is held."""
         metrics.LEDGER_REPLACED.inc()
         self._db.close()

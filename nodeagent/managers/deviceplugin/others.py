@@ -60,12 +60,12 @@ class OtherOffers:
     def read_checkpoint(self) -> None:
         """Learn what was registered when kubelet last wrote its checkpoint; blocks."""
         try:
-            self.hear(registered(self._plugins))
+            self.learn(registered(self._plugins))
             self._unread.clear()
         except InputError as error:
             self._unread.report(str(error))
 
-    def hear(self, ids: Mapping[str, Sequence[str]] | None) -> None:
+    def learn(self, ids: Mapping[str, Sequence[str]] | None) -> None:
         """Take what kubelet counts as allocatable; None if it did not answer."""
         if ids is None:
             self._missed_since.clear()
@@ -76,7 +76,7 @@ class OtherOffers:
         self._forget(lambda name: now - self._missed_since.get(name, now) >= FORGET_S)
         self._tell(self._ids != before)
 
-    def hear_slices(self, names: Mapping[str, Sequence[str]]) -> None:
+    def learn_slices(self, names: Mapping[str, Sequence[str]]) -> None:
         """Take what other DRA drivers publish for this node, by driver."""
         missed = self._published.keys() - names.keys()
         kept = {one: self._published[one] for one in missed - self._missed}

@@ -29,11 +29,11 @@ class OtherDrivers(Manager):
 
     name = "other drivers"
 
-    def __init__(self, slices: Slices, driver: str, hear: Callable[[Names], None], *, configured: bool) -> None:
-        """driver: the agent's own. hear: takes what is published. configured: whether there is an API server."""
+    def __init__(self, slices: Slices, driver: str, take: Callable[[Names], None], *, configured: bool) -> None:
+        """driver: the agent's own. take: takes what is published. configured: whether there is an API server."""
         self._slices = slices
         self._driver = driver
-        self._hear = hear
+        self._take = take
         self._configured = configured
         self._unknown = Once("slices-of-other-drivers-unknown")
 
@@ -46,7 +46,7 @@ class OtherDrivers(Manager):
     async def look(self) -> bool:
         """Look once. Return whether the API server answered."""
         try:
-            self._hear(published(await self._slices(), self._driver))
+            self._take(published(await self._slices(), self._driver))
         except PeerError as error:
             self._unknown.report(str(error))
             return False

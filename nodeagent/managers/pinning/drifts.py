@@ -84,7 +84,7 @@ class Drifts:
         elsewhere = Elsewhere(file=drift.file, found=drift.found, wanted=drift.wanted, until_unix_s=until)
         self._tallies[path] = replace(self._tallies[path], elsewhere=elsewhere)
 
-    def put_right(self, path: str) -> None:
+    def record_repaired(self, path: str) -> None:
         """Record that a cgroup is in its desired state, whatever was wrong before."""
         self._time_repair(path)
         before = self._tallies.get(path)

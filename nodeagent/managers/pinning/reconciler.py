@@ -216,7 +216,7 @@ class CgroupReconciler:
         for path, drift in wrong.items():
             self._ran_elsewhere(path, drift, errors.get(path, ""))
         for path in some.keys() - errors.keys():
-            self.drifts.put_right(path)
+            self.drifts.record_repaired(path)
         for path in errors:
             self._applied.pop(path, None)
             if self.errors.get(path) != errors[path]:

@@ -73,10 +73,10 @@ class SliceNotifier:
 
     async def _tell_one(self, systemd: Systemd, path: str) -> None:
         """Report one slice. If it is not loaded, it was not created through systemd, or is gone."""
-        heard: list[tuple[CpuSet, str]] = []
+        notified: list[tuple[CpuSet, str]] = []
         unit = path.rpartition("/")[2]
-        await self._reconciler.unchanged(path, lambda path, cpus: heard.append((cpus, systemd.allow(unit, cpus))))
-        for cpus, why in heard:
+        await self._reconciler.unchanged(path, lambda path, cpus: notified.append((cpus, systemd.allow(unit, cpus))))
+        for cpus, why in notified:
             self._told[path] = cpus
             if why and why != self._refused.get(path):
                 log.info("slice-not-told", path=path, error=why)

@@ -72,7 +72,7 @@ def others(tmp_path: Path, clock: Clock) -> OtherOffers:
 
 
 def test_a_resource_whose_devices_another_plugin_offers_is_refused_with_the_way_out(others: OtherOffers) -> None:
-    others.hear({"nvidia.com/gpu": [FIRST_UUID, SECOND_UUID], "nodeagent.dev/gpu": [FIRST]})
+    others.learn({"nvidia.com/gpu": [FIRST_UUID, SECOND_UUID], "nodeagent.dev/gpu": [FIRST]})
     assert others.refusals(MACHINE, served(GPUS, VFS, CPUS)) == {
         "gpu": f"another device plugin offers {FIRST}, {SECOND} as nvidia.com/gpu; set match so that the two have no "
         "device in common, or remove that plugin"
@@ -81,33 +81,33 @@ def test_a_resource_whose_devices_another_plugin_offers_is_refused_with_the_way_
 
 def test_a_resource_that_shares_no_device_with_it_is_served(others: OtherOffers) -> None:
     """By match, as with kubelet's static CPU manager."""
-    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    others.learn({"nvidia.com/gpu": [FIRST_UUID]})
     every = served({**GPUS, "match": {"product": "B"}}, {**GPUS, "name": "a", "match": {"product": "A"}})
     assert list(others.refusals(MACHINE, every)) == ["a"]
 
 
 def test_a_whole_excludes_its_parts_and_the_reverse(others: OtherOffers) -> None:
-    others.hear({"intel.com/sriov": [VF]})
+    others.learn({"intel.com/sriov": [VF]})
     assert list(others.refusals(MACHINE, served({"name": "pf", "kind": "nic", "match": {"sriov": "pf"}}))) == ["pf"]
-    others.hear({"intel.com/whole": [PF]})
+    others.learn({"intel.com/whole": [PF]})
     assert list(others.refusals(MACHINE, served(VFS))) == ["vf"]
 
 
 def test_ids_that_name_no_device_refuse_nothing(others: OtherOffers) -> None:
-    others.hear({"example.com/dongle": ["0", "1"], "example.com/none": []})
+    others.learn({"example.com/dongle": ["0", "1"], "example.com/none": []})
     assert others.refusals(MACHINE, served(GPUS, VFS)) == {}
 
 
 def test_our_own_names_are_not_of_others_even_when_they_are_served_no_longer(others: OtherOffers) -> None:
     """Kubelet may still name a resource that a reload has removed, or the ones of an earlier domain."""
     others.serve(["example.org/old"], "example.org")
-    others.hear({"nodeagent.dev/removed": [FIRST], "example.org/old": [FIRST], "example.org/x": [VF]})
+    others.learn({"nodeagent.dev/removed": [FIRST], "example.org/old": [FIRST], "example.org/x": [VF]})
     assert others.refusals(MACHINE, served(GPUS, VFS)) == {}
 
 
 def test_a_name_that_becomes_ours_is_no_longer_of_others(others: OtherOffers) -> None:
     """The agent takes the name of a plugin over that was removed."""
-    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    others.learn({"nvidia.com/gpu": [FIRST_UUID]})
     others.serve(["nvidia.com/gpu"], "nodeagent.dev")
     assert others.refusals(MACHINE, served(GPUS)) == {}
 
@@ -116,18 +116,18 @@ def test_what_was_offered_counts_until_one_kubelet_has_answered_without_it_for_l
     others: OtherOffers, clock: Clock
 ) -> None:
     """A kubelet that starts has forgotten all plugins, and one that is away says nothing."""
-    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
-    others.hear(None)
+    others.learn({"nvidia.com/gpu": [FIRST_UUID]})
+    others.learn(None)
     clock.now_s = 10 * FORGET_S
-    others.hear({})
+    others.learn({})
     clock.now_s += FORGET_S - 1
-    others.hear({"nvidia.com/gpu": []})
-    others.hear(None)
+    others.learn({"nvidia.com/gpu": []})
+    others.learn(None)
     clock.now_s += FORGET_S - 1
-    others.hear({})
+    others.learn({})
     assert others.refusals(MACHINE, served(GPUS))
     clock.now_s += FORGET_S
-    others.hear({})
+    others.learn({})
     assert others.refusals(MACHINE, served(GPUS)) == {}
 
 
@@ -142,7 +142,7 @@ def test_what_was_registered_is_read_from_the_checkpoint_before_kubelet_answers(
 
 @pytest.mark.parametrize("text", ["", "{", '{"Data": 7}', '{"Data": {"RegisteredDevices": [1]}}'])
 def test_a_checkpoint_that_cannot_be_read_changes_nothing(tmp_path: Path, others: OtherOffers, text: str) -> None:
-    others.hear({"nvidia.com/gpu": [FIRST_UUID]})
+    others.learn({"nvidia.com/gpu": [FIRST_UUID]})
     (tmp_path / "kubelet_internal_checkpoint").write_text(text)
     others.read_checkpoint()
     assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
@@ -166,7 +166,7 @@ def test_what_another_driver_publishes_is_refused_too(others: OtherOffers) -> No
     """By the text attributes of its devices, or by their names, as of adapters."""
     odd = {"spec": None}
     by_name = {"spec": {"driver": "dra.net", "devices": [{"name": "0000-81-02-1"}]}}
-    others.hear_slices(published([SLICE, OWN, odd, by_name], "nodeagent.dev"))
+    others.learn_slices(published([SLICE, OWN, odd, by_name], "nodeagent.dev"))
     assert others.refusals(MACHINE, served(GPUS, VFS, CPUS)) == {
         "gpu": f"another DRA driver offers {FIRST}, {SECOND} as gpu.nvidia.com; set match so that the two have no "
         "device in common, or remove that driver",
@@ -178,10 +178,10 @@ def test_what_another_driver_publishes_is_refused_too(others: OtherOffers) -> No
 def test_what_another_driver_published_counts_until_two_looks_have_missed_it(others: OtherOffers) -> None:
     """Kubelet deletes all slices of its node when it starts."""
     for _ in range(2):
-        others.hear_slices(published([SLICE], "nodeagent.dev"))
-        others.hear_slices({})
+        others.learn_slices(published([SLICE], "nodeagent.dev"))
+        others.learn_slices({})
         assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
-    others.hear_slices({})
+    others.learn_slices({})
     assert others.refusals(MACHINE, served(GPUS)) == {}
 
 
@@ -194,7 +194,7 @@ async def test_an_api_server_that_does_not_answer_changes_nothing(others: OtherO
             raise answer
         return answer
 
-    drivers = OtherDrivers(slices, "nodeagent.dev", others.hear_slices, configured=True)
+    drivers = OtherDrivers(slices, "nodeagent.dev", others.learn_slices, configured=True)
     with capture_logs() as said:
         assert [await drivers.look(), await drivers.look()] == [True, False]
     assert [one["event"] for one in said] == ["slices-of-other-drivers-unknown"]
