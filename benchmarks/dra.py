@@ -187,7 +187,7 @@ def hanging_nvml(folder: Path) -> Path | None:
 
 
 async def idle_writes(disk: Path, tmpfs: Path) -> None:
-    """What the API server hears of an agent that has nothing to say, while the machine is scanned all the time."""
+    """What the API server gets of an agent with nothing to report, while the machine is scanned all the time."""
     root = machine(tmpfs / "root", "2s8n128c-smt")
     async with node(disk, tmpfs, [CPUS, MEMORY], root, resyncSeconds=SCAN_S) as it:
         before = it.api.writes

@@ -39,7 +39,7 @@ class _Jump(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[Any]:
         if timeout is None:
-            raise AssertionError("everybody waits for somebody else")
+            raise AssertionError("every client waits for another one")
         self.now_s += timeout
         return super().select(0)
 

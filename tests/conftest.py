@@ -23,9 +23,9 @@ TEST_DEADLINE_S = 180
 
 
 # A busy machine is no reason to fail; where a change has to pass, the same examples are tried each time.
-settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("gate", settings.get_profile("house"), derandomize=True)
-settings.load_profile("gate" if os.environ.get("CI") else "house")
+settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("gate", settings.get_profile("project"), derandomize=True)
+settings.load_profile("gate" if os.environ.get("CI") else "project")
 
 
 @pytest.hookimpl(tryfirst=True)

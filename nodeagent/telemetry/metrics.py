@@ -71,7 +71,7 @@ LEDGER_REPLACED = Counter(
 )
 DRIFT_UNREPAIRED = Counter(
     "nodeagent_pin_drift_unrepaired",
-    "Files among those that could not be put right when they were found.",
+    "Files among those that could not be repaired when they were found.",
     ["file"],
     registry=REGISTRY,
 )

@@ -75,7 +75,7 @@ class CgroupTree:
     def put(self, path: str, value: str) -> None:
         """In place of cgroupset.put."""
         below = str(Path(path).relative_to(self.mount))
-        assert self.answers.wait(HANG_S), f"nobody ended the hang of {below}"
+        assert self.answers.wait(HANG_S), f"no test ended the hang of {below}"
         try:
             if code := self.refuses.get(below):
                 raise OSError(code, os.strerror(code))
@@ -155,7 +155,7 @@ class CgroupTree:
 
 
 def _store(path: Path, value: str) -> None:
-    """In one write, so that nobody reads half of it, as nobody does of the kernel's; blanks cover what was longer."""
+    """In one write, so that no reader gets half of it, as none does of the kernel's; blanks cover what was longer."""
     handle = os.open(path, os.O_WRONLY)
     try:
         os.write(handle, f"{value}\n".ljust(os.fstat(handle).st_size).encode())

@@ -206,7 +206,7 @@ class FakeApiServer:
         """The most items in one page, whatever is asked."""
         self.user = "system:serviceaccount:nodeagent:nodeagent"
         self.denied: set[str] = set()
-        """What whoever asks may not do, as "VERB RESOURCE", by its own reviews alone."""
+        """What the client may not do, as "VERB RESOURCE", by its own reviews alone."""
         self.requests: list[Seen] = []
         self.rejected: list[Object] = []
         """The Status of every object that broke the rules (422), so that a test can say there was none."""
@@ -519,7 +519,7 @@ class FakeApiServer:
         return found
 
     def allow(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
-        """Refusal 401 where nobody known asks."""
+        """Refusal 401 for an unknown client."""
         scheme, _, token = seen.headers.get("authorization", "").partition(" ")
         if self.tokens is not None and (scheme != "Bearer" or token not in self.tokens):
             raise Refusal(401, "Unauthorized")
@@ -594,7 +594,7 @@ class FakeApiServer:
         return 201, self._insert(seen.resource, seen.namespace, found)
 
     def _reviewed(self, resource: str, found: Object) -> Object:
-        """What reviews say of whoever asks. They are not stored."""
+        """What reviews say of the client. They are not stored."""
         if resource == WHO_AM_I:
             return {"userInfo": {"username": self.user}}
         asked = found["spec"]["resourceAttributes"]

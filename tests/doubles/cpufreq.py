@@ -3,7 +3,7 @@ makes of what it takes.
 
 Sources: drivers/cpufreq/cpufreq.c (store_scaling_governor, store_scaling_min_freq, cpufreq_verify_within_limits: a
 lower end above the upper one becomes the upper one), drivers/cpufreq/intel_pstate.c
-(store_energy_performance_preference: EBUSY beside the governor performance), drivers/base/power/sysfs.c
+(store_energy_performance_preference: EBUSY alongside the governor performance), drivers/base/power/sysfs.c
 (pm_qos_resume_latency_us), Linux 6.12.
 """
 

@@ -103,7 +103,7 @@ class World:
 
     @property
     def blind(self) -> bool:
-        """Whether nobody but kubelet can be asked."""
+        """Whether kubelet alone can be asked."""
         return not self.sees_cgroups and (not self.sees_runtime or self.runtime_away)
 
     # ---------------------------------------------------------------- the cluster
@@ -140,7 +140,7 @@ class World:
 
     def kubelet_restarts(self) -> None:
         self.kubelet_stops()
-        # The agent reads each new checkpoint within moments. Of one that is lost before, nobody knows whose it was.
+        # The agent reads each new checkpoint within moments. Of one that is lost before, it is not known whose it was.
         read = {(uid, one) for grant in self.ledger.grants.values() for uid in grant.pods for one in grant.ids}
         written = {(uid, one) for uid, ids in (self.disk.checkpoint or {}).items() for one in ids}
         if self.draw.random() < 0.1 and written <= read:
@@ -342,7 +342,7 @@ class World:
                 yield uid, frozenset(ids)
 
     def check_release(self, grant: Grant) -> None:
-        """Whoever cannot be seen may be taken for gone, at kubelet's word or after a long time; nobody else ever."""
+        """A pod that cannot be seen may be taken for gone, at kubelet's word or after a long time; no other ever."""
         if self.blind:
             for ids in self.disk.started_with.values():
                 ids.difference_update(grant.ids)
@@ -358,7 +358,7 @@ class World:
             return
         held = {one for _, one in self.ledger.by_id}
         for uid, ids in self.users():
-            assert ids <= held, f"{uid} uses {sorted(ids - held)}, which nobody holds"
+            assert ids <= held, f"{uid} uses {sorted(ids - held)}, which no grant holds"
 
     # ---------------------------------------------------------------- histories
 

@@ -292,7 +292,7 @@ class FakeRuntime:
         return self.containers[f"{self.prefix}{name}"].linux.resources.cpu.cpus
 
     async def create(self, name: str, **fields: Any) -> pb.CreateContainerResponse:
-        """PluginRefusedError, with nothing created, where the plugin says so. Without a plugin nobody is asked."""
+        """PluginRefusedError, with nothing created, where the plugin says so. Without a plugin none is asked."""
         container = self.add(name, state=pb.CONTAINER_CREATED, **fields)
         self._creating = container.id
         try:

@@ -41,7 +41,7 @@ def api_server(folder: Path) -> Iterator[KubeApi]:
 
 @contextlib.contextmanager
 def scheduler(folder: Path) -> Iterator[None]:
-    """A scheduler beside the server of the folder."""
+    """A scheduler alongside the server of the folder."""
     with _running("kube-scheduler", folder, {}):
         yield
 

@@ -305,7 +305,7 @@ def cluster(
 
 
 def free_port() -> int:
-    """One of loopback that nobody uses at this moment."""
+    """One of loopback that no program uses at this moment."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]

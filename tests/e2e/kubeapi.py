@@ -62,7 +62,7 @@ class KubeApi:
         self._token = token
 
     def call(self, method: str, path: str, body: Any = None, content: str = "application/json") -> Any:
-        """The answer's document; Refusal; OSError where nobody answers."""
+        """The answer's document; Refusal; OSError if no server answers."""
         context = ssl._create_unverified_context()
         connection = http.client.HTTPSConnection("127.0.0.1", self.port, timeout=CALL_S, context=context)
         headers = {"Authorization": f"Bearer {self._token}", "Content-Type": content, "Accept": "application/json"}

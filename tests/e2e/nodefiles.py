@@ -86,7 +86,7 @@ def _add(tar: tarfile.TarFile, name: str, content: bytes = b"", **more: Any) -> 
 
 
 def write_kubeconfig(path: Path, port: int, token: str, ca: Path | None = None, host: str = "127.0.0.1") -> None:
-    """ca: the server's own certificate; without it, whoever answers is believed."""
+    """ca: the server's own certificate; without it, any server is trusted."""
     cluster: dict[str, Any] = {"server": f"https://{host}:{port}"}
     cluster.update({"certificate-authority": str(ca)} if ca else {"insecure-skip-tls-verify": True})
     document = {

@@ -46,7 +46,7 @@ def test_a_restart_of_kubelet_changes_nothing_that_is_held(node: Cluster) -> Non
 
 
 def test_a_kill_of_the_agent_changes_nothing_that_is_held(node: Cluster) -> None:
-    """Also where somebody removed the CDI files meanwhile; a pod that came meanwhile is served afterwards."""
+    """Also where another program removed the CDI files meanwhile; a pod that came meanwhile is served afterwards."""
     before, alive = hold_some(node), containers(node)
     files = {one: one.read_bytes() for one in node.cdi.iterdir()}
     assert node.stop("nodeagent", signal.SIGKILL) == -signal.SIGKILL

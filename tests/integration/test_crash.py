@@ -103,7 +103,7 @@ async def pods_come_and_go(world: World) -> None:
 
 
 def note_pod(world: World, pod: Pod) -> None:
-    """An answer may not overlap what somebody else has."""
+    """An answer may not overlap what another pod has."""
     world.counts["answered"] += 1
     others = [one for one in world.kubelet.pods.values() if one is not pod]
     assert cpus_of(pod).isdisjoint(union(cpus_of(one) for one in others) | pinned(world))

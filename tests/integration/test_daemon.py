@@ -540,7 +540,7 @@ async def test_a_damaged_ledger_is_moved_aside_and_said(folder: Path, tree: Devi
         assert (await agent.said("ledger-replaced"))["note"] == note
 
 
-# ---------------------------------------------------------------- mistakes of whoever starts it
+# ---------------------------------------------------------------- mistakes of the admin who starts it
 
 
 def start(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:

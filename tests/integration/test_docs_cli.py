@@ -1,6 +1,6 @@
 """docs/cli.md shows what the commands print: each block that can be run is run, and compared with the page.
 
-`NODEAGENT_WRITE_DOCS=1 python -m pytest tests/integration/test_docs_cli.py` writes the page anew instead.
+`NODEAGENT_WRITE_DOCS=1 python -m pytest tests/integration/test_docs_cli.py` writes the page again instead.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`nodeagent doctor` and `nodeagent top` beside a real agent: while it runs, killed, and back again."""
+"""`nodeagent doctor` and `nodeagent top` alongside a real agent: while it runs, killed, and back again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A device falls ill on a whole node: the same cause, in the same words, wherever somebody looks."""
+"""A device falls ill on a whole node: the same cause, in the same words, wherever an admin looks."""
 
 from __future__ import annotations
 

@@ -312,7 +312,7 @@ def test_containers_without_a_pod_are_refused() -> None:
 
 
 def test_claims_are_offered_no_cpus_and_no_memory_that_were_taken_over() -> None:
-    """The scheduler counts what claims hold; what nobody claimed has to go from the capacity."""
+    """The scheduler counts what claims hold; what no claim holds has to go from the capacity."""
     inventory, found = node(), [Assigned(uid=A, containers=("a",), cpus=cpus("1-3"), blocks=(memory((0,), GIB + 1),))]
     ledger = planned(found).ledger
     first = CpuPool().pool(inventory, ledger, {}, ALL_FEATURES).devices[0]

@@ -301,7 +301,7 @@ def draw_unknown(node: Node) -> Step:
 
 
 def pick(node: Node, most: int, *states: str) -> list[Bid]:
-    """Some claims that nobody else works on: those with something at stake rather than those that are gone."""
+    """Some claims that no other task works on: those with something at stake rather than those that are gone."""
     world = node.world
     some = [bid for bid in world.some(*states) if bid not in node.busy]
     weights = [0.05 if bid.state == GONE else 1.0 for bid in some]
@@ -340,7 +340,7 @@ def bad_day(world: World) -> bool:
 
 
 async def compare(node: Node) -> None:
-    """The ledger that the agent shows is what was answered. Another agent's decisions are heard a moment later."""
+    """The ledger that the agent shows is what was answered. Another agent's decisions are learned a moment later."""
     deadline = time.monotonic() + (WAIT_S if len(node.lives) > 1 else 0)
     while True:
         try:
@@ -422,7 +422,7 @@ async def upgrade(node: Node) -> None:
 
 
 async def recall(node: Node) -> None:
-    """What was answered is answered alike by whoever lives now; what nobody knows for sure is given back."""
+    """What was answered is answered alike by the agents that live now; what is not known for sure is given back."""
     world = node.world
     held, leaving = world.some(HELD, there=[True]), world.some(LEAVING)
     if held:
@@ -442,7 +442,7 @@ async def insist(call: Callable[[], Awaitable[bool]]) -> None:
 
 
 async def files_are_of(node: Node, bids: Sequence[Bid]) -> str:
-    """The CDI folder has the files of these claims alone; nobody knows whether some others were granted."""
+    """The CDI folder has the files of these claims alone; it is not known whether some others were granted."""
     known = {bid.claim.uid for bid in node.world.some(ASKED)}
     found = {one.name.rpartition("_")[2].removesuffix(".json") for one in (node.world.folder / "cdi").glob("*")}
     return await same(found - known, {bid.claim.uid for bid in bids})
@@ -533,7 +533,7 @@ async def new_node(folder: Path, seed: int) -> AsyncIterator[Node]:
 
 
 async def test_a_claim_that_kubelet_gave_up_while_it_was_read_holds_nothing(folder: Path) -> None:
-    """Its pod was deleted, so it is unprepared before the API server has answered: nobody would do it later."""
+    """Its pod was deleted, so it is unprepared before the API server has answered: no call would do it later."""
     async with new_node(folder, 0) as node:
         world = node.world
         await begin(node)

@@ -260,7 +260,7 @@ def names(inventory: Inventory, group: str) -> dict[int, int | None]:
     return {cpu.id: cpu.package if group == "socket" else cpu.l3 for cpu in inventory.cpus}
 
 
-def test_a_machine_of_another_shape_is_numbered_anew() -> None:
+def test_a_machine_of_another_shape_is_numbered_again() -> None:
     """No two groups are ever called the same; a machine that nothing is known of keeps the kernel's order."""
     rows = even_rows(4, 1, 1, 1, 2)
     first, known = numbered(inventory_of(rows), Numbers())

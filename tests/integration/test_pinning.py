@@ -27,7 +27,7 @@ CPUS = {"name": "cpu", "kind": "cpu", "serve": "both"}
 
 @pytest.fixture
 def tree(tmp_path: Path) -> DeviceTree:
-    """8 CPUs on 2 NUMA nodes, and control groups that nobody may write."""
+    """8 CPUs on 2 NUMA nodes, and control groups that are read-only."""
     made = machine(tmp_path / "root", "1s2n4c-smt")
     mount = tmp_path / "root/sys/fs/cgroup"
     mount.mkdir(parents=True)

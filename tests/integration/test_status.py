@@ -32,7 +32,7 @@ RESOURCES = [
     {"name": "serial", "kind": "char", "paths": ["/dev/ttyS*"], "replicas": 2},
 ]
 NOBODY = 65534
-as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 
 
 @contextlib.asynccontextmanager
@@ -139,7 +139,7 @@ async def test_what_cannot_be_done_says_why(
 
 
 def as_user(uid: int, gid: int, path: Path, request: str) -> str:
-    """The first line of the answer that somebody else gets, or why there is none."""
+    """The first line of the answer that another user gets, or why there is none."""
     code = f"""
 import os, socket
 os.setgroups([]); os.setgid({gid}); os.setuid({uid})

@@ -1,4 +1,4 @@
-"""Two agents on one node, as real processes: as during a rolling upgrade, and as nobody would want it."""
+"""Two agents on one node, as real processes: as during a rolling upgrade, and as no admin would want it."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def cpus(node: DraNode, claim: ClaimId) -> CpuSet:
 
 
 async def shown(node: DraNode, *claims: ClaimId) -> None:
-    """Return once whoever leads shows the grants of these claims and of no others, as their files have them: of the
-    other's decisions it hears a moment later."""
+    """Return once the leading agent shows the grants of these claims and of no others, as their files have them: of the
+    other's decisions it learns a moment later."""
     wanted = {claim.name: str(cpus(node, claim)) for claim in claims}
     async with asyncio.timeout(FAILOVER_S):
         await node.agent.until("/v1/grants", lambda grants: {one["claim"]: one["cpus"] for one in grants} == wanted)
@@ -180,7 +180,7 @@ async def appears(path: Path) -> None:
 
 @contextlib.contextmanager
 def struck_in_its_turn(lock: Path, pid: int) -> Iterator[threading.Event]:
-    """Kill a process as soon as somebody is found to have the turn."""
+    """Kill a process as soon as a process is found to have the turn."""
     done, struck = threading.Event(), threading.Event()
 
     def watch() -> None:
@@ -318,7 +318,7 @@ async def test_a_ledger_that_is_damaged_under_both_loses_nothing(folder: Path, t
 async def test_who_starts_beside_an_agent_whose_ledger_is_damaged_does_not_begin_with_nothing(
     folder: Path, tree: DeviceTree
 ) -> None:
-    """What is held is known to whoever runs."""
+    """What is held is known to each agent that runs."""
     async with dra_node(folder, tree, [CPUS, SERIAL]) as node:
         await node.published("cpu")
         first = [node.claim(f"c{n}", consumed("cpu", f"numa{n % 2}", cpus="1")) for n in range(4)]

@@ -1,4 +1,4 @@
-"""The rules of the house: linters, types, stubs, import layers, readable sizes, nothing that may not be said."""
+"""The project's rules: linters, types, stubs, import layers, readable sizes, nothing that may not be said."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_the_core_is_pure() -> None:
 
 
 def test_the_state_knows_no_configuration_and_no_hardware() -> None:
-    """What it decides on comes as core values; what a container gets is rendered by whoever asks."""
+    """What it decides on comes as core values; what a container gets is rendered by the caller."""
     known = {other for name, tree in modules() if package(name)[1] == "state" for other in imported(tree)}
     assert not {one for one in known if package(one)[1] in ("config", "resources", *ROOMS)}
 

@@ -182,7 +182,7 @@ async def claim_room(
 
 
 class Gate:
-    """Holds those who come until it is opened; tells when somebody has come."""
+    """Holds those who come until it is opened; reports when a call has come."""
 
     def __init__(self) -> None:
         self.reached = asyncio.Event()

@@ -1,4 +1,4 @@
-"""Commands and their output in a page of docs/: read, run, compared, and written anew.
+"""Commands and their output in a page of docs/: read, run, compared, and written again.
 
 A block is run if its fence says so:
 

@@ -76,7 +76,7 @@ async def nursery(log: Path) -> AsyncIterator[Nursery]:
 
 
 async def ask(socket: Path, target: str, method: str = "GET") -> Any:
-    """What the status socket answers; OSError where nobody does."""
+    """What the status socket answers; OSError if no agent does."""
     reader, writer = await asyncio.open_unix_connection(socket)
     try:
         writer.write(f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())

@@ -93,7 +93,7 @@ class PinNode:
         await self.pins.lead()
 
     async def end(self) -> None:
-        """It ends: from here on nobody confines anything."""
+        """It ends: from here on no agent confines anything."""
         task, self.running = self.running, None
         assert task is not None
         task.cancel()

@@ -30,7 +30,7 @@ CPUS, PAGES_PER_NODE, PORTS, SHARES, BLOCK = 8, 16, 4, 4, 2
 UNLISTED_S = 0.5
 """How long a pod may take from its first answer until kubelet lists it."""
 NEW, ASKED, HELD, LEAVING, GONE = "new", "asked", "held", "leaving", "gone"
-"""Never asked for; asked, perhaps granted; answered; given back, perhaps heard; gone for sure."""
+"""Never asked for; asked, perhaps granted; answered; given back, perhaps received; gone for sure."""
 
 Unit = tuple[str, int | str]
 LIMITS: Mapping[Unit, int] = {
@@ -82,7 +82,7 @@ class World:
         return [bid for bid in self.bids if bid.state in states and bid.there in there]
 
     def note(self, what: str, *about: object) -> None:
-        """Count a step, and keep it for whoever has to find out what happened."""
+        """Count a step, and keep it for an engineer who has to find out what happened."""
         self.counts[what] += 1
         self.counts["steps"] += 1
         self.trace.append(f"{what} {' '.join(map(str, about))}")
@@ -129,7 +129,7 @@ class World:
             wanted = of_claim(bid) if bid.state == HELD else Counter[Unit]()
             assert held == wanted, f"claim {bid.claim.name} is {bid.state}: the ledger has {held}, expected {wanted}"
         strangers = {grant["uid"] for grant in grants if grant["api"] == "claim"} - shares.keys()
-        assert not strangers, f"held by claims that nobody made: {strangers}"
+        assert not strangers, f"held by claims that were never made: {strangers}"
 
 
 def check_pod(pod: Pod, by_id: Mapping[str, Mapping[str, Any]]) -> None:

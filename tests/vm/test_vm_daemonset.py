@@ -1,5 +1,5 @@
 """The agent as the DaemonSet's pod, on a real kubelet with cgroup v2 and systemd: the image of `make image`, the
-manifests as shipped. What pods hold is theirs from their first instruction on, whoever is restarted or replaced.
+manifests as shipped. What pods hold is theirs from their first instruction on, whichever part is restarted or replaced.
 
 The tests share a guest, and two pods with CPUs of their own, one with a claim of some, and one without.
 """

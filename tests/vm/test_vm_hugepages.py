@@ -24,7 +24,7 @@ def program(pods_guest: Guest) -> str:
 def test_a_pod_maps_what_it_holds_on_its_node_and_is_refused_more(
     pods_guest: Guest, program: str, size: str, shift: int, node: int, blocks: int, pages: int
 ) -> None:
-    """mmap itself says that there is no more: what was mapped is there, nobody gets a SIGBUS."""
+    """mmap itself says that there is no more: what was mapped is there, no process gets a SIGBUS."""
     resource = f"nodeagent.dev/hugepages-{size}"
     pods_guest.kubelet("until", resource=resource, has=[f"node{node}-{size}-0"])
     admitted = vmpods.admit(pods_guest, f"pages-{size.lower()}", {resource: blocks})

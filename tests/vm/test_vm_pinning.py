@@ -136,7 +136,7 @@ def test_status_says_what_is_granted_and_what_is_in_effect(guest: Guest, held: P
 
 
 @pytest.mark.parametrize("whose", ["container", "pod"])
-def test_a_wrong_cpuset_is_put_right_at_once_and_counted(guest: Guest, held: Pod, shared: Pod, whose: str) -> None:
+def test_a_wrong_cpuset_is_repaired_at_once_and_counted(guest: Guest, held: Pod, shared: Pod, whose: str) -> None:
     before = vmpods.pinning(guest)["drifts"]
     file = f"{held.scope() if whose == 'container' else shared.slice}/cpuset.cpus"
     took_s = [float(guest.run(f"{vmpods.PYTHON} /share/inside/drift.py {file} {ALL}")) for _ in range(5)]
@@ -165,7 +165,7 @@ def test_a_restart_of_the_runtime_leaves_all_as_it_was_and_the_next_pod_is_pinne
     until_grown_back(guest, held, shared)
 
 
-def test_what_went_wrong_while_the_agent_was_dead_is_put_right_when_it_is_back(
+def test_what_went_wrong_while_the_agent_was_dead_is_repaired_when_it_is_back(
     guest: Guest, held: Pod, shared: Pod
 ) -> None:
     pid = guest.run("systemctl show nodeagent -P MainPID").strip()
@@ -208,7 +208,7 @@ def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough
     guest.run(f"echo 0 >{online}")
     try:
         guest.kubelet("until", resource=vmpods.CPU, lacks=[f"cpu{admitted.cpus}"])
-        # A runtime that waited too long for an answer asks nobody until the agent has connected again.
+        # A runtime that waited too long for an answer calls no plugin until the agent has connected again.
         vmpods.until_connected(guest)
         with pytest.raises(GuestError, match=f"its CPUs {admitted.cpus} are offline"):
             vmpods.run(guest, admitted)

@@ -54,9 +54,9 @@ class _Line:
             try:
                 more = self._socket.recv(1 << 16)
             except OSError as error:
-                raise GuestError(f"cannot hear the guest: {error!r}") from None
+                raise GuestError(f"cannot read from the guest: {error!r}") from None
             if not more:
-                raise GuestError("cannot hear the guest: it has ended")
+                raise GuestError("cannot read from the guest: it has ended")
             self._buffered += more
         line, self._buffered = self._buffered.split(b"\n", 1)
         return json.loads(line)

@@ -63,7 +63,7 @@ def bearer(access: Access) -> str:
 
 
 class TlsContexts:
-    """TLS contexts for one API server. One is made again only when a file that it was made from has changed: loading a
+    """TLS contexts for one API server. One is re-created only when a file that it was made from has changed: loading a
     bundle of authorities takes about 20 ms."""
 
     def __init__(self, access: Access) -> None:

@@ -92,7 +92,7 @@ class NodeLabels:
             await self._apply(found["metadata"]["uid"], {})
 
     async def _apply(self, uid: str, metadata: Mapping[str, Any]) -> None:
-        """Apply metadata to the Node. With the UID, a Node that is gone is not made again."""
+        """Apply metadata to the Node. With the UID, a Node that is gone is not re-created."""
         from nodeagent.kube.apiserver.client import NODES
 
         body = {"metadata": {"uid": uid, **metadata}}

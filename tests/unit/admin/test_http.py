@@ -25,7 +25,7 @@ BIG = b"x" * (8 << 20)
 
 
 async def echo(request: HttpRequest) -> HttpAnswer:
-    """Says what it heard; /big is more than any buffer, /broken is not foreseen."""
+    """Says what it received; /big is more than any buffer, /broken is not foreseen."""
     if request.target == "/broken":
         raise ZeroDivisionError("by zero")
     assert request.peer is not None
@@ -243,10 +243,10 @@ async def test_a_removed_socket_is_noticed_and_a_strange_one_left_alone(folder: 
         assert not server.lost
         path.unlink()
         assert server.lost
-        path.write_text("somebody else's")
+        path.write_text("another program's")
         assert server.lost
         await server.stop()
-        assert path.read_text() == "somebody else's"
+        assert path.read_text() == "another program's"
 
 
 async def test_a_full_folder_in_its_place_is_named(folder: Path) -> None:

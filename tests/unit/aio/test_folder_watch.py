@@ -99,8 +99,8 @@ async def test_a_folder_that_comes_back_is_watched_again(tmp_path: Path) -> None
                 await _until(watch, lambda: not folder.exists())
 
 
-async def test_a_folder_made_anew_behind_the_watch_s_back_is_watched(tmp_path: Path) -> None:
-    """Deleted and made again between two waits, very likely with the same inode number."""
+async def test_a_folder_re_created_behind_the_watch_s_back_is_watched(tmp_path: Path) -> None:
+    """Deleted and re-created between two waits, very likely with the same inode number."""
     folder = tmp_path / "folder"
     folder.mkdir()
     with FolderWatch(folder, poll_s=LONG_S) as watch:

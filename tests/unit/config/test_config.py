@@ -1,4 +1,4 @@
-"""Every rule of the configuration, and what is said of whoever breaks one."""
+"""Every rule of the configuration, and the message for a configuration that breaks one."""
 
 from __future__ import annotations
 

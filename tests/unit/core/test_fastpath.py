@@ -68,9 +68,9 @@ def plain_parse(text: str) -> set[int]:
 @pytest.mark.parametrize("mask", [-1, 1 << (_fastpath.MAX_ID + 1), 1.5, "1"])
 def test_what_is_no_mask_is_refused_by_every_door(mask: object) -> None:
     layout = _fastpath.Layout([(0, 0, 0, 0, 0)], 1, [10])
-    for door in (_fastpath.format_list, _fastpath.ids, lambda bad: layout.choose(bad, 1)):
+    for entry in (_fastpath.format_list, _fastpath.ids, lambda bad: layout.choose(bad, 1)):
         with pytest.raises((ValueError, TypeError)):
-            door(mask)
+            entry(mask)
 
 
 def random_case(seed: int) -> oracle.Case | None:

@@ -1,4 +1,4 @@
-"""What can still be granted of a pool of hugepages, whoever has mapped or faulted how many."""
+"""What can still be granted of a pool of hugepages, whichever process has mapped or faulted how many."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_all_sources_have_to_be_good() -> None:
 
 
 def test_what_changes_nothing_returns_the_same_health() -> None:
-    """So that nobody is told of it."""
+    """So that no one is notified of it."""
     health = seen(NO_HEALTH, UNHEALTHY, 0, reason="r")
     assert seen(health, UNHEALTHY, 9, reason="r") is health
     assert observe(health, [], 9) is health

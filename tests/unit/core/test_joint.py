@@ -154,7 +154,7 @@ def check_against_all(inventory: Inventory, request: Request, held: list[int], g
 
 
 def check_whole(inventory: Inventory, request: Request, held: list[int], gone: list[str], placement: object) -> None:
-    """Everything asked for is there, and nothing that somebody holds."""
+    """Everything asked for is there, and nothing that is held."""
     cpus, pages, memory, devices, *_ = placement  # type: ignore[misc]
     assert len(cpus) == request.cpus
     assert cpus.isdisjoint(CpuSet(held))

@@ -67,7 +67,7 @@ def test_what_does_not_overlap_is_held_side_by_side(first: Grant, second: Grant)
 
 
 def test_reserved_cpus_are_granted_to_nobody() -> None:
-    """Those reserved later stay with whoever has them."""
+    """Those reserved later stay with their holder."""
     ledger = grant(NOBODY, one("a", cpus=CpuSet([0])))
     reserved = with_reserved(ledger, CpuSet([0, 1]))
     assert reserved.grants == ledger.grants

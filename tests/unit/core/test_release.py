@@ -74,7 +74,7 @@ def test_a_running_pod_is_not_disputed_while_kubelet_has_not_listed_it_since_its
     ("sight", "limit_s"), [(Sight.ABSENT, 0.0), (Sight.EMPTY, 5.0), (Sight.STOPPED, 5.0), (Sight.UNSEEN, 600.0)]
 )
 def test_what_kubelet_stops_listing_goes_as_soon_as_it_is_seen_to_have_ended(sight: Sight, limit_s: float) -> None:
-    """At once where kubelet has removed its cgroup; after a long time where nobody can be asked."""
+    """At once where kubelet has removed its cgroup; after a long time where no witness can be asked."""
     assert released_at(held(), asked(sight), (-1, True, asked())) == limit_s
 
 
@@ -92,7 +92,7 @@ def test_what_kubelet_has_no_record_of_is_released_where_nothing_of_it_runs() ->
 
 
 def test_a_lost_checkpoint_is_no_proof() -> None:
-    """A file that is not there says nothing; one that lacks a pod whose end nobody has seen says little."""
+    """A file that is not there says nothing; one that lacks a pod whose end no witness has seen says little."""
     assert released_at(held(), asked(Sight.EMPTY, given=None)) is None
     assert released_at(held(), asked(Sight.UNSEEN, given=LACKING)) is None
     assert released_at(held(), asked(Sight.UNSEEN, given=LACKING, knows=True)) == 600.0

@@ -95,7 +95,7 @@ def test_a_cpu_held_through_another_resource_is_unhealthy_and_one_of_our_own_is_
 
 
 def test_a_cpu_that_is_held_and_went_offline_is_shown_unhealthy_in_its_place() -> None:
-    """So that its pod is told; one that nobody holds is gone."""
+    """So that its pod is notified; one that no pod holds is gone."""
     shown = CPUS.advertised(machine(without_cpus=[3, 4]), held(CPUS, machine(), "cpu3"), {})
     assert ids(shown) == [f"cpu{n}" for n in (0, 1, 2, 3, 5, 6, 7)]
     assert "cpu3" not in well(shown)
@@ -284,7 +284,7 @@ def test_a_device_known_to_be_unhealthy_stays_so_without_a_node() -> None:
 
 
 def test_a_device_is_as_healthy_as_what_it_is_a_part_of() -> None:
-    """Unknown is not healthy; what nobody judged is."""
+    """Unknown is not healthy; what no source judged is."""
     inventory = machine(nic("pf"), nic("vf", parent="pf"), nic("x"), nic("y"), nic("z"))
     shown = NICS.advertised(inventory, NOBODY, health(pf=UNHEALTHY, vf=HEALTHY, x=UNKNOWN, y=HEALTHY))
     assert well(shown) == ["y", "z"]

@@ -46,7 +46,7 @@ def test_three_dots_stand_for_any_lines() -> None:
     assert not matches("a\n...\nd", "a\nb\nc") and not matches("a\n...", "b\nc")
 
 
-def test_a_page_is_written_anew() -> None:
+def test_a_page_is_written_again() -> None:
     now = rewritten(PAGE, lambda step: f"of {step.command.split()[1]}\n")
     assert "$ nodeagent place --cpus 1 --root machines/1s1n4c\nof place\n$ nodeagent config schema\nany\n" in now
     assert "```console agent\n$ nodeagent wait\nof wait\n```\n" in now

@@ -272,7 +272,7 @@ async def test_health_is_forgotten_when_it_is_old_and_when_its_stream_ends(folde
 
 
 async def test_a_refusal_on_purpose_ends_when_it_was_told_to(folder: Path) -> None:
-    """The next try is taken; nobody has violated anything."""
+    """The next try is taken; no rule was violated."""
     async with FakeDraKubelet(folder) as kubelet:
         kubelet.refuse(DRIVER, 2)
         async with offered(Rogue(folder), kubelet) as rogue:

@@ -825,7 +825,7 @@ def _write(folder: Path, file: str, value: str) -> str:
 
 
 async def test_a_watch_begins_with_all_there_is_and_tells_of_what_comes_goes_and_is_written(place: Place) -> None:
-    """Also of kubepods itself, which comes after the watch; and of a cgroup that is made again."""
+    """Also of kubepods itself, which comes after the watch; and of a cgroup that is re-created."""
     first, second = (place.layout.container(UID, qos, ID) for qos in (GUARANTEED, BURSTABLE))
     place.make(first)
     with Watch(place.mount, [place.layout], poll_s=LONG_S) as watch:

@@ -1,4 +1,4 @@
-"""Control groups made what they are to be, in an order in which nobody meets, and read back; bundles of containers."""
+"""Control groups brought to the desired state without two sharing CPUs, and read back; bundles of containers."""
 
 from __future__ import annotations
 

@@ -104,7 +104,7 @@ def test_the_boot_partitions_of_an_emmc_are_no_disks(tree: DeviceTree) -> None:
 
 @pytest.mark.parametrize("path", ["dev/sg0", "dev/bsg/0:0:0:0"])
 def test_another_node_of_a_disk_is_the_disk(tree: DeviceTree, path: str) -> None:
-    """A SCSI disk has three nodes; whoever writes to one of them writes to all."""
+    """A SCSI disk has three nodes; a program that writes to one of them writes to all."""
     disk = tree.disk(CONTROLLER, "sda", "host0/0:0:0:0", 1 << 30, dev="8:0")
     scsi = disk.parents[1]
     folder = scsi / path.split("/")[1] / path.rpartition("/")[2]

@@ -283,7 +283,7 @@ def test_a_write_that_is_refused_is_named_with_its_value(tmp_path: Path) -> None
     path = root / _NODE0 / "nr_hugepages"
 
     def put(path: str, value: str) -> None:
-        cgroupset.put("/proc/version", value)  # as a read-only /sys: nobody may write it
+        cgroupset.put("/proc/version", value)  # as a read-only /sys: it cannot be written
 
     with pytest.raises(HostError, match=r"cannot write /proc/version: .*, value '3'"):
         hugepageset.set_pages(SysFs(root), *POOL, 3, put=put)

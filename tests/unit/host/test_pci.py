@@ -132,7 +132,7 @@ def test_a_tree_without_the_bus_folder_is_walked(tree: DeviceTree) -> None:
 
 
 def test_a_tree_with_only_the_bus_folder_still_lists_its_functions(tree: DeviceTree) -> None:
-    """Then nobody knows what lies above them."""
+    """Then it is not known what lies above them."""
     tree.write("sys/bus/pci/devices/0000:3b:00.0/class", "0x020000")
     tree.write("sys/bus/pci/devices/0000:3b:00.0/vendor", "0x8086")
     tree.write("sys/bus/pci/devices/0000:3b:00.0/device", "0x1572")

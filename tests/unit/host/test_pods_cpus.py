@@ -1,4 +1,4 @@
-"""The cpuset of all pods, narrowed by somebody else: what is outside is not offered, granted or shared, it is said who
+"""The cpuset of all pods, narrowed from outside: what is outside is not offered, granted or shared, it is said who
 holds some of it, and it comes back.
 """
 
@@ -101,7 +101,7 @@ def test_without_cgroup_v2_or_its_cpusets_nothing_bounds_pods(tree: CgroupTree, 
 
 
 def test_what_cannot_be_read_stays_as_it_was_known(tree: CgroupTree) -> None:
-    """It is among the inventory's warnings; nobody is given CPUs for that."""
+    """It is among the inventory's warnings; no pod is given CPUs for that."""
     tree.make(SYSTEMD)
     (tree.mount / SYSTEMD / "cpuset.cpus.effective").write_text("many\n")
     known = PodsCgroup(path=SYSTEMD, cpus=CpuSet.parse("2-9"))
@@ -175,7 +175,7 @@ def test_an_id_outside_is_refused_with_the_reason() -> None:
 
 
 def test_who_holds_cpus_outside_is_named_and_the_reason_has_the_cgroup() -> None:
-    """Reserved CPUs outside are nobody's business."""
+    """Reserved CPUs outside are not reported."""
     some = [grant("c", CpuSet.parse("8-10"), CLAIM), grant("d", CpuSet.parse("2,12"))]
     books, where = ledger(*some, reserved=CpuSet([0, 1])), "outside the cpuset of kubepods.slice, which has 2-9"
     assert lost_cpus(bounded("2-9"), books) == {("n/cpu", "numa0"): f"{where}: CPU 10 of claim ns/c"}

@@ -1,4 +1,4 @@
-"""The one door to the machine: strict, bounded by its root, whole files."""
+"""The one entry point to the machine: strict, bounded by its root, whole files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Real events of the kernel: written to a device's uevent file, heard over netlink."""
+"""Real events of the kernel: written to a device's uevent file, received over netlink."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ async def test_what_is_not_known_is_said_to_be_unknown_with_a_reason(
 
 
 async def test_a_list_is_sent_again_before_kubelet_forgets_it(folder: Path) -> None:
-    """Without any change, also while whoever tells of changes hangs."""
+    """Without any change, also while the source of changes hangs."""
     vitals = Vitals(("gpu-0", HEALTHY))
     vitals.hangs = True
     async with streaming(vitals, folder, heartbeat_s=0.02) as (stream, _):

@@ -210,7 +210,7 @@ async def test_a_claim_that_stands_twice_is_asked_for_once(version: Any, folder:
 @both_versions
 @pytest.mark.parametrize("uid", ["", "../../etc/passwd", "a b", ".", "-x", "x" * 129, "ü"])
 async def test_a_uid_that_cannot_be_one_is_refused_for_itself(version: Any, uid: str, folder: Path) -> None:
-    """It reaches nobody; the claim alongside it is served."""
+    """It reaches no handler; the claim alongside it is served."""
     desk, odd = Desk(), ClaimRef(namespace="default", name="odd", uid=uid)
     async with served(desk, folder, version) as client:
         answers = await client.prepare(odd, ref(1))

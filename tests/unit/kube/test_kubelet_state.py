@@ -376,7 +376,7 @@ def test_memory_that_cannot_be_understood_is_an_error_with_its_place(
 
 
 def test_pods_are_there_that_have_a_folder(tmp_path: Path) -> None:
-    """Without the folder of them all nobody can tell: that is no empty list."""
+    """Without the folder of them all it is not known: that is no empty list."""
     with pytest.raises(InputError, match=r"cannot read .*/pods: No such file"):
         pods_there(tmp_path)
     (tmp_path / "pods" / "uid-a").mkdir(parents=True)

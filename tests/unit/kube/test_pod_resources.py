@@ -182,7 +182,7 @@ def test_a_socket_path_that_is_too_long_is_refused_at_once() -> None:
 
 
 async def test_each_admission_wakes_the_checkpoint_watch(folder: Path) -> None:
-    """Three changes while nobody waits are one."""
+    """Three changes while no caller waits are one."""
     async with node(folder) as kubelet:
         with CheckpointWatch(kubelet.plugins_folder, poll_s=30) as watch:
             for name in ("one", "two", "three"):

@@ -136,7 +136,7 @@ class Bench:
         }
 
     async def quiet(self) -> int:
-        """How many requests there were, once a change that is none has been seen: nobody asks any longer."""
+        """How many requests there were, once a change that is none has been seen: no request is made any longer."""
         seen = self.source.asked.value
         self.source.revision.bump()
         async with asyncio.timeout(DEADLINE_S):
@@ -355,7 +355,7 @@ async def test_slices_that_are_deleted_while_they_are_replaced_come_back_at_once
         await it.until_right()
 
 
-async def test_what_somebody_edits_is_put_right() -> None:
+async def test_what_another_client_edits_is_repaired() -> None:
     """Also where a slice of our pool is added."""
     async with bench(gpus(2)) as it:
         await it.until_right()
@@ -737,7 +737,7 @@ async def test_a_server_that_refuses_lists_gets_the_same_pool_without_them() -> 
 
 
 async def test_what_the_server_keeps_is_known_from_what_it_stores() -> None:
-    """Of what was never published nobody knows; what it drops later is lost."""
+    """Of what was never published nothing is known; what it drops later is lost."""
     async with bench(gpus(2, **SHARED)) as it:
         await it.until_right()
         await it.until(lambda it: it.kept == ("consumable",))

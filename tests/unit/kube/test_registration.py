@@ -244,7 +244,7 @@ async def test_a_registrar_that_ends_takes_its_devices_away(kubelet: FakeKubelet
 
 
 async def test_kubelet_socket_deleted_by_hand_does_not_stop_a_plugin_that_is_watched(kubelet: FakeKubelet) -> None:
-    """Where nobody could register again, the stream that works is kept."""
+    """Where no plugin could register again, the stream that works is kept."""
     shelf = Shelf()
     async with kubelet, running(Registrar([shelf], kubelet.plugins_folder, pace=QUICK)) as registrar:
         await registrar.wait_ready()

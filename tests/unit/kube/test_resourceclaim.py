@@ -102,7 +102,7 @@ def test_a_claim_comes_with_all_that_is_needed_and_what_is_new_is_passed_over() 
     ],
 )
 def test_a_claim_without_an_allocation_is_not_allocated(document: dict[str, Any]) -> None:
-    """The reader says so; whoever decides refuses it."""
+    """The reader says so; the caller that decides refuses it."""
     claim = read(document, DRIVER)
     assert not claim.allocated and not claim.results and not claim.configs
 
@@ -206,7 +206,7 @@ def test_what_other_drivers_consume_is_not_ours_to_judge() -> None:
 
 
 def test_a_big_document_is_read() -> None:
-    """As many results and configurations as the API allows, and a lot that nobody needs."""
+    """As many results and configurations as the API allows, and a lot that is not needed."""
     one = DOCUMENT["status"]["allocation"]["devices"]["results"][0]
     document = changed("status/allocation/devices/results", [{**one, "device": f"d{n}"} for n in range(1000)])
     document["metadata"]["annotations"] = {f"k{n}": "v" * 1000 for n in range(1000)}

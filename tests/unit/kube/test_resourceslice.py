@@ -122,7 +122,7 @@ def test_without_the_nodes_uid_there_is_no_owner() -> None:
 
 
 def test_a_pool_without_devices_has_no_slices() -> None:
-    """Counters that no device consumes serve nobody."""
+    """Counters that no device consumes are useless."""
     assert render(pool(counters=[CounterSet(name="card", counters={"a": 1})]), OWNER, 1) == ()
 
 
@@ -583,7 +583,7 @@ def test_what_the_server_adds_is_no_difference() -> None:
         lambda one: one.update(allNodes=True),
     ],
 )
-def test_whatever_somebody_edits_is_put_right(change: Callable[[Object], object]) -> None:
+def test_whatever_another_client_edits_is_repaired(change: Callable[[Object], object]) -> None:
     """With one replacement that names the version it saw."""
     taint = replace(TAINT, value="1000")
     wanted = pool(device("a", attributes={"n": 1}, capacity={"c": Capacity(value=1000)}, taints=(taint,)))

@@ -34,7 +34,7 @@ async def test_a_refused_connection_holds_up_no_other_channel(folder: Path) -> N
 
 
 def test_a_socket_is_served_while_somebody_listens(folder: Path) -> None:
-    """Not a plain file, not a dead socket; a full queue is somebody too."""
+    """Not a plain file, not a dead socket; a full queue is a server too."""
     path = folder / "s"
     assert not sockets.is_served(path)
     with socket.socket(socket.AF_UNIX) as server:
@@ -110,7 +110,7 @@ async def test_a_stop_or_start_that_is_cancelled_is_cancelled_at_any_moment(fold
 
 
 def bound(path: Path) -> None:
-    """A socket that nobody serves, as a process leaves it that was killed."""
+    """A socket that no process serves, as a process leaves it that was killed."""
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(str(path))
 

@@ -155,7 +155,7 @@ async def test_what_kubelet_has_a_container_with_is_not_released(folder: Path) -
 
 
 async def test_while_kubelet_is_silent_nothing_is_released(folder: Path) -> None:
-    """It counts again from where it was: nobody said that the claim is there."""
+    """It counts again from where it was: no answer said that the claim is there."""
     async with looking(folder, "c") as look:
         gone(look)
         look.silent = True
@@ -178,7 +178,7 @@ async def test_while_the_api_server_is_away_nothing_is_released(folder: Path) ->
 
 
 async def test_a_claim_that_cannot_be_read_is_not_released(folder: Path) -> None:
-    """Of what nobody understands, nobody can say that it is no more."""
+    """Of what cannot be read it cannot be said that it is gone."""
     async with looking(folder, "c") as look:
         document(look)["status"]["reservedFor"] = "nobody"
         for _ in range(3):
@@ -474,7 +474,7 @@ async def test_a_claim_without_devices_of_ours_has_no_status() -> None:
 async def test_files_are_kept_whatever_happens_to_them_or_to_the_grants(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Written at the start, put back when somebody deletes them, removed when a grant goes without kubelet's word."""
+    """Written at the start, put back when they are deleted, removed when a grant goes without kubelet's word."""
     monkeypatch.setattr(claimcare, "SETTLE_S", 0.01)
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"), result("char", PORT, "port"))

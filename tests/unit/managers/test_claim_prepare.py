@@ -114,7 +114,7 @@ async def test_calls_that_prepare_and_unprepare_claims_are_timed(folder: Path) -
 
 
 async def test_what_is_unprepared_while_it_is_read_is_not_granted(folder: Path) -> None:
-    """Kubelet gave up: nobody would ever give back what it were granted."""
+    """Kubelet gave up: no call would ever give back what it were granted."""
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
         room.delay = gate = Gate()
@@ -324,7 +324,7 @@ def contents(mounts: dict[str, str]) -> dict[str, bytes]:
 
 
 async def test_applications_find_the_devices_of_a_claim_where_every_driver_puts_them(folder: Path) -> None:
-    """From Prepare to Unprepare; put back where somebody deletes it, and after a restart."""
+    """From Prepare to Unprepare; put back where another program deletes it, and after a restart."""
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", "cpus", cpus="2"), result("char", PORT, "port/a"))
         await room.prepare(claim)

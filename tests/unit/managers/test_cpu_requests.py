@@ -166,4 +166,4 @@ async def test_the_note_goes_with_the_claim_and_names_a_few_of_many(folder: Path
 
 
 def _nothing(happening: Happening) -> None:
-    raise AssertionError("nobody knows the names of these pods")
+    raise AssertionError("the names of these pods are not known")

@@ -205,7 +205,7 @@ async def test_a_claim_for_a_pool_that_may_not_grow_is_refused_with_its_numbers(
 
 
 async def test_pages_in_use_by_others_are_made_up_for(folder: Path) -> None:
-    """Known again before the pool grows: 6 of 8 pages went to somebody since the last scan."""
+    """Known again before the pool grows: 6 of 8 pages went to other processes since the last scan."""
     async with page_room(folder) as room:
         room.kernel.use(POOL, 6)
         (answer,) = await room.prepare(room.claim("c", 10))
@@ -438,7 +438,7 @@ async def test_what_rests_too_short_stays(folder: Path) -> None:
 
 
 async def test_pages_that_another_agent_granted_meanwhile_stay(folder: Path) -> None:
-    """As during a rolling change: this one has not heard of the grant when it is about to give back."""
+    """As during a rolling change: this one has not learned of the grant when it is about to give back."""
     async with page_room(folder) as room, page_room(folder) as other:
         claim = room.claim("c", 20)
         await room.prepare(claim)

@@ -150,7 +150,7 @@ async def test_intruders_are_shown_and_counted(stand: Stand) -> None:
     moved = {"moved": False, "before": "", "why": ""}
     assert shown["irqs"] == [{"irq": 27, "name": "", "cpus": "3", "hits": "3", **moved}]
     assert (gauge("thread"), gauge("irq"), shown["threads_total"], shown["warnings"]) == (3, 1, 3, [])
-    assert stand.asked(27) == "3", "nobody asked for it to be moved"
+    assert stand.asked(27) == "3", "no grant required it to be moved"
     json.dumps(shown)
 
 
@@ -213,7 +213,7 @@ async def test_one_looks_soon_after_other_cpus_became_exclusive(stand: Stand) ->
         await shown(stand, lambda shown: [one["comm"] for one in shown["threads"]] == ["three"])
         stand.revision.bump()
         await shown(stand, lambda _: stand.waits[-1] == stand.revision.value)
-        assert stand.waits.count(0) == 1, "nobody began to wait again, after another look"
+        assert stand.waits.count(0) == 1, "no task began to wait again, after another look"
         stand.hold("3-4")
         await shown(stand, lambda shown: shown["threads_total"] == 2)
         stand.irq(27, "3")

@@ -129,7 +129,7 @@ def test_what_only_looks_like_a_kubelet_is_none(words: tuple[str, ...], more: di
 
 
 def test_a_file_of_the_command_line_that_is_not_there_is_an_error(node: Node) -> None:
-    """As in a container that does not have it mounted: nobody can tell then what kubelet reserves."""
+    """As in a container that does not have it mounted: it is not known then what kubelet reserves."""
     kubelet(node.root, node.dir, "--config=/home/kubernetes/kubelet-config.yaml")
     found = node.look()
     assert found.cpus is None

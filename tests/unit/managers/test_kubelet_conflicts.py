@@ -218,7 +218,7 @@ def test_cpus_that_kubelets_static_manager_gives_to_all_containers_are_not_exclu
     ],
 )
 def test_only_cpus_on_which_kubelet_lets_others_run_are_hit(config: str, state: str, hit: str, node: Node) -> None:
-    """It lets them run on reserved CPUs too; where nobody can tell, all are."""
+    """It lets them run on reserved CPUs too; where it is not known, all are."""
     node.starts(config=config, state=state)
     said = alongside.unprotected(node.look(), ledger(MINE, CLAIMED))
     assert said.startswith(f"CPUs {hit} of " if hit else "")

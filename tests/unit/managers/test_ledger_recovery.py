@@ -1,5 +1,5 @@
 """A ledger that was lost, over both APIs: what is in use is put back exactly, what is not known is held back, and until
-then nobody is given anything that may be in use.
+then no pod is given anything that may be in use.
 """
 
 from __future__ import annotations

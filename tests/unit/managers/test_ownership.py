@@ -1,5 +1,5 @@
 """Whose a claim is where the API server has it reserved for a group of pods, or does not answer: kubelet's word counts,
-and a container of which nobody knows whether the claim is its own is not started on other CPUs instead."""
+and a container of which it is not known whether the claim is its own is not started on other CPUs instead."""
 
 from __future__ import annotations
 

@@ -249,7 +249,7 @@ async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypat
 # An agent, or a runtime, that was away
 
 
-async def test_what_ran_unpinned_while_no_agent_ran_is_put_right_before_the_runtime_is_heard(
+async def test_what_ran_unpinned_while_no_agent_ran_is_repaired_before_the_runtime_calls(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the ledger, kubelet's record and the bundles prove needs no runtime; it is counted and shown."""
@@ -367,7 +367,7 @@ async def test_sandboxes_and_containers_that_were_asked_about_are_no_evidence_ag
         assert node.runtime.connections == 1 and node.pins.document()["drifts"] == 0
 
 
-async def test_a_drift_that_cannot_be_put_right_is_counted_apart_until_it_is(
+async def test_a_drift_that_cannot_be_repaired_is_counted_apart_until_it_is(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def counts() -> tuple[int, int, int]:
@@ -486,7 +486,7 @@ async def test_a_cpu_that_is_lost_leaves_the_others_of_its_grant(folder: Path, m
         assert node.tree.effective(node.path("db", "main")) == "4"
         node.tree.hotplug("0-3,6-15")
         node.agent.see(machine(without=[4, 5]))
-        # The kernel would give it all that its pod has; that is nobody else's CPU.
+        # The kernel would give it all that its pod has; that is no other pod's CPU.
         await node.until(lambda: node.tree.text(node.path("db", "main"), "cpuset.cpus") == "1-3,6-15")
         node.tree.hotplug("0-15")
         node.agent.see(machine())
@@ -524,7 +524,7 @@ async def test_kubelet_s_resize_keeps_the_cpus(folder: Path, monkeypatch: pytest
 
 
 async def test_a_restarted_agent_finds_everything_as_it_was(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what was changed while nobody looked is put right."""
+    """And what was changed while no agent looked is repaired."""
     async with pin_node(folder, monkeypatch) as node:
         await node.admit("db", "main", "cpu4", "cpu5")
         await node.run("db", "main")

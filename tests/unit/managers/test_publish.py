@@ -152,7 +152,7 @@ async def test_labels_that_were_switched_off_while_no_agent_ran_are_removed(tmp_
             await room.until(lambda: LABEL not in room.labels())
 
 
-async def test_a_node_that_is_gone_is_not_made_again(tmp_path: Path) -> None:
+async def test_a_node_that_is_gone_is_not_re_created(tmp_path: Path) -> None:
     async with machine_with_api(tmp_path) as room:
         room.api.delete(NODES, NODE)
         async with room.running(nodeLabels=True):

@@ -89,7 +89,7 @@ class Desk:
 
 
 class CuriousDesk(Desk):
-    """One that hears everything."""
+    """One that is notified of everything."""
 
     async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
         await self.note(f"starting {container.name}")
@@ -590,7 +590,7 @@ async def test_evidence_that_the_runtime_asks_no_more_makes_it_list_again(folder
     desk, changes = Desk(), Changes()
     before = counted("disconnects", reason="unasked")
     async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk, changes)) as plugin:
-        plugin.reconnect("nobody is connected yet")
+        plugin.reconnect("no runtime is connected yet")
         await changes.until(lambda: plugin.standing.connected)
         assert runtime.connections == 1
         runtime.add("unasked")

@@ -254,7 +254,7 @@ async def test_ids_of_a_grant_that_was_never_listed_are_taken_over(folder: Path)
 
 
 async def test_what_is_left_of_a_grant_stays_held_although_it_is_offline(folder: Path) -> None:
-    """It is nobody else's only because the machine does not show it."""
+    """It is no other pod's only because the machine does not show it."""
     async with node(folder) as one:
         old = await one.grant(CPU, "cpu1", "cpu2")
         one.agent.see(machine(without=[2]))
@@ -320,7 +320,7 @@ async def test_a_part_and_its_whole_do_not_count_as_two(folder: Path) -> None:
 
 
 async def test_a_device_is_held_whole_or_by_shares_never_both(folder: Path) -> None:
-    """Three shares of it go to three; the whole to nobody then."""
+    """Three shares of it go to three; the whole to no pod then."""
     async with node(folder) as one:
         for share in range(3):
             await one.allocate(FUSE, f"/dev/fuse::{share}")
@@ -388,7 +388,7 @@ async def test_what_an_earlier_agent_granted_is_a_new_pods_once_it_is_requested_
 
 
 async def test_a_caller_that_hangs_up_during_the_save_leaves_memory_and_disk_equal(folder: Path) -> None:
-    """gRPC cancels the handler; whoever asks again gets the same grant."""
+    """gRPC cancels the handler; the call that asks again gets the same grant."""
     async with node(folder) as one:
         for number in range(8):
             call = asyncio.ensure_future(one.allocate(CPU, f"cpu{number}"))
@@ -534,7 +534,7 @@ async def test_a_kubelet_that_starts_again_and_lists_nothing_releases_nothing(fo
 
 
 async def test_the_cpus_of_a_running_pod_are_not_given_to_another_that_kubelet_prefers(folder: Path) -> None:
-    """Kubelet stops listing a pod that runs: the grant is disputed, its ids are not healthy, and nobody else gets
+    """Kubelet stops listing a pod that runs: the grant is disputed, its ids are not healthy, and no other pod gets
     them; when the pod ends they are free at once."""
     async with node(folder) as one:
         grant = await one.grant(CPU, "cpu1")
@@ -570,7 +570,7 @@ async def test_a_list_from_before_a_grant_says_nothing_about_it(folder: Path) ->
 
 
 async def test_what_is_not_served_any_more_stays_held_while_it_is_listed(folder: Path) -> None:
-    """The configuration dropped a resource; its pods run on, and nobody else gets their CPUs."""
+    """The configuration dropped a resource; its pods run on, and no other pod gets their CPUs."""
     async with node(folder) as one:
         await one.grant(CPU, "cpu1")
         for _ in range(5):
@@ -806,7 +806,7 @@ class Crowd:
         self.node.agent.see(with_free_pages(inventory, self.random.choice([0, 1]), self.random.choice([32, 32, 10])))
 
     async def hang_up(self) -> None:
-        """A call that is not waited for: kubelet never hears of it."""
+        """A call that is not waited for: kubelet is never notified."""
         free = [
             one.id for one in self.node.agent.advertised(CPU.resource) if one.healthy and one.id not in self.held(CPU)
         ]

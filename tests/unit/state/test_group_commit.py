@@ -128,7 +128,7 @@ async def test_a_transaction_that_fails_takes_with_it_what_was_based_on_it(
 async def test_random_calls_at_once_on_a_disk_that_fails_now_and_then_agree_with_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After each burst: memory is what is on disk, whoever was told of CPUs has them, and files are those of claims."""
+    """After each burst: memory is what is on disk, callers have what they were given, and files are those of claims."""
     dice = random.Random(2026)
     async with claim_room(folder, CPUS) as room:
         names = [f"c{n}" for n in range(6)]

@@ -84,7 +84,7 @@ def test_a_ledger_that_is_replaced_while_it_is_open_is_counted_once(lose: Callab
 
 @pytest.mark.parametrize("lose", [garbage, truncated, emptied, removed])
 def test_a_ledger_that_was_lost_is_not_taken_for_a_new_one(lose: Callable[[Path], None], folder: Path) -> None:
-    """Also after a restart, and until somebody finds it whole."""
+    """Also after a restart, and until an agent finds it whole."""
     filled(folder, 5)
     assert loss(folder) == ""
     lose(folder)
@@ -159,7 +159,7 @@ def test_it_is_known_which_claims_a_ledger_never_had(folder: Path) -> None:
 
 
 def test_it_is_known_which_pods_of_kubelets_checkpoint_a_ledger_never_had(folder: Path) -> None:
-    """What is held counts whoever holds it by now; a pod whose grant was released is known from the audit, unless all
+    """What is held counts for its holder of now; a pod whose grant was released is known from the audit, unless all
     that names it there is a claim."""
     held, ended, with_claim, lost = "held", "6f4929bc-ended", "6f4929bc-claimed", "6f4929bc-lost"
     grants = [replace(grant_of(number), id=f"g-{number}") for number in range(2)]

@@ -2,7 +2,7 @@
 
     checker.py EXCLUSIVE OUT    until SIGTERM; then OUT has one object of JSON
 
-EXCLUSIVE is what whoever makes pods knows: {CONTAINER ID: CPUS} of containers that have started and are not being
+EXCLUSIVE is what the maker of the pods knows: {CONTAINER ID: CPUS} of containers that have started and are not being
 stopped, replaced as a whole. A container counts as exclusive in a round where the file said so before the round and
 after it. Nothing of the product is used here.
 """

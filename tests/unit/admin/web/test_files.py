@@ -1,4 +1,4 @@
-"""The files of the page: complete, from the agent alone, and not in the memory of one whose page nobody opens."""
+"""The files of the page: complete, from the agent alone, and not in the memory of one whose page no browser opens."""
 
 from __future__ import annotations
 

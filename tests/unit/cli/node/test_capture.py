@@ -111,7 +111,7 @@ async def around(folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator
 
 
 def filled(folder: Path, inventory: object) -> Agent:
-    """A ledger with a pod, a claim, a refusal and somebody who has gone."""
+    """A ledger with a pod, a claim, a refusal and a pod that has gone."""
     names = {"namespace": NAMES[0], "pod": NAMES[1], "container": NAMES[2]}
     holder = Holder(api=DEVICE_PLUGIN, resource="nodeagent.dev/cpu", **names)
     one = Grant(id="g-1", holder=holder, cpus=CpuSet([1, 2]), ids=("cpu1", "cpu2"), pods=(POD_UID,), confirmed=True)

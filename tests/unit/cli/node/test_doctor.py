@@ -139,7 +139,7 @@ def static(built: BuiltNode) -> None:
 
 
 def busy(built: BuiltNode) -> None:
-    """An agent with a configuration of its own, grants, notes, and another device plugin beside it."""
+    """An agent with a configuration of its own, grants, notes, and another device plugin alongside it."""
     built.kubelet("topologyManagerPolicy: restricted\n")
     built.configure(domain="a.b", resources=[{"name": "cpu", "kind": "cpu", "serve": "dra"}], reservedCpus="0")
     built.answer(notes=["look"], not_ready=["waiting"])

@@ -48,7 +48,7 @@ def left(inventory: Inventory, ledger: Ledger) -> int:
 
 @given(pool=pools(), a=st.integers(0, 10), b=st.integers(0, 10))
 def test_pages_come_back_in_full_when_their_pod_ends(pool: HugepagePool, a: int, b: int) -> None:
-    """As many can be granted as before; without a grant as many more as it had, whoever has faulted them."""
+    """As many can be granted as before; without a grant as many more as it had, whichever process has faulted them."""
     inventory, ledger = Inventory(numa_nodes=(NumaNode(id=0, hugepages=(pool,)),)), holding(a=a, b=b)
     after = untouched(inventory, ledger)
     assert left(after, ledger) == left(inventory, ledger)

@@ -141,7 +141,7 @@ def test_no_less_disruptive_moves_align_the_request(seed: int) -> None:
 
 
 def check(inventory: Inventory, ledger: Ledger, found: Advice) -> None:
-    """Carry a plan out: nothing overlaps, the request is aligned, and nobody who moves lies farther apart."""
+    """Carry a plan out: nothing overlaps, the request is aligned, and no pod that moves lies farther apart."""
     if found.after is None:
         assert not found.moves
         return

@@ -45,7 +45,7 @@ def random_pod(pick: random.Random) -> list[ContainerDemand]:
 
 
 def free_of(inventory: Inventory, ledger: Ledger, health: Health) -> dict[str, int]:
-    """How many of each resource nobody holds: CPUs, healthy devices, pages."""
+    """How many of each resource are free: CPUs, healthy devices, pages."""
     held = {device for one in ledger.grants.values() for device in one.devices}
     pools = [pool for one in inventory.numa_nodes for pool in one.hugepages]
     return {
@@ -106,7 +106,7 @@ def test_the_ids_of_init_containers_are_given_on_to_the_next(tmp_path: object) -
 
 
 def test_devices_that_exclude_each_other_are_not_counted_twice() -> None:
-    """A GPU and its two instances: whoever gets the GPU leaves no instance."""
+    """A GPU and its two instances: a pod that gets the GPU leaves no instance."""
     whole = Device(kind="gpu", id="gpu0", paths=("/dev/nvidia0",))
     parts = [Device(kind="gpu", id=f"gpu0/{i}", parent="gpu0", paths=(f"/dev/mig{i}",)) for i in range(2)]
     inventory = inventory_of(even_rows(1, 1, 1, 8, 1), devices=[whole, *parts])

@@ -99,7 +99,7 @@ def many(count: int) -> list[Tenant]:
 
 
 def test_a_search_that_gives_up_says_so_and_leaves_out_whom_it_can() -> None:
-    """Where every set cannot be tried, what is named still admits the request, and nobody in it is needless."""
+    """Where every set cannot be tried, what is named still admits the request, and no holder in it is needless."""
     tenants = many(30)
     needed = {"ns/p03", "ns/p17", "ns/p29"}
     found, exact = smallest_set(
