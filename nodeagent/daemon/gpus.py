@@ -8,6 +8,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Report
 from nodeagent.core.events.states import PodOf
 from nodeagent.daemon.paths import Paths
+from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.partitions.journal import PartitionJournal
@@ -37,9 +38,8 @@ class Gpus:
     ) -> None:
         """`scanner` asks NVML; `pod_of` returns the pod with a UID, if its name is known."""
         self.partitions = PartitionsManager(agent, scanner, table, where.state_dir, config)
-        self.sharing = SharingManager(
-            agent, where.sysfs, where.state_dir, where.runtime_dir, report, pod_of, table.view
-        )
+        search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
+        self.sharing = SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, table.view)
 
     @property
     def managers(self) -> Sequence[Manager]:

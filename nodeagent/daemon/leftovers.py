@@ -22,6 +22,7 @@ from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.cgroup.read import hierarchy
 from nodeagent.host.cgroup.widen import CPUS, MEMS, Widener
+from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.irq.interrupts import Mover
 from nodeagent.host.irq.journal import load
 from nodeagent.host.mps.control import FOLDER as MPS_FOLDER
@@ -103,7 +104,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _interrupts(host)
     yield _tuning(host)
     yield _hugepages(host)
-    yield _sharing(host)
+    yield shared_gpus(host)
     yield _cdi_files(host)
     yield _claim_files(host)
     yield _kubelet_sockets(host)
@@ -202,11 +203,12 @@ def _pool(sysfs: SysFs, one: Grown) -> str:
     return f"{path} stays as it is: grown from {one.base_pages} to {one.grown_pages} pages for claims"
 
 
-def _sharing(host: Host) -> Leftover:
+def shared_gpus(host: Host) -> Leftover:
     """Return the MPS daemons, with their folders, and the time slices of GPUs that were changed."""
     where = host.where
-    journal, smi = SharingJournal(where.state_dir, where.sysfs.text(BOOT_ID, "")), NvidiaSmi(Path(where.sysfs.root))
-    daemons, slices = MpsDaemons(journal, where.runtime_dir, Path(where.sysfs.root), smi), TimeSlices(journal, smi)
+    search = DriverSearch(top=where.sysfs.root, configured=host.config.nvidia.driver_root)
+    journal, smi = SharingJournal(where.state_dir, where.sysfs.text(BOOT_ID, "")), NvidiaSmi(search)
+    daemons, slices = MpsDaemons(journal, where.runtime_dir, search, smi), TimeSlices(journal, smi)
     names, changed = daemons.left(), slices.records()
     lines = [Line(str(daemons.folder / name)) for name in sorted(names)]
     lines += [Line(f"time slice of {id}", one.interval, one.before) for id, one in sorted(changed.items())]

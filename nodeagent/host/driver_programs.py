@@ -1,7 +1,7 @@
 """Programs of NVIDIA's driver: where they are found, and runs of them that cannot take longer than a deadline.
 
-PATH comes first. What is not there is searched below the roots under which a container sees the driver
-(host/nvml/library.py); such a program needs the libraries of its own root.
+PATH comes first, unless the configuration names the driver's root. What is not there is searched below the roots under
+which a container sees the driver (host/driver_root/roots.py); such a program needs the libraries of its own root.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nodeagent.errors import HostError, cause_of
-from nodeagent.host.nvml.library import FOLDERS as LIBRARY_FOLDERS
-from nodeagent.host.nvml.library import ROOTS
+from nodeagent.host.driver_root.roots import PROGRAM_FOLDERS, library_folders, roots
 
-PROGRAM_FOLDERS = ("usr/bin", "bin", "usr/local/bin")
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 LONGEST_CAUSE = 300
 """Most characters of a program's output in an error."""
@@ -37,24 +35,39 @@ class DriverProgram:
     if its libraries are not where the loader looks."""
 
 
-def find_program(name: str, root: Path = Path("/")) -> DriverProgram | None:
-    """Return a program of the driver, or None if neither PATH nor a driver's root has it."""
-    path = os.environ.get("PATH", SYSTEM_PATH)
-    if found := shutil.which(name, path=path):
-        return DriverProgram(path=Path(found), env=_env(Path(found).parent, path, ()))
-    for top in ROOTS:
-        for folder in PROGRAM_FOLDERS:
-            below = root / top
-            if found := shutil.which(name, path=str(below / folder)):
-                libraries = [below / one for one in LIBRARY_FOLDERS if (below / one).is_dir()]
-                return DriverProgram(path=Path(found), env=_env(Path(found).parent, path, libraries))
-    return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriverSearch:
+    """Where the driver's programs are looked for."""
+
+    top: str = "/"
+    """What this process takes for /."""
+    configured: str = ""
+    """The driver's root as configured (nvidia.driverRoot), or "" to find it."""
+
+    def find(self, name: str) -> DriverProgram | None:
+        """Return a program of the driver, or None if neither PATH nor a driver's root has it."""
+        path = os.environ.get("PATH", SYSTEM_PATH)
+        by_path, below = _found(name, path, path, ()), self._below_roots(name, path)
+        return below or by_path if self.configured else by_path or below
+
+    def _below_roots(self, name: str, path: str) -> DriverProgram | None:
+        for root in roots(self.top, self.configured, own=False):
+            libraries = [root.at(one) for one in library_folders(root) if Path(root.at(one)).is_dir()]
+            for folder in PROGRAM_FOLDERS:
+                if found := _found(name, root.at(folder), path, libraries):
+                    return found
+        return None
 
 
-def _env(folder: Path, path: str, libraries: Sequence[Path]) -> Mapping[str, str]:
+def _found(name: str, where: str, path: str, libraries: Sequence[str]) -> DriverProgram | None:
+    found = shutil.which(name, path=where)
+    return DriverProgram(path=Path(found), env=_env(Path(found).parent, path, libraries)) if found else None
+
+
+def _env(folder: Path, path: str, libraries: Sequence[str]) -> Mapping[str, str]:
     env = {"PATH": f"{folder}:{path}", "LANG": "C"}
     if libraries:
-        env["LD_LIBRARY_PATH"] = ":".join(map(str, libraries))
+        env["LD_LIBRARY_PATH"] = ":".join(libraries)
     return MappingProxyType(env)
 
 

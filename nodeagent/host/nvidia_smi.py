@@ -8,13 +8,13 @@ and with it the compute mode.
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 from nodeagent.errors import HostError
-from nodeagent.host.driver_programs import DriverProgram, find_program, run, shortened
+from nodeagent.host.driver_programs import DriverProgram, DriverSearch, run, shortened
 
 PROGRAM = "nvidia-smi"
 DEADLINE_S = 8.0
+ANYWHERE = DriverSearch()
 INTERVALS = ("Default", "Short", "Medium", "Long")
 """By the number that nvidia-smi takes."""
 _LISTED = re.compile(rf"\btime-?slice\b[\W_]+({'|'.join(INTERVALS)})\b", re.IGNORECASE)
@@ -24,13 +24,13 @@ _MODES = ("Default", "Exclusive_Thread", "Exclusive_Process", "Prohibited")
 class NvidiaSmi:
     """The program. Every call blocks, for DEADLINE_S at most, and raises HostError."""
 
-    def __init__(self, root: Path = Path("/")) -> None:
-        """root: where the driver's roots are."""
-        self._root = root
+    def __init__(self, search: DriverSearch = ANYWHERE) -> None:
+        """search: where the program is looked for."""
+        self._search = search
 
     def is_there(self) -> bool:
         """Return whether the program is found."""
-        return find_program(PROGRAM, self._root) is not None
+        return self._search.find(PROGRAM) is not None
 
     def compute_mode(self, uuid: str) -> str:
         """Return the compute mode of a GPU, such as Default or Prohibited."""
@@ -60,7 +60,7 @@ class NvidiaSmi:
         return run(self._program(), words, deadline_s=DEADLINE_S)
 
     def _program(self) -> DriverProgram:
-        found = find_program(PROGRAM, self._root)
+        found = self._search.find(PROGRAM)
         if found is None:
             raise HostError(f"cannot find {PROGRAM}: neither PATH nor the driver's root (/run/nvidia/driver) has it")
         return found

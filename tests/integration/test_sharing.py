@@ -11,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from nodeagent.config.load import load
+from nodeagent.daemon.leftovers import Host, shared_gpus
+from nodeagent.daemon.paths import paths_of
 from nodeagent.host.mps import processes
 from nodeagent.host.mps.processes import pipes_below
+from nodeagent.host.sysfs.sysfs import BOOT_ID
+from nodeagent.managers.sharing.journal import SharingJournal, SliceRecord
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.api_server import EVENTS
@@ -144,3 +149,26 @@ async def test_a_claim_that_is_forgotten_leaves_no_daemon(folder: Path, tree: De
             return not pipes_below(folder / "run" / "mps") and not [*(folder / "run" / "mps").iterdir()]
 
         await until(look)
+
+
+async def test_what_is_left_of_sharing_without_an_agent_is_undone(
+    folder: Path, tree: DeviceTree, programs: Programs
+) -> None:
+    """As `nodeagent uninstall` does: daemons are ended, and the GPU has its own time slice again."""
+    async with dra_node(folder, tree, [GPUS]) as node:
+        await node.published("gpu")
+        one = claim(node, "c", mps={})
+        await node.prepare(one)
+        pipe = pipe_of(node, one)
+        await node.agent.stop(signal.SIGKILL)
+        config = load(node.agent.config_file)
+        host = Host(config=config, where=paths_of(config, config_file=None, root=str(tree.root), kubelet_dir=None))
+        SharingJournal(folder / "state", host.where.sysfs.text(BOOT_ID, "")).put(
+            SliceRecord(device="d", uuid=UUID, before="Medium", interval="Short")
+        )
+        left = shared_gpus(host)
+        assert [str(line) for line in left.lines] == [f"{pipe.parent}: removed", "time slice of d: Short -> Medium"]
+        assert [*left.undo()] == []
+        assert pipes_below(folder / "run" / "mps") == set()
+        assert (pipe.parent.exists(), programs.gpu(UUID)["slice"]) == (False, 2)
+        assert not shared_gpus(host).lines

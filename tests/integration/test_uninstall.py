@@ -33,6 +33,8 @@ from nodeagent.managers.hugepages import journal, pool_resizer
 from nodeagent.managers.inventory import latches, nvlinks
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.publish import journal as published
+from nodeagent.managers.sharing import journal as sharing
+from nodeagent.managers.sharing.manager import LOCK as SHARING
 from nodeagent.managers.tuning.manager import TUNED
 from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
@@ -275,7 +277,14 @@ def test_the_commands_that_remove_what_was_published_are_named(folder: Path) -> 
 
 def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> None:
     """Also those that the agent of these tests has no reason to write."""
-    locks = (leader.LOCK, leader.NEWS, store.LOCK, pool_resizer.LOCK, Path(latches.FILE).with_suffix(".lock").name)
+    locks = (
+        leader.LOCK,
+        leader.NEWS,
+        store.LOCK,
+        pool_resizer.LOCK,
+        SHARING,
+        Path(latches.FILE).with_suffix(".lock").name,
+    )
     names = (
         store.FILE,
         f"{store.FILE}-wal",
@@ -286,6 +295,7 @@ def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> No
         journal.NAME,
         MOVED,
         TUNED,
+        sharing.NAME,
     )
     drafts = [f".{name}.x{DRAFT_END}" for name in names]
     for name in (*locks, *names, *drafts):

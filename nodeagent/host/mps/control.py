@@ -17,7 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from nodeagent.errors import HostError, cause_of
-from nodeagent.host.driver_programs import DriverProgram, find_program, run, shortened
+from nodeagent.host.driver_programs import DriverProgram, DriverSearch, run, shortened
 from nodeagent.host.mps.processes import PIPE_VARIABLE, ProcessId, end, is_of, wait_gone
 from nodeagent.host.sysfs import atomic_file as files
 
@@ -37,6 +37,7 @@ QUIT_S = 1
 """How long servers may take to end after `quit`, in seconds; then the daemon ends them (`quit -t`)."""
 END_S = (2.0, 2.0)
 """How long processes may take to end after SIGTERM and after SIGKILL."""
+ANYWHERE = DriverSearch()
 _PERCENT = re.compile(r"\d{1,3}(\.\d+)?")
 
 
@@ -53,12 +54,12 @@ class Limits:
 class MpsControl:
     """The control daemon of one folder. Every call blocks, each at most for the time limits above."""
 
-    def __init__(self, folder: Path, root: Path = Path("/")) -> None:
-        """folder: made for the daemon. root: where the driver's roots are."""
+    def __init__(self, folder: Path, search: DriverSearch = ANYWHERE) -> None:
+        """folder: made for the daemon. search: where its program is looked for."""
         self.folder = folder
         self.pipe = folder / "pipe"
         self._log = folder / "log"
-        self._root = root
+        self._search = search
 
     # ---------------------------------------------------------------- starting
 
@@ -201,7 +202,7 @@ class MpsControl:
             return ""
 
     def _program(self) -> DriverProgram:
-        found = find_program(PROGRAM, self._root)
+        found = self._search.find(PROGRAM)
         if found is None:
             raise HostError(f"cannot find {PROGRAM}: neither PATH nor the driver's root (/run/nvidia/driver) has it")
         return found

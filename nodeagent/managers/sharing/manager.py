@@ -24,8 +24,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.sharing.mps import MpsSet, devices_of, mps_sets, set_name, settings_of, uses_mps
 from nodeagent.core.sharing.rules import time_slices
 from nodeagent.errors import HostError, StateError
+from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.nvidia_smi import NvidiaSmi
-from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.sharing.journal import DaemonRecord, SharingJournal
 from nodeagent.managers.sharing.mps_daemons import Kept, MpsDaemons
@@ -53,22 +53,21 @@ class SharingManager(Manager):
     def __init__(
         self,
         agent: Agent,
-        sysfs: SysFs,
+        search: DriverSearch,
         state_dir: Path,
         runtime_dir: Path,
         report: Report,
         pod_of: PodOf,
         view: Callable[[Inventory], Inventory] = lambda inventory: inventory,
     ) -> None:
-        """Set up. `pod_of` returns the pod with a UID, if its name is known; `view` an inventory with the parts that
-        were made on demand as they are now."""
+        """Set up. search: where NVIDIA's programs are looked for. `pod_of` returns the pod with a UID, if its name is
+        known; `view` an inventory with the parts that were made on demand as they are now."""
         self._view = view
-        journal, root = SharingJournal(state_dir, agent.settings.boot_id), Path(sysfs.root)
-        smi = NvidiaSmi(root)
+        journal, smi = SharingJournal(state_dir, agent.settings.boot_id), NvidiaSmi(search)
         self._agent = agent
         self._report = report
         self._pod_of = pod_of
-        self._daemons = MpsDaemons(journal, runtime_dir, root, smi)
+        self._daemons = MpsDaemons(journal, runtime_dir, search, smi)
         self._slices = TimeSlices(journal, smi)
         self._turns = Turns(state_dir / LOCK, "cannot change MPS daemons and time slices")
         self._died = asyncio.Event()

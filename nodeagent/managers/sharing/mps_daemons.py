@@ -18,6 +18,7 @@ import structlog
 
 from nodeagent.core.sharing.mps import MpsSet
 from nodeagent.errors import HostError
+from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.mps.control import FOLDER, Limits, MpsControl, reap
 from nodeagent.host.mps.processes import ProcessId, pipes_below, process_id
 from nodeagent.host.nvidia_smi import NvidiaSmi
@@ -42,11 +43,11 @@ class Kept:
 class MpsDaemons:
     """All daemons of a node. Every call blocks; one agent at a time may call it (managers/sharing/manager.py)."""
 
-    def __init__(self, journal: SharingJournal, runtime_dir: Path, root: Path, smi: NvidiaSmi) -> None:
-        """root: where the driver's roots are."""
+    def __init__(self, journal: SharingJournal, runtime_dir: Path, search: DriverSearch, smi: NvidiaSmi) -> None:
+        """search: where NVIDIA's program is looked for."""
         self.folder = runtime_dir / FOLDER
         self._journal = journal
-        self._root = root
+        self._search = search
         self._smi = smi
         self._children: set[int] = set()
         """Daemons that this agent started, by pid."""
@@ -153,7 +154,7 @@ class MpsDaemons:
         return (pipe.parent.name for pipe in pipes_below(self.folder) if pipe.parent.parent == self.folder)
 
     def _control(self, name: str) -> MpsControl:
-        return MpsControl(self.folder / name, self._root)
+        return MpsControl(self.folder / name, self._search)
 
     def _reap(self) -> None:
         self._children = {pid for pid in self._children if reap(pid) is None}

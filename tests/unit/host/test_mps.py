@@ -12,7 +12,7 @@ import pytest
 
 from nodeagent.errors import HostError
 from nodeagent.host import driver_programs, nvidia_smi
-from nodeagent.host.driver_programs import find_program
+from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.mps import control, processes
 from nodeagent.host.mps.control import Limits, MpsControl
 from nodeagent.host.mps.processes import ProcessId, is_of, process_id, processes_of
@@ -168,7 +168,7 @@ def test_a_folder_whose_socket_would_have_too_long_a_path_is_refused(folder: Pat
 
 def test_a_program_that_hangs_is_left_behind(programs: Programs) -> None:
     programs.smi(hang=True)
-    found = find_program(SMI)
+    found = DriverSearch().find(SMI)
     assert found is not None
     with pytest.raises(HostError, match=r"^cannot run nvidia-smi: it has not answered within 0\.2 s$"):
         driver_programs.run(found, ["-i", "GPU-0"], deadline_s=0.2)
@@ -178,19 +178,30 @@ def test_the_drivers_root_is_searched_after_path(
     tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With its own libraries, which the loader does not find by itself."""
-    first = find_program(CONTROL, tmp_path)
+    search = DriverSearch(top=str(tmp_path))
+    first = search.find(CONTROL)
     assert first is not None
     assert (first.path, "LD_LIBRARY_PATH" in first.env) == (programs.folder / CONTROL, False)
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    assert find_program(CONTROL, tmp_path) is None
+    assert search.find(CONTROL) is None
     below = tmp_path / "run/nvidia/driver"
     Programs(below / "usr/bin").install()
     (below / "usr/lib64").mkdir()
-    second = find_program(CONTROL, tmp_path)
+    second = search.find(CONTROL)
     assert second is not None
     assert second.path == below / "usr/bin" / CONTROL
     assert second.env["PATH"].split(":")[0] == str(below / "usr/bin")
     assert second.env["LD_LIBRARY_PATH"] == str(below / "usr/lib64")
+
+
+def test_a_configured_root_of_the_driver_comes_before_path(tmp_path: Path, programs: Programs) -> None:
+    """And PATH after it, for what it does not have."""
+    Programs(tmp_path / "opt/driver/usr/bin").install(CONTROL)
+    search = DriverSearch(top=str(tmp_path), configured="/opt/driver")
+    assert [found.path if (found := search.find(name)) else None for name in (CONTROL, SMI)] == [
+        tmp_path / "opt/driver/usr/bin" / CONTROL,
+        programs.folder / SMI,
+    ]
 
 
 # nvidia-smi

@@ -19,6 +19,7 @@ import pytest
 
 from nodeagent.core.sharing.mps import MpsSet
 from nodeagent.host import nvidia_smi
+from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.mps import control, processes
 from nodeagent.host.mps.processes import is_of, pipes_below, process_id, processes_of
 from nodeagent.host.nvidia_smi import INTERVALS, NvidiaSmi
@@ -50,7 +51,7 @@ class SharingNode:
     def restart(self) -> None:
         """Another agent on the same folders."""
         journal, smi = SharingJournal(self.folder / "state", self.boot_id), NvidiaSmi()
-        self.daemons = MpsDaemons(journal, self.folder / "run", Path("/"), smi)
+        self.daemons = MpsDaemons(journal, self.folder / "run", DriverSearch(), smi)
         self.slices = TimeSlices(journal, smi)
         self.journal = journal
 
