@@ -56,6 +56,8 @@ class MpsSet:
 
 def settings_of(grant: Grant) -> OpaqueConfig:
     """Return a grant's settings. Those that a newer build wrote and this one cannot read count as none."""
+    if not grant.settings:
+        return NO_SETTINGS
     try:
         return from_json(grant.settings)
     except InputError:

@@ -79,6 +79,9 @@ class SharingManager(Manager):
         self._intervals: Mapping[str, tuple[str, str]] = {}
         """(time slice, what it was before) by device."""
         self._failing = Once("sharing-not-kept")
+        self._nothing_left = False
+        """Whether the last comparison found nothing wanted and nothing left: looking for what is left goes through all
+        processes, which a node that shares nothing is spared."""
 
     # ---------------------------------------------------------------- for claims
 
@@ -94,6 +97,7 @@ class SharingManager(Manager):
 
     async def _prepare(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         names, devices = _touched(self._agent.inventory, claims.values())
+        self._nothing_left = False
         try:
             async with self._turns.alone(LOCK_S):
                 await self._agent.refresh()
@@ -141,6 +145,8 @@ class SharingManager(Manager):
         await self._turns.close()
 
     async def _keep_all(self) -> None:
+        if self._nothing_left and not self._sets() and not self._wanted_slices():
+            return
         try:
             async with self._turns.alone(LOCK_S):
                 await self._agent.refresh()
@@ -150,6 +156,7 @@ class SharingManager(Manager):
                 errors = await self._turns.in_thread(self._slices.keep, slices, self._uuids(), ended=whole)
                 self._say_restarts(sets, kept)
                 self._errors = {**errors, **kept.errors}
+                self._nothing_left = whole and not (sets or slices or self._errors)
                 await self._look()
         except (HostError, StateError) as error:
             self._failing.report(str(error))

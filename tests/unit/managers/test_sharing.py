@@ -6,6 +6,7 @@ or not; the daemons are real processes (tests/doubles/nvidia.py), and so are the
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -14,20 +15,28 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from nodeagent.core.sharing.mps import MpsSet
+from nodeagent.aio.supervise import cancel_all
+from nodeagent.core.events.happenings import unreported
+from nodeagent.core.sharing.mps import MpsSet, mps_sets
 from nodeagent.host import nvidia_smi
 from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.mps import control, processes
 from nodeagent.host.mps.processes import is_of, pipes_below, process_id, processes_of
 from nodeagent.host.nvidia_smi import INTERVALS, NvidiaSmi
+from nodeagent.managers.sharing import manager
 from nodeagent.managers.sharing.journal import DaemonRecord, SharingJournal, Stage
+from nodeagent.managers.sharing.manager import SharingManager
 from nodeagent.managers.sharing.mps_daemons import Kept, MpsDaemons
 from nodeagent.managers.sharing.time_slices import TimeSlices
 from tests.doubles.nvidia import CONTROL, SMI, Client, Programs
+from tests.support.claim_node import claim_room
+from tests.support.dra_node import consumed
 from tests.support.long_form import share_of
+from tests.support.until import until
 
 NAMES = ("000000000001", "000000000002", "000000000003")
 STEPS, HISTORIES = 50, share_of(40, 0.025)
@@ -275,6 +284,41 @@ def test_a_time_slice_that_cannot_be_set_is_an_error_of_its_gpu(node: SharingNod
     assert node.programs.gpu("GPU-0")["slice"] == 3
     node.programs.remove(SMI)
     assert node.slices.keep({"a": "Short"}, {"a": "GPU-0"}, ended=True)["a"].startswith("cannot find nvidia-smi")
+
+
+# The manager
+
+
+async def test_a_node_that_shares_nothing_is_not_searched_at_every_decision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, at the start, for what an earlier agent may have left."""
+    compared: list[set[str]] = []
+    looks: list[object] = []
+
+    def keep(self: MpsDaemons, wanted: Mapping[str, MpsSet], *, ended: bool) -> Kept:
+        compared.append({*wanted})
+        return Kept()
+
+    def look(*args: Any) -> dict[str, MpsSet]:
+        looks.append(args)
+        return mps_sets(*args)
+
+    monkeypatch.setattr(MpsDaemons, "keep", keep)
+    monkeypatch.setattr(manager, "mps_sets", look)
+    monkeypatch.setattr(manager, "POLL_S", 0.01)
+    async with claim_room(folder) as room:
+        search, state, run = DriverSearch(top=str(folder)), folder / "state", folder / "run"
+        one = SharingManager(room.agent, search, state, run, unreported, lambda uid: None)
+        leading = asyncio.create_task(one.lead())
+        await until(lambda: compared)
+        for number in range(3):
+            await room.prepare(room.claim(f"c{number}", consumed("cpu", "numa0", cpus="1")))
+            before = len(looks)
+            await until(lambda: len(looks) > before + 2)  # noqa: B023 - it is waited for
+        assert compared == [set()]
+        await cancel_all([leading])
+        await one.close()
 
 
 # Killed at any moment
