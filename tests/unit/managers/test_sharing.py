@@ -27,6 +27,7 @@ from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.mps import control, processes
 from nodeagent.host.mps.processes import is_of, pipes_below, process_id, processes_of
 from nodeagent.host.nvidia_smi import INTERVALS, NvidiaSmi
+from nodeagent.host.sysfs.atomic_file import entries
 from nodeagent.managers.sharing import manager
 from nodeagent.managers.sharing.journal import DaemonRecord, SharingJournal, Stage
 from nodeagent.managers.sharing.manager import SharingManager
@@ -421,7 +422,7 @@ class History:
     def check(self) -> None:
         """Exactly the daemons of the ledger, with its limits, and the time slices."""
         node = self.node
-        assert {one.name for one in node.root.iterdir()} == self.wanted.keys() == node.journal.daemons().keys()
+        assert {one.name for one in entries(node.root)} == self.wanted.keys() == node.journal.daemons().keys()
         assert {one.parent.name for one in pipes_below(node.root)} == self.wanted.keys()
         for name, one in self.wanted.items():
             record = node.journal.daemons()[name]
