@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
@@ -184,8 +185,13 @@ def device_document(device: Device) -> dict[str, Any]:
         "parent": device.parent,
         **({} if device.exclusive is None else {"exclusive": list(device.exclusive)}),
         "attributes": dict(device.attributes),
-        **({} if device.partition is None else {"partition": msgspec.to_builtins(device.partition)}),
+        **({} if device.partition is None else {"partition": _partition_out(device.partition)}),
     }
+
+
+def _partition_out(part: Partition) -> dict[str, Any]:
+    found = {one.name: getattr(part, one.name) for one in fields(part)}
+    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
 
 
 def from_document(data: bytes | str, *, source: str) -> Inventory:

@@ -124,6 +124,13 @@ resources:
     ("text", "expected"),
     [
         ("resorces: []", ["$.resorces", "did you mean resources?"]),
+        ("resources: [{name: m, kind: nic, mig: {mode: dynamic}, serve: dra}]", ["$.resources[0].mig", "only for gpu"]),
+        ("resources: [{name: m, kind: gpu, mig: {mode: dynamic}}]", ["$.resources[0].serve", "expected 'dra'"]),
+        (
+            "resources: [{name: m, kind: gpu, mig: {mode: dynamic}, serve: dra, replicas: 2}]",
+            ["$.resources[0].replicas", "expected 1"],
+        ),
+        ('resources: [{name: m, kind: gpu, mig: {gpus: ["*"]}}]', ["$.resources[0].mig.gpus", "mode 'static'"]),
         ("log: {levle: info}", ["$.log.levle", "did you mean level?"]),
         (resource(kind="gpu", replica=2), ["$.resources[0].replica", "did you mean replicas?"]),
         (resource(kind="gpu", cdi={"kind": "a/b", "nam": "x"}), ["$.resources[0].cdi.nam", "did you mean name?"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.inventory_json import from_document, to_document
 from nodeagent.errors import HostError
 from nodeagent.host.devices.all_kinds import PartitionSelector
 from nodeagent.host.nvml.mig_devices import capabilities, capability_table, with_instance
@@ -128,6 +130,16 @@ def test_a_made_instance_has_the_nodes_of_its_gpu_and_its_capabilities(tree: Dev
     assert made.partition is not None and made.partition.made
     assert (made.attributes["uuid"], made.id) == ("MIG-2", one.id)
     assert with_instance(one, "MIG-2", ()).lacks_node
+
+
+def test_possible_instances_survive_the_documented_form_of_an_inventory(tree: DeviceTree) -> None:
+    """As in a capture, which a replay places requests on."""
+    document = json.dumps(to_document(Inventory(devices=look(tree, nvml=gpu(), partitions=DYNAMIC).devices)))
+    found = {one.id: one for one in from_document(document, source="here").devices}
+    one, known = found[f"{ADDRESS}/mig-3g.40gb-4"], parts(tree, gpu())["mig-3g.40gb-4"]
+    assert one.partition is not None and known.partition is not None
+    assert (one.partition.start, dict(one.partition.draws)) == (4, dict(known.partition.draws))
+    assert one.exclusive == known.exclusive
 
 
 def test_an_instance_that_does_not_exist_is_not_handed_over(tree: DeviceTree) -> None:

@@ -191,6 +191,12 @@ def test_a_contained_error_is_that_of_its_instance_and_heals() -> None:
     assert states(reported(NO_HEALTH, 0.0, 94)) == (UNHEALTHY, HEALTHY)
 
 
+def test_a_contained_error_of_an_instance_of_the_agents_own_is_that_of_its_place() -> None:
+    """Its number names no device: another instance at the same place may have another."""
+    (one,) = xid_evidence(Xid(pci_address=GPU, code=94, instance=(7, 0)), INVENTORY, f"{GPU}/mig-2-0")
+    assert (one.device, one.state) == (f"{GPU}/mig-2-0", UNHEALTHY)
+
+
 def test_an_error_that_the_table_lacks_is_neither_healthy_nor_fatal() -> None:
     health = reported(NO_HEALTH, 0.0, 4711)
     assert health[GPU].state == UNKNOWN
