@@ -46,8 +46,11 @@ UPLINK = f"""
 [Service]
 Type=oneshot
 RemainAfterExit=yes
-ExecStart=/bin/sh -c 'card=$$(basename $$(dirname $$(grep -l 52:54:00:00:00:01 /sys/class/net/*/address))); \
-ip link set $$card up && ip addr add {GUEST_ADDRESS}/24 dev $$card && ip route add default via {HOST_ADDRESS}'
+ExecStart=/bin/sh -c 'until file=$$(grep -l 52:54:00:00:00:01 /sys/class/net/*/address); do sleep 1; done; \
+card=$$(basename $$(dirname $$file)); ip link set $$card up && ip addr replace {GUEST_ADDRESS}/24 dev $$card && \
+ip route replace default via {HOST_ADDRESS}'
+Restart=on-failure
+RestartSec=1
 [Install]
 WantedBy=multi-user.target
 """
