@@ -155,6 +155,8 @@ class DraConfig(_Base, frozen=True):
     """Whether the scheduler waits until the agent has granted a claim before it binds the pod, for kinds that are also
     served through the device plugin (DRADeviceBindingConditions). Needs the right to list and watch ResourceClaims."""
 
+    passthrough_drivers: list[Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9_-]{0,48}vfio[_-]pci$")]] = []
+    """VFIO drivers that claims may have a GPU or an adapter bound to, for a virtual machine."""
     list_attributes: bool = False
     """Whether groups of CPUs name all NUMA nodes and PCIe roots near them (DRAListTypeAttributes)."""
 

@@ -161,8 +161,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            self._gpus.sharing,
-            self._gpus.partitions,
+            *self._gpus.for_claims,
         )
         self._pinning = PinningManager(
             agent,

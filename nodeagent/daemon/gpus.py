@@ -1,4 +1,4 @@
-"""Wires what divides and shares GPUs for claims."""
+"""Wires what divides and shares GPUs, and binds devices to other drivers, for claims."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from nodeagent.core.events.happenings import Report
 from nodeagent.core.events.states import PodOf
 from nodeagent.daemon.paths import Paths
 from nodeagent.host.driver_programs import DriverSearch
+from nodeagent.host.vfio import Functions
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.partitions.manager import PartitionsManager
 from nodeagent.managers.partitions.table import InstanceTable
+from nodeagent.managers.passthrough.manager import PassthroughManager
 from nodeagent.managers.sharing.manager import SharingManager
 from nodeagent.state.agent import Agent
 
@@ -24,7 +26,7 @@ def instance_table(agent: Agent, where: Paths) -> InstanceTable:
 
 
 class Gpus:
-    """MIG instances that are made on demand, MPS daemons and time slices."""
+    """MIG instances that are made on demand, MPS daemons and time slices, and devices for virtual machines."""
 
     def __init__(
         self,
@@ -40,8 +42,14 @@ class Gpus:
         self.partitions = PartitionsManager(agent, scanner, table, where.state_dir, config)
         search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
         self.sharing = SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, table.view)
+        self.passthrough = PassthroughManager(agent, Functions(where.sysfs), where.state_dir, scanner.rescan)
+
+    @property
+    def for_claims(self) -> tuple[SharingManager, PartitionsManager, PassthroughManager]:
+        """Return what prepares claims, in the order in which the DRA manager takes it."""
+        return self.sharing, self.partitions, self.passthrough
 
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order: what is shared has to exist."""
-        return self.partitions, self.sharing
+        return self.partitions, self.sharing, self.passthrough

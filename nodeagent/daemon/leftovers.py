@@ -33,6 +33,7 @@ from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
 from nodeagent.host.tuning.journal import load as load_tuned
 from nodeagent.host.tuning.tuner import Tuner
+from nodeagent.host.vfio import Functions
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.kube.kubelet import device_plugin_sockets, plugin_sockets
 from nodeagent.kube.resourceslice.render import Owner, belongs
@@ -42,6 +43,8 @@ from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
+from nodeagent.managers.passthrough.binder import Binder
+from nodeagent.managers.passthrough.journal import PassthroughJournal
 from nodeagent.managers.pinning.manager import UNITS
 from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.publications import LABELS, TOPOLOGY
@@ -60,6 +63,7 @@ STATE_FILES = (
     "published.json",
     "tuning.json",
     "sharing.*",
+    "passthrough.*",
     ".*.tmp",
 )
 """Names in the state folder."""
@@ -105,6 +109,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _tuning(host)
     yield _hugepages(host)
     yield shared_gpus(host)
+    yield _passthrough(host)
     yield _cdi_files(host)
     yield _claim_files(host)
     yield _kubelet_sockets(host)
@@ -218,6 +223,15 @@ def shared_gpus(host: Host) -> Leftover:
         yield from slices.restore(set(changed)).values()
 
     return Leftover(lines, undo)
+
+
+def _passthrough(host: Host) -> Leftover:
+    """Return the PCI functions that were bound to a VFIO driver for claims."""
+    where = host.where
+    journal = PassthroughJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
+    binder, records = Binder(journal, Functions(where.sysfs)), journal.read()
+    lines = [Line(f"driver of {address}", one.driver, one.before) for address, one in sorted(records.items())]
+    return Leftover(lines, lambda: binder.give_back({one.claim for one in records.values()}).values())
 
 
 # ---------------------------------------------------------------- the API server

@@ -45,7 +45,12 @@ def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, r
     found: dict[str, PoolKind] = {}
     for kind in dict.fromkeys(one.kind for one in config.served_by_dra if one.name not in refused):
         found[kind] = _pool_kind(config, kind, [offer for offer in mine if offer.resource.kind == kind])
-    catalog = Catalog(driver=config.dra.driver, node_name=node_name, kinds=MappingProxyType(found))
+    catalog = Catalog(
+        driver=config.dra.driver,
+        node_name=node_name,
+        kinds=MappingProxyType(found),
+        passthrough=frozenset(config.dra.passthrough_drivers),
+    )
     plugged = {one.kind for one in config.served if one.serve != "dra"}
     conditional = frozenset(found.keys() & plugged if config.dra.binding_conditions else ())
     return Dra(catalog=catalog, offers=tuple(mine), conditional=conditional)

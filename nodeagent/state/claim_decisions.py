@@ -61,6 +61,12 @@ class ClaimDecisions(Decisions):
 
         await self._decided_in_group(decide, op)
 
+    async def in_use(self, uids: Sequence[str]) -> Mapping[str, str]:
+        """Return the claims that a living pod uses, by UID, each with the evidence as a clause."""
+        held = self._held(self.ledger, uids)
+        living = await self._living(held)
+        return {one.holder.uid: living[one.id] for one in held if one.id in living}
+
     async def unprepare(
         self, uids: Sequence[str], why: str, op: str, then: Callable[[Unprepared], None] | None = None
     ) -> Unprepared:

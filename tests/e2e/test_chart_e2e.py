@@ -486,6 +486,10 @@ def _name(document: Object) -> tuple[str, str]:
             "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the",
         ),
         (
+            {"config": {"dra": {"passthroughDrivers": ["vfio-pci"]}}},
+            "cannot set config.dra.passthroughDrivers: /sys/bus/pci is read only in a pod that is not privileged;",
+        ),
+        (
             {"config": {"pinning": {"tuning": {"governor": "performance"}}}},
             "cannot set config.pinning.tuning: /sys/devices/system/cpu is read only in a pod that is not privileged;",
         ),

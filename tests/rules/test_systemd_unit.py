@@ -99,6 +99,12 @@ def test_the_drop_in_for_tuning_opens_the_files_of_cpus_and_nothing_else() -> No
     assert lines == ["[Service]", "ReadWritePaths=/sys/devices/system/cpu"]
 
 
+def test_the_drop_in_for_passthrough_opens_the_files_of_pci_functions_and_nothing_else() -> None:
+    text = UNIT.with_name("nodeagent-passthrough.conf").read_text()
+    lines = [line for line in text.splitlines() if line[:1] not in "#"]
+    assert lines == ["[Service]", "ReadWritePaths=/sys/bus/pci /sys/devices"]
+
+
 @needs_systemd
 @pytest.mark.parametrize("drop_ins", WORST_EXPOSURE, ids=["alone", "with-dra", "with-every-drop-in"])
 def test_the_exposure_is_what_the_documentation_says(drop_ins: tuple[Path, ...], tmp_path: Path) -> None:

@@ -88,6 +88,9 @@ pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 {{- if and $pinning.tuning (not .Values.privileged) -}}
 {{- fail "cannot set config.pinning.tuning: /sys/devices/system/cpu is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}
+{{- if and $dra.passthroughDrivers (not .Values.privileged) -}}
+{{- fail "cannot set config.dra.passthroughDrivers: /sys/bus/pci is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
+{{- end -}}
 {{- if and (or .Values.nvidia.driverRoot .Values.nvidia.libraryFolder) (not .Values.privileged) -}}
 {{- fail "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open NVIDIA's device nodes; set nvidia.runtimeClassName instead, or privileged" -}}
 {{- end -}}

@@ -48,6 +48,8 @@ class OpaqueConfig:
     mps_pinned_bytes: int | None = None
     driver_capabilities: frozenset[str] = frozenset()
     """What a container gets of NVIDIA's driver in addition to what computing needs: graphics, video."""
+    driver: str = ""
+    """A VFIO driver that the device is bound to while the claim is prepared: for a virtual machine."""
     rdma: bool | None = None
     """Whether a container gets an adapter's RDMA device nodes."""
     env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
@@ -139,6 +141,7 @@ def _covers(requests: Sequence[str], request: str) -> bool:
 
 _Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
+_VfioDriver = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_-]{0,48}vfio[_-]pci)?$")]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -207,12 +210,16 @@ class _Mps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="came
 
 
 class _Gpu(_Form, frozen=True):
+    driver: _VfioDriver = ""
     time_slicing: _TimeSlicing | None = None
     mps: _Mps | None = None
     driver_capabilities: tuple[Literal["graphics", "video"], ...] = ()
 
     def settings(self) -> OpaqueConfig:
-        return replace(self._sharing(), driver_capabilities=frozenset(self.driver_capabilities))
+        found = replace(self._sharing(), driver_capabilities=frozenset(self.driver_capabilities))
+        if self.driver and found != NO_SETTINGS:
+            raise InputError("$.driver excludes all other keys: a guest brings a driver of its own")
+        return replace(found, driver=self.driver)
 
     def _sharing(self) -> OpaqueConfig:
         if self.mps is None:
@@ -224,10 +231,13 @@ class _Gpu(_Form, frozen=True):
 
 
 class _Nic(_Form, frozen=True):
+    driver: _VfioDriver = ""
     rdma: bool | None = None
 
     def settings(self) -> OpaqueConfig:
-        return OpaqueConfig(rdma=self.rdma)
+        if self.driver and self.rdma is not None:
+            raise InputError("$.driver and $.rdma exclude each other")
+        return OpaqueConfig(rdma=self.rdma, driver=self.driver)
 
 
 class _Device(_Form, frozen=True):

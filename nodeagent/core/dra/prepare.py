@@ -18,6 +18,7 @@ from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_amounts, 
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
 from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, check_fit, settings_for, to_json
+from nodeagent.core.dra.passthrough import check_driver, driver_for, refuse_members, things_with_members
 from nodeagent.core.dra.pool import DevicePart
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.exclusion import things_of
@@ -51,6 +52,8 @@ class Catalog:
     node_name: str = ""
     kinds: Mapping[str, PoolKind] = field(default_factory=lambda: MappingProxyType({}))
     """By name of the kind; the pool's name is NODE/KIND."""
+    passthrough: frozenset[str] = frozenset()
+    """VFIO drivers that claims may have their devices bound to."""
 
     def find(self, inventory: Inventory, result: Result) -> tuple[PoolKind, DevicePart]:
         """Return the kind and what the device stands for. Raise InputError if there is no such pool or device."""
@@ -170,7 +173,7 @@ def _things_now(grant: Grant, inventory: Inventory) -> tuple[tuple[str, str], ..
     devices = (*grant.devices, *grant.shares)
     if any(one not in inventory.device_by_id for one in devices):
         return grant.things
-    return things_of(inventory, devices)
+    return things_with_members(inventory, devices, driver_for(grant))
 
 
 def unprepare(ledger: Ledger, uids: Iterable[str], why: str) -> Decision:
@@ -221,6 +224,7 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
         one = ClaimDemand(index=index, result=result, kind=kind, part=part, settings=settings)
         if not result.admin:
             check_device(inventory, part.device, settings)
+            check_driver(inventory, part.device, settings, catalog.passthrough, shared=bool(part.shares))
             _check_amounts(one)
     return one
 
@@ -386,7 +390,8 @@ def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDeman
         held = amounts(part.device, one.shares, dict(part.each), one.result.consumed)
         return replace(grant, shares=(part.device,), amounts=held, things=things_of(inventory, [part.device]))
     if part.node is None:
-        return replace(grant, devices=(part.device,), things=things_of(inventory, [part.device]))
+        things = things_with_members(inventory, [part.device], one.settings.driver)
+        return replace(grant, devices=(part.device,), things=things)
     if not part.page_bytes:
         return replace(grant, memory=((part.node, one.bytes),))
     pages = Pages(node=part.node, page_bytes=part.page_bytes, pages=one.bytes // part.page_bytes)
@@ -429,6 +434,7 @@ def _preferences(one: ClaimDemand) -> tuple[frozenset[str], str]:
 def _refuse_missing(inventory: Inventory, ledger: Ledger, one: ClaimDemand, grant: Grant) -> None:
     """Refused where pages, memory or shares are gone meanwhile, or where a held device excludes one."""
     refuse_excluded(inventory, ledger, grant)
+    refuse_members(inventory, ledger, grant)
     refuse_missing_pages(inventory, ledger, grant)
     for node, size in grant.memory:
         free = memory_left(inventory.node_by_id[node]) - ledger.memory_held.get(node, 0)

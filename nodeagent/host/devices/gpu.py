@@ -62,7 +62,7 @@ class Gpu:
         """Return the nodes; for NVIDIA also the variable that its container runtime and libraries read."""
         edits = with_members(node_edits(device, devices), devices)
         uuids = [str(found) for one in devices if (found := one.attributes.get("uuid") or one.attributes.get("uuids"))]
-        if device.vendor != NVIDIA or not uuids:
+        if device.vendor != NVIDIA or not uuids or any(path.startswith("/dev/vfio/") for path in device.paths):
             return edits
         return replace(edits, env=MappingProxyType({**edits.env, "NVIDIA_VISIBLE_DEVICES": ",".join(uuids)}))
 

@@ -48,7 +48,15 @@ from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
 from nodeagent.managers.dra.cpu_requests import CpuRequests
 from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
 from nodeagent.managers.dra.node_watch import NodeWatch
-from nodeagent.managers.dra.prepare import NOTHING_SHARED, ClaimPreparer, Grow, Sharing, never_grow
+from nodeagent.managers.dra.prepare import (
+    NOTHING_BOUND,
+    NOTHING_SHARED,
+    ClaimPreparer,
+    Grow,
+    Passthrough,
+    Sharing,
+    never_grow,
+)
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.partitions.manager import NO_INSTANCES, Instances
 from nodeagent.resources.catalog import Dra, dra_of
@@ -198,6 +206,7 @@ class DraManager(Manager):
         grow: Grow = never_grow,
         sharing: Sharing = NOTHING_SHARED,
         instances: Instances = NO_INSTANCES,
+        passthrough: Passthrough = NOTHING_BOUND,
     ) -> None:
         """Set up. `refused` returns the resources of a configuration that cannot be served alongside kubelet's own
         managers and other device plugins, with the reason."""
@@ -234,6 +243,7 @@ class DraManager(Manager):
             report,
             sharing,
             instances,
+            passthrough,
         )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""

@@ -90,6 +90,35 @@ class NothingShared:
 NOTHING_SHARED = NothingShared()
 
 
+class Passthrough(Protocol):
+    """Binds devices to other drivers for claims. bind: returns, by UID, "" for claims whose device was bound, or an
+    error. concerned: returns the claims for which something is bound. give_back: before these are released; returns
+    errors by UID."""
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]: ...
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]: ...
+
+
+class NothingBound:
+    """Does nothing."""
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        """Return no claims."""
+        return ()
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        """Return no claims."""
+        return {}
+
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
+        """Return no errors."""
+        return {}
+
+
+NOTHING_BOUND = NothingBound()
+
+
 @contextlib.asynccontextmanager
 async def never_grow(catalog: Catalog, claims: Sequence[Claim]) -> AsyncIterator[Callable[[str], str]]:
     """Leave hugepage pools as they are."""
@@ -111,10 +140,12 @@ class ClaimPreparer:
         report: Report = unreported,
         sharing: Sharing = NOTHING_SHARED,
         instances: Instances = NO_INSTANCES,
+        passthrough: Passthrough = NOTHING_BOUND,
     ) -> None:
         """Store the parts. `dra` returns what is currently served."""
         self._sharing = sharing
         self._instances = instances
+        self._passthrough = passthrough
         self._prepared = prepared
         self._report = report
         self._agent = agent
@@ -169,7 +200,9 @@ class ClaimPreparer:
             waited_for.difference_update(ref.uid for ref in claims)
         unremoved = dict[str, str]()
         with metrics.UNPREPARE_SECONDS.time():
-            done = await self._unprepared([ref.uid for ref in claims], op, unremoved)
+            bound = await self._still_bound([ref.uid for ref in claims])
+            done = await self._unprepared([ref.uid for ref in claims if ref.uid not in bound], op, unremoved)
+        unremoved |= bound
         for grant in done.released:
             log.info("claim-released", op=op, claim=str(grant.holder), grant=grant.id)
         unremoved |= {
@@ -182,6 +215,17 @@ class ClaimPreparer:
         for uid, why in errors.items():
             log.warning("claim-in-use", op=op, uid=uid, error=why)
         return {ref.uid: errors.get(ref.uid) or unremoved.get(ref.uid, "") for ref in claims}
+
+    async def _still_bound(self, uids: Sequence[str]) -> dict[str, str]:
+        """Give back what was bound for claims that no living pod uses. Return, by UID, why something is left."""
+        mine, until_s = self._passthrough.concerned(uids), time.monotonic() + ENDING_S
+        living = await self._agent.in_use(mine) if mine else {}
+        while living and time.monotonic() < until_s:
+            await asyncio.sleep(ENDING_POLL_S)
+            living = await self._agent.in_use(mine)
+        left = {uid: f"it is in use, {evidence}" for uid, evidence in living.items()}
+        left |= await self._passthrough.give_back([uid for uid in mine if uid not in living])
+        return {uid: f"cannot unprepare claim {uid}: {why}" for uid, why in left.items()}
 
     async def _unprepared(self, uids: Sequence[str], op: str, unremoved: dict[str, str]) -> Unprepared:
         """Unprepare some claims, remove their files, and return the result. A runtime's helper process may briefly
@@ -229,6 +273,7 @@ class ClaimPreparer:
                 errors[ref.uid] = f"cannot prepare claim {ref}: {one}"
             elif ref.uid not in batch.grants:
                 errors.setdefault(ref.uid, _UNPREPARED.format(ref))
+        await self._bind(granted, errors)
         if made := {uid: grants for uid, grants in granted.items() if self._instances.concerned(grants)}:
             errors |= await run_to_end(self._make(made, granted, op))
         return _Decided(granted, errors, {one.ref.uid: one for one in read if isinstance(one, Claim)})
@@ -242,6 +287,16 @@ class ClaimPreparer:
             unwritten.update(self._rendering.write_now(there))
 
         return write
+
+    async def _bind(self, granted: Mapping[str, Sequence[Grant]], errors: dict[str, str]) -> None:
+        """Bind the devices of claims to the drivers that they want, and write the files of these claims, which could
+        not be written before, unless something has to be made first. errors: by UID; changed."""
+        for uid, why in (await self._passthrough.bind(granted)).items():
+            errors.pop(uid, None)
+            if why:
+                errors[uid] = f"cannot prepare {granted[uid][0].holder}: {why}"
+            elif not self._instances.concerned(granted[uid]):
+                errors |= await self._rendering.write({uid: granted[uid]})
 
     async def _make(
         self, wanted: Mapping[str, Sequence[Grant]], granted: dict[str, Sequence[Grant]], op: str

@@ -1,0 +1,1 @@
+"""Devices bound to VFIO drivers for claims, and given back to the drivers that they had."""
