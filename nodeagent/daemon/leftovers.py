@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.partitions.instances import Record
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths
 from nodeagent.errors import HostError, PeerError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -43,6 +44,7 @@ from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
+from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
 from nodeagent.managers.pinning.manager import UNITS
@@ -63,6 +65,8 @@ STATE_FILES = (
     "published.json",
     "tuning.json",
     "sharing.*",
+    "partitions.*",
+    "mig-modes.json",
     "passthrough.*",
     ".*.tmp",
 )
@@ -109,6 +113,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _tuning(host)
     yield _hugepages(host)
     yield shared_gpus(host)
+    yield _instances(host)
     yield _passthrough(host)
     yield _cdi_files(host)
     yield _claim_files(host)
@@ -223,6 +228,20 @@ def shared_gpus(host: Host) -> Leftover:
         yield from slices.restore(set(changed)).values()
 
     return Leftover(lines, undo)
+
+
+def _instances(host: Host) -> Leftover:
+    """MIG instances that the agent made: pods may still use them, and destroying them is a command to the driver."""
+    made = PartitionJournal(host.where.state_dir, host.where.sysfs.text(BOOT_ID, "")).read().values()
+    return Leftover(notes=[_instance(one) for one in made if one.gi is not None])
+
+
+def _instance(one: Record) -> str:
+    where = f"-i {one.gpu} -gi {one.gi}"
+    return (
+        f"the MIG instance {one.partition} stays as it is; without users, `nvidia-smi mig -dci {where}` and "
+        f"`nvidia-smi mig -dgi {where}` destroy it"
+    )
 
 
 def _passthrough(host: Host) -> Leftover:

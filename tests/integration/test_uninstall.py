@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -29,12 +30,10 @@ from nodeagent.daemon.paths import checked, paths_of
 from nodeagent.host.cgroup import write
 from nodeagent.host.sysfs.atomic_file import DRAFT_END
 from nodeagent.host.tuning import tuner
-from nodeagent.managers.hugepages import journal, pool_resizer
+from nodeagent.managers.hugepages import journal
 from nodeagent.managers.inventory import latches, nvlinks
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.publish import journal as published
-from nodeagent.managers.sharing import journal as sharing
-from nodeagent.managers.sharing.manager import LOCK as SHARING
 from nodeagent.managers.tuning.manager import TUNED
 from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
@@ -47,6 +46,7 @@ from tests.doubles.dra_kubelet import ClaimId, FakeDraKubelet
 from tests.doubles.kubelet import FakeKubelet
 from tests.doubles.systemd import FakeSystemd
 from tests.support.dra_node import CPU, CPUS, DRIVER, NODE, QUICK, consumed
+from tests.support.paths import CHECKOUT
 from tests.support.until import until
 from tests.unit.host.test_intruders import irq
 
@@ -57,6 +57,9 @@ CPUSETS = ("cpuset.cpus", "cpuset.mems")
 JOURNALS = "ledger.db-"
 """Made by SQLite, also to read."""
 DONE, FAILED, REFUSED = 0, 1, 3
+
+
+_STATE_NAME = re.compile(r'^[A-Z]+ = "([a-z-]+\.(?:json|lock))"$', re.MULTILINE)
 
 
 @dataclass
@@ -276,27 +279,13 @@ def test_the_commands_that_remove_what_was_published_are_named(folder: Path) -> 
 
 
 def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> None:
-    """Also those that the agent of these tests has no reason to write."""
-    locks = (
-        leader.LOCK,
-        leader.NEWS,
-        store.LOCK,
-        pool_resizer.LOCK,
-        SHARING,
-        Path(latches.FILE).with_suffix(".lock").name,
-    )
-    names = (
-        store.FILE,
-        f"{store.FILE}-wal",
-        f"{store.FILE}.damaged-1",
-        latches.FILE,
-        nvlinks.FILE,
-        published.FILE,
-        journal.NAME,
-        MOVED,
-        TUNED,
-        sharing.NAME,
-    )
-    drafts = [f".{name}.x{DRAFT_END}" for name in names]
-    for name in (*locks, *names, *drafts):
+    """Also those that the agent of these tests has no reason to write: every name that the sources give to a file of
+    state or to a lock."""
+    sources = [*(CHECKOUT / "nodeagent" / "managers").rglob("*.py"), *(CHECKOUT / "nodeagent" / "state").rglob("*.py")]
+    named = {name for one in sources for name in _STATE_NAME.findall(one.read_text())}
+    assert named >= {MOVED, TUNED, journal.NAME, latches.FILE, nvlinks.FILE, published.FILE}
+    ledger = (store.FILE, f"{store.FILE}-wal", f"{store.FILE}.damaged-1")
+    locks = (leader.LOCK, leader.NEWS, store.LOCK, Path(latches.FILE).with_suffix(".lock").name)
+    drafts = [f".{name}.x{DRAFT_END}" for name in named]
+    for name in (*named, *ledger, *locks, *drafts):
         assert [one for one in STATE_FILES if fnmatch(name, one)], name
