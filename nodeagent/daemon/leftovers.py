@@ -250,7 +250,13 @@ def _passthrough(host: Host) -> Leftover:
     journal = PassthroughJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
     binder, records = Binder(journal, Functions(where.sysfs)), journal.read()
     lines = [Line(f"driver of {address}", one.driver, one.before) for address, one in sorted(records.items())]
-    return Leftover(lines, lambda: binder.give_back({one.claim for one in records.values()}).values())
+
+    def undo() -> Iterator[str]:
+        with _kept_going() as errors:
+            yield from binder.give_back({one.claim for one in records.values()}).values()
+        yield from errors
+
+    return Leftover(lines, undo)
 
 
 # ---------------------------------------------------------------- the API server
