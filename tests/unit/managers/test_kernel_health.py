@@ -157,7 +157,7 @@ def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree) -> None
 
 
 def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_documentation_know() -> None:
-    """Those of NVML that the driver alone can tell about are never ignored."""
+    """Those of NVML that the driver alone can tell about are never ignored, nor is what the configuration says."""
     names = [one.name for one in sources()]
     assert len(set(names)) == len(names)
     ignorable = set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
@@ -166,4 +166,4 @@ def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_docum
     if not page.exists():
         pytest.skip("the documentation lies in the checkout")
     table = re.findall(r"^\| `([a-z]+)` \|", page.read_text(), re.MULTILINE)
-    assert sorted(table) == sorted({*ignorable, "nvml", "xid", "ecc"})
+    assert sorted(table) == sorted({*ignorable, "nvml", "xid", "ecc", "quarantine"})
