@@ -109,7 +109,7 @@ class Timed(LocalNvml):
 
 
 async def prepares(folder: Path) -> None:
-    """Claims for one instance each, beside claims for a device that is there, on the same disk."""
+    """Claims for one instance each, alongside claims for a device that is there, on the same disk."""
     (folder / "plain").mkdir()
     (folder / "mig").mkdir()
     plain, made = list[float](), list[float]()

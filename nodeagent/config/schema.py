@@ -90,7 +90,7 @@ class MigConfig(_Base, frozen=True):
     """Kind gpu: how NVIDIA's GPUs in MIG mode are divided."""
 
     mode: Literal["static", "dynamic"] = "static"
-    """static: the resource serves the instances that somebody else made. dynamic: it serves everything that could be
+    """static: the resource serves the instances that others made. dynamic: it serves everything that could be
     made; an instance is made for a claim when it is prepared, and destroyed afterwards."""
     gpus: list[str] = []
     """With dynamic: shell patterns of PCI addresses. The agent puts these GPUs into MIG mode while nothing uses them,

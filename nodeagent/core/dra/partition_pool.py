@@ -1,5 +1,5 @@
-"""Parts that are made when they are granted, as devices of a pool: what each consumes of its whole, and what is said
-of it.
+"""Parts that are made when they are granted, as devices of a pool: what each consumes of its whole, and what is
+published of it.
 
 Pure. There are many of them (25 on one H100), so only what claims select by is published, in few bytes.
 """

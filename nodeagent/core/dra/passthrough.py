@@ -51,7 +51,7 @@ def things_with_members(inventory: Inventory, ids: Iterable[str], driver: str) -
 def check_driver(
     inventory: Inventory, id: str, settings: OpaqueConfig, allowed: Collection[str], *, shared: bool
 ) -> None:
-    """Raise InputError if a device cannot be bound to the driver that the settings name, whoever else uses it."""
+    """Raise InputError if a device cannot be bound to the driver that the settings name, whatever else uses it."""
     driver = settings.driver
     if not driver:
         return

@@ -1,7 +1,7 @@
 """Which instances are the agent's own, and what has to become of them: records, the driver and the ledger compared.
 
 Pure. An instance is ours if it lies where a record says that one was to be made: the record was written while nothing
-lay there, before the driver was asked. Everything else belongs to somebody else and is left alone.
+lay there, before the driver was asked. Everything else was made by the admin or another program and is left alone.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ class Fate(StrEnum):
     KEEP = "keep"
     """It exists and is held."""
     DESTROY = "destroy"
-    """It exists and nobody holds it."""
+    """It exists and no grant holds it."""
     FORGET = "forget"
     """It does not exist, or what lies there is not ours."""
 
 
 def found(record: Record, lying: Iterable[Lying]) -> Lying | None:
     """Return the instance of a record among those of its GPU, or None if it does not exist. An instance of another
-    number than recorded was made by somebody else after ours was gone."""
+    number than recorded was made by another program after ours was gone."""
     there = next((one for one in lying if one.place == record.place), None)
     return there if there is None or record.gi in (None, there.gi) else None
 

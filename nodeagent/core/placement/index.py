@@ -149,7 +149,7 @@ class DeviceIndex:
     ids: frozenset[str]
     compiled: Pool
     sets: frozenset[str] = frozenset()
-    """Those that stand for several devices: nobody means them who asks for a number of devices."""
+    """Those that stand for several devices: a request for a number of devices does not mean them."""
 
     @classmethod
     def of(cls, machine: MachineIndex, kinds: tuple[str, ...]) -> DeviceIndex:

@@ -21,7 +21,7 @@ Wish = tuple[str, bool, OpaqueConfig]
 
 
 def check_device(inventory: Inventory, id: str, settings: OpaqueConfig) -> None:
-    """Raise InputError if a device cannot be shared as the settings say, whoever else uses it."""
+    """Raise InputError if a device cannot be shared as the settings say, whatever else uses it."""
     if not settings.mps and not settings.time_slice:
         return
     what = "MPS" if settings.mps else f"time slice {settings.time_slice}"

@@ -64,7 +64,7 @@ class PciSelector:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartitionSelector:
     """GPUs in MIG mode are divided on demand. own: (UUID of the GPU, profile, start) of each instance that the agent
-    made or is making; all others are those of somebody else."""
+    made or is making; all others were made by the admin or another program."""
 
     own: frozenset[tuple[str, int, int]] = frozenset()
 

@@ -163,7 +163,7 @@ class MpsControl:
     # ---------------------------------------------------------------- ending
 
     def stop(self, process: ProcessId | None) -> None:
-        """End the daemon and its servers, whoever uses them; the folder stays. Raise HostError if one does not end."""
+        """End the daemon and its servers, even if used; the folder stays. Raise HostError if one does not end."""
         if process is not None and self.is_whole(process) and self._quits():
             wait_gone(process, self.pipe, QUIT_S + END_S[0])
         end(self.pipe, END_S)

@@ -1,4 +1,4 @@
-"""MIG: the instances of a GPU that somebody made, and those that the agent could make.
+"""MIG: the instances of a GPU that others made, and those that the agent could make.
 
 An instance of the agent's own is no device by itself: it is that of its place, which is there whether the instance is
 or not. Instances of others are devices, and hold their memory slices: where one lies, nothing can be made.

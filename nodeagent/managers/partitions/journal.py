@@ -2,7 +2,7 @@
 
 After kill -9 at any moment only this file distinguishes them from those of others. It need not survive a power cut, and
 is not synced: no instance does. An unreadable file counts as empty, and this is logged: instances are then left as they
-are rather than taken from somebody else.
+are rather than taken from another program.
 """
 
 from __future__ import annotations

@@ -55,15 +55,15 @@ class InstanceMaker:
         self._table = table
         self._turns = Turns(state_dir / LOCK, "cannot change MIG instances")
         self.ending: dict[str, str] = {}
-        """Why instances that nobody holds still exist or may exist, by partition."""
+        """Why instances that no grant holds still exist or may exist, by partition."""
 
     def alone(self) -> AbstractAsyncContextManager[None]:
         """Hold the right to change instances exclusively."""
         return self._turns.alone(LOCK_S)
 
     async def settle(self, gpus: Iterable[str] | None = None) -> Shown:
-        """Destroy what is ours and nobody holds, and forget what is gone. Needs `alone`. Return what lies on the GPUs,
-        given by their UUIDs, or on all that have records."""
+        """Destroy what is ours and no grant holds, and forget what is gone. Needs `alone`. Return what lies on the
+        GPUs, given by their UUIDs, or on all that have records."""
         # Read before the ledger: a record is written after its grant, so one that the ledger does not have has ended.
         records = await asyncio.to_thread(self._journal.read)
         await self._agent.refresh()
@@ -121,7 +121,7 @@ class InstanceMaker:
             log.info("mig-created", partition=record.partition, gi=answer.gi, uuid=answer.uuid)
         return None
 
-    # ---------------------------------------------------------------- what nobody holds
+    # ---------------------------------------------------------------- what no grant holds
 
     async def _look(self, gpu: str) -> list[Lying] | str:
         answer = await self._driver.mig_state(gpu)
@@ -132,7 +132,7 @@ class InstanceMaker:
         return [Lying(gi=one.id, place=Place(one.profile, one.start, one.size)) for one in answer.instances]
 
     async def _ended(self, record: Record, shown: Shown, held: frozenset[str]) -> bool:
-        """Return whether a recorded instance is known not to exist, after destroying it if nobody holds it."""
+        """Return whether a recorded instance is known not to exist, after destroying it if no grant holds it."""
         lying, is_held = shown[record.gpu], record.partition in held
         if isinstance(lying, str):
             if not is_held:

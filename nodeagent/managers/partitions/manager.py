@@ -1,4 +1,4 @@
-"""Makes MIG instances for claims when they are prepared, and destroys them when nobody holds them any longer.
+"""Makes MIG instances for claims when they are prepared, and destroys them when no grant holds them any longer.
 
 The ledger's grants are what shall exist. An instance is made after its grant is durable, and its grant ends before it
 is destroyed; where the driver keeps it, because a process still uses it, nothing that overlaps it is granted until it
@@ -82,7 +82,7 @@ class Instances(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Destroy what nobody holds any longer. What cannot be destroyed now is destroyed later."""
+        """Destroy what no grant holds any longer. What cannot be destroyed now is destroyed later."""
         ...
 
     async def ready(self) -> None:
@@ -168,7 +168,7 @@ class PartitionsManager(Manager):
         return await run_to_end(self._made(wanted)) if wanted else {}
 
     async def settle(self) -> None:
-        """Destroy what nobody holds any longer. The last process of a pod may briefly outlive its containers."""
+        """Destroy what no grant holds any longer. The last process of a pod may briefly outlive its containers."""
         await run_to_end(self._settled(time.monotonic() + ENDING_S))
 
     async def ready(self) -> None:
@@ -210,7 +210,7 @@ class PartitionsManager(Manager):
             left = not await self._settle_once()
 
     async def _settle_once(self) -> bool:
-        """Destroy what nobody holds. Return whether nothing of it is left."""
+        """Destroy what no grant holds. Return whether nothing of it is left."""
         try:
             async with self._maker.alone():
                 await self._maker.settle()
@@ -222,8 +222,8 @@ class PartitionsManager(Manager):
         return not self._maker.ending
 
     def _hold_back(self) -> None:
-        """Have nothing granted that overlaps an instance which nobody holds and which still exists, or that is of a GPU
-        whose mode is being switched."""
+        """Have nothing granted that overlaps an instance which no grant holds and which still exists, or that is of a
+        GPU whose mode is being switched."""
         every = [self._held(id, "an instance that is to be destroyed") for id in sorted(self._maker.ending)]
         if self._reserved:
             every.append(self._held(self._reserved, "the agent, which switches its MIG mode"))

@@ -2,7 +2,7 @@
 anything is bound.
 
 After kill -9 at any step it says what to give back. What an earlier boot recorded is gone with it: the kernel binds
-every function anew. An unreadable file counts as empty, and this is logged: functions then stay where they are.
+every function again. An unreadable file counts as empty, and this is logged: functions then stay where they are.
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def _boot(node: Node) -> Finding:
     text = node.kernel_text(BOOT_ID)
     if text is None:
         return failure(
-            f"there is no {node.files.path(BOOT_ID)}", "mount /proc: grants of an earlier boot are told by it"
+            f"there is no {node.files.path(BOOT_ID)}", "mount /proc: it identifies grants of an earlier boot"
         )
     try:
         uuid.UUID(text)
