@@ -36,21 +36,25 @@ def runnable(folder: Path) -> Path:
     return copy
 
 
+def problems(folder: Path, *drop_ins: Path) -> tuple[int, str]:
+    """What systemd finds wrong with the unit and these drop-ins: its exit code and words."""
+    (folder / f"{UNIT.name}.d").mkdir()
+    for one in drop_ins:
+        shutil.copy(one, folder / f"{UNIT.name}.d" / one.name)
+    command = ["systemd-analyze", "verify", "--man=no", str(runnable(folder))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout + done.stderr
+
+
 @needs_systemd
 def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
-    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert problems(tmp_path) == (0, "")
 
 
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_drop_in_for_dra(tmp_path: Path) -> None:
     """And takes it: the families are added, the folders too, and the network is open."""
-    (tmp_path / f"{UNIT.name}.d").mkdir()
-    shutil.copy(DROP_IN, tmp_path / f"{UNIT.name}.d" / DROP_IN.name)
-    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert problems(tmp_path, DROP_IN) == (0, "")
     lines = DROP_IN.read_text().splitlines()
     assert "IPAddressDeny=" in lines and "RestrictAddressFamilies=AF_INET AF_INET6" in lines
     (writable,) = [line for line in lines if line.startswith("ReadWritePaths=")]
@@ -60,11 +64,7 @@ def test_systemd_finds_nothing_wrong_with_the_drop_in_for_dra(tmp_path: Path) ->
 
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_drop_in_for_mps(tmp_path: Path) -> None:
-    (tmp_path / f"{UNIT.name}.d").mkdir()
-    shutil.copy(MPS, tmp_path / f"{UNIT.name}.d" / MPS.name)
-    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert problems(tmp_path, MPS) == (0, "")
 
 
 def test_with_the_drop_in_for_mps_daemons_outlive_the_agent_and_without_it_they_end_with_it() -> None:
@@ -79,11 +79,7 @@ METRICS = UNIT.with_name("nodeagent-metrics.conf")
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_drop_in_for_metrics(tmp_path: Path) -> None:
     """It opens TCP, and to this host alone: everything else stays denied by the unit."""
-    (tmp_path / f"{UNIT.name}.d").mkdir()
-    shutil.copy(METRICS, tmp_path / f"{UNIT.name}.d" / METRICS.name)
-    command = ["systemd-analyze", "verify", "--man=no", str(runnable(tmp_path))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert (done.returncode, done.stdout + done.stderr) == (0, "")
+    assert problems(tmp_path, METRICS) == (0, "")
 
 
 def test_the_drop_in_for_metrics_opens_tcp_to_this_host_and_nothing_else() -> None:

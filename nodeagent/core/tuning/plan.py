@@ -43,6 +43,8 @@ class Tunables:
     policies: tuple[FrequencyPolicy, ...] = ()
     latency_paths: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
     """The file with the tolerated wake-up latency, by CPU."""
+    unread: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    """Why policies could not be read, by folder: what was set there stays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +92,8 @@ def plan(machine: Tunables, exclusive: CpuSet, tuning: Tuning) -> TuningPlan:
     notes |= _absent(machine, exclusive, tuning)
     lacking = CpuSet(cpu for some in notes.values() for cpu in some)
     said = tuple(f"{_cpus(some)}: {why}" for why, some in notes.items())
-    return TuningPlan(wanted=MappingProxyType(wanted), cpus=exclusive - lacking, notes=said)
+    unread = tuple(machine.unread.values()) if tuning.of_policies else ()
+    return TuningPlan(wanted=MappingProxyType(wanted), cpus=exclusive - lacking, notes=(*unread, *said))
 
 
 def _of_policy(policy: FrequencyPolicy, mine: CpuSet, tuning: Tuning) -> Iterator[tuple[str, str, str]]:

@@ -6,7 +6,7 @@ program has written meanwhile is replaced while ours is wanted, and stays afterw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -55,8 +55,9 @@ class Tuner:
         """Return whether no file is left whose old value has to be given back."""
         return self._loaded and not self._tuned
 
-    def tune(self, wanted: Mapping[str, str]) -> TuningState:
-        """Give files their wanted value (by path), and all others that were set their old one.
+    def tune(self, wanted: Mapping[str, str], untouched: Collection[str] = ()) -> TuningState:
+        """Give files their wanted value (by path), and all others that were set their old one, except those in folders
+        that are left untouched.
 
         Raise HostError if what they had before cannot be recorded; then nothing is written.
         """
@@ -64,7 +65,8 @@ class Tuner:
             self._tuned, self._unread = load(self._sysfs, self._memory)
             self._loaded = True
         why: dict[str, str] = {}
-        self._give_back({path: one for path, one in self._tuned.items() if path not in wanted}, why)
+        done = {path: one for path, one in self._tuned.items() if path not in wanted}
+        self._give_back({path: one for path, one in done.items() if path.rpartition("/")[0] not in untouched}, why)
         due, repaired = self._due(wanted, why)
         self._remember({**self._tuned, **due})
         self._set(due, why)

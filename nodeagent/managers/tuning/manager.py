@@ -19,7 +19,7 @@ import structlog
 from nodeagent.aio.supervise import run_to_end
 from nodeagent.config.schema import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.tuning.plan import Tuning, TuningPlan, plan
+from nodeagent.core.tuning.plan import Tunables, Tuning, TuningPlan, plan
 from nodeagent.errors import HostError
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.tuning import tunables
@@ -126,11 +126,12 @@ class TuningManager(Manager):
 
     def _tune(self, exclusive: CpuSet, tuning: Tuning) -> TuningReport:
         """In a worker thread."""
-        planned = TuningPlan()
+        planned, machine = TuningPlan(), Tunables()
         try:
             if exclusive and tuning != Tuning():
-                planned = plan(tunables.read(self._sysfs), exclusive, tuning)
-            return TuningReport(plan=planned, state=self._tuner.tune(planned.wanted))
+                machine = tunables.read(self._sysfs)
+                planned = plan(machine, exclusive, tuning)
+            return TuningReport(plan=planned, state=self._tuner.tune(planned.wanted, machine.unread.keys()))
         except HostError as error:
             return TuningReport(plan=planned, error=str(error))
 

@@ -149,6 +149,21 @@ def test_a_cpu_that_goes_offline_gets_its_value_back_when_it_returns(stand: Stan
     assert not stand.changed() and stand.manager.notes() == []
 
 
+def test_a_policy_that_cannot_be_read_is_named_keeps_what_was_set_and_affects_no_other(stand: Stand) -> None:
+    stand.round("0-3")
+    garbage = stand.root / POLICY.format(1, "affected_cpus")
+    before = garbage.read_text()
+    garbage.write_text("two three\n")
+    stand.round("0-5")
+    assert {path for path, value in stand.changed().items() if value == "performance"} == {
+        POLICY.format(number, "scaling_governor") for number in (0, 1, 2)
+    }
+    assert any(str(garbage) in one and "'two three'" in one for one in stand.manager.notes())
+    garbage.write_text(before)
+    stand.round("")
+    assert not stand.changed() and stand.manager.notes() == []
+
+
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"version": 2}', b'{"tuned": [{"path": 1}]}'])
 def test_a_damaged_record_is_said_and_harms_nothing(stand: Stand, content: bytes) -> None:
     stand.round("0-1")
