@@ -21,11 +21,24 @@ from tests.support.paths import SHARED
 TEST_DEADLINE_S = 180
 """A safety net: no test waits for it."""
 
+LONGEST_TEMPORARY_FOLDER_BYTES = 28
+"""A socket's path has room for 107 bytes, of which what a node has below its root takes up to 79."""
+
 
 # A busy machine is no reason to fail; where a change has to pass, the same examples are tried each time.
 settings.register_profile("project", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("gate", settings.get_profile("project"), derandomize=True)
 settings.load_profile("gate" if os.environ.get("CI") else "project")
+
+
+def pytest_configure() -> None:
+    """Say at once that sockets will not fit, which many tests would say one by one."""
+    where = tempfile.gettempdir()
+    if len(os.fsencode(where)) > LONGEST_TEMPORARY_FOLDER_BYTES:
+        limit = f"has {len(os.fsencode(where))} bytes, paths of sockets leave {LONGEST_TEMPORARY_FOLDER_BYTES}"
+        pytest.exit(
+            f"cannot test in {where}: the path {limit}: set TMPDIR to a shorter one", pytest.ExitCode.USAGE_ERROR
+        )
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -67,7 +67,7 @@ def test_kubelets_folder_is_taken_for_dra_exactly_if_kubelet_takes_the_sockets_i
     assert not any("for DRA" in one for one in wrong(alone))
 
 
-def test_a_folder_from_which_dra_cannot_be_served_is_refused_with_its_line_and_at_the_start(tmp_path: Path) -> None:
+def test_a_folder_from_which_dra_cannot_be_served_is_refused_with_its_line_and_at_the_start(folder: Path) -> None:
     """Of the configuration and of the command line, which comes first."""
     text = 'resources: [{name: gpu, kind: gpu, serve: dra}]\nkubeletDir: "/var/lib/kubelet%2d1"\n'
     with pytest.raises(ConfigError) as caught:
@@ -76,13 +76,13 @@ def test_a_folder_from_which_dra_cannot_be_served_is_refused_with_its_line_and_a
         "cannot use here.yaml: '/var/lib/kubelet%2d1' at $.kubeletDir cannot be used for DRA: "
         "kubelet reads it as a URL: expected a path without '%' (line 2, column 13"
     )
-    config = parse(text.partition("\n")[0] + f"\nstateDir: {tmp_path}\nruntimeDir: {tmp_path}\n", source="here.yaml")
+    config = parse(text.partition("\n")[0] + f"\nstateDir: {folder}\nruntimeDir: {folder}\n", source="here.yaml")
     where = paths_of(config, config_file=None, root="/", kubelet_dir="/var/lib/a#b")
     with pytest.raises(
         ConfigError, match=r"cannot serve DRA from kubelet's folder /var/lib/a#b: kubelet reads it as a "
     ):
         checked(config, where)
-    checked(parse(f"stateDir: {tmp_path}\nruntimeDir: {tmp_path}\n", source="here.yaml"), where)
+    checked(parse(f"stateDir: {folder}\nruntimeDir: {folder}\n", source="here.yaml"), where)
 
 
 async def answer(request: HttpRequest) -> HttpAnswer:
