@@ -283,7 +283,7 @@ class Daemon:
         return self._dra.document()
 
     def sharing_document(self) -> dict[str, Any]:
-        return self._gpus.sharing.document()
+        return self._gpus.sharing_document()
 
     def pinning_document(self) -> dict[str, Any]:
         return {**self._pinning.document(), **self._exclusive.document()}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nodeagent.config.schema import PinningConfig
+from nodeagent.config.schema import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.daemon.paths import Paths
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.on_demand import OnDemand
 from nodeagent.managers.pinning.manager import PinningManager
-from nodeagent.managers.tuning.manager import TUNED, TuningManager
+from nodeagent.managers.state_files import TUNING
 from nodeagent.state.agent import Agent
+
+if TYPE_CHECKING:
+    from nodeagent.managers.tuning.manager import TuningManager
+
+NOT_TUNED = {"cpus": "", "set": 0, "refused": {}, "notes": []}
+"""What is shown of the tuning of CPUs where nothing has asked for it."""
 
 
 class ExclusiveCpus:
@@ -29,10 +36,18 @@ class ExclusiveCpus:
         def others() -> CpuSet:
             return pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held
 
-        changed = pinning.revision.changed
-        memory = where.state_dir / MOVED
-        self._isolation = IsolationManager(where.sysfs, exclusive, others, config, changed, memory)
-        self._tuning = TuningManager(where.sysfs, exclusive, config, changed, where.state_dir / TUNED)
+        changed, set_before = pinning.revision.changed, where.state_dir / TUNING
+
+        def tuning() -> TuningManager:
+            from nodeagent.managers.tuning.manager import TuningManager
+
+            return TuningManager(where.sysfs, exclusive, config, changed, set_before)
+
+        def is_tuned() -> bool:
+            return config().tuning != TuningConfig() or set_before.exists()
+
+        self._isolation = IsolationManager(where.sysfs, exclusive, others, config, changed, where.state_dir / MOVED)
+        self._tuning = OnDemand("tuning", tuning, is_tuned, agent.revisions.ledger)
 
     @property
     def managers(self) -> Sequence[Manager]:
@@ -41,4 +56,4 @@ class ExclusiveCpus:
 
     def document(self) -> dict[str, Any]:
         """Return the state of both, in plain types."""
-        return {"intruders": self._isolation.document(), "tuning": self._tuning.document()}
+        return {"intruders": self._isolation.document(), "tuning": self._tuning.document() or NOT_TUNED}

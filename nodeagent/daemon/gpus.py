@@ -1,28 +1,98 @@
-"""Wires what divides and shares GPUs, and binds devices to other drivers, for claims."""
+"""Wires what divides and shares GPUs, and binds devices to other drivers, for claims; loads it where it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from nodeagent.config.schema import Config
+from nodeagent.core.dra.passthrough import driver_for
 from nodeagent.core.events.happenings import Report
 from nodeagent.core.events.states import PodOf
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.sharing.mps import DAEMONS, asks_for_sharing
 from nodeagent.daemon.paths import Paths
-from nodeagent.host.driver_programs import DriverSearch
-from nodeagent.host.vfio import Functions
+from nodeagent.managers import state_files
+from nodeagent.managers.dra.device_setup import Unmade
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.on_demand import OnDemand
 from nodeagent.managers.partitions.journal import PartitionJournal
-from nodeagent.managers.partitions.manager import PartitionsManager
 from nodeagent.managers.partitions.table import InstanceTable
-from nodeagent.managers.passthrough.manager import PassthroughManager
-from nodeagent.managers.sharing.manager import SharingManager
 from nodeagent.state.agent import Agent
+
+if TYPE_CHECKING:
+    from nodeagent.managers.partitions.manager import PartitionsManager
+    from nodeagent.managers.passthrough.manager import PassthroughManager
+    from nodeagent.managers.sharing.manager import SharingManager
 
 
 def instance_table(agent: Agent, where: Paths) -> InstanceTable:
     """Return what is recorded of the MIG instances that the agent makes."""
     return InstanceTable(PartitionJournal(where.state_dir, agent.settings.boot_id), where.sysfs)
+
+
+class _Instances:
+    """MIG instances for the DRA manager."""
+
+    def __init__(self, manager: OnDemand[PartitionsManager], table: InstanceTable) -> None:
+        self._manager = manager
+        self._table = table
+
+    def concerned(self, grants: Sequence[Grant]) -> bool:
+        one = self._manager.if_needed()
+        return one is not None and one.concerned(grants)
+
+    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
+        return await self._manager.load().make(claims)
+
+    async def settle(self) -> None:
+        await self._manager.load().settle()
+
+    async def ready(self) -> None:
+        if (one := self._manager.if_needed()) is not None:
+            await one.ready()
+
+    def view(self, inventory: Inventory) -> Inventory:
+        return self._table.view(inventory)
+
+
+class _Sharing:
+    """MPS daemons and time slices for the DRA manager."""
+
+    def __init__(self, manager: OnDemand[SharingManager]) -> None:
+        self._manager = manager
+
+    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        return await self._manager.load().prepare(claims) if _shared(claims) else {}
+
+    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        return await self._manager.load().release(claims) if _shared(claims) else {}
+
+
+def _shared(claims: Mapping[str, Sequence[Grant]]) -> bool:
+    return any(asks_for_sharing(grant) for grants in claims.values() for grant in grants)
+
+
+class _Passthrough:
+    """VFIO drivers for the DRA manager."""
+
+    def __init__(self, manager: OnDemand[PassthroughManager]) -> None:
+        self._manager = manager
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        one = self._manager.if_needed()
+        return one.concerned(uids) if one is not None else ()
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        wanted = any(driver_for(grant) for grants in claims.values() for grant in grants)
+        one = self._manager.load() if wanted else self._manager.if_needed()
+        return await one.bind(claims) if one is not None else {}
+
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
+        one = self._manager.if_needed()
+        return await one.give_back(uids) if one is not None else {}
 
 
 class Gpus:
@@ -39,17 +109,51 @@ class Gpus:
         pod_of: PodOf,
     ) -> None:
         """`scanner` asks NVML; `pod_of` returns the pod with a UID, if its name is known."""
-        self.partitions = PartitionsManager(agent, scanner, table, where.state_dir, config)
-        search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
-        self.sharing = SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, table.view)
-        self.passthrough = PassthroughManager(agent, Functions(where.sysfs), where.state_dir, scanner.rescan)
 
-    @property
-    def for_claims(self) -> tuple[SharingManager, PartitionsManager, PassthroughManager]:
-        """Return what prepares claims, in the order in which the DRA manager takes it."""
-        return self.sharing, self.partitions, self.passthrough
+        def recorded(*names: str) -> bool:
+            return any((where.state_dir / name).exists() for name in names)
+
+        def partitions() -> PartitionsManager:
+            from nodeagent.managers.partitions.manager import PartitionsManager
+
+            return PartitionsManager(agent, scanner, table, where.state_dir, config)
+
+        def sharing() -> SharingManager:
+            from nodeagent.host.driver_programs import DriverSearch
+            from nodeagent.managers.sharing.manager import SharingManager
+
+            search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
+            return SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, table.view)
+
+        def passthrough() -> PassthroughManager:
+            from nodeagent.host.vfio import Functions
+            from nodeagent.managers.passthrough.manager import PassthroughManager
+
+            return PassthroughManager(agent, Functions(where.sysfs), where.state_dir, scanner.rescan)
+
+        def has_partitions() -> bool:
+            return bool(config().divided) or recorded(state_files.PARTITIONS, state_files.MIG_MODES)
+
+        held = any(map(asks_for_sharing, agent.ledger.grants.values()))
+
+        def has_shared() -> bool:
+            return held or recorded(state_files.SHARING) or (where.runtime_dir / DAEMONS).exists()
+
+        def has_passthrough() -> bool:
+            return bool(config().dra.passthrough_drivers) or recorded(state_files.PASSTHROUGH)
+
+        ledger = agent.revisions.ledger
+        self._partitions = OnDemand("partitions", partitions, has_partitions, ledger)
+        self._sharing = OnDemand("sharing", sharing, has_shared, ledger)
+        self._passthrough = OnDemand("passthrough", passthrough, has_passthrough, ledger)
+        self.for_claims = _Sharing(self._sharing), _Instances(self._partitions, table), _Passthrough(self._passthrough)
+        """What prepares claims, in the order in which the DRA manager takes it."""
 
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order: what is shared has to exist."""
-        return self.partitions, self.sharing, self.passthrough
+        return self._partitions, self._sharing, self._passthrough
+
+    def sharing_document(self) -> dict[str, Any]:
+        """Return the daemons and time slices, in plain types; empty if there are none."""
+        return self._sharing.document()

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.partitions.instances import Record
+from nodeagent.core.sharing.mps import DAEMONS as MPS_DAEMONS
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths
 from nodeagent.errors import HostError, PeerError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -26,7 +27,6 @@ from nodeagent.host.cgroup.widen import CPUS, MEMS, Widener
 from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.irq.interrupts import Mover
 from nodeagent.host.irq.journal import load
-from nodeagent.host.mps.control import FOLDER as MPS_FOLDER
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
@@ -53,7 +53,7 @@ from nodeagent.managers.publish.publications import LABELS, TOPOLOGY
 from nodeagent.managers.sharing.journal import SharingJournal
 from nodeagent.managers.sharing.mps_daemons import MpsDaemons
 from nodeagent.managers.sharing.time_slices import TimeSlices
-from nodeagent.managers.tuning.manager import TUNED
+from nodeagent.managers.state_files import TUNING
 
 STATE_FILES = (
     "ledger.*",
@@ -189,7 +189,7 @@ def _interrupts(host: Host) -> Leftover:
 
 
 def _tuning(host: Host) -> Leftover:
-    sysfs, memory = host.where.sysfs, host.where.state_dir / TUNED
+    sysfs, memory = host.where.sysfs, host.where.state_dir / TUNING
     tuned, unread = load_tuned(sysfs, memory)
     lines = [Line(sysfs.path(path), one.seen or one.wanted, one.before) for path, one in tuned.items()]
 
@@ -347,7 +347,7 @@ def _kubelet_sockets(host: Host) -> Leftover:
 def _runtime_folder(host: Host) -> Leftover:
     folder = host.where.runtime_dir
     return _with_folder(
-        folder, [path for path in (folder / STATUS_SOCKET, folder / CLAIMS, folder / MPS_FOLDER) if path.exists()]
+        folder, [path for path in (folder / STATUS_SOCKET, folder / CLAIMS, folder / MPS_DAEMONS) if path.exists()]
     )
 
 

@@ -11,7 +11,6 @@ from nodeagent.errors import HostError, InputError
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.gpus.groups import gpu_groups
-from nodeagent.host.driver_root.find import find
 from nodeagent.host.driver_root.render import is_driven
 from nodeagent.host.hugepages import use as hugepageuse
 from nodeagent.host.nvml.client import Failure, Snapshot
@@ -88,7 +87,11 @@ def _driver_files(
     """Return the files of NVIDIA's driver if it has a GPU here and its version is known, and warnings."""
     versions = (one.attributes.get("driver_version") for one in devices if is_driven(one))
     version = next((str(one) for one in versions if one), "")
-    return find(sysfs, version, root) if version and root is not None else (None, ())
+    if not version or root is None:
+        return None, ()
+    from nodeagent.host.driver_root.find import find
+
+    return find(sysfs, version, root)
 
 
 def _with_pods(sysfs: SysFs, found: Inventory, cgroup_root: str, known: PodsCgroup | None) -> Inventory:

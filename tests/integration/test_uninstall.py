@@ -34,7 +34,7 @@ from nodeagent.managers.hugepages import journal
 from nodeagent.managers.inventory import latches, nvlinks
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.publish import journal as published
-from nodeagent.managers.tuning.manager import TUNED
+from nodeagent.managers.state_files import TUNING
 from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
 from nodeagent.state.lock import FileLock
@@ -283,7 +283,7 @@ def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> No
     state or to a lock."""
     sources = [*(CHECKOUT / "nodeagent" / "managers").rglob("*.py"), *(CHECKOUT / "nodeagent" / "state").rglob("*.py")]
     named = {name for one in sources for name in _STATE_NAME.findall(one.read_text())}
-    assert named >= {MOVED, TUNED, journal.NAME, latches.FILE, nvlinks.FILE, published.FILE}
+    assert named >= {MOVED, TUNING, journal.NAME, latches.FILE, nvlinks.FILE, published.FILE}
     ledger = (store.FILE, f"{store.FILE}-wal", f"{store.FILE}.damaged-1")
     locks = (leader.LOCK, leader.NEWS, store.LOCK, Path(latches.FILE).with_suffix(".lock").name)
     drafts = [f".{name}.x{DRAFT_END}" for name in named]

@@ -20,6 +20,8 @@ from nodeagent.errors import InputError
 
 MPS, ADVISORY = "MPS", "advisory"
 """What enforces the amounts of shares."""
+DAEMONS = "mps"
+"""In the runtime folder: a folder for each daemon."""
 ALL_THREADS = 100
 """NVIDIA's default of the active thread percentage."""
 
@@ -67,6 +69,11 @@ def settings_of(grant: Grant) -> OpaqueConfig:
 def uses_mps(grant: Grant) -> bool:
     """Return whether the programs of a grant share its device through MPS."""
     return grant.holder.api == CLAIM and bool(grant.devices or grant.shares) and settings_of(grant).mps
+
+
+def asks_for_sharing(grant: Grant) -> bool:
+    """Return whether a grant's settings ask for MPS or for a time slice."""
+    return uses_mps(grant) or bool(settings_of(grant).time_slice)
 
 
 def set_name(grant: Grant) -> str:

@@ -21,8 +21,6 @@ from nodeagent.host.driver_programs import DriverProgram, DriverSearch, run, sho
 from nodeagent.host.mps.processes import PIPE_VARIABLE, ProcessId, end, is_of, wait_gone
 from nodeagent.host.sysfs import atomic_file as files
 
-FOLDER = "mps"
-"""In the runtime folder: a folder for each daemon."""
 PROGRAM = "nvidia-cuda-mps-control"
 LOG_VARIABLE = "CUDA_MPS_LOG_DIRECTORY"
 MULTI_USER = "-multiuser-server"

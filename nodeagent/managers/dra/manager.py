@@ -31,11 +31,11 @@ from nodeagent.core.ledger.offline import lost_cpus
 from nodeagent.core.model.claim import ClaimRef, DeviceHealth
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY
+from nodeagent.core.sharing.mps import DAEMONS
 from nodeagent.errors import ConfigError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroup.pods_alive import PodCgroups
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.mps import control as mps
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.kube.kubelet.plugin_registration import DraPlugin
@@ -46,19 +46,18 @@ from nodeagent.kube.resourceslice.publisher import Publisher
 from nodeagent.managers.dra.claim_binding import ClaimBinder
 from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
 from nodeagent.managers.dra.cpu_requests import CpuRequests
-from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
-from nodeagent.managers.dra.node_watch import NodeWatch
-from nodeagent.managers.dra.prepare import (
+from nodeagent.managers.dra.device_setup import (
+    NO_INSTANCES,
     NOTHING_BOUND,
     NOTHING_SHARED,
-    ClaimPreparer,
-    Grow,
+    Instances,
     Passthrough,
     Sharing,
-    never_grow,
 )
+from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
+from nodeagent.managers.dra.node_watch import NodeWatch
+from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
 from nodeagent.managers.manager import Manager
-from nodeagent.managers.partitions.manager import NO_INSTANCES, Instances
 from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.resources.offer import misspelt
 from nodeagent.state.agent import Agent
@@ -229,7 +228,7 @@ class DraManager(Manager):
         self.pools = Pools(agent, self.dra, self._books, self._conditional)
         self._status = StatusWriter(self.api.tell, config.dra.driver, lambda: agent.inventory)
         folder, readable = CdiFolder(self._cdi_dir, config.dra.driver, sysfs), ClaimFiles(runtime_dir / CLAIMS)
-        self._rendering = ClaimRenderer(agent, self.dra, folder, readable, runtime_dir / mps.FOLDER, instances.view)
+        self._rendering = ClaimRenderer(agent, self.dra, folder, readable, runtime_dir / DAEMONS, instances.view)
         cgroups = PodCgroups(sysfs, config.pinning.cgroup_root)
         self._cpu_requests = CpuRequests(cgroups.requests_cpus, lambda: agent.ledger, report)
         self._claims = ClaimPreparer(

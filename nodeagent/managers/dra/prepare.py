@@ -21,7 +21,14 @@ from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.dra import container_edits as handover
 from nodeagent.managers.dra.claim_files import ClaimRenderer
-from nodeagent.managers.partitions.manager import NO_INSTANCES, Instances
+from nodeagent.managers.dra.device_setup import (
+    NO_INSTANCES,
+    NOTHING_BOUND,
+    NOTHING_SHARED,
+    Instances,
+    Passthrough,
+    Sharing,
+)
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import Refusal
@@ -65,58 +72,6 @@ class PreparedNotifier(Protocol):
     """Notified of a claim that was read and prepared, with its pods."""
 
     def __call__(self, claim: Claim, grants: Sequence[Grant]) -> None: ...
-
-
-class Sharing(Protocol):
-    """What GPUs that are shared need in addition to a grant, such as MPS daemons: made before a claim is answered,
-    ended before its release is. Each returns errors by the UID of the claim."""
-
-    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
-    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
-
-
-class NothingShared:
-    """Does nothing."""
-
-    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        """Return no errors."""
-        return {}
-
-    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        """Return no errors."""
-        return {}
-
-
-NOTHING_SHARED = NothingShared()
-
-
-class Passthrough(Protocol):
-    """Binds devices to other drivers for claims. bind: returns, by UID, "" for claims whose device was bound, or an
-    error. concerned: returns the claims for which something is bound. give_back: before these are released; returns
-    errors by UID."""
-
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]: ...
-    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
-    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]: ...
-
-
-class NothingBound:
-    """Does nothing."""
-
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        """Return no claims."""
-        return ()
-
-    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        """Return no claims."""
-        return {}
-
-    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        """Return no errors."""
-        return {}
-
-
-NOTHING_BOUND = NothingBound()
 
 
 @contextlib.asynccontextmanager

@@ -18,10 +18,9 @@ import structlog
 from nodeagent.core.partitions.instances import Record
 from nodeagent.errors import cause_of
 from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.managers.state_files import PARTITIONS
 from nodeagent.telemetry.once import Once
 
-NAME = "partitions.json"
-"""In the state folder."""
 _LARGEST_FILE_BYTES = 1 << 20
 log = structlog.get_logger()
 
@@ -30,7 +29,7 @@ class PartitionJournal:
     """The file. Every call reads or writes it, because another agent may do so too. Blocks."""
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
-        self.path = state_dir / NAME
+        self.path = state_dir / PARTITIONS
         self.boot_id = boot_id
         self._unreadable = Once("partition-records-unreadable", level="error")
         self._turn = threading.Lock()

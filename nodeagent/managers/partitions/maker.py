@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from nodeagent.core.model.device import Device
 from nodeagent.core.partitions.geometry import Place, overlapping
 from nodeagent.core.partitions.instances import Fate, Lying, Record, fate, found
 from nodeagent.host.nvml.values import Completed, Create, Destroy, Failure, Made, MigState, RefusedByDriver
+from nodeagent.managers.dra.device_setup import Unmade
 from nodeagent.managers.partitions.table import InstanceTable
 from nodeagent.managers.turns import Turns
 from nodeagent.state.agent import Agent
@@ -34,14 +35,6 @@ class Driver(Protocol):
     async def mig_state(self, gpu: str) -> MigState | RefusedByDriver | Failure: ...
     async def create(self, one: Create) -> Made | RefusedByDriver | Failure: ...
     async def destroy(self, one: Destroy) -> Completed | RefusedByDriver | Failure: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unmade:
-    """An instance does not exist. refused: the driver said so; otherwise it is unknown and is looked up again."""
-
-    why: str
-    refused: bool
 
 
 class InstanceMaker:

@@ -24,8 +24,9 @@ from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.nvml.values import Failure, Snapshot
+from nodeagent.managers.dra.device_setup import Unmade
 from nodeagent.managers.manager import Manager
-from nodeagent.managers.partitions.maker import Driver, InstanceMaker, Unmade
+from nodeagent.managers.partitions.maker import Driver, InstanceMaker
 from nodeagent.managers.partitions.modes import MigModes, ModeDriver
 from nodeagent.managers.partitions.table import InstanceTable
 from nodeagent.state.agent import Agent
@@ -68,52 +69,6 @@ class NvmlSource(Protocol):
     async def ask_nvml(self) -> None:
         """Ask NVML, and report the machine as it is now."""
         ...
-
-
-class Instances(Protocol):
-    """What the preparation of claims needs: instances that exist as long as they are granted."""
-
-    def concerned(self, grants: Sequence[Grant]) -> bool:
-        """Return whether something has to be made for what was granted."""
-        ...
-
-    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
-        """Make what was granted to claims, by their UIDs. Return why that of some does not exist."""
-        ...
-
-    async def settle(self) -> None:
-        """Destroy what no grant holds any longer. What cannot be destroyed now is destroyed later."""
-        ...
-
-    async def ready(self) -> None:
-        """Wait, for a while, until it is known what can be made."""
-        ...
-
-    def view(self, inventory: Inventory) -> Inventory:
-        """Return the inventory with what exists of it as containers get it."""
-        ...
-
-
-class NoInstances:
-    """Nothing is made on demand."""
-
-    def concerned(self, grants: Sequence[Grant]) -> bool:
-        return False
-
-    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
-        return {}
-
-    async def settle(self) -> None:
-        return
-
-    async def ready(self) -> None:
-        return
-
-    def view(self, inventory: Inventory) -> Inventory:
-        return inventory
-
-
-NO_INSTANCES = NoInstances()
 
 
 @dataclass

@@ -20,10 +20,9 @@ from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.errors import HostError, cause_of
 from nodeagent.host.nvml.values import Completed, Failure, NvGpu, RefusedByDriver, SetMode, Snapshot
 from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.managers.state_files import MIG_MODES
 from nodeagent.state.agent import Agent
 
-NAME = "mig-modes.json"
-"""In the state folder: the UUIDs of the GPUs that the agent put into MIG mode."""
 log = structlog.get_logger()
 
 
@@ -47,10 +46,11 @@ class Shown(Protocol):
 
 
 class SwitchedGpus:
-    """The file. Its methods block, and raise HostError if it cannot be read or written."""
+    """The UUIDs of the GPUs that the agent put into MIG mode, in a file. Its methods block, and raise HostError if it
+    cannot be read or written."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / NAME
+        self._path = state_dir / MIG_MODES
 
     def read(self) -> frozenset[str]:
         """Return the UUIDs."""

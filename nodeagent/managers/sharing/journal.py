@@ -15,10 +15,9 @@ import structlog
 
 from nodeagent.errors import cause_of
 from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.managers.state_files import SHARING
 from nodeagent.telemetry.once import Once
 
-NAME = "sharing.json"
-"""In the state folder."""
 _LARGEST_FILE_BYTES = 4 << 20
 log = structlog.get_logger()
 
@@ -70,7 +69,7 @@ class SharingJournal:
     """The file. Every call reads or writes it, because another agent may do so too. Blocks."""
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
-        self.path = state_dir / NAME
+        self.path = state_dir / SHARING
         self._boot_id = boot_id
         self._unreadable = Once("sharing-records-unreadable", level="error")
 

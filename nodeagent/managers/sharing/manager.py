@@ -21,7 +21,15 @@ from nodeagent.core.events.happenings import Report, mps_restarted
 from nodeagent.core.events.states import PodOf
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.sharing.mps import MpsSet, devices_of, mps_sets, set_name, settings_of, uses_mps
+from nodeagent.core.sharing.mps import (
+    MpsSet,
+    asks_for_sharing,
+    devices_of,
+    mps_sets,
+    set_name,
+    settings_of,
+    uses_mps,
+)
 from nodeagent.core.sharing.rules import time_slices
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.driver_programs import DriverSearch
@@ -87,12 +95,12 @@ class SharingManager(Manager):
 
     async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Make what was granted to claims ready for their programs. Return, by UID, why it is not."""
-        mine = {uid: grants for uid, grants in claims.items() if any(map(_concerns, grants))}
+        mine = {uid: grants for uid, grants in claims.items() if any(map(asks_for_sharing, grants))}
         return await run_to_end(self._prepare(mine)) if mine else {}
 
     async def release(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """End what nothing needs any longer after claims were released. Return, by UID, why something is left."""
-        mine = {uid: grants for uid, grants in claims.items() if any(map(_concerns, grants))}
+        mine = {uid: grants for uid, grants in claims.items() if any(map(asks_for_sharing, grants))}
         return await run_to_end(self._release(mine)) if mine else {}
 
     async def _prepare(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
@@ -252,10 +260,6 @@ class SharingManager(Manager):
             for id, (interval, before) in sorted(self._intervals.items())
         ]
         return {"mps": daemons, "time_slices": slices} if daemons or slices else {}
-
-
-def _concerns(grant: Grant) -> bool:
-    return uses_mps(grant) or bool(settings_of(grant).time_slice)
 
 
 def _touched(inventory: Inventory, claims: Iterable[Sequence[Grant]]) -> tuple[set[str], set[str]]:

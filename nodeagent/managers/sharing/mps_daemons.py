@@ -16,10 +16,10 @@ from types import MappingProxyType
 import msgspec
 import structlog
 
-from nodeagent.core.sharing.mps import MpsSet
+from nodeagent.core.sharing.mps import DAEMONS, MpsSet
 from nodeagent.errors import HostError
 from nodeagent.host.driver_programs import DriverSearch
-from nodeagent.host.mps.control import FOLDER, Limits, MpsControl, reap
+from nodeagent.host.mps.control import Limits, MpsControl, reap
 from nodeagent.host.mps.processes import ProcessId, pipes_below, process_id
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.sysfs import atomic_file as files
@@ -45,7 +45,7 @@ class MpsDaemons:
 
     def __init__(self, journal: SharingJournal, runtime_dir: Path, search: DriverSearch, smi: NvidiaSmi) -> None:
         """search: where NVIDIA's program is looked for."""
-        self.folder = runtime_dir / FOLDER
+        self.folder = runtime_dir / DAEMONS
         self._journal = journal
         self._search = search
         self._smi = smi

@@ -28,8 +28,6 @@ from nodeagent.managers.manager import Manager
 from nodeagent.telemetry import metrics
 from nodeagent.telemetry.once import Once
 
-TUNED = "tuning.json"
-"""In the state folder: files that were set, and what they had before."""
 MOST_SAID = 3
 """Maximum number of files named in a note."""
 _KHZ = 1000

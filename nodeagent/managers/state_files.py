@@ -1,0 +1,13 @@
+"""Names of files in the state folder that record what was changed for holders. One that is there shows that something
+may have to be undone, without loading what can read it."""
+
+from __future__ import annotations
+
+TUNING = "tuning.json"
+"""Frequencies and wake-up latencies of CPUs."""
+PARTITIONS, MIG_MODES = "partitions.json", "mig-modes.json"
+"""MIG instances, and the GPUs that were put into MIG mode."""
+SHARING = "sharing.json"
+"""MPS daemons and time slices."""
+PASSTHROUGH = "passthrough.json"
+"""PCI functions under a VFIO driver."""
