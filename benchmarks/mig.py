@@ -76,7 +76,7 @@ async def polls(folder: Path) -> None:
 
 
 def _without_instances(answer: Snapshot) -> Snapshot:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     return replace(answer, gpus=tuple(replace(gpu, migs=(), instances=()) for gpu in answer.gpus))
 

@@ -11,10 +11,10 @@ import json
 import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass
 from typing import Protocol
 
 import h11
+import msgspec
 import structlog
 
 from nodeagent.aio.supervise import race
@@ -26,8 +26,7 @@ TEXT = "text/plain"
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class Peer:
+class Peer(msgspec.Struct, frozen=True):
     """The process that sends a request (SO_PEERCRED, unix(7))."""
 
     pid: int
@@ -35,8 +34,7 @@ class Peer:
     gid: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HttpRequest:
+class HttpRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One request, without its body, which no page needs."""
 
     method: str
@@ -71,8 +69,7 @@ class Stream(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class HttpAnswer:
+class HttpAnswer(msgspec.Struct, frozen=True):
     """One answer: status, body, content type, and headers besides it and the length."""
 
     status: int

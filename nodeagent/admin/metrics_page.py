@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.admin.state_gauges import STATE_GAUGES, Moment, Samples, StateGauge
 from nodeagent.admin.watched import Watched
@@ -49,8 +50,7 @@ class MetricsPage:
         return metrics.render() + gauges.encode(errors="replace")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Rendered:
+class _Rendered(msgspec.Struct, frozen=True, kw_only=True):
     """A page, and when the state was read for it (monotonic seconds)."""
 
     at: float

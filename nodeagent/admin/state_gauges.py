@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from nodeagent.admin import numa_gauges as numa
 from nodeagent.admin.watched import Watched, disputed, resources
@@ -46,8 +47,7 @@ class Moment:
         return self.watched.pinning_document()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StateGauge:
+class StateGauge(msgspec.Struct, frozen=True, kw_only=True):
     """One gauge. `read` yields its samples; of equal labels the last counts."""
 
     name: str

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import grp
-from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import structlog
 
 from nodeagent.admin.http import Handler
@@ -50,8 +50,7 @@ class StatusEndpoint(Manager):
         return [self._readers.missing] if self._readers.missing else []
 
 
-@dataclass(frozen=True, slots=True)
-class StatusReaders:
+class StatusReaders(msgspec.Struct, frozen=True):
     """Who may read the status socket in addition to root: the members of a group, if one is configured and exists."""
 
     group_id: int | None = None

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -86,8 +87,7 @@ class Line(NamedTuple):
         return f"{self.path}: {change if self.found or self.wanted else 'removed'}"
 
 
-@dataclass(frozen=True, slots=True)
-class Leftover:
+class Leftover(msgspec.Struct, frozen=True):
     """Things that are undone together. `undo` yields why some stay."""
 
     lines: Sequence[Line] = ()
@@ -96,8 +96,7 @@ class Leftover:
     """What the agent made and stays as it is, or is left to the admin."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Host:
+class Host(msgspec.Struct, frozen=True, kw_only=True):
     """The agent's configuration and paths on a host."""
 
     config: Config

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nodeagent.config.schema import Config
 from nodeagent.errors import ConfigError
@@ -18,8 +19,7 @@ from nodeagent.managers.dra.manager import check as check_dra
 STATUS_SOCKET = "status.sock"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Paths:
+class Paths(msgspec.Struct, frozen=True, kw_only=True):
     """Paths and options from the configuration and the command line."""
 
     sysfs: SysFs

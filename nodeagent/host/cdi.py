@@ -13,7 +13,6 @@ import os
 import re
 import stat
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +33,7 @@ _TYPES = {stat.S_IFCHR: "c", stat.S_IFBLK: "b", stat.S_IFIFO: "p"}
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENXIO, errno.ENODEV)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CdiDevice:
+class CdiDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One device of a spec. The runtime applies the edits to every container that requests the device.
 
     Annotations and CDI names among the edits are not written to the spec; they go into the answer to kubelet.
@@ -45,8 +43,7 @@ class CdiDevice:
     edits: ContainerEdits
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeFacts:
+class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Properties of the host's device node (inode(7))."""
 
     type: str

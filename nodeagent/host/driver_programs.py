@@ -11,9 +11,10 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.errors import HostError, cause_of
 from nodeagent.host.driver_root.roots import PROGRAM_FOLDERS, library_folders, roots
@@ -25,18 +26,16 @@ _LEFT_BEHIND: list[subprocess.Popen[bytes]] = []
 """Killed processes that have not ended: the kernel keeps what is left of them until it is asked."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriverProgram:
+class DriverProgram(msgspec.Struct, frozen=True, kw_only=True):
     """A program that was found."""
 
     path: Path
-    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    env: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Its environment: PATH with its own folder first, where it finds the programs that it starts, and LD_LIBRARY_PATH
     if its libraries are not where the loader looks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriverSearch:
+class DriverSearch(msgspec.Struct, frozen=True, kw_only=True):
     """Where the driver's programs are looked for."""
 
     top: str = "/"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import PciFacts
@@ -25,8 +27,7 @@ _IS_ROOT = re.compile(r"pci[0-9a-f]{4,8}:[0-9a-f]{2}")
 _BUS = "sys/bus/pci/devices"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Function(PciFacts):
+class Function(PciFacts, frozen=True, kw_only=True):
     """One PCI function, with what its folder shows; None for what it does not show."""
 
     address: str
@@ -34,7 +35,7 @@ class Function(PciFacts):
     """Its folder below the root, with links resolved."""
     physical: str | None = None
     """Address of the physical function; only for a virtual function."""
-    vfs: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    vfs: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Index of each existing virtual function, by address."""
     max_vfs: int = 0
     vfio_nodes: tuple[str, ...] = ()

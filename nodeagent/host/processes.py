@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.errors import HostError
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -17,8 +18,7 @@ INITIAL_NAMESPACE = "pid:[4026531836]"
 """/proc/self/ns/pid of the host (PROC_PID_INIT_INO of include/linux/proc_ns.h)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Process:
+class Process(msgspec.Struct, frozen=True, kw_only=True):
     """A running program."""
 
     pid: int

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device, DriverFiles
 from nodeagent.core.model.inventory import Inventory, PodsCgroup
@@ -18,8 +20,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.topology import cpus as topology
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selectors:
+class Selectors(msgspec.Struct, frozen=True, kw_only=True):
     """Which devices outside the PCI tree to look for (from the configuration)."""
 
     char: tuple[all_kinds.CharSelector, ...] = ()

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
+
 from nodeagent.errors import HostError
 
 if TYPE_CHECKING:
@@ -33,8 +35,7 @@ _CONTROL = "/run/udev/control"
 _BUFFER_BYTES = 16 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Uevent:
+class Uevent(msgspec.Struct, frozen=True, kw_only=True):
     """One event. action: add, remove, change, bind, unbind, online, offline, move."""
 
     action: str

@@ -11,9 +11,10 @@ from __future__ import annotations
 import datetime
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from nodeagent.core.events.happenings import PodRef
 
@@ -26,8 +27,7 @@ _IN_CORE = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Event:
+class Event(msgspec.Struct, frozen=True, kw_only=True):
     """What an Event says, without when and how often it happened."""
 
     pod: PodRef | None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.config.schema import KubeletConfigConfig
 from nodeagent.errors import HostError, InputError
@@ -42,8 +44,7 @@ EMBEDDING = {"kubelite": (), "k3s": ("server", "agent"), "k3s-server": (), "k3s-
 """Programs that embed a kubelet, with the subcommands that start it; none if every invocation does."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Started:
+class Started(msgspec.Struct, frozen=True, kw_only=True):
     """A kubelet's process."""
 
     pid: int
@@ -55,15 +56,14 @@ class Started:
         return f"kubelet (process {self.pid})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kubelet:
+class Kubelet(msgspec.Struct, frozen=True, kw_only=True):
     """What is known about this node's kubelet."""
 
     started: Started | None = None
     """None if its command line is not visible."""
     unseen: str = ""
     """Why its command line is not visible and what is assumed; "" if it is visible or there is no kubelet."""
-    config: KubeletConfig = field(default_factory=KubeletConfig)
+    config: KubeletConfig = msgspec.field(default_factory=KubeletConfig)
     cpus: KubeletState | None = None
     """None if unknown; `cpus_error` says why."""
     cpus_error: str = ""

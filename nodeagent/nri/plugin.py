@@ -19,12 +19,13 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 from google.protobuf.message import DecodeError
+from msgspec.structs import replace
 
 from nodeagent.core.model.container import Update
 from nodeagent.errors import ConfigError, NodeagentError, PeerError, cause_of
@@ -67,8 +68,7 @@ _NAME, _INDEX = re.compile(r"[A-Za-z0-9_.+-]+"), re.compile(r"[0-9]{2}")
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NriTiming:
+class NriTiming(msgspec.Struct, frozen=True, kw_only=True):
     """Retry intervals and deadlines, in seconds."""
 
     first_retry_s: float = 0.1
@@ -87,8 +87,7 @@ class NriTiming:
 DEFAULT_PACE = NriTiming()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NriState:
+class NriState(msgspec.Struct, frozen=True, kw_only=True):
     """The state of the connection to the runtime."""
 
     connected: bool = False

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.config.schema import Config, ResourceConfig
 from nodeagent.core.deviceplugin.devices import DeviceResource
@@ -21,8 +22,7 @@ from nodeagent.host.devices import all_kinds
 from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
 
 
-@dataclass(frozen=True, kw_only=True)
-class Dra:
+class Dra(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is served through DRA."""
 
     catalog: Catalog

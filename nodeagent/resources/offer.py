@@ -5,10 +5,10 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.config.schema import CdiConfig, Config, ResourceConfig
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field
@@ -32,8 +32,7 @@ from nodeagent.host.snapshot import Selectors
 CPU, HUGEPAGES, MEMORY = "cpu", "hugepages", "memory"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Offer:
+class Offer(msgspec.Struct, frozen=True, kw_only=True):
     """A resource and the kind of devices behind it (None for CPUs and hugepages)."""
 
     config: ResourceConfig

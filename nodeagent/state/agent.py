@@ -6,11 +6,11 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Awaitable, Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 from typing import ParamSpec, TypeVar
 
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin import allocate as decide
 from nodeagent.core.deviceplugin.devices import still_told

@@ -14,9 +14,10 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+import msgspec
 
 from nodeagent.core.ledger.ledger import Change
 from nodeagent.core.model.grant import Grant, describe
@@ -58,8 +59,7 @@ ORDER BY 1 DESC, 10 DESC LIMIT ?2
 """
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Refusal:
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """What was refused to whom, and why. `want` is what was requested, in words."""
 
     holder: str
@@ -67,8 +67,7 @@ class Refusal:
     why: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Happening:
+class Happening(msgspec.Struct, frozen=True, kw_only=True):
     """What happened on the node that is no decision. action: one of the above; what: to what, and what."""
 
     action: str
@@ -76,8 +75,7 @@ class Happening:
     why: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AuditEntry:
+class AuditEntry(msgspec.Struct, frozen=True, kw_only=True):
     """One entry as admins see it. Times are in seconds since the epoch."""
 
     at: float

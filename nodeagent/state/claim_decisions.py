@@ -7,7 +7,8 @@ import functools
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.allocate import Stamp
 from nodeagent.core.dra import prepare as prepare_of

@@ -17,11 +17,12 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
+import msgspec
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
 from nodeagent.core.ledger import ledger as ledger_of
@@ -52,8 +53,7 @@ class Revisions(NamedTuple):
     health: Revision
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome(Generic[T]):
+class Outcome(msgspec.Struct, Generic[T], frozen=True, kw_only=True):
     """A decision that is made but not yet durable."""
 
     result: T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import msgspec
@@ -150,8 +149,7 @@ def _grant(found: _Body, source: str) -> Grant:
 def _result_out(result: Result | None) -> _Result | None:
     if result is None:
         return None
-    told = {one.name: getattr(result, one.name) for one in dataclasses.fields(result)}
-    return _Result(**{**told, "consumed": dict(result.consumed)})
+    return _Result(**{**msgspec.structs.asdict(result), "consumed": dict(result.consumed)})
 
 
 def _result_in(found: _Result | None) -> Result | None:

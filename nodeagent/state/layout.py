@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nodeagent.errors import LedgerTooNewError, StateError
 
 
-@dataclass(frozen=True, slots=True)
-class LedgerLayout:
+class LedgerLayout(msgspec.Struct, frozen=True):
     """One layout and the scripts that lead to it and back.
 
     up: leads from the previous layout to this one. down: leads back without losing anything that the previous layout

@@ -7,15 +7,15 @@ may lag behind the ledger, and a ledger that lags behind the mark has lost somet
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.state.lock import LARGEST_CONTENT_BYTES, FileLock
 
 _LONGEST_REASON_BYTES = LARGEST_CONTENT_BYTES - 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mark:
+class Mark(msgspec.Struct, frozen=True, kw_only=True):
     """One reading of the mark."""
 
     newest: int = 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.ledger.release import Patience
 from nodeagent.core.model import health as health_of
@@ -12,20 +13,18 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.grant import Grant
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unprepared:
+class Unprepared(msgspec.Struct, frozen=True, kw_only=True):
     """The outcome of unpreparing claims."""
 
     released: tuple[Grant, ...] = ()
-    living: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    living: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why a claim keeps what it holds, by UID: one of its pods is alive."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSettings:
+class AgentSettings(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the configuration that the agent itself applies."""
 
     boot_id: str = ""
     reserved: CpuSet = EMPTY
-    patience: Patience = field(default_factory=Patience)
+    patience: Patience = msgspec.field(default_factory=Patience)
     recover_s: float = health_of.RECOVER_S

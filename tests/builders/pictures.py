@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from itertools import islice
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import Device

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
+
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.allocate import Stamp
 from nodeagent.core.dra.cpu_pool import PoolKind

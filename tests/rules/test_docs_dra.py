@@ -6,12 +6,12 @@ import ast
 import functools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 import yaml
+from msgspec.structs import replace
 
 from nodeagent.admin.state_gauges import STATE_GAUGES
 from nodeagent.config.load import parse

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -106,8 +105,7 @@ def _picture(args: argparse.Namespace) -> Picture:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Machine:
+class _Machine(msgspec.Struct, frozen=True, kw_only=True):
     """What a picture is made of."""
 
     inventory: Inventory

@@ -8,8 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from nodeagent.cli.shared.facts import Facts, add_state_dir, facts_of
 from nodeagent.cli.shared.moments import local, moment, rfc3339
@@ -38,8 +39,7 @@ NO_GRANT = Grant(id="", holder=Holder(api=""))
 HELD_COLUMNS = ("HOLDER", "HOLDS", "SINCE", "UNTIL", "GRANT")
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
+class Wanted(msgspec.Struct, frozen=True):
     """Whose history is asked for; what is empty selects everything."""
 
     pod: str = ""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ def no_text(page: str) -> str:
     raise PeerError(f"cannot read {page}: it is not known here")
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True):
     """Where to read about one node. The same verb answers the same from a running agent and from a capture of it."""
 
     page: Callable[[str], Any]

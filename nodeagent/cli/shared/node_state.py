@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.held import ledger_of
@@ -19,8 +21,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Request
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeState:
+class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """One node at one moment."""
 
     inventory: Inventory

@@ -9,8 +9,9 @@ Kubernetes 1.37, k8s.io/dynamic-resource-allocation/structured.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import msgspec
 
 from nodeagent.core.advice.cel import CelError, Quantity
 from nodeagent.core.advice.claim_spec import ClaimSpec, Constraint, DeviceAsk, Toleration
@@ -31,8 +32,7 @@ class Chosen(NamedTuple):
     consumed: Mapping[str, int] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Published:
+class Published(msgspec.Struct, frozen=True):
     """What the driver publishes, and what claims have been allocated of it."""
 
     driver: str

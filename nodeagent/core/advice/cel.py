@@ -14,9 +14,10 @@ import json
 import operator
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
+
+import msgspec
 
 from nodeagent.core.model.quantity import parse_quantity
 from nodeagent.errors import InputError
@@ -48,15 +49,13 @@ class CelError(InputError):
     """An expression that fails for a device, such as one that names an attribute that the device lacks."""
 
 
-@dataclass(frozen=True, slots=True)
-class Quantity:
+class Quantity(msgspec.Struct, frozen=True):
     """A quantity: compared by its methods alone."""
 
     value: int | Fraction
 
 
-@dataclass(frozen=True, slots=True)
-class Selector:
+class Selector(msgspec.Struct, frozen=True):
     """A parsed expression."""
 
     text: str

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.advice.allocation import Chosen, Published, allocate, results
 from nodeagent.core.advice.claim_spec import ClaimSpec
@@ -19,8 +20,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError, Refused
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimNode:
+class ClaimNode(msgspec.Struct, frozen=True, kw_only=True):
     """What copies of a claim are allocated from."""
 
     inventory: Inventory

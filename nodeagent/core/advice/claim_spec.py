@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.advice.cel import Selector
 from nodeagent.core.model.claim import Opaque
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Toleration:
+class Toleration(msgspec.Struct, frozen=True, kw_only=True):
     """A toleration of taints of devices (DeviceToleration)."""
 
     key: str = ""
@@ -22,8 +22,7 @@ class Toleration:
     """"" for every effect."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceAsk:
+class DeviceAsk(msgspec.Struct, frozen=True, kw_only=True):
     """Devices of one class: an exact request, or one alternative of several (DeviceSubRequest)."""
 
     name: str
@@ -34,14 +33,13 @@ class DeviceAsk:
     """0: every device that matches (allocationMode All)."""
     admin: bool = False
     tolerations: tuple[Toleration, ...] = ()
-    capacity: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    capacity: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Amounts by qualified name."""
     configs: tuple[Opaque, ...] = ()
     """Those of the class."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Constraint:
+class Constraint(msgspec.Struct, frozen=True, kw_only=True):
     """A constraint over the devices of some requests (DeviceConstraint)."""
 
     attribute: str
@@ -52,8 +50,7 @@ class Constraint:
     """True: no two have the same value; False: all have the same one."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimSpec:
+class ClaimSpec(msgspec.Struct, frozen=True, kw_only=True):
     """What one claim asks for. Each request is a tuple of alternatives, the best first."""
 
     requests: tuple[tuple[DeviceAsk, ...], ...]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.options import DISTRIBUTING
 from nodeagent.core.model.request import Placement, PlacementCost, Request
@@ -14,8 +15,7 @@ SPAN = 6
 equal in them are equally well aligned."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostPart:
+class CostPart(msgspec.Struct, frozen=True, kw_only=True):
     """One part of a cost. on_empty is what it would be on the machine with nothing held, or None if it cannot be had
     there either."""
 

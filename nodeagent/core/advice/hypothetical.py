@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.free import grantable, memory_left
 from nodeagent.core.ledger.ledger import Ledger

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.advice.moves import MOST_TRIED, Advice, Tick, advise
 from nodeagent.core.advice.tenants import Tenant
@@ -18,8 +20,7 @@ MOST_TRIED_IN_ALL = 40_000
 """How many sets of pods are tried for all numbers of CPUs together before numbers are left out."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Largest:
+class Largest(msgspec.Struct, frozen=True, kw_only=True):
     """What fits now, and what would after moves."""
 
     now_cpus: int

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.advice.cost_words import as_well_as
 from nodeagent.core.advice.hypothetical import empty, without
@@ -33,8 +35,7 @@ MOST_ORDERED = 4
 Tick = Callable[[int], None]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MovedUnit:
+class MovedUnit(msgspec.Struct, frozen=True, kw_only=True):
     """One container or claim before and after a move."""
 
     name: str
@@ -43,16 +44,14 @@ class MovedUnit:
     after: Placement
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Move:
+class Move(msgspec.Struct, frozen=True, kw_only=True):
     """A tenant that is moved, with each of its parts in the order in which they come back."""
 
     tenant: Tenant
     units: tuple[MovedUnit, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advice:
+class Advice(msgspec.Struct, frozen=True, kw_only=True):
     """Which moves make a request aligned, if any are known to."""
 
     request: Request
@@ -69,8 +68,7 @@ class Advice:
     """Why no move can help, as a clause."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Movable:
+class _Movable(msgspec.Struct, frozen=True):
     tenant: Tenant
     units: tuple[tuple[str, Request, Placement], ...]
 

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.allocate import Stamp, allocate, near
 from nodeagent.core.deviceplugin.view import ResourceKind
@@ -34,8 +36,7 @@ def no_tick(copies: int) -> None:
     """Show no progress."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerDemand:
+class ContainerDemand(msgspec.Struct, frozen=True, kw_only=True):
     """What one container requests of the device plugin, by full name of the resource."""
 
     name: str
@@ -45,8 +46,7 @@ class ContainerDemand:
     """An init container that is restarted: it runs alongside the others."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Forecast:
+class Forecast(msgspec.Struct, frozen=True, kw_only=True):
     """How many copies fit, and why not one more."""
 
     count: int
@@ -56,8 +56,7 @@ class Forecast:
     """With all copies."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PodNode:
+class PodNode(msgspec.Struct, frozen=True, kw_only=True):
     """What copies of a pod are admitted to."""
 
     inventory: Inventory

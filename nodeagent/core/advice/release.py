@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.advice.hypothetical import without
 from nodeagent.core.advice.tenants import Tenant
@@ -26,8 +27,7 @@ MOST_TRIED, MOST_SETS = 4000, 100_000
 Admits = Callable[[Sequence[Tenant]], bool]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
+class Release(msgspec.Struct, frozen=True, kw_only=True):
     """Tenants whose end would admit a request, and where it would then go."""
 
     tenants: tuple[Tenant, ...]

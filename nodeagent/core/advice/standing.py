@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.advice.hypothetical import empty, leaving_only, without
 from nodeagent.core.advice.tenants import Unit
@@ -21,8 +23,7 @@ from nodeagent.core.placement.index import machine_of
 from nodeagent.core.placement.place import find
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """How a unit stands. Every cost is what the choice would cost if the rest were held and the unit were not."""
 
     request: Request

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet, union
@@ -13,8 +14,7 @@ from nodeagent.core.model.grant import CLAIM, KUBELET, Grant
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
+class Unit(msgspec.Struct, frozen=True, kw_only=True):
     """What was decided together: what one container holds, or one claim."""
 
     name: str
@@ -32,8 +32,7 @@ class Unit:
         return tuple(device for one in self.grants for device in one.devices)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tenant:
+class Tenant(msgspec.Struct, frozen=True, kw_only=True):
     """Grants that are given back together: those of a pod, or of all pods that share a claim."""
 
     pods: tuple[str, ...]

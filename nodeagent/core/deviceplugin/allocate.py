@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from itertools import chain
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import (
     DeviceResource,
@@ -39,8 +41,7 @@ MOST_NAMED = 4
 """How many shared things a refusal names."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stamp:
+class Stamp(msgspec.Struct, frozen=True, kw_only=True):
     """What a new grant is marked with. `at` is in seconds since the epoch."""
 
     new_id: Callable[[], str]
@@ -48,8 +49,7 @@ class Stamp:
     boot_id: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """One decision: the resulting ledger, the changes that lead to it, and the grant of each container."""
 
     ledger: Ledger

@@ -10,8 +10,10 @@ import fnmatch
 import hashlib
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.view import Near, Parts, refuse_unknown
 from nodeagent.core.ledger.exclusion import excluded_with
@@ -46,13 +48,12 @@ _OF_LINK = frozenset({"speed_mbps"})
 _FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa_node", "parent")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceResource:
+class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
     """The matching devices of one kind. With replicas > 1 each is advertised as that many shares, "ID::0" and up."""
 
     name: str
     kind: str
-    match: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    match: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Shell patterns by field or attribute name; all must match."""
     replicas: int = 1
     partitions: bool = False

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.free import grantable
 from nodeagent.core.ledger.ledger import Ledger
@@ -26,22 +29,20 @@ from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, Refused
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
+class Parts(msgspec.Struct, frozen=True, kw_only=True):
     """What some ids of a resource stand for."""
 
-    cpus: CpuSet = field(default_factory=CpuSet)
+    cpus: CpuSet = msgspec.field(default_factory=CpuSet)
     hugepages: tuple[Pages, ...] = ()
     devices: tuple[str, ...] = ()
     shares: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Near:
+class Near(msgspec.Struct, frozen=True, kw_only=True):
     """What the same pod is thought to hold already."""
 
     devices: tuple[str, ...] = ()
-    cpus: CpuSet = field(default_factory=CpuSet)
+    cpus: CpuSet = msgspec.field(default_factory=CpuSet)
     nodes: tuple[NodeId, ...] = ()
 
 
@@ -165,8 +166,7 @@ def _cpu_numbers(one: str) -> tuple[int, ...]:
 _IN_USE = "its pages are in use or reserved by processes without a grant"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HugepageResource:
+class HugepageResource(msgspec.Struct, frozen=True, kw_only=True):
     """Hugepages: each id, "node0-2Mi-17", is a block of pages_per_block pages on one NUMA node."""
 
     name: str

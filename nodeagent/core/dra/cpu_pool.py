@@ -11,8 +11,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.dra.pool import (
     HELD_TAINT,
@@ -83,8 +85,7 @@ def claimed_names(ledger: Ledger) -> frozenset[str]:
 # ---------------------------------------------------------------- CPUs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CpuPool:
+class CpuPool(msgspec.Struct, frozen=True, kw_only=True):
     """CPUs by NUMA node, socket or L3 group with a consumable capacity, or as individual devices."""
 
     group: str = NUMA_NODE

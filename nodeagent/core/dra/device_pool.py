@@ -11,8 +11,10 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import (
     MOST_SHARES,
@@ -85,8 +87,7 @@ _RESTLESS = frozenset(
 """Attributes that change while the device stays the same: publishing them would cause writes indefinitely."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DevicePool:
+class DevicePool(msgspec.Struct, frozen=True, kw_only=True):
     """The devices of one kind that the configured resources serve."""
 
     kind: str
@@ -94,7 +95,7 @@ class DevicePool:
     """A device that matches several belongs to the first."""
     unhealthy_effect: str = NO_SCHEDULE
     """Taint effect for devices known to be unhealthy; devices in unknown state get NoSchedule and keep their pods."""
-    costs: Mapping[str, Mapping[str, NodeCost]] = field(default_factory=lambda: MappingProxyType({}))
+    costs: Mapping[str, Mapping[str, NodeCost]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """What pods need of the Node's resources in addition to a device, by name of the device's resource."""
     lists: bool = False
     """Whether devices below several PCIe switches name them all, if the API server keeps lists."""
@@ -282,8 +283,7 @@ def _shares(one: PoolDevice) -> Iterator[PoolDevice]:
         yield replace(one, name=f"{_cut(one.name, LONGEST_BASE)}-share{share}", capacity={}, shared=False)
 
 
-@dataclass(frozen=True, slots=True)
-class _Now:
+class _Now(msgspec.Struct, frozen=True):
     """The differences from a state in which nothing is held and all devices are healthy."""
 
     inventory: Inventory

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.dra.memory_pools import SIZE
 from nodeagent.core.dra.prepare import Catalog, grants_of, results_of
@@ -25,13 +26,12 @@ Key = tuple[NodeId, int]
 Amounts = Mapping[Key, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class Demand(msgspec.Struct, frozen=True, kw_only=True):
     """Hugepages that the claims of one call want and have not been granted yet, in pages."""
 
-    wanted: Mapping[str, Amounts] = field(default_factory=lambda: MappingProxyType({}))
+    wanted: Mapping[str, Amounts] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By claim UID, for the claims that can be granted once the pools have grown."""
-    there: Amounts = field(default_factory=lambda: MappingProxyType({}))
+    there: Amounts = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """What the pools can give without growing."""
 
     @property
@@ -115,8 +115,7 @@ def _wanted(inventory: Inventory, catalog: Catalog, result: Result) -> Amounts:
     return {(part.node, part.page_bytes): -(-amount // (part.page_bytes or 1))}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Supply:
+class _Supply(msgspec.Struct, frozen=True, kw_only=True):
     """What is available: free pages, growth in pages, and the memory in bytes that growth and memory grants use."""
 
     there: Amounts

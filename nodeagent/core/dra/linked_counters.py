@@ -7,7 +7,8 @@ or through others, are in one counter set, which has one counter for each device
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.dra.pool import CounterSet
 from nodeagent.core.model.device import Device
@@ -16,8 +17,7 @@ Consumption = Mapping[str, Mapping[str, int]]
 """Counters by counter set."""
 
 
-@dataclass(frozen=True, slots=True)
-class LinkedCounters:
+class LinkedCounters(msgspec.Struct, frozen=True):
     """counters: the counter sets. consumes: by device id, what sets and members take of them."""
 
     counters: tuple[CounterSet, ...]

@@ -12,8 +12,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.dra.cpu_pool import HELD, claimed_names, numa_attributes
 from nodeagent.core.dra.pool import Capacity, DevicePart, Features, NodeCost, Pool, PoolDevice, Value
@@ -33,8 +35,7 @@ BLOCKS = 16
 """Number of devices into which the bytes of a node are divided if the API server has no consumable capacity."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PagePool:
+class PagePool(msgspec.Struct, frozen=True, kw_only=True):
     """Hugepages: one device per NUMA node and page size, consumed in whole pages."""
 
     sizes: tuple[int, ...]
@@ -71,8 +72,7 @@ class PagePool:
         return ((node, pool) for node, pool in mine if pool.total_pages or room(node, pool, self.limits))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryPool:
+class MemoryPool(msgspec.Struct, frozen=True, kw_only=True):
     """Memory that is not in hugepages and into which no hugepage pool may grow: one device per NUMA node."""
 
     limits: tuple[PageLimit, ...] = ()

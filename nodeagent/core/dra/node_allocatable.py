@@ -8,8 +8,10 @@ hugepages with what kubelet saw when it started.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.dra.pool import Pool
 
@@ -18,13 +20,12 @@ FEATURE = "DRANodeAllocatableResources"
 PAGES = "hugepages-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeBooks:
+class NodeBooks(msgspec.Struct, frozen=True, kw_only=True):
     """What the Node object says of the scheduler's books."""
 
     declared: bool = False
     """Whether the Node declares the feature."""
-    pages: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    pages: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Bytes of hugepages that kubelet has allocatable, by resource ("hugepages-2Mi")."""
 
 

@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.config import hints
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
@@ -30,8 +30,7 @@ OWN_VARIABLES = "NODEAGENT_"
 KERNEL_FOLDERS = ("/proc", "/sys")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class OpaqueConfig:
+class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The effective configuration of one device. For fields that are empty the node's own configuration applies."""
 
     options: frozenset[str] = frozenset()
@@ -52,7 +51,7 @@ class OpaqueConfig:
     """A VFIO driver that the device is bound to while the claim is prepared: for a virtual machine."""
     rdma: bool | None = None
     """Whether a container gets an adapter's RDMA device nodes."""
-    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    env: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
 NO_SETTINGS = OpaqueConfig()
@@ -103,8 +102,8 @@ def check_fit(configs: Sequence[Opaque], driver: str, kinds: Mapping[str, str]) 
 
 def to_json(settings: OpaqueConfig) -> str:
     """Return the settings that are not empty, in a fixed order, or "" if there are none."""
-    said = {one.name: getattr(settings, one.name) for one in fields(settings)}
-    said = {name: value for name, value in said.items() if value != getattr(NO_SETTINGS, name)}
+    every = msgspec.structs.asdict(settings)
+    said = {name: value for name, value in every.items() if value != getattr(NO_SETTINGS, name)}
     return msgspec.json.encode(said, order="deterministic", enc_hook=dict).decode() if said else ""
 
 
@@ -115,7 +114,7 @@ def from_json(text: str) -> OpaqueConfig:
         settings = msgspec.convert(found, OpaqueConfig)
     except (msgspec.MsgspecError, UnicodeError) as error:
         raise InputError(f"cannot read settings {text[:60]!r}: {error}") from None
-    for key in sorted(found.keys() - {one.name for one in fields(OpaqueConfig)}):
+    for key in sorted(found.keys() - set(OpaqueConfig.__struct_fields__)):
         raise InputError(f"cannot read settings {text[:60]!r}: unknown key {key}")
     return replace(settings, env=MappingProxyType(dict(settings.env)))
 

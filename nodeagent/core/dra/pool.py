@@ -7,8 +7,9 @@ A quantity is an integer in the unit that its name carries or that Kubernetes us
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import NodeId
@@ -22,8 +23,7 @@ READY_CONDITION, REFUSED_CONDITION = "Ready", "nodeagent.dev/Refused"
 UNHEALTHY_TAINT, HELD_TAINT = "nodeagent.dev/unhealthy", "nodeagent.dev/held-by-device-plugin"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Capacity:
+class Capacity(msgspec.Struct, frozen=True, kw_only=True):
     """An amount that a device has. If the device is shared, a claim consumes least, least + step, … of it."""
 
     value: int
@@ -41,8 +41,7 @@ class Capacity:
         return self.usual or self.least
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Taint:
+class Taint(msgspec.Struct, frozen=True, kw_only=True):
     """A taint that keeps claims without a toleration off a device (DeviceTaint)."""
 
     key: str
@@ -50,16 +49,14 @@ class Taint:
     effect: str = NO_SCHEDULE
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CounterSet:
+class CounterSet(msgspec.Struct, frozen=True, kw_only=True):
     """Counters that devices of a pool consume jointly: a whole and its parts cannot be allocated at the same time."""
 
     name: str
     counters: Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeCost:
+class NodeCost(msgspec.Struct, frozen=True, kw_only=True):
     """What an allocation of a device takes of one resource that its Node has allocatable, such as cpu or memory
     (NodeAllocatableResource of resource.k8s.io/v1, Kubernetes 1.37). It is a mapping, an overhead, or both."""
 
@@ -80,8 +77,7 @@ class NodeCost:
         return bool(self.capacity or self.amount)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DevicePart:
+class DevicePart(msgspec.Struct, frozen=True, kw_only=True):
     """What one device of a pool stands for on this machine."""
 
     cpus: CpuSet = EMPTY
@@ -99,26 +95,24 @@ class DevicePart:
     """What an equal share has of other capacities of the device, by name (core/sharing/amounts.py)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolDevice:
+class PoolDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One device of a pool. `name` is a DNS label and stays the same across reboots."""
 
     name: str
     part: DevicePart
-    attributes: Mapping[str, Value] = field(default_factory=lambda: MappingProxyType({}))
+    attributes: Mapping[str, Value] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By qualified name; a name without a domain belongs to the driver's domain."""
-    capacity: Mapping[str, Capacity] = field(default_factory=lambda: MappingProxyType({}))
+    capacity: Mapping[str, Capacity] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     shared: bool = False
     """True if several claims may consume its capacity (allowMultipleAllocations)."""
-    consumes: Mapping[str, Mapping[str, int]] = field(default_factory=lambda: MappingProxyType({}))
+    consumes: Mapping[str, Mapping[str, int]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Counters by counter set."""
     taints: tuple[Taint, ...] = ()
-    costs: Mapping[str, NodeCost] = field(default_factory=lambda: MappingProxyType({}))
+    costs: Mapping[str, NodeCost] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By resource of the Node: cpu, memory, hugepages-2Mi. Published are those in `Pool.counted`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pool:
+class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """All devices of one kind on this node, in a fixed order."""
 
     kind: str
@@ -130,8 +124,7 @@ class Pool:
     """Whether a pod is bound only after its claim has been granted what the scheduler allocated (bindingConditions)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Features:
+class Features(msgspec.Struct, frozen=True, kw_only=True):
     """ResourceSlice fields that the API server keeps; pools are built without those that it drops.
 
     docs/compatibility.md has the Kubernetes versions.
@@ -161,5 +154,5 @@ class Features:
         return tuple(name for name in FEATURES if getattr(self, name) == kept)
 
 
-FEATURES = tuple(one.name for one in fields(Features))
+FEATURES = Features.__struct_fields__
 ALL_FEATURES, NO_FEATURES = Features(), Features(**dict.fromkeys(FEATURES, False))

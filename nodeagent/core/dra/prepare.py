@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from itertools import chain
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_excluded, refuse_missing_pages
 from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_amounts, refuse_missing_shares
@@ -44,13 +46,12 @@ MOST_RESULTS = 32
 """Highest number of devices allocated to one claim (resource.k8s.io/v1, AllocationResultsMaxSize)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Catalog:
+class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     """What this driver publishes on this node."""
 
     driver: str
     node_name: str = ""
-    kinds: Mapping[str, PoolKind] = field(default_factory=lambda: MappingProxyType({}))
+    kinds: Mapping[str, PoolKind] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By name of the kind; the pool's name is NODE/KIND."""
     passthrough: frozenset[str] = frozenset()
     """VFIO drivers that claims may have their devices bound to."""
@@ -68,8 +69,7 @@ class Catalog:
         return kind, part
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimDemand:
+class ClaimDemand(msgspec.Struct, frozen=True, kw_only=True):
     """One allocation result of a claim and everything needed to decide on it."""
 
     index: int
@@ -96,14 +96,13 @@ class ClaimDemand:
         return self.result.consumed.get(SHARES, 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """Claims decided together, in one durable write. Each claim is in either `grants` or `errors`, by UID."""
 
     ledger: Ledger
     changes: tuple[Change, ...] = ()
-    grants: Mapping[str, tuple[Grant, ...]] = field(default_factory=lambda: MappingProxyType({}))
-    errors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    grants: Mapping[str, tuple[Grant, ...]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    errors: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
 def prepare(inventory: Inventory, ledger: Ledger, catalog: Catalog, claims: Sequence[Claim], stamp: Stamp) -> Batch:
@@ -276,8 +275,7 @@ def _placed(result: Result) -> Iterator[None]:
 # ---------------------------------------------------------------- decision
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(msgspec.Struct, frozen=True):
     """What all claims of a call have in common."""
 
     inventory: Inventory
@@ -285,8 +283,7 @@ class _Call:
     stamp: Stamp
 
 
-@dataclass(frozen=True, slots=True)
-class _Nearby:
+class _Nearby(msgspec.Struct, frozen=True):
     """What the CPUs of a pod should be close to."""
 
     devices: tuple[str, ...]

@@ -6,10 +6,11 @@ Every Event of the agent is made by a function of this file or of states.py. doc
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
+
+import msgspec
 
 from nodeagent.core.model.claim import Claim, ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
@@ -90,8 +91,7 @@ RULES: Mapping[Reason, Rule] = MappingProxyType(
 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Happening:
+class Happening(msgspec.Struct, frozen=True, kw_only=True):
     """One thing to report. It is reported on its pods, or on the Node if it has none or `on_node` is set."""
 
     reason: Reason

@@ -7,9 +7,11 @@ device that is no longer held.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.events.happenings import RULES, Happening, PodRef, Reason
@@ -35,14 +37,13 @@ class State(NamedTuple):
     """What of it counts: it is new if its reason or this differs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class Node(msgspec.Struct, frozen=True, kw_only=True):
     """What the agent knows of the node now."""
 
     inventory: Inventory
     ledger: Ledger
     health: Health
-    refused: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    refused: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why each configured resource is not served; "" for those that are."""
     conflicts: Sequence[str] = ()
     """What of kubelet contradicts the ledger or the configuration."""

@@ -9,7 +9,9 @@ the two containers has the other's CPUs.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.free import MEMORY
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
@@ -17,8 +19,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NodeId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryBlock:
+class MemoryBlock(msgspec.Struct, frozen=True, kw_only=True):
     """Memory or hugepages that kubelet assigned on one or more NUMA nodes; it does not report how much on each node."""
 
     nodes: tuple[NodeId, ...]
@@ -31,8 +32,7 @@ class MemoryBlock:
         return f"{self.size_bytes} bytes of {what} on NUMA node {','.join(str(node) for node in self.nodes)}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Assigned:
+class Assigned(msgspec.Struct, frozen=True, kw_only=True):
     """What kubelet assigned to one or more containers of a pod; without containers, to the pod as a whole."""
 
     uid: str
@@ -62,8 +62,7 @@ class Assigned:
         return found
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class Said(msgspec.Struct, frozen=True, kw_only=True):
     """The contents of kubelet's two state files.
 
     What a manager does not mention is significant only if that manager is on.

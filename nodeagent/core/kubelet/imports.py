@@ -8,8 +8,10 @@ CPUs that several containers have are one grant of all of them, named "a,b".
 from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.kubelet.assigned import Assigned, MemoryBlock, Said
 from nodeagent.core.ledger import ledger as ledger_of
@@ -25,8 +27,7 @@ _IMPORTED, ENDED = "imported from kubelet's own managers", "kubelet has removed 
 OLD_FORM = "this old form of the state does not say which pod it is of: drain the node"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ImportPlan:
+class ImportPlan(msgspec.Struct, frozen=True, kw_only=True):
     """How importing changes the ledger."""
 
     ledger: Ledger
@@ -48,11 +49,10 @@ class ImportPlan:
         return (*gone, *(Change(action=ADOPTED, grant=one, why=_IMPORTED) for one in self.taken))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True, kw_only=True):
     """What one look at kubelet's pods shows about the imported grants."""
 
-    missing: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
+    missing: Mapping[str, float] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Since when the pod of each grant has been gone, by grant id."""
     released: tuple[Grant, ...] = ()
 

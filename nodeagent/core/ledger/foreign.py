@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.exclusion import things_of
@@ -46,12 +48,11 @@ _SHARE = re.compile(r"(.+?)(::[0-9]+|-[0-9]+)")
 """An id with the number of a share: NVIDIA's time slicing appends "::N", Intel's plugin "-N"."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Foreign:
+class Foreign(msgspec.Struct, frozen=True, kw_only=True):
     """What other plugins gave to pods, and what earlier lists have shown of it."""
 
-    ledger: Ledger = field(default_factory=Ledger)
-    memory: Memory = field(default_factory=Memory)
+    ledger: Ledger = msgspec.field(default_factory=Ledger)
+    memory: Memory = msgspec.field(default_factory=Memory)
     given: Given = frozenset()
     """What the checkpoint had when it was last read. Kubelet keeps entries of ended pods until it admits another, so
     each entry counts once."""

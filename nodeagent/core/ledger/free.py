@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import NamedTuple
+
+import msgspec
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.inventory import Inventory
@@ -112,8 +113,7 @@ def _left(node: NumaNode, size: int, ledger: Ledger) -> int:
     return next((grantable(pool, ledger) for pool in node.hugepages if pool.page_bytes == size), 0)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PageLimit:
+class PageLimit(msgspec.Struct, frozen=True, kw_only=True):
     """How far a hugepage pool may grow when a claim needs more pages."""
 
     node: NodeId

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import Grant
@@ -19,15 +21,14 @@ from nodeagent.core.model.topology import NodeId
 from nodeagent.errors import Refused
 
 
-@dataclass(frozen=True, kw_only=True)
-class Ledger:
+class Ledger(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """All grants, and the CPUs reserved for the system."""
 
-    grants: Mapping[str, Grant] = field(default_factory=lambda: MappingProxyType({}))
+    grants: Mapping[str, Grant] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By grant id."""
     reserved: CpuSet = EMPTY
     """The system's own CPUs, which are never granted."""
-    foreign: Mapping[str, Grant] = field(default_factory=lambda: MappingProxyType({}))
+    foreign: Mapping[str, Grant] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """What other device plugins gave to pods, by grant id; core/ledger/foreign.py. None of it is granted. What was
     granted before it appeared stays granted."""
 
@@ -117,8 +118,7 @@ class Action(StrEnum):
 GRANTED, REDUCED, RELEASED, CONFIRMED, ADOPTED = Action
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Change:
+class Change(msgspec.Struct, frozen=True, kw_only=True):
     """One entry of the audit: what happened to a grant."""
 
     action: Action

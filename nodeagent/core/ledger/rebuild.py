@@ -8,8 +8,9 @@ whatever is missing from the ledger does not count as an orphan.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.ledger import ADOPTED, Change, Ledger, released
@@ -24,8 +25,7 @@ KUBELET = "kubelet"
 """Key of Account.unaccounted for kubelet itself."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimInUse:
+class ClaimInUse(msgspec.Struct, frozen=True, kw_only=True):
     """A claim of this driver that kubelet, a file or a container refers to."""
 
     name: str
@@ -34,13 +34,12 @@ class ClaimInUse:
     """Where it was found, as a clause: "kubelet has it prepared"."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sources:
+class Sources(msgspec.Struct, frozen=True, kw_only=True):
     """What is known apart from the ledger. None means that the source could not be asked."""
 
-    recorded: Mapping[str, tuple[Grant, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    recorded: Mapping[str, tuple[Grant, ...]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """The grants recorded in each claim's own file, by claim UID."""
-    in_use: Mapping[str, ClaimInUse] = field(default_factory=lambda: MappingProxyType({}))
+    in_use: Mapping[str, ClaimInUse] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """The claims that kubelet, a file or a container refers to, by claim UID."""
     given: Given | None = None
     """Kubelet's device checkpoint."""
@@ -50,13 +49,12 @@ class Sources:
     """Why kubelet's claims and devices are not known at all; "" if they are known."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Account:
+class Account(msgspec.Struct, frozen=True, kw_only=True):
     """The result of comparing a ledger with the sources."""
 
     ledger: Ledger
     changes: tuple[Change, ...] = ()
-    unaccounted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    unaccounted: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why the ledger may still lack something, by claim UID (no source shows what it holds), "recorded/UID" (it is
     known, but does not fit), "RESOURCE/POD UID/CONTAINER" or KUBELET."""
 

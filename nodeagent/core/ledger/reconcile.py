@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger import ledger as ledger_of
 from nodeagent.core.ledger.ledger import CONFIRMED, RELEASED, Change, Ledger
@@ -23,13 +25,12 @@ _NAMED = {True: "kubelet names its holder", False: "kubelet's checkpoint names i
 """Why a grant is confirmed, by whether kubelet has ever listed it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Findings:
+class Findings(msgspec.Struct, frozen=True, kw_only=True):
     """The changes that follow from a list."""
 
     confirmed: tuple[Grant, ...] = ()
     """Grants whose holder has become known or has changed."""
-    absences: Absences = field(default_factory=lambda: Absences(memory=Memory()))
+    absences: Absences = msgspec.field(default_factory=lambda: Absences(memory=Memory()))
     adopted: tuple[Grant, ...] = ()
     unknown: tuple[tuple[Holding, str], ...] = ()
     """Holdings that cannot be adopted, with the reason."""

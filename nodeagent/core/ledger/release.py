@@ -33,8 +33,10 @@ pkg/kubelet/kubelet_pods.go HandlePodCleanups (folders and cgroups are removed o
 from __future__ import annotations
 
 from collections.abc import Container, Hashable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.ledger.witness import Sight, Witnesses
@@ -44,8 +46,7 @@ NEVER = float("inf")
 _NO_TIMES: Mapping[str, float] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
+class Patience(msgspec.Struct, frozen=True, kw_only=True):
     """How long a grant may be missing from kubelet's list before it is released, in seconds."""
 
     unconfirmed_s: float = 60.0
@@ -56,8 +57,7 @@ class Patience:
     """Neither the runtime nor a cgroup can confirm that its pod ended."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Memory:
+class Memory(msgspec.Struct, frozen=True, kw_only=True):
     """What earlier lists and observations of pods have shown.
 
     A new process starts with an empty memory. Whatever it has not seen itself can only delay a release.
@@ -68,7 +68,7 @@ class Memory:
     """Ids of the grants that this kubelet has listed."""
     knows_since: float | None = None
     """Since when this kubelet is known to have received the API server's pods."""
-    missing: Mapping[str, float] = field(default_factory=lambda: _NO_TIMES)
+    missing: Mapping[str, float] = msgspec.field(default_factory=lambda: _NO_TIMES)
     """Since when each unlisted grant has been missing, by grant id."""
     inherited: frozenset[str] = frozenset()
     """Ids of the grants that existed before this kubelet was first seen: a previous kubelet may have requested them."""
@@ -77,15 +77,14 @@ class Memory:
     """UIDs of the pods whose cgroup, or whose folder, has been seen."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Absences:
+class Absences(msgspec.Struct, frozen=True, kw_only=True):
     """Conclusions from one list."""
 
     memory: Memory
     released: tuple[Grant, ...] = ()
-    why: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    why: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why each of them is released, by grant id."""
-    held: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    held: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why each grant that is missing from kubelet's list is not released yet, by grant id."""
     disputed: frozenset[str] = frozenset()
     """Ids of those grants that this kubelet has stopped listing although their pods are alive."""
@@ -135,8 +134,7 @@ def lives(grant: Grant, witnesses: Witnesses) -> str:
 # ---------------------------------------------------------------- one grant
 
 
-@dataclass(frozen=True, slots=True)
-class _Verdict:
+class _Verdict(msgspec.Struct, frozen=True):
     """The verdict on one grant. `due_s` is the number of seconds until its release; 0 or less means now."""
 
     due_s: float

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.grant import CLAIM
@@ -21,12 +23,11 @@ _NAMED = re.compile(r"(?P<group>socket|l3-)(?P<number>0|[1-9][0-9]{0,4})", re.AS
 _L3 = 3
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Numbers:
+class Numbers(msgspec.Struct, frozen=True, kw_only=True):
     """The socket and L3 group numbers of all CPUs ever seen, by CPU."""
 
-    packages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
-    l3: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    packages: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    l3: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
 def numbers_held(ledger: Ledger) -> Numbers:

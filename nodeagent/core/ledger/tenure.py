@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Action
 from nodeagent.core.model.grant import Grant
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decided:
+class Decided(msgspec.Struct, frozen=True, kw_only=True):
     """One decision about one grant."""
 
     at: float
@@ -30,8 +31,7 @@ class Decided:
     why: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tenure:
+class Tenure(msgspec.Struct, frozen=True, kw_only=True):
     """A period during which a holder held the same things. Times are in seconds since the epoch."""
 
     grant: Grant

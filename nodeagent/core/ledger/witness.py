@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable, Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant
 
@@ -33,8 +34,7 @@ class Sight(enum.StrEnum):
     """No witness could be asked."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sighting:
+class Sighting(msgspec.Struct, frozen=True):
     """A sight and the evidence for it."""
 
     sight: Sight
@@ -45,8 +45,7 @@ class Sighting:
 NOT_SEEN = Sighting(Sight.UNSEEN)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Witnesses:
+class Witnesses(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that was asked in one round in addition to kubelet's list of devices.
 
     Ask kubelet for its list first and the witnesses afterwards: a pod that was alive just before the list was taken
@@ -64,9 +63,9 @@ class Witnesses:
     """None if there is no checkpoint or it cannot be read."""
     folders: frozenset[str] | None = None
     """UIDs of the pods for which kubelet has a folder, or None if they cannot be listed."""
-    sights: Mapping[str, Sighting] = field(default_factory=lambda: MappingProxyType({}))
+    sights: Mapping[str, Sighting] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By pod UID; a pod that is missing here is UNSEEN."""
-    pods_of: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    pods_of: Mapping[str, tuple[str, ...]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """UIDs of the pods that hold each grant, by grant id; only grants for which any pod is known."""
 
     def sighting(self, uids: tuple[str, ...]) -> Sighting:

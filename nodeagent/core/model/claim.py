@@ -6,9 +6,10 @@ Names follow resource.k8s.io/v1. This module only holds values; core/dra/prepare
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from nodeagent.core.model.health import DeviceState
 
@@ -16,8 +17,7 @@ FROM_CLASS, FROM_CLAIM = "FromClass", "FromClaim"
 """Values of Opaque.source, in the order in which they are applied."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClaimRef:
+class ClaimRef(msgspec.Struct, frozen=True, kw_only=True):
     """A reference to a claim, as kubelet names it."""
 
     namespace: str
@@ -28,8 +28,7 @@ class ClaimRef:
         return f"{self.namespace}/{self.name}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Result:
+class Result(msgspec.Struct, frozen=True, kw_only=True):
     """One device that the scheduler allocated (DeviceRequestAllocationResult)."""
 
     request: str
@@ -41,7 +40,7 @@ class Result:
     """Set if the device is shared."""
     admin: bool = False
     """adminAccess: the claim can access the device without holding it."""
-    consumed: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    consumed: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Amounts consumed of a shared device's capacity, by qualified name."""
 
     def __str__(self) -> str:
@@ -49,19 +48,17 @@ class Result:
         return f"{self.pool}/{self.device}" + (f" ({amounts})" if amounts else "")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Opaque:
+class Opaque(msgspec.Struct, frozen=True, kw_only=True):
     """Opaque configuration of some requests (DeviceAllocationConfiguration), not decoded yet."""
 
     source: str
     driver: str
     requests: tuple[str, ...] = ()
     """Names of the requests it applies to; empty means all requests."""
-    parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    parameters: Mapping[str, Any] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Claim:
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
     """A claim as stored in the API server."""
 
     ref: ClaimRef
@@ -85,8 +82,7 @@ class Claim:
         return tuple(one for one in dict.fromkeys((*self.reserved_for, *others)) if one not in self.groups)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedDevice:
+class PreparedDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One device of a prepared claim, as reported to kubelet."""
 
     requests: tuple[str, ...]
@@ -96,16 +92,14 @@ class PreparedDevice:
     share_id: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
+class Prepared(msgspec.Struct, frozen=True, kw_only=True):
     """The answer for one claim: its devices, or why it cannot be prepared."""
 
     devices: tuple[PreparedDevice, ...] = ()
     error: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceHealth:
+class DeviceHealth(msgspec.Struct, frozen=True, kw_only=True):
     """Health of one device of a pool, as reported to kubelet."""
 
     pool: str

@@ -7,9 +7,10 @@ reported by the runtime or not to be changed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 
@@ -42,8 +43,7 @@ def _none() -> Mapping[str, str]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pod:
+class Pod(msgspec.Struct, frozen=True, kw_only=True):
     """A pod sandbox."""
 
     id: str
@@ -51,27 +51,25 @@ class Pod:
     uid: str
     namespace: str
     name: str
-    annotations: Mapping[str, str] = field(default_factory=_none)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=_none)
     cgroup_parent: str = ""
     """The pod's own cgroup; its containers' cgroups are below it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resources:
+class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """Limits of a container, as far as the runtime reports them."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     """NUMA nodes."""
-    hugepage_limits: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Limit in bytes, by page_bytes."""
     cpu_quota_us: int | None = None
     """CPU time per period; negative means unlimited."""
     cpu_period_us: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Container:
+class Container(msgspec.Struct, frozen=True, kw_only=True):
     """One container. The author of the pod may have forged the contents of `env`."""
 
     id: str
@@ -82,8 +80,8 @@ class Container:
     pod_name: str = ""
     name: str
     state: ContainerState = UNKNOWN
-    env: Mapping[str, str] = field(default_factory=_none)
-    annotations: Mapping[str, str] = field(default_factory=_none)
+    env: Mapping[str, str] = msgspec.field(default_factory=_none)
+    annotations: Mapping[str, str] = msgspec.field(default_factory=_none)
     cgroup_path: str = ""
     """As in the runtime's OCI configuration: a path (cgroupfs) or SLICE:PREFIX:ID (systemd)."""
     resources: Resources = Resources()
@@ -98,23 +96,21 @@ class Container:
         return "/".join(names) or f"{self.id[:12]} of pod {self.pod_uid}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Adjustment:
+class Adjustment(msgspec.Struct, frozen=True, kw_only=True):
     """What is added to a container's configuration when it is created."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
-    hugepage_limits: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Limit in bytes, by page_bytes."""
-    env: Mapping[str, str] = field(default_factory=_none)
+    env: Mapping[str, str] = msgspec.field(default_factory=_none)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Update:
+class Update(msgspec.Struct, frozen=True, kw_only=True):
     """A change to an existing container."""
 
     container_id: str
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
-    hugepage_limits: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Limit in bytes, by page_bytes."""

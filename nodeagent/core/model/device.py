@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import NodeId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PciFacts:
+class PciFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Identity and location of a PCI function. A field is None if the value is not available."""
 
     pci_class: str | None = None
@@ -33,7 +33,7 @@ class PciFacts:
 
     def pci_facts(self) -> dict[str, Any]:
         """Return these fields by name, for constructing another value from them."""
-        return {one.name: getattr(self, one.name) for one in fields(PciFacts)}
+        return {name: getattr(self, name) for name in PciFacts.__struct_fields__}
 
 
 SHARED_NODES = frozenset(
@@ -56,8 +56,7 @@ NODE_KINDS = frozenset({"accel", "block", "char", "fpga", "gpu", "imex", "nvme",
 """Kinds whose devices reach a container only through their device nodes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partition:
+class Partition(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a device that need not exist: it is made when it is granted, and destroyed afterwards."""
 
     rank: int
@@ -76,8 +75,7 @@ class Partition:
     """Whether it exists. In an inventory it says nothing of that; what a container gets is rendered with it."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Device(PciFacts):
+class Device(PciFacts, frozen=True, kw_only=True):
     """A device that can be granted as a whole. `id` stays the same across reboots and driver failures."""
 
     kind: str
@@ -90,7 +88,7 @@ class Device(PciFacts):
     """id of the device this is a part of (PF of a VF, GPU of a MIG instance)."""
     exclusive: tuple[str, ...] | None = None
     """What only one holder may have of it: device nodes, "wwid:…". None: all of `paths` but SHARED_NODES."""
-    attributes: Mapping[str, str | int | bool] = field(default_factory=lambda: MappingProxyType({}))
+    attributes: Mapping[str, str | int | bool] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     partition: Partition | None = None
     """Set for a part that need not exist: it has no device nodes before it is made."""
 
@@ -117,8 +115,7 @@ class Device(PciFacts):
         return self.kind in NODE_KINDS and (only_shared or not self.paths)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Link:
+class Link(msgspec.Struct, frozen=True, kw_only=True):
     """A connection between two devices. A larger weight means that they are closer."""
 
     a: str
@@ -136,8 +133,7 @@ LINK_WEIGHTS: Mapping[str, int] = MappingProxyType(
 NVLINK_STEP = 10
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceNode:
+class DeviceNode(msgspec.Struct, frozen=True, kw_only=True):
     """A device node for a container. `permissions` is a combination of "r", "w" and "m"."""
 
     host_path: str
@@ -145,8 +141,7 @@ class DeviceNode:
     permissions: str = "rw"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mount:
+class Mount(msgspec.Struct, frozen=True, kw_only=True):
     """A host file or directory to mount in a container; with a type, a separate file system (only CDI can express
     that)."""
 
@@ -157,8 +152,7 @@ class Mount:
     options: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hook:
+class Hook(msgspec.Struct, frozen=True, kw_only=True):
     """A program of the host that the container runtime runs when it has made a container's mounts (OCI's
     createContainer; only CDI can express that). args: with the program's name first."""
 
@@ -174,8 +168,7 @@ class DriverUse(StrEnum):
     VIDEO = "video"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriverFile:
+class DriverFile(msgspec.Struct, frozen=True, kw_only=True):
     """A file of a driver: its path on the host, and the paths under which containers get it."""
 
     host_path: str
@@ -188,8 +181,7 @@ class DriverFile:
         return any(path.rpartition("/")[2].startswith("libcuda.so.") for path in self.container_paths)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DriverFiles:
+class DriverFiles(msgspec.Struct, frozen=True, kw_only=True):
     """The user-space files of the NVIDIA driver that is loaded."""
 
     version: str
@@ -207,22 +199,20 @@ class DriverFiles:
         return any(one.has_cuda for one in self.files)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ContainerEdits:
+class ContainerEdits(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that must be added to a container so that it can use what it was granted."""
 
-    env: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    env: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     device_nodes: tuple[DeviceNode, ...] = ()
     mounts: tuple[Mount, ...] = ()
-    annotations: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    annotations: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     cdi_devices: tuple[str, ...] = ()
     """CDI device names, vendor/class=name."""
     hooks: tuple[Hook, ...] = ()
     """Not expressed by the device plugin API."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advertised:
+class Advertised(msgspec.Struct, frozen=True, kw_only=True):
     """One device-plugin id as advertised to kubelet."""
 
     id: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -10,8 +10,7 @@ from nodeagent.core.model.request import Pages
 from nodeagent.core.model.topology import NodeId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holding:
+class Holding(msgspec.Struct, frozen=True, kw_only=True):
     """What one container holds of one device-plugin resource, according to kubelet."""
 
     namespace: str
@@ -28,8 +27,7 @@ OTHER_PLUGIN = "other-plugin"
 """What stands for Holder.api where admins see a holding of another device plugin (core/ledger/foreign.py)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
     """Holder of a grant: a ResourceClaim or a container. A container's name is known only after kubelet has listed
     it."""
 
@@ -59,8 +57,7 @@ Amount = tuple[str, str, int]
 """(device id, capacity, amount) of what is held of a shared device: core/sharing/amounts.py."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grant:
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
     """What one holder holds. `ids` are the names by which its API knows the parts."""
 
     id: str

@@ -9,10 +9,11 @@ lasts until `clear`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
+
+import msgspec
 
 
 class DeviceState(StrEnum):
@@ -27,8 +28,7 @@ HEALTHY, UNHEALTHY, UNKNOWN = DeviceState
 RECOVER_S = 30.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evidence:
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """One observation of one device by one source."""
 
     device: str
@@ -48,14 +48,13 @@ class Observed(NamedTuple):
     latched: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HealthState:
+class HealthState(msgspec.Struct, frozen=True, kw_only=True):
     """Health of one device. `since` and `good_since` are in seconds of the caller's clock."""
 
     state: DeviceState
     since: float
     reason: str = ""
-    seen: Mapping[str, Observed] = field(default_factory=lambda: MappingProxyType({}))
+    seen: Mapping[str, Observed] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By source."""
     good_since: float | None = None
     """When all evidence became good again; set only while the device is waiting to recover."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import Device, DriverFiles, Link
@@ -15,8 +16,7 @@ PRESENT, ABSENT, DEGRADED = "present", "absent", "degraded"
 """Values of KindState.state: the kind was discovered; this machine cannot have such devices; discovery failed."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KindState:
+class KindState(msgspec.Struct, frozen=True, kw_only=True):
     """Whether devices of one kind could be discovered on this machine and, if not, why."""
 
     kind: str
@@ -24,8 +24,7 @@ class KindState:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PodsCgroup:
+class PodsCgroup(msgspec.Struct, frozen=True, kw_only=True):
     """The cgroup of all pods. Nothing below it can run on other CPUs, whatever its descendants' cpuset files
     contain."""
 
@@ -35,8 +34,7 @@ class PodsCgroup:
     """CPUs that are effective in this cgroup, and CPUs that it passes on to partitions below it."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Inventory:
+class Inventory(msgspec.Struct, frozen=True, kw_only=True, eq=False, dict=True):
     """One snapshot of the machine. A change is a new snapshot with a higher generation.
 
     Compare two snapshots with `same_machine`. `==` is identity, so that values derived from a snapshot can be cached on
@@ -161,4 +159,4 @@ class Inventory:
 
 def same_machine(a: Inventory, b: Inventory) -> bool:
     """Return whether two snapshots are equal apart from their generations."""
-    return all(getattr(a, one.name) == getattr(b, one.name) for one in fields(Inventory) if one.name != "generation")
+    return all(getattr(a, name) == getattr(b, name) for name in Inventory.__struct_fields__ if name != "generation")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
@@ -190,8 +189,10 @@ def device_document(device: Device) -> dict[str, Any]:
 
 
 def _partition_out(part: Partition) -> dict[str, Any]:
-    found = {one.name: getattr(part, one.name) for one in fields(part)}
-    return {name: dict(value) if isinstance(value, Mapping) else value for name, value in found.items()}
+    return {
+        name: dict(value) if isinstance(value, Mapping) else value
+        for name, value in msgspec.structs.asdict(part).items()
+    }
 
 
 def from_document(data: bytes | str, *, source: str) -> Inventory:

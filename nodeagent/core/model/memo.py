@@ -11,7 +11,7 @@ T = TypeVar("T")
 def kept_by(owner: object, name: str, make: Callable[[], T], of: object = None) -> T:
     """Return the result of `make`, computed once and recomputed only if `of` changes.
 
-    owner: a frozen dataclass without slots. name: the key, unique among the values cached on the owner. of: settings
+    owner: a frozen Struct with `dict=True`. name: the key, unique among the values cached on the owner. of: settings
     that the result also depends on.
     """
     kept: tuple[object, T] | None = owner.__dict__.get(name)

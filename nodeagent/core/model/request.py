@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.topology import DRAM, NodeId
@@ -15,17 +16,16 @@ BEST_EFFORT, RESTRICTED, SINGLE = "best-effort", "restricted", "single"
 one node or not at all."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
+class Request(msgspec.Struct, frozen=True, kw_only=True):
     """What is requested in one decision. Whatever is left out is not requested."""
 
     cpus: int = 0
-    hugepages: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    hugepages: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Number of pages by page_bytes."""
     memory_bytes: int = 0
     memory_kind: str = DRAM
     """The kind of the nodes that memory and hugepages may come from, one of MEMORY_KINDS."""
-    devices: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    devices: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Number of devices by kind."""
     near: tuple[str, ...] = ()
     """Ids of devices that the CPUs, pages and devices should be close to."""
@@ -43,8 +43,7 @@ class Request:
     must_devices: frozenset[str] = frozenset()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pages:
+class Pages(msgspec.Struct, frozen=True, kw_only=True):
     """A number of hugepages of one size on one NUMA node."""
 
     node: NodeId

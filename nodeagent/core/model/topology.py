@@ -8,8 +8,9 @@ and is never used as an identity. Sizes are in bytes, and the field names say so
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 
@@ -29,8 +30,7 @@ DRAM, HBM, CXL, GPU, PMEM, SPECIAL = "dram", "hbm", "cxl", "gpu", "pmem", "speci
 MEMORY_KINDS = (DRAM, HBM, CXL, GPU, PMEM, SPECIAL)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cpu:
+class Cpu(msgspec.Struct, frozen=True, kw_only=True):
     """One online CPU (hardware thread)."""
 
     id: int
@@ -49,8 +49,7 @@ class Cpu:
     max_khz: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CacheGroup:
+class CacheGroup(msgspec.Struct, frozen=True, kw_only=True):
     """One data or unified cache and the online CPUs that share it."""
 
     level: int
@@ -60,8 +59,7 @@ class CacheGroup:
     size_bytes: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HugepagePool:
+class HugepagePool(msgspec.Struct, frozen=True, kw_only=True):
     """Pages of one size on one NUMA node (Documentation/admin-guide/mm/hugetlbpage.rst)."""
 
     node: NodeId
@@ -91,8 +89,7 @@ class HugepagePool:
         return max(0, self.total_pages - self.free_pages - self.own_used_pages)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NumaNode:
+class NumaNode(msgspec.Struct, frozen=True, kw_only=True):
     """One NUMA node, with or without CPUs, with or without memory."""
 
     id: NodeId
@@ -100,7 +97,7 @@ class NumaNode:
     memory_bytes: int = 0
     kind: str = DRAM
     """One of MEMORY_KINDS, or "none" (no memory)."""
-    distances: Mapping[NodeId, int] = field(default_factory=lambda: MappingProxyType({}))
+    distances: Mapping[NodeId, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """SLIT distance to each node, by node id; empty if the kernel reports none."""
     hugepages: tuple[HugepagePool, ...] = ()
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 MEMORY_SLICE = "memory-slice"
 """Name of the counters of memory slices, with the number of the slice."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Profile:
+class Profile(msgspec.Struct, frozen=True, kw_only=True):
     """One size of instance, with everything that an instance of it takes of the GPU."""
 
     id: int
@@ -57,8 +57,7 @@ Profiles = tuple[Profile, ...]
 """All profiles of one GPU."""
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Place:
+class Place(msgspec.Struct, frozen=True, order=True):
     """A profile at one of its placements: an instance that exists or could be made."""
 
     profile: int

@@ -7,14 +7,14 @@ lay there, before the driver was asked. Everything else was made by the admin or
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from nodeagent.core.partitions.geometry import Place
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Record:
+class Record(msgspec.Struct, frozen=True, kw_only=True):
     """One instance that the agent makes, has made, or is destroying."""
 
     partition: str
@@ -37,8 +37,7 @@ class Record:
         return Place(self.profile, self.start, self.size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Lying:
+class Lying(msgspec.Struct, frozen=True, kw_only=True):
     """An instance that the driver shows on one GPU."""
 
     gi: int

@@ -7,8 +7,9 @@ its holders by their index in `Picture.holders`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.request import Pages
@@ -33,8 +34,7 @@ class PartState(StrEnum):
 FREE, HELD, PLACED, RESERVED, OUTSIDE, EXCLUDED = PartState
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureHolder:
+class PictureHolder(msgspec.Struct, frozen=True, kw_only=True):
     """A pod, claim or container, and all that it holds."""
 
     letter: str
@@ -54,8 +54,7 @@ class PictureHolder:
     devices: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureCpu:
+class PictureCpu(msgspec.Struct, frozen=True, kw_only=True):
     """One online CPU."""
 
     id: int
@@ -64,8 +63,7 @@ class PictureCpu:
     isolated: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureCore:
+class PictureCore(msgspec.Struct, frozen=True, kw_only=True):
     """The CPUs of one core, in order of number."""
 
     core: int
@@ -74,8 +72,7 @@ class PictureCore:
     cpus: tuple[PictureCpu, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureGroup:
+class PictureGroup(msgspec.Struct, frozen=True, kw_only=True):
     """The cores of one package that share an L3 cache, as far as they are on one NUMA node."""
 
     package: int
@@ -84,8 +81,7 @@ class PictureGroup:
     cores: tuple[PictureCore, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureDevice:
+class PictureDevice(msgspec.Struct, frozen=True, kw_only=True):
     """One device."""
 
     id: str
@@ -100,8 +96,7 @@ class PictureDevice:
     """Why it is not healthy."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PicturePool:
+class PicturePool(msgspec.Struct, frozen=True, kw_only=True):
     """The hugepages of one size on one NUMA node."""
 
     page_bytes: int
@@ -112,8 +107,7 @@ class PicturePool:
     """(holder, pages)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PictureNode:
+class PictureNode(msgspec.Struct, frozen=True, kw_only=True):
     """One NUMA node. NO_NODE stands for CPUs and devices without one, and may be in several packages."""
 
     node: NodeId
@@ -131,8 +125,7 @@ class PictureNode:
         return (cpu for group in self.groups for core in group.cores for cpu in core.cpus)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PicturePackage:
+class PicturePackage(msgspec.Struct, frozen=True, kw_only=True):
     """One package, or several that have a NUMA node in common."""
 
     packages: tuple[int, ...]
@@ -140,8 +133,7 @@ class PicturePackage:
     nodes: tuple[PictureNode, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Picture:
+class Picture(msgspec.Struct, frozen=True, kw_only=True):
     """A machine and who holds which part of it."""
 
     generation: int

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.ledger.witness import Given
@@ -39,15 +40,14 @@ def _none() -> Mapping[int, int]:
     return _NOTHING
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pin:
+class Pin(msgspec.Struct, frozen=True, kw_only=True):
     """The desired confinement of one container. A field that is None is left as it is."""
 
     grants: tuple[str, ...] = ()
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     """NUMA nodes."""
-    hugepage_limits: Mapping[int, int] = field(default_factory=_none)
+    hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=_none)
     """Limit in bytes, by page_bytes."""
     held: CpuSet = EMPTY
     """The CPUs that it holds, online or not."""
@@ -68,24 +68,22 @@ NO_PIN = Pin()
 """The pin of every container that holds nothing, unless another container of its pod does."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PodPin:
+class PodPin(msgspec.Struct, frozen=True, kw_only=True):
     """The desired confinement of a whole pod."""
 
     cpus: CpuSet | None = None
-    hugepages_at_least: Mapping[int, int] = field(default_factory=_none)
+    hugepages_at_least: Mapping[int, int] = msgspec.field(default_factory=_none)
     """Bytes that its limits must at least allow, by page_bytes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PinPlan:
+class PinPlan(msgspec.Struct, frozen=True, kw_only=True):
     """The desired confinement of all pods and containers."""
 
     shared: CpuSet = EMPTY
     """The CPUs of all containers that hold none."""
-    pods: Mapping[str, PodPin] = field(default_factory=lambda: MappingProxyType({}))
+    pods: Mapping[str, PodPin] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By pod UID."""
-    containers: Mapping[str, Pin] = field(default_factory=lambda: MappingProxyType({}))
+    containers: Mapping[str, Pin] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By container id."""
     open: frozenset[str] = frozenset()
     """UIDs of pods with containers that may hold something but have not been named."""
@@ -95,8 +93,7 @@ class PinPlan:
         return self.pods.get(uid) or PodPin(cpus=self.shared or None)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rules:
+class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """The part of the configuration that affects the plan."""
 
     memory: str = GRANTED
@@ -106,13 +103,12 @@ class Rules:
     """Whether containers without exclusive CPUs are kept off the reserved CPUs too."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Situation:
+class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Everything that a plan depends on, except the containers."""
 
     inventory: Inventory
     ledger: Ledger
-    given: Given = field(default_factory=lambda: MappingProxyType({}))
+    given: Given = msgspec.field(default_factory=lambda: MappingProxyType({}))
     rules: Rules = Rules()
 
     def plan(

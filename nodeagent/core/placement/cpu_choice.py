@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypedDict
+
+import msgspec
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
@@ -14,8 +15,7 @@ if TYPE_CHECKING:
     from nodeagent._fastpath import Choice
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True):
     """How far the CPUs of a request may spread; 0 means no limit."""
 
     packages: int = 0

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Set
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
@@ -13,8 +14,7 @@ from nodeagent.core.model.topology import NO_NODE, Cpu, NodeId
 from nodeagent.core.placement.index import machine_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
+class Description(msgspec.Struct, frozen=True, kw_only=True):
     """A placement as sorted ids. numa_nodes are those of CPUs, pages and memory, or else of the devices; CPUs without
     a node add none."""
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent._fastpath import Layout, Machine, Pool
 from nodeagent.core.model.cpuset import CpuSet
@@ -139,8 +140,7 @@ class MachineIndex:
         return self._pools[kinds]
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceIndex:
+class DeviceIndex(msgspec.Struct, frozen=True):
     """All devices of some kinds, grouped into classes of interchangeable devices."""
 
     kinds: tuple[str, ...]

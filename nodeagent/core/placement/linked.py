@@ -6,9 +6,10 @@ Nodes have at most MOST_MEMBERS linked devices; of more, none are grouped.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import combinations
+
+import msgspec
 
 MOST_MEMBERS = 16
 SIZES = (8, 4, 2)
@@ -103,8 +104,7 @@ def _areas(weights: Mapping[Pair, Weight]) -> list[tuple[str, ...]]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class _Sets:
+class _Sets(msgspec.Struct, frozen=True):
     sets: tuple[tuple[str, ...], ...] = ()
     links: int = 0
     places: int = 0
@@ -114,13 +114,12 @@ class _Sets:
         return len(self.sets), self.links, self.places
 
 
-@dataclass(slots=True)
-class _Search:
+class _Search(msgspec.Struct):
     """The best sets of what is left, by what is left."""
 
     size: int
     weights: Mapping[Pair, Weight]
-    known: dict[tuple[str, ...], _Sets] = field(default_factory=dict)
+    known: dict[tuple[str, ...], _Sets] = msgspec.field(default_factory=dict)
 
     def best(self, left: tuple[str, ...]) -> _Sets:
         if len(left) < self.size:

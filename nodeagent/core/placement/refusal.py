@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.exclusion import blocked, most_together
 from nodeagent.core.ledger.free import MEMORY, Stock

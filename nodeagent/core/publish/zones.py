@@ -7,8 +7,9 @@ reads.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.ledger.free import grantable, memory_left
 from nodeagent.core.ledger.ledger import Ledger
@@ -19,8 +20,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NumaNode
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Amount:
+class Amount(msgspec.Struct, frozen=True, kw_only=True):
     """How much of one resource a zone has, in CPUs, bytes or ids."""
 
     name: str
@@ -29,8 +29,7 @@ class Amount:
     available: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Zone:
+class Zone(msgspec.Struct, frozen=True, kw_only=True):
     """One NUMA node."""
 
     node: int
@@ -39,12 +38,11 @@ class Zone:
     amounts: tuple[Amount, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeTopology:
+class NodeTopology(msgspec.Struct, frozen=True, kw_only=True):
     """All zones, and kubelet's topology manager."""
 
     zones: tuple[Zone, ...] = ()
-    attributes: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    attributes: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
 Shown = Mapping[str, Sequence[Advertised]]

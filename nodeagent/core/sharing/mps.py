@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.ledger.ledger import Ledger, in_order
@@ -26,16 +27,14 @@ ALL_THREADS = 100
 """NVIDIA's default of the active thread percentage."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClientLimits:
+class ClientLimits(msgspec.Struct, frozen=True, kw_only=True):
     """What each program of one grant may use of its device. None: as much as there is."""
 
     threads_percent: int | None = None
     memory_mib: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MpsSet:
+class MpsSet(msgspec.Struct, frozen=True, kw_only=True):
     """One daemon: the devices that it serves and the highest limits of its clients."""
 
     name: str
@@ -50,7 +49,7 @@ class MpsSet:
     shared: bool = False
     """Whether several claims may use it."""
     threads_percent: int = ALL_THREADS
-    memory_mib: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    memory_mib: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By number of the device; none for a device with a client that is not limited."""
     fault: str = ""
     """Why no daemon can be started at present."""

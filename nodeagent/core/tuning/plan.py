@@ -9,8 +9,9 @@ Sources: Documentation/admin-guide/pm/cpufreq.rst and intel_pstate.rst, Document
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 
@@ -20,8 +21,7 @@ NONE_TOLERATED = "n/a"
 """In pm_qos_resume_latency_us, where 0 means that any latency will do."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrequencyPolicy:
+class FrequencyPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """CPUs whose frequency is set together."""
 
     path: str
@@ -36,19 +36,17 @@ class FrequencyPolicy:
     """What the hardware can do (cpuinfo_min_freq, cpuinfo_max_freq), or None if it is not known."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tunables:
+class Tunables(msgspec.Struct, frozen=True, kw_only=True):
     """What can be set on a machine."""
 
     policies: tuple[FrequencyPolicy, ...] = ()
-    latency_paths: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    latency_paths: Mapping[int, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """The file with the tolerated wake-up latency, by CPU."""
-    unread: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    unread: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why policies could not be read, by folder: what was set there stays."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tuning:
+class Tuning(msgspec.Struct, frozen=True, kw_only=True):
     """How exclusive CPUs should run. What is empty or None stays as it is."""
 
     governor: str = ""
@@ -64,11 +62,10 @@ class Tuning:
         return bool(self.governor or self.preference) or self.min_khz is not None or self.max_khz is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningPlan:
+class TuningPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What to write. `wanted` has a value by path, in the order in which they are written."""
 
-    wanted: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    wanted: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     cpus: CpuSet = EMPTY
     """The exclusive CPUs for which all that is configured can be set."""
     notes: tuple[str, ...] = ()

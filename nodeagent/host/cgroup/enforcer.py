@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.errors import HostError
@@ -27,17 +29,16 @@ def _none() -> Mapping[int, int]:
     return MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
+class Target(msgspec.Struct, frozen=True, kw_only=True):
     """The desired state of one cgroup. Fields that are None and page sizes that are left out stay unchanged."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
-    hugepage_limits: Mapping[int, int] = field(default_factory=_none)
+    hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=_none)
     """Exact limits in bytes, by page_bytes."""
-    hugepages_at_least: Mapping[int, int] = field(default_factory=_none)
+    hugepages_at_least: Mapping[int, int] = msgspec.field(default_factory=_none)
     """Least limits in bytes, by page_bytes, that it must allow."""
-    hugepages_above: Mapping[int, int] = field(default_factory=_none)
+    hugepages_above: Mapping[int, int] = msgspec.field(default_factory=_none)
     """Least limits in bytes, by page_bytes, that the cgroups above it must allow."""
     within: CpuSet | None = None
     """CPUs that the effective CPUs must stay within, whatever is written: for cgroups below a confined one."""
@@ -57,8 +58,7 @@ class Target:
         return CgroupPart.LIMITS if limits else CgroupPart.CPUSET
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
     """One cgroup that was not in its desired state."""
 
     path: str

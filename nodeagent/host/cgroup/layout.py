@@ -13,7 +13,8 @@ Sources: k8s.io/kubernetes pkg/kubelet/cm/cgroup_manager_linux.go, systemd.slice
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.errors import InputError
 
@@ -37,8 +38,7 @@ _HELPER = "conmon"
 """The container monitor has its own cgroup next to the container's; it is not a container."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cgroup:
+class Cgroup(msgspec.Struct, frozen=True, kw_only=True):
     """What a path at or below kubepods refers to."""
 
     path: str
@@ -53,8 +53,7 @@ class Cgroup:
     """The runtime's prefix before the id: "cri-containerd", "crio"."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupLayout:
+class CgroupLayout(msgspec.Struct, frozen=True, kw_only=True):
     """The names that one kubelet uses. cgroup_root is its cgroupRoot ("/" or "", "/a/b")."""
 
     driver: str

@@ -13,8 +13,9 @@ import enum
 import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import HostError, InputError
@@ -53,8 +54,7 @@ class CgroupPart(enum.Flag):
     ALL = LIMITS | HUGETLB_USE | CPU_TIME | PROCESSES
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hierarchy:
+class Hierarchy(msgspec.Struct, frozen=True, kw_only=True):
     """The cgroup hierarchies of a machine."""
 
     mode: str
@@ -68,8 +68,7 @@ class Hierarchy:
     """The mount shows only part of the hierarchy, as in a container with a cgroup namespace."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Hugetlb:
+class Hugetlb(msgspec.Struct, frozen=True, kw_only=True):
     """Hugepages of one size in one cgroup, in bytes. A limit of None is "max"; what was not requested is None too."""
 
     max_bytes: int | None = None
@@ -82,8 +81,7 @@ class Hugetlb:
     """How often a limit was hit (hugetlb.SIZE.events, "max")."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupState:
+class CgroupState(msgspec.Struct, frozen=True, kw_only=True):
     """One cgroup as the kernel shows it. If `cpus` or `mems` is empty, nothing is set and the parent's apply."""
 
     path: str

@@ -17,9 +17,9 @@ import errno
 import os
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Self
 
+import msgspec
 import structlog
 from asyncinotify import Event, Inotify, Mask
 
@@ -40,8 +40,7 @@ _AT_ONCE = 64
 _EVENTS_A_READ = 64
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupChange:
+class CgroupChange(msgspec.Struct, frozen=True, kw_only=True):
     """A change to a cgroup."""
 
     path: str

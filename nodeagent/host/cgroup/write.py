@@ -15,8 +15,9 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError, InputError, cause_of
@@ -27,14 +28,13 @@ CONTROLLERS = ("cpuset", "hugetlb")
 _UNLIMITED = "max"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CgroupTarget:
+class CgroupTarget(msgspec.Struct, frozen=True, kw_only=True):
     """What to confine a cgroup to. Fields that are None and page sizes that are left out stay unchanged."""
 
     cpus: CpuSet | None = None
     mems: CpuSet | None = None
     """NUMA nodes."""
-    hugetlb: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    hugetlb: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Limits in bytes, by page_bytes, for used and reserved pages alike; multiples of page_bytes."""
 
     def __post_init__(self) -> None:
@@ -45,8 +45,7 @@ class CgroupTarget:
                 )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
+class Written(msgspec.Struct, frozen=True, kw_only=True):
     """One file that was changed."""
 
     path: str
@@ -55,8 +54,7 @@ class Written:
     value: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drift:
+class Drift(msgspec.Struct, frozen=True, kw_only=True):
     """One cgroup file whose content differs from what is wanted."""
 
     file: str

@@ -9,7 +9,8 @@ class devices have no parent, so they show no PCI function (sys/devices/virtual/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
@@ -24,8 +25,7 @@ _NEURON_CLASS = "sys/class/neuron_device"
 _IDXD_TOLD = ("state", "max_work_queues", "max_groups", "max_engines")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Part:
+class _Part(msgspec.Struct, frozen=True, kw_only=True):
     """The kernel's nodes and attributes of one function."""
 
     paths: tuple[str, ...] = ()

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, Link
@@ -61,8 +62,7 @@ __all__ = [
 GROUP = "nodeagent.kinds"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Devices:
+class Devices(msgspec.Struct, frozen=True, kw_only=True):
     """The devices of all kinds together."""
 
     devices: tuple[Device, ...] = ()
@@ -141,8 +141,7 @@ def edits(kind: Kind, devices: Sequence[Device], same_request: Sequence[Device] 
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Broken:
+class _Broken(msgspec.Struct, frozen=True):
     """Placeholder for a third-party kind that cannot be used."""
 
     name: str

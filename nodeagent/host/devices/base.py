@@ -9,9 +9,10 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
@@ -25,16 +26,14 @@ Attributes = Mapping[str, str | int | bool]
 LONGEST_ID = 63
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CharSelector:
+class CharSelector(msgspec.Struct, frozen=True, kw_only=True):
     """Character devices to serve. globs: paths below /dev ("/dev/ttyUSB*")."""
 
     name: str
     globs: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UsbSelector:
+class UsbSelector(msgspec.Struct, frozen=True, kw_only=True):
     """USB devices to serve. vendor and product: four hexadecimal digits. An empty product or serial matches any."""
 
     name: str
@@ -43,8 +42,7 @@ class UsbSelector:
     serial: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PciSelector:
+class PciSelector(msgspec.Struct, frozen=True, kw_only=True):
     """PCI functions to mark with `name`. pci_class: leading digits of the six. An empty field matches any."""
 
     name: str
@@ -61,16 +59,14 @@ class PciSelector:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PartitionSelector:
+class PartitionSelector(msgspec.Struct, frozen=True, kw_only=True):
     """GPUs in MIG mode are divided on demand. own: (UUID of the GPU, profile, start) of each instance that the agent
     made or is making; all others were made by the admin or another program."""
 
     own: frozenset[tuple[str, int, int]] = frozenset()
 
 
-@dataclass(frozen=True, kw_only=True)
-class Context:
+class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What was read and configured before discovery."""
 
     functions: tuple[Function, ...] = ()
@@ -93,8 +89,7 @@ class Context:
         return MappingProxyType({function.address: function for function in self.functions})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class Found(msgspec.Struct, frozen=True, kw_only=True):
     """What one kind found."""
 
     state: KindState

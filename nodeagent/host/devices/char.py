@@ -9,9 +9,10 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode
 from nodeagent.core.model.inventory import ABSENT, PRESENT, KindState

@@ -11,7 +11,8 @@ import os
 import re
 import stat
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.host.sysfs.lenient import Tolerant
 
@@ -25,8 +26,7 @@ _FILE_SYSTEMS = ("xfs", "ext4", "f2fs")
 """File systems with a folder in /sys/fs for each mounted device (Documentation/ABI/testing/sysfs-fs-*)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BlockUses:
+class BlockUses(msgspec.Struct, frozen=True, kw_only=True):
     """What the node uses of all block devices."""
 
     numbers: frozenset[str]
@@ -87,8 +87,7 @@ def size_bytes(reader: Tolerant, path: str) -> int | None:
 # ---------------------------------------------------------------- what names a block device
 
 
-@dataclass(frozen=True, slots=True)
-class _Mount:
+class _Mount(msgspec.Struct, frozen=True):
     number: str
     type: str
     paths: tuple[str, ...]

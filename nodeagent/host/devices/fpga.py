@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
@@ -20,10 +21,9 @@ from nodeagent.host.sysfs.sysfs import SysFs
 _DFL = re.compile(r"dfl-(fme|port)\.\d+")
 
 
-@dataclass(slots=True)
-class _Fpga:
-    attributes: dict[str, str] = field(default_factory=dict)
-    paths: list[str] = field(default_factory=list)
+class _Fpga(msgspec.Struct):
+    attributes: dict[str, str] = msgspec.field(default_factory=dict)
+    paths: list[str] = msgspec.field(default_factory=list)
 
 
 class Fpga:

@@ -7,8 +7,9 @@ that cannot compute (a server's on-board VGA, bochs, qxl: no render node) is not
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
@@ -20,8 +22,7 @@ _PARTITION_SHIFT = 28
 (kfd_topology_add_device)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KfdNode:
+class KfdNode(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU as KFD sees it, or one partition of a GPU."""
 
     number: int

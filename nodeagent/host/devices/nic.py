@@ -10,8 +10,10 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
@@ -31,14 +33,13 @@ _RDMA_COMMON = "/dev/infiniband/rdma_cm"
 _IFF_UP = 1
 
 
-@dataclass(slots=True)
-class _Below:
+class _Below(msgspec.Struct):
     """What was found below one function or scalable function."""
 
-    netdevs: list[str] = field(default_factory=list)
+    netdevs: list[str] = msgspec.field(default_factory=list)
     """Sysfs folders, below the root."""
-    rdma: list[str] = field(default_factory=list)
-    nodes: list[str] = field(default_factory=list)
+    rdma: list[str] = msgspec.field(default_factory=list)
+    nodes: list[str] = msgspec.field(default_factory=list)
     """Device nodes."""
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
@@ -22,8 +24,7 @@ _NAMESPACE = re.compile(r"nvme(\d+)(?:c\d+)?n(\d+)")
 _TOLD = ("model", "serial", "transport", "firmware_rev", "state")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Controller:
+class _Controller(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     path: str
     address: str | None

@@ -8,7 +8,8 @@ drivers below belong to its holder alone too, and a network interface there may 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import ABSENT, PRESENT, KindState

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+
+import msgspec
 
 from nodeagent.core.model.device import DriverFile, DriverFiles, DriverUse, Hook
 from nodeagent.host.driver_root import elf
@@ -39,14 +40,13 @@ _VDPAU = "vdpau"
 _BITS = 64
 
 
-@dataclass(slots=True)
-class Search:
+class Search(msgspec.Struct):
     """What was found in one root."""
 
     root: Root
-    folders: list[str] = field(default_factory=list)
-    files: list[DriverFile] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
+    folders: list[str] = msgspec.field(default_factory=list)
+    files: list[DriverFile] = msgspec.field(default_factory=list)
+    warnings: list[str] = msgspec.field(default_factory=list)
 
     @property
     def has_cuda(self) -> bool:

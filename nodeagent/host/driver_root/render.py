@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device, DriverFiles, DriverUse, Mount
 from nodeagent.errors import HostError

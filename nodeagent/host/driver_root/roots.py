@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.host.nvml.library import FOLDERS, ROOTS
 
@@ -28,8 +29,7 @@ _HOST = "host"
 """Below this a container sees the host's own root: the host knows the files by the rest of the path."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Root:
+class Root(msgspec.Struct, frozen=True, kw_only=True):
     """The root of a file system that may contain a driver."""
 
     base: str

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY
@@ -27,8 +28,7 @@ _VIRTUAL = "1b36"
 _SPEED = re.compile(r"(\d+)(?:\.(\d))? GT/s")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Link:
+class _Link(msgspec.Struct, frozen=True, kw_only=True):
     below: str
     """Address of the lower end."""
     lanes: int

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import Enum, auto
 from types import MappingProxyType
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import HEALTHY, UNKNOWN, DeviceState
@@ -17,13 +18,12 @@ Readings = Mapping[str, int]
 NO_READINGS: Readings = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class Sight:
+class Sight(msgspec.Struct, frozen=True):
     """What was seen of a device."""
 
     state: DeviceState
     reason: str = ""
-    readings: Readings = field(default_factory=lambda: NO_READINGS)
+    readings: Readings = msgspec.field(default_factory=lambda: NO_READINGS)
     """Numbers by name, for the metrics."""
 
 

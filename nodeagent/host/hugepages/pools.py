@@ -9,8 +9,9 @@ sums over all nodes match the kernel's.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+
+import msgspec
 
 from nodeagent.core.model.topology import HugepagePool, NodeId
 from nodeagent.host.sysfs.lists import ListReader
@@ -83,7 +84,7 @@ def _with_promises(reader: ListReader, pools: list[HugepagePool]) -> Iterable[Hu
     overcommit = _promised(reader, f"{folder}/nr_overcommit_hugepages")
     for pool in sorted(pools, key=lambda pool: (-pool.free_pages, pool.node)):
         here = min(reserved, pool.free_pages)
-        yield dataclasses.replace(pool, reserved_pages=here, overcommit_pages=overcommit)
+        yield msgspec.structs.replace(pool, reserved_pages=here, overcommit_pages=overcommit)
         reserved, overcommit = reserved - here, 0
 
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.topology import NodeId
 from nodeagent.errors import HostError
@@ -26,8 +27,7 @@ Put = Callable[[str, str], None]
 """Writes a value to a kernel file, by its full path; raises HostError if that is refused."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Counts:
+class Counts(msgspec.Struct, frozen=True, kw_only=True):
     """The current page counts of a pool."""
 
     total_pages: int

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.topology import HugepagePool, NodeId, NumaNode
 from nodeagent.errors import HostError
@@ -20,13 +22,12 @@ from nodeagent.host.sysfs.sysfs import SysFs
 _MOUNT = "sys/fs/cgroup"
 
 
-@dataclass(frozen=True, slots=True)
-class Uses:
+class Uses(msgspec.Struct, frozen=True):
     """Hugepages used by a set of cgroups, in pages."""
 
-    used: Mapping[tuple[NodeId, int], int] = field(default_factory=lambda: MappingProxyType({}))
+    used: Mapping[tuple[NodeId, int], int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Faulted, by (node, page_bytes)."""
-    reserved: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    reserved: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Reserved by a mapping and not yet faulted, by page_bytes."""
 
 

@@ -10,9 +10,11 @@ Source: Documentation/core-api/irq/irq-affinity.rst.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError
@@ -27,15 +29,14 @@ NOWHERE = "no CPUs are left for it"
 _ONLINE = "sys/devices/system/cpu/online"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InterruptMoves:
+class InterruptMoves(msgspec.Struct, frozen=True, kw_only=True):
     """The state of interrupts after a round."""
 
     moved: tuple[Moved, ...] = ()
     """All interrupts that are currently moved away, by number."""
     fresh: int = 0
     """How many were moved away in this round."""
-    why: Mapping[int, str] = field(default_factory=lambda: MappingProxyType({}))
+    why: Mapping[int, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why an interrupt is where it should not be, by number: includes all still delivered to exclusive CPUs."""
     notes: tuple[str, ...] = ()
     """Texts for the admin."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, MAX_ID, CpuSet
 from nodeagent.errors import HostError, InputError
@@ -37,8 +38,7 @@ _HINT = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Thread:
+class Thread(msgspec.Struct, frozen=True, kw_only=True):
     """A host thread that may run on an exclusive CPU."""
 
     pid: int
@@ -56,8 +56,7 @@ class Thread:
     """Whether sched_setaffinity(2) may change its CPUs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Irq:
+class Irq(msgspec.Struct, frozen=True, kw_only=True):
     """An interrupt that is delivered to an exclusive CPU."""
 
     irq: int

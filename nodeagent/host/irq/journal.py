@@ -5,7 +5,6 @@ reboot the kernel renumbers interrupts and has lost their affinity.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +19,7 @@ VERSION = 1
 _MODE = 0o600
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
+class Moved(msgspec.Struct, frozen=True, kw_only=True):
     """An interrupt that the agent has moved."""
 
     irq: int

@@ -12,9 +12,10 @@ import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.errors import HostError, cause_of
 from nodeagent.host.driver_programs import DriverProgram, DriverSearch, run, shortened
@@ -39,13 +40,12 @@ ANYWHERE = DriverSearch()
 _PERCENT = re.compile(r"\d{1,3}(\.\d+)?")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
     """The upper bounds for each client of a daemon. A client's own environment can only lower them."""
 
     threads_percent: int = 100
     """Share of a GPU's threads that one client can use."""
-    memory_mib: Mapping[int, int] = field(default_factory=lambda: MappingProxyType({}))
+    memory_mib: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Device memory that one client can allocate, in MiB, by the device's number among those of the daemon."""
 
 

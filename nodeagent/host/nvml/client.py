@@ -12,7 +12,6 @@ import contextlib
 import os
 import sys
 from collections.abc import AsyncGenerator, Iterable, Mapping
-from dataclasses import dataclass, field
 
 import msgspec
 
@@ -48,12 +47,11 @@ def has_nvidia(functions: Iterable[Function]) -> bool:
     return any(function.vendor == NVIDIA and function.is_class("03") for function in functions)
 
 
-@dataclass(slots=True)
-class _Helper:
+class _Helper(msgspec.Struct):
     """One running process, its unanswered questions, and the task that reads its answers."""
 
     process: asyncio.subprocess.Process
-    waiting: dict[int, asyncio.Future[Reply]] = field(default_factory=dict)
+    waiting: dict[int, asyncio.Future[Reply]] = msgspec.field(default_factory=dict)
     reading: asyncio.Task[None] | None = None
 
 

@@ -7,8 +7,9 @@ or not. Instances of others are devices, and hold their memory slices: where one
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device, Partition
 from nodeagent.core.partitions.geometry import Profile, counters, draws, partition_id, things

@@ -7,7 +7,6 @@ an Xid that happens meanwhile is a Reply with the number 0.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import msgspec
@@ -17,8 +16,7 @@ from nodeagent.core.partitions.geometry import Profiles
 LENGTH = struct.Struct("<I")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Mig:
+class Mig(msgspec.Struct, frozen=True, kw_only=True):
     """One MIG instance: a part of a GPU that is allocated separately."""
 
     uuid: str
@@ -28,8 +26,7 @@ class Mig:
     compute_instance: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fabric:
+class Fabric(msgspec.Struct, frozen=True, kw_only=True):
     """The GPUs of several nodes among which NVLinks reach: those of one cluster and clique."""
 
     cluster: str
@@ -37,8 +34,7 @@ class Fabric:
     clique: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GpuInstance:
+class GpuInstance(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU instance, with or without compute instances: it holds its memory slices either way."""
 
     id: int
@@ -49,8 +45,7 @@ class GpuInstance:
     """In memory slices."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NvGpu:
+class NvGpu(msgspec.Struct, frozen=True, kw_only=True):
     """One GPU as NVML sees it. What the GPU does not support is None."""
 
     pci_address: str
@@ -72,7 +67,7 @@ class NvGpu:
     """None if they cannot be listed."""
     processes: int | None = None
     """How many processes compute on it. None if unknown."""
-    nvlinks: dict[str, int] = field(default_factory=dict)
+    nvlinks: dict[str, int] = msgspec.field(default_factory=dict)
     """Number of active NVLinks by the PCI address of the other end, which may be a switch."""
     nvlinks_active: tuple[int, ...] = ()
     """Numbers of the NVLinks that are active."""
@@ -88,8 +83,7 @@ class NvGpu:
     """Whether memory rows could not be remapped."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Snapshot:
+class Snapshot(msgspec.Struct, frozen=True, kw_only=True):
     """The current state according to NVML. errors: one message for each GPU that does not answer."""
 
     driver_version: str
@@ -97,16 +91,14 @@ class Snapshot:
     errors: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Failure:
+class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """NVML does not answer. absent: there is no library, so there is nothing to repair."""
 
     absent: bool
     reason: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Xid:
+class Xid(msgspec.Struct, frozen=True, kw_only=True):
     """A critical error that the driver reported (docs.nvidia.com/deploy/xid-errors)."""
 
     pci_address: str
@@ -152,8 +144,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     mode: SetMode | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MigState:
+class MigState(msgspec.Struct, frozen=True, kw_only=True):
     """The instances of one GPU at this moment."""
 
     instances: tuple[GpuInstance, ...] | None
@@ -161,8 +152,7 @@ class MigState:
     migs: tuple[Mig, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Made:
+class Made(msgspec.Struct, frozen=True, kw_only=True):
     """An instance that was created: what containers and NVML name it by."""
 
     gi: int
@@ -170,15 +160,13 @@ class Made:
     uuid: str
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Completed:
+class Completed(msgspec.Struct, frozen=True, kw_only=True):
     """A request was carried out. pending: it takes effect when the GPU is reset."""
 
     pending: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RefusedByDriver:
+class RefusedByDriver(msgspec.Struct, frozen=True, kw_only=True):
     """The driver refused a request, and nothing has changed."""
 
     reason: str

@@ -9,7 +9,8 @@ start a new tier only where the next slower CPU is more than 15 % slower: cores 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.topology import BALANCED, EFFICIENCY, PERFORMANCE
@@ -20,8 +21,7 @@ _PMUS = ("cpu_core", "cpu_atom", "cpu_lowpower")
 """Fastest first."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Speed:
+class Speed(msgspec.Struct, frozen=True, kw_only=True):
     """The speed of one CPU, as far as the kernel reports it."""
 
     capacity: int | None = None

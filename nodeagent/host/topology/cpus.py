@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.inventory import Inventory
@@ -27,8 +29,7 @@ _NO_SUCH_LEVEL = (-1, 65535)
 """die_id and cluster_id if the platform has none; x86 stores -1 in 16 bits."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Levels:
+class _Levels(msgspec.Struct, frozen=True, kw_only=True):
     """Each level as disjoint groups of online CPUs."""
 
     packages: Sequence[CpuSet]

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.topology import CXL, DRAM, GPU, HBM, PMEM, SPECIAL, NodeId
@@ -32,8 +33,7 @@ _NODE = "sys/devices/system/node"
 _TIERS = "sys/devices/virtual/memory_tiering"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Evidence:
+class _Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What the machine reports about its nodes, by node."""
 
     gpu: frozenset[NodeId]

@@ -7,7 +7,6 @@ program has written meanwhile is replaced while ours is wanted, and stays afterw
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -24,15 +23,14 @@ _ROUNDS = 2
 """Two files can depend on each other: the lower end of a range cannot be above the upper end."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningState:
+class TuningState(msgspec.Struct, frozen=True, kw_only=True):
     """The state of the files after a round."""
 
     set: tuple[str, ...] = ()
     """Paths that have what is wanted because of the agent."""
     repaired: int = 0
     """How many had been changed by another program and were set again in this round."""
-    why: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    why: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why a file has not what it should have, by path."""
     notes: tuple[str, ...] = ()
     """Texts for the admin."""

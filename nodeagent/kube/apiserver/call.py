@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
 import h11
@@ -53,8 +52,7 @@ class Expired(ApiError):  # noqa: N818 - a watch or a list that must begin again
     """410 Gone: the server no longer has the requested revision."""
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(msgspec.Struct, frozen=True):
     """One request. `what` is its "VERB OBJECT" for messages; `name` is the object whose absence (404) counts as an
     answer rather than an error. `urgent`: a pod's start waits for it, so it never waits for a slot behind calls of
     which that is not true."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -46,8 +45,7 @@ _EVENTS = (ADDED, MODIFIED, DELETED, BOOKMARK)
 _NO_FIELDS: Mapping[str, str] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True)
-class ApiResource:
+class ApiResource(msgspec.Struct, frozen=True):
     """One kind of object as API paths name it. `group` is "" for the core group."""
 
     group: str
@@ -80,16 +78,14 @@ TOPOLOGIES = ApiResource("topology.node.k8s.io", "v1alpha2", "noderesourcetopolo
 CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True)
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectList:
+class ObjectList(msgspec.Struct, frozen=True):
     """Result of a list call and the revision it reflects; a watch continues from that revision."""
 
     items: tuple[dict[str, Any], ...]
     revision: str
 
 
-@dataclass(frozen=True, slots=True)
-class WatchEvent:
+class WatchEvent(msgspec.Struct, frozen=True):
     """One line of a watch. `type` is ADDED, MODIFIED, DELETED, or BOOKMARK (an object with only a revision)."""
 
     type: str

@@ -16,7 +16,6 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,8 +47,7 @@ to connect, 1 for GetInfo, 5 for its verdict (operation_generator.go in pkg/kube
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DraRegistration(Standing):
+class DraRegistration(Standing, frozen=True, kw_only=True):
     """Registration status of the driver. FAILED: kubelet refused it, or a socket cannot be served."""
 
     driver: str

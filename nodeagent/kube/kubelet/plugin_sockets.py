@@ -15,8 +15,9 @@ import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from nodeagent.kube.kubelet import sockets
 
@@ -32,8 +33,7 @@ FURTHER_NAMES = 7
 """With the pauses between attempts, the first name is used again after about two minutes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PluginSockets:
+class PluginSockets(msgspec.Struct, frozen=True, kw_only=True):
     """The two sockets of one instance of a driver."""
 
     registration: Path

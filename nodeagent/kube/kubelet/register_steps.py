@@ -13,8 +13,9 @@ The table relies on these properties of kubelet's device manager (Kubernetes 1.3
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 
 class OfferedTo(StrEnum):
@@ -41,8 +42,7 @@ class Step(StrEnum):
     """Kubelet watches: count the resource as registered."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """All inputs of the decision."""
 
     kubelet: bool

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Self
+
+import msgspec
+from msgspec.structs import replace
 
 
 class RegistrationState(StrEnum):
@@ -19,8 +21,7 @@ class RegistrationState(StrEnum):
     """The last attempt failed and is being retried."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class Standing(msgspec.Struct, frozen=True, kw_only=True):
     """Registration status with kubelet, and since when."""
 
     state: RegistrationState = RegistrationState.WAITING
@@ -35,8 +36,7 @@ class Standing:
         return replace(self, state=state, since_unix_s=since_unix_s, reason=reason, **changes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Registration(Standing):
+class Registration(Standing, frozen=True, kw_only=True):
     """Registration status of one resource."""
 
     resource: str
@@ -51,8 +51,7 @@ class Registration(Standing):
         return self.state == RegistrationState.REGISTERED and self.watched
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RegistrationTiming:
+class RegistrationTiming(msgspec.Struct, frozen=True, kw_only=True):
     """Timing of registration and retries, in seconds."""
 
     poll_s: float = 5.0

@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import msgspec
 import yaml
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -46,12 +46,11 @@ class Layer(NamedTuple):
     document: Mapping[str, Any]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KubeletConfig:
+class KubeletConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Kubelet's effective configuration."""
 
-    values: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-    places: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    values: Mapping[str, Any] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    places: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """The file or flag that set each key last."""
     sources: tuple[str, ...] = ()
     """The files read, in order, followed by the flags that set a key."""

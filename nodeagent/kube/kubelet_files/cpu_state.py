@@ -9,11 +9,11 @@ the same and what containers had when they were admitted as text under "data" (f
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.kube.kubelet_files import checkpoints as kubelet_files
@@ -25,8 +25,7 @@ POLICY, RESERVED = "cpuManagerPolicy", "reservedSystemCPUs"
 """Configuration keys."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KubeletState:
+class KubeletState(msgspec.Struct, frozen=True, kw_only=True):
     """How kubelet manages CPUs."""
 
     policy: str = NONE
@@ -43,11 +42,11 @@ class KubeletState:
     shared: CpuSet | None = None
     """The default set of the static policy, from which it takes exclusive CPUs, or None if the file does not name
     it."""
-    assigned: Mapping[tuple[str, str], CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    assigned: Mapping[tuple[str, str], CpuSet] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Exclusive CPUs by pod UID and container name."""
-    pods: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    pods: Mapping[str, CpuSet] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Exclusive CPUs of whole pods, by UID; they include those of their containers."""
-    unnamed: Mapping[str, CpuSet] = field(default_factory=lambda: MappingProxyType({}))
+    unnamed: Mapping[str, CpuSet] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Exclusive CPUs by container id, from the oldest form, which does not name the pod."""
 
     @property

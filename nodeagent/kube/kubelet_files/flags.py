@@ -9,9 +9,10 @@ component-base/cli/flag of Kubernetes 1.33 to 1.37.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from nodeagent.errors import InputError
 
@@ -22,11 +23,10 @@ Setter = Callable[[Any, Given], Any]
 expected."""
 
 
-@dataclass(frozen=True, slots=True)
-class Flags:
+class Flags(msgspec.Struct, frozen=True):
     """The relevant flags, each with all its values in the order given."""
 
-    given: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    given: Mapping[str, tuple[str, ...]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     ends_at_once: bool = False
     """Whether it was asked for its version or help, so this kubelet runs no pods."""
 

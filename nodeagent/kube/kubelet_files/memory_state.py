@@ -9,12 +9,12 @@ and container (its first form), with whole pods in addition (second), the same a
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.kubelet.assigned import MemoryBlock
 from nodeagent.core.ledger.free import MEMORY
@@ -29,8 +29,7 @@ POLICY = "memoryManagerPolicy"
 """The configuration key."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryState:
+class MemoryState(msgspec.Struct, frozen=True, kw_only=True):
     """How kubelet manages memory and hugepages."""
 
     policy: str = NONE
@@ -40,9 +39,11 @@ class MemoryState:
     """The file or flag that sets it, or "" if none does."""
     policy_conflict: str = ""
     """How configuration and state contradict each other, or "" if they agree."""
-    assigned: Mapping[tuple[str, str], tuple[MemoryBlock, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    assigned: Mapping[tuple[str, str], tuple[MemoryBlock, ...]] = msgspec.field(
+        default_factory=lambda: MappingProxyType({})
+    )
     """Memory by pod UID and container name."""
-    pods: Mapping[str, tuple[MemoryBlock, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    pods: Mapping[str, tuple[MemoryBlock, ...]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Memory of whole pods, by UID; it includes that of their containers."""
 
     @property

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from enum import StrEnum
 
+import msgspec
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.core.dra.pool import Pool
 from nodeagent.errors import PeerError
@@ -29,8 +30,7 @@ WAITING, PUBLISHED, FAILED = PublishState
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublishPace:
+class PublishPace(msgspec.Struct, frozen=True, kw_only=True):
     """Timing of writes and retries, in seconds."""
 
     start_jitter_s: float = 10.0
@@ -63,8 +63,7 @@ class PublishPace:
 DEFAULT_PACE = PublishPace()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolStanding:
+class PoolStanding(msgspec.Struct, frozen=True, kw_only=True):
     """Publication status of one pool, and what the server stores of it."""
 
     kind: str

@@ -12,10 +12,11 @@ import contextlib
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import msgspec
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
 from nodeagent.core.dra.node_allocatable import FEATURE
@@ -119,8 +120,7 @@ class _Blind:
         pass
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PublicationState:
+class PublicationState(msgspec.Struct, frozen=True, kw_only=True):
     """Publication status of all pools."""
 
     state: PublishState = WAITING

@@ -12,10 +12,11 @@ import functools
 import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
+
+import msgspec
 
 from nodeagent.core.dra.pool import (
     READY_CONDITION,
@@ -64,8 +65,7 @@ NO_TIMES: TaintTimes = MappingProxyType({})
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Owner:
+class Owner(msgspec.Struct, frozen=True, kw_only=True):
     """Driver and node that the slices belong to."""
 
     driver: str

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import msgspec
 import structlog
 
 from nodeagent.aio.revision import Revision
@@ -39,8 +39,7 @@ READ_BACK_LIMIT_S = 2.0
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True)
-class _One:
+class _One(msgspec.Struct, frozen=True):
     """One offer, and the task that keeps it registered."""
 
     offer: Offer

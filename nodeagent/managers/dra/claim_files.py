@@ -6,10 +6,10 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.aio.supervise import run_to_end
 from nodeagent.core.ledger.ledger import Ledger

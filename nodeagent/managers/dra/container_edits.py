@@ -4,10 +4,11 @@ what the host kinds know about devices."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json

@@ -4,15 +4,15 @@ programs share a device through."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unmade:
+class Unmade(msgspec.Struct, frozen=True, kw_only=True):
     """A MIG instance does not exist. refused: the driver said so; otherwise it is unknown and is looked up again."""
 
     why: str

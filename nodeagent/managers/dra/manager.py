@@ -7,17 +7,16 @@ it publishes, maintains files and releases forgotten claims.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race, supervise
@@ -306,7 +305,7 @@ class DraManager(Manager):
             "registration": registration.state if registration else "",
             "reason": registration.reason if registration else "",
             "health_watched": registration.connected if registration else False,
-            "slices": dataclasses.asdict(standing) if standing else {},
+            "slices": msgspec.to_builtins(standing) if standing else {},
             "counted": sorted({name for pool in self.pools.last() for name in pool.counted}),
             "claims": len(claims_held(self._agent.ledger)),
         }

@@ -8,7 +8,8 @@ waits. Nothing here does I/O.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.events.happenings import MOST_PODS, RULES, Happening
 from nodeagent.kube.event import Event
@@ -23,8 +24,7 @@ FORGET_S = 60.0
 MOST_WAITING, MOST_KNOWN = 200, 1000
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
-class Series:
+class Series(msgspec.Struct, kw_only=True, eq=False):
     """An Event and how often it happened. Times `..._at` are in seconds since the epoch, `..._s` of a clock."""
 
     event: Event

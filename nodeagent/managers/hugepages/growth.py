@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+import msgspec
 import structlog
 
 from nodeagent.config.schema import KEEP_FREE, Config
@@ -33,8 +33,7 @@ Explain = Callable[[str], str]
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GrowthTiming:
+class GrowthTiming(msgspec.Struct, frozen=True, kw_only=True):
     """Time limits. Kubelet waits 45 s for a claim, of which reading it may take 25."""
 
     poll_s: float = 2.0

@@ -6,7 +6,6 @@ unreadable file counts as empty, and this is logged: pages are then kept for goo
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -26,8 +25,7 @@ Key = tuple[NodeId, int]
 """A pool: its node and page_bytes."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Grown:
+class Grown(msgspec.Struct, frozen=True, kw_only=True):
     """A pool larger than it was found. Sizes are in pages, without surplus pages."""
 
     node: NodeId
@@ -82,7 +80,7 @@ class GrowthJournal:
         if (one := known.pop(key, None)) is None:
             return
         if pages > one.base_pages:
-            known[key] = dataclasses.replace(one, grown_pages=min(pages, one.grown_pages))
+            known[key] = msgspec.structs.replace(one, grown_pages=min(pages, one.grown_pages))
         self._write(known.values())
 
     def shrunk(self, key: Key, floor_pages: int, pages: int) -> None:
@@ -91,7 +89,7 @@ class GrowthJournal:
         known = dict(self.read())
         one = known.pop(key)
         if pages > floor_pages:
-            known[key] = dataclasses.replace(one, base_pages=floor_pages, grown_pages=pages)
+            known[key] = msgspec.structs.replace(one, base_pages=floor_pages, grown_pages=pages)
         self._write(known.values())
 
     def forget(self, key: Key) -> None:
@@ -99,7 +97,7 @@ class GrowthJournal:
         self._write(one for other, one in self.read().items() if other != key)
 
     def _write(self, known: Iterable[Grown]) -> None:
-        ours = [dataclasses.asdict(one) for one in sorted(known, key=lambda one: (one.node, one.page_bytes))]
+        ours = [msgspec.structs.asdict(one) for one in sorted(known, key=lambda one: (one.node, one.page_bytes))]
         if ours:
             files.replace(self.path, msgspec.json.encode(ours) + b"\n", mode=0o600)
         else:

@@ -7,10 +7,10 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config

@@ -13,11 +13,12 @@ import math
 import re
 import time
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
@@ -42,8 +43,7 @@ MOST_SHOWN = 20
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IntruderReport:
+class IntruderReport(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one look."""
 
     looked_at: float | None = None
@@ -56,7 +56,7 @@ class IntruderReport:
     irqs: tuple[Irq, ...] = ()
     moving: bool = False
     """Whether interrupts were moved."""
-    moves: InterruptMoves = field(default_factory=InterruptMoves)
+    moves: InterruptMoves = msgspec.field(default_factory=InterruptMoves)
     warnings: tuple[str, ...] = ()
 
     @property

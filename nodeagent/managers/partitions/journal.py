@@ -7,7 +7,6 @@ are rather than taken from another program.
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -59,7 +58,7 @@ class PartitionJournal:
             self._write(one for id, one in self.read().items() if id not in gone)
 
     def _write(self, records: Iterable[Record]) -> None:
-        ours = [dataclasses.asdict(one) for one in sorted(records, key=lambda one: one.partition)]
+        ours = [msgspec.structs.asdict(one) for one in sorted(records, key=lambda one: one.partition)]
         if ours:
             files.replace(self.path, msgspec.json.encode(ours) + b"\n", mode=0o600, durable=False)
         else:

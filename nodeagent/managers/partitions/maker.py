@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractAsyncContextManager
-from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.partitions.geometry import Place, overlapping

@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+import msgspec
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end, supervise
@@ -71,8 +72,7 @@ class NvmlSource(Protocol):
         ...
 
 
-@dataclass
-class _Pace:
+class _Pace(msgspec.Struct):
     """When to try again what failed."""
 
     wait_s: float = RETRY_S

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from types import MappingProxyType
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import PinningConfig
@@ -26,8 +28,7 @@ from nodeagent.host.cgroup.layout import CONTAINER, POD, Cgroup, CgroupLayout, r
 from nodeagent.host.cgroup.read import MEMBER
 
 
-@dataclass(slots=True, kw_only=True)
-class ContainerEntry:
+class ContainerEntry(msgspec.Struct, kw_only=True):
     """A container, and the status of its confinement."""
 
     container: Container

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.host.cgroup.enforcer import Target
@@ -14,8 +16,7 @@ from nodeagent.host.cgroup.write import Drift
 from nodeagent.telemetry import metrics
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Elsewhere:
+class Elsewhere(msgspec.Struct, frozen=True, kw_only=True):
     """A container that ran on other CPUs or NUMA nodes than desired."""
 
     file: str
@@ -26,8 +27,7 @@ class Elsewhere:
     """When it was corrected, or None if it still runs there."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tally:
+class Tally(msgspec.Struct, frozen=True, kw_only=True):
     """Drift found in some cgroups."""
 
     found: int = 0
@@ -44,13 +44,12 @@ class Tally:
 NONE = Tally()
 
 
-@dataclass(slots=True)
-class Drifts:
+class Drifts(msgspec.Struct):
     """Drift of the existing cgroups. `clock` returns seconds since the epoch."""
 
     clock: Callable[[], float] = time.time
-    _tallies: dict[str, Tally] = field(default_factory=dict)
-    _noticed_s: dict[str, float] = field(default_factory=dict)
+    _tallies: dict[str, Tally] = msgspec.field(default_factory=dict)
+    _noticed_s: dict[str, float] = msgspec.field(default_factory=dict)
     """Since when cgroups that are not repaired yet are known to differ (time.monotonic)."""
 
     def found(self, path: str, drift: Iterable[Drift], *, repaired: bool, noticed_s: float) -> None:

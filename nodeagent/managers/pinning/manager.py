@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import os
 import time
@@ -19,6 +18,7 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 from nodeagent.aio.revision import Revision
@@ -369,7 +369,7 @@ class PinningManager(Manager):
             "outside_cpus": str(pin.outside),
             "drifts": drifts.found,
             "drifts_not_repaired": drifts.open,
-            "ran_unpinned": dataclasses.asdict(drifts.elsewhere) if drifts.elsewhere is not None else None,
+            "ran_unpinned": msgspec.structs.asdict(drifts.elsewhere) if drifts.elsewhere is not None else None,
             "quota_cpus": self.reconciler.quotas.get(entry.container.id),
             "unproven": list(pin.unproven),
             "error": self.reconciler.errors.get(entry.path, "") or self.reconciler.errors.get(pod, ""),

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 
 import structlog
+from msgspec.structs import replace
 
 from nodeagent.config.schema import PinningConfig
 from nodeagent.core.dra.opaque_config import OWN_VARIABLES

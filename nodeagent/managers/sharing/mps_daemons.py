@@ -9,7 +9,6 @@ left alone. One that has ended is started again in the same folder: NVIDIA's cli
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,11 +29,10 @@ PROHIBITED = "Prohibited"
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Kept:
+class Kept(msgspec.Struct, frozen=True, kw_only=True):
     """What became of the daemons."""
 
-    errors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    errors: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why a daemon does not run as it should, or is not stopped, by name."""
     restarted: tuple[str, ...] = ()
     """Daemons that had ended although their clients may have used them."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import structlog
 
 from nodeagent.aio.supervise import run_to_end
@@ -34,12 +34,11 @@ _KHZ = 1000
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TuningReport:
+class TuningReport(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one round."""
 
-    plan: TuningPlan = field(default_factory=TuningPlan)
-    state: TuningState = field(default_factory=TuningState)
+    plan: TuningPlan = msgspec.field(default_factory=TuningPlan)
+    state: TuningState = msgspec.field(default_factory=TuningState)
     error: str = ""
     """Why the round was not completed."""
 

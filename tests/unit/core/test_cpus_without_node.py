@@ -4,10 +4,10 @@ for them."""
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.allocate import near
 from nodeagent.core.deviceplugin.view import CpuResource

@@ -6,11 +6,11 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.allocate import Stamp, allocate, refuse_excluded
 from nodeagent.core.deviceplugin.devices import DeviceResource, still_told

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.dra.hugepage_demand import Demand, concerned, demand, idle, is_granted
 from nodeagent.core.dra.memory_pools import SIZE, MemoryPool, PagePool

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import random
 import sys
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import Ledger, amend, grant, release, with_reserved
 from nodeagent.core.model.cpuset import CpuSet

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.view import HugepageResource, Near
 from nodeagent.core.dra.memory_pools import SIZE, MemoryPool, PagePool

@@ -35,7 +35,7 @@ def plugin_grant(id: str, cpus: str = "", **more: Any) -> Grant:
 
 
 def listed(grant: Grant, pod: str, name: str = "main") -> Grant:
-    from dataclasses import replace
+    from msgspec.structs import replace
 
     holder = replace(grant.holder, namespace="ns", pod=pod, container=name)
     return replace(grant, holder=holder, confirmed=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 
+import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -82,8 +82,8 @@ def test_what_is_held_through_either_api_is_not_available() -> None:
 
 def test_the_zones_have_the_distances_of_the_kernel() -> None:
     inventory = machine()
-    nodes = tuple(dataclasses.replace(one, distances={0: 10, 1: 21}) for one in inventory.numa_nodes)
-    found = zones(dataclasses.replace(inventory, numa_nodes=nodes), Ledger(), CpuSet(), {})
+    nodes = tuple(msgspec.structs.replace(one, distances={0: 10, 1: 21}) for one in inventory.numa_nodes)
+    found = zones(msgspec.structs.replace(inventory, numa_nodes=nodes), Ledger(), CpuSet(), {})
     assert [zone.distances for zone in found] == [{0: 10, 1: 21}] * 2
 
 

@@ -4,9 +4,8 @@ kubelet over random histories.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.ledger.release import Absences, Memory, judge

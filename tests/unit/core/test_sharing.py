@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.device_pool import DevicePool, label

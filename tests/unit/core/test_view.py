@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import LONGEST_ID, DeviceResource, illness, refuse_missing_shares, without
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, Near, Parts, ResourceKind
@@ -122,7 +123,7 @@ def test_preference_is_exact_placement_among_what_is_available() -> None:
 
 def test_a_container_takes_what_a_claim_would_be_allocated_last() -> None:
     """Of equally good nodes the last one; a better node all the same, and what must be included."""
-    both, every = replace(CPUS, claimed=True), [f"cpu{n}" for n in range(8)]
+    both, every = dataclasses.replace(CPUS, claimed=True), [f"cpu{n}" for n in range(8)]
     assert CPUS.prefer(machine(), NOBODY, every, [], 2, Near()) == ["cpu0", "cpu1"]
     assert both.prefer(machine(), NOBODY, every, [], 2, Near()) == ["cpu4", "cpu5"]
     assert both.prefer(machine(), NOBODY, every, ["cpu0"], 2, Near()) == ["cpu0", "cpu1"]
@@ -141,7 +142,7 @@ def test_what_a_container_takes_is_as_good_on_the_last_node(
     ledger = replace(NOBODY, reserved=CpuSet(taken - free))
     every = [f"cpu{one}" for one in sorted(free)]
     costs = []
-    for resource in (CPUS, replace(CPUS, claimed=True)):
+    for resource in (CPUS, dataclasses.replace(CPUS, claimed=True)):
         chosen = CpuSet(int(one[3:]) for one in resource.prefer(inventory, ledger, every, [], size, Near()))
         assert len(chosen) == size and set(chosen) <= free
         costs.append(place(inventory, ledger, Request(cpus=size, within_cpus=CpuSet(free), must_cpus=chosen)).cost[:-1])

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+
+import msgspec
 
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.snapshot import scan
@@ -18,7 +19,7 @@ def read(tree: SysFs) -> dict[str, object]:
     """All that the agent reads; warnings without the root."""
     found = scan(tree, builtin_kinds())
     warnings = tuple(warning.replace(tree.root, "") for warning in found.warnings)
-    return {one.name: getattr(found, one.name) for one in dataclasses.fields(found)} | {"warnings": warnings}
+    return msgspec.structs.asdict(found) | {"warnings": warnings}
 
 
 def test_the_agent_reads_the_same_from_a_table_as_from_the_capture(recorded_tree: Callable[[str], Path]) -> None:

@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import ContainerEdits, Device, DriverFiles, DriverUse, Hook
 from nodeagent.core.model.inventory import Inventory

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.ledger.exclusion import excluded_with

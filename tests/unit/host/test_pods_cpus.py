@@ -5,13 +5,13 @@ holds some of it, and it comes back.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.view import CpuResource

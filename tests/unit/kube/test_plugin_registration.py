@@ -9,11 +9,11 @@ import shutil
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import grpc
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from nodeagent.aio.folder_watch import FolderWatch

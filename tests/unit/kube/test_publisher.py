@@ -5,15 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import random
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from nodeagent.aio.revision import Revision
@@ -440,7 +441,7 @@ async def test_a_fault_delays_and_loses_nothing(verb: str, fault: Fault) -> None
     async with FakeApiServer() as server:
         server.add(SLICES, render(nics(), Owner(driver=DRIVER, node_name=NODE), 1)[0])
         server.add(SLICES, render(gpus(3), Owner(driver=DRIVER, node_name=NODE), 1)[0])
-        server.answers.append(replace(fault, verb=verb, resource=NODES if verb == "get" else SLICES))
+        server.answers.append(dataclasses.replace(fault, verb=verb, resource=NODES if verb == "get" else SLICES))
         async with bench(gpus(130), server=server) as it:
             await it.until_right()
             assert not server.answers

@@ -6,13 +6,13 @@ import contextlib
 import fcntl
 import json
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.ledger.witness import Sight, Witnesses

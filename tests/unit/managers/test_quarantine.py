@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import HEALTHY, NO_HEALTH, UNHEALTHY, Evidence, observe, withdraw

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.witness import Sight
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Evidence

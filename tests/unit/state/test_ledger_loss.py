@@ -9,10 +9,10 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import GRANTED, RELEASED, Change
 from nodeagent.errors import LedgerTooNewError

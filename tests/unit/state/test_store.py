@@ -12,10 +12,10 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.ledger.ledger import ADOPTED, CONFIRMED, GRANTED, REDUCED, RELEASED, Change
 from nodeagent.core.model.cpuset import CpuSet

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from nodeagent.cli.agent.explain.unit import moment
 from nodeagent.cli.agent.explain.words import holdings
@@ -42,7 +43,7 @@ def refusals(state_dir: Path, about: Callable[[AuditEntry], bool]) -> tuple[list
 
 def refusal_documents(state: NodeState, found: Sequence[AuditEntry]) -> list[Document]:
     """Return refusals in plain types; the newest with who stands in the way now."""
-    documents = [dataclasses.asdict(one) for one in found]
+    documents = [msgspec.structs.asdict(one) for one in found]
     for document, entry in zip(documents[:1], found, strict=False):
         document["now"] = in_the_way_now(state, entry.what)
     return documents
@@ -66,8 +67,7 @@ def in_the_way_now(state: NodeState, want: str) -> Document:
     }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Wanted:
+class _Wanted(msgspec.Struct, frozen=True):
     part: DevicePart
     kind: str
     cpus: int = 0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Set
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import msgspec
+from msgspec.structs import replace
 
 from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.cli.shared.facts import Facts
@@ -25,8 +27,7 @@ NODE = "node"
 """Stands for the node's name where the agent does not show one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Served:
+class Served(msgspec.Struct, frozen=True):
     """What is served through both APIs."""
 
     offers: tuple[Offer, ...]

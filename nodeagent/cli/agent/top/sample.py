@@ -8,7 +8,8 @@ Documentation/admin-guide/pm/cpufreq.rst.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.core.model.topology import NodeId
 from nodeagent.errors import HostError
@@ -24,16 +25,14 @@ OWN_FIELDS = 8
 PARTS = CgroupPart.CPU_TIME | CgroupPart.HUGETLB_USE
 
 
-@dataclass(frozen=True, slots=True)
-class CpuTime:
+class CpuTime(msgspec.Struct, frozen=True):
     """Time of one CPU since boot, in the kernel's ticks."""
 
     busy: int
     total: int
 
 
-@dataclass(frozen=True, slots=True)
-class NodeMemory:
+class NodeMemory(msgspec.Struct, frozen=True):
     """Memory and hugepages of one NUMA node."""
 
     total_bytes: int | None
@@ -42,8 +41,7 @@ class NodeMemory:
     """By page_bytes: all and free ones."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sample:
+class Sample(msgspec.Struct, frozen=True):
     """One reading."""
 
     at_s: float

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+
+import msgspec
 
 from nodeagent.cli.agent.top.sample import CpuTime, Sample
 from nodeagent.core.model.cpuset import CpuSet
@@ -16,8 +17,7 @@ IDLE_BELOW = 0.05
 NONE: Mapping[str, str] = {}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, kw_only=True):
     """What one holder has, of all its grants."""
 
     holder: str
@@ -29,8 +29,7 @@ class Held:
     """Number of pages by page_bytes."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Use:
+class Use(msgspec.Struct, frozen=True, kw_only=True):
     """What a holder used. Shares are of the time between the readings; None if it is not known."""
 
     holder: str
@@ -53,8 +52,7 @@ class Use:
         return bool(self.cpus) and self.busy is not None and self.busy < IDLE_BELOW
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NodeUse:
+class NodeUse(msgspec.Struct, frozen=True, kw_only=True):
     """What was used of a NUMA node."""
 
     node: NodeId

@@ -9,9 +9,10 @@ import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from threading import Barrier, BrokenBarrierError
 from typing import NamedTuple, TypeVar
+
+import msgspec
 
 from nodeagent.cli.agent.top.sample import meminfo
 from nodeagent.cli.node.bench.plan import Plan, jittered
@@ -49,8 +50,7 @@ class Jitter(NamedTuple):
     worst_ns: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
     """What was found."""
 
     plan: Plan

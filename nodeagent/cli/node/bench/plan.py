@@ -7,8 +7,9 @@ kubelet's own CPU manager.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.inventory import Inventory
@@ -25,8 +26,7 @@ Documents = Sequence[Mapping[str, Any]]
 """Grants, as the page /v1/grants has them."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True, kw_only=True):
     """What to measure."""
 
     whose: str

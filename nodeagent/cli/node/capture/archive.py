@@ -10,9 +10,10 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
+
+import msgspec
 
 from nodeagent.errors import InputError
 
@@ -22,13 +23,12 @@ LEVEL = 3
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
-@dataclass
-class Members:
+class Members(msgspec.Struct):
     """What a capture consists of."""
 
-    files: dict[str, bytes] = field(default_factory=dict)
-    folders: set[str] = field(default_factory=set)
-    links: dict[str, str] = field(default_factory=dict)
+    files: dict[str, bytes] = msgspec.field(default_factory=dict)
+    folders: set[str] = msgspec.field(default_factory=set)
+    links: dict[str, str] = msgspec.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.files) + len(self.folders) + len(self.links)

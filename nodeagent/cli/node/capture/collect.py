@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -59,8 +58,7 @@ LOG_LINES, LOG_S = 2000, 2.0
 LARGEST_FILE_BYTES = 32 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Node:
+class Node(msgspec.Struct, frozen=True, kw_only=True):
     """What is captured, and where it is."""
 
     root: str
@@ -71,13 +69,12 @@ class Node:
     config_file: Path | None
 
 
-@dataclass
-class Gathered:
+class Gathered(msgspec.Struct):
     """What was found so far."""
 
     at_s: float
-    members: Members = field(default_factory=Members)
-    missing: dict[str, str] = field(default_factory=dict)
+    members: Members = msgspec.field(default_factory=Members)
+    missing: dict[str, str] = msgspec.field(default_factory=dict)
     kubelet_dir: str = ""
 
     @contextlib.contextmanager

@@ -9,8 +9,9 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from nodeagent.cli.node.doctor.node import Node, NotCapturedError
 from nodeagent.errors import NodeagentError, cause_of
@@ -28,8 +29,7 @@ class State(StrEnum):
     """The question does not arise here, or a capture cannot answer it."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(msgspec.Struct, frozen=True):
     """What one check found."""
 
     state: State
@@ -65,8 +65,7 @@ def skipped(why: str) -> Finding:
     return Finding(State.SKIPPED, why)
 
 
-@dataclass(frozen=True, slots=True)
-class Check:
+class Check(msgspec.Struct, frozen=True):
     """One question about a node."""
 
     name: str

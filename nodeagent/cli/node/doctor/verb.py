@@ -7,10 +7,11 @@ It works before there is an agent, while one runs and after it has ended. It run
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from nodeagent.cli.node.doctor import show
 from nodeagent.cli.node.doctor.model import Check, Finding
@@ -95,7 +96,7 @@ def node_of(args: argparse.Namespace) -> Node:
         paths["state_dir"] = Path(args.state_dir)
     if args.root is not None:
         check_root(args.root)
-        facts = dataclasses.replace(_live(args, SOCKET), page=_no_page, root=args.root)
+        facts = msgspec.structs.replace(_live(args, SOCKET), page=_no_page, root=args.root)
         return Node(root=args.root, page=facts.page, live=False, now_s=facts.now_s, **paths)
     return _here(args, paths)
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from nodeagent.cli.output import forms
 from nodeagent.cli.shared.tables import print_table
@@ -26,8 +27,7 @@ NEW, TAKEN, KNOWN, RELEASED, ENDED, REFUSED = "new", "taken", "held", "released"
 taken over is released; its pod has ended, so it is left alone; it cannot be taken over."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Managers:
+class Managers(msgspec.Struct, frozen=True, kw_only=True):
     """Kubelet's managers according to its configuration and files."""
 
     folder: Path
@@ -47,8 +47,7 @@ class Managers:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True):
     """One run. applied: the plan is now in the ledger."""
 
     kubelet: Managers

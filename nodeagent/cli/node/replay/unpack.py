@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
@@ -60,13 +59,12 @@ class _Bounded(io.RawIOBase):
         return found
 
 
-@dataclass
-class _Unpacking:
+class _Unpacking(msgspec.Struct):
     """A capture that is being unpacked."""
 
     folder: Path
-    links: dict[str, str] = field(default_factory=dict)
-    files: set[str] = field(default_factory=set)
+    links: dict[str, str] = msgspec.field(default_factory=dict)
+    files: set[str] = msgspec.field(default_factory=set)
     content_bytes: int = 0
 
     def member(self, tar: tarfile.TarFile, one: tarfile.TarInfo) -> None:

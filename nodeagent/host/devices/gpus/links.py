@@ -4,9 +4,10 @@ positions and is not covered here."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import combinations
 from types import MappingProxyType
+
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Device, Link
 from nodeagent.core.placement.linked import complete_groups

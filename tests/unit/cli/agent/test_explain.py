@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import sqlite3
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.cli.agent.explain.cpu import explain_cpu, print_cpu
 from nodeagent.cli.agent.explain.device import explain_device

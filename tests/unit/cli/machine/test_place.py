@@ -6,11 +6,11 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory_json import to_document

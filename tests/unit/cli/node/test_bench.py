@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -114,7 +114,7 @@ def test_this_machine_is_measured_on_one_cpu_and_the_affinity_is_as_before() -> 
 
 def test_a_node_that_the_machine_lacks_is_said_to_be_so() -> None:
     """Of several, each must be where it was bound to."""
-    nodes = dataclasses.replace(small(CpuSet((min(HERE),))), nodes=(0, 1023))
+    nodes = msgspec.structs.replace(small(CpuSet((min(HERE),))), nodes=(0, 1023))
     found = Bench(nodes, SysFs("/"), lambda: EMPTY, lambda _: None).run(0.03).nodes
     assert "no memory can be bound to it" in next(one for one in found if one.node == 1023).why_not
 

@@ -11,12 +11,13 @@ import re
 import stat
 import tempfile
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from msgspec.structs import replace
 
 from nodeagent.cli import main
 from nodeagent.cli.node.capture import collect, redact

@@ -7,11 +7,12 @@ import contextlib
 import random
 import shutil
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.cli import main
 from nodeagent.cli.shared.facts import Facts

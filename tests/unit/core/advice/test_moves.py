@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.advice.fragmentation import fragmentation
 from nodeagent.core.advice.moves import MOST_ORDERED, Advice, advise

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
-from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.advice.release import by_disruption, smallest_release, smallest_set
 from nodeagent.core.advice.tenants import Tenant, tenants_of
