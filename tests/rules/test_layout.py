@@ -196,6 +196,18 @@ def test_the_core_is_pure() -> None:
             assert not {one.split(".")[0] for one in names} & forbidden, name
 
 
+def test_values_are_structs_where_they_can_be() -> None:
+    """A dataclass costs each start what a Struct does not; only fields outside comparison or repr need one."""
+    needless = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef) and any("dataclass" in ast.unparse(one) for one in node.decorator_list):
+                text = ast.unparse(node)
+                if "compare=False" not in text and "repr=False" not in text:
+                    needless.append(f"{path.relative_to(PACKAGE)}: {node.name}")
+    assert needless == []
+
+
 def test_the_state_knows_no_configuration_and_no_hardware() -> None:
     """What it decides on comes as core values; what a container gets is rendered by the caller."""
     known = {other for name, tree in modules() if package(name)[1] == "state" for other in imported(tree)}
