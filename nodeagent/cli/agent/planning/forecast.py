@@ -6,10 +6,10 @@ import argparse
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from nodeagent.cli.agent.planning.manifests import read_objects
 from nodeagent.cli.agent.planning.progress import Progress
 from nodeagent.cli.agent.planning.served import Served, add_config, served
 from nodeagent.cli.shared.facts import Facts, add_facts, facts_of
+from nodeagent.cli.shared.manifests import read_objects
 from nodeagent.cli.shared.node_state import NodeState, state_of
 from nodeagent.cli.shared.tables import print_document
 from nodeagent.core.advice.claim_forecast import ClaimNode, forecast_claims

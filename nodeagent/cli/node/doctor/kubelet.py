@@ -53,7 +53,7 @@ def _cpu_manager(node: Node) -> Finding:
         return skipped(f"no CPUs are served; kubelet's policy is {state.policy}")
     why = managed_elsewhere(node.kubelet, node.inventory, node.reserved()).get(CPU, "")
     if why:
-        return failure(why, "let one of the two assign CPUs", "nodeagent import kubelet-state --dry-run")
+        return failure(why, "let one of the two assign CPUs", "nodeagent import kubelet-state")
     return ok(f"cpuManagerPolicy is {state.policy}")
 
 

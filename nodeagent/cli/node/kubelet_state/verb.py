@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from nodeagent.cli.node.kubelet_state.report import Managers, Report
 from nodeagent.cli.node.run import DEFAULT_CONFIG
@@ -36,15 +37,13 @@ EXAMPLES = (
     ("nodeagent import kubelet-state", "what would be taken over, what not and why, and the next steps"),
     ("nodeagent import kubelet-state --apply", "take it over; pods keep what they have"),
 )
-EXIT_CODES = {3: "refused: something cannot be taken over"}
 DONE, REFUSED = 0, 3
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `nodeagent import`."""
-    what = parser.add_subparsers(dest="what", metavar="kubelet-state", required=True)
+def add_verb(verbs: argparse._SubParsersAction[Any]) -> None:
+    """Add `kubelet-state` with its options to the verbs of `nodeagent import`."""
     text = "take over what cpu_manager_state and memory_manager_state have; a dry run without --apply"
-    verb = what.add_parser("kubelet-state", help=text, description=text)
+    verb = verbs.add_parser("kubelet-state", help=text, description=text)
     verb.add_argument("--apply", action="store_true", help="write it to the ledger")
     verb.add_argument("--config", metavar="FILE", help=f"configuration (default: {DEFAULT_CONFIG}, if it exists)")
     verb.add_argument("--kubelet-dir", metavar="DIR", help="kubelet's folder (default: as configured)")

@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as some
 
 from nodeagent.cli.agent.planning.forecast import _beyond
-from nodeagent.cli.agent.planning.manifests import read_objects
+from nodeagent.cli.shared.manifests import read_objects
 from nodeagent.core.advice.pod_forecast import ContainerDemand
 from nodeagent.errors import InputError
 from nodeagent.kube.claim_spec import CLAIM, CLASS, TEMPLATE, read_claim

@@ -20,9 +20,23 @@ def read_objects(path: str, option: str) -> list[Object]:
 
     path: "-" for standard input. option: the option that named it, for errors.
     """
+    source = f"{option} {path}"
+    return [one for document in read_documents(path, source) for one in _objects(document, source)]
+
+
+def read_documents(path: str, source: str) -> list[Any]:
+    """Return the documents of a YAML or JSON file that are not empty, in the types of JSON. Raise InputError if it
+    cannot be read.
+
+    path: "-" for standard input. source: what it is in errors.
+    """
+    return parse_documents(_read(path, source), source)
+
+
+def parse_documents(text: bytes, source: str) -> list[Any]:
+    """Return the documents of a text, as `read_documents` does those of a file."""
     import yaml
 
-    text, source = _read(path, option), f"{option} {path}"
     try:
         documents = list(yaml.load_all(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
     except RecursionError:
@@ -31,10 +45,10 @@ def read_objects(path: str, option: str) -> list[Object]:
         # The last ones are what the loader raises where a tag and its value do not fit, such as "!!bool x".
         raise InputError(f"cannot read {source}: {' '.join(str(error).split())}") from None
     plain = _Plain(source)
-    return [one for document in documents if document is not None for one in _objects(plain.of(document), source)]
+    return [plain.of(document) for document in documents if document is not None]
 
 
-def _read(path: str, option: str) -> bytes:
+def _read(path: str, source: str) -> bytes:
     try:
         if path == "-":
             text = sys.stdin.buffer.read(LARGEST_FILE_BYTES + 1)
@@ -42,9 +56,9 @@ def _read(path: str, option: str) -> bytes:
             with Path(path).open("rb") as file:
                 text = file.read(LARGEST_FILE_BYTES + 1)
     except OSError as error:
-        raise InputError(f"cannot read {option} {path}: {error.strerror}") from None
+        raise InputError(f"cannot read {source}: {error.strerror}") from None
     if len(text) > LARGEST_FILE_BYTES:
-        raise InputError(f"cannot read {option} {path}: it is larger than {LARGEST_FILE_BYTES >> 20} MiB")
+        raise InputError(f"cannot read {source}: it is larger than {LARGEST_FILE_BYTES >> 20} MiB")
     return text
 
 
