@@ -34,6 +34,7 @@ NodeResource = Annotated[str, msgspec.Meta(pattern=r"^(cpu|memory|hugepages-[1-9
 AT_START = msgspec.Meta(extra={"applied": "at start"})
 """Marks a key that takes effect only when the agent starts."""
 Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
+AnyOrAddress = Annotated[str, msgspec.Meta(pattern=r"^(\*|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])$")]
 
 
 class _Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
@@ -126,6 +127,10 @@ class ResourceConfig(_Base, frozen=True):
     driver_capabilities: list[DriverCapability] = []
     """kind gpu: what containers get of NVIDIA's driver in addition to what computing needs."""
     env: dict[Variable, Text] = {}
+    additional_info: dict[AnyOrAddress, dict[str, Text]] = {}
+    """Of PCI functions: what else PCIDEVICE_…_INFO says, by PCI address, or "*" for every one."""
+    vhost_net: bool = False
+    """kind nic: whether the container gets /dev/vhost-net and /dev/net/tun too."""
     mounts: list[MountConfig] = []
     mig: MigConfig = MigConfig()
     overhead: dict[NodeResource, OverheadConfig] = {}
@@ -290,6 +295,14 @@ class PinningConfig(_Base, frozen=True):
     tuning: TuningConfig = TuningConfig()
 
 
+class NetworkConfig(_Base, frozen=True):
+    """Network adapters as other programs need them. Everything is off unless it is given."""
+
+    device_info_dir: AbsoluteOrEmpty = ""
+    """Where device information files for CNI plugins are written, /var/run/k8s.cni.cncf.io/devinfo/dp for Multus.
+    Empty: nowhere."""
+
+
 class HugepagesConfig(_Base, frozen=True):
     """A hugepage pool that the agent provides on one NUMA node."""
 
@@ -329,6 +342,7 @@ class Config(_Base, frozen=True):
     dra: DraConfig = DraConfig()
     nvidia: NvidiaConfig = NvidiaConfig()
     pinning: PinningConfig = PinningConfig()
+    network: NetworkConfig = NetworkConfig()
     hugepages: list[HugepagesConfig] = []
     """Pools to provide; others are left alone."""
 

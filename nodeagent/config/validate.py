@@ -44,6 +44,8 @@ MEANT_FOR = {
     "grouping": ("cpu",),
     "driverCapabilities": ("gpu",),
     "mig": ("gpu",),
+    "vhostNet": ("nic",),
+    "additionalInfo": ("accel", "fpga", "nic", "pci"),
 }
 """Keys that apply only to some kinds, with these."""
 TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")

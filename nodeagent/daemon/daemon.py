@@ -31,8 +31,9 @@ from nodeagent.core.events.states import Node
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.gpus import Gpus, instance_table
+from nodeagent.daemon.network import Network
 from nodeagent.daemon.observed import observed
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked, log_start
 from nodeagent.daemon.reload import rewrites
 from nodeagent.errors import ConfigError, LedgerTooNewError, NodeagentError, StateError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
@@ -70,7 +71,6 @@ from nodeagent.state.leader import Leader
 from nodeagent.state.store import Store
 from nodeagent.state.values import AgentSettings
 from nodeagent.telemetry import log as log_of
-from nodeagent.version import VERSION
 
 POD_RESOURCES = "pod-resources/kubelet.sock"
 LOCKED_RETRY_S = 2.0
@@ -143,8 +143,10 @@ class Daemon:
         self._gpus = Gpus(
             agent, where, lambda: self.config, self._scanner, instances, cluster.report, containers.pod_of
         )
+        self._network = Network(agent, where, families, lambda: self.config)
+        granted, leads = self._network.granted, lambda: self._leader.held
         self._device_plugin = DevicePluginManager(
-            agent, where.kubelet_dir, families, self._refused, lambda: self._leader.held, cluster.report
+            agent, where.kubelet_dir, families, self._refused, leads, cluster.report, granted
         )
         self._hugepages = HugepagesManager(
             agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
@@ -162,6 +164,7 @@ class Daemon:
             self._refused,
             self._hugepages.growing,
             *self._gpus.for_claims,
+            granted,
         )
         self._pinning = PinningManager(
             agent,
@@ -212,6 +215,7 @@ class Daemon:
             self._scanner,
             self._device_plugin,
             *self._gpus.managers,
+            *self._network.managers,
             self._dra,
             self._pinning,
             self._hugepages,
@@ -460,20 +464,8 @@ async def run(config: Config, where: Paths) -> None:
     gc.collect()
     gc.freeze()
     if daemon is not None:
-        _log_start(where)
+        log_start(where)
         await daemon.run(stop)
-
-
-def _log_start(where: Paths) -> None:
-    folders = {"kubelet_dir": where.kubelet_dir, "state_dir": where.state_dir}
-    log.info(
-        "starting",
-        version=VERSION,
-        config=str(where.config_file or "built-in defaults"),
-        root=where.sysfs.root,
-        status_socket=str(where.runtime_dir / STATUS_SOCKET),
-        **{name: str(folder) for name, folder in folders.items()},
-    )
 
 
 async def _built(config: Config, where: Paths, stop: asyncio.Event) -> Daemon | None:

@@ -39,12 +39,14 @@ from nodeagent.host.vfio import Functions
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.kube.kubelet import device_plugin_sockets, plugin_sockets
 from nodeagent.kube.resourceslice.render import Owner, belongs
+from nodeagent.managers import state_files
 from nodeagent.managers.deviceplugin.manager import PLUGINS
 from nodeagent.managers.dra.manager import CLAIMS, node_name
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
+from nodeagent.managers.network.device_info import left_files
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
@@ -69,6 +71,7 @@ STATE_FILES = (
     "partitions.*",
     "mig-modes.json",
     "passthrough.*",
+    "device-info.json",
     ".*.tmp",
 )
 """Names in the state folder."""
@@ -116,6 +119,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _passthrough(host)
     yield _cdi_files(host)
     yield _claim_files(host)
+    yield _device_info(host)
     yield _kubelet_sockets(host)
     yield _slices(host)
     yield published_objects(host)
@@ -334,6 +338,15 @@ def _claim_files(host: Host) -> Leftover:
     claims = ClaimFiles(folder)
     paths = [claims.path(uid).parent for uid in sorted(claims.uids())]
     return _removed(paths, files.remove_folder)
+
+
+def _device_info(host: Host) -> Leftover:
+    """Return the device information files of adapters."""
+    memory = host.where.state_dir / state_files.DEVICE_INFO
+    try:
+        return _removed(left_files(memory))
+    except HostError as error:
+        return Leftover(notes=[str(error)])
 
 
 def _kubelet_sockets(host: Host) -> Leftover:

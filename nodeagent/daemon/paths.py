@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import structlog
 
 from nodeagent.config.schema import Config
 from nodeagent.errors import ConfigError
@@ -15,8 +16,10 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.kubelet import sockets
 from nodeagent.managers.deviceplugin.manager import check as check_device_plugin
 from nodeagent.managers.dra.manager import check as check_dra
+from nodeagent.version import VERSION
 
 STATUS_SOCKET = "status.sock"
+log = structlog.get_logger()
 
 
 class Paths(msgspec.Struct, frozen=True, kw_only=True):
@@ -69,3 +72,16 @@ def _check_folder(folder: Path, mode: int) -> None:
             raise PermissionError(0, "no permission to write")
     except OSError as error:
         raise ConfigError(f"cannot use folder {folder}: {error.strerror}") from None
+
+
+def log_start(where: Paths) -> None:
+    """Log what runs, and where its files are."""
+    folders = {"kubelet_dir": where.kubelet_dir, "state_dir": where.state_dir}
+    log.info(
+        "starting",
+        version=VERSION,
+        config=str(where.config_file or "built-in defaults"),
+        root=where.sysfs.root,
+        status_socket=str(where.runtime_dir / STATUS_SOCKET),
+        **{name: str(folder) for name, folder in folders.items()},
+    )

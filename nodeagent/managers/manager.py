@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from nodeagent.config.schema import Config
+
+Followed = Callable[[], Awaitable[None]]
+"""What is done after a grant and before it is answered."""
+
+
+async def nothing_follows() -> None:
+    """Do nothing after a grant."""
 
 
 class Manager:

@@ -14,12 +14,13 @@ from nodeagent.config.schema import CdiConfig, Config, ResourceConfig
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.model.cpuset import CpuSet, union
-from nodeagent.core.model.device import ContainerEdits, Device, Mount
+from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import format_size, parse_size
 from nodeagent.core.model.topology import NodeId
+from nodeagent.core.network.variables import NO_INFO, TUN, VHOST_NET, pci_variables
 from nodeagent.core.placement.linked import SIZES
 from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.core.sharing.mps import enforcement
@@ -30,6 +31,7 @@ from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
 from nodeagent.host.snapshot import Selectors
 
 CPU, HUGEPAGES, MEMORY = "cpu", "hugepages", "memory"
+_VHOST_NODES = tuple(DeviceNode(host_path=path, container_path=path) for path in (VHOST_NET, TUN))
 
 
 class Offer(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,14 +56,22 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
 
     def device_edits(
-        self, inventory: Inventory, device: Device, same_request: Sequence[Device], capabilities: Iterable[str] = ()
+        self,
+        inventory: Inventory,
+        device: Device,
+        same_request: Sequence[Device],
+        capabilities: Iterable[str] = (),
+        *,
+        rdma: bool = True,
     ) -> ContainerEdits:
         """Return what the container of a claim's device gets.
 
         same_request: all devices of the same kind that it gets, including this one. capabilities: what it gets of
-        NVIDIA's driver in addition to the configured ones.
+        NVIDIA's driver in addition to the configured ones. rdma: whether it gets the nodes of RDMA.
         """
-        own = self._edits(inventory, [device], same_request, capabilities)
+        own = self._edits(inventory, [device], same_request, capabilities, rdma=rdma)
+        if not rdma:
+            own = replace(own, device_nodes=tuple(n for n in own.device_nodes if "/infiniband/" not in n.host_path))
         return replace(own, env=MappingProxyType({**own.env, **self.config.env}))
 
     def _edits(
@@ -70,6 +80,8 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
         devices: Sequence[Device],
         same_request: Sequence[Device],
         capabilities: Iterable[str] = (),
+        *,
+        rdma: bool = True,
     ) -> ContainerEdits:
         _refuse_unmade(devices)
         if self.config.device_nodes:
@@ -83,14 +95,21 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
             uses = {*self.config.driver_capabilities, *capabilities}
             driver, mode = inventory.nvidia_driver, self.driver_files
             own = with_driver(own, driver, devices, same_request, uses=uses, mode=mode)
+        nodes = (*own.device_nodes, *_VHOST_NODES) if self.config.vhost_net else own.device_nodes
         return ContainerEdits(
-            env=own.env,
-            device_nodes=own.device_nodes if self.config.device_nodes else (),
+            env=MappingProxyType({**own.env, **self._pci_variables(same_request, rdma=rdma)}),
+            device_nodes=nodes if self.config.device_nodes else (),
             mounts=(*own.mounts, *_mounts(self.config)),
             annotations=own.annotations,
             cdi_devices=(*own.cdi_devices, *_cdi_names(self.config, devices)),
             hooks=own.hooks,
         )
+
+    def _pci_variables(self, devices: Sequence[Device], *, rdma: bool) -> dict[str, str]:
+        """Return the variables for those of some devices that this resource serves."""
+        mine = [one for one in devices if isinstance(self.resource, DeviceResource) and self.resource.serves(one)]
+        info = self.config.additional_info or NO_INFO
+        return pci_variables(self.name, mine, info=info, vhost_net=self.config.vhost_net, rdma=rdma)
 
     @property
     def by_device_plugin(self) -> bool:

@@ -14,6 +14,7 @@ UNUSED = (
     "nodeagent.host.mps",
     "nodeagent.host.tuning",
     "nodeagent.host.vfio",
+    "nodeagent.managers.network",
     "nodeagent.managers.partitions.manager",
     "nodeagent.managers.passthrough",
     "nodeagent.managers.sharing",

@@ -101,6 +101,13 @@ def test_the_drop_in_for_passthrough_opens_the_files_of_pci_functions_and_nothin
     assert lines == ["[Service]", "ReadWritePaths=/sys/bus/pci /sys/devices"]
 
 
+def test_the_drop_in_for_cni_opens_the_folder_of_device_information_and_nothing_else() -> None:
+    lines = [line for line in UNIT.with_name("nodeagent-cni.conf").read_text().splitlines() if line[:1] not in "#"]
+    folder = "/run/k8s.cni.cncf.io"
+    made = f"ExecStartPre=+/bin/mkdir -p {folder}/devinfo/dp"
+    assert lines == ["[Service]", made, f"ReadWritePaths=-{folder}"]
+
+
 @needs_systemd
 @pytest.mark.parametrize("drop_ins", WORST_EXPOSURE, ids=["alone", "with-dra", "with-every-drop-in"])
 def test_the_exposure_is_what_the_documentation_says(drop_ins: tuple[Path, ...], tmp_path: Path) -> None:

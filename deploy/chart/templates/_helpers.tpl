@@ -31,12 +31,14 @@
 {{- $pinning := $config.pinning | default dict -}}
 {{- $events := $config.events | default dict -}}
 {{- $publish := $config.publish | default dict -}}
+{{- $network := $config.network | default dict -}}
 kubeletDir: {{ clean ($config.kubeletDir | default "/var/lib/kubelet") }}
 stateDir: {{ clean ($config.stateDir | default "/var/lib/nodeagent") }}
 runtimeDir: {{ clean ($config.runtimeDir | default "/run/nodeagent") }}
 domain: {{ $config.domain | default "nodeagent.dev" }}
 driver: {{ $dra.driver | default "nodeagent.dev" }}
 cdiDir: {{ clean ($dra.cdiDir | default "/var/run/cdi") }}
+deviceInfoDir: {{ with $network.deviceInfoDir }}{{ clean . }}{{ end }}
 pins: {{ ne ($pinning.mode | default "auto") "off" }}
 nri: {{ has ($pinning.mode | default "auto") (list "auto" "nri") }}
 nriDir: {{ dir (clean ($pinning.nriSocket | default "/var/run/nri/nri.sock")) }}

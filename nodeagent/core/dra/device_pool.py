@@ -396,7 +396,7 @@ def _attributes(device: Device, resource: DeviceResource) -> dict[str, Value]:
         "pciAddress": device.pci_address,
         "iommuGroup": device.iommu_group,
         SWITCH: next(iter(reversed(pcie_switches(device))), None),
-        **({"rdma": bool(device.attributes.get("rdma"))} if device.kind == "nic" else {}),
+        **({"rdma": bool(device.attributes.get("rdma")), **_for_cni(device, resource)} if device.kind == "nic" else {}),
         # The holder of one share consumes some of every capacity, so an amount that is not counted is published as an
         # attribute instead.
         **({f"{name}Bytes": one.value for name, one in _capacity(device).items()} if resource.replicas > 1 else {}),
@@ -431,6 +431,14 @@ def _standard(device: Device) -> dict[str, Value | None]:
         STANDARD_ROOT: standard_root(device),
         "resource.kubernetes.io/pciBusID": address if _PCI_ADDRESS.fullmatch(address) else None,
     }
+
+
+def _for_cni(device: Device, resource: DeviceResource) -> dict[str, Value | None]:
+    """Return what CNI meta-plugins know a device by (Multus, pkg/draclient): the resource that a network names, and the
+    device's id. Only of a whole PCI function."""
+    if device.pci_address != device.id:
+        return {}
+    return {"k8s.cni.cncf.io/resourceName": resource.name, "k8s.cni.cncf.io/deviceID": device.pci_address}
 
 
 def _fits(value: object) -> bool:

@@ -9,6 +9,7 @@ from nodeagent.core.events.happenings import Report, allocation_refused, unrepor
 from nodeagent.core.model.device import Advertised, ContainerEdits
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Holder
 from nodeagent.errors import InputError, Refused
+from nodeagent.managers.manager import Followed, nothing_follows
 from nodeagent.resources.offer import Offer
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import Refusal
@@ -21,8 +22,12 @@ class OfferAdapter:
 
     pre_start_required = False
 
-    def __init__(self, agent: Agent, offer: Offer, report: Report = unreported) -> None:
+    def __init__(
+        self, agent: Agent, offer: Offer, report: Report = unreported, granted: Followed = nothing_follows
+    ) -> None:
+        """granted: called after each allocation, before kubelet is answered."""
         self._agent = agent
+        self._granted = granted
         self._report = report
         self._offer = offer
         self._shown = Revision(*agent.revisions)
@@ -55,12 +60,14 @@ class OfferAdapter:
     async def allocate(self, containers: Sequence[Sequence[str]], op: str) -> list[ContainerEdits]:
         with metrics.counted_allocation(self.name):
             try:
-                return await self._agent.allocate(self._offer.resource, containers, self._offer.edits, op)
+                edits = await self._agent.allocate(self._offer.resource, containers, self._offer.edits, op)
             except (Refused, InputError) as error:
                 self._agent.record_refusals([self._refusal(containers, error)], op)
                 ids = [one for container in containers for one in container]
                 self._report(allocation_refused(self.name, ids, str(error)))
                 raise
+            await self._granted()
+            return edits
 
     def _refusal(self, containers: Sequence[Sequence[str]], error: Exception) -> Refusal:
         """Return the audit's entry. The device plugin is not told for which pod kubelet asks."""

@@ -26,7 +26,7 @@ from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.managers.deviceplugin.shown import ShownCheck
 from nodeagent.managers.kubelet import Kubelet
 from nodeagent.managers.kubelet_conflicts import reserved_cpus
-from nodeagent.managers.manager import Manager
+from nodeagent.managers.manager import Followed, Manager, nothing_follows
 from nodeagent.resources.offer import Offer, misspelt, offers
 from nodeagent.state.agent import Agent
 from nodeagent.state.values import AgentSettings
@@ -61,14 +61,16 @@ class DevicePluginManager(Manager):
         refused: Callable[[Config], Mapping[str, str]],
         leads: Callable[[], bool],
         report: Report = unreported,
+        granted: Followed = nothing_follows,
     ) -> None:
-        """Set up without serving.
+        """Set up without serving. `granted` is called after each allocation, before kubelet is answered.
 
         `refused` returns the resources of a configuration that cannot be served alongside kubelet's own managers and
         other device plugins, with the reason. `leads` returns whether this agent leads.
         """
         self._leads = leads
         self._report = report
+        self._granted = granted
         self.refused: Mapping[str, str] = MappingProxyType({})
         """Configured resources that are not served, with the reason."""
         self.revision = Revision()
@@ -107,7 +109,7 @@ class DevicePluginManager(Manager):
         self._now = MappingProxyType({})
 
     def _begin(self, offer: Offer) -> _One:
-        adapter = OfferAdapter(self._agent, offer, self._report)
+        adapter = OfferAdapter(self._agent, offer, self._report, self._granted)
         registrar = Registrar([adapter], self._kubelet_dir / PLUGINS, pace=PACE)
         task = asyncio.create_task(supervise(offer.name, lambda: self._run(registrar)), name=offer.name)
         return _One(offer, adapter, registrar, task)

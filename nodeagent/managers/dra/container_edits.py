@@ -88,10 +88,8 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
     if settings.driver and device.driver != settings.driver:
         now = device.driver or "no driver"
         raise HostError(f"cannot hand over {device.id}: it is bound to {now}, and not to {settings.driver} yet")
-    own = offer.device_edits(inventory, device, siblings, settings.driver_capabilities)
-    if settings.rdma is False:
-        own = replace(own, device_nodes=tuple(n for n in own.device_nodes if "/infiniband/" not in n.host_path))
-    return own
+    rdma = settings.rdma is not False
+    return offer.device_edits(inventory, device, siblings, settings.driver_capabilities, rdma=rdma)
 
 
 def device_of(dra: Dra, inventory: Inventory, grant: Grant) -> Device | None:

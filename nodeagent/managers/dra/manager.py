@@ -56,7 +56,7 @@ from nodeagent.managers.dra.device_setup import (
 from nodeagent.managers.dra.garbage_collector import ClaimGarbageCollector, StatusWriter, keep_rendered
 from nodeagent.managers.dra.node_watch import NodeWatch
 from nodeagent.managers.dra.prepare import ClaimPreparer, Grow, never_grow
-from nodeagent.managers.manager import Manager
+from nodeagent.managers.manager import Followed, Manager, nothing_follows
 from nodeagent.resources.catalog import Dra, dra_of
 from nodeagent.resources.offer import misspelt
 from nodeagent.state.agent import Agent
@@ -205,6 +205,7 @@ class DraManager(Manager):
         sharing: Sharing = NOTHING_SHARED,
         instances: Instances = NO_INSTANCES,
         passthrough: Passthrough = NOTHING_BOUND,
+        followed: Followed = nothing_follows,
     ) -> None:
         """Set up. `refused` returns the resources of a configuration that cannot be served alongside kubelet's own
         managers and other device plugins, with the reason."""
@@ -242,6 +243,7 @@ class DraManager(Manager):
             sharing,
             instances,
             passthrough,
+            followed,
         )
         self.refused: Mapping[str, str] = {}
         """Resources that are configured for DRA but not served, with the reason."""

@@ -29,6 +29,7 @@ from nodeagent.managers.dra.device_setup import (
     Passthrough,
     Sharing,
 )
+from nodeagent.managers.manager import Followed, nothing_follows
 from nodeagent.resources.catalog import Dra
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import Refusal
@@ -96,8 +97,11 @@ class ClaimPreparer:
         sharing: Sharing = NOTHING_SHARED,
         instances: Instances = NO_INSTANCES,
         passthrough: Passthrough = NOTHING_BOUND,
+        followed: Followed = nothing_follows,
     ) -> None:
-        """Store the parts. `dra` returns what is currently served."""
+        """Store the parts. `dra` returns what is currently served. `followed` is called before a prepare is
+        answered."""
+        self._followed = followed
         self._sharing = sharing
         self._instances = instances
         self._passthrough = passthrough
@@ -126,6 +130,7 @@ class ClaimPreparer:
             if ref.uid in granted and not self._rendering.hold(granted[ref.uid]):
                 errors[ref.uid] = _UNPREPARED.format(ref)
         answers = {ref.uid: self._answer(ref, granted, errors) for ref in claims}
+        await self._followed()
         for ref in claims:
             self._told(ref, granted.get(ref.uid, ()), answers[ref.uid].error)
             self._say(ref, granted.get(ref.uid, ()), answers[ref.uid].error, op)

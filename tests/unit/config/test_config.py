@@ -93,6 +93,7 @@ pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: 
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
     wakeupLatencyUs: 0}}
+network: {deviceInfoDir: /i}
 hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
 - name: vf
@@ -103,6 +104,8 @@ resources:
   deviceNodes: false
   cdi: {kind: vendor.com/net, name: pci_address}
   env: {A_1: b}
+  vhostNet: true
+  additionalInfo: {"*": {a: b}, "0000:3b:00.1": {c: ""}}
   mounts: [{hostPath: /a, containerPath: /b, readOnly: false}]
 - {name: port, kind: char, paths: [/dev/ttyUSB*]}
 - {name: gpu, kind: gpu, driverCapabilities: [graphics, video]}

@@ -29,7 +29,7 @@ BEYOND = (
 )
 """What is said of rules that no schema can express."""
 OVERHEAD = {"perPod": "100m"}
-KINDS = ("cpu", "hugepages", "memory", "char", "usb", "gpu", "nic", "Odd_Kind")
+KINDS = ("cpu", "hugepages", "memory", "char", "usb", "gpu", "nic", "accel", "fpga", "pci", "Odd_Kind")
 VALUES: dict[str, list[Any]] = {
     "serve": ["device-plugin", "dra", "both"],
     "match": [{}, {"vendor": "*"}],
@@ -52,6 +52,8 @@ VALUES: dict[str, list[Any]] = {
     ],
     "cdi": [None, {"kind": "a.com/b"}],
     "env": [{}, {"A": "b"}],
+    "vhostNet": [False, True],
+    "additionalInfo": [{}, {"*": {"a": "b"}}, {"0000:3b:00.1": {"a": ""}}, {"3b:00.1": {}}],
     "overhead": [{}, {"cpu": OVERHEAD}, {"cpu": {}}, {"cpu": {"perPod": "", "perContainer": "1"}}],
 }
 NAMES = ["a", "b", "a.example.com/c", "kubernetes.io/c", "a.kubernetes.io/c", "requests.example.com/c", "kubernetes.io"]

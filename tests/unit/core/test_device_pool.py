@@ -294,6 +294,8 @@ def test_what_is_published_of_a_device() -> None:
         "driver": "mlx5_core",
         "pciAddress": "0000:41:00.0",
         "rdma": True,
+        "k8s.cni.cncf.io/resourceName": "r/nic",
+        "k8s.cni.cncf.io/deviceID": "0000:41:00.0",
         "linkSpeedMbps": 100000,
         "ifName": "eth0",
         "mtu": 1500,

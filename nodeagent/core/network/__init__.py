@@ -1,0 +1,1 @@
+"""Network adapters as the plugins of others know them: variables of containers, files for CNI plugins."""

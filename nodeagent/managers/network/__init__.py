@@ -1,0 +1,1 @@
+"""Keeps network adapters as containers and the plugins of others need them."""
