@@ -30,6 +30,8 @@ from tests.support.mig_node import LocalNvml, mig_room
 
 GPUS, POLLS, A_MINUTE = 8, 100, 2
 """A minute has two polls by default (health.nvmlSeconds)."""
+NVLINKS = 18
+"""Of an H100 SXM."""
 CLAIMS = 40
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
@@ -44,6 +46,8 @@ async def polls(folder: Path) -> None:
     for gpu in range(GPUS):
         for start in range(7):
             driver.make(gpu, "1g.10gb", start, id=7 + start)
+        driver.sign(gpu, "links", NVLINKS)
+        driver.sign(gpu, "fabric_state", 3)
     tree = DeviceTree(machine(folder / "root", "2s8n128c-smt"))
     driver.machine(tree)
     probe = Probe(env={**driver.env, "FAKE_NVML_FROZEN": "1"})

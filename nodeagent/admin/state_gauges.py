@@ -91,6 +91,12 @@ def _ill(moment: Moment) -> Iterator[Sample]:
             yield (device, state.state, state.reason), 1
 
 
+def _degraded(moment: Moment) -> Iterator[Sample]:
+    for device, state in moment.agent.health.items():
+        for source, reason in state.degradations:
+            yield (device, source, reason), 1
+
+
 def _readings(moment: Moment) -> Iterator[Sample]:
     for (device, source), readings in moment.watched.health_readings().items():
         for reading, number in readings.items():
@@ -205,6 +211,12 @@ STATE_GAUGES = (
         help="1 for each device that is not healthy.",
         labels=("device", "state", "reason"),
         read=_ill,
+    ),
+    StateGauge(
+        name="nodeagent_device_degraded",
+        help="1 for each cause for which a device works, but not as well as it could.",
+        labels=("device", "source", "reason"),
+        read=_degraded,
     ),
     StateGauge(
         name="nodeagent_device_reading",

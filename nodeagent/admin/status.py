@@ -16,10 +16,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from nodeagent.admin.http import TEXT, HttpAnswer, HttpRequest
+from nodeagent.admin.http import TEXT, HttpAnswer, HttpRequest, Peer
 from nodeagent.admin.http import problem as _problem
 from nodeagent.admin.metrics_page import CONTENT_TYPE, MetricsPage
 from nodeagent.admin.watched import Watched, disputed, resources
+from nodeagent.core.advice.repair import repair
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
@@ -58,7 +59,8 @@ class Status:
         if method == "DELETE" and path.startswith("/v1/grants/"):
             return await self._release(path.removeprefix("/v1/grants/"))
         if method == "DELETE" and path.startswith("/v1/health/"):
-            return await self._clear_health(unquote(path.removeprefix("/v1/health/"), errors="surrogateescape"))
+            device = unquote(path.removeprefix("/v1/health/"), errors="surrogateescape")
+            return await self._clear_health(device, peer)
         if method == "POST" and path == "/v1/reload":
             return await self._reload()
         page = partial(_asset, path) if path in PAGE_FILES else self._pages().get(path)
@@ -166,10 +168,17 @@ class Status:
                 "device": device,
                 "state": state.state,
                 "reason": state.reason,
+                "advice": self._advice(device),
                 "causes": [{"source": source, **one._asdict()} for source, one in sorted(state.seen.items())],
             }
             for device, state in sorted(self._watched.agent.health.items())
         ]
+
+    def _advice(self, device: str) -> str:
+        """Return what an admin can do about the illness of a device, or ""."""
+        agent = self._watched.agent
+        there = agent.inventory.device_by_id.get(device)
+        return repair(there, agent.health) if there is not None else ""
 
     async def _healthz(self) -> HttpAnswer:
         return HttpAnswer(200, b"ok\n", TEXT)
@@ -202,9 +211,10 @@ class Status:
             return _problem(404, f"cannot release {grant_id}: there is no such grant")
         return _document([grant_document(one) for one in gone])
 
-    async def _clear_health(self, device: str) -> HttpAnswer:
-        if not await self._watched.clear_health(device):
-            return _problem(404, f"cannot clear {device}: no cause has latched")
+    async def _clear_health(self, device: str, peer: Peer | None) -> HttpAnswer:
+        who = f"uid {peer.uid}" if peer is not None else "an unknown user"
+        if not await self._watched.clear_health(device, who):
+            return _problem(404, f"cannot clear {device}: nothing is remembered against it")
         state = self._watched.agent.health.get(device)
         return _document({"device": device, "state": state.state if state is not None else HEALTHY})
 

@@ -54,8 +54,8 @@ class Watched(Protocol):
         """Return the numbers that were read of the devices, by device and source."""
         ...
 
-    async def clear_health(self, device: str) -> bool:
-        """Clear the latched causes of a device. Return whether it had any."""
+    async def clear_health(self, device: str, who: str) -> bool:
+        """Clear what is remembered against a device, and record who asked for it. Return whether there was anything."""
         ...
 
     def not_ready(self) -> Sequence[str]:

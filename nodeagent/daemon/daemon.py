@@ -259,10 +259,10 @@ class Daemon:
         return self._device_plugin.registrations()
 
     def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:
-        return self._scanner.kernel_health.readings()
+        return self._scanner.health_readings()
 
-    async def clear_health(self, device: str) -> bool:
-        return await self._scanner.clear_health(device)
+    async def clear_health(self, device: str, who: str) -> bool:
+        return await self._scanner.clear_health(device, who)
 
     def not_ready(self) -> list[str]:
         """Return why nothing can be granted, kubelet or the API server does not show what was sent, containers may not

@@ -143,9 +143,9 @@ EXPORT int nvmlDeviceGetNvLinkRemotePciInfo_v2(Handle *h, unsigned link, Pci *to
 }
 EXPORT int nvmlDeviceGetTotalEccErrors(Handle *h, int type, int counter, unsigned long long *to) {
     CHECK(h);
-    if (type != 1 || counter != 0) return INVALID_ARGUMENT;
+    if (type != 1 || counter < 0 || counter > 1) return INVALID_ARGUMENT;
     if (h->gpu == 0) return NOT_SUPPORTED;
-    *to = h->gpu == 1 && getenv("FAKE_NVML_ECC") ? strtoull(getenv("FAKE_NVML_ECC"), NULL, 10) : 0;
+    *to = !counter && h->gpu == 1 && getenv("FAKE_NVML_ECC") ? strtoull(getenv("FAKE_NVML_ECC"), NULL, 10) : 0;
     return OK;
 }
 EXPORT int nvmlDeviceGetRemappedRows(Handle *h, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {

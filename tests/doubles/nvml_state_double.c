@@ -8,11 +8,19 @@
  *   profile GPU ENUM ID MEMORY_MIB MOST SLICES SM CE DEC ENC JPEG OFA SIZE NAME STARTS       (STARTS: 0,2,4)
  *   gi GPU ID ENUM START BUSY
  *   ci GPU GI ID
+ *   health GPU NAME VALUE        what is not as on a GPU without faults: the names are in `signs`
+ *   errors GPU GI COUNT          uncorrected errors of the SRAM of an instance
+ *   xid GPU CODE GI CI           an error that is reported once; GI and CI are -1 if it is of the whole GPU. It is looked
+ *                                for only with FAKE_NVML_XIDS=1
  *   fault FUNCTION hang|hang-after|CODE COUNT
+ *
+ * Compiled with -DOLD_DRIVER, it lacks the functions that came after driver 525.
  *
  * As strict as a driver: a GPU instance is created only on free memory slices, with free compute slices and engines, and
  * only as often as its profile says; one that has compute instances or is busy cannot be destroyed; the MIG mode does not
- * change while there are instances or processes, and where RESET is 1 it changes at the next reset only.
+ * change while there are instances or processes, and where RESET is 1 it changes at the next reset only. A structure of a
+ * version that the driver does not know is refused. In MIG mode the volatile errors of the whole GPU cannot be asked for, and
+ * with instances neither can its remapped rows (nvml.h).
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -26,7 +34,7 @@
 
 #define EXPORT __attribute__((visibility("default")))
 enum { OK = 0, UNINITIALIZED = 1, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NOT_FOUND = 6, INSUFFICIENT_SIZE = 7,
-       TIMEOUT = 10, GPU_IS_LOST = 15, IN_USE = 19, INSUFFICIENT_RESOURCES = 23, UNKNOWN = 999 };
+       TIMEOUT = 10, GPU_IS_LOST = 15, IN_USE = 19, INSUFFICIENT_RESOURCES = 23, VERSION_MISMATCH = 25, UNKNOWN = 999 };
 enum { GPUS = 16, PROFILES = 18, IDS = 16, STARTS = 16, FAULTS = 16, ENGINES = 6, CI_PROFILES = 9 };
 
 typedef struct { int gpu, gi, ci; } Handle;
@@ -39,16 +47,25 @@ typedef struct { Handle *device; unsigned id, profile; Placement place; } GiInfo
 typedef struct { Handle *device, *gi; unsigned id, profile; Placement place; } CiInfo;
 
 typedef struct { int there; unsigned id, mib, most, slices, units[ENGINES], size, starts[STARTS], places; char name[64]; } Profile;
-typedef struct { int there, profile, busy; unsigned start; unsigned cis; } Instance;
+typedef struct { int there, profile, busy; unsigned start; unsigned cis; unsigned long long errors; } Instance;
+enum { ECC_VOLATILE, ECC_AGGREGATE, ROWS_CORRECTED, ROWS_UNCORRECTED, ROWS_PENDING, ROWS_FAILED, BANKS_NONE, SRAM, CLOCKS,
+       FABRIC_STATE, FABRIC_STATUS, FABRIC_HEALTH, FABRIC_VERSION, REPLAYS, RECOVERIES, CRC_FLIT, CRC_DATA, RECOVERY,
+       LINKS, LINKS_DOWN, SIGNS };
+static const char *signs[SIGNS] = {
+    "ecc_volatile", "ecc_aggregate", "rows_corrected", "rows_uncorrected", "rows_pending", "rows_failed", "banks_none", "sram",
+    "clocks", "fabric_state", "fabric_status", "fabric_health", "fabric_version", "replays", "recoveries", "crc_flit", "crc_data",
+    "recovery", "links", "links_down" };   /* links: how many NVLinks are wired; links_down: a mask of those that are inactive */
 typedef struct {
     unsigned bus, now, pending, reset, processes, lost, mib, slices, units[ENGINES];
     char name[96];
     Profile profiles[PROFILES];
     Instance gis[IDS];
+    unsigned long long signs[SIGNS];
 } Gpu;
+typedef struct { unsigned gpu; unsigned long long code; int gi, ci; } Error;
 typedef struct { char function[64], what[16]; int count; } Fault;
 
-static struct { int gpus, faults; Gpu gpu[GPUS]; Fault fault[FAULTS]; } now;
+static struct { int gpus, faults, errors; Gpu gpu[GPUS]; Fault fault[FAULTS]; Error error[FAULTS]; } now;
 static Handle wholes[GPUS], instances[GPUS][IDS], parts[GPUS][IDS], migs[GPUS][IDS];
 static int initialised, lock = -1, set_made;
 static pthread_mutex_t one_thread = PTHREAD_MUTEX_INITIALIZER;
@@ -92,6 +109,19 @@ static void load(void) {
             unsigned ci;
             if (sscanf(line, "ci %u %u %u", &g, &i, &ci) != 3) fail(line);
             now.gpu[g].gis[i].cis |= 1u << ci;
+        } else if (!strncmp(line, "health ", 7)) {
+            unsigned long long value; int sign = 0;
+            if (sscanf(line, "health %u %511s %llu", &g, text, &value) != 3) fail(line);
+            while (sign < SIGNS && strcmp(signs[sign], text)) sign++;
+            if (sign == SIGNS) fail(line);
+            now.gpu[g].signs[sign] = value;
+        } else if (!strncmp(line, "errors ", 7)) {
+            unsigned long long count;
+            if (sscanf(line, "errors %u %u %llu", &g, &i, &count) != 3) fail(line);
+            now.gpu[g].gis[i].errors = count;
+        } else if (!strncmp(line, "xid ", 4)) {
+            Error *e = &now.error[now.errors++];
+            if (sscanf(line, "xid %u %llu %d %d", &e->gpu, &e->code, &e->gi, &e->ci) != 4) fail(line);
         } else if (!strncmp(line, "fault ", 6)) {
             Fault *f = &now.fault[now.faults++];
             if (sscanf(line, "fault %63s %15s %d", f->function, f->what, &f->count) != 3) fail(line);
@@ -123,7 +153,13 @@ static void save(void) {
             if (!x->there) continue;
             fprintf(file, "gi %d %d %d %u %d\n", g, i, x->profile, x->start, x->busy);
             for (int c = 0; c < 8; c++) if (x->cis >> c & 1) fprintf(file, "ci %d %d %d\n", g, i, c);
+            if (x->errors) fprintf(file, "errors %d %d %llu\n", g, i, x->errors);
         }
+        for (int s = 0; s < SIGNS; s++) if (o->signs[s]) fprintf(file, "health %d %s %llu\n", g, signs[s], o->signs[s]);
+    }
+    for (int e = 0; e < now.errors; e++) {
+        Error *x = &now.error[e];
+        fprintf(file, "xid %u %llu %d %d\n", x->gpu, x->code, x->gi, x->ci);
     }
     for (int f = 0; f < now.faults; f++)
         if (now.fault[f].count) fprintf(file, "fault %s %s %d\n", now.fault[f].function, now.fault[f].what, now.fault[f].count);
@@ -402,21 +438,126 @@ EXPORT int nvmlComputeInstanceDestroy(Handle *h) {
     END(done(__func__, OK));
 }
 
-/* ---------------------------------------------------------------- no links, no errors, no events */
+/* ---------------------------------------------------------------- links, errors, events */
 
-EXPORT int nvmlDeviceGetNvLinkState(Handle *h, unsigned link, unsigned *to) { (void)link; (void)to; BEGIN(h); END(INVALID_ARGUMENT); }
+static unsigned long long sign(const Handle *h, int which) { return now.gpu[h->gpu].signs[which]; }
+static int divided(const Handle *h) { for (int i = 0; i < IDS; i++) if (now.gpu[h->gpu].gis[i].there) return 1; return 0; }
+
+EXPORT int nvmlDeviceGetNvLinkState(Handle *h, unsigned link, unsigned *to) {
+    BEGIN(h); WHOLE(h);
+    if (link >= sign(h, LINKS)) END(INVALID_ARGUMENT);
+    *to = !(sign(h, LINKS_DOWN) >> link & 1);
+    END(OK);
+}
+EXPORT int nvmlDeviceGetNvLinkRemotePciInfo_v2(Handle *h, unsigned link, Pci *to) {
+    BEGIN(h); WHOLE(h);
+    if (link >= sign(h, LINKS)) END(INVALID_ARGUMENT);
+    memset(to, 0, sizeof *to);
+    to->bus = 0xe1;   /* a switch */
+    snprintf(to->bus_id, sizeof to->bus_id, "00000000:%02X:00.0", to->bus);
+    END(OK);
+}
 EXPORT int nvmlDeviceGetTotalEccErrors(Handle *h, int type, int counter, unsigned long long *to) {
     BEGIN(h);
-    if (type != 1 || counter != 0) END(INVALID_ARGUMENT);
-    *to = 0;
+    if (type != 1 || counter < 0 || counter > 1 || !to) END(INVALID_ARGUMENT);
+    if (!whole(h) || (!counter && now.gpu[h->gpu].now)) END(NOT_SUPPORTED);
+    *to = sign(h, counter ? ECC_AGGREGATE : ECC_VOLATILE);
+    END(OK);
+}
+EXPORT int nvmlDeviceGetMemoryErrorCounter(Handle *h, int type, int counter, int location, unsigned long long *to) {
+    BEGIN(h);
+    if (type < 0 || type > 1 || counter < 0 || counter > 1 || location < 0 || location > 7 || !to) END(INVALID_ARGUMENT);
+    if (!kind(h, migs) || type != 1 || counter || location != 7) END(NOT_SUPPORTED);
+    *to = now.gpu[h->gpu].gis[h->gi].errors;
     END(OK);
 }
 EXPORT int nvmlDeviceGetRemappedRows(Handle *h, unsigned *corrected, unsigned *uncorrected, unsigned *pending, unsigned *failed) {
     BEGIN(h);
-    *corrected = *uncorrected = *pending = *failed = 0;
+    if (!corrected || !uncorrected || !pending || !failed) END(INVALID_ARGUMENT);
+    if (!whole(h) || (now.gpu[h->gpu].now && divided(h))) END(NOT_SUPPORTED);
+    *corrected = (unsigned)sign(h, ROWS_CORRECTED); *uncorrected = (unsigned)sign(h, ROWS_UNCORRECTED);
+    *pending = sign(h, ROWS_PENDING) != 0; *failed = sign(h, ROWS_FAILED) != 0;
+    END(OK);
+}
+typedef struct { unsigned max, high, partial, low, none; } Histogram;
+EXPORT int nvmlDeviceGetRowRemapperHistogram(Handle *h, Histogram *to) {
+    BEGIN(h); WHOLE(h);
+    if (!to) END(INVALID_ARGUMENT);
+    *to = (Histogram){ .max = 640 - (unsigned)sign(h, BANKS_NONE), .none = (unsigned)sign(h, BANKS_NONE) };
+    END(OK);
+}
+typedef struct { unsigned char cluster[16]; int status; unsigned clique; unsigned char state; } FabricV1;
+EXPORT int nvmlDeviceGetGpuFabricInfo(Handle *h, FabricV1 *to) {
+    BEGIN(h); WHOLE(h);
+    if (!to) END(INVALID_ARGUMENT);
+    if (!sign(h, FABRIC_STATE)) END(NOT_SUPPORTED);
+    memset(to, 0, sizeof *to);
+    to->state = (unsigned char)sign(h, FABRIC_STATE); to->status = (int)sign(h, FABRIC_STATUS);
+    END(OK);
+}
+#ifndef OLD_DRIVER
+typedef struct { unsigned version; unsigned long long counts[11]; unsigned exceeded; } Sram;
+EXPORT int nvmlDeviceGetSramEccErrorStatus(Handle *h, Sram *to) {
+    BEGIN(h); WHOLE(h);
+    if (!to) END(INVALID_ARGUMENT);
+    if (to->version != (sizeof(Sram) | 1u << 24)) END(VERSION_MISMATCH);
+    memset(to->counts, 0, sizeof to->counts);
+    to->exceeded = (unsigned)sign(h, SRAM);
+    END(OK);
+}
+typedef struct { unsigned version; unsigned char cluster[16]; int status; unsigned clique; unsigned char state; unsigned health; } FabricV2;
+typedef struct { unsigned version; unsigned char cluster[16]; int status; unsigned clique; unsigned char state; unsigned health; unsigned char summary; } FabricV3;
+EXPORT int nvmlDeviceGetGpuFabricInfoV(Handle *h, void *to) {
+    BEGIN(h); WHOLE(h);
+    if (!to) END(INVALID_ARGUMENT);
+    FabricV2 *v2 = to; FabricV3 *v3 = to;
+    int newest = sign(h, FABRIC_VERSION) ? (int)sign(h, FABRIC_VERSION) : 3;
+    int is3 = newest >= 3 && v3->version == (sizeof *v3 | 3u << 24);
+    if (!is3 && v2->version != (sizeof *v2 | 2u << 24)) END(VERSION_MISMATCH);
+    if (!sign(h, FABRIC_STATE)) END(NOT_SUPPORTED);
+    memset(v2->cluster, 0, sizeof v2->cluster);
+    v2->clique = 0; v2->state = (unsigned char)sign(h, FABRIC_STATE); v2->status = (int)sign(h, FABRIC_STATUS);
+    v2->health = (unsigned)sign(h, FABRIC_HEALTH);
+    if (is3) v3->summary = 0;
+    END(OK);
+}
+EXPORT int nvmlDeviceGetCurrentClocksEventReasons(Handle *h, unsigned long long *to) {
+    BEGIN(h); WHOLE(h);
+    if (!to) END(INVALID_ARGUMENT);
+    *to = sign(h, CLOCKS) | 1;   /* it idles */
+    END(OK);
+}
+#else
+EXPORT int nvmlDeviceGetCurrentClocksThrottleReasons(Handle *h, unsigned long long *to) {
+    BEGIN(h); WHOLE(h);
+    if (!to) END(INVALID_ARGUMENT);
+    *to = sign(h, CLOCKS) | 1;
+    END(OK);
+}
+#endif
+typedef struct { unsigned field, scope; long long at, latency; int type, code; union { unsigned ui; unsigned long long ull; } value; } Field;
+EXPORT int nvmlDeviceGetFieldValues(Handle *h, int count, Field *values) {
+    enum { UNSIGNED_INT = 1, UNSIGNED_LONG_LONG = 3, CRC_FLIT_FIELD = 38, CRC_DATA_FIELD = 45, REPLAY_FIELD = 52,
+           RECOVERY_FIELD = 59, ACTION_FIELD = 230 };
+    BEGIN(h);
+    if (count < 1 || !values) END(INVALID_ARGUMENT);
+    for (int i = 0; i < count; i++) {
+        Field *one = &values[i];
+        int linked = sign(h, LINKS) != 0;
+        one->code = OK; one->type = UNSIGNED_LONG_LONG; one->value.ull = 0;
+        if (one->field == CRC_FLIT_FIELD && linked) one->value.ull = sign(h, CRC_FLIT);
+        else if (one->field == CRC_DATA_FIELD && linked) one->value.ull = sign(h, CRC_DATA);
+        else if (one->field == REPLAY_FIELD && linked) one->value.ull = sign(h, REPLAYS);
+        else if (one->field == RECOVERY_FIELD && linked) one->value.ull = sign(h, RECOVERIES);
+#ifndef OLD_DRIVER
+        else if (one->field == ACTION_FIELD && whole(h)) { one->type = UNSIGNED_INT; one->value.ui = (unsigned)sign(h, RECOVERY); }
+#endif
+        else one->code = NOT_SUPPORTED;
+    }
     END(OK);
 }
 
+typedef struct { Handle *device; unsigned long long type, data; unsigned gi, ci; } Event;
 EXPORT int nvmlEventSetCreate(void **to) { if (!initialised) return UNINITIALIZED; *to = &set_made; return OK; }
 EXPORT int nvmlEventSetFree(void *set) { return set == &set_made ? OK : INVALID_ARGUMENT; }
 EXPORT int nvmlDeviceGetSupportedEventTypes(Handle *h, unsigned long long *to) { BEGIN(h); *to = 8; END(OK); }
@@ -424,9 +565,20 @@ EXPORT int nvmlDeviceRegisterEvents(Handle *h, unsigned long long types, void *s
     BEGIN(h);
     END(types == 8 && set == &set_made ? OK : INVALID_ARGUMENT);
 }
-EXPORT int nvmlEventSetWait_v2(void *set, void *to, unsigned wait_ms) {
-    (void)to;
+EXPORT int nvmlEventSetWait_v2(void *set, Event *to, unsigned wait_ms) {
     if (set != &set_made) return INVALID_ARGUMENT;
-    usleep(wait_ms * 1000);
+    if (!getenv("FAKE_NVML_XIDS")) { usleep(wait_ms * 1000); return TIMEOUT; }
+    for (unsigned waited = 0; waited < wait_ms; waited += 50) {
+        BEGIN(NULL);
+        if (now.errors) {
+            Error one = now.error[0];
+            memmove(now.error, now.error + 1, (size_t)--now.errors * sizeof one);
+            save();
+            *to = (Event){ &wholes[one.gpu], 8, one.code, (unsigned)one.gi, (unsigned)one.ci };
+            END(OK);
+        }
+        unlock();
+        usleep(50000);
+    }
     return TIMEOUT;
 }

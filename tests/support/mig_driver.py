@@ -90,13 +90,14 @@ def uuid(gpu: int) -> str:
 
 
 @functools.cache
-def library() -> Path:
-    """The folder of the compiled double, for LD_LIBRARY_PATH."""
+def library(*, old: bool = False) -> Path:
+    """The folder of the compiled double, for LD_LIBRARY_PATH. old: as of a driver before 535, which lacks functions."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler for the double of libnvidia-ml.so.1")
     folder = Path(tempfile.mkdtemp(prefix="nvml-state-"))
-    subprocess.run([compiler, *FLAGS, "-o", str(folder / "libnvidia-ml.so.1"), str(NVML_STATE_DOUBLE)], check=True)
+    flags = (*FLAGS, "-DOLD_DRIVER") if old else FLAGS
+    subprocess.run([compiler, *flags, "-o", str(folder / "libnvidia-ml.so.1"), str(NVML_STATE_DOUBLE)], check=True)
     return folder
 
 
@@ -196,6 +197,20 @@ class MigDriver:
         """Let a GPU fall off the bus, or come back."""
         self._edit_gpu(gpu, 6, int(lost))
 
+    def sign(self, gpu: int, name: str, value: int) -> None:
+        """Let a GPU say something of its health; the names are those of the double."""
+        self._change(lambda words: words[:3] != ["health", str(gpu), name])
+        self._add(f"health {gpu} {name} {value}")
+
+    def errors(self, gpu: int, gi: int, count: int) -> None:
+        """Let an instance have had uncorrected errors of its memory."""
+        self._change(lambda words: words[:3] != ["errors", str(gpu), str(gi)])
+        self._add(f"errors {gpu} {gi} {count}")
+
+    def xid(self, gpu: int, code: int, instance: tuple[int, int] = (-1, -1)) -> None:
+        """Let the driver report an error, of a GPU or of one of its instances."""
+        self._add(f"xid {gpu} {code} {instance[0]} {instance[1]}")
+
     def fault(self, function: str, what: str, count: int = 1) -> None:
         """Let the next calls of a function hang, hang after they did their work, or fail with an NVML code."""
         self._add(f"fault {function} {what} {count}")
@@ -205,8 +220,9 @@ class MigDriver:
         self._change(lambda words: words[0] != "fault")
 
     def reset(self) -> None:
-        """A reset of all GPUs, as at a reboot: no instance survives, and a pending mode takes effect."""
-        self._change(lambda words: words[0] not in ("gi", "ci", "fault"))
+        """A reset of all GPUs, as at a reboot: no instance survives, and a pending mode takes effect. What lasts of
+        their health is what the double says of them from here on."""
+        self._change(lambda words: words[0] not in ("gi", "ci", "fault", "health", "errors", "xid"))
         with self._locked():
             lines = [line.split() for line in self.path.read_text().splitlines()]
             for words in lines:

@@ -16,7 +16,7 @@ from nodeagent.core.advice.tenants import Tenant, tenants_of
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.health import DeviceState, Health, HealthState, Observed
+from nodeagent.core.model.health import DeviceState, Health, HealthState, Observed, Remedy
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Request
 
@@ -73,7 +73,12 @@ def _health(page: Any) -> Health:
                 since=0.0,
                 reason=one["reason"],
                 seen={
-                    cause["source"]: Observed(DeviceState(cause["state"]), cause["reason"], cause["latched"])
+                    cause["source"]: Observed(
+                        DeviceState(cause["state"]),
+                        cause["reason"],
+                        cause["latched"],
+                        Remedy(cause.get("remedy", "")),  # captures of older builds lack it
+                    )
                     for cause in one["causes"]
                 },
             )

@@ -306,10 +306,15 @@ def illness(device: Device, health: Health) -> HealthState | None:
 
     A device without a device node to hand over is in unknown state at best.
     """
-    every = (device.id, device.parent, *device.members)
-    states = [health[one] for one in every if one is not None and one in health]
+    states = health_about(device, health).values()
     ill = [one for one in states if one.state != HEALTHY] or ([NO_NODE] if device.lacks_node else [])
     return next((one for one in ill if one.state == UNHEALTHY), ill[0] if ill else None)
+
+
+def health_about(device: Device, health: Health) -> Health:
+    """Return the health of a device, its parent and its members, as far as it is known, in this order."""
+    every = (device.id, device.parent, *device.members)
+    return {one: health[one] for one in every if one is not None and one in health}
 
 
 def _share_base(device: str) -> str:

@@ -39,6 +39,7 @@ class Reason(StrEnum):
     DEVICE_HEALTHY = "DeviceHealthy"
     DEVICE_UNHEALTHY = "DeviceUnhealthy"
     DEVICE_HEALTH_UNKNOWN = "DeviceHealthUnknown"
+    DEVICE_DEGRADED = "DeviceDegraded"
     DEVICE_LOST = "DeviceLost"
     DEVICE_RETURNED = "DeviceReturned"
     MPS_RESTARTED = "MPSRestarted"
@@ -74,6 +75,7 @@ RULES: Mapping[Reason, Rule] = MappingProxyType(
         Reason.DEVICE_HEALTHY: Rule("WatchDevice", warns=False),
         Reason.DEVICE_UNHEALTHY: Rule("WatchDevice", warns=True),
         Reason.DEVICE_HEALTH_UNKNOWN: Rule("WatchDevice", warns=True),
+        Reason.DEVICE_DEGRADED: Rule("WatchDevice", warns=True),
         Reason.DEVICE_LOST: Rule("WatchDevice", warns=True),
         Reason.DEVICE_RETURNED: Rule("WatchDevice", warns=False),
         Reason.MPS_RESTARTED: Rule("WatchMPS", warns=True),

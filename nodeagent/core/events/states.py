@@ -13,6 +13,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
+from nodeagent.core.advice.repair import degradations, repair
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.events.happenings import RULES, Happening, PodRef, Reason
 from nodeagent.core.ledger.ledger import Ledger
@@ -88,25 +89,27 @@ def _devices(node: Node, pod_of: PodOf) -> Iterator[State]:
         for id in dict.fromkeys((*grant.devices, *grant.shares)):
             holding.setdefault(id, []).append(grant)
     for id, grants in sorted(holding.items()):
-        reason, how = _health(node, id)
+        reason, how, advice = _health(node, id)
         holders = ", ".join(sorted({str(one.holder) for one in grants}))
         pods = tuple(dict.fromkeys(pod for one in grants for pod in _pods(one, pod_of)))
-        note = f"device {id} is {how}; held by {holders}"
+        note = f"device {id} is {how}; held by {holders}{f'; {advice}' if advice else ''}"
         yield State(Happening(reason=reason, subject=f"device {id}", note=note, pods=pods, on_node=True), reason)
 
 
-def _health(node: Node, id: str) -> tuple[Reason, str]:
-    """Return the state of a device, and how it is in words. One that was not found is gone, or unknown if some devices
-    could not be looked for."""
+def _health(node: Node, id: str) -> tuple[Reason, str, str]:
+    """Return the state of a device, how it is in words, and what an admin can do about it, or "". One that was not
+    found is gone, or unknown if some devices could not be looked for."""
     if (device := node.inventory.device_by_id.get(id)) is not None:
         ill = illness(device, node.health)
+        if ill is None and (worse := degradations(device, node.health)):
+            return Reason.DEVICE_DEGRADED, f"degraded: {'; '.join(worse)}", ""
         state, cause = (ill.state, ill.reason) if ill is not None else (HEALTHY, "")
-        return OF_HEALTH[state], f"{state}: {cause}" if cause else state
+        return OF_HEALTH[state], f"{state}: {cause}" if cause else state, repair(device, node.health)
     unread = [f"{one.kind}: {one.reason}" for one in node.inventory.kinds if one.state == DEGRADED]
     if not unread:
-        return Reason.DEVICE_LOST, "no longer there"
+        return Reason.DEVICE_LOST, "no longer there", ""
     cause = f"it was not found, and not all devices could be looked for ({'; '.join(unread)})"
-    return Reason.DEVICE_HEALTH_UNKNOWN, f"{UNKNOWN}: {cause}"
+    return Reason.DEVICE_HEALTH_UNKNOWN, f"{UNKNOWN}: {cause}", ""
 
 
 def _pods(grant: Grant, pod_of: PodOf) -> Iterator[PodRef]:

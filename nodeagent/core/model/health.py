@@ -3,7 +3,7 @@
 Bad evidence takes effect at once. After that, good evidence must persist for `recover_s` before the device is healthy
 again, so that a flapping device is not granted in the meantime. Unknown is a separate state: it is reported as
 unknown, and such a device is not offered. A latched cause does not end by good evidence, however often that comes: it
-lasts until `clear`.
+lasts until `clear`. Degraded evidence is good evidence that is worth a warning: the device is granted as before.
 """
 
 from __future__ import annotations
@@ -17,14 +17,31 @@ import msgspec
 
 
 class DeviceState(StrEnum):
-    """Health state of a device."""
+    """Health state of a device, or what one source says of it."""
 
     HEALTHY = "healthy"
     UNHEALTHY = "unhealthy"
     UNKNOWN = "unknown"
+    DEGRADED = "degraded"
+    """Of evidence only: it works, but not as well as it could. A device is never this as a whole but healthy."""
 
 
-HEALTHY, UNHEALTHY, UNKNOWN = DeviceState
+HEALTHY, UNHEALTHY, UNKNOWN, DEGRADED = DeviceState
+
+
+class Remedy(StrEnum):
+    """What ends a cause, if it does not end by itself; each is more than the ones before."""
+
+    NONE = ""
+    DRAIN = "drain"
+    """The programs that use the device have to end."""
+    RESET = "reset"
+    """The device has to be reset, or its driver loaded again."""
+    REBOOT = "reboot"
+    REPLACE = "replace"
+
+
+_REMEDIES = tuple(Remedy)
 RECOVER_S = 30.0
 
 
@@ -38,6 +55,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     reason: str = ""
     latched: bool = False
     """Whether it lasts until it is cleared, whatever the source observes later."""
+    remedy: Remedy = Remedy.NONE
 
 
 class Observed(NamedTuple):
@@ -46,6 +64,7 @@ class Observed(NamedTuple):
     state: DeviceState
     reason: str
     latched: bool = False
+    remedy: Remedy = Remedy.NONE
 
 
 class HealthState(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +77,22 @@ class HealthState(msgspec.Struct, frozen=True, kw_only=True):
     """By source."""
     good_since: float | None = None
     """When all evidence became good again; set only while the device is waiting to recover."""
+
+    @property
+    def remedy(self) -> Remedy:
+        """Return the most that any of its causes needs."""
+        needed = (one.remedy for one in self.seen.values() if one.state in (UNHEALTHY, UNKNOWN))
+        return max(needed, key=_REMEDIES.index, default=Remedy.NONE)
+
+    @property
+    def latched(self) -> bool:
+        """Return whether a cause lasts until it is cleared."""
+        return any(one.latched for one in self.seen.values())
+
+    @property
+    def degradations(self) -> tuple[tuple[str, str], ...]:
+        """Return (source, reason) of what is worth a warning, in order of source."""
+        return tuple((source, one.reason) for source, one in sorted(self.seen.items()) if one.state == DEGRADED)
 
 
 Health = Mapping[str, HealthState]
@@ -126,7 +161,7 @@ def clear(health: Health, device: str, now: float) -> Health:
 def latched_causes(health: Health) -> tuple[Evidence, ...]:
     """Return the evidence that lasts until it is cleared, in order of device and source."""
     return tuple(
-        Evidence(device=device, source=source, state=one.state, reason=one.reason, latched=True)
+        Evidence(device=device, source=source, state=one.state, reason=one.reason, latched=True, remedy=one.remedy)
         for device, state in sorted(health.items())
         for source, one in sorted(state.seen.items())
         if one.latched
@@ -138,7 +173,7 @@ def _is_worse(one: DeviceState, other: DeviceState) -> bool:
 
 
 def _judge(before: HealthState | None, one: Evidence, now: float, recover_s: float) -> HealthState:
-    said = Observed(one.state, one.reason, one.latched)
+    said = Observed(one.state, one.reason, one.latched, one.remedy)
     return _judged(before, {**(before.seen if before else {}), one.source: said}, now, recover_s)
 
 

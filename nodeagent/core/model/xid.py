@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
+from nodeagent.core.model.health import Remedy
+
 
 class XidEffect(StrEnum):
     """What an Xid does to health."""
@@ -64,11 +66,19 @@ XIDS: Mapping[int, tuple[XidEffect, str]] = MappingProxyType(
     }
 )
 """Effect and short name, by code."""
+_OFF_THE_BUS = 79
 
 
 def effect_of(code: int) -> XidEffect:
     """Return what an Xid does to health."""
     return XIDS.get(code, (XidEffect.UNLISTED, ""))[0]
+
+
+def remedy_of(code: int) -> Remedy:
+    """Return what ends the effect of an Xid on the health of its GPU."""
+    if effect_of(code) in (XidEffect.APPLICATION, XidEffect.CONTAINED):
+        return Remedy.NONE
+    return Remedy.REBOOT if code == _OFF_THE_BUS else Remedy.RESET
 
 
 def describe(code: int) -> str:

@@ -12,7 +12,6 @@ import re
 import signal
 import sys
 import threading
-import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,11 +19,11 @@ from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
+from nodeagent.host.nvml.condition import ConditionReader
 from nodeagent.host.nvml.library import load
 from nodeagent.host.nvml.mig import MigControl, mig_state
 from nodeagent.host.nvml.values import (
     LENGTH,
-    Fabric,
     Failure,
     Mig,
     NvGpu,
@@ -52,6 +51,7 @@ class Nvml:
     def __init__(self, nvml: Any) -> None:  # the module pynvml, which has no types
         self._nvml = nvml
         self._mig_control = MigControl(nvml)
+        self._condition = ConditionReader(nvml)
         nvml.nvmlInit()
 
     def answer(self, question: Question) -> Reply:
@@ -130,6 +130,7 @@ class Nvml:
         links = self._links(handle)
         rows = optional(nvml.nvmlDeviceGetRemappedRows, handle)  # corrected, uncorrected, pending, failed
         uuid = nvml.nvmlDeviceGetUUID(handle)
+        fabric, probe = self._condition.fabric(handle)
         profiles = self._mig_control.profiles(uuid, handle) if mode and mode[0] else ()
         return NvGpu(
             pci_address=address,
@@ -146,10 +147,11 @@ class Nvml:
             nvlinks=self._peers(handle, links),
             nvlinks_active=tuple(link for link, active in links.items() if active),
             nvlinks_inactive=tuple(link for link, active in links.items() if not active),
-            fabric=self._fabric(handle),
+            fabric=fabric,
             ecc_uncorrected=optional(nvml.nvmlDeviceGetTotalEccErrors, handle, *ecc),
             rows_pending=bool(rows[2]) if rows is not None else None,
             rows_failed=bool(rows[3]) if rows is not None else None,
+            condition=msgspec.structs.replace(self._condition.read(handle, rows), fabric=probe),
         )
 
     def _migs(self, handle: Any) -> tuple[Mig, ...]:
@@ -170,6 +172,7 @@ class Nvml:
             memory_bytes=self._nvml.nvmlDeviceGetMemoryInfo(handle).total,
             gpu_instance=self._nvml.nvmlDeviceGetGpuInstanceId(handle),
             compute_instance=self._nvml.nvmlDeviceGetComputeInstanceId(handle),
+            ecc_uncorrected=self._condition.instance_errors(handle),
         )
 
     def _links(self, handle: Any) -> dict[int, bool]:
@@ -192,17 +195,6 @@ class Nvml:
             if remote is not None:
                 counts[sysfs_address(_text(remote.busId))] += 1
         return dict(counts)
-
-    def _fabric(self, handle: Any) -> Fabric | None:
-        """Return the fabric with which a GPU is registered (nvmlDeviceGetGpuFabricInfo, driver 525 and later). One that
-        reaches no other node has no UUID."""
-        told = self._nvml.c_nvmlGpuFabricInfo_t()
-        if self._if_supported(self._nvml.nvmlDeviceGetGpuFabricInfo, handle, ctypes.byref(told)) is None:
-            return None
-        cluster = uuid.UUID(bytes=bytes(told.clusterUuid))
-        if told.state != self._nvml.NVML_GPU_FABRIC_STATE_COMPLETED or told.status != self._nvml.NVML_SUCCESS:
-            return None
-        return Fabric(cluster=str(cluster), clique=told.cliqueId) if cluster.int else None
 
     def _address(self, handle: Any) -> str:
         return sysfs_address(_text(self._nvml.nvmlDeviceGetPciInfo(handle).busId))

@@ -24,6 +24,8 @@ class Mig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bytes: int
     gpu_instance: int
     compute_instance: int
+    ecc_uncorrected: int | None = None
+    """Uncorrected errors of its SRAM since it was made. None if unknown."""
 
 
 class Fabric(msgspec.Struct, frozen=True, kw_only=True):
@@ -32,6 +34,44 @@ class Fabric(msgspec.Struct, frozen=True, kw_only=True):
     cluster: str
     """UUID."""
     clique: int
+
+
+class FabricProbe(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a GPU stands in being registered with its fabric manager (nvmlGpuFabricInfo_v3_t)."""
+
+    state: int
+    """NVML_GPU_FABRIC_STATE_*."""
+    status: int
+    """An nvmlReturn_t; counts once the state is "completed"."""
+    health: int = 0
+    """NVML_GPU_FABRIC_HEALTH_MASK_*; 0, of which no field is supported, if the driver does not say."""
+
+
+class LinkErrors(msgspec.Struct, frozen=True, kw_only=True):
+    """Errors of all NVLinks of a GPU together since the driver was loaded. What is not counted is None."""
+
+    replays: int | None = None
+    recoveries: int | None = None
+    crc: int | None = None
+    """Of flits and data, which the link corrects by sending again."""
+
+
+class Condition(msgspec.Struct, frozen=True, kw_only=True):
+    """Further signs of how a GPU is. What the GPU, its mode or the driver does not support is None."""
+
+    ecc_lifetime: int | None = None
+    """Uncorrected memory errors since the GPU was made."""
+    rows_remapped: int | None = None
+    banks_without_spare: int | None = None
+    """Memory banks in which no further row can be remapped."""
+    sram_exceeded: bool | None = None
+    """Whether there were more uncorrected errors of the SRAM than NVIDIA's field diagnostics tolerate."""
+    clock_reasons: int | None = None
+    """Why the clocks are as they are (nvmlClocksEventReasons, bits)."""
+    fabric: FabricProbe | None = None
+    links: LinkErrors = LinkErrors()
+    recovery: int | None = None
+    """What the driver asks for (NVML_GPU_RECOVERY_ACTION_*)."""
 
 
 class GpuInstance(msgspec.Struct, frozen=True, kw_only=True):
@@ -81,6 +121,7 @@ class NvGpu(msgspec.Struct, frozen=True, kw_only=True):
     """Whether memory rows are to be remapped at the next reset."""
     rows_failed: bool | None = None
     """Whether memory rows could not be remapped."""
+    condition: Condition = Condition()
 
 
 class Snapshot(msgspec.Struct, frozen=True, kw_only=True):

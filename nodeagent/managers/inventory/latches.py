@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from nodeagent.core.model.health import UNHEALTHY, DeviceState, Evidence
+from nodeagent.core.model.health import UNHEALTHY, DeviceState, Evidence, Remedy
 from nodeagent.errors import HostError, cause_of
 from nodeagent.host.sysfs import atomic_file
 from nodeagent.telemetry.once import Once
@@ -35,6 +35,7 @@ class _Cause(msgspec.Struct, frozen=True):
     reason: str
     boot_id: str
     binding: str
+    remedy: Remedy = Remedy.NONE
 
 
 class _Document(msgspec.Struct, frozen=True):
@@ -71,7 +72,14 @@ class LatchMemory:
         if ended:
             self._change(lambda causes: _without(causes, ended))
         holding = [
-            Evidence(device=one.device, source=one.source, state=one.state, reason=one.reason, latched=True)
+            Evidence(
+                device=one.device,
+                source=one.source,
+                state=one.state,
+                reason=one.reason,
+                latched=True,
+                remedy=one.remedy,
+            )
             for one in known.values()
             if one.device in there - ended
         ]
@@ -91,7 +99,8 @@ class LatchMemory:
         self._change(lambda causes: _without(causes, {device}))
 
     def _cause(self, one: Evidence) -> _Cause:
-        return _Cause(one.device, one.source, one.state, one.reason, self._boot_id, self._binding(one.device))
+        boot_id, binding = self._boot_id, self._binding(one.device)
+        return _Cause(one.device, one.source, one.state, one.reason, boot_id, binding, one.remedy)
 
     def _holds(self, cause: _Cause) -> bool:
         return cause.boot_id == self._boot_id and cause.binding == self._binding(cause.device)

@@ -1,4 +1,5 @@
-"""The NVLinks of each GPU that have been active since the machine was booted, in a file that outlives the agent.
+"""The NVLinks of each GPU: which have been active since the machine was booted, in a file that outlives the agent, and
+what errors they have had to correct since the last look.
 
 Only what was active can be lost: boards have links that are not wired, and GPUs have links without a bridge. NVML shows
 both like a link that has failed.
@@ -8,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
 
 from nodeagent.errors import HostError, cause_of
-from nodeagent.host.nvml.values import NvGpu
+from nodeagent.host.nvml.values import LinkErrors, NvGpu
 from nodeagent.host.sysfs import atomic_file
 from nodeagent.telemetry.once import Once
 
@@ -20,6 +22,10 @@ FILE = "nvlinks.json"
 """In the state folder."""
 Links = dict[str, frozenset[int]]
 """Numbers of links by the PCI address of their GPU."""
+NO_ERRORS: Mapping[str, str] = MappingProxyType({})
+MOST_CRC_ERRORS_A_SECOND = 100
+"""From here on they matter: DCGM_LIMIT_MAX_NVLINK_CRC_ERROR of DCGM's dcgm_gpu_hardware_limits.h. A link that is
+trained again or sends a packet again matters each time, as in DCGM's health watch of NVLinks."""
 
 
 class _Document(msgspec.Struct, frozen=True):
@@ -80,3 +86,35 @@ class NvlinkMemory:
             self._bad.clear()
         except HostError as error:
             self._bad.report(str(error))
+
+
+class NvlinkErrors:
+    """What NVLinks have had to correct between two looks. A count that falls starts again, as after a reset."""
+
+    def __init__(self) -> None:
+        self._before: Mapping[str, LinkErrors] = {}
+        self._looked_s = 0.0
+
+    def grown(self, gpus: tuple[NvGpu, ...], now_s: float) -> Mapping[str, str]:
+        """Return what grew since the last look, in words, by PCI address; GPUs without errors are left out.
+
+        now_s: seconds of a steady clock.
+        """
+        before, since_s = self._before, now_s - self._looked_s
+        self._before = {**before, **{gpu.pci_address: gpu.condition.links for gpu in gpus}}
+        self._looked_s = now_s
+        words = {one: _growth(before[one], self._before[one], since_s) for one in before}
+        return {one: text for one, text in words.items() if text}
+
+
+def _growth(before: LinkErrors, now: LinkErrors, since_s: float) -> str:
+    recoveries, replays = _more(before.recoveries, now.recoveries), _more(before.replays, now.replays)
+    crc = _more(before.crc, now.crc)
+    found = [f"{recoveries} recoveries"] if recoveries else []
+    found += [f"{replays} replays"] if replays else []
+    found += [f"{crc} CRC errors"] if crc >= MOST_CRC_ERRORS_A_SECOND * since_s > 0 else []
+    return f"its NVLinks have had errors: {', '.join(found)} in {since_s:.0f} s" if found else ""
+
+
+def _more(before: int | None, now: int | None) -> int:
+    return max(0, now - before) if before is not None and now is not None else 0

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import time
-from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -14,37 +14,43 @@ from msgspec.structs import replace
 
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config
-from nodeagent.core.model.health import latched_causes
+from nodeagent.core.advice.repair import health_notes
+from nodeagent.core.model.health import HEALTHY, Evidence, Said, latched_causes
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.xid import effect_of
 from nodeagent.errors import HostError
 from nodeagent.host import uevents as udev
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.nvml.client import Failure, Probe, Snapshot, Xid
+from nodeagent.host.health.source import Readings
+from nodeagent.host.nvml.client import Failure, Mig, Probe, Snapshot, Xid
 from nodeagent.host.nvml.library import has_library
 from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory import quarantine
 from nodeagent.managers.inventory.gpu_health import (
-    bound_elsewhere,
+    OF_NVML,
     forgotten,
+    instance_evidence,
+    not_looked_at,
     nvidia_gpus,
     nvlink_evidence,
     nvml_evidence,
     xid_evidence,
 )
+from nodeagent.managers.inventory.gpu_sources import readings
 from nodeagent.managers.inventory.kernel_health import KernelHealth
 from nodeagent.managers.inventory.latches import FILE as LATCHES
 from nodeagent.managers.inventory.latches import LatchMemory
 from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
-from nodeagent.managers.inventory.nvlinks import NvlinkMemory
+from nodeagent.managers.inventory.nvlinks import NvlinkErrors, NvlinkMemory
 from nodeagent.managers.inventory.quarantine import quarantined
 from nodeagent.managers.inventory.recovery import recoveries
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.partitions.table import InstanceTable
 from nodeagent.resources.offer import selectors
 from nodeagent.state.agent import Agent
+from nodeagent.state.audit import HEALTH, Happening
 from nodeagent.telemetry import metrics
 from nodeagent.telemetry.once import Once
 
@@ -89,6 +95,7 @@ class InventoryScanner(Manager):
         )
         self.kernel_health = KernelHealth(agent, sysfs, config)
         self._nvlinks = NvlinkMemory(state_dir / NVLINKS, agent.settings.boot_id)
+        self._nvlink_errors = NvlinkErrors()
         self._asks_nvml = self._live or has_library(Path(sysfs.root))
         self.probe = Probe(root=sysfs.root, by_loader=self._live)
         """The only client of NVML."""
@@ -98,6 +105,8 @@ class InventoryScanner(Manager):
         self._turn = asyncio.Lock()
         self._latching = asyncio.Lock()
         """Apart from `_turn`: a scan that hangs delays neither an error of a GPU nor an admin's word."""
+        self._ask_now = asyncio.Event()
+        """Set when NVML is to be asked before it is due."""
         self._deaf = Once("no-device-events")
         self._unused: Sequence[str] = ()
         """Patterns of health.quarantine that match no device."""
@@ -110,8 +119,20 @@ class InventoryScanner(Manager):
         await self.probe.close()
 
     def notes(self) -> list[str]:
-        """Return which devices to keep out are not here."""
-        return quarantine.notes(self._unused)
+        """Return which devices to keep out are not here, and what an admin can do about the health of others."""
+        return [*quarantine.notes(self._unused), *health_notes(self._agent.inventory, self._agent.health)]
+
+    def health_readings(self) -> Mapping[Said, Readings]:
+        """Return the numbers that were read of the devices, by device and source, as last seen."""
+        gpus = self._nvml.gpus if isinstance(self._nvml, Snapshot) else ()
+        there = self._agent.inventory.device_by_id
+        of_nvml = {
+            (gpu.pci_address, source): numbers
+            for gpu in gpus
+            if gpu.pci_address in there
+            for source, numbers in readings(gpu)
+        }
+        return {**self.kernel_health.readings(), **of_nvml}
 
     async def serve(self) -> None:
         """Follow kernel events, the devices' health and NVML, and let devices recover; each continues if another
@@ -190,17 +211,23 @@ class InventoryScanner(Manager):
                 self._agent.clear_health(one.device)
         self._agent.observe(holding)
 
-    async def clear_health(self, device: str) -> bool:
-        """Clear the latched causes of a device and forget its NVLinks, as an admin asks. Return whether it had any."""
+    async def clear_health(self, device: str, who: str) -> bool:
+        """Clear what is remembered against a device, as an admin asks: latched causes, its NVLinks, and what NVML said
+        of it. NVML is asked at once: a fault that it still sees comes back. Return whether there was anything."""
         async with self._latching:
             had = self._agent.clear_health(device)
             await asyncio.to_thread(self._latches.clear, device)
-            if await asyncio.to_thread(self._nvlinks.forget, device):
-                had = True
-                self._agent.observe([], [(device, "nvlink")])
-        if had:
-            log.info("health-cleared", device=device, why="cleared by an admin")
-        return had
+            had |= await asyncio.to_thread(self._nvlinks.forget, device)
+            known = self._agent.health.get(device)
+            said = known.seen.items() if known is not None else ()
+            remembered = [(device, source) for source, one in said if source in OF_NVML and one.state != HEALTHY]
+            self._agent.observe([], [*remembered, (device, "nvlink")])
+        if had or remembered:
+            log.info("health-cleared", device=device, why="cleared by an admin", who=who)
+            happened = Happening(action=HEALTH, what=f"{device} cleared", why=f"cleared by an admin ({who})")
+            self._agent.record_happenings([happened])
+            self._ask_now.set()
+        return had or bool(remembered)
 
     async def _scan(self) -> Inventory:
         config, known, nvml = self._config(), self._agent.inventory.pods_cgroup, self._nvml
@@ -235,7 +262,10 @@ class InventoryScanner(Manager):
                 if nvidia_gpus(self._agent.inventory):
                     await self.ask_nvml()
                 self.answered.set()
-                await asyncio.sleep(self._config().health.nvml_seconds)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._config().health.nvml_seconds):
+                        await self._ask_now.wait()
+                self._ask_now.clear()
         finally:
             await cancel_all([xids])
 
@@ -251,9 +281,22 @@ class InventoryScanner(Manager):
         if self._instances is not None:
             self._instances.asked(asked_s)
         await self.rescan()
+        nvml, inventory, ignored = self._nvml, self._agent.inventory, self._config().health.ignore
+        self._agent.observe(nvml_evidence(nvml, inventory, ignored), not_looked_at(nvml, inventory, ignored))
+        of_instances = await asyncio.to_thread(self._of_instances, nvml)
+        self._agent.observe(*of_instances)
+        await self._look_at_nvlinks(nvml, asked_s)
+
+    def _of_instances(self, nvml: Snapshot | Failure) -> tuple[list[Evidence], list[Said]]:
+        """Return the evidence of MIG instances: of the place of one of the agent's own, or of the instance itself.
+        Blocks."""
         inventory = self._agent.inventory
-        self._agent.observe(nvml_evidence(self._nvml, inventory), bound_elsewhere(inventory))
-        await self._look_at_nvlinks(self._nvml)
+        own = self._instances.partitions(inventory) if self._instances is not None else {}
+
+        def part_of(gpu: str, mig: Mig) -> str:
+            return own.get((gpu, mig.gpu_instance), f"{gpu}/mig-{mig.gpu_instance}-{mig.compute_instance}")
+
+        return instance_evidence(nvml, inventory, self._agent.health, part_of)
 
     def _part(self, xid: Xid) -> str | None:
         """Return the device of the agent's own MIG instance that an error is of, or None if it is of none."""
@@ -261,12 +304,14 @@ class InventoryScanner(Manager):
             return None
         return self._instances.partition_of(self._agent.inventory, xid.pci_address, xid.instance[0])
 
-    async def _look_at_nvlinks(self, nvml: Snapshot | Failure) -> None:
+    async def _look_at_nvlinks(self, nvml: Snapshot | Failure, asked_s: float) -> None:
+        errors: Mapping[str, str] = {}
         if isinstance(nvml, Snapshot):
             await asyncio.to_thread(self._nvlinks.learn, nvml.gpus)
+            errors = self._nvlink_errors.grown(nvml.gpus, asked_s)
         ignored = "nvlink" in self._config().health.ignore
         active_once = {} if ignored else self._nvlinks.active_once
-        self._agent.observe(*nvlink_evidence(nvml, self._agent.inventory, active_once))
+        self._agent.observe(*nvlink_evidence(nvml, self._agent.inventory, active_once, errors))
 
     async def _follow_xids(self) -> None:
         async for xid in self.probe.events():

@@ -46,9 +46,20 @@ class InstanceTable:
 
     def partition_of(self, inventory: Inventory, gpu: str, gi: int) -> str | None:
         """Return the device of an own instance, given by its GPU (a PCI address) and number, or None if it is none."""
-        ids = (one.partition for one in self.journal.read().values() if one.gi == gi)
-        found = (id for id in ids if (device := inventory.device_by_id.get(id)) and device.parent == gpu)
-        return next(found, None)
+        return self.partitions(inventory).get((gpu, gi))
+
+    def partitions(self, inventory: Inventory) -> Mapping[tuple[str, int], str]:
+        """Return the devices of all own instances, each by its GPU (a PCI address) and number."""
+        found = (
+            (one, inventory.device_by_id.get(one.partition))
+            for one in self.journal.read().values()
+            if one.gi is not None
+        )
+        return {
+            (device.parent, one.gi): device.id
+            for one, device in found
+            if device is not None and device.parent is not None and one.gi is not None
+        }
 
     def view(self, inventory: Inventory) -> Inventory:
         """Return the inventory with the instances that exist: their devices have UUIDs and nodes."""

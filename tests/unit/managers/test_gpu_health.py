@@ -8,6 +8,7 @@ import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -18,12 +19,14 @@ from structlog.testing import capture_logs
 from nodeagent.config.schema import Config
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import (
+    DEGRADED,
     HEALTHY,
     NO_HEALTH,
     UNHEALTHY,
     UNKNOWN,
     Evidence,
     Health,
+    Remedy,
     clear,
     latched_causes,
     observe,
@@ -32,13 +35,20 @@ from nodeagent.core.model.health import (
 )
 from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
 from nodeagent.host.devices.all_kinds import builtin_kinds
-from nodeagent.host.nvml.values import Failure, NvGpu, Snapshot, Xid
+from nodeagent.host.nvml.values import Condition, FabricProbe, Failure, LinkErrors, Mig, NvGpu, Snapshot, Xid
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.inventory.gpu_health import bound_elsewhere, nvlink_evidence, nvml_evidence, xid_evidence
+from nodeagent.managers.inventory.gpu_health import (
+    bound_elsewhere,
+    instance_evidence,
+    not_looked_at,
+    nvlink_evidence,
+    nvml_evidence,
+    xid_evidence,
+)
 from nodeagent.managers.inventory.latches import FILE, LatchMemory
 from nodeagent.managers.inventory.nvlinks import FILE as NVLINKS
-from nodeagent.managers.inventory.nvlinks import NvlinkMemory
+from nodeagent.managers.inventory.nvlinks import NvlinkErrors, NvlinkMemory
 from nodeagent.managers.inventory.scanner import InventoryScanner
 from nodeagent.state.agent import Agent, AgentSettings
 from nodeagent.state.store import Store
@@ -53,8 +63,9 @@ INVENTORY = inventory_of(even_rows(1, 1, 1, 2, 1), devices=[WHOLE, PART])
 RECOVER_S = 30.0
 
 
-def snapshot(**gpu: int | bool) -> Snapshot:
-    shown = NvGpu(pci_address=GPU, uuid="GPU-1", name="Double", **gpu)  # type: ignore[arg-type]
+def snapshot(condition: Condition | None = None, **gpu: object) -> Snapshot:
+    condition = condition or Condition()
+    shown = NvGpu(pci_address=GPU, uuid="GPU-1", name="Double", condition=condition, **gpu)  # type: ignore[arg-type]
     return Snapshot(driver_version="580", gpus=(shown,))
 
 
@@ -73,17 +84,64 @@ def states(health: Health) -> tuple[str, str]:
 
 KERNEL = ("carrier", "pcie", "aer", "nvme", "smart", "ras")
 """Sources that are read from the kernel; which of them a device can have does not matter here."""
+GOOD, BAD, WARNS, SILENT = "good", "bad", "warns", "silent"
+ROUTE_OK = 0b10_10_10_10 | 1 << 8
+"""A health mask of the fabric in which nothing is wrong."""
+SIGNS: dict[str, list[tuple[dict[str, Any], str]]] = {
+    "ecc": [({}, SILENT), ({"ecc_uncorrected": 0}, GOOD), ({"ecc_uncorrected": 3}, BAD)],
+    "rows": [
+        ({}, SILENT),
+        ({"rows_pending": False, "rows_failed": False}, GOOD),
+        ({"rows_pending": True, "rows_failed": False}, BAD),
+        ({"rows_pending": False, "rows_failed": True}, BAD),
+        ({"rows_pending": False, "rows_failed": False, "banks_without_spare": 2}, WARNS),
+        ({"rows_pending": True, "rows_failed": False, "banks_without_spare": 2}, BAD),
+    ],
+    "sram": [({}, SILENT), ({"sram_exceeded": False}, GOOD), ({"sram_exceeded": True}, BAD)],
+    "clocks": [
+        ({}, SILENT),
+        *(({"clock_reasons": bits}, GOOD) for bits in (0, 0x1, 0x2, 0x4, 0x10, 0x100)),
+        *(({"clock_reasons": bits | 4}, WARNS) for bits in (0x8, 0x20, 0x40, 0x80, 0x48, 0x88)),
+    ],
+    "fabric": [
+        ({}, SILENT),
+        ({"fabric": FabricProbe(state=0, status=0)}, GOOD),
+        ({"fabric": FabricProbe(state=3, status=0)}, GOOD),
+        ({"fabric": FabricProbe(state=3, status=0, health=ROUTE_OK)}, GOOD),
+        *(({"fabric": FabricProbe(state=state, status=0)}, BAD) for state in (1, 2, 7)),
+        ({"fabric": FabricProbe(state=3, status=10)}, BAD),
+        *(({"fabric": FabricProbe(state=3, status=0, health=code << 8)}, BAD) for code in (2, 5, 8, 15)),
+        ({"fabric": FabricProbe(state=3, status=0, health=1 << 4)}, BAD),
+        *(({"fabric": FabricProbe(state=3, status=0, health=1 << at)}, WARNS) for at in (0, 2, 6)),
+    ],
+    "recovery": [
+        ({}, SILENT),
+        ({"recovery": 0}, GOOD),
+        ({"recovery": 5}, WARNS),
+        *(({"recovery": action}, BAD) for action in (1, 2, 3, 4, 6, 7, 99)),
+    ],
+}
+"""What NVML can show of a GPU, and what that says, by source."""
+OF_CONDITION = frozenset(Condition.__struct_fields__)
+answers = st.fixed_dictionaries({source: st.sampled_from(every) for source, every in SIGNS.items()})
 codes = st.sampled_from([*XIDS, 7, 999])
 links = st.tuples(st.just("nvlink"), st.frozensets(st.integers(0, 2)))
 seen = st.tuples(st.sampled_from(KERNEL), st.sampled_from([HEALTHY, UNHEALTHY, UNKNOWN, None]))
 Step = tuple[str, object]
 steps = st.lists(
     st.tuples(
-        st.one_of(st.tuples(st.just("xid"), codes), st.just(("nvml", None)), links, seen),
+        st.one_of(st.tuples(st.just("xid"), codes), st.tuples(st.just("nvml"), answers), links, seen),
         st.floats(0, 200),
     ),
     max_size=25,
 )
+
+
+def shown(signs: dict[str, tuple[dict[str, Any], str]]) -> Snapshot:
+    """NVML's answer with these signs."""
+    fields = {name: value for some, _ in signs.values() for name, value in some.items()}
+    condition = Condition(**{name: value for name, value in fields.items() if name in OF_CONDITION})
+    return snapshot(condition, **{name: value for name, value in fields.items() if name not in OF_CONDITION})
 
 
 class Story:
@@ -99,7 +157,7 @@ class Story:
         if what == "xid":
             self.health = reported(self.health, self.now, said)  # type: ignore[arg-type]
         elif what == "nvml":
-            self.health = polled(self.health, self.now, snapshot())
+            self.health = polled(self.health, self.now, shown(said))  # type: ignore[arg-type]
         elif what == "nvlink":
             nvml = snapshot(nvlinks_inactive=tuple(said))  # type: ignore[arg-type]
             self.take(*nvlink_evidence(nvml, INVENTORY, {GPU: frozenset({0, 1})}))
@@ -144,8 +202,10 @@ def test_an_error_of_an_application_changes_nothing_whatever_the_other_sources_s
 
 @given(steps)
 def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story: list[tuple[Step, float]]) -> None:
-    """Each source counts by itself, checked against a plain list of what each has said last."""
+    """Each source counts by itself, checked against a plain list of what each has said last: its silence changes
+    nothing, and a warning makes nothing ill."""
     told, last, bad_until, latched = Story(), dict[str, bool](), -RECOVER_S, False
+    warned = dict[str, bool]()
     for (what, said), after_s in story:
         ill = any(last.values())
         told.tell((what, said), after_s)
@@ -156,6 +216,10 @@ def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story
                 last["xid"] = True
         elif what == "nvml":
             last["xid"] = False
+            for source, (_, verdict) in said.items():  # type: ignore[attr-defined]
+                if verdict != SILENT:
+                    last[source] = verdict == BAD
+                    warned[source] = verdict == WARNS
         elif what == "nvlink":
             last["nvlink"] = bool({0, 1} & said)  # type: ignore[operator]
         else:
@@ -164,6 +228,7 @@ def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story
         good = not latched and not any(last.values()) and told.now - bad_until >= RECOVER_S
         if told.now - bad_until != RECOVER_S:  # rounding
             assert (recovered(told.health, told.now, RECOVER_S)[GPU].state == HEALTHY) == good
+        assert {source for source, _ in told.health[GPU].degradations} == {one for one, now in warned.items() if now}
 
 
 @pytest.mark.parametrize("code", [13, 31, 43, 45, 68, 109])
@@ -216,15 +281,137 @@ def test_memory_errors_last_as_long_as_nvml_shows_them(gpu: dict[str, int | bool
     for now in (0.0, 100.0, 10_000.0):
         health = polled(health, now, snapshot(**gpu))
         assert (health[GPU].state, health[GPU].reason) == (UNHEALTHY, reason)
+    assert polled(health, 15_000.0, snapshot())[GPU].state == UNHEALTHY, "NVML no longer answers for it"
     for now in (20_000.0, 20_100.0):
         health = polled(health, now, snapshot(ecc_uncorrected=0, rows_pending=False, rows_failed=False))
     assert health[GPU].state == HEALTHY
+
+
+def one(source: str, nvml: Snapshot) -> Evidence:
+    """What a source says of the GPU."""
+    (found,) = [one for one in nvml_evidence(nvml, INVENTORY) if (one.device, one.source) == (GPU, source)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("source", "nvml", "state", "reason", "remedy"),
+    [
+        ("ecc", snapshot(ecc_uncorrected=1), UNHEALTHY, "1 uncorrected memory errors", Remedy.RESET),
+        ("rows", snapshot(rows_pending=True), UNHEALTHY, "memory rows are remapped at the next reset", Remedy.RESET),
+        ("rows", snapshot(rows_pending=True, rows_failed=True), UNHEALTHY, "a memory row could not", Remedy.REPLACE),
+        ("sram", snapshot(Condition(sram_exceeded=True)), UNHEALTHY, "more uncorrected SRAM errors", Remedy.REPLACE),
+        (
+            "clocks",
+            snapshot(Condition(clock_reasons=0x48)),
+            DEGRADED,
+            "its clocks are halved or lower since it is too hot (",
+            "",
+        ),
+        (
+            "clocks",
+            snapshot(Condition(clock_reasons=0x88)),
+            DEGRADED,
+            "its clocks are halved or lower since its power",
+            "",
+        ),
+        (
+            "clocks",
+            snapshot(Condition(clock_reasons=0x8)),
+            DEGRADED,
+            "its clocks are halved or lower (hardware slow",
+            "",
+        ),
+        ("recovery", snapshot(Condition(recovery=2)), UNHEALTHY, "the driver asks for a reboot", Remedy.REBOOT),
+        (
+            "recovery",
+            snapshot(Condition(recovery=3)),
+            UNHEALTHY,
+            "the driver asks for an end of all peer",
+            Remedy.DRAIN,
+        ),
+        (
+            "recovery",
+            snapshot(Condition(recovery=4)),
+            UNHEALTHY,
+            "the driver asks for a reset of the GPU once",
+            "reset",
+        ),
+        ("recovery", snapshot(Condition(recovery=42)), UNKNOWN, "the driver asks for a recovery that is not known", ""),
+        (
+            "fabric",
+            snapshot(Condition(fabric=FabricProbe(state=2, status=0))),
+            UNKNOWN,
+            "its registration with the fabric manager is in progress",
+            "",
+        ),
+        (
+            "fabric",
+            snapshot(Condition(fabric=FabricProbe(state=3, status=0, health=4 << 8 | 1))),
+            UNHEALTHY,
+            "its NVLink fabric is configured incorrectly: no partition",
+            "",
+        ),
+    ],
+)
+def test_each_sign_of_a_gpu_has_a_state_a_reason_and_what_helps(
+    source: str, nvml: Snapshot, state: str, reason: str, remedy: str
+) -> None:
+    found = one(source, nvml)
+    assert (found.state, found.reason[: len(reason)], found.remedy) == (state, reason, remedy)
+
+
+def test_what_is_ignored_does_not_count_and_what_only_the_driver_knows_of_memory_always_does() -> None:
+    """The fabric of a GPU in MIG mode does not count either: it uses no links."""
+    ill = snapshot(Condition(clock_reasons=0x40, recovery=1, fabric=FabricProbe(state=1, status=0)), rows_failed=True)
+    every = {found.source for found in nvml_evidence(ill, INVENTORY, tuple(SIGNS)) if found.device == GPU}
+    assert every == {"nvml", "xid", "rows"}
+    unseen = not_looked_at(ill, INVENTORY, ["clocks", "carrier", "recovery"])
+    assert {said for said in unseen if said[0] == GPU} == {(GPU, "clocks"), (GPU, "recovery")}
+    divided = snapshot(ill.gpus[0].condition, mig_enabled=True)
+    assert "fabric" not in {found.source for found in nvml_evidence(divided, INVENTORY)}
+    assert (GPU, "fabric") in not_looked_at(divided, INVENTORY, [])
+
+
+def divided(errors: int | None, of_gpu: int | None = None) -> Snapshot:
+    mig = Mig(
+        uuid="MIG-1", profile="1g.10gb", memory_bytes=1, gpu_instance=2, compute_instance=0, ecc_uncorrected=errors
+    )
+    return snapshot(ecc_uncorrected=of_gpu, mig_enabled=True, migs=(mig,))
+
+
+def with_instances(health: Health, now: float, nvml: Snapshot | Failure) -> Health:
+    evidence, unseen = instance_evidence(nvml, INVENTORY, health, lambda gpu, mig: f"{gpu}/mig-{mig.gpu_instance}-0")
+    after = withdraw(observe(health, evidence, now, RECOVER_S), unseen, now, RECOVER_S)
+    return recovered(polled(after, now, nvml), now, RECOVER_S)
+
+
+def test_errors_of_an_instance_are_its_own_and_end_with_it() -> None:
+    """Neither with NVML's silence nor with that of the driver on the count."""
+    health = with_instances(NO_HEALTH, 0.0, divided(2, of_gpu=2))
+    assert states(health) == (HEALTHY, UNHEALTHY)
+    assert health[MIG].reason == "2 uncorrected memory errors since the instance was made"
+    for now, silent in ((40.0, divided(None)), (80.0, Failure(absent=False, reason="NVML failed"))):
+        health = with_instances(health, now, silent)
+        assert health[MIG].seen["ecc"].state == UNHEALTHY
+    assert states(with_instances(health, 100.0, divided(2, of_gpu=3)))[0] != HEALTHY, "one is of no instance"
+    for now in (120.0, 160.0):
+        health = with_instances(health, now, snapshot(mig_enabled=True))
+    assert health[MIG].state == HEALTHY
 
 
 def test_a_gpu_that_nvml_does_not_show_is_unhealthy_and_one_that_nobody_can_ask_for_is_unknown() -> None:
     health = polled(NO_HEALTH, 0.0, Snapshot(driver_version="580"))
     assert health[GPU].reason == "NVML does not show this GPU"
     assert polled(NO_HEALTH, 0.0, Failure(absent=False, reason="NVML failed"))[GPU].state == UNKNOWN
+
+
+@pytest.mark.parametrize("nvml", [Snapshot(driver_version="580"), Failure(absent=False, reason="NVML failed")])
+def test_a_mig_instance_is_well_again_with_its_gpu(nvml: Snapshot | Failure) -> None:
+    health = polled(NO_HEALTH, 0.0, nvml)
+    assert HEALTHY not in states(health)
+    for now in (30.0, 60.0):
+        health = polled(health, now, snapshot())
+    assert states(health) == (HEALTHY, HEALTHY)
 
 
 @pytest.mark.parametrize("nvml", [Snapshot(driver_version="580"), Failure(absent=False, reason="NVML failed")])
@@ -379,13 +566,17 @@ class Linked:
 
     def restart(self) -> None:
         self.memory, self.health = NvlinkMemory(self.path, self.boot_id), NO_HEALTH
+        self.errors = NvlinkErrors()
 
-    def poll(self, now: float, active: set[int], inactive: set[int], **gpu: bool) -> tuple[str, str]:
+    def poll(
+        self, now: float, active: set[int], inactive: set[int], errors: LinkErrors | None = None, **gpu: bool
+    ) -> tuple[str, str]:
         """State and reason after a poll that shows these links."""
-        links = {"nvlinks_active": tuple(active), "nvlinks_inactive": tuple(inactive)}
-        nvml = snapshot(**links, **gpu)  # type: ignore[arg-type]
+        condition = Condition(links=errors or LinkErrors())
+        nvml = snapshot(condition, nvlinks_active=tuple(active), nvlinks_inactive=tuple(inactive), **gpu)
         self.memory.learn(nvml.gpus)
-        evidence, unseen = nvlink_evidence(nvml, INVENTORY, self.memory.active_once)
+        grown = self.errors.grown(nvml.gpus, now)
+        evidence, unseen = nvlink_evidence(nvml, INVENTORY, self.memory.active_once, grown)
         health = withdraw(observe(self.health, evidence, now, RECOVER_S), unseen, now, RECOVER_S)
         self.health = recovered(health, now, RECOVER_S)
         return (self.health[GPU].state, self.health[GPU].reason) if GPU in self.health else (HEALTHY, "")
@@ -400,6 +591,22 @@ def test_a_link_that_was_lost_makes_the_gpu_unhealthy_until_it_is_back_for_a_whi
     assert node.poll(2, {1}, {0, 2, 3}) == (UNHEALTHY, "NVLinks 2, 3 were active and are inactive")
     assert node.poll(3, {1, 2, 3}, {0})[0] == UNHEALTHY
     assert node.poll(33, {1, 2, 3}, {0}) == (HEALTHY, "")
+
+
+def test_errors_of_links_are_a_warning_while_they_grow(tmp_path: Path) -> None:
+    """What was counted before the agent started does not count, nor do CRC errors that the links cope with; a count
+    that falls starts again."""
+    node = Linked(tmp_path)
+    assert node.poll(0, {0, 1}, set(), LinkErrors(replays=5, recoveries=1, crc=900)) == (HEALTHY, "")
+    assert node.health[GPU].degradations == ()
+    node.poll(30, {0, 1}, set(), LinkErrors(replays=7, recoveries=2, crc=3899))
+    warned = "its NVLinks have had errors: 1 recoveries, 2 replays in 30 s"
+    assert node.health[GPU].degradations == (("nvlink", warned),)
+    node.poll(60, {0, 1}, set(), LinkErrors(replays=7, recoveries=2, crc=6899))
+    assert node.health[GPU].degradations == (("nvlink", "its NVLinks have had errors: 3000 CRC errors in 30 s"),)
+    assert node.poll(90, {0, 1}, set(), LinkErrors(replays=0, recoveries=0, crc=0)) == (HEALTHY, "")
+    assert node.health[GPU].degradations == ()
+    assert node.poll(120, {0}, {1}, LinkErrors(replays=9, recoveries=0, crc=0))[0] == UNHEALTHY
 
 
 def test_a_gpu_without_a_bridge_or_in_mig_mode_has_no_links_to_lose(tmp_path: Path) -> None:
@@ -476,7 +683,7 @@ async def test_gpus_are_unknown_where_the_record_of_their_errors_is_damaged(tmp_
             GPU: (UNKNOWN, why),
             second: (UNKNOWN, why),
         }
-        assert await scanner.clear_health(GPU)
+        assert await scanner.clear_health(GPU, "uid 0")
         await scanner.rescan()
         agent.observe([Evidence(device=second, source="xid", state=HEALTHY)])
         assert {id: one.state for id, one in agent.health.items()} == {GPU: HEALTHY, second: UNKNOWN}

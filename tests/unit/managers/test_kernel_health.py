@@ -17,6 +17,8 @@ from nodeagent.host.health.source import Sight, Silence, looked
 from nodeagent.host.health.sources import sources
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.inventory.gpu_health import OF_NVML
+from nodeagent.managers.inventory.gpu_sources import IGNORABLE
 from tests.builders.devices import DeviceTree
 from tests.support.health_node import health_node
 from tests.support.paths import CHECKOUT
@@ -161,9 +163,9 @@ def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_docum
     names = [one.name for one in sources()]
     assert len(set(names)) == len(names)
     ignorable = set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
-    assert ignorable == {*names, "nvlink"}
+    assert ignorable == {*names, *IGNORABLE}
     page = CHECKOUT / "docs" / "health.md"
     if not page.exists():
         pytest.skip("the documentation lies in the checkout")
     table = re.findall(r"^\| `([a-z]+)` \|", page.read_text(), re.MULTILINE)
-    assert sorted(table) == sorted({*ignorable, "nvml", "xid", "ecc", "quarantine"})
+    assert sorted(table) == sorted({*ignorable, *OF_NVML, "quarantine"})

@@ -9,6 +9,7 @@ from typing import Any
 from nodeagent.cli.agent.explain.unit import moment
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.node_state import NodeState
+from nodeagent.core.advice.repair import degradations, repair
 from nodeagent.core.deviceplugin.devices import WITHHELD
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.model.device import Device
@@ -44,6 +45,8 @@ def explain_device(facts: Facts, state: NodeState, id: str) -> Document:
         "exclusive": [one for one in device.exclusive_parts if one not in device.paths],
         "excludes": {one: [str(grant.holder) for grant in _holders(state, [one])] for one in others},
         "health": state.ill().get(device.id, "healthy"),
+        "advice": repair(device, state.health),
+        "degraded": list(degradations(device, state.health)),
         "causes": {source: f"{one.state}: {one.reason}" for source, one in sorted(health.seen.items())}
         if health is not None
         else {},
@@ -146,6 +149,9 @@ def _about_use(document: Mapping[str, Any]) -> Iterator[str]:
         yield "it is not held"
     yield f"health: {document['health']}"
     yield from (f"health by {source}: {cause}" for source, cause in document["causes"].items())
+    yield from (f"degraded: {reason}" for reason in document["degraded"])
+    if document["advice"]:
+        yield f"what to do: {document['advice']}"
     for one in document["offered"]:
         yield f"offered as {one['id']} of {one['resource']}: {'healthy' if one['healthy'] else 'Unhealthy'}"
     if document["pool"]:
