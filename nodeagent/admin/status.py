@@ -110,7 +110,7 @@ class Status:
             "kubelet": self._watched.kubelet_document(),
             "dra": self._watched.dra_document(),
             "pinning": self._watched.pinning_document(),
-            "sharing": self._watched.sharing_document(),
+            **self._watched.gpus_document(),
             "resources": resources(self._watched),
             "grants": len(agent.ledger.grants),
             "ledger": {"whole": not agent.loss, "loss": agent.loss, "missing": dict(agent.unaccounted)},

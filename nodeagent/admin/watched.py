@@ -46,8 +46,9 @@ class Watched(Protocol):
         """Return how containers are confined to what they hold."""
         ...
 
-    def sharing_document(self) -> dict[str, Any]:
-        """Return the MPS daemons and time slices of GPUs, or {} if there are none."""
+    def gpus_document(self) -> dict[str, Any]:
+        """Return `sharing`, the MPS daemons and time slices of GPUs, and `mig`, the MIG instances that the agent makes;
+        each is {} if there are none."""
         ...
 
     def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:

@@ -286,8 +286,8 @@ class Daemon:
     def dra_document(self) -> dict[str, Any]:
         return self._dra.document()
 
-    def sharing_document(self) -> dict[str, Any]:
-        return self._gpus.sharing_document()
+    def gpus_document(self) -> dict[str, Any]:
+        return self._gpus.document()
 
     def pinning_document(self) -> dict[str, Any]:
         return {**self._pinning.document(), **self._exclusive.document()}

@@ -154,6 +154,6 @@ class Gpus:
         """Return the managers, in start order: what is shared has to exist."""
         return self._partitions, self._sharing, self._passthrough
 
-    def sharing_document(self) -> dict[str, Any]:
-        """Return the daemons and time slices, in plain types; empty if there are none."""
-        return self._sharing.document()
+    def document(self) -> dict[str, Any]:
+        """Return the daemons and time slices, and the MIG instances that the agent makes, in plain types."""
+        return {"sharing": self._sharing.document(), "mig": self._partitions.document()}

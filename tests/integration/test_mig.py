@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
@@ -55,11 +57,30 @@ async def test_an_instance_lives_as_long_as_its_claim(folder: Path, monkeypatch:
         assert answer.error == ""
         (made,) = driver.instances()
         assert (made.profile, made.start, made.complete) == ("3g.40gb", 4, True)
-        assert node.env(one)["NVIDIA_VISIBLE_DEVICES"].startswith("MIG-")
+        uuid = node.env(one)["NVIDIA_VISIBLE_DEVICES"]
+        assert uuid.startswith("MIG-")
+        (shown,) = (await node.agent.ask("/v1/status"))[1]["mig"]["instances"]
+        assert shown == {
+            "device": f"{address(0)}/mig-3g.40gb-4",
+            "gpu": address(0),
+            "profile": "3g.40gb",
+            "start": 4,
+            "size": 4,
+            "uuid": uuid,
+            "state": "made",
+            "claim": "default/c",
+            "why": "",
+        }
+        words = [sys.executable, "-m", "nodeagent", "status", "--socket", str(node.agent.socket)]
+        done = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, check=True)
+        lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        assert "GPU MIG SLICES STATE CLAIM UUID WHY" in lines
+        assert f"{address(0)} 3g.40gb 4-7 made default/c {uuid} -" in lines
         assert await node.unprepare(one) == [""]
         assert driver.instances() == []
         assert await node.grants() == []
         assert node.devices("gpu") == before
+        assert (await node.agent.ask("/v1/status"))[1]["mig"] == {}
 
 
 async def test_what_the_driver_refuses_reaches_kubelet_with_its_cause(

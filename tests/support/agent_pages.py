@@ -42,8 +42,8 @@ class AgentAlone:
     def dra_document(self) -> dict[str, Any]:
         return {}
 
-    def sharing_document(self) -> dict[str, Any]:
-        return {}
+    def gpus_document(self) -> dict[str, Any]:
+        return {"sharing": {}, "mig": {}}
 
     def pinning_document(self) -> dict[str, Any]:
         return {"mode": "off", "unsupported": "a test", "pinned": []}

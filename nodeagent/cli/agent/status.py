@@ -59,6 +59,8 @@ def _print(args: argparse.Namespace, status: Any) -> None:
         print()
         kinds = [(one["kind"], one["state"], one["reason"]) for one in status["kinds"]]
         print_table(("KIND", "STATE", "REASON"), kinds, whole=args.no_trunc)
+    if instances := status.get("mig", {}).get("instances"):
+        _print_instances(instances, whole=args.no_trunc)
     if status["pinning"]["pinned"]:
         _print_pinned(status["pinning"]["pinned"], whole=args.no_trunc)
 
@@ -87,6 +89,27 @@ def _print_lines(status: Any) -> None:
     )
     for line in once(sections):
         print(line)
+
+
+def _print_instances(instances: Any, *, whole: bool) -> None:
+    """Print the MIG instances that the agent makes, has made or destroys."""
+    print()
+    print_table(
+        ("GPU", "MIG", "SLICES", "STATE", "CLAIM", "UUID", "WHY"),
+        [
+            (
+                one["gpu"],
+                one["profile"],
+                f"{one['start']}-{one['start'] + one['size'] - 1}" if one["size"] else one["start"],
+                one["state"],
+                one["claim"],
+                one["uuid"],
+                one["why"],
+            )
+            for one in instances
+        ],
+        whole=whole,
+    )
 
 
 def _print_pinned(pinned: Any, *, whole: bool) -> None:

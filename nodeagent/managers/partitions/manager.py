@@ -12,7 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -23,6 +23,7 @@ from nodeagent.core.ledger.exclusion import things_of
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.partitions.standing import standing
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.nvml.values import Failure, Snapshot
 from nodeagent.managers.dra.device_setup import Unmade
@@ -232,6 +233,13 @@ class PartitionsManager(Manager):
         return bool(records) and (not self._looked or any(one not in held for one in records))
 
     # ---------------------------------------------------------------- what admins see
+
+    def document(self) -> dict[str, Any]:
+        """Return the instances that the agent makes, has made or destroys, in plain types; empty if there are none."""
+        agent = self._agent
+        every = standing(self._journal.read(), self._maker.ending, agent.ledger, agent.inventory)
+        found = [msgspec.structs.asdict(one) for one in every]
+        return {"instances": found} if found else {}
 
     def notes(self) -> list[str]:
         """Return which instances are to be destroyed and still exist."""

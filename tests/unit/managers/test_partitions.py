@@ -12,7 +12,7 @@ from nodeagent.core.dra.pool import HELD_TAINT
 from nodeagent.managers.partitions import manager as manager_of
 from nodeagent.managers.partitions.journal import PartitionJournal
 from tests.support.mig_driver import FIRST_CAP, address, uuid
-from tests.support.mig_node import mig_room
+from tests.support.mig_node import MigRoom, mig_room
 from tests.support.until import until
 
 CREATE_GI, CREATE_CI = "nvmlDeviceCreateGpuInstanceWithPlacement", "nvmlGpuInstanceCreateComputeInstance"
@@ -236,3 +236,48 @@ async def test_an_error_of_an_instance_is_that_of_its_place(folder: Path) -> Non
         (made,) = room.driver.instances()
         assert room.table.partition_of(room.agent.inventory, address(0), made.id) == f"{address(0)}/mig-3g.40gb-4"
         assert room.table.partition_of(room.agent.inventory, address(0), made.id + 1) is None
+
+
+def stands(room: MigRoom) -> list[tuple[str, int, int, str, str, str]]:
+    every = room.manager.document().get("instances", [])
+    return [(one["profile"], one["start"], one["size"], one["state"], one["claim"], one["why"]) for one in every]
+
+
+async def test_admins_see_the_agent_s_own_instances_as_they_stand(folder: Path, impatient: None) -> None:
+    """Asked for, made, and in use after the claim has ended; those of others are not listed."""
+    async with mig_room(folder, "h100-80") as room:
+        room.driver.make(0, "1g.10gb", 6, id=14)
+        room.look()
+        assert room.manager.document() == {}
+        claim = room.mig_claim("c", "mig-3g.40gb-0")
+        room.driver.fault(CREATE_GI, "999")
+        await room.prepare(claim)
+        assert stands(room) == []
+        room.probe.failing = ["lost"]
+        (answer,) = await room.prepare(claim)
+        assert "did not answer" in answer.error
+        assert stands(room) == [("3g.40gb", 0, 4, "intended", "default/c", "")]
+        await room.prepare(claim)
+        assert stands(room) == [("3g.40gb", 0, 4, "made", "default/c", "")]
+        (one,) = room.manager.document()["instances"]
+        assert (one["device"], one["gpu"]) == (f"{address(0)}/mig-3g.40gb-0", address(0))
+        assert one["uuid"] == room.env(claim)["NVIDIA_VISIBLE_DEVICES"]
+        (ours,) = [it for it in room.driver.instances() if it.id != 14]
+        room.driver.use(0, ours.id)
+        await room.unprepare(claim)
+        ((*_, state, claim_name, why),) = stands(room)
+        assert (state, claim_name, "In use" in why) == ("held-back", "", True)
+        room.driver.use(0, ours.id, busy=False)
+        await room.manager.settle()
+        assert room.manager.document() == {}
+
+
+async def test_after_a_reboot_an_instance_is_intended_until_its_claim_is_prepared(folder: Path) -> None:
+    async with mig_room(folder, "h100-80") as room:
+        claim = room.mig_claim("c", "mig-2g.20gb-2")
+        await room.prepare(claim)
+        room.driver.reset()
+        await room.restart("another boot")
+        assert stands(room) == [("2g.20gb", 2, 2, "intended", "default/c", "")]
+        await room.prepare(claim)
+        assert stands(room) == [("2g.20gb", 2, 2, "made", "default/c", "")]
