@@ -53,7 +53,7 @@ VERBS = {
     "capture": Verb("node.capture.verb", "write one node into one file, to look at elsewhere"),
     "replay": Verb("node.replay.verb", "run another command on a captured node"),
     "completion": Verb("completion.verb", "print the script that makes a shell complete these words"),
-    "import": Verb("node.imports", "take over from kubelet's own managers, or from NVIDIA's programs"),
+    "import": Verb("node.imports", "take over from kubelet's own managers and other plugins"),
     "uninstall": Verb("node.uninstall", "undo on this host what the agent has left there"),
 }
 COMPLETE = "__complete"

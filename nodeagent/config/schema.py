@@ -37,6 +37,9 @@ Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
 AnyOrAddress = Annotated[str, msgspec.Meta(pattern=r"^(\*|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])$")]
 
 
+Match = dict[str, str | list[str]]
+
+
 class _Base(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
     """Base of all parts of the configuration: frozen, keyword-only and strict."""
 
@@ -106,8 +109,10 @@ class ResourceConfig(_Base, frozen=True):
     kind: Name
     serve: Literal["device-plugin", "dra", "both"] = "device-plugin"
     """The API through which pods get it."""
-    match: dict[str, str] = {}
-    """Shell patterns by field or attribute of a device; all must match."""
+    match: Match = {}
+    """Shell patterns by field or attribute of a device; all must match, and of a list of patterns one."""
+    match_any: list[Match] = []
+    """If given, one of these must match in addition."""
     paths: list[DevPath] = []
     """kind char: globs of device nodes."""
     usb: list[UsbConfig] = []

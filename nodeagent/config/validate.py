@@ -50,7 +50,7 @@ MEANT_FOR = {
 """Keys that apply only to some kinds, with these."""
 TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")
 """Kinds that are no devices."""
-ONLY_DEVICES = ("match", "replicas", "deviceNodes", "cdi", "overhead")
+ONLY_DEVICES = ("match", "matchAny", "replicas", "deviceNodes", "cdi", "overhead")
 """Keys that apply only to devices, not to CPUs or pages."""
 _NO_ALTERNATIVES = "the device plugin API has no devices of which only some can exist at the same time"
 NEEDED = {

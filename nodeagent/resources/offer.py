@@ -11,7 +11,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.config.schema import CdiConfig, Config, ResourceConfig
-from nodeagent.core.deviceplugin.devices import DeviceResource, has_field
+from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
@@ -143,7 +143,10 @@ def misspelt(offers: Iterable[Offer], inventory: Inventory) -> Iterator[str]:
     for offer in offers:
         kind, cdi = offer.resource.kind, offer.config.cdi
         if there := inventory.devices_by_kind.get(kind):
-            keys = [key for key in offer.config.match if not any(has_field(one, key) for one in there)]
+            named = {key: value for one in (offer.config.match, *offer.config.match_any) for key, value in one.items()}
+            # A pattern that matches nothing at all is for devices without the attribute.
+            named = {key: value for key, value in named.items() if "" not in patterns_of(value)}
+            keys = [key for key in named if not any(has_field(one, key) for one in there)]
             unknown = [f"match names {key!r}" for key in keys]
             if cdi is not None and not any(_named_by(cdi, device) for device in there):
                 unknown.append(f"cdi.name is {cdi.name!r}")
@@ -167,7 +170,9 @@ def selectors(config: Config) -> Selectors:
 
 
 def _asks_for_group(config: ResourceConfig, size: int) -> bool:
-    return config.kind == "gpu" and "group" in config.match and fnmatch.fnmatchcase(str(size), config.match["group"])
+    asked = [one["group"] for one in (config.match, *config.match_any) if "group" in one]
+    patterns = [pattern for value in asked for pattern in patterns_of(value)]
+    return config.kind == "gpu" and any(fnmatch.fnmatchcase(str(size), pattern) for pattern in patterns)
 
 
 def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> Offer:
@@ -189,13 +194,14 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
     if one.kind not in known:
         why = f"unknown kind {one.kind!r}, expected one of {_names(known)}"
         raise ConfigError(f"cannot serve {name}: {why}", key=f"{where}.kind")
-    match = dict(one.match)
+    match: dict[str, str | Sequence[str]] = {**one.match}
     if one.kind in ("char", "usb"):
         match["selector"] = one.name
     resource = DeviceResource(
         name=name,
         kind=one.kind,
         match=MappingProxyType(match),
+        match_any=tuple(MappingProxyType({**some}) for some in one.match_any),
         replicas=one.replicas,
         partitions=one.mig.mode == "dynamic",
     )

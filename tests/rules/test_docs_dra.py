@@ -130,7 +130,8 @@ def _add_gpus(tree: DeviceTree) -> None:
 
 def _add_nics(tree: DeviceTree) -> None:
     tree.pci(NIC, vendor="15b3", driver="mlx5_core", numa_node=0, under=DOWN)
-    tree.net(NIC, "ens2np0", phys_port_name="p0", phys_switch_id="9a1b")
+    tree.net(NIC, "ens2np0", phys_port_name="p0", phys_switch_id="9a1b", type=1)
+    tree.write(f"sys/bus/pci/devices/{NIC}/acpi_index", 101)
     tree.rdma(NIC, "mlx5_0", 0)
     tree.vf(NIC, 0, "0000:5e:01.0")
     tree.link("sys/bus/auxiliary/devices/mlx5_core.sf.2", tree.folders[NIC] / "mlx5_core.sf.2")

@@ -42,10 +42,12 @@ LONGEST_ID = 63
 MOST_SHARES = 1024
 """Highest number of shares per device that the configuration allows."""
 NO_NODE = HealthState(state=UNKNOWN, since=0.0, reason="there is no device node to hand over")
-_OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "speed_mbps", "phys_port_name", "phys_switch_id"})
+_OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "link_type", "speed_mbps", "phys_port_name", "phys_switch_id"})
 """Attributes that an adapter has through its network interface."""
 _OF_LINK = frozenset({"speed_mbps"})
 _FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa_node", "parent")
+
+Match = Mapping[str, str | Sequence[str]]
 
 
 class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,8 +55,10 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
 
     name: str
     kind: str
-    match: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """Shell patterns by field or attribute name; all must match."""
+    match: Match = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    """Shell patterns by field or attribute name; all names must match, and of several patterns one."""
+    match_any: tuple[Match, ...] = ()
+    """If there are any, one of them must match in addition."""
     replicas: int = 1
     partitions: bool = False
     """Whether it serves parts that are made when they are granted, and nothing else."""
@@ -72,8 +76,12 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
             device.kind == self.kind
             and (device.partition is not None) == self.partitions
             and self._matches(device)
-            and not any(device.attributes.get(name) and name not in self.match for name in WITHHELD)
+            and not any(device.attributes.get(name) and not self.names(name) for name in WITHHELD)
         )
+
+    def names(self, name: str) -> bool:
+        """Return whether the patterns mention a field or an attribute."""
+        return name in self.match or any(name in one for one in self.match_any)
 
     def advertised(self, inventory: Inventory, ledger: Ledger, health: Health) -> tuple[Advertised, ...]:
         held = {one for (resource, one) in ledger.by_id if resource == self.name}
@@ -181,7 +189,8 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
         return [f"{base}{SHARE}{share}" for share in range(self.replicas)]
 
     def _matches(self, device: Device) -> bool:
-        return all(fnmatch.fnmatchcase(_field(device, name), pattern) for name, pattern in self.match.items())
+        any_of = self.match_any
+        return _fits(device, self.match) and (not any_of or any(_fits(device, one) for one in any_of))
 
 
 def _parts_first(inventory: Inventory, available: frozenset[str], must: frozenset[str]) -> frozenset[str]:
@@ -289,6 +298,18 @@ def _fewer(pages: Iterable[Pages], taken: Iterable[Pages]) -> tuple[Pages, ...]:
     gone = {(one.node, one.page_bytes): one.pages for one in taken}
     rest = (replace(one, pages=one.pages - gone.get((one.node, one.page_bytes), 0)) for one in pages)
     return tuple(one for one in rest if one.pages > 0)
+
+
+def patterns_of(value: str | Sequence[str]) -> Sequence[str]:
+    """Return the patterns of one name, of which one must match."""
+    return (value,) if isinstance(value, str) else value
+
+
+def _fits(device: Device, match: Match) -> bool:
+    return all(
+        any(fnmatch.fnmatchcase(_field(device, name), pattern) for pattern in patterns_of(value))
+        for name, value in match.items()
+    )
 
 
 def _field(device: Device, name: str) -> str:

@@ -24,7 +24,7 @@ class State(StrEnum):
     ELSEWHERE = "elsewhere"
     """It is set in another place, such as the agent's chart, or is another program's."""
     IGNORED = "ignored"
-    """NVIDIA's own program reads it and does not use it."""
+    """The other program reads it and does not use it."""
     LOST = "no-equivalent"
     UNKNOWN = "unknown"
     """The format does not have it."""

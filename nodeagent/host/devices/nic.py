@@ -31,6 +31,8 @@ _SCALABLE = re.compile(r"[\w-]+\.sf\.\d+")
 _REPRESENTOR = re.compile(r"(?:c\d+)?pf\d+(?:vf|sf)\d+")
 _RDMA_COMMON = "/dev/infiniband/rdma_cm"
 _IFF_UP = 1
+_LINK_TYPES = {1: "ether", 32: "infiniband"}
+"""ARPHRD_ETHER and ARPHRD_INFINIBAND (include/uapi/linux/if_arp.h), as iproute2 calls them."""
 
 
 class _Below(msgspec.Struct):
@@ -51,13 +53,14 @@ class Nic:
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
         below, auxiliary = _all_below(reader), _auxiliary(reader)
-        routed = routed_interfaces(reader)
+        routed, owners = routed_interfaces(reader), _Owners(reader, below)
         devices: list[Device] = []
         for function in context.functions:
             if function.is_class("02") or (function.address, "") in below:
                 found = below.get((function.address, ""), _Below())
-                devices.append(_nic(reader, context, function, found, auxiliary.get(function.address, []), routed))
-                devices.extend(_scalable(reader, devices[-1], below, auxiliary.get(function.address, []), routed))
+                parts = auxiliary.get(function.address, [])
+                devices.append(_nic(reader, context, function, found, parts, routed, owners))
+                devices.extend(_scalable(reader, devices[-1], below, parts, routed, owners))
         return Found(
             state=KindState(kind="nic", state=PRESENT), devices=tuple(devices), warnings=tuple(reader.warnings)
         )
@@ -105,8 +108,14 @@ def _nic(
     below: _Below,
     auxiliary: list[str],
     routed: frozenset[str],
+    owners: _Owners,
 ) -> Device:
-    attributes = {**_attributes(reader, below, routed), **({"auxiliary": ",".join(auxiliary)} if auxiliary else {})}
+    attributes = {
+        **_attributes(reader, below, routed),
+        **({"auxiliary": ",".join(auxiliary)} if auxiliary else {}),
+        **({"acpi_index": index} if (index := reader.if_told(f"{function.path}/acpi_index")) else {}),
+        **owners.name(function.physical),
+    }
     return pci_device(context, function, "nic", paths=_paths(reader, below), attributes=attributes)
 
 
@@ -116,6 +125,7 @@ def _scalable(
     below: Mapping[tuple[str, str], _Below],
     auxiliary: list[str],
     routed: frozenset[str],
+    owners: _Owners,
 ) -> Iterator[Device]:
     for name in filter(_SCALABLE.fullmatch, auxiliary):
         found = below.get((owner.id, name), _Below())
@@ -124,8 +134,33 @@ def _scalable(
             id=short_id(f"{owner.id}/{name}"),
             parent=owner.id,
             paths=_paths(reader, found),
-            attributes=MappingProxyType({"auxiliary": name, **_attributes(reader, found, routed)}),
+            attributes=MappingProxyType(
+                {"auxiliary": name, **_attributes(reader, found, routed), **owners.name(owner.id)}
+            ),
         )
+
+
+class _Owners:
+    """Names of physical functions' interfaces, each looked for once."""
+
+    def __init__(self, reader: Tolerant, below: Mapping[tuple[str, str], _Below]) -> None:
+        self._reader = reader
+        self._below = below
+        self._known: dict[str, Attributes] = {}
+
+    def name(self, address: str | None) -> Attributes:
+        """Return what a part of a function says of the function's interface, by its name on the host."""
+        if address is None:
+            return {}
+        if address not in self._known:
+            below = self._below.get((address, ""))
+            own = [path for path in below.netdevs if not _is_representor(self._reader, path)] if below else []
+            self._known[address] = {"pf_name": _name(own[0])} if own else {}
+        return self._known[address]
+
+
+def _is_representor(reader: Tolerant, path: str) -> bool:
+    return _REPRESENTOR.fullmatch(reader.if_told(f"{path}/phys_port_name") or "") is not None
 
 
 def _paths(reader: Tolerant, below: _Below) -> tuple[str, ...]:
@@ -158,6 +193,7 @@ def _port(reader: Tolerant, path: str) -> dict[str, str | int | bool | None]:
         "speed_mbps": speed if speed is not None and speed > 0 else None,
         "mtu": reader.number(f"{path}/mtu"),
         "mac": reader.text(f"{path}/address"),
+        "link_type": _LINK_TYPES.get(reader.number(f"{path}/type") or 0),
         "phys_port_name": reader.if_told(f"{path}/phys_port_name"),
         "phys_switch_id": reader.if_told(f"{path}/phys_switch_id"),
     }

@@ -99,7 +99,8 @@ resources:
 - name: vf
   kind: nic
   serve: dra
-  match: {sriov: vf, driver: "ia*"}
+  match: {sriov: vf, driver: ["ia*", vfio-pci]}
+  matchAny: [{pf_name: a, vf_index: ["0"]}, {parent: b}]
   replicas: 2
   deviceNodes: false
   cdi: {kind: vendor.com/net, name: pci_address}

@@ -32,7 +32,8 @@ OVERHEAD = {"perPod": "100m"}
 KINDS = ("cpu", "hugepages", "memory", "char", "usb", "gpu", "nic", "accel", "fpga", "pci", "Odd_Kind")
 VALUES: dict[str, list[Any]] = {
     "serve": ["device-plugin", "dra", "both"],
-    "match": [{}, {"vendor": "*"}],
+    "match": [{}, {"vendor": "*"}, {"vendor": ["8086", "15b3"]}, {"vendor": 1}],
+    "matchAny": [[], [{"vendor": "*"}, {"driver": ["a", "b"]}], {"vendor": "*"}],
     "paths": [[], ["/dev/ttyS*"], ["/dev/../etc/*"], ["/dev/a..b"]],
     "usb": [[], [{"vendor": "1d6b"}]],
     "replicas": [1, 2],

@@ -312,3 +312,22 @@ def test_a_default_route_through_an_adapter_that_is_not_on_pci_marks_no_other(tr
     tree.member("net", "end0", tree.root / "sys/devices/platform/soc/eth/net/end0", {"flags": "0x1003"})
     _ipv4_routes(tree, ("end0", "00000000", "00000000"), ("eth0", "0001A8C0", "00FFFFFF"))
     assert _routed(tree) == set()
+
+
+def test_a_function_says_what_other_plugins_select_it_by(tree: DeviceTree) -> None:
+    """The interface of its physical function, which is no representor; the type of its link; the firmware's number."""
+    tree.pci("0000:3b:00.0", driver="mlx5_core")
+    tree.net("0000:3b:00.0", "eth9", phys_port_name="pf0vf0")
+    tree.net("0000:3b:00.0", "ens1f0", phys_port_name="p0", type=1)
+    for index in range(2):
+        tree.vf("0000:3b:00.0", index, f"0000:3b:01.{index}")
+    tree.net("0000:3b:01.1", "ib1", type=32)
+    tree.write("sys/bus/pci/devices/0000:3b:01.1/acpi_index", 7)
+    found = by_id(look(tree))
+    names = ("pf_name", "link_type", "acpi_index")
+    told = {id: tuple(one.attributes.get(name) for name in names) for id, one in found.items()}
+    assert told == {
+        "0000:3b:00.0": (None, "ether", None),
+        "0000:3b:01.0": ("ens1f0", None, None),
+        "0000:3b:01.1": ("ens1f0", "infiniband", "7"),
+    }

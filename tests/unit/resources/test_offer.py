@@ -9,6 +9,7 @@ import msgspec
 import pytest
 
 from nodeagent.config.schema import Config
+from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device, DeviceNode, DriverFile, DriverFiles, DriverUse, Hook, Mount
 from nodeagent.core.model.grant import Grant, Holder
@@ -16,7 +17,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages
 from nodeagent.errors import ConfigError, HostError
 from nodeagent.host.devices.all_kinds import CharSelector, UsbSelector, builtin_kinds
-from nodeagent.resources.offer import Offer, offers, selectors
+from nodeagent.resources.offer import Offer, misspelt, offers, selectors
 from tests.builders.inventories import even_rows, inventory_of
 
 HOLDER = Holder(api="device-plugin", resource="nodeagent.dev/r")
@@ -161,3 +162,33 @@ def test_without_the_files_a_gpu_is_handed_over_only_if_they_need_not_be_injecte
 def test_the_configured_root_is_searched_and_with_off_nothing_is() -> None:
     for nvidia, root in (({}, ""), ({"driverRoot": "/opt/driver"}, "/opt/driver"), ({"driverFiles": "off"}, None)):
         assert selectors(msgspec.convert({"nvidia": nvidia}, Config)).driver_root == root
+
+
+def test_of_a_list_of_patterns_one_has_to_match_and_of_the_alternatives_one() -> None:
+    def served(**keys: Any) -> list[str]:
+        one = offer(kind="nic", **keys)
+        made = [
+            Device(kind="nic", id=id, driver=driver, attributes=MappingProxyType({"sriov": "vf", "vf_index": index}))
+            for index, (id, driver) in enumerate([("a", "iavf"), ("b", "vfio-pci"), ("c", "mlx5_core")])
+        ]
+        resource = one.resource
+        assert isinstance(resource, DeviceResource)
+        return [device.id for device in made if resource.serves(device)]
+
+    assert served(match={"driver": ["iavf", "vfio*"]}) == ["a", "b"]
+    assert served(match={"driver": []}) == []
+    assert served(matchAny=[{"vf_index": "0"}, {"driver": "mlx5_core", "vf_index": ["1", "2"]}]) == ["a", "c"]
+    assert served(match={"sriov": "vf"}, matchAny=[{"id": "b"}]) == ["b"]
+    assert served(match={"sriov": "pf"}, matchAny=[{"id": "b"}]) == []
+
+
+def test_a_device_that_is_withheld_is_served_where_an_alternative_names_why() -> None:
+    resource = offer(kind="nic", matchAny=[{"default_route": "true"}]).resource
+    assert isinstance(resource, DeviceResource)
+    assert resource.serves(Device(kind="nic", id="a", attributes=MappingProxyType({"default_route": True})))
+
+
+def test_a_pattern_for_devices_without_an_attribute_is_not_taken_for_misspelt() -> None:
+    there = inventory_of(even_rows(1, 2, 1, 4, 1), devices=[Device(kind="nic", id="a")])
+    notes = list(misspelt([offer(kind="nic", match={"sriov_numvfs": ["", "0"]}, matchAny=[{"odd": "x"}])], there))
+    assert notes == ["nodeagent.dev/r: match names 'odd', which no nic of this machine has"]

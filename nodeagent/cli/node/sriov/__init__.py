@@ -1,0 +1,1 @@
+"""`nodeagent import sriov`: the verb, what it reads, and how its answer is shown and written."""
