@@ -82,16 +82,19 @@ class _Resource:
         matches = [match for one in selectors for match in one.matches()]
         self.findings += [finding for one in selectors for finding in one.findings]
         if not matches:
-            why = (
-                "none of its selectors can be expressed"
-                if selectors
-                else "it has no selectors, and the plugin skips it"
-            )
-            self._say("selectors", State.LOST, why=f"the resource is left out: {why}")
+            self._say_nothing(selectors)
             return None
         matched = {"match": matches[0]} if len(matches) == 1 else {"matchAny": matches}
         made: dict[str, Any] = {"name": self.name, "kind": KINDS[self._type], **matched}
         return {**made, **self._vhost(selectors), **({"additionalInfo": info} if info else {})}
+
+    def _say_nothing(self, selectors: list[_Selector]) -> None:
+        state, why = State.LOST, "none of its selectors can be expressed"
+        if not selectors:
+            why = "it has no selectors, and the plugin skips it"
+        elif not any(one.lost for one in selectors):
+            state, why = State.BUILT_IN, "its selectors select nothing"
+        self._say("selectors", state, why=f"the resource is left out: {why}")
 
     def _say_type(self) -> None:
         if self._type == ACCELERATOR:
@@ -148,7 +151,7 @@ class _Selector:
         self.findings: list[Finding] = []
         self._said = said
         self._type = type
-        self._lost = False
+        self.lost = False
         self.types = bool(said.get("auxTypes"))
         self.vhost_net = said.get("needVhostNet") is True and type != ACCELERATOR
 
@@ -158,12 +161,14 @@ class _Selector:
         for key in self._said:
             self._take(key, common)
         owners = [self._owners(key, name) for key, name in (("pfNames", "pf_name"), ("rootDevices", "parent"))]
-        if self._lost:
+        if self.lost:
             return []
         base = _base(self._type)
         if not any(owners):
             return [{**base, **common}]
-        some = [{**a, **b} for a in owners[0] or [{}] for b in owners[1] or [{}] if _agree(a, b)]
+        some = [one for a in owners[0] or [{}] for b in owners[1] or [{}] if (one := _joined(a, b)) is not None]
+        if not some:
+            self._say("rootDevices", State.BUILT_IN, why="it selects nothing: no index is in both this and pfNames")
         base = {"sriov": "vf"} if self._type == NET else base
         return [{**base, **common, **one} for one in some]
 
@@ -211,12 +216,12 @@ class _Selector:
                 self._lose(key, f"{text}: numbers of scalable functions cannot be selected")
             elif hash:
                 found[name.lower()]["vf_index"] = _indexes(ranges, f"{self.where}.{key}")
-        if not self._lost:
+        if not self.lost:
             self._say(key, State.TRANSLATED, f"{field}, vf_index" if self._type == NET else field)
         return list(found.values())
 
     def _lose(self, key: str, why: str) -> None:
-        self._lost = True
+        self.lost = True
         self._say(key, State.LOST, why=f"the selector is left out: {why}")
 
     def _say(self, key: str, state: State, to: str = "", why: str = "") -> None:
@@ -255,9 +260,12 @@ def _base(type: str) -> Match:
     return {"id": "*:??:??.?", "sriov_numvfs": ["", "0"]} if type == NET else {"pci_class": "12*"}
 
 
-def _agree(a: Match, b: Match) -> bool:
-    """Return whether two sets of patterns can be joined: an index that both name is the same."""
-    return a.get("vf_index", "") == b.get("vf_index", "") or "vf_index" not in a or "vf_index" not in b
+def _joined(a: Match, b: Match) -> Match | None:
+    """Return patterns that match what both match, or None if nothing does: of indices that both list, those in both."""
+    if "vf_index" not in a or "vf_index" not in b:
+        return {**a, **b}
+    both = [one for one in a["vf_index"] if one in b["vf_index"]]
+    return {**a, **b, "vf_index": both} if both else None
 
 
 def _indexes(text: str, where: str) -> list[str]:

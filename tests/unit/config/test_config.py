@@ -541,7 +541,7 @@ def test_the_example_with_a_line_lost_is_good_or_refused() -> None:
         ),
         (
             "resources:\n- name: a\n  kind: gpu\n  match:\n    vendor: x\n    sriov: yes\n",
-            "Expected `str`, got `bool` - at `$.resources[0].match[...]`, found True; quote it "
+            "Expected `str | array`, got `bool` - at `$.resources[0].match[...]`, found True; quote it "
             "(line 6, column 12: sriov: yes)",
         ),
         (
