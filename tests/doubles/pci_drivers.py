@@ -22,7 +22,8 @@ NONE = "(null)"
 
 @dataclass
 class PciKernel:
-    """`put` is to be given to what writes. tables: the functions that each driver takes by itself."""
+    """`put` is to be given to what writes. All state is in the tree: another process may go on with it. tables: the
+    functions that each driver takes by itself."""
 
     root: Path
     tables: Mapping[str, frozenset[str]]
@@ -35,7 +36,8 @@ class PciKernel:
         for name in (*self.tables, *self.vfio):
             self._driver_folder(name).mkdir(parents=True, exist_ok=True)
         for address in self.functions():
-            (self._function(address) / "driver_override").write_text(f"{NONE}\n")
+            if not (self._function(address) / "driver_override").exists():
+                (self._function(address) / "driver_override").write_text(f"{NONE}\n")
 
     def functions(self) -> list[str]:
         return sorted(one.name for one in (self.root / "sys/bus/pci/devices").iterdir())

@@ -108,9 +108,10 @@ async def dra_node(
     dra: Mapping[str, Any] | None = None,
     more: Mapping[str, Any] | None = None,
     program: Path | None = None,
+    module: str = "nodeagent",
 ) -> AsyncIterator[DraNode]:
     """A node whose agent is registered with both sides of kubelet. program: where it is installed, if that is not the
-    checkout."""
+    checkout. module: what is run."""
     async with FakeApiServer() as api, FakeKubelet(folder / "kubelet") as kubelet:
         api.add_node(NODE)
         access = {"kubeconfig": str(api.kubeconfig(folder)), "nodeName": NODE, "cdiDir": str(folder / "cdi")}
@@ -118,7 +119,7 @@ async def dra_node(
         options |= more or {}
         async with (
             FakeDraKubelet(folder / "kubelet") as side,
-            running(folder, root=tree.root, program=program, **options) as agent,
+            running(folder, root=tree.root, program=program, module=module, **options) as agent,
         ):
             await side.wait_registered(DRIVER)
             for one in resources:

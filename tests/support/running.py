@@ -30,16 +30,17 @@ class Running:
         root: Path | str = "/",
         kubelet: Path | None = None,
         program: Path | None = None,
+        module: str = "nodeagent",
         **config: Any,
     ) -> None:
-        """program: where the program is installed that is started, if that is not the checkout."""
+        """program: where the program is installed that is started, if that is not the checkout. module: what is run."""
         self.folder = folder
         self.config_file = folder / "config.yaml"
         self.socket = folder / "run" / "status.sock"
         self.state = folder / "state"
         self.log: list[dict[str, Any]] = []
         self.stderr = ""
-        self.program = program
+        self.program, self.module = program, module
         self._words = ["run", "--config", str(self.config_file), "--root", str(root)]
         self._words += ["--kubelet-dir", str(kubelet or folder / "kubelet")]
         self._process: asyncio.subprocess.Process | None = None
@@ -70,7 +71,7 @@ class Running:
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
-            "nodeagent",
+            self.module,
             *self._words,
             cwd=self.program or (CHECKOUT if (CHECKOUT / "nodeagent").exists() else None),
             stderr=asyncio.subprocess.PIPE,
