@@ -59,6 +59,7 @@ LONGEST_LABEL, LONGEST_TEXT, LONGEST_NAME, MOST_ATTRIBUTES = 63, 64, 32, 32
 LONGEST_BASE = LONGEST_LABEL - len(f"-share{MOST_SHARES - 1}")
 """Longest base of the name of a share."""
 _PCI_ADDRESS = re.compile(r"[0-9a-f]{4}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f]")
+_FIRST_FUNCTION = re.compile(r"0000:([0-9a-f]{2}):00\.0")
 _IDENTIFIER = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _PLAIN_IDS = (
     re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-9a-f](/(?!mig-[0-9]+g-)[a-z0-9]+(-[a-z0-9]+)*)?"),
@@ -235,7 +236,10 @@ def _divided(device: Device, shares: int) -> dict[str, Capacity]:
 
 
 def _partitioned(whole: str) -> str:
-    """Return the name of the counter set of a device of which parts are made on demand."""
+    """Return the name of the counter set of a device of which parts are made on demand: "mig-41" for 0000:41:00.0.
+    Every part repeats it, so it is short where the address allows that."""
+    if plain := _FIRST_FUNCTION.fullmatch(whole):
+        return f"mig-{plain[1]}"
     return _cut(f"{label(whole)}-mig", LONGEST_LABEL)
 
 

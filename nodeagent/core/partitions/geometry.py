@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import msgspec
 
-MEMORY_SLICE = "memory-slice"
-"""Name of the counters of memory slices, with the number of the slice."""
+MEMORY_SLICE = "m"
+"""Name of the counters of memory slices, with the number of the slice. It is short, since every part repeats it for
+each slice that it lies on, and no claim names counters."""
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True):
@@ -107,7 +108,7 @@ def counters(profiles: Profiles) -> dict[str, int]:
     """Return the counters of a GPU: its memory slices, one each, and what is scarce."""
     slices = max((start + one.size for one in profiles for start in one.starts), default=0)
     return {
-        **{f"{MEMORY_SLICE}-{number}": 1 for number in range(slices)},
+        **{f"{MEMORY_SLICE}{number}": 1 for number in range(slices)},
         **{name: supply(profiles)[name] for name in sorted(scarce(profiles))},
     }
 
@@ -116,7 +117,7 @@ def draws(profiles: Profiles, profile: Profile, start: int) -> dict[str, int]:
     """Return what a possible instance takes of the counters of its GPU."""
     slices = place_of(profile, start).slices
     return {
-        **{f"{MEMORY_SLICE}-{number}": 1 for number in slices},
+        **{f"{MEMORY_SLICE}{number}": 1 for number in slices},
         **{name: profile.amounts[name] for name in sorted(scarce(profiles)) if profile.amounts[name]},
     }
 

@@ -24,7 +24,7 @@ from tests.support.looking import look
 from tests.support.mig_driver import MigDriver, address, snapshot_of, uuid
 
 MIG = DevicePool(kind="gpu", resources=(DeviceResource(name="r/mig", kind="gpu", partitions=True),))
-MOST_BYTES = 112 << 10
+MOST_BYTES = 100 << 10
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def test_a_part_says_its_profile_its_gpu_and_what_it_takes_of_it(tree: DeviceTre
         "multiprocessors": 16,
     }
     assert one.capacity["memory"].value == 9984 << 20
-    assert one.consumes == {"0000-1b-00-0-mig": {"memory-slice-6": 1, "ofa-engines": 1}}
+    assert one.consumes == {"mig-1b": {"m6": 1, "ofa-engines": 1}}
     (counters,) = pool.counters
-    assert counters.name == "0000-1b-00-0-mig"
-    assert counters.counters == {**{f"memory-slice-{n}": 1 for n in range(8)}, "ofa-engines": 1}
+    assert counters.name == "mig-1b"
+    assert counters.counters == {**{f"m{n}": 1 for n in range(8)}, "ofa-engines": 1}
 
 
 def test_the_pool_keeps_the_rules_of_the_api_in_every_form(tree: DeviceTree) -> None:
@@ -78,12 +78,12 @@ def test_small_parts_come_first_and_one_gpu_is_filled_before_the_next(tree: Devi
 def first_fit(devices: list[PoolDevice], *wants: str) -> list[str]:
     """What a scheduler allocates that takes the first device that fits, one claim after the other; "" for none."""
     used: dict[tuple[str, str], int] = {}
-    supply = {"memory-slice": 1, "ofa-engines": 1, "jpeg-engines": 1, "decoders": 5}
+    supply = {"m": 1, "ofa-engines": 1, "jpeg-engines": 1, "decoders": 5}
     found = []
     for profile in wants:
         for one in devices:
             needs = {(name, counter): n for name, all_of in one.consumes.items() for counter, n in all_of.items()}
-            limits = {key: supply.get(key[1], supply["memory-slice"]) for key in needs}
+            limits = {key: supply.get(key[1], supply["m"]) for key in needs}
             fits = all(used.get(key, 0) + n <= limits[key] for key, n in needs.items())
             if one.attributes["migProfile"] == profile and fits:
                 used |= {key: used.get(key, 0) + n for key, n in needs.items()}

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from nodeagent.core.partitions.geometry import (
-    MEMORY_SLICE,
     Profile,
     Profiles,
     counters,
@@ -166,12 +165,12 @@ def test_counters_are_the_memory_slices_and_what_is_scarcer_than_they(card: str)
     profiles = profiles_of(card)
     slices = 4 if card == "a30" else 8
     found = counters(profiles)
-    assert [name for name in found if name.startswith(MEMORY_SLICE)] == [f"memory-slice-{n}" for n in range(slices)]
-    more = {name: amount for name, amount in found.items() if not name.startswith(MEMORY_SLICE)}
+    assert [name for name in found if name[1:].isdigit()] == [f"m{n}" for n in range(slices)]
+    more = {name: amount for name, amount in found.items() if not name[1:].isdigit()}
     scarce = {"jpeg-engines": 1, "ofa-engines": 1}
     assert more == ({**scarce, **more} if card.startswith("a") else {"ofa-engines": 1})
     for profile, start in offered(profiles):
-        assert draws(profiles, profile, start).items() >= {f"memory-slice-{start}": 1}.items()
+        assert draws(profiles, profile, start).items() >= {f"m{start}": 1}.items()
 
 
 @CARD
