@@ -1,0 +1,1 @@
+"""The kernel's resctrl file system, read and written."""
