@@ -116,6 +116,24 @@ def _hugepages(moment: Moment) -> Iterator[Sample]:
             yield (str(pool.node), format_size(pool.page_bytes), state), pages
 
 
+def _cache_groups(moment: Moment) -> Iterator[Sample]:
+    if caches := moment.pinning.get("caches"):
+        yield ("used",), caches["groups_used"]
+        yield ("most",), caches["groups_most"]
+
+
+def _counted(*events: tuple[str, tuple[str, ...]]) -> Callable[[Moment], Iterator[Sample]]:
+    """Return what yields the samples of some events of resctrl, each with more values of labels."""
+
+    def samples(moment: Moment) -> Iterator[Sample]:
+        for group in moment.pinning.get("caches", {}).get("groups", ()):
+            for event, more in events:
+                for l3, amount in group[event].items():
+                    yield (group["claim"], group["class"], l3, *more), amount
+
+    return samples
+
+
 def _numa(rows: Callable[..., Iterable[Sample]]) -> Callable[[Moment], Iterable[Sample]]:
     return lambda moment: rows(moment.inventory, moment.ledger)
 
@@ -185,6 +203,24 @@ STATE_GAUGES = (
         help="Devices of configured resources: held (whole or in shares), unhealthy, excluded by a held one, free.",
         labels=("numa_node", "kind", "state"),
         read=_numa_devices,
+    ),
+    StateGauge(
+        name="nodeagent_cache_groups",
+        help="Groups of resctrl: used, by any program, and the most that the hardware has.",
+        labels=("state",),
+        read=_cache_groups,
+    ),
+    StateGauge(
+        name="nodeagent_cache_occupancy_bytes",
+        help="What a claim's group or a shared class occupies of an L3 cache.",
+        labels=("claim", "class", "l3"),
+        read=_counted(("llc_occupancy", ())),
+    ),
+    StateGauge(
+        name="nodeagent_memory_traffic_bytes",
+        help="Bytes that a claim's group or a shared class has moved to and from memory since the group was made.",
+        labels=("claim", "class", "l3", "scope"),
+        read=_counted(("mbm_total_bytes", ("total",)), ("mbm_local_bytes", ("local",))),
     ),
     _one(
         "nodeagent_ledger_whole",

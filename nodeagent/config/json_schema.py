@@ -40,6 +40,9 @@ def json_schema() -> Form:
     forms["HugepagesConfig"]["properties"]["pageSize"]["enum"] = page_sizes()
     forms["OverheadConfig"]["anyOf"] = [_given(key) for key in ("perPod", "perContainer")]
     forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
+    parts = [[level, f"{level}{part}"] for level in ("L3", "L2") for part in ("CODE", "DATA")]
+    forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}
+    forms["PinningConfig"] |= {"if": _one_of("mode", ["off"]), "then": _silent({"resctrl": None})}
     forms["MetricsTlsConfig"] |= {
         "if": _given("certFile"),
         "then": _given("keyFile"),

@@ -273,6 +273,32 @@ class TuningConfig(_Base, frozen=True):
     """The longest tolerated time for leaving an idle state; 0: none."""
 
 
+CacheMask = Annotated[str, msgspec.Meta(pattern=r"^0x0{0,7}[1-9a-fA-F][0-9a-fA-F]{0,7}$")]
+CacheWays = Annotated[int, msgspec.Meta(ge=1, le=32)]
+
+
+class ResctrlClassConfig(_Base, frozen=True):
+    """A class of cache ways and memory bandwidth that containers share."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$")]
+    caches: dict[Literal["L3", "L3CODE", "L3DATA", "L2", "L2CODE", "L2DATA"], CacheMask | CacheWays] = {}
+    """By the kernel's name of a cache: a mask of ways, or how many of the highest ones. What is left out is shared with
+    the default group."""
+    memory_bandwidth_percent: Annotated[int, msgspec.Meta(ge=1, le=100)] | None = None
+    memory_bandwidth_mbps: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] | None = msgspec.field(
+        default=None, name="memoryBandwidthMBps"
+    )
+    """In 10^6 bytes per second, for each L3 cache."""
+
+
+class ResctrlConfig(_Base, frozen=True):
+    """How caches and memory bandwidth are divided (resctrl)."""
+
+    exclusive_ways: Annotated[int, msgspec.Meta(ge=0, le=31)] = 0
+    """How many ways of each L3 cache the default group gives up, for claims."""
+    classes: list[ResctrlClassConfig] = []
+
+
 class PinningConfig(_Base, frozen=True):
     """How containers are confined to what they hold, and all others kept off it."""
 
@@ -300,6 +326,8 @@ class PinningConfig(_Base, frozen=True):
     intruders_seconds: Seconds = 60.0
     """How often to look for host threads and interrupts on exclusive CPUs."""
     tuning: TuningConfig = TuningConfig()
+    resctrl: ResctrlConfig | None = None
+    """null: caches and memory bandwidth are left alone."""
 
 
 class NetworkConfig(_Base, frozen=True):

@@ -19,6 +19,7 @@ from nodeagent.config.schema import (
     Config,
     HugepagesConfig,
     MetricsConfig,
+    ResctrlConfig,
     ResourceConfig,
 )
 
@@ -79,6 +80,9 @@ def wrong(config: Config) -> Iterator[str]:
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
     yield from _wrong_dra(config)
     yield from _wrong_pages(config.hugepages)
+    yield from _wrong_classes(config.pinning.resctrl)
+    if config.pinning.resctrl is not None and config.pinning.mode == "off":
+        yield "$.pinning.resctrl has no meaning with mode 'off': no container would be put into its group"
     yield from _wrong_metrics(config.metrics)
 
 
@@ -143,6 +147,19 @@ def _wrong_pages(pools: list[HugepagesConfig]) -> Iterator[str]:
             yield f"{one.page_size!r} on node {one.node} at {where} stands twice, first at $.hugepages[{first}]"
         if 0 < one.max_pages < one.pages:
             yield f"{one.max_pages} at {where}.maxPages, expected at least the {one.pages} of pages, or 0"
+
+
+def _wrong_classes(resctrl: ResctrlConfig | None) -> Iterator[str]:
+    """Yield cache classes that stand twice, and caches whose parts are named too."""
+    names: set[str] = set()
+    for i, one in enumerate(resctrl.classes if resctrl is not None else ()):
+        where = f"$.pinning.resctrl.classes[{i}]"
+        if one.name in names:
+            yield f"name {one.name!r} at {where}.name stands twice"
+        names.add(one.name)
+        for cache in one.caches:
+            if len(cache) > 2 and cache[:2] in one.caches:
+                yield f"{cache} at {where}.caches has no meaning besides {cache[:2]}, which is both of its parts"
 
 
 def _page_bytes(text: str) -> int:

@@ -28,6 +28,7 @@ from nodeagent.config.load import differences, placed
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
 from nodeagent.core.events.states import Node
+from nodeagent.daemon.caches import Caches
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.gpus import Gpus, instance_table
@@ -143,6 +144,7 @@ class Daemon:
         self._gpus = Gpus(
             agent, where, lambda: self.config, self._scanner, instances, cluster.report, containers.pod_of
         )
+        self._caches = Caches(agent, where, lambda: self.config, containers, lambda: self._pinning)
         self._network = Network(agent, where, families, lambda: self.config)
         granted, leads = self._network.granted, lambda: self._leader.held
         self._device_plugin = DevicePluginManager(
@@ -163,7 +165,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._gpus.for_claims,
+            *self._caches.beside(*self._gpus.for_claims),
             granted,
         )
         self._pinning = PinningManager(
@@ -178,6 +180,7 @@ class Daemon:
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
             report=cluster.report,
+            caches=self._caches,
         )
         self._exclusive = ExclusiveCpus(agent, where, lambda: self.config.pinning, self._pinning)
         self._recovery = LedgerRecovery(
@@ -220,6 +223,7 @@ class Daemon:
             self._pinning,
             self._hugepages,
             *self._exclusive.managers,
+            self._caches.manager,
             holders,
             cluster.events(self._observed, containers.pod_of, self._news),
             cluster.published(agent, self._news, where.state_dir, domain, self.offers, topology),
@@ -290,7 +294,7 @@ class Daemon:
         return self._gpus.document()
 
     def pinning_document(self) -> dict[str, Any]:
-        return {**self._pinning.document(), **self._exclusive.document()}
+        return {**self._pinning.document(), **self._exclusive.document(), "caches": self._caches.document()}
 
     # ---------------------------------------------------------------- running
 

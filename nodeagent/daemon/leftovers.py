@@ -29,6 +29,8 @@ from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.irq.interrupts import Mover
 from nodeagent.host.irq.journal import load
 from nodeagent.host.nvidia_smi import NvidiaSmi
+from nodeagent.host.resctrl.journal import load as load_resctrl
+from nodeagent.host.resctrl.read import folder as group_folder
 from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
@@ -53,10 +55,11 @@ from nodeagent.managers.passthrough.journal import PassthroughJournal
 from nodeagent.managers.pinning.manager import UNITS
 from nodeagent.managers.publish.journal import FILE, PublishJournal
 from nodeagent.managers.publish.publications import LABELS, TOPOLOGY
+from nodeagent.managers.resctrl.rounds import ResctrlRounds
 from nodeagent.managers.sharing.journal import SharingJournal
 from nodeagent.managers.sharing.mps_daemons import MpsDaemons
 from nodeagent.managers.sharing.time_slices import TimeSlices
-from nodeagent.managers.state_files import TUNING
+from nodeagent.managers.state_files import RESCTRL, TUNING
 
 STATE_FILES = (
     "ledger.*",
@@ -67,6 +70,7 @@ STATE_FILES = (
     "nvlinks.json",
     "published.json",
     "tuning.json",
+    "resctrl.*",
     "sharing.*",
     "partitions.*",
     "mig-modes.json",
@@ -113,6 +117,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _cgroups(host)
     yield _interrupts(host)
     yield _tuning(host)
+    yield _resctrl(host)
     yield _hugepages(host)
     yield shared_gpus(host)
     yield _instances(host)
@@ -200,6 +205,24 @@ def _tuning(host: Host) -> Leftover:
         with _kept_going() as errors:
             yield from Tuner(sysfs, memory).tune({}).why.values()
         yield from errors
+
+    return Leftover(lines, undo if not unread else lambda: [unread])
+
+
+def _resctrl(host: Host) -> Leftover:
+    """Return the groups of resctrl that were made, and the ways that the default group gave up."""
+    sysfs, memory = host.where.sysfs, host.where.state_dir / RESCTRL
+    journal, unread = load_resctrl(sysfs, memory)
+    lines = [Line(sysfs.path(group_folder(name))) for name in sorted(journal.groups)]
+    given = {domain: mask for some in journal.before.values() for domain, mask in some.items()}
+    lines += [
+        Line(f"ways of L3 {domain} of the default group", f"{mask & ~journal.aside.get(domain, 0):#x}", f"{mask:#x}")
+        for domain, mask in sorted(given.items())
+    ]
+
+    def undo() -> Iterator[str]:
+        report = ResctrlRounds(sysfs, memory).keep(None, (), {}, ended=True)
+        yield from [report.error] if report.error else report.kept.errors.values()
 
     return Leftover(lines, undo if not unread else lambda: [unread])
 

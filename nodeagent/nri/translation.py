@@ -74,6 +74,9 @@ def read_resources(resources: pb.LinuxResources, container_id: str) -> core.Reso
 def write_adjustment(adjustment: core.Adjustment) -> pb.ContainerAdjustment:
     """Return an adjustment as protobuf. Raise InputError if a set is empty or a limit is out of range."""
     resources = _write_resources(adjustment, "new container")
+    if adjustment.rdt_class:
+        resources = resources or pb.LinuxResources()
+        resources.rdt_class.value = adjustment.rdt_class
     return pb.ContainerAdjustment(
         env=[pb.KeyValue(key=key, value=value) for key, value in adjustment.env.items()],
         linux=pb.LinuxContainerAdjustment(resources=resources) if resources is not None else None,

@@ -128,6 +128,16 @@ CPU_SETTINGS_REPAIRED = Counter(
     "Kernel files of exclusive CPUs that another program had changed.",
     registry=REGISTRY,
 )
+CACHE_GROUPS_REPAIRED = Counter(
+    "nodeagent_cache_groups_repaired",
+    "Groups of resctrl that another program had changed or removed.",
+    registry=REGISTRY,
+)
+CACHE_TASKS_MOVED = Counter(
+    "nodeagent_cache_tasks_moved",
+    "Tasks of running containers that were not in the resctrl group of their container.",
+    registry=REGISTRY,
+)
 INFO = Gauge("nodeagent_build_info", "1, with the version.", ["version"], registry=REGISTRY)
 INFO.labels(VERSION).set(1)
 

@@ -68,6 +68,8 @@ class FakeResctrl:
         self.tasks: dict[int, str] = {}
         """The group of each task."""
         self.status = "ok"
+        self._texts: dict[str, str] = {}
+        """What the files have."""
         self.writes: list[tuple[str, str]] = []
         self.dies_after: int | None = None
         """After how many more calls the process that calls is dead."""
@@ -156,6 +158,7 @@ class FakeResctrl:
     def end(self, tid: int, cgroup: str) -> None:
         del self.tasks[tid]
         shutil.rmtree(self.root / f"proc/{tid}")
+        self._forget(f"proc/{tid}/")
         self._list(cgroup, tid, there=False)
         self._render()
 
@@ -371,6 +374,7 @@ class FakeResctrl:
         there = {one.name for one in self.mount.iterdir() if one.is_dir()} - {"info", "mon_data", "mon_groups"}
         for name in there - self.groups.keys():
             shutil.rmtree(self.mount / name)
+            self._forget(f"{MOUNT}/{name}/")
         for name, one in self.groups.items():
             width = max(map(len, one.values), default=0)
             lines = [f"{self.line(resource, values).rjust(width)}" for resource, values in one.values.items()]
@@ -381,9 +385,8 @@ class FakeResctrl:
             self._make(f"{MOUNT}/{name}/tasks", "\n".join(map(str, tids)))
             for domain in self.domains if self.rmids else ():
                 for event in ("llc_occupancy", "mbm_total_bytes", "mbm_local_bytes"):
-                    file = self.mount / name / f"mon_data/mon_L3_{domain:02}/{event}"
-                    if not file.exists():
-                        self._make(str(file.relative_to(self.root)), "0")
+                    path = f"{MOUNT}/{name}/mon_data/mon_L3_{domain:02}/{event}"
+                    self._make(path, self._texts.get(path, "0"))
 
     def _show_usage(self) -> None:
         for name, ways in self.ways.items():
@@ -406,6 +409,9 @@ class FakeResctrl:
                 words.append(f"{domain}={''.join(letters)}")
             self._make(f"{MOUNT}/info/{name}/bit_usage", ";".join(words))
 
+    def _forget(self, folder: str) -> None:
+        self._texts = {path: text for path, text in self._texts.items() if not path.startswith(folder)}
+
     def _list(self, cgroup: str, tid: int, *, there: bool) -> None:
         file = self.root / "sys/fs/cgroup" / cgroup / "cgroup.threads"
         known = {int(one) for one in file.read_text().split()} if file.exists() else set()
@@ -413,6 +419,9 @@ class FakeResctrl:
         self._make(str(file.relative_to(self.root)), "\n".join(map(str, sorted(known))))
 
     def _make(self, path: str, text: str) -> None:
+        if self._texts.get(path) == text:
+            return
         file = self.root / path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{text}\n" if text else "")
+        self._texts[path] = text

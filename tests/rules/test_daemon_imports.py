@@ -9,14 +9,17 @@ from pathlib import Path
 
 UNUSED = (
     "nodeagent.cli",
+    "nodeagent.core.resctrl",
     "nodeagent.host.driver_programs",
     "nodeagent.host.driver_root.find",
     "nodeagent.host.mps",
+    "nodeagent.host.resctrl",
     "nodeagent.host.tuning",
     "nodeagent.host.vfio",
     "nodeagent.managers.network",
     "nodeagent.managers.partitions.manager",
     "nodeagent.managers.passthrough",
+    "nodeagent.managers.resctrl",
     "nodeagent.managers.sharing",
     "nodeagent.managers.tuning",
 )

@@ -95,6 +95,11 @@ def test_the_drop_in_for_tuning_opens_the_files_of_cpus_and_nothing_else() -> No
     assert lines == ["[Service]", "ReadWritePaths=/sys/devices/system/cpu"]
 
 
+def test_the_drop_in_for_resctrl_opens_its_files_and_nothing_else() -> None:
+    lines = [line for line in UNIT.with_name("nodeagent-resctrl.conf").read_text().splitlines() if line[:1] not in "#"]
+    assert lines == ["[Service]", "ReadWritePaths=/sys/fs/resctrl"]
+
+
 def test_the_drop_in_for_passthrough_opens_the_files_of_pci_functions_and_nothing_else() -> None:
     text = UNIT.with_name("nodeagent-passthrough.conf").read_text()
     lines = [line for line in text.splitlines() if line[:1] not in "#"]

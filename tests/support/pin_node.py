@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.kubelet.pod_resources import CHECKPOINT, NO_LISTING, Listing
+from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.resources.offer import Offer
@@ -69,14 +70,16 @@ class PinNode:
     """What Events are made of."""
     kubelet_counts_claims: bool = False
     """Whether kubelet's limits of pages may include what claims hold."""
+    caches_of: Callable[[PinNode, ContainerTable], CacheGroups] = lambda node, table: NO_CACHE_GROUPS
+    """Who divides caches."""
 
     def begin(self) -> None:
         """An agent that confines containers starts, as far as that is concerned."""
-        sysfs, config = SysFs(self.folder / "root"), lambda: self.config
+        sysfs, config, table = SysFs(self.folder / "root"), lambda: self.config, ContainerTable(layouts())
         self.pins = PinningManager(
             self.agent,
             sysfs,
-            ContainerTable(layouts()),
+            table,
             self.folder,
             config,
             self.fetch,
@@ -86,6 +89,7 @@ class PinNode:
             kubelet_counts_claims=lambda: self.kubelet_counts_claims,
             clock=self.clock,
             report=self.reported.append,
+            caches=self.caches_of(self, table),
         )
         self.running = asyncio.create_task(self._pin())
 
@@ -198,10 +202,11 @@ async def pin_node(
     connected: bool = True,
     writable: bool = True,
     request_timeout_s: float = 2.0,
+    caches_of: Callable[[PinNode, ContainerTable], CacheGroups] = lambda node, table: NO_CACHE_GROUPS,
     **pinning: Any,
 ) -> AsyncIterator[PinNode]:
     """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. request_timeout_s: how long
-    it waits for an answer. pinning: configuration."""
+    it waits for an answer. caches_of: who divides caches. pinning: configuration."""
     inventory = inventory or machine()
     tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1")
     monkeypatch.setattr(cgroupset, "put", tree.put)
@@ -213,7 +218,7 @@ async def pin_node(
     agent = Agent(Store(folder), inventory, AgentSettings(reserved=CpuSet.parse(RESERVED)), _nothing)
     runtime = FakeRuntime(folder, request_timeout_s=request_timeout_s)
     runtime.prefix = ""
-    node = PinNode(folder, agent, tree, runtime, config)
+    node = PinNode(folder, agent, tree, runtime, config, caches_of=caches_of)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(agent.close)
         if connected:

@@ -48,6 +48,7 @@ events: {{ not (and (hasKey $events "enabled") (not $events.enabled)) }}
 labels: {{ hasKey $publish "nodeLabels" }}
 topology: {{ hasKey $publish "nodeResourceTopology" }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
+resctrl: {{ kindIs "map" $pinning.resctrl }}
 {{- end -}}
 
 {{/* Folders of the host that are mounted read only, as a YAML list; those in kubelet's folder are mounted with it. */}}

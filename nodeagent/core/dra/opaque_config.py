@@ -51,6 +51,13 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A VFIO driver that the device is bound to while the claim is prepared: for a virtual machine."""
     rdma: bool | None = None
     """Whether a container gets an adapter's RDMA device nodes."""
+    cache_ways: int | None = None
+    """How many ways of their L3 caches the CPUs have for themselves."""
+    cache_class: str = ""
+    """The shared class of pinning.resctrl that its containers are in."""
+    memory_bandwidth_percent: int | None = None
+    memory_bandwidth_mbps: int | None = None
+    """In 10^6 bytes per second, for each L3 cache."""
     env: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -139,6 +146,9 @@ def _covers(requests: Sequence[str], request: str) -> bool:
 # ---------------------------------------------------------------- forms
 
 _Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
+_Ways = Annotated[int, msgspec.Meta(ge=1, le=32)]
+_Mbps = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+_Class = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?)?$")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
 _VfioDriver = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_-]{0,48}vfio[_-]pci)?$")]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -165,11 +175,26 @@ class _Cpu(_Form, frozen=True):
     options: tuple[str, ...] = ()
     numa: Literal["single", "restricted", "best-effort", ""] = ""
     core_type: Literal["performance", "efficiency", ""] = ""
+    cache_ways: _Ways | None = None
+    cache_class: _Class = ""
+    memory_bandwidth_percent: _Percent | None = None
+    memory_bandwidth_mbps: _Mbps | None = msgspec.field(default=None, name="memoryBandwidthMBps")
 
     def settings(self) -> OpaqueConfig:
         core = (f"require-{self.core_type}-cores",) if self.core_type else ()
+        own = self.cache_ways, self.memory_bandwidth_percent, self.memory_bandwidth_mbps
+        if self.cache_class and any(one is not None for one in own):
+            raise InputError("$.cacheClass excludes $.cacheWays, $.memoryBandwidthPercent and $.memoryBandwidthMBps")
         with _at("$.options"):
-            return OpaqueConfig(options=check_options((*self.options, *core)), numa=self.numa)
+            options = check_options((*self.options, *core))
+        return OpaqueConfig(
+            options=options,
+            numa=self.numa,
+            cache_ways=self.cache_ways,
+            cache_class=self.cache_class,
+            memory_bandwidth_percent=self.memory_bandwidth_percent,
+            memory_bandwidth_mbps=self.memory_bandwidth_mbps,
+        )
 
 
 class _Hugepage(_Form, frozen=True):

@@ -104,6 +104,8 @@ class Adjustment(msgspec.Struct, frozen=True, kw_only=True):
     hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Limit in bytes, by page_bytes."""
     env: Mapping[str, str] = msgspec.field(default_factory=_none)
+    rdt_class: str = ""
+    """The group of resctrl that the runtime puts it into; "" leaves that to others."""
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):

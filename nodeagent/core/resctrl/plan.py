@@ -40,6 +40,8 @@ class Held:
     """The agent's own groups, and what they were to have."""
     aside: Values = field(default_factory=lambda: NO_VALUES)
     """Ways set aside, by L3 cache."""
+    earlier: tuple[Values, ...] = ()
+    """What else may have been set aside: it was, before a change of which it is not known whether it was completed."""
     root: Schemata = field(default_factory=lambda: NO_SCHEMATA)
     """What the default group had before."""
 
@@ -158,7 +160,8 @@ def _given_back(tree: Tree, held: Held) -> Schemata:
     for name, some in held.root.items():
         now = tree.root.schemata.get(name, NO_VALUES)
         for domain, mask in some.items():
-            if domain in now and now[domain] == mask & ~held.aside.get(domain, 0):
+            ours = {mask & ~aside.get(domain, 0) for aside in (held.aside, *held.earlier)}
+            if now.get(domain) in ours:
                 found.setdefault(name, {})[domain] = mask
     return _frozen(found)
 
@@ -319,7 +322,8 @@ class _Making:
         left = aside & ~theirs & ~self._given.get(domain, 0)
         if mask := choose(cache, left, ways):
             return mask
-        others = f", {theirs.bit_count()} are in groups of other programs" if theirs else ""
+        names = [name for name, one in self._foreign.items() if theirs & _used({name: one}, caches, domain)]
+        others = f", {theirs.bit_count()} are in groups of other programs ({', '.join(names)})" if theirs else ""
         raise InputError(
             f"cannot give {ways} ways of L3 {domain}: of {aside.bit_count()} that are set aside {left.bit_count()} are "
             f"free, at most {longest(left)} consecutive ones{others}"

@@ -94,6 +94,11 @@ class GroupWriter:
         return ""
 
 
+def add_task(path: str, tid: int) -> None:
+    """Add a task to the group at a full path. Raise HostError if the kernel refuses, as it does if there is none."""
+    put(f"{path}/tasks", str(tid))
+
+
 def line(resource: str, values: Values) -> str:
     """Return a line of a schemata file, such as "L3:0=f;1=ff"."""
     form = "d" if resource == BANDWIDTH else "x"

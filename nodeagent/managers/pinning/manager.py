@@ -40,6 +40,7 @@ from nodeagent.host.cgroup.watch import CAME, GONE, LOOK, WRITTEN, CgroupChange,
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups
 from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.nri_hooks import NriHooks
 from nodeagent.managers.pinning.ownership import Fetch, GrantOwnership, List
@@ -85,6 +86,7 @@ class PinningManager(Manager):
         kubelet_counts_claims: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         report: Report = unreported,
+        caches: CacheGroups = NO_CACHE_GROUPS,
     ) -> None:
         """Detect the cgroup hierarchy; nothing is written.
 
@@ -96,6 +98,7 @@ class PinningManager(Manager):
         self._kubelet_confines = kubelet_confines
         self._kubelet_counts_claims = kubelet_counts_claims
         self._report = report
+        self._caches = caches
         self._agent = agent
         self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
         """Increases with every change that affects where containers should run."""
@@ -176,9 +179,8 @@ class PinningManager(Manager):
 
     async def _serve_runtime(self) -> None:
         config = self._started_with
-        handler = NriHooks(
-            self._agent, self._table, self.reconciler, self._config, self._kubelet_counts_claims, self._report
-        )
+        counts, report, caches = self._kubelet_counts_claims, self._report, self._caches
+        handler = NriHooks(self._agent, self._table, self.reconciler, self._config, counts, report, caches)
         self._plugin = NriPlugin(
             Path(config.nri_socket),
             NAME,

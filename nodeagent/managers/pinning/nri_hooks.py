@@ -34,6 +34,7 @@ from nodeagent.core.model.container import (
 )
 from nodeagent.core.pinning.plan import Pin, named_by
 from nodeagent.errors import HostError
+from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
 from nodeagent.state.agent import Agent
@@ -52,16 +53,19 @@ class NriHooks:
         config: Callable[[], PinningConfig],
         kubelet_counts_claims: Callable[[], bool] = lambda: False,
         report: Report = unreported,
+        caches: CacheGroups = NO_CACHE_GROUPS,
     ) -> None:
         """Set up. `kubelet_counts_claims` returns whether kubelet's limits of pages may include what claims hold."""
         self._kubelet_counts_claims = kubelet_counts_claims
         self._report = report
+        self._caches = caches
         self._agent = agent
         self._table = table
         self._reconciler = reconciler
         self._config = config
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
+        self._caches.learn(pods)
         self._table.tell_all(containers)
         await self._reconciler.enforce()
         await self._reconciler.prove(containers)
@@ -71,9 +75,9 @@ class NriHooks:
         limits = PageLimits.COUNTED if self._kubelet_counts_claims() else PageLimits.ASKED
         asked = replace(container, state=CREATED, page_limits=limits)
         with self._table.asking(asked):
-            return await self._created(asked, within_s)
+            return await self._created(pod, asked, within_s)
 
-    async def _created(self, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
+    async def _created(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
         if late := await _within(within_s, self._make_way(container)):
             self._go_on(container, late)
         pin, updates = self._reconciler.pin(container.id), self._reconciler.updates(but=container.id)
@@ -83,7 +87,11 @@ class NriHooks:
         if pin.grants:
             log.info("pinned", container=container.id, name=str(container), **_said(pin))
         cpus = pin.cpus or self._reconciler.by_runtime(container.id)
-        return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=pin.hugepage_limits), updates
+        caches = await self._caches.created(pod, container, pin.grants)
+        if caches.error:
+            self._refuse(container, caches.error)
+        limits, group = pin.hugepage_limits, caches.group
+        return Adjustment(cpus=cpus, mems=pin.mems, hugepage_limits=limits, rdt_class=group), updates
 
     async def _make_way(self, container: Container) -> None:
         """Learn everything about what the container holds, including recent decisions of another agent, and move all
@@ -114,6 +122,9 @@ class NriHooks:
             self._refuse(container, why)
         if pin.exclusive and (others := self._reconciler.overlapping(container.id)):
             self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
+        entry = self._reconciler.table.entries.get(container.id)
+        if why := await self._caches.starting(container, entry.path if entry is not None else "", pin.grants):
+            self._refuse(container, why)
 
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:
         """Pass kubelet's changes of CPU time and memory; CPU and NUMA node sets are the agent's."""

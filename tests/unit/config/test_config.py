@@ -44,6 +44,10 @@ def resource(**keys: Any) -> str:
     return json.dumps({"resources": [{"name": "it", **keys}]})
 
 
+def cache_class(**keys: Any) -> str:
+    return json.dumps({"pinning": {"resctrl": {"classes": [{"name": "it", **keys}]}}})
+
+
 @pytest.mark.parametrize("text", ["", "{}", "# nothing\n", "---\n", "null"])
 def test_nothing_is_the_default(text: str) -> None:
     assert parse(text, source="here.yaml") == Config()
@@ -92,7 +96,9 @@ nvidia: {driverFiles: inject, driverRoot: /opt/driver}
 pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
-    wakeupLatencyUs: 0}}
+    wakeupLatencyUs: 0},
+  resctrl: {exclusiveWays: 3, classes: [{name: a, caches: {L3: 2, L2: "0xf"}, memoryBandwidthPercent: 20,
+    memoryBandwidthMBps: 5}]}}
 network: {deviceInfoDir: /i}
 hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
@@ -242,6 +248,14 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
         (resource(kind="cpu", replicas=2), "$.resources[0].replicas", "only for devices"),
         (resource(kind="cpu", match={"a": "b"}), "$.resources[0].match", "only for devices"),
         ('{"resources":[{"name":"a","kind":"gpu"},{"name":"a","kind":"nic"}]}', "$.resources[1].name", "twice"),
+        ("pinning: {resctrl: {exclusiveWays: 32}}", "$.pinning.resctrl.exclusiveWays", "32"),
+        ("pinning: {resctrl: {}, mode: 'off'}", "$.pinning.resctrl", "mode 'off'"),
+        (cache_class(name="Gold"), "$.pinning.resctrl.classes[0].name", "'Gold'"),
+        (cache_class(caches={"L4": 1}), "$.pinning.resctrl.classes[0].caches", "'L4'"),
+        (cache_class(caches={"L3": 0}), "$.pinning.resctrl.classes[0].caches", "0"),
+        (cache_class(caches={"L3": "0x0"}), "$.pinning.resctrl.classes[0].caches", "'0x0'"),
+        (cache_class(caches={"L3": 1, "L3CODE": 1}), "$.pinning.resctrl.classes[0].caches", "both of its parts"),
+        ("pinning: {resctrl: {classes: [{name: a}, {name: a}]}}", "$.pinning.resctrl.classes[1].name", "twice"),
         ("domain: kubernetes.io", "$.domain", "kubernetes.io"),
         ("domain: gpu.kubernetes.io", "$.domain", "gpu.kubernetes.io"),
         ("domain: requests.example.com", "$.domain", "requests"),

@@ -93,7 +93,7 @@ def test_ways_that_groups_of_others_have_are_not_given() -> None:
     assert found.groups["a"].own == {0: 0x3}
     assert found.errors["b"] == (
         "cannot give 3 ways of L3 0: of 4 that are set aside 0 are free, at most 0 consecutive ones, 2 are in groups "
-        "of other programs"
+        "of other programs (theirs)"
     )
     assert "theirs" not in found.groups
 

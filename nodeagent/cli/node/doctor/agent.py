@@ -218,6 +218,8 @@ def needed(config: Config) -> Iterator[str]:
         yield "nodeagent-partitions.conf"
     if config.pinning.tuning != TuningConfig():
         yield "nodeagent-tuning.conf"
+    if config.pinning.resctrl is not None:
+        yield "nodeagent-resctrl.conf"
     if config.metrics.listen:
         yield "nodeagent-metrics.conf"
 
@@ -232,6 +234,7 @@ OPENED = {
     "nodeagent-interrupts.conf": ("ProtectKernelTunables=false",),
     "nodeagent-partitions.conf": ("CAP_SYS_ADMIN",),
     "nodeagent-tuning.conf": ("/sys/devices/system/cpu",),
+    "nodeagent-resctrl.conf": ("/sys/fs/resctrl",),
     "nodeagent-metrics.conf": ("AF_INET",),
 }
 """What each drop-in sets that the unit itself does not."""

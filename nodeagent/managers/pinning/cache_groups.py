@@ -1,0 +1,48 @@
+"""What pinning asks of those who divide caches: the group of resctrl of a container, before it begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
+
+from nodeagent.core.model.container import Container, Pod
+
+
+class CacheAnswer(NamedTuple):
+    """What is known of a container's group when it is created."""
+
+    group: str = ""
+    """The group for the runtime to put it into; "" if the runtime has none to do."""
+    error: str = ""
+    """Why it cannot be in the group that it should be in, or ""."""
+
+
+class CacheGroups(Protocol):
+    """Groups of resctrl. grants: ids of what the container holds."""
+
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+        """Return the group of a container that is about to be created."""
+        ...
+
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+        """Put a container that does not run yet into its group and read back. Return why it is not in it, or ""."""
+        ...
+
+    def learn(self, pods: Iterable[Pod]) -> None:
+        """Take the annotations of all pods."""
+
+
+class NoCacheGroups:
+    """Caches are not divided."""
+
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+        return CacheAnswer()
+
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+        return ""
+
+    def learn(self, pods: Iterable[Pod]) -> None:
+        return
+
+
+NO_CACHE_GROUPS = NoCacheGroups()

@@ -1,0 +1,1 @@
+"""Keeps cache ways and memory bandwidth as claims and classes ask for them."""
