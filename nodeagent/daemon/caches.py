@@ -60,7 +60,7 @@ class Caches:
 
     # ---------------------------------------------------------------- for claims
 
-    def beside(
+    def with_caches(
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
         """Return what prepares claims, with caches after what is shared."""

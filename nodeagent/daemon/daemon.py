@@ -165,7 +165,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._caches.beside(*self._gpus.for_claims),
+            *self._caches.with_caches(*self._gpus.for_claims),
             granted,
         )
         self._pinning = PinningManager(

@@ -8,9 +8,10 @@ Source: Documentation/filesystems/resctrl.rst.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
+
+import msgspec
 
 ROOT = ""
 """Name of the default group, which everything belongs to that is in no other."""
@@ -42,8 +43,7 @@ class Mode(StrEnum):
     LOCKED = "pseudo-locked"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cache:
+class Cache(msgspec.Struct, frozen=True, kw_only=True):
     """A resource whose ways are given by masks."""
 
     name: str
@@ -69,8 +69,7 @@ class Cache:
         return self.full.bit_count()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Bandwidth:
+class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
     """The resource of memory bandwidth."""
 
     unit: Unit
@@ -80,23 +79,21 @@ class Bandwidth:
     domains: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Group:
+class Group(msgspec.Struct, frozen=True, kw_only=True):
     """A control group of resctrl."""
 
     name: str
     mode: Mode
-    schemata: Schemata = field(default_factory=lambda: MappingProxyType({}))
+    schemata: Schemata = msgspec.field(default_factory=lambda: MappingProxyType({}))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tree:
+class Tree(msgspec.Struct, frozen=True, kw_only=True):
     """The file system as it is mounted."""
 
-    caches: Mapping[str, Cache] = field(default_factory=lambda: MappingProxyType({}))
+    caches: Mapping[str, Cache] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By name of the resource."""
     bandwidth: Bandwidth | None = None
-    groups: Mapping[str, Group] = field(default_factory=lambda: MappingProxyType({}))
+    groups: Mapping[str, Group] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By name, the default group too."""
     events: tuple[str, ...] = ()
     """What can be monitored: llc_occupancy, mbm_total_bytes, mbm_local_bytes."""
@@ -119,14 +116,13 @@ class Tree:
         return tuple(one for one in self.caches.values() if one.level == level)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Partition:
+class Partition(msgspec.Struct, frozen=True, kw_only=True):
     """What the CPUs of one claim are to have for themselves."""
 
     group: str
     holder: str
     """For messages, such as "claim default/a"."""
-    ways: Values = field(default_factory=lambda: MappingProxyType({}))
+    ways: Values = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """How many ways of each L3 cache."""
     domains: frozenset[int] = frozenset()
     """The L3 caches of its CPUs."""
@@ -136,15 +132,14 @@ class Partition:
     """Limit of its memory bandwidth in 10^6 bytes per second."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SharedClass:
+class SharedClass(msgspec.Struct, frozen=True, kw_only=True):
     """A class that any number of containers can be in."""
 
     group: str
     name: str
-    masks: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    masks: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Masks by resource, for all its domains; L3 means L3CODE and L3DATA where they are apart."""
-    ways: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    ways: Mapping[str, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Numbers of ways by resource: the highest that the default group has."""
     percent: int | None = None
     mbps: int | None = None

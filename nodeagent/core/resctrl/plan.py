@@ -8,8 +8,9 @@ as they are. A claim keeps the ways that it was given.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.resctrl.bandwidth import limit
 from nodeagent.core.resctrl.masks import choose, fault, highest_of, longest, set_aside
@@ -32,44 +33,41 @@ NO_SCHEMATA: Schemata = MappingProxyType({})
 _NO_GROUPS: Mapping[str, Schemata] = MappingProxyType({})
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Held:
+class Held(msgspec.Struct, frozen=True, kw_only=True):
     """What was done before, as it is recorded."""
 
-    groups: Mapping[str, Schemata] = field(default_factory=lambda: _NO_GROUPS)
+    groups: Mapping[str, Schemata] = msgspec.field(default_factory=lambda: _NO_GROUPS)
     """The agent's own groups, and what they were to have."""
-    aside: Values = field(default_factory=lambda: NO_VALUES)
+    aside: Values = msgspec.field(default_factory=lambda: NO_VALUES)
     """Ways set aside, by L3 cache."""
     earlier: tuple[Values, ...] = ()
     """What else may have been set aside: it was, before a change of which it is not known whether it was completed."""
-    root: Schemata = field(default_factory=lambda: NO_SCHEMATA)
+    root: Schemata = msgspec.field(default_factory=lambda: NO_SCHEMATA)
     """What the default group had before."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GroupPlan:
+class GroupPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What one group must be."""
 
     schemata: Schemata
-    own: Values = field(default_factory=lambda: NO_VALUES)
+    own: Values = msgspec.field(default_factory=lambda: NO_VALUES)
     """The ways that it alone may have, by L3 cache."""
     exclusive: bool = False
     """Whether the kernel can be asked to keep the masks of others off its ways: it has ways of its own of every cache
     that can be divided."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResctrlPlan:
+class ResctrlPlan(msgspec.Struct, frozen=True, kw_only=True):
     """What every group must be."""
 
-    root: Schemata = field(default_factory=lambda: NO_SCHEMATA)
+    root: Schemata = msgspec.field(default_factory=lambda: NO_SCHEMATA)
     """What the default group must have; what is left out stays as it is."""
-    aside: Values = field(default_factory=lambda: NO_VALUES)
-    before: Schemata = field(default_factory=lambda: NO_SCHEMATA)
+    aside: Values = msgspec.field(default_factory=lambda: NO_VALUES)
+    before: Schemata = msgspec.field(default_factory=lambda: NO_SCHEMATA)
     """What the default group is to have again once nothing is set aside; empty then."""
-    groups: Mapping[str, GroupPlan] = field(default_factory=lambda: MappingProxyType({}))
+    groups: Mapping[str, GroupPlan] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By name, in the order in which they are made."""
-    errors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    errors: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why a group cannot be, by its name."""
     notes: tuple[str, ...] = ()
     """What cannot be as configured, one sentence each."""

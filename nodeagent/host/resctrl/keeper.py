@@ -7,9 +7,10 @@ cannot be made as wanted is removed again. Groups that are not recorded are neve
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.core.resctrl.model import ROOT, Group, Mode, Schemata, Tree
 from nodeagent.core.resctrl.plan import GroupPlan, Held, ResctrlPlan
@@ -20,15 +21,14 @@ from nodeagent.host.resctrl.write import GroupWriter, alike
 from nodeagent.host.sysfs.sysfs import SysFs
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KeptGroups:
+class KeptGroups(msgspec.Struct, frozen=True, kw_only=True):
     """The state of the groups after a round."""
 
     made: frozenset[str] = frozenset()
     """Groups that are as wanted."""
     repaired: tuple[str, ...] = ()
     """Groups that another program had changed or removed and that are as wanted again; "" is the default group."""
-    errors: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    errors: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why a group is not as it should be, by name."""
     notes: tuple[str, ...] = ()
 

@@ -5,9 +5,10 @@ it blocks, in one thread at a time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
+
+import msgspec
 
 from nodeagent.config.schema import ResctrlClassConfig, ResctrlConfig
 from nodeagent.core.model.grant import Grant
@@ -26,20 +27,19 @@ _FLAGS = frozenset({"cat_l3", "cat_l2", "mba"})
 """What the runtime looks for in /proc/cpuinfo before it takes a class (runc, libcontainer/intelrdt)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResctrlReport:
+class ResctrlReport(msgspec.Struct, frozen=True, kw_only=True):
     """Result of one round."""
 
-    tree: Tree = field(default_factory=Tree)
-    plan: ResctrlPlan = field(default_factory=ResctrlPlan)
-    kept: KeptGroups = field(default_factory=KeptGroups)
-    claims: Mapping[str, Partition] = field(default_factory=lambda: MappingProxyType({}))
+    tree: Tree = msgspec.field(default_factory=Tree)
+    plan: ResctrlPlan = msgspec.field(default_factory=ResctrlPlan)
+    kept: KeptGroups = msgspec.field(default_factory=KeptGroups)
+    claims: Mapping[str, Partition] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """What claims have for themselves, by group."""
     moved: int = 0
     """Tasks that were in another group than their container's."""
-    astray: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    astray: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Why tasks of a container are not in its group, by the container's cgroup."""
-    counted: Mapping[str, Mapping[tuple[str, int], int]] = field(default_factory=lambda: MappingProxyType({}))
+    counted: Mapping[str, Mapping[tuple[str, int], int]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Bytes by (event, L3 cache), by group."""
     error: str = ""
     """Why the round was not completed."""
