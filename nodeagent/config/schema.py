@@ -330,12 +330,24 @@ class PinningConfig(_Base, frozen=True):
     """null: caches and memory bandwidth are left alone."""
 
 
+class VfsConfig(_Base, frozen=True):
+    """How many virtual functions some physical ones have."""
+
+    match: Annotated[Match, msgspec.Meta(min_length=1)]
+    """Which physical functions: patterns as of a resource, such as netdevs: ens1f0."""
+    count: Annotated[int, msgspec.Meta(ge=0, le=65535)]
+    drivers_autoprobe: bool | None = None
+    """Whether the kernel binds new virtual functions to a driver. null: as it is."""
+
+
 class NetworkConfig(_Base, frozen=True):
     """Network adapters as other programs need them. Everything is off unless it is given."""
 
     device_info_dir: AbsoluteOrEmpty = ""
     """Where device information files for CNI plugins are written, /var/run/k8s.cni.cncf.io/devinfo/dp for Multus.
     Empty: nowhere."""
+    vfs: list[VfsConfig] = []
+    """Physical functions whose virtual functions the agent makes; of several that match one, the first."""
 
 
 class HugepagesConfig(_Base, frozen=True):

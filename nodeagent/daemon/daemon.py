@@ -145,7 +145,7 @@ class Daemon:
             agent, where, lambda: self.config, self._scanner, instances, cluster.report, containers.pod_of
         )
         self._caches = Caches(agent, where, lambda: self.config, containers, lambda: self._pinning)
-        self._network = Network(agent, where, families, lambda: self.config)
+        self._network = Network(agent, where, families, lambda: self.config, self._scanner.rescan)
         granted, leads = self._network.granted, lambda: self._leader.held
         self._device_plugin = DevicePluginManager(
             agent, where.kubelet_dir, families, self._refused, leads, cluster.report, granted

@@ -49,6 +49,7 @@ from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.network.device_info import left_files
+from nodeagent.managers.network.vf_journal import VfJournal
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
@@ -76,6 +77,7 @@ STATE_FILES = (
     "mig-modes.json",
     "passthrough.*",
     "device-info.json",
+    "vfs.*",
     ".*.tmp",
 )
 """Names in the state folder."""
@@ -125,6 +127,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _cdi_files(host)
     yield _claim_files(host)
     yield _device_info(host)
+    yield _virtual_functions(host)
     yield _kubelet_sockets(host)
     yield _slices(host)
     yield published_objects(host)
@@ -370,6 +373,18 @@ def _device_info(host: Host) -> Leftover:
         return _removed(left_files(memory))
     except HostError as error:
         return Leftover(notes=[str(error)])
+
+
+def _virtual_functions(host: Host) -> Leftover:
+    """Virtual functions that the agent made: pods or the admin may use them by now."""
+    where = host.where
+    made = VfJournal(where.state_dir / state_files.VFS, where.sysfs.text(BOOT_ID, "")).read()
+    path = where.sysfs.path("sys/bus/pci/devices")
+    notes = [
+        f"the {count} virtual functions of {pf} stay; 0 in {path}/{pf}/sriov_numvfs removes them"
+        for pf, count in made.items()
+    ]
+    return Leftover(notes=notes)
 
 
 def _kubelet_sockets(host: Host) -> Leftover:

@@ -82,7 +82,9 @@ class Agent(ClaimDecisions):
         self._foreign: Mapping[str, Grant] = MappingProxyType({})
         """What other device plugins gave to pods."""
         self._ending: Mapping[str, Grant] = MappingProxyType({})
-        """What still exists of grants that have ended; hold_back."""
+        """What still exists of grants that have ended, or is about to change; hold_back."""
+        self._ending_by: dict[str, Mapping[str, Grant]] = {}
+        """The same by who holds it back."""
         self._listing = listing
         self._living = living
         self._clock = clock
@@ -350,11 +352,13 @@ class Agent(ClaimDecisions):
         patience, see = self.settings.patience, self._others.observe
         self._take_foreign(see(self.inventory, self.ledger, served, holdings, witnesses, asked_at, patience))
 
-    def hold_back(self, parts: Mapping[str, Grant]) -> None:
+    def hold_back(self, parts: Mapping[str, Grant], by: str = "partitions") -> None:
         """Grant nothing that these parts exclude, by grant id, as if another plugin held them: what still exists of
-        grants that have ended. They replace those of the call before."""
-        if parts != self._ending:
-            self._ending = dict(parts)
+        grants that have ended, or is about to change. They replace those of the call before of the same manager, which
+        `by` names."""
+        if parts != self._ending_by.get(by, {}):
+            self._ending_by[by] = dict(parts)
+            self._ending = {id: one for some in self._ending_by.values() for id, one in some.items()}
             self._take_foreign(self._foreign)
 
     def _take_foreign(self, foreign: Mapping[str, Grant]) -> None:

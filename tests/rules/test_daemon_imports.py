@@ -14,6 +14,7 @@ UNUSED = (
     "nodeagent.host.driver_root.find",
     "nodeagent.host.mps",
     "nodeagent.host.resctrl",
+    "nodeagent.host.sriov",
     "nodeagent.host.tuning",
     "nodeagent.host.vfio",
     "nodeagent.managers.network",

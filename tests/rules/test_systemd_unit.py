@@ -106,6 +106,11 @@ def test_the_drop_in_for_passthrough_opens_the_files_of_pci_functions_and_nothin
     assert lines == ["[Service]", "ReadWritePaths=/sys/bus/pci /sys/devices"]
 
 
+def test_the_drop_in_for_virtual_functions_opens_the_files_of_pci_functions_and_nothing_else() -> None:
+    lines = [line for line in UNIT.with_name("nodeagent-vfs.conf").read_text().splitlines() if line[:1] not in "#"]
+    assert lines == ["[Service]", "ReadWritePaths=/sys/bus/pci /sys/devices"]
+
+
 def test_the_drop_in_for_cni_opens_the_folder_of_device_information_and_nothing_else() -> None:
     lines = [line for line in UNIT.with_name("nodeagent-cni.conf").read_text().splitlines() if line[:1] not in "#"]
     folder = "/run/k8s.cni.cncf.io"

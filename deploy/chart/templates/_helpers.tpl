@@ -94,6 +94,9 @@ resctrl: {{ kindIs "map" $pinning.resctrl }}
 {{- if and $dra.passthroughDrivers (not .Values.privileged) -}}
 {{- fail "cannot set config.dra.passthroughDrivers: /sys/bus/pci is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}
+{{- if and (.Values.config.network | default dict).vfs (not .Values.privileged) -}}
+{{- fail "cannot set config.network.vfs: /sys/bus/pci is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
+{{- end -}}
 {{- if and (or .Values.nvidia.driverRoot .Values.nvidia.libraryFolder) (not .Values.privileged) -}}
 {{- fail "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open NVIDIA's device nodes; set nvidia.runtimeClassName instead, or privileged" -}}
 {{- end -}}

@@ -190,7 +190,7 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
 
     def _matches(self, device: Device) -> bool:
         any_of = self.match_any
-        return _fits(device, self.match) and (not any_of or any(_fits(device, one) for one in any_of))
+        return fits(device, self.match) and (not any_of or any(fits(device, one) for one in any_of))
 
 
 def _parts_first(inventory: Inventory, available: frozenset[str], must: frozenset[str]) -> frozenset[str]:
@@ -305,7 +305,8 @@ def patterns_of(value: str | Sequence[str]) -> Sequence[str]:
     return (value,) if isinstance(value, str) else value
 
 
-def _fits(device: Device, match: Match) -> bool:
+def fits(device: Device, match: Match) -> bool:
+    """Return whether each name that is mentioned matches one of its patterns."""
     return all(
         any(fnmatch.fnmatchcase(_field(device, name), pattern) for pattern in patterns_of(value))
         for name, value in match.items()

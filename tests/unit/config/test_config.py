@@ -99,7 +99,7 @@ pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: 
     wakeupLatencyUs: 0},
   resctrl: {exclusiveWays: 3, classes: [{name: a, caches: {L3: 2, L2: "0xf"}, memoryBandwidthPercent: 20,
     memoryBandwidthMBps: 5}]}}
-network: {deviceInfoDir: /i}
+network: {deviceInfoDir: /i, vfs: [{match: {netdevs: a}, count: 2, driversAutoprobe: false}]}
 hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
 - name: vf
