@@ -69,6 +69,7 @@ STATE_FILES = (
     "hugepages.*",
     "health.*",
     "nvlinks.json",
+    "gpu-faults.json",
     "published.json",
     "tuning.json",
     "resctrl.*",

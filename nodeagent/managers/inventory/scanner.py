@@ -28,6 +28,8 @@ from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory import quarantine
+from nodeagent.managers.inventory.gpu_faults import FILE as FAULTS
+from nodeagent.managers.inventory.gpu_faults import FaultMemory
 from nodeagent.managers.inventory.gpu_health import (
     OF_NVML,
     forgotten,
@@ -90,12 +92,12 @@ class InventoryScanner(Manager):
         self._holders = holders
         self._live = sysfs.root == "/"
         """False for a captured tree: it emits no events, and NVML would describe another machine."""
-        self._latches = LatchMemory(
-            state_dir / LATCHES, agent.settings.boot_id, functools.partial(driver_binding, sysfs)
-        )
+        binding = functools.partial(driver_binding, sysfs)
+        self._latches = LatchMemory(state_dir / LATCHES, agent.settings.boot_id, binding)
         self.kernel_health = KernelHealth(agent, sysfs, config)
         self._nvlinks = NvlinkMemory(state_dir / NVLINKS, agent.settings.boot_id)
         self._nvlink_errors = NvlinkErrors()
+        self._faults = FaultMemory(state_dir / FAULTS, agent.settings.boot_id, binding)
         self._asks_nvml = self._live or has_library(Path(sysfs.root))
         self.probe = Probe(root=sysfs.root, by_loader=self._live)
         """The only client of NVML."""
@@ -282,9 +284,14 @@ class InventoryScanner(Manager):
             self._instances.asked(asked_s)
         await self.rescan()
         nvml, inventory, ignored = self._nvml, self._agent.inventory, self._config().health.ignore
+        if not self.answered.is_set():
+            self._agent.observe(await asyncio.to_thread(self._faults.standing))
         self._agent.observe(nvml_evidence(nvml, inventory, ignored), not_looked_at(nvml, inventory, ignored))
         of_instances = await asyncio.to_thread(self._of_instances, nvml)
         self._agent.observe(*of_instances)
+        if isinstance(nvml, Snapshot):
+            gpus = [gpu.id for gpu in nvidia_gpus(inventory) if gpu.parent is None]
+            await asyncio.to_thread(self._faults.keep, self._agent.health, gpus)
         await self._look_at_nvlinks(nvml, asked_s)
 
     def _of_instances(self, nvml: Snapshot | Failure) -> tuple[list[Evidence], list[Said]]:

@@ -14,7 +14,8 @@ from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.model.claim import Claim, ClaimRef
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
-from nodeagent.core.model.health import UNHEALTHY, Evidence, observe
+from nodeagent.core.model.health import DEGRADED as HEALTH_DEGRADED
+from nodeagent.core.model.health import UNHEALTHY, Evidence, Remedy, observe
 from nodeagent.core.model.inventory import DEGRADED, Inventory, KindState
 
 GPU = Device(kind="gpu", id="gpu-0")
@@ -66,6 +67,24 @@ def test_a_device_that_is_not_found_is_lost_only_if_every_kind_could_be_looked_f
     found = seen(node(ledger, kinds=unread))["device gpu-0"].happening
     assert found.reason is Reason.DEVICE_HEALTH_UNKNOWN
     assert "gpu: NVML does not answer" in found.note
+
+
+def test_a_held_device_that_is_degraded_is_a_warning_and_one_that_is_ill_says_what_to_do() -> None:
+    """Ill counts for more; that it is well again is reported."""
+    slow = observe({}, [Evidence(device="gpu-0", source="clocks", state=HEALTH_DEGRADED, reason="too hot")], 0.0, 30.0)
+    reset = Evidence(device="gpu-0", source="rows", state=UNHEALTHY, reason="rows wait", remedy=Remedy.RESET)
+    ledger = held(CLAIM, namespace="trading", claim="c")
+    gpu = Device(kind="gpu", id="gpu-0", paths=("/dev/gpu0",))
+    (degraded, worse, well) = (seen(node(ledger, gpu, health=one)) for one in (slow, observe(slow, [reset], 1.0), {}))
+    found = degraded["device gpu-0"].happening
+    assert (found.reason, RULES[found.reason].warns) == (Reason.DEVICE_DEGRADED, True)
+    assert found.note == "device gpu-0 is degraded: too hot; held by claim trading/c"
+    note = worse["device gpu-0"].happening.note
+    assert note.startswith(
+        "device gpu-0 is unhealthy: rows wait; held by claim trading/c; end all programs that use gpu-0"
+    )
+    (back,) = changes(degraded, well, found=False)
+    assert back.reason is Reason.DEVICE_HEALTHY
 
 
 def test_a_new_holder_of_an_ill_device_is_no_news() -> None:

@@ -38,6 +38,8 @@ from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.nvml.values import Condition, FabricProbe, Failure, LinkErrors, Mig, NvGpu, Snapshot, Xid
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.inventory.gpu_faults import FILE as FAULTS
+from nodeagent.managers.inventory.gpu_faults import FaultMemory
 from nodeagent.managers.inventory.gpu_health import (
     bound_elsewhere,
     instance_evidence,
@@ -442,7 +444,7 @@ class Machine:
         return LatchMemory(self.path, self.boot_id, lambda id: self.bindings.get(id, ""))
 
 
-FATAL = Evidence(device=GPU, source="xid", state=UNHEALTHY, reason="Xid 79", latched=True)
+FATAL = Evidence(device=GPU, source="xid", state=UNHEALTHY, reason="Xid 79", latched=True, remedy=Remedy.REBOOT)
 
 
 def test_a_latched_cause_outlives_the_agent_and_ends_with_the_boot_or_the_drivers_binding(tmp_path: Path) -> None:
@@ -463,6 +465,15 @@ def test_a_cause_of_a_device_that_is_away_waits_for_it(tmp_path: Path) -> None:
     machine.memory().keep([FATAL])
     assert machine.memory().standing([]) == ([], [])
     assert machine.memory().standing([GPU]) == ([FATAL], [])
+
+
+def test_a_record_of_an_earlier_build_names_no_remedy(tmp_path: Path) -> None:
+    machine = Machine(tmp_path)
+    machine.memory().keep([FATAL])
+    document = json.loads(machine.path.read_bytes())
+    del document["causes"][0]["remedy"]
+    machine.path.write_text(json.dumps(document))
+    assert machine.memory().standing([GPU]) == ([replace(FATAL, remedy=Remedy.NONE)], [])
 
 
 def test_what_is_cleared_is_forgotten_for_good(tmp_path: Path) -> None:
@@ -648,6 +659,80 @@ def test_a_file_of_links_that_cannot_be_read_is_reported_and_written_again(tmp_p
     assert [one["event"] for one in lines] == ["nvlinks-not-kept"]
     node = Linked(tmp_path)
     assert node.poll(1, set(), {0})[0] == UNHEALTHY
+
+
+# ---------------------------------------------------------------- what NVML said, over restarts
+
+SEEN_ROWS, SILENT_ON_ROWS = snapshot(rows_pending=True, rows_failed=False), snapshot(mig_enabled=True)
+
+
+def faults_of(folder: Path, boot_id: str = "b1", binding: str = "17") -> FaultMemory:
+    return FaultMemory(folder / FAULTS, boot_id, lambda _: binding)
+
+
+def test_what_lasts_is_remembered_until_nvml_says_otherwise_a_reboot_or_another_binding(tmp_path: Path) -> None:
+    """Heat and a registration that is under way are seen again; latched causes have a file of their own."""
+    assert faults_of(tmp_path).standing() == []
+    hot = snapshot(Condition(clock_reasons=0x40, fabric=FabricProbe(state=2, status=0)), rows_pending=True)
+    ill = reported(polled(NO_HEALTH, 0.0, hot), 0.0, 79)
+    faults_of(tmp_path).keep(ill, [GPU])
+    (found,) = faults_of(tmp_path).standing()
+    assert (found.device, found.source, found.state, found.latched) == (GPU, "rows", UNHEALTHY, False)
+    assert found.remedy is Remedy.RESET
+    assert faults_of(tmp_path, boot_id="b2").standing() == []
+    assert faults_of(tmp_path, binding="18").standing() == []
+    well = polled(ill, 1.0, snapshot(rows_pending=False, rows_failed=False))
+    faults_of(tmp_path).keep(well, [GPU])
+    assert faults_of(tmp_path).standing() == []
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"boot_id": 1}', b"\xff"])
+def test_a_file_of_faults_that_cannot_be_read_is_reported_and_written_again(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FAULTS).write_bytes(content)
+    with capture_logs() as lines:
+        memory = faults_of(tmp_path)
+        assert memory.standing() == []
+    assert [line["event"] for line in lines] == ["gpu-faults-not-kept"]
+    memory.keep(polled(NO_HEALTH, 0.0, SEEN_ROWS), [GPU])
+    assert len(faults_of(tmp_path).standing()) == 1
+
+
+class Answers:
+    """NVML, which says what it is told to."""
+
+    def __init__(self, *answers: Snapshot | Failure) -> None:
+        self.answers = list(answers)
+
+    async def snapshot(self) -> Snapshot | Failure:
+        return self.answers.pop(0)
+
+    async def close(self) -> None:
+        pass
+
+
+async def test_a_gpu_on_whose_rows_nvml_falls_silent_is_as_ill_after_a_restart_of_the_agent(tmp_path: Path) -> None:
+    """Until NVML answers for them again, or an admin has it forgotten."""
+    tree, folder = DeviceTree(machine(tmp_path / "root", "1s1n2c")), tmp_path / "state"
+    tree.pci(GPU, pci_class="030200", vendor="10de", driver="nvidia")
+    why = "memory rows are remapped at the next reset: reset the GPU"
+    for answers in (
+        (SEEN_ROWS, SILENT_ON_ROWS),
+        (SILENT_ON_ROWS,),
+        (Failure(absent=False, reason="late"), SILENT_ON_ROWS),
+    ):
+        async with scanning(tree, folder) as (agent, scanner):
+            scanner.probe = Answers(*answers)  # type: ignore[assignment]
+            for _ in answers:
+                await scanner.ask_nvml()
+            assert agent.health[GPU].seen["rows"].reason == why
+    async with scanning(tree, folder) as (agent, scanner):
+        scanner.probe = Answers(SILENT_ON_ROWS, SILENT_ON_ROWS)  # type: ignore[assignment]
+        await scanner.ask_nvml()
+        scanner.answered.set()
+        assert await scanner.clear_health(GPU, "uid 0")
+        await scanner.ask_nvml()
+        assert "rows" not in agent.health[GPU].seen
+    assert faults_of(folder, binding="").standing() == []
 
 
 @contextlib.asynccontextmanager
