@@ -34,6 +34,8 @@ from tests.support.pin_node import PinNode, pin_node
 from tests.support.until import until
 
 DRIVER, NODE = "nodeagent.dev", "node-1"
+PATIENCE_S = 60.0
+"""How long the runtime waits here: a busy machine is none of what is tried."""
 BATCH = {"name": "batch", "caches": {"L3": 2}}
 
 
@@ -103,6 +105,7 @@ async def cache_node(
     kernel = FakeResctrl(folder / "root", domains={0: range(8), 1: range(8, 16)}, **machine)
     for name in ("put", "mkdir", "rmdir"):
         monkeypatch.setattr(write, name, getattr(kernel, name))
+    monkeypatch.setattr("nodeagent.managers.resctrl.manager.MAKE_S", PATIENCE_S)
     made: list[Caches] = []
 
     def caches_of(node: PinNode, table: ContainerTable) -> Caches:
@@ -116,7 +119,8 @@ async def cache_node(
         return made[-1]
 
     (folder / "state").mkdir()
-    async with pin_node(folder, monkeypatch, caches_of=caches_of, resctrl=resctrl) as pins:
+    patience = {"request_timeout_s": PATIENCE_S}
+    async with pin_node(folder, monkeypatch, caches_of=caches_of, resctrl=resctrl, **patience) as pins:
         node = CacheNode(pins, kernel, made[-1])
         await node.caches.manager.apply(Config(pinning=pins.config))
         try:
