@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,7 +31,7 @@ def read_documents(path: str, source: str) -> list[Any]:
 
     path: "-" for standard input. source: what it is in errors.
     """
-    return parse_documents(_read(path, source), source)
+    return parse_documents(read_bytes(path, source), source)
 
 
 def parse_documents(text: bytes, source: str) -> list[Any]:
@@ -48,7 +49,20 @@ def parse_documents(text: bytes, source: str) -> list[Any]:
     return [plain.of(document) for document in documents if document is not None]
 
 
-def _read(path: str, source: str) -> bytes:
+def parse_json(text: bytes, source: str) -> Any:
+    """Return a JSON document, within the same bounds. Raise ValueError if it is none, InputError if it is beyond
+    them."""
+    try:
+        return _Plain(source).of(json.loads(text))
+    except RecursionError:
+        raise InputError(f"cannot read {source}: it is nested too deeply") from None
+
+
+def read_bytes(path: str, source: str) -> bytes:
+    """Return the content of a file. Raise InputError if it cannot be read, or is larger than LARGEST_FILE_BYTES.
+
+    path: "-" for standard input. source: what it is in errors.
+    """
     try:
         if path == "-":
             text = sys.stdin.buffer.read(LARGEST_FILE_BYTES + 1)
@@ -78,14 +92,21 @@ class _Plain:
         if depth > DEEPEST:
             raise self._wrong("it is nested too deeply")
         if isinstance(value, dict):
-            return {_key(key): self.of(one, depth + 1) for key, one in value.items()}
+            return {self._text(_key(key)): self.of(one, depth + 1) for key, one in value.items()}
         if isinstance(value, list):
             return [self.of(one, depth + 1) for one in value]
         if isinstance(value, datetime.date):
             return value.isoformat()
-        if value is None or isinstance(value, str | int | float):
+        if isinstance(value, str):
+            return self._text(value)
+        if value is None or isinstance(value, int | float):
             return value
         raise self._wrong(f"a value of type {type(value).__name__}, which JSON does not have")
+
+    def _text(self, value: str) -> str:
+        if not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value):
+            raise self._wrong("half a surrogate pair in a text, which no file can have")
+        return value
 
     def _wrong(self, why: str) -> InputError:
         return InputError(f"cannot read {self._source}: {why}")

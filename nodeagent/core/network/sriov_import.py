@@ -22,6 +22,7 @@ NET, ACCELERATOR, AUX = "netDevice", "accelerator", "auxNetDevice"
 KINDS = {NET: "nic", ACCELERATOR: "accel", AUX: "nic"}
 _ADDRESS = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7]")
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
+_INDEX = re.compile(r"[0-9]{1,9}", re.ASCII)
 MOST_INDEX = 1023
 _ONLY_SCALABLE = "of auxiliary devices only scalable functions (sf) are devices of their own"
 Match = dict[str, str | list[str]]
@@ -60,7 +61,7 @@ class _Resource:
             raise InputError(f"cannot translate {where}: expected a resourceName of letters, digits, _ and -")
         self._said = said
         self._type = said.get("deviceType") or NET
-        if self._type not in KINDS:
+        if not isinstance(self._type, str) or self._type not in KINDS:
             raise InputError(
                 f"cannot translate {where}: unknown deviceType {self._type!r}, expected {', '.join(KINDS)}"
             )
@@ -127,8 +128,8 @@ class _Resource:
             raise InputError(f"cannot translate {self.where}.additionalInfo: expected an object")
         found: dict[str, dict[str, str]] = {}
         for key, values in said.items():
-            texts = isinstance(values, dict) and all(isinstance(one, str) for one in values.values())
-            if texts and (key == ANY_DEVICE or _ADDRESS.fullmatch(key)):
+            texts = isinstance(values, dict) and all(isinstance(one, str) for one in (*values, *values.values()))
+            if texts and isinstance(key, str) and (key == ANY_DEVICE or _ADDRESS.fullmatch(key)):
                 found[key] = values
                 self._say(f"additionalInfo.{key}", State.TRANSLATED, "additionalInfo", value=values)
             else:
@@ -272,7 +273,7 @@ def _indexes(text: str, where: str) -> list[str]:
     found: dict[int, None] = {}
     for part in text.split(","):
         first, _, last = part.partition("-")
-        if not (first.isdecimal() and (last or first).isdecimal() and int(last or first) <= MOST_INDEX):
+        if not (all(map(_INDEX.fullmatch, (first, last or first))) and int(last or first) <= MOST_INDEX):
             raise InputError(f"cannot translate {where}: {part!r} is no index or range up to {MOST_INDEX}")
         found |= dict.fromkeys(range(int(first), int(last or first) + 1))
     return [str(one) for one in found]

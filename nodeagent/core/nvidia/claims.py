@@ -165,7 +165,9 @@ def _guests(devices: dict[str, Any], guests: Iterable[str], where: str) -> Itera
     if not names:
         return
     made = {"apiVersion": opaque.OWN_API_VERSION, "kind": opaque.OWN_KIND, "driver": opaque.VFIO_DRIVER}
-    config = devices.setdefault("config", [])
+    if devices.get("config") is None:
+        devices["config"] = []
+    config = devices["config"]
     if isinstance(config, list):
         config.append({"requests": names, "opaque": {"driver": OWN_DRIVER, "parameters": made}})
         to = f"config[{len(config) - 1}]: driver: {opaque.VFIO_DRIVER}"

@@ -23,9 +23,9 @@ def driver_root(value: str) -> Said:
     return Said(State.TRANSLATED, DRIVER_ROOT)
 
 
-def hook(value: str) -> Said:
+def hook(value: object) -> Said:
     """Return what becomes of the path of the program that renews the loader's cache."""
-    if value in HOOKS:
+    if isinstance(value, str) and value in HOOKS:
         return Said(State.BUILT_IN, why="it is found there")
     return Said(
         State.LOST,

@@ -134,6 +134,7 @@ def switch(on: Said, off: Said = OFF) -> Callable[[Any], Said]:
     return lambda value: on if value else off
 
 
-def usual(values: frozenset[Any], other: Said, why: str = "") -> Callable[[Any], Said]:
-    """Return the rule of a value that the agent has anyway if it is one of some."""
-    return lambda value: Said(State.BUILT_IN, why=why) if value in values else other
+def usual(values: frozenset[str], other: Said, why: str = "") -> Callable[[Any], Said]:
+    """Return the rule of a value that the agent has anyway if it is one of some texts; the format may not check that it
+    is a text."""
+    return lambda value: Said(State.BUILT_IN, why=why) if isinstance(value, str) and value in values else other

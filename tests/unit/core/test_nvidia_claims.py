@@ -86,6 +86,14 @@ def test_a_class_for_virtual_machines_becomes_a_configuration() -> None:
     check_all([Opaque(source=FROM_CLAIM, driver=DRIVER, parameters=config["opaque"]["parameters"])], DRIVER)
 
 
+def test_a_claim_whose_configuration_is_null_is_for_a_virtual_machine_all_the_same() -> None:
+    ask = {"name": "gpu", "exactly": {"deviceClassName": "vfio.gpu.nvidia.com"}}
+    claim = {"kind": "ResourceClaim", "spec": {"devices": {"requests": [ask], "config": None}}}
+    made, _ = claims.rewrite({"apiVersion": "resource.k8s.io/v1", **claim}, "")
+    (config,) = made["spec"]["devices"]["config"]
+    assert config["opaque"]["parameters"]["driver"] == "vfio-pci"
+
+
 OF_MIG = "device.attributes['gpu.nvidia.com'].type == 'mig'"
 
 

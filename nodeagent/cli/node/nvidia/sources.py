@@ -44,7 +44,10 @@ def take(files: Sequence[str], asked: Asked) -> Taken:
     """Return what the files become. Raise InputError if one cannot be read or two contradict each other."""
     taken, configured = Taken(), dict[str, str]()
     for file in files:
-        for number, document in enumerate(read_documents(file, file)):
+        documents = read_documents(file, file)
+        if not documents:  # what a failed command has left in a pipe is no configuration of which nothing is lost
+            raise InputError(f"cannot read {file}: it is empty; {EXPECTED}")
+        for number, document in enumerate(documents):
             where = f"{file}: " if len(files) > 1 else ""
             if not isinstance(document, dict):
                 raise InputError(f"cannot read document {number + 1} of {file}: {EXPECTED}")

@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import yaml
 
 from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.cli.output import forms
+from nodeagent.cli.shared.manifests import parse_documents, parse_json, read_bytes
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.config.load import parse
 from nodeagent.core.network.sriov_import import translate
@@ -32,7 +31,6 @@ EXAMPLES = (
 )
 DONE, REFUSED = 0, 3
 CONFIG = "config.yaml"
-_LARGEST_BYTES = 1 << 20
 
 
 def add_verb(verbs: argparse._SubParsersAction[Any]) -> None:
@@ -69,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _configuration(file: str, entry: str) -> Any:
     """Return the decoded configuration. Raise InputError if it cannot be read, or it is unclear which is meant."""
-    document = _decoded(_read(file), file)
+    document = _decoded(read_bytes(file, file), file)
     if not isinstance(document, dict) or document.get("kind") != "ConfigMap":
         return document
     data = document.get("data")
@@ -80,32 +78,22 @@ def _configuration(file: str, entry: str) -> Any:
     if not entry and len(entries) != 1:
         raise InputError(f"cannot choose an entry of {file}: give one with --entry, it has {names}")
     name = entry or next(iter(entries))
-    return _decoded(str(entries[name]), f"{file}, entry {name}")
+    return _decoded(str(entries[name]).encode(), f"{file}, entry {name}")
 
 
-def _read(file: str) -> str:
-    try:
-        if file == "-":
-            return sys.stdin.read(_LARGEST_BYTES)
-        with Path(file).open(encoding="utf-8") as opened:
-            return opened.read(_LARGEST_BYTES)
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"cannot read {file}: {getattr(error, 'strerror', None) or error}") from None
-
-
-def _decoded(text: str, source: str) -> Any:
+def _decoded(text: bytes, source: str) -> Any:
     """Return a JSON or YAML document; JSON may have tabs, which YAML does not take."""
     try:
-        return json.loads(text)
+        return parse_json(text, source)
+    except InputError:
+        raise
     except ValueError as error:
-        if text.lstrip().startswith(("{", "[")):
+        if text.lstrip().startswith((b"{", b"[")):
             raise InputError(f"cannot read {source}: {error}") from None
-    except RecursionError:
-        raise InputError(f"cannot read {source}: it is nested too deeply") from None
-    try:
-        return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506  a safe loader
-    except (yaml.YAMLError, RecursionError) as error:
-        raise InputError(f"cannot read {source}: {str(error).splitlines()[0]}") from None
+    documents = parse_documents(text, source)
+    if len(documents) > 1:
+        raise InputError(f"cannot read {source}: expected one document, found {len(documents)}")
+    return documents[0] if documents else None
 
 
 def _text(found: Translation) -> str:

@@ -95,13 +95,31 @@ def test_a_key_cannot_write_lines_into_the_configuration(
         (["values"], "values of the chart of NVIDIA's device plugin"),
         (["list"], "expected a configuration of NVIDIA's device plugin"),
         (["text"], "expected a configuration of NVIDIA's device plugin"),
+        (["empty"], "it is empty"),
     ],
 )
 def test_what_cannot_be_read_is_named(
     root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], files: list[str], error: str
 ) -> None:
-    for name, text in {"values": "migStrategy: none", "list": "[1]", "text": "colour: red"}.items():
+    for name, text in {"values": "migStrategy: none", "list": "[1]", "text": "colour: red", "empty": ""}.items():
         (tmp_path / name).write_text(text)
-    words = [str(tmp_path / one) if one in ("values", "list", "text") else one for one in files]
+    words = [str(tmp_path / one) if one in ("values", "list", "text", "empty") else one for one in files]
     assert run(*words, "--root", root) == 2
     assert error in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "version: v1\nflags: {deviceDiscoveryStrategy: [a]}",
+        "version: v1\nflags: {plugin: {nvidiaCTKPath: []}}",
+        "featureGates: {}\naltProcDevices: []",
+        "featureGates: {}\nnvidiaCDIHookPath: {}",
+    ],
+)
+def test_a_list_in_place_of_a_text_has_no_equivalent(
+    root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (tmp_path / "p.yaml").write_text(text)
+    assert run(str(tmp_path / "p.yaml"), "--root", root) == 3
+    assert "no-equivalent" in capsys.readouterr().out

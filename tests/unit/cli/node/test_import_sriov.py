@@ -60,7 +60,7 @@ def test_a_dry_run_writes_nothing_and_shows_what_would_be(tmp_path: Path, capsys
 def test_a_config_map_is_read_from_standard_input(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO(config_map(**{"config.json": GOOD})))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(config_map(**{"config.json": GOOD}).encode())))
     assert main(["import", "sriov", "-", "-o", "json"]) == 0
     assert json.loads(capsys.readouterr().out)["configuration"]["resources"][0]["name"] == "intel.com/dpdk"
 
@@ -80,9 +80,40 @@ def test_a_file_is_never_replaced(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert (tmp_path / "config.yaml").read_text() == "mine"
 
 
-@pytest.mark.parametrize("text", ["{", "- [", "{a: b", "x: [1"])
+NESTED = '{"a": ' + "[" * 960 + "]" * 960 + "}"
+BOMB = "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 10)}]\n" for a, b in zip("abcdefg", "bcdefgh", strict=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "- [", "{a: b", "x: [1", "a: 2024-13-45", "a: !!int x", "a: !!bool x", "a: 1\n---\nb: 2", NESTED),
+        '{"resourceList": [], "\\ud800": 1}',
+        f"a: &a [{', '.join('x' * 10)}]\n{BOMB}resourceList: []",
+        f"resourceList: []\n#{'x' * (4 << 20)}\nb: 1",
+    ],
+)
 def test_a_text_that_is_neither_is_an_error_with_its_file(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["import", "sriov", written(tmp_path, text)]) != 0
-    assert f"cannot read {tmp_path / 'in'}" in capsys.readouterr().err
+    assert main(["import", "sriov", written(tmp_path, text)]) == 2
+    said = capsys.readouterr().err
+    assert said.count(f"cannot read {tmp_path / 'in'}: ") == 1 and len(said) < 1000
+
+
+def test_nothing_of_a_large_file_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = f"resourceList: []\n#{'x' * (1 << 20)}\nlast: 1\n"
+    assert main(["import", "sriov", written(tmp_path, text), "-o", "json"]) == 3
+    assert [one["place"] for one in json.loads(capsys.readouterr().out)["entries"]] == ["$.last"]
+
+
+@pytest.mark.parametrize(
+    "one",
+    [{"deviceType": ["x"]}, {"deviceType": {"x": 1}}, {"selectors": {"pfNames": [f"eth0#{'9' * 5000}"]}}],
+)
+def test_a_value_of_the_wrong_type_is_an_error(
+    one: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = written(tmp_path, json.dumps({"resourceList": [{"resourceName": "a", **one}]}))
+    assert main(["import", "sriov", file]) == 2
+    assert "cannot translate $.resourceList[0]" in capsys.readouterr().err
