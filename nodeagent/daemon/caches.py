@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 _SETTINGS = '"cache_', '"memory_bandwidth_'
 """What the settings of a claim contain that asks for something of caches (core/resctrl/demand.py)."""
 
+_CLASS = "/cache-class"
+"""What the key of a pod's annotation contains that asks for a class (core/resctrl/demand.py)."""
+
 
 class Caches:
     """Cache ways and memory bandwidth, for claims and for containers."""
@@ -47,11 +50,17 @@ class Caches:
             def grants_of(id: str) -> Sequence[str]:
                 return pins.reconciler.pin(id).grants
 
-            return ResctrlManager(agent, where.sysfs, where.state_dir, config, table, grants_of, news)
+            one = ResctrlManager(agent, where.sysfs, where.state_dir, config, table, grants_of, news)
+            one.learn(self._asking.values())
+            self._asking.clear()
+            return one
 
         def is_divided() -> bool:
             return config().pinning.resctrl is not None or (where.state_dir / state_files.RESCTRL).exists()
 
+        self._table = table
+        self._asking: dict[str, Pod] = {}
+        """Pods that ask for a class, by UID, while caches are not divided: a reload may begin to."""
         self.manager = OnDemand("resctrl", resctrl, is_divided, agent.revisions.ledger)
 
     def document(self) -> dict[str, Any]:
@@ -78,8 +87,12 @@ class Caches:
 
     async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
         """Return the group of a container that is about to be created."""
-        one = self.manager.loaded
-        return await one.created(pod, container, grants) if one is not None else CacheAnswer()
+        if (one := self.manager.loaded) is not None:
+            return await one.created(pod, container, grants)
+        if _asks(pod):
+            live = {entry.container.pod_uid for entry in self._table.entries.values()}
+            self._asking = {uid: other for uid, other in self._asking.items() if uid in live} | {pod.uid: pod}
+        return CacheAnswer()
 
     async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
         """Put a container that does not run yet into its group. Return why it is not in it, or ""."""
@@ -90,6 +103,8 @@ class Caches:
         """Take the annotations of all pods."""
         if (one := self.manager.loaded) is not None:
             one.learn(pods)
+        else:
+            self._asking = {pod.uid: pod for pod in pods if _asks(pod)}
 
 
 class _Both:
@@ -105,6 +120,10 @@ class _Both:
 
     async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
         return {**await self._first.release(claims), **await self._second.release(claims)}
+
+
+def _asks(pod: Pod) -> bool:
+    return any(_CLASS in key for key in pod.annotations)
 
 
 def _concerned(claims: Mapping[str, Sequence[Grant]]) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from nodeagent.config.schema import Config
+from nodeagent.config.schema import Config, ResctrlConfig
 from nodeagent.core.dra.cpu_pool import CpuPool
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.model.claim import Claim
@@ -183,6 +183,24 @@ async def test_an_annotation_of_the_pod_chooses_a_class(
         assert await node.create("job", container) == expected
         await node.pins.start("job", container)
         assert node.group("job", container) == expected
+
+
+async def test_a_reload_that_begins_to_divide_knows_the_classes_of_pods_that_run(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cache_node(folder, monkeypatch, None) as node:
+        annotate(node, "job", {"nodeagent.dev/cache-class": "batch"})
+        for name in ("main", "side"):
+            assert await node.create("job", name) == ""
+        await node.pins.start("job", "main")
+        assert node.group("job", "main") == ""
+        resctrl = msgspec.convert({"classes": [BATCH]}, ResctrlConfig)
+        node.pins.config = msgspec.structs.replace(node.pins.config, resctrl=resctrl)
+        await node.caches.manager.apply(Config(pinning=node.pins.config))
+        node.lead()
+        await until(lambda: node.group("job", "main") == "nodeagent-class-batch")
+        await node.pins.start("job", "side")
+        assert node.group("job", "side") == "nodeagent-class-batch"
 
 
 async def test_a_claim_chooses_a_class(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
