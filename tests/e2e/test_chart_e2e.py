@@ -333,6 +333,21 @@ def test_hugepages_and_partitions_get_their_rights_and_nobody_else(tmp_path: Pat
     assert rights("nvidia") == ([], None, False)
 
 
+WRITERS: Mapping[str, Mapping[str, Any]] = {
+    "tuning": {"pinning": {"tuning": {"governor": "performance"}}},
+    "passthrough": {"dra": {"passthroughDrivers": ["vfio-pci"]}},
+    "vfs": {"network": {"vfs": [{"match": {"netdevs": "eth1"}, "count": 2}]}},
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_what_is_written_below_sys_can_be_written(tmp_path: Path, name: str) -> None:
+    """And only then: a privileged pod alone does not get it."""
+    mounts = mounts_of(rendered(tmp_path, {"privileged": True, "config": WRITERS[name]}))
+    assert not mounts["/sys"].get("readOnly") and "recursiveReadOnly" not in mounts["/sys"]
+    assert mounts_of(rendered(tmp_path, {"privileged": True}))["/sys"]["readOnly"]
+
+
 def test_nvidia_s_library_lies_where_the_agent_looks_for_it(tmp_path: Path) -> None:
     """Not where the image has its own libraries."""
     documents = rendered(tmp_path, yaml.safe_load((DATA / "chart" / "privileged.yaml").read_text()))

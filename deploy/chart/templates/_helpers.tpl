@@ -49,6 +49,7 @@ labels: {{ hasKey $publish "nodeLabels" }}
 topology: {{ hasKey $publish "nodeResourceTopology" }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 resctrl: {{ kindIs "map" $pinning.resctrl }}
+writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) }}
 {{- end -}}
 
 {{/* Folders of the host that are mounted read only, as a YAML list; those in kubelet's folder are mounted with it. */}}
