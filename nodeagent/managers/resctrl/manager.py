@@ -177,8 +177,11 @@ class ResctrlManager(Manager):
     def _group(self, container: Container, grants: Iterable[str]) -> str:
         ledger = self._agent.ledger.grants
         held = [ledger[one] for one in grants if one in ledger]
+        config = self._config()
         annotations = self._annotations.get(container.pod_uid, _NO_ANNOTATIONS)
-        return group_of(held, annotations, self._config().domain, container.name)
+        if config.pinning.resctrl is None:  # as on nodes that never had it: pods of all nodes may have annotations
+            annotations = _NO_ANNOTATIONS
+        return group_of(held, annotations, config.domain, container.name)
 
     def _forget_pods(self) -> None:
         """Forget the annotations of pods that have no containers any longer."""

@@ -203,6 +203,18 @@ async def test_a_reload_that_begins_to_divide_knows_the_classes_of_pods_that_run
         assert node.group("job", "side") == "nodeagent-class-batch"
 
 
+async def test_a_reload_that_ends_it_lets_pods_with_annotations_start(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with cache_node(folder, monkeypatch, {"classes": [BATCH]}) as node:
+        annotate(node, "job", {"nodeagent.dev/cache-class": "batch"})
+        assert await node.create("job", "main") == "nodeagent-class-batch"
+        node.pins.config = msgspec.structs.replace(node.pins.config, resctrl=None)
+        assert await node.create("job", "side") == ""
+        await node.pins.start("job", "side")
+        assert node.group("job", "side") == ""
+
+
 async def test_a_claim_chooses_a_class(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with cache_node(folder, monkeypatch, {"classes": [BATCH]}) as node:
         assert await node.prepare("c1", "db", cacheClass="batch") == ""
