@@ -33,6 +33,11 @@ class VirtualFunctions:
             )
         return found
 
+    def has_none(self, address: str) -> bool:
+        """Return whether a physical function has no virtual ones, and gets none by a write that has not ended. Raise
+        HostError if that is unknown."""
+        return not self._put.hangs(address) and not self.count(address)
+
     def make(self, address: str, wanted: int, *, autoprobe: bool | None = None) -> None:
         """Give a physical function that has none so many virtual ones. Raise HostError, also if the driver makes fewer:
         these are removed again.

@@ -146,4 +146,14 @@ class VfsManager(Manager):
             self._functions.remove(plan.pf, plan.found)
         self._journal.write(plan.pf, plan.wanted)
         if plan.wanted:
-            self._functions.make(plan.pf, plan.wanted, autoprobe=plan.autoprobe)
+            try:
+                self._functions.make(plan.pf, plan.wanted, autoprobe=plan.autoprobe)
+            except HostError:
+                self._forget(plan.pf)
+                raise
+
+    def _forget(self, pf: str) -> None:
+        """What is made from now on is another program's, until the agent tries again."""
+        with contextlib.suppress(HostError):
+            if self._functions.has_none(pf):
+                self._journal.write(pf, 0)

@@ -232,6 +232,17 @@ async def test_a_driver_that_refuses_is_a_note_and_is_asked_again_later(tmp_path
         assert one.counts() == (4, 2)
 
 
+async def test_what_another_program_makes_after_a_refusal_is_not_the_agents(tmp_path: Path) -> None:
+    async with node(tmp_path) as it:
+        it.kernel.refusals[PF] = errno.ENOSPC
+        assert (await it.settle(of(4)))[0].startswith("network.vfs: 0000:3b:00.0: cannot write 4")
+        it.kernel.refusals.clear()
+        it.kernel.put(str(it.room.tree.root / f"sys/bus/pci/devices/{PF}/sriov_numvfs"), "4")
+        (note,) = await it.settle(of(8))
+        assert "the 4 that are there were not made by the agent" in note
+        assert it.counts() == (4, 0)
+
+
 async def test_another_number_is_tried_at_once(tmp_path: Path) -> None:
     async with node(tmp_path) as one:
         one.kernel.refusals[PF] = errno.EIO
