@@ -6,6 +6,8 @@ A kind is a class with a name and two methods, `discover` and `edits`, registere
 
 from __future__ import annotations
 
+from msgspec.structs import replace
+
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Link, Mount
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
 from nodeagent.host.devices.base import Context, Found, Kind, short_id
@@ -27,5 +29,6 @@ __all__ = [
     "Mount",
     "SysFs",
     "Tolerant",
+    "replace",
     "short_id",
 ]

@@ -6,6 +6,7 @@ import importlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,12 @@ from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.all_kinds import CharSelector, Context, Found, PciSelector, UsbSelector
 from nodeagent.host.devices.base import short_id
+from nodeagent.host.pci import functions
+from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths, state
+from tests.support.paths import CHECKOUT
 
 
 @pytest.fixture
@@ -291,11 +295,13 @@ def test_a_third_partys_kind_is_loaded_and_a_broken_one_says_why(
 ) -> None:
     """A good one, one that is not there, one that raises when made, one that is no kind, one that takes our name."""
     source = (
-        "from nodeagent.kinds import ContainerEdits, Device, Found, KindState\n"
+        "from nodeagent.kinds import ContainerEdits, Device, Found, KindState, replace\n"
+        "class Card(Device, frozen=True, kw_only=True):\n"
+        "    slot: int\n"
         "class Dongle:\n"
         "    name = 'dongle'\n"
         "    def discover(self, sysfs, context):\n"
-        "        device = Device(kind='dongle', id='d0')\n"
+        "        device = replace(Card(kind='dongle', id='d', slot=1), id='d0')\n"
         "        return Found(state=KindState(kind='dongle', state='present'), devices=(device,))\n"
         "    def edits(self, device, devices):\n"
         "        return ContainerEdits(env={'DONGLE': device.id})\n"
@@ -319,6 +325,19 @@ def test_a_third_partys_kind_is_loaded_and_a_broken_one_says_why(
     assert state(found, "gpu2").reason == "cannot use thirdparty:Gpu: the kind 'gpu' is built in"
     dongle = next(kind for kind in loaded if kind.name == "dongle")
     assert all_kinds.edits(dongle, found.devices).env == {"DONGLE": "d0"}
+
+
+def test_the_kind_of_the_documentation_works_as_it_is_written(tree: DeviceTree) -> None:
+    text = (CHECKOUT / "docs" / "kinds.md").read_text()
+    names: dict[str, Any] = {}
+    exec(text.partition("```python\n")[2].partition("```")[0], names)
+    tree.pci("0000:3b:00.0", pci_class="120000", vendor="1ae0")
+    found = all_kinds.discover(
+        SysFs(tree.root), [names["Tpu"]()], Context(functions=functions(Tolerant(SysFs(tree.root))))
+    )
+    (device,) = found.devices
+    assert (device.kind, device.id, device.paths) == ("tpu", "0000:3b:00.0", ("/dev/accel0",))
+    assert all_kinds.edits(names["Tpu"](), found.devices).env == {"TPU_COUNT": "1"}
 
 
 def test_an_empty_root_has_no_device_and_no_warning(tmp_path: Path) -> None:
