@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.config.load import parse
-from nodeagent.core.nvidia import chart, plugin
-from nodeagent.core.nvidia.findings import State, Translation, leaves, shown
-from nodeagent.core.nvidia.plugin import may_both_match
+from nodeagent.core.imports.findings import State, Translation, leaves, shown
+from nodeagent.core.imports.nvidia import chart, plugin
+from nodeagent.core.imports.nvidia.plugin import may_both_match
 from nodeagent.errors import InputError
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.resources.offer import offers

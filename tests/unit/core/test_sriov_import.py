@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from nodeagent.config.load import parse
+from nodeagent.core.imports.findings import INCOMPLETE, State, Translation
+from nodeagent.core.imports.sriov import translate
 from nodeagent.core.model.device import Device
-from nodeagent.core.network.sriov_import import translate
-from nodeagent.core.nvidia.findings import INCOMPLETE, State, Translation
 from nodeagent.errors import InputError
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.resources.offer import Offer, offers

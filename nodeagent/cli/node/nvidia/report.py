@@ -14,7 +14,7 @@ from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.cli.output import forms
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.config.load import parse
-from nodeagent.core.nvidia.findings import INCOMPLETE, Finding
+from nodeagent.core.imports.findings import INCOMPLETE, Finding
 from nodeagent.errors import InputError
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.sysfs import atomic_file

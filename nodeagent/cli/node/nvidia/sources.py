@@ -8,8 +8,8 @@ from typing import Any
 import msgspec
 
 from nodeagent.cli.shared.manifests import parse_documents, read_documents
-from nodeagent.core.nvidia import chart, claims, plugin
-from nodeagent.core.nvidia.findings import Finding, Translation
+from nodeagent.core.imports.findings import Finding, Translation
+from nodeagent.core.imports.nvidia import chart, claims, plugin
 from nodeagent.errors import InputError
 
 PLUGIN_VALUES = frozenset({"migStrategy", "deviceListStrategy", "deviceIDStrategy", "compatWithCPUManager", "config"})

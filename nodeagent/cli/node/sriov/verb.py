@@ -15,8 +15,8 @@ from nodeagent.cli.output import forms
 from nodeagent.cli.shared.manifests import parse_documents, parse_json, read_bytes
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.config.load import parse
-from nodeagent.core.network.sriov_import import translate
-from nodeagent.core.nvidia.findings import INCOMPLETE, Finding, Translation
+from nodeagent.core.imports.findings import INCOMPLETE, Finding, Translation
+from nodeagent.core.imports.sriov import translate
 from nodeagent.errors import InputError
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.sysfs import atomic_file

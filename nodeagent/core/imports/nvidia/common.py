@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nodeagent.core.nvidia.findings import Said, State
+from nodeagent.core.imports.findings import Said, State
 
 VENDOR = "10de"
 """NVIDIA's PCI vendor (pci-ids)."""

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from nodeagent.core.imports.findings import NOT_SET, Finding, Rule, Said, State, findings, switch, usual
 from nodeagent.core.model.quantity import parse_quantity
-from nodeagent.core.nvidia.findings import NOT_SET, Finding, Rule, Said, State, findings, switch, usual
 from nodeagent.errors import InputError
 
 API_VERSION = "resource.nvidia.com/v1beta1"

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from nodeagent.core.nvidia.common import driver_root, hook
-from nodeagent.core.nvidia.findings import NOT_SET, Rule, Said, State, switch, usual
+from nodeagent.core.imports.findings import NOT_SET, Rule, Said, State, switch, usual
+from nodeagent.core.imports.nvidia.common import driver_root, hook
 
 MANY = Said(State.LOST, why="a container that asks for several shares gets several: limit them by a ResourceQuota")
 AS_MANY = "a container may have several shares"

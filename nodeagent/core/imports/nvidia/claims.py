@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from nodeagent.core.nvidia import parameters as opaque
-from nodeagent.core.nvidia.findings import Finding, Said, State, shown
+from nodeagent.core.imports.findings import Finding, Said, State, shown
+from nodeagent.core.imports.nvidia import parameters as opaque
 
 DRIVER, OWN_DRIVER = "gpu.nvidia.com", "nodeagent.dev"
 GROUP, CLAIM, TEMPLATE, CLASS = "resource.k8s.io/", "ResourceClaim", "ResourceClaimTemplate", "DeviceClass"

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 
+from nodeagent.core.imports.findings import Finding, Said, State, Translation, shown
 from nodeagent.core.network.variables import ANY_DEVICE
-from nodeagent.core.nvidia.findings import Finding, Said, State, Translation, shown
 from nodeagent.errors import InputError
 
 DEVICE_INFO_DIR = "/var/run/k8s.cni.cncf.io/devinfo/dp"

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from nodeagent.core.nvidia.common import DRIVER_ROOT, INSTANCES, VENDOR, WHOLE, driver_root
-from nodeagent.core.nvidia.findings import (
+from nodeagent.core.imports.findings import (
     NOT_SET,
     Finding,
     Rule,
@@ -24,7 +23,8 @@ from nodeagent.core.nvidia.findings import (
     findings,
     switch,
 )
-from nodeagent.core.nvidia.plugin_keys import AS_MANY, FLAGS, MANY, SHARING
+from nodeagent.core.imports.nvidia.common import DRIVER_ROOT, INSTANCES, VENDOR, WHOLE, driver_root
+from nodeagent.core.imports.nvidia.plugin_keys import AS_MANY, FLAGS, MANY, SHARING
 from nodeagent.errors import InputError
 
 DOMAIN, SHARED = "nvidia.com", ".shared"

@@ -10,8 +10,8 @@ from typing import Any
 
 import msgspec
 
-from nodeagent.core.nvidia.common import DRIVER_ROOT, INSTANCES, VENDOR, WHOLE, driver_root, hook
-from nodeagent.core.nvidia.findings import NOT_SET, Rule, Said, State, Translation, findings, switch, usual
+from nodeagent.core.imports.findings import NOT_SET, Rule, Said, State, Translation, findings, switch, usual
+from nodeagent.core.imports.nvidia.common import DRIVER_ROOT, INSTANCES, VENDOR, WHOLE, driver_root, hook
 from nodeagent.errors import InputError
 
 KUBELET, SOCKETS = "/var/lib/kubelet", ("plugins_registry", "plugins")
