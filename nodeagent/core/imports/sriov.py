@@ -272,10 +272,11 @@ def _joined(a: Match, b: Match) -> Match | None:
 def _indexes(text: str, where: str) -> list[str]:
     found: dict[int, None] = {}
     for part in text.split(","):
-        first, _, last = part.partition("-")
-        if not (all(map(_INDEX.fullmatch, (first, last or first))) and int(last or first) <= MOST_INDEX):
+        ends = part.split("-")
+        numbers = [int(one) for one in ends if _INDEX.fullmatch(one)]
+        if not (len(numbers) == len(ends) <= 2 and numbers == sorted(numbers) and numbers[-1] <= MOST_INDEX):
             raise InputError(f"cannot translate {where}: {part!r} is no index or range up to {MOST_INDEX}")
-        found |= dict.fromkeys(range(int(first), int(last or first) + 1))
+        found |= dict.fromkeys(range(numbers[0], numbers[-1] + 1))
     return [str(one) for one in found]
 
 

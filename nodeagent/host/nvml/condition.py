@@ -29,6 +29,7 @@ class ConditionReader:
             nvml.NVMLError_FunctionNotFound,
             nvml.NVMLError_NoPermission,
             nvml.NVMLError_ArgumentVersionMismatch,
+            nvml.NVMLError_InvalidArgument,
         )
         self._counted = (
             nvml.NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL,

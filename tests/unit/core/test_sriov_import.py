@@ -195,6 +195,8 @@ def test_unknown_keys_and_what_is_not_there_are_named_at_every_level() -> None:
             "vendors: expected a list of texts",
         ),
         ({"resourceList": [{"resourceName": "a", "selectors": {"pfNames": ["a#1-x"]}}]}, "'1-x' is no index or range"),
+        ({"resourceList": [{"resourceName": "a", "selectors": {"pfNames": ["a#5-3"]}}]}, "'5-3' is no index or range"),
+        ({"resourceList": [{"resourceName": "a", "selectors": {"pfNames": ["a#1-"]}}]}, "'1-' is no index or range"),
         ({"resourceList": [{"resourceName": "a", "selectors": {"pfNames": ["a#0-9999"]}}]}, "up to 1023"),
         ({"resourceList": [{"resourceName": "a", "additionalInfo": 1}]}, "additionalInfo: expected an object"),
     ],

@@ -13,7 +13,7 @@ from nodeagent.host.nvml.values import Condition, FabricProbe, Failure, LinkErro
 from tests.support.mig_driver import MigDriver, library
 
 DEADLINE_S = 20.0
-NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND, UNKNOWN = "3", "4", "13", "999"
+INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND, UNKNOWN = "2", "3", "4", "13", "999"
 SRAM, FIELDS = "nvmlDeviceGetSramEccErrorStatus", "nvmlDeviceGetFieldValues"
 
 
@@ -109,7 +109,7 @@ async def test_a_driver_that_knows_only_an_older_version_of_a_structure_is_asked
     assert gpu.fabric is None
 
 
-@pytest.mark.parametrize("code", [NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND])
+@pytest.mark.parametrize("code", [INVALID_ARGUMENT, NOT_SUPPORTED, NO_PERMISSION, FUNCTION_NOT_FOUND])
 async def test_what_cannot_be_asked_is_unknown_and_the_rest_is_read(driver: MigDriver, code: str) -> None:
     driver.sign(0, "ecc_aggregate", 4)
     driver.fault(SRAM, code)
