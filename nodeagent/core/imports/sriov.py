@@ -75,7 +75,7 @@ class _Resource:
         if self._said.get("deviceType"):
             self._say_type()
         if self._said.get("excludeTopology"):
-            self._say("excludeTopology", State.LOST, why="kubelet is always told the device's NUMA node")
+            self._say("excludeTopology", State.LOST, why="kubelet always learns the device's NUMA node")
         known = {"resourceName", "resourcePrefix", "deviceType", "excludeTopology", "selectors", "additionalInfo"}
         self.findings += [_unknown(f"{self.where}.{key}", said) for key, said in self._said.items() if key not in known]
         info = self._info(self._said.get("additionalInfo"))

@@ -111,7 +111,7 @@ def _selectors(ask: dict[str, Any], where: str) -> Iterator[Finding]:
         cel["expression"], missing = expression(text)
         said = Said(State.TRANSLATED, cel["expression"])
         if missing:
-            said = Said(State.LOST, why=f"the agent publishes no {', '.join(missing)}: write the expression anew")
+            said = Said(State.LOST, why=f"the agent publishes no {', '.join(missing)}: write a new expression")
         yield Finding(f"{where}.selectors[{i}].cel.expression", shown(text), said)
 
 
