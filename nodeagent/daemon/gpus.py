@@ -113,10 +113,14 @@ class Gpus:
         def recorded(*names: str) -> bool:
             return any((where.state_dir / name).exists() for name in names)
 
+        async def end_daemons() -> None:
+            if (one := self._sharing.if_needed()) is not None:
+                await one.settle()
+
         def partitions() -> PartitionsManager:
             from nodeagent.managers.partitions.manager import PartitionsManager
 
-            return PartitionsManager(agent, scanner, table, where.state_dir, config)
+            return PartitionsManager(agent, scanner, table, where.state_dir, config, end_daemons)
 
         def sharing() -> SharingManager:
             from nodeagent.host.driver_programs import DriverSearch

@@ -115,6 +115,7 @@ async def test_the_daemon_serves_the_instance_over_kill_9_and_ends_before_it(
         assert await node.grants() == []
         events = [line["event"] for line in node.agent.log]
         assert events.index("mps-stopped") < events.index("mig-destroyed")
+        assert "mig-not-destroyed" not in events
 
 
 async def _let_go(driver: MigDriver, instance: int, pid: int) -> None:

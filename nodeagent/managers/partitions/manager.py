@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -87,6 +87,10 @@ class _Pace(msgspec.Struct):
         self.wait_s, self.not_before_s = RETRY_S, 0.0
 
 
+async def _nothing_runs() -> None:
+    return
+
+
 class PartitionsManager(Manager):
     """Keeps the MIG instances that the agent makes equal to what the ledger grants."""
 
@@ -99,8 +103,11 @@ class PartitionsManager(Manager):
         table: InstanceTable,
         state_dir: Path,
         config: Callable[[], Config],
+        end_users: Callable[[], Awaitable[None]] = _nothing_runs,
     ) -> None:
-        """Set up without asking anything. `config` returns the configuration in force."""
+        """Set up without asking anything. `config` returns the configuration in force. `end_users` ends what the agent
+        itself runs on instances that no grant holds any longer."""
+        self._end_users = end_users
         self._config = config
         self._source = source
         self._agent = agent
@@ -219,6 +226,7 @@ class PartitionsManager(Manager):
         while True:
             seen = self._revision.value
             if time.monotonic() >= self._pace.not_before_s and await self._is_due():
+                await self._end_users()
                 self._looked = await self._settle_once()
                 self._pace.failed() if not self._looked else self._pace.succeeded()
             rest_s = self._pace.not_before_s - time.monotonic()

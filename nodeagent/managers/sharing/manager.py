@@ -132,6 +132,10 @@ class SharingManager(Manager):
             return {uid: str(error) for uid in claims}
         return _by_claim(self._agent.inventory, claims, {**errors, **stopped})
 
+    async def settle(self) -> None:
+        """End what no grant needs any longer. What cannot be ended now is ended later."""
+        await run_to_end(self._keep_all())
+
     # ---------------------------------------------------------------- between calls
 
     async def lead(self) -> None:
