@@ -61,7 +61,7 @@ FORMS = (
 only the first of them."""
 NODE_FILES = ("cpulist", "cpumap", "distance", "access[01]/initiators/read_bandwidth", "hugepages/*/*_hugepages")
 MEMBERS = {
-    "net": ("operstate", "flags", "carrier", "speed", "mtu", "address", "phys_port_name", "phys_switch_id"),
+    "net": ("operstate", "flags", "carrier", "speed", "mtu", "address", "type", "phys_port_name", "phys_switch_id"),
     "block": ("size", "dev", "removable", "partition", "serial", "queue/rotational", "device/model"),
     "infiniband": (),
     "ve": (),
