@@ -72,7 +72,7 @@ LIMITS: dict[str, Mapping[str, str]] = {"cpus": {"cpu": "3"}, "both": {"cpu": "1
 
 @pytest.mark.parametrize("name", LIMITS)
 def test_as_many_pods_run_as_were_forecast(node: Cluster, name: str) -> None:
-    """Through the device plugin, beside a claim that holds CPUs."""
+    """Through the device plugin, alongside a claim that holds CPUs."""
     node.api.create(claim("held", request("r", "cpu", cpus="2")))
     run_pod(node, "old", {"mine": "held"})
     limits = {f"{DRIVER}/{one}": count for one, count in LIMITS[name].items()}

@@ -1,4 +1,4 @@
-"""The real agent on a machine without resctrl: who asks for ways is refused with the reason, and nobody else is."""
+"""The real agent on a machine without resctrl: who asks for ways is refused with the reason, and no other claim is."""
 
 from __future__ import annotations
 

@@ -154,13 +154,13 @@ def test_a_group_of_another_program_that_takes_the_ways_meanwhile_refuses_the_cl
     """The kernel gives a new group every way that none has, and ways that are set aside are such."""
     make = node.kernel.mkdir
 
-    def beside(path: str) -> None:
+    def made_meanwhile(path: str) -> None:
         make(path)
         if path.endswith("nodeagent-a"):
             make(str(node.kernel.mount / "theirs"))
 
     node.round()
-    monkeypatch.setattr("nodeagent.host.resctrl.write.mkdir", beside)
+    monkeypatch.setattr("nodeagent.host.resctrl.write.mkdir", made_meanwhile)
     node.hold(grant("a", "0-3", cache_ways=2))
     report = node.round()
     assert report.why("nodeagent-a") == "its ways of L3 0 are also those of group theirs"
