@@ -8,8 +8,9 @@ import gc
 import inspect
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import structlog
@@ -18,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from tests.builders import tables
 from tests.support.paths import SHARED
 
-TEST_DEADLINE_S = 180
+TEST_DEADLINE_S, END_S = 180, 20
 """A safety net: no test waits for it."""
 
 LONGEST_TEMPORARY_FOLDER_BYTES = 28
@@ -48,8 +49,23 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     names = pyfuncitem._fixtureinfo.argnames
     arguments = {name: pyfuncitem.funcargs[name] for name in names}
-    asyncio.run(asyncio.wait_for(pyfuncitem.obj(**arguments), TEST_DEADLINE_S))
+    asyncio.run(_in_time(pyfuncitem.obj(**arguments)))
     return True
+
+
+async def _in_time(test: Coroutine[Any, Any, None]) -> None:
+    """A test that does not end within its deadline fails, even if it does not end when it is cancelled either: asyncio
+    then cancels each of its tasks. Where they stand is printed."""
+    task = asyncio.ensure_future(test)
+    await asyncio.wait([task], timeout=TEST_DEADLINE_S)
+    if not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=END_S)
+        for one in () if task.done() else asyncio.all_tasks():
+            one.print_stack()
+        state = "after it was cancelled" if task.done() else f"and went on {END_S} s after it was cancelled"
+        pytest.fail(f"not ended within {TEST_DEADLINE_S} s, {state}")
+    await task
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

@@ -208,6 +208,17 @@ def test_values_are_structs_where_they_can_be() -> None:
     assert needless == []
 
 
+def test_no_wait_can_swallow_a_cancellation() -> None:
+    """Before Python 3.12 `asyncio.wait_for` returns as if nothing had happened if its caller is cancelled in the very
+    moment in which the work is done: who waits for the cancelled task waits for ever. asyncio.timeout does not."""
+    calls = [name for name, tree in modules() for node in ast.walk(tree) if _is_wait_for(node)]
+    assert calls == []
+
+
+def _is_wait_for(node: ast.AST) -> bool:
+    return isinstance(node, ast.Attribute | ast.alias) and ast.unparse(node).split(".")[-1] == "wait_for"
+
+
 def test_the_state_knows_no_configuration_and_no_hardware() -> None:
     """What it decides on comes as core values; what a container gets is rendered by the caller."""
     known = {other for name, tree in modules() if package(name)[1] == "state" for other in imported(tree)}

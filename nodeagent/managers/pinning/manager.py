@@ -199,7 +199,8 @@ class PinningManager(Manager):
         """Enforce every change of the plan: ended grants give up their CPUs, new ones take theirs."""
         if self._enforcer is not None:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._seen.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._seen.wait()
         while True:
             seen = self.revision.value
             await self.reconciler.enforce()
@@ -270,7 +271,8 @@ class PinningManager(Manager):
         root, known = self._started_with.cgroup_root, self._agent.inventory.pods_cgroup
         with contextlib.suppress(HostError, InputError, TimeoutError):
             if await asyncio.to_thread(pods_cgroup, self._sysfs, root) != known:
-                await asyncio.wait_for(run_to_end(self._rescan()), RESCAN_S)
+                async with asyncio.timeout(RESCAN_S):
+                    await run_to_end(self._rescan())
 
     def _is_above_pods(self, path: str) -> bool:
         cgroup = next((found for one in self._layouts if (found := one.parse(path)) is not None), None)

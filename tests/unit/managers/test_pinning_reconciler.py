@@ -24,6 +24,7 @@ from tests.support.pin_node import pin_node
 from tests.unit.state.test_agent import PAGES, machine
 
 MIB2 = 2 << 20
+END_S = 10.0
 
 
 async def test_a_container_is_created_on_the_cpus_that_it_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -572,3 +573,20 @@ async def test_beside_kubelet_s_own_cpu_manager_nobody_else_is_touched(
         await node.run("db", "main")
         assert node.tree.effective(node.path("db", "main")) == "4-5"
         assert CpuSet.parse(node.tree.effective(node.path("web", "main"))) == CpuSet(range(16))
+
+
+@pytest.mark.parametrize("ticks", range(8))
+async def test_an_agent_that_is_stopped_in_the_moment_of_its_first_look_ends(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, ticks: int
+) -> None:
+    """Whichever turn of the loop after the look it is: none swallows the cancellation."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.end()
+        node.begin()
+        await node.pins._seen.wait()
+        for _ in range(ticks):
+            await asyncio.sleep(0)
+        ending = asyncio.create_task(node.end())
+        done, _ = await asyncio.wait([ending], timeout=END_S)
+        assert done
+        node.begin()
