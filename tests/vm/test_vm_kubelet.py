@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 
@@ -107,6 +108,28 @@ def test_a_container_that_ran_unpinned_is_moved_and_shown_when_the_agent_is_back
     (shown,) = [one for one in node.status()["pinning"]["pinned"] if one["id"] == node.container("one")]
     assert (ran == pods["one"]) == (shown["ran_unpinned"] is None)
     assert {name: node.effective(name) for name in pods} == pods
+
+
+def test_the_admin_sees_what_is_used_of_what_is_held(node: Node, pods: dict[str, str]) -> None:
+    """And in a terminal, where the same is drawn again."""
+    shown = json.loads(node.guest.run("nodeagent top -o json", STEP_S))
+    used = {one["holder"]: one for one in shown["holders"]}
+    assert {f"default/{name}": used[f"default/{name}"]["cpus"] for name in OWN} == {
+        f"default/{name}": pods[name] for name in OWN
+    }
+    assert all(0 <= one["cpus_used"] <= len(cpus(one["cpus"])) for one in used.values())
+    drawn = node.guest.run("TERM=xterm script -qec 'stty cols 100 rows 40; nodeagent top -n 2' /dev/null", STEP_S)
+    assert drawn.count("default/one") == 2
+
+
+def test_a_placement_is_measured_on_cpus_that_no_pod_holds(node: Node, pods: dict[str, str]) -> None:
+    """Or on those of a pod that is named, from every NUMA node of the machine."""
+    held = set().union(*(cpus(one) for one in node.grants().values()))
+    free = json.loads(node.guest.run("nodeagent bench placement --seconds 1 -o json", STEP_S))
+    assert cpus(free["cpus"]) and not cpus(free["cpus"]) & held and free["verdict"]
+    own = json.loads(node.guest.run("nodeagent bench placement --pod default/one --seconds 1 -o json", STEP_S))
+    assert own["cpus"] == pods["one"]
+    assert all(one["latency_ns"] or one["not_measured"] for one in (*free["numa_nodes"], *own["numa_nodes"]))
 
 
 def test_a_narrowed_kubepods_slice_is_said(node: Node, pods: dict[str, str]) -> None:

@@ -23,7 +23,7 @@ from tests.vm import vmmachine
 
 QEMU = "qemu-system-x86_64"
 LOCK = Path(tempfile.gettempdir()) / "nodeagent-vm.lock"
-BOOT_S, REBOOT_S, LIFE_S, LOCK_S = 240.0, 480.0, 900.0, 2700.0
+BOOT_S, REBOOT_S, LIFE_S, LOCK_S = 240.0, 480.0, 1800.0, 2700.0
 POLL_S = 0.05
 ACCELERATOR = "tcg,thread=single"
 """With thread=multi a boot in ten hangs (RCU stall); /dev/kvm may be there and fail."""
