@@ -118,6 +118,10 @@ class CpuSet:
         """Return the lowest id, or -1 if the set is empty."""
         return (self.mask & -self.mask).bit_length() - 1
 
+    def last(self) -> int:
+        """Return the highest id, or -1 if the set is empty."""
+        return self.mask.bit_length() - 1
+
 
 _new = object.__new__
 _HEX = frozenset("0123456789abcdefABCDEF")

@@ -20,6 +20,9 @@ T = TypeVar("T")
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ENODEV, errno.ENXIO)
 _LARGEST_FILE_BYTES = 1 << 20
 _PIECE_BYTES = 1 << 12
+_ATTRIBUTES = ("sys/devices/", "sys/class/", "sys/bus/")
+"""Where each file is one attribute, which the kernel copies as far as the buffer goes (fs/kernfs/file.c); files of
+/proc and of cgroups consist of records, and end a piece after the last whole one (fs/seq_file.c)."""
 _REFUSE = object()
 BOOT_ID = "proc/sys/kernel/random/boot_id"
 
@@ -65,7 +68,7 @@ class SysFs:
 
     def _bytes(self, path: str) -> bytes:
         """Return a file's raw bytes. Raise OSError. Every read of a file passes here."""
-        return _read(self.root + path)
+        return _read(self.root + path, short_is_all=path.startswith(_ATTRIBUTES))
 
     def value(self, path: str, convert: Callable[[str], T], default: T | None = None) -> T | None:
         """Return a file's text through `convert`, or `default` if the file is missing or empty."""
@@ -129,13 +132,14 @@ class SysFs:
         return full[len(self.root) :] if full.startswith(self.root) else path
 
 
-def _read(path: str) -> bytes:
+def _read(path: str, *, short_is_all: bool) -> bytes:
     """Return a whole file: the kernel delivers larger ones (/proc/cpuinfo, CPU lists of
-    large machines) page by page."""
+    large machines) page by page. short_is_all: nothing follows a piece that is not full."""
+    least = _PIECE_BYTES if short_is_all else 1
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         data = piece = os.read(handle, _PIECE_BYTES)
-        while piece and len(data) < _LARGEST_FILE_BYTES:
+        while len(piece) >= least and len(data) < _LARGEST_FILE_BYTES:
             piece = os.read(handle, _PIECE_BYTES)
             data += piece
         return data

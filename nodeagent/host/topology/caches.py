@@ -34,10 +34,13 @@ def _entries(reader: ListReader, online: CpuSet, core_of: Mapping[int, CpuSet]) 
     """Yield level, members and folder of each cache, once for all its members.
 
     Level and type come from the files of each CPU itself: neither the number of a folder nor sharing another cache
-    shows which cache it is. The members are read from the first CPU that no cache of the level has named yet.
+    shows which cache it is. The members are read from the first CPU that no cache of the level has named yet. A CPU
+    that is named at every level so far shares the first-level cache of a core: it has no others.
     """
     known: dict[int, CpuSet] = {}
     for cpu in online:
+        if 1 in known and all(cpu in named for named in known.values()):
+            continue
         for path in _folders(reader, cpu):
             level = _level_of(reader, path)
             if level is None or cpu in known.get(level, EMPTY):

@@ -142,11 +142,8 @@ def _processors(text: str) -> CpuSet:
 
 def _levels(reader: ListReader, online: CpuSet, node_of: Mapping[int, int]) -> _Levels:
     """Return the levels. node_of: a number per NUMA node by CPU; CPUs without a node are left out."""
-    first = online.first()
     packages = _packages(reader, online)
-    has_dies, has_clusters = (
-        reader.number(f"{_CPU}/cpu{first}/topology/{name}") not in _NO_SUCH_LEVEL for name in ("die_id", "cluster_id")
-    )
+    has_dies, has_clusters = (_has_level(reader, online, name) for name in ("die", "cluster"))
     cores = [_cores(reader, package, node_of) for package in packages]
     return _Levels(
         packages=packages,
@@ -155,6 +152,19 @@ def _levels(reader: ListReader, online: CpuSet, node_of: Mapping[int, int]) -> _
         cores=[core for of_package, _ in cores for core in of_package],
         guessed=union(guessed for _, guessed in cores),
     )
+
+
+def _has_level(reader: ListReader, online: CpuSet, name: str) -> bool:
+    """Return whether the kernel and the platform have a level: its id and its lists are there for all CPUs or for none,
+    and the id says that a platform lacks it."""
+    there = any(one.startswith(name) for one in _topology_files(reader, online))
+    return there and reader.number(f"{_CPU}/cpu{online.first()}/topology/{name}_id") not in _NO_SUCH_LEVEL
+
+
+def _topology_files(reader: ListReader, cpus: CpuSet) -> set[str]:
+    """Return the names of the files that the first and the last of some CPUs have."""
+    ends = (cpus.first(), cpus.last())
+    return {name for cpu in ends for name in reader.names(f"{_CPU}/cpu{cpu}/topology")}
 
 
 def _packages(reader: ListReader, online: CpuSet) -> list[CpuSet]:
@@ -206,8 +216,10 @@ def _apart(cpus: CpuSet, group_of: Mapping[int, int]) -> list[CpuSet]:
 def _siblings(reader: ListReader, cpus: CpuSet, files: Sequence[str]) -> tuple[list[CpuSet], CpuSet]:
     """Return disjoint groups of the CPUs that any list names, and the CPUs that none names."""
     groups, left = [], cpus
-    for cpu in cpus:
-        path, members = _members(reader, cpu, files) if cpu in left else ("", EMPTY)
+    there = _topology_files(reader, cpus)
+    some = [one for one in files if one in there] if there else files
+    for cpu in cpus if some else ():
+        path, members = _members(reader, cpu, some) if cpu in left else ("", EMPTY)
         if members & cpus - left:
             reader.refuse(path, str(members), f"names CPUs {members & cpus - left} that share with others")
         if members:

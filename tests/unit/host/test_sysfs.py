@@ -90,6 +90,18 @@ def test_a_file_of_the_kernel_larger_than_a_page_is_read_to_its_end() -> None:
     assert len(text) > 1 << 16
 
 
+def test_the_longest_attributes_are_read_to_their_end(put: Callable[[str, str], SysFs]) -> None:
+    """Also those of exactly a page, after which nothing follows."""
+    for length in (0, 1, 4095, 4096, 4097, 8192, 20000):
+        path = f"sys/devices/system/cpu/of{length}"
+        assert put(path, "1" * length).text(path) == "1" * length
+
+
+def test_files_of_records_are_read_to_their_end() -> None:
+    """The kernel ends a piece after the last whole record: a short one is not the end of /proc/self/maps."""
+    assert len(SysFs("/").text("proc/self/maps")) > 2 * 4096
+
+
 def test_a_pipe_without_a_writer_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert SysFs(tmp_path).text("pipe") == ""

@@ -481,6 +481,33 @@ def test_caches_are_those_of_each_cpus_own_files(
     assert found.warnings == ()
 
 
+class CountingSysFs(SysFs):
+    """Knows which files were looked for."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.read: list[str] = []
+
+    def _bytes(self, path: str) -> bytes:
+        self.read.append(path)
+        return super()._bytes(path)
+
+
+def test_what_threads_of_a_core_share_is_read_once(tmp_path: Path) -> None:
+    """And levels that a kernel does not have are not looked for at every CPU: a scan of a large machine takes as long
+    as it opens files."""
+    root, cores = machine(tmp_path, "2s4n128c-smt"), named("2s4n128c-smt").cores()
+    for file in (root / CPU).glob("cpu*/topology/cluster_*"):
+        file.unlink()
+    counting = CountingSysFs(root)
+    found = topology.read(counting)
+    assert not any("cluster" in path for path in counting.read)
+    for name, level in (("core_cpus_list", "core"), ("die_cpus_list", "die"), ("package_cpus_list", "package")):
+        assert sum(path.endswith(name) for path in counting.read) == len(groups(found, level)), name
+    of_each = {path.rsplit("/", 2)[0] for path in counting.read if path.endswith("/type")}
+    assert of_each == {f"{CPU}/cpu{core.cpus.first()}/cache" for core in cores}
+
+
 def test_a_machine_without_cache_folders_has_no_caches(tmp_path: Path) -> None:
     root = machine(tmp_path, "1s1n4c")
     for folder in (root / CPU).glob("cpu*/cache"):
