@@ -68,11 +68,11 @@ EXAMPLES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. Return the exit code."""
+    _replace_closed_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         code = _run(words)
-        if sys.stdout is not None:
-            sys.stdout.flush()  # here, so that a closed pipe is noticed
+        sys.stdout.flush()  # here, so that a closed pipe is noticed
         return code
     except (InputError, ConfigError, LedgerTooNewError) as error:
         return _fail(str(error), BAD_INPUT)
@@ -92,8 +92,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _abandon_output() -> None:
     """Have what is left of the output go nowhere: the interpreter would try to write it at its end."""
-    if sys.stdout is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _replace_closed_streams() -> None:
+    """Have /dev/null stand in for standard streams that the caller has closed. Otherwise the next file that is opened,
+    such as the ledger, would have the stream's number, and what libraries print would be written into it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  as the lowest free number
 
 
 def _run(words: list[str]) -> int:

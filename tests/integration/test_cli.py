@@ -94,6 +94,31 @@ def test_no_agent_is_one_line_and_exit_code_1(folder: Path, verb: str) -> None:
     assert "none.sock" in done.stderr and "No such file" in done.stderr
 
 
+STREAMS = ("0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-")
+
+
+@pytest.mark.parametrize("closed", STREAMS)
+def test_streams_that_are_closed_are_no_files_that_it_opens(tmp_path: Path, closed: str) -> None:
+    """As supervisors may start a program: else a ledger would be file 2, and what a library prints would be in it."""
+    said = tmp_path / "said"
+    program = (
+        "import os, pathlib, sys; from nodeagent.cli import main; code = main(['version', '-o', 'json']); "
+        "next = os.open('.', os.O_RDONLY); pathlib.Path(sys.argv[1]).write_text(f'{code} {next > 2}')"
+    )
+    script = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", program, str(said)]
+    assert subprocess.run(script, capture_output=True, check=False).returncode == 0
+    assert said.read_text() == "0 True"
+
+
+async def test_without_an_open_stdin_there_is_nobody_to_ask(folder: Path, tmp_path: Path) -> None:
+    async with standing(folder, tmp_path) as (agent, _):
+        (grant,) = (await agent.ask("/v1/grants"))[1]
+        words = [sys.executable, "-m", "nodeagent", "release", grant["id"], "--socket", str(agent.socket)]
+        script = ["sh", "-c", 'exec "$@" 0<&-', "sh", *words]
+        done = await asyncio.to_thread(subprocess.run, script, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and "give --yes" in done.stderr
+
+
 def test_a_socket_path_that_is_too_long_is_one_line(folder: Path) -> None:
     done = cli("status", "--socket", str(folder / ("s" * 200)))
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)

@@ -118,7 +118,8 @@ def test_the_admin_sees_what_is_used_of_what_is_held(node: Node, pods: dict[str,
         f"default/{name}": pods[name] for name in OWN
     }
     assert all(0 <= one["cpus_used"] <= len(cpus(one["cpus"])) for one in used.values())
-    drawn = node.guest.run("TERM=xterm script -qec 'stty cols 100 rows 40; nodeagent top -n 2' /dev/null", STEP_S)
+    terminal = "import pty; pty.spawn(['nodeagent', 'top', '-n', '2'])"
+    drawn = node.guest.run(f'TERM=xterm python3 -c "{terminal}" </dev/null', STEP_S)
     assert drawn.count("default/one") == 2
 
 
