@@ -44,6 +44,7 @@ from tests.support.running import CHECKOUT
 
 ADMIN, KUBELET = "e2e-admin-token", "e2e-kubelet-token"
 STEP_S, STOP_S = 90.0, 20.0
+GATED = ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet")
 
 
 class Cluster:
@@ -56,6 +57,8 @@ class Cluster:
         self.xid_file = folder / "xid"
         self.gates: dict[str, tuple[str, ...]] = {}
         """Feature gates that are turned on, by program, from its next start on."""
+        self.apis: tuple[str, ...] = ()
+        """Groups and versions that the API server has off by default, and is to serve."""
         self.resources = nodefiles.RESOURCES
         self._ports = {name: free_port() for name in ("api", "etcd", "peer", "kubelet")}
         self.api = KubeApi(self._ports["api"], ADMIN)
@@ -71,6 +74,8 @@ class Cluster:
         if name.startswith("nodeagent"):
             env |= {"LD_LIBRARY_PATH": str(self.folder / "nvml"), "FAKE_NVML_XID": str(self.xid_file)}
         words = command(name, self.folder, self._ports, self.gates.get(name, ()))
+        if name == "kube-apiserver" and self.apis:
+            words.append(f"--runtime-config={','.join(f'{one}=true' for one in self.apis)}")
         self._ask("start", name, words, env, str(self.logs / f"{name}.log"))
 
     def send(self, name: str, how: signal.Signals) -> None:
@@ -272,11 +277,16 @@ _ACCOUNT = "/api/v1/namespaces/default/serviceaccounts/default"
 
 @contextlib.contextmanager
 def cluster(
-    name: str, *, gate: str = "", resources: list[dict[str, Any]] | None = None, agent: bool = True
+    name: str,
+    *,
+    gates: tuple[str, ...] = (),
+    apis: tuple[str, ...] = (),
+    resources: list[dict[str, Any]] | None = None,
+    agent: bool = True,
 ) -> Iterator[Cluster]:
-    """A node that is up; the test is skipped, saying why, where there can be none. name: for kept logs. gate: turned on
-    at the API server, the scheduler and kubelet. resources: what the agent serves, if not what it usually does. agent:
-    whether it runs, as a process."""
+    """A node that is up; the test is skipped, saying why, where there can be none. name: for kept logs. gates: turned
+    on at every program of Kubernetes. apis: served though not by default. resources: what the agent serves, if not what
+    it usually does. agent: whether it runs, as a process."""
     if reason := missing():
         pytest.skip(reason)
     with (
@@ -289,8 +299,7 @@ def cluster(
         try:
             if reason := made.enter():
                 pytest.skip(f"no namespaces for a node here: {reason}")
-            if gate:
-                made.gates = dict.fromkeys(("kube-apiserver", "kube-scheduler", "kubelet"), (gate,))
+            made.gates, made.apis = dict.fromkeys(GATED, gates), apis
             made.resources = resources or made.resources
             made.up()
             with forwarding((API_SERVICE, API_PORT), ("127.0.0.1", made.api.port)):

@@ -17,7 +17,7 @@ node = nodeview.node
 
 @pytest.fixture(scope="module")
 def started(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with cluster(request.module.__name__, gate=GATE) as made:
+    with cluster(request.module.__name__, gates=(GATE,)) as made:
         yield made
         for log in made.logs.glob("nodeagent*.log"):
             assert "Traceback" not in log.read_text(), made.last_words()

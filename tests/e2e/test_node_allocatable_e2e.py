@@ -34,7 +34,7 @@ node = nodeview.node
 
 @pytest.fixture(scope="module")
 def started(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    with cluster(request.module.__name__, gate=GATE, resources=SERVED) as made:
+    with cluster(request.module.__name__, gates=(GATE,), resources=SERVED) as made:
         if not declares(made):
             pytest.skip("this kubelet does not have the gate in the form of Kubernetes 1.37")
         until("claims are counted", lambda: counted(made))
