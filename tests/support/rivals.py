@@ -283,7 +283,8 @@ def write_node(folder: Path, api: FakeApiServer) -> list[str]:
             "pollSeconds": 0.2,
             "unconfirmedSeconds": UNLISTED_S,
             "confirmedSeconds": 0.1,
-            "unobservedSeconds": 0.1,
+            # As long as an admission may take: a pod that is admitted right after a list has no other witness.
+            "unobservedSeconds": UNLISTED_S,
         },
         "dra": {
             "kubeconfig": api.kubeconfig(folder),
