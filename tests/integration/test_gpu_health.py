@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ RESET = f"end all programs that use {GPU}, then `nvidia-smi --gpu-reset -i {GPU}
 
 @contextlib.asynccontextmanager
 async def gpu_node(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, mig: bool = False
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, mig: bool = False, more: Mapping[str, Any] = QUICK
 ) -> AsyncIterator[tuple[DraNode, MigDriver]]:
     driver = MigDriver.of(folder / "nvml", "h100-80", "h100-80", mig=mig)
     tree = DeviceTree(machine(folder / "root", "1s2n4c-smt"))
@@ -35,7 +35,7 @@ async def gpu_node(
     monkeypatch.setenv("FAKE_NVML_STATE", str(driver.path))
     monkeypatch.setenv("FAKE_NVML_XIDS", "1")
     resources = [{**MIG, "mig": {"mode": "dynamic", "gpus": []}}, WHOLE] if mig else [WHOLE]
-    async with dra_node(folder, tree, resources, more=QUICK) as node:
+    async with dra_node(folder, tree, resources, more=more) as node:
         await node.published("gpu")
         await until(lambda: _answered(node))
         yield node, driver
@@ -151,6 +151,19 @@ async def test_an_error_of_one_instance_is_that_of_its_place_and_one_of_the_gpu_
 async def _shows_instance(node: DraNode) -> bool:
     devices = (await node.agent.ask("/v1/inventory"))[1]["devices"]
     return any(one["id"] == f"{GPU}/mig-3-0" for one in devices)
+
+
+async def test_what_an_xid_leaves_to_nvml_is_asked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Xid 154 alone is no evidence: it says that the driver now asks for another recovery."""
+    slow = {"health": {**QUICK["health"], "nvmlSeconds": 3600}}
+    async with gpu_node(folder, monkeypatch, more=slow) as (node, driver):
+        driver.sign(0, "recovery", 1)
+        driver.xid(0, 154)
+        ill = await reached(node, "unhealthy")
+        assert (ill["reason"], ill["advice"]) == ("the driver asks for a reset of the GPU", RESET)
+        driver.reset()
+        driver.xid(0, 154)
+        await reached(node, "healthy")
 
 
 async def test_an_admin_clears_what_is_remembered_which_is_in_the_history_and_comes_back_if_it_is_still_there(

@@ -1,11 +1,13 @@
 """What an Xid, an error that NVIDIA's driver reports, says about the health of its GPU. docs/health.md has the table.
 
-Source: NVIDIA's Xid catalog (docs.nvidia.com/deploy/xid-errors) and GPU memory error management guide.
+Source: the immediate action of NVIDIA's Xid catalog for Ampere and later (docs.nvidia.com/deploy/xid-errors,
+analyzing-xid-catalog, October 2025), which tests/data/nvidia/xids.json has row by row; for 61, which it lists as
+unused, the listing for earlier GPUs on the same pages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
@@ -16,7 +18,11 @@ class XidEffect(StrEnum):
     """What an Xid does to health."""
 
     APPLICATION = "application"
-    """A fault of the program that runs on the GPU: the GPU is as good as before."""
+    """A fault of the program that runs on the GPU, or of its driver's part: the GPU is as good as before."""
+    INFORMATION = "information"
+    """Nothing by itself: it describes another Xid, or is a test."""
+    DEGRADED = "degraded"
+    """The GPU works as before, but something of it wears out or was corrected."""
     CONTAINED = "contained"
     """The GPU has dealt with the error. It is unhealthy until it has been without new ones for a while."""
     FATAL = "fatal"
@@ -25,21 +31,69 @@ class XidEffect(StrEnum):
     """Not in the table: the GPU's health is unknown until an admin says otherwise or the driver is reloaded."""
 
 
+def _engines(name: str, codes: str, first: int = 0) -> Iterator[tuple[int, str]]:
+    """Yield (code, text) of the engines of one kind, in order of their numbers."""
+    for number, code in enumerate(map(int, codes.split()), first):
+        yield code, f"{name} {number} exception"
+
+
 _APPLICATION = {
+    8: "GPU stopped processing",
+    11: "invalid or corrupted push buffer stream",
     13: "graphics engine exception",
+    25: "invalid or illegal push buffer stream",
     31: "GPU memory page fault",
     32: "invalid or corrupted push buffer stream",
+    37: "unknown method of the driver's firmware",
+    38: "watchdog of the driver's firmware",
     43: "GPU stopped processing",
+    44: "graphics engine fault during a context switch",
     45: "preemptive cleanup, due to previous errors",
-    68: "NVDEC0 exception",
+    60: "video processor exception",
+    66: "illegal access by the driver",
+    67: "illegal access by the driver",
     69: "graphics engine class error",
-    109: "context switch timeout",
+    80: "corrupted data sent to the GPU",
+    108: "NVLink fault of a remote translation",
     137: "NVLink fault of a peer's memory access",
+    141: "CUDA fast path error",
+    152: "DLA SMMU error",
+    153: "DLA timeout",
+    **dict(_engines("copy engine", "39 40 41 70 71 72 75 76 77 85 126 127 128 129 130 131 132 133 134 135")),
+    **dict(_engines("video decoder", "68 83 84 88 89 96 97 98")),
+    **dict(_engines("JPEG decoder", "82 99 100 101 102 103 104 105")),
+    **dict(_engines("optical flow engine", "86 139")),
 }
-_CONTAINED = {
+_INFORMATION = {
+    14: "test of the error handling",
+    106: "test message of the management interface",
+    107: "silent test message of the management interface",
+    154: "the recovery that the driver asks for has changed",
+    162: "power smoothing is engaged again",
+    171: "the double-bit error was in DRAM",
+    172: "the double-bit error was in SRAM",
+}
+_DEGRADED = {
     63: "a memory row was remapped or a page retired",
     92: "high rate of corrected memory errors",
+    93: "the InfoROM has been written more often than it is made for",
+    121: "corrected errors of the link to the CPU (C2C)",
+    157: "a faulty part could not be retired",
+    160: "a memory channel was retired",
+    161: "a memory channel could not be retired",
+    163: "power smoothing is disengaged",
+    164: "power smoothing is near the end of its life",
+    165: "power smoothing is at the end of its life",
+}
+_CONTAINED = {
     94: "contained memory error",
+    144: "NVLink error (SAW)",
+    145: "NVLink error (RLW)",
+    146: "NVLink error (TLW)",
+    147: "NVLink error (TREX)",
+    148: "NVLink error (NVLPW_CTRL)",
+    149: "NVLink error (NETIR)",
+    150: "NVLink error (MSE)",
 }
 _FATAL = {
     46: "GPU stopped processing in the driver",
@@ -50,23 +104,40 @@ _FATAL = {
     74: "NVLink error",
     79: "GPU has fallen off the bus",
     95: "uncontained memory error",
+    109: "context switch timeout",
     110: "security fault",
     119: "timeout of the GPU's system processor (GSP)",
     120: "error of the GPU's system processor (GSP)",
     136: "NVLink training failure",
     140: "unrecovered memory error",
     143: "GPU initialization failure",
+    151: "key rotation failure",
+    155: "NVLink brought down by software",
+    156: "a faulty part is retired at the next reset",
     158: "fatal timeout",
 }
 XIDS: Mapping[int, tuple[XidEffect, str]] = MappingProxyType(
     {
-        **{code: (XidEffect.APPLICATION, text) for code, text in _APPLICATION.items()},
-        **{code: (XidEffect.CONTAINED, text) for code, text in _CONTAINED.items()},
-        **{code: (XidEffect.FATAL, text) for code, text in _FATAL.items()},
+        code: (effect, text)
+        for effect, some in (
+            (XidEffect.APPLICATION, _APPLICATION),
+            (XidEffect.INFORMATION, _INFORMATION),
+            (XidEffect.DEGRADED, _DEGRADED),
+            (XidEffect.CONTAINED, _CONTAINED),
+            (XidEffect.FATAL, _FATAL),
+        )
+        for code, text in some.items()
     }
 )
 """Effect and short name, by code."""
-_OFF_THE_BUS = 79
+SAYS_NOTHING = frozenset({XidEffect.APPLICATION, XidEffect.INFORMATION})
+"""Effects that are no evidence against a GPU."""
+LASTING = frozenset({XidEffect.FATAL, XidEffect.UNLISTED})
+"""Effects that last until they are cleared."""
+ASK_NVML = frozenset({63, 64, 154, 156, *range(144, 151)})
+"""Codes of which NVML says more at once: rows that wait for a reset, and the recovery that the driver asks for. What
+144 to 150 mean is in details that NVML's event does not carry; for the fatal ones the driver asks for a reset."""
+_REBOOTS = frozenset({79, 151})
 
 
 def effect_of(code: int) -> XidEffect:
@@ -76,9 +147,9 @@ def effect_of(code: int) -> XidEffect:
 
 def remedy_of(code: int) -> Remedy:
     """Return what ends the effect of an Xid on the health of its GPU."""
-    if effect_of(code) in (XidEffect.APPLICATION, XidEffect.CONTAINED):
+    if effect_of(code) not in LASTING:
         return Remedy.NONE
-    return Remedy.REBOOT if code == _OFF_THE_BUS else Remedy.RESET
+    return Remedy.REBOOT if code in _REBOOTS else Remedy.RESET
 
 
 def describe(code: int) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import DEGRADED, HEALTHY, UNHEALTHY, UNKNOWN, Evidence, Health, Remedy, Said
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.xid import XidEffect, describe, effect_of, remedy_of
+from nodeagent.core.model.xid import LASTING, SAYS_NOTHING, XidEffect, describe, effect_of, remedy_of
 from nodeagent.host.nvml.values import Failure, Mig, NvGpu, Snapshot, Xid
 from nodeagent.host.pci import NVIDIA
 from nodeagent.managers.inventory.gpu_sources import IGNORABLE, OF_WHOLE
@@ -19,6 +19,8 @@ from nodeagent.managers.inventory.nvlinks import NO_ERRORS
 
 OF_NVML = ("nvml", "xid", "nvlink", *OF_WHOLE)
 """All sources of this module."""
+_STATES = {XidEffect.UNLISTED: UNKNOWN, XidEffect.DEGRADED: DEGRADED}
+"""Of a GPU after an Xid, if it is not unhealthy."""
 PartOf = Callable[[str, Mig], str]
 """Return the id of the device of a MIG instance, given with the PCI address of its GPU."""
 
@@ -154,16 +156,15 @@ def _nvlinks(gpu: str, lost: frozenset[int], errors: str) -> Evidence:
 
 
 def xid_evidence(xid: Xid, inventory: Inventory, own: str | None = None) -> list[Evidence]:
-    """Return the health evidence of one Xid: none if it is the application's, of one MIG instance if it is contained
-    in that. own: the device of that instance if the agent made it."""
+    """Return the health evidence of one Xid: none if it is the application's or a remark, of one MIG instance if it is
+    contained in that. own: the device of that instance if the agent made it."""
     effect = effect_of(xid.code)
-    if effect is XidEffect.APPLICATION:
+    if effect in SAYS_NOTHING:
         return []
     device, reason = xid.pci_address, f"the driver reported {describe(xid.code)}"
     if effect is XidEffect.CONTAINED and xid.instance is not None:
         part = own or "{}/mig-{}-{}".format(xid.pci_address, *xid.instance)
         device = part if part in inventory.device_by_id else device
-    state = UNKNOWN if effect is XidEffect.UNLISTED else UNHEALTHY
-    latched = effect in (XidEffect.FATAL, XidEffect.UNLISTED)
-    remedy = remedy_of(xid.code)
+    state = _STATES.get(effect, UNHEALTHY)
+    latched, remedy = effect in LASTING, remedy_of(xid.code)
     return [Evidence(device=device, source="xid", state=state, reason=reason, latched=latched, remedy=remedy)]

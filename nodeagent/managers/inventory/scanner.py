@@ -17,7 +17,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.advice.repair import health_notes
 from nodeagent.core.model.health import HEALTHY, Evidence, Said, latched_causes
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.model.xid import effect_of
+from nodeagent.core.model.xid import ASK_NVML, effect_of
 from nodeagent.errors import HostError
 from nodeagent.host import uevents as udev
 from nodeagent.host.devices import all_kinds
@@ -331,3 +331,5 @@ class InventoryScanner(Manager):
                 # The GPU may have left the bus already: the agent knows nothing of it, and it may come back.
                 away = [one for one in evidence if one.latched and one.device not in self._agent.health]
                 await asyncio.to_thread(self._latches.keep, [*latched_causes(self._agent.health), *away])
+            if xid.code in ASK_NVML:
+                self._ask_now.set()

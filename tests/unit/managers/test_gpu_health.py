@@ -33,7 +33,7 @@ from nodeagent.core.model.health import (
     recovered,
     withdraw,
 )
-from nodeagent.core.model.xid import XIDS, XidEffect, effect_of
+from nodeagent.core.model.xid import SAYS_NOTHING, XIDS, XidEffect, effect_of
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.nvml.values import Condition, FabricProbe, Failure, LinkErrors, Mig, NvGpu, Snapshot, Xid
 from nodeagent.host.snapshot import scan
@@ -195,7 +195,7 @@ def test_an_error_of_an_application_changes_nothing_whatever_the_other_sources_s
     with_it, without = Story(), Story()
     for step, after_s in story:
         with_it.tell(step, after_s)
-        if step[0] == "xid" and effect_of(step[1]) is XidEffect.APPLICATION:  # type: ignore[arg-type]
+        if step[0] == "xid" and effect_of(step[1]) in SAYS_NOTHING:  # type: ignore[arg-type]
             without.now += after_s
         else:
             without.tell(step, after_s)
@@ -214,10 +214,10 @@ def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story
         if what == "xid":
             effect = effect_of(said)  # type: ignore[arg-type]
             latched |= effect in (XidEffect.FATAL, XidEffect.UNLISTED)
-            if effect is XidEffect.CONTAINED:
-                last["xid"] = True
+            if effect not in SAYS_NOTHING:
+                last["xid"], warned["xid"] = effect is XidEffect.CONTAINED, effect is XidEffect.DEGRADED and not latched
         elif what == "nvml":
-            last["xid"] = False
+            last["xid"], warned["xid"] = False, False
             for source, (_, verdict) in said.items():  # type: ignore[attr-defined]
                 if verdict != SILENT:
                     last[source] = verdict == BAD
@@ -233,7 +233,7 @@ def test_a_gpu_is_healthy_exactly_if_every_cause_has_ended_for_long_enough(story
         assert {source for source, _ in told.health[GPU].degradations} == {one for one, now in warned.items() if now}
 
 
-@pytest.mark.parametrize("code", [13, 31, 43, 45, 68, 109])
+@pytest.mark.parametrize("code", [13, 31, 39, 43, 45, 68, 130])
 def test_an_error_of_the_application_leaves_the_gpu_healthy(code: int) -> None:
     assert xid_evidence(Xid(pci_address=GPU, code=code), INVENTORY) == []
 
@@ -262,6 +262,19 @@ def test_a_contained_error_of_an_instance_of_the_agents_own_is_that_of_its_place
     """Its number names no device: another instance at the same place may have another."""
     (one,) = xid_evidence(Xid(pci_address=GPU, code=94, instance=(7, 0)), INVENTORY, f"{GPU}/mig-2-0")
     assert (one.device, one.state) == (f"{GPU}/mig-2-0", UNHEALTHY)
+
+
+@pytest.mark.parametrize("code", [63, 92, 121, 164])
+def test_what_wears_out_is_a_warning_until_nvml_shows_the_gpu_again(code: int) -> None:
+    health = reported(polled(NO_HEALTH, 0.0, snapshot()), 1.0, code)
+    assert states(health) == (HEALTHY, HEALTHY)
+    assert [source for source, _ in health[GPU].degradations] == ["xid"]
+    assert polled(health, 20.0, snapshot())[GPU].degradations == ()
+
+
+def test_a_warning_hides_no_lasting_cause() -> None:
+    health = reported(reported(NO_HEALTH, 0.0, 48), 1.0, 63)
+    assert (health[GPU].state, health[GPU].reason[:27]) == (UNHEALTHY, "the driver reported Xid 48 ")
 
 
 def test_an_error_that_the_table_lacks_is_neither_healthy_nor_fatal() -> None:
