@@ -10,6 +10,7 @@ import struct
 from typing import BinaryIO
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.partitions.geometry import Profiles
 
@@ -137,6 +138,27 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
 
     absent: bool
     reason: str
+
+
+def for_scans(answer: Snapshot | Failure | None) -> Snapshot | Failure | None:
+    """Return an answer without what says only how the GPUs are: two that are equal then give the same inventory."""
+    if not isinstance(answer, Snapshot):
+        return answer
+    return replace(answer, gpus=tuple(map(_for_scans, answer.gpus)))
+
+
+def _for_scans(gpu: NvGpu) -> NvGpu:
+    return replace(
+        gpu,
+        migs=tuple(replace(one, ecc_uncorrected=None) for one in gpu.migs),
+        mig_pending=None,
+        processes=None,
+        nvlinks_active=(),
+        nvlinks_inactive=(),
+        rows_pending=None,
+        rows_failed=None,
+        condition=Condition(),
+    )
 
 
 class Xid(msgspec.Struct, frozen=True, kw_only=True):

@@ -24,6 +24,7 @@ from nodeagent.host.devices import all_kinds
 from nodeagent.host.health.source import Readings
 from nodeagent.host.nvml.client import Failure, Mig, Probe, Snapshot, Xid
 from nodeagent.host.nvml.library import has_library
+from nodeagent.host.nvml.values import for_scans
 from nodeagent.host.pci import driver_binding
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -104,6 +105,8 @@ class InventoryScanner(Manager):
         self.answered = asyncio.Event()
         """Set once NVML has answered, or there is nothing to ask it."""
         self._nvml: Snapshot | Failure | None = None
+        self._scanned: tuple[object, object] | None = None
+        """What NVML said and which MIG instances were the agent's own when the machine was last read."""
         self._turn = asyncio.Lock()
         self._latching = asyncio.Lock()
         """Apart from `_turn`: a scan that hangs delays neither an error of a GPU nor an admin's word."""
@@ -242,7 +245,18 @@ class InventoryScanner(Manager):
             cgroup_root=config.pinning.cgroup_root,
             known=known,
         )
-        return await asyncio.to_thread(lambda: read(selectors=self._selectors(config)))
+
+        def scanned() -> Inventory:
+            selectors = self._selectors(config)
+            inventory = read(selectors=selectors)
+            self._scanned = for_scans(nvml), selectors.partitions
+            return inventory
+
+        return await asyncio.to_thread(scanned)
+
+    def _is_scanned(self) -> bool:
+        """Return whether the machine was read with all that NVML and the journal of MIG instances say of it; blocks."""
+        return self._scanned == (for_scans(self._nvml), self._selectors(self._config()).partitions)
 
     def _selectors(self, config: Config) -> Selectors:
         """Return what to look for, with the MIG instances that the agent made; blocks."""
@@ -262,7 +276,7 @@ class InventoryScanner(Manager):
         try:
             while True:
                 if nvidia_gpus(self._agent.inventory):
-                    await self.ask_nvml()
+                    await self._look_at_nvml()
                 self.answered.set()
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(self._config().health.nvml_seconds):
@@ -278,11 +292,20 @@ class InventoryScanner(Manager):
 
     async def ask_nvml(self) -> None:
         """Ask NVML, and report the machine and its health as they are now."""
+        await self._look_at_nvml(rescan=True)
+
+    async def _look_at_nvml(self, *, rescan: bool = False) -> None:
+        """Ask NVML, and report the health of the GPUs as it is now. The machine is read again if something else than
+        that has changed, or if `rescan` says so."""
         asked_s = time.monotonic()
         self._nvml = await self.probe.snapshot()
         if self._instances is not None:
             self._instances.asked(asked_s)
-        await self.rescan()
+        if rescan or not await asyncio.to_thread(self._is_scanned):
+            await self.rescan()
+        else:
+            async with self._latching:
+                await self._look_at_latches()
         nvml, inventory, ignored = self._nvml, self._agent.inventory, self._config().health.ignore
         if not self.answered.is_set():
             self._agent.observe(await asyncio.to_thread(self._faults.standing))

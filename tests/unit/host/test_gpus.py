@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
@@ -14,7 +15,7 @@ from nodeagent.core.model.device import LINK_WEIGHTS, NVLINK_STEP, Link
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, Inventory, KindState
 from nodeagent.host.devices.all_kinds import CharSelector, Devices
 from nodeagent.host.nvml.client import Failure, Mig, NvGpu, Snapshot
-from nodeagent.host.nvml.values import Fabric
+from nodeagent.host.nvml.values import Condition, Fabric, GpuInstance, for_scans
 from tests.builders import tables
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, edits, kinds_of, look, paths, state
@@ -64,6 +65,66 @@ def test_a_gpu_that_nvml_tells_of_has_its_facts_and_nodes(tree: DeviceTree) -> N
     given = edits(found)
     assert paths(given) == ["/dev/nvidia0", "/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia-uvm-tools"]
     assert given.env == {"NVIDIA_VISIBLE_DEVICES": "GPU-0", "PCIDEVICE_NODEAGENT_GPU": address}
+
+
+MIG = Mig(uuid="MIG-1", profile="1g.10gb", memory_bytes=10 << 30, gpu_instance=7, compute_instance=0)
+CONDITIONS: dict[str, object] = {
+    "mig_pending": True,
+    "processes": 3,
+    "nvlinks_active": (1,),
+    "nvlinks_inactive": (2,),
+    "rows_pending": True,
+    "rows_failed": True,
+    "condition": Condition(ecc_lifetime=4, recovery=1),
+}
+"""What only says how a GPU is."""
+FACTS: dict[str, object] = {
+    "pci_address": "0000:3b:00.0",
+    "uuid": "GPU-9",
+    "name": "NVIDIA H200",
+    "minor": 9,
+    "memory_bytes": 141 << 30,
+    "mig_enabled": True,
+    "migs": (MIG,),
+    "profiles": ((1, "1g.10gb"),),
+    "instances": (GpuInstance(id=7, profile=0, start=0, size=1),),
+    "nvlinks": {"0000:3b:00.0": 4},
+    "fabric": Fabric(cluster="c", clique=1),
+    "ecc_uncorrected": 2,
+}
+
+
+@pytest.mark.parametrize("field", CONDITIONS)
+def test_what_only_says_how_a_gpu_is_changes_nothing_of_the_inventory(tree: DeviceTree, field: str) -> None:
+    """Two answers of NVML that are equal for scans give the same inventory."""
+    address = _four_gpus(tree)[0]
+    before, after = snapshot(nvidia(address, 0)), snapshot(nvidia(address, 0, **{field: CONDITIONS[field]}))
+    assert before != after and for_scans(before) == for_scans(after)
+    assert look(tree, nvml=before) == look(tree, nvml=after)
+
+
+def test_errors_of_an_instance_change_nothing_of_the_inventory(tree: DeviceTree) -> None:
+    address = _four_gpus(tree)[0]
+    before, after = (
+        snapshot(nvidia(address, 0, mig_enabled=True, migs=(msgspec.structs.replace(MIG, ecc_uncorrected=count),)))
+        for count in (0, 3)
+    )
+    assert before != after and for_scans(before) == for_scans(after)
+    assert look(tree, nvml=before) == look(tree, nvml=after)
+
+
+@pytest.mark.parametrize("field", FACTS)
+def test_all_else_that_nvml_says_of_a_gpu_is_looked_at(field: str) -> None:
+    before, after = nvidia("0000:1b:00.0", 0), nvidia("0000:1b:00.0", 0)
+    assert for_scans(snapshot(before)) == for_scans(snapshot(after))
+    changed = msgspec.structs.replace(after, **{field: FACTS[field]})
+    assert for_scans(snapshot(before)) != for_scans(snapshot(changed))
+
+
+def test_each_field_is_one_of_both() -> None:
+    assert {*CONDITIONS, *FACTS} == {*NvGpu.__struct_fields__}
+    assert for_scans(HANGS) is HANGS and for_scans(None) is None
+    assert for_scans(snapshot(errors=("a",))) != for_scans(snapshot())
 
 
 def test_two_gpus_for_one_container_are_in_one_variable_and_share_their_common_nodes(tree: DeviceTree) -> None:

@@ -748,6 +748,28 @@ async def test_a_gpu_on_whose_rows_nvml_falls_silent_is_as_ill_after_a_restart_o
     assert faults_of(folder, binding="").standing() == []
 
 
+async def test_the_machine_is_read_again_only_if_nvml_says_something_new_of_it(tmp_path: Path) -> None:
+    """What is plugged in without an event shows whether it was. The health is reported each time."""
+    tree, folder = DeviceTree(machine(tmp_path / "root", "1s1n2c")), tmp_path / "state"
+    tree.pci(GPU, pci_class="030200", vendor="10de", driver="nvidia")
+    first, ill, other = snapshot(), snapshot(rows_pending=True, rows_failed=False), snapshot(minor=3)
+    async with scanning(tree, folder) as (agent, scanner):
+        scanner.probe = Answers(first, first, ill, other, other)  # type: ignore[assignment]
+        await scanner._look_at_nvml()
+        assert agent.inventory.device_by_id[GPU].attributes["uuid"] == "GPU-1"
+        tree.pci("0000:05:00.0", driver="ixgbe")
+        for _ in range(2):
+            await scanner._look_at_nvml()
+            assert "0000:05:00.0" not in agent.inventory.device_by_id
+        assert agent.health[GPU].seen["rows"].state == UNHEALTHY
+        await scanner._look_at_nvml()
+        assert "0000:05:00.0" in agent.inventory.device_by_id
+        assert agent.inventory.device_by_id[GPU].attributes["minor"] == 3
+        tree.pci("0000:06:00.0", driver="ixgbe")
+        await scanner.ask_nvml()
+        assert "0000:06:00.0" in agent.inventory.device_by_id
+
+
 @contextlib.asynccontextmanager
 async def scanning(tree: DeviceTree, folder: Path) -> AsyncIterator[tuple[Agent, InventoryScanner]]:
     """An agent that has looked at a machine once, with its record of errors in a folder."""
