@@ -348,6 +348,8 @@ class NetworkConfig(_Base, frozen=True):
     Empty: nowhere."""
     vfs: list[VfsConfig] = []
     """Physical functions whose virtual functions the agent makes; of several that match one, the first."""
+    move_interfaces: Annotated[bool, AT_START] = False
+    """Whether claims may have the interfaces of their adapters moved into their pods."""
 
 
 class HugepagesConfig(_Base, frozen=True):

@@ -83,6 +83,8 @@ def wrong(config: Config) -> Iterator[str]:
     yield from _wrong_classes(config.pinning.resctrl)
     if config.pinning.resctrl is not None and config.pinning.mode == "off":
         yield "$.pinning.resctrl has no meaning with mode 'off': no container would be put into its group"
+    if config.network.move_interfaces and config.pinning.mode not in ("auto", "nri"):
+        yield f"$.network.moveInterfaces needs NRI, which mode {config.pinning.mode!r} at $.pinning.mode does not use"
     yield from _wrong_metrics(config.metrics)
 
 

@@ -144,15 +144,14 @@ class Daemon:
         self._gpus = Gpus(
             agent, where, lambda: self.config, self._scanner, instances, cluster.report, containers.pod_of
         )
+        rescan = self._scanner.rescan
         self._caches = Caches(agent, where, lambda: self.config, containers, lambda: self._pinning)
-        self._network = Network(agent, where, families, lambda: self.config, self._scanner.rescan)
+        self._network = Network(agent, where, families, lambda: self.config, rescan, lambda: self._pinning)
         granted, leads = self._network.granted, lambda: self._leader.held
         self._device_plugin = DevicePluginManager(
             agent, where.kubelet_dir, families, self._refused, leads, cluster.report, granted
         )
-        self._hugepages = HugepagesManager(
-            agent, where.sysfs, where.state_dir, lambda: self.config, self._scanner.rescan
-        )
+        self._hugepages = HugepagesManager(agent, where.sysfs, where.state_dir, lambda: self.config, rescan)
         self._dra = DraManager(
             agent,
             config,
@@ -165,7 +164,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._caches.with_caches(*self._gpus.for_claims),
+            *self._network.with_interfaces(*self._caches.with_caches(*self._gpus.for_claims)),
             granted,
         )
         self._pinning = PinningManager(
@@ -181,6 +180,7 @@ class Daemon:
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
             report=cluster.report,
             caches=self._caches,
+            networks=self._network,
         )
         self._exclusive = ExclusiveCpus(agent, where, lambda: self.config.pinning, self._pinning)
         self._recovery = LedgerRecovery(

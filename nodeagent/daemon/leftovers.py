@@ -49,6 +49,8 @@ from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.network.device_info import left_files
+from nodeagent.managers.network.interface_journal import InterfaceJournal
+from nodeagent.managers.network.interface_mover import InterfaceMover, has_driver
 from nodeagent.managers.network.vf_journal import VfJournal
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
@@ -77,6 +79,7 @@ STATE_FILES = (
     "partitions.*",
     "mig-modes.json",
     "passthrough.*",
+    "interfaces.*",
     "device-info.json",
     "vfs.*",
     ".*.tmp",
@@ -125,6 +128,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield shared_gpus(host)
     yield _instances(host)
     yield _passthrough(host)
+    yield _interfaces(host)
     yield _cdi_files(host)
     yield _claim_files(host)
     yield _device_info(host)
@@ -284,6 +288,21 @@ def _passthrough(host: Host) -> Leftover:
     def undo() -> Iterator[str]:
         with _kept_going() as errors:
             yield from binder.give_back({one.claim for one in records.values()}).values()
+        yield from errors
+
+    return Leftover(lines, undo)
+
+
+def _interfaces(host: Host) -> Leftover:
+    """Return the network interfaces that were moved into pods."""
+    where = host.where
+    journal = InterfaceJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
+    mover, records = InterfaceMover(journal, has_driver(where.sysfs)), journal.read()
+    lines = [Line(f"interface of {one.device}", one.pod_name, one.before.name) for one in records.values()]
+
+    def undo() -> Iterator[str]:
+        with _kept_going() as errors:
+            yield from mover.give_back(records).values()
         yield from errors
 
     return Leftover(lines, undo)

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nodeagent.config.schema import Config
+from nodeagent.core.model.container import Pod
+from nodeagent.core.model.grant import Grant
 from nodeagent.daemon.paths import Paths
 from nodeagent.host.devices import all_kinds
 from nodeagent.managers import state_files
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.on_demand import OnDemand
+from nodeagent.managers.pinning.manager import NRI, PinningManager
 from nodeagent.state.agent import Agent
 
 if TYPE_CHECKING:
     from nodeagent.managers.network.device_info import DeviceInfoManager
+    from nodeagent.managers.network.interfaces import InterfacesManager
     from nodeagent.managers.network.vfs import VfsManager
 
 
 class Network:
-    """Device information files, and virtual functions."""
+    """Device information files, virtual functions, and interfaces in pods."""
 
     def __init__(
         self,
@@ -28,8 +33,10 @@ class Network:
         families: Sequence[all_kinds.Kind],
         config: Callable[[], Config],
         rescan: Callable[[], Awaitable[object]],
+        pinning: Callable[[], PinningManager],
     ) -> None:
-        """config: returns the current configuration. rescan: reads the machine again."""
+        """config: returns the current configuration. rescan: reads the machine again. pinning: knows whether the
+        runtime calls; asked once everything is built."""
         memory = where.state_dir / state_files.DEVICE_INFO
 
         def device_info() -> DeviceInfoManager:
@@ -48,16 +55,89 @@ class Network:
         def has_vfs() -> bool:
             return bool(config().network.vfs) or (where.state_dir / state_files.VFS).exists()
 
+        def interfaces() -> InterfacesManager:
+            from nodeagent.managers.network.interfaces import InterfacesManager
+
+            return InterfacesManager(agent, where.sysfs, where.state_dir, is_called)
+
+        def is_called() -> bool:
+            return self.wanted and pinning().mode == NRI
+
+        def has_interfaces() -> bool:
+            return config().network.move_interfaces or (where.state_dir / state_files.INTERFACES).exists()
+
+        self.wanted = config().network.move_interfaces
+        """Whether the runtime is to ask about pods: it learns that when the agent connects, so from the start."""
         ledger = agent.revisions.ledger
+        self._interfaces = OnDemand("interfaces", interfaces, has_interfaces, ledger)
         self._vfs = OnDemand("virtual functions", vfs, has_vfs, ledger)
         self._device_info = OnDemand("device information", device_info, has_device_info, ledger)
 
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order."""
-        return self._vfs, self._device_info
+        return self._vfs, self._device_info, self._interfaces
 
     async def granted(self) -> None:
         """Do what has to be done before a grant is answered."""
         if (one := self._device_info.loaded) is not None:
             await one.granted()
+
+    # ---------------------------------------------------------------- for claims
+
+    def with_interfaces(
+        self, sharing: Sharing, instances: Instances, passthrough: Passthrough
+    ) -> tuple[Sharing, Instances, Passthrough]:
+        """Return what prepares claims, with their interfaces."""
+        return sharing, instances, _Both(passthrough, self)
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        """Return those of some claims whose interfaces may be in pods."""
+        one = self._interfaces.if_needed()
+        return one.concerned(uids) if one is not None else ()
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        """Return why interfaces of claims cannot be moved, by their UIDs."""
+        one = self._interfaces.if_needed()
+        return await one.bind(claims) if one is not None else {}
+
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
+        """Give back the interfaces of claims. Return errors by UID."""
+        one = self._interfaces.if_needed()
+        return await one.give_back(uids) if one is not None else {}
+
+    # ---------------------------------------------------------------- for pods
+
+    async def started(self, pod: Pod) -> None:
+        """Move what a pod's claims want in it."""
+        await self._interfaces.load().started(pod)
+
+    async def creating(self, pod: Pod) -> None:
+        """Look at it again before a container is created."""
+        await self._interfaces.load().creating(pod)
+
+    async def stopped(self, pod: Pod) -> None:
+        """Give back what a pod has."""
+        await self._interfaces.load().stopped(pod)
+
+    def learn(self, pods: Iterable[Pod]) -> None:
+        """Take all pods that exist."""
+        self._interfaces.load().learn(pods)
+
+
+class _Both:
+    """Sets up devices for claims in two ways: by other drivers, and by their interfaces."""
+
+    def __init__(self, first: Passthrough, second: Network) -> None:
+        self._first, self._second = first, second
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        return list(dict.fromkeys((*self._first.concerned(uids), *self._second.concerned(uids))))
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        bound = await self._first.bind(claims)
+        left = {uid: grants for uid, grants in claims.items() if not bound.get(uid)}
+        return {**bound, **await self._second.bind(left)}
+
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
+        return {**await self._first.give_back(uids), **await self._second.give_back(uids)}

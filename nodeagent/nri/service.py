@@ -1,8 +1,8 @@
 """The Plugin service: passes the runtime's calls on one connection to the handler that decides.
 
-Promises: each call is answered within the runtime's time limit. If the creation of a container cannot be decided, the
-container is refused with the reason; any other failure is logged and answered with "no change", because an error there
-would only prevent a container from being stopped or removed.
+Promises: each call is answered within the runtime's time limit. If the creation of a container or the start of a pod
+cannot be decided, it is refused with the reason; any other failure is logged and answered with "no change", because an
+error there would only prevent a container from being stopped or removed.
 
 A runtime gives up on a plugin whose answer is late (containerd/nri pkg/adaptation). After a call about a container it
 closes the connection; after Synchronize it closes it too or, as observed with containerd 1.7, keeps it open and never
@@ -78,7 +78,7 @@ class HandlesPods(Protocol):
     """A handler that is also notified about pods."""
 
     async def pod_started(self, pod: Pod) -> None:
-        """Handle a pod whose sandbox exists and whose containers do not yet."""
+        """Handle a pod whose sandbox exists and whose containers do not yet. Raising prevents its start."""
 
     async def pod_stopped(self, pod: Pod) -> None:
         """Handle a pod whose containers have all stopped."""
@@ -245,11 +245,11 @@ class PluginService:
             await self._decide("starting", work, limit_s, **_names(container))
         elif event == pb.POST_START_CONTAINER and isinstance(handler, HandlesStarts):
             await self._or_none("started", handler.started(pod, container), limit_s, **_names(container))
+        elif event == pb.RUN_POD_SANDBOX and isinstance(handler, HandlesPods):
+            await self._decide("pod_started", handler.pod_started(pod), limit_s, pod=str(pod))
         elif event in _PODS and isinstance(handler, HandlesPods):
-            handle = dict(zip(_PODS, (handler.pod_started, handler.pod_stopped, handler.pod_removed), strict=True))[
-                event
-            ]
-            await self._or_none(handle.__name__, handle(pod), limit_s, pod=f"{pod.namespace}/{pod.name}")
+            handle = handler.pod_stopped if event == pb.STOP_POD_SANDBOX else handler.pod_removed
+            await self._or_none(handle.__name__, handle(pod), limit_s, pod=str(pod))
 
     async def _updates(self, work: Awaitable[Sequence[Update]]) -> list[pb.ContainerUpdate]:
         return [write_update(one) for one in await work]

@@ -30,7 +30,8 @@ log = structlog.get_logger()
 
 
 def read_pod(pod: pb.PodSandbox) -> core.Pod:
-    """Return a pod sandbox as a core value."""
+    """Return a pod sandbox as a core value. A runtime that lists no namespaces tells nothing of the network's."""
+    own = {one.type: one.path for one in pod.linux.namespaces}
     return core.Pod(
         id=pod.id,
         uid=pod.uid,
@@ -38,6 +39,9 @@ def read_pod(pod: pb.PodSandbox) -> core.Pod:
         name=pod.name,
         annotations=MappingProxyType(dict(pod.annotations)),
         cgroup_parent=pod.linux.cgroup_parent,
+        network=own.get("network", ""),
+        on_host_network=bool(own) and "network" not in own,
+        pid=pod.pid,
     )
 
 

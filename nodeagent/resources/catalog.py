@@ -50,6 +50,7 @@ def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, r
         node_name=node_name,
         kinds=MappingProxyType(found),
         passthrough=frozenset(config.dra.passthrough_drivers),
+        moves_interfaces=config.network.move_interfaces,
     )
     plugged = {one.kind for one in config.served if one.serve != "dra"}
     conditional = frozenset(found.keys() & plugged if config.dra.binding_conditions else ())

@@ -9,10 +9,12 @@ from pathlib import Path
 
 UNUSED = (
     "nodeagent.cli",
+    "nodeagent.core.network.addresses",
     "nodeagent.core.resctrl",
     "nodeagent.host.driver_programs",
     "nodeagent.host.driver_root.find",
     "nodeagent.host.mps",
+    "nodeagent.host.netlink",
     "nodeagent.host.resctrl",
     "nodeagent.host.sriov",
     "nodeagent.host.tuning",

@@ -111,6 +111,18 @@ def test_the_drop_in_for_virtual_functions_opens_the_files_of_pci_functions_and_
     assert lines == ["[Service]", "ReadWritePaths=/sys/bus/pci /sys/devices"]
 
 
+def test_the_drop_in_for_interfaces_opens_network_namespaces_and_nothing_else() -> None:
+    text = UNIT.with_name("nodeagent-interfaces.conf").read_text()
+    lines = [line for line in text.splitlines() if line[:1] not in "#"]
+    assert lines == ["[Service]", "CapabilityBoundingSet=CAP_NET_ADMIN CAP_SYS_ADMIN", "RestrictNamespaces=net"]
+    assert ("RestrictNamespaces", "true") in settings()
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_interfaces(tmp_path: Path) -> None:
+    assert problems(tmp_path, UNIT.with_name("nodeagent-interfaces.conf")) == (0, "")
+
+
 def test_the_drop_in_for_cni_opens_the_folder_of_device_information_and_nothing_else() -> None:
     lines = [line for line in UNIT.with_name("nodeagent-cni.conf").read_text().splitlines() if line[:1] not in "#"]
     folder = "/run/k8s.cni.cncf.io"

@@ -98,6 +98,9 @@ writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.pa
 {{- if and (.Values.config.network | default dict).vfs (not .Values.privileged) -}}
 {{- fail "cannot set config.network.vfs: /sys/bus/pci is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}
+{{- if and (.Values.config.network | default dict).moveInterfaces (not .Values.privileged) -}}
+{{- fail "cannot set config.network.moveInterfaces: a pod that is not privileged may not enter the network namespaces of others; set privileged, or run the agent under systemd on these nodes" -}}
+{{- end -}}
 {{- if and (or .Values.nvidia.driverRoot .Values.nvidia.libraryFolder) (not .Values.privileged) -}}
 {{- fail "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open NVIDIA's device nodes; set nvidia.runtimeClassName instead, or privileged" -}}
 {{- end -}}

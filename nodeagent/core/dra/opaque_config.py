@@ -22,12 +22,15 @@ from nodeagent.config import hints
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import parse_quantity
+from nodeagent.core.network.interface import Interface, Route
 from nodeagent.errors import InputError
 
 API_VERSION = "nodeagent.dev/v1alpha1"
 OWN_VARIABLES = "NODEAGENT_"
 """Prefix of the variables that describe what was granted; no configuration may set them."""
 KERNEL_FOLDERS = ("/proc", "/sys")
+_NO_INTERFACES = ("lo", "all", "default")
+"""The loopback interface, and two folders below /proc/sys/net that stand for every interface."""
 
 
 class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -51,6 +54,8 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A VFIO driver that the device is bound to while the claim is prepared: for a virtual machine."""
     rdma: bool | None = None
     """Whether a container gets an adapter's RDMA device nodes."""
+    interface: Interface | None = None
+    """What an adapter's interface is in the pod that it is moved into; None leaves it on the host."""
     cache_ways: int | None = None
     """How many ways of their L3 caches the CPUs have for themselves."""
     cache_class: str = ""
@@ -151,6 +156,11 @@ _Mbps = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 _Class = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?)?$")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
 _VfioDriver = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_-]{0,48}vfio[_-]pci)?$")]
+_InterfaceName = Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,14})?$")]
+_Mtu = Annotated[int, msgspec.Meta(ge=68, le=65535)]
+"""RFC 791 for IPv4; 16 bits in the headers. The driver knows its own limits."""
+_HardwareAddress = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-fA-F][02468aceACE](:[0-9a-fA-F]{2}){5})?$")]
+"""Of one adapter: the lowest bit of the first byte is that of groups."""
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -254,14 +264,47 @@ class _Gpu(_Form, frozen=True):
         return OpaqueConfig(mps=True, mps_threads_percent=percent, mps_pinned_bytes=size)
 
 
+class _Route(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    destination: str
+    gateway: str = ""
+
+
+class _Interface(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="camel"):
+    name: _InterfaceName = ""
+    addresses: tuple[str, ...] = ()
+    routes: tuple[_Route, ...] = ()
+    mtu: _Mtu | None = None
+    hardware_address: _HardwareAddress = ""
+
+    def asked(self) -> Interface:
+        """Return it in canonical form."""
+        from nodeagent.core.network.addresses import checked
+
+        if self.name in _NO_INTERFACES:
+            raise InputError(f"{self.name!r} at $.interface.name stands for others in every namespace")
+        routes = tuple(Route(destination=one.destination, gateway=one.gateway) for one in self.routes)
+        return checked(
+            Interface(
+                name=self.name,
+                addresses=self.addresses,
+                routes=routes,
+                mtu=self.mtu,
+                hardware_address=self.hardware_address,
+            )
+        )
+
+
 class _Nic(_Form, frozen=True):
     driver: _VfioDriver = ""
     rdma: bool | None = None
+    interface: _Interface | None = None
 
     def settings(self) -> OpaqueConfig:
-        if self.driver and self.rdma is not None:
-            raise InputError("$.driver and $.rdma exclude each other")
-        return OpaqueConfig(rdma=self.rdma, driver=self.driver)
+        for key, found in (("rdma", self.rdma), ("interface", self.interface)):
+            if self.driver and found is not None:
+                raise InputError(f"$.driver and $.{key} exclude each other")
+        interface = self.interface.asked() if self.interface is not None else None
+        return OpaqueConfig(rdma=self.rdma, driver=self.driver, interface=interface)
 
 
 class _Device(_Form, frozen=True):

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from nodeagent.core.deviceplugin.allocate import Decision, Stamp, near, refuse_excluded, refuse_missing_pages
 from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_amounts, refuse_missing_shares
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
+from nodeagent.core.dra.interfaces import check_interface, check_names
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
 from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, check_fit, settings_for, to_json
 from nodeagent.core.dra.passthrough import check_driver, driver_for, refuse_members, things_with_members
@@ -55,6 +56,8 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     """By name of the kind; the pool's name is NODE/KIND."""
     passthrough: frozenset[str] = frozenset()
     """VFIO drivers that claims may have their devices bound to."""
+    moves_interfaces: bool = False
+    """Whether claims may have their adapters' interfaces in their pods."""
 
     def find(self, inventory: Inventory, result: Result) -> tuple[PoolKind, DevicePart]:
         """Return the kind and what the device stands for. Raise InputError if there is no such pool or device."""
@@ -211,6 +214,7 @@ def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Itera
     check_all(claim.configs, catalog.driver)
     wanted = tuple(_one_wanted(inventory, catalog, claim, index, result) for index, result in enumerate(results))
     check_fit(claim.configs, catalog.driver, {one.result.request: one.kind.kind for one in wanted})
+    check_names(one.settings for one in wanted if not one.result.admin)
     shared = (one for one in wanted if not one.result.admin)
     check_claim(inventory, [(one.part.device, bool(one.part.shares), one.settings) for one in shared])
     return wanted
@@ -224,6 +228,8 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
         if not result.admin:
             check_device(inventory, part.device, settings)
             check_driver(inventory, part.device, settings, catalog.passthrough, shared=bool(part.shares))
+            allowed, divided = catalog.moves_interfaces, bool(part.shares)
+            check_interface(inventory, claim, part.device, settings, allowed=allowed, shared=divided)
             _check_amounts(one)
     return one
 

@@ -54,6 +54,15 @@ class Pod(msgspec.Struct, frozen=True, kw_only=True):
     annotations: Mapping[str, str] = msgspec.field(default_factory=_none)
     cgroup_parent: str = ""
     """The pod's own cgroup; its containers' cgroups are below it."""
+    network: str = ""
+    """Path of its network namespace, or "" if the runtime does not name one."""
+    on_host_network: bool = False
+    """Whether it has no network namespace of its own (hostNetwork)."""
+    pid: int = 0
+    """PID of the sandbox's process, or 0 if the runtime does not name it."""
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
 
 
 class Resources(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,6 +12,7 @@ from itertools import islice
 from typing import Any
 
 from nodeagent.core.dra.attributes import NO_ATTRIBUTES, attributes_of
+from nodeagent.core.dra.interfaces import network_data
 from nodeagent.core.dra.pool import Value
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.device import Mount
@@ -58,17 +59,6 @@ def mounts(paths: Mapping[str, str], driver: str, claim: str, pod_claim: str) ->
         request: Mount(host_path=path, container_path=f"{parent}/{request}/{driver}-metadata.json")
         for request, path in paths.items()
     }
-
-
-def network_data(inventory: Inventory, grant: Grant) -> dict[str, str]:
-    """Return the NetworkDeviceData of an adapter that has an interface, as last seen in the host's network namespace,
-    or nothing."""
-    device = inventory.device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
-    name = str(device.attributes.get("netdevs", "")).partition(",")[0] if device else ""
-    if device is None or device.kind != "nic" or not name:
-        return {}
-    mac = device.attributes.get("mac")
-    return {"interfaceName": name, **({"hardwareAddress": str(mac)} if mac else {})}
 
 
 def _document(version: str, dra: Dra, inventory: Inventory, grants: Sequence[Grant], pod_claim: str) -> dict[str, Any]:

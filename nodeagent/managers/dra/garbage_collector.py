@@ -17,13 +17,13 @@ import structlog
 from nodeagent.aio.folder_watch import FolderWatch
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race
+from nodeagent.core.dra.interfaces import network_data
 from nodeagent.core.model.claim import Claim, ClaimRef, Result
 from nodeagent.core.model.grant import Grant, describe
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
-from nodeagent.managers.dra.device_metadata import network_data
 from nodeagent.state.agent import Agent
 from nodeagent.telemetry.log import new_op
 

@@ -44,6 +44,7 @@ from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups
 from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.nri_hooks import NriHooks
 from nodeagent.managers.pinning.ownership import Fetch, GrantOwnership, List
+from nodeagent.managers.pinning.pod_hooks import NO_POD_NETWORKS, PodHooks, PodNetworks
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
 from nodeagent.managers.pinning.slices import SliceNotifier
 from nodeagent.managers.pinning.unasked import unasked
@@ -87,6 +88,7 @@ class PinningManager(Manager):
         clock: Callable[[], float] = time.monotonic,
         report: Report = unreported,
         caches: CacheGroups = NO_CACHE_GROUPS,
+        networks: PodNetworks = NO_POD_NETWORKS,
     ) -> None:
         """Detect the cgroup hierarchy; nothing is written.
 
@@ -99,6 +101,7 @@ class PinningManager(Manager):
         self._kubelet_counts_claims = kubelet_counts_claims
         self._report = report
         self._caches = caches
+        self._networks = networks
         self._agent = agent
         self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
         """Increases with every change that affects where containers should run."""
@@ -180,7 +183,8 @@ class PinningManager(Manager):
     async def _serve_runtime(self) -> None:
         config = self._started_with
         counts, report, caches = self._kubelet_counts_claims, self._report, self._caches
-        handler = NriHooks(self._agent, self._table, self.reconciler, self._config, counts, report, caches)
+        given = self._agent, self._table, self.reconciler, self._config, counts, report, caches
+        handler = PodHooks(self._networks, *given) if self._networks.wanted else NriHooks(*given)
         self._plugin = NriPlugin(
             Path(config.nri_socket),
             NAME,

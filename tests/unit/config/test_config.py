@@ -93,13 +93,13 @@ health: {recoverSeconds: 8, nvmlSeconds: 9, quarantine: ["0000:41:00.0"]}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 nvidia: {driverFiles: inject, driverRoot: /opt/driver}
-pinning: {mode: cgroup, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
+pinning: {mode: nri, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
     wakeupLatencyUs: 0},
   resctrl: {exclusiveWays: 3, classes: [{name: a, caches: {L3: 2, L2: "0xf"}, memoryBandwidthPercent: 20,
     memoryBandwidthMBps: 5}]}}
-network: {deviceInfoDir: /i, vfs: [{match: {netdevs: a}, count: 2, driversAutoprobe: false}]}
+network: {deviceInfoDir: /i, moveInterfaces: true, vfs: [{match: {netdevs: a}, count: 2, driversAutoprobe: false}]}
 hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
 - name: vf
@@ -250,6 +250,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
         ('{"resources":[{"name":"a","kind":"gpu"},{"name":"a","kind":"nic"}]}', "$.resources[1].name", "twice"),
         ("pinning: {resctrl: {exclusiveWays: 32}}", "$.pinning.resctrl.exclusiveWays", "32"),
         ("pinning: {resctrl: {}, mode: 'off'}", "$.pinning.resctrl", "mode 'off'"),
+        ("{network: {moveInterfaces: true}, pinning: {mode: cgroup}}", "$.network.moveInterfaces", "mode 'cgroup'"),
         (cache_class(name="Gold"), "$.pinning.resctrl.classes[0].name", "'Gold'"),
         (cache_class(caches={"L4": 1}), "$.pinning.resctrl.classes[0].caches", "'L4'"),
         (cache_class(caches={"L3": 0}), "$.pinning.resctrl.classes[0].caches", "0"),

@@ -24,6 +24,7 @@ from nodeagent.core.dra.opaque_config import (
 )
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.options import OPTIONS, POLICIES, check_options
+from nodeagent.core.network.interface import Interface, Route
 from nodeagent.errors import InputError
 from tests.support.opaque_cases import RIGHT, STRANGE, WRONG
 
@@ -86,6 +87,33 @@ def test_rdma_can_be_asked_for_refused_or_left_open() -> None:
         False,
         None,
     ]
+
+
+def test_an_interface_is_written_in_one_way() -> None:
+    said = {
+        "name": "net1",
+        "addresses": ["10.0.0.5/24", "FD00:0::5/64"],
+        "routes": [{"destination": "fd01:0::/64", "gateway": "fd00::0001"}, {"destination": "10.2.0.0/16"}],
+        "mtu": 9000,
+        "hardwareAddress": "02:00:00:00:00:0A",
+    }
+    found = settings("nic", opaque("NicConfig", interface=MappingProxyType(said)))
+    routes = (Route(destination="fd01::/64", gateway="fd00::1"), Route(destination="10.2.0.0/16"))
+    assert found.interface == Interface(
+        name="net1",
+        addresses=("10.0.0.5/24", "fd00::5/64"),
+        routes=routes,
+        mtu=9000,
+        hardware_address="02:00:00:00:00:0a",
+    )
+    assert from_json(to_json(found)) == found
+    assert settings("nic", opaque("NicConfig", interface={})).interface == Interface()
+
+
+@pytest.mark.parametrize("address", ["224.0.0.1/24", "0.0.0.0/0", "fe80::1/64", "::1/128", "10.0.0.5/24%eth0", ""])
+def test_an_address_that_no_interface_can_be_given_is_refused(address: str) -> None:
+    with pytest.raises(InputError, match=r"at \$\.interface\.addresses\[0\], expected an address"):
+        settings("nic", opaque("NicConfig", interface={"addresses": [address]}))
 
 
 @pytest.mark.parametrize("kind", ["nvme", "pci", "char", "usb", "somebody-elses"])

@@ -18,7 +18,7 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import ConfigError, HostError, InputError, PeerError, Refused
 from nodeagent.nri.plugin import NriPlugin, NriTiming
 from nodeagent.nri.service import event_mask
-from nodeagent.nri.translation import page_bytes, page_name, read_container, write_update
+from nodeagent.nri.translation import page_bytes, page_name, read_container, read_pod, write_update
 from nodeagent.pb import nri_pb2 as pb
 from nodeagent.telemetry import metrics
 from tests.doubles.runtime import ContractViolation, FakeRuntime, PluginRefusedError
@@ -325,6 +325,38 @@ async def test_a_late_decision_refuses_the_container_before_the_runtime_drops_th
         desk.hangs = False
         await runtime.create("web")
         assert (runtime.connections, plugin.standing.failed) == (1, 1)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["new", "old"])
+async def test_a_pod_that_must_not_start_does_not(folder: Path, old: bool) -> None:
+    desk = CuriousDesk()
+    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, desk)):
+        runtime.old = old
+        runtime.add("web")
+        await runtime.connected()
+        desk.fails = HostError("cannot move interface ens7 into pod default/pod: hostNetwork")
+        with pytest.raises(PluginRefusedError, match=r"^cannot move interface ens7 into pod default/pod: hostNetwork$"):
+            await runtime.pod_event(pb.RUN_POD_SANDBOX, "pod")
+        desk.fails = None
+        await runtime.pod_event(pb.RUN_POD_SANDBOX, "pod")
+
+
+@pytest.mark.parametrize(
+    ("own", "network", "on_host"),
+    [
+        ([("pid", ""), ("network", "/run/netns/a")], "/run/netns/a", False),
+        ([("network", "")], "", False),
+        ([("pid", ""), ("ipc", "")], "", True),
+        ([], "", False),
+    ],
+    ids=["named", "of-the-process", "host-network", "runtime-lists-none"],
+)
+def test_the_network_of_a_pod_is_its_own_unless_the_runtime_lists_others_alone(
+    own: list[tuple[str, str]], network: str, on_host: bool
+) -> None:
+    namespaces = [pb.LinuxNamespace(type=kind, path=path) for kind, path in own]
+    found = read_pod(pb.PodSandbox(id="s", pid=7, linux=pb.LinuxPodSandbox(namespaces=namespaces)))
+    assert (found.network, found.on_host_network, found.pid) == (network, on_host, 7)
 
 
 @pytest.mark.parametrize("hangs", [False, True], ids=["fails", "hangs"])

@@ -1,0 +1,83 @@
+"""Network interfaces that claims want in their pods: which grants ask for one, and what forbids it.
+
+Pure. An interface is in one network namespace at a time, so it is asked for with a whole adapter that has one
+interface, and by a claim whose pods are known.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json
+from nodeagent.core.model.claim import Claim
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.network.interface import Interface
+from nodeagent.errors import InputError
+
+_WORD = '"interface":'
+"""What settings contain that ask for an interface in the pod."""
+
+
+def interface_of(grant: Grant) -> Interface | None:
+    """Return what a claim wants its adapter's interface to be in the pod, or None if it is to stay on the host.
+    Settings that a newer build wrote and this one cannot read count as none."""
+    if _WORD not in grant.settings or grant.holder.api != CLAIM or not grant.devices:
+        return None
+    try:
+        return from_json(grant.settings).interface
+    except InputError:
+        return None
+
+
+def check_interface(
+    inventory: Inventory, claim: Claim, id: str, settings: OpaqueConfig, *, allowed: bool, shared: bool
+) -> None:
+    """Raise InputError if an adapter's interface cannot be moved into the pod of a claim.
+
+    allowed: whether the node moves interfaces at all. shared: whether the claim has a share of the adapter only.
+    """
+    if settings.interface is None:
+        return
+    if not allowed:
+        raise InputError("interface: network.moveInterfaces of this node does not allow it")
+    if claim.groups:
+        raise InputError("interface: the claim is reserved for a group, whose pods are not known before they start")
+    device = inventory.device_by_id.get(id)
+    if device is None or shared:
+        raise InputError(f"interface: {id} is no whole adapter, and an interface is in one pod at a time")
+    names = interface_names(device)
+    if len(names) != 1:
+        found = ", ".join(names) or "none"
+        raise InputError(f"interface: {id} has {len(names)} interfaces on the host ({found}), expected one")
+    if device.attributes.get("default_route"):
+        raise InputError(f"interface: a default route of the node leads through {names[0]}")
+
+
+def check_names(asked: Iterable[OpaqueConfig]) -> None:
+    """Raise InputError if two interfaces of one claim would have the same name in the pod."""
+    counts = Counter(one.interface.name for one in asked if one.interface is not None and one.interface.name)
+    for name, count in counts.items():
+        if count > 1:
+            raise InputError(f"{count} interfaces of the claim would be called {name} in the pod")
+
+
+def interface_names(device: Device) -> list[str]:
+    """Return the names of an adapter's interfaces on the host, as last seen there."""
+    return [one for one in str(device.attributes.get("netdevs", "")).split(",") if one]
+
+
+def network_data(inventory: Inventory, grant: Grant) -> dict[str, Any]:
+    """Return the NetworkDeviceData (resource.k8s.io/v1) of an adapter that has an interface, or nothing: as the claim
+    wants it in the pod, and otherwise as last seen on the host."""
+    device = inventory.device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
+    if device is None or device.kind != "nic":
+        return {}
+    asked = interface_of(grant) or Interface()
+    name = asked.name or next(iter(interface_names(device)), "")
+    hardware_address = asked.hardware_address or str(device.attributes.get("mac", ""))
+    found = {"interfaceName": name, "ips": list(asked.addresses), "hardwareAddress": hardware_address}
+    return {key: value for key, value in found.items() if value} if name else {}

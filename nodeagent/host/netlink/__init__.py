@@ -1,0 +1,1 @@
+"""Network interfaces through rtnetlink, in any network namespace."""
