@@ -253,7 +253,7 @@ class HealthConfig(_Base, frozen=True):
     poll_seconds: Seconds = 10.0
     """How often the devices are looked at through the kernel."""
     ignore: list[
-        Literal["carrier", "pcie", "aer", "nvme", "smart", "ras", "nvlink", "clocks", "fabric", "recovery"]
+        Literal["carrier", "pcie", "aer", "nvme", "smart", "ras", "kind", "nvlink", "clocks", "fabric", "recovery"]
     ] = []
     """Sources of evidence that do not count on this node."""
     quarantine: list[Annotated[str, msgspec.Meta(min_length=1, max_length=256)]] = []

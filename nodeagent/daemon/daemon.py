@@ -32,6 +32,7 @@ from nodeagent.daemon.caches import Caches
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.gpus import Gpus, instance_table
+from nodeagent.daemon.kinds import Kinds
 from nodeagent.daemon.network import Network
 from nodeagent.daemon.observed import observed
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked, log_start
@@ -146,6 +147,7 @@ class Daemon:
         )
         rescan = self._scanner.rescan
         self._caches = Caches(agent, where, lambda: self.config, containers, lambda: self._pinning)
+        self._kinds = Kinds(agent, where, families, rescan)
         self._network = Network(agent, where, families, lambda: self.config, rescan, lambda: self._pinning)
         granted, leads = self._network.granted, lambda: self._leader.held
         self._device_plugin = DevicePluginManager(
@@ -164,7 +166,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._network.with_interfaces(*self._caches.with_caches(*self._gpus.for_claims)),
+            *self._kinds.with_hooks(*self._network.with_interfaces(*self._caches.with_caches(*self._gpus.for_claims))),
             granted,
         )
         self._pinning = PinningManager(
@@ -219,6 +221,7 @@ class Daemon:
             self._device_plugin,
             *self._gpus.managers,
             *self._network.managers,
+            self._kinds.manager,
             self._dra,
             self._pinning,
             self._hugepages,

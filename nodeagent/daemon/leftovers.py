@@ -25,12 +25,14 @@ from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.cgroup.read import hierarchy
 from nodeagent.host.cgroup.widen import CPUS, MEMS, Widener
+from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.irq.interrupts import Mover
 from nodeagent.host.irq.journal import load
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.resctrl.journal import load as load_resctrl
 from nodeagent.host.resctrl.read import folder as group_folder
+from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
@@ -46,6 +48,8 @@ from nodeagent.managers.deviceplugin.manager import PLUGINS
 from nodeagent.managers.dra.manager import CLAIMS, node_name
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
 from nodeagent.managers.isolation.manager import MOVED
+from nodeagent.managers.kinds.journal import KindsJournal
+from nodeagent.managers.kinds.preparer import DevicePreparer
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.network.device_info import left_files
@@ -80,6 +84,7 @@ STATE_FILES = (
     "mig-modes.json",
     "passthrough.*",
     "interfaces.*",
+    "kinds.*",
     "device-info.json",
     "vfs.*",
     ".*.tmp",
@@ -127,6 +132,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _hugepages(host)
     yield shared_gpus(host)
     yield _instances(host)
+    yield _prepared(host)
     yield _passthrough(host)
     yield _interfaces(host)
     yield _cdi_files(host)
@@ -303,6 +309,25 @@ def _interfaces(host: Host) -> Leftover:
     def undo() -> Iterator[str]:
         with _kept_going() as errors:
             yield from mover.give_back(records).values()
+        yield from errors
+
+    return Leftover(lines, undo)
+
+
+def _prepared(host: Host) -> Leftover:
+    """Return the devices that third-party kinds prepared for claims."""
+    where = host.where
+    journal = KindsJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
+    records = journal.read()
+    lines = [Line(f"device {id}", f"prepared by kind {one.kind}", "unprepared") for id, one in sorted(records.items())]
+
+    def undo() -> Iterator[str]:
+        with _kept_going() as errors:
+            if records:
+                families = load_kinds()
+                inventory = scan(where.sysfs, families)
+                preparer = DevicePreparer(journal, families, lambda: inventory)
+                yield from asyncio.run(preparer.undo(records.values())).values()
         yield from errors
 
     return Leftover(lines, undo)

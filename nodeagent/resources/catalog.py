@@ -19,6 +19,7 @@ from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import parse_size
 from nodeagent.errors import ConfigError, InputError
 from nodeagent.host.devices import all_kinds
+from nodeagent.host.devices.hooks import forms
 from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
 
 
@@ -51,6 +52,7 @@ def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, r
         kinds=MappingProxyType(found),
         passthrough=frozenset(config.dra.passthrough_drivers),
         moves_interfaces=config.network.move_interfaces,
+        forms=forms(families),
     )
     plugged = {one.kind for one in config.served if one.serve != "dra"}
     conditional = frozenset(found.keys() & plugged if config.dra.binding_conditions else ())

@@ -27,6 +27,7 @@ from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector
+from nodeagent.host.devices.hooks import prepares
 from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
 from nodeagent.host.snapshot import Selectors
 
@@ -194,6 +195,7 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
     if one.kind not in known:
         why = f"unknown kind {one.kind!r}, expected one of {_names(known)}"
         raise ConfigError(f"cannot serve {name}: {why}", key=f"{where}.kind")
+    _check_preparable(one, known[one.kind], name, where)
     match: dict[str, str | Sequence[str]] = {**one.match}
     if one.kind in ("char", "usb"):
         match["selector"] = one.name
@@ -207,6 +209,18 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
     )
     files = config.nvidia.driver_files
     return Offer(config=one, resource=resource, family=known[one.kind], driver_files=files)
+
+
+def _check_preparable(one: ResourceConfig, kind: all_kinds.Kind, name: str, where: str) -> None:
+    """Raise ConfigError if a kind has to prepare its devices, and cannot as they are served."""
+    if not prepares(kind):
+        return
+    if one.serve != "dra":
+        why = f"the kind {one.kind} prepares its devices for claims, expected dra"
+        raise ConfigError(f"cannot serve {name}: {why}", key=f"{where}.serve")
+    if one.replicas > 1:
+        why = f"the kind {one.kind} prepares a device for one claim, expected 1"
+        raise ConfigError(f"cannot serve {name}: {why}", key=f"{where}.replicas")
 
 
 def _first_unknown(names: Sequence[str]) -> str:

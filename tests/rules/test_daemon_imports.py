@@ -19,6 +19,7 @@ UNUSED = (
     "nodeagent.host.sriov",
     "nodeagent.host.tuning",
     "nodeagent.host.vfio",
+    "nodeagent.managers.kinds",
     "nodeagent.managers.network",
     "nodeagent.managers.partitions.manager",
     "nodeagent.managers.passthrough",

@@ -22,6 +22,7 @@ from nodeagent.core.deviceplugin.devices import (
 )
 from nodeagent.core.deviceplugin.view import Near, ResourceKind
 from nodeagent.core.ledger import ledger as ledger_of
+from nodeagent.core.ledger.counters import refuse_overdrawn
 from nodeagent.core.ledger.exclusion import excluded_with, things_of
 from nodeagent.core.ledger.free import grantable
 from nodeagent.core.ledger.ledger import GRANTED, REDUCED, RELEASED, Change, Ledger
@@ -190,8 +191,8 @@ def _give_way(
 
 
 def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
-    """Raise Refused if two devices of a grant exclude each other, or if a device that anybody else holds excludes one
-    of them."""
+    """Raise Refused if two devices of a grant exclude each other, if a device that anybody else holds excludes one of
+    them, or if counters do not last for them."""
     mine = frozenset((*grant.devices, *grant.shares))
     names = ", ".join(sorted(mine))
     for one in sorted(mine):
@@ -208,6 +209,7 @@ def refuse_excluded(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
             same = ", ".join(sorted(taken))
             why = f"cannot grant {names}: {same} is of the same device and held by {other.holder}"
             raise Refused(why, want=len(mine), free=0, unit="devices")
+    refuse_overdrawn(inventory, ledger, grant)
 
 
 def _clash(inventory: Inventory, one: str, others: frozenset[str]) -> str:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.view import Near, Parts, refuse_unknown
+from nodeagent.core.ledger.counters import spent
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Advertised, Device
@@ -106,7 +107,7 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
         """Return the devices of which containers of this resource can get nothing, or nothing more.
 
         These are held through another resource or by another device plugin, or held whole while shares are advertised
-        (or the reverse), or a held device excludes them.
+        (or the reverse), a held device excludes them, or their counters do not last for them.
         """
         ours: set[str] = set()
         theirs: set[str] = set()
@@ -118,7 +119,8 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
             (ours if self.replicas == 1 and mine else theirs).update(grant.devices)
         # What a container of ours has that another plugin gave too stays healthy: kubelet would fail its pod.
         theirs |= ledger.devices_foreign - ours
-        return excluded_with(inventory, ledger, theirs) | (excluded_with(inventory, ledger, ours) - ours)
+        excluded = excluded_with(inventory, ledger, theirs) | (excluded_with(inventory, ledger, ours) - ours)
+        return excluded | spent(inventory, ledger)
 
     def parts(self, inventory: Inventory, ids: Sequence[str]) -> Parts:
         known = {one: device.id for device in self.devices(inventory) for one in self._ids(device)}

@@ -23,7 +23,7 @@ from nodeagent.core.deviceplugin.devices import (
     illness,
     shares_by_device,
 )
-from nodeagent.core.dra import partition_pool
+from nodeagent.core.dra import drawn_counters, partition_pool
 from nodeagent.core.dra.cpu_pool import HELD, STANDARD_NUMA, STANDARD_ROOT, claimed_names, standard_root
 from nodeagent.core.dra.linked_counters import linked_counters
 from nodeagent.core.dra.pool import (
@@ -39,6 +39,7 @@ from nodeagent.core.dra.pool import (
     Taint,
     Value,
 )
+from nodeagent.core.ledger.counters import drawn
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
@@ -114,7 +115,7 @@ class DevicePool(msgspec.Struct, frozen=True, kw_only=True):
         return Pool(
             kind=self.kind,
             devices=tuple(one for one in shown if features.taints or not one.taints),
-            counters=still.counters if features.counters else (),
+            counters=drawn_counters.left(still.counters, now.drawn) if features.counters else (),
         )
 
     def part(self, inventory: Inventory, name: str) -> DevicePart | None:
@@ -148,6 +149,7 @@ class _Still:
             for one in ids:
                 self._shared_by.setdefault(one, []).append(ids)
         self._linked = linked_counters([device for device, _ in served.values()], self._names)
+        self._drawing = {id for id, (device, _) in served.items() if device.draws is not None}
         self._sets = {id for id, (device, _) in served.items() if device.members}
         ordered = partition_pool.in_order(device for device, _ in served.values())
         self._devices = [self._device(inventory, *served[one.id]) for one in ordered]
@@ -164,18 +166,20 @@ class _Still:
             *(CounterSet(name=self._shared_name(ids), counters={PARTS: 1}) for ids in self._shared),
             *self._linked.counters,
             *partition_pool.counter_sets(ordered, _partitioned),
+            *drawn_counters.counter_sets(ordered, _drawn_on),
         )
 
     def forms(self, *, consumable: bool, counters: bool, lists: bool = False) -> tuple[tuple[PoolDevice, ...], ...]:
         """Return the published form of each device: the device itself, or one device per share.
 
         Without counters, a device that has parts is left out, and all but the first of several that hand over the same
-        thing, and parts that are made when they are granted: the scheduler could allocate two that exclude each other.
+        thing, parts that are made when they are granted, and devices that draw on counters: the scheduler could
+        allocate two that exclude each other.
         """
         key = consumable, counters, lists
         if key not in self._forms:
             shared = (one for ids in self._shared for one in ids[1:])
-            left_out = {*self._wholes, *self._possible, *shared, *self._sets}
+            left_out = {*self._wholes, *self._possible, *shared, *self._sets, *self._drawing}
             every = (one for one in self._devices if counters or one.part.device not in left_out)
             every = every if counters else (replace(one, consumes={}) for one in every)
             every = (self._with_lists(one) for one in every) if lists else every
@@ -214,7 +218,7 @@ class _Still:
         Beyond the number of sets that one device can consume, the scheduler cannot know, and Prepare refuses.
         """
         linked = self._linked.consumes.get(device.id, {})
-        made = partition_pool.consumed(device, _partitioned)
+        made = {**partition_pool.consumed(device, _partitioned), **drawn_counters.consumed(device, _drawn_on)}
         own = {self._names[device.id]: {PARTS: self._wholes[device.id]}} if device.id in self._wholes else {}
         above = {self._names[one]: {PARTS: 1} for one in _above(inventory, device) if one in self._wholes}
         shared = {self._shared_name(ids): {PARTS: 1} for ids in self._shared_by.get(device.id, ())}
@@ -241,6 +245,11 @@ def _partitioned(whole: str) -> str:
     if plain := _FIRST_FUNCTION.fullmatch(whole):
         return f"mig-{plain[1]}"
     return _cut(f"{label(whole)}-mig", LONGEST_LABEL)
+
+
+def _drawn_on(of: str) -> str:
+    """Return the name of the counter set that several devices draw on."""
+    return _cut(f"{label(of)}-drawn", LONGEST_LABEL)
 
 
 def _wholes(inventory: Inventory, served: Collection[str]) -> dict[str, int]:
@@ -301,6 +310,8 @@ class _Now(msgspec.Struct, frozen=True):
     """What the device plugin granted of the memory and the cores of each device."""
     claimed: frozenset[str]
     """Names of devices that claims hold."""
+    drawn: Mapping[tuple[str, str], int]
+    """What the device plugin granted of counters, by counter set."""
 
     @classmethod
     def of(cls, inventory: Inventory, ledger: Ledger, health: Health) -> _Now:
@@ -310,7 +321,11 @@ class _Now(msgspec.Struct, frozen=True):
         held = excluded_with(inventory, ledger, {one for grant in given for one in grant.devices})
         held |= excluded_with(inventory, ledger, shares) - shares.keys()
         held |= excluded_with(inventory, ledger, ledger.devices_foreign)
-        return cls(inventory, bad, held, shares, _amounts_by_device(given), claimed_names(ledger))
+        by_set = {
+            (_drawn_on(of), name): size
+            for (of, name), size in drawn(inventory, (*given, *ledger.foreign.values())).items()
+        }
+        return cls(inventory, bad, held, shares, _amounts_by_device(given), claimed_names(ledger), by_set)
 
     def tainted(self, forms: tuple[PoolDevice, ...], effect: str) -> Iterable[PoolDevice]:
         """Return the forms of one device with reduced capacity and taints."""

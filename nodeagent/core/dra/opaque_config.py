@@ -5,6 +5,8 @@ which Kubernetes lists them. Nothing is merged field by field, so that the effec
 place. A configuration without requests applies to the devices of its kind. A claim's configuration that names a request
 whose device is of another kind, or that fits none of its devices, is an error. One of a class is not: a class may cover
 several kinds and has no other way to configure each.
+
+A third-party kind may have a configuration of its own: a Struct whose name is the configuration's kind (docs/kinds.md).
 """
 
 from __future__ import annotations
@@ -64,39 +66,72 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bandwidth_mbps: int | None = None
     """In 10^6 bytes per second, for each L3 cache."""
     env: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    own: Mapping[str, Any] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    """What a third-party kind's own configuration says, in plain types."""
 
 
 NO_SETTINGS = OpaqueConfig()
 
 
-def settings_for(result: Result, kind: str, configs: Sequence[Opaque], driver: str) -> OpaqueConfig:
+class Forms(msgspec.Struct, frozen=True):
+    """The forms of configurations: the built-in ones, and those that third-party kinds bring."""
+
+    own: Mapping[str, type[msgspec.Struct]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    """By kind of device. Their names are distinct."""
+
+    def expected(self, kind: str) -> str:
+        """Return the configuration's kind for devices of a kind."""
+        return self.own[kind].__name__ if kind in self.own else CONFIG_KINDS.get(kind, "DeviceConfig")
+
+    def by_name(self) -> Mapping[str, type[msgspec.Struct]]:
+        """Return all forms by the configuration's kind."""
+        return {**{form.__name__: form for form in self.own.values()}, **FORMS}
+
+
+BUILT_IN = Forms()
+
+
+def settings_for(
+    result: Result, kind: str, configs: Sequence[Opaque], driver: str, forms: Forms = BUILT_IN
+) -> OpaqueConfig:
     """Return the effective configuration of one allocated device of a kind.
 
     Raise InputError naming the configuration, path and value that are wrong.
     """
-    expected = CONFIG_KINDS.get(kind, "DeviceConfig")
+    expected = forms.expected(kind)
     found: dict[str, OpaqueConfig] = {}
     for where, config in _ours(configs, driver):
         if not _covers(config.requests, result.request):
             continue
-        said = _decode(config.parameters, where)
-        if isinstance(said, FORMS[expected]):
-            found[config.source] = said.settings()
+        said, settings = _decode(config.parameters, where, forms)
+        if said == expected:
+            found[config.source] = settings
         elif config.source == FROM_CLAIM and result.request in config.requests:
             raise InputError(
-                f'cannot use {where}: {config.parameters["kind"]} is for request "{result.request}", which got device '
+                f'cannot use {where}: {said} is for request "{result.request}", which got device '
                 f'"{result.device}" of kind {kind}, expected {expected}'
             )
+    if not found and kind in forms.own:
+        read_own(NO_SETTINGS, forms.own[kind])
     return found.get(FROM_CLAIM, found.get(FROM_CLASS, NO_SETTINGS))
 
 
-def check_all(configs: Sequence[Opaque], driver: str) -> None:
+def read_own(settings: OpaqueConfig, form: type[msgspec.Struct]) -> msgspec.Struct:
+    """Return a third-party kind's own configuration of a device, by default one without any key. Raise InputError if
+    there has to be one, or if the kind reads it no longer."""
+    try:
+        return msgspec.json.decode(msgspec.json.encode(settings.own, enc_hook=dict), type=form)
+    except Exception as error:  # whatever the third party's type raises
+        raise InputError(f"cannot read the {form.__name__} of the claim: {error}") from None
+
+
+def check_all(configs: Sequence[Opaque], driver: str, forms: Forms = BUILT_IN) -> None:
     """Raise InputError for the first invalid configuration of this driver, whether it applies to a device or not."""
     for where, config in _ours(configs, driver):
-        _decode(config.parameters, where)
+        _decode(config.parameters, where, forms)
 
 
-def check_fit(configs: Sequence[Opaque], driver: str, kinds: Mapping[str, str]) -> None:
+def check_fit(configs: Sequence[Opaque], driver: str, kinds: Mapping[str, str], forms: Forms = BUILT_IN) -> None:
     """Raise InputError for the first valid configuration of the claim that is of a kind that none of its devices has.
 
     kinds: the kind of device of each request that this driver satisfies. The scheduler of Kubernetes 1.37 and later
@@ -104,7 +139,7 @@ def check_fit(configs: Sequence[Opaque], driver: str, kinds: Mapping[str, str]) 
     the user named none (dynamic-resource-allocation, structured allocators).
     """
     for where, config in _ours(configs, driver):
-        fit = {CONFIG_KINDS.get(kind, "DeviceConfig") for one, kind in kinds.items() if _covers(config.requests, one)}
+        fit = {forms.expected(kind) for one, kind in kinds.items() if _covers(config.requests, one)}
         said = config.parameters["kind"]
         if config.source == FROM_CLAIM and fit and said not in fit:
             raise InputError(
@@ -128,7 +163,8 @@ def from_json(text: str) -> OpaqueConfig:
         raise InputError(f"cannot read settings {text[:60]!r}: {error}") from None
     for key in sorted(found.keys() - set(OpaqueConfig.__struct_fields__)):
         raise InputError(f"cannot read settings {text[:60]!r}: unknown key {key}")
-    return replace(settings, env=MappingProxyType(dict(settings.env)))
+    own = MappingProxyType(dict(settings.own))
+    return replace(settings, env=MappingProxyType(dict(settings.env)), own=own)
 
 
 def _ours(configs: Sequence[Opaque], driver: str) -> Iterator[tuple[str, Opaque]]:
@@ -347,25 +383,33 @@ CONFIG_KINDS: Mapping[str, str] = MappingProxyType(
 # ---------------------------------------------------------------- strict decoding
 
 
-def _decode(parameters: Mapping[str, Any], where: str) -> _Form:
+def _decode(parameters: Mapping[str, Any], where: str, forms: Forms) -> tuple[str, OpaqueConfig]:
+    """Return the configuration's kind, and what it says."""
     said = dict(parameters)
     version, kind = said.pop("apiVersion", None), said.pop("kind", None)
     if version != API_VERSION:
         raise InputError(f"cannot use {where}: {hints.shown(version)} at $.apiVersion, expected {API_VERSION!r}")
-    form = FORMS.get(kind) if isinstance(kind, str) else None
+    every = forms.by_name()
+    form = every.get(kind) if isinstance(kind, str) else None
     if form is None:
-        raise InputError(f"cannot use {where}: {hints.shown(kind)} at $.kind; {hints.hint(str(kind), list(FORMS))}")
+        raise InputError(f"cannot use {where}: {hints.shown(kind)} at $.kind; {hints.hint(str(kind), list(every))}")
     for path, key, known in _unknown(said, form, "$"):
         raise InputError(f"cannot use {where}: {kind} has no key {path}; {hints.hint(key, known)}")
     try:
-        found = msgspec.convert(said, form)
-        found.settings()
+        return str(kind), _settings(msgspec.convert(said, form))
     except msgspec.ValidationError as error:
         value = hints.found(said, str(error), hints.steps(str(error)))
         raise InputError(f"cannot use {where}: {kind}: {error}{value}") from None
     except InputError as error:
         raise InputError(f"cannot use {where}: {kind}: {error}") from None
-    return found
+    except Exception as error:  # whatever a third party's type raises
+        raise InputError(f"cannot use {where}: {kind}: {type(error).__name__}: {error}") from None
+
+
+def _settings(found: msgspec.Struct) -> OpaqueConfig:
+    if isinstance(found, _Form):
+        return found.settings()
+    return OpaqueConfig(own=MappingProxyType(msgspec.json.decode(msgspec.json.encode(found))))
 
 
 def _unknown(said: Mapping[str, Any], form: type[msgspec.Struct], path: str) -> Iterator[tuple[str, str, list[str]]]:
@@ -373,8 +417,15 @@ def _unknown(said: Mapping[str, Any], form: type[msgspec.Struct], path: str) -> 
     known = {one.encode_name: one.type for one in msgspec.structs.fields(form)}
     for key, value in said.items():
         if key in known:
-            for one in get_args(known[key]):
-                if isinstance(one, type) and issubclass(one, msgspec.Struct) and isinstance(value, Mapping):
-                    yield from _unknown(value, one, f"{path}.{key}")
+            for one in (known[key], *get_args(known[key])):
+                if isinstance(one, type) and issubclass(one, msgspec.Struct):
+                    yield from _unknown_below(value, one, f"{path}.{key}")
         else:
             yield f"{path}.{key}", str(key), list(known)
+
+
+def _unknown_below(value: object, form: type[msgspec.Struct], path: str) -> Iterator[tuple[str, str, list[str]]]:
+    if isinstance(value, Mapping):
+        yield from _unknown(value, form, path)
+    for i, one in enumerate(value if isinstance(value, list) else ()):
+        yield from _unknown_below(one, form, f"{path}[{i}]")

@@ -20,7 +20,7 @@ from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_amounts, 
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
 from nodeagent.core.dra.interfaces import check_interface, check_names
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
-from nodeagent.core.dra.opaque_config import OpaqueConfig, check_all, check_fit, settings_for, to_json
+from nodeagent.core.dra.opaque_config import BUILT_IN, Forms, OpaqueConfig, check_all, check_fit, settings_for, to_json
 from nodeagent.core.dra.passthrough import check_driver, driver_for, refuse_members, things_with_members
 from nodeagent.core.dra.pool import DevicePart
 from nodeagent.core.ledger import ledger as ledger_of
@@ -58,6 +58,8 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     """VFIO drivers that claims may have their devices bound to."""
     moves_interfaces: bool = False
     """Whether claims may have their adapters' interfaces in their pods."""
+    forms: Forms = BUILT_IN
+    """Opaque configurations, with those of third-party kinds."""
 
     def find(self, inventory: Inventory, result: Result) -> tuple[PoolKind, DevicePart]:
         """Return the kind and what the device stands for. Raise InputError if there is no such pool or device."""
@@ -211,9 +213,10 @@ def results_of(catalog: Catalog, claim: Claim) -> list[Result]:
 
 
 def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Iterable[Result]) -> tuple[ClaimDemand, ...]:
-    check_all(claim.configs, catalog.driver)
+    check_all(claim.configs, catalog.driver, catalog.forms)
     wanted = tuple(_one_wanted(inventory, catalog, claim, index, result) for index, result in enumerate(results))
-    check_fit(claim.configs, catalog.driver, {one.result.request: one.kind.kind for one in wanted})
+    kinds = {one.result.request: one.kind.kind for one in wanted}
+    check_fit(claim.configs, catalog.driver, kinds, catalog.forms)
     check_names(one.settings for one in wanted if not one.result.admin)
     shared = (one for one in wanted if not one.result.admin)
     check_claim(inventory, [(one.part.device, bool(one.part.shares), one.settings) for one in shared])
@@ -223,7 +226,7 @@ def _wanted(inventory: Inventory, catalog: Catalog, claim: Claim, results: Itera
 def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int, result: Result) -> ClaimDemand:
     with _placed(result):
         kind, part = catalog.find(inventory, result)
-        settings = settings_for(result, kind.kind, claim.configs, catalog.driver)
+        settings = settings_for(result, kind.kind, claim.configs, catalog.driver, catalog.forms)
         one = ClaimDemand(index=index, result=result, kind=kind, part=part, settings=settings)
         if not result.admin:
             check_device(inventory, part.device, settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from nodeagent.core.ledger.counters import spent
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
@@ -34,11 +35,15 @@ def excluded_with(inventory: Inventory, ledger: Ledger, ids: Iterable[str]) -> f
 
 
 def blocked(inventory: Inventory, ledger: Ledger) -> frozenset[str]:
-    """Return the devices of which nothing can be granted exclusively: those that anybody holds, and all that exclude
-    them."""
+    """Return the devices of which nothing can be granted exclusively: those that anybody holds, all that exclude them,
+    and those for which their counters do not last."""
     if not ledger.devices_taken:
         return frozenset()
-    return kept_by(ledger, "_blocked", lambda: excluded_with(inventory, ledger, ledger.devices_taken), inventory)
+    return kept_by(ledger, "_blocked", lambda: _blocked(inventory, ledger), inventory)
+
+
+def _blocked(inventory: Inventory, ledger: Ledger) -> frozenset[str]:
+    return excluded_with(inventory, ledger, ledger.devices_taken) | spent(inventory, ledger)
 
 
 def most_together(inventory: Inventory, ids: Iterable[str]) -> list[str]:

@@ -75,6 +75,18 @@ class Partition(msgspec.Struct, frozen=True, kw_only=True):
     """Whether it exists. In an inventory it says nothing of that; what a container gets is rendered with it."""
 
 
+class Draws(msgspec.Struct, frozen=True, kw_only=True):
+    """What a device takes of counters that it shares with others, such as the cores of the card of which it is a
+    partition. All devices with the same `of` are granted only as far as the counters last, whichever they are."""
+
+    of: str
+    """What has the counters, such as the id of the card."""
+    takes: Mapping[str, int]
+    """By counter, a DNS label."""
+    has: Mapping[str, int]
+    """All that there is of each counter; every device with the same `of` says the same."""
+
+
 class Device(PciFacts, frozen=True, kw_only=True):
     """A device that can be granted as a whole. `id` stays the same across reboots and driver failures."""
 
@@ -91,6 +103,10 @@ class Device(PciFacts, frozen=True, kw_only=True):
     attributes: Mapping[str, str | int | bool] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     partition: Partition | None = None
     """Set for a part that need not exist: it has no device nodes before it is made."""
+    draws: Draws | None = None
+    """None if it shares no counters."""
+    prepared: PreparedFor | None = None
+    """What its kind's `prepare` said. An inventory says nothing of that; what a container gets is rendered with it."""
 
     @property
     def exclusive_parts(self) -> tuple[str, ...]:
@@ -210,6 +226,15 @@ class ContainerEdits(msgspec.Struct, frozen=True, kw_only=True):
     """CDI device names, vendor/class=name."""
     hooks: tuple[Hook, ...] = ()
     """Not expressed by the device plugin API."""
+
+
+class PreparedFor(msgspec.Struct, frozen=True, kw_only=True):
+    """A device was prepared by its kind for a grant."""
+
+    grant: str
+    """Grant.id."""
+    edits: ContainerEdits
+    """What its container gets besides what the kind says of the device itself."""
 
 
 class Advertised(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from typing import Any
 import msgspec
 
 from nodeagent.core.model.cpuset import MAX_ID, CpuSet
-from nodeagent.core.model.device import Device, DriverFile, DriverFiles, DriverUse, Hook, Link, Partition
+from nodeagent.core.model.device import Device, Draws, DriverFile, DriverFiles, DriverUse, Hook, Link, Partition
 from nodeagent.core.model.inventory import Inventory, KindState, PodsCgroup
 from nodeagent.core.model.topology import NO_NODE, CacheGroup, Cpu, HugepagePool, NumaNode
 from nodeagent.errors import InputError
@@ -86,6 +86,7 @@ class _Device(msgspec.Struct):
     exclusive: list[str] | None = None
     attributes: dict[str, str | int | bool] = {}
     partition: Partition | None = None
+    draws: Draws | None = None
 
 
 class _Link(msgspec.Struct):
@@ -184,11 +185,12 @@ def device_document(device: Device) -> dict[str, Any]:
         "parent": device.parent,
         **({} if device.exclusive is None else {"exclusive": list(device.exclusive)}),
         "attributes": dict(device.attributes),
-        **({} if device.partition is None else {"partition": _partition_out(device.partition)}),
+        **({} if device.partition is None else {"partition": _plain(device.partition)}),
+        **({} if device.draws is None else {"draws": _plain(device.draws)}),
     }
 
 
-def _partition_out(part: Partition) -> dict[str, Any]:
+def _plain(part: Partition | Draws) -> dict[str, Any]:
     return {
         name: dict(value) if isinstance(value, Mapping) else value
         for name, value in msgspec.structs.asdict(part).items()
@@ -454,4 +456,5 @@ def _device_in(device: _Device, source: str) -> Device:
         exclusive=None if device.exclusive is None else tuple(device.exclusive),
         attributes=MappingProxyType(dict(device.attributes)),
         partition=device.partition,
+        draws=device.draws,
     )

@@ -8,16 +8,17 @@ the most specific kind; the order is by kind, then id. Third parties add a kind 
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, Link
+from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, Draws, Link
 from nodeagent.core.model.inventory import DEGRADED, KindState
 from nodeagent.core.model.topology import NodeId
-from nodeagent.host.devices.accel import Accel
+from nodeagent.host.devices.accelerators.accel import Accel
 from nodeagent.host.devices.base import (
     LONGEST_ID,
     CharSelector,
@@ -32,6 +33,7 @@ from nodeagent.host.devices.block import Block
 from nodeagent.host.devices.char import Char
 from nodeagent.host.devices.fpga import Fpga
 from nodeagent.host.devices.gpu import Gpu
+from nodeagent.host.devices.hooks import fault, forms
 from nodeagent.host.devices.imex import Imex
 from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
@@ -60,6 +62,9 @@ __all__ = [
     "read_context",
 ]
 GROUP = "nodeagent.kinds"
+MOST_COUNTERS = 32
+"""In one set (resource.k8s.io/v1, ResourceSliceMaxCountersPerCounterSet)."""
+_COUNTER = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
 class Devices(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,7 +85,10 @@ def builtin_kinds() -> tuple[Kind, ...]:
 def load_kinds() -> tuple[Kind, ...]:
     """Return third-party kinds, then the built-in ones. One that cannot be loaded is replaced by a degraded kind."""
     entries = sorted(importlib.metadata.entry_points(group=GROUP), key=lambda entry: entry.name)
-    return (*(_load(entry) for entry in entries), *builtin_kinds())
+    loaded: list[Kind] = []
+    for entry in entries:
+        loaded.append(_load(entry, {form.__name__ for form in forms(loaded).own.values()}))
+    return (*loaded, *builtin_kinds())
 
 
 def read_context(
@@ -130,7 +138,11 @@ def edits(kind: Kind, devices: Sequence[Device], same_request: Sequence[Device] 
     same_request: all devices of the kind that the container gets, or None if these are all.
     """
     every = devices if same_request is None else same_request
-    parts = [kind.edits(device, every) for device in devices]
+    return merged([kind.edits(device, every) for device in devices])
+
+
+def merged(parts: Sequence[ContainerEdits]) -> ContainerEdits:
+    """Return all that some parts say, each node, mount, name and hook once; the last says what a variable is."""
     return ContainerEdits(
         env=MappingProxyType({name: value for part in parts for name, value in part.env.items()}),
         device_nodes=tuple(dict.fromkeys(node for part in parts for node in part.device_nodes)),
@@ -154,7 +166,8 @@ class _Broken(msgspec.Struct, frozen=True):
         return ContainerEdits()
 
 
-def _load(entry: importlib.metadata.EntryPoint) -> Kind:
+def _load(entry: importlib.metadata.EntryPoint, configurations: Collection[str]) -> Kind:
+    """Return the kind of an entry point. configurations: names of those that other kinds have."""
     try:
         kind: object = entry.load()()
     except Exception as error:  # whatever a third party's import or constructor raises
@@ -163,6 +176,11 @@ def _load(entry: importlib.metadata.EntryPoint) -> Kind:
         return _Broken(entry.name, f"cannot use {entry.value}: it lacks one of name, discover, edits")
     if kind.name in {own.name for own in builtin_kinds()}:
         return _Broken(entry.name, f"cannot use {entry.value}: the kind {kind.name!r} is built in")
+    if why := fault(kind):
+        return _Broken(entry.name, f"cannot use {entry.value}: {why}")
+    name = getattr(getattr(kind, "config", None), "__name__", "")
+    if name in configurations:
+        return _Broken(entry.name, f"cannot use {entry.value}: another kind has a configuration called {name}")
     return kind
 
 
@@ -178,8 +196,11 @@ def _ask(kind: Kind, sysfs: SysFs, context: Context) -> Found:
 def _check(kind: Kind, found: object) -> None:
     if not isinstance(found, Found):
         raise TypeError(f"discover answered {type(found).__name__} instead of Found")
+    totals: dict[str, Mapping[str, int]] = {}
     for device in found.devices:
         _check_types(device)
+        if device.draws is not None:
+            _check_draws(device, device.draws, totals)
         if not 1 <= len(device.id) <= LONGEST_ID:
             raise ValueError(f"device id {device.id!r} has {len(device.id)} characters, 1 to {LONGEST_ID} are allowed")
 
@@ -193,6 +214,27 @@ def _check_types(device: object) -> None:
     if device.pci_address is not None and not is_address(device.pci_address):
         raise ValueError(
             f"device {device.id!r} has PCI address {device.pci_address!r}, expected one such as 0000:3b:00.0"
+        )
+
+
+def _check_draws(device: Device, draws: Draws, totals: dict[str, Mapping[str, int]]) -> None:
+    """Raise TypeError or ValueError if counters cannot be what a device says. totals: what others said; changed."""
+    msgspec.convert(msgspec.to_builtins(draws, enc_hook=dict), Draws)
+    if not draws.of or not draws.takes or len(draws.has) > MOST_COUNTERS:
+        raise ValueError(f"device {device.id!r} draws on no counters, or on more than {MOST_COUNTERS}")
+    for name, amount in draws.has.items():
+        if not _COUNTER.fullmatch(name):
+            raise ValueError(
+                f"device {device.id!r} has a counter {name!r}, expected a name such as cores or memory-mib"
+            )
+        if not 0 <= amount < 1 << 63:
+            raise ValueError(f"device {device.id!r} says that there are {amount} {name}")
+    for name, amount in draws.takes.items():
+        if not 0 <= amount <= draws.has.get(name, -1):
+            raise ValueError(f"device {device.id!r} takes {amount} {name} of {draws.has.get(name, 'no')}")
+    if totals.setdefault(draws.of, draws.has) != draws.has:
+        raise ValueError(
+            f"device {device.id!r} says that {draws.of} has {dict(draws.has)}, another device says otherwise"
         )
 
 

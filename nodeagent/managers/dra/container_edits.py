@@ -21,6 +21,8 @@ from nodeagent.core.pinning.plan import variable
 from nodeagent.core.sharing.amounts import CORES, MEMORY
 from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import HostError
+from nodeagent.host.devices.all_kinds import merged
+from nodeagent.host.devices.hooks import prepares
 from nodeagent.managers.dra import mps_edits
 from nodeagent.managers.dra.device_metadata import by_request
 from nodeagent.resources.catalog import Dra
@@ -89,7 +91,12 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
         now = device.driver or "no driver"
         raise HostError(f"cannot hand over {device.id}: it is bound to {now}, and not to {settings.driver} yet")
     rdma = settings.rdma is not False
-    return offer.device_edits(inventory, device, siblings, settings.driver_capabilities, rdma=rdma)
+    own = offer.device_edits(inventory, device, siblings, settings.driver_capabilities, rdma=rdma)
+    if not prepares(offer.family) or not grant.devices:
+        return own
+    if device.prepared is None or device.prepared.grant != grant.id:
+        raise HostError(f"cannot hand over {device.id}: the kind {device.kind} has not prepared it yet")
+    return merged([own, device.prepared.edits])
 
 
 def device_of(dra: Dra, inventory: Inventory, grant: Grant) -> Device | None:

@@ -1,4 +1,5 @@
-"""Looks at the devices through the kernel, periodically and when the inventory changes, and reports what it sees.
+"""Looks at the devices through the kernel and their kinds, periodically and when the inventory changes, and reports
+what it sees.
 
 Everything is read in a thread of its own (aio/reads.py). A device that hangs is unknown and delays no other.
 """
@@ -16,6 +17,7 @@ import structlog
 from nodeagent.aio.reads import DEADLINE_S, Reads
 from nodeagent.config.schema import Config
 from nodeagent.core.model.health import UNKNOWN, Evidence, Said
+from nodeagent.host.health.kinds import OF_KINDS
 from nodeagent.host.health.source import NO_READINGS, Readings, Sight, Silence, Source, looked
 from nodeagent.host.health.sources import sources
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -94,13 +96,16 @@ class KernelHealth:
         return NO_READINGS if seen is Silence.NOTHING_TO_SEE else self._readings.get(said, NO_READINGS)
 
     def _evidence(self, found: Mapping[Said, Sight | Silence], hanging: frozenset[Said]) -> list[Evidence]:
-        late = Sight(UNKNOWN, f"the kernel did not answer within {self._deadline_s:g} s")
-        seen = {**found, **dict.fromkeys(hanging, late)}
+        seen = {**found, **{said: self._late(said) for said in hanging}}
         return [
             Evidence(device=device, source=source, state=one.state, reason=one.reason)
             for (device, source), one in seen.items()
             if isinstance(one, Sight)
         ]
+
+    def _late(self, said: Said) -> Sight:
+        who = "its kind" if said[1] == OF_KINDS else "the kernel"
+        return Sight(UNKNOWN, f"{who} did not answer within {self._deadline_s:g} s")
 
     def _unseen(self, every: Mapping[Said, Look], found: Mapping[Said, Sight | Silence]) -> list[Said]:
         """Return what was said before about what there is nothing of any longer, also by a source that is ignored."""

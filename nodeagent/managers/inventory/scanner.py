@@ -22,6 +22,7 @@ from nodeagent.errors import HostError
 from nodeagent.host import uevents as udev
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.health.source import Readings
+from nodeagent.host.health.sources import sources
 from nodeagent.host.nvml.client import Failure, Mig, Probe, Snapshot, Xid
 from nodeagent.host.nvml.library import has_library
 from nodeagent.host.nvml.values import for_scans
@@ -95,7 +96,7 @@ class InventoryScanner(Manager):
         """False for a captured tree: it emits no events, and NVML would describe another machine."""
         binding = functools.partial(driver_binding, sysfs)
         self._latches = LatchMemory(state_dir / LATCHES, agent.settings.boot_id, binding)
-        self.kernel_health = KernelHealth(agent, sysfs, config)
+        self.kernel_health = KernelHealth(agent, sysfs, config, sources(families))
         self._nvlinks = NvlinkMemory(state_dir / NVLINKS, agent.settings.boot_id)
         self._nvlink_errors = NvlinkErrors()
         self._faults = FaultMemory(state_dir / FAULTS, agent.settings.boot_id, binding)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +16,12 @@ from nodeagent.core.dra.opaque_config import (
     CONFIG_KINDS,
     FORMS,
     NO_SETTINGS,
+    Forms,
     OpaqueConfig,
     check_all,
     check_fit,
     from_json,
+    read_own,
     settings_for,
     to_json,
 )
@@ -281,3 +284,63 @@ def test_no_settings_take_no_room() -> None:
 def test_what_was_not_kept_by_us_is_refused(text: str) -> None:
     with pytest.raises(InputError, match="cannot read settings"):
         from_json(text)
+
+
+# ---------------------------------------------------------------- a third party's own
+
+
+class Fan(msgspec.Struct, frozen=True):
+    rpm: Annotated[int, msgspec.Meta(le=9000)] = 100
+
+
+class CardConfig(msgspec.Struct, frozen=True, rename="camel"):
+    power_watts: int
+    fans: list[Fan] = []
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        if self.name == "odd":
+            raise KeyError("an odd name")
+
+
+CARDS = Forms({"card": CardConfig})
+
+
+def own(*configs: Opaque) -> OpaqueConfig:
+    result = Result(request="one", driver=DRIVER, pool="node/card", device="device-0")
+    return settings_for(result, "card", configs, DRIVER, CARDS)
+
+
+def test_a_third_partys_configuration_is_kept_in_plain_types_and_read_as_its_own() -> None:
+    found = own(opaque("CardConfig", powerWatts=300, fans=[{"rpm": 5}]))
+    assert found.own == {"powerWatts": 300, "fans": [{"rpm": 5}], "name": ""}
+    again = from_json(to_json(found))
+    assert again == found
+    assert read_own(again, CardConfig) == CardConfig(300, [Fan(5)])
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ({"powerWatts": "300"}, "CardConfig: Expected `int`, got `str` - at `$.powerWatts`, found '300'"),
+        ({}, "CardConfig: Object missing required field `powerWatts`"),
+        ({"powerWats": 1}, "CardConfig has no key $.powerWats; did you mean powerWatts?"),
+        ({"powerWatts": 1, "fans": [{}, {"rmp": 3}]}, "CardConfig has no key $.fans[1].rmp; did you mean rpm?"),
+        ({"powerWatts": 1, "fans": [{"rpm": 9001}]}, "Expected `int` <= 9000 - at `$.fans[0].rpm`, found 9001"),
+        ({"powerWatts": 1, "name": "odd"}, "CardConfig: KeyError: 'an odd name'"),
+    ],
+)
+def test_what_a_third_partys_configuration_cannot_be_is_named(said: dict[str, Any], why: str) -> None:
+    with pytest.raises(InputError) as error:
+        check_all([opaque("CardConfig", **said)], DRIVER, CARDS)
+    assert str(error.value).startswith("cannot use config[0] (FromClaim): ")
+    assert why in str(error.value)
+
+
+def test_a_kind_whose_configuration_has_no_defaults_needs_one_from_the_claim() -> None:
+    with pytest.raises(InputError, match=r"cannot read the CardConfig of the claim: .*`powerWatts`"):
+        own()
+    with pytest.raises(InputError, match=r"DeviceConfig is for request .* of kind card, expected CardConfig"):
+        own(opaque("DeviceConfig", requests=("one",)))
+    with pytest.raises(InputError, match=r"'CardConfig' at \$.kind"):
+        check_all([opaque("CardConfig", powerWatts=1)], DRIVER)

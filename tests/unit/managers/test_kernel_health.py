@@ -20,6 +20,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.inventory.gpu_health import OF_NVML
 from nodeagent.managers.inventory.gpu_sources import IGNORABLE
 from tests.builders.devices import DeviceTree
+from tests.support import npu
 from tests.support.health_node import health_node
 from tests.support.paths import CHECKOUT
 
@@ -160,7 +161,7 @@ def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree) -> None
 
 def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_documentation_know() -> None:
     """Those of NVML that the driver alone can tell about are never ignored, nor is what the configuration says."""
-    names = [one.name for one in sources()]
+    names = [one.name for one in sources([npu.kind()])]
     assert len(set(names)) == len(names)
     ignorable = set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
     assert ignorable == {*names, *IGNORABLE}

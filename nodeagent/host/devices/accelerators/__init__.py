@@ -1,0 +1,1 @@
+"""Accelerators other than GPUs, one file a kind."""
