@@ -67,7 +67,7 @@ def test_a_deleted_pods_cpus_are_given_to_the_shared_pods_at_once(node: Node, po
     assert node.effective("shared") != shared
     node.delete_pod("short")
     began = time.monotonic()
-    until("its CPU is shared again", lambda: node.effective("shared") == shared)
+    until("its CPU is shared again", lambda: node.effective("shared") == shared, STEP_S)
     print(f"vm: a deleted pod's CPU is shared again: {time.monotonic() - began:.2f} s", flush=True)
 
 
@@ -81,7 +81,7 @@ def test_what_a_pod_held_that_ended_while_the_agent_was_away_is_released_when_it
     node.delete_pod("away")
     node.guest.run("systemctl start nodeagent")
     began = time.monotonic()
-    until("its CPU is released", lambda: node.grants() == grants)
+    until("its CPU is released", lambda: node.grants() == grants, STEP_S)
     print(f"vm: released after the agent's return: {time.monotonic() - began:.1f} s", flush=True)
 
 
