@@ -70,7 +70,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("NicConfig", {"interface": {"addresses": ["127.0.0.1/8"]}}, "'127.0.0.1/8' at $.interface.addresses[0]"),
     ("NicConfig", {"interface": {"addresses": ["10.0.0.5/24"] * 2}}, "stands twice at $.interface.addresses"),
     ("NicConfig", {"interface": {"addresses": [f"10.0.0.{i}/24" for i in range(1, 18)]}}, "17 entries at"),
-    ("NicConfig", {"interface": {"routes": [{"to": "10.1.0.0/16"}]}}, "`$.interface.routes[0]`"),
+    ("NicConfig", {"interface": {"routes": [{"to": "10.1.0.0/16"}]}}, "has no key $.interface.routes[0].to"),
     (
         "NicConfig",
         {"interface": {"routes": [{"destination": "10.1.0.0"}]}},
