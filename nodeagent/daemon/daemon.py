@@ -33,7 +33,7 @@ from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.gpus import Gpus, instance_table
 from nodeagent.daemon.kinds import Kinds
-from nodeagent.daemon.network import Network
+from nodeagent.daemon.network import Network, with_interfaces_in_pods
 from nodeagent.daemon.observed import observed
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, check_served, checked, log_start
 from nodeagent.daemon.reload import rewrites
@@ -97,6 +97,7 @@ def build(config: Config, where: Paths, families: Sequence[all_kinds.Kind]) -> D
         containers = ContainerTable(layouts(cgroup_root))
         names = frozenset({node_name(config), socket.gethostname().lower(), *kubelet.names()})
         witness = PodWitness(PodCgroups(where.sysfs, cgroup_root), containers, plugins, names, now.boot_id)
+        inventory = with_interfaces_in_pods(inventory, where, now.boot_id)
         agent = Agent(store, inventory, now, pods.list, living=witness.living)
         agent.begin_beside_others(witness.given(), [one.resource for one in offers(config, families)])
         return Daemon(config, where, families, agent, pods, witness, containers, store, kubelet)

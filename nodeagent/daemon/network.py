@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from nodeagent.config.schema import Config
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
 from nodeagent.daemon.paths import Paths
 from nodeagent.host.devices import all_kinds
 from nodeagent.managers import state_files
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
     from nodeagent.managers.network.device_info import DeviceInfoManager
     from nodeagent.managers.network.interfaces import InterfacesManager
     from nodeagent.managers.network.vfs import VfsManager
+
+
+def with_interfaces_in_pods(inventory: Inventory, where: Paths, boot_id: str) -> Inventory:
+    """Return what an agent finds at its start with the interfaces that an earlier one moved into pods."""
+    if not (where.state_dir / state_files.INTERFACES).exists():
+        return inventory
+    from nodeagent.managers.network.interface_journal import InterfaceJournal, as_on_host
+
+    return as_on_host(inventory, InterfaceJournal(where.state_dir, boot_id).read())
 
 
 class Network:

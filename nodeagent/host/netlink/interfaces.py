@@ -21,7 +21,8 @@ from nodeagent.host.netlink.namespaces import NetNamespace
 
 _NEWLINK, _GETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 16, 18, 20, 22, 24, 26
 _LINK, _ADDRESS, _ROUTE = struct.Struct("=BBHiII"), struct.Struct("=BBBBI"), struct.Struct("=BBBBBBBBI")
-_HARDWARE, _NAME, _MTU, _MASTER, _INFO, _ALIAS, _NAMESPACE, _PORT, _PARENT = 1, 3, 4, 10, 18, 20, 28, 38, 56
+_HARDWARE, _NAME, _MTU, _LOWER, _MASTER, _INFO, _ALIAS, _NAMESPACE = 1, 3, 4, 5, 10, 18, 20, 28
+_LOWER_ELSEWHERE, _PORT, _PARENT = 37, 38, 56
 _INFO_KIND = 1
 _UP = 1
 _LOCAL, _OTHER_END, _FLAGS = 2, 1, 8
@@ -51,6 +52,8 @@ class Link(msgspec.Struct, frozen=True, kw_only=True):
     """Which port of the device it is, or ""."""
     master: int = 0
     """Index of the bond or bridge that it belongs to, or 0."""
+    lower: int = 0
+    """Index of the interface that it is built on, of the same namespace, or 0; of a veth its other end."""
 
 
 class Interfaces:
@@ -169,6 +172,7 @@ def _read_link(data: bytes) -> Link:
         parent=read_text(found.get(_PARENT)),
         port=read_text(found.get(_PORT)),
         master=read_number(found.get(_MASTER)),
+        lower=0 if _LOWER_ELSEWHERE in found else read_number(found.get(_LOWER)),
     )
 
 

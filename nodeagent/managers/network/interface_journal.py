@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import cause_of
 from nodeagent.host.netlink.interfaces import Link
 from nodeagent.host.sysfs import atomic_file as files
@@ -54,6 +58,21 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
         if self.before.parent:
             return (link.parent, link.port) == (self.before.parent, self.before.port)
         return link.alias == self.mark
+
+
+def as_on_host(inventory: Inventory, records: Mapping[str, Moved]) -> Inventory:
+    """Return an inventory in which the adapters whose interfaces are in pods have what these were on the host: an agent
+    that starts cannot see it."""
+
+    def told(device: Device) -> Device:
+        record = records.get(device.id)
+        if record is None or "netdevs" in device.attributes:
+            return device
+        before = record.before
+        seen = {"netdevs": before.name, "mac": before.hardware_address, "mtu": before.mtu}
+        return replace(device, attributes=MappingProxyType({**device.attributes, **seen}))
+
+    return replace(inventory, devices=tuple(map(told, inventory.devices)))
 
 
 class _File(msgspec.Struct, kw_only=True):

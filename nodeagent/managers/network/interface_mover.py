@@ -26,6 +26,8 @@ from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
 RETURN_S, RETURN_POLL_S = 2.0, 0.05
 """How long the kernel may take to return an interface after the end of its pod's namespace: it does so in the
 background."""
+VETH = "veth"
+"""The kind of pairs, whose ends name each other as what they are built on."""
 log = structlog.get_logger()
 IsThere = Callable[[str], bool]
 """Returns whether a device of an id can have an interface: it is plugged in and has a driver."""
@@ -120,6 +122,8 @@ class InterfaceMover:
             raise HostError(f"cannot move interface {asked.host_name}: the host has none of that name")
         if link.master:
             raise HostError(f"cannot move interface {link.name}: it belongs to a bond or bridge of the host")
+        if upper := [one.name for one in outside.links() if one.lower == link.index and one.kind != VETH]:
+            raise HostError(f"cannot move interface {link.name}: {', '.join(upper)} of the host would end with it")
         record = Moved(
             device=asked.device,
             claim=asked.claim,
@@ -247,7 +251,7 @@ def _find_on_host(record: Moved, outside: Interfaces) -> Link | None:
     if link is None:
         return None
     before = record.before
-    return link if replace(link, index=before.index, up=before.up) == before else None
+    return link if replace(link, index=before.index, lower=before.lower, up=before.up) == before else None
 
 
 def _free_name(wanted: str, link: Link, there: Sequence[Link]) -> str:

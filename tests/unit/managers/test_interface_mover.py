@@ -5,25 +5,28 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
 from msgspec.structs import replace
 
+from nodeagent.core.model.device import Device
+from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface, Route
 from nodeagent.errors import HostError
 from nodeagent.host.netlink.connection import Netlink
 from nodeagent.host.netlink.interfaces import Link
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.network import interface_mover
-from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
+from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved, as_on_host
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox, has_driver
 from tests.support import namespaces
 from tests.support.long_form import share_of
 from tests.support.namespaces import FIRST_GROUP, Namespace, adapters, device_of, needs_namespaces
 
 GROUP = FIRST_GROUP + 1
-DEVICE, MAC = device_of(GROUP), "02:00:00:00:00:07"
+DEVICE, OTHER, MAC = device_of(GROUP), device_of(GROUP + 1), "02:00:00:00:00:07"
 WANTED = Interface(
     name="net1",
     addresses=("10.0.0.5/24", "fd00::5/64"),
@@ -175,18 +178,24 @@ def test_part_of_a_bond_or_bridge_is_refused(node: Node, pod: Namespace) -> None
     assert not node.mover.records()
 
 
+def test_what_other_interfaces_are_built_on_is_refused(node: Node, pod: Namespace) -> None:
+    """The kernel would end them."""
+    node.host.ip("link", "add", "upper", "link", "ens7", "type", "macvlan")
+    with pytest.raises(HostError, match="cannot move interface ens7: upper of the host would end with it"):
+        node.mover.hand_over(asked(), sandbox(pod))
+    assert "upper" in node.host.names() and not node.mover.records()
+
+
 @pytest.mark.parametrize(
     ("wanted", "why"),
     [
-        (replace(WANTED, mtu=65535, hardware_address="02:00:00:00:00:00"), ""),
+        (replace(WANTED, hardware_address="00:00:00:00:00:00"), "cannot set the hardware address of interface net1"),
+        (replace(WANTED, mtu=1000), "cannot add address fd00::5/64 to interface net1"),
         (replace(WANTED, routes=(Route(destination="10.9.0.0/16", gateway="198.51.100.1"),)), "invalid gateway"),
     ],
-    ids=["what-veth-takes", "gateway"],
+    ids=["hardware-address", "ipv6-in-a-small-mtu", "gateway"],
 )
 def test_what_the_kernel_refuses_is_said_and_undone(node: Node, pod: Namespace, wanted: Interface, why: str) -> None:
-    if not why:
-        node.mover.hand_over(asked(wanted=wanted), sandbox(pod))
-        return
     with pytest.raises(HostError, match=why):
         node.mover.hand_over(asked(wanted=wanted), sandbox(pod))
     assert node.state() == AS_MADE and not node.mover.records() and pod.names() == set()
@@ -293,6 +302,16 @@ def test_a_pod_cannot_have_another_interface_taken_for_it(before: Link, found: L
     assert replace(RECORD, before=before).is_it(found) is is_it
 
 
+def test_an_agent_that_starts_knows_what_the_interfaces_in_pods_are_on_the_host() -> None:
+    """What it sees itself counts more; other devices are as they are."""
+    seen = Device(kind="nic", id=OTHER, attributes=MappingProxyType({"netdevs": "ens8"}))
+    unseen, third = Device(kind="nic", id=DEVICE), Device(kind="nic", id="0000:5e:00.3")
+    records = {DEVICE: replace(RECORD, before=replace(LINK, mtu=1450)), OTHER: replace(RECORD, device=OTHER)}
+    found = as_on_host(Inventory(devices=(unseen, seen, third)), records)
+    known = {"netdevs": "ens7", "mac": MAC, "mtu": 1450}
+    assert [dict(one.attributes) for one in found.devices] == [known, {"netdevs": "ens8"}, {}]
+
+
 # ---------------------------------------------------------------- killed at any step
 
 
@@ -319,7 +338,6 @@ class Doom:
             raise Killed
 
 
-OTHER = device_of(GROUP + 1)
 WANTS = {
     DEVICE: WANTED,
     OTHER: Interface(name="net2", addresses=("10.0.1.5/24",)),
