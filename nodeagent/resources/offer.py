@@ -258,11 +258,12 @@ def _amount_variables(grants: Sequence[Grant]) -> dict[str, str]:
     sizes = Counter[str]()
     for _, name, size in (amount for grant in grants for amount in grant.amounts):
         sizes[name] += size
-    return {
-        "NODEAGENT_DEVICE_MEMORY_BYTES": str(sizes[gpu_amounts.MEMORY]),
-        "NODEAGENT_DEVICE_CORES_PERCENT": str(sizes[gpu_amounts.CORES]),
-        "NODEAGENT_DEVICE_LIMITS": enforcement(grants),
+    names = {
+        gpu_amounts.MEMORY: "NODEAGENT_DEVICE_MEMORY_BYTES",
+        gpu_amounts.CORES: "NODEAGENT_DEVICE_CORES_PERCENT",
     }
+    said = {variable: str(sizes[name]) for name, variable in names.items() if name in sizes}
+    return {**said, "NODEAGENT_DEVICE_LIMITS": enforcement(grants)}
 
 
 def nodes_of_cpus(inventory: Inventory, cpus: CpuSet) -> list[NodeId]:

@@ -59,7 +59,14 @@ FORMS = (
 )
 """Files of a CPU with the same sets, under a newer and an older name and in two forms. Where they agree, a table has
 only the first of them."""
-NODE_FILES = ("cpulist", "cpumap", "distance", "access[01]/initiators/read_bandwidth", "hugepages/*/*_hugepages")
+NODE_FILES = (
+    "cpulist",
+    "cpumap",
+    "distance",
+    "access[01]/initiators/read_bandwidth",
+    "hugepages/*/*_hugepages",
+    "x86/sgx_total_bytes",
+)
 MEMBERS = {
     "net": ("operstate", "flags", "carrier", "speed", "mtu", "address", "type", "phys_port_name", "phys_switch_id"),
     "block": ("size", "dev", "removable", "partition", "serial", "queue/rotational", "device/model"),
@@ -67,7 +74,12 @@ MEMBERS = {
     "ve": (),
 }
 """Classes of devices, and the files of each."""
-DAX = "sys/bus/dax/devices"
+DAX, DSA = "sys/bus/dax/devices", "sys/bus/dsa/devices"
+DSA_FILES = (
+    *("state", "type", "mode", "size", "priority", "group_id", "threshold", "max_batch_size", "max_transfer_size"),
+    *("name", "driver_name", "max_work_queues", "max_groups", "max_engines"),
+)
+"""Of accelerators and of their queues."""
 OTHERS = (
     "sys/devices/cpu_*/cpus",
     "sys/devices/virtual/memory_tiering/memory_tier*/nodelist",
@@ -164,7 +176,7 @@ def table_of(tree: SysFs, source: str, answers: Answers | None = None) -> Table:
         pci={_below(folder): _function(tree, folder) for folder in _resolved(tree, BUS)},
         members={kind: found for kind in MEMBERS if (found := _members(tree, kind))},
         files=dict(_other_files(tree)),
-        links=dict(_dax_links(tree)),
+        links=dict(_bus_links(tree)),
         hwloc=answers,
     )
 
@@ -281,17 +293,20 @@ def _members(tree: SysFs, kind: str) -> dict[str, dict[str, str]]:
 
 
 def _other_files(tree: SysFs) -> Iterator[tuple[str, str]]:
-    patterns = (*OTHERS, *(f"{folder}/target_node" for folder in _resolved(tree, DAX)))
+    of_dsa = (f"{folder}/{name}" for folder in _resolved(tree, DSA) for name in DSA_FILES)
+    patterns = (*OTHERS, *(f"{folder}/target_node" for folder in _resolved(tree, DAX)), *of_dsa)
     for path in (path for pattern in patterns for path in _matches(tree, "", pattern)):
         if (text := tree.text(path, None)) is not None:
             yield path, text
 
 
-def _dax_links(tree: SysFs) -> Iterator[tuple[str, str]]:
+def _bus_links(tree: SysFs) -> Iterator[tuple[str, str]]:
     for folder in _resolved(tree, DAX):
         yield f"{DAX}/{folder.rpartition('/')[2]}", folder
         if (driver := tree.link_name(f"{folder}/driver")) is not None:
             yield f"{folder}/driver", f"sys/bus/dax/drivers/{driver}"
+    for folder in _resolved(tree, DSA):
+        yield f"{DSA}/{folder.rpartition('/')[2]}", folder
 
 
 # ---------------------------------------------------------------- what hwloc found

@@ -174,6 +174,27 @@ class DeviceTree:
             text = f"type 11\nnode_from {number}\nnode_to {peer}\nweight 15"
             self.write(f"{folder}/io_links/{index}/properties", text)
 
+    def queue(self, function: str, accelerator: str, number: int, *, node: bool = True, **files: object) -> Path:
+        """A work queue of an accelerator (dsa0, iax1) of Intel's."""
+        folder, name = self.folders[function] / accelerator, f"wq{accelerator[3:]}.{number}"
+        shared = {"mode": "shared", "size": 16, "threshold": 8, "priority": 10, "group_id": 0, "name": "app"}
+        told = {"type": "user", "state": "enabled", "driver_name": "user", **shared}
+        told |= {"max_batch_size": 32, "max_transfer_size": 2 << 20, **files}
+        for file, value in told.items():
+            self.write(f"{(folder / name).relative_to(self.root)}/{file}", value)
+        self.link(f"sys/bus/dsa/devices/{name}", folder / name)
+        if node:
+            self.node(f"/dev/{accelerator[:3]}/{name}")
+        return folder / name
+
+    def sgx(self, epc_bytes: Mapping[int, int], *, provision: bool = True) -> None:
+        """SGX, with the enclave memory of NUMA nodes."""
+        for node, size in epc_bytes.items():
+            self.write(f"sys/devices/system/node/node{node}/x86/sgx_total_bytes", size)
+        self.node("/dev/sgx_enclave")
+        if provision:
+            self.node("/dev/sgx_provision")
+
     def usb(self, controller: str, port: str, *, vendor: str, product: str, tty: str = "", **files: object) -> Path:
         """A USB device at a port ("1-1.4", below the hub at 1-1), with a serial port where `tty` names one."""
         bus, ports = port.split("-")[0], port.split(".")

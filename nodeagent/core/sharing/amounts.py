@@ -2,7 +2,7 @@
 
 Pure. A GPU that is divided into N shares has `memory` (bytes) and `cores` (percent of its compute). A share has an Nth
 of both, in whole MiB and percent, unless a claim asks for other amounts. The sums never exceed the device, over both
-APIs. Sets of GPUs and other kinds of devices have shares without amounts.
+APIs. SGX has `memory` alone, that of enclaves. Sets of GPUs and other kinds of devices have shares without amounts.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ _UNITS = {MEMORY: "bytes", CORES: "percent"}
 def totals(device: Device, replicas: int) -> dict[str, int]:
     """Return the amounts that the shares of a device divide among them; empty if its shares have none."""
     memory = device.attributes.get("memory_bytes")
-    if device.kind != "gpu" or device.members or not 1 < replicas <= ALL_CORES or not isinstance(memory, int):
+    if device.members or not isinstance(memory, int) or not 1 < replicas <= memory // MIB:
         return {}
-    return {MEMORY: memory // MIB * MIB, CORES: ALL_CORES} if memory // MIB >= replicas else {}
+    if device.kind == "gpu" and replicas <= ALL_CORES:
+        return {MEMORY: memory // MIB * MIB, CORES: ALL_CORES}
+    return {MEMORY: memory // MIB * MIB} if device.kind == "sgx" else {}
 
 
 def per_share(device: Device, replicas: int) -> dict[str, int]:

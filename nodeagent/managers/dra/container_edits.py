@@ -199,7 +199,8 @@ def _limits(grant: Grant) -> dict[str, Any] | None:
     sizes = {name: size for _, name, size in grant.amounts}
     if not sizes:
         return None
-    return {"memoryBytes": sizes[MEMORY], "coresPercent": sizes[CORES], "enforcedBy": enforcement([grant])}
+    cores = {"coresPercent": sizes[CORES]} if CORES in sizes else {}
+    return {"memoryBytes": sizes[MEMORY], **cores, "enforcedBy": enforcement([grant])}
 
 
 def _nodes(inventory: Inventory, grant: Grant, device: Device | None) -> list[NodeId]:
