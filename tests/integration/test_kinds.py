@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.builders.machines import machine
 from tests.doubles.dra_kubelet import ClaimId
 from tests.support import npu
 from tests.support.dra_node import DRIVER, DraNode, dra_node, result
+from tests.support.paths import CHECKOUT
 from tests.support.until import until
 
 STUBBORN = '''
@@ -212,6 +214,24 @@ async def _killed_in(node: DraNode, hook: str, claim: ClaimId, said: Path, times
     (said / f"{hook}-s0").unlink()
     await node.agent.start()
     await node.dra.wait_registered(DRIVER, times)
+
+
+async def test_uninstall_has_unprepared_what_a_dead_agent_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npu.install(folder / "site", "stubborn_package", STUBBORN, stubborn="Stubborn")
+    async with hooked_node(folder, monkeypatch, STUBBORNS) as node:
+        await node.published("stubborn")
+        (answer,) = await node.prepare(node.claim("c", result("stubborn", "s0")))
+        assert answer.error == ""
+        await node.agent.stop(signal.SIGKILL)
+        words = ["uninstall", "--force", "--config", str(folder / "config.yaml"), "--root", str(folder / "root")]
+        words += ["--kubelet-dir", str(folder / "kubelet")]
+        done = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "nodeagent", *words, cwd=CHECKOUT, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await done.communicate()
+        assert "device s0: prepared by kind stubborn -> unprepared" in out.decode()
+        assert _called(folder / "said", "unprepare") == 1
+        assert not (node.folder / "state" / "kinds.json").exists()
 
 
 def _called(said: Path, hook: str) -> int:
