@@ -47,8 +47,8 @@ class Watched(Protocol):
         ...
 
     def gpus_document(self) -> dict[str, Any]:
-        """Return `sharing`, the MPS daemons and time slices of GPUs, and `mig`, the MIG instances that the agent makes;
-        each is {} if there are none."""
+        """Return `sharing`, the MPS daemons and time slices of GPUs, `mig`, the MIG instances that the agent makes, and
+        `amd`, the partitions of AMD's GPUs that it keeps; each is {} if there are none."""
         ...
 
     def health_readings(self) -> Mapping[tuple[str, str], Mapping[str, int]]:

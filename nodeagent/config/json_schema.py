@@ -39,6 +39,7 @@ def json_schema() -> Form:
     }
     forms["HugepagesConfig"]["properties"]["pageSize"]["enum"] = page_sizes()
     forms["OverheadConfig"]["anyOf"] = [_given(key) for key in ("perPod", "perContainer")]
+    forms["AmdPartitionConfig"]["anyOf"] = [_chosen(key) for key in ("compute", "memory")]
     forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
     parts = [[level, f"{level}{part}"] for level in ("L3", "L2") for part in ("CODE", "DATA")]
     forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}
@@ -89,6 +90,11 @@ def _one_of(key: str, values: Iterable[str]) -> Form:
 def _given(key: str) -> Form:
     """Return the form of an object with a text that is not empty."""
     return {"required": [key], "properties": {key: _FILLED}}
+
+
+def _chosen(key: str) -> Form:
+    """Return the form of an object that gives a value, and not null."""
+    return {"required": [key], "properties": {key: {"not": {"const": None}}}}
 
 
 def _silent(defaults: Mapping[str, Any]) -> Form:

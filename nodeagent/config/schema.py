@@ -81,6 +81,25 @@ class NvidiaConfig(_Base, frozen=True):
     """The root of the file system with the driver. Empty: /run/nvidia/driver, /host, /."""
 
 
+class AmdPartitionConfig(_Base, frozen=True):
+    """How some GPUs of AMD are partitioned. At least one of compute and memory is given."""
+
+    gpus: Annotated[list[Annotated[str, msgspec.Meta(min_length=1, max_length=256)]], msgspec.Meta(min_length=1)]
+    """Shell patterns of PCI addresses or UUIDs."""
+    compute: Literal["SPX", "DPX", "TPX", "QPX", "CPX"] | None = None
+    """One, two, three or four partitions, or one for each compute die. null: as it is."""
+    memory: Literal["NPS1", "NPS2", "NPS4", "NPS8"] | None = None
+    """Into how many parts the memory is divided; requested, it changes when the driver is loaded again. null: as it
+    is."""
+
+
+class AmdConfig(_Base, frozen=True):
+    """GPUs of AMD. They are left alone unless it is given."""
+
+    partitions: list[AmdPartitionConfig] = []
+    """Of several that match a GPU, the first."""
+
+
 class OverheadConfig(_Base, frozen=True):
     """What of one resource of the Node a pod needs in addition to a device. At least one is given."""
 
@@ -390,6 +409,7 @@ class Config(_Base, frozen=True):
     health: HealthConfig = HealthConfig()
     dra: DraConfig = DraConfig()
     nvidia: NvidiaConfig = NvidiaConfig()
+    amd: AmdConfig = AmdConfig()
     pinning: PinningConfig = PinningConfig()
     network: NetworkConfig = NetworkConfig()
     hugepages: list[HugepagesConfig] = []

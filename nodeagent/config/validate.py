@@ -86,6 +86,9 @@ def wrong(config: Config) -> Iterator[str]:
     if config.network.move_interfaces and config.pinning.mode not in ("auto", "nri"):
         yield f"$.network.moveInterfaces needs NRI, which mode {config.pinning.mode!r} at $.pinning.mode does not use"
     yield from _wrong_metrics(config.metrics)
+    for i, rule in enumerate(config.amd.partitions):
+        if rule.compute is None and rule.memory is None:
+            yield f"nothing at $.amd.partitions[{i}], expected compute, memory or both"
 
 
 def _wrong_sockets(config: Config) -> Iterator[str]:

@@ -23,6 +23,7 @@ from nodeagent.managers.partitions.table import InstanceTable
 from nodeagent.state.agent import Agent
 
 if TYPE_CHECKING:
+    from nodeagent.managers.partitions.amd import AmdPartitionsManager
     from nodeagent.managers.partitions.manager import PartitionsManager
     from nodeagent.managers.passthrough.manager import PassthroughManager
     from nodeagent.managers.sharing.manager import SharingManager
@@ -96,7 +97,8 @@ class _Passthrough:
 
 
 class Gpus:
-    """MIG instances that are made on demand, MPS daemons and time slices, and devices for virtual machines."""
+    """MIG instances that are made on demand, partitions of AMD's GPUs, MPS daemons and time slices, and devices for
+    virtual machines."""
 
     def __init__(
         self,
@@ -129,6 +131,11 @@ class Gpus:
             search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
             return SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, table.view)
 
+        def amd() -> AmdPartitionsManager:
+            from nodeagent.managers.partitions.amd import AmdPartitionsManager
+
+            return AmdPartitionsManager(agent, where.sysfs, where.state_dir, config, scanner.rescan)
+
         def passthrough() -> PassthroughManager:
             from nodeagent.host.vfio import Functions
             from nodeagent.managers.passthrough.manager import PassthroughManager
@@ -137,6 +144,9 @@ class Gpus:
 
         def has_partitions() -> bool:
             return bool(config().divided) or recorded(state_files.PARTITIONS, state_files.MIG_MODES)
+
+        def has_amd() -> bool:
+            return bool(config().amd.partitions) or recorded(state_files.AMD_PARTITIONS)
 
         held = any(map(asks_for_sharing, agent.ledger.grants.values()))
 
@@ -148,6 +158,7 @@ class Gpus:
 
         ledger = agent.revisions.ledger
         self._partitions = OnDemand("partitions", partitions, has_partitions, ledger)
+        self._amd = OnDemand("AMD partitions", amd, has_amd, ledger)
         self._sharing = OnDemand("sharing", sharing, has_shared, ledger)
         self._passthrough = OnDemand("passthrough", passthrough, has_passthrough, ledger)
         self.for_claims = _Sharing(self._sharing), _Instances(self._partitions, table), _Passthrough(self._passthrough)
@@ -156,8 +167,10 @@ class Gpus:
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order: what is shared has to exist."""
-        return self._partitions, self._sharing, self._passthrough
+        return self._amd, self._partitions, self._sharing, self._passthrough
 
     def document(self) -> dict[str, Any]:
-        """Return the daemons and time slices, and the MIG instances that the agent makes, in plain types."""
-        return {"sharing": self._sharing.document(), "mig": self._partitions.document()}
+        """Return the daemons and time slices, the MIG instances that the agent makes, and the partitions of AMD's GPUs
+        that it keeps, in plain types."""
+        mig, amd = self._partitions.document(), self._amd.document()
+        return {"sharing": self._sharing.document(), "mig": mig, "amd": amd}

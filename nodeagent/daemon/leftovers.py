@@ -56,6 +56,7 @@ from nodeagent.managers.network.device_info import left_files
 from nodeagent.managers.network.interface_journal import InterfaceJournal
 from nodeagent.managers.network.interface_mover import InterfaceMover, has_driver
 from nodeagent.managers.network.vf_journal import VfJournal
+from nodeagent.managers.partitions.amd_journal import AmdJournal
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
@@ -82,6 +83,7 @@ STATE_FILES = (
     "sharing.*",
     "partitions.*",
     "mig-modes.json",
+    "amd-partitions.*",
     "passthrough.*",
     "interfaces.*",
     "kinds.*",
@@ -133,6 +135,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield shared_gpus(host)
     yield _instances(host)
     yield _prepared(host)
+    yield _partitions(host)
     yield _passthrough(host)
     yield _interfaces(host)
     yield _cdi_files(host)
@@ -282,6 +285,19 @@ def _instance(one: Record) -> str:
         f"the MIG instance {one.partition} stays as it is; without users, `nvidia-smi mig -dci {where}` and "
         f"`nvidia-smi mig -dgi {where}` destroy it"
     )
+
+
+def _partitions(host: Host) -> Leftover:
+    """Partitions of AMD's GPUs that the agent changed: pods may use them by now."""
+    where = host.where
+    records = AmdJournal(where.state_dir / state_files.AMD_PARTITIONS, where.sysfs.text(BOOT_ID, "")).read()
+    folder = where.sysfs.path("sys/bus/pci/devices")
+    notes = [
+        f"the compute partition of {gpu} stays; {one.before} in {folder}/{gpu}/current_compute_partition sets it back"
+        for gpu, one in records.items()
+        if one.ours
+    ]
+    return Leftover(notes=notes)
 
 
 def _passthrough(host: Host) -> Leftover:

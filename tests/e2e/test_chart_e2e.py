@@ -336,6 +336,7 @@ def test_hugepages_and_partitions_get_their_rights_and_nobody_else(tmp_path: Pat
 WRITERS: Mapping[str, Mapping[str, Any]] = {
     "tuning": {"pinning": {"tuning": {"governor": "performance"}}},
     "passthrough": {"dra": {"passthroughDrivers": ["vfio-pci"]}},
+    "amd": {"amd": {"partitions": [{"gpus": ["0000:c1:*"], "compute": "CPX"}]}},
     "vfs": {"network": {"vfs": [{"match": {"netdevs": "eth1"}, "count": 2}]}},
 }
 

@@ -32,6 +32,7 @@
 {{- $events := $config.events | default dict -}}
 {{- $publish := $config.publish | default dict -}}
 {{- $network := $config.network | default dict -}}
+{{- $amd := $config.amd | default dict -}}
 kubeletDir: {{ clean ($config.kubeletDir | default "/var/lib/kubelet") }}
 stateDir: {{ clean ($config.stateDir | default "/var/lib/nodeagent") }}
 runtimeDir: {{ clean ($config.runtimeDir | default "/run/nodeagent") }}
@@ -49,7 +50,7 @@ labels: {{ hasKey $publish "nodeLabels" }}
 topology: {{ hasKey $publish "nodeResourceTopology" }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 resctrl: {{ kindIs "map" $pinning.resctrl }}
-writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) }}
+writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) (gt (len ($amd.partitions | default list)) 0) }}
 {{- end -}}
 
 {{/* Folders of the host that are mounted read only, as a YAML list; those in kubelet's folder are mounted with it. */}}
@@ -100,6 +101,9 @@ writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.pa
 {{- end -}}
 {{- if and (.Values.config.network | default dict).moveInterfaces (not .Values.privileged) -}}
 {{- fail "cannot set config.network.moveInterfaces: a pod that is not privileged may not enter the network namespaces of others; set privileged, or run the agent under systemd on these nodes" -}}
+{{- end -}}
+{{- if and (.Values.config.amd | default dict).partitions (not .Values.privileged) -}}
+{{- fail "cannot set config.amd.partitions: /sys/devices is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}
 {{- if and (or .Values.nvidia.driverRoot .Values.nvidia.libraryFolder) (not .Values.privileged) -}}
 {{- fail "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open NVIDIA's device nodes; set nvidia.runtimeClassName instead, or privileged" -}}

@@ -61,6 +61,8 @@ def _print(args: argparse.Namespace, status: Any) -> None:
         print_table(("KIND", "STATE", "REASON"), kinds, whole=args.no_trunc)
     if instances := status.get("mig", {}).get("instances"):
         _print_instances(instances, whole=args.no_trunc)
+    if partitions := status.get("amd", {}).get("partitions"):
+        _print_partitions(partitions, whole=args.no_trunc)
     if status["pinning"]["pinned"]:
         _print_pinned(status["pinning"]["pinned"], whole=args.no_trunc)
 
@@ -110,6 +112,17 @@ def _print_instances(instances: Any, *, whole: bool) -> None:
         ],
         whole=whole,
     )
+
+
+def _print_partitions(gpus: Any, *, whole: bool) -> None:
+    """Print how AMD's GPUs are partitioned, where the agent has to do with it."""
+    print()
+    rows = [
+        (one["gpu"], kind, one[kind]["now"], one[kind]["configured"], one[kind]["waits"])
+        for one in gpus
+        for kind in ("compute", "memory")
+    ]
+    print_table(("GPU", "PARTITION", "NOW", "CONFIGURED", "WAITS FOR"), rows, whole=whole)
 
 
 def _print_pinned(pinned: Any, *, whole: bool) -> None:

@@ -93,6 +93,7 @@ health: {recoverSeconds: 8, nvmlSeconds: 9, quarantine: ["0000:41:00.0"]}
 kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 nvidia: {driverFiles: inject, driverRoot: /opt/driver}
+amd: {partitions: [{gpus: ["0000:c1:*"], compute: CPX, memory: NPS4}]}
 pinning: {mode: nri, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
@@ -141,6 +142,11 @@ resources:
             ["$.resources[0].replicas", "expected 1"],
         ),
         ('resources: [{name: m, kind: gpu, mig: {gpus: ["*"]}}]', ["$.resources[0].mig.gpus", "mode 'static'"]),
+        (
+            'amd: {partitions: [{gpus: ["*"]}]}',
+            ["nothing at $.amd.partitions[0], expected compute, memory or both"],
+        ),
+        ("amd: {partitions: [{gpus: [], compute: CPX}]}", ["$.amd.partitions[0].gpus"]),
         ("log: {levle: info}", ["$.log.levle", "did you mean level?"]),
         (resource(kind="gpu", replica=2), ["$.resources[0].replica", "did you mean replicas?"]),
         (resource(kind="gpu", cdi={"kind": "a/b", "nam": "x"}), ["$.resources[0].cdi.nam", "did you mean name?"]),
@@ -187,7 +193,7 @@ resources:
             "resources: [{name: a, kind: cpu, serve: dra}, {name: b, kind: cpu, serve: both}]",
             ["kind cpu", "served through DRA 2 times"],
         ),
-        ("zzz: 1", ["$.zzz", "expected one of apiVersion, auditDays"]),
+        ("zzz: 1", ["$.zzz", "expected one of amd, apiVersion, auditDays"]),
         ("1: 2", ["$.1", "expected one of"]),
         ("null: 2", ["$.None", "expected one of"]),
         ("on: 2", ["$.True", "expected one of"]),

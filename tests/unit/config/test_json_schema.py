@@ -74,12 +74,19 @@ def pools() -> some.SearchStrategy[dict[str, Any]]:
     return some.fixed_dictionaries(fixed, optional={key: some.integers(0, 3) for key in ("pages", "maxPages")})
 
 
+def partitions() -> some.SearchStrategy[dict[str, Any]]:
+    fixed = {"gpus": some.sampled_from([[], ["*"], ["0000:05:*", "a"], [""]])}
+    modes = {"compute": some.sampled_from([None, "CPX", "XPX"]), "memory": some.sampled_from([None, "NPS4", "NPS3"])}
+    return some.fixed_dictionaries(fixed, optional=modes)
+
+
 CONFIGURATIONS = some.fixed_dictionaries(
     {},
     optional={
         "domain": some.sampled_from(DOMAINS),
         "resources": some.lists(resources(), max_size=2),
         "hugepages": some.lists(pools(), max_size=2),
+        "amd": some.fixed_dictionaries({}, optional={"partitions": some.lists(partitions(), max_size=2)}),
         "metrics": some.fixed_dictionaries({}, optional={"tls": some.fixed_dictionaries({}, optional=TLS)}),
     },
 )
@@ -97,6 +104,8 @@ def reasons(document: dict[str, Any]) -> list[str]:
 @example({"resources": [{"name": "pages", "kind": "hugepages", "pageSize": "3Mi"}]})
 @example({"resources": [{"name": "m", "kind": "memory", "serve": "dra"}]})
 @example({"metrics": {"tls": {"clientCaFile": "/a"}}})
+@example({"amd": {"partitions": [{"gpus": ["*"], "compute": None}]}})
+@example({"amd": {"partitions": [{"gpus": ["*"], "memory": "NPS1"}]}})
 def test_the_schema_and_the_agent_refuse_the_same(document: dict[str, Any]) -> None:
     said = [one for one in reasons(document) if not any(more in one for more in BEYOND)]
     assert SCHEMA.valid(document) == (not said), said

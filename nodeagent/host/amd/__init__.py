@@ -1,0 +1,1 @@
+"""GPUs of AMD beyond what a scan reads: their partition modes, and who uses them."""
