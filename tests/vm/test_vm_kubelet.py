@@ -114,9 +114,7 @@ def test_the_admin_sees_what_is_used_of_what_is_held(node: Node, pods: dict[str,
     """And in a terminal, where the same is drawn again."""
     shown = json.loads(node.guest.run("nodeagent top -o json", STEP_S))
     used = {one["holder"]: one for one in shown["holders"]}
-    assert {f"default/{name}": used[f"default/{name}"]["cpus"] for name in OWN} == {
-        f"default/{name}": pods[name] for name in OWN
-    }
+    assert [used[f"default/{name}/main"]["cpus"] for name in OWN] == [pods[name] for name in OWN]
     assert all(0 <= one["cpus_used"] <= len(cpus(one["cpus"])) for one in used.values())
     terminal = "import pty; pty.spawn(['nodeagent', 'top', '-n', '2'])"
     drawn = node.guest.run(f'TERM=xterm python3 -c "{terminal}" </dev/null', STEP_S)
