@@ -46,7 +46,7 @@ MEANT_FOR = {
     "driverCapabilities": ("gpu",),
     "mig": ("gpu",),
     "vhostNet": ("nic",),
-    "additionalInfo": ("accel", "fpga", "nic", "pci"),
+    "additionalInfo": ("accel", "fpga", "nic", "pci", "qat"),
 }
 """Keys that apply only to some kinds, with these."""
 TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")

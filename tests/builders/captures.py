@@ -294,7 +294,8 @@ def _members(tree: SysFs, kind: str) -> dict[str, dict[str, str]]:
 
 def _other_files(tree: SysFs) -> Iterator[tuple[str, str]]:
     of_dsa = (f"{folder}/{name}" for folder in _resolved(tree, DSA) for name in DSA_FILES)
-    patterns = (*OTHERS, *(f"{folder}/target_node" for folder in _resolved(tree, DAX)), *of_dsa)
+    of_qat = (f"{folder}/qat/{name}" for folder in _resolved(tree, BUS) for name in ("state", "cfg_services"))
+    patterns = (*OTHERS, *(f"{folder}/target_node" for folder in _resolved(tree, DAX)), *of_dsa, *of_qat)
     for path in (path for pattern in patterns for path in _matches(tree, "", pattern)):
         if (text := tree.text(path, None)) is not None:
             yield path, text

@@ -44,7 +44,7 @@ SIZES = (2 * MIB, GIB)
 GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "0000:5e:00.0"
 LINKED_GPU, OTHER_GPU = "0000:c2:00.0", "0000:c3:00.0"
 SWITCH, DOWN = "0000:01:00.0", "0000:02:00.0"
-PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci"}
+PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci", "qat"}
 DEVICES = {*PCI, "block", "dsa", "imex", "sgx", "usb", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
 TYPES = {"int": int, "string": str, "bool": bool}
@@ -152,6 +152,8 @@ def _add_accelerators(tree: DeviceTree) -> None:
         tree.write(f"{folder.relative_to(tree.root)}/{name}", value)
     tree.link("sys/bus/dsa/devices/dsa0", folder)
     tree.queue("0000:6a:01.0", "dsa0", 0)
+    services = {"qat/cfg_services": "sym;asym", "qat/state": "up"}
+    tree.pci("0000:6b:00.0", pci_class="0b4000", device="4940", numa_node=0, under=DOWN, group=9, files=services)
     tree.sgx({0: GIB})
     tree.pci("0000:b1:00.0", pci_class="120000", device="bcce", driver="dfl-pci", numa_node=1, under=DOWN)
     fpga = tree.folders["0000:b1:00.0"]

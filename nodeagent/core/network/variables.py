@@ -15,7 +15,7 @@ import msgspec
 
 from nodeagent.core.model.device import Device
 
-PCI_KINDS = frozenset({"nic", "accel", "fpga", "pci"})
+PCI_KINDS = frozenset({"nic", "accel", "fpga", "pci", "qat"})
 """Kinds whose devices are named in such variables."""
 VHOST_NET, TUN = "/dev/vhost-net", "/dev/net/tun"
 ANY_DEVICE = "*"

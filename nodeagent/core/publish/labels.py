@@ -18,7 +18,7 @@ from nodeagent.core.model.quantity import format_size
 LONGEST_VALUE = 63
 MIB = 1 << 20
 GPU = "gpu"
-COUNTED = ("accel", "fpga", GPU, "nic", "nvme")
+COUNTED = ("accel", "fpga", GPU, "nic", "nvme", "qat")
 """Kinds whose devices are counted: those that a machine is bought for, and that seldom change."""
 
 

@@ -20,6 +20,7 @@ from nodeagent.core.model.inventory import DEGRADED, KindState
 from nodeagent.core.model.topology import NodeId
 from nodeagent.host.devices.accelerators.accel import Accel
 from nodeagent.host.devices.accelerators.dsa import Dsa
+from nodeagent.host.devices.accelerators.qat import Qat
 from nodeagent.host.devices.accelerators.sgx import Sgx
 from nodeagent.host.devices.base import (
     LONGEST_ID,
@@ -81,7 +82,7 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
 
 def builtin_kinds() -> tuple[Kind, ...]:
     """Return the built-in kinds, the most specific first: if two find the same device, the earlier one keeps it."""
-    return Gpu(), Nic(), Nvme(), Fpga(), Accel(), Dsa(), Sgx(), Imex(), Block(), Usb(), Char(), Pci()
+    return Gpu(), Nic(), Nvme(), Fpga(), Qat(), Accel(), Dsa(), Sgx(), Imex(), Block(), Usb(), Char(), Pci()
 
 
 def load_kinds() -> tuple[Kind, ...]:

@@ -11,7 +11,7 @@ from nodeagent.core.deviceplugin.devices import SHARES, DeviceResource, illness
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.prepare import Catalog, prepare
 from nodeagent.core.model.device import Device
-from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence, observe
 from nodeagent.core.model.inventory import ABSENT, PRESENT, Inventory
 from nodeagent.core.sharing.amounts import MEMORY
 from nodeagent.errors import Refused
@@ -27,6 +27,7 @@ from tests.builders.pools import DRIVER, NOBODY, NODE, amounts, claim, pool_of, 
 from tests.support.looking import by_id, edits, look, paths, state
 
 DSA, IAX = "0000:6a:01.0", "0000:6a:02.0"
+PF, VF, KERNEL_VF = "0000:6b:00.0", "0000:6b:00.1", "0000:6b:00.2"
 MIB = 1 << 20
 
 
@@ -150,6 +151,51 @@ def test_a_queue_and_its_whole_accelerator_are_never_held_at_the_same_time(tree:
     kind = DevicePool(kind="dsa", resources=(queues,))
     assert set(shown(pool_of(kind, found))) == {"0000-6a-01-0-wq-0", "0000-6a-01-0-wq-1"}
     assert wrong_with(kind, found) == []
+
+
+# ---------------------------------------------------------------- QAT
+
+
+def qat(tree: DeviceTree, services: str = "sym;asym", power: str = "up") -> None:
+    """A physical function with two virtual ones, one of them for vfio."""
+    files = {"qat/cfg_services": services, "qat/state": power}
+    tree.pci(PF, pci_class="0b4000", device="4940", driver="4xxx", numa_node=1, files=files)
+    for index, (address, driver) in enumerate(((VF, "vfio-pci"), (KERNEL_VF, "4xxxvf"))):
+        folder = tree.vf(PF, index, address, driver=driver, group=40 + index)
+        (folder / "device").write_text("0x4941\n")
+        (folder / "class").write_text("0x0b4000\n")
+        tree.link(f"sys/kernel/iommu_groups/{40 + index}/devices/{address}", folder)
+
+
+def test_functions_of_qat_have_the_services_of_their_physical_function_in_a_fixed_order(tree: DeviceTree) -> None:
+    """Known by their ids, also under vfio; one with QAT's own driver is the kernel's, without a node."""
+    qat(tree)
+    found = {one.id: one for one in look(tree).devices if one.kind == "qat"}
+    assert found.keys() == {PF, VF, KERNEL_VF}
+    assert {one.attributes["services"] for one in found.values()} == {"asym;sym"}
+    assert {one.attributes["generation"] for one in found.values()} == {"4xxx"}
+    assert (found[VF].parent, found[VF].attributes["sriov"]) == (PF, "vf")
+    assert paths(edits(found[VF])) == ["/dev/vfio/vfio", "/dev/vfio/40"]
+    assert found[KERNEL_VF].lacks_node
+
+
+def test_an_old_generation_does_not_tell_its_services_and_another_accelerator_is_no_qat(tree: DeviceTree) -> None:
+    tree.pci(PF, pci_class="0b4000", device="37c8", driver="c6xx")
+    tree.pci(VF, pci_class="0b4000", vendor="177d", device="a0f2")
+    found = by_id(look(tree))
+    assert (found[PF].kind, found[PF].attributes) == ("qat", {"generation": "c62x"})
+    assert found[VF].kind == "accel"
+
+
+def test_a_device_that_is_down_is_unhealthy_with_its_virtual_functions(tree: DeviceTree) -> None:
+    qat(tree, power="down")
+    assert sight(tree, PF) == Sight(UNHEALTHY, "the device is down")
+    found = scan(SysFs(tree.root), all_kinds.builtin_kinds())
+    said = Evidence(device=PF, source="kind", state=UNHEALTHY, reason="the device is down")
+    ill = illness(found.device_by_id[VF], observe({}, [said], 0.0))
+    assert ill is not None and ill.reason == "the device is down"
+    resource = DeviceResource(name="d/qat", kind="qat", match={"sriov": "vf"})
+    assert [one.healthy for one in resource.advertised(found, NOBODY, observe({}, [said], 0.0))] == [False, False]
 
 
 # ---------------------------------------------------------------- SGX

@@ -1,4 +1,4 @@
-"""Accelerators other than GPUs: Intel QAT, DSA and IAA, vector engines, Gaudi, AWS Neuron, /sys/class/accel, any PCI
+"""Accelerators other than GPUs: Intel DSA and IAA, vector engines, Gaudi, AWS Neuron, /sys/class/accel, any PCI
 co-processor.
 
 DSA and IAA: Documentation/ABI/stable/sysfs-driver-dma-idxd. Their PCI class is only "system peripheral", so they are
