@@ -17,7 +17,7 @@ DROP_IN = UNIT.with_name("nodeagent-dra.conf")
 MPS = UNIT.with_name("nodeagent-mps.conf")
 EVERY_DROP_IN = tuple(sorted({*UNIT.parent.glob("nodeagent-*.conf")} - {MPS}))
 """But the one for MPS, with which programs of NVIDIA run in the sandbox."""
-WORST_EXPOSURE = {(): 1.6, (DROP_IN,): 2.0, EVERY_DROP_IN: 2.9}
+WORST_EXPOSURE = {(): 1.6, (DROP_IN,): 2.0, EVERY_DROP_IN: 3.2}
 """Of 10, by the drop-ins that are installed; docs/operations.md states the scores."""
 
 pytestmark = pytest.mark.skipif(not UNIT.exists(), reason="the unit lies in the checkout")
@@ -152,7 +152,7 @@ def test_the_exposure_is_what_the_documentation_says(drop_ins: tuple[Path, ...],
     assert score is not None, done.stderr
     assert float(score[1]) <= WORST_EXPOSURE[drop_ins]
     said = " ".join((UNIT.parent.parent / "docs" / "operations.md").read_text().split())
-    assert "rates it 1.6 of 10 (0 is best), 2.0 with the drop-in for DRA and 2.9 with every drop-in" in said
+    assert "rates it 1.6 of 10 (0 is best), 2.0 with the drop-in for DRA and 3.2 with every drop-in" in said
 
 
 def test_it_knows_the_agents_folders_and_words() -> None:
