@@ -19,7 +19,7 @@ from nodeagent.config.schema import (
     ResourceConfig,
     schema,
 )
-from nodeagent.config.validate import MEANT_FOR, NEEDED, ONLY_DEVICES, POOL_NAME, TOPOLOGY_KINDS
+from nodeagent.config.validate import IO_LIMITS, MEANT_FOR, NEEDED, ONLY_DEVICES, POOL_NAME, TOPOLOGY_KINDS
 
 Form = dict[str, Any]
 _UNITS = {"Ki": 10, "Mi": 20, "Gi": 30}
@@ -43,7 +43,8 @@ def json_schema() -> Form:
     forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
     parts = [[level, f"{level}{part}"] for level in ("L3", "L2") for part in ("CODE", "DATA")]
     forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}
-    forms["PinningConfig"] |= {"if": _one_of("mode", ["off"]), "then": _silent({"resctrl": None})}
+    forms["PinningConfig"] |= {"if": _one_of("mode", ["off"]), "then": _silent({"resctrl": None, "io": None})}
+    forms["IoClassConfig"]["anyOf"] = [_chosen(key) for key in IO_LIMITS]
     forms["MetricsTlsConfig"] |= {
         "if": _given("certFile"),
         "then": _given("keyFile"),

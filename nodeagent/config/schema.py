@@ -318,6 +318,35 @@ class ResctrlConfig(_Base, frozen=True):
     classes: list[ResctrlClassConfig] = []
 
 
+BytesPerSecond = (
+    Annotated[int, msgspec.Meta(ge=2, le=10**15)]
+    | Annotated[str, msgspec.Meta(pattern=r"^([2-9]|[1-9][0-9]{1,14}|[1-9][0-9]{0,5}(Ki|Mi|Gi|k|M|G))$")]
+)
+OperationsPerSecond = Annotated[int, msgspec.Meta(ge=2, le=1_000_000_000)]
+
+
+class IoClassConfig(_Base, frozen=True):
+    """A class of limits of disk I/O that claims and pods name."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$")]
+    disks: list[Annotated[str, msgspec.Meta(pattern=r"^(/dev/[^\0]+|[^/\0]+)$", max_length=256)]] = []
+    """On which disks pods that name it are limited: shell patterns of the kernel's names, or paths below /dev. A claim
+    that names it is limited on its own."""
+    read_bytes_per_second: BytesPerSecond | None = None
+    write_bytes_per_second: BytesPerSecond | None = None
+    read_iops: OperationsPerSecond | None = msgspec.field(default=None, name="readIOPS")
+    write_iops: OperationsPerSecond | None = msgspec.field(default=None, name="writeIOPS")
+    weight: Annotated[int, msgspec.Meta(ge=1, le=10_000)] | None = None
+    """Relative to other pods of the same QoS class, of which each has 100 without one."""
+    latency_target_microseconds: Annotated[int, msgspec.Meta(ge=1, le=10_000_000)] | None = None
+
+
+class IoConfig(_Base, frozen=True):
+    """How disk I/O is limited."""
+
+    classes: list[IoClassConfig] = []
+
+
 class PinningConfig(_Base, frozen=True):
     """How containers are confined to what they hold, and all others kept off it."""
 
@@ -347,6 +376,8 @@ class PinningConfig(_Base, frozen=True):
     tuning: TuningConfig = TuningConfig()
     resctrl: ResctrlConfig | None = None
     """null: caches and memory bandwidth are left alone."""
+    io: IoConfig | None = None
+    """null: there are no classes of disk I/O; claims may still have limits on their own disks."""
 
 
 class VfsConfig(_Base, frozen=True):

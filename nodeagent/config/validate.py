@@ -18,6 +18,8 @@ from nodeagent.config.schema import (
     SMALLEST_PAGE_BYTES,
     Config,
     HugepagesConfig,
+    IoClassConfig,
+    IoConfig,
     MetricsConfig,
     ResctrlConfig,
     ResourceConfig,
@@ -35,6 +37,8 @@ LONGEST_BELOW_KUBELET_BYTES = max(
 _NOT_PLAIN = re.compile(r"//|.*([%?#\x00-\x1f\x7f])", re.DOTALL)
 LONGEST_BELOW_RUNTIME_BYTES = len("/.status.sock.4194304")
 """The status socket, while it is being made: the suffix is a process id, of which 4194304 is the highest (proc(5))."""
+IO_LIMITS = tuple(one.encode_name for one in msgspec.structs.fields(IoClassConfig) if one.name not in ("name", "disks"))
+"""The keys of an I/O class that limit something."""
 MEANT_FOR = {
     "paths": ("char",),
     "usb": ("usb",),
@@ -85,6 +89,9 @@ def wrong(config: Config) -> Iterator[str]:
         yield "$.pinning.resctrl has no meaning with mode 'off': no container would be put into its group"
     if config.network.move_interfaces and config.pinning.mode not in ("auto", "nri"):
         yield f"$.network.moveInterfaces needs NRI, which mode {config.pinning.mode!r} at $.pinning.mode does not use"
+    yield from _wrong_io(config.pinning.io)
+    if config.pinning.io is not None and config.pinning.mode == "off":
+        yield "$.pinning.io has no meaning with mode 'off': no control group would be written"
     yield from _wrong_metrics(config.metrics)
     for i, rule in enumerate(config.amd.partitions):
         if rule.compute is None and rule.memory is None:
@@ -165,6 +172,18 @@ def _wrong_classes(resctrl: ResctrlConfig | None) -> Iterator[str]:
         for cache in one.caches:
             if len(cache) > 2 and cache[:2] in one.caches:
                 yield f"{cache} at {where}.caches has no meaning besides {cache[:2]}, which is both of its parts"
+
+
+def _wrong_io(io: IoConfig | None) -> Iterator[str]:
+    """Yield I/O classes that stand twice, or limit nothing."""
+    names: set[str] = set()
+    for i, one in enumerate(io.classes if io is not None else ()):
+        where = f"$.pinning.io.classes[{i}]"
+        if one.name in names:
+            yield f"name {one.name!r} at {where}.name stands twice"
+        names.add(one.name)
+        if msgspec.structs.replace(one, disks=[]) == IoClassConfig(name=one.name):
+            yield f"{where} limits nothing, expected one of {', '.join(IO_LIMITS)}"
 
 
 def _page_bytes(text: str) -> int:

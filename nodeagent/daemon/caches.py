@@ -73,7 +73,7 @@ class Caches:
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
         """Return what prepares claims, with caches after what is shared."""
-        return _Both(sharing, self), instances, passthrough
+        return Both(sharing, self), instances, passthrough
 
     async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
         """Make the groups of claims. Return errors by UID."""
@@ -107,10 +107,10 @@ class Caches:
             self._asking = {pod.uid: pod for pod in pods if _asks(pod)}
 
 
-class _Both:
+class Both:
     """Prepares claims with two, one after the other."""
 
-    def __init__(self, first: Sharing, second: Caches) -> None:
+    def __init__(self, first: Sharing, second: Sharing) -> None:
         self._first, self._second = first, second
 
     async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:

@@ -28,8 +28,8 @@ from nodeagent.config.load import differences, placed
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config, keys_applied_at_start
 from nodeagent.core.events.states import Node
-from nodeagent.daemon.caches import Caches
 from nodeagent.daemon.cluster import Cluster
+from nodeagent.daemon.divided import Divided
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.gpus import Gpus, instance_table
 from nodeagent.daemon.kinds import Kinds
@@ -147,7 +147,7 @@ class Daemon:
             agent, where, lambda: self.config, self._scanner, instances, cluster.report, containers.pod_of
         )
         rescan = self._scanner.rescan
-        self._caches = Caches(agent, where, lambda: self.config, containers, lambda: self._pinning)
+        self._divided = Divided(agent, where, lambda: self.config, containers, lambda: self._pinning, cluster.report)
         self._kinds = Kinds(agent, where, families, rescan)
         self._network = Network(agent, where, families, lambda: self.config, rescan, lambda: self._pinning)
         granted, leads = self._network.granted, lambda: self._leader.held
@@ -167,7 +167,9 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._kinds.with_hooks(*self._network.with_interfaces(*self._caches.with_caches(*self._gpus.for_claims))),
+            *self._kinds.with_hooks(
+                *self._network.with_interfaces(*self._divided.with_divided(*self._gpus.for_claims))
+            ),
             granted,
         )
         self._pinning = PinningManager(
@@ -182,7 +184,7 @@ class Daemon:
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
             report=cluster.report,
-            caches=self._caches,
+            caches=self._divided,
             networks=self._network,
         )
         self._exclusive = ExclusiveCpus(agent, where, lambda: self.config.pinning, self._pinning)
@@ -227,7 +229,7 @@ class Daemon:
             self._pinning,
             self._hugepages,
             *self._exclusive.managers,
-            self._caches.manager,
+            *self._divided.managers,
             holders,
             cluster.events(self._observed, containers.pod_of, self._news),
             cluster.published(agent, self._news, where.state_dir, domain, self.offers, topology),
@@ -298,7 +300,7 @@ class Daemon:
         return self._gpus.document()
 
     def pinning_document(self) -> dict[str, Any]:
-        return {**self._pinning.document(), **self._exclusive.document(), "caches": self._caches.document()}
+        return {**self._pinning.document(), **self._exclusive.document(), **self._divided.document()}
 
     # ---------------------------------------------------------------- running
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import msgspec
-
-from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.partitions.instances import Record
 from nodeagent.core.sharing.mps import DAEMONS as MPS_DAEMONS
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths
+from nodeagent.daemon.leftover import Host, Leftover, Line, kept_going
+from nodeagent.daemon.paths import STATUS_SOCKET
 from nodeagent.errors import HostError, PeerError
+from nodeagent.host.blockio.keeper import IoKeeper
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.cgroup.read import hierarchy
@@ -67,7 +66,7 @@ from nodeagent.managers.resctrl.rounds import ResctrlRounds
 from nodeagent.managers.sharing.journal import SharingJournal
 from nodeagent.managers.sharing.mps_daemons import MpsDaemons
 from nodeagent.managers.sharing.time_slices import TimeSlices
-from nodeagent.managers.state_files import RESCTRL, TUNING
+from nodeagent.managers.state_files import IO, RESCTRL, TUNING
 
 STATE_FILES = (
     "ledger.*",
@@ -80,6 +79,8 @@ STATE_FILES = (
     "published.json",
     "tuning.json",
     "resctrl.*",
+    "io.json",
+    "io.lock",
     "sharing.*",
     "partitions.*",
     "mig-modes.json",
@@ -95,34 +96,6 @@ STATE_FILES = (
 _KUBELETS = "kubelet's own manager writes it, or is not known"
 
 
-class Line(NamedTuple):
-    """One thing that is undone. `wanted` is "" if it is removed."""
-
-    path: str
-    found: str = ""
-    wanted: str = ""
-
-    def __str__(self) -> str:
-        change = f"{self.found or 'empty'} -> {self.wanted or 'empty'}"
-        return f"{self.path}: {change if self.found or self.wanted else 'removed'}"
-
-
-class Leftover(msgspec.Struct, frozen=True):
-    """Things that are undone together. `undo` yields why some stay."""
-
-    lines: Sequence[Line] = ()
-    undo: Callable[[], Iterable[str]] = tuple
-    notes: Sequence[str] = ()
-    """What the agent made and stays as it is, or is left to the admin."""
-
-
-class Host(msgspec.Struct, frozen=True, kw_only=True):
-    """The agent's configuration and paths on a host."""
-
-    config: Config
-    where: Paths
-
-
 def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     """Yield what is left on a host, in the order in which it has to be undone: undo each before the next is asked for.
     Raise HostError if some of it cannot be read. purge: the state folder too."""
@@ -131,6 +104,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _interrupts(host)
     yield _tuning(host)
     yield _resctrl(host)
+    yield _io(host)
     yield _hugepages(host)
     yield shared_gpus(host)
     yield _instances(host)
@@ -160,7 +134,7 @@ def _drop_ins(host: Host) -> Leftover:
 
     def undo() -> Iterator[str]:
         for one in every:
-            with _kept_going() as errors:
+            with kept_going() as errors:
                 one.keep(None, {})
             yield from errors
 
@@ -191,7 +165,7 @@ def _tell_systemd(host: Host, slices: dict[str, CpuSet]) -> Iterator[str]:
     """Replace what systemd was told of slices, which it would write again at its next reload."""
     if not slices or not host.where.sysfs.exists(SOCKET):
         return
-    with _kept_going() as errors, contextlib.closing(Systemd(host.where.sysfs)) as systemd:
+    with kept_going() as errors, contextlib.closing(Systemd(host.where.sysfs)) as systemd:
         for path, cpus in slices.items():
             systemd.allow(path.rpartition("/")[2], cpus)  # a refusal means that it does not know the slice
     yield from errors
@@ -206,7 +180,7 @@ def _interrupts(host: Host) -> Leftover:
     ]
 
     def undo() -> Iterator[str]:
-        with _kept_going() as errors:
+        with kept_going() as errors:
             yield from Mover(sysfs, memory).move(EMPTY, EMPTY, ()).why.values()
         yield from errors
 
@@ -219,7 +193,7 @@ def _tuning(host: Host) -> Leftover:
     lines = [Line(sysfs.path(path), one.seen or one.wanted, one.before) for path, one in tuned.items()]
 
     def undo() -> Iterator[str]:
-        with _kept_going() as errors:
+        with kept_going() as errors:
             yield from Tuner(sysfs, memory).tune({}).why.values()
         yield from errors
 
@@ -240,6 +214,24 @@ def _resctrl(host: Host) -> Leftover:
     def undo() -> Iterator[str]:
         report = ResctrlRounds(sysfs, memory).keep(None, (), {}, ended=True)
         yield from [report.error] if report.error else report.kept.errors.values()
+
+    return Leftover(lines, undo if not unread else lambda: [unread])
+
+
+def _io(host: Host) -> Leftover:
+    """Return the limits of I/O that were set."""
+    found = hierarchy(host.where.sysfs)
+    if found.unsupported:
+        return Leftover()
+    where = layouts(host.config.pinning.cgroup_root)
+    keeper = IoKeeper(host.where.sysfs, found.mount, where, host.where.state_dir / IO)
+    held, unread = keeper.held()
+    lines = [Line(f"{found.mount}/{one.path}/{one.file} of {one.number}", one.wanted, one.before) for one in held]
+
+    def undo() -> Iterator[str]:
+        with kept_going() as errors:
+            yield from keeper.keep({}).errors.values()
+        yield from errors
 
     return Leftover(lines, undo if not unread else lambda: [unread])
 
@@ -308,7 +300,7 @@ def _passthrough(host: Host) -> Leftover:
     lines = [Line(f"driver of {address}", one.driver, one.before) for address, one in sorted(records.items())]
 
     def undo() -> Iterator[str]:
-        with _kept_going() as errors:
+        with kept_going() as errors:
             yield from binder.give_back({one.claim for one in records.values()}).values()
         yield from errors
 
@@ -323,7 +315,7 @@ def _interfaces(host: Host) -> Leftover:
     lines = [Line(f"interface of {one.device}", one.pod_name, one.before.name) for one in records.values()]
 
     def undo() -> Iterator[str]:
-        with _kept_going() as errors:
+        with kept_going() as errors:
             yield from mover.give_back(records).values()
         yield from errors
 
@@ -338,7 +330,7 @@ def _prepared(host: Host) -> Leftover:
     lines = [Line(f"device {id}", f"prepared by kind {one.kind}", "unprepared") for id, one in sorted(records.items())]
 
     def undo() -> Iterator[str]:
-        with _kept_going() as errors:
+        with kept_going() as errors:
             if records:
                 families = load_kinds()
                 inventory = scan(where.sysfs, families)
@@ -481,18 +473,8 @@ def _remove_one(path: Path) -> object:
 def _removed(paths: Sequence[Path], remove: Callable[[Path], object] = files.remove) -> Leftover:
     def undo() -> Iterator[str]:
         for path in paths:
-            with _kept_going() as errors:
+            with kept_going() as errors:
                 remove(path)
             yield from errors
 
     return Leftover([Line(str(path)) for path in paths], undo)
-
-
-@contextlib.contextmanager
-def _kept_going() -> Iterator[list[str]]:
-    """Collect the error of one step, so that the others are done all the same."""
-    errors: list[str] = []
-    try:
-        yield errors
-    except HostError as error:
-        errors.append(str(error))

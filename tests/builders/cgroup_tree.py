@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import HostError, InputError
+from tests.builders.io_files import IoDisks
 
 SIZES = {"2MB": 2 << 20, "1GB": 1 << 30}
 CONTROLLERS = "cpuset cpu hugetlb"
@@ -22,8 +23,10 @@ HANG_S = 20
 class CgroupTree:
     """Below `root`/sys/fs/cgroup; with `root` as the machine's root there is nothing else yet."""
 
-    def __init__(self, root: Path, *, cpus: str, mems: str) -> None:
+    def __init__(self, root: Path, *, cpus: str, mems: str, io: IoDisks | None = None) -> None:
+        """io: the disks that the kernel knows; without it there is no I/O controller, which is on in kubepods alone."""
         self.root = root
+        self.io = io
         self.mount = root / "sys/fs/cgroup"
         self.online, self.mems = CpuSet.parse(cpus), CpuSet.parse(mems)
         self.refuses: dict[str, int] = {}
@@ -35,7 +38,8 @@ class CgroupTree:
         """(path below the mount, value) of what was put."""
         self._lock = threading.RLock()
         self.mount.mkdir(parents=True)
-        for name, text in (("controllers", CONTROLLERS), ("subtree_control", CONTROLLERS), ("procs", "")):
+        controllers = CONTROLLERS if io is None else f"{CONTROLLERS} io"
+        for name, text in (("controllers", controllers), ("subtree_control", controllers), ("procs", "")):
             (self.mount / f"cgroup.{name}").write_text(f"{text}\n")
         for size in SIZES.values():
             (root / f"sys/kernel/mm/hugepages/hugepages-{size >> 10}kB").mkdir(parents=True, exist_ok=True)
@@ -88,8 +92,9 @@ class CgroupTree:
         folder = self.mount / path
         if folder.exists():
             return
+        controllers = (folder.parent / "cgroup.subtree_control").read_text().strip()
         files = {
-            "cgroup.controllers": CONTROLLERS,
+            "cgroup.controllers": controllers,
             "cgroup.subtree_control": CONTROLLERS,
             "cgroup.events": "populated 1\nfrozen 0",
             "cgroup.procs": "",
@@ -103,6 +108,7 @@ class CgroupTree:
             "cpuset.mems.effective": "",
             **{f"hugetlb.{size}.{limit}": "max" for size in SIZES for limit in ("max", "rsvd.max")},
             **{f"hugetlb.{size}.{use}": "0" for size in SIZES for use in ("current", "rsvd.current")},
+            **(self.io.initial() if self.io is not None and "io" in controllers.split() else {}),
         }
         # Whoever watches runs on this loop: to him all of it is there at once, as the kernel shows a cgroup.
         folder.mkdir()
@@ -126,9 +132,31 @@ class CgroupTree:
         if file.startswith("hugetlb.") and value != "max":
             size = SIZES[file.split(".")[1]]
             value = str(int(value) // size * size)
+        if self.io is not None and file.startswith("io."):
+            value = self.io.write(file, path.read_text().strip(), value)
+        if self.io is not None and file == "cgroup.subtree_control":
+            value = self._switched(path.parent, value)
         _store(path, value)
         if file.startswith("cpuset."):
             self._follow(path.parent)
+
+    def _switched(self, folder: Path, value: str) -> str:
+        """What is on below a cgroup after a write such as "+io". Files come and go with the controller of I/O."""
+        on = dict.fromkeys((folder / "cgroup.subtree_control").read_text().split())
+        have = (folder / "cgroup.controllers").read_text().split()
+        for word in value.split():
+            if word[0] not in "+-" or (word[0] == "+" and word[1:] not in have):
+                code = errno.ENOENT if word[0] == "+" else errno.EINVAL
+                raise OSError(code, os.strerror(code))
+            on = {**on, word[1:]: None} if word[0] == "+" else {one: None for one in on if one != word[1:]}
+        for child in (one for one in folder.iterdir() if one.is_dir()):
+            _store(child / "cgroup.controllers", " ".join(on))
+            for file, text in (self.io.initial() if self.io is not None else {}).items():
+                if "io" not in on:
+                    (child / file).unlink(missing_ok=True)
+                elif not (child / file).exists():
+                    (child / file).write_text(f"{text}\n")
+        return " ".join(on)
 
     def _follow(self, folder: Path) -> None:
         """What is in effect in a cgroup and, where that changes, below."""

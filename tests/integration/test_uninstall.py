@@ -25,10 +25,14 @@ from nodeagent.cli import main
 from nodeagent.config.load import load
 from nodeagent.config.schema import Config
 from nodeagent.daemon import daemon
-from nodeagent.daemon.leftovers import STATE_FILES, Host, published_objects
+from nodeagent.daemon.leftover import Host
+from nodeagent.daemon.leftovers import STATE_FILES, published_objects
 from nodeagent.daemon.paths import checked, paths_of
+from nodeagent.host.blockio.keeper import IoKeeper
 from nodeagent.host.cgroup import write
+from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.sysfs.atomic_file import DRAFT_END
+from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.tuning import tuner
 from nodeagent.managers.hugepages import journal
 from nodeagent.managers.inventory import latches, nvlinks
@@ -39,6 +43,7 @@ from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
 from nodeagent.state.lock import FileLock
 from tests.builders.cgroup_tree import CgroupTree
+from tests.builders.io_files import IoDisks, add_disk
 from tests.builders.machines import machine
 from tests.doubles.api_server import FakeApiServer
 from tests.doubles.cpufreq import FakeCpufreq
@@ -97,10 +102,12 @@ class Site:
 
 
 @contextlib.asynccontextmanager
-async def site(folder: Path, monkeypatch: pytest.MonkeyPatch, **more: Any) -> AsyncIterator[Site]:
-    """8 CPUs on 2 NUMA nodes, a pod with a container, and an interrupt on all CPUs."""
+async def site(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, io: IoDisks | None = None, **more: Any
+) -> AsyncIterator[Site]:
+    """8 CPUs on 2 NUMA nodes, a pod with a container, and an interrupt on all CPUs. io: the disks of the kernel."""
     root = machine(folder / "root", "1s2n4c-smt")
-    cgroups = CgroupTree(root, cpus="0-7", mems="0-1")
+    cgroups = CgroupTree(root, cpus="0-7", mems="0-1", io=io)
     monkeypatch.setattr(write, "put", cgroups.put)
     monkeypatch.setattr(tuner, "put", FakeCpufreq(root, [(cpu,) for cpu in range(8)]).put)
     cgroups.make(CONTAINER)
@@ -157,6 +164,19 @@ def dead(path: Path) -> Path:
     with socket.socket(socket.AF_UNIX) as one:
         one.bind(str(path))
     return path
+
+
+async def test_limits_of_io_are_taken_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with site(folder, monkeypatch, io=IoDisks({"8:0": ""})) as machine:
+        add_disk(machine.root, "sda", "8:0")
+        keeper = IoKeeper(SysFs(machine.root), str(machine.cgroups.mount), layouts(), folder / "state/io.json")
+        line = "rbps=5 wbps=max riops=max wiops=max"
+        assert not keeper.keep({CONTAINER: {"io.max": {"8:0": line}}}).errors
+        assert machine.cgroups.text(CONTAINER, "io.max") == f"8:0 {line}"
+        assert await machine.uninstall("--dry-run") == 0
+        assert machine.cgroups.text(CONTAINER, "io.max") == f"8:0 {line}"
+        assert await machine.uninstall() == 0
+        assert machine.cgroups.text(CONTAINER, "io.max") == ""
 
 
 async def test_nothing_that_an_agent_wrote_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

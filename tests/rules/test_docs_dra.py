@@ -424,7 +424,9 @@ def test_every_configuration_of_the_examples_is_one_that_is_taken() -> None:
 
 def test_each_request_of_the_example_has_its_own_configuration() -> None:
     found = [opaque(*one) for one in configurations()]
-    kinds = {"workers": "cpu", "control": "cpu", "pages": "hugepages", "gpu": "gpu", "net": "nic", "port": "char"}
+    kinds = {"workers": "cpu", "control": "cpu", "pages": "hugepages", "gpu": "gpu", "net": "nic", "port": "char"} | {
+        "disk": "block"
+    }
     in_force = {
         request: settings_for(Result(request=request, driver=DRIVER, pool="n", device="d"), kind, found, DRIVER)
         for request, kind in kinds.items()

@@ -86,6 +86,20 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         {"interface": {"routes": [{"destination": "10.1.0.0/16", "gateway": "fd00::1"}]}},
         "'fd00::1' at $.interface.routes[0].gateway",
     ),
+    ("BlockConfig", {"readBytesPerSecond": 1}, "at `$.readBytesPerSecond`, found 1"),
+    ("BlockConfig", {"readBytesPerSecond": "1"}, "'1' is not 2 to 1000000000000000 bytes per second"),
+    ("BlockConfig", {"readBytesPerSecond": "2P"}, "'2P' is not 2 to 1000000000000000 bytes per second"),
+    ("BlockConfig", {"writeBytesPerSecond": "fast"}, 'cannot read quantity "fast"'),
+    ("BlockConfig", {"writeBytesPerSecond": "2500m"}, "not a whole number at $.writeBytesPerSecond"),
+    ("BlockConfig", {"writeBytesPerSecond": [5]}, "at `$.writeBytesPerSecond`"),
+    ("BlockConfig", {"readIOPS": 1}, "at `$.readIOPS`, found 1"),
+    ("BlockConfig", {"writeIOPS": "5"}, "at `$.writeIOPS`, found '5'"),
+    ("BlockConfig", {"readIops": 5}, "has no key $.readIops; did you mean readIOPS?"),
+    ("BlockConfig", {"weight": 10_001}, "at `$.weight`, found 10001"),
+    ("BlockConfig", {"latencyTargetMicroseconds": 0}, "at `$.latencyTargetMicroseconds`, found 0"),
+    ("BlockConfig", {"ioClass": "Gold"}, "at `$.ioClass`, found 'Gold'"),
+    ("BlockConfig", {"ioClass": "gold", "weight": 5}, "$.ioClass excludes all limits"),
+    ("BlockConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
     ("DeviceConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
     ("DeviceConfig", {"env": {"SPEED": 115200}}, "SPEED: 115200 at $.env"),
     ("DeviceConfig", {"env": {"SPEED": "a\0b"}}, "SPEED: 'a\\x00b' at $.env"),
@@ -94,7 +108,18 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 """(kind, the other keys, what the driver says of them)."""
 
 RIGHT: list[tuple[str, dict[str, Any]]] = [
-    *((kind, {}) for kind in ("CpuConfig", "HugepageConfig", "MemoryConfig", "GpuConfig", "NicConfig", "DeviceConfig")),
+    *(
+        (kind, {})
+        for kind in (
+            "CpuConfig",
+            "HugepageConfig",
+            "MemoryConfig",
+            "GpuConfig",
+            "NicConfig",
+            "BlockConfig",
+            "DeviceConfig",
+        )
+    ),
     *(("CpuConfig", {"options": [one]}) for one in OPTIONS),
     *(("CpuConfig", {"numa": one}) for one in ("", *POLICIES)),
     ("CpuConfig", {"options": [], "coreType": ""}),
@@ -134,6 +159,11 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
             }
         },
     ),
+    ("BlockConfig", {"readBytesPerSecond": 2, "writeBytesPerSecond": 10**15, "readIOPS": 2, "writeIOPS": 10**9}),
+    ("BlockConfig", {"readBytesPerSecond": "2", "writeBytesPerSecond": "1P", "weight": 1}),
+    ("BlockConfig", {"writeBytesPerSecond": "1500000m", "latencyTargetMicroseconds": 10_000_000, "weight": 10_000}),
+    ("BlockConfig", {"ioClass": "gold-1", "readIOPS": None, "env": {"A": "b"}}),
+    ("BlockConfig", {"ioClass": "", "readIOPS": 5}),
     ("DeviceConfig", {"env": {}}),
     ("DeviceConfig", {"env": {"SPEED": "115200", "_x1": ""}}),
 ]

@@ -37,6 +37,7 @@ from nodeagent.state.agent import Agent
 from nodeagent.state.store import Store
 from nodeagent.state.values import AgentSettings
 from tests.builders.cgroup_tree import CgroupTree
+from tests.builders.io_files import IoDisks
 from tests.doubles.runtime import FakeRuntime
 from tests.support.until import until
 from tests.unit.state.test_agent import CPU, machine
@@ -203,12 +204,14 @@ async def pin_node(
     writable: bool = True,
     request_timeout_s: float = 2.0,
     caches_of: Callable[[PinNode, ContainerTable], CacheGroups] = lambda node, table: NO_CACHE_GROUPS,
+    io: IoDisks | None = None,
     **pinning: Any,
 ) -> AsyncIterator[PinNode]:
     """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. request_timeout_s: how long
-    it waits for an answer. caches_of: who divides caches. pinning: configuration."""
+    it waits for an answer. caches_of: who divides caches. io: the disks on which the kernel limits I/O. pinning:
+    configuration."""
     inventory = inventory or machine()
-    tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1")
+    tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1", io=io)
     monkeypatch.setattr(cgroupset, "put", tree.put)
     tree.make("kubepods")
     if not writable:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.vm.vmguest import Guest
@@ -65,12 +65,18 @@ def admit(guest: Guest, name: str, wants: dict[str, int], others: tuple[str, ...
     return Admitted(name=name, uid=said["uid"], envs=said["envs"], others=others)
 
 
-def run(guest: Guest, admitted: Admitted, script: str = FIRST_LINES, mounts: tuple[str, ...] = ()) -> Pod:
+def run(
+    guest: Guest,
+    admitted: Admitted,
+    script: str = FIRST_LINES,
+    mounts: tuple[str, ...] = (),
+    annotations: Mapping[str, str] | None = None,
+) -> Pod:
     """GuestError with the runtime's reason where it refuses."""
     containers = [{"name": "main", "script": script, "envs": admitted.envs, "mounts": mounts}]
     containers += [{"name": one, "script": FIRST_LINES} for one in admitted.others]
-    said = guest.run(f"{PODS} run {_quoted(name=admitted.name, uid=admitted.uid, containers=containers)}")
-    made = json.loads(said)
+    pod = {"name": admitted.name, "uid": admitted.uid, "annotations": dict(annotations or {})}
+    made = json.loads(guest.run(f"{PODS} run {_quoted(**pod, containers=containers)}"))
     return Pod(**dataclasses.asdict(admitted), sandbox=made["sandbox"], ids=made["containers"])
 
 

@@ -33,6 +33,8 @@ OWN_VARIABLES = "NODEAGENT_"
 KERNEL_FOLDERS = ("/proc", "/sys")
 _NO_INTERFACES = ("lo", "all", "default")
 """The loopback interface, and two folders below /proc/sys/net that stand for every interface."""
+LEAST_BPS, MOST_BPS = 2, 10**15
+"""Limits of I/O, in bytes per second. Older kernels do not take 1 (tg_set_limit in block/blk-throttle.c)."""
 
 
 class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -65,6 +67,16 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bandwidth_percent: int | None = None
     memory_bandwidth_mbps: int | None = None
     """In 10^6 bytes per second, for each L3 cache."""
+    io_read_bps: int | None = None
+    """Limit of I/O on each of the device's disks, in bytes per second."""
+    io_write_bps: int | None = None
+    io_read_iops: int | None = None
+    """In operations per second."""
+    io_write_iops: int | None = None
+    io_weight: int | None = None
+    io_latency_us: int | None = None
+    io_class: str = ""
+    """The class of pinning.io, instead of these."""
     env: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     own: Mapping[str, Any] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """What a third-party kind's own configuration says, in plain types."""
@@ -79,9 +91,12 @@ class Forms(msgspec.Struct, frozen=True):
     own: Mapping[str, type[msgspec.Struct]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By kind of device. Their names are distinct."""
 
-    def expected(self, kind: str) -> str:
-        """Return the configuration's kind for devices of a kind."""
-        return self.own[kind].__name__ if kind in self.own else CONFIG_KINDS.get(kind, "DeviceConfig")
+    def expected(self, kind: str) -> tuple[str, ...]:
+        """Return the configuration's kinds for devices of a kind."""
+        if kind in self.own:
+            return (self.own[kind].__name__,)
+        one = CONFIG_KINDS.get(kind, "DeviceConfig")
+        return (one, "DeviceConfig") if one == "BlockConfig" else (one,)
 
     def by_name(self) -> Mapping[str, type[msgspec.Struct]]:
         """Return all forms by the configuration's kind."""
@@ -104,12 +119,12 @@ def settings_for(
         if not _covers(config.requests, result.request):
             continue
         said, settings = _decode(config.parameters, where, forms)
-        if said == expected:
+        if said in expected:
             found[config.source] = settings
         elif config.source == FROM_CLAIM and result.request in config.requests:
             raise InputError(
                 f'cannot use {where}: {said} is for request "{result.request}", which got device '
-                f'"{result.device}" of kind {kind}, expected {expected}'
+                f'"{result.device}" of kind {kind}, expected {" or ".join(expected)}'
             )
     if not found and kind in forms.own:
         read_own(NO_SETTINGS, forms.own[kind])
@@ -139,7 +154,7 @@ def check_fit(configs: Sequence[Opaque], driver: str, kinds: Mapping[str, str], 
     the user named none (dynamic-resource-allocation, structured allocators).
     """
     for where, config in _ours(configs, driver):
-        fit = {forms.expected(kind) for one, kind in kinds.items() if _covers(config.requests, one)}
+        fit = {form for one, kind in kinds.items() if _covers(config.requests, one) for form in forms.expected(kind)}
         said = config.parameters["kind"]
         if config.source == FROM_CLAIM and fit and said not in fit:
             raise InputError(
@@ -190,6 +205,10 @@ _Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
 _Ways = Annotated[int, msgspec.Meta(ge=1, le=32)]
 _Mbps = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 _Class = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?)?$")]
+_Bytes = Annotated[int, msgspec.Meta(ge=2, le=MOST_BPS)] | str
+_Operations = Annotated[int, msgspec.Meta(ge=2, le=1_000_000_000)]
+_Weight = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
+_Microseconds = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
 _VfioDriver = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_-]{0,48}vfio[_-]pci)?$")]
 _InterfaceName = Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9][A-Za-z0-9_.-]{0,14})?$")]
@@ -357,6 +376,42 @@ class _Device(_Form, frozen=True):
         return OpaqueConfig(env=MappingProxyType(dict(self.env)))
 
 
+class _Block(_Device, frozen=True):
+    """Disks: what any device has, and limits of I/O."""
+
+    read_bytes_per_second: _Bytes | None = None
+    write_bytes_per_second: _Bytes | None = None
+    read_iops: _Operations | None = msgspec.field(default=None, name="readIOPS")
+    write_iops: _Operations | None = msgspec.field(default=None, name="writeIOPS")
+    weight: _Weight | None = None
+    latency_target_microseconds: _Microseconds | None = None
+    io_class: _Class = ""
+
+    def settings(self) -> OpaqueConfig:
+        rates = {
+            "io_read_bps": bytes_per_second(self.read_bytes_per_second, "$.readBytesPerSecond"),
+            "io_write_bps": bytes_per_second(self.write_bytes_per_second, "$.writeBytesPerSecond"),
+            "io_read_iops": self.read_iops,
+            "io_write_iops": self.write_iops,
+            "io_weight": self.weight,
+            "io_latency_us": self.latency_target_microseconds,
+        }
+        if self.io_class and any(one is not None for one in rates.values()):
+            raise InputError("$.ioClass excludes all limits: they are those of the class")
+        return replace(super().settings(), **rates, io_class=self.io_class)
+
+
+def bytes_per_second(said: int | str | None, path: str) -> int | None:
+    """Return a rate that is a number or a quantity such as "100Mi". Raise InputError with its path."""
+    if not isinstance(said, str):
+        return said
+    with _at(path):
+        rate = parse_quantity(said)
+        if not LEAST_BPS <= rate <= MOST_BPS:
+            raise InputError(f"{said[:40]!r} is not {LEAST_BPS} to {MOST_BPS} bytes per second")
+    return rate
+
+
 FORMS: Mapping[str, type[_Form]] = MappingProxyType(
     {
         "CpuConfig": _Cpu,
@@ -364,6 +419,7 @@ FORMS: Mapping[str, type[_Form]] = MappingProxyType(
         "MemoryConfig": _Memory,
         "GpuConfig": _Gpu,
         "NicConfig": _Nic,
+        "BlockConfig": _Block,
         "DeviceConfig": _Device,
     }
 )
@@ -375,9 +431,11 @@ CONFIG_KINDS: Mapping[str, str] = MappingProxyType(
         "memory": "MemoryConfig",
         "gpu": "GpuConfig",
         "nic": "NicConfig",
+        "block": "BlockConfig",
+        "nvme": "BlockConfig",
     }
 )
-"""The configuration's kind by kind of device; all others use DeviceConfig."""
+"""The configuration's kind by kind of device; all others use DeviceConfig, which disks take too."""
 
 
 # ---------------------------------------------------------------- strict decoding

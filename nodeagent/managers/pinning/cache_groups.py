@@ -1,4 +1,5 @@
-"""What pinning asks of those who divide caches: the group of resctrl of a container, before it begins."""
+"""What pinning asks of those who divide caches and disk I/O: the group of resctrl and the limits of a container, before
+it begins."""
 
 from __future__ import annotations
 
@@ -14,11 +15,11 @@ class CacheAnswer(NamedTuple):
     group: str = ""
     """The group for the runtime to put it into; "" if the runtime has none to do."""
     error: str = ""
-    """Why it cannot be in the group that it should be in, or ""."""
+    """Why it cannot be in the group that it should be in, or have the limits that it should have; or ""."""
 
 
 class CacheGroups(Protocol):
-    """Groups of resctrl. grants: ids of what the container holds."""
+    """Groups of resctrl, and limits of disk I/O. grants: ids of what the container holds."""
 
     async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
         """Return the group of a container that is about to be created."""

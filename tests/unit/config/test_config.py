@@ -48,6 +48,10 @@ def cache_class(**keys: Any) -> str:
     return json.dumps({"pinning": {"resctrl": {"classes": [{"name": "it", **keys}]}}})
 
 
+def io_class(**keys: Any) -> str:
+    return json.dumps({"pinning": {"io": {"classes": [{"name": "it", **keys}]}}})
+
+
 @pytest.mark.parametrize("text", ["", "{}", "# nothing\n", "---\n", "null"])
 def test_nothing_is_the_default(text: str) -> None:
     assert parse(text, source="here.yaml") == Config()
@@ -98,6 +102,8 @@ pinning: {mode: nri, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: loc
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
     wakeupLatencyUs: 0},
+  io: {classes: [{name: a, disks: ["sd*", /dev/disk/by-id/x], readBytesPerSecond: 5, writeBytesPerSecond: 1Mi,
+    readIOPS: 2, writeIOPS: 3, weight: 4, latencyTargetMicroseconds: 5}]},
   resctrl: {exclusiveWays: 3, classes: [{name: a, caches: {L3: 2, L2: "0xf"}, memoryBandwidthPercent: 20,
     memoryBandwidthMBps: 5}]}}
 network: {deviceInfoDir: /i, moveInterfaces: true, vfs: [{match: {netdevs: a}, count: 2, driversAutoprobe: false}]}
@@ -263,6 +269,16 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
         (cache_class(caches={"L3": "0x0"}), "$.pinning.resctrl.classes[0].caches", "'0x0'"),
         (cache_class(caches={"L3": 1, "L3CODE": 1}), "$.pinning.resctrl.classes[0].caches", "both of its parts"),
         ("pinning: {resctrl: {classes: [{name: a}, {name: a}]}}", "$.pinning.resctrl.classes[1].name", "twice"),
+        ("pinning: {io: {}, mode: 'off'}", "$.pinning.io", "mode 'off'"),
+        (io_class(), "$.pinning.io.classes[0]", "limits nothing, expected one of readBytesPerSecond"),
+        (io_class(disks=["sd*"]), "$.pinning.io.classes[0]", "limits nothing"),
+        (io_class(name="Gold", readIOPS=5), "$.pinning.io.classes[0].name", "'Gold'"),
+        (io_class(readIOPS=1), "$.pinning.io.classes[0].readIOPS", "1"),
+        (io_class(readBytesPerSecond="1"), "$.pinning.io.classes[0].readBytesPerSecond", "'1'"),
+        (io_class(writeBytesPerSecond="fast"), "$.pinning.io.classes[0].writeBytesPerSecond", "'fast'"),
+        (io_class(weight=10_001), "$.pinning.io.classes[0].weight", "10001"),
+        (io_class(readIOPS=5, disks=["a/b"]), "$.pinning.io.classes[0].disks[0]", "'a/b'"),
+        ("pinning: {io: {classes: [{name: a, weight: 5}, {name: a, weight: 5}]}}", "$.pinning.io.classes[1]", "twice"),
         ("domain: kubernetes.io", "$.domain", "kubernetes.io"),
         ("domain: gpu.kubernetes.io", "$.domain", "gpu.kubernetes.io"),
         ("domain: requests.example.com", "$.domain", "requests"),

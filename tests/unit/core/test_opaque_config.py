@@ -119,9 +119,32 @@ def test_an_address_that_no_interface_can_be_given_is_refused(address: str) -> N
         settings("nic", opaque("NicConfig", interface={"addresses": [address]}))
 
 
-@pytest.mark.parametrize("kind", ["nvme", "pci", "char", "usb", "somebody-elses"])
+@pytest.mark.parametrize("kind", ["block", "nvme", "pci", "char", "usb", "somebody-elses"])
 def test_a_kind_without_a_form_of_its_own_takes_variables(kind: str) -> None:
     assert settings(kind, opaque("DeviceConfig", env={"SPEED": "115200"})).env == {"SPEED": "115200"}
+
+
+@pytest.mark.parametrize("kind", ["block", "nvme"])
+def test_a_disk_has_limits_of_io(kind: str) -> None:
+    said = {"readBytesPerSecond": "1Mi", "writeBytesPerSecond": 5, "readIOPS": 2, "writeIOPS": 3, "env": {"A": "b"}}
+    more = {"weight": 50, "latencyTargetMicroseconds": 75}
+    assert settings(kind, opaque("BlockConfig", **said, **more)) == OpaqueConfig(
+        io_read_bps=1 << 20,
+        io_write_bps=5,
+        io_read_iops=2,
+        io_write_iops=3,
+        io_weight=50,
+        io_latency_us=75,
+        env=MappingProxyType({"A": "b"}),
+    )
+    assert settings(kind, opaque("BlockConfig", ioClass="batch")).io_class == "batch"
+
+
+def test_limits_of_io_are_for_disks_alone() -> None:
+    limits = opaque("BlockConfig", requests=("one",), readIOPS=5)
+    assert "of kind char, expected DeviceConfig" in refusal("char", limits)
+    others = opaque("CpuConfig", requests=("one",))
+    assert "of kind block, expected BlockConfig or DeviceConfig" in refusal("block", others)
 
 
 def test_every_form_is_some_kinds() -> None:

@@ -1,6 +1,6 @@
 """Runs in the guest: pods through the container runtime interface, as kubelet makes them; no network, one image.
 
-    pods.py run JSON       {"name", "uid", "containers": [{"name", "script", "cpus", "envs", "mounts"}]}
+    pods.py run JSON       {"name", "uid", "annotations", "containers": [{"name", "script", "cpus", "envs", "mounts"}]}
                            prints {"sandbox": ID, "containers": {NAME: ID}}
     pods.py remove JSON    {"uid", "sandbox": ID}
     pods.py slice JSON     {"uid"}: no more than kubelet's first step, after which it waits for volumes
@@ -59,14 +59,14 @@ class Runtime:
         )
         return method(getattr(cri, f"{name}Request")(**fields), timeout=CALL_S)
 
-    def sandbox(self, name: str, uid: str) -> str:
-        make_slice(uid)
-        (LOGS / name).mkdir(parents=True, exist_ok=True)
-        return str(self.call("RunPodSandbox", config=sandbox(name, uid)).pod_sandbox_id)
+    def sandbox(self, pod: dict[str, Any]) -> str:
+        make_slice(pod["uid"])
+        (LOGS / pod["name"]).mkdir(parents=True, exist_ok=True)
+        return str(self.call("RunPodSandbox", config=sandbox(pod)).pod_sandbox_id)
 
-    def container(self, made: str, name: str, uid: str, spec: dict[str, Any]) -> str:
+    def container(self, made: str, pod: dict[str, Any], spec: dict[str, Any]) -> str:
         """Created and started; its id."""
-        config = {"config": container(**spec), "sandbox_config": sandbox(name, uid)}
+        config = {"config": container(**spec), "sandbox_config": sandbox(pod)}
         created = str(self.call("CreateContainer", pod_sandbox_id=made, **config).container_id)
         self.call("StartContainer", container_id=created)
         return created
@@ -111,14 +111,16 @@ def make_slice(uid: str) -> None:
         file.write_text("0")
 
 
-def sandbox(name: str, uid: str) -> Any:
+def sandbox(pod: dict[str, Any]) -> Any:
     """The node's network, so that no CNI is needed."""
+    name, uid = pod["name"], pod["uid"]
     labels = {"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "vm", "io.kubernetes.pod.uid": uid}
     options = cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(network=cri.NODE))
     return cri.PodSandboxConfig(
         metadata=cri.PodSandboxMetadata(name=name, uid=uid, namespace="vm"),
         log_directory=str(LOGS / name),
         labels=labels,
+        annotations=pod.get("annotations", {}),
         linux=cri.LinuxPodSandboxConfig(cgroup_parent=slice_name(uid), security_context=options),
     )
 
@@ -140,9 +142,9 @@ def container(
 
 def run(runtime: Runtime, pod: dict[str, Any]) -> dict[str, Any]:
     """Nothing is left of a pod of which a container was refused."""
-    made = runtime.sandbox(pod["name"], pod["uid"])
+    made = runtime.sandbox(pod)
     try:
-        ids = {one["name"]: runtime.container(made, pod["name"], pod["uid"], one) for one in pod["containers"]}
+        ids = {one["name"]: runtime.container(made, pod, one) for one in pod["containers"]}
     except grpc.RpcError:
         runtime.remove(made, pod["uid"])
         raise

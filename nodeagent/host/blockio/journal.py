@@ -1,0 +1,71 @@
+"""Which lines of cgroups' io files are the agent's, in a file that survives the agent but not the boot: after a reboot
+these cgroups are gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
+
+_MODE = 0o600
+
+
+Key = tuple[str, str, str]
+"""Cgroup, file and disk."""
+
+
+class IoLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line that the agent has set, or was about to set."""
+
+    path: str
+    """Of the cgroup, below the mount."""
+    file: str
+    number: str
+    """MAJOR:MINOR of the disk."""
+    wanted: str
+    before: str = ""
+    """What was there; "" if there was no line for the disk."""
+    earlier: tuple[str, ...] = ()
+    """What was wanted until then, until it is known that the line is as wanted."""
+
+    @property
+    def key(self) -> Key:
+        """Return what distinguishes it."""
+        return self.path, self.file, self.number
+
+
+class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    version: Literal[1] = 1
+    boot_id: str = ""
+    lines: list[IoLine] = []
+
+
+def load(sysfs: SysFs, path: Path) -> tuple[list[IoLine], str]:
+    """Return what was set since boot, and why that is unknown; empty if it is known."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=_File)
+    except FileNotFoundError:
+        return [], ""
+    except OSError as error:
+        cause = error.strerror or str(error)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        cause = str(error)
+    else:
+        return found.lines if found.boot_id == sysfs.text(BOOT_ID, "") else [], ""
+    return [], f"cannot load {path}: {cause}; limits of I/O that were set before stay as they are"
+
+
+def save(sysfs: SysFs, path: Path, lines: Iterable[IoLine]) -> None:
+    """Record exactly these; the file exists only if there are any. Raise HostError with the cause."""
+    every = list(lines)
+    if not every:
+        files.remove(path)
+        return
+    content = msgspec.json.encode(_File(boot_id=sysfs.text(BOOT_ID, ""), lines=every))
+    files.replace(path, msgspec.json.format(content, indent=1) + b"\n", mode=_MODE)

@@ -1,0 +1,1 @@
+"""Keeps limits of disk I/O as claims and classes ask for them."""
