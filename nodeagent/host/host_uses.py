@@ -3,7 +3,7 @@
 A kind marks the devices that it sees in use. The same use is then marked on all that hand over the same thing (another
 path to a LUN, the USB device of a disk), and on all wholes (the controller of a disk, the physical function of a
 virtual one): who holds these can take away what the node uses. Parts stay as they are: a physical function that carries
-the node's network has virtual functions for pods.
+the node's network has virtual functions for pods, an NVMe drive with the node's file systems other namespaces.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ def _uses(inventory: Inventory) -> Iterator[tuple[str, Device, Use]]:
 
 def _concerned(inventory: Inventory, used: Device) -> set[str]:
     """Return the ids of the devices that share something exclusive with a used one, and of all their wholes."""
-    others = (inventory.device_by_id[one] for one in inventory.excluded_by.get(used.id, ()))
+    parts = inventory.parts_of.get(used.id, ())
+    others = (inventory.device_by_id[one] for one in inventory.excluded_by.get(used.id, ()) if one not in parts)
     things = {used.id, *used.exclusive_parts}
     alike = {used.id, *(one.id for one in others if not things.isdisjoint(one.exclusive_parts))}
     return alike.union(*(inventory.wholes_of(one) for one in alike))

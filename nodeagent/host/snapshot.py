@@ -26,6 +26,8 @@ class Selectors(msgspec.Struct, frozen=True, kw_only=True):
     char: tuple[all_kinds.CharSelector, ...] = ()
     usb: tuple[all_kinds.UsbSelector, ...] = ()
     pci: tuple[all_kinds.PciSelector, ...] = ()
+    block_types: frozenset[str] = frozenset()
+    """Parts of disks: which of BLOCK_TYPES."""
     gpu_groups: frozenset[int] = frozenset()
     """Sizes of ready-made sets of linked GPUs."""
     driver_root: str | None = ""
@@ -64,6 +66,7 @@ def scan(
         char=selectors.char,
         usb=selectors.usb,
         pci_selectors=selectors.pci,
+        block_types=selectors.block_types,
         nvml=nvml,
         partitions=selectors.partitions,
     )

@@ -27,6 +27,7 @@ from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector
+from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.devices.hooks import prepares
 from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
 from nodeagent.host.snapshot import Selectors
@@ -164,16 +165,18 @@ def selectors(config: Config) -> Selectors:
             for one in served
             for usb in one.usb
         ),
-        gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for_group(one, size)),
+        block_types=frozenset(type for one in served for type in BLOCK_TYPES if _asks_for(one, "block", "type", type)),
+        gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for(one, "gpu", "group", str(size))),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
         partitions=PartitionSelector() if config.divided else None,
     )
 
 
-def _asks_for_group(config: ResourceConfig, size: int) -> bool:
-    asked = [one["group"] for one in (config.match, *config.match_any) if "group" in one]
-    patterns = [pattern for value in asked for pattern in patterns_of(value)]
-    return config.kind == "gpu" and any(fnmatch.fnmatchcase(str(size), pattern) for pattern in patterns)
+def _asks_for(config: ResourceConfig, kind: str, name: str, value: str) -> bool:
+    """Return whether a resource of a kind has a pattern of an attribute that fits a value."""
+    asked = [one[name] for one in (config.match, *config.match_any) if name in one]
+    patterns = [pattern for some in asked for pattern in patterns_of(some)]
+    return config.kind == kind and any(fnmatch.fnmatchcase(value, pattern) for pattern in patterns)
 
 
 def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> Offer:

@@ -15,6 +15,7 @@ UNUSED = (
     "nodeagent.core.blockio",
     "nodeagent.core.resctrl",
     "nodeagent.host.blockio",
+    "nodeagent.host.devices.storage",
     "nodeagent.host.driver_programs",
     "nodeagent.host.driver_root.find",
     "nodeagent.host.mps",

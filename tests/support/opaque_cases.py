@@ -161,7 +161,7 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ),
     ("BlockConfig", {"readBytesPerSecond": 2, "writeBytesPerSecond": 10**15, "readIOPS": 2, "writeIOPS": 10**9}),
     ("BlockConfig", {"readBytesPerSecond": "2", "writeBytesPerSecond": "1P", "weight": 1}),
-    ("BlockConfig", {"writeBytesPerSecond": "1500000m", "latencyTargetMicroseconds": 10_000_000, "weight": 10_000}),
+    ("BlockConfig", {"writeBytesPerSecond": "1.5M", "latencyTargetMicroseconds": 10_000_000, "weight": 10_000}),
     ("BlockConfig", {"ioClass": "gold-1", "readIOPS": None, "env": {"A": "b"}}),
     ("BlockConfig", {"ioClass": "", "readIOPS": 5}),
     ("DeviceConfig", {"env": {}}),

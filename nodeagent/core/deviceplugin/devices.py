@@ -31,9 +31,10 @@ from nodeagent.errors import Refused
 
 HOST_USES = ("in_use", "default_route")
 """Attributes that show that the host itself uses a device."""
-WITHHELD = (*HOST_USES, "mig", "group")
+WITHHELD = (*HOST_USES, "mig", "group", "type")
 """Attributes of a device that is not offered: the host itself uses it, or it is a GPU in MIG mode, which computes only
-through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide), or it stands for several."""
+through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide), or it stands for several, or it
+is a part of a disk."""
 SHARES = "shares"
 """The capacity of a claim's device that is divided into shares."""
 SHARE = "::"

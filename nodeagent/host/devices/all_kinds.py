@@ -102,6 +102,7 @@ def read_context(
     char: tuple[CharSelector, ...] = (),
     usb: tuple[UsbSelector, ...] = (),
     pci_selectors: tuple[PciSelector, ...] = (),
+    block_types: frozenset[str] = frozenset(),
     nvml: Snapshot | Failure | None = None,
     partitions: PartitionSelector | None = None,
 ) -> Context:
@@ -116,6 +117,7 @@ def read_context(
         char=char,
         usb=usb,
         pci=pci_selectors,
+        block_types=block_types,
         nvml=nvml,
         partitions=partitions,
         warnings=tuple(reader.warnings),

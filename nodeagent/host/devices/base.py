@@ -59,6 +59,10 @@ class PciSelector(msgspec.Struct, frozen=True, kw_only=True):
         )
 
 
+BLOCK_TYPES = ("namespace", "partition", "volume")
+"""Values of the attribute `type` of what is a part of disks: NVMe namespaces, partitions, LVM volumes."""
+
+
 class PartitionSelector(msgspec.Struct, frozen=True, kw_only=True):
     """GPUs in MIG mode are divided on demand. own: (UUID of the GPU, profile, start) of each instance that the agent
     made or is making; all others were made by the admin or another program."""
@@ -76,6 +80,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     char: tuple[CharSelector, ...] = ()
     usb: tuple[UsbSelector, ...] = ()
     pci: tuple[PciSelector, ...] = ()
+    block_types: frozenset[str] = frozenset()
+    """Which of BLOCK_TYPES to look for."""
     nvml: Snapshot | Failure | None = None
     """None if NVML was not queried."""
     partitions: PartitionSelector | None = None

@@ -32,7 +32,12 @@ class Block:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        devices = tuple(_distinct(_disks(reader, context, block_uses(reader))))
+        uses = block_uses(reader)
+        devices = tuple(_distinct(_disks(reader, context, uses)))
+        if context.block_types:
+            from nodeagent.host.devices.storage.parts import parts
+
+            devices = (*devices, *parts(reader, context, devices, uses))
         return Found(state=KindState(kind="block", state=PRESENT), devices=devices, warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:

@@ -50,7 +50,7 @@ def block_uses(reader: Tolerant) -> BlockUses:
 
 
 def in_use(reader: Tolerant, name: str, path: str, uses: BlockUses) -> bool | str:
-    """Return whether the node uses a disk or one of its partitions, or UNKNOWN_USE with a warning.
+    """Return whether the node uses a disk, or one of its partitions, or a volume, or UNKNOWN_USE with a warning.
 
     name: of the disk in /sys/class/block; path: its real folder.
     """
@@ -82,6 +82,11 @@ def size_bytes(reader: Tolerant, path: str) -> int | None:
     """Return the capacity of the disk whose sysfs folder is `path`, or None if it cannot be read."""
     sectors = reader.number(f"{path}/size")
     return None if sectors is None else sectors * SECTOR_BYTES
+
+
+def block_bytes(reader: Tolerant, path: str) -> int | None:
+    """Return the logical block size of the disk whose sysfs folder is `path`, or None if it cannot be read."""
+    return reader.number(f"{path}/queue/logical_block_size")
 
 
 # ---------------------------------------------------------------- what names a block device

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
-from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device, short_id
 from nodeagent.host.devices.disks import UNKNOWN_USE, BlockUses, block_uses, in_use, size_bytes
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -24,7 +24,9 @@ _NAMESPACE = re.compile(r"nvme(\d+)(?:c\d+)?n(\d+)")
 _TOLD = ("model", "serial", "transport", "firmware_rev", "state")
 
 
-class _Controller(msgspec.Struct, frozen=True, kw_only=True):
+class Controller(msgspec.Struct, frozen=True, kw_only=True):
+    """A controller, with its PCI address if it has one."""
+
     name: str
     path: str
     address: str | None
@@ -37,12 +39,8 @@ class Nvme:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        controllers = [
-            _Controller(name=name, path=path, address=address if tail == f"nvme/{name}" else None)
-            for name, path, address, tail in pci.members(reader, "sys/class/nvme")
-        ]
-        uses = block_uses(reader)
-        devices = (*_on_pci(reader, context, controllers, uses), *_on_fabrics(reader, controllers, uses))
+        known, uses = controllers(reader), block_uses(reader)
+        devices = (*_on_pci(reader, context, known, uses), *_on_fabrics(reader, known, uses))
         warnings = tuple(dict.fromkeys(reader.warnings))
         return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=warnings)
 
@@ -51,25 +49,42 @@ class Nvme:
         return node_edits(device, devices)
 
 
-def _on_pci(reader: Tolerant, context: Context, controllers: list[_Controller], uses: BlockUses) -> Iterator[Device]:
-    by_address = {one.address: one for one in controllers if one.address is not None}
+def controllers(reader: Tolerant) -> list[Controller]:
+    """Return all controllers."""
+    return [
+        Controller(name=name, path=path, address=address if tail == f"nvme/{name}" else None)
+        for name, path, address, tail in pci.members(reader, "sys/class/nvme")
+    ]
+
+
+def controller_id(reader: Tolerant, controller: Controller) -> str:
+    """Return the id of the device that a controller is."""
+    if controller.address is not None:
+        return controller.address
+    serial = reader.text(f"{controller.path}/serial")
+    known = controller.name if serial is None else serial
+    return short_id(f"nvme-{known}-{reader.text(f'{controller.path}/cntlid') or 0}")
+
+
+def _on_pci(reader: Tolerant, context: Context, known: list[Controller], uses: BlockUses) -> Iterator[Device]:
+    by_address = {one.address: one for one in known if one.address is not None}
     for function in context.functions:
         controller = by_address.get(function.address)
         if controller is None and not function.is_class("0108"):
             continue
-        names = _namespaces(reader, controller) if controller is not None else []
+        names = namespaces(reader, controller) if controller is not None else []
         attributes = _attributes(reader, controller, names, uses) if controller is not None else {}
         paths = [f"/dev/{name}" for name in names]
         device = pci_device(context, function, "nvme", paths=paths, attributes=attributes)
         yield device if function.has_vfio else _with_wwids(reader, device, names)
 
 
-def _on_fabrics(reader: Tolerant, controllers: list[_Controller], uses: BlockUses) -> Iterator[Device]:
-    for controller in controllers:
+def _on_fabrics(reader: Tolerant, known: list[Controller], uses: BlockUses) -> Iterator[Device]:
+    for controller in known:
         if controller.address is None:
-            names = _namespaces(reader, controller)
+            names = namespaces(reader, controller)
             told = _attributes(reader, controller, names, uses)
-            id = f"nvme-{told.get('serial', controller.name)}-{reader.text(f'{controller.path}/cntlid') or 0}"
+            id = controller_id(reader, controller)
             device = part_of(None, kind="nvme", id=id, paths=[f"/dev/{name}" for name in names], attributes=told)
             yield _with_wwids(reader, device, names)
 
@@ -80,13 +95,13 @@ def _with_wwids(reader: Tolerant, device: Device, names: list[str]) -> Device:
     return replace(device, exclusive=(*device.paths, *(f"wwid:{wwid}" for wwid in told if wwid)))
 
 
-def _namespaces(reader: Tolerant, controller: _Controller) -> list[str]:
+def namespaces(reader: Tolerant, controller: Controller) -> list[str]:
     """Return the names of the disks. With multipath, the folder holds nvme0c1n1 and the disk is nvme0n1."""
     matches = (_NAMESPACE.fullmatch(name) for name in reader.names(controller.path))
     return [f"nvme{match[1]}n{match[2]}" for match in matches if match is not None]
 
 
-def _attributes(reader: Tolerant, controller: _Controller, names: list[str], uses: BlockUses) -> Attributes:
+def _attributes(reader: Tolerant, controller: Controller, names: list[str], uses: BlockUses) -> Attributes:
     found: dict[str, str | int | bool] = {"controller": controller.name}
     for name in _TOLD:
         value = reader.text(f"{controller.path}/{name}")

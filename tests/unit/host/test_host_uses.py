@@ -158,7 +158,8 @@ def test_a_use_counts_for_sharers_and_wholes_and_for_nothing_else(devices: list[
         return set() if parent is None else {parent, *wholes(parent)}
 
     def concerns(used: Device, one: Device) -> bool:
-        alike = {other.id for other in devices if other is used or {*other.exclusive_parts} & {*used.exclusive_parts}}
+        others = [one for one in devices if used.id not in wholes(one.id)]
+        alike = {other.id for other in others if other is used or {*other.exclusive_parts} & {*used.exclusive_parts}}
         return one.id in alike or any(one.id in wholes(other) for other in alike)
 
     for name in HOST_USES:
