@@ -4,6 +4,7 @@ killed. With a real ledger and real files."""
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 import sys
 import threading
@@ -19,7 +20,7 @@ from nodeagent.core.dra.opaque_config import API_VERSION
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode
 from nodeagent.core.model.inventory import PRESENT, KindState
-from nodeagent.errors import HostError
+from nodeagent.errors import ConfigError, HostError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.base import Context, Found
 from nodeagent.host.devices.hooks import fault
@@ -33,6 +34,8 @@ from nodeagent.managers.kinds.journal import KindsJournal, Record
 from nodeagent.managers.kinds.manager import KindsManager
 from nodeagent.managers.kinds.table import PreparedTable
 from nodeagent.resources.catalog import dra_of
+from nodeagent.resources.offer import offers
+from tests.support import npu
 from tests.support.claim_node import Room, claim_room, config_of
 from tests.support.dra_node import DRIVER, NODE, result
 from tests.support.long_form import share_of
@@ -456,6 +459,34 @@ def test_a_hook_that_cannot_be_used_says_why(members: dict[str, Any], why: str) 
     kind = type("Half", (), {"name": "half", **members})
     assert fault(kind()).startswith(why)
     assert bool(fault(kind())) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("said", "key", "why"),
+    [
+        ({"serve": "both"}, "$.resources[0].serve", "the kind toy prepares its devices for claims, expected dra"),
+        ({"serve": "device-plugin"}, "$.resources[0].serve", "the kind toy prepares its devices for claims"),
+        ({"serve": "dra", "replicas": 2}, "$.resources[0].replicas", "the kind toy prepares a device for one claim"),
+    ],
+)
+def test_devices_that_are_prepared_are_served_whole_and_to_claims_alone(
+    said: dict[str, Any], key: str, why: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        offers(config_of({**TOYS, **said}), [Toy()])
+    assert (error.value.key, why in str(error.value)) == (key, True)
+
+
+def test_a_second_kind_with_a_configuration_of_the_same_name_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "from tests.unit.managers.test_kinds import Toy\nclass Two(Toy):\n    name = 'two'\n"
+    npu.install(tmp_path / "site", "toys_package", source, one="Toy", two="Two")
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    importlib.invalidate_caches()
+    found = {one.name: one.discover(SysFs(tmp_path), Context()).state for one in all_kinds.load_kinds()[:2]}
+    assert found["toy"].state == PRESENT
+    assert found["two"].reason == ("cannot use toys_package:Two: another kind has a configuration called ToyConfig")
 
 
 def test_a_journal_that_cannot_be_written_is_said(tmp_path: Path) -> None:
