@@ -37,7 +37,9 @@ def _address(value: str, at: str) -> str:
 
 
 def _is_odd(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Return whether no interface can have it, or each has it already."""
+    """Return whether no interface can have it, each has it already, or Kubernetes takes it for none."""
+    if address.version == 6 and (address.ipv4_mapped is not None or address.is_site_local):
+        return True
     return address.is_multicast or address.is_unspecified or address.is_loopback or address.is_link_local
 
 

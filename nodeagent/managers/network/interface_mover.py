@@ -102,13 +102,15 @@ class InterfaceMover:
         return True
 
     def _known(self, asked: Asked, sandbox: Sandbox) -> Moved | None:
-        """Return the record of an interface that is in the same pod, after giving back one that is in another. Raise
-        HostError if another claim has it."""
+        """Return the record of an interface that is in the same sandbox, after giving back one that is in another of
+        the pod. Raise HostError if another claim has it, or another pod of the claim."""
         record = self._journal.read().get(asked.device)
         if record is None or (record.claim, record.sandbox) == (asked.claim, sandbox.id):
             return record
         if record.claim != asked.claim:
             raise HostError(f"cannot move {asked.device}: its interface is not given back by claim {record.claim} yet")
+        if record.pod != sandbox.pod and self._is_there_still(record):
+            raise HostError(f"cannot move {asked.device}: {record.pod_name}, which uses the same claim, has it")
         self._give_back_one(record)
         return None
 
@@ -231,6 +233,15 @@ class InterfaceMover:
             if pod.is_same(host) or (link := _find(record, inside)) is None:
                 return
             inside.move(link, host, _free_name(record.before.name, link, outside.links()))
+
+    def _is_there_still(self, record: Moved) -> bool:
+        """Return whether a pod has its interface."""
+        try:
+            pod = first_of(record.namespaces)
+        except HostError:
+            return False
+        with pod, Interfaces(pod) as inside:
+            return _find(record, inside) is not None
 
     def _is_awaited(self, record: Moved) -> bool:
         """Return whether the kernel will return an interface: a virtual one ends with its namespace, and that of a

@@ -110,7 +110,7 @@ class InterfacesManager(Manager):
         self._pods[pod.id] = pod  # first, or what it gets would be taken for what is left of an earlier pod
         try:
             await run_to_end(self._have(pod))
-        except NodeagentError:
+        except BaseException:  # also if it took too long: of a sandbox that does not start the runtime tells no end
             self._pods.pop(pod.id, None)
             self._listed.bump()
             raise
@@ -118,6 +118,7 @@ class InterfacesManager(Manager):
     async def creating(self, pod: Pod) -> None:
         """Look again before a container of a pod is created. Raise HostError naming what it has not."""
         if self._asked(pod):
+            self._pods[pod.id] = pod  # the claim may have become the pod's since its sandbox started
             await run_to_end(self._have(pod))
 
     async def stopped(self, pod: Pod) -> None:
@@ -153,10 +154,14 @@ class InterfacesManager(Manager):
         return Asked(device=grant.devices[0], claim=grant.holder.uid, host_name=name, wanted=wanted)
 
     async def _have(self, pod: Pod) -> None:
-        async with self._turns.alone(LOCK_S):
-            await self._agent.refresh()
-            for asked in self._asked(pod):
-                await self._turns.in_thread(self._hand_over, asked, pod)
+        try:
+            async with self._turns.alone(LOCK_S):
+                await self._agent.refresh()
+                for asked in self._asked(pod):
+                    await self._turns.in_thread(self._hand_over, asked, pod)
+        finally:
+            if pod.id not in self._pods:  # it has ended meanwhile
+                self._listed.bump()
 
     def _hand_over(self, asked: Asked, pod: Pod) -> None:
         if pod.on_host_network:
@@ -230,8 +235,11 @@ class InterfacesManager(Manager):
 
 
 def _namespaces(pod: Pod) -> tuple[str, ...]:
-    """Return the paths of a pod's network namespace."""
-    return tuple(filter(None, (pod.network, f"/proc/{pod.pid}/ns/net" if pod.pid else "")))
+    """Return the paths of a pod's network namespace: as the runtime names it, and the same as an agent in a container
+    sees it. That of a process only if there is no other: once it has ended, its PID may be anybody's."""
+    if pod.network:
+        return pod.network, f"/proc/1/root{pod.network}"
+    return (f"/proc/{pod.pid}/ns/net",) if pod.pid else ()
 
 
 def _exists(pod: Pod) -> bool:

@@ -113,7 +113,19 @@ def test_an_interface_is_written_in_one_way() -> None:
     assert settings("nic", opaque("NicConfig", interface={})).interface == Interface()
 
 
-@pytest.mark.parametrize("address", ["224.0.0.1/24", "0.0.0.0/0", "fe80::1/64", "::1/128", "10.0.0.5/24%eth0", ""])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "224.0.0.1/24",
+        "0.0.0.0/0",
+        "fe80::1/64",
+        "fec0::1/64",
+        "::1/128",
+        "::ffff:10.0.0.5/120",
+        "10.0.0.5/24%eth0",
+        "",
+    ],
+)
 def test_an_address_that_no_interface_can_be_given_is_refused(address: str) -> None:
     with pytest.raises(InputError, match=r"at \$\.interface\.addresses\[0\], expected an address"):
         settings("nic", opaque("NicConfig", interface={"addresses": [address]}))

@@ -150,6 +150,30 @@ def test_a_new_sandbox_of_the_pod_gets_it_from_the_old_one(node: Node, pod: Name
     assert node.state() == AS_MADE
 
 
+def test_a_second_pod_of_the_claim_gets_nothing_while_the_first_one_has_it(node: Node, pod: Namespace) -> None:
+    node.mover.hand_over(asked(), sandbox(pod))
+    with Namespace() as second:
+        other = Sandbox(id="s2", pod="uid-2", pod_name="default/db", namespaces=(second.path,))
+        with pytest.raises(HostError, match=f"cannot move {DEVICE}: default/web, which uses the same claim, has it"):
+            node.mover.hand_over(asked(), other)
+        assert (pod.names(), second.names()) == ({"net1"}, set())
+        node.mover.give_back({DEVICE})
+        assert node.mover.hand_over(asked(), other)
+        node.mover.give_back({DEVICE})
+    assert node.state() == AS_MADE
+
+
+def test_a_second_pod_of_the_claim_gets_it_if_the_first_one_has_ended(
+    node: Node, pod: Namespace, adapters: None
+) -> None:
+    node.mover.hand_over(asked(), sandbox(pod))
+    pod.end(node.host)
+    with Namespace() as second:
+        other = Sandbox(id="s2", pod="uid-2", pod_name="default/db", namespaces=(second.path,))
+        assert node.mover.hand_over(asked(), other)
+        assert second.names() == {"net1"}
+
+
 def test_another_claim_gets_nothing_before_it_is_given_back(node: Node, pod: Namespace) -> None:
     node.mover.hand_over(asked(), sandbox(pod))
     with pytest.raises(HostError, match="not given back by claim c yet"):
