@@ -175,7 +175,7 @@ def _load(entry: importlib.metadata.EntryPoint, configurations: Collection[str])
     """Return the kind of an entry point. configurations: names of those that other kinds have."""
     try:
         kind: object = entry.load()()
-    except Exception as error:  # whatever a third party's import or constructor raises
+    except (Exception, SystemExit) as error:  # whatever a third party's import or constructor raises
         return _Broken(entry.name, f"cannot load {entry.value}: {_said(error)}")
     if not isinstance(kind, Kind) or not isinstance(kind.name, str):
         return _Broken(entry.name, f"cannot use {entry.value}: it lacks one of name, discover, edits")
@@ -193,7 +193,7 @@ def _ask(kind: Kind, sysfs: SysFs, context: Context) -> Found:
     try:
         found = kind.discover(sysfs, context)
         _check(kind, found)
-    except Exception as error:  # any failure of one kind degrades only that kind
+    except (Exception, SystemExit) as error:  # any failure of one kind degrades only that kind
         return _degraded(kind.name, f"cannot look for {kind.name} devices: {_said(error)}")
     return found
 
@@ -271,5 +271,5 @@ def _order(device: Device) -> tuple[str, tuple[int, ...], str]:
     return device.kind, order(address) if address is not None else (), device.id
 
 
-def _said(error: Exception) -> str:
+def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

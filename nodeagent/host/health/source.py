@@ -64,7 +64,7 @@ def looked(source: Source, sysfs: SysFs, device: Device) -> Sight | Silence:
     reader = Tolerant(sysfs)
     try:
         seen = source.look(reader, device)
-    except Exception as error:  # one source or device that fails affects no other
+    except (Exception, SystemExit) as error:  # one source or device that fails affects no other
         return Sight(UNKNOWN, f"cannot look at {source.name} of {device.id}: {error}")
     if reader.warnings and (isinstance(seen, Silence) or seen.state == HEALTHY):
         return Sight(UNKNOWN, reader.warnings[0])

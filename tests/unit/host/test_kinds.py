@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,15 @@ def test_a_kind_that_raises_is_degraded_and_all_else_goes_on(tree: DeviceTree) -
     assert kinds_of(found) == {"0000:3b:00.0": "nic"}
 
 
+def test_a_kind_that_ends_its_program_ends_nothing(tree: DeviceTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As command-line tools that are used as libraries do."""
+    monkeypatch.setattr(Falls, "discover", lambda *_: sys.exit("no such card"))
+    tree.pci("0000:3b:00.0")
+    found = look(tree, Falls())
+    assert state(found, "falls").reason == "cannot look for falls devices: SystemExit: no such card"
+    assert kinds_of(found) == {"0000:3b:00.0": "nic"}
+
+
 def test_a_device_appears_once_with_the_first_kind_that_knows_it(tree: DeviceTree) -> None:
     tree.pci("0000:3b:00.0")
     assert kinds_of(look(tree, Card("0000:3b:00.0"))) == {"0000:3b:00.0": "card"}
@@ -310,9 +320,12 @@ def test_a_third_partys_kind_is_loaded_and_a_broken_one_says_why(
         "    name = 'gpu'\n"
         "def raises():\n"
         "    raise OSError('no firmware')\n"
+        "def ends():\n"
+        "    raise SystemExit('no license')\n"
     )
     lines = (
         "dongle = thirdparty:Dongle\nmissing = thirdparty:Nothing\nraises = thirdparty:raises\n"
+        "ends = thirdparty:ends\n"
         "nokind = thirdparty:dict\ngpu2 = thirdparty:Gpu"
     )
     _entry_points(monkeypatch, tmp_path, lines, source)
@@ -322,6 +335,7 @@ def test_a_third_partys_kind_is_loaded_and_a_broken_one_says_why(
     assert state(found, "dongle").state == PRESENT
     assert state(found, "missing").state == state(found, "nokind").state == DEGRADED
     assert state(found, "raises").reason == "cannot load thirdparty:raises: OSError: no firmware"
+    assert state(found, "ends").reason == "cannot load thirdparty:ends: SystemExit: no license"
     assert state(found, "gpu2").reason == "cannot use thirdparty:Gpu: the kind 'gpu' is built in"
     dongle = next(kind for kind in loaded if kind.name == "dongle")
     assert all_kinds.edits(dongle, found.devices).env == {"DONGLE": "d0"}

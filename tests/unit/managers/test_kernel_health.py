@@ -151,9 +151,12 @@ async def test_a_new_device_is_looked_at_at_once(tree: DeviceTree) -> None:
             following.cancel()
 
 
-def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree) -> None:
+@pytest.mark.parametrize("error", [ValueError("odd"), SystemExit("odd")])
+def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree, error: BaseException) -> None:
+    """Also if it would end the program: the thread that it runs in has others to look at."""
+
     def answer(_: str) -> Sight:
-        raise ValueError("odd")
+        raise error
 
     device = Device(kind="nic", id=A)
     assert looked(Told(answer), SysFs(tree.root), device) == Sight(UNKNOWN, f"cannot look at carrier of {A}: odd")
