@@ -23,7 +23,8 @@ _SHOWN_AT_MOST = 5
 def users(sysfs: SysFs, address: str, nodes: Collection[str]) -> str:
     """Return who uses a GPU, in words, or "" if nobody does; blocks.
 
-    nodes: paths of its DRM nodes. Raise HostError if it cannot be known, as without CAP_SYS_PTRACE.
+    nodes: paths of its DRM nodes. Raise HostError if it cannot be known, as without CAP_SYS_PTRACE and
+    CAP_DAC_READ_SEARCH.
     """
     if kfd := _kfd_users(sysfs, address):
         return f"in use through KFD by {_named(kfd)}"
@@ -85,5 +86,6 @@ def _links(sysfs: SysFs, pid: int) -> Iterator[str]:
         yield from (link for name in names if (link := sysfs.link(f"{folder}/{name}")) is not None)
     except HostError as error:
         if not isinstance(error.__context__, ProcessLookupError | FileNotFoundError):
-            why = "cannot see which processes have its DRM nodes open (CAP_SYS_PTRACE is needed)"
-            raise HostError(f"{why}: {error}") from None
+            why = "cannot see which processes have its DRM nodes open"
+            needed = "CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH are needed"
+            raise HostError(f"{why} ({needed}): {error}") from None
