@@ -155,6 +155,7 @@ class Daemon:
             agent, where.kubelet_dir, families, self._refused, leads, cluster.report, granted
         )
         self._hugepages = HugepagesManager(agent, where.sysfs, where.state_dir, lambda: self.config, rescan)
+        ours = self._network.with_interfaces(*self._divided.with_divided(*self._gpus.for_claims))
         self._dra = DraManager(
             agent,
             config,
@@ -167,9 +168,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._kinds.with_hooks(
-                *self._network.with_interfaces(*self._divided.with_divided(*self._gpus.for_claims))
-            ),
+            *self._kinds.with_hooks(*ours),
             granted,
         )
         self._pinning = PinningManager(
@@ -180,7 +179,7 @@ class Daemon:
             lambda: self.config.pinning,
             cluster.api.claim,
             pods.listing,
-            self._scanner.rescan,
+            rescan,
             kubelet_confines=lambda: confines_all(self._kubelet.kubelet),
             kubelet_counts_claims=self._dra.kubelet_counts_claims,
             report=cluster.report,
