@@ -8,6 +8,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -58,6 +59,17 @@ def lacking() -> str:
     if busybox() is None:
         return "no static busybox for the image of the pods (package busybox-static)"
     return ""
+
+
+def minor_version() -> int:
+    """Of these binaries of Kubernetes 1; 0 where there are none."""
+    if lacking():
+        return 0
+    command = [f"{os.environ['NODEAGENT_E2E_BIN']}/kube-apiserver", "--version"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.match(r"Kubernetes v1\.(\d+)\.", said)
+    assert found is not None, said
+    return int(found[1])
 
 
 def busybox() -> Path | None:
