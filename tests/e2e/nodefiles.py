@@ -167,11 +167,13 @@ def kubelet_settings(folder: Path, port: int) -> dict[str, Any]:
 
 
 def agent_config(folder: Path, dra: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The agent's configuration: as shipped, but quick. dra: more keys of that part."""
+    """The agent's configuration: as shipped, but quick. Tests make device nodes, of which the kernel tells nobody: the
+    machine is read again often. dra: more keys of that part."""
     return {
         "stateDir": str(folder / "agent/state"),
         "runtimeDir": str(folder / "agent/run"),
         "reservedCpus": "",
+        "resyncSeconds": 2,
         "resources": RESOURCES,
         "release": {"pollSeconds": 0.5, "unconfirmedSeconds": 5, "confirmedSeconds": 0.5, "unobservedSeconds": 5},
         "health": {"recoverSeconds": 4, "nvmlSeconds": 2},
