@@ -155,7 +155,6 @@ class Daemon:
             agent, where.kubelet_dir, families, self._refused, leads, cluster.report, granted
         )
         self._hugepages = HugepagesManager(agent, where.sysfs, where.state_dir, lambda: self.config, rescan)
-        ours = self._network.with_interfaces(*self._divided.with_divided(*self._gpus.for_claims))
         self._dra = DraManager(
             agent,
             config,
@@ -168,7 +167,7 @@ class Daemon:
             cluster.report,
             self._refused,
             self._hugepages.growing,
-            *self._kinds.with_hooks(*ours),
+            *self._kinds.with_hooks(*self._network.with_interfaces(*self._divided.with_both(*self._gpus.for_claims))),
             granted,
         )
         self._pinning = PinningManager(

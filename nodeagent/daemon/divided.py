@@ -44,7 +44,7 @@ class Divided:
         """Return what is divided, in plain types."""
         return {"caches": self._caches.document(), "io": self._io.document()}
 
-    def with_divided(
+    def with_both(
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
         """Return what prepares claims, with caches and I/O after what is shared."""

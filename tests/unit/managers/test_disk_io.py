@@ -97,7 +97,7 @@ class IoNode:
         batch = await self.pins.agent.prepare(catalog, [claim], "op")
         assert not batch.errors, batch.errors
         self.pins.claims[uid] = written
-        sharing, _, _ = self.divided.with_divided(Nothing(), None, None)  # type: ignore[arg-type]
+        sharing, _, _ = self.divided.with_both(Nothing(), None, None)  # type: ignore[arg-type]
         return (await sharing.prepare({uid: list(batch.grants[uid])})).get(uid, "")
 
     async def unprepare(self, uid: str) -> None:
