@@ -29,7 +29,7 @@ BEYOND = (
 )
 """What is said of rules that no schema can express."""
 OVERHEAD = {"perPod": "100m"}
-KINDS = ("cpu", "hugepages", "memory", "char", "usb", "gpu", "nic", "accel", "fpga", "pci", "Odd_Kind")
+KINDS = ("cpu", "hugepages", "memory", "char", "usb", "gpu", "nic", "accel", "fpga", "pci", "qat", "Odd_Kind")
 VALUES: dict[str, list[Any]] = {
     "serve": ["device-plugin", "dra", "both"],
     "match": [{}, {"vendor": "*"}, {"vendor": ["8086", "15b3"]}, {"vendor": 1}],
