@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -66,9 +67,11 @@ class Network:
             return bool(config().network.vfs) or (where.state_dir / state_files.VFS).exists()
 
         def interfaces() -> InterfacesManager:
+            from nodeagent.kube.kubelet_files.claim_state import pods_of
             from nodeagent.managers.network.interfaces import InterfacesManager
 
-            return InterfacesManager(agent, where.sysfs, where.state_dir, is_called)
+            prepared_for = functools.partial(pods_of, where.kubelet_dir)
+            return InterfacesManager(agent, where.sysfs, where.state_dir, is_called, prepared_for)
 
         def is_called() -> bool:
             return self.wanted and pinning().mode == NRI

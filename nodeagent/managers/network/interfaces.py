@@ -15,7 +15,8 @@ that is seen.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import structlog
@@ -25,7 +26,7 @@ from nodeagent.aio.supervise import race, run_to_end
 from nodeagent.core.dra.interfaces import interface_names, interface_of
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import CLAIM, Grant
-from nodeagent.errors import HostError, NodeagentError, StateError
+from nodeagent.errors import HostError, InputError, NodeagentError, StateError
 from nodeagent.host.netlink.namespaces import OWN, first_of
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.manager import Manager
@@ -33,6 +34,7 @@ from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox, has_driver
 from nodeagent.managers.turns import Turns
 from nodeagent.state.agent import Agent
+from nodeagent.telemetry.log import new_op
 from nodeagent.telemetry.once import Once
 
 LOCK = "interfaces.lock"
@@ -49,14 +51,23 @@ class InterfacesManager(Manager):
     name = "interfaces"
 
     def __init__(
-        self, agent: Agent, sysfs: SysFs, state_dir: Path, is_called: Callable[[], bool], *, host: str = OWN
+        self,
+        agent: Agent,
+        sysfs: SysFs,
+        state_dir: Path,
+        is_called: Callable[[], bool],
+        prepared_for: Callable[[str], Collection[str]],
+        *,
+        host: str = OWN,
     ) -> None:
-        """Set up without changing anything. is_called: returns whether the runtime calls about pods. host: path of the
-        host's network namespace."""
+        """Set up without changing anything. is_called: returns whether the runtime calls about pods. prepared_for:
+        returns the UIDs of the pods for which kubelet has prepared a claim, by its UID; it blocks, and may raise
+        InputError. host: path of the host's network namespace."""
         self._agent = agent
         self._mover = InterfaceMover(InterfaceJournal(state_dir, agent.settings.boot_id), has_driver(sysfs), host)
         self._turns = Turns(state_dir / LOCK, "cannot move interfaces")
         self._is_called = is_called
+        self._prepared_for = prepared_for
         self._pods: dict[str, Pod] = {}
         """The sandboxes that the runtime has and that may ask for something, by id."""
         self._knows_all = False
@@ -105,6 +116,7 @@ class InterfacesManager(Manager):
     async def started(self, pod: Pod) -> None:
         """Have in a pod what its claims want there. Raise HostError naming what cannot be had."""
         await self._agent.refresh()  # another agent may have granted it
+        await self._hear_kubelet(pod)
         if not self._asked(pod):
             return
         self._pods[pod.id] = pod  # first, or what it gets would be taken for what is left of an earlier pod
@@ -114,6 +126,14 @@ class InterfacesManager(Manager):
             self._pods.pop(pod.id, None)
             self._listed.bump()
             raise
+
+    async def _hear_kubelet(self, pod: Pod) -> None:
+        """Record which claims a pod uses that others use too: kubelet has a claim prepared for the first of them only,
+        and writes down the others before it starts them."""
+        for uid, pods in {one.holder.uid: one.pods for one in self._asking() if pod.uid not in one.pods}.items():
+            with contextlib.suppress(InputError):
+                if pod.uid in await asyncio.to_thread(self._prepared_for, uid):
+                    await self._agent.record_reserved_for(uid, (*pods, pod.uid), new_op())
 
     async def creating(self, pod: Pod) -> None:
         """Look again before a container of a pod is created. Raise HostError naming what it has not."""

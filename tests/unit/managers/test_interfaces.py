@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +21,7 @@ from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
+from nodeagent.errors import InputError
 from nodeagent.host.netlink.interfaces import Link
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.network.interface_journal import Moved
@@ -31,6 +32,7 @@ from tests.support.until import until
 
 ID = "0000:5e:00.1"
 POD = Pod(id="s", uid="uid", namespace="default", name="web", network="/run/netns/web")
+SECOND = replace(POD, id="s2", uid="uid-2", name="db")
 GRANT = Grant(
     id="c-0",
     holder=Holder(api=CLAIM, uid="c"),
@@ -59,6 +61,15 @@ def node_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
     async def refresh() -> None:
         return
 
+    async def record_reserved_for(uid: str, pods: Sequence[str], op: str) -> None:
+        ledger.grants = {GRANT.id: replace(GRANT, pods=tuple(pods))}
+
+    def prepared_for(uid: str) -> Collection[str]:
+        assert uid == GRANT.holder.uid
+        if not node.goes_on.is_set():
+            raise InputError("cannot read kubelet's file")
+        return POD.uid, SECOND.uid
+
     ledger = SimpleNamespace(grants={GRANT.id: GRANT})
     agent: Any = SimpleNamespace(
         settings=SimpleNamespace(boot_id="boot"),
@@ -68,8 +79,9 @@ def node_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
         inventory=Inventory(),
         loss=None,
         refresh=refresh,
+        record_reserved_for=record_reserved_for,
     )
-    node = Node(InterfacesManager(cast(Agent, agent), SysFs(folder), folder, lambda: True))
+    node = Node(InterfacesManager(cast(Agent, agent), SysFs(folder), folder, lambda: True, prepared_for))
 
     def hand_over(mover: InterfaceMover, asked: Asked, sandbox: Sandbox) -> bool:
         assert node.goes_on.wait(10)
@@ -129,6 +141,21 @@ async def test_what_is_moved_before_a_container_is_created_stays(
     assert node.records() == {ID} and not node.taken
     await node.manager.stopped(POD)
     assert node.taken == [ID]
+    await node.manager.close()
+
+
+async def test_a_second_pod_of_a_claim_that_only_kubelet_knows_of_asks_for_it_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Instead of starting without it."""
+    node = node_of(tmp_path, monkeypatch)
+    await node.manager.started(SECOND)
+    assert not node.given
+    node.goes_on.set()
+    await node.manager.started(replace(SECOND, id="s3", uid="uid-3"))
+    assert not node.given
+    await node.manager.started(SECOND)
+    assert [one.id for one in node.given] == ["s2"]
     await node.manager.close()
 
 
