@@ -109,7 +109,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield shared_gpus(host)
     yield _instances(host)
     yield _prepared(host)
-    yield _partitions(host)
+    yield amd_partitions(host)
     yield _passthrough(host)
     yield _interfaces(host)
     yield _cdi_files(host)
@@ -279,8 +279,8 @@ def _instance(one: Record) -> str:
     )
 
 
-def _partitions(host: Host) -> Leftover:
-    """Partitions of AMD's GPUs that the agent changed: pods may use them by now."""
+def amd_partitions(host: Host) -> Leftover:
+    """Return notes on the partitions of AMD's GPUs that the agent changed: pods may use them by now."""
     where = host.where
     records = AmdJournal(where.state_dir / state_files.AMD_PARTITIONS, where.sysfs.text(BOOT_ID, "")).read()
     folder = where.sysfs.path("sys/bus/pci/devices")

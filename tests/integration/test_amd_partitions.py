@@ -3,9 +3,18 @@ in tests/unit/managers/test_amd_partitions.py: here are files alone."""
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
+from nodeagent.config.schema import Config
+from nodeagent.daemon.leftovers import Host, amd_partitions
+from nodeagent.daemon.paths import paths_of
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.amd_kernel import AmdKernel
@@ -42,6 +51,11 @@ async def test_a_gpu_is_partitioned_once_it_is_released_and_the_status_says_what
         assert file.read_text() == "SPX\n"
         notes = (await node.agent.ask("/v1/status"))[1]["notes"]
         assert f"amd.partitions: GPU {GPU}: compute partition CPX wanted, SPX there: {held['waits']}" in notes
+        words = [sys.executable, "-m", "nodeagent", "status", "--socket", str(node.agent.socket)]
+        done = await asyncio.to_thread(subprocess.run, words, capture_output=True, text=True, check=True)
+        lines = [" ".join(line.split()) for line in done.stdout.splitlines()]
+        assert "GPU PARTITION NOW CONFIGURED WAITS FOR" in lines
+        assert f"{GPU} compute SPX CPX {held['waits']}" in lines
         assert await node.unprepare(claim) == [""]
 
         async def partitioned() -> bool:
@@ -49,3 +63,13 @@ async def test_a_gpu_is_partitioned_once_it_is_released_and_the_status_says_what
 
         await until(partitioned)
         assert (node.agent.state / "amd-partitions.json").exists()
+    assert _left(folder, tree) == [
+        f"the compute partition of {GPU} stays; SPX in {file.parent}/{file.name} sets it back",
+    ]
+
+
+def _left(folder: Path, tree: DeviceTree) -> Sequence[str]:
+    """What an uninstallation says of the GPUs."""
+    config = msgspec.convert({"stateDir": str(folder / "state")}, Config)
+    where = paths_of(config, config_file=None, root=str(tree.root), kubelet_dir=None)
+    return amd_partitions(Host(config=config, where=where)).notes
