@@ -73,12 +73,13 @@ class Churn:
             raise RuntimeError(answer["error"])
         uid = answer["uid"]
         pod = self._living[name] = {"uid": uid, "count": count, "ids": [], "sandbox": ""}
-        pod["sandbox"] = self._runtime.sandbox(name, uid)
+        made = {"name": name, "uid": uid}
+        pod["sandbox"] = self._runtime.sandbox(made)
         order = ["main", *others]
         self._random.shuffle(order)
         for one in order:
             container = {**WAIT, "name": one, "envs": answer["envs"] if one == "main" else {}}
-            pod["ids"].append(self._runtime.container(pod["sandbox"], name, uid, container))
+            pod["ids"].append(self._runtime.container(pod["sandbox"], made, container))
             if count and one == "main":
                 self._exclusive[pod["ids"][-1]] = answer["envs"]["NODEAGENT_CPUS"]
                 self._tell()
