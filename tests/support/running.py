@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ from tests.support.paths import CHECKOUT
 from tests.support.until import until
 
 CPU, CHAR = "nodeagent.dev/cpu", "nodeagent.dev/serial"
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 class Running:
@@ -160,11 +162,17 @@ def block(folder: Path) -> None:
 
 
 def put_back(aside: Path, folder: Path) -> None:
-    """Put a folder in the place of that file, or of what an agent made there meanwhile."""
-    while aside.exists():
-        with contextlib.suppress(OSError):
-            folder.unlink() if folder.is_file() else shutil.rmtree(folder, ignore_errors=True)
-            aside.rename(folder)
+    """Put a folder in the place of that file, or of what an agent made there meanwhile: in one step, as an agent that
+    finds nothing there at that moment makes the folder anew."""
+    exchange(aside, folder)
+    aside.unlink() if aside.is_file() else shutil.rmtree(aside)
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Have two files or folders change their names, at no time of which one is missing (renameat2(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE):
+        raise OSError(ctypes.get_errno(), f"cannot exchange {one} and {other}")
 
 
 @contextlib.asynccontextmanager
