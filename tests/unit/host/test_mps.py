@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from nodeagent.host.mps.control import Limits, MpsControl
 from nodeagent.host.mps.processes import ProcessId, is_of, process_id, processes_of
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from tests.doubles.nvidia import CONTROL, SMI, Client, Programs
+from tests.support.until import until
 
 UUIDS = ["GPU-0", "GPU-1"]
 
@@ -232,12 +234,12 @@ def test_what_nvidia_smi_refuses_is_an_error(programs: Programs) -> None:
         smi.time_slice("GPU-0")
 
 
-def test_a_daemon_that_was_killed_leaves_servers_that_are_found(mps: MpsControl) -> None:
-    """By their environment, whoever started them."""
+async def test_a_daemon_that_was_killed_leaves_servers_that_are_found(mps: MpsControl) -> None:
+    """By their environment, whoever started them; the kernel shows none of a process that is just being started."""
     found = start(mps)
     client = Client(mps.pipe)
     os.kill(found.pid, signal.SIGKILL)
-    os.waitpid(found.pid, 0)
-    assert [one.pid for one in processes_of(mps.pipe)] == [client.server]
+    await asyncio.to_thread(os.waitpid, found.pid, 0)
+    await until(lambda: [one.pid for one in processes_of(mps.pipe)] == [client.server])
     mps.stop(found)
     assert processes_of(mps.pipe) == []
