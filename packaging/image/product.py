@@ -18,8 +18,10 @@ LOCK = Path(__file__).with_name("requirements.txt")
 SOURCES = ("nodeagent", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
 _NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.so")
 _PIP = (sys.executable, "-m", "pip", "-q", "--disable-pip-version-check", "--no-input")
-_OF_THIS_BUILD = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json")
+_OF_THIS_BUILD = tuple(f"*.dist-info/{name}" for name in ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json"))
 """What pip writes about the installation; it names folders of the machine that builds."""
+_UNUSED = ("zstandard/_cffi.*.so", "zstandard/backend_cffi.py")
+"""What CPython never imports of libraries: an implementation for PyPy, a fifth of the whole."""
 _LAUNCHER = f"""#!/{PREFIX}/bin/python
 import sys
 
@@ -36,7 +38,7 @@ def make_product(tree: Path, scratch: Path) -> None:
     run([*_PIP, "install", "--no-compile", "--only-binary=:all:", "--require-hashes", "-r", LOCK, "--target", site])
     run([*_PIP, "install", "--no-compile", "--no-index", "--no-deps", "--target", site, wheel])
     shutil.rmtree(site / "bin", ignore_errors=True)
-    for path in (one for name in _OF_THIS_BUILD for one in site.glob(f"*.dist-info/{name}")):
+    for path in (one for name in (*_OF_THIS_BUILD, *_UNUSED) for one in site.glob(name)):
         path.unlink()
     _make_environment(tree / PREFIX)
     compile_tree(tree, SITE)
