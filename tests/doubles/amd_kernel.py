@@ -5,7 +5,7 @@ kfd_device.c, kfd_topology.c). A compute partition that the memory partition doe
 may use the GPU through KFD, or on an older kernel any GPU, it is EBUSY. KFD then takes its nodes away and adds new ones
 at the end, so that other GPUs' nodes get other numbers. A memory partition is a request, which no file shows, one for
 all GPUs of a hive; requesting the one that is there does nothing, and does not take an earlier request back. It comes
-true when the driver is loaded again, which also chooses the compute partition anew. No event is sent.
+true when the driver is loaded again, which also chooses the compute partition again. No event is sent.
 """
 
 from __future__ import annotations

@@ -167,8 +167,8 @@ def kubelet_settings(folder: Path, port: int) -> dict[str, Any]:
 
 
 def agent_config(folder: Path, dra: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The agent's configuration: as shipped, but quick. Tests make device nodes, of which the kernel tells nobody: the
-    machine is read again often. dra: more keys of that part."""
+    """The agent's configuration: as shipped, but quick. Tests make device nodes, for which the kernel sends no event:
+    the machine is read again often. dra: more keys of that part."""
     return {
         "stateDir": str(folder / "agent/state"),
         "runtimeDir": str(folder / "agent/run"),

@@ -74,7 +74,7 @@ def test_all_pods_of_a_group_have_its_claim_until_the_last_is_gone(node: Cluster
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_claim_of_a_group_outlives_the_agent(node: Cluster, group: str, how: signal.Signals) -> None:
-    """Neither its start nor its search for claims that are gone takes a group for nobody."""
+    """Neither its start nor its search for claims that are gone takes a group for a pod that is gone."""
     node.api.create(member("first"))
     running(node, "first")
     before = node.grants()

@@ -210,7 +210,8 @@ def test_values_are_structs_where_they_can_be() -> None:
 
 def test_no_wait_can_swallow_a_cancellation() -> None:
     """Before Python 3.12 `asyncio.wait_for` returns as if nothing had happened if its caller is cancelled in the very
-    moment in which the work is done: who waits for the cancelled task waits for ever. asyncio.timeout does not."""
+    moment in which the work is done: whatever waits for the cancelled task then waits indefinitely. asyncio.timeout
+    does not."""
     calls = [name for name, tree in modules() for node in ast.walk(tree) if _is_wait_for(node)]
     assert calls == []
 

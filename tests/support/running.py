@@ -163,7 +163,7 @@ def block(folder: Path) -> None:
 
 def put_back(aside: Path, folder: Path) -> None:
     """Put a folder in the place of that file, or of what an agent made there meanwhile: in one step, as an agent that
-    finds nothing there at that moment makes the folder anew."""
+    finds nothing there at that moment makes the folder again."""
     exchange(aside, folder)
     aside.unlink() if aside.is_file() else shutil.rmtree(aside)
 

@@ -1,6 +1,6 @@
 """Counters that several devices draw on, such as the cores of a card that is divided: together they get what there is.
 
-Pure. A device draws once, whoever has it and in however many shares. One that is not in the inventory draws nothing:
+Pure. A device draws once, in however many shares it is held. One that is not in the inventory draws nothing:
 nothing is known of it.
 """
 
@@ -33,7 +33,7 @@ def drawn(inventory: Inventory, grants: Iterable[Grant]) -> Drawn:
 
 
 def spent(inventory: Inventory, ledger: Ledger) -> frozenset[str]:
-    """Return the devices that nobody holds and for which the counters do not last."""
+    """Return the free devices for which the counters do not last."""
     if not drawing(inventory):
         return frozenset()
     return kept_by(ledger, "_spent", lambda: _spent(inventory, ledger.devices_taken), inventory)

@@ -21,7 +21,7 @@ _SHOWN_AT_MOST = 5
 
 
 def users(sysfs: SysFs, address: str, nodes: Collection[str]) -> str:
-    """Return who uses a GPU, in words, or "" if nobody does; blocks.
+    """Return which processes use a GPU, in words, or "" if none does; blocks.
 
     nodes: paths of its DRM nodes. Raise HostError if it cannot be known, as without CAP_SYS_PTRACE and
     CAP_DAC_READ_SEARCH.

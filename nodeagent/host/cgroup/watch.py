@@ -35,7 +35,7 @@ CAME, GONE, WRITTEN, LOOK = "came", "gone", "written", "look"
 _MASK = Mask.CREATE | Mask.DELETE | Mask.MODIFY | Mask.ONLYDIR
 _FILES = ("cpuset.", "hugetlb.")
 IO_FILES = frozenset({"io.max", "io.latency", "io.weight", "io.bfq.weight"})
-"""Limits of I/O. The others that start with io. are not theirs: io.pressure is written to by whoever watches it."""
+"""Limits of I/O. The others that start with io. are not theirs: io.pressure is written to by programs that watch it."""
 _OTHER_FILES = frozenset({"cgroup.subtree_control", "cgroup.events", "cpu.max"}) | IO_FILES
 _AT_ONCE = 64
 """Folders visited before the loop gets a turn."""

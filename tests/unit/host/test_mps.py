@@ -235,7 +235,7 @@ def test_what_nvidia_smi_refuses_is_an_error(programs: Programs) -> None:
 
 
 async def test_a_daemon_that_was_killed_leaves_servers_that_are_found(mps: MpsControl) -> None:
-    """By their environment, whoever started them; the kernel shows none of a process that is just being started."""
+    """By their environment, not by their parent; the kernel shows none of a process that is just being started."""
     found = start(mps)
     client = Client(mps.pipe)
     os.kill(found.pid, signal.SIGKILL)

@@ -1,6 +1,6 @@
 """Intel SGX: the kind `sgx`, with one device for the enclave memory (EPC) of each NUMA node, and one for provisioning.
 
-Enclaves of all programs are made through the same node, so its devices exclude nobody and are meant to be served in
+Enclaves of all programs are made through the same node, so its devices exclude no program and are meant to be served in
 shares (`replicas`). The kernel takes enclave memory from the node nearest to a program first, and swaps it where it
 does not last: the amounts that are granted are kept apart in the ledger, and are not enforced. Source:
 Documentation/arch/x86/sgx.rst; Documentation/ABI/stable/sysfs-devices-node, sgx_total_bytes (Linux 5.17). An older
