@@ -123,7 +123,7 @@ def _reachable(names: Iterable[str], below: Mapping[str, set[str]]) -> frozenset
 
 
 def _is_hardware(reader: Tolerant, name: str) -> bool:
-    return not reader.sysfs.real(f"{_NET}/{name}").startswith("sys/devices/virtual/")
+    return not reader.sysfs.entry(_NET, name).startswith("sys/devices/virtual/")
 
 
 def _below_tunnels(adapters: Mapping[str, bool], below: Mapping[str, set[str]], routes: Iterable[_Route]) -> list[str]:

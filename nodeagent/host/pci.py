@@ -90,7 +90,7 @@ def split(path: str) -> tuple[str | None, str]:
 def members(reader: Tolerant, folder: str) -> Iterator[tuple[str, str, str | None, str]]:
     """Yield the entries of a class or bus folder ("sys/class/net") as (name, real path, PCI address, path below it)."""
     for name in reader.names(folder):
-        real = reader.sysfs.real(f"{folder}/{name}")
+        real = reader.sysfs.entry(folder, name)
         yield name, real, *split(real)
 
 
@@ -99,7 +99,7 @@ def _folders(reader: Tolerant) -> Iterator[tuple[str, str]]:
     if not names:
         yield from _below_roots(reader)
     for name in names:
-        yield name, reader.sysfs.real(f"{_BUS}/{name}")
+        yield name, reader.sysfs.entry(_BUS, name)
 
 
 def _below_roots(reader: Tolerant) -> Iterator[tuple[str, str]]:

@@ -41,7 +41,7 @@ def disk_at(sysfs: SysFs, path: str) -> Disk:
     if "/" in name or not sysfs.exists(f"{_CLASS}/{name}"):
         raise HostError(f"cannot limit I/O on {path}: it is no disk of this machine")
     if sysfs.exists(f"{_CLASS}/{name}/partition"):
-        name = sysfs.real(f"{_CLASS}/{name}").split("/")[-2]
+        name = sysfs.entry(_CLASS, name).split("/")[-2]
     return _disk(sysfs, name)
 
 

@@ -34,6 +34,7 @@ from nodeagent.host.devices.base import (
 )
 from nodeagent.host.devices.block import Block
 from nodeagent.host.devices.char import Char
+from nodeagent.host.devices.disks import block_uses
 from nodeagent.host.devices.fpga import Fpga
 from nodeagent.host.devices.gpu import Gpu
 from nodeagent.host.devices.hooks import fault, forms
@@ -118,6 +119,7 @@ def read_context(
         usb=usb,
         pci=pci_selectors,
         block_types=block_types,
+        block_uses=block_uses(reader),
         nvml=nvml,
         partitions=partitions,
         warnings=tuple(reader.warnings),

@@ -18,6 +18,7 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
 from nodeagent.core.model.inventory import KindState
 from nodeagent.core.model.topology import NodeId
+from nodeagent.host.devices.disks import BlockUses
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -82,6 +83,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     pci: tuple[PciSelector, ...] = ()
     block_types: frozenset[str] = frozenset()
     """Which of BLOCK_TYPES to look for."""
+    block_uses: BlockUses | None = None
+    """None if it was not read what the node uses of all block devices."""
     nvml: Snapshot | Failure | None = None
     """None if NVML was not queried."""
     partitions: PartitionSelector | None = None

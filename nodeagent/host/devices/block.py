@@ -32,7 +32,7 @@ class Block:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        uses = block_uses(reader)
+        uses = context.block_uses or block_uses(reader)
         devices = tuple(_distinct(_disks(reader, context, uses)))
         if context.block_types:
             from nodeagent.host.devices.storage.parts import parts

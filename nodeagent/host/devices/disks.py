@@ -116,7 +116,7 @@ def _sources(source: str) -> list[str]:
 
 
 def _plain(text: str) -> str:
-    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text)
+    return _OCTAL.sub(lambda match: chr(int(match[1], 8)), text) if "\\" in text else text
 
 
 def _named(reader: Tolerant, path: str) -> Iterator[str]:

@@ -215,5 +215,5 @@ def _partition(reader: Tolerant, gpu: Device, kfd: Sequence[KfdNode], node: KfdN
 def _platform(reader: Tolerant, render: str) -> str:
     """Return the name of the platform device of a render node, by which AMD's device plugin names a partition, or "" of
     one that the PCI function itself has."""
-    real = reader.sysfs.real(f"sys/class/drm/{render}") if render else ""
+    real = reader.sysfs.entry("sys/class/drm", render) if render else ""
     return real.split("/")[3] if real.startswith("sys/devices/platform/") else ""

@@ -39,7 +39,7 @@ class Nvme:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
-        known, uses = controllers(reader), block_uses(reader)
+        known, uses = controllers(reader), context.block_uses or block_uses(reader)
         devices = (*_on_pci(reader, context, known, uses), *_on_fabrics(reader, known, uses))
         warnings = tuple(dict.fromkeys(reader.warnings))
         return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=warnings)
@@ -108,7 +108,7 @@ def _attributes(reader: Tolerant, controller: Controller, names: list[str], uses
         if value is not None:
             found[name] = value
     if names:
-        folders = {name: reader.sysfs.real(f"sys/class/block/{name}") for name in names}
+        folders = {name: reader.sysfs.entry("sys/class/block", name) for name in names}
         found["namespaces"] = ",".join(names)
         found["size_bytes"] = sum(size_bytes(reader, folder) or 0 for folder in folders.values())
         found["in_use"] = _most(in_use(reader, *one, uses) for one in folders.items())

@@ -70,6 +70,11 @@ class RecordingSysFs(SysFs):
         self._see(path, through=False)
         return super().link(path)
 
+    def entry(self, folder: str, name: str) -> str:
+        """Return the real path of an entry of a class or bus folder, below the root."""
+        self._see(f"{folder}/{name}")
+        return super().entry(folder, name)
+
     def real(self, path: str) -> str:
         """Return the path with links resolved, below the root; the path itself if it leaves the root."""
         self._see(path)

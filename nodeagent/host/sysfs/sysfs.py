@@ -126,6 +126,19 @@ class SysFs:
                 return None
             raise HostError(f"cannot read link {self.root + path}: {error.strerror}") from None
 
+    def entry(self, folder: str, name: str) -> str:
+        """Return the real path of an entry of a class or bus folder ("sys/class/net", "eth0"), below the root.
+
+        As `real`, with one call of the kernel instead of one for each part of the path: its links in these folders lead
+        to the object's own folder, which has no links above it (fs/sysfs/symlink.c)."""
+        path = f"{folder}/{name}"
+        try:
+            target = os.readlink(self.root + path)
+        except OSError:
+            return self.real(path)
+        found = os.path.normpath(os.path.join(folder, target))
+        return self.real(path) if target.startswith("/") or found.startswith("..") else found
+
     def real(self, path: str) -> str:
         """Return the path with links resolved, below the root; the path itself if it leaves the root."""
         full = os.path.realpath(self.root + path)

@@ -126,5 +126,8 @@ def test_links_are_read_and_followed_only_below_the_root(tmp_path: Path) -> None
     assert sysfs.link_name("bus/inside") == "pci"
     assert sysfs.link("bus/nothing") is None
     assert sysfs.link("devices/pci") is None
-    assert sysfs.real("bus/inside") == "devices/pci"
-    assert sysfs.real("bus/outside") == "bus/outside"
+    for real in (sysfs.real, lambda path: sysfs.entry(*path.split("/"))):
+        assert real("bus/inside") == "devices/pci"
+        assert real("bus/outside") == "bus/outside"
+        assert real("devices/pci") == "devices/pci"
+        assert real("bus/nothing") == "bus/nothing"

@@ -55,7 +55,7 @@ def _namespaces(reader: Tolerant, context: Context, uses: BlockUses) -> Iterator
             if name in seen or not reader.sysfs.exists(f"{_CLASS}/{name}"):
                 continue
             seen.add(name)
-            path = reader.sysfs.real(f"{_CLASS}/{name}")
+            path = reader.sysfs.entry(_CLASS, name)
             wwid = reader.text(f"{path}/wwid")
             told = {
                 "type": NAMESPACE,
@@ -132,7 +132,7 @@ def _volumes(reader: Tolerant, wholes: Mapping[str, Device], uses: BlockUses) ->
 
 def _disks_below(reader: Tolerant, name: str, depth: int = 8) -> Iterator[str]:
     """Yield the whole disks that a block device lies on: a disk itself, a partition's, those of a stack of volumes."""
-    path = reader.sysfs.real(f"{_CLASS}/{name}")
+    path = reader.sysfs.entry(_CLASS, name)
     slaves = reader.names(f"{path}/slaves") if depth else []
     for one in slaves:
         yield from _disks_below(reader, one, depth - 1)
