@@ -13,6 +13,7 @@ import yaml
 
 from tests.e2e import nodeview
 from tests.e2e.cluster import Cluster
+from tests.e2e.grounds import minor_version
 from tests.e2e.kubeapi import DRA, Object, claim, pod, request, until
 from tests.e2e.nodefiles import DRIVER, PORTS
 from tests.e2e.nodeview import NUMA, allocatable, devices, run_pod, running, unschedulable
@@ -40,6 +41,8 @@ def classes(node: Cluster) -> Object:
     return {"apiVersion": "v1", "kind": "List", "items": kinded}
 
 
+COUNTERS_GIVEN_BACK = 37
+"""From this minor version on the scheduler tries a device with counters again beside other CPUs."""
 CLAIMS: dict[str, tuple[Object, ...]] = {
     "cpus": (request("r", "cpu", cpus="3"),),
     "near-gpus": (request("cpus", "cpu", cpus="1"), request("gpu", "gpu")),
@@ -52,6 +55,8 @@ CLAIMS: dict[str, tuple[Object, ...]] = {
 def test_as_many_claims_run_as_were_forecast(node: Cluster, name: str, busy: bool) -> None:
     """On a node that holds something already too: CPUs and a port through the device plugin."""
     requests, match = CLAIMS[name], NUMA if name == "near-gpus" else ""
+    if match and (minor := minor_version()) and minor < COUNTERS_GIVEN_BACK:
+        pytest.skip(f"the scheduler of Kubernetes 1.{minor} loses the counters of a device that does not match")
     until("the pools are there", lambda: devices(node, "cpu") and devices(node, "char"))
     if busy:
         until("kubelet shows everything", lambda: allocatable(node, "port") == len(PORTS))

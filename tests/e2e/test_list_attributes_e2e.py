@@ -1,4 +1,4 @@
-"""Attributes with several values, with the gate DRAListTypeAttributes on at the API server and the scheduler (1.36)."""
+"""Attributes with several values, with the gate DRAListTypeAttributes on at the API server and the scheduler (1.37)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,19 @@ import pytest
 
 from tests.e2e import nodeview
 from tests.e2e.cluster import Cluster, cluster
+from tests.e2e.grounds import minor_version
 from tests.e2e.kubeapi import claim, request, until
 from tests.e2e.nodeview import NUMA, devices, run_pod
 
 GATE = "DRAListTypeAttributes"
+FIRST_MINOR = 37
 node = nodeview.node
 
 
 @pytest.fixture(scope="module")
 def started(request: pytest.FixtureRequest) -> Iterator[Cluster]:
+    if (minor := minor_version()) and minor < FIRST_MINOR:
+        pytest.skip(f"the scheduler of Kubernetes 1.{minor} matches no lists: it came with 1.{FIRST_MINOR}")
     with cluster(request.module.__name__, gates=(GATE,)) as made:
         yield made
         for log in made.logs.glob("nodeagent*.log"):
