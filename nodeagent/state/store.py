@@ -1,12 +1,13 @@
 """The ledger's durable form: one SQLite file, a transaction for the decisions that wait together, on disk before they
 take effect.
 
-Promises: what `save` returned from survives kill -9 and a power cut (WAL, synchronous=FULL). A save that fails changes
-nothing. A damaged file is moved aside and reported; it is never deleted and never stops the agent. A file of a newer
-build is left as it is. A file that is removed while open is restored before the next decision; one that is damaged
-while open is replaced by one with everything that is held. A ledger that may lack decisions says so (`loss`) until it
-is rebuilt, across restarts too. Two processes may have it open, as during a rolling upgrade: each decides in its turn,
-under a lock, after learning what the other has decided. Every call blocks; `Store` is used from one thread at a time.
+Promises: what `save` returned from survives kill -9, and a power cut too (WAL, synchronous=FULL), except that releases
+alone may have to be found again then. A save that fails changes nothing. A damaged file is moved aside and reported; it
+is never deleted and never stops the agent. A file of a newer build is left as it is. A file that is removed while open
+is restored before the next decision; one that is damaged while open is replaced by one with everything that is held. A
+ledger that may lack decisions says so (`loss`) until it is rebuilt, across restarts too. Two processes may have it
+open, as during a rolling upgrade: each decides in its turn, under a lock, after learning what the other has decided.
+Every call blocks; `Store` is used from one thread at a time.
 """
 
 from __future__ import annotations
@@ -250,24 +251,26 @@ class Store:
     def record_happenings(self, happenings: Iterable[Happening], *, at: float) -> None:
         """Write to the audit what happened, like refusals. It survives kill -9 at once, and a power cut from the next
         decision on: no decision waits for it on the disk."""
-        with self._turn(), self._said("save"):
-            self._db.execute("PRAGMA synchronous = NORMAL")
-            try:
-                self._record("save", lambda db: audit.add_happenings(db, happenings, at=at))
-            finally:
-                self._db.execute("PRAGMA synchronous = FULL")
+        self._record("save", lambda db: audit.add_happenings(db, happenings, at=at), synced=False)
 
     def prune(self, before: float) -> int:
         """Delete audit entries older than `before` (seconds since the epoch). Return how many about grants."""
         return self._record("prune", lambda db: audit.prune(db, before))
 
-    def _record(self, verb: str, change: Callable[[sqlite3.Connection], T]) -> T:
+    def _record(self, verb: str, change: Callable[[sqlite3.Connection], T], *, synced: bool = True) -> T:
         """Change the audit alone, in a transaction of its own."""
         with self._turn(), self._said(verb):
             self._put_back()
-            with self._db:
-                self._db.execute("BEGIN IMMEDIATE")
-                return change(self._db)
+            with self._transaction(synced=synced) as db:
+                return change(db)
+
+    @contextlib.contextmanager
+    def _transaction(self, *, synced: bool) -> Iterator[sqlite3.Connection]:
+        """Make changes all or none. synced: they are on the disk at the end; otherwise with the next that are."""
+        self._db.execute(f"PRAGMA synchronous = {'FULL' if synced else 'NORMAL'}")
+        with self._db as db:
+            db.execute("BEGIN IMMEDIATE")
+            yield db
 
     def _put_back(self) -> None:
         """Restore the file if it or its folder was removed or replaced: the open file still has everything."""
@@ -346,8 +349,8 @@ class Store:
         return [self.path.with_name(FILE + suffix) for suffix in ("", "-wal", "-shm")]
 
     def _write(self, entries: Sequence[Entry]) -> None:
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
+        synced = {change.action for one in entries for change in one.changes} != {RELEASED}
+        with self._transaction(synced=synced):
             # A replacement file continues counting from the newest decision of any process: of two files, the one that
             # counted further knows more.
             last = max(self._seq, _last_seq(self._db), (self._mark.read() or Mark()).newest)
@@ -361,9 +364,11 @@ class Store:
                 # would appear newer.
                 audit.add_counted(self._db, last, op=entries[-1].op, at=entries[-1].at)
         self._seq = last
-        # The decision is made: a mark that lags behind is weaker evidence, not an error.
-        with contextlib.suppress(StateError):
-            self._mark.advance(last)
+        # The decision is made: a mark that lags behind is weaker evidence, not an error. One that is ahead of the disk
+        # would be taken for a loss after a power cut.
+        if synced:
+            with contextlib.suppress(StateError):
+                self._mark.advance(last)
 
     def _apply(self, change: Change, body: str) -> None:
         grant = change.grant
@@ -417,8 +422,7 @@ class Store:
             _check(db)
             migrate(db)
             audit.add_tables(db)
-            for _ in _grants(db, FILE):
-                pass
+            tuple(_grants(db, FILE))
         except BaseException:
             db.close()
             raise
@@ -473,8 +477,7 @@ def _grants(db: sqlite3.Connection, source: str) -> Iterator[Grant]:
 
 def _check(db: sqlite3.Connection) -> None:
     """Raise StateError if the file is damaged."""
-    verdict = db.execute("PRAGMA integrity_check(1)").fetchone()[0]
-    if verdict != "ok":
+    if (verdict := db.execute("PRAGMA integrity_check(1)").fetchone()[0]) != "ok":
         raise StateError(f"it is damaged: {verdict}")
 
 
@@ -489,11 +492,9 @@ def _damaged(error: Exception) -> bool:
 
 def _last_seq(db: sqlite3.Connection) -> int:
     """Return the number of the newest audit entry, or 0 if there is none."""
-    found: int = db.execute("SELECT coalesce(max(seq), 0) FROM audit").fetchone()[0]
-    return found
+    return int(db.execute("SELECT coalesce(max(seq), 0) FROM audit").fetchone()[0])
 
 
 def _version(db: sqlite3.Connection) -> int:
     """Return a number that changes if another process changes the file (sqlite.org/pragma.html#pragma_data_version)."""
-    found: int = db.execute("PRAGMA data_version").fetchone()[0]
-    return found
+    return int(db.execute("PRAGMA data_version").fetchone()[0])

@@ -104,7 +104,7 @@ def test_an_older_copy_is_told_from_the_ledger_that_it_replaces(folder: Path) ->
     filled(folder, 3)
     copy = copied(folder)
     with contextlib.closing(Store(folder)) as store:
-        store.save([Change(action=RELEASED, grant=grant_of(0))], op="o", at=9)
+        store.save(granted(3), op="o", at=9)
     shutil.move(copy, folder / FILE)
     for journal in folder.glob(f"{FILE}-*"):
         journal.unlink()
