@@ -7,6 +7,7 @@ import re
 import pytest
 
 from nodeagent.cli.node.doctor.registry import CHECKS
+from tests.rules.test_docs_links import anchors
 from tests.support.paths import CHECKOUT
 
 DOCS = CHECKOUT / "docs"
@@ -14,16 +15,11 @@ DOCS = CHECKOUT / "docs"
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="the documentation lies in the checkout")
 
 
-def anchors(page: str) -> set[str]:
-    """The anchors of a page as GitHub makes them of its headings, those in code blocks left out."""
-    text = re.sub(r"^```.*?^```", "", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", one.lower()).replace(" ", "-") for one in headings}
-
-
 def test_every_check_points_to_a_place_that_exists() -> None:
     wrong = [
-        check.name for check in CHECKS if check.anchor.partition("#")[2] not in anchors(check.anchor.split("#")[0])
+        check.name
+        for check in CHECKS
+        if check.anchor.partition("#")[2] not in anchors(DOCS / check.anchor.partition("#")[0])
     ]
     assert not wrong
 

@@ -222,6 +222,16 @@ def needed(config: Config) -> Iterator[str]:
         yield "nodeagent-resctrl.conf"
     if config.metrics.listen:
         yield "nodeagent-metrics.conf"
+    if config.dra.passthrough_drivers:
+        yield "nodeagent-passthrough.conf"
+    if config.network.vfs:
+        yield "nodeagent-vfs.conf"
+    if config.network.move_interfaces:
+        yield "nodeagent-interfaces.conf"
+    if config.network.device_info_dir:
+        yield "nodeagent-cni.conf"
+    if config.amd.partitions:
+        yield "nodeagent-amd.conf"
 
 
 def _has(node: Node, name: str, there: set[str]) -> bool:
@@ -236,6 +246,11 @@ OPENED = {
     "nodeagent-tuning.conf": ("/sys/devices/system/cpu",),
     "nodeagent-resctrl.conf": ("/sys/fs/resctrl",),
     "nodeagent-metrics.conf": ("AF_INET",),
+    "nodeagent-passthrough.conf": ("/sys/bus/pci", "/sys/devices"),
+    "nodeagent-vfs.conf": ("/sys/bus/pci", "/sys/devices"),
+    "nodeagent-interfaces.conf": ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "RestrictNamespaces"),
+    "nodeagent-cni.conf": ("/run/k8s.cni.cncf.io",),
+    "nodeagent-amd.conf": ("/sys/devices", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
 }
 """What each drop-in sets that the unit itself does not."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sqlite3
@@ -11,11 +12,14 @@ from typing import NamedTuple
 
 import pytest
 
+from nodeagent.cli.node.doctor import agent
 from nodeagent.cli.node.doctor.model import Finding, State, examine
 from nodeagent.cli.node.doctor.probes import DiskSpace
 from nodeagent.cli.node.doctor.registry import CHECKS
+from nodeagent.config.load import load
 from nodeagent.version import VERSION
 from tests.builders.doctor_node import GPU, BuiltNode
+from tests.support.paths import CHECKOUT
 
 BY_NAME = {check.name: check for check in CHECKS}
 OK, WARNING, FAILURE, UNKNOWN, SKIPPED = State.OK, State.WARNING, State.FAILURE, State.UNKNOWN, State.SKIPPED
@@ -477,3 +481,26 @@ def test_cri_o_is_read_with_its_drop_ins(built: BuiltNode) -> None:
     assert found("runtime.cdi", built).state is OK
     nri = found("runtime.nri", built)
     assert nri.state is FAILURE and "NRI is off by /etc/crio/crio.conf" in nri.seen
+
+
+def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -> None:
+    """All that come with the project, but MPS's, which claims ask for; by settings that each of them really has."""
+    files = {one.name: one.read_text() for one in (CHECKOUT / "systemd").glob("nodeagent-*.conf")}
+    assert set(agent.OPENED) == set(files) - {"nodeagent-mps.conf"}
+    assert [name for name, words in agent.OPENED.items() if not all(word in files[name] for word in words)] == []
+    pinning = {"partition": "isolated", "moveInterrupts": True, "tuning": {"governor": "performance"}, "resctrl": {}}
+    network = {
+        "deviceInfoDir": "/run/devinfo",
+        "moveInterfaces": True,
+        "vfs": [{"match": {"netdevs": "a*"}, "count": 2}],
+    }
+    everything = {
+        "metrics": {"listen": "127.0.0.1:9464"},
+        "pinning": pinning,
+        "dra": {"passthroughDrivers": ["vfio-pci"]},
+        "network": network,
+        "amd": {"partitions": [{"gpus": ["*"], "compute": "SPX"}]},
+        "resources": [{"name": "gpu", "kind": "gpu", "serve": "dra"}],
+    }
+    assert set(agent.needed(load(built.write("all.yaml", json.dumps(everything))))) == set(agent.OPENED)
+    assert list(agent.needed(load(built.write("none.yaml", "{}")))) == []
