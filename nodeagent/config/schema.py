@@ -35,8 +35,6 @@ AT_START = msgspec.Meta(extra={"applied": "at start"})
 """Marks a key that takes effect only when the agent starts."""
 Text = Annotated[str, msgspec.Meta(pattern=r"^[^\0]*$")]
 AnyOrAddress = Annotated[str, msgspec.Meta(pattern=r"^(\*|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])$")]
-
-
 Match = dict[str, str | list[str]]
 
 
@@ -400,6 +398,8 @@ class NetworkConfig(_Base, frozen=True):
     """Physical functions whose virtual functions the agent makes; of several that match one, the first."""
     move_interfaces: Annotated[bool, AT_START] = False
     """Whether claims may have the interfaces of their adapters moved into their pods."""
+    vf_properties: list[Literal["mac", "vlan", "txRate", "spoofCheck", "linkState", "trust"]] = []
+    """What claims may set of virtual functions; trust and spoofCheck let their pods pretend to be others."""
 
 
 class HugepagesConfig(_Base, frozen=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,8 @@ from nodeagent.managers.network.device_info import left_files
 from nodeagent.managers.network.interface_journal import InterfaceJournal
 from nodeagent.managers.network.interface_mover import InterfaceMover, has_driver
 from nodeagent.managers.network.vf_journal import VfJournal
+from nodeagent.managers.network.vf_property_journal import VfPropertyJournal
+from nodeagent.managers.network.vf_setter import VfSetter
 from nodeagent.managers.partitions.amd_journal import AmdJournal
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
@@ -86,6 +89,7 @@ STATE_FILES = (
     "mig-modes.json",
     "amd-partitions.*",
     "passthrough.*",
+    "vf-properties.*",
     "interfaces.*",
     "kinds.*",
     "device-info.json",
@@ -110,6 +114,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield _instances(host)
     yield _prepared(host)
     yield amd_partitions(host)
+    yield _vf_properties(host)
     yield _passthrough(host)
     yield _interfaces(host)
     yield _cdi_files(host)
@@ -317,6 +322,21 @@ def _interfaces(host: Host) -> Leftover:
     def undo() -> Iterator[str]:
         with kept_going() as errors:
             yield from mover.give_back(records).values()
+        yield from errors
+
+    return Leftover(lines, undo)
+
+
+def _vf_properties(host: Host) -> Leftover:
+    """Return the virtual functions that were set to what claims want."""
+    where = host.where
+    journal = VfPropertyJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
+    setter, records = VfSetter(journal, functools.cache(lambda: scan(where.sysfs, load_kinds()))), journal.read()
+    lines = [Line(f"properties of {one.vf}", one.claim, "as before") for one in records.values()]
+
+    def undo() -> Iterator[str]:
+        with kept_going() as errors:
+            yield from setter.give_back(records).values()
         yield from errors
 
     return Leftover(lines, undo)

@@ -22,6 +22,7 @@ from nodeagent.state.agent import Agent
 if TYPE_CHECKING:
     from nodeagent.managers.network.device_info import DeviceInfoManager
     from nodeagent.managers.network.interfaces import InterfacesManager
+    from nodeagent.managers.network.vf_properties import VfPropertiesManager
     from nodeagent.managers.network.vfs import VfsManager
 
 
@@ -35,7 +36,7 @@ def with_interfaces_in_pods(inventory: Inventory, where: Paths, boot_id: str) ->
 
 
 class Network:
-    """Device information files, virtual functions, and interfaces in pods."""
+    """Device information files, virtual functions and their properties, and interfaces in pods."""
 
     def __init__(
         self,
@@ -66,6 +67,14 @@ class Network:
         def has_vfs() -> bool:
             return bool(config().network.vfs) or (where.state_dir / state_files.VFS).exists()
 
+        def vf_properties() -> VfPropertiesManager:
+            from nodeagent.managers.network.vf_properties import VfPropertiesManager
+
+            return VfPropertiesManager(agent, where.state_dir)
+
+        def has_vf_properties() -> bool:
+            return bool(config().network.vf_properties) or (where.state_dir / state_files.VF_PROPERTIES).exists()
+
         def interfaces() -> InterfacesManager:
             from nodeagent.kube.kubelet_files.claim_state import pods_of
             from nodeagent.managers.network.interfaces import InterfacesManager
@@ -84,12 +93,13 @@ class Network:
         ledger = agent.revisions.ledger
         self._interfaces = OnDemand("interfaces", interfaces, has_interfaces, ledger)
         self._vfs = OnDemand("virtual functions", vfs, has_vfs, ledger)
+        self._vf_properties = OnDemand("properties of virtual functions", vf_properties, has_vf_properties, ledger)
         self._device_info = OnDemand("device information", device_info, has_device_info, ledger)
 
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order."""
-        return self._vfs, self._device_info, self._interfaces
+        return self._vfs, self._vf_properties, self._device_info, self._interfaces
 
     async def granted(self) -> None:
         """Do what has to be done before a grant is answered."""
@@ -101,8 +111,10 @@ class Network:
     def with_interfaces(
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
-        """Return what prepares claims, with their interfaces."""
-        return sharing, instances, _Both(passthrough, self)
+        """Return what prepares claims, with their interfaces and the properties of their virtual functions. These are
+        set first, before another driver meets them, and set back first: as long as a function has the address that its
+        physical one gave it, its interface may be refused its own."""
+        return sharing, instances, _Both(_VfProperties(self._vf_properties), _Both(passthrough, self))
 
     def concerned(self, uids: Sequence[str]) -> Sequence[str]:
         """Return those of some claims whose interfaces may be in pods."""
@@ -138,10 +150,29 @@ class Network:
         self._interfaces.load().learn(pods)
 
 
-class _Both:
-    """Sets up devices for claims in two ways: by other drivers, and by their interfaces."""
+class _VfProperties:
+    """Sets up virtual functions for claims."""
 
-    def __init__(self, first: Passthrough, second: Network) -> None:
+    def __init__(self, manager: OnDemand[VfPropertiesManager]) -> None:
+        self._manager = manager
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        one = self._manager.if_needed()
+        return one.concerned(uids) if one is not None else ()
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        one = self._manager.if_needed()
+        return await one.bind(claims) if one is not None else {}
+
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
+        one = self._manager.if_needed()
+        return await one.give_back(uids) if one is not None else {}
+
+
+class _Both:
+    """Sets up devices for claims in two ways."""
+
+    def __init__(self, first: Passthrough, second: Passthrough) -> None:
         self._first, self._second = first, second
 
     def concerned(self, uids: Sequence[str]) -> Sequence[str]:

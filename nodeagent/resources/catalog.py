@@ -52,6 +52,7 @@ def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, r
         kinds=MappingProxyType(found),
         passthrough=frozenset(config.dra.passthrough_drivers),
         moves_interfaces=config.network.move_interfaces,
+        vf_properties=frozenset(config.network.vf_properties),
         forms=forms(families),
     )
     plugged = {one.kind for one in config.served if one.serve != "dra"}

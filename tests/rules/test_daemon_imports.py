@@ -10,6 +10,7 @@ from pathlib import Path
 UNUSED = (
     "nodeagent.cli",
     "nodeagent.core.network.addresses",
+    "nodeagent.core.network.vf_checks",
     "nodeagent.core.resctrl",
     "nodeagent.host.amd",
     "nodeagent.core.blockio",

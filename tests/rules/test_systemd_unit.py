@@ -120,6 +120,18 @@ def test_the_drop_in_for_interfaces_opens_network_namespaces_and_nothing_else() 
     assert ("RestrictNamespaces", "true") in settings()
 
 
+def test_the_drop_in_for_properties_of_virtual_functions_lets_adapters_be_changed_and_nothing_else() -> None:
+    text = UNIT.with_name("nodeagent-vf-properties.conf").read_text()
+    lines = [line for line in text.splitlines() if line[:1] not in "#"]
+    assert lines == ["[Service]", "CapabilityBoundingSet=CAP_NET_ADMIN"]
+    assert ("RestrictAddressFamilies", "AF_UNIX AF_NETLINK") in settings()
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_properties_of_virtual_functions(tmp_path: Path) -> None:
+    assert problems(tmp_path, UNIT.with_name("nodeagent-vf-properties.conf")) == (0, "")
+
+
 @needs_systemd
 def test_systemd_finds_nothing_wrong_with_the_drop_in_for_interfaces(tmp_path: Path) -> None:
     assert problems(tmp_path, UNIT.with_name("nodeagent-interfaces.conf")) == (0, "")

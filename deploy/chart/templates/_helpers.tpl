@@ -102,6 +102,9 @@ writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.pa
 {{- if and (.Values.config.network | default dict).moveInterfaces (not .Values.privileged) -}}
 {{- fail "cannot set config.network.moveInterfaces: a pod that is not privileged may not enter the network namespaces of others; set privileged, or run the agent under systemd on these nodes" -}}
 {{- end -}}
+{{- if and (.Values.config.network | default dict).vfProperties (not .Values.privileged) -}}
+{{- fail "cannot set config.network.vfProperties: a pod that is not privileged may not change adapters; set privileged, or run the agent under systemd on these nodes" -}}
+{{- end -}}
 {{- if and (.Values.config.amd | default dict).partitions (not .Values.privileged) -}}
 {{- fail "cannot set config.amd.partitions: /sys/devices is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}

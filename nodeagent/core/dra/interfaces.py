@@ -1,4 +1,5 @@
-"""Network interfaces that claims want in their pods: which grants ask for one, and what forbids it.
+"""Network interfaces that claims want in their pods: which grants ask for one, and what forbids it. Which grants want
+properties of their virtual functions.
 
 Pure. An interface is in one network namespace at a time, so it is asked for with a whole adapter that has one
 interface, and by a claim whose pods are known.
@@ -10,27 +11,38 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json
+from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
+from nodeagent.core.network.vf_properties import VfProperties
 from nodeagent.errors import InputError
 
-_WORD = '"interface":'
-"""What settings contain that ask for an interface in the pod."""
+_WORD, _VF_WORD = '"interface":', '"vf":'
+"""What settings contain that ask for an interface in the pod, and for properties of a virtual function."""
 
 
 def interface_of(grant: Grant) -> Interface | None:
     """Return what a claim wants its adapter's interface to be in the pod, or None if it is to stay on the host.
     Settings that a newer build wrote and this one cannot read count as none."""
-    if _WORD not in grant.settings or grant.holder.api != CLAIM or not grant.devices:
-        return None
+    return _settings_with(_WORD, grant).interface
+
+
+def vf_of(grant: Grant) -> VfProperties | None:
+    """Return what a claim wants its virtual function to be set to, or None if it is to stay as it is."""
+    return _settings_with(_VF_WORD, grant).vf
+
+
+def _settings_with(word: str, grant: Grant) -> OpaqueConfig:
+    """Return a claim's settings for a whole device, or empty ones if a word is not in them."""
+    if word not in grant.settings or grant.holder.api != CLAIM or not grant.devices:
+        return NO_SETTINGS
     try:
-        return from_json(grant.settings).interface
+        return from_json(grant.settings)
     except InputError:
-        return None
+        return NO_SETTINGS
 
 
 def check_interface(
@@ -76,8 +88,8 @@ def network_data(inventory: Inventory, grant: Grant) -> dict[str, Any]:
     device = inventory.device_by_id.get(next(iter((*grant.devices, *grant.shares)), ""))
     if device is None or device.kind != "nic":
         return {}
-    asked = interface_of(grant) or Interface()
+    asked, vf = interface_of(grant) or Interface(), vf_of(grant) or VfProperties()
     name = asked.name or next(iter(interface_names(device)), "")
-    hardware_address = asked.hardware_address or str(device.attributes.get("mac", ""))
+    hardware_address = asked.hardware_address or vf.mac or str(device.attributes.get("mac", ""))
     found = {"interfaceName": name, "ips": list(asked.addresses), "hardwareAddress": hardware_address}
     return {key: value for key, value in found.items() if value} if name else {}

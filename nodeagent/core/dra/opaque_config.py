@@ -25,6 +25,7 @@ from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import parse_quantity
 from nodeagent.core.network.interface import Interface, Route
+from nodeagent.core.network.vf_properties import VfForm, VfProperties, with_address
 from nodeagent.errors import InputError
 
 API_VERSION = "nodeagent.dev/v1alpha1"
@@ -60,6 +61,8 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Whether a container gets an adapter's RDMA device nodes."""
     interface: Interface | None = None
     """What an adapter's interface is in the pod that it is moved into; None leaves it on the host."""
+    vf: VfProperties | None = None
+    """What a virtual function is set to on its physical one; None leaves it as it is."""
     cache_ways: int | None = None
     """How many ways of their L3 caches the CPUs have for themselves."""
     cache_class: str = ""
@@ -353,13 +356,17 @@ class _Nic(_Form, frozen=True):
     driver: _VfioDriver = ""
     rdma: bool | None = None
     interface: _Interface | None = None
+    vf: VfForm | None = None
 
     def settings(self) -> OpaqueConfig:
         for key, found in (("rdma", self.rdma), ("interface", self.interface)):
             if self.driver and found is not None:
                 raise InputError(f"$.driver and $.{key} exclude each other")
         interface = self.interface.asked() if self.interface is not None else None
-        return OpaqueConfig(rdma=self.rdma, driver=self.driver, interface=interface)
+        vf = self.vf.asked() if self.vf is not None else None
+        if interface is not None and vf is not None:
+            interface = with_address(interface, vf)
+        return OpaqueConfig(rdma=self.rdma, driver=self.driver, interface=interface, vf=vf)
 
 
 class _Device(_Form, frozen=True):

@@ -58,6 +58,8 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     """VFIO drivers that claims may have their devices bound to."""
     moves_interfaces: bool = False
     """Whether claims may have their adapters' interfaces in their pods."""
+    vf_properties: frozenset[str] = frozenset()
+    """What claims may set of virtual functions."""
     forms: Forms = BUILT_IN
     """Opaque configurations, with those of third-party kinds."""
 
@@ -233,6 +235,10 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
             check_driver(inventory, part.device, settings, catalog.passthrough, shared=bool(part.shares))
             allowed, divided = catalog.moves_interfaces, bool(part.shares)
             check_interface(inventory, claim, part.device, settings, allowed=allowed, shared=divided)
+            if settings.vf is not None:
+                from nodeagent.core.network.vf_checks import check_vf
+
+                check_vf(inventory, part.device, settings.vf, catalog.vf_properties, shared=divided)
             _check_amounts(one)
     return one
 

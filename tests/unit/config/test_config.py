@@ -106,7 +106,8 @@ pinning: {mode: nri, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: loc
     readIOPS: 2, writeIOPS: 3, weight: 4, latencyTargetMicroseconds: 5}]},
   resctrl: {exclusiveWays: 3, classes: [{name: a, caches: {L3: 2, L2: "0xf"}, memoryBandwidthPercent: 20,
     memoryBandwidthMBps: 5}]}}
-network: {deviceInfoDir: /i, moveInterfaces: true, vfs: [{match: {netdevs: a}, count: 2, driversAutoprobe: false}]}
+network: {deviceInfoDir: /i, moveInterfaces: true, vfProperties: [mac],
+  vfs: [{match: {netdevs: a}, count: 2, driversAutoprobe: false}]}
 hugepages: [{pageSize: 2Mi, node: 1, pages: 4, maxPages: 8}]
 resources:
 - name: vf
@@ -262,6 +263,7 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
         ('{"resources":[{"name":"a","kind":"gpu"},{"name":"a","kind":"nic"}]}', "$.resources[1].name", "twice"),
         ("pinning: {resctrl: {exclusiveWays: 32}}", "$.pinning.resctrl.exclusiveWays", "32"),
         ("pinning: {resctrl: {}, mode: 'off'}", "$.pinning.resctrl", "mode 'off'"),
+        ("{network: {vfProperties: [mac, vlans]}}", "$.network.vfProperties[1]", "'vlans'"),
         ("{network: {moveInterfaces: true}, pinning: {mode: cgroup}}", "$.network.moveInterfaces", "mode 'cgroup'"),
         (cache_class(name="Gold"), "$.pinning.resctrl.classes[0].name", "'Gold'"),
         (cache_class(caches={"L4": 1}), "$.pinning.resctrl.classes[0].caches", "'L4'"),
