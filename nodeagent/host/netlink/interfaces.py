@@ -10,19 +10,21 @@ import errno
 import ipaddress
 import socket
 import struct
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
 from nodeagent.host.netlink.connection import CREATE, EXCLUSIVE, Netlink, NetlinkError
-from nodeagent.host.netlink.messages import attribute, attributes, number, read_number, read_text, text
+from nodeagent.host.netlink.messages import attribute, attributes, each, number, read_number, read_text, text
 from nodeagent.host.netlink.namespaces import NetNamespace
 
 _NEWLINK, _GETLINK, _NEWADDR, _GETADDR, _NEWROUTE, _GETROUTE = 16, 18, 20, 22, 24, 26
 _LINK, _ADDRESS, _ROUTE = struct.Struct("=BBHiII"), struct.Struct("=BBBBI"), struct.Struct("=BBBBBBBBI")
 _HARDWARE, _NAME, _MTU, _LOWER, _MASTER, _INFO, _ALIAS, _NAMESPACE = 1, 3, 4, 5, 10, 18, 20, 28
-_LOWER_ELSEWHERE, _PORT, _PARENT = 37, 38, 56
+_LOWER_ELSEWHERE, _PORT, _PROPERTIES, _PARENT = 37, 38, 52, 56
+_ALTERNATIVE_NAME = 53
 _INFO_KIND = 1
 _UP = 1
 _LOCAL, _OTHER_END, _FLAGS = 2, 1, 8
@@ -71,9 +73,16 @@ class Interfaces:
 
     def links(self) -> list[Link]:
         """Return all interfaces, in order of their index."""
+        return sorted(map(_read_link, self._dumped()), key=lambda link: link.index)
+
+    def taken_names(self, link: Link | None = None) -> set[str]:
+        """Return the names that no other interface can be given, or that one interface cannot be given: those of the
+        others, and the alternative names of all."""
+        return {name for data in self._dumped() for name in _read_names(data, link.index if link is not None else 0)}
+
+    def _dumped(self) -> list[bytes]:
         body = _LINK.pack(socket.AF_UNSPEC, 0, 0, 0, 0, 0)
-        found = self._netlink.dump("cannot list network interfaces", _GETLINK, body)
-        return sorted(map(_read_link, found), key=lambda link: link.index)
+        return self._netlink.dump("cannot list network interfaces", _GETLINK, body)
 
     def link(self, name: str) -> Link | None:
         """Return the interface of a name, or None."""
@@ -174,6 +183,16 @@ def _read_link(data: bytes) -> Link:
         master=read_number(found.get(_MASTER)),
         lower=0 if _LOWER_ELSEWHERE in found else read_number(found.get(_LOWER)),
     )
+
+
+def _read_names(data: bytes, besides: int) -> Iterator[str]:
+    """Yield the names of an interface; its alternative names alone if it has the index `besides`."""
+    found = attributes(data[_LINK.size :])
+    if _LINK.unpack_from(data)[3] != besides:
+        yield read_text(found.get(_NAME))
+    for kind, name in each(found.get(_PROPERTIES, b"")):
+        if kind == _ALTERNATIVE_NAME:
+            yield read_text(name)
 
 
 def _read_address(data: bytes, of: int) -> str:

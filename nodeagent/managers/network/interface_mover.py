@@ -10,7 +10,7 @@ latter is forgotten.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple
 
 import structlog
@@ -137,7 +137,7 @@ class InterfaceMover:
             before=link,
             addresses=tuple(outside.addresses(link)),
         )
-        if inside.link(record.name) is not None:
+        if record.name in inside.taken_names():
             raise HostError(f"cannot move interface {link.name} as {record.name}: the pod has one of that name")
         self._journal.add(record)
         return record
@@ -232,7 +232,7 @@ class InterfaceMover:
         with pod, Interfaces(pod) as inside:
             if pod.is_same(host) or (link := _find(record, inside)) is None:
                 return
-            inside.move(link, host, _free_name(record.before.name, link, outside.links()))
+            inside.move(link, host, _free_name(record.before.name, link, outside.taken_names()))
 
     def _is_there_still(self, record: Moved) -> bool:
         """Return whether a pod has its interface."""
@@ -265,21 +265,17 @@ def _find_on_host(record: Moved, outside: Interfaces) -> Link | None:
     return link if replace(link, index=before.index, lower=before.lower, up=before.up) == before else None
 
 
-def _free_name(wanted: str, link: Link, there: Sequence[Link]) -> str:
+def _free_name(wanted: str, link: Link, taken: Collection[str]) -> str:
     """Return a name for an interface that comes to the host: its own, or one that nothing there has."""
-    taken = {one.name for one in there}
-    return (
-        wanted
-        if wanted not in taken
-        else next(name for number in range(len(taken) + 1) if (name := f"dev{link.index + number}") not in taken)
-    )
+    if wanted not in taken:
+        return wanted
+    return next(name for number in range(len(taken) + 1) if (name := f"dev{link.index + number}") not in taken)
 
 
 def _restore(record: Moved, link: Link, outside: Interfaces) -> str:
     """Give an interface on the host back what it had, as far as it does not have it. Return its name."""
     before, name = record.before, link.name
-    others = [one for one in outside.links() if one.index != link.index]
-    if name != before.name and before.name not in {one.name for one in others}:
+    if name != before.name and before.name not in outside.taken_names(link):
         outside.set_up(link, up=False)
         outside.rename(link, before.name)
         name, link = before.name, replace(link, up=False)

@@ -255,6 +255,34 @@ def test_where_its_name_is_taken_it_keeps_another_and_everything_else_is_as_befo
     assert not node.mover.records()
 
 
+def test_a_name_that_another_interface_has_as_an_alternative_one_is_taken(
+    node: Node, pod: Namespace, adapters: None
+) -> None:
+    """The kernel gives it to no other; the interface is given back all the same, and so is one that the kernel
+    returned."""
+    node.host.veth("eth9")
+    node.mover.hand_over(asked(), sandbox(pod))
+    node.host.ip("link", "property", "add", "dev", "eth9", "altname", "ens7")
+    assert node.mover.give_back({DEVICE}) == {}
+    (name,) = [one["ifname"] for one in node.host.shown("link", "show") if one["address"] == MAC]
+    assert name.startswith("dev") and node.state(name) == AS_MADE and not node.mover.records()
+    node.host.ip("link", "set", name, "down")
+    node.mover.hand_over(asked(name=name), sandbox(pod))
+    node.host.ip("link", "property", "add", "dev", "eth9", "altname", name)
+    pod.end(node.host)
+    assert node.mover.give_back({DEVICE}) == {}
+    assert not node.mover.records()
+    assert [one for one in node.host.shown("link", "show") if one["address"] == MAC]
+
+
+def test_a_pod_whose_interface_has_the_name_as_an_alternative_one_is_refused(node: Node, pod: Namespace) -> None:
+    pod.veth("eth0")
+    pod.ip("link", "property", "add", "dev", "eth0", "altname", "net1")
+    with pytest.raises(HostError, match="cannot move interface ens7 as net1: the pod has one of that name"):
+        node.mover.hand_over(asked(), sandbox(pod))
+    assert node.state() == AS_MADE and not node.mover.records()
+
+
 def test_a_virtual_interface_ends_with_its_namespace_and_is_forgotten(node: Node, pod: Namespace) -> None:
     node.mover.hand_over(asked(), sandbox(pod))
     pod.close()
