@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nodeagent.config.schema import Config
+from nodeagent.core.dra.interfaces import interface_of
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
@@ -86,10 +87,13 @@ class Network:
             return self.wanted and pinning().mode == NRI
 
         def has_interfaces() -> bool:
-            return config().network.move_interfaces or (where.state_dir / state_files.INTERFACES).exists()
+            return (
+                config().network.move_interfaces or self.wanted or (where.state_dir / state_files.INTERFACES).exists()
+            )
 
-        self.wanted = config().network.move_interfaces
-        """Whether the runtime is to ask about pods: it learns that when the agent connects, so from the start."""
+        self.wanted = config().network.move_interfaces or any(map(interface_of, agent.ledger.grants.values()))
+        """Whether the runtime is to ask about pods: it learns that when the agent connects, so from the start. Claims
+        that were granted while it was allowed keep what they were granted."""
         ledger = agent.revisions.ledger
         self._interfaces = OnDemand("interfaces", interfaces, has_interfaces, ledger)
         self._vfs = OnDemand("virtual functions", vfs, has_vfs, ledger)

@@ -236,6 +236,33 @@ async def test_uninstalling_gives_back_what_is_in_pods(
         assert one.is_as_before() and pod.names() == set() and not one.journal.exists()
 
 
+async def test_a_claim_keeps_its_interface_although_the_node_allows_none_any_longer(
+    folder: Path, tree: DeviceTree, host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in a sandbox that is made anew; other claims are refused."""
+    async with interface_node(folder, tree, host, monkeypatch) as one:
+        claim = one.claim("web")
+        await one.node.prepare(claim)
+        await one.node.agent.stop()
+        agent, options = one.node.agent, one.node.options
+        agent.configure(**{**options, "network": {"moveInterfaces": False}})
+        await agent.start()
+        await one.node.dra.wait_registered(DRIVER, 2)
+        await agent.until("/v1/status", lambda status: status["pinning"]["connected"])
+        (answer,) = await one.node.prepare(claim)
+        assert answer.error == ""
+        for _ in range(2):
+            pod = one.pod("web")
+            await one.run("web")
+            assert pod.names() == {"net1"}
+            await one.stop("web")
+            assert one.is_as_before()
+        other = one.claim("other", "ens8")
+        (answer,) = await one.node.prepare(other)
+        assert "network.moveInterfaces of this node does not allow it" in answer.error
+        assert await one.node.unprepare(claim) == [""]
+
+
 @pytest.mark.parametrize("on", [False, True], ids=["not-allowed", "no-runtime"])
 async def test_a_claim_whose_interface_cannot_be_moved_is_refused(
     folder: Path, tree: DeviceTree, host: Namespace, monkeypatch: pytest.MonkeyPatch, on: bool
