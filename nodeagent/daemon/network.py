@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from nodeagent.config.schema import Config
-from nodeagent.core.dra.interfaces import interface_of
+from nodeagent.core.dra.interfaces import interface_of, vf_of
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
@@ -74,7 +74,9 @@ class Network:
             return VfPropertiesManager(agent, where.state_dir)
 
         def has_vf_properties() -> bool:
-            return bool(config().network.vf_properties) or (where.state_dir / state_files.VF_PROPERTIES).exists()
+            if config().network.vf_properties or (where.state_dir / state_files.VF_PROPERTIES).exists():
+                return True
+            return any(vf_of(one) for one in agent.ledger.grants.values())  # as after a reboot
 
         def interfaces() -> InterfacesManager:
             from nodeagent.kube.kubelet_files.claim_state import pods_of

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nodeagent.host.sysfs.sysfs import BOOT_ID
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.dra_kubelet import ClaimId
@@ -104,6 +105,30 @@ async def test_a_function_is_as_its_claim_wants_it_as_long_as_that_is_prepared(
         assert await one.node.unprepare(claim) == [""]
         assert one.is_untouched()
         assert await one.node.grants() == []
+
+
+async def test_a_claim_keeps_what_was_allowed_although_it_is_no_longer_also_over_a_reboot(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with vf_node(folder, monkeypatch, *ALLOWED) as one:
+        claim = one.claim("c", VFS[1])
+        await one.node.prepare(claim)
+        await one.node.agent.stop()
+        kernel_of(one.facts).reboot()
+        (folder / "root" / BOOT_ID).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "root" / BOOT_ID).write_text("another\n")
+        one.journal.unlink()
+        one.node.agent.configure(**{**one.node.options, "network": {}})
+        await one.node.agent.start()
+        await one.node.dra.wait_registered(DRIVER, 2)
+        assert one.has() == [Vf(), Vf()]
+        (answer,) = await one.node.prepare(claim)
+        assert answer.error == ""
+        assert one.has() == [Vf(), AS_ASKED]
+        (answer,) = await one.node.prepare(one.claim("d", VFS[0]))
+        assert "does not allow mac, vlan, txRate, spoofCheck" in answer.error
+        assert await one.node.unprepare(claim) == [""]
+        assert one.is_untouched()
 
 
 async def test_uninstalling_sets_back_what_a_killed_agent_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
