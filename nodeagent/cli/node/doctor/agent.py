@@ -226,6 +226,8 @@ def needed(config: Config) -> Iterator[str]:
         yield "nodeagent-passthrough.conf"
     if config.network.vfs:
         yield "nodeagent-vfs.conf"
+    if config.network.vf_properties:
+        yield "nodeagent-vf-properties.conf"
     if config.network.move_interfaces:
         yield "nodeagent-interfaces.conf"
     if config.network.device_info_dir:
@@ -248,6 +250,7 @@ OPENED = {
     "nodeagent-metrics.conf": ("AF_INET",),
     "nodeagent-passthrough.conf": ("/sys/bus/pci", "/sys/devices"),
     "nodeagent-vfs.conf": ("/sys/bus/pci", "/sys/devices"),
+    "nodeagent-vf-properties.conf": ("CAP_NET_ADMIN",),
     "nodeagent-interfaces.conf": ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "RestrictNamespaces"),
     "nodeagent-cni.conf": ("/run/k8s.cni.cncf.io",),
     "nodeagent-amd.conf": ("/sys/devices", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
