@@ -14,8 +14,7 @@ from types import MappingProxyType
 
 from msgspec.structs import replace
 
-from nodeagent.core.deviceplugin.devices import HOST_USES
-from nodeagent.core.model.device import Device
+from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.inventory import Inventory
 
 Use = bool | str

@@ -19,6 +19,7 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.health import DeviceState, Health, HealthState, Observed, Remedy
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Request
+from nodeagent.core.placement.index import may_have
 
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,12 +47,11 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
         return {one.id: f"{state.state}: {state.reason}" for one, state in found if state is not None}
 
     def for_the_healthy(self, request: Request) -> Request:
-        """Return the request limited to devices that are not ill."""
+        """Return the request limited to devices that are not ill and that it may be given at all."""
         if not request.devices:
             return request
-        ill = self.ill()
-        mine = frozenset(one.id for one in self.inventory.devices if one.kind in request.devices)
-        return replace(request, within_devices=mine.difference(ill)) if not mine.isdisjoint(ill) else request
+        mine = (one for one in self.inventory.devices if one.kind in request.devices and may_have(request, one))
+        return replace(request, within_devices=frozenset(one.id for one in mine).difference(self.ill()))
 
 
 def state_of(facts: Facts) -> NodeState:

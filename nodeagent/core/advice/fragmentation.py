@@ -27,7 +27,7 @@ def fragmentation(inventory: Inventory, ledger: Ledger, kinds: Iterable[str] = (
     taken = blocked(inventory, ledger)
     for kind in kinds:
         every_one = inventory.devices_by_kind.get(kind, ())
-        devices = [one for one in every_one if one.numa_node is not None and not one.members]
+        devices = [one for one in every_one if one.numa_node is not None and not (one.members or one.withheld_for)]
         every = Counter(one.numa_node for one in devices)
         left = Counter(one.numa_node for one in devices if one.id not in taken)
         yield kind, _scattered(left.values(), every.values())

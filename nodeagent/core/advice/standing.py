@@ -137,9 +137,12 @@ def _memory_kinds(inventory: Inventory, unit: Unit) -> set[str]:
 
 
 def _like(inventory: Inventory, held: Iterable[Device]) -> frozenset[str]:
-    """Return the devices that would do as well: of the same kind, make and model, and as whole."""
-    wanted = {_model(one) for one in held}
-    return frozenset(one.id for one in inventory.devices if _model(one) in wanted)
+    """Return the devices that would do as well: of the same kind, make and model, as whole, and withheld for nothing
+    for which those that are held are not."""
+    wanted, own = {_model(one) for one in held}, {one.id for one in held}
+    same = (one for one in inventory.devices if _model(one) in wanted)
+    named = {name for one in held for name in one.withheld_for}
+    return frozenset(one.id for one in same if one.id in own or named.issuperset(one.withheld_for))
 
 
 def _model(device: Device) -> tuple[object, ...]:

@@ -19,7 +19,7 @@ from nodeagent.core.deviceplugin.view import Near, Parts, refuse_unknown
 from nodeagent.core.ledger.counters import spent
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.ledger.ledger import Ledger
-from nodeagent.core.model.device import Advertised, Device
+from nodeagent.core.model.device import HOST_USES, Advertised, Device
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Health, HealthState
 from nodeagent.core.model.inventory import Inventory
@@ -29,12 +29,6 @@ from nodeagent.core.placement.place import place
 from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.errors import Refused
 
-HOST_USES = ("in_use", "default_route")
-"""Attributes that show that the host itself uses a device."""
-WITHHELD = (*HOST_USES, "mig", "group", "type")
-"""Attributes of a device that is not offered: the host itself uses it, or it is a GPU in MIG mode, which computes only
-through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User Guide), or it stands for several, or it
-is a part of a disk."""
 SHARES = "shares"
 """The capacity of a claim's device that is divided into shares."""
 SHARE = "::"
@@ -68,7 +62,8 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
     def devices(self, inventory: Inventory) -> list[Device]:
         """Return the devices that this resource serves, in the inventory's order.
 
-        A device with one of the WITHHELD attributes is served only if `match` mentions that attribute.
+        A device with one of the WITHHELD attributes (core/model/device.py) is served only if `match` mentions that
+        attribute.
         """
         return [device for device in inventory.devices if self.serves(device)]
 
@@ -78,7 +73,7 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
             device.kind == self.kind
             and (device.partition is not None) == self.partitions
             and self._matches(device)
-            and not any(device.attributes.get(name) and not self.names(name) for name in WITHHELD)
+            and all(self.names(name) for name in device.withheld_for)
         )
 
     def names(self, name: str) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from nodeagent.core.deviceplugin.devices import HOST_USES
 from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.ledger.exclusion import blocked, things_of
 from nodeagent.core.ledger.ledger import Ledger
@@ -71,7 +70,7 @@ def refuse_members(inventory: Inventory, ledger: Ledger, grant: Grant) -> None:
     taken = blocked(inventory, ledger)
     group = [one for id in grant.devices for one in members(inventory, id)]
     busy = [f"{one.id} is held" for one in group if one.id in taken]
-    busy += [f"the host uses {one.id}" for one in group if any(one.attributes.get(name) for name in HOST_USES)]
+    busy += [f"the host uses {one.id}" for one in group if one.used_by_host]
     if busy:
         why = f"cannot bind the IOMMU group of {', '.join(grant.devices)} to {driver_for(grant)}: {', '.join(busy)}"
         raise Refused(why, want=1 + len(group), free=0, unit="devices")

@@ -55,6 +55,13 @@ SHARED_NODES = frozenset(
 NODE_KINDS = frozenset({"accel", "block", "char", "dsa", "fpga", "gpu", "imex", "nvme", "qat", "sgx", "usb"})
 """Kinds whose devices reach a container only through their device nodes."""
 
+HOST_USES = ("in_use", "default_route")
+"""Attributes that show that the host itself uses a device."""
+WITHHELD = (*HOST_USES, "mig", "group", "type")
+"""Attributes of a device that a request for devices of its kind does not mean: the host itself uses it, or it is a GPU
+in MIG mode, which computes only through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User
+Guide), or it stands for several, or it is a part of a disk."""
+
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True):
     """A part of a device that need not exist: it is made when it is granted, and destroyed afterwards."""
@@ -120,6 +127,16 @@ class Device(PciFacts, frozen=True, kw_only=True):
         """Return the ids of the devices that are handed over together as this one; none if it is a device itself."""
         found = self.attributes.get("members")
         return tuple(found.split(",")) if isinstance(found, str) and "group" in self.attributes else ()
+
+    @property
+    def withheld_for(self) -> tuple[str, ...]:
+        """Return the attributes for which it is given to no request that does not name one of them; () if it is."""
+        return tuple(name for name in WITHHELD if self.attributes.get(name))
+
+    @property
+    def used_by_host(self) -> bool:
+        """Return whether the host itself uses it."""
+        return any(self.attributes.get(name) for name in HOST_USES)
 
     @property
     def lacks_node(self) -> bool:

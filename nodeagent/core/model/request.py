@@ -40,6 +40,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     """Choose only among these CPUs."""
     must_cpus: CpuSet = EMPTY
     within_devices: frozenset[str] | None = None
+    """Choose only among these devices; None: among all that are not withheld (Device.withheld_for)."""
     must_devices: frozenset[str] = frozenset()
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import msgspec
 
-from nodeagent.core.deviceplugin.devices import HOST_USES, Match, fits
+from nodeagent.core.deviceplugin.devices import Match, fits
 from nodeagent.core.ledger.exclusion import blocked
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
@@ -88,7 +88,7 @@ def _obstacles(
         yield f"the {plan.found} that are there were not made by the agent: remove them, or ask for {plan.found}"
     elif plan.found:
         yield from _named([one.id for one in vfs if one.id in taken], "held")
-        yield from _named([one.id for one in vfs if any(one.attributes.get(name) for name in HOST_USES)], "in use here")
+        yield from _named([one.id for one in vfs if one.used_by_host], "in use here")
 
 
 def _named(ids: Sequence[str], how: str) -> Iterator[str]:

@@ -13,6 +13,7 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import LINK_WEIGHTS, Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
+from nodeagent.core.model.request import Request
 from nodeagent.core.model.topology import NO_NODE, NodeId
 from nodeagent.core.placement.proximity import Place, Proximity
 
@@ -148,8 +149,8 @@ class DeviceIndex(msgspec.Struct, frozen=True):
     """One device of each class."""
     ids: frozenset[str]
     compiled: Pool
-    sets: frozenset[str] = frozenset()
-    """Those that stand for several devices: a request for a number of devices does not mean them."""
+    withheld: frozenset[str] = frozenset()
+    """Those that a request does not mean unless it names the devices to choose among (Device.withheld_for)."""
 
     @classmethod
     def of(cls, machine: MachineIndex, kinds: tuple[str, ...]) -> DeviceIndex:
@@ -174,8 +175,18 @@ class DeviceIndex(msgspec.Struct, frozen=True):
             [near.node_weights([place]) for place in places],
             _exclusions(inventory, members),
         )
-        sets = frozenset(device.id for some in classes for device in some if device.members)
-        return cls(kinds, tuple(some[0] for some in classes), frozenset(members), compiled, sets)
+        withheld = frozenset(one.id for some in classes for one in some if one.withheld_for or one.members)
+        return cls(kinds, tuple(some[0] for some in classes), frozenset(members), compiled, withheld)
+
+
+def may_have(request: Request, device: Device) -> bool:
+    """Return whether a request may be given a device as far as it is not held: it is one of those that the request
+    names, or is not withheld."""
+    if device.id in request.must_devices:
+        return True
+    if request.within_devices is None:
+        return not (device.withheld_for or device.members)
+    return device.id in request.within_devices
 
 
 def _number(numbers: Mapping[NodeId, int], device: Device) -> int:

@@ -81,7 +81,7 @@ def _of_devices(machine: MachineIndex, ledger: Ledger, request: Request, index: 
 
 def _closed(machine: MachineIndex, request: Request, index: DeviceIndex) -> frozenset[str] | None:
     """Return the devices that the request rules out, or None if two that it demands exclude each other."""
-    closed = index.sets if request.within_devices is None else index.ids - request.within_devices
+    closed = index.withheld if request.within_devices is None else index.ids - request.within_devices
     if not request.must_devices:
         return closed
     excluded = machine.inventory.excluded_by

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from msgspec.structs import replace
 
@@ -11,10 +11,11 @@ from nodeagent.core.ledger.exclusion import blocked, most_together
 from nodeagent.core.ledger.free import MEMORY, Stock
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
+from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, Request
 from nodeagent.core.model.topology import DRAM
-from nodeagent.core.placement.index import MachineIndex
+from nodeagent.core.placement.index import MachineIndex, may_have
 from nodeagent.errors import Refused
 
 Fits = Callable[[Request], bool]
@@ -53,17 +54,33 @@ def _too_few_cpus(machine: MachineIndex, ledger: Ledger, request: Request, free:
 
 def _too_few_devices(machine: MachineIndex, ledger: Ledger, request: Request) -> Refused | None:
     for kind, want in sorted(request.devices.items()):
-        there = [device.id for device in machine.inventory.devices if device.kind == kind]
+        meant = [device for device in machine.inventory.devices if device.kind == kind and _is_meant(request, device)]
+        there = [one.id for one in meant if may_have(request, one)]
         free = [one for one in there if one not in blocked(machine.inventory, ledger)]
         together = len(most_together(machine.inventory, free))
         if want > together:
             what = "are free" if together == len(free) else "can be given away together"
-            why = f"cannot place {want} devices of kind {kind}: {together} of {len(there)} {what}"
+            why = f"cannot place {want} devices of kind {kind}: {together} of {len(meant)} {what}"
+            why += _left_out(request, meant)
             change = (
                 f"{want - together} more would admit it" if want <= len(most_together(machine.inventory, there)) else ""
             )
             return Refused(why, want=want, free=together, unit="devices", would_admit=change)
     return None
+
+
+def _is_meant(request: Request, device: Device) -> bool:
+    """Return whether a request for devices of its kind could have a device if the host did not use it."""
+    return may_have(request, device) or set(device.withheld_for) <= {*HOST_USES}
+
+
+def _left_out(request: Request, meant: Iterable[Device]) -> str:
+    """Return in parentheses how many devices a request cannot have, whoever gives some back; "" if there are none."""
+    out = [one for one in meant if not may_have(request, one)]
+    used = sum(one.used_by_host for one in out)
+    counts = ((used, "in use by the node"), (len(out) - used, "not offered"))
+    words = ", ".join(f"{count} {what}" for count, what in counts if count)
+    return f" ({words})" if words else ""
 
 
 def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> Refused | None:

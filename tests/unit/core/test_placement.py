@@ -13,7 +13,7 @@ from msgspec.structs import replace
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.device import Device, Link
+from nodeagent.core.model.device import WITHHELD, Device, Link
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
@@ -208,6 +208,41 @@ def test_no_more_memory_of_a_kind_is_advised_than_the_machine_has(kind: str, wan
     machine = replace(machine, numa_nodes=(node, gpu))
     held = Ledger(grants={"g": Grant(id="g", holder=Holder(api=CLAIM), memory=((1, 16 * GIB),))})
     assert refusal(machine, Request(memory_bytes=want * GIB, memory_kind=kind), held).would_admit == advice
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_nothing_that_is_withheld_is_placed(seed: int) -> None:
+    """What a request does not name is never given to it: a placement is that of the machine with the rest held."""
+    pick = random.Random(seed)
+    inventory, ledger, request = random_question(pick)
+    inventory = replace(inventory, devices=tuple(withheld_at_random(pick, one) for one in inventory.devices))
+    closed = [one.id for one in inventory.devices if one.withheld_for]
+    open_ones = frozenset(one.id for one in inventory.devices) - frozenset(closed)
+    found = answer(inventory, ledger, request)
+    if isinstance(found, Placement):
+        assert not {*found.devices} & {*closed}
+    assert found == answer(inventory, ledger, replace(request, within_devices=open_ones))
+
+
+def withheld_at_random(pick: random.Random, device: Device) -> Device:
+    name = pick.choice([None, None, *WITHHELD])
+    return device if name is None else replace(device, attributes={name: pick.choice([True, False, "some"])})
+
+
+def test_a_refusal_counts_the_devices_that_the_node_uses() -> None:
+    """Those that stand for others, or are parts, are not meant by the request, and not counted."""
+    said = [{"in_use": True}, {"default_route": True}, {"type": "partition"}, {"mig": True}, {}]
+    disks = [Device(kind="block", id=f"d{i}", attributes=attributes) for i, attributes in enumerate(said)]
+    machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=disks)
+    assert place(machine, EMPTY, Request(devices={"block": 1})).devices == ("d4",)
+    refused = refusal(machine, Request(devices={"block": 2}))
+    assert refused.why == "cannot place 2 devices of kind block: 1 of 3 are free (2 in use by the node)"
+    assert (refused.want, refused.free, refused.would_admit) == (2, 1, "")
+    few = refusal(machine, Request(devices={"block": 1}, within_devices=frozenset()))
+    assert few.why == "cannot place 1 devices of kind block: 0 of 3 are free (2 in use by the node, 1 not offered)"
+    named = Request(devices={"block": 2}, within_devices=frozenset({"d0", "d2"}))
+    assert place(machine, EMPTY, named).devices == ("d0", "d2")
 
 
 def test_too_few_devices_and_pages_are_counted() -> None:

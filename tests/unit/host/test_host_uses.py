@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
-from nodeagent.core.deviceplugin.devices import HOST_USES, DeviceResource
-from nodeagent.core.model.device import Device
+from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.devices.all_kinds import CharSelector, Devices, UsbSelector
 from nodeagent.host.host_uses import with_all_uses

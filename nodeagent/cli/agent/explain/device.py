@@ -10,7 +10,6 @@ from nodeagent.cli.agent.explain.unit import moment
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.node_state import NodeState
 from nodeagent.core.advice.repair import degradations, repair
-from nodeagent.core.deviceplugin.devices import WITHHELD
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import Grant
@@ -22,6 +21,7 @@ _WITHHELD = {
     "default_route": "the host reaches the network through it",
     "mig": "it is a GPU in MIG mode, which computes only through its instances",
     "group": "it is a set of GPUs",
+    "type": "it is a part of a disk, which a resource has to ask for by its type",
 }
 
 
@@ -99,7 +99,7 @@ def _reasons(
     """Yield why a device cannot be granted to another holder now."""
     if why := state.ill().get(device.id):
         yield f"it is {why}"
-    yield from (_WITHHELD[name] for name in WITHHELD if device.attributes.get(name) and not offered)
+    yield from (_WITHHELD[name] for name in device.withheld_for if not offered)
     if not offered and device.kind not in _pools(state):
         yield f"neither a resource of the device plugin nor a pool of DRA serves it ({device.kind})"
     for refused, why in state.status["refused"].items():

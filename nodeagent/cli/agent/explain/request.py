@@ -56,8 +56,9 @@ def costs(parts: Iterable[CostPart]) -> list[dict[str, Any]]:
 
 
 def _not_counted(state: NodeState, request: Request) -> list[str]:
-    known, ill = state.inventory.device_by_id, state.ill()
-    return [f"{one} is {why}" for one, why in sorted(ill.items()) if known[one].kind in request.devices]
+    known, why = state.inventory.device_by_id, state.ill()
+    why |= {one.id: "in use by the node" for one in state.inventory.devices if one.used_by_host}
+    return [f"{one} is {why[one]}" for one in sorted(why) if known[one].kind in request.devices]
 
 
 def _where(inventory: Inventory, request: Request, placed: Placement | None) -> dict[str, Any] | None:

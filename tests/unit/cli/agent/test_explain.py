@@ -20,6 +20,7 @@ from nodeagent.core.model.claim import Result
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.health import UNHEALTHY, HealthState
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.errors import InputError
@@ -59,6 +60,24 @@ def refuse(folder: Path, *refusals: Refusal) -> None:
     ):
         audit.add_refusals(db, refusals, op="op", at=1_799_999_000.0)
         db.commit()
+
+
+def test_a_request_gets_neither_what_is_ill_nor_what_the_node_uses(tmp_path: Path) -> None:
+    said = ({}, {"in_use": True}, {}, {"mig": True})
+    gpus = [Device(kind="gpu", id=f"gpu{i}", paths=(f"/dev/nvidia{i}",), attributes=one) for i, one in enumerate(said)]
+    machine = inventory_of(even_rows(1, 1, 1, 2, 1), devices=[*gpus, Device(kind="gpu", id="gpu4")])
+    state = state_of(facts_of(machine, Ledger(), tmp_path))
+    ill = {"gpu0": HealthState(state=UNHEALTHY, since=0.0, reason="Xid 79")}
+    state = replace(state, health=ill)
+    found = explain_request(state, Request(devices={"gpu": 1}))
+    assert found["placement"]["devices"] == ["gpu2"]
+    assert found["not_counted"] == [
+        "gpu0 is unhealthy: Xid 79",
+        "gpu1 is in use by the node",
+        "gpu4 is unknown: there is no device node to hand over",
+    ]
+    refused = explain_request(state, Request(devices={"gpu": 2}))["refused"]
+    assert refused == "cannot place 2 devices of kind gpu: 1 of 4 are free (1 in use by the node, 2 not offered)"
 
 
 def test_a_pod_is_explained_by_what_its_containers_and_claims_hold(machine: Inventory, tmp_path: Path) -> None:

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
+from nodeagent.cli.shared.source import read_root
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory_json import to_document
+from tests.builders import tables
 from tests.builders.inventories import GIB, even_rows, inventory_of
 
 KEYS = ["cpus", "packages", "numa_nodes", "l3", "split_cores", "hugepages", "devices", "cost", "why"]
@@ -114,6 +116,31 @@ def test_a_refusal_under_a_policy_has_the_numbers_of_what_is_short(machine: Path
     assert found["would_admit"] == "NUMA policy best-effort would admit it"
     pages = answer(machine, "--hugepages", "1Gi=5", "--numa", "single", code=3)
     assert (pages["want"], pages["free"], pages["unit"]) == (5, 4, "pages")
+
+
+def test_a_disk_that_the_node_uses_is_not_placed(tmp_path: Path) -> None:
+    """The root is on a btrfs over both disks."""
+    root = tables.build(tmp_path, tables.load("disk-in-use-btrfs", tables.TREES))
+    done = nodeagent("place", "--root", str(root), "--devices", "block=1", "-o", "json")
+    assert done.returncode == 3, done
+    refused = json.loads(done.stdout)
+    assert refused["refused"] == "cannot place 1 devices of kind block: 0 of 2 are free (2 in use by the node)"
+    assert (refused["want"], refused["free"], refused["unit"], refused["would_admit"]) == (1, 0, "devices", "")
+
+
+@pytest.mark.parametrize("name", ["bond", "netvsc"])
+def test_an_adapter_with_the_default_route_is_not_placed(tmp_path: Path, name: str) -> None:
+    root = tables.build(tmp_path, tables.load(f"nic-default-route-{name}", tables.TREES))
+    nics = {one.id: one for one in read_root(str(root)).devices_by_kind["nic"]}
+    free = {id for id, one in nics.items() if not one.attributes.get("default_route")}
+    assert len(free) < len(nics)
+    done = nodeagent("place", "--root", str(root), "--devices", "nic=1", "-o", "json")
+    if free:
+        assert done.returncode == 0, done
+        assert {*json.loads(done.stdout)["devices"]} <= free
+    more = nodeagent("place", "--root", str(root), "--devices", f"nic={len(free) + 1}", "-o", "json")
+    assert more.returncode == 3, more
+    assert f"({len(nics) - len(free)} in use by the node)" in json.loads(more.stdout)["refused"]
 
 
 def test_options_and_policies_are_followed(machine: Path) -> None:
