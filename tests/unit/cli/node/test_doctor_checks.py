@@ -492,6 +492,7 @@ def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -
     network = {
         "deviceInfoDir": "/run/devinfo",
         "moveInterfaces": True,
+        "vfProperties": ["mac"],
         "vfs": [{"match": {"netdevs": "a*"}, "count": 2}],
     }
     everything = {
