@@ -30,7 +30,7 @@ Q, AD = 0x8100, 0x88A8
 
 @dataclass
 class Vf:
-    """What a driver keeps of one function; -1: it does not tell."""
+    """What a driver keeps of one function; -1: it does not report it."""
 
     mac: str = "00" * 6
     vlan: int = 0

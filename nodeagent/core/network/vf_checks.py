@@ -10,8 +10,9 @@ from enum import StrEnum
 from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
-from nodeagent.core.model.device import Device
+from nodeagent.core.dra.interfaces import interface_names
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.vf_properties import DEFAULT_PROTOCOL, VfProperties
 from nodeagent.errors import InputError
@@ -108,12 +109,21 @@ def place_of(inventory: Inventory, id: str) -> VfPlace:
     owner, index = inventory.device_by_id.get(device.parent or ""), device.attributes.get("vf_index")
     if owner is None or not isinstance(index, int):
         raise InputError(f"vf: it is not known which virtual function of its adapter {id} is")
-    names = _interfaces(owner)
+    names = interface_names(owner)
     if len(names) != 1:
         found = ", ".join(names) or "none"
         raise InputError(f"vf: {owner.id}, the physical function of {id}, has {len(names)} interfaces ({found})")
     return VfPlace(pf=owner.id, interface=names[0], index=index)
 
 
-def _interfaces(device: Device) -> list[str]:
-    return [one for one in str(device.attributes.get("netdevs", "")).split(",") if one]
+def last_place(inventory: Inventory, id: str, known: VfPlace) -> VfPlace | None:
+    """Return where a virtual function is, or was, if a scan has not seen it: the kernel knows whether it is there. None
+    if its physical function is gone too. Raise InputError as `place_of` does.
+
+    known: where it was.
+    """
+    if id in inventory.device_by_id:
+        return place_of(inventory, id)
+    owner = inventory.device_by_id.get(known.pf)
+    names = interface_names(owner) if owner is not None else []
+    return replace(known, interface=names[0]) if names else None

@@ -25,7 +25,7 @@ _Mbps = Annotated[int, msgspec.Meta(ge=0, le=10_000_000)]
 
 
 class VfProperties(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Properties of one virtual function. What is empty is not asked for, or the driver does not tell it."""
+    """Properties of one virtual function. What is empty is not asked for, or not reported by the driver."""
 
     mac: str = ""
     vlan: int | None = None

@@ -6,10 +6,10 @@ back). IFLA_VFINFO_LIST has one IFLA_VF_INFO for each function, which has one at
 with the index of the function, u32 `vf`:
 
     IFLA_VF_MAC         ifla_vf_mac         u32 vf, u8 mac[32]
-    IFLA_VF_SPOOFCHK    ifla_vf_spoofchk    u32 vf, u32 setting; all bits set if the driver does not tell it
+    IFLA_VF_SPOOFCHK    ifla_vf_spoofchk    u32 vf, u32 setting; all bits set if the driver does not report it
     IFLA_VF_LINK_STATE  ifla_vf_link_state  u32 vf, u32 link_state
     IFLA_VF_RATE        ifla_vf_rate        u32 vf, u32 min_tx_rate, u32 max_tx_rate, in Mbit/s
-    IFLA_VF_TRUST       ifla_vf_trust       u32 vf, u32 setting; there is none if the driver does not tell it
+    IFLA_VF_TRUST       ifla_vf_trust       u32 vf, u32 setting; missing if the driver does not report it
     IFLA_VF_VLAN_LIST   has one IFLA_VF_VLAN_INFO:
                         ifla_vf_vlan_info   u32 vf, u32 vlan, u32 qos, be16 vlan_proto, and 2 bytes that C adds
 
@@ -100,7 +100,7 @@ def _function(found: Mapping[int, bytes]) -> tuple[int, VfProperties]:
 
 
 def _vlan(data: bytes) -> tuple[int, int, str]:
-    """Return (VLAN, priority, protocol); some drivers tell no protocol of functions without a VLAN."""
+    """Return (VLAN, priority, protocol); some drivers report no protocol for functions without a VLAN."""
     info = attributes(data)[_VLAN_INFO]
     _, vlan, priority = struct.unpack_from(_VLAN, info)
     (protocol,) = struct.unpack_from(">H", info, struct.calcsize(_VLAN))

@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 import structlog
 
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.core.network.vf_checks import Property, VfPlace, place_of, said_of, text_of, value_of
+from nodeagent.core.network.vf_checks import Property, VfPlace, last_place, place_of, said_of, text_of, value_of
 from nodeagent.core.network.vf_properties import NO_MAC, VfProperties
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.netlink.connection import NetlinkError
@@ -58,7 +58,7 @@ class VfSetter:
             if record is not None:  # from before a restart: what it has by now is not what it had
                 self._have(pf, place, found, wanted, said_of(wanted))
                 return
-            _refuse_untold(place, found, wanted)
+            _refuse_unreported(place, found, wanted)
             record = VfSet(vf=vf, claim=claim, place=place, wanted=wanted, before=found)
             self._journal.add(record)
             try:
@@ -109,14 +109,13 @@ class VfSetter:
         return errors
 
     def _give_back_one(self, record: VfSet) -> None:
-        inventory = self._inventory()
-        if record.vf not in inventory.device_by_id:
-            self._forget_gone(record)
-            return
         try:
-            place = place_of(inventory, record.vf)
+            place = last_place(self._inventory(), record.vf, record.place)
         except InputError as error:
             raise HostError(f"cannot set back {record.vf}: {error}") from None
+        if place is None:
+            self._forget_gone(record)
+            return
         with opened(self._exchange(), place) as pf:
             self._set_back(record, place, pf)
 
@@ -150,12 +149,12 @@ def _there(pf: PhysicalFunction, place: VfPlace) -> VfProperties:
     return found
 
 
-def _refuse_untold(place: VfPlace, found: VfProperties, wanted: VfProperties) -> None:
-    """Raise HostError for what could not be set back, because the driver does not tell what it is."""
+def _refuse_unreported(place: VfPlace, found: VfProperties, wanted: VfProperties) -> None:
+    """Raise HostError for what could not be set back, because the driver does not report what it is."""
     for one in said_of(wanted):
         if not value_of(found, one):
             what = f"cannot set {text_of(wanted, one)} of VF {place.index} of {place.interface}"
-            raise HostError(f"{what}: its driver does not tell what it is, so it could not be set back")
+            raise HostError(f"{what}: its driver does not report what it is, so it could not be set back")
 
 
 def _take_address(pf: PhysicalFunction, found: VfProperties, before: VfProperties) -> None:

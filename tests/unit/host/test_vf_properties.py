@@ -110,7 +110,7 @@ def test_the_256_functions_of_one_adapter_fit_into_an_answer() -> None:
         kernel.get("cannot read", 18, LINK.pack(0, 0, 0, pf.index, 0, 0) + bytes.fromhex("08001d0001000000"))
 
 
-def test_what_the_driver_does_not_tell_is_unknown_and_never_off() -> None:
+def test_what_the_driver_does_not_report_is_unknown_and_never_off() -> None:
     kernel, pf = kernel_of()
     pf.vfs[3].trust = pf.vfs[3].spoofchk = -1
     found = function(kernel).read()
@@ -205,7 +205,7 @@ def simulated() -> Iterator[VfPlace]:
         (BUS / "del_device").write_text(str(NUMBER))
 
 
-def test_the_kernel_takes_and_tells_every_property(simulated: VfPlace) -> None:
+def test_the_kernel_takes_and_reports_every_property(simulated: VfPlace) -> None:
     with opened(host_exchange(), simulated) as pf:
         before = pf.read()
         assert before is not None and before.vlan == 0

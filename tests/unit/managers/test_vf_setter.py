@@ -126,9 +126,9 @@ def test_what_the_driver_cannot_do_fails_the_claim_and_leaves_nothing(node: Node
     assert node.is_untouched()
 
 
-def test_what_the_driver_does_not_tell_is_not_set_since_it_could_not_be_set_back(node: Node) -> None:
+def test_what_the_driver_does_not_report_is_not_set_since_it_could_not_be_set_back(node: Node) -> None:
     node.pf.vfs[2].trust = -1
-    with pytest.raises(HostError, match="cannot set trust on of VF 2 of ens1f0: its driver does not tell what it is"):
+    with pytest.raises(HostError, match="cannot set trust on of VF 2 of ens1f0: its driver does not report what it is"):
         node.setter.set("c", VFS[2], WANTED)
     assert node.kernel.changes == [] and not node.setter.records()
 
@@ -182,11 +182,25 @@ def test_what_cannot_be_set_back_stays_recorded_and_is_tried_again(node: Node) -
     assert node.is_untouched()
 
 
+def test_a_function_that_a_scan_has_missed_is_set_back_all_the_same(node: Node) -> None:
+    """Or its next holder would have what was not meant for it."""
+    node.setter.set("c", VFS[3], WANTED)
+    node.there.remove(VFS[3])
+    assert node.setter.give_back(VFS) == {}
+    assert node.is_untouched()
+
+
 def test_a_function_that_is_gone_is_forgotten(node: Node) -> None:
     node.setter.set("c", VFS[3], WANTED)
-    node.setter.set("d", VFS[2], WANTED)
     node.there.remove(VFS[3])
-    node.pf.silent = frozenset({2})
+    node.pf.vfs.pop()
+    assert node.setter.give_back(VFS) == {}
+    assert not node.setter.records() and not node.kernel.opened
+
+
+def test_with_its_physical_function_it_is_forgotten_too(node: Node) -> None:
+    node.setter.set("c", VFS[3], WANTED)
+    node.there, node.interface = [], ""
     assert node.setter.give_back(VFS) == {}
     assert not node.setter.records()
 
