@@ -18,6 +18,7 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, Draws, Link
 from nodeagent.core.model.inventory import DEGRADED, KindState
 from nodeagent.core.model.topology import NodeId
+from nodeagent.host.default_route import routed_interfaces
 from nodeagent.host.devices.accelerators.accel import Accel
 from nodeagent.host.devices.accelerators.dsa import Dsa
 from nodeagent.host.devices.accelerators.qat import Qat
@@ -43,7 +44,7 @@ from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
 from nodeagent.host.devices.pci import Pci
 from nodeagent.host.devices.usb import Usb
-from nodeagent.host.host_uses import with_all_uses
+from nodeagent.host.host_uses import used_paths, with_all_uses
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import functions as read_functions
 from nodeagent.host.pci import is_address, order
@@ -111,6 +112,7 @@ def read_context(
     reader = Tolerant(sysfs)
     known = frozenset(nodes)
     functions = read_functions(reader, online, known)
+    blocks, routed = block_uses(reader), routed_interfaces(reader)
     return Context(
         functions=functions,
         online=online,
@@ -119,7 +121,9 @@ def read_context(
         usb=usb,
         pci=pci_selectors,
         block_types=block_types,
-        block_uses=block_uses(reader),
+        block_uses=blocks,
+        routed=routed,
+        used_paths=used_paths(reader, routed, blocks),
         nvml=nvml,
         partitions=partitions,
         warnings=tuple(reader.warnings),
@@ -132,7 +136,7 @@ def discover(sysfs: SysFs, kinds: Sequence[Kind], context: Context) -> Devices:
     devices, repeated = _once(device for one in found for device in one.devices)
     known = {device.id for device in devices}
     return Devices(
-        devices=tuple(sorted(with_all_uses(devices), key=_order)),
+        devices=tuple(sorted(with_all_uses(devices, context.used_paths), key=_order)),
         links=tuple(link for one in found for link in one.links if link.a in known and link.b in known),
         kinds=tuple(sorted((one.state for one in found), key=lambda state: state.kind)),
         warnings=(*context.warnings, *(warning for one in found for warning in one.warnings), *repeated),

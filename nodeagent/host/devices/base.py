@@ -18,9 +18,12 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
 from nodeagent.core.model.inventory import KindState
 from nodeagent.core.model.topology import NodeId
+from nodeagent.host.default_route import routed_interfaces
 from nodeagent.host.devices.disks import BlockUses
+from nodeagent.host.host_uses import UsedPath
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import Function
+from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
 Attributes = Mapping[str, str | int | bool]
@@ -85,6 +88,10 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """Which of BLOCK_TYPES to look for."""
     block_uses: BlockUses | None = None
     """None if it was not read what the node uses of all block devices."""
+    routed: frozenset[str] | None = None
+    """Network interfaces that carry the node's default routes, or None if that was not read."""
+    used_paths: tuple[UsedPath, ...] = ()
+    """Where the things are that the node uses."""
     nvml: Snapshot | Failure | None = None
     """None if NVML was not queried."""
     partitions: PartitionSelector | None = None
@@ -168,6 +175,11 @@ def part_of(owner: Function | None, *, kind: str, id: str, paths: Iterable[str],
         bridges=(*owner.bridges, owner.address),
         parent=owner.address,
     )
+
+
+def routed_in(reader: Tolerant, context: Context) -> frozenset[str]:
+    """Return the network interfaces that carry the node's default routes, read if the context does not have them."""
+    return routed_interfaces(reader) if context.routed is None else context.routed
 
 
 def node_edits(device: Device, devices: Sequence[Device]) -> ContainerEdits:

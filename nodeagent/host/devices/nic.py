@@ -18,8 +18,7 @@ from msgspec.structs import replace
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import PRESENT, KindState
 from nodeagent.host import pci
-from nodeagent.host.default_route import routed_interfaces
-from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device, short_id
+from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, pci_device, routed_in, short_id
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -53,7 +52,7 @@ class Nic:
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
         below, auxiliary = _all_below(reader), _auxiliary(reader)
-        routed, owners = routed_interfaces(reader), _Owners(reader, below)
+        routed, owners = routed_in(reader, context), _Owners(reader, below)
         devices: list[Device] = []
         for function in context.functions:
             if function.is_class("02") or (function.address, "") in below:

@@ -14,8 +14,7 @@ from msgspec.structs import replace
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import ABSENT, PRESENT, KindState
 from nodeagent.host import pci
-from nodeagent.host.default_route import routed_interfaces
-from nodeagent.host.devices.base import Context, Found, UsbSelector, node_edits, part_of
+from nodeagent.host.devices.base import Context, Found, UsbSelector, node_edits, part_of, routed_in
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -46,7 +45,7 @@ class Usb:
 
 def _devices(reader: Tolerant, context: Context) -> Iterator[Device]:
     nodes, further = _nodes(reader, _CLASSES), {**_nodes(reader, _CLASSES_BELOW), **_raw_nodes(reader)}
-    interfaces, routed = _interfaces(reader), routed_interfaces(reader)
+    interfaces, routed = _interfaces(reader), routed_in(reader, context)
     for name, path, address, _ in pci.members(reader, _BUS):
         if ":" in name or not reader.sysfs.exists(f"{path}/idVendor"):
             continue  # interfaces
@@ -55,7 +54,7 @@ def _devices(reader: Tolerant, context: Context) -> Iterator[Device]:
         if selector is None:
             continue
         paths = (*_raw_node(reader, path), *_below(nodes, name))
-        # A hub has none of its own: those of what is plugged into it are below further devices.
+        # A hub has none of its own: those of what is plugged into it are below further devices (host/host_uses.py).
         netdevs = [one for real, one in interfaces.items() if f"/{name}/{name}:" in real]
         attributes: dict[str, str | int | bool] = {
             "selector": selector.name,

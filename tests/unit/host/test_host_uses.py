@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import stat
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.host.devices.all_kinds import CharSelector, Devices, UsbSelector
+from nodeagent.host.devices.all_kinds import CharSelector, Devices, UsbSelector, read_context
 from nodeagent.host.host_uses import with_all_uses
+from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, look
 
@@ -71,12 +76,96 @@ def test_what_leads_to_a_mounted_usb_stick_is_in_use(tree: DeviceTree) -> None:
     assert offered(usb(tree)) == {"usb-1-1.2"}
 
 
-def test_a_usb_adapter_with_the_default_route_is_not_offered(tree: DeviceTree) -> None:
+def routed(tree: DeviceTree, interface: str) -> None:
+    tree.write("proc/1/net/route", f"Iface Destination\n{interface} 00000000 0100000A 0003 0 0 0 00000000 0 0 0")
+
+
+def adapter(tree: DeviceTree) -> None:
+    """What is plugged in at port 1-1.4 is an adapter of another vendor than the hub, with the default route."""
+    (tree.root / "sys/bus/usb/devices/1-1.4/idVendor").write_text("0bda\n")
     tree.net(CONTROLLER, "enx1", below="usb1/1-1/1-1.4/1-1.4:1.0")
-    tree.write("proc/1/net/route", "Iface Destination\nenx1 00000000 0100000A 0003 0 0 0 00000000 0 0 0")
-    found = usb(tree)
-    assert offered(found) == {"usb-1-1.2"}
-    assert by_id(found)["usb-1-1.4"].attributes["netdevs"] == "enx1"
+    routed(tree, "enx1")
+
+
+@pytest.mark.parametrize(
+    ("vendors", "served"),
+    [(("1d6b", "0bda"), {"usb-1-1.2"}), (("1d6b",), {"usb-1-1.2"}), (("0bda",), set()), ((), set())],
+)
+def test_what_leads_to_a_usb_adapter_with_the_default_route_is_not_offered(
+    tree: DeviceTree, vendors: tuple[str, ...], served: set[str]
+) -> None:
+    """Whichever of hub and adapter are selected: the hub's holder can reset it, and the controller's all of it."""
+    adapter(tree)
+    found = look(tree, usb=tuple(UsbSelector(name=one, vendor=one) for one in vendors))
+    assert offered(found) == served
+    assert by_id(found)[CONTROLLER].attributes["default_route"] is True
+    if "0bda" in vendors:
+        assert by_id(found)["usb-1-1.4"].attributes["netdevs"] == "enx1"
+
+
+def test_what_leads_to_a_console_is_in_use(tree: DeviceTree) -> None:
+    """A serial port of a USB device, and the function of a management controller; nothing leads to a screen."""
+    port = tree.root / "sys/bus/usb/devices/1-1.4"
+    tree.member("tty", "ttyUSB0", port.resolve() / "1-1.4:1.0/ttyUSB0/tty/ttyUSB0", {"dev": "188:0"})
+    management = tree.pci("0000:00:16.3", pci_class="070002")
+    tree.member("tty", "ttyS4", management / "tty/ttyS4", {"dev": "4:68"})
+    tree.member("tty", "tty0", tree.root / "sys/devices/virtual/tty/tty0", {"dev": "4:0"})
+    char = (CharSelector(name="serial", globs=("/dev/tty*",)),)
+    for name in ("tty0", "ttyS4", "ttyUSB0"):
+        tree.node(f"/dev/{name}")
+    usb_devices, functions = {"usb-1-1", "usb-1-1.2", "usb-1-1.4"}, {CONTROLLER, "0000:00:16.3"}
+
+    def served() -> set[str]:
+        """What is served with USB devices selected, and their ports without."""
+        return offered(usb(tree)) | offered(look(tree, char=char))
+
+    tree.write("sys/class/tty/console/active", "tty0")
+    assert served() == usb_devices | functions | {"/dev/tty0", "/dev/ttyS4", "/dev/ttyUSB0"}
+    tree.write("sys/class/tty/console/active", "tty0 ttyS4")
+    assert served() == usb_devices | {CONTROLLER, "/dev/tty0", "/dev/ttyUSB0"}
+    tree.write("sys/class/tty/console/active", "ttyUSB0 tty0")
+    assert served() == {"usb-1-1.2", "0000:00:16.3", "/dev/tty0", "/dev/ttyS4"}
+
+
+def test_what_leads_to_a_mounted_disc_is_in_use_although_no_kind_has_it(tree: DeviceTree) -> None:
+    tree.pci("0000:00:17.0", pci_class="010601", driver="ahci")
+    tree.disk("0000:00:17.0", "sr0", "ata2", 1 << 30, dev="11:0")
+    assert offered(look(tree)) == {CONTROLLER, "0000:00:17.0"}
+    tree.write("proc/1/mountinfo", "22 1 11:0 / /media ro - iso9660 /dev/sr0 ro")
+    assert offered(look(tree)) == {CONTROLLER}
+
+
+def test_a_controller_that_other_controllers_are_behind_is_in_use_with_their_disks(tree: DeviceTree) -> None:
+    """VMD: without its driver there is no drive, also where the drive's disk is not below its function (multipath)."""
+    vmd = tree.pci("0000:00:0e.5", pci_class="010400", driver="vmd")
+    tree.folders["port"] = vmd / "pci10000:e0"
+    tree.pci("10000:e1:00.0", under="port", pci_class="010802", driver="nvme")
+    tree.nvme("10000:e1:00.0", 0, {1: 1 << 40}, multipath=True)
+    assert offered(look(tree)) == {CONTROLLER, "0000:00:0e.5", "10000:e1:00.0"}
+    tree.write("proc/1/mountinfo", "22 1 259:1 / / rw - ext4 /dev/nvme0n1 rw")
+    assert offered(look(tree)) == {CONTROLLER}
+
+
+def test_a_scan_resolves_no_more_entries_for_interfaces_that_carry_nothing(tree: DeviceTree) -> None:
+    """Only what is in use is followed: a node of many pods has hundreds of interfaces."""
+
+    class Counting(SysFs):
+        entries = 0
+
+        def entry(self, folder: str, name: str) -> str:
+            Counting.entries += 1
+            return super().entry(folder, name)
+
+    def count() -> int:
+        Counting.entries = 0
+        read_context(Counting(tree.root))
+        return Counting.entries
+
+    adapter(tree)
+    before = count()
+    for number in range(10):
+        tree.member("net", f"veth{number}", tree.root / f"sys/devices/virtual/net/veth{number}", {})
+    assert count() - before == 10
 
 
 @pytest.mark.parametrize("use", [True, "unknown"])
@@ -128,6 +217,99 @@ def test_another_node_of_a_disk_is_the_disk(tree: DeviceTree, path: str) -> None
 def test_no_disk_is_made_in_software(tree: DeviceTree, name: str) -> None:
     tree.member("block", name, tree.root / f"sys/devices/virtual/block/{name}", {"size": 8, "dev": "252:0"})
     assert [one for one in look(tree).devices if one.kind == "block"] == []
+
+
+# ---------------------------------------------------------------- any tree
+
+
+class Place(NamedTuple):
+    """Something in a tree: what it is plugged into, its device if a kind may find it, and what can be used of it."""
+
+    above: Place | None
+    id: str = ""
+    uses: tuple[tuple[str, str], ...] = ()
+    """File below the root and what to write there for each way to use it."""
+
+    @property
+    def leads_to_it(self) -> set[str]:
+        return {self.id, *(self.above.leads_to_it if self.above is not None else ())}
+
+
+ROUTE = "Iface Destination\n{} 00000000 0100000A 0003 0 0 0 00000000 0 0 0"
+DISK = (
+    ("proc/1/mountinfo", "22 1 {1} / / rw - ext4 /dev/{0} rw"),
+    ("proc/swaps", "Filename Type Size Used Priority\n/dev/{0} partition 8 0 -2"),
+)
+
+
+class Trees:
+    """Random controllers, some behind another, with hubs and what is plugged into them."""
+
+    def __init__(self, draw: Callable[..., Any], root: Path) -> None:
+        self.draw, self.tree = draw, DeviceTree(root)
+        self.leaves: list[Place] = []
+        self.numbers = itertools.count(1)
+        for number in range(draw(some.integers(1, 3))):
+            self.controller(number)
+
+    def controller(self, number: int) -> None:
+        address, above = f"0000:00:1{number}.0", None
+        if self.draw(some.booleans()):
+            above = Place(None, f"0000:00:0{number}.0")
+            vmd = self.tree.pci(above.id, pci_class="010400")
+            address = f"1000{number}:e1:00.0"
+            self.tree.folders["behind"] = vmd / f"pci1000{number}:e0"
+            self.tree.pci(address, under="behind", pci_class="0c0330")
+        else:
+            self.tree.pci(address, pci_class="0c0330")
+        here = Place(above, address)
+        if self.draw(some.booleans()):
+            self.leaf(address, f"ata{number}", here)
+        for port in range(self.draw(some.integers(0, 2))):
+            self.plugged(address, here, f"{number + 1}-{port + 1}")
+
+    def plugged(self, address: str, above: Place, port: str) -> None:
+        vendor = self.draw(some.sampled_from(["1d6b", "0bda"]))
+        folder = self.tree.usb(address, port, vendor=vendor, product="0001", devnum=next(self.numbers))
+        here = Place(above, f"usb-{port}")
+        below = str(folder.relative_to(self.tree.folders[address]))
+        ports = self.draw(some.integers(0, 2)) if port.count(".") < 2 else 0
+        for number in range(ports):
+            self.plugged(address, here, f"{port}.{number + 1}")
+        if not ports and self.draw(some.booleans()):
+            self.leaf(address, f"{below}/{port}:1.0", here)
+
+    def leaf(self, address: str, below: str, above: Place) -> None:
+        number = next(self.numbers)
+        kind = self.draw(some.sampled_from(["net", "disk", "disc", "console"]))
+        name = {"net": "eth{}", "disk": "sd{}", "disc": "sr{}", "console": "ttyS{}"}[kind].format(number)
+        if kind == "net":
+            self.tree.net(address, name, below=below)
+            self.leaves.append(Place(above, uses=(("proc/1/net/route", ROUTE.format(name)),)))
+        elif kind == "console":
+            self.tree.member("tty", name, self.tree.folders[address] / below / "tty" / name, {"dev": f"4:{number}"})
+            self.leaves.append(Place(above, uses=(("sys/class/tty/console/active", name),)))
+        else:
+            self.tree.disk(address, name, f"{below}/host{number}", 1 << 30, dev=f"8:{number}")
+            id = f"block-{address}-{name}" if kind == "disk" else ""
+            uses = tuple((file, text.format(name, f"8:{number}")) for file, text in DISK)
+            self.leaves.append(Place(above, id, uses))
+
+
+@given(some.data())
+@settings(deadline=None, max_examples=40)
+def test_all_that_leads_to_a_use_is_in_use_and_nothing_else(data: some.DataObject) -> None:
+    """Of a random tree with one use, whatever is selected: against the way from what is used up to the CPU."""
+    with tempfile.TemporaryDirectory() as root:
+        trees = Trees(data.draw, Path(root))
+        vendors = data.draw(some.lists(some.sampled_from(["1d6b", "0bda"]), unique=True))
+        selected = tuple(UsbSelector(name=one, vendor=one) for one in vendors)
+        every = offered(look(trees.tree, usb=selected))
+        assert every >= {one for leaf in trees.leaves for one in leaf.leads_to_it if one.startswith(("0", "1"))}
+        if trees.leaves:
+            used = data.draw(some.sampled_from(trees.leaves))
+            trees.tree.write(*data.draw(some.sampled_from(used.uses)))
+            assert offered(look(trees.tree, usb=selected)) == every - used.leads_to_it
 
 
 # ---------------------------------------------------------------- any devices
