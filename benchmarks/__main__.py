@@ -11,7 +11,7 @@ import grpc
 
 from nodeagent.version import VERSION
 
-PARTS = ("placement", "batch", "scan", "allocate", "daemon", "dra", "slices", "fleet", "pinning", "scrape")
+PARTS = ("placement", "batch", "scan", "allocate", "daemon", "dra", "slices", "fleet", "pinning", "scrape", "commands")
 
 
 def machine() -> str:

@@ -127,9 +127,10 @@ class Node:
     def ready(self) -> None:
         self.guest.run("nodeagent status | grep ', ready'", STEP_S, until=True)
 
-    def grants(self) -> dict[str, str]:
-        """CPUs by the id of their grant."""
-        return {one["id"]: one["cpus"] for one in json.loads(self.guest.run("nodeagent grants -o json"))}
+    def grants(self, *, until: bool = False) -> dict[str, str]:
+        """CPUs by the id of their grant. until: as soon as an agent answers, which is none while it is replaced."""
+        found = json.loads(self.guest.run("nodeagent grants -o json", until=until))
+        return {one["id"]: one["cpus"] for one in found}
 
     def status(self) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.guest.run("nodeagent status -o json"))
