@@ -164,9 +164,8 @@ async def test_what_is_left_of_sharing_without_an_agent_is_undone(
         await node.agent.stop(signal.SIGKILL)
         config = load(node.agent.config_file)
         host = Host(config=config, where=paths_of(config, config_file=None, root=str(tree.root), kubelet_dir=None))
-        SharingJournal(folder / "state", host.where.sysfs.text(BOOT_ID, "")).put(
-            SliceRecord(device="d", uuid=UUID, before="Medium", interval="Short")
-        )
+        record = SliceRecord(device="d", uuid=UUID, before="Medium", interval="Short")
+        SharingJournal(folder / "state", host.where.sysfs.text(BOOT_ID, "")).keep({record.key: record})
         left = shared_gpus(host)
         assert [str(line) for line in left.lines] == [f"{pipe.parent}: removed", "time slice of d: Short -> Medium"]
         assert [*left.undo()] == []

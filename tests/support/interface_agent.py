@@ -34,7 +34,7 @@ def install(node: Path) -> None:
     InterfacesManager.__init__.__kwdefaults__["host"] = facts["host"]
     InterfaceMover.__init__.__defaults__ = (facts["host"],)  # type: ignore[misc]
     Netlink.change = doom.around(Netlink.change)  # type: ignore[method-assign]
-    InterfaceJournal._write = doom.around(InterfaceJournal._write)  # type: ignore[method-assign]
+    InterfaceJournal.change = doom.around(InterfaceJournal.change)  # type: ignore[method-assign]
 
     def read(data: bytes) -> Link:
         link, group = real(data), read_number(attributes(data[16:]).get(GROUP))

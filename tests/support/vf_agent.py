@@ -36,7 +36,7 @@ def install(node: Path) -> None:
     kernel.before = lambda step: doom.step()
     VfPropertiesManager.__init__.__kwdefaults__["exchange"] = kernel.open
     VfSetter.__init__.__defaults__ = (kernel.open,)  # type: ignore[misc]
-    VfPropertyJournal._write = doom.around(VfPropertyJournal._write)  # type: ignore[method-assign]
+    VfPropertyJournal.change = doom.around(VfPropertyJournal.change)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def install(node: Path) -> None:
     tables = {driver: frozenset(functions) for driver, functions in facts["tables"].items()}
     kernel, doom = PciKernel(Path(facts["root"]), tables), Doom(Path(facts["doom"]))
     vfio.TimedPut.__init__.__defaults__ = (doom.around(kernel.put), vfio.DEADLINE_S)  # type: ignore[misc]
-    PassthroughJournal._write = doom.around(PassthroughJournal._write)  # type: ignore[method-assign]
+    PassthroughJournal.change = doom.around(PassthroughJournal.change)  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.record_file import INDENTED, RecordFile, since_boot
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
-
-_MODE = 0o600
-
 
 Key = tuple[str, str, str]
 """Cgroup, file and disk."""
@@ -48,24 +45,15 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def load(sysfs: SysFs, path: Path) -> tuple[list[IoLine], str]:
     """Return what was set since boot, and why that is unknown; empty if it is known."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_File)
-    except FileNotFoundError:
-        return [], ""
-    except OSError as error:
-        cause = error.strerror or str(error)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        cause = str(error)
-    else:
-        return found.lines if found.boot_id == sysfs.text(BOOT_ID, "") else [], ""
-    return [], f"cannot load {path}: {cause}; limits of I/O that were set before stay as they are"
+    found, why = since_boot(_file(path), sysfs, "limits of I/O that were set before stay as they are")
+    return found.lines if found is not None else [], why
 
 
 def save(sysfs: SysFs, path: Path, lines: Iterable[IoLine]) -> None:
     """Record exactly these; the file exists only if there are any. Raise HostError with the cause."""
     every = list(lines)
-    if not every:
-        files.remove(path)
-        return
-    content = msgspec.json.encode(_File(boot_id=sysfs.text(BOOT_ID, ""), lines=every))
-    files.replace(path, msgspec.json.format(content, indent=1) + b"\n", mode=_MODE)
+    _file(path).save(_File(boot_id=sysfs.text(BOOT_ID, ""), lines=every) if every else None)
+
+
+def _file(path: Path) -> RecordFile[_File]:
+    return RecordFile(path, _File, indent=INDENTED)

@@ -12,11 +12,10 @@ import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import InputError
-from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.record_file import INDENTED, RecordFile, since_boot
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 
 VERSION = 1
-_MODE = 0o600
 
 
 class Moved(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,32 +48,22 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def load(sysfs: SysFs, path: Path) -> tuple[dict[int, Moved], str]:
     """Return what was moved since boot, by number, and why that is unknown; empty if it is known."""
+    left = "interrupts that were moved before stay where they are"
+    found, why = since_boot(_file(path), sysfs, left)
     try:
-        found = msgspec.json.decode(path.read_bytes(), type=_File)
-        if found.boot_id != _boot_id(sysfs):
-            return {}, ""
-        return {line.irq: _moved(line, path) for line in found.moved}, ""
-    except FileNotFoundError:
-        return {}, ""
-    except OSError as error:
-        cause = error.strerror or str(error)
-    except (msgspec.MsgspecError, UnicodeDecodeError, InputError) as error:
-        cause = str(error)
-    return {}, f"cannot load {path}: {cause}; interrupts that were moved before stay where they are"
+        return {line.irq: _moved(line, path) for line in found.moved} if found is not None else {}, why
+    except InputError as error:
+        return {}, f"cannot load {path}: {error}; {left}"
 
 
 def save(sysfs: SysFs, path: Path, moved: Iterable[Moved]) -> None:
     """Record exactly these moves; the file exists only if there are any. Raise HostError with the cause."""
     lines = [_line(one) for one in sorted(moved, key=lambda one: one.irq)]
-    if not lines:
-        files.remove(path)
-        return
-    content = msgspec.json.encode(_File(boot_id=_boot_id(sysfs), moved=lines))
-    files.replace(path, msgspec.json.format(content, indent=1) + b"\n", mode=_MODE)
+    _file(path).save(_File(boot_id=sysfs.text(BOOT_ID, ""), moved=lines) if lines else None)
 
 
-def _boot_id(sysfs: SysFs) -> str:
-    return sysfs.text(BOOT_ID, "")
+def _file(path: Path) -> RecordFile[_File]:
+    return RecordFile(path, _File, indent=INDENTED)
 
 
 def _moved(line: _Line, path: Path) -> Moved:

@@ -9,10 +9,9 @@ from typing import Literal
 
 import msgspec
 
-from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.record_file import INDENTED, RecordFile, since_boot
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 
-_MODE = 0o600
 PlainSchemata = dict[str, dict[int, int]]
 
 
@@ -45,23 +44,14 @@ class Journal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 def load(sysfs: SysFs, path: Path) -> tuple[Journal, str]:
     """Return what was done since boot, and why that is unknown; empty if it is known."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=Journal)
-    except FileNotFoundError:
-        return Journal(), ""
-    except OSError as error:
-        cause = error.strerror or str(error)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        cause = str(error)
-    else:
-        return found if found.boot_id == sysfs.text(BOOT_ID, "") else Journal(), ""
-    return Journal(), f"cannot load {path}: {cause}; groups of resctrl that were made before stay as they are"
+    found, why = since_boot(_file(path), sysfs, "groups of resctrl that were made before stay as they are")
+    return found if found is not None else Journal(), why
 
 
 def save(sysfs: SysFs, path: Path, journal: Journal) -> None:
     """Record exactly this; the file exists only if something has to be undone. Raise HostError with the cause."""
-    if journal.empty:
-        files.remove(path)
-        return
-    content = msgspec.json.encode(msgspec.structs.replace(journal, boot_id=sysfs.text(BOOT_ID, "")))
-    files.replace(path, msgspec.json.format(content, indent=1) + b"\n", mode=_MODE)
+    _file(path).save(None if journal.empty else msgspec.structs.replace(journal, boot_id=sysfs.text(BOOT_ID, "")))
+
+
+def _file(path: Path) -> RecordFile[Journal]:
+    return RecordFile(path, Journal, indent=INDENTED)

@@ -10,10 +10,8 @@ from typing import Literal
 
 import msgspec
 
-from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.record_file import INDENTED, RecordFile, since_boot
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
-
-_MODE = 0o600
 
 
 class Tuned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -35,24 +33,15 @@ class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 def load(sysfs: SysFs, path: Path) -> tuple[dict[str, Tuned], str]:
     """Return what was set since boot, by path, and why that is unknown; empty if it is known."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=_File)
-    except FileNotFoundError:
-        return {}, ""
-    except OSError as error:
-        cause = error.strerror or str(error)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        cause = str(error)
-    else:
-        return {one.path: one for one in found.tuned} if found.boot_id == sysfs.text(BOOT_ID, "") else {}, ""
-    return {}, f"cannot load {path}: {cause}; CPUs that were tuned before stay as they are"
+    found, why = since_boot(_file(path), sysfs, "CPUs that were tuned before stay as they are")
+    return {one.path: one for one in found.tuned} if found is not None else {}, why
 
 
 def save(sysfs: SysFs, path: Path, tuned: Iterable[Tuned]) -> None:
     """Record exactly these; the file exists only if there are any. Raise HostError with the cause."""
     every = list(tuned)
-    if not every:
-        files.remove(path)
-        return
-    content = msgspec.json.encode(_File(boot_id=sysfs.text(BOOT_ID, ""), tuned=every))
-    files.replace(path, msgspec.json.format(content, indent=1) + b"\n", mode=_MODE)
+    _file(path).save(_File(boot_id=sysfs.text(BOOT_ID, ""), tuned=every) if every else None)
+
+
+def _file(path: Path) -> RecordFile[_File]:
+    return RecordFile(path, _File, indent=INDENTED)

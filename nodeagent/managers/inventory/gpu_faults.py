@@ -12,8 +12,8 @@ from pathlib import Path
 import msgspec
 
 from nodeagent.core.model.health import UNHEALTHY, UNKNOWN, DeviceState, Evidence, Health, Remedy
-from nodeagent.errors import HostError, cause_of
-from nodeagent.host.sysfs import atomic_file
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs.record_file import RecordFile, UnreadableError
 from nodeagent.telemetry.once import Once
 
 FILE = "gpu-faults.json"
@@ -42,7 +42,7 @@ class FaultMemory:
 
     def __init__(self, path: Path, boot_id: str, binding: Callable[[str], str]) -> None:
         """binding: returns what identifies the binding of a device's driver; "" if the device has none."""
-        self._path = path
+        self._file = RecordFile(path, _Document)
         self._boot_id = boot_id
         self._binding = binding
         self._written: Sequence[_Fault] | None = None
@@ -71,18 +71,15 @@ class FaultMemory:
 
     def _read(self) -> tuple[_Fault, ...]:
         try:
-            document = msgspec.json.decode(self._path.read_bytes(), type=_Document)
-        except FileNotFoundError:
+            document = self._file.load()
+        except UnreadableError as error:
+            self._bad.report(str(error))
             return ()
-        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-            self._bad.report(f"cannot read {self._path}: {cause_of(error)}")
-            return ()
-        return document.faults if document.boot_id == self._boot_id else ()
+        return document.faults if document is not None and document.boot_id == self._boot_id else ()
 
     def _write(self, faults: tuple[_Fault, ...]) -> None:
         try:
-            document = _Document(boot_id=self._boot_id, faults=faults)
-            atomic_file.replace(self._path, msgspec.json.encode(document), mode=0o600)
+            self._file.save(_Document(boot_id=self._boot_id, faults=faults))
             self._written = faults
             self._bad.clear()
         except HostError as error:

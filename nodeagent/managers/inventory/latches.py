@@ -16,8 +16,8 @@ from pathlib import Path
 import msgspec
 
 from nodeagent.core.model.health import UNHEALTHY, DeviceState, Evidence, Remedy
-from nodeagent.errors import HostError, cause_of
-from nodeagent.host.sysfs import atomic_file
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs.record_file import RecordFile, UnreadableError
 from nodeagent.telemetry.once import Once
 
 _Causes = dict[tuple[str, str], "_Cause"]
@@ -53,6 +53,7 @@ class LatchMemory:
     def __init__(self, path: Path, boot_id: str, binding: Callable[[str], str]) -> None:
         """binding: returns what identifies the binding of a device's driver; "" if the device has none."""
         self._path = path
+        self._file = RecordFile(path, _Document)
         self._boot_id = boot_id
         self._binding = binding
         self._unwritten: _Causes = {}
@@ -110,7 +111,7 @@ class LatchMemory:
             after = change(self._read())
             document = _Document(causes=tuple(one for _, one in sorted(after.items())))
             try:
-                atomic_file.replace(self._path, msgspec.json.encode(document), mode=0o600)
+                self._file.save(document)
                 self._unwritten = {}
                 self._unwritable.clear()
             except HostError as error:
@@ -137,15 +138,13 @@ class LatchMemory:
         if self._unwritten:
             return dict(self._unwritten)
         try:
-            document = msgspec.json.decode(self._path.read_bytes(), type=_Document)
-        except FileNotFoundError:
-            return {}
-        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
+            document = self._file.load()
+        except UnreadableError as error:
             left = "errors that GPUs reported before the agent started are not known"
-            self.readable, self.damaged = False, not isinstance(error, OSError)
-            self._unreadable.report(f"cannot read {self._path}: {cause_of(error)}", left=left)
+            self.readable, self.damaged = False, error.damaged
+            self._unreadable.report(str(error), left=left)
             return {}
-        return {(one.device, one.source): one for one in document.causes}
+        return {(one.device, one.source): one for one in document.causes} if document is not None else {}
 
 
 def _lock(handle: int) -> None:

@@ -13,9 +13,9 @@ from types import MappingProxyType
 
 import msgspec
 
-from nodeagent.errors import HostError, cause_of
+from nodeagent.errors import HostError
 from nodeagent.host.nvml.values import LinkErrors, NvGpu
-from nodeagent.host.sysfs import atomic_file
+from nodeagent.host.sysfs.record_file import RecordFile, UnreadableError
 from nodeagent.telemetry.once import Once
 
 FILE = "nvlinks.json"
@@ -39,7 +39,7 @@ class NvlinkMemory:
     after its restart."""
 
     def __init__(self, path: Path, boot_id: str) -> None:
-        self._path = path
+        self._file = RecordFile(path, _Document)
         self._boot_id = boot_id
         self._links: Links = {}
         self._bad = Once("nvlinks-not-kept")
@@ -68,21 +68,18 @@ class NvlinkMemory:
 
     def _read(self) -> Links:
         try:
-            document = msgspec.json.decode(self._path.read_bytes(), type=_Document)
-        except FileNotFoundError:
+            document = self._file.load()
+        except UnreadableError as error:
+            self._bad.report(str(error))
             return {}
-        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-            self._bad.report(f"cannot read {self._path}: {cause_of(error)}")
-            return {}
-        if document.boot_id != self._boot_id:
+        if document is None or document.boot_id != self._boot_id:
             return {}
         return {gpu: frozenset(links) for gpu, links in document.links.items()}
 
     def _write(self) -> None:
         links = {gpu: tuple(sorted(links)) for gpu, links in sorted(self._links.items())}
         try:
-            document = _Document(boot_id=self._boot_id, links=links)
-            atomic_file.replace(self._path, msgspec.json.encode(document), mode=0o600)
+            self._file.save(_Document(boot_id=self._boot_id, links=links))
             self._bad.clear()
         except HostError as error:
             self._bad.report(str(error))

@@ -78,10 +78,10 @@ class DevicePreparer:
             parent=device.parent,
             attributes=dict(device.attributes),
         )
-        self._journal.put(record)
+        self._journal.keep({record.device: record})
         begun.append(device.id)
         edits = await self._calls.prepare(kind, device, config)
-        self._journal.put(replace(record, edits=edits))
+        self._journal.keep({record.device: replace(record, edits=edits)})
         log.info("device-prepared", device=device.id, kind=device.kind, claim=uid)
 
     def _is_prepared(self, grant: Grant, device: Device) -> bool:
@@ -128,9 +128,10 @@ class DevicePreparer:
         device = self._inventory().device_by_id.get(record.device)
         if device is None or device.kind != record.kind:
             device = record.as_found()
-        self._journal.put(replace(record, edits=None))  # from here on it is not prepared, whatever happens
+        # From here on it is not prepared, whatever happens.
+        self._journal.keep({record.device: replace(record, edits=None)})
         await self._calls.unprepare(kind, device, self._recorded_config(record))
-        self._journal.forget([record.device])
+        self._journal.forget(record.device)
         log.info("device-unprepared", device=record.device, kind=record.kind, claim=record.claim)
 
     def _recorded_config(self, record: Record) -> object:

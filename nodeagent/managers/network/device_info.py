@@ -22,9 +22,10 @@ from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.model.device import Device
 from nodeagent.core.network.device_info import files_of, resource_of_file
-from nodeagent.errors import HostError, cause_of
+from nodeagent.errors import HostError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.record_file import RecordFile
 from nodeagent.managers.manager import Manager
 from nodeagent.resources.offer import Offer, offers
 from nodeagent.state.agent import Agent
@@ -130,16 +131,13 @@ class DeviceInfoManager(Manager):
                 if resource_of_file(path.name, mine) and path.name not in keep:
                     files.remove(path, durable=False)
                     log.info("device-info-removed", file=path.name)
-        if left := [one for one in known if one in shown] if wanted else []:
-            self._record(left)
-        elif known:
-            files.remove(self._memory)
+        self._record([one for one in known if one in shown] if wanted else [])
 
     def _recorded(self) -> list[_Shown]:
         return _load(self._memory)
 
     def _record(self, shown: Iterable[_Shown]) -> None:
-        files.replace(self._memory, msgspec.json.encode(list(shown)) + b"\n", mode=0o600)
+        RecordFile(self._memory, list[_Shown]).save(list(shown) or None)
 
 
 def _by_claims(mine: Iterable[Offer], device: Device) -> str:
@@ -161,9 +159,4 @@ def left_files(memory: Path) -> list[Path]:
 
 
 def _load(memory: Path) -> list[_Shown]:
-    try:
-        return msgspec.json.decode(memory.read_bytes(), type=list[_Shown])
-    except FileNotFoundError:
-        return []
-    except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-        raise HostError(f"cannot read {memory}: {cause_of(error)}") from None
+    return RecordFile(memory, list[_Shown]).load() or []

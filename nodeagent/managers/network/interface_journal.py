@@ -2,8 +2,7 @@
 changed.
 
 After kill -9 at any step it says what to give back. What an earlier boot recorded is gone with it: no network namespace
-outlives the kernel. An unreadable file counts as empty, and this is logged: interfaces then stay where they are until
-the kernel returns them with the end of their pods.
+outlives the kernel.
 """
 
 from __future__ import annotations
@@ -17,11 +16,10 @@ from msgspec.structs import replace
 
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.errors import cause_of
 from nodeagent.host.netlink.interfaces import Link
-from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.record_file import RecordFile
+from nodeagent.managers.journal import Journal
 from nodeagent.managers.state_files import INTERFACES
-from nodeagent.telemetry.once import Once
 
 
 class Moved(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,39 +78,14 @@ class _File(msgspec.Struct, kw_only=True):
     moved: list[Moved] = []
 
 
-class InterfaceJournal:
-    """The file. Every call reads or writes it, because another agent may do so too. Blocks."""
+class InterfaceJournal(Journal[_File, str, Moved]):
+    """The records of this boot, by device."""
 
     def __init__(self, state_dir: Path, boot_id: str) -> None:
-        self.path = state_dir / INTERFACES
-        self._boot_id = boot_id
-        self._unreadable = Once("interface-records-unreadable", level="error")
-
-    def read(self) -> Mapping[str, Moved]:
-        """Return what was recorded since boot, by device."""
-        try:
-            found = msgspec.json.decode(self.path.read_bytes(), type=_File)
-        except FileNotFoundError:
-            return {}
-        except (OSError, msgspec.MsgspecError, UnicodeError) as error:
-            left = "interfaces stay in their pods until these end"
-            self._unreadable.report(f"cannot read {self.path}: {cause_of(error)}", left=left)
-            return {}
-        return {one.device: one for one in found.moved} if found.boot_id == self._boot_id else {}
-
-    def add(self, record: Moved) -> None:
-        """Record an interface that is about to be moved. Durable on return. Raise HostError if it cannot be written."""
-        self._write({**self.read(), record.device: record})
-
-    def forget(self, device: str) -> None:
-        """Record that an interface is on the host again. Raise HostError if it cannot be written."""
-        known = self.read()
-        if device in known:
-            self._write({id: one for id, one in known.items() if id != device})
-
-    def _write(self, records: Mapping[str, Moved]) -> None:
-        if not records:
-            files.remove(self.path)
-            return
-        ordered = [records[device] for device in sorted(records)]
-        files.replace(self.path, msgspec.json.encode(_File(boot_id=self._boot_id, moved=ordered)) + b"\n", mode=0o600)
+        super().__init__(
+            RecordFile(state_dir / INTERFACES, _File),
+            lambda file: {one.device: one for one in file.moved} if file.boot_id == boot_id else {},
+            lambda records: _File(boot_id=boot_id, moved=list(records.values())),
+            unreadable="interface-records-unreadable",
+            left="interfaces stay in their pods until these end",
+        )

@@ -67,7 +67,7 @@ class InstanceMaker:
         }
         gone = [one for one in records.values() if one.gpu in shown and await self._ended(one, shown, held)]
         if gone:
-            await asyncio.to_thread(self._journal.forget, [one.partition for one in gone])
+            await asyncio.to_thread(self._journal.forget, *(one.partition for one in gone))
         known = records.keys() - {one.partition for one in gone}
         self.ending = {id: why for id, why in self.ending.items() if id in known and id not in held}
         return shown
@@ -97,7 +97,7 @@ class InstanceMaker:
                 size=place.size,
                 boot_id=self._journal.boot_id,
             )
-            await asyncio.to_thread(self._journal.put, [record])
+            await asyncio.to_thread(self._journal.keep, {record.partition: record})
         return await self._created(record, there, what)
 
     async def _created(self, record: Record, there: Lying | None, what: str) -> Unmade | None:
@@ -110,7 +110,7 @@ class InstanceMaker:
             return Unmade(why=why, refused=isinstance(answer, RefusedByDriver))
         made = replace(record, gi=answer.gi, ci=answer.ci, uuid=answer.uuid)
         if made != record:
-            await asyncio.to_thread(self._journal.put, [made])
+            await asyncio.to_thread(self._journal.keep, {made.partition: made})
             log.info("mig-created", partition=record.partition, gi=answer.gi, uuid=answer.uuid)
         return None
 

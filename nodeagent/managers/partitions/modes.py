@@ -12,14 +12,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
 
-import msgspec
 import structlog
 
 from nodeagent.config.schema import Config
 from nodeagent.core.ledger.exclusion import excluded_with
-from nodeagent.errors import HostError, cause_of
 from nodeagent.host.nvml.values import Completed, Failure, NvGpu, RefusedByDriver, SetMode, Snapshot
-from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.atomic_file import READABLE
+from nodeagent.host.sysfs.record_file import RecordFile
 from nodeagent.managers.state_files import MIG_MODES
 from nodeagent.state.agent import Agent
 
@@ -50,25 +49,17 @@ class SwitchedGpus:
     cannot be read or written."""
 
     def __init__(self, state_dir: Path) -> None:
-        self._path = state_dir / MIG_MODES
+        self._file = RecordFile(state_dir / MIG_MODES, list[str], mode=READABLE)
 
     def read(self) -> frozenset[str]:
         """Return the UUIDs."""
-        try:
-            return frozenset(msgspec.json.decode(self._path.read_bytes(), type=list[str]))
-        except FileNotFoundError:
-            return frozenset()
-        except (OSError, msgspec.MsgspecError) as error:
-            raise HostError(f"cannot read {self._path}: {cause_of(error)}") from None
+        return frozenset(self._file.load() or ())
 
     def note(self, gpu: str, *, switched: bool) -> None:
         """Record that a GPU is about to be put into MIG mode, or has left it."""
         before = self.read()
         after = before | {gpu} if switched else before - {gpu}
-        if not after:
-            files.remove(self._path)
-        elif after != before:
-            files.replace(self._path, msgspec.json.encode(sorted(after)) + b"\n")
+        self._file.save(sorted(after) or None)
 
 
 class MigModes:

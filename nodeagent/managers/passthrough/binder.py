@@ -53,7 +53,7 @@ class Binder:
                 continue
             try:
                 self._functions.give_back(one.address, one.before, one.override)
-                self._journal.forget([one.address])
+                self._journal.forget(one.address)
             except HostError as error:
                 errors[one.claim] = str(error)
             else:

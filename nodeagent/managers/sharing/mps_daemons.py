@@ -22,7 +22,7 @@ from nodeagent.host.mps.control import Limits, MpsControl, reap
 from nodeagent.host.mps.processes import ProcessId, pipes_below, process_id
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.sysfs import atomic_file as files
-from nodeagent.managers.sharing.journal import DaemonRecord, SharingJournal, Stage
+from nodeagent.managers.sharing.journal import DAEMON, DaemonRecord, SharingJournal, Stage
 
 PROHIBITED = "Prohibited"
 """The compute mode that allows no CUDA program (nvidia-smi, compute_mode)."""
@@ -98,13 +98,13 @@ class MpsDaemons:
         record = DaemonRecord(
             name=one.name, stage=Stage.STARTING, uuids=one.uuids, shared=one.shared, restarts=restarts
         )
-        self._journal.put(record)
+        self._journal.keep({record.key: record})
         control.stop(_process(before) if before is not None else None)
         pid = control.start(one.uuids, multi_user=one.shared)
         self._children.add(pid)
         found = process_id(pid) or ProcessId(pid, 0)
         record = msgspec.structs.replace(record, pid=found.pid, start_ticks=found.start_ticks)
-        self._journal.put(record)
+        self._journal.keep({record.key: record})
         control.wait_ready(pid)
         self._limit(control, one, record)
         log.info("mps-started", daemon=one.name, devices=one.devices, uuids=one.uuids, pid=found.pid, restarts=restarts)
@@ -119,17 +119,17 @@ class MpsDaemons:
         )
         if wanted != record:
             control.limit(Limits(threads_percent=one.threads_percent, memory_mib=memory))
-            self._journal.put(wanted)
+            self._journal.keep({wanted.key: wanted})
 
     def _stop_one(self, name: str, record: DaemonRecord | None) -> None:
         control = self._control(name)
         if record is not None and record.stage is not Stage.STOPPING:
-            self._journal.put(msgspec.structs.replace(record, stage=Stage.STOPPING))
+            self._journal.keep({record.key: msgspec.structs.replace(record, stage=Stage.STOPPING)})
         control.stop(_process(record) if record is not None else None)
         self._reap()
         control.remove()
         if record is not None:
-            self._journal.forget_daemon(name)
+            self._journal.forget((DAEMON, name))
         log.info("mps-stopped", daemon=name)
 
     def _check_compute_mode(self, one: MpsSet) -> None:

@@ -65,7 +65,7 @@ class TimeSlices:
         if record is None or record.uuid != uuid:
             record = SliceRecord(device=device, uuid=uuid, before=now, interval=interval)
         record = msgspec.structs.replace(record, interval=interval)
-        self._journal.put(record)
+        self._journal.keep({record.key: record})
         if now != interval:
             self._smi.set_time_slice(uuid, interval)
             log.info("time-slice-set", device=device, uuid=uuid, interval=interval, before=record.before)
@@ -76,4 +76,4 @@ class TimeSlices:
         if self._smi.time_slice(record.uuid) != record.before:
             self._smi.set_time_slice(record.uuid, record.before)
             log.info("time-slice-restored", device=record.device, uuid=record.uuid, interval=record.before)
-        self._journal.forget_slice(record.device)
+        self._journal.forget(record.key)

@@ -494,26 +494,16 @@ async def test_a_pool_is_not_made_smaller_than_configured(folder: Path) -> None:
         assert room.total() == 15
 
 
-@pytest.mark.parametrize("text", ["", "[", "{}", '[{"node": 0}]', "[null]", "\\xff"])
-async def test_a_record_that_cannot_be_read_is_said_and_takes_no_page_from_anybody(folder: Path, text: str) -> None:
+async def test_a_record_that_cannot_be_read_is_said_and_takes_no_page_from_anybody(folder: Path) -> None:
     async with page_room(folder) as room:
         room.kernel.add(POOL, 50)
         await room.rescan()
-        room.record.write_text(text)
+        room.record.write_text("[")
         with capture_logs() as logs:
             await room.pages._growth.give_back()
             await room.pages._growth.give_back()
         assert [one["event"] for one in logs] == ["page-records-unreadable"]
         assert room.total() == 58
-
-
-async def test_a_record_of_another_boot_says_nothing(folder: Path) -> None:
-    async with page_room(folder) as room:
-        await room.prepare(room.claim("c", 20))
-        room.record.write_text(room.record.read_text().replace('"boot"', '"before"'))
-        await room.room.agent.release([*room.room.agent.ledger.grants], "op")
-        await room.pages._growth.give_back()
-        assert room.total() == 20
 
 
 steps_ = st.lists(st.tuples(st.sampled_from("puugrax"), st.integers(0, 3), st.integers(1, 12)), max_size=20)

@@ -372,7 +372,7 @@ class Doom:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = 0
-        for owner, name in ((Netlink, "change"), (InterfaceJournal, "_write")):
+        for owner, name in ((Netlink, "change"), (InterfaceJournal, "change")):
             monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
 
     def _around(self, real: Any) -> Any:

@@ -87,18 +87,17 @@ def node_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Node:
         assert node.goes_on.wait(10)
         node.given.append(sandbox)
         before = Link(index=7, name="ens7")
-        mover._journal.add(
-            Moved(
-                device=asked.device,
-                claim=asked.claim,
-                pod=sandbox.pod,
-                pod_name=sandbox.pod_name,
-                sandbox=sandbox.id,
-                namespaces=sandbox.namespaces,
-                name="net1",
-                before=before,
-            )
+        record = Moved(
+            device=asked.device,
+            claim=asked.claim,
+            pod=sandbox.pod,
+            pod_name=sandbox.pod_name,
+            sandbox=sandbox.id,
+            namespaces=sandbox.namespaces,
+            name="net1",
+            before=before,
         )
+        mover._journal.keep({record.device: record})
         return True
 
     def give_back(mover: InterfaceMover, devices: Collection[str]) -> dict[str, str]:

@@ -543,8 +543,6 @@ def until_killed(left: Iterator[int], step: Callable[..., None]) -> Callable[...
     ("text", "why"),
     [
         ("", "truncated"),
-        ('{"version": 2, "moved": []}', "2"),
-        ('{"version": 1, "boot_id": "boot-1", "moved": [], "more": 1}', "more"),
         (
             '{"version":1,"boot_id":"boot-1","moved":[{"irq":1,"name":"","before":"x","wanted":"0","seen":"0"}]}',
             "cannot read CPU list 'x'",

@@ -20,7 +20,7 @@ from nodeagent.core.dra.opaque_config import API_VERSION
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode
 from nodeagent.core.model.inventory import PRESENT, KindState
-from nodeagent.errors import ConfigError, HostError
+from nodeagent.errors import ConfigError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.base import Context, Found
 from nodeagent.host.devices.hooks import fault
@@ -30,7 +30,7 @@ from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.claim_files import ClaimRenderer
 from nodeagent.managers.dra.prepare import ClaimPreparer
 from nodeagent.managers.kinds import calls
-from nodeagent.managers.kinds.journal import KindsJournal, Record
+from nodeagent.managers.kinds.journal import KindsJournal
 from nodeagent.managers.kinds.manager import KindsManager
 from nodeagent.managers.kinds.table import PreparedTable
 from nodeagent.resources.catalog import dra_of
@@ -409,8 +409,8 @@ async def test_killed_before_or_after_any_step_what_is_held_is_prepared_and_noth
 ) -> None:
     """Claims come and go; agents die at random steps, begin again, and complete or undo what the ledger says."""
     drawn, doom, deaths = random.Random(7), Doom(), 0
-    write, caught = KindsJournal._write, calls._caught
-    monkeypatch.setattr(KindsJournal, "_write", doom.around(write))
+    change, caught = KindsJournal.change, calls._caught
+    monkeypatch.setattr(KindsJournal, "change", doom.around(change))
     monkeypatch.setattr(calls, "_caught", lambda work: caught(doom.around(work)))
     async with node(folder) as one:
         refs = [one.claim(f"c{n}", *devices) for n, devices in enumerate((("toy-a", "toy-b"), ("toy-b",), ("toy-c",)))]
@@ -487,10 +487,3 @@ def test_a_second_kind_with_a_configuration_of_the_same_name_says_so(
     found = {one.name: one.discover(SysFs(tmp_path), Context()).state for one in all_kinds.load_kinds()[:2]}
     assert found["toy"].state == PRESENT
     assert found["two"].reason == ("cannot use toys_package:Two: another kind has a configuration called ToyConfig")
-
-
-def test_a_journal_that_cannot_be_written_is_said(tmp_path: Path) -> None:
-    (tmp_path / "state").write_text("in the way")
-    journal = KindsJournal(tmp_path / "state", "boot")
-    with pytest.raises(HostError, match="cannot"):
-        journal.put(Record(device="d", kind="k", claim="c", grant="g", boot_id="boot"))

@@ -219,9 +219,9 @@ async def test_the_journal_is_written_before_the_driver_is_asked(folder: Path) -
     seen = []
 
     class Watched(PartitionJournal):
-        def put(self, records):  # type: ignore[no-untyped-def]
+        def keep(self, records):  # type: ignore[no-untyped-def]
             seen.append(room.driver.there())
-            super().put(records)
+            super().keep(records)
 
     async with mig_room(folder, "h100-80", journal_class=Watched) as room:
         await room.prepare(room.mig_claim("c", "mig-3g.40gb-4"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +63,11 @@ FUSE = Fuse()
 
 
 class MortalJournal(PartitionJournal):
-    def put(self, records: Iterable[Record]) -> None:
-        FUSE.around(super().put)(records)
+    def keep(self, records: Mapping[str, Record]) -> None:
+        FUSE.around(super().keep)(records)
 
-    def forget(self, partitions: Iterable[str]) -> None:
-        FUSE.around(super().forget)(partitions)
+    def forget(self, *keys: str) -> None:
+        FUSE.around(super().forget)(*keys)
 
 
 class MortalNvml(LocalNvml):

@@ -223,12 +223,11 @@ def test_after_a_reboot_groups_are_made_again_and_nothing_old_is_given_back(node
     assert node.masks() == {0: 0xFF0, 1: 0xFF0} and not node.own()
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"version": 2}', b'{"groups": {"a": 1}}'])
-def test_a_damaged_record_is_said_and_what_is_held_stays_as_it_is(node: ResctrlNode, content: bytes) -> None:
+def test_a_damaged_record_is_said_and_what_is_held_stays_as_it_is(node: ResctrlNode) -> None:
     node.hold(grant("a", "0-3", cache_ways=2))
     node.round()
     before = node.kernel.state()
-    node.memory.write_bytes(content)
+    node.memory.write_bytes(b"{")
     node.begin()
     report = node.round()
     assert "groups of resctrl that were made before stay as they are" in report.notes[-1]

@@ -170,10 +170,10 @@ def test_a_process_that_has_the_recorded_pid_by_now_is_left_alone(node: SharingN
         assert found is not None
         for pid, ticks in (found, (other.pid, other.start_ticks)):
             record = DaemonRecord(name=NAMES[0], stage=Stage.RUNNING, uuids=("GPU-0",), pid=pid, start_ticks=ticks)
-            node.journal.put(record)
+            node.journal.keep({record.key: record})
             node.kept(mps_set(NAMES[1]))
             assert not (node.root / NAMES[0]).exists()
-            node.journal.put(record)
+            node.journal.keep({record.key: record})
             node.kept(mps_set(), mps_set(NAMES[1]))
         assert stranger.poll() is None
         assert node.record(NAMES[1]) == other

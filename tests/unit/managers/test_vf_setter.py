@@ -37,9 +37,9 @@ class Mortal(VfPropertyJournal):
 
     before: Callable[[str], None] = staticmethod(lambda step: None)
 
-    def _write(self, *args: Any) -> None:
+    def change(self, *args: Any) -> None:
         self.before("journal")
-        super()._write(*args)
+        super().change(*args)
         self.before("journal")
 
 

@@ -1,0 +1,98 @@
+"""Files that record what the agent changes, written before it acts, so that the next agent can undo it.
+
+What happens to every such file:
+
+- **kill -9 between two steps, or a power cut:** it has what was recorded before the step or after it, never a part. A
+  caller records first and acts then, so a record says what may have been done, and the machine says what was.
+- **A full disk, or a folder that cannot be written:** `save` raises HostError, and the caller does not act. The file
+  keeps what it had, or has the new record if only the folder could not be synced.
+- **Empty, truncated, damaged, larger than LARGEST_BYTES, or unreadable for the agent:** `load` raises UnreadableError.
+  Nothing of the file is used; the users report it, go on as if nothing were recorded, and what was changed stays as it
+  is. It stays there until something is recorded next, which replaces it.
+- **Written by a newer build:** fields that this build does not know are ignored, and lost when something is recorded
+  next. A type that forbids them or pins its version makes the file unreadable instead.
+- **Written on an earlier boot:** it says nothing where the kernel has forgotten what was changed; types have a boot id
+  for that.
+- **Deleted, or never there:** nothing is recorded. A file of which nothing is left to undo is removed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
+
+import msgspec
+
+from nodeagent.errors import HostError, cause_of
+from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
+
+LARGEST_BYTES = 16 << 20
+PRIVATE = 0o600
+COMPACT, INDENTED = -1, 1
+
+
+class OfBoot(Protocol):
+    """A type that says on which boot it was recorded."""
+
+    @property
+    def boot_id(self) -> str:
+        """Return the id of that boot."""
+        ...
+
+
+Form = TypeVar("Form")
+BootForm = TypeVar("BootForm", bound=OfBoot)
+
+
+class UnreadableError(HostError):
+    """A file is there, but what it records is not known. why: the cause alone. damaged: whether it was read and made no
+    sense."""
+
+    def __init__(self, path: Path, error: Exception) -> None:
+        self.why = cause_of(error)
+        self.damaged = not isinstance(error, OSError)
+        super().__init__(f"cannot read {path}: {self.why}")
+
+
+class RecordFile(Generic[Form]):
+    """One file of a type that msgspec knows. Every call reads or replaces it, because another agent may do so too.
+    Blocks."""
+
+    def __init__(
+        self, path: Path, form: type[Form], *, mode: int = PRIVATE, durable: bool = True, indent: int = COMPACT
+    ) -> None:
+        """durable: whether what is recorded has to survive a power cut, as it does a killed agent."""
+        self.path = path
+        self._form = form
+        self._mode = mode
+        self._durable = durable
+        self._indent = indent
+
+    def load(self) -> Form | None:
+        """Return what is recorded, or None if there is no file. Raise UnreadableError."""
+        try:
+            with self.path.open("rb") as file:
+                return msgspec.json.decode(file.read(LARGEST_BYTES), type=self._form)
+        except FileNotFoundError:
+            return None
+        except (OSError, msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise UnreadableError(self.path, error) from None
+
+    def save(self, records: Form | None) -> None:
+        """Record exactly this, or remove the file if there is nothing to record. Raise HostError with the cause."""
+        if records is None:
+            files.remove(self.path, durable=self._durable)
+            return
+        content = msgspec.json.format(msgspec.json.encode(records, enc_hook=dict), indent=self._indent)
+        files.replace(self.path, content + b"\n", mode=self._mode, durable=self._durable)
+
+
+def since_boot(file: RecordFile[BootForm], sysfs: SysFs, left: str) -> tuple[BootForm | None, str]:
+    """Return what was recorded since boot, None for nothing, and why that is not known, or "". left: what is left as it
+    is then."""
+    try:
+        found = file.load()
+    except UnreadableError as error:
+        return None, f"cannot load {file.path}: {error.why}; {left}"
+    return found if found is not None and found.boot_id == sysfs.text(BOOT_ID, "") else None, ""

@@ -1,0 +1,180 @@
+"""What becomes of a record of what the agent has changed: killed agents, full disks, damaged files, reboots, and
+newer versions.
+
+The files of all users: `test_record_files.py`. What a manager makes of an empty record is tested with the manager.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from structlog.testing import capture_logs
+
+from nodeagent.errors import HostError
+from nodeagent.host.sysfs import atomic_file
+from nodeagent.host.sysfs.record_file import LARGEST_BYTES, RecordFile
+from nodeagent.managers.journal import Journal
+
+LEFT = "things stay as they are"
+GARBAGE = b'{"boot_id": "b'
+
+
+class _File(msgspec.Struct, kw_only=True):
+    boot_id: str
+    things: dict[str, int] = {}
+
+
+def journal(folder: Path, boot_id: str) -> Journal[_File, str, int]:
+    """Return the journal of an agent that has just started."""
+    return Journal(
+        RecordFile(folder / "things.json", _File),
+        lambda file: file.things if file.boot_id == boot_id else {},
+        lambda things: _File(boot_id=boot_id, things=dict(things)),
+        unreadable="things-unreadable",
+        left=LEFT,
+    )
+
+
+class KilledError(BaseException):
+    """kill -9: nothing of the agent runs from here on, no handler either."""
+
+
+class Disk:
+    """What files are written with; it fails at one of its operations."""
+
+    def __init__(self, at: int, failure: BaseException) -> None:
+        self.at, self.failure = at, failure
+        self.count, self.failed = 0, False
+
+    def _around(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        def done(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            dead = self.failed and isinstance(self.failure, KilledError)
+            if self.count == self.at or dead:
+                self.failed = True
+                raise self.failure
+            return work(*args, **kwargs)
+
+        return done
+
+    @contextlib.contextmanager
+    def failing(self) -> Iterator[None]:
+        places = [(os, "fsync"), (os, "fchmod"), (Path, "replace"), (Path, "unlink"), (tempfile, "mkstemp")]
+        with contextlib.ExitStack() as stack:
+            for place, name in places:
+                stack.enter_context(mock.patch.object(place, name, self._around(getattr(place, name))))
+            yield
+
+
+def harmed(path: Path, how: str, at: int) -> None:
+    """Damage a file of a power cut, a bad disk or an editor. at: where, of anything."""
+    content = path.read_bytes()
+    at %= len(content) or 1
+    match how:
+        case "truncated":
+            path.write_bytes(content.rstrip()[:at])
+        case "flipped":
+            path.write_bytes(content[:at] + bytes([content[at] ^ (1 + at % 255)]) + content[at + 1 :])
+        case "garbage":
+            path.write_bytes(GARBAGE * at + b"\xff")
+        case "deep":
+            path.write_bytes(b'{"new": ' + b"[" * 100_000)
+        case "newer":
+            path.write_bytes(content.replace(b'{"boot_id"', b'{"version": 7, "boot_id"', 1))
+        case "huge":
+            path.write_bytes(content.rstrip()[:-1] + b" " * LARGEST_BYTES + b"}")
+        case "folder":
+            path.unlink()
+            path.mkdir()
+
+
+keys, places = st.sampled_from("abc"), st.integers(0, 60)
+acts = st.tuples(st.sampled_from(["keep", "forget"]), keys, st.integers(0, 9))
+faults = st.one_of(st.none(), st.tuples(st.sampled_from(["killed", "full"]), st.integers(1, 7)))
+harms = st.sampled_from(["truncated", "flipped", "garbage", "deep", "newer", "huge", "folder"])
+events = st.one_of(
+    st.tuples(acts, faults),
+    st.tuples(acts, faults),
+    st.tuples(harms, places),
+    st.tuples(st.just("rebooted"), st.none()),
+    st.tuples(st.just("deleted"), st.none()),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(events, max_size=12))
+def test_a_record_is_the_old_or_the_new_one_and_a_damaged_file_is_reported_and_replaced(history: list[Any]) -> None:
+    """Each event meets an agent that has just started, so nothing is remembered but the file."""
+    with tempfile.TemporaryDirectory(prefix="na-") as name:
+        folder, boot = Path(name) / "state", 0
+        path, known = folder / "things.json", dict[str, int]()
+        for what, detail in history:
+            now = journal(folder, f"boot-{boot}")
+            if isinstance(what, tuple):
+                known = acted(now, known, what, detail)
+            elif what == "rebooted":
+                boot, known = boot + 1, {}
+            elif what == "deleted":
+                path.unlink(missing_ok=True)
+                known = {}
+            elif path.exists():
+                harmed(path, what, detail)
+                known = found_after(now, known, what)
+            assert journal(folder, f"boot-{boot}").read() == known
+
+
+def acted(
+    now: Journal[_File, str, int], known: dict[str, int], act: tuple[str, str, int], fault: tuple[str, int] | None
+) -> dict[str, int]:
+    """Record something, with a failure of the disk or of the agent; return what is recorded then."""
+    what, key, value = act
+    after = {**known, key: value} if what == "keep" else {one: n for one, n in known.items() if one != key}
+    kind, at = fault or ("", 0)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    disk = Disk(at, KilledError() if kind == "killed" else full)
+    try:
+        with disk.failing():
+            now.keep({key: value}) if what == "keep" else now.forget(key)
+    except HostError as error:
+        assert kind == "full" and str(error).startswith("cannot ") and str(error).endswith(": No space left on device")
+    except KilledError:
+        assert kind == "killed"
+    else:
+        assert not disk.failed
+        return after
+    found = dict(now.read())
+    assert found in (known, after)
+    for left in atomic_file.drafts(now.path.parent, "things.json"):
+        left.unlink()
+    return found
+
+
+def found_after(now: Journal[_File, str, int], known: dict[str, int], harm: str) -> dict[str, int]:
+    """Read a damaged file, and record something in its place; return what is recorded then."""
+    with capture_logs() as logs:
+        found = dict(now.read())
+        assert found == now.read()
+    assert all(isinstance(key, str) and type(value) is int for key, value in found.items())
+    if harm == "newer":
+        assert (found, logs) == (known, [])
+    elif harm != "flipped" or logs:
+        (line,) = logs
+        assert (line["event"], line["log_level"], line["left"]) == ("things-unreadable", "error", LEFT)
+        assert line["error"].startswith(f"cannot read {now.path}: ") and not found
+    if harm == "folder":
+        with pytest.raises(HostError, match=f"cannot write {now.path}: Is a directory"):
+            now.keep({"a": 1})
+        now.path.rmdir()
+    now.keep({"z": 1})
+    return {**found, "z": 1}
