@@ -13,7 +13,8 @@ from typing import Any
 import msgspec
 
 from nodeagent.config.schema import Config
-from nodeagent.daemon.leftovers import Host, amd_partitions
+from nodeagent.daemon.leftovers.devices import amd_partitions
+from nodeagent.daemon.leftovers.leftover import Host
 from nodeagent.daemon.paths import paths_of
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine

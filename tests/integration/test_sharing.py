@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from nodeagent.config.load import load
-from nodeagent.daemon.leftover import Host
-from nodeagent.daemon.leftovers import shared_gpus
+from nodeagent.daemon.leftovers.devices import shared_gpus
+from nodeagent.daemon.leftovers.leftover import Host
 from nodeagent.daemon.paths import paths_of
 from nodeagent.host.mps import processes
 from nodeagent.host.mps.processes import pipes_below

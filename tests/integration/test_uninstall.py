@@ -25,8 +25,9 @@ from nodeagent.cli import main
 from nodeagent.config.load import load
 from nodeagent.config.schema import Config
 from nodeagent.daemon import daemon
-from nodeagent.daemon.leftover import Host
-from nodeagent.daemon.leftovers import STATE_FILES, published_objects
+from nodeagent.daemon.leftovers.cluster import published_objects
+from nodeagent.daemon.leftovers.folders import STATE_FILES
+from nodeagent.daemon.leftovers.leftover import Host
 from nodeagent.daemon.paths import checked, paths_of
 from nodeagent.host.blockio.keeper import IoKeeper
 from nodeagent.host.cgroup import write

@@ -15,8 +15,8 @@ from pathlib import Path
 from nodeagent.cli.node.run import DEFAULT_CONFIG
 from nodeagent.config.load import load as load_config
 from nodeagent.config.schema import Config
-from nodeagent.daemon.leftover import Host
-from nodeagent.daemon.leftovers import leftovers
+from nodeagent.daemon.leftovers.leftover import Host
+from nodeagent.daemon.leftovers.order import leftovers
 from nodeagent.daemon.paths import STATUS_SOCKET, Paths, paths_of
 from nodeagent.errors import StateError
 from nodeagent.host.cdi import CdiFolder

@@ -1,0 +1,1 @@
+"""What an agent leaves on a host, and undoing it: `nodeagent uninstall`."""
