@@ -16,9 +16,13 @@ class Watched(Protocol):
 
     agent: Agent
     started_at: float
-    config_error: str
     config_file: str
     """The path of the configuration, or "" if the agent has its defaults."""
+
+    @property
+    def config_error(self) -> str:
+        """Return why the newest configuration is not in force, or ""."""
+        ...
 
     @property
     def notes(self) -> list[str]: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nodeagent.config.schema import Config
@@ -34,66 +34,144 @@ def instance_table(agent: Agent, where: Paths) -> InstanceTable:
     return InstanceTable(PartitionJournal(where.state_dir, agent.settings.boot_id), where.sysfs)
 
 
-class _Instances:
-    """MIG instances for the DRA manager."""
-
-    def __init__(self, manager: OnDemand[PartitionsManager], table: InstanceTable) -> None:
-        self._manager = manager
-        self._table = table
-
-    def concerned(self, grants: Sequence[Grant]) -> bool:
-        one = self._manager.if_needed()
-        return one is not None and one.concerned(grants)
-
-    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
-        return await self._manager.load().make(claims)
-
-    async def settle(self) -> None:
-        await self._manager.load().settle()
-
-    async def ready(self) -> None:
-        if (one := self._manager.if_needed()) is not None:
-            await one.ready()
-
-    def view(self, inventory: Inventory) -> Inventory:
-        return self._table.view(inventory)
+def _recorded(where: Paths, *names: str) -> bool:
+    return any((where.state_dir / name).exists() for name in names)
 
 
 class _Sharing:
     """MPS daemons and time slices for the DRA manager."""
 
-    def __init__(self, manager: OnDemand[SharingManager]) -> None:
-        self._manager = manager
+    def __init__(
+        self,
+        agent: Agent,
+        where: Paths,
+        config: Callable[[], Config],
+        report: Report,
+        pod_of: PodOf,
+        view: Callable[[Inventory], Inventory],
+    ) -> None:
+        """view: returns an inventory with the MIG instances that exist."""
+
+        def sharing() -> SharingManager:
+            from nodeagent.host.driver_programs import DriverSearch
+            from nodeagent.managers.sharing.manager import SharingManager
+
+            search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
+            return SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, view)
+
+        held = any(map(asks_for_sharing, agent.ledger.grants.values()))
+
+        def is_shared() -> bool:
+            return held or _recorded(where, state_files.SHARING) or (where.runtime_dir / DAEMONS).exists()
+
+        self.manager = OnDemand("sharing", sharing, is_shared, agent.revisions.ledger)
 
     async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        return await self._manager.load().prepare(claims) if _shared(claims) else {}
+        return await self.manager.load().prepare(claims) if _shared(claims) else {}
 
     async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        return await self._manager.load().release(claims) if _shared(claims) else {}
+        return await self.manager.load().release(claims) if _shared(claims) else {}
+
+    async def settle(self) -> None:
+        """End the daemons that no claim has."""
+        if (one := self.manager.if_needed()) is not None:
+            await one.settle()
 
 
 def _shared(claims: Mapping[str, Sequence[Grant]]) -> bool:
     return any(asks_for_sharing(grant) for grants in claims.values() for grant in grants)
 
 
+class _Instances:
+    """MIG instances for the DRA manager."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        where: Paths,
+        config: Callable[[], Config],
+        scanner: InventoryScanner,
+        table: InstanceTable,
+        sharing: _Sharing,
+    ) -> None:
+        """sharing: its daemons end before the instances that they use."""
+
+        def partitions() -> PartitionsManager:
+            from nodeagent.managers.partitions.manager import PartitionsManager
+
+            return PartitionsManager(agent, scanner, table, where.state_dir, config, sharing.settle)
+
+        def is_divided() -> bool:
+            return bool(config().divided) or _recorded(where, state_files.PARTITIONS, state_files.MIG_MODES)
+
+        self.manager = OnDemand("partitions", partitions, is_divided, agent.revisions.ledger)
+        self._table = table
+
+    def concerned(self, grants: Sequence[Grant]) -> bool:
+        one = self.manager.if_needed()
+        return one is not None and one.concerned(grants)
+
+    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
+        return await self.manager.load().make(claims)
+
+    async def settle(self) -> None:
+        await self.manager.load().settle()
+
+    async def ready(self) -> None:
+        if (one := self.manager.if_needed()) is not None:
+            await one.ready()
+
+    def view(self, inventory: Inventory) -> Inventory:
+        return self._table.view(inventory)
+
+
 class _Passthrough:
     """VFIO drivers for the DRA manager."""
 
-    def __init__(self, manager: OnDemand[PassthroughManager]) -> None:
-        self._manager = manager
+    def __init__(
+        self, agent: Agent, where: Paths, config: Callable[[], Config], rescan: Callable[[], Awaitable[object]]
+    ) -> None:
+        """rescan: reads the machine again."""
+
+        def passthrough() -> PassthroughManager:
+            from nodeagent.host.vfio import Functions
+            from nodeagent.managers.passthrough.manager import PassthroughManager
+
+            return PassthroughManager(agent, Functions(where.sysfs), where.state_dir, rescan)
+
+        def is_passed() -> bool:
+            return bool(config().dra.passthrough_drivers) or _recorded(where, state_files.PASSTHROUGH)
+
+        self.manager = OnDemand("passthrough", passthrough, is_passed, agent.revisions.ledger)
 
     def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        one = self._manager.if_needed()
+        one = self.manager.if_needed()
         return one.concerned(uids) if one is not None else ()
 
     async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
         wanted = any(driver_for(grant) for grants in claims.values() for grant in grants)
-        one = self._manager.load() if wanted else self._manager.if_needed()
+        one = self.manager.load() if wanted else self.manager.if_needed()
         return await one.bind(claims) if one is not None else {}
 
     async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        one = self._manager.if_needed()
+        one = self.manager.if_needed()
         return await one.give_back(uids) if one is not None else {}
+
+
+def _amd(
+    agent: Agent, where: Paths, config: Callable[[], Config], rescan: Callable[[], Awaitable[object]]
+) -> OnDemand[AmdPartitionsManager]:
+    """Return what partitions GPUs of AMD. rescan: reads the machine again."""
+
+    def amd() -> AmdPartitionsManager:
+        from nodeagent.managers.partitions.amd import AmdPartitionsManager
+
+        return AmdPartitionsManager(agent, where.sysfs, where.state_dir, config, rescan)
+
+    def is_partitioned() -> bool:
+        return bool(config().amd.partitions) or _recorded(where, state_files.AMD_PARTITIONS)
+
+    return OnDemand("AMD partitions", amd, is_partitioned, agent.revisions.ledger)
 
 
 class Gpus:
@@ -111,66 +189,23 @@ class Gpus:
         pod_of: PodOf,
     ) -> None:
         """`scanner` asks NVML; `pod_of` returns the pod with a UID, if its name is known."""
-
-        def recorded(*names: str) -> bool:
-            return any((where.state_dir / name).exists() for name in names)
-
-        async def end_daemons() -> None:
-            if (one := self._sharing.if_needed()) is not None:
-                await one.settle()
-
-        def partitions() -> PartitionsManager:
-            from nodeagent.managers.partitions.manager import PartitionsManager
-
-            return PartitionsManager(agent, scanner, table, where.state_dir, config, end_daemons)
-
-        def sharing() -> SharingManager:
-            from nodeagent.host.driver_programs import DriverSearch
-            from nodeagent.managers.sharing.manager import SharingManager
-
-            search = DriverSearch(top=where.sysfs.root, configured=config().nvidia.driver_root)
-            return SharingManager(agent, search, where.state_dir, where.runtime_dir, report, pod_of, table.view)
-
-        def amd() -> AmdPartitionsManager:
-            from nodeagent.managers.partitions.amd import AmdPartitionsManager
-
-            return AmdPartitionsManager(agent, where.sysfs, where.state_dir, config, scanner.rescan)
-
-        def passthrough() -> PassthroughManager:
-            from nodeagent.host.vfio import Functions
-            from nodeagent.managers.passthrough.manager import PassthroughManager
-
-            return PassthroughManager(agent, Functions(where.sysfs), where.state_dir, scanner.rescan)
-
-        def has_partitions() -> bool:
-            return bool(config().divided) or recorded(state_files.PARTITIONS, state_files.MIG_MODES)
-
-        def has_amd() -> bool:
-            return bool(config().amd.partitions) or recorded(state_files.AMD_PARTITIONS)
-
-        held = any(map(asks_for_sharing, agent.ledger.grants.values()))
-
-        def has_shared() -> bool:
-            return held or recorded(state_files.SHARING) or (where.runtime_dir / DAEMONS).exists()
-
-        def has_passthrough() -> bool:
-            return bool(config().dra.passthrough_drivers) or recorded(state_files.PASSTHROUGH)
-
-        ledger = agent.revisions.ledger
-        self._partitions = OnDemand("partitions", partitions, has_partitions, ledger)
-        self._amd = OnDemand("AMD partitions", amd, has_amd, ledger)
-        self._sharing = OnDemand("sharing", sharing, has_shared, ledger)
-        self._passthrough = OnDemand("passthrough", passthrough, has_passthrough, ledger)
-        self.for_claims = _Sharing(self._sharing), _Instances(self._partitions, table), _Passthrough(self._passthrough)
+        self._sharing = _Sharing(agent, where, config, report, pod_of, table.view)
+        self._instances = _Instances(agent, where, config, scanner, table, self._sharing)
+        self._passthrough = _Passthrough(agent, where, config, scanner.rescan)
+        self._amd = _amd(agent, where, config, scanner.rescan)
+        self.for_claims = self._sharing, self._instances, self._passthrough
         """What prepares claims, in the order in which the DRA manager takes it."""
 
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order: what is shared has to exist."""
-        return self._amd, self._partitions, self._sharing, self._passthrough
+        return self._amd, self._instances.manager, self._sharing.manager, self._passthrough.manager
 
     def document(self) -> dict[str, Any]:
         """Return the daemons and time slices, the MIG instances that the agent makes, and the partitions of AMD's GPUs
         that it keeps, in plain types."""
-        mig, amd = self._partitions.document(), self._amd.document()
-        return {"sharing": self._sharing.document(), "mig": mig, "amd": amd}
+        return {
+            "sharing": self._sharing.manager.document(),
+            "mig": self._instances.manager.document(),
+            "amd": self._amd.document(),
+        }

@@ -33,9 +33,9 @@ from nodeagent.core.pinning.plan import Pin
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.cgroup import oci_bundle as bundles
 from nodeagent.host.cgroup.enforcer import Enforcer
-from nodeagent.host.cgroup.layout import CONTAINER, QOS, TOP, Cgroup
+from nodeagent.host.cgroup.layout import CONTAINER, QOS, TOP, Cgroup, CgroupLayout
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
-from nodeagent.host.cgroup.read import CgroupReader, has_begun, hierarchy, page_sizes
+from nodeagent.host.cgroup.read import CgroupReader, Hierarchy, has_begun, hierarchy, page_sizes
 from nodeagent.host.cgroup.watch import CAME, GONE, IO_FILES, LOOK, WRITTEN, CgroupChange, Watch
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
@@ -115,26 +115,27 @@ class PinningManager(Manager):
         found = hierarchy(sysfs)
         self.unsupported = found.unsupported
         """Why nothing can be enforced here, or "" if it can."""
-        self._layouts = table.layouts
-        writable = bool(found.mount) and os.access(f"{found.mount}/cgroup.procs", os.W_OK)
-        reader = CgroupReader(found.mount, page_sizes(sysfs))
-        self._enforcer = Enforcer(reader, self._layouts) if writable and not found.unsupported else None
         self._mount = found.mount
         self._table = table
-        self.reconciler = CgroupReconciler(
-            agent,
-            self._table,
-            self._enforcer,
-            GrantOwnership(agent, plugins, fetch, listing),
-            config,
-            began=functools.partial(has_begun, sysfs),
-            dropins=[SliceDropins(Path(sysfs.path(UNITS)), one) for one in self._layouts],
-            report=report,
-        )
+        self._layouts = table.layouts
+        self._enforcer = _enforcer(sysfs, found, self._layouts)
+        self.reconciler = self._reconciler(GrantOwnership(agent, plugins, fetch, listing))
         self._plugin: NriPlugin | None = None
         self._seen = asyncio.Event()
         """Set once all cgroups that existed at start have been handled."""
         self._tidied = False
+
+    def _reconciler(self, ownership: GrantOwnership) -> CgroupReconciler:
+        return CgroupReconciler(
+            self._agent,
+            self._table,
+            self._enforcer,
+            ownership,
+            self._config,
+            began=functools.partial(has_begun, self._sysfs),
+            dropins=[SliceDropins(Path(self._sysfs.path(UNITS)), one) for one in self._layouts],
+            report=self._report,
+        )
 
     @property
     def mode(self) -> str:
@@ -386,6 +387,13 @@ class PinningManager(Manager):
             "unproven": list(pin.unproven),
             "error": self.reconciler.errors.get(entry.path, "") or self.reconciler.errors.get(pod, ""),
         }
+
+
+def _enforcer(sysfs: SysFs, found: Hierarchy, layouts: Sequence[CgroupLayout]) -> Enforcer | None:
+    """Return what writes cgroups, or None where they cannot be written."""
+    if found.unsupported or not found.mount or not os.access(f"{found.mount}/cgroup.procs", os.W_OK):
+        return None
+    return Enforcer(CgroupReader(found.mount, page_sizes(sysfs)), layouts)
 
 
 def _by_name(entry: ContainerEntry) -> tuple[str, str, str, str]:
