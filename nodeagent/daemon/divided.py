@@ -1,26 +1,164 @@
-"""Wires what the kernel divides among containers besides CPUs and memory: caches, and disk I/O."""
+"""Wires what the kernel divides among containers besides CPUs and memory: caches with memory bandwidth, and disk I/O.
+Each is loaded where it is used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Report
 from nodeagent.core.model.container import Container, Pod
-from nodeagent.daemon.caches import Both, Caches
-from nodeagent.daemon.disk_io import DiskIo
+from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.daemon.paths import Paths
+from nodeagent.managers import state_files
 from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.on_demand import OnDemand
 from nodeagent.managers.pinning.cache_groups import CacheAnswer
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.state.agent import Agent
 
+if TYPE_CHECKING:
+    from nodeagent.managers.blockio.manager import IoManager
+    from nodeagent.managers.resctrl.manager import ResctrlManager
+
+M = TypeVar("M", "ResctrlManager", "IoManager")
+
+
+class Part(Generic[M]):
+    """One of both, for claims and for containers."""
+
+    def __init__(
+        self,
+        name: str,
+        build: Callable[[], M],
+        needed: Callable[[], bool],
+        ledger: Revision,
+        table: ContainerTable,
+        *,
+        settings: Sequence[str],
+        annotation: str,
+    ) -> None:
+        """For the first four, see OnDemand. settings: what the settings of a claim contain that asks for something.
+        annotation: what the key of a pod's annotation contains that names a class."""
+
+        def built() -> M:
+            one = build()
+            one.learn(self._asking.values())
+            self._asking.clear()
+            return one
+
+        self.manager: OnDemand[M] = OnDemand(name, built, needed, ledger)
+        self._table = table
+        self._settings = settings
+        self._annotation = annotation
+        self._asking: dict[str, Pod] = {}
+        """Pods that name a class, by UID, while nothing is divided: a reload may begin to."""
+
+    def document(self) -> dict[str, Any]:
+        """Return what is divided, in plain types; empty if nothing is."""
+        return self.manager.document()
+
+    # ---------------------------------------------------------------- for claims
+
+    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        """Give claims their part. Return errors by UID."""
+        return await self.manager.load().prepare(claims) if self._concerned(claims) else {}
+
+    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        """Take it back. Return errors by UID."""
+        one = self.manager.if_needed() if self._concerned(claims) else None
+        return await one.release(claims) if one is not None else {}
+
+    def _concerned(self, claims: Mapping[str, Sequence[Grant]]) -> bool:
+        every = (one for grants in claims.values() for one in grants if one.holder.api == CLAIM)
+        return any(word in one.settings for one in every for word in self._settings)
+
+    # ---------------------------------------------------------------- for containers
+
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+        """Return what a container gets that is about to be created, and why it cannot have it."""
+        if (one := self.manager.loaded) is not None:
+            return await one.created(pod, container, grants)
+        if self._asks(pod):
+            live = {entry.container.pod_uid for entry in self._table.entries.values()}
+            self._asking = {uid: other for uid, other in self._asking.items() if uid in live} | {pod.uid: pod}
+        return CacheAnswer()
+
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+        """Put it in force for a container that does not run yet. Return why it is not, or ""."""
+        one = self.manager.loaded
+        return await one.starting(container, cgroup, grants) if one is not None else ""
+
+    def learn(self, pods: Iterable[Pod]) -> None:
+        """Take the annotations of all pods."""
+        if (one := self.manager.loaded) is not None:
+            one.learn(pods)
+        else:
+            self._asking = {pod.uid: pod for pod in pods if self._asks(pod)}
+
+    def _asks(self, pod: Pod) -> bool:
+        return any(self._annotation in key for key in pod.annotations)
+
+
+def caches(
+    agent: Agent,
+    where: Paths,
+    config: Callable[[], Config],
+    table: ContainerTable,
+    pinning: Callable[[], PinningManager],
+) -> Part[ResctrlManager]:
+    """Return cache ways and memory bandwidth; what asks for them: core/resctrl/demand.py. `pinning` knows what
+    containers hold; it is asked for once everything is built."""
+
+    def build() -> ResctrlManager:
+        from nodeagent.managers.resctrl.manager import ResctrlManager
+
+        pins = pinning()
+        news = Revision(pins.revision, pins.reconciler.news)
+
+        def grants_of(id: str) -> Sequence[str]:
+            return pins.reconciler.pin(id).grants
+
+        return ResctrlManager(agent, where.sysfs, where.state_dir, config, table, grants_of, news)
+
+    def is_needed() -> bool:
+        return config().pinning.resctrl is not None or (where.state_dir / state_files.RESCTRL).exists()
+
+    settings, ledger = ('"cache_', '"memory_bandwidth_'), agent.revisions.ledger
+    return Part("resctrl", build, is_needed, ledger, table, settings=settings, annotation="/cache-class")
+
+
+def disk_io(
+    agent: Agent,
+    where: Paths,
+    config: Callable[[], Config],
+    table: ContainerTable,
+    pinning: Callable[[], PinningManager],
+    report: Report,
+) -> Part[IoManager]:
+    """Return limits of disk I/O; what asks for them: core/blockio/demand.py. For `pinning`, see caches()."""
+
+    def build() -> IoManager:
+        from nodeagent.managers.blockio.manager import IoManager
+
+        pins = pinning()
+        news = Revision(pins.revision, pins.reconciler.news, pins.io_written)
+        pin_of, written = pins.reconciler.pin, pins.io_written
+        return IoManager(agent, where.sysfs, where.state_dir, config, table, pin_of, news, written, report)
+
+    def is_needed() -> bool:
+        return config().pinning.io is not None or (where.state_dir / state_files.IO).exists()
+
+    ledger = agent.revisions.ledger
+    return Part("io", build, is_needed, ledger, table, settings=('"io_',), annotation="/io-class")
+
 
 class Divided:
-    """Caches and memory bandwidth, and limits of disk I/O, as pinning asks for both."""
+    """Both, as pinning asks for them."""
 
     def __init__(
         self,
@@ -31,9 +169,9 @@ class Divided:
         pinning: Callable[[], PinningManager],
         report: Report,
     ) -> None:
-        """`pinning` knows what containers hold; it is asked for once everything is built."""
-        self._caches = Caches(agent, where, config, table, pinning)
-        self._io = DiskIo(agent, where, config, table, pinning, report)
+        """For `pinning`, see caches()."""
+        self._caches = caches(agent, where, config, table, pinning)
+        self._io = disk_io(agent, where, config, table, pinning, report)
 
     @property
     def managers(self) -> Sequence[Manager]:
@@ -48,15 +186,13 @@ class Divided:
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
         """Return what prepares claims, with caches and I/O after what is shared."""
-        sharing, instances, passthrough = self._caches.with_caches(sharing, instances, passthrough)
-        return Both(sharing, self._io), instances, passthrough
+        return _Both(_Both(sharing, self._caches), self._io), instances, passthrough
 
     async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
         """Return the cache group of a container that is about to be created, and why it cannot have it or its limits of
         I/O."""
-        answer = await self._caches.created(pod, container, grants)
-        why = await self._io.created(pod, container, grants)
-        return CacheAnswer(group=answer.group, error="; ".join(one for one in (answer.error, why) if one))
+        answers = [await one.created(pod, container, grants) for one in (self._caches, self._io)]
+        return CacheAnswer(group=answers[0].group, error="; ".join(one.error for one in answers if one.error))
 
     async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
         """Put a container that does not run yet into its cache group, and its limits of I/O in force. Return why
@@ -69,3 +205,18 @@ class Divided:
         every = list(pods)
         self._caches.learn(every)
         self._io.learn(every)
+
+
+class _Both:
+    """Prepares claims with two, one after the other."""
+
+    def __init__(self, first: Sharing, second: Sharing) -> None:
+        self._first, self._second = first, second
+
+    async def prepare(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        errors = await self._first.prepare(claims)
+        left = {uid: grants for uid, grants in claims.items() if uid not in errors}
+        return {**errors, **await self._second.prepare(left)}
+
+    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        return {**await self._first.release(claims), **await self._second.release(claims)}

@@ -32,6 +32,7 @@ from nodeagent.host.cgroup.write import Drift
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.blockio.rounds import Asking, IoReport, IoRounds, Paths, classes_of
 from nodeagent.managers.manager import Manager
+from nodeagent.managers.pinning.cache_groups import CacheAnswer
 from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.state_files import IO
 from nodeagent.managers.turns import Turns
@@ -104,6 +105,10 @@ class IoManager(Manager):
         errors = {uid: await self._impossible(grants) for uid, grants in claims.items() if any(map(concerned, grants))}
         return {uid: why for uid, why in errors.items() if why}
 
+    async def release(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """Do nothing: limits end with the control groups of the claim's containers, or in a round."""
+        return {}
+
     async def _impossible(self, grants: Sequence[Grant]) -> str:
         if self._config().pinning.mode == "off":
             return "cannot limit I/O: nothing is written to control groups on this node (pinning.mode is off)"
@@ -115,15 +120,14 @@ class IoManager(Manager):
 
     # ---------------------------------------------------------------- for containers
 
-    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> str:
-        """Take the annotations of a pod. Return why a container that is about to be created cannot have its limits, or
-        ""."""
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+        """Take the annotations of a pod. Return why a container that is about to be created cannot have its limits."""
         self._annotations[pod.uid] = pod.annotations
         try:
             self._asks(container, grants)
         except InputError as error:
-            return f"cannot limit its I/O: {error}"
-        return ""
+            return CacheAnswer(error=f"cannot limit its I/O: {error}")
+        return CacheAnswer()
 
     async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
         """Put the limits of a container that does not run yet in force, and those of its pod. Return why they are not,

@@ -21,11 +21,12 @@ from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.pinning.plan import variable
-from nodeagent.daemon.caches import Caches
+from nodeagent.daemon.divided import Part, caches
 from nodeagent.daemon.paths import paths_of
 from nodeagent.host.resctrl import write
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.pinning.containers import ContainerTable
+from nodeagent.managers.resctrl.manager import ResctrlManager
 from nodeagent.nri.translation import read_container, read_pod
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.resctrl import FakeResctrl
@@ -64,7 +65,7 @@ class CacheNode:
 
     pins: PinNode
     kernel: FakeResctrl
-    caches: Caches
+    caches: Part[ResctrlManager]
     leading: asyncio.Task[None] | None = None
 
     async def prepare(self, uid: str, pod: str, *, device: str = "numa0", **config: Any) -> str:
@@ -106,16 +107,16 @@ async def cache_node(
     for name in ("put", "mkdir", "rmdir"):
         monkeypatch.setattr(write, name, getattr(kernel, name))
     monkeypatch.setattr("nodeagent.managers.resctrl.manager.MAKE_S", PATIENCE_S)
-    made: list[Caches] = []
+    made: list[Part[ResctrlManager]] = []
 
-    def caches_of(node: PinNode, table: ContainerTable) -> Caches:
+    def caches_of(node: PinNode, table: ContainerTable) -> Part[ResctrlManager]:
         where = paths_of(
             Config(state_dir=str(folder / "state")),
             config_file=None,
             root=str(folder / "root"),
             kubelet_dir=str(folder),
         )
-        made.append(Caches(node.agent, where, lambda: Config(pinning=node.config), table, lambda: node.pins))
+        made.append(caches(node.agent, where, lambda: Config(pinning=node.config), table, lambda: node.pins))
         return made[-1]
 
     (folder / "state").mkdir()
