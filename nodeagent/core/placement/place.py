@@ -6,6 +6,8 @@ for CPUs; joint.py brings together the devices, CPUs and pages of one request.
 
 from __future__ import annotations
 
+import functools
+
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
@@ -27,7 +29,7 @@ def place(inventory: Inventory, ledger: Ledger, request: Request) -> Placement:
     free = _free_cpus(machine, ledger, request) if request.cpus else 0
     found = _find(machine, free, ledger, request)
     if found is None:
-        raise explain(machine, ledger, request, free, lambda other: _find(machine, free, ledger, other) is not None)
+        raise explain(machine, ledger, request, free, functools.partial(_find, machine))
     return found
 
 

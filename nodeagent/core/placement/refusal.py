@@ -1,70 +1,68 @@
-"""Why a request does not fit, in numbers, and the smallest change that would admit it."""
+"""Why a request does not fit, in numbers: the part of it that is short, and the smallest change that would admit it."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
 
+import msgspec
 from msgspec.structs import replace
 
 from nodeagent.core.ledger.exclusion import blocked, most_together
 from nodeagent.core.ledger.free import MEMORY, Stock
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model import options as opt
+from nodeagent.core.model.cpuset import EMPTY
 from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, Request
 from nodeagent.core.model.topology import DRAM
+from nodeagent.core.placement import would_admit
 from nodeagent.core.placement.index import MachineIndex, may_have
+from nodeagent.core.placement.would_admit import Find, Question, advice
 from nodeagent.errors import Refused
 
-Fits = Callable[[Request], bool]
 CPUS = "CPUs"
 
 
-def explain(machine: MachineIndex, ledger: Ledger, request: Request, free: int, fits: Fits) -> Refused:
+def explain(machine: MachineIndex, ledger: Ledger, request: Request, free: int, find: Find) -> Refused:
     """Return the refusal of a request that does not fit.
 
-    free: mask of the CPUs that can be granted. fits: whether another request would fit.
+    free: mask of the CPUs that can be granted. find: where another request would go on another state.
     """
-    return (
-        _too_few_cpus(machine, ledger, request, free)
-        or _too_few_devices(machine, ledger, request)
-        or _too_few_pages(machine, ledger, request)
-        or _forbidden(machine, request, fits)
-    )
+    question = Question(machine=machine, ledger=ledger, request=request, free=free, find=find)
+    return _too_few_cpus(question) or _too_few_devices(question) or _too_few_pages(question) or _forbidden(question)
 
 
-def _too_few_cpus(machine: MachineIndex, ledger: Ledger, request: Request, free: int) -> Refused | None:
-    count = free.bit_count()
+def _too_few_cpus(question: Question) -> Refused | None:
+    request, inventory, ledger = question.request, question.machine.inventory, question.ledger
+    count = question.free.bit_count()
     if request.cpus <= count:
         return None
-    why = f"cannot place {_cpus(request.cpus)}: {count} of {len(machine.inventory.cpus)} are free"
-    inventory = machine.inventory
+    why = f"cannot place {_cpus(request.cpus)}: {count} of {len(inventory.cpus)} are free"
     reserved = len(ledger.reserved & inventory.cpus_online)
     held = len((ledger.cpus_held & inventory.cpus_online) - ledger.reserved)
     details = [f"{held} held"] if held else []
     details += [f"{reserved} reserved"] if reserved else []
     if details:
         why += f" ({', '.join(details)})"
-    possible = len((inventory.cpus_possible | inventory.cpus_online) - inventory.cpus_outside)
-    change = f"{_more(request.cpus - count)} would admit it" if request.cpus <= possible else ""
+    change = advice(question, _more(request.cpus - count), functools.partial(would_admit.with_cpus, question))
     return Refused(why, want=request.cpus, free=count, unit=CPUS, would_admit=change)
 
 
-def _too_few_devices(machine: MachineIndex, ledger: Ledger, request: Request) -> Refused | None:
+def _too_few_devices(question: Question) -> Refused | None:
+    request, inventory = question.request, question.machine.inventory
     for kind, want in sorted(request.devices.items()):
-        meant = [device for device in machine.inventory.devices if device.kind == kind and _is_meant(request, device)]
+        meant = [device for device in inventory.devices if device.kind == kind and _is_meant(request, device)]
         there = [one.id for one in meant if may_have(request, one)]
-        free = [one for one in there if one not in blocked(machine.inventory, ledger)]
-        together = len(most_together(machine.inventory, free))
+        free = [one for one in there if one not in blocked(inventory, question.ledger)]
+        together = len(most_together(inventory, free))
         if want > together:
             what = "are free" if together == len(free) else "can be given away together"
             why = f"cannot place {want} devices of kind {kind}: {together} of {len(meant)} {what}"
             why += _left_out(request, meant)
-            change = (
-                f"{want - together} more would admit it" if want <= len(most_together(machine.inventory, there)) else ""
-            )
+            freed = functools.partial(would_admit.with_devices, question, kind)
+            change = advice(question, f"{want - together} more", freed)
             return Refused(why, want=want, free=together, unit="devices", would_admit=change)
     return None
 
@@ -83,30 +81,24 @@ def _left_out(request: Request, meant: Iterable[Device]) -> str:
     return f" ({words})" if words else ""
 
 
-def _too_few_pages(machine: MachineIndex, ledger: Ledger, request: Request) -> Refused | None:
-    stock = Stock.of(machine.inventory, ledger, request)
+def _too_few_pages(question: Question) -> Refused | None:
+    request = question.request
+    stock = Stock.of(question.machine.inventory, question.ledger, request)
     for size, want in sorted(stock.want.items()):
         free = stock.sum(size)
         if want <= free:
             continue
+        freed = functools.partial(would_admit.with_pages, question, size, want - free)
         if size == MEMORY:
             what = _of_kind(request, "memory")
             why = f"cannot place {format_size(want)} of {what}: {format_size(free)} can be granted"
-            change = f"{format_size(want - free)} more would admit it" if _has_memory(machine, request, want) else ""
+            change = advice(question, f"{format_size(want - free)} more", freed)
             return Refused(why, want=want, free=free, unit="bytes", would_admit=change)
         name = format_size(size)
         why = f"cannot place {want} {_of_kind(request, f'hugepages of {name}')}: {free} can be granted"
-        change = (
-            f"{want - free} more pages of {name} would admit it" if _has_memory(machine, request, want * size) else ""
-        )
+        change = advice(question, f"{want - free} more pages of {name}", freed)
         return Refused(why, want=want, free=free, unit="pages", would_admit=change)
     return None
-
-
-def _has_memory(machine: MachineIndex, request: Request, size_bytes: int) -> bool:
-    """Return whether the machine has so much memory of the requested kind at all, as far as its size is known."""
-    sizes = [node.memory_bytes for node in machine.inventory.numa_nodes if node.serves(request.memory_kind)]
-    return bool(sizes) and (not all(sizes) or size_bytes <= sum(sizes))
 
 
 def _of_kind(request: Request, what: str) -> str:
@@ -114,76 +106,121 @@ def _of_kind(request: Request, what: str) -> str:
     return what if request.memory_kind == DRAM else f"{request.memory_kind} {what}"
 
 
-def _forbidden(machine: MachineIndex, request: Request, fits: Fits) -> Refused:
-    """Explain a refusal although enough is free: find a change that would admit it, and how many CPUs would fit."""
+# ---------------------------------------------------------------- enough is free, but not as asked
+
+
+class _Part(msgspec.Struct, frozen=True, kw_only=True):
+    """One part of a request, of which less could be asked for."""
+
+    want: int
+    unit: str
+    words: Callable[[int], str]
+    """Names a number of it."""
+    less: Callable[[Request, int], Request]
+    """Returns a request with another number of it."""
+    step: int = 1
+
+    def without(self, request: Request) -> Request:
+        """Return a request without this part."""
+        return self.less(request, 0)
+
+    def most(self, request: Request, fits: Callable[[Request], bool]) -> int:
+        """Return the largest number below `want` with which a request fits; 0 if there is none."""
+        steps = (self.want - 1) // self.step
+        low, high = 0, max(0, steps)
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(self.less(request, middle * self.step)) else (low, middle - 1)
+        return low * self.step
+
+
+def _forbidden(question: Question) -> Refused:
+    """Explain a refusal although enough is free: name a part of which there is too little as it is asked for, how much
+    of it would fit, and a change that would admit the request."""
+    request = question.request
     rules = [*sorted(request.options)]
     if request.numa != BEST_EFFORT:
         rules.insert(0, f"NUMA policy {request.numa}")
-    change = next((text for text, other in _relaxed(request) if fits(other)), "")
     under = ", ".join(rules) or "these limits"
+    change = next((text for text, other in would_admit.relaxed(request) if question.fits(other)), "")
+    part, rest = _short(question, [*_parts(question)])
+    most = part.most(rest, question.fits)
+    why = f"cannot place {part.words(part.want)} under {under}: {_would_fit(part, most)}"
+    return Refused(why, want=part.want, free=most, unit=part.unit, would_admit=change)
+
+
+def _would_fit(part: _Part, most: int) -> str:
+    number = _cpus(most) if part.unit == CPUS else f"{most}"
+    return f"{number} would fit" if most else "none would fit"
+
+
+def _short(question: Question, parts: list[_Part]) -> tuple[_Part, Request]:
+    """Return a part that is short, and the request of which less of it would fit: the whole request if one part alone
+    is in the way, else that part by itself if it alone does not fit, else what is left once others are left out."""
+    request = question.request
+    for part in parts:
+        if question.fits(part.without(request)):
+            return part, request
+    for part in parts:
+        alone = _without(request, [one for one in parts if one is not part])
+        if not question.fits(alone):
+            return part, alone
+    for number, part in enumerate(parts):
+        rest = _without(request, parts[:number])
+        if question.fits(part.without(rest)):
+            return part, rest
+    return parts[0], request
+
+
+def _without(request: Request, parts: Iterable[_Part]) -> Request:
+    return functools.reduce(lambda rest, part: part.without(rest), parts, request)
+
+
+def _parts(question: Question) -> Iterator[_Part]:
+    """Yield the parts of the request, in the order in which they are tried."""
+    request = question.request
     if request.cpus:
-        threads = max((core.bit_count() for core in machine.cores.values()), default=1)
-        most = _most_cpus(request, threads if opt.FULL_PCPUS in request.options else 1, fits)
-        would = f"{_cpus(most)} would fit" if most else "none would fit"
-        why = f"cannot place {_cpus(request.cpus)} under {under}: {would}"
-        return Refused(why, want=request.cpus, free=most, unit=CPUS, would_admit=change)
-    what, want, most, unit = _most_of_rest(request, fits)
-    why = f"cannot place {want} {what} under {under}: {most or 'none'} would fit"
-    return Refused(why, want=want, free=most, unit=unit, would_admit=change)
-
-
-def _most_of_rest(request: Request, fits: Fits) -> tuple[str, int, int, str]:
-    """Return the first part of a request without CPUs of which less would fit: (name, want, most, unit)."""
+        threads = max((core.bit_count() for core in question.machine.cores.values()), default=1)
+        step = threads if opt.FULL_PCPUS in request.options else 1
+        yield _Part(want=request.cpus, unit=CPUS, words=_cpus, less=_with_cpus, step=step)
     for kind, want in sorted(request.devices.items()):
-        most = _largest(want, functools.partial(_with_devices, request, kind), fits)
-        if most < want:
-            return f"devices of kind {kind}", want, most, "devices"
+        of_kind = functools.partial(_with_devices, kind)
+        yield _Part(want=want, unit="devices", words=functools.partial(_devices, kind), less=of_kind)
     for size, want in sorted(request.hugepages.items()):
-        most = _largest(want, functools.partial(_with_pages, request, size), fits)
-        if most < want:
-            return f"hugepages of {format_size(size)}", want, most, "pages"
-    most = _largest(request.memory_bytes, lambda size: replace(request, memory_bytes=size), fits)
-    return "bytes of memory", request.memory_bytes, most, "bytes"
+        of_size = functools.partial(_with_pages, size)
+        yield _Part(want=want, unit="pages", words=functools.partial(_pages, size), less=of_size)
+    if request.memory_bytes or not (request.cpus or request.devices or request.hugepages):
+        yield _Part(want=request.memory_bytes, unit="bytes", words="{} bytes of memory".format, less=_with_memory)
 
 
-def _with_devices(request: Request, kind: str, count: int) -> Request:
-    return replace(request, devices={**request.devices, kind: count})
+def _with_cpus(request: Request, count: int) -> Request:
+    return replace(request, cpus=count) if count else replace(request, cpus=0, must_cpus=EMPTY)
 
 
-def _with_pages(request: Request, page_bytes: int, count: int) -> Request:
+def _with_devices(kind: str, request: Request, count: int) -> Request:
+    if count:
+        return replace(request, devices={**request.devices, kind: count})
+    return replace(request, devices={one: some for one, some in request.devices.items() if one != kind})
+
+
+def _with_pages(page_bytes: int, request: Request, count: int) -> Request:
     return replace(request, hugepages={**request.hugepages, page_bytes: count})
 
 
-def _largest(want: int, asked: Callable[[int], Request], fits: Fits) -> int:
-    """Return the largest number below `want` with which a request fits; 0 if there is none."""
-    low, high = 0, max(0, want - 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(asked(middle)) else (low, middle - 1)
-    return low
-
-
-def _relaxed(request: Request) -> Iterator[tuple[str, Request]]:
-    """Yield the request with fewer rules, the smallest changes first, each with its description."""
-    loose = replace(request, numa=BEST_EFFORT)
-    if request.numa != BEST_EFFORT:
-        yield f"NUMA policy {BEST_EFFORT} would admit it", loose
-    for name in sorted(request.options):
-        yield f"without option {name} it would fit", replace(request, options=request.options - {name})
-    if request.options and request.numa != BEST_EFFORT:
-        yield f"NUMA policy {BEST_EFFORT} without options would admit it", replace(loose, options=frozenset())
-    if request.cpus > 1 and opt.FULL_PCPUS in request.options:
-        yield f"{_cpus(request.cpus + 1)} would fit", replace(request, cpus=request.cpus + 1)
-
-
-def _most_cpus(request: Request, step: int, fits: Fits) -> int:
-    """Return the largest number of CPUs below the request, in steps, that fits as requested; 0 if none does."""
-    steps = (request.cpus - 1) // step + 1
-    return _largest(steps, lambda count: replace(request, cpus=count * step), fits) * step
+def _with_memory(request: Request, size_bytes: int) -> Request:
+    return replace(request, memory_bytes=size_bytes)
 
 
 def _cpus(count: int) -> str:
     return "1 CPU" if count == 1 else f"{count} CPUs"
+
+
+def _devices(kind: str, count: int) -> str:
+    return f"{count} devices of kind {kind}"
+
+
+def _pages(page_bytes: int, count: int) -> str:
+    return f"{count} hugepages of {format_size(page_bytes)}"
 
 
 def _more(count: int) -> str:
