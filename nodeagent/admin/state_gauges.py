@@ -13,6 +13,7 @@ import msgspec
 
 from nodeagent.admin import numa_gauges as numa
 from nodeagent.admin.watched import Watched, disputed, resources
+from nodeagent.core.deviceplugin.causes import known_health
 from nodeagent.core.model.grant import KUBELET
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.core.model.quantity import format_size
@@ -86,7 +87,7 @@ def _holders(moment: Moment) -> Iterator[Sample]:
 
 
 def _ill(moment: Moment) -> Iterator[Sample]:
-    for device, state in moment.agent.health.items():
+    for device, state in known_health(moment.inventory, moment.agent.health, _configured(moment)).items():
         if state.state != HEALTHY:
             yield (device, state.state, state.reason), 1
 
@@ -139,8 +140,11 @@ def _numa(rows: Callable[..., Iterable[Sample]]) -> Callable[[Moment], Iterable[
 
 
 def _numa_devices(moment: Moment) -> Iterable[Sample]:
-    served = [one.resource for one in moment.watched.configured()]
-    return numa.devices(moment.inventory, moment.ledger, moment.agent.health, served)
+    return numa.devices(moment.inventory, moment.ledger, moment.agent.health, _configured(moment))
+
+
+def _configured(moment: Moment) -> list[object]:
+    return [one.resource for one in moment.watched.configured()]
 
 
 STATE_GAUGES = (

@@ -21,6 +21,7 @@ from nodeagent.admin.http import problem as _problem
 from nodeagent.admin.metrics_page import CONTENT_TYPE, MetricsPage
 from nodeagent.admin.watched import Watched, disputed, resources
 from nodeagent.core.advice.repair import repair
+from nodeagent.core.deviceplugin.causes import known_health
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.model.claim import Result
 from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
@@ -162,7 +163,10 @@ class Status:
         return out
 
     def health(self) -> list[dict[str, Any]]:
-        """Return every device that has evidence, with all of its causes, in order of id."""
+        """Return every device of which something is known, with all of its causes, in order of id."""
+        watched = self._watched
+        resources = [one.resource for one in watched.configured()]
+        known = known_health(watched.agent.inventory, watched.agent.health, resources)
         return [
             {
                 "device": device,
@@ -171,7 +175,7 @@ class Status:
                 "advice": self._advice(device),
                 "causes": [{"source": source, **one._asdict()} for source, one in sorted(state.seen.items())],
             }
-            for device, state in sorted(self._watched.agent.health.items())
+            for device, state in known.items()
         ]
 
     def _advice(self, device: str) -> str:

@@ -77,3 +77,29 @@ async def test_an_adapter_without_a_link_is_unhealthy_from_the_start_and_counts_
         await node.kubelet.until(lambda: node.kubelet.healthy("nodeagent.dev/nic") == [])
         node.agent.configure(**{**node.options, "health": {**QUICK["health"], "ignore": ["carrier"]}})
         await node.kubelet.until(lambda: node.kubelet.healthy("nodeagent.dev/nic") == [NIC])
+
+
+async def test_a_missing_device_node_and_the_illness_of_a_whole_are_told_in_the_same_words_everywhere(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """Causes that no source reports: they follow from the inventory. To kubelet, in slices, metrics and pages."""
+    gpu, vf, cause = "0000:41:00.0", "0000:3b:02.0", "there is no device node to hand over"
+    tree.pci(gpu, pci_class="030200", vendor="1002", driver="amdgpu", numa_node=0)
+    tree.vf(NIC, 0, vf)
+    plug(tree, 0)
+    async with dra_node(folder, tree, [ADAPTERS, {"name": "gpu", "kind": "gpu", "serve": "both"}], more=QUICK) as node:
+        await node.published("gpu")
+        await node.prepare(node.claim("c", result("gpu", "0000-41-00-0")))
+        await node.dra.wait_health(DRIVER, f"{NODE}/gpu", "0000-41-00-0", "UNKNOWN")
+        assert node.dra.health(DRIVER)[f"{NODE}/gpu", "0000-41-00-0"] == ("UNKNOWN", cause)
+        await node.kubelet.until(lambda: node.kubelet.healthy("nodeagent.dev/gpu") == [])
+        await node.kubelet.until(lambda: node.kubelet.healthy("nodeagent.dev/nic") == [])
+        shown = {one["id"]: (one["state"], one["reason"]) for one in (await node.agent.ask("/v1/devices"))[1]}
+        assert shown == {gpu: ("unknown", cause), NIC: ("unhealthy", CAUSE), vf: ("unhealthy", CAUSE)}
+        known = {one["device"]: one for one in (await node.agent.ask("/v1/health"))[1]}
+        assert {id: (one["state"], one["reason"]) for id, one in known.items()} == shown
+        sources = {id: [one["source"] for one in known[id]["causes"] if one["reason"]] for id in known}
+        assert sources == {gpu: ["device-node"], NIC: ["carrier"], vf: ["whole"]}
+        metrics = str((await node.agent.ask("/metrics"))[1])
+        for id, (state, reason) in shown.items():
+            assert f'nodeagent_device_ill{{device="{id}",reason="{reason}",state="{state}"}} 1.0' in metrics
