@@ -86,7 +86,7 @@ class VfKernel:
     def get(self, what: str, kind: int, body: bytes) -> bytes | None:
         """Answer a request as the kernel does, with its error as the connection raises it."""
         try:
-            self._load()
+            self.load()
             return self._answered(kind, body)
         except OSError as error:
             raise NetlinkError(what, error.errno or 0) from None
@@ -172,7 +172,8 @@ class VfKernel:
         if self.file is not None:
             self.file.write_text(json.dumps({pf.name: [asdict(vf) for vf in pf.vfs] for pf in self.pfs.values()}))
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Read the state that another process has written."""
         if self.file is not None and self.file.exists():
             for name, vfs in json.loads(self.file.read_text()).items():
                 self.pfs[name].vfs = [Vf(**one) for one in vfs]

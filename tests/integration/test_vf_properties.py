@@ -51,7 +51,7 @@ class Node:
 
     def has(self) -> list[Vf]:
         kernel = kernel_of(self.facts)
-        kernel._load()
+        kernel.load()
         return kernel.pfs["ens1f0"].vfs
 
     @property

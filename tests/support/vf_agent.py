@@ -3,7 +3,8 @@ file names: python -m tests.support.vf_agent, with the words of `nodeagent`.
 
 A step is the moment before or after a change in the kernel, or in the journal of what was set. The kernel's state is in
 a file, which outlives the process. VF_NODE is a JSON file: pf (PCI address), interface, count (of virtual functions),
-state (the kernel's file), doom (see tests.support.vfio_agent.Doom).
+state (the kernel's file), doom (see tests.support.vfio_agent.Doom). With INTERFACE_NODE it is the agent of
+tests.support.interface_agent as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from nodeagent.managers.network.vf_properties import VfPropertiesManager
 from nodeagent.managers.network.vf_property_journal import VfPropertyJournal
 from nodeagent.managers.network.vf_setter import VfSetter
 from tests.doubles.vf_kernel import VfKernel
+from tests.support import interface_agent
 from tests.support.vfio_agent import Doom
 
 
@@ -41,4 +43,6 @@ def install(node: Path) -> None:
 
 if __name__ == "__main__":
     install(Path(os.environ["VF_NODE"]))
+    if "INTERFACE_NODE" in os.environ:
+        interface_agent.install(Path(os.environ["INTERFACE_NODE"]))
     sys.exit(main())

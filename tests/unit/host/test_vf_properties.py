@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shutil
 import struct
 import subprocess
 import time
@@ -197,6 +198,8 @@ def simulated() -> Iterator[VfPlace]:
     try:
         device = BUS / f"devices/netdevsim{NUMBER}"
         (device / "sriov_numvfs").write_text("4")
+        if shutil.which("udevadm"):
+            subprocess.run(["udevadm", "settle", "--timeout=10"], check=False)  # it is renamed
         until = time.monotonic() + 10
         while not (names := [one.name for one in device.glob("net/*")]):
             assert time.monotonic() < until, "netdevsim has made no interface"
