@@ -111,7 +111,12 @@ class InterfaceMover:
             raise HostError(f"cannot move {asked.device}: its interface is not given back by claim {record.claim} yet")
         if record.pod != sandbox.pod and self._is_there_still(record):
             raise HostError(f"cannot move {asked.device}: {record.pod_name}, which uses the same claim, has it")
-        self._give_back_one(record)
+        try:
+            self._give_back_one(record)
+        except HostError:
+            if not self._is_on_host(record):
+                raise
+            self._journal.add(_moved_on(record, asked, sandbox))
         return None
 
     def _recorded(self, asked: Asked, sandbox: Sandbox, outside: Interfaces, inside: Interfaces) -> Moved:
@@ -234,6 +239,12 @@ class InterfaceMover:
                 return
             inside.move(link, host, _free_name(record.before.name, link, outside.taken_names()))
 
+    def _is_on_host(self, record: Moved) -> bool:
+        """Return whether an interface is on the host, also if it is not as it was there: as long as a virtual function
+        has an address of its physical one for the claim, its driver may refuse the one that it had."""
+        with NetNamespace(self._host) as host, Interfaces(host) as outside:
+            return _find_on_host(record, outside) is not None
+
     def _is_there_still(self, record: Moved) -> bool:
         """Return whether a pod has its interface."""
         try:
@@ -247,6 +258,19 @@ class InterfaceMover:
         """Return whether the kernel will return an interface: a virtual one ends with its namespace, and that of a
         device which is unplugged or has no driver is gone."""
         return not record.before.kind and self._is_there(record.device)
+
+
+def _moved_on(record: Moved, asked: Asked, sandbox: Sandbox) -> Moved:
+    """Return what is recorded of an interface that goes on to another sandbox of its claim: what it was on the host
+    stays."""
+    return replace(
+        record,
+        pod=sandbox.pod,
+        pod_name=sandbox.pod_name,
+        sandbox=sandbox.id,
+        namespaces=sandbox.namespaces,
+        name=asked.wanted.name or record.before.name,
+    )
 
 
 def _find(record: Moved, where: Interfaces) -> Link | None:

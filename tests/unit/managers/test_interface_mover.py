@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,8 @@ from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface, Route
 from nodeagent.errors import HostError
-from nodeagent.host.netlink.connection import Netlink
-from nodeagent.host.netlink.interfaces import Link
+from nodeagent.host.netlink.connection import Netlink, NetlinkError
+from nodeagent.host.netlink.interfaces import Interfaces, Link
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.network import interface_mover
 from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved, as_on_host
@@ -148,6 +149,32 @@ def test_a_new_sandbox_of_the_pod_gets_it_from_the_old_one(node: Node, pod: Name
         assert node.mover.records()[DEVICE].before.name == "ens7"
         node.mover.give_back({DEVICE})
     assert node.state() == AS_MADE
+
+
+def test_a_new_sandbox_gets_it_also_while_the_driver_refuses_the_address_that_it_had(
+    node: Node, pod: Namespace, adapters: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As drivers of virtual functions do as long as the physical one has given them another."""
+    real, given = Interfaces.set_hardware_address, [True]
+
+    def refusing(self: Interfaces, link: Link, address: str) -> None:
+        if given and address == MAC:
+            raise NetlinkError(f"cannot set the hardware address of interface {link.name} to {address}", errno.EPERM)
+        real(self, link, address)
+
+    monkeypatch.setattr(Interfaces, "set_hardware_address", refusing)
+    node.mover.hand_over(asked(), sandbox(pod))
+    assert "Operation not permitted" in node.mover.give_back({DEVICE})[DEVICE]
+    assert "ens7" in node.host.names()
+    with Namespace() as second:
+        assert node.mover.hand_over(asked(), sandbox(second, "s2"))
+        assert second.link("net1")["address"] == WANTED.hardware_address
+        assert node.mover.records()[DEVICE].sandbox == "s2"
+        assert "Operation not permitted" in node.mover.give_back({DEVICE})[DEVICE]
+        assert second.names() == set()
+    given.clear()  # the physical function is as before
+    assert node.mover.give_back({DEVICE}) == {}
+    assert node.state() == AS_MADE and not node.mover.records()
 
 
 def test_a_second_pod_of_the_claim_gets_nothing_while_the_first_one_has_it(node: Node, pod: Namespace) -> None:
