@@ -116,7 +116,8 @@ class InterfaceMover:
         except HostError:
             if not self._is_on_host(record):
                 raise
-            self._journal.add(_moved_on(record, asked, sandbox))
+            moved = _moved_on(record, asked, sandbox)
+            self._journal.keep({moved.device: moved})
         return None
 
     def _recorded(self, asked: Asked, sandbox: Sandbox, outside: Interfaces, inside: Interfaces) -> Moved:
