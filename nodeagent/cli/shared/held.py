@@ -32,6 +32,12 @@ class _HeldMemory(msgspec.Struct):
     numa_node: int
 
 
+class _HeldAmount(msgspec.Struct):
+    device: str
+    capacity: str
+    amount: Annotated[int, msgspec.Meta(ge=0, le=1 << 60)]
+
+
 class _HeldResult(msgspec.Struct):
     request: str
     pool: str
@@ -58,6 +64,7 @@ class _Held(msgspec.Struct):
     memory: list[_HeldMemory] = []
     devices: list[str] = []
     shares: list[str] = []
+    amounts: list[_HeldAmount] = []
     things: list[tuple[str, str]] = []
     ids: list[str] = []
     confirmed: bool = False
@@ -108,6 +115,7 @@ def _grant(held: _Held) -> Grant:
         memory=tuple((one.numa_node, one.bytes) for one in held.memory),
         devices=tuple(one for one in held.devices if one not in held.shares),
         shares=tuple(held.shares),
+        amounts=tuple((one.device, one.capacity, one.amount) for one in held.amounts),
         things=tuple(held.things),
         granted_at=held.granted_at,
         confirmed=held.confirmed,
