@@ -6,22 +6,21 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from nodeagent.cli.picture.svg import svg_of
 from nodeagent.cli.picture.terminal import columns, print_lines
 from nodeagent.cli.picture.text import picture_lines
-from nodeagent.cli.shared.facts import Facts, add_facts, facts_of
-from nodeagent.cli.shared.held import online_cpus, read_grants
+from nodeagent.cli.shared.facts import add_facts, facts_of
+from nodeagent.cli.shared.held import ledger_of, online_cpus, read_grants
+from nodeagent.cli.shared.node_state import NodeState, health_of
 from nodeagent.cli.shared.request_options import RequestLine, add_request_options, request_of, written_request
 from nodeagent.cli.shared.source import add_root, read_file, read_root
 from nodeagent.cli.shared.tables import print_document
-from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant
-from nodeagent.core.model.health import NO_HEALTH, DeviceState, Health, HealthState
+from nodeagent.core.model.health import NO_HEALTH, Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Placement
 from nodeagent.core.picture.document import to_document
@@ -132,16 +131,8 @@ def _known(args: argparse.Namespace) -> _Machine:
             raise InputError(f"cannot use --{name} without --root or --inventory: the agent knows it")
     facts = facts_of(args)
     inventory = facts.inventory()
-    reserved = CpuSet.parse(facts.page("/v1/status")["inventory"]["cpus_reserved"], source="/v1/status")
-    return _Machine(inventory=inventory, grants=facts.grants(), reserved=reserved, health=_health(facts))
-
-
-def _health(facts: Facts) -> Health:
-    return {one["device"]: _health_state(one) for one in facts.page("/v1/health")}
-
-
-def _health_state(found: Any) -> HealthState:
-    return HealthState(state=DeviceState(found["state"]), since=0.0, reason=found["reason"])
+    health = health_of(facts.page("/v1/health"))
+    return _Machine(inventory=inventory, grants=facts.grants(), reserved=facts.reserved(), health=health)
 
 
 # ---------------------------------------------------------------- a placement on trial
@@ -163,5 +154,6 @@ def _placement(machine: _Machine, line: RequestLine | None) -> Placement | None:
     """Return where a request would go. Raise Refused if it does not fit."""
     if line is None:
         return None
-    ledger = Ledger(grants={one.id: one for one in machine.grants}, reserved=machine.reserved)
-    return place(machine.inventory, ledger, request_of(machine.inventory, line))
+    ledger = ledger_of(machine.grants, machine.reserved)
+    state = NodeState(inventory=machine.inventory, ledger=ledger, health=machine.health)
+    return place(machine.inventory, ledger, state.for_the_healthy(request_of(machine.inventory, line)))

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from nodeagent.cli.output import forms
-from nodeagent.cli.shared.facts import machine_of
-from nodeagent.cli.shared.held import online_cpus, read_grants
+from nodeagent.cli.shared.facts import facts_of, machine_of
+from nodeagent.cli.shared.held import ledger_of, online_cpus, read_grants
+from nodeagent.cli.shared.node_state import NodeState, read_health, state_of
 from nodeagent.cli.shared.placed import placed_document, placed_rows, refusal_document
 from nodeagent.cli.shared.request_options import RequestLine, add_request_options, request_of, written_request
 from nodeagent.cli.shared.source import add_root, read_file
 from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.model.health import NO_HEALTH, Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.placement.place import place
-from nodeagent.errors import InputError, Refused
+from nodeagent.errors import InputError, PeerError, Refused
 
 EXAMPLES = (
     ("nodeagent place --cpus 8 --devices gpu=2 --numa single", "where 8 CPUs and 2 GPUs of one NUMA node would be"),
@@ -49,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_request_options(parser)
     parser.add_argument("--held", metavar="LIST", default="", help="CPUs that others hold, such as 0-3,8")
     parser.add_argument("--state", metavar="FILE", help="what is held, as `nodeagent grants -o json` writes it")
-    parser.add_argument("--reserved", metavar="LIST", default="", help="CPUs that are never granted")
+    parser.add_argument("--health", metavar="FILE", help="what is ill, as `nodeagent health -o json` writes it")
+    parser.add_argument("--reserved", metavar="LIST", help="CPUs that are never granted")
     parser.add_argument("--batch", metavar="FILE", help="one request object a line; - is standard input")
     forms.add_output(parser, forms.ANSWER_FORMS)
 
@@ -58,21 +63,70 @@ def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
     if args.inventory is not None and args.root is not None:
         raise InputError("cannot use --inventory and --root together: expected one of them")
-    inventory = read_file(args.inventory) if args.inventory is not None else machine_of(args)
-    line = Line(**written_request(args), held=args.held, reserved=args.reserved)
-    state = read_grants(args.state) if args.state is not None else ()
+    node = _node(args)
+    reserved = str(node.reserved) if args.reserved is None else args.reserved
+    line = Line(**written_request(args), held=args.held, reserved=reserved)
     if args.batch is not None:
-        return _batch(inventory, args.batch, line, state)
-    return _one(inventory, line, state, args)
+        return _batch(node, args.batch, line)
+    return _one(node, line, args)
+
+
+class _Node(msgspec.Struct, frozen=True, kw_only=True):
+    """What requests are placed on."""
+
+    inventory: Inventory
+    grants: tuple[Grant, ...]
+    health: Health
+    reserved: CpuSet = CpuSet()
+
+    def placed(self, line: Line) -> dict[str, Any]:
+        """Return where a request would go as its node would decide. Raise Refused, or InputError for a bad line."""
+        request = request_of(self.inventory, line)
+        state = NodeState(inventory=self.inventory, ledger=self._ledger(line), health=self.health)
+        healthy = state.for_the_healthy(request)
+        return placed_document(self.inventory, request, place(self.inventory, state.ledger, healthy))
+
+    def _ledger(self, line: Line) -> Ledger:
+        """Return a ledger with what is held and reserved."""
+        held = online_cpus(self.inventory, line.held, "held")
+        reserved = online_cpus(self.inventory, line.reserved, "reserved")
+        by_line = (Grant(id="--held", holder=Holder(api=DEVICE_PLUGIN), cpus=held),) if held else ()
+        return ledger_of((*self.grants, *by_line), reserved)
+
+
+def _node(args: argparse.Namespace) -> _Node:
+    """Return what the options name. With --state on a captured node the machine, the reserved CPUs and the health of
+    devices are as its agent saw them."""
+    grants = read_grants(args.state) if args.state is not None else ()
+    health = read_health(args.health) if args.health is not None else None
+    if args.inventory is not None:
+        return _Node(inventory=read_file(args.inventory), grants=grants, health=health or NO_HEALTH)
+    captured = _captured(args) if args.state is not None else None
+    if captured is None:
+        return _Node(inventory=machine_of(args), grants=grants, health=health or NO_HEALTH)
+    return _Node(
+        inventory=captured.inventory,
+        grants=grants,
+        health=captured.health if health is None else health,
+        reserved=captured.ledger.reserved,
+    )
+
+
+def _captured(args: argparse.Namespace) -> NodeState | None:
+    """Return the state of the node whose capture is replayed, or None if none is, or no agent ran there."""
+    if args.root is not None or getattr(args, "facts", None) is None:
+        return None
+    with contextlib.suppress(PeerError):
+        return state_of(facts_of(args))
+    return None
 
 
 # ---------------------------------------------------------------- one request
 
 
-def _one(inventory: Inventory, line: Line, state: Sequence[Grant], args: argparse.Namespace) -> int:
-    request, ledger = request_of(inventory, line), _ledger(inventory, line, state)
+def _one(node: _Node, line: Line, args: argparse.Namespace) -> int:
     try:
-        document = placed_document(inventory, request, place(inventory, ledger, request))
+        document = node.placed(line)
     except Refused as refusal:
         why = f"refused: {refusal}"
         _write(args, refusal_document(refusal), lambda _: print(why))
@@ -89,26 +143,17 @@ def _write(args: argparse.Namespace, document: Mapping[str, Any], show: Callable
         forms.write(args, document, show)
 
 
-def _ledger(inventory: Inventory, line: Line, state: Sequence[Grant]) -> Ledger:
-    """Return a ledger with what is held and reserved."""
-    held, reserved = online_cpus(inventory, line.held, "held"), online_cpus(inventory, line.reserved, "reserved")
-    grants = {one.id: one for one in state}
-    if held:
-        grants["--held"] = Grant(id="--held", holder=Holder(api=DEVICE_PLUGIN), cpus=held)
-    return Ledger(grants=grants, reserved=reserved)
-
-
 # ---------------------------------------------------------------- a batch
 
 
-def _batch(inventory: Inventory, path: str, defaults: Line, state: Sequence[Grant]) -> int:
+def _batch(node: _Node, path: str, defaults: Line) -> int:
     """Answer every line in order; what a line omits is taken from the command line."""
     lines = sys.stdin.buffer if path == "-" else _open(path)
     base = msgspec.structs.asdict(defaults)
     with lines:
         for number, text in enumerate(lines, start=1):
             if text.strip():
-                sys.stdout.write(json.dumps(_answer(inventory, text, base, state, number)) + "\n")
+                sys.stdout.write(json.dumps(_answer(node, text, base, number)) + "\n")
     return DONE
 
 
@@ -119,16 +164,12 @@ def _open(path: str) -> Any:
         raise InputError(f"cannot read --batch {path}: {error.strerror}") from None
 
 
-def _answer(
-    inventory: Inventory, text: bytes, base: Mapping[str, Any], state: Sequence[Grant], number: int
-) -> dict[str, Any]:
+def _answer(node: _Node, text: bytes, base: Mapping[str, Any], number: int) -> dict[str, Any]:
     try:
         given = msgspec.json.decode(text)
         if not isinstance(given, dict):
             raise InputError("expected an object")
-        line = msgspec.convert({**base, **given}, Line)
-        request, ledger = request_of(inventory, line), _ledger(inventory, line, state)
-        return placed_document(inventory, request, place(inventory, ledger, request))
+        return node.placed(msgspec.convert({**base, **given}, Line))
     except Refused as refusal:
         return refusal_document(refusal)
     except (InputError, msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:

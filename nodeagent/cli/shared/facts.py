@@ -11,11 +11,11 @@ from typing import Any
 import msgspec
 
 from nodeagent.cli.shared.ask import SOCKET, ask, text
-from nodeagent.cli.shared.held import grants_of
+from nodeagent.cli.shared.held import grants_of, ledger_of
 from nodeagent.cli.shared.places import DEFAULT_CONFIG, STATE_DIR
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.grant import OTHER_PLUGIN, Grant
+from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.inventory_json import from_document
 from nodeagent.errors import PeerError
@@ -57,12 +57,11 @@ class Facts(msgspec.Struct, frozen=True):
 
     def ledger(self) -> Ledger:
         """Return what is held and reserved as the agent decides on it."""
-        held, status = self.grants(), self.page("/v1/status")
-        return Ledger(
-            grants={one.id: one for one in held if one.holder.api != OTHER_PLUGIN},
-            foreign={one.id: one for one in held if one.holder.api == OTHER_PLUGIN},
-            reserved=CpuSet.parse(status["inventory"]["cpus_reserved"], source="/v1/status"),
-        )
+        return ledger_of(self.grants(), self.reserved())
+
+    def reserved(self) -> CpuSet:
+        """Return the CPUs that are reserved for the system."""
+        return CpuSet.parse(self.page("/v1/status")["inventory"]["cpus_reserved"], source="/v1/status")
 
     def machine(self) -> Inventory:
         """Return the machine itself, scanned now or when it was captured."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -10,16 +11,16 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.cli.shared.facts import Facts
-from nodeagent.cli.shared.held import ledger_of
+from nodeagent.cli.shared.source import LARGEST_FILE_BYTES
 from nodeagent.core.advice.hypothetical import untouched
 from nodeagent.core.advice.tenants import Tenant, tenants_of
 from nodeagent.core.deviceplugin.devices import illness
 from nodeagent.core.ledger.ledger import Ledger
-from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.health import DeviceState, Health, HealthState, Observed, Remedy
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Request
 from nodeagent.core.placement.index import may_have
+from nodeagent.errors import InputError
 
 
 class NodeState(msgspec.Struct, frozen=True, kw_only=True):
@@ -29,8 +30,8 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
     """With pages that holders use counted as granted only: the ledger without a grant then shows what comes back."""
     ledger: Ledger
     health: Health
-    status: Mapping[str, Any]
-    """The page /v1/status."""
+    status: Mapping[str, Any] = MappingProxyType({})
+    """The page /v1/status; empty if there is no agent."""
 
     def tenants(self) -> tuple[Tenant, ...]:
         """Return who holds what, by the pods that end together."""
@@ -56,32 +57,50 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True):
 
 def state_of(facts: Facts) -> NodeState:
     """Return the state of the node that the facts are about. Raise PeerError if a page cannot be had."""
-    status = facts.page("/v1/status")
-    ledger = ledger_of(facts.grants(), CpuSet.parse(status["inventory"]["cpus_reserved"], source="/v1/status"))
-    inventory = facts.inventory()
+    status, ledger, inventory = facts.page("/v1/status"), facts.ledger(), facts.inventory()
     return NodeState(
-        inventory=untouched(inventory, ledger), ledger=ledger, health=_health(facts.page("/v1/health")), status=status
+        inventory=untouched(inventory, ledger), ledger=ledger, health=health_of(facts.page("/v1/health")), status=status
     )
 
 
-def _health(page: Any) -> Health:
-    """Return the health of devices as the page shows it."""
-    return MappingProxyType(
-        {
-            one["device"]: HealthState(
-                state=DeviceState(one["state"]),
-                since=0.0,
-                reason=one["reason"],
-                seen={
-                    cause["source"]: Observed(
-                        DeviceState(cause["state"]),
-                        cause["reason"],
-                        cause["latched"],
-                        Remedy(cause.get("remedy", "")),  # captures of older builds lack it
-                    )
-                    for cause in one["causes"]
-                },
-            )
-            for one in page
-        }
-    )
+class _Cause(msgspec.Struct):
+    source: str
+    state: DeviceState
+    reason: str = ""
+    latched: bool = False
+    remedy: Remedy = Remedy.NONE
+    """Captures of older builds lack it."""
+
+
+class _Known(msgspec.Struct):
+    """What is known against a device, as the page shows it."""
+
+    device: str
+    state: DeviceState
+    reason: str = ""
+    causes: list[_Cause] = []
+
+
+def read_health(path: str) -> Health:
+    """Return the health in a file as `nodeagent health -o json` writes it. Raise InputError if it cannot be read."""
+    try:
+        with Path(path).open("rb") as file:
+            return health_of(msgspec.json.decode(file.read(LARGEST_FILE_BYTES + 1)))
+    except OSError as error:
+        raise InputError(f"cannot read --health {path}: {error.strerror}") from None
+    except (msgspec.MsgspecError, UnicodeError, RecursionError, InputError) as error:
+        raise InputError(f"cannot read --health {path}: {' '.join(str(error).split())}") from None
+
+
+def health_of(page: Any) -> Health:
+    """Return the health of devices as the page /v1/health shows it. Raise InputError if it is none."""
+    try:
+        known = msgspec.convert(page, list[_Known])
+    except msgspec.MsgspecError as error:
+        raise InputError(f"cannot read the health of devices: {error}") from None
+    return MappingProxyType({one.device: _health_state(one) for one in known})
+
+
+def _health_state(known: _Known) -> HealthState:
+    seen = {one.source: Observed(one.state, one.reason, one.latched, one.remedy) for one in known.causes}
+    return HealthState(state=known.state, since=0.0, reason=known.reason, seen=MappingProxyType(seen))
