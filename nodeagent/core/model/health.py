@@ -27,6 +27,8 @@ class DeviceState(StrEnum):
 
 
 HEALTHY, UNHEALTHY, UNKNOWN, DEGRADED = DeviceState
+_SEVERITY = (HEALTHY, DEGRADED, UNKNOWN, UNHEALTHY)
+"""From the best to the worst."""
 
 
 class Remedy(StrEnum):
@@ -110,8 +112,11 @@ def observe(health: Health, evidence: Iterable[Evidence], now: float, recover_s:
     for one in evidence:
         before = after.get(one.device)
         known = before.seen.get(one.source) if before is not None else None
-        if known is None or not known.latched or (one.latched and not _is_worse(known.state, one.state)):
-            after[one.device] = _judge(before, one, now, recover_s)
+        said = Observed(one.state, one.reason, one.latched, one.remedy)
+        if known is None or not known.latched:
+            after[one.device] = _judge(before, one.source, said, now, recover_s)
+        elif one.latched:
+            after[one.device] = _judge(before, one.source, outlasting(known, said), now, recover_s)
     return health if after == health else MappingProxyType(after)
 
 
@@ -168,13 +173,19 @@ def latched_causes(health: Health) -> tuple[Evidence, ...]:
     )
 
 
-def _is_worse(one: DeviceState, other: DeviceState) -> bool:
-    return one == UNHEALTHY and other != UNHEALTHY
+def outlasting(known: Observed, new: Observed) -> Observed:
+    """Return what stands of two latched causes of one source: the worse, or the newer if they are alike, with the
+    greater remedy of both."""
+    stands = known if _gravity(known) > _gravity(new) else new
+    return stands._replace(remedy=max(known.remedy, new.remedy, key=_REMEDIES.index))
 
 
-def _judge(before: HealthState | None, one: Evidence, now: float, recover_s: float) -> HealthState:
-    said = Observed(one.state, one.reason, one.latched, one.remedy)
-    return _judged(before, {**(before.seen if before else {}), one.source: said}, now, recover_s)
+def _gravity(one: Observed) -> tuple[int, int]:
+    return _SEVERITY.index(one.state), _REMEDIES.index(one.remedy)
+
+
+def _judge(before: HealthState | None, source: str, said: Observed, now: float, recover_s: float) -> HealthState:
+    return _judged(before, {**(before.seen if before else {}), source: said}, now, recover_s)
 
 
 def _judged(before: HealthState | None, all_seen: Mapping[str, Observed], now: float, recover_s: float) -> HealthState:

@@ -14,8 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Set
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
-from nodeagent.core.model.health import UNHEALTHY, DeviceState, Evidence, Remedy
+from nodeagent.core.model.health import DeviceState, Evidence, Observed, Remedy, outlasting
 from nodeagent.errors import HostError
 from nodeagent.host.sysfs.record_file import RecordFile, UnreadableError
 from nodeagent.telemetry.once import Once
@@ -87,13 +88,11 @@ class LatchMemory:
         return holding, sorted(ended)
 
     def keep(self, causes: Iterable[Evidence]) -> None:
-        """Remember further causes. One that is less bad does not replace a worse one."""
+        """Remember further causes. One that is less bad does not replace a worse one, nor lessen what ends it."""
         new = {(one.device, one.source): self._cause(one) for one in causes}
         known = self._read()
-        if any(key not in known or known[key].reason != one.reason for key, one in new.items()):
-            self._change(
-                lambda there: {**there, **{key: one for key, one in new.items() if _counts(one, there.get(key))}}
-            )
+        if any(_standing(one, known.get(key)) != known.get(key) for key, one in new.items()):
+            self._change(lambda there: {**there, **{key: _standing(one, there.get(key)) for key, one in new.items()}})
 
     def clear(self, device: str) -> None:
         """Forget the causes of a device."""
@@ -158,11 +157,16 @@ def _lock(handle: int) -> None:
             return
 
 
-def _counts(new: _Cause, known: _Cause | None) -> bool:
-    """Return whether a cause replaces the one that is known."""
+def _standing(new: _Cause, known: _Cause | None) -> _Cause:
+    """Return what stands of a cause and the one that is known."""
     if known is None or (known.boot_id, known.binding) != (new.boot_id, new.binding):
-        return True
-    return new.state == UNHEALTHY or known.state != UNHEALTHY
+        return new
+    stands = outlasting(_observed(known), _observed(new))
+    return replace(new, state=stands.state, reason=stands.reason, remedy=stands.remedy)
+
+
+def _observed(cause: _Cause) -> Observed:
+    return Observed(cause.state, cause.reason, True, cause.remedy)
 
 
 def _without(causes: _Causes, devices: Set[str]) -> _Causes:

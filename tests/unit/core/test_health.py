@@ -7,12 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.core.model.health import (
+    DEGRADED,
     HEALTHY,
     NO_HEALTH,
     UNHEALTHY,
     UNKNOWN,
+    DeviceState,
     Evidence,
     Health,
+    Remedy,
     clear,
     forget,
     latched_causes,
@@ -149,6 +152,40 @@ def test_what_is_cleared_counts_at_once_and_the_rest_of_the_evidence_stays() -> 
     assert clear(alone, "d", 2)["d"].state == HEALTHY
     assert clear(health, "other", 2) is health
     assert clear(seen(NO_HEALTH, UNHEALTHY, 0), "d", 2)["d"].state == UNHEALTHY
+
+
+def test_what_ends_a_latched_cause_does_not_become_less_by_a_newer_one() -> None:
+    """Xid 79 asks for a reboot, Xid 119 for a reset alone."""
+    causes = [("Xid 79", Remedy.REBOOT), ("Xid 119", Remedy.RESET)]
+    evidence = [
+        Evidence(device="d", source="xid", state=UNHEALTHY, reason=reason, latched=True, remedy=remedy)
+        for reason, remedy in causes
+    ]
+    for order in (evidence, evidence[::-1]):
+        health = observe(observe(NO_HEALTH, order[:1], 0, 30), order[1:], 1, 30)
+        assert (health["d"].remedy, health["d"].reason) == (Remedy.REBOOT, "Xid 79")
+        assert clear(health, "d", 2)["d"].remedy is Remedy.NONE
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([DEGRADED, UNHEALTHY, UNKNOWN]), st.sampled_from([*Remedy]), st.booleans(), st.text("ab")
+        ),
+        min_size=1,
+    )
+)
+def test_a_latched_cause_gets_worse_alone(story: list[tuple[DeviceState, Remedy, bool, str]]) -> None:
+    """While it stands, neither its state nor its remedy is less than that of any latched cause of its source."""
+    health, worst, most = NO_HEALTH, 0, 0
+    severity, remedies = [DEGRADED, UNKNOWN, UNHEALTHY], [*Remedy]
+    for now, (state, remedy, latched, reason) in enumerate(story):
+        one = Evidence(device="d", source="xid", state=state, reason=reason, latched=latched, remedy=remedy)
+        health = observe(health, [one], now, 30)
+        if latched:
+            worst, most = max(worst, severity.index(state)), max(most, remedies.index(remedy))
+            (cause,) = latched_causes(health)
+            assert (cause.state, cause.remedy) == (severity[worst], remedies[most])
 
 
 def test_a_newer_latched_cause_of_the_same_source_replaces_the_older() -> None:

@@ -472,6 +472,19 @@ def test_a_latched_cause_outlives_the_agent_and_ends_with_the_boot_or_the_driver
     assert machine.memory().standing([GPU]) == ([], [GPU])
 
 
+def test_a_cause_of_a_lesser_remedy_does_not_replace_one_of_a_greater_in_the_file(tmp_path: Path) -> None:
+    """Also that of another agent, which knows nothing of the first."""
+    machine = Machine(tmp_path)
+    machine.memory().keep([FATAL])
+    machine.memory().keep([replace(FATAL, reason="Xid 119", remedy=Remedy.RESET)])
+    assert machine.memory().standing([GPU]) == ([FATAL], [])
+    machine.memory().keep([replace(FATAL, state=UNKNOWN, reason="Xid 1", remedy=Remedy.REPLACE)])
+    assert machine.memory().standing([GPU]) == ([replace(FATAL, remedy=Remedy.REPLACE)], [])
+    machine.boot_id = "b2"
+    machine.memory().keep([replace(FATAL, reason="Xid 119", remedy=Remedy.RESET)])
+    assert [one.reason for one in machine.memory().standing([GPU])[0]] == ["Xid 119"], "a reboot has ended the others"
+
+
 def test_a_cause_of_a_device_that_is_away_waits_for_it(tmp_path: Path) -> None:
     """A GPU that has fallen off the bus may be shown again without a reset."""
     machine = Machine(tmp_path)
