@@ -165,14 +165,22 @@ class Agent(ClaimDecisions):
     # ---------------------------------------------------------------- grants
 
     def advertised(self, resource: ResourceKind) -> tuple[Advertised, ...]:
-        """Return every id of a resource. Ids of a disputed grant are unhealthy, as kubelet believes that they are free.
-        While the ledger may lack decisions, ids outside it are unhealthy too, as none is known to be free."""
+        """Return every id of a resource. Ids of a disputed grant are held, not healthy: kubelet believes that they are
+        free. While the ledger may lack decisions, ids outside it are unhealthy too, as none is known to be free."""
         shown = resource.advertised(self.inventory, self.ledger, self.health)
-        disputed = [self.ledger.grants[one] for one in self.disputed if one in self.ledger.grants]
-        taken = {one for grant in disputed if grant.holder.resource == resource.name for one in grant.ids}
-        if self.loss:
-            taken |= {one.id for one in shown if (resource.name, one.id) not in self.ledger.by_id}
-        return tuple(replace(one, healthy=False) if one.id in taken else one for one in shown) if taken else shown
+        if not (self.disputed or self.loss):
+            return shown
+        known, unknown = self.ledger.by_id, f"the ledger may lack decisions: {self.loss}"
+
+        def now(one: Advertised) -> Advertised:
+            grant = known.get((resource.name, one.id))
+            if grant is not None and grant.id in self.disputed:
+                return replace(one, healthy=False, held=one.healthy or one.held)
+            if grant is None and self.loss and one.healthy:
+                return replace(one, healthy=False, held=False, reason=unknown)
+            return one
+
+        return tuple(map(now, shown))
 
     def prefer(self, resource: ResourceKind, available: Sequence[str], must: Sequence[str], size: int) -> list[str]:
         """Return the best `size` of the available ids. Kubelet knows better than an older list what was returned."""

@@ -263,6 +263,6 @@ class Advertised(msgspec.Struct, frozen=True, kw_only=True):
     device: str = ""
     """Id of the underlying device; "" if there is none (a CPU, a block of pages, or a device that has disappeared)."""
     held: bool = False
-    """Whether it is not healthy only because another grant holds it."""
+    """Whether, if it is not healthy, that is only because a grant holds it that kubelet does not know it to be of."""
     reason: str = ""
     """Why it is unhealthy, or "" if it is merely held."""

@@ -555,6 +555,44 @@ async def test_the_cpus_of_a_running_pod_are_not_given_to_another_that_kubelet_p
         await one.allocate(CPU, "cpu1")
 
 
+@pytest.mark.parametrize(
+    ("offer", "id"), [(CPU, "cpu1"), (GPU, "gpu0"), (PAGES, "node0-2Mi-0"), (FUSE, "/dev/fuse::0")]
+)
+async def test_what_a_pod_holds_that_kubelet_has_forgotten_counts_as_held(offer: Offer, id: str, folder: Path) -> None:
+    """Whatever the resource: it is not ill."""
+    async with node(folder) as one:
+        await one.grant(offer, id)
+        await one.reconcile(holding("a", offer, id))
+        one.alive.add(uid("a"))
+        for _ in range(20):
+            await one.reconcile(after_s=100)
+        assert one.agent.disputed
+        shown = {ad.id: ad for ad in one.agent.advertised(offer.resource)}
+        assert (shown[id].healthy, shown[id].held, shown[id].reason) == (False, True, "")
+        assert all(ad.healthy for other, ad in shown.items() if other != id)
+
+
+@pytest.mark.parametrize(
+    ("offer", "id"), [(CPU, "cpu1"), (GPU, "gpu0"), (PAGES, "node0-2Mi-0"), (FUSE, "/dev/fuse::0")]
+)
+async def test_what_is_free_is_not_held_while_the_ledger_may_lack_decisions(
+    offer: Offer, id: str, folder: Path
+) -> None:
+    """What the ledger has stays as it is; what other grants hold is held; the rest is unhealthy for the reason."""
+    async with node(folder) as one:
+        await one.grant(offer, id)
+        await one.grant(FULL, "cpu5")
+        before = {ad.id: ad for ad in one.agent.advertised(offer.resource)}
+        one.agent.loss = "moved aside"
+        for ad in one.agent.advertised(offer.resource):
+            if ad.id == id or not before[ad.id].healthy:
+                assert ad == before[ad.id]
+            else:
+                assert (ad.healthy, ad.held) == (False, False)
+                assert ad.reason == "the ledger may lack decisions: moved aside"
+        one.agent.loss = ""
+
+
 async def test_a_list_from_before_a_grant_says_nothing_about_it(folder: Path) -> None:
     """Kubelet was asked, the pod ended, another was admitted: the old list names the wrong pod."""
     async with node(folder) as one:
