@@ -144,8 +144,11 @@ async def test_an_error_of_one_instance_is_that_of_its_place_and_one_of_the_gpu_
         driver.make(0, "1g.10gb", 0, id=3)
         await until(lambda: _shows_instance(node))
         assert (await known(node))["reason"] == "memory rows are remapped at the next reset: reset the GPU"
+        part = await reached(node, "unhealthy", f"{GPU}/mig-3-0")
+        assert {one["source"]: one["reason"] for one in part["causes"]}["whole"] == (await known(node))["reason"]
         driver.xid(0, 94, (3, 0))
-        assert "Xid 94" in (await reached(node, "unhealthy", f"{GPU}/mig-3-0"))["reason"]
+        await until(lambda: _has(node, "xid", f"{GPU}/mig-3-0"))
+        assert "Xid 94" in (await known(node, f"{GPU}/mig-3-0"))["reason"]
 
 
 async def _shows_instance(node: DraNode) -> bool:
@@ -161,6 +164,27 @@ async def test_what_an_xid_leaves_to_nvml_is_asked_at_once(folder: Path, monkeyp
         driver.xid(0, 154)
         ill = await reached(node, "unhealthy")
         assert (ill["reason"], ill["advice"]) == ("the driver asks for a reset of the GPU", RESET)
+        driver.reset()
+        driver.xid(0, 154)
+        await reached(node, "healthy")
+
+
+async def test_a_context_switch_timeout_counts_only_if_the_driver_asks_for_a_reset(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program can bring it about: its GPU stays as it is, with no taint, unless the driver did not get over it."""
+    slow = {"health": {**QUICK["health"], "nvmlSeconds": 3600}}
+    async with gpu_node(folder, monkeypatch, more=slow) as (node, driver):
+        driver.xid(0, 109)
+        assert (await node.agent.said("xid", code=109))["effect"] == "application"
+        assert (await known(node))["state"] == "healthy"
+        assert f'nodeagent_xids_total{{code="109",device="{GPU}"' in str((await node.agent.ask("/metrics"))[1])
+        driver.sign(0, "recovery", 1)
+        driver.xid(0, 109)
+        ill = await reached(node, "unhealthy")
+        assert ill["reason"] == "the driver asks for a reset of the GPU"
+        assert not any(cause["latched"] for cause in ill["causes"])
+        await node.api.until(lambda: tainted(node) == {NAME})
         driver.reset()
         driver.xid(0, 154)
         await reached(node, "healthy")
@@ -187,5 +211,6 @@ async def test_an_admin_clears_what_is_remembered_which_is_in_the_history_and_co
         assert [one.why for one in entries] == ["cleared by an admin (uid 0)"]
 
 
-async def _has(node: DraNode, source: str) -> bool:
-    return any(cause["source"] == source and cause["state"] == "unhealthy" for cause in (await known(node))["causes"])
+async def _has(node: DraNode, source: str, device: str = GPU) -> bool:
+    causes = (await known(node, device))["causes"]
+    return any(cause["source"] == source and cause["state"] == "unhealthy" for cause in causes)

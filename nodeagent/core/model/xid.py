@@ -2,7 +2,7 @@
 
 Source: the immediate action of NVIDIA's Xid catalog for Ampere and later (docs.nvidia.com/deploy/xid-errors,
 analyzing-xid-catalog, October 2025), which tests/data/nvidia/xids.json has row by row; for 61, which it lists as
-unused, the listing for earlier GPUs on the same pages.
+unused, the listing for earlier GPUs on the same pages; 109 otherwise than there (docs/decisions/0016).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ _APPLICATION = {
     69: "graphics engine class error",
     80: "corrupted data sent to the GPU",
     108: "NVLink fault of a remote translation",
+    109: "context switch timeout",
     137: "NVLink fault of a peer's memory access",
     141: "CUDA fast path error",
     152: "DLA SMMU error",
@@ -104,7 +105,6 @@ _FATAL = {
     74: "NVLink error",
     79: "GPU has fallen off the bus",
     95: "uncontained memory error",
-    109: "context switch timeout",
     110: "security fault",
     119: "timeout of the GPU's system processor (GSP)",
     120: "error of the GPU's system processor (GSP)",
@@ -134,9 +134,10 @@ SAYS_NOTHING = frozenset({XidEffect.APPLICATION, XidEffect.INFORMATION})
 """Effects that are no evidence against a GPU."""
 LASTING = frozenset({XidEffect.FATAL, XidEffect.UNLISTED})
 """Effects that last until they are cleared."""
-ASK_NVML = frozenset({63, 64, 154, 156, *range(144, 151)})
+ASK_NVML = frozenset({63, 64, 109, 154, 156, *range(144, 151)})
 """Codes of which NVML says more at once: rows that wait for a reset, and the recovery that the driver asks for. What
-144 to 150 mean is in details that NVML's event does not carry; for the fatal ones the driver asks for a reset."""
+144 to 150 mean is in details that NVML's event does not carry; for the fatal ones the driver asks for a reset. A
+program can bring about 109, and only the driver knows whether the GPU got over it (docs/decisions/0016)."""
 _REBOOTS = frozenset({79, 151})
 
 

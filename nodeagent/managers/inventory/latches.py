@@ -1,7 +1,8 @@
 """Latched causes of bad health, in a file that outlives the agent.
 
 A cause counts until a reboot, until the driver is bound again, or until an admin clears it: each is kept with the
-boot id and with what identifies the binding of the driver. A GPU that was reset without that is cleared by the admin.
+boot id and with what identifies the binding of the driver. A GPU that was reset without that is cleared by the admin:
+nothing proves a reset (docs/decisions/0017).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from nodeagent.core.model.health import Remedy
-from nodeagent.core.model.xid import ASK_NVML, LASTING, XIDS, XidEffect, describe, effect_of, remedy_of
+from nodeagent.core.model.xid import ASK_NVML, LASTING, SAYS_NOTHING, XIDS, XidEffect, describe, effect_of, remedy_of
 from tests.support.paths import CHECKOUT
 
 ACTIONS: dict[str, list[int]] = json.loads((CHECKOUT / "tests/data/nvidia/xids.json").read_text())["actions"]
@@ -32,8 +32,9 @@ EFFECTS = {
     "unused": {UNLISTED},
 }
 """What an action can mean."""
-OTHERWISE = {94: CONTAINED, 61: FATAL}
-"""An error in memory that ended its program; an error of GPUs before Ampere, which the catalog does not cover."""
+OTHERWISE = {94: CONTAINED, 61: FATAL, 109: APP}
+"""An error in memory that ended its program; an error of GPUs before Ampere, which the catalog does not cover; an error
+that a program can bring about, of which the driver says whether it takes a reset (docs/decisions/0016)."""
 ROWS = [(code, action) for action, codes in ACTIONS.items() for code in codes]
 SOFTWARE = {37, 38, 43, 44, 66, 67, 108, 137, 141, 152, 153}
 TESTS = {14, 106, 107}
@@ -69,7 +70,13 @@ def test_what_ends_it_is_what_the_catalog_asks_for(code: int, action: str) -> No
 
 def test_nvml_is_asked_where_the_xid_alone_does_not_say_enough() -> None:
     assert {*ACTIONS["WORKFLOW_NVLINK5_ERR"], *ACTIONS["XID_154"], 63, 64} <= ASK_NVML
-    assert not any(effect_of(code) is APP for code in ASK_NVML)
+    assert {code for code in ASK_NVML if effect_of(code) is APP} == {109}
+
+
+@pytest.mark.parametrize("code", [13, 31, 43, 45, 68, 109])
+def test_what_a_program_brings_about_by_itself_is_no_evidence_against_its_gpu(code: int) -> None:
+    """As in NVIDIA's device plugin: a pod could take a GPU from all others otherwise."""
+    assert effect_of(code) in SAYS_NOTHING and remedy_of(code) is Remedy.NONE
 
 
 @pytest.mark.parametrize("code", sorted(XIDS))
