@@ -62,6 +62,15 @@ CPUSETS = ("cpuset.cpus", "cpuset.mems")
 """Compared by what is in effect: with a process in a cgroup, they cannot be made empty again."""
 JOURNALS = "ledger.db-"
 """Made by SQLite, also to read."""
+WRITTEN = {
+    "50-nodeagent.conf",
+    "cpuset.cpus.effective",
+    "smp_affinity_list",
+    "pm_qos_resume_latency_us",
+    "metadata.json",
+    "ledger.db",
+}
+"""Names of files that are not as before while a claim is held."""
 DONE, FAILED, REFUSED = 0, 1, 3
 
 
@@ -100,6 +109,11 @@ class Site:
                 if path.is_file() and path.name not in CPUSETS and not path.name.startswith(JOURNALS):
                     found[str(path)] = path.read_text(errors="replace").strip()
         return found
+
+    def changed(self) -> set[str]:
+        """The names of the files that are not as before."""
+        now, before = self.tree(), self.before
+        return {Path(path).name for path in now.keys() | before.keys() if now.get(path) != before.get(path)}
 
 
 @contextlib.asynccontextmanager
@@ -191,22 +205,9 @@ async def test_nothing_that_an_agent_wrote_is_left(folder: Path, monkeypatch: py
             await ending.enter_async_context(agent(machine))
             await busy(machine)
             await machine.api.until(lambda: bool(machine.api.slices(node=NODE)))
-            during = machine.tree()
+            await until(lambda: machine.changed() >= WRITTEN)
             async with machine.api.away():
                 await ending.aclose()
-        changed = {
-            Path(path).name
-            for path in during.keys() | machine.before.keys()
-            if during.get(path) != machine.before.get(path)
-        }
-        assert changed >= {
-            "50-nodeagent.conf",
-            "cpuset.cpus.effective",
-            "smp_affinity_list",
-            "pm_qos_resume_latency_us",
-            "metadata.json",
-            "ledger.db",
-        }
         kubelet = folder / "kubelet"
         sockets = [dead(kubelet / "device-plugins" / "nodeagent-nodeagent.dev_cpu-0123abcd.sock")]
         sockets += [dead(kubelet / "plugins" / DRIVER / "dra.sock"), dead(folder / "run" / "status.sock")]
