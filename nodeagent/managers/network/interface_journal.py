@@ -89,3 +89,7 @@ class InterfaceJournal(Journal[_File, str, Moved]):
             unreadable="interface-records-unreadable",
             left="interfaces stay in their pods until these end",
         )
+
+    def add(self, record: Moved) -> None:
+        """Record an interface that is about to be moved. Durable on return. Raise HostError if it cannot be written."""
+        self.keep({record.device: record})

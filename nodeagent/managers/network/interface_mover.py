@@ -145,7 +145,7 @@ class InterfaceMover:
         )
         if record.name in inside.taken_names():
             raise HostError(f"cannot move interface {link.name} as {record.name}: the pod has one of that name")
-        self._journal.keep({record.device: record})
+        self._journal.add(record)
         return record
 
     def _moved(self, record: Moved, outside: Interfaces, inside: Interfaces, pod: NetNamespace) -> Link:
