@@ -99,7 +99,7 @@ def _picture(args: argparse.Namespace) -> Picture:
         machine.inventory,
         machine.grants,
         reserved=machine.reserved,
-        health=machine.health,
+        health=machine.health or NO_HEALTH,
         placement=_placement(machine, line),
     )
 
@@ -110,7 +110,8 @@ class _Machine(msgspec.Struct, frozen=True, kw_only=True):
     inventory: Inventory
     grants: Sequence[Grant]
     reserved: CpuSet
-    health: Health
+    health: Health | None
+    """None if nothing is known of it."""
 
 
 def _machine(args: argparse.Namespace) -> _Machine:
@@ -122,7 +123,7 @@ def _machine(args: argparse.Namespace) -> _Machine:
     inventory = read_file(args.inventory) if args.inventory is not None else read_root(args.root)
     reserved = online_cpus(inventory, args.reserved or "", "--reserved")
     grants = read_grants(args.state) if args.state is not None else ()
-    return _Machine(inventory=inventory, grants=grants, reserved=reserved, health=NO_HEALTH)
+    return _Machine(inventory=inventory, grants=grants, reserved=reserved, health=None)
 
 
 def _known(args: argparse.Namespace) -> _Machine:
@@ -154,6 +155,8 @@ def _placement(machine: _Machine, line: RequestLine | None) -> Placement | None:
     """Return where a request would go. Raise Refused if it does not fit."""
     if line is None:
         return None
-    ledger = ledger_of(machine.grants, machine.reserved)
-    state = NodeState(inventory=machine.inventory, ledger=ledger, health=machine.health)
-    return place(machine.inventory, ledger, state.for_the_healthy(request_of(machine.inventory, line)))
+    request, ledger = request_of(machine.inventory, line), ledger_of(machine.grants, machine.reserved)
+    if machine.health is not None:
+        state = NodeState(inventory=machine.inventory, ledger=ledger, health=machine.health)
+        request = state.for_the_healthy(request)
+    return place(machine.inventory, ledger, request)

@@ -23,7 +23,7 @@ from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
-from nodeagent.core.model.health import NO_HEALTH, Health
+from nodeagent.core.model.health import Health
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.placement.place import place
 from nodeagent.errors import InputError, PeerError, Refused
@@ -76,15 +76,17 @@ class _Node(msgspec.Struct, frozen=True, kw_only=True):
 
     inventory: Inventory
     grants: tuple[Grant, ...]
-    health: Health
+    health: Health | None = None
+    """None if nothing is known of it: then no device is left out, also not for a device node that a tree lacks."""
     reserved: CpuSet = CpuSet()
 
     def placed(self, line: Line) -> dict[str, Any]:
         """Return where a request would go as its node would decide. Raise Refused, or InputError for a bad line."""
-        request = request_of(self.inventory, line)
-        state = NodeState(inventory=self.inventory, ledger=self._ledger(line), health=self.health)
-        healthy = state.for_the_healthy(request)
-        return placed_document(self.inventory, request, place(self.inventory, state.ledger, healthy))
+        request, ledger = request_of(self.inventory, line), self._ledger(line)
+        if self.health is not None:
+            state = NodeState(inventory=self.inventory, ledger=ledger, health=self.health)
+            request = state.for_the_healthy(request)
+        return placed_document(self.inventory, request, place(self.inventory, ledger, request))
 
     def _ledger(self, line: Line) -> Ledger:
         """Return a ledger with what is held and reserved."""
@@ -100,10 +102,10 @@ def _node(args: argparse.Namespace) -> _Node:
     grants = read_grants(args.state) if args.state is not None else ()
     health = read_health(args.health) if args.health is not None else None
     if args.inventory is not None:
-        return _Node(inventory=read_file(args.inventory), grants=grants, health=health or NO_HEALTH)
+        return _Node(inventory=read_file(args.inventory), grants=grants, health=health)
     captured = _captured(args) if args.state is not None else None
     if captured is None:
-        return _Node(inventory=machine_of(args), grants=grants, health=health or NO_HEALTH)
+        return _Node(inventory=machine_of(args), grants=grants, health=health)
     return _Node(
         inventory=captured.inventory,
         grants=grants,
