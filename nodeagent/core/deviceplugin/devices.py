@@ -5,7 +5,6 @@ Pure. What cannot be given away together is in core/ledger/exclusion.py.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import hashlib
 from collections import Counter
@@ -25,7 +24,7 @@ from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Health, Hea
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
-from nodeagent.core.placement.place import place
+from nodeagent.core.placement.place import find, place
 from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.errors import Refused
 
@@ -137,9 +136,10 @@ class DeviceResource(msgspec.Struct, frozen=True, kw_only=True):
             near=near.devices,
             near_nodes=near.nodes,
         )
-        with contextlib.suppress(Refused):
-            return list(place(inventory, ledger, request).devices)
-        return list(place(inventory, ledger, replace(request, within_devices=every)).devices)
+        found = find(inventory, ledger, request)
+        if found is None:
+            found = place(inventory, ledger, replace(request, within_devices=every))
+        return list(found.devices)
 
     def _prefer_shares(
         self, inventory: Inventory, available: Sequence[str], must: Sequence[str], size: int

@@ -25,7 +25,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.request import BEST_EFFORT, Pages, Placement, Request
 from nodeagent.core.model.topology import HugepagePool, NodeId
 from nodeagent.core.placement.index import machine_of
-from nodeagent.core.placement.place import place
+from nodeagent.core.placement.place import find, place
 from nodeagent.errors import InputError, Refused
 
 
@@ -128,9 +128,8 @@ class CpuResource:
             near_cpus=near.cpus,
             near_nodes=near.nodes,
         )
-        try:
-            found = place(inventory, ledger, request)
-        except Refused:
+        found = find(inventory, ledger, request)
+        if found is None:
             # Kubelet fails the pod on an error, and has already decided: scattered CPUs are better than none.
             request = replace(request, options=frozenset(), numa=BEST_EFFORT)
             found = place(inventory, ledger, request)
@@ -146,11 +145,8 @@ def _from_the_end(inventory: Inventory, ledger: Ledger, request: Request, free: 
         within = free & node.cpus
         if len(within) < request.cpus or not request.must_cpus <= within:
             continue
-        try:
-            found = place(inventory, ledger, replace(request, within_cpus=within))
-        except Refused:
-            continue
-        if found.cost[:-1] == first.cost[:-1]:  # all but the CPUs' numbers
+        found = find(inventory, ledger, replace(request, within_cpus=within))
+        if found is not None and found.cost[:-1] == first.cost[:-1]:  # all but the CPUs' numbers
             return found
     return first
 
