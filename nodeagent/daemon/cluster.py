@@ -12,7 +12,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.events.states import Node, PodOf
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.managers.dra.manager import node_name
-from nodeagent.managers.dra.other_drivers import Names, OtherDrivers
+from nodeagent.managers.dra.other_drivers import ByDriver, OtherDrivers
 from nodeagent.managers.events.manager import EventsManager
 from nodeagent.managers.events.recorder import EventRecorder
 from nodeagent.managers.publish.manager import PublishManager
@@ -51,7 +51,7 @@ class Cluster:
         some = publications(self.api, agent, self._node, self._driver, domain, offers, topology_manager)
         return PublishManager(some, news, state_dir, self.api, self._node, configured=self._configured)
 
-    def other_drivers(self, take: Callable[[Names], None]) -> OtherDrivers:
+    def other_drivers(self, take: Callable[[ByDriver], None]) -> OtherDrivers:
         """Return what looks at the slices of other drivers. take: takes what they publish."""
         slices = functools.partial(self.api.slices_of, self._node)
         return OtherDrivers(slices, self._driver, take, configured=self._configured)

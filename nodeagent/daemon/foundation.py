@@ -72,6 +72,7 @@ class Foundation:
         """Return the resources of a configuration that cannot be served, by name, with the reason."""
         inventory, every = self.agent.inventory, offers(config, self.families)
         self.others.serve((one.name for one in every), config.domain)
-        kinds = managed_elsewhere(self.kubelet.kubelet, inventory, self.agent.settings.reserved)
+        reserved = self.agent.settings.reserved
+        kinds = managed_elsewhere(self.kubelet.kubelet, inventory, reserved)
         by_kubelet = {one.name: kinds[one.kind] for one in config.served if one.kind in kinds}
-        return {**self.others.refusals(inventory, every), **by_kubelet}
+        return {**self.others.refusals(inventory, every, reserved), **by_kubelet}

@@ -19,6 +19,7 @@ from nodeagent.errors import ConfigError, InputError
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.kubelet_files.flags import HOSTNAME, KEYS
 from nodeagent.managers.dra.manager import node_name
+from nodeagent.managers.dra.other_cpus import registered_cpu_drivers
 from nodeagent.managers.kubelet import Kubelet, look
 from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY
 
@@ -49,13 +50,23 @@ class KubeletConflicts:
         """Inspect kubelet's process, its files and its managers' states again."""
         known = self.kubelet = look(self._sysfs, self._kubelet_dir, config.kubelet_config, self.kubelet.started)
         self.contradictions = [one for one in contradictions(known, config) if one]
-        notes = [*([known.unseen] if known.unseen else []), *self.contradictions]
+        notes = [*([known.unseen] if known.unseen else []), *self.contradictions, *self._other_cpu_drivers(config)]
         if (said := self.document()) != self._said:
             (log.warning if known.cpus is None else log.info)("kubelet-configuration", **said)
         for note in (one for one in notes if one not in self.notes):
             log.warning("kubelet-contradiction", note=note)
         self._said, self.notes = said, notes
         return known
+
+    def _other_cpu_drivers(self, config: Config) -> Iterator[str]:
+        """Yield which DRA drivers of kubelet's registry hand out CPUs too: without an API server nothing else shows
+        it."""
+        ours = ", ".join(one.name for one in config.served if one.kind == CPU)
+        for driver in registered_cpu_drivers(self._kubelet_dir) if ours else ():
+            yield (
+                f"the DRA driver {driver} is registered with kubelet and hands out CPUs too, as {ours} does: remove "
+                "one of the two, unless their reserved CPUs make them disjoint"
+            )
 
     def names(self) -> frozenset[str]:
         """Return the node name given on the kubelet command line, or none if it gives none."""

@@ -11,13 +11,17 @@ from typing import Any
 
 import pytest
 
+from nodeagent.kube.apiserver.client import SLICES, ApiServer
+from nodeagent.kube.apiserver.credentials import Access
 from nodeagent.kube.kubelet.registration import Registrar
 from nodeagent.pb import podresources_pb2 as pods_pb
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
+from tests.doubles.api_server import FakeApiServer
 from tests.doubles.kubelet import AdmissionError, FakeKubelet
 from tests.support import registering
-from tests.support.running import CHAR, running
+from tests.support.dra_node import NODE
+from tests.support.running import CHAR, CPU, running
 from tests.support.shelf import Shelf
 
 PF, FIRST, SECOND = "0000:81:00.0", "0000:81:02.0", "0000:81:02.1"
@@ -136,6 +140,54 @@ async def test_what_a_claim_of_another_driver_holds_is_not_offered(folder: Path,
         await node.delete_pod("default", "theirs")
         await node.wait_allocatable(VF, 2)
         await node.wait_allocatable(CHAR, 2)
+
+
+async def test_cpus_that_a_dra_driver_publishes_are_served_only_where_the_two_have_none_in_common(
+    folder: Path, tree: DeviceTree
+) -> None:
+    """As with kubelet's static CPU manager. Slices are as dra-driver-cpu writes them; the server checks them."""
+    config: dict[str, Any] = {**QUICK, "resources": [{"name": "cpu", "kind": "cpu"}], "reservedCpus": "0"}
+    async with FakeApiServer() as api, FakeKubelet(folder / "kubelet") as node:
+        api.add_node(NODE)
+        await publish_cpus(api, 4, 5, 6, 7)
+        config["dra"] = {"kubeconfig": str(api.kubeconfig(folder)), "nodeName": NODE}
+        async with running(folder, root=tree.root, **config) as agent:
+            status = await agent.until("/v1/status", lambda found: found["refused"])
+            assert status["refused"] == {
+                CPU: "another DRA driver, dra.cpu, hands out CPUs 4-7 too; remove that driver, or set reservedCpus so "
+                "that the two sets of CPUs have none in common"
+            }
+            await node.wait_allocatable(CPU, 0)
+            agent.configure(**{**config, "reservedCpus": "0,4-7"})
+            await node.wait_allocatable(CPU, 3)
+            assert (await agent.ask("/v1/status"))[1]["refused"] == {}
+        assert api.rejected == []
+
+
+async def publish_cpus(api: FakeApiServer, *cpus: int) -> None:
+    """Publish CPUs one by one, as dra-driver-cpu does in its mode `individual`."""
+    devices = [
+        {
+            "name": f"cpudev{cpu:03d}",
+            "attributes": {
+                "dra.cpu/cpuID": {"int": cpu},
+                "dra.cpu/coreID": {"int": cpu % 4},
+                "dra.cpu/socketID": {"int": 0},
+                "dra.cpu/cacheL3ID": {"int": 0},
+                "dra.cpu/coreType": {"string": "standard"},
+                "dra.cpu/smtEnabled": {"bool": True},
+                "resource.kubernetes.io/numaNode": {"int": 0},
+            },
+        }
+        for cpu in cpus
+    ]
+    pool = {"name": NODE, "generation": 1, "resourceSliceCount": 1}
+    spec = {"driver": "dra.cpu", "nodeName": NODE, "pool": pool, "devices": devices}
+    client = ApiServer(Access(source="test", host="127.0.0.1", port=api.port, tls=False))
+    try:
+        await client.create(SLICES, {"metadata": {"name": f"{NODE}-dra.cpu"}, "spec": spec})
+    finally:
+        await client.close()
 
 
 async def test_what_the_agents_own_pods_hold_is_not_taken_for_anothers_after_a_lost_ledger(

@@ -1,4 +1,5 @@
-"""Which devices other device plugins and DRA drivers offer, and which of our resources therefore are not served.
+"""Which devices and CPUs other device plugins and DRA drivers offer, and which of our resources therefore are not
+served.
 
 Two plugins that offer the same device give it away twice: each knows only what it gave itself. So a resource is not
 served while another plugin offers any of its devices, as with kubelet's static CPU manager. A kubelet that starts has
@@ -18,10 +19,14 @@ import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.core.deviceplugin.devices import DeviceResource
+from nodeagent.core.deviceplugin.view import CpuResource
 from nodeagent.core.ledger.foreign import devices_named
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError
 from nodeagent.kube.kubelet.pod_resources import registered
+from nodeagent.managers.dra.other_cpus import cpus_of
+from nodeagent.managers.dra.other_drivers import ByDriver, Published
 from nodeagent.resources.offer import Offer
 from nodeagent.telemetry.once import Once
 
@@ -45,8 +50,8 @@ class OtherOffers:
         self._ids: dict[str, frozenset[str]] = {}
         self._missed_since: dict[str, float] = {}
         """When this kubelet first answered without a resource."""
-        self._published: dict[str, frozenset[str]] = {}
-        """Names of devices, by driver."""
+        self._published: dict[str, Published] = {}
+        """What DRA drivers publish for this node."""
         self._missed: frozenset[str] = frozenset()
         """Drivers that the last look at slices missed."""
         self._unread = Once("registered-devices-unknown")
@@ -76,29 +81,47 @@ class OtherOffers:
         self._forget(lambda name: now - self._missed_since.get(name, now) >= FORGET_S)
         self._tell(self._ids != before)
 
-    def learn_slices(self, names: Mapping[str, Sequence[str]]) -> None:
-        """Take what other DRA drivers publish for this node, by driver."""
-        missed = self._published.keys() - names.keys()
+    def learn_slices(self, published: ByDriver) -> None:
+        """Take what other DRA drivers publish for this node."""
+        missed = self._published.keys() - published.keys()
         kept = {one: self._published[one] for one in missed - self._missed}
         self._missed = frozenset(kept)
-        before, self._published = self._published, kept | {one: frozenset(some) for one, some in names.items()}
+        before, self._published = self._published, {**kept, **published}
         self._tell(self._published != before)
 
-    def refusals(self, inventory: Inventory, offers: Iterable[Offer]) -> Mapping[str, str]:
-        """Return why resources cannot be served, by the name in the configuration."""
-        every = ((offer, self._reason(inventory, offer.resource)) for offer in offers)
+    def refusals(self, inventory: Inventory, offers: Iterable[Offer], reserved: CpuSet = EMPTY) -> Mapping[str, str]:
+        """Return why resources cannot be served, by the name in the configuration. reserved: CPUs that are never
+        granted."""
+        every = ((offer, self._reason(inventory, offer.resource, reserved)) for offer in offers)
         return {offer.config.name: why for offer, why in every if why}
 
-    def _reason(self, inventory: Inventory, resource: object) -> str:
+    def _reason(self, inventory: Inventory, resource: object, reserved: CpuSet) -> str:
+        if isinstance(resource, CpuResource):
+            return self._cpus_reason(inventory, reserved)
         if not isinstance(resource, DeviceResource) or not (self._ids or self._published):
             return ""
         mine = {device.id for device in resource.devices(inventory)}
-        for what, offered in (("device plugin", self._ids), ("DRA driver", self._published)):
+        for what, offered in (("device plugin", self._ids), ("DRA driver", self._names_published())):
             for name, ids in sorted(offered.items()):
                 theirs = devices_named(inventory, ids)
                 both = {one for device in theirs for one in (device, *inventory.excluded_by.get(device, ()))} & mine
                 if both:
                     return _shared(what, name, sorted(both))
+        return ""
+
+    def _names_published(self) -> dict[str, frozenset[str]]:
+        return {driver: one.names for driver, one in self._published.items()}
+
+    def _cpus_reason(self, inventory: Inventory, reserved: CpuSet) -> str:
+        """Return why CPUs cannot be served alongside another driver that hands out CPUs, or "" if they can, as with
+        kubelet's static CPU manager."""
+        for driver, one in sorted(self._published.items()):
+            theirs = cpus_of(one.cpus, inventory)
+            if common := theirs & (inventory.cpus_online - reserved):
+                advice = "; remove that driver"
+                if inventory.cpus_online - theirs:
+                    advice += ", or set reservedCpus so that the two sets of CPUs have none in common"
+                return f"another DRA driver, {driver}, hands out CPUs {common} too{advice}"
         return ""
 
     def _tell(self, changed: bool) -> None:

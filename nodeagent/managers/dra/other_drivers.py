@@ -1,25 +1,36 @@
-"""Which devices other DRA drivers publish for this node: by their ResourceSlices.
+"""Which devices and CPUs other DRA drivers publish for this node: by their ResourceSlices.
 
 Two drivers that publish the same device have it allocated twice: the scheduler knows nothing of what is behind a
 device. It is recognised by its name and by its text attributes, such as `uuid` (gpu.nvidia.com) or
-`resource.kubernetes.io/pciBusID`.
+`resource.kubernetes.io/pciBusID`. CPUs are recognised as other_cpus.py says.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from nodeagent.errors import PeerError
+from nodeagent.managers.dra.other_cpus import OfferedCpus, offered_cpus
 from nodeagent.managers.manager import Manager
 from nodeagent.telemetry.once import Once
 
 PERIOD_S = 600.0
 """Between two looks: with 5,000 nodes the API server gets eight such requests a second."""
 RETRY_S = 30.0
-Names = Mapping[str, Sequence[str]]
-"""Names of devices, by driver."""
+
+
+class Published(NamedTuple):
+    """What one driver publishes for this node."""
+
+    names: frozenset[str] = frozenset()
+    """By which its devices are recognised."""
+    cpus: frozenset[OfferedCpus] = frozenset()
+
+
+ByDriver = Mapping[str, Published]
+"""What is published, by driver."""
 Slices = Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]
 """Return the ResourceSlices of this node. Raises PeerError."""
 
@@ -29,7 +40,7 @@ class OtherDrivers(Manager):
 
     name = "other drivers"
 
-    def __init__(self, slices: Slices, driver: str, take: Callable[[Names], None], *, configured: bool) -> None:
+    def __init__(self, slices: Slices, driver: str, take: Callable[[ByDriver], None], *, configured: bool) -> None:
         """driver: the agent's own. take: takes what is published. configured: whether there is an API server."""
         self._slices = slices
         self._driver = driver
@@ -54,12 +65,14 @@ class OtherDrivers(Manager):
         return True
 
 
-def published(slices: Iterable[Mapping[str, Any]], own: str) -> dict[str, list[str]]:
-    """Return the names of the devices in slices of all drivers but one, by driver."""
-    found: dict[str, list[str]] = {}
+def published(slices: Iterable[Mapping[str, Any]], own: str) -> dict[str, Published]:
+    """Return what slices of all drivers but one have, by driver."""
+    found: dict[str, Published] = {}
     for spec in (one.get("spec") or {} for one in slices):
         if (driver := str(spec.get("driver", ""))) != own:
-            found.setdefault(driver, []).extend(_names(spec.get("devices") or ()))
+            known, devices = found.get(driver, Published()), spec.get("devices") or ()
+            cpus = known.cpus.union(offered_cpus(driver, devices))
+            found[driver] = Published(known.names.union(_names(devices)), cpus)
     return found
 
 

@@ -53,6 +53,26 @@ def static(shared: str) -> str:
     return f'{{"policyName":"static","defaultCpuSet":"{shared}","checksum":1}}'
 
 
+# ---------------------------------------------------------------- other drivers
+
+
+@pytest.mark.parametrize("socket", ["dra.cpu-reg.sock", "dra.cpu-1234-reg.sock"])
+def test_a_driver_that_hands_out_cpus_too_is_a_note_while_kubelet_has_its_socket(node: Node, socket: str) -> None:
+    """Without an API server nothing else shows it. Where no CPUs are served it concerns no one."""
+    node.starts()
+    put(node.dir / "plugins_registry" / socket, "")
+    put(node.dir / "plugins_registry/gpu.nvidia.com-reg.sock", "")
+    node.look('{"resources": [{"name": "cpu", "kind": "cpu"}]}')
+    (note,) = node.alongside.notes
+    assert note.startswith("the DRA driver dra.cpu is registered with kubelet and hands out CPUs too, as cpu does: ")
+    node.look('{"resources": [{"name": "gpu", "kind": "gpu"}]}')
+    assert node.alongside.notes == []
+    node.look('{"resources": [{"name": "cpu", "kind": "cpu"}]}')
+    (node.dir / "plugins_registry" / socket).unlink()
+    node.look('{"resources": [{"name": "cpu", "kind": "cpu"}]}')
+    assert node.alongside.notes == []
+
+
 # ---------------------------------------------------------------- the system's own CPUs
 
 

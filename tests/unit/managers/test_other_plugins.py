@@ -10,10 +10,13 @@ from typing import Any
 
 import msgspec
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config
 from nodeagent.core.ledger.ledger import Ledger
+from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.health import NO_HEALTH
@@ -183,6 +186,99 @@ def test_what_another_driver_published_counts_until_two_looks_have_missed_it(oth
         assert list(others.refusals(MACHINE, served(GPUS))) == ["gpu"]
     others.learn_slices({})
     assert others.refusals(MACHINE, served(GPUS)) == {}
+
+
+# ---------------------------------------------------------------- CPUs
+
+BIG = inventory_of(even_rows(2, 1, 1, 4, 1))
+"""Eight CPUs: 0-3 on node 0, 4-7 on node 1."""
+
+
+def cpu_slice(*devices: Mapping[str, object], driver: str = "dra.cpu") -> dict[str, Any]:
+    return {"spec": {"driver": driver, "nodeName": "node-a", "devices": list(devices)}}
+
+
+def one_cpu(cpu: int) -> dict[str, object]:
+    """A CPU as dra-driver-cpu publishes it in its mode `individual`; its name is not the CPU's number."""
+    numbers = {"numaNodeID": cpu // 4, "socketID": cpu // 4, "cacheL3ID": 0, "coreID": cpu % 4, "cpuID": cpu}
+    return {
+        "name": f"cpudev{cpu + 1:03d}",
+        "attributes": {
+            **{f"dra.cpu/{name}": {"int": number} for name, number in numbers.items()},
+            "dra.cpu/smtEnabled": {"bool": False},
+            "dra.cpu/coreType": {"string": "standard"},
+            "resource.kubernetes.io/numaNode": {"int": cpu // 4},
+        },
+    }
+
+
+def group(name: str, **numbers: int) -> dict[str, object]:
+    """CPUs as it publishes them in its mode `grouped`: those that it reserves itself are not told."""
+    attributes = {one.replace("__", "/"): {"int": number} for one, number in numbers.items()}
+    return {"name": name, "allowMultipleAllocations": True, "capacity": {"dra.cpu/cpu": {"value": "4"}}} | {
+        "attributes": {"dra.cpu/smtEnabled": {"bool": False}, **attributes}
+    }
+
+
+OF_NODE_0 = group("cpudevnuma000", **{"dra.cpu__numCPUs": 4, "resource.kubernetes.io__numaNode": 0})
+OF_SOCKET_0 = group("cpudevsocket000", **{"dra.cpu__numCPUs": 4, "dra.cpu__socketID": 0})
+REMOVE = "too; remove that driver"
+APART = ", or set reservedCpus so that the two sets of CPUs have none in common"
+
+
+@pytest.mark.parametrize(
+    ("devices", "reserved", "why"),
+    [
+        ([one_cpu(2), one_cpu(3)], "0", f"2-3 {REMOVE}{APART}"),
+        ([one_cpu(2), one_cpu(3)], "2-4", ""),
+        ([one_cpu(one) for one in range(8)], "0", f"1-7 {REMOVE}"),
+        ([OF_NODE_0], "0-1", f"2-3 {REMOVE}{APART}"),
+        ([OF_NODE_0], "0-3", ""),
+        ([OF_SOCKET_0], "0-3", f"4-7 {REMOVE}"),
+        ([group("cpudevmachine", **{"dra.cpu__numCPUs": 8})], "0", f"1-7 {REMOVE}"),
+        ([group("unnamed")], "0", f"1-7 {REMOVE}"),
+        ([], "0", ""),
+    ],
+)
+def test_cpus_that_another_driver_hands_out_are_not_served(
+    others: OtherOffers, devices: list[Mapping[str, object]], reserved: str, why: str
+) -> None:
+    """Unless the two sets of CPUs have none in common, as with kubelet's static CPU manager."""
+    others.learn_slices(published([cpu_slice(*devices)], "nodeagent.dev"))
+    expected = {"cpu": f"another DRA driver, dra.cpu, hands out CPUs {why}"} if why else {}
+    assert others.refusals(BIG, served(CPUS, GPUS), CpuSet.parse(reserved)) == expected
+
+
+def test_cpus_are_recognized_whatever_the_driver_is_called_and_no_other_device_is_taken_for_cpus(
+    others: OtherOffers,
+) -> None:
+    attributes = {"numaNode": {"int": 0}, "cpus": {"string": "0-3"}, "cpuID": {"string": "1"}, "odd": None}
+    near = {"name": "gpu-0", "attributes": attributes}
+    others.learn_slices(published([cpu_slice(near, driver="gpu.example")], "nodeagent.dev"))
+    assert others.refusals(BIG, served(CPUS)) == {}
+    others.learn_slices(published([cpu_slice(one_cpu(5), driver="cpu.example")], "nodeagent.dev"))
+    assert list(others.refusals(BIG, served(CPUS))) == ["cpu"]
+
+
+def test_cpus_that_were_published_count_until_two_looks_have_missed_them(others: OtherOffers) -> None:
+    others.learn_slices(published([cpu_slice(one_cpu(5))], "nodeagent.dev"))
+    others.learn_slices({})
+    assert list(others.refusals(BIG, served(CPUS))) == ["cpu"]
+    others.learn_slices({})
+    assert others.refusals(BIG, served(CPUS)) == {}
+
+
+@given(st.sets(st.integers(0, 7)), st.sets(st.integers(0, 7)), st.booleans())
+def test_no_cpu_is_served_that_another_driver_may_hand_out(theirs: set[int], reserved: set[int], grouped: bool) -> None:
+    """Individually or by NUMA node: refused just if a CPU could be given away by both."""
+    nodes = {one // 4 for one in theirs}
+    groups = [group(f"n{one}", **{"dra.cpu__numCPUs": 1, "dra.cpu__numaNodeID": one}) for one in nodes]
+    others = OtherOffers(Path("/none"), Clock())
+    devices = groups if grouped else [one_cpu(one) for one in theirs]
+    others.learn_slices(published([cpu_slice(*devices)], "nodeagent.dev"))
+    may = {one for one in range(8) if one // 4 in nodes} if grouped else theirs
+    refused = others.refusals(BIG, served(CPUS), CpuSet(reserved))
+    assert bool(refused) == bool(may & ({*range(8)} - reserved))
 
 
 async def test_an_api_server_that_does_not_answer_changes_nothing(others: OtherOffers) -> None:

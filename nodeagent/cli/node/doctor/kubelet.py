@@ -6,13 +6,13 @@ from nodeagent.cli.node.doctor.model import DENIED, Check, Finding, failure, ok,
 from nodeagent.cli.node.doctor.node import Node
 from nodeagent.errors import InputError
 from nodeagent.kube.kubelet.pod_resources import registered
+from nodeagent.managers.dra.other_cpus import REGISTRY, registered_cpu_drivers
 from nodeagent.managers.kubelet import SOCKET
 from nodeagent.managers.kubelet_conflicts import contradictions, managed_elsewhere, undetermined
 from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY
 
 PLUGINS = "device-plugins"
 POD_RESOURCES = "pod-resources/kubelet.sock"
-REGISTRY = "plugins_registry"
 DRIVERS = ("systemd", "cgroupfs")
 KUBEPODS = {"systemd": "kubepods.slice", "cgroupfs": "kubepods"}
 
@@ -147,6 +147,11 @@ def _drivers(node: Node) -> Finding:
     except OSError as error:
         raise InputError(f"{folder} cannot be read: {error.strerror}") from None
     others = [name for name in names if not name.startswith(node.config.dra.driver) and not name.startswith(".")]
+    if node.serves(CPU) and (drivers := registered_cpu_drivers(node.kubelet_dir)):
+        return warning(
+            f"the DRA driver {', '.join(drivers)} hands out CPUs, and so does the agent",
+            "remove one of the two, or set reservedCpus and that driver's so that they have no CPU in common",
+        )
     return ok(f"other drivers: {', '.join(others)}" if others else "no other driver is registered")
 
 

@@ -391,6 +391,15 @@ def test_an_unreadable_configuration_of_kubelet_names_what_is_not_served_for_it(
     assert finding.state is FAILURE and finding.seen.endswith("these are not served: cpu, pages")
 
 
+def test_a_dra_driver_that_hands_out_cpus_too_is_a_warning_where_cpus_are_served(built: BuiltNode) -> None:
+    built.kubelet_file("plugins_registry/dra.cpu-reg.sock")
+    built.configure(resources=PAGES)
+    assert found("kubelet.drivers", built).state is OK
+    built.configure(resources=CPUS_BY_CLAIM)
+    finding = found("kubelet.drivers", built)
+    assert finding.state is WARNING and "dra.cpu hands out CPUs" in finding.seen and finding.fix
+
+
 def test_what_may_not_be_read_is_unknown_and_says_why(built: BuiltNode) -> None:
     """A folder in the place of a file stands for a lack of rights, which root does not have."""
     (built.root / "proc/swaps").mkdir()
