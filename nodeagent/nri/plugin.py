@@ -18,19 +18,16 @@ import enum
 import random
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import structlog
-from google.protobuf.message import DecodeError
 from msgspec.structs import replace
 
-from nodeagent.core.model.container import Update
 from nodeagent.errors import ConfigError, NodeagentError, PeerError, cause_of
 from nodeagent.nri.service import Handler, PluginService
-from nodeagent.nri.translation import write_update
 from nodeagent.nri.ttrpc import Code, RpcError, TtrpcConnection
 from nodeagent.pb import nri_pb2 as pb
 from nodeagent.telemetry import metrics
@@ -39,8 +36,6 @@ from nodeagent.telemetry.once import Once
 RUNTIME = "nri.pkg.api.v1alpha1.Runtime"
 SERVES, CALLS = 1, 2
 """Trunk ids of the plugin's service and of the runtime's."""
-UPDATE_S = 30.0
-"""Deadline of an unsolicited update, during which the runtime changes container after container."""
 
 
 class Reason(enum.StrEnum):
@@ -160,24 +155,6 @@ class NriPlugin:
                 self._lost(error)
             await asyncio.sleep(self._retry_s * self._jitter.uniform(0.75, 1.0))
             self._retry_s = min(2 * self._retry_s, self._pace.last_retry_s)
-
-    async def update_containers(self, updates: Sequence[Update], *, timeout_s: float = UPDATE_S) -> tuple[str, ...]:
-        """Make the runtime change containers now. Return the ids of those that it reports as failed.
-
-        Raise PeerError if there is no runtime, or if it fails the whole call (containerd does if one
-        container fails, without naming it). Never call this from a Handler's method: the runtime and the
-        agent would wait for each other."""
-        if self._connection is None or not self._standing.connected:
-            why = f"{self._socket} is not connected: {self._standing.reason}"
-            raise PeerError(f"cannot update {len(updates)} containers: {why}")
-        request = pb.UpdateContainersRequest(update=[write_update(one) for one in updates])
-        answer = await self._connection.call(
-            RUNTIME, "UpdateContainers", request.SerializeToString(), timeout_s=timeout_s
-        )
-        try:
-            return tuple(one.container_id for one in pb.UpdateContainersResponse.FromString(answer).failed)
-        except DecodeError as error:
-            raise PeerError(f"cannot read what {self._socket} answers to an update: {error}") from None
 
     def reconnect(self, why: str) -> None:
         """End the connection, if there is one, and connect again: the runtime is assumed to have stopped asking."""

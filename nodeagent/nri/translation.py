@@ -70,8 +70,6 @@ def read_resources(resources: pb.LinuxResources, container_id: str) -> core.Reso
         cpus=_read_set(cpu.cpus, "cpus", container_id),
         mems=_read_set(cpu.mems, "mems", container_id),
         hugepage_limits=_read_limits(resources.hugepage_limits, container_id),
-        cpu_quota_us=cpu.quota.value if cpu.HasField("quota") else None,
-        cpu_period_us=cpu.period.value if cpu.HasField("period") else None,
     )
 
 

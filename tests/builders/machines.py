@@ -65,7 +65,6 @@ class Shape:
     """(node, page bytes) -> (total, free, surplus)."""
     reserved: Mapping[int, int] = dataclasses.field(default_factory=dict)
     """page bytes -> reserved pages of the machine."""
-    overcommit: Mapping[int, int] = dataclasses.field(default_factory=dict)
     capacities: Sequence[int] = ()
     """cpu_capacity per core."""
     base_khz: Sequence[int] = ()
@@ -247,7 +246,7 @@ def _write_hugepages(tree: _Tree, shape: Shape) -> None:
         folder = f"sys/kernel/mm/hugepages/{name}"
         _write_pool(tree, folder, tuple(map(sum, zip(*pools.values(), strict=True))))
         tree.write(f"{folder}/resv_hugepages", str(shape.reserved.get(size, 0)))
-        tree.write(f"{folder}/nr_overcommit_hugepages", str(shape.overcommit.get(size, 0)))
+        tree.write(f"{folder}/nr_overcommit_hugepages", "0")
 
 
 def _write_pool(tree: _Tree, folder: str, counts: Iterable[int]) -> None:

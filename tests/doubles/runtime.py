@@ -210,14 +210,11 @@ class FakeRuntime:
         was late to answer Synchronize."""
         self.pods: dict[str, pb.PodSandbox] = {}
         self.containers: dict[str, pb.Container] = {}
-        self.refuses: set[str] = set()
-        """Containers whose update fails."""
         self.violations: list[ContractViolation] = []
         self.connections = 0
         self.plugin: _Plugin | None = None
         self._server: asyncio.Server | None = None
         self._starting: set[asyncio.Task[None]] = set()
-        self._creating = ""
         self._news = News()
 
     async def __aenter__(self) -> Self:
@@ -294,7 +291,6 @@ class FakeRuntime:
     async def create(self, name: str, **fields: Any) -> pb.CreateContainerResponse:
         """PluginRefusedError, with nothing created, where the plugin says so. Without a plugin none is asked."""
         container = self.add(name, state=pb.CONTAINER_CREATED, **fields)
-        self._creating = container.id
         try:
             answer = await self.ask(
                 pb.CREATE_CONTAINER, "CreateContainer", self._of(pb.CreateContainerRequest, container)
@@ -302,8 +298,6 @@ class FakeRuntime:
         except PluginRefusedError:
             del self.containers[container.id]
             raise
-        finally:
-            self._creating = ""
         answer = answer or pb.CreateContainerResponse()
         container.linux.resources.cpu.MergeFrom(answer.adjust.linux.resources.cpu)
         self._apply(answer.update, created=container.id)
@@ -372,18 +366,14 @@ class FakeRuntime:
     def _of(self, kind: Any, container: pb.Container) -> Any:
         return kind(pod=self.pods[container.pod_sandbox_id], container=container)
 
-    def _apply(self, updates: Iterable[pb.ContainerUpdate], created: str = "") -> list[pb.ContainerUpdate]:
-        """What failed. Containers that are not there are passed over."""
-        failed = []
+    def _apply(self, updates: Iterable[pb.ContainerUpdate], created: str = "") -> None:
+        """Containers that are not there are passed over."""
         for update in updates:
             if update.container_id == created:
                 self.violated(f"update of {created} during its creation")
-            elif update.container_id in self.refuses:
-                failed.append(update)
             elif update.container_id in self.containers:
                 self.containers[update.container_id].linux.resources.cpu.MergeFrom(update.linux.resources.cpu)
         self._news.tell()
-        return failed
 
     # The plugin's connection
 
@@ -448,11 +438,7 @@ class FakeRuntime:
                 self.violated(f"invalid plugin {asked}")
             plugin.registered.set()
             return ttrpc_pb2.Response()
-        if not plugin.registered.is_set() or self._creating:
-            self.violated(f"{request.method} before the plugin was registered, or from inside an answer")
-        update = pb.UpdateContainersRequest.FromString(request.payload)
-        answer = pb.UpdateContainersResponse(failed=self._apply(update.update))
-        return ttrpc_pb2.Response(payload=answer.SerializeToString())
+        return ttrpc_pb2.Response(status=ttrpc_pb2.Status(code=12, message=f"method {request.method}"))
 
     def forget(self) -> None:
         """The plugin is asked no more, and its connection stays open."""

@@ -7,7 +7,7 @@ block/bfq-cgroup.c.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import msgspec
@@ -77,14 +77,6 @@ NO_LIMITS = IoLimits()
 
 def _lower(one: int | None, other: int | None) -> int | None:
     return min((value for value in (one, other) if value is not None), default=None)
-
-
-def all_of(limits: Iterable[IoLimits]) -> IoLimits:
-    """Return what satisfies all of them."""
-    found = NO_LIMITS
-    for one in limits:
-        found = found.with_both(one)
-    return found
 
 
 def lines_of(limits: IoLimits, weight_file: str) -> dict[str, str]:

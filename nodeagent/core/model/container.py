@@ -73,9 +73,6 @@ class Resources(msgspec.Struct, frozen=True, kw_only=True):
     """NUMA nodes."""
     hugepage_limits: Mapping[int, int] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Limit in bytes, by page_bytes."""
-    cpu_quota_us: int | None = None
-    """CPU time per period; negative means unlimited."""
-    cpu_period_us: int | None = None
 
 
 class Container(msgspec.Struct, frozen=True, kw_only=True):

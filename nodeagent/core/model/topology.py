@@ -70,7 +70,6 @@ class HugepagePool(msgspec.Struct, frozen=True, kw_only=True):
     """Reserved for a mapping and not yet faulted. Most kernels report only a machine-wide number, which is then
     assigned to the pool of the node with the most free pages."""
     surplus_pages: int = 0
-    overcommit_pages: int = 0
     own_used_pages: int | None = None
     """Pages faulted by our holders, or None if they cannot be distinguished from those of other users."""
     own_reserved_pages: int | None = None

@@ -76,7 +76,6 @@ class Hugetlb(msgspec.Struct, frozen=True, kw_only=True):
     has_rsvd: bool = False
     """Kernels before 5.7 have no limit on reservations."""
     current_bytes: int | None = None
-    rsvd_current_bytes: int | None = None
     failures: int | None = None
     """How often a limit was hit (hugetlb.SIZE.events, "max")."""
 
@@ -354,7 +353,6 @@ def _pages(folder: _Folder, stem: str, parts: CgroupPart) -> Hugetlb | None:
         rsvd_max_bytes=rsvd_max_bytes,
         has_rsvd=has_rsvd,
         current_bytes=folder.count(f"{stem}.current") if use else None,
-        rsvd_current_bytes=folder.count(f"{stem}.rsvd.current") if use else None,
         failures=folder.counts(f"{stem}.events").get("max") if use else None,
     )
 

@@ -1,10 +1,9 @@
 """Hugepage pools: how many pages of each size each NUMA node has, and how many are unused.
 
 Pools are read from /sys/devices/system/node/nodeN/hugepages, or from /sys/kernel/mm/hugepages on a machine
-without node folders. Reserved pages and overcommit exist only for the machine as a whole
-(Documentation/admin-guide/mm/hugetlbpage.rst). Reserved pages are assigned to the nodes with the most free
-pages, at most as many as a node has free; overcommit is assigned to the node with the most free pages. So the
-sums over all nodes match the kernel's.
+without node folders. Reserved pages exist only for the machine as a whole
+(Documentation/admin-guide/mm/hugetlbpage.rst). They are assigned to the nodes with the most free pages, at most as
+many as a node has free. So the sums over all nodes match the kernel's.
 """
 
 from __future__ import annotations
@@ -78,14 +77,13 @@ def _count(text: str) -> int:
 
 
 def _with_promises(reader: ListReader, pools: list[HugepagePool]) -> Iterable[HugepagePool]:
-    """Return the pools of one page size, with the machine-wide reserved pages and overcommit assigned to them."""
+    """Return the pools of one page size, with the machine-wide reserved pages assigned to them."""
     folder = f"{_GLOBAL}/{_PREFIX}{pools[0].page_bytes >> 10}{_SUFFIX}"
     reserved = _promised(reader, f"{folder}/resv_hugepages")
-    overcommit = _promised(reader, f"{folder}/nr_overcommit_hugepages")
     for pool in sorted(pools, key=lambda pool: (-pool.free_pages, pool.node)):
         here = min(reserved, pool.free_pages)
-        yield msgspec.structs.replace(pool, reserved_pages=here, overcommit_pages=overcommit)
-        reserved, overcommit = reserved - here, 0
+        yield msgspec.structs.replace(pool, reserved_pages=here)
+        reserved -= here
 
 
 def _promised(reader: ListReader, path: str) -> int:

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 
 from nodeagent.errors import HostError
 
-NESTED = 0x8000
 _KIND = 0x3FFF
 """The bits of an attribute's type without its flags."""
 _HEAD = struct.Struct("=HH")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -20,7 +22,6 @@ from nodeagent.core.blockio.limits import (
     WEIGHT,
     IoLimits,
     alike,
-    all_of,
     lines_of,
     parse,
 )
@@ -87,6 +88,10 @@ def test_the_watch_knows_every_file_that_is_written() -> None:
 
 
 # ---------------------------------------------------------------- several limits
+
+
+def all_of(several: Iterable[IoLimits]) -> IoLimits:
+    return functools.reduce(IoLimits.with_both, several, NO_LIMITS)
 
 
 @given(st.lists(limits, max_size=4))

@@ -59,9 +59,8 @@ def test_pools_of_a_node_come_by_page_size(tmp_path: Path) -> None:
 
 def test_reserved_pages_of_the_machine_stand_where_most_pages_are_free(tmp_path: Path) -> None:
     pages = {(0, 2 * MIB): (100, 10, 0), (1, 2 * MIB): (100, 90, 0)}
-    found = pools(machine(tmp_path, "2s2n8c", hugepages=pages, reserved={2 * MIB: 40}, overcommit={2 * MIB: 7}))
+    found = pools(machine(tmp_path, "2s2n8c", hugepages=pages, reserved={2 * MIB: 40}))
     assert [found[node, 2 * MIB].reserved_pages for node in (0, 1)] == [0, 40]
-    assert [found[node, 2 * MIB].overcommit_pages for node in (0, 1)] == [0, 7]
 
 
 def test_no_node_holds_more_reserved_than_free_pages_and_none_is_lost(tmp_path: Path) -> None:
@@ -71,10 +70,10 @@ def test_no_node_holds_more_reserved_than_free_pages_and_none_is_lost(tmp_path: 
 
 
 def test_a_machine_without_node_folders_has_its_pools_on_node_0(tmp_path: Path) -> None:
-    root = machine(tmp_path, "1s1n4c", hugepages={(0, MIB): (8, 6, 1)}, reserved={MIB: 2}, overcommit={MIB: 3})
+    root = machine(tmp_path, "1s1n4c", hugepages={(0, MIB): (8, 6, 1)}, reserved={MIB: 2})
     shutil.rmtree(root / "sys/devices/system/node")
     assert pools(root)[0, MIB] == HugepagePool(
-        node=0, page_bytes=MIB, total_pages=8, free_pages=6, reserved_pages=2, surplus_pages=1, overcommit_pages=3
+        node=0, page_bytes=MIB, total_pages=8, free_pages=6, reserved_pages=2, surplus_pages=1
     )
 
 

@@ -15,7 +15,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.core.model.container import RUNNING, UNKNOWN, Adjustment, Container, Pod, Resources, Update
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.errors import ConfigError, HostError, InputError, PeerError, Refused
+from nodeagent.errors import ConfigError, HostError, InputError, Refused
 from nodeagent.nri.plugin import NriPlugin, NriTiming
 from nodeagent.nri.service import event_mask
 from nodeagent.nri.translation import page_bytes, page_name, read_container, read_pod, write_update
@@ -201,8 +201,6 @@ async def test_what_the_runtime_says_of_a_container_arrives(folder: Path) -> Non
                 cpus=CpuSet.parse("0-3,8"),
                 mems=CpuSet([1]),
                 hugepage_limits={1 << 30: 2 << 30},
-                cpu_quota_us=50_000,
-                cpu_period_us=100_000,
             ),
             pid=77,
         )
@@ -416,34 +414,18 @@ async def test_kubelet_s_resize_is_heard_and_the_cpus_stay_ours(folder: Path) ->
         await runtime.create("web")
         cpu = pb.LinuxCPU(cpus="0-7", quota=pb.OptionalInt64(value=-1), period=pb.OptionalUInt64(value=100_000))
         await runtime.resize("web", pb.LinuxResources(cpu=cpu))
-        assert desk.resources == Resources(cpus=CpuSet(range(8)), cpu_quota_us=-1, cpu_period_us=100_000)
+        assert desk.resources == Resources(cpus=CpuSet(range(8)))
         assert runtime.cpus("web") == "0,2-7"
 
 
-async def test_containers_are_updated_unasked_and_what_failed_is_returned(folder: Path) -> None:
-    changes = Changes()
-    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, Desk(), changes)) as plugin:
-        runtime.add("a")
-        runtime.add("b")
-        runtime.refuses.add("id-b")
-        await changes.until(lambda: plugin.standing.connected)
-        updates = [Update(container_id=f"id-{name}", cpus=CpuSet([5])) for name in ("a", "b", "gone")]
-        assert await plugin.update_containers(updates) == ("id-b",)
-        assert runtime.cpus("a") == "5"
-
-
 async def test_updates_of_a_thousand_containers_fit_into_the_runtime_s_buffers(folder: Path) -> None:
-    changes = Changes()
-    async with FakeRuntime(folder) as runtime, running(plugin_at(runtime.socket, Desk(), changes)) as plugin:
-        await changes.until(lambda: plugin.standing.connected)
-        updates = [Update(container_id=f"{number:064x}", cpus=CpuSet([5])) for number in range(1000)]
-        assert await plugin.update_containers(updates) == ()
-
-
-async def test_without_a_runtime_an_update_says_so(folder: Path) -> None:
-    plugin = plugin_at(folder / "nri.sock", Desk())
-    with pytest.raises(PeerError, match=r"cannot update 1 containers: .*/nri.sock is not connected: not started"):
-        await plugin.update_containers([Update(container_id="x")])
+    names = [f"{number:064x}" for number in range(1000)]
+    async with FakeRuntime(folder) as runtime:
+        for name in names:
+            runtime.add(name)
+        async with running(plugin_at(runtime.socket, Desk())):
+            await runtime.connected()
+            assert {runtime.cpus(name) for name in names} == {"0-7"}
 
 
 async def test_a_runtime_may_come_late(folder: Path) -> None:
@@ -525,8 +507,6 @@ async def test_connected_means_synchronized(folder: Path) -> None:
         runtime.synchronize_after = asyncio.Event()
         await changes.until(lambda: plugin.standing.reason == "configured, waiting to be synchronized")
         assert not plugin.standing.connected
-        with pytest.raises(PeerError, match="is not connected: configured, waiting to be synchronized"):
-            await plugin.update_containers([])
         runtime.synchronize_after.set()
         await changes.until(lambda: plugin.standing.connected)
 
@@ -742,7 +722,7 @@ state = "{0}/state"
 
 @pytest.mark.skipif(not CONTAINERD.exists(), reason=f"no containerd: NODEAGENT_E2E_BIN has no {CONTAINERD}")
 @pytest.mark.skipif(os.geteuid() != 0, reason="containerd needs root")
-async def test_a_real_containerd_takes_the_plugin_and_its_updates_again_after_a_kill(folder: Path) -> None:
+async def test_a_real_containerd_takes_the_plugin_again_after_a_kill(folder: Path) -> None:
     desk, changes = Desk(), Changes()
     config = folder / "config.toml"
     config.write_text(CONFIG.format(folder))
@@ -755,9 +735,6 @@ async def test_a_real_containerd_takes_the_plugin_and_its_updates_again_after_a_
             try:
                 await changes.until(lambda: plugin.standing.connected)
                 assert plugin.standing.runtime == "containerd"
-                for count in (1, 100, 10_000):
-                    updates = [Update(container_id=f"{n:064x}", cpus=CpuSet([0])) for n in range(count)]
-                    assert await plugin.update_containers(updates) == ()
             finally:
                 daemon.kill()
                 await daemon.wait()
