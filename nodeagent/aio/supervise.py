@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import structlog
 
+from nodeagent.aio.revision import Revision
 from nodeagent.errors import NodeagentError
 
 T = TypeVar("T")
@@ -35,6 +36,15 @@ async def race(*works: Awaitable[object]) -> None:
         await cancel_all(tasks)
     for task in done:
         task.result()
+
+
+async def after_each(news: Revision, look: Callable[[], Awaitable[None]], *, every_s: float) -> None:
+    """Look at once, then after each change that `news` counts, and periodically even without one, until cancelled. What
+    changes during a look is looked at again."""
+    while True:
+        seen = news.value
+        await look()
+        await race(news.changed(seen), asyncio.sleep(every_s))
 
 
 async def run_to_end(work: Coroutine[Any, Any, T]) -> T:

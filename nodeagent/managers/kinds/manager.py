@@ -7,11 +7,10 @@ was killed, or an admin released the claim) is undone as soon as it is seen.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
-from nodeagent.aio.supervise import race, run_to_end
+from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import HostError, InputError, StateError
 from nodeagent.host.devices.base import Kind
@@ -111,10 +110,7 @@ class KindsManager(Manager):
 
     async def lead(self) -> None:
         """Undo what no grant holds: at the start, after each change of the ledger, and periodically."""
-        while True:
-            seen = self._agent.revisions.ledger.value
-            await self.recover()
-            await race(self._agent.revisions.ledger.changed(seen), asyncio.sleep(LOOK_S))
+        await after_each(self._agent.revisions.ledger, self.recover, every_s=LOOK_S)
 
     async def recover(self) -> None:
         """Undo what no grant holds, while the ledger is known to be complete."""

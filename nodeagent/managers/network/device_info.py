@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from nodeagent.aio.revision import Revision
-from nodeagent.aio.supervise import race, run_to_end
+from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.model.device import Device
@@ -73,10 +73,7 @@ class DeviceInfoManager(Manager):
 
     async def lead(self) -> None:
         """Write missing files and remove those of what is no longer held: after each change, and periodically."""
-        while True:
-            seen = self._news.value
-            await self.settle()
-            await race(self._news.changed(seen), asyncio.sleep(LOOK_S))
+        await after_each(self._news, self.settle, every_s=LOOK_S)
 
     async def settle(self) -> None:
         """Look once, as `lead` does."""

@@ -22,7 +22,7 @@ from pathlib import Path
 import structlog
 
 from nodeagent.aio.revision import Revision
-from nodeagent.aio.supervise import race, run_to_end
+from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.core.dra.interfaces import interface_names, interface_of
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import CLAIM, Grant
@@ -210,10 +210,7 @@ class InterfacesManager(Manager):
     async def lead(self) -> None:
         """Compare what is recorded with the ledger and the runtime's pods: at the start, after each change, and
         periodically."""
-        while True:
-            seen = self._news.value
-            await self.settle()
-            await race(self._news.changed(seen), asyncio.sleep(LOOK_S))
+        await after_each(self._news, self.settle, every_s=LOOK_S)
 
     async def settle(self) -> None:
         """Give back what no claim holds or whose pod has ended, and complete what a pod should have."""

@@ -7,11 +7,10 @@ killed, or an admin released the claim) is set back as soon as it is seen.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from nodeagent.aio.supervise import race, run_to_end
+from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.core.dra.interfaces import vf_of
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.errors import HostError, StateError
@@ -120,10 +119,7 @@ class VfPropertiesManager(Manager):
 
     async def lead(self) -> None:
         """Set back what no claim holds: at the start, after each change of the ledger, and periodically."""
-        while True:
-            seen = self._agent.revisions.ledger.value
-            await self.recover()
-            await race(self._agent.revisions.ledger.changed(seen), asyncio.sleep(LOOK_S))
+        await after_each(self._agent.revisions.ledger, self.recover, every_s=LOOK_S)
 
     async def recover(self) -> None:
         """Set back what no claim holds, while the ledger is known to be complete."""

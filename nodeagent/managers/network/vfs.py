@@ -8,7 +8,6 @@ after RETRY_S.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from nodeagent.aio.revision import Revision
-from nodeagent.aio.supervise import race, run_to_end
+from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.config.schema import Config
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.network.vfs import VfPlan, VfRule, plans
@@ -80,10 +79,7 @@ class VfsManager(Manager):
 
     async def lead(self) -> None:
         """Compare the machine with the configuration after each change, and periodically."""
-        while True:
-            seen = self._news.value
-            await self.settle()
-            await race(self._news.changed(seen), asyncio.sleep(LOOK_S))
+        await after_each(self._news, self.settle, every_s=LOOK_S)
 
     async def settle(self) -> None:
         """Change what is to be changed now."""

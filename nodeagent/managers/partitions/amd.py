@@ -19,7 +19,7 @@ import structlog
 from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
-from nodeagent.aio.supervise import race, run_to_end
+from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.config.schema import Config
 from nodeagent.core.ledger.exclusion import blocked, excluded_with, things_of
 from nodeagent.core.model.grant import DEVICE_PLUGIN, Grant, Holder
@@ -95,10 +95,7 @@ class AmdPartitionsManager(Manager):
 
     async def lead(self) -> None:
         """Compare the GPUs with the configuration after each change, and periodically."""
-        while True:
-            seen = self._news.value
-            await self.settle()
-            await race(self._news.changed(seen), asyncio.sleep(LOOK_S))
+        await after_each(self._news, self.settle, every_s=LOOK_S)
 
     async def settle(self) -> None:
         """Change what is to be changed now."""
