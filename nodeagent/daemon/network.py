@@ -36,6 +36,55 @@ def with_interfaces_in_pods(inventory: Inventory, where: Paths, boot_id: str) ->
     return as_on_host(inventory, InterfaceJournal(where.state_dir, boot_id).read())
 
 
+def _device_info(
+    agent: Agent, where: Paths, families: Sequence[all_kinds.Kind], config: Callable[[], Config]
+) -> OnDemand[DeviceInfoManager]:
+    """Return what writes device information files."""
+    memory = where.state_dir / state_files.DEVICE_INFO
+
+    def device_info() -> DeviceInfoManager:
+        from nodeagent.managers.network.device_info import DeviceInfoManager
+
+        return DeviceInfoManager(agent, families, memory, config)
+
+    def is_needed() -> bool:
+        return bool(config().network.device_info_dir) or memory.exists()
+
+    return OnDemand("device information", device_info, is_needed, agent.revisions.ledger)
+
+
+def _vfs(
+    agent: Agent, where: Paths, config: Callable[[], Config], rescan: Callable[[], Awaitable[object]]
+) -> OnDemand[VfsManager]:
+    """Return what makes virtual functions. rescan: reads the machine again."""
+
+    def vfs() -> VfsManager:
+        from nodeagent.managers.network.vfs import VfsManager
+
+        return VfsManager(agent, where.sysfs, where.state_dir, config, rescan)
+
+    def is_needed() -> bool:
+        return bool(config().network.vfs) or (where.state_dir / state_files.VFS).exists()
+
+    return OnDemand("virtual functions", vfs, is_needed, agent.revisions.ledger)
+
+
+def _vf_properties(agent: Agent, where: Paths, config: Callable[[], Config]) -> OnDemand[VfPropertiesManager]:
+    """Return what sets virtual functions to what claims want."""
+
+    def vf_properties() -> VfPropertiesManager:
+        from nodeagent.managers.network.vf_properties import VfPropertiesManager
+
+        return VfPropertiesManager(agent, where.state_dir)
+
+    def is_needed() -> bool:
+        if config().network.vf_properties or (where.state_dir / state_files.VF_PROPERTIES).exists():
+            return True
+        return any(vf_of(one) for one in agent.ledger.grants.values())  # as after a reboot
+
+    return OnDemand("properties of virtual functions", vf_properties, is_needed, agent.revisions.ledger)
+
+
 class Network:
     """Device information files, virtual functions and their properties, and interfaces in pods."""
 
@@ -50,33 +99,6 @@ class Network:
     ) -> None:
         """config: returns the current configuration. rescan: reads the machine again. pinning: knows whether the
         runtime calls; asked once everything is built."""
-        memory = where.state_dir / state_files.DEVICE_INFO
-
-        def device_info() -> DeviceInfoManager:
-            from nodeagent.managers.network.device_info import DeviceInfoManager
-
-            return DeviceInfoManager(agent, families, memory, config)
-
-        def has_device_info() -> bool:
-            return bool(config().network.device_info_dir) or memory.exists()
-
-        def vfs() -> VfsManager:
-            from nodeagent.managers.network.vfs import VfsManager
-
-            return VfsManager(agent, where.sysfs, where.state_dir, config, rescan)
-
-        def has_vfs() -> bool:
-            return bool(config().network.vfs) or (where.state_dir / state_files.VFS).exists()
-
-        def vf_properties() -> VfPropertiesManager:
-            from nodeagent.managers.network.vf_properties import VfPropertiesManager
-
-            return VfPropertiesManager(agent, where.state_dir)
-
-        def has_vf_properties() -> bool:
-            if config().network.vf_properties or (where.state_dir / state_files.VF_PROPERTIES).exists():
-                return True
-            return any(vf_of(one) for one in agent.ledger.grants.values())  # as after a reboot
 
         def interfaces() -> InterfacesManager:
             from nodeagent.kube.kubelet_files.claim_state import pods_of
@@ -88,19 +110,17 @@ class Network:
         def is_called() -> bool:
             return self.wanted and pinning().mode == NRI
 
-        def has_interfaces() -> bool:
-            return (
-                config().network.move_interfaces or self.wanted or (where.state_dir / state_files.INTERFACES).exists()
-            )
+        def is_needed() -> bool:
+            recorded = where.state_dir / state_files.INTERFACES
+            return config().network.move_interfaces or self.wanted or recorded.exists()
 
         self.wanted = config().network.move_interfaces or any(map(interface_of, agent.ledger.grants.values()))
         """Whether the runtime is to ask about pods: it learns that when the agent connects, so from the start. Claims
         that were granted while it was allowed keep what they were granted."""
-        ledger = agent.revisions.ledger
-        self._interfaces = OnDemand("interfaces", interfaces, has_interfaces, ledger)
-        self._vfs = OnDemand("virtual functions", vfs, has_vfs, ledger)
-        self._vf_properties = OnDemand("properties of virtual functions", vf_properties, has_vf_properties, ledger)
-        self._device_info = OnDemand("device information", device_info, has_device_info, ledger)
+        self._interfaces = OnDemand("interfaces", interfaces, is_needed, agent.revisions.ledger)
+        self._vfs = _vfs(agent, where, config, rescan)
+        self._vf_properties = _vf_properties(agent, where, config)
+        self._device_info = _device_info(agent, where, families, config)
 
     @property
     def managers(self) -> Sequence[Manager]:
@@ -120,22 +140,8 @@ class Network:
         """Return what prepares claims, with their interfaces and the properties of their virtual functions. These are
         set first, before another driver meets them, and set back first: as long as a function has the address that its
         physical one gave it, its interface may be refused its own."""
-        return sharing, instances, _Both(_VfProperties(self._vf_properties), _Both(passthrough, self))
-
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        """Return those of some claims whose interfaces may be in pods."""
-        one = self._interfaces.if_needed()
-        return one.concerned(uids) if one is not None else ()
-
-    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        """Return why interfaces of claims cannot be moved, by their UIDs."""
-        one = self._interfaces.if_needed()
-        return await one.bind(claims) if one is not None else {}
-
-    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        """Give back the interfaces of claims. Return errors by UID."""
-        one = self._interfaces.if_needed()
-        return await one.give_back(uids) if one is not None else {}
+        properties, interfaces = _IfNeeded(self._vf_properties.if_needed), _IfNeeded(self._interfaces.if_needed)
+        return sharing, instances, _Both(properties, _Both(passthrough, interfaces))
 
     # ---------------------------------------------------------------- for pods
 
@@ -156,22 +162,22 @@ class Network:
         self._interfaces.load().learn(pods)
 
 
-class _VfProperties:
-    """Sets up virtual functions for claims."""
+class _IfNeeded:
+    """Sets up devices for claims with a manager that is asked only where it is needed."""
 
-    def __init__(self, manager: OnDemand[VfPropertiesManager]) -> None:
+    def __init__(self, manager: Callable[[], Passthrough | None]) -> None:
         self._manager = manager
 
     def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        one = self._manager.if_needed()
+        one = self._manager()
         return one.concerned(uids) if one is not None else ()
 
     async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        one = self._manager.if_needed()
+        one = self._manager()
         return await one.bind(claims) if one is not None else {}
 
     async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        one = self._manager.if_needed()
+        one = self._manager()
         return await one.give_back(uids) if one is not None else {}
 
 
