@@ -32,7 +32,7 @@ NIC = {"name": "vf", "kind": "nic", "serve": "dra", "match": {"sriov": "vf"}}
 ASKED = {"mac": "02:00:00:00:00:0a", "vlan": 100, "maxTxRateMbps": 1000, "spoofCheck": False}
 AS_ASKED = Vf(mac="02000000000a", vlan=100, max_rate=1000, spoofchk=0)
 ALLOWED = ["mac", "vlan", "txRate", "spoofCheck"]
-LIVES = share_of(100, 0.08)
+LIVES = share_of(24, 0.33)
 MOST_STEPS = 16
 """More than one call has: before and after each of its changes."""
 
