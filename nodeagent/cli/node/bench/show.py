@@ -15,7 +15,7 @@ LIMITS = (
     "Latency is that of dependent reads in random order, the misses of address translation included; bandwidth is that "
     "of one reading thread on each CPU. Both count only the time in which the thread ran.",
     "Wake-ups are those of ordinary threads, which slept for 1 ms each; with real-time priority they are earlier.",
-    "Whoever else uses the memory or the CPUs meanwhile is in the figures: compare several runs.",
+    "If other programs use the memory or the CPUs meanwhile, the figures include it: compare several runs.",
 )
 
 

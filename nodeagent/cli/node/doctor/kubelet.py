@@ -78,7 +78,7 @@ def _topology_manager(node: Node) -> Finding:
         return ok(f"topologyManagerPolicy is {policy}")
     claims = [one.name for one in node.config.served_by_dra]
     if not claims:
-        return ok(f"topologyManagerPolicy is {policy}; the device plugin tells it the nodes of every id")
+        return ok(f"topologyManagerPolicy is {policy}; the device plugin passes it the nodes of every id")
     return warning(
         f"topologyManagerPolicy is {policy}: kubelet does not count what claims get ({', '.join(claims)}) and may "
         "refuse pods that fit",
