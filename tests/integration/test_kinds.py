@@ -214,7 +214,6 @@ async def _killed_in(node: DraNode, hook: str, claim: ClaimId, said: Path, times
     (said / f"{hook}-s0").unlink()
     await node.agent.start()
     await node.dra.wait_registered(DRIVER, times)
-    await node.agent.until("/v1/grants", lambda grants: grants is not None)
 
 
 async def test_uninstall_has_unprepared_what_a_dead_agent_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

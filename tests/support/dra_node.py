@@ -85,7 +85,8 @@ class DraNode:
         return json.loads((self.folder / "run" / "claims" / claim.uid / "metadata.json").read_text())
 
     async def grants(self) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = (await self.agent.ask("/v1/grants"))[1]
+        """As soon as an agent answers: one that was started again registers before it does."""
+        found: list[dict[str, Any]] = await self.agent.until("/v1/grants", lambda grants: isinstance(grants, list))
         return found
 
 
