@@ -1,6 +1,6 @@
 """Records by key of what a manager changes for holders, one journal for each subject.
 
-What becomes of them with a damaged file, a full disk or a killed agent is said in `host/sysfs/record_file.py`. Here an
+What becomes of them with a damaged file, a full disk or a killed agent is in `host/sysfs/record_file.py`. Here an
 unreadable file counts as empty, and this is logged.
 """
 

@@ -42,7 +42,7 @@ def classes(node: Cluster) -> Object:
 
 
 COUNTERS_GIVEN_BACK = 37
-"""From this minor version on the scheduler tries a device with counters again beside other CPUs."""
+"""From this minor version on the scheduler tries a device with counters again alongside other CPUs."""
 CLAIMS: dict[str, tuple[Object, ...]] = {
     "cpus": (request("r", "cpu", cpus="3"),),
     "near-gpus": (request("cpus", "cpu", cpus="1"), request("gpu", "gpu")),

@@ -145,7 +145,7 @@ def test_claims_that_pods_share_and_pods_with_several_claims(node: Node) -> None
 
 
 def test_a_pod_that_is_resized_in_place_stays_on_its_cpus(node: Node) -> None:
-    """Kubelet writes the quota anew through the runtime, which knows of no cpuset."""
+    """Kubelet writes the quota again through the runtime, which knows of no cpuset."""
 
     def plain(name: str, cpu: str) -> Object:
         amounts = {"cpu": cpu, "memory": "64Mi"}

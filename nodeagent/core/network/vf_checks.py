@@ -53,7 +53,7 @@ class VfPlace(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def value_of(said: VfProperties, which: Property) -> tuple[object, ...]:
-    """Return one property as a value that can be compared, or an empty one if nothing is said of it."""
+    """Return one property as a value that can be compared, or an empty one if it has no value."""
     match which:
         case Property.MAC:
             return (said.mac,) if said.mac else ()

@@ -73,7 +73,7 @@ def _is_meant(request: Request, device: Device) -> bool:
 
 
 def _left_out(request: Request, meant: Iterable[Device]) -> str:
-    """Return in parentheses how many devices a request cannot have, whoever gives some back; "" if there are none."""
+    """Return in parentheses how many devices a request cannot have, whatever pods give back; "" if there are none."""
     out = [one for one in meant if not may_have(request, one)]
     used = sum(one.used_by_host for one in out)
     counts = ((used, "in use by the node"), (len(out) - used, "not offered"))

@@ -108,7 +108,7 @@ def with_devices(question: Question, kind: str, request: Request) -> bool:
 
 
 def _without_devices(ledger: Ledger, gone: frozenset[str]) -> Ledger:
-    """Return the ledger with some devices given back by whoever holds them."""
+    """Return the ledger with some devices given back by their holders."""
 
     def rest(grants: Mapping[str, Grant]) -> Mapping[str, Grant]:
         return MappingProxyType({id: _less(one, gone) for id, one in grants.items()})
