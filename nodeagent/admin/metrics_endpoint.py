@@ -21,7 +21,8 @@ from nodeagent.admin.listener import HttpListener
 from nodeagent.admin.metrics_page import CONTENT_TYPE, MetricsPage
 from nodeagent.aio.supervise import race
 from nodeagent.config.listen import ListenAddress
-from nodeagent.config.schema import Config, MetricsConfig
+from nodeagent.config.operation import MetricsConfig
+from nodeagent.config.schema import Config
 from nodeagent.errors import HostError
 from nodeagent.managers.manager import Manager
 from nodeagent.telemetry.once import Once

@@ -12,13 +12,10 @@ from typing import Any
 
 import msgspec
 
-from nodeagent.config.schema import (
-    LARGEST_PAGE_BYTES,
-    LONGEST_DOMAIN,
-    SMALLEST_PAGE_BYTES,
-    ResourceConfig,
-    schema,
-)
+from nodeagent.config.base import LONGEST_DOMAIN
+from nodeagent.config.hugepages import LARGEST_PAGE_BYTES, SMALLEST_PAGE_BYTES
+from nodeagent.config.resources import ResourceConfig
+from nodeagent.config.schema import schema
 from nodeagent.config.validate import IO_LIMITS, MEANT_FOR, NEEDED, ONLY_DEVICES, POOL_NAME, TOPOLOGY_KINDS
 
 Form = dict[str, Any]

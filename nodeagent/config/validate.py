@@ -11,19 +11,13 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from nodeagent.config.base import LONGEST_DOMAIN
+from nodeagent.config.hugepages import LARGEST_PAGE_BYTES, SMALLEST_PAGE_BYTES, HugepagesConfig
+from nodeagent.config.isolation import IoClassConfig, IoConfig, ResctrlConfig
 from nodeagent.config.listen import ListenAddress
-from nodeagent.config.schema import (
-    LARGEST_PAGE_BYTES,
-    LONGEST_DOMAIN,
-    SMALLEST_PAGE_BYTES,
-    Config,
-    HugepagesConfig,
-    IoClassConfig,
-    IoConfig,
-    MetricsConfig,
-    ResctrlConfig,
-    ResourceConfig,
-)
+from nodeagent.config.operation import MetricsConfig
+from nodeagent.config.resources import ResourceConfig
+from nodeagent.config.schema import Config
 
 LONGEST_SOCKET_BYTES = 107
 """sockaddr_un.sun_path has 108 bytes, with the terminating zero (unix(7))."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from nodeagent.config.schema import PinningConfig, TuningConfig
+from nodeagent.config.isolation import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.daemon.paths import Paths
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager

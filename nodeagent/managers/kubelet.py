@@ -16,7 +16,7 @@ from typing import TypeVar
 import msgspec
 from msgspec.structs import replace
 
-from nodeagent.config.schema import KubeletConfigConfig
+from nodeagent.config.operation import KubeletConfigConfig
 from nodeagent.errors import HostError, InputError
 from nodeagent.host import processes
 from nodeagent.host.processes import Process

@@ -7,7 +7,8 @@ from types import MappingProxyType
 
 import msgspec
 
-from nodeagent.config.schema import Config, ResourceConfig
+from nodeagent.config.resources import ResourceConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.cpu_pool import CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import DevicePool

@@ -10,7 +10,8 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
-from nodeagent.config.schema import CdiConfig, Config, ResourceConfig
+from nodeagent.config.resources import CdiConfig, ResourceConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.model.cpuset import CpuSet, union

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from nodeagent.core.dra.opaque_config import API_VERSION
+from nodeagent.core.opaque.decode import API_VERSION
 from tests.e2e import nodeview
 from tests.e2e.cluster import Cluster
 from tests.e2e.kubeapi import Object, Refusal, claim, claim_path, request, template, until

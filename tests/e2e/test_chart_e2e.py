@@ -21,7 +21,7 @@ import yaml
 
 from nodeagent.config.load import parse
 from nodeagent.config.schema import Config, schema
-from nodeagent.core.dra.opaque_config import API_VERSION
+from nodeagent.core.opaque.decode import API_VERSION
 from nodeagent.kube.kubelet.plugin_sockets import plugin_sockets
 from tests.e2e import apiserver, grounds
 from tests.e2e.kubeapi import KubeApi, Object, Refusal, claim, collection, request, until

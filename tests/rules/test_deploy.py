@@ -20,13 +20,13 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.cpu_pool import CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
-from nodeagent.core.dra.opaque_config import FORMS
 from nodeagent.core.dra.pool import ALL_FEATURES, PoolDevice
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.options import OPTIONS
 from nodeagent.core.model.topology import DRAM, MEMORY_KINDS
+from nodeagent.core.opaque.decode import FORMS
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.kube.resourceslice.render import Owner, pool_name
 from tests.builders.inventories import even_rows, inventory_of

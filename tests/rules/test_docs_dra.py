@@ -20,13 +20,14 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.cpu_pool import INDIVIDUAL, L3, NUMA_NODE, SOCKET, CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import _RESTLESS, DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
-from nodeagent.core.dra.opaque_config import CONFIG_KINDS, FORMS, NO_SETTINGS, check_all, settings_for
 from nodeagent.core.dra.pool import ALL_FEATURES, HELD_TAINT, UNHEALTHY_TAINT, Pool
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.opaque.decode import CONFIG_KINDS, FORMS, check_all, settings_for
+from nodeagent.core.opaque.settings import NO_SETTINGS
 from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector, builtin_kinds
 from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.values import Fabric, GpuInstance

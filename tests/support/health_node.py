@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from nodeagent.config.schema import Config, HealthConfig
+from nodeagent.config.operation import HealthConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.model.health import HEALTHY
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.health.source import Source

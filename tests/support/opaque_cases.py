@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nodeagent.core.dra.opaque_config import API_VERSION
 from nodeagent.core.model.options import OPTIONS, POLICIES
+from nodeagent.core.opaque.decode import API_VERSION
 
 STRANGE: list[tuple[Mapping[str, Any], str]] = [
     ({}, "nothing at $.apiVersion, expected 'nodeagent.dev/v1alpha1'"),

@@ -17,7 +17,8 @@ import msgspec
 import pytest
 from msgspec.structs import replace
 
-from nodeagent.config.schema import Config, PinningConfig
+from nodeagent.config.isolation import PinningConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Happening
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.cpuset import CpuSet

@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from nodeagent.config.schema import ResctrlConfig
-from nodeagent.core.dra.opaque_config import OpaqueConfig, to_json
+from nodeagent.config.isolation import ResctrlConfig
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
+from nodeagent.core.opaque.settings import OpaqueConfig, to_json
 from nodeagent.host.resctrl import write
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.resctrl.rounds import ResctrlReport, ResctrlRounds

@@ -10,7 +10,6 @@ from msgspec.structs import replace
 
 from nodeagent.core.advice.hypothetical import empty, leaving_only, without
 from nodeagent.core.advice.tenants import Unit
-from nodeagent.core.dra.opaque_config import from_json
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.device import Device
@@ -19,6 +18,7 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import FULL_PCPUS
 from nodeagent.core.model.request import BEST_EFFORT, Pages, Placement, Request
 from nodeagent.core.model.topology import DRAM, NodeId
+from nodeagent.core.opaque.settings import from_json
 from nodeagent.core.placement.index import machine_of
 from nodeagent.core.placement.place import find
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import msgspec
 
 from nodeagent.core.blockio.limits import NO_LIMITS, IoLimits
-from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json
 from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.opaque.settings import OpaqueConfig, from_json
 from nodeagent.errors import InputError
 
 ANNOTATION = "io-class"

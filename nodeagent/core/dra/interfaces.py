@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
 from nodeagent.core.network.vf_properties import VfProperties
+from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.errors import InputError
 
 _WORD, _VF_WORD = '"interface":', '"vf":'

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.ledger.exclusion import blocked, things_of
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.errors import InputError, Refused
 
 BRIDGE = "bridge"

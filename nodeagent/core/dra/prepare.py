@@ -20,7 +20,6 @@ from nodeagent.core.deviceplugin.devices import SHARES, refuse_missing_amounts, 
 from nodeagent.core.dra.cpu_pool import CPUS, CpuPool, PoolKind
 from nodeagent.core.dra.interfaces import check_interface, check_names
 from nodeagent.core.dra.memory_pools import BASE_PAGE_BYTES, SIZE
-from nodeagent.core.dra.opaque_config import BUILT_IN, Forms, OpaqueConfig, check_all, check_fit, settings_for, to_json
 from nodeagent.core.dra.passthrough import check_driver, driver_for, refuse_members, things_with_members
 from nodeagent.core.dra.pool import DevicePart
 from nodeagent.core.ledger import ledger as ledger_of
@@ -34,6 +33,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import FULL_PCPUS, check_options
 from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
+from nodeagent.core.opaque.decode import BUILT_IN, Forms, check_all, check_fit, settings_for
+from nodeagent.core.opaque.settings import OpaqueConfig, to_json
 from nodeagent.core.placement.place import place
 from nodeagent.core.sharing.amounts import amounts
 from nodeagent.core.sharing.rules import check_claim, check_device, refuse_otherwise_shared

@@ -82,7 +82,7 @@ class Grant(msgspec.Struct, frozen=True, kw_only=True):
     result: Result | None = None
     """For a claim: the scheduler's allocation result that this grant satisfies."""
     settings: str = ""
-    """For a claim: the effective configuration (core/dra/opaque_config.py), as JSON."""
+    """For a claim: the effective configuration (core/opaque/settings.py), as JSON."""
     pods: tuple[str, ...] = ()
     """UIDs of the pods that hold it: the pods for which the claim was reserved when it was last read, or the pods that
     had its ids in kubelet's device checkpoint when that was last read."""

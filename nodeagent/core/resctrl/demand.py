@@ -6,9 +6,9 @@ import functools
 from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
-from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.opaque.settings import OpaqueConfig, from_json
 from nodeagent.core.resctrl.model import Partition
 from nodeagent.errors import InputError
 

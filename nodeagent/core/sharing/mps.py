@@ -12,10 +12,10 @@ from types import MappingProxyType
 
 import msgspec
 
-from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.ledger.ledger import Ledger, in_order
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig, from_json
 from nodeagent.core.sharing.amounts import CORES, MEMORY, MIB
 from nodeagent.errors import InputError
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from nodeagent.core.dra.opaque_config import OpaqueConfig
 from nodeagent.core.ledger.ledger import Ledger, in_order
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.opaque.settings import OpaqueConfig
 from nodeagent.core.sharing.mps import devices_of, settings_of, uses_mps
 from nodeagent.errors import InputError, Refused
 

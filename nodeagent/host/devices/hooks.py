@@ -1,7 +1,7 @@
 """What a kind may do besides finding and describing devices. Every hook is optional and looked for by its name.
 
 `prepare` and `unprepare` are called for claims (managers/kinds), `health` is polled (host/health/kinds.py), and
-`config` is the type of the opaque configuration that claims may give its devices (core/dra/opaque_config.py).
+`config` is the type of the opaque configuration that claims may give its devices (core/opaque).
 docs/kinds.md says what a hook may rely on.
 """
 
@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
-from nodeagent.core.dra.opaque_config import FORMS, Forms
 from nodeagent.core.model.device import ContainerEdits, Device
+from nodeagent.core.opaque.decode import FORMS, Forms
 from nodeagent.host.devices.base import Kind
 from nodeagent.host.health.source import Sight
 

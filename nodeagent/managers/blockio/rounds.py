@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from nodeagent.config.schema import IoClassConfig, IoConfig
+from nodeagent.config.isolation import IoClassConfig, IoConfig
 from nodeagent.core.blockio.demand import IoAsk, IoClass
 from nodeagent.core.blockio.limits import LATENCY, NO_LIMITS, THROTTLE, WEIGHT, IoLimits, lines_of
 from nodeagent.core.model.quantity import parse_size

@@ -11,12 +11,12 @@ from typing import Any
 from msgspec.structs import replace
 
 from nodeagent.core.deviceplugin.devices import DeviceResource
-from nodeagent.core.dra.opaque_config import OpaqueConfig, from_json
 from nodeagent.core.model.device import ContainerEdits, Device, Mount
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NodeId
+from nodeagent.core.opaque.settings import OpaqueConfig, from_json
 from nodeagent.core.pinning.plan import variable
 from nodeagent.core.sharing.amounts import CORES, MEMORY
 from nodeagent.core.sharing.mps import enforcement

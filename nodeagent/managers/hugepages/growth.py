@@ -14,7 +14,8 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 import msgspec
 import structlog
 
-from nodeagent.config.schema import KEEP_FREE, Config
+from nodeagent.config.hugepages import KEEP_FREE
+from nodeagent.config.schema import Config
 from nodeagent.core.dra.hugepage_demand import Amounts, Demand, concerned, demand, idle, is_granted
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.ledger.free import grantable

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import structlog
 
-from nodeagent.config.schema import Config, HugepagesConfig
+from nodeagent.config.hugepages import HugepagesConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.quantity import format_size, parse_size

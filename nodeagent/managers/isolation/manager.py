@@ -20,7 +20,7 @@ import msgspec
 import structlog
 from msgspec.structs import replace
 
-from nodeagent.config.schema import PinningConfig
+from nodeagent.config.isolation import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError
 from nodeagent.host.irq.interrupts import InterruptMoves, Mover

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import structlog
 from msgspec.structs import replace
 
-from nodeagent.core.dra.opaque_config import from_json, read_own
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.opaque.decode import read_own
+from nodeagent.core.opaque.settings import from_json
 from nodeagent.errors import HostError, InputError, NodeagentError
 from nodeagent.host.devices.base import Kind
 from nodeagent.host.devices.hooks import Preparing, forms, preparing

@@ -15,7 +15,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
-from nodeagent.config.schema import PinningConfig
+from nodeagent.config.isolation import PinningConfig
 from nodeagent.core.events.happenings import PodRef
 from nodeagent.core.model.container import RUNNING, STOPPED, Container, PageLimits
 from nodeagent.core.model.cpuset import EMPTY

@@ -23,7 +23,8 @@ import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end, supervise
-from nodeagent.config.schema import Config, PinningConfig
+from nodeagent.config.isolation import PinningConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Report, unreported
 from nodeagent.core.ledger.offline import held_outside, narrowed
 from nodeagent.core.model.container import Container

@@ -18,8 +18,7 @@ from collections.abc import Awaitable, Callable, Sequence
 import structlog
 from msgspec.structs import replace
 
-from nodeagent.config.schema import PinningConfig
-from nodeagent.core.dra.opaque_config import OWN_VARIABLES
+from nodeagent.config.isolation import PinningConfig
 from nodeagent.core.events.happenings import Report, container_refused, unreported
 from nodeagent.core.ledger.offline import outside_of
 from nodeagent.core.model.container import (
@@ -32,6 +31,7 @@ from nodeagent.core.model.container import (
     Resources,
     Update,
 )
+from nodeagent.core.opaque.device import OWN_VARIABLES
 from nodeagent.core.pinning.plan import Pin, named_by
 from nodeagent.errors import HostError
 from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups

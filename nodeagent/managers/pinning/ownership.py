@@ -15,12 +15,12 @@ from typing import Any
 
 import structlog
 
-from nodeagent.core.dra.opaque_config import OWN_VARIABLES
 from nodeagent.core.dra.prepare import grants_of
 from nodeagent.core.ledger.witness import Given
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.container import Container
 from nodeagent.core.model.grant import DEVICE_PLUGIN
+from nodeagent.core.opaque.device import OWN_VARIABLES
 from nodeagent.core.pinning.plan import Pin
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube import resourceclaim as wire

@@ -16,7 +16,7 @@ import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end
-from nodeagent.config.schema import PinningConfig
+from nodeagent.config.isolation import PinningConfig
 from nodeagent.core.events.happenings import PodRef, Report, unreported
 from nodeagent.core.events.happenings import drift as drifted
 from nodeagent.core.model.container import Container, Update

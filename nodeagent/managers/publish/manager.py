@@ -18,7 +18,8 @@ import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import race, supervise
-from nodeagent.config.schema import Config, PublishConfig
+from nodeagent.config.operation import PublishConfig
+from nodeagent.config.schema import Config
 from nodeagent.errors import HostError, NodeagentError, PeerError
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.node_follower import NodeApi, NodeFollower

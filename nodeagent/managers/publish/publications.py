@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from nodeagent.config.schema import PublishConfig
+from nodeagent.config.operation import PublishConfig
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.publish.labels import labels

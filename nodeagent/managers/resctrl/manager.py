@@ -21,7 +21,8 @@ import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import run_to_end, supervise
-from nodeagent.config.schema import Config, ResctrlConfig
+from nodeagent.config.isolation import ResctrlConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.model.container import STOPPED, Container, Pod
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.resctrl.demand import claim_group, class_group, concerns, group_of, missing_class, unknown_group

@@ -10,7 +10,7 @@ from types import MappingProxyType
 
 import msgspec
 
-from nodeagent.config.schema import ResctrlClassConfig, ResctrlConfig
+from nodeagent.config.isolation import ResctrlClassConfig, ResctrlConfig
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.resctrl.demand import class_group, cpus_of, partitions
 from nodeagent.core.resctrl.model import Partition, SharedClass, Tree

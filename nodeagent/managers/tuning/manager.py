@@ -17,7 +17,7 @@ import msgspec
 import structlog
 
 from nodeagent.aio.supervise import run_to_end
-from nodeagent.config.schema import PinningConfig, TuningConfig
+from nodeagent.config.isolation import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.tuning.plan import Tunables, Tuning, TuningPlan, plan
 from nodeagent.errors import HostError

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as some
 
+from nodeagent.config import accelerators, dra, hugepages, isolation, network, operation, resources
 from nodeagent.config import schema as schema_of
+from nodeagent.config.base import Base
 from nodeagent.config.json_schema import json_schema
 from nodeagent.config.load import LARGEST_FILE_BYTES, differences, load, parse
 from nodeagent.config.schema import DEFAULT_RESOURCES, Config, schema
@@ -132,7 +134,7 @@ resources:
     silent = parse("resources: [{name: x, kind: x}]", source="here.yaml")
     unsaid = [key for key, value in msgspec.to_builtins(found).items() if value == msgspec.to_builtins(silent)[key]]
     assert unsaid == ["apiVersion", "kind"]
-    assert found.served[0].cdi == schema_of.CdiConfig(kind="vendor.com/net", name="pci_address")
+    assert found.served[0].cdi == resources.CdiConfig(kind="vendor.com/net", name="pci_address")
     assert found.served[4].pages_per_block == 64
     assert found.served[2].driver_capabilities == ["graphics", "video"]
     assert [one.name for one in found.served_by_dra] == ["vf", "cpu"]
@@ -417,8 +419,9 @@ def _parts() -> dict[str, type[msgspec.Struct]]:
     """All parts of the configuration, by the name of their type."""
     return {
         one.__name__: one
-        for one in vars(schema_of).values()
-        if isinstance(one, type) and issubclass(one, msgspec.Struct) and not one.__name__.startswith("_")
+        for module in (accelerators, dra, hugepages, isolation, network, operation, resources, schema_of)
+        for one in vars(module).values()
+        if isinstance(one, type) and issubclass(one, Base) and one is not Base
     }
 
 

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from nodeagent.core.dra.interfaces import check_interface, check_names, interface_of, network_data
-from nodeagent.core.dra.opaque_config import NO_SETTINGS, OpaqueConfig, to_json
 from nodeagent.core.model.claim import Claim, ClaimRef
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
+from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig, to_json
 from nodeagent.errors import InputError
 
 ID = "0000:5e:00.1"

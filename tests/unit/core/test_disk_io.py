@@ -25,8 +25,8 @@ from nodeagent.core.blockio.limits import (
     lines_of,
     parse,
 )
-from nodeagent.core.dra.opaque_config import OpaqueConfig, to_json
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
+from nodeagent.core.opaque.settings import OpaqueConfig, to_json
 from nodeagent.errors import InputError
 from nodeagent.host.cgroup.watch import IO_FILES
 from tests.builders.io_files import IoDisks

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.core.advice.cel import parse as parse_cel
-from nodeagent.core.dra.opaque_config import check_all
 from nodeagent.core.imports.findings import Finding, State, leaves, shown
 from nodeagent.core.imports.nvidia import claims, parameters
 from nodeagent.core.model.claim import FROM_CLAIM, Opaque
+from nodeagent.core.opaque.decode import check_all
 from nodeagent.errors import InputError
 from tests.support.paths import DATA
 

@@ -11,23 +11,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nodeagent.core.dra.opaque_config import (
-    API_VERSION,
-    CONFIG_KINDS,
-    FORMS,
-    NO_SETTINGS,
-    Forms,
-    OpaqueConfig,
-    check_all,
-    check_fit,
-    from_json,
-    read_own,
-    settings_for,
-    to_json,
-)
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.options import OPTIONS, POLICIES, check_options
 from nodeagent.core.network.interface import Interface, Route
+from nodeagent.core.opaque.decode import (
+    API_VERSION,
+    CONFIG_KINDS,
+    FORMS,
+    Forms,
+    check_all,
+    check_fit,
+    read_own,
+    settings_for,
+)
+from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig, from_json, to_json
 from nodeagent.errors import InputError
 from tests.support.opaque_cases import RIGHT, STRANGE, WRONG
 

@@ -9,9 +9,8 @@ from typing import Any, get_args, get_type_hints
 import msgspec
 import pytest
 
-from nodeagent.config.schema import NetworkConfig
+from nodeagent.config.network import NetworkConfig
 from nodeagent.core.dra.interfaces import network_data, vf_of
-from nodeagent.core.dra.opaque_config import API_VERSION, OpaqueConfig, from_json, settings_for, to_json
 from nodeagent.core.model.claim import FROM_CLAIM, Opaque, Result
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
@@ -19,6 +18,8 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
 from nodeagent.core.network.vf_checks import Property, VfPlace, check_vf, place_of, said_of, text_of, value_of
 from nodeagent.core.network.vf_properties import VfProperties
+from nodeagent.core.opaque.decode import API_VERSION, settings_for
+from nodeagent.core.opaque.settings import OpaqueConfig, from_json, to_json
 from nodeagent.errors import InputError
 
 PF, VF = "0000:3b:00.0", "0000:3b:02.3"

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from nodeagent.config.schema import NetworkConfig
+from nodeagent.config.network import NetworkConfig
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.host.devices import all_kinds
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter

@@ -17,7 +17,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from nodeagent.config.schema import Config, IoConfig
+from nodeagent.config.isolation import IoConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.blockio.limits import BFQ_WEIGHT, LATENCY, THROTTLE, WEIGHT, parse
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.device_pool import DevicePool

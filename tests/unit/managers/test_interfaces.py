@@ -16,11 +16,11 @@ from msgspec.structs import replace
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all
-from nodeagent.core.dra.opaque_config import OpaqueConfig, to_json
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
+from nodeagent.core.opaque.settings import OpaqueConfig, to_json
 from nodeagent.errors import InputError
 from nodeagent.host.netlink.interfaces import Link
 from nodeagent.host.sysfs.sysfs import SysFs

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.aio.revision import Revision
 from nodeagent.cli.agent import status
-from nodeagent.config.schema import PinningConfig
+from nodeagent.config.isolation import PinningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError
 from nodeagent.host.cgroup import write as cgroupset

@@ -16,10 +16,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from nodeagent.core.dra.opaque_config import API_VERSION
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode
 from nodeagent.core.model.inventory import PRESENT, KindState
+from nodeagent.core.opaque.decode import API_VERSION
 from nodeagent.errors import ConfigError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.base import Context, Found

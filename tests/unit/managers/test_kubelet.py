@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from nodeagent.config.schema import KubeletConfigConfig
+from nodeagent.config.operation import KubeletConfigConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.kubelet import Kubelet, Started, look

@@ -15,7 +15,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from nodeagent.config.schema import Config, ResctrlConfig
+from nodeagent.config.isolation import ResctrlConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.dra.cpu_pool import CpuPool
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.model.claim import Claim

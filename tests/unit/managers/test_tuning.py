@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.aio.revision import Revision
-from nodeagent.config.schema import PinningConfig, TuningConfig
+from nodeagent.config.isolation import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.tuning import tuner

@@ -13,8 +13,8 @@ import msgspec
 import pytest
 
 from nodeagent.config.schema import Config
-from nodeagent.core.dra.opaque_config import API_VERSION
 from nodeagent.core.model.claim import ClaimRef
+from nodeagent.core.opaque.decode import API_VERSION
 from nodeagent.host.devices import all_kinds
 from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.prepare import ClaimPreparer

@@ -12,8 +12,8 @@ from nodeagent.cli.shared.tables import print_table
 from nodeagent.core.advice.cost_words import as_well_as, cost_parts
 from nodeagent.core.advice.standing import standing_of, unmovable
 from nodeagent.core.advice.tenants import Unit
-from nodeagent.core.dra.opaque_config import from_json
 from nodeagent.core.model.grant import Grant
+from nodeagent.core.opaque.settings import from_json
 from nodeagent.core.placement.describe import describe
 
 Document = dict[str, Any]

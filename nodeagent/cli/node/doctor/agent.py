@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from nodeagent.admin.status_endpoint import status_readers
 from nodeagent.cli.node.doctor.model import DENIED, Check, Finding, failure, ok, skipped, unknown, warning
 from nodeagent.cli.node.doctor.node import Node
+from nodeagent.config.isolation import TuningConfig
 from nodeagent.config.listen import ListenAddress
-from nodeagent.config.schema import Config, TuningConfig
+from nodeagent.config.schema import Config
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.version import VERSION
 

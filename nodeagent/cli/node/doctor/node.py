@@ -13,7 +13,8 @@ from typing import Any
 
 from nodeagent.cli.node.doctor.probes import Probes
 from nodeagent.config.load import load as load_config
-from nodeagent.config.schema import Config, KubeletConfigConfig
+from nodeagent.config.operation import KubeletConfigConfig
+from nodeagent.config.schema import Config
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory

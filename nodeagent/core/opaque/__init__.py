@@ -1,0 +1,1 @@
+"""Opaque configurations of claims: what each kind may say, and how it is read."""

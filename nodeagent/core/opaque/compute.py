@@ -1,0 +1,65 @@
+"""The forms of configurations of CPUs, hugepages and memory."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from nodeagent.core.model.options import check_options
+from nodeagent.core.opaque.form import ClassName, Form, Percent, at
+from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig
+from nodeagent.errors import InputError
+
+KERNEL_FOLDERS = ("/proc", "/sys")
+_Ways = Annotated[int, msgspec.Meta(ge=1, le=32)]
+_Mbps = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
+_Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\0]*$", max_length=1024)]
+
+
+class CpuForm(Form, frozen=True):
+    """CPUs: how they are chosen, and what they have of their caches."""
+
+    options: tuple[str, ...] = ()
+    numa: Literal["single", "restricted", "best-effort", ""] = ""
+    core_type: Literal["performance", "efficiency", ""] = ""
+    cache_ways: _Ways | None = None
+    cache_class: ClassName = ""
+    memory_bandwidth_percent: Percent | None = None
+    memory_bandwidth_mbps: _Mbps | None = msgspec.field(default=None, name="memoryBandwidthMBps")
+
+    def settings(self) -> OpaqueConfig:
+        core = (f"require-{self.core_type}-cores",) if self.core_type else ()
+        own = self.cache_ways, self.memory_bandwidth_percent, self.memory_bandwidth_mbps
+        if self.cache_class and any(one is not None for one in own):
+            raise InputError("$.cacheClass excludes $.cacheWays, $.memoryBandwidthPercent and $.memoryBandwidthMBps")
+        with at("$.options"):
+            options = check_options((*self.options, *core))
+        return OpaqueConfig(
+            options=options,
+            numa=self.numa,
+            cache_ways=self.cache_ways,
+            cache_class=self.cache_class,
+            memory_bandwidth_percent=self.memory_bandwidth_percent,
+            memory_bandwidth_mbps=self.memory_bandwidth_mbps,
+        )
+
+
+class HugepageForm(Form, frozen=True):
+    """Hugepages: where they are mounted."""
+
+    mount_path: _Path | None = None
+
+    def settings(self) -> OpaqueConfig:
+        if self.mount_path is None:
+            return NO_SETTINGS
+        parts = [part for part in self.mount_path.split("/") if part]
+        if not parts or {".", ".."} & {*parts}:
+            raise InputError(f"{self.mount_path!r} at $.mountPath, expected the path of a folder, without . and ..")
+        if f"/{parts[0]}" in KERNEL_FOLDERS or parts == ["dev"]:
+            raise InputError(f"{self.mount_path!r} at $.mountPath would hide the kernel's own files")
+        return OpaqueConfig(mount_path="/" + "/".join(parts))
+
+
+class MemoryForm(Form, frozen=True):
+    """Memory has no settings yet."""
