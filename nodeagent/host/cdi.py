@@ -104,6 +104,10 @@ class CdiFolder:
         path = self._path(uid)
         files.replace(path, spec(self.kind, devices, node_facts(self._sysfs, devices)), durable=False)
 
+    def version(self, uid: str) -> object:
+        """Return what differs after each change of a claim's file; None without one."""
+        return files.version(self._path(uid))
+
     def remove(self, uid: str) -> bool:
         """Remove a claim's file. Return whether it existed."""
         return files.remove(self._path(uid), durable=False)
@@ -168,6 +172,10 @@ class ClaimFiles:
         for path in files.entries(self.path(uid).parent):
             if re.fullmatch(self.REQUEST, path.name) and path not in paths:
                 files.remove(path, durable=False)
+
+    def version(self, uid: str) -> object:
+        """Return what differs after each change of a claim's files."""
+        return tuple(map(files.version, files.entries(self.path(uid).parent)))
 
     def read(self, uid: str) -> Any:
         """Return the content of a claim's file. Raise HostError if it cannot be read or is not JSON."""

@@ -7,12 +7,10 @@ another agent on the node may serve claims too. From then on it stays.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from nodeagent.aio.revision import Revision
-from nodeagent.aio.supervise import race
 from nodeagent.config.schema import Config
 from nodeagent.managers.manager import Manager
 
@@ -29,9 +27,9 @@ class OnDemand(Manager, Generic[M]):
         self.name = name
         self.needed = needed
         self._build = build
-        self._ledger = ledger
+        self._news = Revision(ledger)
+        """Increases with the ledger's, and when the manager is built."""
         self._built: M | None = None
-        self._loaded = asyncio.Event()
 
     @property
     def loaded(self) -> M | None:
@@ -42,7 +40,7 @@ class OnDemand(Manager, Generic[M]):
         """Return the manager."""
         if self._built is None:
             self._built = self._build()
-            self._loaded.set()
+            self._news.bump()
         return self._built
 
     def if_needed(self) -> M | None:
@@ -54,9 +52,9 @@ class OnDemand(Manager, Generic[M]):
             await one.apply(config)
 
     async def lead(self) -> None:
+        seen = self._news.value
         while self.if_needed() is None:
-            seen = self._ledger.value
-            await race(self._loaded.wait(), self._ledger.changed(seen))
+            seen = await self._news.changed(seen)
         await self.load().lead()
 
     def not_ready(self) -> list[str]:

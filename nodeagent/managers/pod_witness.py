@@ -23,6 +23,9 @@ from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.telemetry.once import Once
 
 _ALIVE = (CREATED, RUNNING, PAUSED)
+FEW_PODS = 4
+"""Up to this many pods are looked up in the event loop, about 0.1 ms each; on a busy machine a thread may take a
+hundred times as long to get its turn."""
 log = structlog.get_logger()
 
 
@@ -79,7 +82,8 @@ class PodWitness:
     ) -> Witnesses:
         pods = self._pods_of(grants, listing, checkpoint)
         uids = sorted({uid for some in pods.values() for uid in some})
-        by_kernel = await asyncio.to_thread(self._cgroups.sights, uids)
+        look = self._cgroups.sights
+        by_kernel = look(uids) if len(uids) <= FEW_PODS else await asyncio.to_thread(look, uids)
         return Witnesses(
             kubelet=listing.kubelet,
             knows_pods=self.knows_pods(listing),

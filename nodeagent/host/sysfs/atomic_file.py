@@ -81,6 +81,16 @@ def entries(folder: Path) -> list[Path]:
         raise HostError(f"cannot list {folder}: {error.strerror or error}") from None
 
 
+def version(path: Path) -> tuple[int, int, int] | None:
+    """Return what differs after each change of a file's content, mode or owner: its device, inode and time of change in
+    ns. None if there is no file or it cannot be seen."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_ctime_ns
+
+
 def drafts(folder: Path, name: str) -> list[Path]:
     """Return drafts, half-written or abandoned, of files whose name matches a regular expression."""
     pattern = re.compile(rf"\.(?:{name})\.[^.]+{re.escape(DRAFT_END)}")

@@ -7,6 +7,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import structlog
 from msgspec.structs import replace
@@ -38,6 +39,15 @@ class _EveryClaim:
 _EVERY_CLAIM = _EveryClaim()
 
 
+class _Rendered(NamedTuple):
+    """What a claim's files were last rendered from, and which files came of it."""
+
+    grants: Sequence[Grant]
+    dra: Dra
+    inventory: Inventory
+    versions: tuple[object, object]
+
+
 class ClaimRenderer:
     """Writes and removes the files of all claims, one call at a time."""
 
@@ -60,6 +70,8 @@ class ClaimRenderer:
         self._mps_folder = mps_folder
         self._disk = threading.Lock()
         """Held by the thread that writes or removes files."""
+        self._rendered: dict[str, _Rendered] = {}
+        """By UID; only for the thread that holds `_disk`."""
         self._unrendered: Mapping[str, str] = {}
         """The last logged errors of claims whose files cannot be written, by UID."""
 
@@ -81,15 +93,17 @@ class ClaimRenderer:
         """Remove the files of some claims. Return, by UID, "" or why something is left."""
         return await run_to_end(asyncio.to_thread(self.remove_now, uids))
 
-    async def restore(self) -> None:
-        """Restore the missing files of claims and remove files without a claim. Errors are logged per claim."""
+    async def restore(self, *, afresh: bool = True) -> None:
+        """Restore the missing files of claims and remove files without a claim. Errors are logged per claim. afresh:
+        also what neither the ledger nor the inventory shows, such as the mode of a device node, and half-written
+        files."""
         on_disk = await asyncio.to_thread(lambda: self._cdi.uids() | self._readable.uids())
         # A file is written after its decision: a claim still unknown after the refresh has no grant.
         await self._agent.refresh()
         held = claims_held(self._agent.ledger)
         inventory = self.inventory()
         there = {uid: grants for uid, grants in held.items() if not any(_is_unmade(inventory, one) for one in grants)}
-        before, self._unrendered = self._unrendered, await self._write_all(there)
+        before, self._unrendered = self._unrendered, await self._write_all(there, afresh)
         for uid, error in self._unrendered.items():
             if before.get(uid) != error:
                 log.warning("claim-not-rendered", claim=str(held[uid][0].holder), error=error)
@@ -97,24 +111,36 @@ class ClaimRenderer:
             return  # a claim that is not in the ledger may be one that it lost
         orphans = sorted(on_disk - claims_held(self._agent.ledger).keys())
         await self.remove(orphans)
-        drafts = await run_to_end(asyncio.to_thread(self._remove_drafts))
+        drafts = await run_to_end(asyncio.to_thread(self._remove_drafts)) if afresh else []
         if orphans or drafts:
             log.info("orphans-removed", claims=orphans, drafts=drafts)
 
-    async def _write_all(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+    async def _write_all(self, claims: Mapping[str, Sequence[Grant]], afresh: bool) -> dict[str, str]:
         """Write the files of many claims, a few at a time, so that kubelet's calls can run in between."""
         errors, every = dict[str, str](), list(claims.items())
         for start in range(0, len(every), PACK):
-            errors |= await self.write(dict(every[start : start + PACK]))
+            errors |= await self.write(dict(every[start : start + PACK]), afresh=afresh)
         return errors
 
-    async def write(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
-        """Write the files of those claims whose grants are still in force. Return errors by UID."""
-        return await run_to_end(asyncio.to_thread(self._write_held, claims))
+    async def write(self, claims: Mapping[str, Sequence[Grant]], *, afresh: bool = True) -> dict[str, str]:
+        """Write the files of those claims whose grants are still in force. Return errors by UID. afresh: whether or not
+        they are those last written, and from the same."""
+        return await run_to_end(asyncio.to_thread(self._write_held, claims, afresh))
 
-    def _write_held(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+    def _write_held(self, claims: Mapping[str, Sequence[Grant]], afresh: bool) -> dict[str, str]:
         with self._disk:
-            return self._write_some({uid: grants for uid, grants in claims.items() if self.hold(grants)})
+            wanted = {uid: grants for uid, grants in claims.items() if afresh or not self._is_rendered(uid, grants)}
+            return self._write_some({uid: grants for uid, grants in wanted.items() if self.hold(grants)})
+
+    def _is_rendered(self, uid: str, grants: Sequence[Grant]) -> bool:
+        """Return whether a claim's files are those last written, and what they were rendered from is the same."""
+        last = self._rendered.get(uid)
+        if last is None or last.inventory is not self.inventory() or last.dra is not self._dra():
+            return False
+        return last.grants == grants and last.versions == self._versions(uid)
+
+    def _versions(self, uid: str) -> tuple[object, object]:
+        return self._cdi.version(uid), self._readable.version(uid)
 
     def write_now(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Write the files of claims whose grants are durable, whether or not they are in effect yet; blocks. Return
@@ -125,8 +151,10 @@ class ClaimRenderer:
     def _write_some(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         errors, dra, inventory = dict[str, str](), self._dra(), self.inventory()
         for uid, grants in claims.items():
+            self._rendered.pop(uid, None)
             try:
                 self._write(dra, inventory, uid, grants)
+                self._rendered[uid] = _Rendered(grants, dra, inventory, self._versions(uid))
             except (NodeagentError, OSError) as error:
                 errors[uid] = f"cannot prepare {grants[0].holder}: {error}"
         return errors
@@ -151,6 +179,7 @@ class ClaimRenderer:
             return {uid: self._removed(uid) for uid in uids}
 
     def _removed(self, uid: str) -> str:
+        self._rendered.pop(uid, None)
         try:
             self._cdi.remove(uid)
             self._readable.remove(uid)

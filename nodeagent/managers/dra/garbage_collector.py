@@ -45,11 +45,15 @@ log = structlog.get_logger()
 
 
 async def keep_rendered(rendered_of: Revision, rendering: ClaimRenderer, folder: Path) -> None:
-    """Render at start, whenever the input changes, and whenever another process changes the CDI folder."""
+    """Render at start, whenever the input changes, and whenever another process changes the CDI folder; from time to
+    time afresh."""
+    afresh_at_s = 0.0
     with FolderWatch(folder, poll_s=FOLDER_POLL_S) as watch:
         while True:
-            seen = rendered_of.value
-            await rendering.restore()
+            seen, afresh = rendered_of.value, time.monotonic() >= afresh_at_s
+            await rendering.restore(afresh=afresh)
+            if afresh:
+                afresh_at_s = time.monotonic() + FOLDER_POLL_S
             await race(watch.wait(), rendered_of.changed(seen))
             await asyncio.sleep(SETTLE_S)
 

@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import itertools
 import json
 import os
 import shutil
 import tempfile
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,11 +25,14 @@ from nodeagent.core.dra.device_pool import label
 from nodeagent.core.ledger.ledger import GRANTED, Change
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.sysfs import atomic_file as files
 from nodeagent.kube.resourceclaim import POD_CLAIM_NAME
 from nodeagent.managers.dra import prepare as claims_of
-from nodeagent.managers.dra.claim_files import claims_held
+from nodeagent.managers.dra.claim_files import ClaimRenderer, claims_held
+from nodeagent.resources.catalog import Dra
 from tests.oracles import device_metadata as reader
 from tests.support.claim_node import Gate, Room, claim_room
 from tests.support.dra_node import CPUS, DRIVER, PAGES, SERIAL, consumed, result
@@ -522,6 +527,55 @@ async def test_deleted_folders_are_put_back_and_orphans_and_drafts_removed(folde
         (room.cdi / f".{room.spec_file(claim).name}.abc.tmp").touch()
         await room.rendering.restore()
         assert room.files() == before
+
+
+def _delete(path: Path) -> None:
+    path.unlink()
+
+
+def _alter(path: Path) -> None:
+    """Of the same length, in place, with the time of modification put back."""
+    before = path.stat()
+    path.write_bytes(path.read_bytes().replace(b'"', b"'"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _hide(path: Path) -> None:
+    path.chmod(0o600)
+
+
+async def test_files_are_rendered_again_only_if_they_or_what_they_come_from_have_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Housekeeping after each of many claims would otherwise cost more than the claims."""
+    rendered: list[str] = []
+    render = ClaimRenderer._write
+
+    def counted(self: ClaimRenderer, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
+        rendered.append(uid)
+        render(self, dra, inventory, uid, grants)
+
+    async with claim_room(folder) as room:
+        claim, other = (room.claim(name, consumed("cpu", "numa0", "cpus", cpus="2")) for name in ("c", "d"))
+        await room.prepare(claim, other)
+        own = [room.spec_file(claim), *sorted((room.readable / claim.uid).iterdir())]
+        assert len(own) == 3
+        before = {path: path.read_bytes() for path in own}
+        monkeypatch.setattr(ClaimRenderer, "_write", counted)
+        await room.rendering.restore(afresh=False)
+        assert rendered == []
+        for path, harm in itertools.product(own, (_delete, _alter, _hide)):
+            harm(path)
+            await room.rendering.restore(afresh=False)
+            assert {one: one.read_bytes() for one in own} == before
+            assert path.stat().st_mode & 0o777 == 0o644
+            assert rendered == [claim.uid]
+            rendered.clear()
+        room.agent.inventory = replace(room.agent.inventory, generation=room.agent.inventory.generation + 1)
+        await room.rendering.restore(afresh=False)
+        assert sorted(rendered) == sorted([claim.uid, other.uid])
+        await room.rendering.restore(afresh=True)
+        assert len(rendered) == 4
 
 
 # ---------------------------------------------------------------- the machine and the configuration change
