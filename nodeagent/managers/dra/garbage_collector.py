@@ -29,7 +29,7 @@ from nodeagent.telemetry.log import new_op
 
 FOLDER_POLL_S = 30.0
 """Fallback poll interval in addition to the folder watches."""
-SETTLE_S = 0.2
+SETTLE_S = 1.0
 """How long to wait after a change before files are checked, so that further changes are collected."""
 LOOK_S, SECOND_LOOK_S = 3600.0, 60.0
 """How often to check whether claims still exist, and how long one must be gone before it is released."""
