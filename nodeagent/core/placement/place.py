@@ -51,6 +51,8 @@ def _free_cpus(machine: MachineIndex, ledger: Ledger, request: Request) -> int:
 def _check(machine: MachineIndex, request: Request) -> None:
     """Raise InputError if the machine has no such kind of devices or size of hugepages: then no change of what is held
     would admit the request."""
+    if not (request.devices or request.hugepages):
+        return
     kinds = machine.device_kinds
     if machine.inventory.kinds and not kinds.issuperset(request.devices):
         unknown = min(request.devices.keys() - kinds)
@@ -81,5 +83,5 @@ def _place_cpus(machine: MachineIndex, free: int, ledger: Ledger, request: Reque
         found = search_cpus(machine, free, request, limits_of(machine, ledger, request))
     if found is None:
         return None
-    cost = PlacementCost(0, *found[1:11], 0, found[11])
+    cost = PlacementCost._make((0, *found[1:11], 0, found[11]))
     return Placement(CpuSet.of_mask(found[0]), (), (), (), cost, found[12])
