@@ -195,6 +195,8 @@ class FakeApiServer:
         """Seconds since 1970 that this server takes for now, for what it dates."""
         self.demand_certificate = False
         self.dropped_fields: set[str] = set()
+        self.version = "v1.37.2"
+        """What it says of itself at /version; such requests are not among `requests`."""
         self.node_allocatable = False
         """Whether the gate DRANodeAllocatableResources is on: off in every version up to 1.38."""
         self.answers: deque[Fault] = deque()
@@ -494,6 +496,8 @@ class FakeApiServer:
         url = urlsplit(bytes(request.target).decode())
         headers = {bytes(name).decode(): bytes(value).decode() for name, value in request.headers}
         query = dict(parse_qsl(url.query, keep_blank_values=True))
+        if (bytes(request.method), url.path) == (b"GET", "/version"):
+            return Seen("version", "", "", "", "", query, headers, body)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
         core = parts[0] == "api"
         rest = parts[2:] if core else parts[3:]
@@ -527,7 +531,7 @@ class FakeApiServer:
             raise Refusal(401, "Unauthorized")
 
     def fault(self, seen: Seen) -> Fault | None:
-        for fault in self.answers:
+        for fault in self.answers if seen.verb != "version" else ():
             if fault.verb in ("", seen.verb) and fault.resource in ("", seen.resource):
                 self.answers.remove(fault)
                 return fault
@@ -546,6 +550,9 @@ class FakeApiServer:
             raise
 
     # The verbs
+
+    def _version(self, seen: Seen) -> tuple[int, Object]:
+        return 200, {"major": "1", "gitVersion": self.version}
 
     def _get(self, seen: Seen) -> tuple[int, Object]:
         return 200, self._existing(seen)

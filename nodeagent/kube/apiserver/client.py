@@ -118,6 +118,11 @@ class ApiServer:
         answer = await self._caller.call(ask)
         return None if answer is None else self._checked(ask, resource.kind, answer)
 
+    async def version(self) -> str:
+        """Return the server's version, such as "v1.37.2". Raise ApiError."""
+        answer = await self._caller.call(Ask("GET", "/version", "get the version of the API server"))
+        return str((answer or {}).get("gitVersion", ""))
+
     async def list(
         self, resource: ApiResource, *, namespace: str = "", fields: Mapping[str, str] = _NO_FIELDS
     ) -> ObjectList:

@@ -38,6 +38,9 @@ class LazyApi:
     async def get(self, resource: Any, name: str) -> dict[str, Any] | None:
         return await self._reached().get(resource, name)
 
+    async def version(self) -> str:
+        return await self._reached().version()
+
     async def list(self, resource: Any, *, fields: Mapping[str, str]) -> Any:
         return await self._reached().list(resource, fields=fields)
 

@@ -11,8 +11,8 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 import msgspec
 import structlog
@@ -22,6 +22,7 @@ from nodeagent.aio.revision import Revision
 from nodeagent.core.dra.node_allocatable import FEATURE
 from nodeagent.core.dra.pool import ALL_FEATURES, NO_FEATURES, Features, Pool
 from nodeagent.errors import NodeagentError, PeerError
+from nodeagent.kube.resourceslice.api import Api, Blind, NodeSight, SliceEvent, SliceList
 from nodeagent.kube.resourceslice.pool_writer import (
     DEFAULT_PACE,
     FAILED,
@@ -62,62 +63,6 @@ log = structlog.get_logger()
 
 class _NoNodeError(PeerError):
     """The Node object does not exist."""
-
-
-class SliceList(Protocol):
-    """The slices at one revision."""
-
-    @property
-    def items(self) -> Sequence[Object]:
-        """Return the slices, as decoded JSON."""
-
-    @property
-    def revision(self) -> str:
-        """Return the revision from which a watch continues."""
-
-
-class SliceEvent(Protocol):
-    """One line of a watch."""
-
-    @property
-    def type(self) -> str:
-        """Return ADDED, MODIFIED, DELETED or BOOKMARK."""
-
-    @property
-    def object(self) -> Object:
-        """Return the slice, as decoded JSON."""
-
-
-class Api(Protocol):
-    """What the publisher needs of the API server. Each call raises PeerError, preferably with `status`, `lasting` and
-    `retry_after_s`."""
-
-    async def get(self, resource: Any, name: str) -> Object | None: ...
-    async def list(self, resource: Any, *, fields: Mapping[str, str]) -> SliceList: ...
-    async def create(self, resource: Any, body: Object) -> Object: ...
-    async def replace(self, resource: Any, body: Object) -> Object: ...
-    async def delete(self, resource: Any, name: str, *, uid: str) -> bool: ...
-    def watch(self, resource: Any, *, fields: Mapping[str, str], revision: str) -> AsyncIterator[SliceEvent]: ...
-
-
-class NodeSight(Protocol):
-    """What is known of this node's Node object."""
-
-    @property
-    def books(self) -> object:
-        """Return what the pools depend on. What the server refused is tried again when this has changed."""
-
-    def take(self, node: Object) -> None:
-        """Take the Node object as it was just read."""
-
-
-class _Blind:
-    """Knows nothing of the Node."""
-
-    books: object = None
-
-    def take(self, node: Object) -> None:
-        pass
 
 
 class PublicationState(msgspec.Struct, frozen=True, kw_only=True):
@@ -175,7 +120,8 @@ class Publisher:
         self._timer = timer or EventTimer("dra")
         self._features = ALL_FEATURES
         self._kept = NO_FEATURES
-        self._node: NodeSight = node or _Blind()
+        self._server_version = ""
+        self._node: NodeSight = node or Blind()
         self._withholding = Withholding(pace)
         self._stored: dict[str, Object] = {}
         self._own_writes: set[str] = set()
@@ -248,6 +194,7 @@ class Publisher:
     async def _session(self) -> None:
         """Publish from one list until the stored slices have to be listed again."""
         owner = await self._find_owner()
+        await self._meet_server()
         listing = await self._list()
         self._stored = {one["metadata"]["name"]: one for one in listing.items if belongs(one, owner)}
         self._own_writes.clear()
@@ -292,9 +239,20 @@ class Publisher:
                 lasted = self._clock() - began_s > self._pace.steady_s
                 pause_s = self._pace.first_retry_s if lasted else min(2 * pause_s, self._pace.last_retry_s)
                 await asyncio.sleep(pause_s)
+                await self._meet_server()
         finally:
             self._stale = True
             self._woken.set()
+
+    async def _meet_server(self) -> None:
+        """Publish again what was found lost if the server is of another version now: it was upgraded, or rolled
+        back."""
+        with contextlib.suppress(PeerError):  # what follows asks the same server, and reports it
+            before, self._server_version = self._server_version, await self._api.version()
+            if before not in ("", self._server_version) and self._features != ALL_FEATURES:
+                log.info("features-tried-again", lost=self._features.names(kept=False), server=self._server_version)
+                self._features = ALL_FEATURES
+                self._woken.set()
 
     def _take_in(self, event: SliceEvent) -> None:
         metadata = event.object["metadata"]

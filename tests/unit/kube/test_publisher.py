@@ -766,6 +766,35 @@ async def test_a_start_after_an_upgrade_of_the_server_uses_all_features_again() 
             assert it.standing.lost == ()
 
 
+async def test_what_was_lost_is_tried_again_when_the_server_is_of_another_version() -> None:
+    """Only then: with the same version nothing is written again, however often its watches end."""
+    async with bench(gpus(2, **SHARED)) as it, asyncio.timeout(DEADLINE_S):
+        await it.until_right()
+        it.server.dropped_fields = {CONSUMABLE}
+        it.source.set(gpus(3, **SHARED))
+        await it.until(lambda it: it.lost == ("consumable",) and it.state == PUBLISHED)
+        it.server.dropped_fields = set()
+        writes, watches = it.server.writes, it.server.count("watch")
+        it.server.end_watches()
+        await it.server.until(lambda: it.server.count("watch") > watches)
+        await it.quiet()
+        assert (it.server.writes, it.standing.lost) == (writes, ("consumable",))
+        it.server.version = "v1.38.0"
+        it.server.end_watches()
+        await it.until(lambda it: it.lost == ())
+        await it.until_right()
+
+
+async def test_a_server_without_its_version_is_published_to_all_the_same() -> None:
+    async with FakeApiServer() as server:
+        server.version = ""
+        async with bench(gpus(2, **SHARED), server=server) as it:
+            await it.until_right()
+            server.end_watches()
+            it.source.set(gpus(3, **SHARED))
+            await it.until_right()
+
+
 # When a taint was added
 
 
