@@ -21,7 +21,7 @@ from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
 from nodeagent.managers.dra.manager import CLAIMS, DraManager
 from nodeagent.managers.hugepages.manager import HugepagesManager
 from nodeagent.managers.inventory.scanner import InventoryScanner
-from nodeagent.managers.kubelet_conflicts import confines_all
+from nodeagent.managers.kubelet_conflicts import confined_by, confines_all
 from nodeagent.managers.ledger_recovery import LedgerRecovery
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.pinning.manager import PinningManager
@@ -152,6 +152,7 @@ class Wiring:
             base.pods.listing,
             self.scanner.rescan,
             kubelet_confines=lambda: confines_all(base.kubelet.kubelet),
+            kubelet_cpus=lambda: confined_by(base.kubelet.kubelet),
             kubelet_counts_claims=self.dra.kubelet_counts_claims,
             report=self._cluster.report,
             caches=self.divided,

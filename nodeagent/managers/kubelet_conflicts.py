@@ -173,6 +173,12 @@ def confines_all(kubelet: Kubelet) -> bool:
     return kubelet.cpus is None or kubelet.cpus.static
 
 
+def confined_by(kubelet: Kubelet) -> CpuSet | None:
+    """Return the CPUs on which kubelet's CPU manager lets containers run, empty if it confines none, or None if that is
+    unknown."""
+    return kubelet.cpus.confined if kubelet.cpus is not None else None
+
+
 def unprotected(kubelet: Kubelet, ledger: Ledger) -> str:
     """Return why CPUs granted by the agent are not exclusive, or "" if they are.
 

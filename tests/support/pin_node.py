@@ -68,6 +68,8 @@ class PinNode:
     running: asyncio.Task[None] | None = None
     kubelet_confines: bool = False
     """Whether kubelet's own CPU manager confines all containers."""
+    kubelet_cpus: CpuSet | None = None
+    """To which CPUs; None: that is unknown."""
     reported: list[Happening] = field(default_factory=list)
     """What Events are made of."""
     kubelet_counts_claims: bool = False
@@ -88,6 +90,7 @@ class PinNode:
             self.listing,
             self.rescan,
             kubelet_confines=lambda: self.kubelet_confines,
+            kubelet_cpus=lambda: self.kubelet_cpus,
             kubelet_counts_claims=lambda: self.kubelet_counts_claims,
             clock=self.clock,
             report=self.reported.append,

@@ -81,6 +81,9 @@ class PinPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     shared: CpuSet = EMPTY
     """The CPUs of all containers that hold none."""
+    loose: CpuSet = EMPTY
+    """The CPUs of pods that hold none, where their containers are confined by kubelet; empty if they are left as they
+    are."""
     pods: Mapping[str, PodPin] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """By pod UID."""
     containers: Mapping[str, Pin] = msgspec.field(default_factory=lambda: MappingProxyType({}))
@@ -90,7 +93,7 @@ class PinPlan(msgspec.Struct, frozen=True, kw_only=True):
 
     def pod(self, uid: str) -> PodPin:
         """Return the pin of a pod; a pod without known containers holds nothing."""
-        return self.pods.get(uid) or PodPin(cpus=self.shared or None)
+        return self.pods.get(uid) or PodPin(cpus=self.shared or self.loose or None)
 
 
 class Rules(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,6 +102,9 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     memory: str = GRANTED
     confine_others: bool = True
     """False if kubelet's own CPU manager confines all others."""
+    kubelet_cpus: CpuSet | None = None
+    """Where others are not confined although they were: CPUs that kubelet lets containers run on, which their pods get
+    back with all that nobody holds. None if pods are left as they are."""
     strict_reservation: bool = True
     """Whether containers without exclusive CPUs are kept off the reserved CPUs too."""
 
@@ -143,6 +149,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         pods = {uid: special.get(uid, plain) for uid in uids if uid}
         return PinPlan(
             shared=self.shared if self.rules.confine_others else EMPTY,
+            loose=self.loose,
             pods=MappingProxyType(pods),
             containers=MappingProxyType(pins),
             open=frozenset(open_),
@@ -247,6 +254,14 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         return (free - self.ledger.reserved if self.rules.strict_reservation else free) or free
 
     @functools.cached_property
+    def loose(self) -> CpuSet:
+        """Return the CPUs of pods whose containers kubelet confines: never fewer than kubelet may give them."""
+        kubelets = self.rules.kubelet_cpus
+        if self.rules.confine_others or kubelets is None:
+            return EMPTY
+        return self.inventory.cpus_usable - (self.ledger.cpus_held - kubelets)
+
+    @functools.cached_property
     def _by_name(self) -> Mapping[tuple[str, str, str], list[Grant]]:
         """Return the grants of containers that kubelet has listed."""
         found: dict[tuple[str, str, str], list[Grant]] = {}
@@ -319,7 +334,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         )
 
     def _pod(self, held: CpuSet, paged: Mapping[int, int]) -> PodPin:
-        cpus = self.shared | (held & self.inventory.cpus_usable) if self.rules.confine_others else EMPTY
+        others = self.shared if self.rules.confine_others else self.loose
+        cpus = others | (held & self.inventory.cpus_usable) if others or self.rules.confine_others else EMPTY
         return PodPin(cpus=cpus or None, hugepages_at_least=MappingProxyType(dict(paged)))
 
 

@@ -28,7 +28,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Report, unreported
 from nodeagent.core.ledger.offline import held_outside, narrowed
 from nodeagent.core.model.container import Container
-from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.quantity import format_size
 from nodeagent.core.pinning.plan import Pin
 from nodeagent.errors import HostError, InputError
@@ -85,6 +85,7 @@ class PinningManager(Manager):
         rescan: Callable[[], Coroutine[Any, Any, object]],
         *,
         kubelet_confines: Callable[[], bool] = lambda: False,
+        kubelet_cpus: Callable[[], CpuSet | None] = lambda: EMPTY,
         kubelet_counts_claims: Callable[[], bool] = lambda: False,
         clock: Callable[[], float] = time.monotonic,
         report: Report = unreported,
@@ -95,10 +96,11 @@ class PinningManager(Manager):
 
         `plugins` is kubelet's device-plugins folder. `fetch` returns a claim's object from the API server, `listing`
         what kubelet lists. `rescan` reads the machine again. `kubelet_confines` returns whether kubelet's own CPU
-        manager confines all containers, `kubelet_counts_claims` whether its limits of pages may include what claims
-        hold. `clock` is in seconds.
+        manager confines all containers, `kubelet_cpus` to which CPUs, or None if that is unknown,
+        `kubelet_counts_claims` whether its limits of pages may include what claims hold. `clock` is in seconds.
         """
         self._kubelet_confines = kubelet_confines
+        self._kubelet_cpus = kubelet_cpus
         self._kubelet_counts_claims = kubelet_counts_claims
         self._report = report
         self._caches = caches
@@ -150,7 +152,8 @@ class PinningManager(Manager):
     async def apply(self, config: Config) -> None:
         """Apply a configuration, or what another kubelet confines itself."""
         serves_cpus = any(one.kind == CPU for one in config.served)
-        self.reconciler.configure(cpus_served=serves_cpus, kubelet_confines=self._kubelet_confines())
+        confines, cpus = self._kubelet_confines(), self._kubelet_cpus()
+        self.reconciler.configure(cpus_served=serves_cpus, kubelet_confines=confines, kubelet_cpus=cpus)
         self.revision.bump()
 
     @property

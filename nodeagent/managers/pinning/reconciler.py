@@ -8,6 +8,7 @@ periodically.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -65,6 +66,10 @@ class CgroupReconciler:
         self.ownership = ownership
         self._cpus_served = False
         self._kubelet_confines = False
+        self._kubelet_cpus: CpuSet | None = None
+        self._has_confined = False
+        """Whether this agent or one before it has confined pods as a whole: they have to get CPUs back once kubelet
+        confines their containers, which cannot run elsewhere than their pod."""
         self._dropins = tuple(dropins)
         self.news = Revision()
         """Increases whenever cgroups were written."""
@@ -91,13 +96,13 @@ class CgroupReconciler:
         self._updates: dict[str, tuple[CpuSet | None, CpuSet | None]] = {}
         """What the runtime was last asked to set, by container id."""
 
-    def configure(self, *, cpus_served: bool, kubelet_confines: bool) -> None:
+    def configure(self, *, cpus_served: bool, kubelet_confines: bool, kubelet_cpus: CpuSet | None) -> None:
         """Set what is confined.
 
         `cpus_served`: a container may come to hold CPUs, so all others are confined. `kubelet_confines`: kubelet's own
-        CPU manager confines them.
+        CPU manager confines them, to `kubelet_cpus`, or None if that is unknown.
         """
-        self._cpus_served, self._kubelet_confines = cpus_served, kubelet_confines
+        self._cpus_served, self._kubelet_confines, self._kubelet_cpus = cpus_served, kubelet_confines, kubelet_cpus
 
     # ---------------------------------------------------------------- desired state
 
@@ -115,7 +120,12 @@ class CgroupReconciler:
         """Return the same object as long as nothing in it changes: it caches what was computed."""
         agent, config, given, known = self._agent, self._config(), self.ownership.given, self._situation
         confine = not self._kubelet_confines and (self._cpus_served or bool(agent.ledger.cpus_held))
-        rules = Rules(memory=config.memory, confine_others=confine, strict_reservation=config.strict_reservation)
+        rules = Rules(
+            memory=config.memory,
+            confine_others=confine,
+            kubelet_cpus=self._kubelet_cpus if self._has_confined and not confine else None,
+            strict_reservation=config.strict_reservation,
+        )
         same = known.inventory is agent.inventory and known.ledger is agent.ledger and known.given is given
         if not same or known.rules != rules:
             self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules)
@@ -159,11 +169,21 @@ class CgroupReconciler:
             self.plan()
             if self.enforcer is None:
                 return
+            await self._look_for_confined()
+            self.plan()
+            await self._tell_systemd()
             targets = self._targets
             self._applied = {path: one for path, one in self._applied.items() if path in targets}
             changed = {path: one for path, one in targets.items() if self._applied.get(path) != one}
-            await self._tell_systemd()
             await self._apply(self.enforcer, changed)
+
+    async def _look_for_confined(self) -> None:
+        """Note that pods are confined: by this plan, or by an earlier agent, which has left drop-ins."""
+        if self._plan.shared:
+            self._has_confined = True
+        elif not self._has_confined and self._told is None:
+            with contextlib.suppress(HostError):  # reported when they are written
+                self._has_confined = any([await asyncio.to_thread(one.written) for one in self._dropins])
 
     async def _tell_systemd(self) -> None:
         """Update the drop-ins before the kernel, so that anything systemd writes meanwhile is up to date too."""

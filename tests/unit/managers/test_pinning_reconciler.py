@@ -575,6 +575,49 @@ async def test_beside_kubelet_s_own_cpu_manager_nobody_else_is_touched(
         assert CpuSet.parse(node.tree.effective(node.path("web", "main"))) == CpuSet(range(16))
 
 
+async def test_pods_get_back_what_kubelet_may_give_them_when_its_cpu_manager_takes_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubelet writes cpusets of containers, which cannot leave what their pod has. CPUs that the agent has granted stay
+    out of reach where kubelet does not have them too."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        assert node.tree.effective(node.path("web", "main")) == "1-3,6-15"
+        node.kubelet_confines = True
+        await node.pins.apply(Config())
+        await node.until(lambda: node.pins.shared_cpus == CpuSet())
+        assert node.tree.effective(node.pod("web")) == "1-3,6-15"
+        for kubelets, left in (("0-3", "0-3,6-15"), ("0-4", "0-4,6-15")):
+            node.kubelet_cpus = CpuSet.parse(kubelets)
+            await node.pins.apply(Config())
+            await node.until(lambda left=left: node.tree.effective(node.pod("web")) == left)
+            assert node.tree.effective(node.pod("db")) == "0-15"
+            assert node.tree.effective(node.path("db", "main")) == "4-5"
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["drop-ins of systemd's", "no trace"])
+async def test_pods_that_an_earlier_agent_confined_get_their_cpus_back_if_its_traces_say_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        if known:
+            (folder / "root/run/systemd/system").mkdir(parents=True)
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        await node.end()
+        node.kubelet_confines, node.kubelet_cpus = True, CpuSet.parse("0-3")
+        node.begin()
+        await node.pins._seen.wait()
+        await node.run("late", "main")
+        left = "0-3,6-15" if known else "1-3,6-15"
+        await node.until(lambda: node.tree.effective(node.pod("web")) == left)
+        assert node.tree.effective(node.path("db", "main")) == "4-5"
+        assert not [*(folder / "root/run/systemd/system").glob("*")]
+
+
 @pytest.mark.parametrize("ticks", range(8))
 async def test_an_agent_that_is_stopped_in_the_moment_of_its_first_look_ends(
     folder: Path, monkeypatch: pytest.MonkeyPatch, ticks: int
