@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from nodeagent.config.isolation import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.pinning.pools import exclusive_cpus
 from nodeagent.daemon.paths import Paths
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager
 from nodeagent.managers.manager import Manager
@@ -31,7 +32,7 @@ class ExclusiveCpus:
         """`pinning` knows the CPUs of everybody else."""
 
         def exclusive() -> CpuSet:
-            return agent.ledger.cpus_held & agent.inventory.cpus_usable
+            return exclusive_cpus(agent.ledger) & agent.inventory.cpus_usable
 
         def others() -> CpuSet:
             return pinning.shared_cpus or agent.inventory.cpus_online - agent.ledger.cpus_held

@@ -19,7 +19,7 @@ from tests.builders.machines import machine
 from tests.doubles.api_server import CLAIMS
 from tests.doubles.kubelet import FakeKubelet
 from tests.doubles.runtime import FakeRuntime, PluginRefusedError
-from tests.support.dra_node import consumed, dra_node
+from tests.support.dra_node import DRIVER, consumed, dra_node
 from tests.support.running import CPU, Running, running
 
 CPUS = {"name": "cpu", "kind": "cpu", "serve": "both"}
@@ -101,6 +101,38 @@ async def test_claims_are_their_pods_and_nobody_else_s(folder: Path, tree: Devic
         async with node.api.away():
             with pytest.raises(PluginRefusedError, match="cannot determine for which pods claim default/c is reserved"):
                 await create(runtime, known(runtime, "third", "uid-third"), env)
+
+
+async def test_a_named_pool_makes_way_for_exclusive_cpus_and_outlives_a_kill(folder: Path, tree: DeviceTree) -> None:
+    """Siblings are CPUs 2 and 6, and 3 and 7. A claim for three CPUs would leave the pool less than it was promised."""
+    pool = {"apiVersion": "nodeagent.dev/v1alpha1", "kind": "CpuConfig", "namedPool": "web"}
+    config = [{"source": "FromClaim", "requests": [], "opaque": {"driver": DRIVER, "parameters": pool}}]
+    async with FakeRuntime(folder) as runtime, dra_node(folder, tree, [CPUS], more=pinning(runtime)) as node:
+        await node.published("cpu")
+        await runtime.connected()
+        member = node.claim("m", consumed("cpu", "numa1", cpus="2"), config=config, reserved_for=["uid-member"])
+        await node.prepare(member)
+        held = node.env(member)["NODEAGENT_CPUS"]
+        assert held == "2,6"
+        assert await create(runtime, known(runtime, "member", "uid-member"), node.env(member)) == "2-3,6-7"
+        alone = node.claim("x", consumed("cpu", "numa1", cpus="1"), reserved_for=["uid-alone"])
+        more = node.claim("y", consumed("cpu", "numa1", cpus="3"), reserved_for=["uid-more"])
+        granted, refused = await node.prepare(alone, more)
+        assert not granted.error and "held there by claim default/m, claim default/x" in refused.error
+        assert await create(runtime, known(runtime, "alone", "uid-alone"), node.env(alone)) == "3"
+        assert runtime.cpus("member") == held, "CPU 7 is idle, and the sibling of an exclusive one"
+        await node.agent.stop(signal.SIGKILL)
+        await node.agent.start()
+        await runtime.connected(2)
+        (again,) = await node.prepare(member)
+        assert not again.error and node.env(member)["NODEAGENT_CPUS"] == held
+        assert (runtime.cpus("member"), runtime.cpus("alone")) == (held, "3")
+        await runtime.stop_container("alone")
+        await node.unprepare(alone)
+        await create(runtime, "late")
+        (shown,) = await pinned(node.agent, 1)
+        assert (shown["pod"], shown["pools"], shown["pool_cpus"]) == ("member", ["web"], "2-3,6-7")
+        assert runtime.cpus("member") == "2-3,6-7" and runtime.cpus("late") == "0-1,3-5,7"
 
 
 async def test_the_table_of_status_shows_what_was_granted_and_what_is_wrong(folder: Path, tree: DeviceTree) -> None:

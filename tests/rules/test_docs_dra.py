@@ -344,7 +344,7 @@ def test_pods_of_the_examples_request_the_cpus_of_their_claims_of_kubelet_too() 
             assert int(requests.get("cpu", 0)) == claimed, name
             assert not [one for one in requests if one.startswith("hugepages")], name
             seen += bool(claimed)
-    assert seen == 2
+    assert seen == 3
 
 
 def classes() -> set[str]:
@@ -402,10 +402,10 @@ def test_what_the_text_shows_is_in_the_examples() -> None:
 # ---------------------------------------------------------------- opaque configuration
 
 
-def configurations() -> list[tuple[str, Mapping[str, Any]]]:
-    """(source, an entry of `config`) of all examples."""
+def configurations(only: str = "") -> list[tuple[str, Mapping[str, Any]]]:
+    """(source, an entry of `config`) of all examples, or of one file."""
     found = []
-    for _, one in manifests():
+    for one in (one for name, one in manifests() if only in ("", name)):
         source = FROM_CLASS if one["kind"] == "DeviceClass" else FROM_CLAIM
         found += [(source, entry) for some in inner(one, "config") for entry in some]
     return found
@@ -424,7 +424,7 @@ def test_every_configuration_of_the_examples_is_one_that_is_taken() -> None:
 
 
 def test_each_request_of_the_example_has_its_own_configuration() -> None:
-    found = [opaque(*one) for one in configurations()]
+    found = [opaque(*one) for one in configurations("configured.yaml")]
     kinds = {"workers": "cpu", "control": "cpu", "pages": "hugepages", "gpu": "gpu", "net": "nic", "port": "char"} | {
         "disk": "block"
     }

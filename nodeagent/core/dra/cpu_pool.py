@@ -28,7 +28,7 @@ from nodeagent.core.dra.pool import (
     Value,
 )
 from nodeagent.core.ledger.ledger import Ledger
-from nodeagent.core.model.cpuset import CpuSet, union
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import Health
@@ -169,6 +169,19 @@ class CpuPool(msgspec.Struct, frozen=True, kw_only=True):
     def _allowed(self, inventory: Inventory) -> int:
         """Return a mask of the CPUs that the options and the NUMA policy permit."""
         return allowed(machine_of(inventory), Request(options=self.options, numa=self.numa))
+
+
+def group_around(inventory: Inventory, name: str) -> CpuSet:
+    """Return the online CPUs of the group that a device stands for, or those of its NUMA node if it is a single CPU.
+    Return none if there is no such device at this moment."""
+    return kept_by(inventory, "_cpu_groups", lambda: _groups_around(inventory)).get(name, EMPTY)
+
+
+def _groups_around(inventory: Inventory) -> Mapping[str, CpuSet]:
+    groups = {name: cpus for group in _GROUP_NAME for name, cpus in _groups(inventory, group).items()}
+    found = {name: CpuSet(cpu.id for cpu in cpus) for name, cpus in groups.items()}
+    nodes = _groups(inventory, NUMA_NODE)
+    return {**{f"cpu{cpu.id}": found[name] for name, cpus in nodes.items() for cpu in cpus}, **found}
 
 
 def _cpu_parts(inventory: Inventory) -> Mapping[str, DevicePart]:

@@ -35,6 +35,7 @@ from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.opaque.decode import BUILT_IN, Forms, check_all, check_fit, settings_for
 from nodeagent.core.opaque.settings import OpaqueConfig, to_json
+from nodeagent.core.pinning.pools import cpus_brought, pool_of
 from nodeagent.core.placement.place import place
 from nodeagent.core.sharing.amounts import amounts
 from nodeagent.core.sharing.rules import check_claim, check_device, refuse_otherwise_shared
@@ -340,6 +341,12 @@ class _Nearby(msgspec.Struct, frozen=True):
     def and_cpus(self, grants: Iterable[Grant]) -> _Nearby:
         return replace(self, cpus=self.cpus | union(grant.cpus for grant in grants))
 
+    def or_pool(self, ledger: Ledger, grant: Grant, part: DevicePart) -> _Nearby:
+        """Return the CPUs of the grant's named pool in its group where the pod has nothing to be close to."""
+        if self.devices or self.cpus or self.nodes or (pool := pool_of(grant)) is None:
+            return self
+        return replace(self, cpus=cpus_brought(ledger, pool) & part.cpus)
+
 
 def _decide(call: _Call, ledger: Ledger, claim: Claim, wanted: Sequence[ClaimDemand], nearby: _Nearby) -> Decision:
     """Grant everything that a claim wants, or raise Refused.
@@ -398,7 +405,7 @@ def _holding(inventory: Inventory, ledger: Ledger, grant: Grant, one: ClaimDeman
     """Return the grant with what it holds."""
     part = one.part
     if part.cpus:
-        return replace(grant, cpus=_cpus(inventory, ledger, one, nearby))
+        return replace(grant, cpus=_cpus(inventory, ledger, one, nearby.or_pool(ledger, grant, part)))
     if part.shares:
         held = amounts(part.device, one.shares, dict(part.each), one.result.consumed)
         return replace(grant, shares=(part.device,), amounts=held, things=things_of(inventory, [part.device]))

@@ -23,6 +23,7 @@ class CpuForm(Form, frozen=True):
     options: tuple[str, ...] = ()
     numa: Literal["single", "restricted", "best-effort", ""] = ""
     core_type: Literal["performance", "efficiency", ""] = ""
+    named_pool: ClassName = ""
     cache_ways: _Ways | None = None
     cache_class: ClassName = ""
     memory_bandwidth_percent: Percent | None = None
@@ -33,11 +34,14 @@ class CpuForm(Form, frozen=True):
         own = self.cache_ways, self.memory_bandwidth_percent, self.memory_bandwidth_mbps
         if self.cache_class and any(one is not None for one in own):
             raise InputError("$.cacheClass excludes $.cacheWays, $.memoryBandwidthPercent and $.memoryBandwidthMBps")
+        if self.named_pool and any(one is not None for one in own):
+            raise InputError("$.namedPool excludes $.cacheWays, $.memoryBandwidthPercent and $.memoryBandwidthMBps")
         with at("$.options"):
             options = check_options((*self.options, *core))
         return OpaqueConfig(
             options=options,
             numa=self.numa,
+            named_pool=self.named_pool,
             cache_ways=self.cache_ways,
             cache_class=self.cache_class,
             memory_bandwidth_percent=self.memory_bandwidth_percent,

@@ -21,6 +21,8 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Names from core.model.options, including those for the core type."""
     numa: str = ""
     """Request.numa."""
+    named_pool: str = ""
+    """The named pool of its namespace into which the CPUs are brought; "" if they are exclusive."""
     mount_path: str = ""
     """Where a hugetlbfs of the granted page size is mounted in the container."""
     time_slice: str = ""

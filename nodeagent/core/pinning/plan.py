@@ -2,8 +2,9 @@
 
 Pure: the machine, the ledger, kubelet's records of what it gave to whom, and the existing containers yield one plan.
 
-- A container that holds CPUs is confined to exactly these. One that holds pages or memory is confined to their NUMA
-  nodes, with a limit of these pages and those that kubelet allows it.
+- A container that holds CPUs is confined to exactly these, or to those of its named pool if its claim names one
+  (pools.py). One that holds pages or memory is confined to their NUMA nodes, with a limit of these pages and those that
+  kubelet allows it.
 - All others are confined to the shared pool: the CPUs that are neither reserved nor held. The plan sets this on whole
   pods, so that it also applies to sandboxes, to containers that were not announced and to future ones. Containers in
   the same pod as one that holds CPUs are confined individually.
@@ -27,6 +28,7 @@ from nodeagent.core.model.container import STOPPED, Container, PageLimits
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.pinning.pools import NamedPools, pool_of
 
 GRANT_VARIABLE = "NODEAGENT_GRANT_"
 """Prefix of a variable that a container using a claim has for each grant; the value is the grant's id."""
@@ -55,13 +57,22 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
     """The held CPUs that are offline or outside the cpuset of all pods."""
     outside: CpuSet = EMPTY
     """The held CPUs outside the cpuset of all pods."""
+    pools: tuple[str, ...] = ()
+    """The named pools into which its claims bring CPUs, in order of name."""
+    pool_cpus: CpuSet = EMPTY
+    """The CPUs of these pools within its groups, online or not, with those that it holds itself."""
     unproven: tuple[str, ...] = ()
     """Grants that it names but that kubelet is not known to have given to its pod."""
 
     @property
+    def alone(self) -> CpuSet:
+        """Return the CPUs that it holds for itself."""
+        return self.held - self.pool_cpus
+
+    @property
     def exclusive(self) -> bool:
-        """Return whether the container holds CPUs."""
-        return bool(self.held)
+        """Return whether the container holds CPUs for itself."""
+        return not self.held <= self.pool_cpus
 
 
 NO_PIN = Pin()
@@ -134,8 +145,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         open_ = self._open(every, unnamed) if unnamed else {}
         held = {uid: cpus for uid, cpus in open_.items() if cpus}
         for one, pin in bare.items():
-            if pin.exclusive:
-                held[live[one].pod_uid] = held.get(live[one].pod_uid, EMPTY) | pin.held
+            if pin.held:
+                held[live[one].pod_uid] = held.get(live[one].pod_uid, EMPTY) | pin.held | pin.pool_cpus
         paged = self._paged(live, bare)
         pins = {
             one: pin
@@ -166,7 +177,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             known = {grant for one in containers for grant in self._own(one).grants}
             rest = [grant for grant in self._of_pods[uid] if grant.id not in known]
             if rest and any(one.id in unnamed and one.state != STOPPED for one in containers):
-                found[uid] = union(grant.cpus for grant in rest)
+                found[uid] = union(grant.cpus | self._pools.cpus_of(grant) for grant in rest)
         return found
 
     @functools.cached_property
@@ -206,7 +217,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         if not grants:
             return Pin(unproven=unproven) if unproven else NO_PIN
         held = union(one.cpus for one in grants)
-        usable = held & self.inventory.cpus_usable
+        pools = sorted({pool.name for one in grants if (pool := pool_of(one)) is not None})
+        pool_cpus = union(self._pools.cpus_of(one) for one in grants) if pools else EMPTY
+        usable = (held | pool_cpus) & self.inventory.cpus_usable
         return Pin(
             grants=tuple(one.id for one in grants),
             # If all its CPUs are gone, it is confined to the shared ones and not to those of others.
@@ -214,8 +227,10 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             mems=self._mems(grants, usable),
             hugepage_limits=self._limits(container, grants),
             held=held,
-            lost=held - usable,
+            lost=held - self.inventory.cpus_usable,
             outside=held & self.inventory.cpus_outside,
+            pools=tuple(pools),
+            pool_cpus=pool_cpus,
             unproven=unproven,
         )
 
@@ -250,8 +265,16 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
         If none is left, the reserved ones are included after all.
         """
+        return self._free or self.inventory.cpus_usable - self.ledger.cpus_held
+
+    @functools.cached_property
+    def _free(self) -> CpuSet:
         free = self.inventory.cpus_usable - self.ledger.cpus_held
-        return (free - self.ledger.reserved if self.rules.strict_reservation else free) or free
+        return free - self.ledger.reserved if self.rules.strict_reservation else free
+
+    @functools.cached_property
+    def _pools(self) -> NamedPools:
+        return NamedPools(self.inventory, self.ledger, self._free)
 
     @functools.cached_property
     def loose(self) -> CpuSet:
@@ -318,7 +341,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
 
     def _beside(self, container: Container, pin: Pin, mixed: bool, paged: Mapping[int, int]) -> Pin:
         """Return a container's pin within its pod: it is kept off CPUs and pages that other containers there hold."""
-        others = not pin.exclusive and mixed and self.rules.confine_others
+        others = not pin.held and mixed and self.rules.confine_others
         limits = {**_limits_beside(container, paged), **pin.hugepage_limits}
         if not others and limits == pin.hugepage_limits:
             return pin
@@ -330,6 +353,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             held=pin.held,
             lost=pin.lost,
             outside=pin.outside,
+            pools=pin.pools,
+            pool_cpus=pin.pool_cpus,
             unproven=pin.unproven,
         )
 

@@ -229,7 +229,7 @@ class ContainerTable:
             mems=pin.mems,
             hugepage_limits=pin.hugepage_limits,
             within=None if pin.exclusive else plan.pod(container.pod_uid).cpus,
-            partition=_partition(config) if pin.exclusive and not pin.lost else MEMBER,
+            partition=_partition(config) if pin.exclusive and not (pin.pools or pin.lost) else MEMBER,
         )
 
 

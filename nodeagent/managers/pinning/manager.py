@@ -378,6 +378,8 @@ class PinningManager(Manager):
             "state": entry.container.state,
             "grants": list(pin.grants),
             "granted_cpus": str(pin.held),
+            "pools": list(pin.pools),
+            "pool_cpus": str(pin.pool_cpus),
             "effective_cpus": str(state.cpus_effective or "") if state is not None else "",
             "granted_mems": str(pin.mems or ""),
             "effective_mems": str(state.mems_effective or "") if state is not None else "",

@@ -81,7 +81,7 @@ class NriHooks:
         if late := await _within(within_s, self._make_way(container)):
             self._go_on(container, late)
         pin, updates = self._reconciler.pin(container.id), self._reconciler.updates(but=container.id)
-        if pin.held and pin.lost == pin.held:
+        if pin.exclusive and pin.lost == pin.held:
             where = outside_of(self._agent.inventory) if pin.outside else "offline"
             self._refuse(container, f"its CPUs {pin.held} are {where}")
         if pin.grants:
@@ -121,7 +121,7 @@ class NriHooks:
         elif why:
             self._refuse(container, why)
         if pin.exclusive and (others := self._reconciler.overlapping(container.id)):
-            self._refuse(container, f"its CPUs {pin.held} are used by {', '.join(others)} too")
+            self._refuse(container, f"its CPUs {pin.alone} are used by {', '.join(others)} too")
         entry = self._reconciler.table.entries.get(container.id)
         if why := await self._caches.starting(container, entry.path if entry is not None else "", pin.grants):
             self._refuse(container, why)

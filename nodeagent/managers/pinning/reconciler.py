@@ -389,8 +389,8 @@ class CgroupReconciler:
         return min((one for path in paths if path and (one := enforcer.quota_cpus(path)) is not None), default=None)
 
     def overlapping(self, container_id: str) -> list[str]:
-        """Return which other containers or pods that could not be confined may be on a container's CPUs."""
-        entry, held = self.table.entries.get(container_id), self.pin(container_id).held
+        """Return which other containers or pods that could not be confined may be on a container's exclusive CPUs."""
+        entry, held = self.table.entries.get(container_id), self.pin(container_id).alone
         if self.enforcer is None or entry is None:
             return []
         own = {entry.path, self.table.pods.get(entry.container.pod_uid, "")}
@@ -403,12 +403,12 @@ class CgroupReconciler:
 
     def trespasses(self, container_id: str) -> bool:
         """Return whether a container may run on CPUs held by others, by the last reading of its cgroup or its pod."""
-        entry, own = self.table.entries.get(container_id), self.pin(container_id).held
+        entry, pin = self.table.entries.get(container_id), self.pin(container_id)
         if self.enforcer is None or entry is None:
             return False
         paths = (entry.path, self.table.pods.get(entry.container.pod_uid, ""))
         state = next((one for path in paths if (one := self.enforcer.states.get(path)) is not None), None)
-        others = self._agent.ledger.cpus_held - own
+        others = self._agent.ledger.cpus_held - pin.held - pin.pool_cpus
         return state is None or state.cpus_effective is None or not state.cpus_effective.isdisjoint(others)
 
     def _pod_at(self, path: str) -> PodRef | None:
