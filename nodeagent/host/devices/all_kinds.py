@@ -18,7 +18,6 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, Draws, Link
 from nodeagent.core.model.inventory import DEGRADED, KindState
 from nodeagent.core.model.topology import NodeId
-from nodeagent.host.default_route import routed_interfaces
 from nodeagent.host.devices.accelerators.accel import Accel
 from nodeagent.host.devices.accelerators.dsa import Dsa
 from nodeagent.host.devices.accelerators.qat import Qat
@@ -44,12 +43,14 @@ from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
 from nodeagent.host.devices.pci import Pci
 from nodeagent.host.devices.usb import Usb
-from nodeagent.host.host_uses import used_paths, with_all_uses
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import functions as read_functions
 from nodeagent.host.pci import is_address, order
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.uses.default_route import routed_interfaces
+from nodeagent.host.uses.remote_storage import storage_interfaces
+from nodeagent.host.uses.used_paths import used_paths, with_all_uses
 
 __all__ = [
     "CharSelector",
@@ -123,7 +124,7 @@ def read_context(
         block_types=block_types,
         block_uses=blocks,
         routed=routed,
-        used_paths=used_paths(reader, routed, blocks),
+        used_paths=used_paths(reader, routed, blocks, storage_interfaces(reader, blocks.servers)),
         nvml=nvml,
         partitions=partitions,
         warnings=tuple(reader.warnings),

@@ -18,13 +18,13 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
 from nodeagent.core.model.inventory import KindState
 from nodeagent.core.model.topology import NodeId
-from nodeagent.host.default_route import routed_interfaces
 from nodeagent.host.devices.disks import BlockUses
-from nodeagent.host.host_uses import UsedPath
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.uses.default_route import routed_interfaces
+from nodeagent.host.uses.used_paths import UsedPath
 
 Attributes = Mapping[str, str | int | bool]
 LONGEST_ID = 63

@@ -35,6 +35,8 @@ class BlockUses(msgspec.Struct, frozen=True, kw_only=True):
     """Names in /sys/class/block."""
     hidden: bool
     """Whether a user of disks exists that /proc and /sys do not attribute to a disk: a ZFS pool."""
+    servers: frozenset[str] = frozenset()
+    """IP addresses of the servers of mounted file systems, some with a port."""
 
 
 def block_uses(reader: Tolerant) -> BlockUses:
@@ -45,6 +47,7 @@ def block_uses(reader: Tolerant) -> BlockUses:
     return BlockUses(
         numbers=frozenset(one.number for one in mounts),
         names=frozenset(names),
+        servers=frozenset(server for one in mounts for server in one.servers),
         hidden=any(one.type == "zfs" for one in mounts) or bool(_below(reader, "proc/spl/kstat/zfs")),
     )
 
@@ -97,22 +100,36 @@ class _Mount(msgspec.Struct, frozen=True):
     type: str
     paths: tuple[str, ...]
     """What it names below /dev."""
+    servers: tuple[str, ...]
+    """IP addresses that it names, some with a port."""
 
 
 def _mounts(reader: Tolerant) -> Iterator[_Mount]:
     """Yield the mounts in the namespace of process 1 (Documentation/filesystems/proc.rst, 3.5)."""
     for line in (reader.text("proc/1/mountinfo") or "").splitlines():
         words, _, rest = line.partition(" - ")
-        fields, (type, source, *_) = words.split(), (*rest.split(), "", "")
+        fields, (type, source, options, *_) = words.split(), (*rest.split(), "", "", "")
         if len(fields) > 3 and _DEVICE.fullmatch(fields[2]):
             # kubelet binds the node of a raw block volume into its own folders.
             bound = (f"/dev{fields[3]}",) if type == "devtmpfs" else ()
-            yield _Mount(fields[2], type, (*_sources(_plain(source)), *map(_plain, bound)))
+            paths = (*_sources(_plain(source)), *map(_plain, bound))
+            yield _Mount(fields[2], type, paths, tuple(_servers(type, source, options)))
 
 
 def _sources(source: str) -> list[str]:
     """Return the devices in the source of a mount, of which bcachefs writes several with ":" between."""
     return re.split(":(?=/dev/)", source) if source.startswith("/dev/") else []
+
+
+def _servers(type: str, source: str, options: str) -> Iterator[str]:
+    """Yield the addresses of a mount's servers: in options of NFS and SMB (fs/nfs/super.c, fs/smb/client/cifsfs.c), and
+    the monitors of Ceph in its source or in an option (fs/ceph/super.c)."""
+    for option in options.split(",") if "addr=" in options else ():
+        name, _, value = option.partition("=")
+        if name in ("addr", "mountaddr", "mon_addr"):
+            yield from value.split("/")
+    if type == "ceph" and ":/" in source:
+        yield from source.partition(":/")[0].split(",")
 
 
 def _plain(text: str) -> str:

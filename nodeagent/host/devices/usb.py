@@ -54,7 +54,7 @@ def _devices(reader: Tolerant, context: Context) -> Iterator[Device]:
         if selector is None:
             continue
         paths = (*_raw_node(reader, path), *_below(nodes, name))
-        # A hub has none of its own: those of what is plugged into it are below further devices (host/host_uses.py).
+        # A hub has none of its own: those of what is plugged into it are below further devices (host/uses).
         netdevs = [one for real, one in interfaces.items() if f"/{name}/{name}:" in real]
         attributes: dict[str, str | int | bool] = {
             "selector": selector.name,

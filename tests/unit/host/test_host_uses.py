@@ -18,8 +18,8 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.devices.all_kinds import CharSelector, Devices, UsbSelector, read_context
-from nodeagent.host.host_uses import with_all_uses
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.uses.used_paths import with_all_uses
 from tests.builders.devices import DeviceTree
 from tests.support.looking import by_id, look
 

@@ -7,14 +7,13 @@ link (Open vSwitch) is taken from other evidence.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from nodeagent.host import pci
 from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.uses.interface_links import NET, links, reachable
 
-_NET = "sys/class/net"
 _OPEN_VSWITCH = "ovs-system"
 """The datapath, master of all ports except the bridges' own interfaces (net/openvswitch/vport-netdev.c)."""
 _WIDE_MASKS, _WIDE_PREFIXES = frozenset({"00000000", "00000080"}), frozenset({"00", "01", "02", "03"})
@@ -25,14 +24,14 @@ _VRF_FLAGS = 0x480
 
 def routed_interfaces(reader: Tolerant) -> frozenset[str]:
     """Return the interfaces with a default route in the network namespace of process 1, and all that are below them."""
-    adapters = {name: address is not None for name, _, address, _ in pci.members(reader, _NET)}
-    below = _links(reader, adapters)
+    adapters = {name: address is not None for name, _, address, _ in pci.members(reader, NET)}
+    below = links(reader, adapters)
     routes = _routes(reader)
     named = {*(one.interface for one in routes if one.is_default), *_routed_vrfs(reader, below)}
-    found = _reachable([*named, *_unlinked(reader, adapters, below, named)], below)
+    found = reachable([*named, *_unlinked(reader, adapters, below, named)], below)
     there = found & adapters.keys()
     if there and not any(adapters[one] or _is_hardware(reader, one) for one in there):
-        found |= _reachable(_below_tunnels(adapters, below, routes), below)
+        found |= reachable(_below_tunnels(adapters, below, routes), below)
     return found
 
 
@@ -55,7 +54,7 @@ def _routes(reader: Tolerant) -> list[_Route]:
 
 def _routed_vrfs(reader: Tolerant, names: Iterable[str]) -> list[str]:
     """Return the VRFs if a table other than the main one may have a default route: nothing shows whose table it is."""
-    vrfs = [name for name in names if (reader.number(f"{_NET}/{name}/flags") or 0) & _VRF_FLAGS == _VRF_FLAGS]
+    vrfs = [name for name in names if (reader.number(f"{NET}/{name}/flags") or 0) & _VRF_FLAGS == _VRF_FLAGS]
     return vrfs if vrfs and _other_table_has_default(reader) else []
 
 
@@ -82,55 +81,15 @@ def _other_table_has_default(reader: Tolerant) -> bool:
 # ---------------------------------------------------------------- what is below what
 
 
-def _links(reader: Tolerant, names: Iterable[str]) -> Mapping[str, set[str]]:
-    """Return the interfaces directly below each interface."""
-    below: dict[str, set[str]] = defaultdict(set)
-    for name in names:
-        for upper, lower in _pairs(reader, name, reader.names(f"{_NET}/{name}")):
-            below[upper].add(lower)
-    for line in (reader.text("proc/1/net/vlan/config") or "").splitlines()[2:]:
-        words = [word.strip() for word in line.split("|")]
-        if len(words) > 1:
-            below[words[0]].add(words[-1])
-    return below
-
-
-def _pairs(reader: Tolerant, name: str, files: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (upper, lower) for each relation that the folder of one interface shows."""
-    path = f"{_NET}/{name}"
-    for file in files:
-        kind, _, other = file.partition("_")
-        if other and kind in ("lower", "upper"):
-            yield (name, other) if kind == "lower" else (other, name)
-    if "master" in files and (master := reader.link_name(f"{path}/master")):
-        yield master, name
-    if "bonding" in files:
-        yield from ((name, slave) for slave in (reader.text(f"{path}/bonding/slaves") or "").split())
-    if "brif" in files:
-        yield from ((name, port) for port in reader.names(f"{path}/brif"))
-
-
-def _reachable(names: Iterable[str], below: Mapping[str, set[str]]) -> frozenset[str]:
-    """Return some interfaces and all below them, at any depth; loops end."""
-    found: set[str] = set()
-    waiting = list(names)
-    while waiting:
-        name = waiting.pop()
-        if name not in found:
-            found.add(name)
-            waiting.extend(below.get(name, ()))
-    return frozenset(found)
-
-
 def _is_hardware(reader: Tolerant, name: str) -> bool:
-    return not reader.sysfs.entry(_NET, name).startswith("sys/devices/virtual/")
+    return not reader.sysfs.entry(NET, name).startswith("sys/devices/virtual/")
 
 
 def _below_tunnels(adapters: Mapping[str, bool], below: Mapping[str, set[str]], routes: Iterable[_Route]) -> list[str]:
     """Return the interfaces that may carry the node's network where its default routes lead into tunnels alone
     (WireGuard, PPP, a dummy interface): those with any route that lead to an adapter, or else all adapters."""
     routed = {one.interface for one in routes}
-    may = [one for one in routed if any(adapters.get(lower) for lower in _reachable([one], below))]
+    may = [one for one in routed if any(adapters.get(lower) for lower in reachable([one], below))]
     return may or [one for one, is_adapter in adapters.items() if is_adapter]
 
 
@@ -143,9 +102,9 @@ def _unlinked(
     interface with the virtual function. So all ports of the datapath count, and adapters with the same MAC address.
     """
     for name in named:
-        if any(adapters.get(one) for one in _reachable([name], below)):
+        if any(adapters.get(one) for one in reachable([name], below)):
             continue
-        address = reader.text(f"{_NET}/{name}/address")
+        address = reader.text(f"{NET}/{name}/address")
         yield _OPEN_VSWITCH
         if address is not None:
-            yield from (one for one in adapters if adapters[one] and reader.text(f"{_NET}/{one}/address") == address)
+            yield from (one for one in adapters if adapters[one] and reader.text(f"{NET}/{one}/address") == address)

@@ -44,15 +44,19 @@ class UsedPath(NamedTuple):
         return frozenset(self.path.split("/"))
 
 
-def used_paths(reader: Tolerant, routed: frozenset[str], blocks: BlockUses) -> tuple[UsedPath, ...]:
+def used_paths(
+    reader: Tolerant, routed: frozenset[str], blocks: BlockUses, storage: frozenset[str] = frozenset()
+) -> tuple[UsedPath, ...]:
     """Return what carries the node's default routes, file systems, swap and consoles, without what is only software.
 
-    routed: network interfaces. Consoles: Documentation/ABI/testing/sysfs-tty, /sys/class/tty/console/active.
+    routed, storage: network interfaces with default routes, and those that lead to its disks. Consoles:
+    Documentation/ABI/testing/sysfs-tty, /sys/class/tty/console/active.
     """
     consoles = frozenset((reader.text("sys/class/tty/console/active") or "").split())
     found = (
         *(UsedPath("default_route", path) for _, path in _entries(reader, "sys/class/net", routed)),
         *(UsedPath("in_use", path) for _, path in _entries(reader, "sys/class/block", blocks.names)),
+        *(UsedPath("in_use", path) for _, path in _entries(reader, "sys/class/net", storage)),
         *(UsedPath("in_use", path, f"/dev/{name}") for name, path in _entries(reader, "sys/class/tty", consoles)),
     )
     return tuple(one for one in found if "/virtual/" not in one.path)

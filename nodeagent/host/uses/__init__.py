@@ -1,0 +1,1 @@
+"""What of the machine the node itself uses."""
