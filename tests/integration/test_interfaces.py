@@ -9,7 +9,7 @@ import json
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.api_server import CLAIMS
 from tests.doubles.dra_kubelet import ClaimId
+from tests.doubles.rdma_kernel import RdmaKernel
 from tests.doubles.runtime import FakeRuntime, PluginRefusedError
 from tests.support.dra_node import DRIVER, DraNode, dra_node, result
 from tests.support.long_form import share_of
@@ -29,6 +30,7 @@ from tests.support.paths import CHECKOUT
 from tests.support.until import until
 
 GROUPS = {"ens7": FIRST_GROUP + 1, "ens8": FIRST_GROUP + 2}
+RDMA = {"mlx5_7": "ens7", "mlx5_8": "ens8"}
 MACS = {"ens7": "02:00:00:00:00:07", "ens8": "02:00:00:00:00:08"}
 NICS = {"name": "nic", "kind": "nic", "serve": "dra"}
 WANTED = {"name": "net1", "addresses": ["10.0.0.5/24"], "mtu": 1400}
@@ -44,6 +46,7 @@ class Node:
     runtime: FakeRuntime
     host: Namespace
     doom: Path
+    kernel: RdmaKernel
     pods: dict[str, Namespace] = field(default_factory=dict)
 
     def claim(self, name: str, of: str = "ens7") -> ClaimId:
@@ -76,6 +79,7 @@ class Node:
 
     def vanish(self, name: str) -> None:
         del self.runtime.pods[f"sandbox-{name}"]
+        self.kernel.end(Path(self.pods[name].path))
         self.pods.pop(name).end(self.host)
 
     def is_as_before(self, name: str = "ens7") -> bool:
@@ -123,17 +127,28 @@ def host() -> Iterator[Namespace]:
 
 @contextlib.asynccontextmanager
 async def interface_node(
-    folder: Path, tree: DeviceTree, host: Namespace, monkeypatch: pytest.MonkeyPatch, *, on: bool = True
+    folder: Path,
+    tree: DeviceTree,
+    host: Namespace,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    on: bool = True,
+    rdma: Sequence[str] = (),
 ) -> AsyncIterator[Node]:
-    facts, doom = folder / "interfaces-node.json", folder / "doom"
-    facts.write_text(json.dumps({"host": host.path, "doom": str(doom)}))
+    """rdma: names of RDMA devices, in order; those of RDMA are of adapters."""
+    facts, doom, file = folder / "interfaces-node.json", folder / "doom", folder / "rdma.json"
+    kernel = RdmaKernel(Path(host.path), root=tree.root, file=file)
+    for name in rdma:
+        kernel.add(name, device_of(GROUPS[RDMA[name]]) if name in RDMA else "")
+    told = {"host": host.path, "doom": str(doom), **({"rdma": str(file), "root": str(tree.root)} if rdma else {})}
+    facts.write_text(json.dumps(told))
     monkeypatch.setenv("INTERFACE_NODE", str(facts))
     async with FakeRuntime(folder) as runtime:
         more = {"pinning": {"nriSocket": str(runtime.socket)}, "network": {"moveInterfaces": on}}
         async with dra_node(folder, tree, [NICS], more=more, module="tests.support.interface_agent") as node:
             await node.published("nic")
             await runtime.connected()
-            one = Node(node, runtime, host, doom)
+            one = Node(node, runtime, host, doom, kernel)
             yield one
             for pod in one.pods.values():
                 pod.close()
@@ -156,6 +171,33 @@ async def test_an_interface_is_in_the_pod_from_its_sandbox_to_its_end(
         await one.runtime.remove_container("main")
         await one.stop("web")
         assert one.is_as_before() and not one.journal.exists()
+        assert await one.node.unprepare(claim) == [""]
+
+
+async def test_an_rdma_device_goes_along_and_is_handed_over_under_the_name_that_its_node_has_there(
+    folder: Path, tree: DeviceTree, host: Namespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the exclusive mode. The kernel numbers the node anew when the device is moved: the first try is refused, and
+    the files of the claim follow. Then the agent is killed."""
+    async with interface_node(folder, tree, host, monkeypatch, rdma=["gone", "mlx5_7"]) as one:
+        one.kernel.remove("gone")
+        claim, pod = one.claim("web"), one.pod("web")
+        await one.node.prepare(claim)
+        with pytest.raises(PluginRefusedError, match=r"mlx5_7: its nodes became /dev/infiniband/uverbs0"):
+            await one.run("web")
+        await until(lambda: "/dev/infiniband/uverbs0" in json.dumps(one.node.spec(claim)))
+        await one.run("web")
+        assert pod.names() == {"net1"} and one.kernel.where("mlx5_7", Path(pod.path))
+        await one.node.agent.stop(signal.SIGKILL)
+        await one.node.agent.start()
+        await one.node.dra.wait_registered(DRIVER, 2)
+        await one.runtime.connected(2)
+        assert one.node.devices("nic")["0000-5e-00-1"]["attributes"]["rdma"] == {"bool": True}
+        await one.runtime.create("main", pod="web")
+        await one.runtime.stop_container("main")
+        await one.runtime.remove_container("main")
+        await one.stop("web")
+        assert one.is_as_before() and one.kernel.where("mlx5_7", Path(host.path))
         assert await one.node.unprepare(claim) == [""]
 
 
@@ -287,7 +329,7 @@ async def test_kill_9_before_or_after_any_change_leaves_what_the_ledger_grants(
 ) -> None:
     """Pods come and go; agents die at random steps of it, begin again, and complete or undo it."""
     drawn, deaths = random.Random(7), 0
-    async with interface_node(folder, tree, host, monkeypatch) as one:
+    async with interface_node(folder, tree, host, monkeypatch, rdma=list(RDMA)) as one:
         one.runtime.forgives_late = True
         claims = {name: one.claim(name, of) for name, of in (("a", "ens7"), ("b", "ens8"))}
         for life in range(LIVES):
@@ -311,6 +353,7 @@ async def test_kill_9_before_or_after_any_change_leaves_what_the_ledger_grants(
                 await one.stop(name)
             assert await one.node.unprepare(claim) == [""]
         await until(lambda: one.is_as_before("ens7") and one.is_as_before("ens8") and not one.journal.exists())
+        assert all(one.kernel.where(name, Path(host.path)) for name in RDMA)
     with capsys.disabled():
         print(f"\ninterfaces: {deaths} of {LIVES} agents killed at a change")
     assert deaths >= LIVES // 4

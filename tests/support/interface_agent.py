@@ -3,7 +3,8 @@ python -m tests.support.interface_agent, with the words of `nodeagent`.
 
 INTERFACE_NODE is a JSON file: host (path of the namespace), doom (see tests.support.vfio_agent.Doom). A step is the
 moment before or after a change in the kernel, or in the journal of what was moved. Pairs in a group are read as
-interfaces of devices, as tests.support.namespaces describes.
+interfaces of devices, as tests.support.namespaces describes. With rdma (the file of tests.doubles.rdma_kernel) and root
+(the folder with /sys) there are RDMA devices too, in the exclusive mode.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from nodeagent.host.netlink.messages import attributes, read_number
 from nodeagent.managers.network.interface_journal import InterfaceJournal
 from nodeagent.managers.network.interface_mover import InterfaceMover
 from nodeagent.managers.network.interfaces import InterfacesManager
+from nodeagent.managers.network.rdma_mover import RdmaMover
+from tests.doubles.rdma_kernel import RdmaKernel
 from tests.support.namespaces import FIRST_GROUP, GROUP, device_of
 from tests.support.vfio_agent import Doom
 
@@ -35,6 +38,12 @@ def install(node: Path) -> None:
     InterfaceMover.__init__.__defaults__ = (facts["host"],)  # type: ignore[misc]
     Netlink.change = doom.around(Netlink.change)  # type: ignore[method-assign]
     InterfaceJournal.change = doom.around(InterfaceJournal.change)  # type: ignore[method-assign]
+
+    if "rdma" in facts:
+        kernel = RdmaKernel(Path(facts["host"]), root=Path(facts["root"]), file=Path(facts["rdma"]))
+        kernel.before = lambda name: doom.step()
+        InterfacesManager.__init__.__kwdefaults__["connect"] = kernel.connect
+        RdmaMover.__init__.__defaults__ = (kernel.connect,)  # type: ignore[misc]
 
     def read(data: bytes) -> Link:
         link, group = real(data), read_number(attributes(data[16:]).get(GROUP))

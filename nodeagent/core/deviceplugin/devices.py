@@ -37,8 +37,10 @@ LONGEST_ID = 63
 MOST_SHARES = 1024
 """Highest number of shares per device that the configuration allows."""
 NO_NODE = HealthState(state=UNKNOWN, since=0.0, reason="there is no device node to hand over")
-_OF_INTERFACE = frozenset({"netdevs", "mac", "mtu", "link_type", "speed_mbps", "phys_port_name", "phys_switch_id"})
-"""Attributes that an adapter has through its network interface."""
+_OF_INTERFACE = frozenset(
+    {"netdevs", "rdma", "mac", "mtu", "link_type", "speed_mbps", "phys_port_name", "phys_switch_id"}
+)
+"""Attributes that an adapter has through its network interface or its RDMA device."""
 _OF_LINK = frozenset({"speed_mbps"})
 _FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa_node", "parent")
 
@@ -199,9 +201,10 @@ def _parts_first(inventory: Inventory, available: frozenset[str], must: frozense
 def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inventory:
     """Return a fresh snapshot in which devices keep the attributes last reported.
 
-    A held adapter keeps those of its interface, which cannot be seen from here while it is in a container's network
-    namespace; any adapter keeps its speed while the link is down. A held device is used by its holder, which may mount
-    it or route through it: it keeps what was known of its use by the host, or is not used by it.
+    A held adapter keeps those of its interface and its RDMA device, which cannot be seen from here while they are in a
+    container's network namespace; any adapter keeps its speed while the link is down. A held device is used by its
+    holder, which may mount it or route through it: it keeps what was known of its use by the host, or is not used by
+    it.
     """
 
     def told(device: Device) -> Device:

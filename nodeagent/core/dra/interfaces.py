@@ -30,6 +30,15 @@ def interface_of(grant: Grant) -> Interface | None:
     return _settings_with(_WORD, grant).interface
 
 
+def rdma_of(grant: Grant, device: Device) -> tuple[str, ...]:
+    """Return the RDMA devices that go along with an adapter's interface into the pod, by their names on the host: none
+    if the claim wants no interface there, or no RDMA."""
+    settings = _settings_with(_WORD, grant)
+    if settings.interface is None or settings.rdma is False:
+        return ()
+    return tuple(one for one in str(device.attributes.get("rdma", "")).split(",") if one)
+
+
 def vf_of(grant: Grant) -> VfProperties | None:
     """Return what a claim wants its virtual function to be set to, or None if it is to stay as it is."""
     return _settings_with(_VF_WORD, grant).vf

@@ -19,6 +19,7 @@ from nodeagent.managers.kinds.journal import KindsJournal
 from nodeagent.managers.kinds.preparer import DevicePreparer
 from nodeagent.managers.network.interface_journal import InterfaceJournal
 from nodeagent.managers.network.interface_mover import InterfaceMover, has_driver
+from nodeagent.managers.network.rdma_mover import RdmaMover
 from nodeagent.managers.network.vf_journal import VfJournal
 from nodeagent.managers.network.vf_property_journal import VfPropertyJournal
 from nodeagent.managers.network.vf_setter import VfSetter
@@ -95,7 +96,7 @@ def interfaces(host: Host) -> Leftover:
     """Return the network interfaces that were moved into pods."""
     where = host.where
     journal = InterfaceJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
-    mover, records = InterfaceMover(journal, has_driver(where.sysfs)), journal.read()
+    mover, records = InterfaceMover(journal, has_driver(where.sysfs), RdmaMover(where.sysfs)), journal.read()
     lines = [Line(f"interface of {one.device}", one.pod_name, one.before.name) for one in records.values()]
 
     def undo() -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""Network namespaces: found by their paths, told apart, and entered for as long as it takes to make a socket.
+"""Network namespaces: found by their paths, told apart, and entered for as long as a piece of work takes.
 
-Source: setns(2), ioctl_ns(2). A socket stays in the namespace in which it was made; only the thread that makes one
-enters it, and ends afterwards.
+Source: setns(2), ioctl_ns(2). A socket stays in the namespace in which it was made; only a thread made for it enters
+one, and ends afterwards.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import fcntl
 import os
 import socket
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from nodeagent.errors import HostError, cause_of
 
 OWN = "/proc/self/ns/net"
 _CLONE_NEWNET, _NS_GET_NSTYPE = 0x40000000, 0xB703
+_Answer = TypeVar("_Answer")
 
 
 class NetNamespace:
@@ -55,22 +56,34 @@ class NetNamespace:
 
     def socket(self) -> socket.socket:
         """Return a new socket for rtnetlink in it. Raise HostError, such as without the right to enter it."""
-        made: list[socket.socket] = []
-        failed: list[OSError] = []
+        try:
+            return self.run(lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
+        except OSError as error:
+            raise HostError(f"cannot talk to the kernel in network namespace {self.path}: {cause_of(error)}") from None
 
-        def make() -> None:
+    def run(self, work: Callable[[], _Answer]) -> _Answer:
+        """Return what `work` returns, done by a thread that is in the namespace. Raise HostError if none can enter it,
+        and whatever `work` raises."""
+        answers: list[_Answer] = []
+        failed: list[BaseException] = []
+
+        def inside() -> None:
             try:
                 _enter(self.fd)
-                made.append(socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, 0))
             except OSError as error:
+                failed.append(HostError(f"cannot enter network namespace {self.path}: {cause_of(error)}"))
+                return
+            try:
+                answers.append(work())
+            except BaseException as error:
                 failed.append(error)
 
-        thread = threading.Thread(target=make, name="namespace", daemon=True)
+        thread = threading.Thread(target=inside, name="namespace", daemon=True)
         thread.start()
         thread.join()
         if failed:
-            raise HostError(f"cannot enter network namespace {self.path}: {cause_of(failed[0])}")
-        return made[0]
+            raise failed[0]
+        return answers[0]
 
 
 def first_of(paths: Iterable[str]) -> NetNamespace:

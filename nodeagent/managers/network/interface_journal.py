@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.netlink.interfaces import Link
+from nodeagent.host.netlink.rdma import RdmaDevice
 from nodeagent.host.sysfs.record_file import RecordFile
 from nodeagent.managers.journal import Journal
 from nodeagent.managers.state_files import INTERFACES
@@ -42,6 +43,8 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
     """What it was on the host."""
     addresses: tuple[str, ...] = ()
     """Those that it had on the host for good."""
+    rdma: tuple[RdmaDevice, ...] = ()
+    """The adapter's RDMA devices that go along: none in the shared mode of `rdma system`."""
 
     @property
     def mark(self) -> str:
@@ -59,15 +62,19 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def as_on_host(inventory: Inventory, records: Mapping[str, Moved]) -> Inventory:
-    """Return an inventory in which the adapters whose interfaces are in pods have what these were on the host: an agent
-    that starts cannot see it."""
+    """Return an inventory in which the adapters whose interfaces are in pods have what these and their RDMA devices
+    were on the host: an agent that starts cannot see it."""
 
     def told(device: Device) -> Device:
         record = records.get(device.id)
-        if record is None or "netdevs" in device.attributes:
+        if record is None:
             return device
-        before = record.before
-        seen = {"netdevs": before.name, "mac": before.hardware_address, "mtu": before.mtu}
+        seen: dict[str, str | int] = {}
+        if record.rdma and "rdma" not in device.attributes:
+            seen["rdma"] = ",".join(one.name for one in record.rdma)
+        if "netdevs" not in device.attributes:
+            before = record.before
+            seen |= {"netdevs": before.name, "mac": before.hardware_address, "mtu": before.mtu}
         return replace(device, attributes=MappingProxyType({**device.attributes, **seen}))
 
     return replace(inventory, devices=tuple(map(told, inventory.devices)))

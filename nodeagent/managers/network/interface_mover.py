@@ -1,4 +1,5 @@
-"""Moves interfaces into the network namespaces of pods and gives them back, each recorded first. Blocks.
+"""Moves interfaces, with their RDMA devices, into the network namespaces of pods and gives them back, each recorded
+first. Blocks.
 
 Every step looks at what is there, so that after a crash at any point the same call completes what it had begun, or
 undoes it. When a pod's namespace ends, the kernel returns a device's interface to the host by itself, under another
@@ -22,6 +23,7 @@ from nodeagent.host.netlink.interfaces import Interfaces, Link
 from nodeagent.host.netlink.namespaces import OWN, NetNamespace, first_of
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
+from nodeagent.managers.network.rdma_mover import RdmaMover
 
 RETURN_S, RETURN_POLL_S = 2.0, 0.05
 """How long the kernel may take to return an interface after the end of its pod's namespace: it does so in the
@@ -52,6 +54,10 @@ class Asked(NamedTuple):
     host_name: str
     """What the interface of the device was last called on the host."""
     wanted: Interface
+    rdma: tuple[str, ...] = ()
+    """The RDMA devices that go along, by their names on the host."""
+    nodes: tuple[str, ...] = ()
+    """The device nodes that the pod's containers are given for them."""
 
 
 class Sandbox(NamedTuple):
@@ -69,10 +75,11 @@ class Sandbox(NamedTuple):
 class InterfaceMover:
     """One caller at a time."""
 
-    def __init__(self, journal: InterfaceJournal, is_there: IsThere, host: str = OWN) -> None:
-        """host: path of the host's network namespace."""
+    def __init__(self, journal: InterfaceJournal, is_there: IsThere, rdma: RdmaMover, host: str = OWN) -> None:
+        """rdma: takes RDMA devices along. host: path of the host's network namespace."""
         self._journal = journal
         self._is_there = is_there
+        self._rdma = rdma
         self._host = host
 
     def records(self) -> Mapping[str, Moved]:
@@ -91,11 +98,13 @@ class InterfaceMover:
             with Interfaces(host) as outside, Interfaces(pod) as inside:
                 if record is not None and (link := _find(record, inside)):
                     self._configure(record, link, inside, asked.wanted)
+                    self._rdma.hand_over(record.rdma, host, pod, asked.nodes)
                     return False
-                record = self._recorded(asked, sandbox, outside, inside)
+                record = self._recorded(asked, sandbox, host, outside, inside)
                 try:
                     link = self._moved(record, outside, inside, pod)
                     self._configure(record, link, inside, asked.wanted)
+                    self._rdma.hand_over(record.rdma, host, pod, asked.nodes)
                 except HostError as error:
                     raise self._undone(record, error) from None
         log.info("interface-handed-over", device=asked.device, interface=record.name, pod=sandbox.pod_name)
@@ -120,7 +129,9 @@ class InterfaceMover:
             self._journal.keep({moved.device: moved})
         return None
 
-    def _recorded(self, asked: Asked, sandbox: Sandbox, outside: Interfaces, inside: Interfaces) -> Moved:
+    def _recorded(
+        self, asked: Asked, sandbox: Sandbox, host: NetNamespace, outside: Interfaces, inside: Interfaces
+    ) -> Moved:
         """Record what is on the host. What was recorded before a crash stays: by now it may be changed."""
         known = self._journal.read().get(asked.device)
         if known is not None:
@@ -142,6 +153,7 @@ class InterfaceMover:
             name=asked.wanted.name or link.name,
             before=link,
             addresses=tuple(outside.addresses(link)),
+            rdma=self._rdma.to_move(asked.rdma, host),
         )
         if record.name in inside.taken_names():
             raise HostError(f"cannot move interface {link.name} as {record.name}: the pod has one of that name")
@@ -222,6 +234,7 @@ class InterfaceMover:
                         f"host nor in {record.pod_name}"
                     )
                 time.sleep(RETURN_POLL_S)
+            self._rdma.await_return(record.rdma, host, lambda: self._is_there(record.device))
             name = _restore(record, link, outside) if link is not None else ""
         self._journal.forget(record.device)
         if link is None:
@@ -230,12 +243,13 @@ class InterfaceMover:
             log.info("interface-given-back", device=record.device, interface=name, pod=record.pod_name)
 
     def _fetch(self, record: Moved, host: NetNamespace, outside: Interfaces) -> None:
-        """Move an interface back if it is in the pod."""
+        """Move an interface and its RDMA devices back if they are in the pod."""
         try:
             pod = first_of(record.namespaces)
         except HostError:
             return  # it has ended, and the kernel returns the interface
         with pod, Interfaces(pod) as inside:
+            self._rdma.fetch(record.rdma, host, pod)
             if pod.is_same(host) or (link := _find(record, inside)) is None:
                 return
             inside.move(link, host, _free_name(record.before.name, link, outside.taken_names()))

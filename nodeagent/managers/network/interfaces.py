@@ -23,15 +23,17 @@ import structlog
 
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import after_each, run_to_end
-from nodeagent.core.dra.interfaces import interface_names, interface_of
+from nodeagent.core.dra.interfaces import interface_names, interface_of, rdma_of
 from nodeagent.core.model.container import Pod
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.errors import HostError, InputError, NodeagentError, StateError
 from nodeagent.host.netlink.namespaces import OWN, first_of
+from nodeagent.host.netlink.rdma import Connect, connected
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox, has_driver
+from nodeagent.managers.network.rdma_mover import RdmaMover
 from nodeagent.managers.turns import Turns
 from nodeagent.state.agent import Agent
 from nodeagent.telemetry.log import new_op
@@ -59,12 +61,14 @@ class InterfacesManager(Manager):
         prepared_for: Callable[[str], Collection[str]],
         *,
         host: str = OWN,
+        connect: Connect = connected,
     ) -> None:
         """Set up without changing anything. is_called: returns whether the runtime calls about pods. prepared_for:
         returns the UIDs of the pods for which kubelet has prepared a claim, by its UID; it blocks, and may raise
-        InputError. host: path of the host's network namespace."""
+        InputError. host: path of the host's network namespace. connect: talks to the kernel about RDMA devices."""
         self._agent = agent
-        self._mover = InterfaceMover(InterfaceJournal(state_dir, agent.settings.boot_id), has_driver(sysfs), host)
+        journal = InterfaceJournal(state_dir, agent.settings.boot_id)
+        self._mover = InterfaceMover(journal, has_driver(sysfs), RdmaMover(sysfs, connect), host)
         self._turns = Turns(state_dir / LOCK, "cannot move interfaces")
         self._is_called = is_called
         self._prepared_for = prepared_for
@@ -171,7 +175,14 @@ class InterfacesManager(Manager):
         device = self._agent.inventory.device_by_id.get(grant.devices[0])
         seen = interface_names(device) if device is not None else []
         name = record.before.name if record is not None else next(iter(seen), "")
-        return Asked(device=grant.devices[0], claim=grant.holder.uid, host_name=name, wanted=wanted)
+        return Asked(
+            device=grant.devices[0],
+            claim=grant.holder.uid,
+            host_name=name,
+            wanted=wanted,
+            rdma=rdma_of(grant, device) if device is not None else (),
+            nodes=device.paths if device is not None else (),
+        )
 
     async def _have(self, pod: Pod) -> None:
         try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nodeagent.core.dra.interfaces import check_interface, check_names, interface_of, network_data
+from nodeagent.core.dra.interfaces import check_interface, check_names, interface_of, network_data, rdma_of
 from nodeagent.core.model.claim import Claim, ClaimRef
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
@@ -75,6 +75,16 @@ def test_a_grant_asks_for_one_if_its_claim_holds_a_device_and_says_so() -> None:
         assert interface_of(other) is None
     assert interface_of(grant('{"interface": {"name": "net1"}, "later": 1}')) is None, "a newer build wrote it"
     assert interface_of(grant('{"env":{"interface":"x"}}')) is None
+
+
+def test_rdma_devices_go_along_unless_the_claim_wants_none() -> None:
+    (device,) = inventory(rdma="mlx5_7,mlx5_8").devices
+    (plain,) = inventory().devices
+    assert rdma_of(grant(to_json(ASKED)), device) == ("mlx5_7", "mlx5_8")
+    assert rdma_of(grant(to_json(OpaqueConfig(interface=Interface(), rdma=True))), device) == ("mlx5_7", "mlx5_8")
+    assert rdma_of(grant(to_json(OpaqueConfig(interface=Interface(), rdma=False))), device) == ()
+    assert rdma_of(grant(to_json(OpaqueConfig(rdma=True))), device) == ()
+    assert rdma_of(grant(to_json(ASKED)), plain) == ()
 
 
 def test_the_status_says_what_is_in_the_pod_and_otherwise_what_was_on_the_host() -> None:

@@ -18,10 +18,13 @@ from nodeagent.core.network.interface import Interface, Route
 from nodeagent.errors import HostError
 from nodeagent.host.netlink.connection import Netlink, NetlinkError
 from nodeagent.host.netlink.interfaces import Interfaces, Link
+from nodeagent.host.netlink.rdma import RdmaDevice
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.network import interface_mover
 from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved, as_on_host
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox, has_driver
+from nodeagent.managers.network.rdma_mover import RdmaMover
+from tests.doubles.rdma_kernel import RdmaKernel
 from tests.support import namespaces
 from tests.support.long_form import share_of
 from tests.support.namespaces import FIRST_GROUP, Namespace, adapters, device_of, needs_namespaces
@@ -52,11 +55,13 @@ class Node:
         self.boot = "boot"
         (folder / "state").mkdir()
         namespaces.has_driver(folder / "root")
+        self.kernel = RdmaKernel(Path(self.host.path), root=folder / "root")
         self.start()
 
     def start(self) -> None:
-        journal = InterfaceJournal(self.folder / "state", self.boot)
-        self.mover = InterfaceMover(journal, has_driver(SysFs(self.folder / "root")), self.host.path)
+        journal, sysfs = InterfaceJournal(self.folder / "state", self.boot), SysFs(self.folder / "root")
+        rdma = RdmaMover(sysfs, self.kernel.connect)
+        self.mover = InterfaceMover(journal, has_driver(sysfs), rdma, self.host.path)
 
     def add(self, name: str = "ens7", *, group: int = GROUP, mac: str = MAC, up: bool = True) -> None:
         self.host.veth(name, mac=mac, mtu=1450, group=group, up=up)
@@ -385,9 +390,10 @@ def test_an_agent_that_starts_knows_what_the_interfaces_in_pods_are_on_the_host(
     """What it sees itself counts more; other devices are as they are."""
     seen = Device(kind="nic", id=OTHER, attributes=MappingProxyType({"netdevs": "ens8"}))
     unseen, third = Device(kind="nic", id=DEVICE), Device(kind="nic", id="0000:5e:00.3")
-    records = {DEVICE: replace(RECORD, before=replace(LINK, mtu=1450)), OTHER: replace(RECORD, device=OTHER)}
+    rdma = (RdmaDevice(index=3, name="mlx5_7"), RdmaDevice(index=4, name="mlx5_8"))
+    records = {DEVICE: replace(RECORD, before=replace(LINK, mtu=1450), rdma=rdma), OTHER: replace(RECORD, device=OTHER)}
     found = as_on_host(Inventory(devices=(unseen, seen, third)), records)
-    known = {"netdevs": "ens7", "mac": MAC, "mtu": 1450}
+    known = {"rdma": "mlx5_7,mlx5_8", "netdevs": "ens7", "mac": MAC, "mtu": 1450}
     assert [dict(one.attributes) for one in found.devices] == [known, {"netdevs": "ens8"}, {}]
 
 
@@ -399,7 +405,7 @@ class Doom:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.left = 0
-        for owner, name in ((Netlink, "change"), (InterfaceJournal, "change")):
+        for owner, name in ((Netlink, "change"), (InterfaceJournal, "change"), (RdmaKernel, "set")):
             monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
 
     def _around(self, real: Any) -> Any:
@@ -422,6 +428,8 @@ WANTS = {
     OTHER: Interface(name="net2", addresses=("10.0.1.5/24",)),
 }
 NAMES = {DEVICE: "ens7", OTHER: "ens8"}
+RDMA = {DEVICE: "mlx5_7", OTHER: "mlx5_8"}
+NODES = ("/dev/infiniband/uverbs0", "/dev/infiniband/uverbs1")
 
 
 class History:
@@ -456,17 +464,20 @@ class History:
 
     def again(self, device: str) -> None:
         one = asked(self.claims[device], WANTS[device], device, NAMES[device])
+        one = one._replace(rdma=(RDMA[device],), nodes=NODES)
         self.node.mover.hand_over(one, sandbox(self.pods[device], f"s-{one.claim}"))
 
     def end(self, device: str) -> None:
         """The pod's containers have ended, then its namespace; the claim is released."""
         errors = self.node.mover.give_back({device})
         assert not errors
-        self.pods.pop(device).end(self.node.host)
+        self.vanish(device)
 
     def vanish(self, device: str) -> None:
         """The namespace ends while no agent is told."""
-        self.pods.pop(device).end(self.node.host)
+        pod = self.pods.pop(device)
+        self.node.kernel.end(Path(pod.path))
+        pod.end(self.node.host)
 
     def prove(self) -> None:
         """The next agent completes what is held and undoes what is not: the machine is as the ledger says."""
@@ -478,6 +489,7 @@ class History:
             self.again(device)
             name = WANTS[device].name
             assert pod.names() == {name} and pod.addresses(name) == {*WANTS[device].addresses}
+            assert self.node.kernel.where(RDMA[device], Path(pod.path))
         expected = {f"{name}-far" for name in NAMES.values()}
         expected |= {name for device, name in NAMES.items() if device not in self.pods}
         assert self.node.host.names() == expected
@@ -485,6 +497,7 @@ class History:
         for device, name in NAMES.items():
             mac = MAC if device == DEVICE else "02:00:00:00:00:08"
             assert self.node.state(name) == {**AS_MADE, "mac": mac}
+            assert self.node.kernel.where(RDMA[device], Path(self.node.host.path))
         assert not self.node.mover.records()
         for pod in self.pods.values():
             pod.close()
@@ -499,6 +512,8 @@ def test_killed_at_any_step_the_machine_ends_as_the_ledger_says(
     node, doom, deaths = Node(tmp_path), Doom(monkeypatch), 0
     node.add()
     node.add("ens8", group=GROUP + 1, mac="02:00:00:00:00:08")
+    for device, name in RDMA.items():
+        node.kernel.add(name, device)
     histories = share_of(180, 0.2)
     for seed in range(histories):
         history = History(node, doom, random.Random(seed))

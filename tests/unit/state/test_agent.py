@@ -904,7 +904,7 @@ async def test_whatever_comes_in_whatever_order_nothing_is_held_twice_or_lost(se
 
 def test_what_a_held_adapter_told_of_its_interface_is_kept() -> None:
     """A container's network namespace hides it; what is not held is as it is seen."""
-    told = {"netdevs": "eth1", "mac": "aa:bb", "mtu": 1500, "sriov": "vf"}
+    told = {"netdevs": "eth1", "rdma": "mlx5_1", "mac": "aa:bb", "mtu": 1500, "sriov": "vf"}
     one, other = (Device(kind="nic", id=id, attributes=told) for id in ("a", "b"))
     hidden = tuple(replace(device, attributes={"sriov": "vf"}) for device in (one, other))
     before, after = Inventory(devices=(one, other)), Inventory(devices=hidden)
