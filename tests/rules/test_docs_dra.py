@@ -29,12 +29,14 @@ from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.opaque.decode import CONFIG_KINDS, FORMS, check_all, settings_for
 from nodeagent.core.opaque.settings import NO_SETTINGS
 from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector, builtin_kinds
+from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.values import Fabric, GpuInstance
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.telemetry.metrics import REGISTRY
 from tests.builders.devices import DeviceTree
+from tests.builders.disk_parts import disk_parts
 from tests.builders.machines import GIB, MIB, Shape, build
 from tests.support.mig_driver import profiles_of
 from tests.support.paths import CHECKOUT
@@ -173,7 +175,7 @@ def _add_ports(tree: DeviceTree) -> None:
 
 
 @pytest.fixture(scope="module")
-def published(machine: Inventory) -> list[Pool]:
+def published(machine: Inventory, tmp_path_factory: pytest.TempPathFactory) -> list[Pool]:
     """Every pool in every form: CPUs in all groupings, devices whole and by shares."""
     kinds: list[PoolKind] = [CpuPool(group=one) for one in (NUMA_NODE, SOCKET, L3, INDIVIDUAL)]
     kinds += [PagePool(sizes=SIZES), MemoryPool()]
@@ -185,6 +187,11 @@ def published(machine: Inventory) -> list[Pool]:
     parts = DeviceResource(name=f"{DRIVER}/mig", kind="gpu", partitions=True)
     kinds.append(DevicePool(kind="gpu", resources=(parts,)))
     made = [one.pool(machine, Ledger(), NO_HEALTH, ALL_FEATURES) for one in kinds]
+    drives = disk_parts(tmp_path_factory.mktemp("drives"))
+    drives.write("sys/class/block/nvme0n1/nguid", "6b9a0000000000000025385b71b00001")
+    disks = scan(SysFs(str(drives.root)), builtin_kinds(), Selectors(block_types=frozenset(BLOCK_TYPES)))
+    every = DeviceResource(name=f"{DRIVER}/part", kind="block", match={"type": "*"})
+    made.append(DevicePool(kind="block", resources=(every,)).pool(disks, Ledger(), NO_HEALTH, ALL_FEATURES))
     assert all(pool.devices for pool in made)
     return made
 
