@@ -133,7 +133,8 @@ class Node:
         return {one["id"]: one["cpus"] for one in found}
 
     def status(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.guest.run("nodeagent status -o json"))
+        """As soon as the agent answers: where one core emulates sixteen, kubelet's start alone may keep it too long."""
+        found: dict[str, Any] = json.loads(self.guest.run("nodeagent status -o json", until=True))
         return found
 
     def run_pod(self, name: str, cpus: int = 0, claim: str = "") -> None:
