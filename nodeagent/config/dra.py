@@ -36,3 +36,6 @@ class DraConfig(Base, frozen=True):
     """VFIO drivers that claims may have a GPU or an adapter bound to, for a virtual machine."""
     list_attributes: bool = False
     """Whether groups of CPUs name all NUMA nodes and PCIe roots near them (DRAListTypeAttributes)."""
+    lease_namespace: Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?)?$"), AT_START] = ""
+    """Where the Lease is by which one agent of the cluster publishes the pools that nodes share. Empty: the namespace
+    of the pod, or otherwise kube-system."""

@@ -42,6 +42,10 @@ def json_schema() -> Form:
     forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}
     forms["PinningConfig"] |= {"if": _one_of("mode", ["off"]), "then": _silent({"resctrl": None, "io": None})}
     forms["IoClassConfig"]["anyOf"] = [_chosen(key) for key in IO_LIMITS]
+    forms["NvmeTargetConfig"] |= {
+        "if": _given("dhchapSecretFile"),
+        "else": _silent({"dhchapCtrlSecretFile": ""}),
+    }
     forms["MetricsTlsConfig"] |= {
         "if": _given("certFile"),
         "then": _given("keyFile"),
@@ -71,6 +75,8 @@ def _of_resources() -> Iterator[Form]:
     for kind, (key, _) in NEEDED.items():
         yield {"if": _one_of("kind", [kind]), "then": {"required": [key], "properties": {key: {"minItems": 1}}}}
     yield {"if": _one_of("kind", ["memory"]), "then": _one_of("serve", ["dra"])}
+    shared = {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}
+    yield {"if": _one_of("kind", ["nvmeof"]), "then": shared}
     dynamic = {"required": ["mig"], "properties": {"mig": _one_of("mode", ["dynamic"])}}
     yield {"if": dynamic, "then": {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}}
     yield {"if": _one_of("kind", ["hugepages"]), "then": _one_of("pageSize", page_sizes())}

@@ -6,11 +6,14 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from nodeagent.config.base import RESOURCE_NAME, Absolute, Base, DevPath, Match, Name, Positive, Text
+from nodeagent.config.base import RESOURCE_NAME, Absolute, AbsoluteOrEmpty, Base, DevPath, Match, Name, Positive, Text
 
 Variable = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Quantity = Annotated[str, msgspec.Meta(pattern=r"^([0-9]{1,15}(m|k|M|G|T|Ki|Mi|Gi|Ti)?)?$")]
 NodeResource = Annotated[str, msgspec.Meta(pattern=r"^(cpu|memory|hugepages-[1-9][0-9]{0,8}(Ki|Mi|Gi))$")]
+NQN = r"nqn\.[0-9]{4}-[0-9]{2}\.[^\s,\x00]{1,211}"
+LabelKey = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9.-]{1,253}/)?[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?$")]
+LabelValue = Annotated[str, msgspec.Meta(pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?$")]
 AnyOrAddress = Annotated[str, msgspec.Meta(pattern=r"^(\*|[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}\.[0-7])$")]
 
 
@@ -61,6 +64,36 @@ class MigConfig(Base, frozen=True):
     and takes out of it those that it put there and that no resource names any longer."""
 
 
+class NvmeTargetConfig(Base, frozen=True):
+    """Kind nvmeof: a subsystem on the network that claims may have, with all of its namespaces. Keys are called as
+    nvme-cli's options are."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,46}[a-z0-9])?$")]
+    """Names the device; the same on all nodes."""
+    nqn: Annotated[str, msgspec.Meta(pattern=f"^{NQN}$")]
+    """Of the subsystem."""
+    traddr: Annotated[str, msgspec.Meta(pattern=r"^[0-9A-Fa-f.:]{2,45}(%[A-Za-z0-9._-]{1,15})?$")]
+    """IP address of the target: the kernel resolves no names."""
+    trsvcid: Annotated[int, msgspec.Meta(ge=1, le=65535)] = 4420
+    """TCP port (of rdma: of its connection manager)."""
+    transport: Literal["tcp", "rdma"] = "tcp"
+    host_nqn: Annotated[str, msgspec.Meta(pattern=f"^({NQN})?$")] = ""
+    """As whom nodes connect. Empty: each as /etc/nvme/hostnqn says, as nvme-cli does."""
+    ctrl_loss_tmo: Annotated[int, msgspec.Meta(ge=-1, le=86_400)] = -1
+    """For how many seconds the kernel tries to connect a lost path again before it removes the disks; -1: as long as a
+    claim has them."""
+    reconnect_delay: Annotated[int, msgspec.Meta(ge=1, le=3600)] | None = None
+    """Seconds between two tries. null: the kernel's 10."""
+    fast_io_fail_tmo: Annotated[int, msgspec.Meta(ge=-1, le=86_400)] | None = None
+    """After how many seconds without a path I/O fails instead of waiting. null: the kernel's -1, never."""
+    dhchap_secret_file: AbsoluteOrEmpty = ""
+    """A file on the node with its key of DH-HMAC-CHAP (DHHC-1:…). Empty: no authentication."""
+    dhchap_ctrl_secret_file: AbsoluteOrEmpty = ""
+    """A file with the target's key, for a node that authenticates the target too."""
+    node_selector: dict[LabelKey, LabelValue] = {}
+    """Labels of the nodes that reach the target. Empty: all nodes of the cluster."""
+
+
 class ResourceConfig(Base, frozen=True):
     """One extended resource."""
 
@@ -77,6 +110,8 @@ class ResourceConfig(Base, frozen=True):
     """kind char: globs of device nodes."""
     usb: list[UsbConfig] = []
     """kind usb: which devices."""
+    targets: list[NvmeTargetConfig] = []
+    """kind nvmeof: which targets."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     page_size: str = ""
     """kind hugepages."""

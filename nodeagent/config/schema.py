@@ -28,7 +28,7 @@ from nodeagent.config.operation import (
     ReleaseConfig,
     StatusConfig,
 )
-from nodeagent.config.resources import ResourceConfig
+from nodeagent.config.resources import NvmeTargetConfig, ResourceConfig
 
 API_VERSION, KIND = "nodeagent.dev/v1alpha1", "NodeAgentConfiguration"
 
@@ -77,6 +77,11 @@ class Config(Base, frozen=True):
     def divided(self) -> list[ResourceConfig]:
         """Return the served resources whose devices are MIG instances that are made on demand."""
         return [one for one in self.served if one.mig.mode == "dynamic"]
+
+    @property
+    def targets(self) -> list[NvmeTargetConfig]:
+        """Return the NVMe targets on the network that are served."""
+        return [target for one in self.served for target in one.targets]
 
     @property
     def served_by_dra(self) -> list[ResourceConfig]:

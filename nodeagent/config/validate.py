@@ -36,6 +36,7 @@ IO_LIMITS = tuple(one.encode_name for one in msgspec.structs.fields(IoClassConfi
 MEANT_FOR = {
     "paths": ("char",),
     "usb": ("usb",),
+    "targets": ("nvmeof",),
     "pageSize": ("hugepages",),
     "pagesPerBlock": ("hugepages",),
     "options": ("cpu",),
@@ -55,6 +56,7 @@ _NO_ALTERNATIVES = "the device plugin API has no devices of which only some can 
 NEEDED = {
     "char": ("paths", "globs such as /dev/ttyUSB*"),
     "usb": ("usb", "vendor and product"),
+    "nvmeof": ("targets", "name, nqn and traddr"),
 }
 """Keys without which a kind has nothing to serve, with what is expected."""
 POOL_NAME = r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"
@@ -76,6 +78,7 @@ def wrong(config: Config) -> Iterator[str]:
         yield from _misplaced(one, where)
         yield from _missing(one, where)
         yield from (f"{path!r} at {where}.paths leads out of /dev" for path in one.paths if ".." in path.split("/"))
+    yield from _wrong_targets(config)
     yield from _wrong_dra(config)
     yield from _wrong_pages(config.hugepages)
     yield from _wrong_classes(config.pinning.resctrl)
@@ -203,6 +206,20 @@ def _wrong_dra(config: Config) -> Iterator[str]:
             yield f"kind {kind!r} at $.resources cannot name a pool: expected lower-case letters, digits and '-'"
 
 
+def _wrong_targets(config: Config) -> Iterator[str]:
+    """Yield targets that stand twice, under one name or as one subsystem: it would be one disk under two names."""
+    first: dict[str, str] = {}
+    for i, one in enumerate(config.served):
+        for j, target in enumerate(one.targets):
+            where = f"$.resources[{i}].targets[{j}]"
+            for key, value in (("name", target.name), ("nqn", target.nqn)):
+                before = first.setdefault(f"{key} {value!r}", where)
+                if before != where:
+                    yield f"{key} {value!r} at {where}.{key} stands twice, first at {before}"
+            if target.dhchap_ctrl_secret_file and not target.dhchap_secret_file:
+                yield f"{where}.dhchapCtrlSecretFile has no meaning without dhchapSecretFile"
+
+
 def _wrong_domain(domain: str, where: str) -> Iterator[str]:
     if len(domain) > LONGEST_DOMAIN:
         yield f"a domain of {len(domain)} characters at {where}, expected at most {LONGEST_DOMAIN}"
@@ -235,6 +252,10 @@ def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
     for name, overhead in one.overhead.items():
         if not overhead.per_pod and not overhead.per_container:
             yield f"nothing at {where}.overhead.{name}, expected perPod, perContainer or both"
+    if one.kind == "nvmeof" and one.serve != "dra":
+        yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API has no devices that nodes share"
+    if one.kind == "nvmeof" and one.replicas > 1:
+        yield f"{one.replicas} at {where}.replicas, expected 1: a target has one holder"
     if one.kind == "memory" and one.serve != "dra":
         yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API cannot count memory"
     if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):

@@ -9,7 +9,10 @@ from pathlib import Path
 
 from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import Config
+from nodeagent.core.dra.pool import Features, Pool
 from nodeagent.core.events.states import Node, PodOf
+from nodeagent.daemon.fabrics import Fabrics
+from nodeagent.daemon.paths import Paths
 from nodeagent.kube.apiserver.lazy import LazyApi, is_configured
 from nodeagent.managers.dra.manager import node_name
 from nodeagent.managers.dra.other_drivers import ByDriver, OtherDrivers
@@ -37,6 +40,16 @@ class Cluster:
     def events(self, look: Callable[[], Node], pod_of: PodOf, news: Revision) -> EventsManager:
         """Return what writes Events; for the parameters, see EventsManager."""
         return EventsManager(self._recorder, look, pod_of, news, configured=self._configured)
+
+    def fabrics(
+        self,
+        agent: Agent,
+        where: Paths,
+        config: Callable[[], Config],
+        pools: Callable[[Features], Sequence[Pool]],
+    ) -> Fabrics:
+        """Return targets on the network; for the parameters, see Fabrics."""
+        return Fabrics(agent, where, config, self.api, self._node, pools, configured=self._configured)
 
     def published(
         self,

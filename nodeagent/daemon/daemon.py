@@ -136,7 +136,7 @@ class Daemon:
         return self._parts.dra.document()
 
     def gpus_document(self) -> dict[str, Any]:
-        return self._parts.gpus.document()
+        return {**self._parts.gpus.document(), "fabrics": self._parts.fabrics.document()}
 
     def pinning_document(self) -> dict[str, Any]:
         return {**self._parts.pinning.document(), **self._parts.exclusive.document(), **self._parts.divided.document()}

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nodeagent.aio.revision import Revision
 from nodeagent.config.schema import Config
+from nodeagent.core.dra.pool import Features, Pool
 from nodeagent.core.events.states import Node
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.divided import Divided
@@ -45,6 +46,7 @@ class Wiring:
         self._network = Network(
             base.agent, base.where, base.families, self._config, self.scanner.rescan, lambda: self.pinning
         )
+        self.fabrics = self._cluster.fabrics(base.agent, base.where, self._config, self._shared_pools)
         self.device_plugin = self._device_plugin()
         self._hugepages = HugepagesManager(
             base.agent, base.where.sysfs, base.where.state_dir, self._config, self.scanner.rescan
@@ -69,6 +71,7 @@ class Wiring:
             *self._network.managers,
             self._kinds.manager,
             self.dra,
+            *self.fabrics.managers,
             self.pinning,
             self._hugepages,
             *self.exclusive.managers,
@@ -119,9 +122,10 @@ class Wiring:
 
     def _dra(self) -> DraManager:
         """Return what serves claims. Their devices are set up from the inside out: GPUs, then what the kernel divides,
-        interfaces, and third-party kinds."""
+        interfaces, targets on the network, and third-party kinds."""
         base, where = self._base, self._base.where
         for_claims = self._network.with_interfaces(*self.divided.with_both(*self.gpus.for_claims))
+        for_claims = self.fabrics.with_targets(*for_claims)
         return DraManager(
             base.agent,
             base.config,
@@ -137,6 +141,9 @@ class Wiring:
             *self._kinds.with_hooks(*for_claims),
             self._network.granted,
         )
+
+    def _shared_pools(self, features: Features) -> Sequence[Pool]:
+        return self.dra.pools.shared(features)
 
     # ---------------------------------------------------------------- containers and the ledger
 

@@ -26,6 +26,7 @@ class Selectors(msgspec.Struct, frozen=True, kw_only=True):
     char: tuple[all_kinds.CharSelector, ...] = ()
     usb: tuple[all_kinds.UsbSelector, ...] = ()
     pci: tuple[all_kinds.PciSelector, ...] = ()
+    targets: tuple[all_kinds.TargetSelector, ...] = ()
     block_types: frozenset[str] = frozenset()
     """Parts of disks: which of BLOCK_TYPES."""
     gpu_groups: frozenset[int] = frozenset()
@@ -66,6 +67,7 @@ def scan(
         char=selectors.char,
         usb=selectors.usb,
         pci_selectors=selectors.pci,
+        targets=selectors.targets,
         block_types=selectors.block_types,
         nvml=nvml,
         partitions=selectors.partitions,

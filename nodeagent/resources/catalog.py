@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.config.resources import ResourceConfig
 from nodeagent.config.schema import Config
@@ -15,6 +16,9 @@ from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import NodeCost
 from nodeagent.core.dra.prepare import Catalog
+from nodeagent.core.fabrics.pool import SharedPool
+from nodeagent.core.fabrics.target import KIND as NVMEOF
+from nodeagent.core.fabrics.target import pool_name
 from nodeagent.core.ledger.free import PageLimit
 from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import parse_size
@@ -45,12 +49,19 @@ def dra_of(config: Config, families: Sequence[all_kinds.Kind], node_name: str, r
     refused = frozenset(refused)
     mine = [offer for offer in offers(config, families) if offer.by_dra and offer.config.name not in refused]
     found: dict[str, PoolKind] = {}
+    shared: dict[str, SharedPool] = {}
     for kind in dict.fromkeys(one.kind for one in config.served_by_dra if one.name not in refused):
-        found[kind] = _pool_kind(config, kind, [offer for offer in mine if offer.resource.kind == kind])
+        offered = [offer for offer in mine if offer.resource.kind == kind]
+        if kind == NVMEOF:
+            shared = _shared_pools(config, offered)
+            found |= shared
+        else:
+            found[kind] = _pool_kind(config, kind, offered)
     catalog = Catalog(
         driver=config.dra.driver,
         node_name=node_name,
         kinds=MappingProxyType(found),
+        shared=frozenset(shared),
         passthrough=frozenset(config.dra.passthrough_drivers),
         moves_interfaces=config.network.move_interfaces,
         vf_properties=frozenset(config.network.vf_properties),
@@ -89,6 +100,19 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
     costs = {offer.resource.name: _overhead(offer.config) for offer in mine if offer.config.overhead}
     effect, lists = config.dra.unhealthy_effect, config.dra.list_attributes
     return DevicePool(kind=kind, resources=resources, unhealthy_effect=effect, costs=costs, lists=lists)
+
+
+def _shared_pools(config: Config, mine: Sequence[Offer]) -> dict[str, SharedPool]:
+    """Return the pools that nodes share, by name: one for each set of labels that targets want of nodes."""
+    found: dict[str, SharedPool] = {}
+    for target in config.targets:
+        name = pool_name(target.node_selector)
+        if name not in found:
+            resources = [offer.resource for offer in mine if isinstance(offer.resource, DeviceResource)]
+            of_pool = (replace(one, match=MappingProxyType({**one.match, "pool": name})) for one in resources)
+            selector = MappingProxyType(dict(target.node_selector))
+            found[name] = SharedPool(kind=name, resources=tuple(of_pool), node_selector=selector)
+    return found
 
 
 def _overhead(config: ResourceConfig) -> Mapping[str, NodeCost]:

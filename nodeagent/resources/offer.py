@@ -10,10 +10,11 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
-from nodeagent.config.resources import CdiConfig, ResourceConfig
+from nodeagent.config.resources import CdiConfig, NvmeTargetConfig, ResourceConfig
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
+from nodeagent.core.fabrics.target import Port, pool_name
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
 from nodeagent.core.model.grant import Grant
@@ -27,7 +28,7 @@ from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector
+from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, TargetSelector, UsbSelector
 from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.devices.hooks import prepares
 from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
@@ -166,11 +167,17 @@ def selectors(config: Config) -> Selectors:
             for one in served
             for usb in one.usb
         ),
+        targets=tuple(_target(one) for one in config.targets),
         block_types=frozenset(type for one in served for type in BLOCK_TYPES if _asks_for(one, "block", "type", type)),
         gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for(one, "gpu", "group", str(size))),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
         partitions=PartitionSelector() if config.divided else None,
     )
+
+
+def _target(config: NvmeTargetConfig) -> TargetSelector:
+    port = Port(transport=config.transport, traddr=config.traddr, trsvcid=config.trsvcid, nqn=config.nqn)
+    return TargetSelector(name=config.name, port=port, pool=pool_name(config.node_selector))
 
 
 def _asks_for(config: ResourceConfig, kind: str, name: str, value: str) -> bool:

@@ -41,6 +41,7 @@ SLICES, CLAIMS, CLASSES, TEMPLATES, NODES, PODS = (
     "nodes",
     "pods",
 )
+LEASES = "leases"
 TOPOLOGIES, TOPOLOGY = "noderesourcetopologies", "topology.node.k8s.io/v1alpha2"
 
 CONSUMABLE, COUNTERS, TAINTS, CONDITIONS, LISTS = "consumable", "counters", "taints", "conditions", "lists"
@@ -54,6 +55,7 @@ _KINDS = {
     TEMPLATES: (DRA, "ResourceClaimTemplate", True),
     NODES: (CORE, "Node", False),
     PODS: (CORE, "Pod", True),
+    LEASES: ("coordination.k8s.io/v1", "Lease", True),
     TOPOLOGIES: (TOPOLOGY, "NodeResourceTopology", False),
     EVENTS: (REPORTS, "Event", True),
     CORE_EVENTS: (CORE, "Event", True),

@@ -21,6 +21,8 @@ from nodeagent.core.dra.cpu_pool import INDIVIDUAL, L3, NUMA_NODE, SOCKET, CpuPo
 from nodeagent.core.dra.device_pool import _RESTLESS, DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import ALL_FEATURES, HELD_TAINT, UNHEALTHY_TAINT, Pool
+from nodeagent.core.fabrics.pool import PATH_TAINT
+from nodeagent.core.fabrics.target import Port
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.model.device import Device
@@ -28,7 +30,7 @@ from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.opaque.decode import CONFIG_KINDS, FORMS, check_all, settings_for
 from nodeagent.core.opaque.settings import NO_SETTINGS
-from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, UsbSelector, builtin_kinds
+from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, TargetSelector, UsbSelector, builtin_kinds
 from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.values import Fabric, GpuInstance
@@ -48,8 +50,9 @@ GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "
 LINKED_GPU, OTHER_GPU = "0000:c2:00.0", "0000:c3:00.0"
 SWITCH, DOWN = "0000:01:00.0", "0000:02:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci", "qat"}
-DEVICES = {*PCI, "block", "dsa", "imex", "sgx", "usb", "char"}
+DEVICES = {*PCI, "block", "dsa", "imex", "nvmeof", "sgx", "usb", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
+PORT = Port(transport="tcp", traddr="192.0.2.10", trsvcid=4420, nqn="nqn.2024-01.com.example:fast")
 TYPES = {"int": int, "string": str, "bool": bool}
 API_VERSIONS = {
     "DaemonSet": "apps/v1",
@@ -84,6 +87,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
     selectors = Selectors(
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
+        targets=(TargetSelector(name="fast", port=PORT, pool="nvmeof"),),
         gpu_groups=frozenset({2}),
         partitions=PartitionSelector(),
     )
@@ -298,7 +302,7 @@ def test_the_tables_of_counters_and_taints_have_every_name(published: list[Pool]
     every = {name for pool in published for one in pool.counters for name in one.counters}
     counters = {re.sub(r"[0-9]+$", "N", name) for name in every}
     assert {only_code(cells[0]) for cells in rows(text, "counter")} == counters
-    assert {only_code(cells[0]) for cells in rows(text, "taint")} == {UNHEALTHY_TAINT, HELD_TAINT}
+    assert {only_code(cells[0]) for cells in rows(text, "taint")} == {UNHEALTHY_TAINT, HELD_TAINT, PATH_TAINT}
 
 
 def test_what_is_never_published_is_named(machine: Inventory) -> None:

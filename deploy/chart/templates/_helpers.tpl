@@ -33,6 +33,8 @@
 {{- $publish := $config.publish | default dict -}}
 {{- $network := $config.network | default dict -}}
 {{- $amd := $config.amd | default dict -}}
+{{- $targets := list -}}
+{{- range $config.resources | default list }}{{ $targets = concat $targets (.targets | default list) }}{{ end -}}
 kubeletDir: {{ clean ($config.kubeletDir | default "/var/lib/kubelet") }}
 stateDir: {{ clean ($config.stateDir | default "/var/lib/nodeagent") }}
 runtimeDir: {{ clean ($config.runtimeDir | default "/run/nodeagent") }}
@@ -50,7 +52,9 @@ labels: {{ hasKey $publish "nodeLabels" }}
 topology: {{ hasKey $publish "nodeResourceTopology" }}
 pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 resctrl: {{ kindIs "map" $pinning.resctrl }}
-writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) (gt (len ($amd.partitions | default list)) 0) }}
+targets: {{ gt (len $targets) 0 }}
+leaseNamespace: {{ $dra.leaseNamespace | default .Release.Namespace }}
+writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) (gt (len ($amd.partitions | default list)) 0) (gt (len $targets) 0) }}
 {{- end -}}
 
 {{/* Folders of the host that are mounted read only, as a YAML list; those in kubelet's folder are mounted with it. */}}
@@ -107,6 +111,9 @@ writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.pa
 {{- end -}}
 {{- if and (.Values.config.amd | default dict).partitions (not .Values.privileged) -}}
 {{- fail "cannot set config.amd.partitions: /sys/devices is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
+{{- end -}}
+{{- if and $settings.targets (not .Values.privileged) -}}
+{{- fail "cannot serve config.resources of kind nvmeof: a pod that is not privileged may not open /dev/nvme-fabrics; set privileged, or run the agent under systemd on these nodes" -}}
 {{- end -}}
 {{- if and (or .Values.nvidia.driverRoot .Values.nvidia.libraryFolder) (not .Values.privileged) -}}
 {{- fail "cannot use nvidia.driverRoot or nvidia.libraryFolder: a container that is not privileged may not open NVIDIA's device nodes; set nvidia.runtimeClassName instead, or privileged" -}}

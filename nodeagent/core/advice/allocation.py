@@ -254,13 +254,16 @@ def _tolerated(taint: Taint, tolerations: Iterable[Toleration]) -> bool:
     )
 
 
-def results(published: Published, node_name: str, chosen: Sequence[Chosen], share: str) -> Iterator[Result]:
-    """Yield what the scheduler writes into the claim. share: what the ids of shares begin with."""
+def results(
+    published: Published, pool_name: Callable[[str], str], chosen: Sequence[Chosen], share: str
+) -> Iterator[Result]:
+    """Yield what the scheduler writes into the claim. pool_name: returns the name of a pool by its kind. share: what
+    the ids of shares begin with."""
     for number, one in enumerate(chosen):
         yield Result(
             request=one.ask.name,
             driver=published.driver,
-            pool=f"{node_name}/{one.pool}",
+            pool=pool_name(one.pool),
             device=one.device.name,
             share_id=f"{share}-{number}" if one.consumed is not None else "",
             admin=one.ask.admin,

@@ -56,7 +56,7 @@ def forecast_claims(
         claim = Claim(
             ref=ClaimRef(namespace="forecast", name=uid, uid=uid),
             allocated=True,
-            results=tuple(results(published, node.catalog.node_name, chosen, uid)),
+            results=tuple(results(published, node.catalog.pool_name, chosen, uid)),
             configs=(*_of_classes(chosen), *spec.configs),
             reserved_for=(f"pod-of-{uid}",),
         )

@@ -112,8 +112,14 @@ class PoolDevice(msgspec.Struct, frozen=True, kw_only=True):
     """By resource of the Node: cpu, memory, hugepages-2Mi. Published are those in `Pool.counted`."""
 
 
+class Scope(msgspec.Struct, frozen=True, kw_only=True):
+    """The nodes that share a pool: those with all of these labels, or all nodes if there are none."""
+
+    labels: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+
+
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
-    """All devices of one kind on this node, in a fixed order."""
+    """All devices of one kind on this node, or that several nodes share, in a fixed order."""
 
     kind: str
     devices: tuple[PoolDevice, ...] = ()
@@ -122,6 +128,12 @@ class Pool(msgspec.Struct, frozen=True, kw_only=True):
     """Resources of the Node against which the scheduler counts what claims take."""
     conditional: bool = False
     """Whether a pod is bound only after its claim has been granted what the scheduler allocated (bindingConditions)."""
+    scope: Scope | None = None
+    """The nodes that share it; None if it belongs to this node. A shared pool is called after its kind alone."""
+
+    def name(self, node_name: str) -> str:
+        """Return the name of the pool in the cluster, on a node."""
+        return self.kind if self.scope is not None else f"{node_name}/{self.kind}"
 
 
 class Features(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,7 +55,9 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     driver: str
     node_name: str = ""
     kinds: Mapping[str, PoolKind] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """By name of the kind; the pool's name is NODE/KIND."""
+    """By name of the kind; the pool's name is NODE/KIND. By name of the pool, if nodes share it."""
+    shared: frozenset[str] = frozenset()
+    """Which of them nodes share."""
     passthrough: frozenset[str] = frozenset()
     """VFIO drivers that claims may have their devices bound to."""
     moves_interfaces: bool = False
@@ -68,14 +70,19 @@ class Catalog(msgspec.Struct, frozen=True, kw_only=True):
     def find(self, inventory: Inventory, result: Result) -> tuple[PoolKind, DevicePart]:
         """Return the kind and what the device stands for. Raise InputError if there is no such pool or device."""
         node, _, name = result.pool.rpartition("/")
-        kind = self.kinds.get(name) if node == self.node_name else None
+        mine = node == ("" if name in self.shared else self.node_name)
+        kind = self.kinds.get(name) if mine else None
         if kind is None:
-            pools = ", ".join(f"{self.node_name}/{one}" for one in self.kinds) or "none"
+            pools = ", ".join(map(self.pool_name, self.kinds)) or "none"
             raise InputError(f"there is no pool {result.pool!r} on this node (there are: {pools})")
         part = kind.part(inventory, result.device)
         if part is None:
             raise InputError(f"pool {result.pool} has no device {result.device!r} (or no longer has it)")
         return kind, part
+
+    def pool_name(self, kind: str) -> str:
+        """Return the name of a pool by its key in `kinds`."""
+        return kind if kind in self.shared else f"{self.node_name}/{kind}"
 
 
 class ClaimDemand(msgspec.Struct, frozen=True, kw_only=True):

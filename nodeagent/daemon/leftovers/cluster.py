@@ -31,6 +31,14 @@ def slices(host: Host) -> Leftover:
     return Leftover([Line(f"resourceslice {name}") for name in names], lambda: _delete(dra.kubeconfig, names))
 
 
+def shared_slices(host: Host) -> Leftover:
+    """Return the command that deletes the pools that nodes share: other nodes may use them."""
+    if not host.config.targets:
+        return Leftover()
+    command = f"kubectl delete resourceslices --field-selector spec.nodeName=,spec.driver={host.config.dra.driver}"
+    return Leftover(notes=[f"the pools of NVMe targets stay for other nodes; {command} deletes them"])
+
+
 def published_objects(host: Host) -> Leftover:
     """Return the commands that remove what was published of the machine."""
     try:

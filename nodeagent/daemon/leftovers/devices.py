@@ -15,6 +15,8 @@ from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.host.vfio import Functions
 from nodeagent.managers import state_files
+from nodeagent.managers.fabrics.connector import connector
+from nodeagent.managers.fabrics.journal import FabricsJournal
 from nodeagent.managers.kinds.journal import KindsJournal
 from nodeagent.managers.kinds.preparer import DevicePreparer
 from nodeagent.managers.network.interface_journal import InterfaceJournal
@@ -136,6 +138,22 @@ def prepared(host: Host) -> Leftover:
                 inventory = scan(where.sysfs, families)
                 preparer = DevicePreparer(journal, families, lambda: inventory)
                 yield from asyncio.run(preparer.undo(records.values())).values()
+        yield from errors
+
+    return Leftover(lines, undo)
+
+
+def targets(host: Host) -> Leftover:
+    """Return the NVMe targets on the network that are connected for claims."""
+    where = host.where
+    records = FabricsJournal(where.state_dir, where.sysfs.text(BOOT_ID, "")).read()
+    lines = [Line(f"target {one.port}", "connected", "disconnected") for one in records.values()]
+
+    def undo() -> Iterator[str]:
+        with kept_going() as errors:
+            if records:
+                made = connector(where.sysfs, where.state_dir, where.sysfs.text(BOOT_ID, ""))
+                yield from asyncio.run(made.disconnect({*records})).values()
         yield from errors
 
     return Leftover(lines, undo)

@@ -38,6 +38,7 @@ STATE_FILES = (
     "vf-properties.*",
     "interfaces.*",
     "kinds.*",
+    "fabrics.*",
     "device-info.json",
     "vfs.*",
     ".*.tmp",

@@ -30,6 +30,7 @@ from nodeagent.host.devices.base import (
     Kind,
     PartitionSelector,
     PciSelector,
+    TargetSelector,
     UsbSelector,
 )
 from nodeagent.host.devices.block import Block
@@ -42,6 +43,7 @@ from nodeagent.host.devices.imex import Imex
 from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
 from nodeagent.host.devices.pci import Pci
+from nodeagent.host.devices.storage.nvmeof import Nvmeof
 from nodeagent.host.devices.usb import Usb
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import functions as read_functions
@@ -60,6 +62,7 @@ __all__ = [
     "Kind",
     "PartitionSelector",
     "PciSelector",
+    "TargetSelector",
     "UsbSelector",
     "builtin_kinds",
     "discover",
@@ -85,7 +88,7 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
 
 def builtin_kinds() -> tuple[Kind, ...]:
     """Return the built-in kinds, the most specific first: if two find the same device, the earlier one keeps it."""
-    return Gpu(), Nic(), Nvme(), Fpga(), Qat(), Accel(), Dsa(), Sgx(), Imex(), Block(), Usb(), Char(), Pci()
+    return Gpu(), Nic(), Nvme(), Nvmeof(), Fpga(), Qat(), Accel(), Dsa(), Sgx(), Imex(), Block(), Usb(), Char(), Pci()
 
 
 def load_kinds() -> tuple[Kind, ...]:
@@ -105,6 +108,7 @@ def read_context(
     char: tuple[CharSelector, ...] = (),
     usb: tuple[UsbSelector, ...] = (),
     pci_selectors: tuple[PciSelector, ...] = (),
+    targets: tuple[TargetSelector, ...] = (),
     block_types: frozenset[str] = frozenset(),
     nvml: Snapshot | Failure | None = None,
     partitions: PartitionSelector | None = None,
@@ -121,6 +125,7 @@ def read_context(
         char=char,
         usb=usb,
         pci=pci_selectors,
+        targets=targets,
         block_types=block_types,
         block_uses=blocks,
         routed=routed,

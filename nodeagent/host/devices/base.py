@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
 from nodeagent.core.model.inventory import KindState
@@ -44,6 +45,14 @@ class UsbSelector(msgspec.Struct, frozen=True, kw_only=True):
     vendor: str
     product: str = ""
     serial: str = ""
+
+
+class TargetSelector(msgspec.Struct, frozen=True, kw_only=True):
+    """An NVMe target on the network to serve. pool: the name of the pool that it is published in."""
+
+    name: str
+    port: Port
+    pool: str
 
 
 class PciSelector(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,6 +93,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     char: tuple[CharSelector, ...] = ()
     usb: tuple[UsbSelector, ...] = ()
     pci: tuple[PciSelector, ...] = ()
+    targets: tuple[TargetSelector, ...] = ()
     block_types: frozenset[str] = frozenset()
     """Which of BLOCK_TYPES to look for."""
     block_uses: BlockUses | None = None

@@ -70,8 +70,9 @@ def preparing(families: Iterable[Kind]) -> Mapping[str, Preparing]:
 
 
 def prepares(kind: Kind | None) -> bool:
-    """Return whether a kind prepares its devices."""
-    return isinstance(kind, Preparing)
+    """Return whether a device of a kind is handed over only once it has been prepared for its claim: by the kind
+    itself, or by a manager of the agent."""
+    return isinstance(kind, Preparing) or getattr(kind, "connects", False) is True
 
 
 def observing(families: Iterable[Kind]) -> Mapping[str, Observing]:

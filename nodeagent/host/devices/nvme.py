@@ -40,7 +40,8 @@ class Nvme:
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
         known, uses = controllers(reader), context.block_uses or block_uses(reader)
-        devices = (*_on_pci(reader, context, known, uses), *_on_fabrics(reader, known, uses))
+        others = [one for one in known if not is_target(reader, context, one)]
+        devices = (*_on_pci(reader, context, known, uses), *_on_fabrics(reader, others, uses))
         warnings = tuple(dict.fromkeys(reader.warnings))
         return Found(state=KindState(kind="nvme", state=PRESENT), devices=devices, warnings=warnings)
 
@@ -55,6 +56,14 @@ def controllers(reader: Tolerant) -> list[Controller]:
         Controller(name=name, path=path, address=address if tail == f"nvme/{name}" else None)
         for name, path, address, tail in pci.members(reader, "sys/class/nvme")
     ]
+
+
+def is_target(reader: Tolerant, context: Context, controller: Controller) -> bool:
+    """Return whether a controller leads to a configured target: its disks belong to that device."""
+    if not context.targets or controller.address is not None:
+        return False
+    nqn = reader.text(f"{controller.path}/subsysnqn")
+    return any(one.port.nqn == nqn for one in context.targets)
 
 
 def controller_id(reader: Tolerant, controller: Controller) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "CORE_EVENTS",
     "DELETED",
     "EVENTS",
+    "LEASES",
     "MODIFIED",
     "NODES",
     "SLICES",
@@ -75,6 +76,7 @@ SLICES = ApiResource("resource.k8s.io", "v1", "resourceslices", "ResourceSlice",
 EVENTS = ApiResource("events.k8s.io", "v1", "events", "Event", True)
 CORE_EVENTS = ApiResource("", "v1", "events", "Event", True)
 TOPOLOGIES = ApiResource("topology.node.k8s.io", "v1alpha2", "noderesourcetopologies", "NodeResourceTopology", False)
+LEASES = ApiResource("coordination.k8s.io", "v1", "leases", "Lease", True)
 CLAIMS = ApiResource("resource.k8s.io", "v1", "resourceclaims", "ResourceClaim", True)
 
 

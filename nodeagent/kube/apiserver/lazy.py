@@ -35,8 +35,8 @@ class LazyApi:
         self._kubeconfig = kubeconfig
         self._server: ApiServer | None = None
 
-    async def get(self, resource: Any, name: str) -> dict[str, Any] | None:
-        return await self._reached().get(resource, name)
+    async def get(self, resource: Any, name: str, namespace: str = "") -> dict[str, Any] | None:
+        return await self._reached().get(resource, name, namespace)
 
     async def version(self) -> str:
         return await self._reached().version()

@@ -105,14 +105,14 @@ class Publisher:
         clock: Callable[[], float] = time.monotonic,
         timer: EventTimer | None = None,
     ) -> None:
-        """Set up without starting anything.
+        """Set up without starting anything. Without a `node_name`, the pools are those that nodes share.
 
         `nodes` and `slices` are the names that `api` uses for these two resources. `pools()` returns one pool per kind.
         `clock` is monotonic, in seconds. `node` is given the Node object whenever it was read.
         `timer` is told when slices are written and when a pool is in force.
         """
         self._api, self._nodes, self._slices = api, nodes, slices
-        self._owner = Owner(driver=driver, node_name=node_name)
+        self._owner = Owner(driver=driver, node_name=node_name, shared=not node_name)
         self._fields = {"spec.nodeName": node_name, "spec.driver": driver}
         self._pools, self._pools_changed = pools, pools_changed
         self._pace = pace
@@ -215,6 +215,8 @@ class Publisher:
             raise fault
 
     async def _find_owner(self) -> Owner:
+        if self._owner.shared:
+            return self._owner
         name = self._owner.node_name
         node = await self._api.get(self._nodes, name)
         if node is None:

@@ -27,9 +27,11 @@ from nodeagent.core.dra.pool import (
     NodeCost,
     Pool,
     PoolDevice,
+    Scope,
     Taint,
     Value,
 )
+from nodeagent.kube.resourceslice.shared_slices import is_shared, with_taints_of_nodes
 from nodeagent.kube.resourceslice.taint_times import TaintTimes, add_taint_times, taint_times
 
 Object = dict[str, Any]
@@ -72,6 +74,8 @@ class Owner(msgspec.Struct, frozen=True, kw_only=True):
     node_name: str
     node_uid: str = ""
     """UID of the Node object. Without it (an empty string) the slices get no owner reference."""
+    shared: bool = False
+    """Whether these are the slices of pools that nodes share, which belong to none of them. `node_name` is "" then."""
 
 
 class SlicePlan(NamedTuple):
@@ -89,7 +93,7 @@ class SlicePlan(NamedTuple):
 
 def pool_name(owner: Owner, kind: str) -> str:
     """Return the name of one kind's pool: unique in the cluster, as a driver's pool names must be."""
-    return f"{owner.node_name}/{kind}"
+    return kind if owner.shared else f"{owner.node_name}/{kind}"
 
 
 def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
@@ -106,7 +110,8 @@ def render(pool: Pool, owner: Owner, generation: int) -> tuple[Object, ...]:
     ]
     place = {"name": pool_name(owner, pool.kind), "generation": generation, "resourceSliceCount": len(parts)}
     head = _name_head(owner, pool.kind)
-    return tuple(_slice(f"{head}-{tail}", owner, place, part) for tail, part in parts)
+    nodes = {"nodeName": owner.node_name} if pool.scope is None else _shared_by(pool.scope)
+    return tuple(_slice(f"{head}-{tail}", owner, {**nodes, "pool": place}, part) for tail, part in parts)
 
 
 def plan(stored: Iterable[Object], pool: Pool, owner: Owner, times: TaintTimes = NO_TIMES) -> SlicePlan:
@@ -121,9 +126,9 @@ def plan(stored: Iterable[Object], pool: Pool, owner: Owner, times: TaintTimes =
         one["metadata"]["name"]: one for one in stored if belongs(one, owner) and _pool_of(one).get("name") == place
     }
     newest = max((_generation(one) for one in found.values()), default=0)
-    wanted = render(pool, owner, max(newest, 1))
+    wanted = with_taints_of_nodes(render(pool, owner, max(newest, 1)), found)
     if not _may_keep_generation(found, wanted, newest):
-        wanted = render(pool, owner, newest + 1)
+        wanted = with_taints_of_nodes(render(pool, owner, newest + 1), found)
     add_taint_times(wanted, {**times, **taint_times(sorted(found.values(), key=_generation))})
     names = {one["metadata"]["name"] for one in wanted}
     return SlicePlan(
@@ -142,7 +147,8 @@ def strays(stored: Iterable[Object], kinds: Iterable[str], owner: Owner) -> tupl
 def belongs(one: Object, owner: Owner) -> bool:
     """Return whether a slice belongs to this driver on this node. No other slice is ever touched."""
     spec = one.get("spec", {})
-    return bool(spec.get("driver") == owner.driver and spec.get("nodeName") == owner.node_name)
+    mine = is_shared(one) if owner.shared else spec.get("nodeName") == owner.node_name
+    return bool(spec.get("driver") == owner.driver and mine)
 
 
 def same(stored: Object, wanted: Object) -> bool:
@@ -217,12 +223,20 @@ def quantity(text: str) -> Fraction | None:
 # Writing
 
 
+def _shared_by(scope: Scope) -> Object:
+    """Return the field of a slice that says which nodes share it."""
+    if not scope.labels:
+        return {"allNodes": True}
+    terms = [{"key": key, "operator": "In", "values": [value]} for key, value in sorted(scope.labels.items())]
+    return {"nodeSelector": {"nodeSelectorTerms": [{"matchExpressions": terms}]}}
+
+
 def _slice(name: str, owner: Owner, place: Object, part: Object) -> Object:
     metadata: Object = {"name": name}
     if owner.node_uid:
         node = {"apiVersion": "v1", "kind": "Node", "name": owner.node_name, "uid": owner.node_uid}
         metadata["ownerReferences"] = [{**node, "controller": True}]
-    spec = {"driver": owner.driver, "nodeName": owner.node_name, "pool": dict(place), **part}
+    spec = {"driver": owner.driver, **place, **part}
     return {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 
 
@@ -231,7 +245,7 @@ def _name_head(owner: Owner, kind: str) -> str:
     """Return a readable prefix made unique by a hash: node, driver and kind may themselves contain the separator."""
     triple = (owner.node_name, owner.driver, kind)
     digest = hashlib.sha256("\0".join(triple).encode(errors="surrogateescape")).hexdigest()[:12]
-    readable = "-".join((owner.node_name, owner.driver, re.sub(r"[^a-z0-9-]", "-", kind)))
+    readable = "-".join(filter(None, (owner.node_name, owner.driver, re.sub(r"[^a-z0-9-]", "-", kind))))
     room = LONGEST_NAME - len(f"-{digest}-counters-0000")
     return f"{readable[:room].rstrip('.-')}-{digest}"
 

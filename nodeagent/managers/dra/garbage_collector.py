@@ -226,7 +226,10 @@ class StatusWriter:
             del self._written[next(iter(self._written))]
 
     def _devices(self, grants: Sequence[Grant], error: str) -> list[Any]:
-        return [self._device(grant, grant.result, error) for grant in grants if grant.result is not None]
+        """Return the status of the devices of this node's own pools: the right that agents have covers claims of one
+        node, and a device that nodes share may be used on any (resourceclaims/driver, Kubernetes 1.36)."""
+        own = ((grant, grant.result) for grant in grants if grant.result is not None and "/" in grant.result.pool)
+        return [self._device(grant, result, error) for grant, result in own]
 
     def _refused(self, result: Result, error: str) -> Any:
         at = _rfc3339(time.time())

@@ -108,7 +108,14 @@ class Pools:
         """Return the pools with the features that the API server keeps, and remember these features."""
         self._published = features
         self.timer.looked(self._agent.inventory.generation, self._agent.event_s)
-        return self._of(features)
+        return tuple(one for one in self._of(features) if one.scope is None)
+
+    def shared(self, features: Features) -> tuple[Pool, ...]:
+        """Return the pools that several nodes share, with the features that the API server keeps."""
+        every = self._dra().catalog
+        kinds = (every.kinds[name] for name in sorted(every.shared))
+        agent = self._agent
+        return tuple(one.pool(agent.inventory, agent.ledger, agent.health, features) for one in kinds)
 
     def known(self) -> tuple[Pool, ...]:
         """Return every device under its published name, including those left out because they are unhealthy."""
@@ -153,7 +160,7 @@ class DraHealth:
     def states(self) -> tuple[DeviceHealth, ...]:
         node = self._dra().catalog.node_name
         there = {
-            (f"{node}/{pool.kind}", device.name): device.part.device
+            (pool.name(node), device.name): device.part.device
             for pool in self._pools.known()
             for device in pool.devices
         }

@@ -29,13 +29,15 @@ BEYOND = (
 )
 """What is said of rules that no schema can express."""
 OVERHEAD = {"perPod": "100m"}
-KINDS = ("cpu", "hugepages", "memory", "char", "usb", "gpu", "nic", "accel", "fpga", "pci", "qat", "Odd_Kind")
+TARGET = {"name": "a", "nqn": "nqn.2024-01.com.example:a", "traddr": "192.0.2.1"}
+KINDS = ("cpu", "hugepages", "memory", "char", "usb", "nvmeof", "gpu", "nic", "accel", "fpga", "pci", "qat", "Odd_Kind")
 VALUES: dict[str, list[Any]] = {
     "serve": ["device-plugin", "dra", "both"],
     "match": [{}, {"vendor": "*"}, {"vendor": ["8086", "15b3"]}, {"vendor": 1}],
     "matchAny": [[], [{"vendor": "*"}, {"driver": ["a", "b"]}], {"vendor": "*"}],
     "paths": [[], ["/dev/ttyS*"], ["/dev/../etc/*"], ["/dev/a..b"]],
     "usb": [[], [{"vendor": "1d6b"}]],
+    "targets": [[], [TARGET], [{**TARGET, "dhchapCtrlSecretFile": "/k"}], [{**TARGET, "traddr": "san.example.com"}]],
     "replicas": [1, 2],
     "pageSize": ["", "2Mi", "2048Ki", "3Mi", "8Ki", "32Gi", "2M"],
     "pagesPerBlock": [1, 4],
@@ -103,6 +105,9 @@ def reasons(document: dict[str, Any]) -> list[str]:
 @given(CONFIGURATIONS)
 @example({"resources": [{"name": "pages", "kind": "hugepages", "pageSize": "3Mi"}]})
 @example({"resources": [{"name": "m", "kind": "memory", "serve": "dra"}]})
+@example({"resources": [{"name": "n", "kind": "nvmeof", "serve": "dra", "targets": [TARGET]}]})
+@example({"resources": [{"name": "n", "kind": "nvmeof", "targets": [TARGET]}]})
+@example({"resources": [{"name": "n", "kind": "nvmeof", "serve": "dra", "targets": [TARGET], "replicas": 2}]})
 @example({"metrics": {"tls": {"clientCaFile": "/a"}}})
 @example({"amd": {"partitions": [{"gpus": ["*"], "compute": None}]}})
 @example({"amd": {"partitions": [{"gpus": ["*"], "memory": "NPS1"}]}})
@@ -118,7 +123,11 @@ def test_each_rule_of_a_kind_is_among_what_is_tried() -> None:
 
 @pytest.mark.parametrize("kind", [one.name for one in builtin_kinds()])
 def test_a_plain_resource_of_every_kind_is_good(kind: str) -> None:
-    needed = {"char": {"paths": ["/dev/x"]}, "usb": {"usb": [{"vendor": "1d6b"}]}}.get(kind, {})
+    needed = {
+        "char": {"paths": ["/dev/x"]},
+        "usb": {"usb": [{"vendor": "1d6b"}]},
+        "nvmeof": {"serve": "dra", "targets": [TARGET]},
+    }.get(kind, {})
     assert SCHEMA.valid({"resources": [{"name": kind, "kind": kind, **needed}]})
 
 

@@ -10,6 +10,7 @@ from nodeagent.cli.agent.explain.unit import moment
 from nodeagent.cli.shared.facts import Facts
 from nodeagent.cli.shared.node_state import NodeState
 from nodeagent.core.advice.repair import degradations, repair
+from nodeagent.core.fabrics.target import KIND as NVMEOF
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.grant import Grant
@@ -113,7 +114,9 @@ def _reasons(
 def _pools(state: NodeState) -> dict[str, str]:
     """Return the names of the pools that are published through DRA, by kind."""
     slices = (state.status["dra"] or {}).get("slices") or {}
-    return {one["name"].rpartition("/")[2]: one["name"] for one in slices.get("pools", ())}
+    found = {one["name"].rpartition("/")[2]: one["name"] for one in slices.get("pools", ())}
+    shared = (state.status.get("fabrics") or {}).get("pools") or ()
+    return {**found, **dict.fromkeys([NVMEOF] if shared else [], ", ".join(shared))}
 
 
 # ---------------------------------------------------------------- as text

@@ -18,6 +18,7 @@ from nodeagent.core.dra.cpu_pool import CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import DevicePart
+from nodeagent.core.fabrics.target import kind_of
 from nodeagent.core.ledger.exclusion import excluded_with
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.inventory import Inventory
@@ -77,7 +78,7 @@ def _parts_wanted(inventory: Inventory, want: str) -> list[_Wanted]:
     """Return what the text of a refusal names: ids of the device plugin, or the scheduler's results."""
     found = []
     for match in _WANTED.finditer(want):
-        kind = match["pool"].rpartition("/")[2]
+        kind = kind_of(match["pool"])
         part = _pool(inventory, kind).part(inventory, match["device"])
         if part is not None:
             found.append(_Wanted(part, kind, _cpus(match["amounts"] or "", part)))

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
 def template(state: NodeState, catalog: Catalog, features: Features) -> Object:
     """Return a List of ResourceSlices without a node's name. Devices are all healthy, and nothing is held."""
     owner, ledger = Owner(driver=catalog.driver, node_name=catalog.node_name), empty(state.ledger)
-    pools = (one.pool(state.inventory, ledger, {}, features) for one in catalog.kinds.values())
+    own = (one for name, one in catalog.kinds.items() if name not in catalog.shared)  # the others belong to no node
+    pools = (one.pool(state.inventory, ledger, {}, features) for one in own)
     slices = [_without_node(one, catalog.driver) for pool in pools for one in render(pool, owner, 1)]
     return {"apiVersion": "v1", "kind": "List", "items": slices}
 

@@ -235,6 +235,8 @@ def needed(config: Config) -> Iterator[str]:
         yield "nodeagent-cni.conf"
     if config.amd.partitions:
         yield "nodeagent-amd.conf"
+    if config.targets:
+        yield "nodeagent-nvmeof.conf"
 
 
 def _has(node: Node, name: str, there: set[str]) -> bool:
@@ -254,6 +256,7 @@ OPENED = {
     "nodeagent-vf-properties.conf": ("CAP_NET_ADMIN",),
     "nodeagent-interfaces.conf": ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "RestrictNamespaces"),
     "nodeagent-cni.conf": ("/run/k8s.cni.cncf.io",),
+    "nodeagent-nvmeof.conf": ("/dev/nvme-fabrics", "/sys/devices/virtual/nvme-fabrics"),
     "nodeagent-amd.conf": ("/sys/devices", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
 }
 """What each drop-in sets that the unit itself does not."""

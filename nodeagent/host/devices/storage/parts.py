@@ -17,7 +17,7 @@ from nodeagent.core.model.device import Device
 from nodeagent.host import pci
 from nodeagent.host.devices.base import BLOCK_TYPES, Attributes, Context, part_of
 from nodeagent.host.devices.disks import BlockUses, block_bytes, in_use, node, size_bytes
-from nodeagent.host.devices.nvme import controller_id, controllers, namespaces
+from nodeagent.host.devices.nvme import controller_id, controllers, is_target, namespaces
 from nodeagent.host.sysfs.lenient import Tolerant
 
 NAMESPACE, PARTITION, VOLUME = BLOCK_TYPES
@@ -50,6 +50,8 @@ def parts(reader: Tolerant, context: Context, disks: Iterable[Device], uses: Blo
 def _namespaces(reader: Tolerant, context: Context, uses: BlockUses) -> Iterator[Device]:
     seen: set[str] = set()
     for controller in controllers(reader):
+        if is_target(reader, context, controller):
+            continue
         owner = context.function_by_address.get(controller.address or "")
         for name in namespaces(reader, controller):
             if name in seen or not reader.sysfs.exists(f"{_CLASS}/{name}"):

@@ -1,0 +1,1 @@
+"""NVMe over fabrics: targets as devices that all nodes share."""

@@ -1,0 +1,135 @@
+"""Wires NVMe over fabrics: connections for claims, and the pools that nodes share; loads it where it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from nodeagent.config.schema import Config
+from nodeagent.core.dra.pool import Features, Pool
+from nodeagent.core.fabrics.target import KIND
+from nodeagent.core.model.grant import Grant
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.daemon.paths import Paths
+from nodeagent.kube.apiserver.lazy import LazyApi
+from nodeagent.managers import state_files
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing, Unmade
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.on_demand import OnDemand
+from nodeagent.state.agent import Agent
+
+if TYPE_CHECKING:
+    from nodeagent.managers.fabrics.manager import FabricsManager
+    from nodeagent.managers.fabrics.pools import SharedPoolsManager
+
+
+class Fabrics:
+    """Targets on the network, as claims and the API server see them."""
+
+    def __init__(
+        self,
+        agent: Agent,
+        where: Paths,
+        config: Callable[[], Config],
+        api: LazyApi,
+        node_name: str,
+        pools: Callable[[Features], Sequence[Pool]],
+        *,
+        configured: bool,
+    ) -> None:
+        """pools: returns those that nodes share; asked once everything is built. configured: whether there is an API
+        server."""
+        self._agent, self._where = agent, where
+        self._view: Callable[[Inventory], Inventory] | None = None
+
+        def connected() -> FabricsManager:
+            from nodeagent.managers.fabrics.manager import FabricsManager
+
+            return FabricsManager(agent, where.sysfs, where.state_dir, config)
+
+        def shared() -> SharedPoolsManager:
+            from nodeagent.managers.fabrics.pools import SharedPoolsManager
+
+            return SharedPoolsManager(agent, api, config, node_name, pools, configured=configured)
+
+        def is_served() -> bool:
+            return bool(config().targets)
+
+        def is_used() -> bool:
+            return is_served() or (where.state_dir / state_files.FABRICS).exists()
+
+        ledger = agent.revisions.ledger
+        self.connections = OnDemand("NVMe over fabrics", connected, is_used, ledger)
+        self.pools = OnDemand("shared pools", shared, is_served, ledger)
+
+    @property
+    def managers(self) -> Sequence[Manager]:
+        """Return the managers, in start order. They follow the one that serves claims."""
+        return self.connections, self.pools
+
+    def document(self) -> dict[str, Any]:
+        """Return who publishes the pools, in plain types; empty if no node shares any."""
+        return self.pools.document()
+
+    def view(self, inventory: Inventory) -> Inventory:
+        """Return the inventory with the disks of connected targets."""
+        if not inventory.devices_by_kind.get(KIND):
+            return inventory
+        if self._view is None:
+            from nodeagent.managers.fabrics.journal import FabricsJournal
+            from nodeagent.managers.fabrics.table import ConnectedTable
+
+            self._view = ConnectedTable(FabricsJournal(self._where.state_dir, self._agent.settings.boot_id)).view
+        return self._view(inventory)
+
+    def with_targets(
+        self, sharing: Sharing, instances: Instances, passthrough: Passthrough
+    ) -> tuple[Sharing, Instances, Passthrough]:
+        """Return what prepares claims, with targets after other devices."""
+        return sharing, _Instances(instances, self), _Both(passthrough, self.connections)
+
+
+class _Instances:
+    """The inventory as containers get it."""
+
+    def __init__(self, made: Instances, fabrics: Fabrics) -> None:
+        self._made, self._fabrics = made, fabrics
+
+    def concerned(self, grants: Sequence[Grant]) -> bool:
+        return self._made.concerned(grants)
+
+    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
+        return await self._made.make(claims)
+
+    async def settle(self) -> None:
+        await self._made.settle()
+
+    async def ready(self) -> None:
+        await self._made.ready()
+
+    def view(self, inventory: Inventory) -> Inventory:
+        return self._fabrics.view(self._made.view(inventory))
+
+
+class _Both:
+    """Sets up other devices, and connects targets."""
+
+    def __init__(self, first: Passthrough, second: OnDemand[FabricsManager]) -> None:
+        self._first, self._second = first, second
+
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        one = self._second.if_needed()
+        mine = {*self._first.concerned(uids), *(one.concerned(uids) if one is not None else ())}
+        return [uid for uid in uids if uid in mine]
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
+        bound, one = await self._first.bind(claims), self._second.if_needed()
+        if one is None:
+            return bound
+        left = {uid: grants for uid, grants in claims.items() if not bound.get(uid)}
+        return {**bound, **await one.bind(left)}
+
+    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
+        one = self._second.if_needed()
+        left = await one.give_back(uids) if one is not None else {}
+        return {**await self._first.give_back([uid for uid in uids if uid not in left]), **left}
