@@ -23,6 +23,7 @@ from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import format_size, parse_size
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.network.variables import NO_INFO, TUN, VHOST_NET, pci_variables
+from nodeagent.core.pinning.threads import used_cpus
 from nodeagent.core.placement.linked import SIZES
 from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.core.sharing.mps import enforcement
@@ -249,8 +250,9 @@ def _names(known: Iterable[str]) -> str:
 
 
 def held_variables(inventory: Inventory, grants: Sequence[Grant]) -> dict[str, str]:
-    """Return the variables for granted CPUs and pages. NODEAGENT_NUMA_NODES are the nodes of the CPUs."""
-    env, cpus = dict[str, str](), union(grant.cpus for grant in grants)
+    """Return the variables for granted CPUs and pages, without hidden hyperthreads. NODEAGENT_NUMA_NODES are the nodes
+    of the CPUs."""
+    env, cpus = dict[str, str](), union(used_cpus(inventory, grant) or grant.cpus for grant in grants)
     if cpus:
         env["NODEAGENT_CPUS"] = str(cpus)
         env["NODEAGENT_NUMA_NODES"] = numbers(nodes_of_cpus(inventory, cpus))

@@ -188,6 +188,7 @@ def _note(one: Any) -> str:
     notes = [one["error"], _ran(one["ran_unpinned"]) if one["ran_unpinned"] else ""]
     outside = CpuSet.parse(one["outside_cpus"])
     offline = CpuSet.parse(one["lost_cpus"]) - outside
+    notes.append(f"threads {one['hidden_cpus']} are hidden" if one.get("hidden_cpus") else "")
     notes.append(f"in pool {', '.join(one['pools'])}" if one.get("pools") else "")
     notes.append(f"CPUs {offline} are offline" if offline else "")
     notes.append(f"CPUs {outside} are outside the cpuset of all pods" if outside else "")

@@ -36,6 +36,7 @@ from nodeagent.core.model.topology import NodeId
 from nodeagent.core.opaque.decode import BUILT_IN, Forms, check_all, check_fit, settings_for
 from nodeagent.core.opaque.settings import OpaqueConfig, to_json
 from nodeagent.core.pinning.pools import cpus_brought, pool_of
+from nodeagent.core.pinning.threads import check_whole_core
 from nodeagent.core.placement.place import place
 from nodeagent.core.sharing.amounts import amounts
 from nodeagent.core.sharing.rules import check_claim, check_device, refuse_otherwise_shared
@@ -241,6 +242,7 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
         one = ClaimDemand(index=index, result=result, kind=kind, part=part, settings=settings)
         if not result.admin:
             check_device(inventory, part.device, settings)
+            check_whole_core(inventory, part.cpus, settings)
             check_driver(inventory, part.device, settings, catalog.passthrough, shared=bool(part.shares))
             allowed, divided = catalog.moves_interfaces, bool(part.shares)
             check_interface(inventory, claim, part.device, settings, allowed=allowed, shared=divided)

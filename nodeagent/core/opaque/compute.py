@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from nodeagent.core.model.options import check_options
+from nodeagent.core.model.options import FULL_PCPUS, check_options
 from nodeagent.core.opaque.form import ClassName, Form, Percent, at
 from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig
 from nodeagent.errors import InputError
@@ -24,6 +24,7 @@ class CpuForm(Form, frozen=True):
     numa: Literal["single", "restricted", "best-effort", ""] = ""
     core_type: Literal["performance", "efficiency", ""] = ""
     named_pool: ClassName = ""
+    hide_hyperthreads: bool = False
     cache_ways: _Ways | None = None
     cache_class: ClassName = ""
     memory_bandwidth_percent: Percent | None = None
@@ -36,12 +37,16 @@ class CpuForm(Form, frozen=True):
             raise InputError("$.cacheClass excludes $.cacheWays, $.memoryBandwidthPercent and $.memoryBandwidthMBps")
         if self.named_pool and any(one is not None for one in own):
             raise InputError("$.namedPool excludes $.cacheWays, $.memoryBandwidthPercent and $.memoryBandwidthMBps")
+        if self.named_pool and self.hide_hyperthreads:
+            raise InputError("$.namedPool excludes $.hideHyperthreads")
+        whole = (FULL_PCPUS,) if self.hide_hyperthreads else ()
         with at("$.options"):
-            options = check_options((*self.options, *core))
+            options = check_options((*self.options, *core, *whole))
         return OpaqueConfig(
             options=options,
             numa=self.numa,
             named_pool=self.named_pool,
+            hide_hyperthreads=self.hide_hyperthreads,
             cache_ways=self.cache_ways,
             cache_class=self.cache_class,
             memory_bandwidth_percent=self.memory_bandwidth_percent,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +24,8 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """Request.numa."""
     named_pool: str = ""
     """The named pool of its namespace into which the CPUs are brought; "" if they are exclusive."""
+    hide_hyperthreads: bool = False
+    """Whether containers run on one thread of each granted core."""
     mount_path: str = ""
     """Where a hugetlbfs of the granted page size is mounted in the container."""
     time_slice: str = ""
@@ -64,6 +67,7 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 NO_SETTINGS = OpaqueConfig()
+_KEPT_SETTINGS = 4096
 
 
 def to_json(settings: OpaqueConfig) -> str:
@@ -84,3 +88,12 @@ def from_json(text: str) -> OpaqueConfig:
         raise InputError(f"cannot read settings {text[:60]!r}: unknown key {key}")
     own = MappingProxyType(dict(settings.own))
     return replace(settings, env=MappingProxyType(dict(settings.env)), own=own)
+
+
+@functools.lru_cache(_KEPT_SETTINGS)
+def known_settings(text: str) -> OpaqueConfig:
+    """Return what `to_json` wrote, or no settings if a later version wrote what this one cannot read."""
+    try:
+        return from_json(text)
+    except InputError:
+        return NO_SETTINGS

@@ -29,6 +29,7 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.pinning.pools import NamedPools, pool_of
+from nodeagent.core.pinning.threads import used_cpus
 
 GRANT_VARIABLE = "NODEAGENT_GRANT_"
 """Prefix of a variable that a container using a claim has for each grant; the value is the grant's id."""
@@ -57,6 +58,8 @@ class Pin(msgspec.Struct, frozen=True, kw_only=True):
     """The held CPUs that are offline or outside the cpuset of all pods."""
     outside: CpuSet = EMPTY
     """The held CPUs outside the cpuset of all pods."""
+    hidden: CpuSet = EMPTY
+    """The held CPUs that are left idle, as their siblings are used."""
     pools: tuple[str, ...] = ()
     """The named pools into which its claims bring CPUs, in order of name."""
     pool_cpus: CpuSet = EMPTY
@@ -219,7 +222,8 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         held = union(one.cpus for one in grants)
         pools = sorted({pool.name for one in grants if (pool := pool_of(one)) is not None})
         pool_cpus = union(self._pools.cpus_of(one) for one in grants) if pools else EMPTY
-        usable = (held | pool_cpus) & self.inventory.cpus_usable
+        used = union(used_cpus(self.inventory, one) for one in grants)
+        usable = (used | pool_cpus) & self.inventory.cpus_usable
         return Pin(
             grants=tuple(one.id for one in grants),
             # If all its CPUs are gone, it is confined to the shared ones and not to those of others.
@@ -229,6 +233,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             held=held,
             lost=held - self.inventory.cpus_usable,
             outside=held & self.inventory.cpus_outside,
+            hidden=(held - used) & self.inventory.cpus_usable,
             pools=tuple(pools),
             pool_cpus=pool_cpus,
             unproven=unproven,
@@ -353,6 +358,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             held=pin.held,
             lost=pin.lost,
             outside=pin.outside,
+            hidden=pin.hidden,
             pools=pin.pools,
             pool_cpus=pin.pool_cpus,
             unproven=pin.unproven,

@@ -21,11 +21,8 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.memo import kept_by
-from nodeagent.core.opaque.settings import from_json
+from nodeagent.core.opaque.settings import known_settings
 from nodeagent.core.placement.index import machine_of
-from nodeagent.errors import InputError
-
-_KEPT_SETTINGS = 4096
 
 
 class PoolName(NamedTuple):
@@ -35,20 +32,13 @@ class PoolName(NamedTuple):
     name: str
 
 
-@functools.lru_cache(_KEPT_SETTINGS)
-def _named_pool(settings: str) -> str:
-    try:
-        return from_json(settings).named_pool
-    except InputError:  # a later version wrote them: nobody else gets near these CPUs
-        return ""
-
-
 def pool_of(grant: Grant) -> PoolName | None:
     """Return the named pool into which a grant brings its CPUs, or None if they are exclusive."""
-    # Nearly all grants have no such setting: theirs are not decoded.
+    # Nearly all grants have no such setting: theirs are not decoded. Where a later version wrote what cannot be read,
+    # nobody else gets near the CPUs.
     if grant.holder.api != CLAIM or '"named_pool"' not in grant.settings:
         return None
-    name = _named_pool(grant.settings)
+    name = known_settings(grant.settings).named_pool
     return PoolName(grant.holder.namespace, name) if name else None
 
 

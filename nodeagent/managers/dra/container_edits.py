@@ -18,6 +18,7 @@ from nodeagent.core.model.quantity import format_size
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.opaque.settings import OpaqueConfig, from_json
 from nodeagent.core.pinning.plan import variable
+from nodeagent.core.pinning.threads import used_cpus
 from nodeagent.core.sharing.amounts import CORES, MEMORY
 from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import HostError
@@ -182,7 +183,7 @@ def _device_metadata(dra: Dra, inventory: Inventory, grant: Grant) -> dict[str, 
         "shareID": (result.share_id if result else "") or None,
         "adminAccess": True if result and result.admin else None,
         "kind": device.kind if device else result.pool.rpartition("/")[2] if result else "",
-        "cpus": str(grant.cpus) or None,
+        "cpus": str(used_cpus(inventory, grant) or grant.cpus) or None,
         "numaNodes": _nodes(inventory, grant, device) or None,
         "hugepages": pages or None,
         "memory": [{"bytes": size, "numaNode": node} for node, size in grant.memory] or None,

@@ -378,6 +378,7 @@ class PinningManager(Manager):
             "state": entry.container.state,
             "grants": list(pin.grants),
             "granted_cpus": str(pin.held),
+            "hidden_cpus": str(pin.hidden),
             "pools": list(pin.pools),
             "pool_cpus": str(pin.pool_cpus),
             "effective_cpus": str(state.cpus_effective or "") if state is not None else "",

@@ -374,12 +374,13 @@ class CgroupReconciler:
         quotas: dict[str, float] = {}
         limits = await asyncio.to_thread(lambda: [self._quota(enforcer, entry) for entry in exclusive])
         for entry, limit in zip(exclusive, limits, strict=True):
-            held = plan.containers[entry.container.id].held
-            if limit is None or limit >= len(held):
+            pin = plan.containers[entry.container.id]
+            used = pin.held - pin.hidden
+            if limit is None or limit >= len(used):
                 continue
             quotas[entry.container.id] = limit
             if self.quotas.get(entry.container.id) != limit:
-                log.warning("throttled", container=str(entry.container), quota_cpus=limit, cpus=str(held))
+                log.warning("throttled", container=str(entry.container), quota_cpus=limit, cpus=str(used))
         self.quotas = MappingProxyType(quotas)
 
     def _quota(self, enforcer: Enforcer, entry: ContainerEntry) -> float | None:
