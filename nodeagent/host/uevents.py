@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SUBSYSTEMS = (
     *("accel", "auxiliary", "block", "cpu", "dax", "drm", "dsa", "fpga_manager", "fpga_region", "hidraw"),
     *("infiniband", "infiniband_verbs", "kfd", "memory", "misc", "net", "node", "nvme", "pci", "sound"),
-    *("tty", "usb", "usbmisc", "vfio", "vfio-dev", "video4linux"),
+    *("tty", "usb", "usbmisc", "vdpa", "vfio", "vfio-dev", "video4linux"),
 )
 """Subsystems that can change the inventory. Hugepage pools send no events; the resync finds their changes."""
 Source = Literal["udev", "kernel"]

@@ -74,7 +74,7 @@ MEMBERS = {
     "ve": (),
 }
 """Classes of devices, and the files of each."""
-DAX, DSA = "sys/bus/dax/devices", "sys/bus/dsa/devices"
+DAX, DSA, VDPA = "sys/bus/dax/devices", "sys/bus/dsa/devices", "sys/bus/vdpa/devices"
 DSA_FILES = (
     *("state", "type", "mode", "size", "priority", "group_id", "threshold", "max_batch_size", "max_transfer_size"),
     *("name", "driver_name", "max_work_queues", "max_groups", "max_engines"),
@@ -295,17 +295,20 @@ def _members(tree: SysFs, kind: str) -> dict[str, dict[str, str]]:
 def _other_files(tree: SysFs) -> Iterator[tuple[str, str]]:
     of_dsa = (f"{folder}/{name}" for folder in _resolved(tree, DSA) for name in DSA_FILES)
     of_qat = (f"{folder}/qat/{name}" for folder in _resolved(tree, BUS) for name in ("state", "cfg_services"))
-    patterns = (*OTHERS, *(f"{folder}/target_node" for folder in _resolved(tree, DAX)), *of_dsa, *of_qat)
+    of_vdpa = (f"{folder}/vhost-vdpa-*/dev" for folder in _resolved(tree, VDPA))
+    of_dax = (f"{folder}/target_node" for folder in _resolved(tree, DAX))
+    patterns = (*OTHERS, *of_dax, *of_dsa, *of_qat, *of_vdpa)
     for path in (path for pattern in patterns for path in _matches(tree, "", pattern)):
         if (text := tree.text(path, None)) is not None:
             yield path, text
 
 
 def _bus_links(tree: SysFs) -> Iterator[tuple[str, str]]:
-    for folder in _resolved(tree, DAX):
-        yield f"{DAX}/{folder.rpartition('/')[2]}", folder
-        if (driver := tree.link_name(f"{folder}/driver")) is not None:
-            yield f"{folder}/driver", f"sys/bus/dax/drivers/{driver}"
+    for bus in (DAX, VDPA):
+        for folder in _resolved(tree, bus):
+            yield f"{bus}/{folder.rpartition('/')[2]}", folder
+            if (driver := tree.link_name(f"{folder}/driver")) is not None:
+                yield f"{folder}/driver", f"{bus.removesuffix('devices')}drivers/{driver}"
     for folder in _resolved(tree, DSA):
         yield f"{DSA}/{folder.rpartition('/')[2]}", folder
 

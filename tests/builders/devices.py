@@ -121,6 +121,23 @@ class DeviceTree:
         self.member("infiniband_mad", f"umad{number}", mad, {"ibdev": name})
         self.node("/dev/infiniband/rdma_cm")
 
+    def vdpa(
+        self, function: str, name: str, *, driver: str | None = "vhost_vdpa", below: str = "", node: int = 0
+    ) -> Path:
+        """A vDPA device of a function, or with `below` of a scalable one; without a function one in software. node: the
+        number of what its driver makes, a node or a virtio device with an interface."""
+        folder = self.folders[function] / below if function else self.root / "sys/devices/virtual/vdpasim_net"
+        self.write(f"{(folder / name).relative_to(self.root)}/driver_override", "(null)")
+        self.link(f"sys/bus/vdpa/devices/{name}", folder / name)
+        if driver is not None:
+            self._points_to(folder / name, "driver", f"sys/bus/vdpa/drivers/{driver}")
+        if driver == "vhost_vdpa":
+            self.write(f"{(folder / name).relative_to(self.root)}/vhost-vdpa-{node}/dev", f"511:{node}")
+            self.node(f"/dev/vhost-vdpa-{node}")
+        elif driver == "virtio_vdpa" and function:
+            self.net(function, f"eth{node}", below=f"virtio{node}")
+        return folder / name
+
     def nvme(self, address: str, number: int, namespaces: Mapping[int, int], *, multipath: bool = False) -> Path:
         """An NVMe controller. namespaces: number -> bytes."""
         name = f"nvme{number}"

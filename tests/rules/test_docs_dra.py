@@ -50,7 +50,7 @@ GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "
 LINKED_GPU, OTHER_GPU = "0000:c2:00.0", "0000:c3:00.0"
 SWITCH, DOWN = "0000:01:00.0", "0000:02:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci", "qat"}
-DEVICES = {*PCI, "block", "dsa", "imex", "nvmeof", "sgx", "usb", "char"}
+DEVICES = {*PCI, "block", "dsa", "imex", "nvmeof", "sgx", "usb", "vdpa", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
 PORT = Port(transport="tcp", traddr="192.0.2.10", trsvcid=4420, nqn="nqn.2024-01.com.example:fast")
 TYPES = {"int": int, "string": str, "bool": bool}
@@ -142,6 +142,7 @@ def _add_nics(tree: DeviceTree) -> None:
     tree.rdma(NIC, "mlx5_0", 0)
     tree.vf(NIC, 0, "0000:5e:01.0")
     tree.link("sys/bus/auxiliary/devices/mlx5_core.sf.2", tree.folders[NIC] / "mlx5_core.sf.2")
+    tree.vdpa("0000:5e:01.0", "vdpa0", driver="virtio_vdpa")
 
 
 def _add_disks(tree: DeviceTree) -> None:
@@ -160,7 +161,16 @@ def _add_accelerators(tree: DeviceTree) -> None:
     tree.link("sys/bus/dsa/devices/dsa0", folder)
     tree.queue("0000:6a:01.0", "dsa0", 0)
     services = {"qat/cfg_services": "sym;asym", "qat/state": "up"}
-    tree.pci("0000:6b:00.0", pci_class="0b4000", device="4940", numa_node=0, under=DOWN, group=9, files=services)
+    tree.pci(
+        "0000:6b:00.0",
+        pci_class="0b4000",
+        device="4940",
+        driver="4xxx",
+        numa_node=0,
+        under=DOWN,
+        group=9,
+        files=services,
+    )
     tree.sgx({0: GIB})
     tree.pci("0000:b1:00.0", pci_class="120000", device="bcce", driver="dfl-pci", numa_node=1, under=DOWN)
     fpga = tree.folders["0000:b1:00.0"]

@@ -249,7 +249,7 @@ _KEYS: Mapping[str, _Key] = {
     "auxTypes": _Key("auxiliary", (AUX,)),
     "ddpProfiles": _Key("", (NET,), why="no attribute has the DDP profile that a function's firmware runs"),
     "pKeys": _Key("", (NET,), why="no attribute has the partition keys of InfiniBand"),
-    "vdpaType": _Key("", (NET,), why="vDPA devices are not found by the agent"),
+    "vdpaType": _Key("", (NET,), why="vDPA devices are of the kind vdpa, with attributes of their own"),
 }
 
 

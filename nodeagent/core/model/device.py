@@ -52,7 +52,7 @@ SHARED_NODES = frozenset(
 """Device nodes that every holder of a device gets and that belong to no device."""
 
 
-NODE_KINDS = frozenset({"accel", "block", "char", "dsa", "fpga", "gpu", "imex", "nvme", "qat", "sgx", "usb"})
+NODE_KINDS = frozenset({"accel", "block", "char", "dsa", "fpga", "gpu", "imex", "nvme", "qat", "sgx", "usb", "vdpa"})
 """Kinds whose devices reach a container only through their device nodes."""
 
 HOST_USES = ("in_use", "default_route")

@@ -40,6 +40,7 @@ from nodeagent.host.devices.fpga import Fpga
 from nodeagent.host.devices.gpu import Gpu
 from nodeagent.host.devices.hooks import fault, forms
 from nodeagent.host.devices.imex import Imex
+from nodeagent.host.devices.network.vdpa import Vdpa
 from nodeagent.host.devices.nic import Nic
 from nodeagent.host.devices.nvme import Nvme
 from nodeagent.host.devices.pci import Pci
@@ -88,7 +89,8 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
 
 def builtin_kinds() -> tuple[Kind, ...]:
     """Return the built-in kinds, the most specific first: if two find the same device, the earlier one keeps it."""
-    return Gpu(), Nic(), Nvme(), Nvmeof(), Fpga(), Qat(), Accel(), Dsa(), Sgx(), Imex(), Block(), Usb(), Char(), Pci()
+    accelerators = Fpga(), Qat(), Accel(), Dsa(), Sgx(), Imex()
+    return Gpu(), Nic(), Vdpa(), Nvme(), Nvmeof(), *accelerators, Block(), Usb(), Char(), Pci()
 
 
 def load_kinds() -> tuple[Kind, ...]:

@@ -26,7 +26,8 @@ from nodeagent.host.sysfs.sysfs import SysFs
 _BELOW = re.compile(r"(?:(?P<mid>[^/]+)/)?(?:net|infiniband|infiniband_verbs|infiniband_mad)/(?P<name>[^/]+)")
 """Path between a function and its interface: empty, virtioN or an auxiliary device. A USB adapter has a longer path
 and does not belong to the function of its host controller."""
-_SCALABLE = re.compile(r"[\w-]+\.sf\.\d+")
+SCALABLE = re.compile(r"[\w-]+\.sf\.\d+")
+"""Names of scalable functions on the auxiliary bus."""
 _REPRESENTOR = re.compile(r"(?:c\d+)?pf\d+(?:vf|sf)\d+")
 _RDMA_COMMON = "/dev/infiniband/rdma_cm"
 _IFF_UP = 1
@@ -78,7 +79,7 @@ def _all_below(reader: Tolerant) -> Mapping[tuple[str, str], _Below]:
             if address is None or match is None:
                 continue
             middle = match["mid"] or ""
-            _add(found[address, middle if _SCALABLE.fullmatch(middle) else ""], kind, name, path)
+            _add(found[address, middle if SCALABLE.fullmatch(middle) else ""], kind, name, path)
     return dict(found)
 
 
@@ -126,7 +127,7 @@ def _scalable(
     routed: frozenset[str],
     owners: _Owners,
 ) -> Iterator[Device]:
-    for name in filter(_SCALABLE.fullmatch, auxiliary):
+    for name in filter(SCALABLE.fullmatch, auxiliary):
         found = below.get((owner.id, name), _Below())
         yield replace(
             owner,
@@ -153,12 +154,14 @@ class _Owners:
             return {}
         if address not in self._known:
             below = self._below.get((address, ""))
-            own = [path for path in below.netdevs if not _is_representor(self._reader, path)] if below else []
+            own = [path for path in below.netdevs if not is_representor(self._reader, path)] if below else []
             self._known[address] = {"pf_name": _name(own[0])} if own else {}
         return self._known[address]
 
 
-def _is_representor(reader: Tolerant, path: str) -> bool:
+def is_representor(reader: Tolerant, path: str) -> bool:
+    """Return whether an interface represents a function in the adapter's switch. path: its folder below /sys/class/net,
+    or where that leads."""
     return _REPRESENTOR.fullmatch(reader.if_told(f"{path}/phys_port_name") or "") is not None
 
 
