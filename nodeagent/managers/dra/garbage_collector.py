@@ -29,6 +29,8 @@ from nodeagent.telemetry.log import new_op
 
 FOLDER_POLL_S = 30.0
 """Fallback poll interval in addition to the folder watches."""
+AFRESH_S = 300.0
+"""How often files are rendered again although nothing shows that they have to be."""
 SETTLE_S = 1.0
 """How long to wait after a change before files are checked, so that further changes are collected."""
 LOOK_S, SECOND_LOOK_S = 3600.0, 60.0
@@ -53,7 +55,7 @@ async def keep_rendered(rendered_of: Revision, rendering: ClaimRenderer, folder:
             seen, afresh = rendered_of.value, time.monotonic() >= afresh_at_s
             await rendering.restore(afresh=afresh)
             if afresh:
-                afresh_at_s = time.monotonic() + FOLDER_POLL_S
+                afresh_at_s = time.monotonic() + AFRESH_S
             await race(watch.wait(), rendered_of.changed(seen))
             await asyncio.sleep(SETTLE_S)
 
