@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import h2
 
 from nodeagent.version import VERSION
 
@@ -19,7 +20,8 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     cores = sum(1 for line in lines if line.startswith("processor"))
-    versions = f"Python {platform.python_version()}, grpcio {grpc.__version__}, nodeagent {VERSION}"
+    libraries = f"h2 {h2.__version__}, grpcio {grpc.__version__} (clients)"
+    versions = f"Python {platform.python_version()}, {libraries}, nodeagent {VERSION}"
     return f"{model}, {cores} CPUs, Linux {platform.release()}, {versions}"
 
 

@@ -27,16 +27,16 @@ from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.topology import Cpu, NumaNode
-from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.device_plugin import DevicePluginServer
 from nodeagent.managers.deviceplugin.adapter import OfferAdapter
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from nodeagent.resources.offer import Offer, offers
 from nodeagent.state.agent import Agent
 from nodeagent.state.store import Store
 from nodeagent.state.values import AgentSettings
 from nodeagent.telemetry import log
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.support import channels
 
 CPUS, ROUNDS, PER_ROUND, WARM_UP = 512, 6, 400, 50
 Sample = list[float]
@@ -120,8 +120,8 @@ async def over_sockets(folder: Path) -> tuple[Sample, Sample]:
     nothing: Sample = []
     async with (
         served(folder) as (path, release),
-        sockets.channel(path) as channel,
-        sockets.channel(folder / "empty.sock") as other,
+        channels.channel(path) as channel,
+        channels.channel(folder / "empty.sock") as other,
     ):
         stubs = rpc.DevicePluginStub(channel), rpc.DevicePluginStub(other)
         for _ in range(ROUNDS):

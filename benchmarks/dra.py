@@ -26,13 +26,13 @@ from benchmarks.api_process import ApiProcess
 from benchmarks.daemon import resident_mib, uevent
 from benchmarks.node import alongside, folders, node
 from nodeagent.host.nvml.client import Failure, Probe
-from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.plugin_registration import DraPlugin, plugin_sockets
 from nodeagent.pb import dra_v1_pb2 as pb
-from nodeagent.pb import dra_v1_pb2_grpc as rpc
 from nodeagent.telemetry import log
 from tests.builders.machines import machine
 from tests.doubles.api_server import FakeApiServer
+from tests.pb import dra_v1_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.claim_desk import Desk, Vitals
 from tests.support.dra_node import CPUS, DRIVER, MEMORY, NODE, consumed
 from tests.support.paths import NVML_DOUBLE
@@ -118,8 +118,8 @@ async def prepares(disk: Path, tmpfs: Path) -> None:
     async with (
         node(disk, tmpfs, resources, root, apart=True) as it,
         alongside("empty", disk / "empty.sock"),
-        sockets.channel(it.endpoint) as real,
-        sockets.channel(disk / "empty.sock") as empty,
+        channels.channel(it.endpoint) as real,
+        channels.channel(disk / "empty.sock") as empty,
     ):
         caller, held = Caller(it.api, real, empty), 0
         for count in HELD:
@@ -199,7 +199,7 @@ async def this_machine(disk: Path, tmpfs: Path) -> None:
     """An agent on this machine: its memory with claims held, and how soon a device is in a slice."""
     device = {"name": "bench", "kind": "char", "paths": [f"/dev/{disk.name}*"], "serve": "both"}
     resources = [CPUS, {"name": "pages", "kind": "hugepages", "pageSize": "2Mi", "serve": "both"}, MEMORY, device]
-    async with node(disk, tmpfs, resources, "/", resyncSeconds=3600) as it, sockets.channel(it.endpoint) as channel:
+    async with node(disk, tmpfs, resources, "/", resyncSeconds=3600) as it, channels.channel(it.endpoint) as channel:
         results = [consumed("memory", "numa0", size="1Mi") for _ in range(PACK)]
         made = [it.api.add_claim(f"m{number}", results=[one]) for number, one in enumerate(results)]
         refs = [(one["metadata"]["name"], one["metadata"]["uid"]) for one in made]

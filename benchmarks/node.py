@@ -17,14 +17,14 @@ from typing import Any
 from benchmarks.allocate import Sample
 from benchmarks.api_process import api_process
 from benchmarks.daemon import QUIET
-from nodeagent.kube.kubelet import sockets
 from nodeagent.pb import dra_v1_pb2 as pb
-from nodeagent.pb import dra_v1_pb2_grpc as rpc
 from nodeagent.pb import pluginregistration_pb2 as registration_pb
-from nodeagent.pb import pluginregistration_pb2_grpc as registration_rpc
 from tests.doubles.api_server import FakeApiServer
 from tests.doubles.dra_kubelet import FakeDraKubelet
 from tests.doubles.kubelet import FakeKubelet
+from tests.pb import dra_v1_pb2_grpc as rpc
+from tests.pb import pluginregistration_pb2_grpc as registration_rpc
+from tests.support import channels
 from tests.support.dra_node import DRIVER, NODE
 from tests.support.running import Running, running
 
@@ -100,7 +100,7 @@ class _Empty(rpc.DRAPluginServicer):
 
 async def serve_empty(path: Path) -> None:
     """The empty handler, until stdin ends."""
-    server = await sockets.serve(path, lambda it: rpc.add_DRAPluginServicer_to_server(_Empty(), it))  # type: ignore[no-untyped-call]
+    server = await channels.serve(path, lambda it: rpc.add_DRAPluginServicer_to_server(_Empty(), it))  # type: ignore[no-untyped-call]
     print("serving", flush=True)
     await asyncio.to_thread(sys.stdin.read)
     await server.stop(0)
@@ -109,7 +109,7 @@ async def serve_empty(path: Path) -> None:
 async def probe(path: Path) -> None:
     """Ask GetInfo again and again until stdin ends; print the seconds that each took."""
     took = Sample()
-    async with sockets.channel(path) as channel:
+    async with channels.channel(path) as channel:
         stub = registration_rpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
         await stub.GetInfo(registration_pb.InfoRequest())
         print("probing", flush=True)

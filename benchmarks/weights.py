@@ -9,7 +9,7 @@ import sys
 RUNS = 5
 MODULES = {
     "asyncinotify": "watching folders for sockets that come and go",
-    "grpc.aio": "kubelet speaks gRPC (grpcio)",
+    "h2.connection": "kubelet speaks gRPC, over HTTP/2 (h2)",
     "h11": "HTTP/1.1 of the status socket",
     "msgspec": "strict typed decoding of configuration and JSON",
     "psutil": "the machine as it runs; imported by the command line only",

@@ -1,7 +1,8 @@
 """Compiles our .proto files into nodeagent/pb: `python protos/generate.py [FOLDER]`.
 
-Every file in protos/nodeagent/pb gives NAME_pb2.py and NAME_pb2.pyi below FOLDER/nodeagent/pb, and NAME_pb2_grpc.py
-where it is spoken over gRPC; FOLDER is the checkout unless told otherwise. Needs grpcio-tools. The result is committed;
+Every file in protos/nodeagent/pb gives NAME_pb2.py and NAME_pb2.pyi below FOLDER/nodeagent/pb, and, where it is spoken
+over gRPC, NAME_pb2_grpc.py in FOLDER/tests/pb: the product serves from the descriptors, and the peers that tests play
+use grpcio. FOLDER is the checkout unless told otherwise. Needs grpcio-tools. The result is committed;
 a test keeps it fresh.
 """
 
@@ -24,6 +25,9 @@ def generate(target: Path) -> None:
     sources = sorted((PROTOS / "nodeagent" / "pb").glob("*.proto"))
     _compile(target, sources, "python", "pyi")
     _compile(target, [one for one in sources if one.stem not in OVER_TTRPC], "grpc_python")
+    (target / "tests" / "pb").mkdir(parents=True, exist_ok=True)
+    for peer in (target / "nodeagent" / "pb").glob("*_pb2_grpc.py"):
+        peer.replace(target / "tests" / "pb" / peer.name)
     for stub in (target / "nodeagent" / "pb").glob("*_pb2.pyi"):
         # An enum value called None is reached by getattr only; a stub that names it is no Python.
         stub.write_text(_KEYWORD_LINE.sub("", stub.read_text()))

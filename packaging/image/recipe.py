@@ -13,7 +13,7 @@ NAME = "nodeagent"
 PYTHON = f"python3.{sys.version_info.minor}"
 """The interpreter of the image: the distribution's, with the minor version of the one that builds the compiled core."""
 PACKAGES = ("libstdc++6", "libudev1", f"{PYTHON}-minimal", f"lib{PYTHON}-stdlib")
-"""What the product needs of the distribution: grpc is C++, pyudev loads libudev, the ledger needs the standard
+"""What the product needs of the distribution: protobuf is C++, pyudev loads libudev, the ledger needs the standard
 library's sqlite3, and the API server its ssl."""
 SYSTEM_PACKAGES = ("base-files", "libc-bin")
 """What every image of the distribution has, and this one lacks without a base image: os-release and the top folders;

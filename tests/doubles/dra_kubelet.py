@@ -23,19 +23,11 @@ from typing import Any, Self
 import grpc
 from asyncinotify import Inotify, Mask
 
-from nodeagent.pb import (
-    dra_v1_pb2,
-    dra_v1_pb2_grpc,
-    dra_v1beta1_pb2,
-    dra_v1beta1_pb2_grpc,
-    drahealth_v1_pb2,
-    drahealth_v1_pb2_grpc,
-    drahealth_v1alpha1_pb2,
-    drahealth_v1alpha1_pb2_grpc,
-)
+from nodeagent.pb import dra_v1_pb2, dra_v1beta1_pb2, drahealth_v1_pb2, drahealth_v1alpha1_pb2
 from nodeagent.pb import pluginregistration_pb2 as pb
-from nodeagent.pb import pluginregistration_pb2_grpc as rpc
 from tests.oracles.endpoints import wrong_with_endpoint
+from tests.pb import dra_v1_pb2_grpc, dra_v1beta1_pb2_grpc, drahealth_v1_pb2_grpc, drahealth_v1alpha1_pb2_grpc
+from tests.pb import pluginregistration_pb2_grpc as rpc
 from tests.support.until import News
 
 DIAL_S, GET_INFO_S, NOTIFY_S, CALL_S = 10.0, 1.0, 5.0, 45.0

@@ -22,10 +22,10 @@ import grpc
 
 from nodeagent.kube.kubelet.sockets import is_served
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from nodeagent.pb import podresources_pb2 as pods_pb
-from nodeagent.pb import podresources_pb2_grpc as pods_rpc
 from tests.doubles.kubelet_plugins import AlreadyConnectedError, Endpoint, Version, table_of
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.pb import podresources_pb2_grpc as pods_rpc
 from tests.support.until import News
 
 CHECKPOINT = "kubelet_internal_checkpoint"

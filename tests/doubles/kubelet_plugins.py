@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import grpc
 
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
+from tests.pb import deviceplugin_pb2_grpc as rpc
 
 _LOCAL = (("grpc.use_local_subchannel_pool", 1),)
 

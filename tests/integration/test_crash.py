@@ -24,11 +24,11 @@ import grpc
 import pytest
 
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.kube.kubelet import sockets
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from tests.builders.machines import MIB, Shape, build
 from tests.doubles.kubelet import AdmissionError, FakeKubelet, Pod
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.long_form import share_of
 from tests.support.mortal import Life, Nursery, ask, nursery
 
@@ -172,7 +172,7 @@ async def live_and_die(world: World, born: Nursery, words: list[str]) -> None:
     await world.kubelet.wait_registered(PINNED, registered + 1)
     await world.kubelet.until(lambda: all(world.kubelet.devices(one) for one in (CPU, PAGES, SHARED)))
     await check(world)
-    async with sockets.channel(world.kubelet.endpoints[PINNED].path) as channel:
+    async with channels.channel(world.kubelet.endpoints[PINNED].path) as channel:
         await stream_until_death(world, life, rpc.DevicePluginStub(channel))
 
 
@@ -311,7 +311,7 @@ async def last_life(world: World, born: Nursery, words: list[str]) -> None:
     life = await born.life(*words)
     await world.kubelet.wait_registered(PINNED, registered + 1)
     await check(world)
-    async with sockets.channel(world.kubelet.endpoints[PINNED].path) as channel:
+    async with channels.channel(world.kubelet.endpoints[PINNED].path) as channel:
         for ids in list(world.answered.values()):
             await pin(world, rpc.DevicePluginStub(channel), asyncio.Event(), ids)
     life.kill_after(0)

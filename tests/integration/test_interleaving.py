@@ -25,12 +25,12 @@ from typing import Any
 import grpc
 import pytest
 
-from nodeagent.kube.kubelet import sockets
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from tests.doubles.api_server import CLAIMS, FakeApiServer, Fault
 from tests.doubles.dra_kubelet import ClaimId, DraCallError, FakeDraKubelet, Outcome
 from tests.doubles.kubelet import AdmissionError, FakeKubelet
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.dra_node import DRIVER, consumed
 from tests.support.long_form import share_of
 from tests.support.mortal import Life, Nursery, ask, nursery
@@ -120,7 +120,7 @@ async def grab(node: Node, ids: Sequence[str], resource: str) -> None:
             return
         world.note("grab", resource, request.devices_ids)
         begun = time.monotonic()
-        async with sockets.channel(plugin.path) as channel:
+        async with channels.channel(plugin.path) as channel:
             with contextlib.suppress(grpc.aio.AioRpcError):
                 answer = await rpc.DevicePluginStub(channel).Allocate(pb.AllocateRequest(container_requests=[request]))
                 if time.monotonic() - begun < 0.8 * UNLISTED_S:

@@ -22,7 +22,6 @@ import pytest
 from nodeagent.core.dra.device_pool import label
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.pb import dra_v1_pb2 as pb
-from nodeagent.pb import dra_v1_pb2_grpc as rpc
 from nodeagent.state.leader import LOCK as LEAD
 from nodeagent.state.lock import FileLock
 from nodeagent.state.store import FILE, LOCK
@@ -30,6 +29,7 @@ from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
 from tests.doubles.api_server import CLAIMS
 from tests.doubles.dra_kubelet import ClaimId, Plugin
+from tests.pb import dra_v1_pb2_grpc as rpc
 from tests.support.dra_node import CPU, CPUS, DRIVER, SERIAL, DraNode, consumed, dra_node, result
 from tests.support.running import Running, block, put_back
 from tests.support.until import until

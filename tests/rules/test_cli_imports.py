@@ -13,6 +13,7 @@ HEAVY = (
     "dataclasses",
     "email",
     "grpc",
+    "h2",
     "http.client",
     "inspect",
     "msgspec",

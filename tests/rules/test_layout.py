@@ -177,6 +177,7 @@ def test_the_core_is_pure() -> None:
     forbidden = {
         "asyncio",
         "grpc",
+        "h2",
         "io",
         "logging",
         "os",

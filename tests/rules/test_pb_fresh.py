@@ -41,8 +41,9 @@ def module(name: str) -> Any:
     return importlib.import_module(f"nodeagent.pb.{name}_pb2")
 
 
-def generated(folder: Path) -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(folder.glob("*_pb2*.py*")) if path.suffix in (".py", ".pyi")}
+def generated(root: Path) -> dict[str, str]:
+    found = sorted([*(root / "nodeagent" / "pb").glob("*_pb2*.py*"), *(root / "tests" / "pb").glob("*_pb2*.py*")])
+    return {str(path.relative_to(root)): path.read_text() for path in found if path.suffix in (".py", ".pyi")}
 
 
 def test_the_committed_modules_describe_the_sources(tmp_path: Path) -> None:
@@ -61,8 +62,8 @@ def test_the_committed_text_is_what_the_generator_writes(tmp_path: Path) -> None
     """Letter for letter, where the compiler is the one that wrote it."""
     pytest.importorskip("grpc_tools", reason="grpcio-tools is not installed")
     subprocess.run([sys.executable, str(PROTOS / "generate.py"), str(tmp_path)], check=True, timeout=60)
-    fresh = generated(tmp_path / "nodeagent" / "pb")
-    committed = generated(ROOT / "nodeagent" / "pb")
+    fresh = generated(tmp_path)
+    committed = generated(ROOT)
     versions = {
         text: set(_VERSION_LINE.findall("".join(files.values())))
         for text, files in (("committed", committed), ("here", fresh))

@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequenc
 from pathlib import Path
 from typing import Any, Protocol
 
-import grpc
 import structlog
 
 from nodeagent.aio.unless import unless
@@ -22,8 +21,9 @@ from nodeagent.core.model.device import Advertised, ContainerEdits
 from nodeagent.errors import HostError, InputError, NodeagentError, PeerError, Refused, StateError
 from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.device_plugin_sockets import PluginPaths
+from nodeagent.kube.rpc.server import Server
+from nodeagent.kube.rpc.status import Code
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
 VERSION = "v1beta1"
 STOP_GRACE_S = 1.0
@@ -81,7 +81,7 @@ class DevicePluginServer:
         """Where it is served, or will be at its next start."""
         self._on_watch = on_watch
         self._service: _Service | None = None
-        self._server: grpc.aio.Server | None = None
+        self._server: Server | None = None
         self._bound: sockets.Identity | None = None
         self._others = False
         """Whether another server of the resource, alive or dead, was seen since the last start of this one."""
@@ -137,7 +137,7 @@ class DevicePluginServer:
         return self._service.cut
 
 
-class _Service(rpc.DevicePluginServicer):
+class _Service:
     """The five calls, from one start of a server to its stop."""
 
     def __init__(self, resource: Resource, on_watch: Callable[[], None]) -> None:
@@ -148,9 +148,9 @@ class _Service(rpc.DevicePluginServicer):
         """Whether a stream was still open when the server began to stop."""
         self._on_watch = on_watch
 
-    def add_to(self, server: grpc.aio.Server) -> None:
+    def add_to(self, server: Server) -> None:
         """Register the service with a gRPC server."""
-        rpc.add_DevicePluginServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        server.add(pb.DESCRIPTOR, "DevicePlugin", self)
 
     async def GetDevicePluginOptions(self, request: pb.Empty, context: Any) -> pb.DevicePluginOptions:  # noqa: N802
         return _options(self.resource)
@@ -237,23 +237,23 @@ def _check_choice(chosen: Sequence[str], every: Sequence[str], must: Sequence[st
         )
 
 
-def _status(error: Exception, cannot: str, op: str) -> tuple[grpc.StatusCode, str]:
+def _status(error: Exception, cannot: str, op: str) -> tuple[Code, str]:
     """Return the gRPC status and text for an error. An unexpected one shows only its type and the op id."""
     match error:
         case InputError():
-            return grpc.StatusCode.INVALID_ARGUMENT, str(error)
+            return Code.INVALID_ARGUMENT, str(error)
         case Refused():
             lacking = error.want > error.free
-            code = grpc.StatusCode.RESOURCE_EXHAUSTED if lacking else grpc.StatusCode.FAILED_PRECONDITION
+            code = Code.RESOURCE_EXHAUSTED if lacking else Code.FAILED_PRECONDITION
             return code, f"{cannot}: {error}"
         case OSError():
             full = error.errno in _DISK_FULL
-            return (grpc.StatusCode.UNAVAILABLE if full else grpc.StatusCode.INTERNAL), f"{cannot}: {error}"
+            return (Code.UNAVAILABLE if full else Code.INTERNAL), f"{cannot}: {error}"
         case StateError() | PeerError():
-            return grpc.StatusCode.UNAVAILABLE, str(error)
+            return Code.UNAVAILABLE, str(error)
         case HostError() | NodeagentError():
-            return grpc.StatusCode.INTERNAL, str(error)
-    return grpc.StatusCode.INTERNAL, f"{cannot}: unexpected {type(error).__name__}, see op {op} in the agent's log"
+            return Code.INTERNAL, str(error)
+    return Code.INTERNAL, f"{cannot}: unexpected {type(error).__name__}, see op {op} in the agent's log"
 
 
 def _options(resource: Resource) -> pb.DevicePluginOptions:

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any, Protocol
 
-import grpc
 import structlog
 
 from nodeagent.aio.unless import unless
 from nodeagent.core.model.claim import DeviceHealth
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY
-from nodeagent.pb import drahealth_v1_pb2, drahealth_v1_pb2_grpc, drahealth_v1alpha1_pb2, drahealth_v1alpha1_pb2_grpc
+from nodeagent.kube.rpc.server import Server
+from nodeagent.kube.rpc.status import Code
+from nodeagent.pb import drahealth_v1_pb2, drahealth_v1alpha1_pb2
 
 SERVICES = ("v1.DRAResourceHealth", "v1alpha1.DRAResourceHealth")
 """Service names used at registration, newest first."""
@@ -42,7 +43,7 @@ class HealthSource(Protocol):
 
 
 def add_to(
-    server: grpc.aio.Server,
+    server: Server,
     source: HealthSource,
     ending: asyncio.Event,
     *,
@@ -53,10 +54,9 @@ def add_to(
 
     Setting `ending` ends the streams; `on_watch` is called with +1 when a stream starts and -1 when it ends.
     """
-    new = _Service(drahealth_v1_pb2, source, ending, heartbeat_s, on_watch)
-    old = _Service(drahealth_v1alpha1_pb2, source, ending, heartbeat_s, on_watch)
-    drahealth_v1_pb2_grpc.add_DRAResourceHealthServicer_to_server(new, server)  # type: ignore[no-untyped-call]
-    drahealth_v1alpha1_pb2_grpc.add_DRAResourceHealthServicer_to_server(old, server)  # type: ignore[no-untyped-call]
+    for pb in (drahealth_v1_pb2, drahealth_v1alpha1_pb2):
+        service = _Service(pb, source, ending, heartbeat_s, on_watch)
+        server.add(pb.DESCRIPTOR, "DRAResourceHealth", service)
 
 
 class _Service:
@@ -83,7 +83,7 @@ class _Service:
         except Exception as error:
             log.error("health-not-sent", error=str(error), exc_info=error)
             text = f"cannot send the health of devices: unexpected {type(error).__name__}, see the agent's log"
-            await context.abort(grpc.StatusCode.INTERNAL, text)
+            await context.abort(Code.INTERNAL, text)
         finally:
             self._on_watch(-1)
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol, TypeVar
 
-import grpc
 import structlog
 
 from nodeagent.core.model.claim import ClaimRef, Prepared, PreparedDevice
 from nodeagent.errors import NodeagentError, Refused
-from nodeagent.pb import dra_v1_pb2, dra_v1_pb2_grpc, dra_v1beta1_pb2, dra_v1beta1_pb2_grpc
+from nodeagent.kube.rpc.server import Server
+from nodeagent.pb import dra_v1_pb2, dra_v1beta1_pb2
 
 SERVICES = ("v1.DRAPlugin", "v1beta1.DRAPlugin")
 """Service names used at registration, newest first."""
@@ -43,11 +43,11 @@ class ClaimHandler(Protocol):
         """Return, by UID, "" or why the claim is still held. Durable on return; an unknown claim is not an error."""
 
 
-def add_to(server: grpc.aio.Server, claims: ClaimHandler, *, call_s: float = CALL_S) -> None:
+def add_to(server: Server, claims: ClaimHandler, *, call_s: float = CALL_S) -> None:
     """Serve `claims` on a server, in both API versions. `call_s` limits how long one call waits."""
     calls = _Calls(claims, call_s)
-    dra_v1_pb2_grpc.add_DRAPluginServicer_to_server(_Service(dra_v1_pb2, calls), server)  # type: ignore[no-untyped-call]
-    dra_v1beta1_pb2_grpc.add_DRAPluginServicer_to_server(_Service(dra_v1beta1_pb2, calls), server)  # type: ignore[no-untyped-call]
+    for pb in (dra_v1_pb2, dra_v1beta1_pb2):
+        server.add(pb.DESCRIPTOR, "DRAPlugin", _Service(pb, calls))
 
 
 class _Service:

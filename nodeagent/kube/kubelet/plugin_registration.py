@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import grpc
 import structlog
 
 from nodeagent.aio.folder_watch import FolderWatch
@@ -33,8 +32,8 @@ from nodeagent.kube.kubelet.device_plugin import STOP_GRACE_S
 from nodeagent.kube.kubelet.plugin_sockets import PluginSockets, other_instance_serves, plugin_sockets, remove_stale
 from nodeagent.kube.kubelet.registration import FAILED, REGISTERED, WAITING
 from nodeagent.kube.kubelet.registration_state import RegistrationState, Standing
+from nodeagent.kube.rpc.server import Server
 from nodeagent.pb import pluginregistration_pb2 as pb
-from nodeagent.pb import pluginregistration_pb2_grpc as rpc
 
 __all__ = ["DraPlugin", "DraRegistration", "PluginSockets", "other_instance_serves", "plugin_sockets", "remove_stale"]
 
@@ -65,10 +64,10 @@ class DraRegistration(Standing, frozen=True, kw_only=True):
 class _Served:
     """A restartable server on one socket."""
 
-    def __init__(self, path: Path, add: Callable[[grpc.aio.Server], None]) -> None:
+    def __init__(self, path: Path, add: Callable[[Server], None]) -> None:
         self.path = path
         self._add = add
-        self._server: grpc.aio.Server | None = None
+        self._server: Server | None = None
         self._bound: sockets.Identity | None = None
 
     @property
@@ -223,11 +222,11 @@ class DraPlugin:
 
     # ---------------------------------------------------------------- what the servers serve
 
-    def _add_service(self, server: grpc.aio.Server) -> None:
+    def _add_service(self, server: Server) -> None:
         dra.add_to(server, self._claims)
         drahealth.add_to(server, self._health, self._ending, heartbeat_s=self._heartbeat_s, on_watch=self._watched)
 
-    def _add_registration(self, server: grpc.aio.Server) -> None:
+    def _add_registration(self, server: Server) -> None:
         info = pb.PluginInfo(
             type=PLUGIN_TYPE,
             name=self.registration.driver,
@@ -235,7 +234,7 @@ class DraPlugin:
             supported_versions=[*dra.SERVICES, *drahealth.SERVICES],
         )
         service = _Registration(info, partial(self._told, self._attempt))
-        rpc.add_RegistrationServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+        server.add(pb.DESCRIPTOR, "Registration", service)
 
     def _watched(self, change: int) -> None:
         self._streams += change
@@ -292,7 +291,7 @@ class DraPlugin:
             self._revision.bump()
 
 
-class _Registration(rpc.RegistrationServicer):
+class _Registration:
     """Kubelet's two registration calls. GetInfo must be answered within a second: the answer is a constant."""
 
     def __init__(self, info: pb.PluginInfo, told: Callable[[bool, str], None]) -> None:

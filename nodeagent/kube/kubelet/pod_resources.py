@@ -10,7 +10,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
-import grpc
 import msgspec
 
 from nodeagent.aio.folder_watch import FolderWatch
@@ -19,8 +18,10 @@ from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.grant import Holding
 from nodeagent.errors import InputError, PeerError
 from nodeagent.kube.kubelet import sockets
+from nodeagent.kube.rpc import client
+from nodeagent.kube.rpc.status import RpcError
+from nodeagent.kube.rpc.wire import method_of
 from nodeagent.pb import podresources_pb2 as pb
-from nodeagent.pb import podresources_pb2_grpc as rpc
 
 CHECKPOINT = "kubelet_internal_checkpoint"
 """The file in kubelet's device-plugins folder that is replaced whenever a pod receives or releases devices."""
@@ -103,12 +104,11 @@ class PodResources:
         return MappingProxyType({name: merged[name] for name in sorted(merged)})
 
     async def _ask(self, method: str, request: object, what: str, timeout_s: float) -> Any:
-        async with sockets.channel(self.path, largest_answer_bytes=LARGEST_ANSWER_BYTES) as channel:
-            stub = rpc.PodResourcesListerStub(channel)  # type: ignore[no-untyped-call]
-            try:
-                return await getattr(stub, method)(request, timeout=timeout_s)
-            except grpc.aio.AioRpcError as error:
-                raise PeerError(f"cannot {what} at {self.path}: {sockets.cause(error)}") from None
+        called = method_of(pb.DESCRIPTOR, "PodResourcesLister", method)
+        try:
+            return await client.call(self.path, called, request, timeout_s, largest_answer_bytes=LARGEST_ANSWER_BYTES)
+        except RpcError as error:
+            raise PeerError(f"cannot {what} at {self.path}: {error}") from None
 
 
 class FileVersion(NamedTuple):

@@ -7,15 +7,13 @@ from enum import StrEnum
 from pathlib import Path
 from typing import NamedTuple
 
-import grpc
-
-from nodeagent.kube.kubelet import sockets
+from nodeagent.kube.rpc import client
+from nodeagent.kube.rpc.status import Code, RpcError
+from nodeagent.kube.rpc.wire import method_of
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 
-_UNSENT = "failed to connect to all addresses"
-"""How gRPC's text starts when the call found no server: the only failure that cannot have reached kubelet."""
-_UNANSWERED = (grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED, grpc.StatusCode.UNAVAILABLE)
+_REGISTER = method_of(pb.DESCRIPTOR, "Registration", "Register")
+_UNANSWERED = (Code.DEADLINE_EXCEEDED, Code.CANCELLED, Code.UNAVAILABLE)
 
 
 class Outcome(StrEnum):
@@ -41,18 +39,15 @@ class RegisterOutcome(NamedTuple):
 
 async def register(kubelet: Path, request: pb.RegisterRequest, timeout_s: float) -> RegisterOutcome:
     """Call Register at kubelet's socket and return the result."""
-    async with sockets.channel(kubelet) as channel:
-        try:
-            stub = rpc.RegistrationStub(channel)  # type: ignore[no-untyped-call]
-            await stub.Register(request, timeout=timeout_s)
-        except grpc.aio.AioRpcError as error:
-            reason = f"cannot register {request.resource_name} at {kubelet}: {sockets.cause(error)}"
-            return RegisterOutcome(outcome_of(error.code(), error.details() or ""), reason)
+    try:
+        await client.call(kubelet, _REGISTER, request, timeout_s)
+    except RpcError as error:
+        return RegisterOutcome(outcome_of(error), f"cannot register {request.resource_name} at {kubelet}: {error}")
     return RegisterOutcome(Outcome.TAKEN)
 
 
-def outcome_of(code: grpc.StatusCode, details: str) -> Outcome:
+def outcome_of(error: RpcError) -> Outcome:
     """Return what a failed Register means for the path. Only a certain failure to send counts as UNSENT."""
-    if code is grpc.StatusCode.UNAVAILABLE and details.startswith(_UNSENT):
+    if not error.sent:
         return Outcome.UNSENT
-    return Outcome.UNANSWERED if code in _UNANSWERED else Outcome.REFUSED
+    return Outcome.UNANSWERED if error.code in _UNANSWERED else Outcome.REFUSED

@@ -1,7 +1,4 @@
-"""Unix sockets with gRPC on them, both ends. Serving copes with stale files, and reports what does prevent it.
-
-When a gRPC server stops, it removes the file of its socket, even if the file belongs to another server by then: stop a
-server before its successor binds the same path.
+"""Unix sockets with gRPC on them. Serving copes with stale files, and reports what does prevent it.
 
 One socket is distinguished from the next at the same path by its inode number alone: times, mode and owner change
 without any restart. File systems reuse an inode number as soon as the inode is gone, so inodes are compared only while
@@ -20,22 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
-from urllib.parse import quote
-
-import grpc
 
 from nodeagent.errors import ConfigError, HostError
+from nodeagent.kube.rpc.server import Server
 
 LONGEST_PATH_BYTES = 107
 """sockaddr_un.sun_path without its terminating zero byte (unix(7))."""
 
 _PEER = struct.Struct("iII")
 """struct ucred: pid, uid, gid."""
-_CHANNEL_OPTIONS = (
-    # By default channels share connections, and with them a back-off of seconds after a refused connection.
-    ("grpc.use_local_subchannel_pool", 1),
-    ("grpc.enable_http_proxy", 0),
-)
 
 
 class Identity(NamedTuple):
@@ -168,54 +158,25 @@ def checked(path: Path) -> Path:
     return path
 
 
-async def serve(path: Path, add: Callable[[grpc.aio.Server], None]) -> grpc.aio.Server:
+async def serve(path: Path, add: Callable[[Server], None]) -> Server:
     """Return a started server at `path` with the services that `add` registers. Raise HostError with path and cause."""
     checked(path)
     _make_free(path)
-    server = grpc.aio.server()
+    server = Server(path)
     add(server)
     try:
-        server.add_insecure_port(_address(path))
-    except RuntimeError as error:
-        raise HostError(f"cannot serve {path}: {_why_not(path) or error}") from None
-    await _start(server)
+        await server.start()
+    except OSError as error:
+        raise HostError(f"cannot serve {path}: {error.strerror or error}") from None
     return server
 
 
-async def _start(server: grpc.aio.Server) -> None:
-    """Start a server, or leave none running if cancelled: gRPC's own start breaks if it is cancelled half-way."""
-    starting = asyncio.ensure_future(server.start())
-    try:
-        await asyncio.shield(starting)
-    except asyncio.CancelledError:
-        await starting
-        await stop(server, 0)
-        raise
-
-
-async def stop(server: grpc.aio.Server, grace_s: float) -> None:
+async def stop(server: Server, grace_s: float) -> None:
     """Accept no more calls, let those in progress finish for up to `grace_s`, and remove the socket.
 
-    A cancelled stop continues in the background, and may be called again. gRPC's own stop loses a cancellation that
-    arrives as it ends (asyncio.wait_for of Python 3.11 does): its caller would carry on as if nothing had happened and
-    never end.
+    A cancelled stop continues in the background, and may be called again.
     """
     await asyncio.shield(asyncio.ensure_future(server.stop(grace_s)))
-
-
-def channel(path: Path, *, largest_answer_bytes: int = 4 << 20) -> grpc.aio.Channel:
-    """Return a channel to the socket at `path`; it connects on its first call."""
-    limit = ("grpc.max_receive_message_length", largest_answer_bytes)
-    return grpc.aio.insecure_channel(_address(path), options=(*_CHANNEL_OPTIONS, limit))
-
-
-def cause(error: grpc.aio.AioRpcError) -> str:
-    """Return a failed call as one line: the status code and the details from the peer."""
-    return f"{error.code().name}: {error.details()}"
-
-
-def _address(path: Path) -> str:
-    return f"unix:{quote(os.fsencode(path))}"
 
 
 def _make_free(path: Path) -> None:
@@ -225,14 +186,3 @@ def _make_free(path: Path) -> None:
             path.unlink()
     except OSError as error:
         raise HostError(f"cannot serve {path}: {error.strerror or error}") from None
-
-
-def _why_not(path: Path) -> str:
-    """Return why no socket can be bound at a path: gRPC's own error does not carry the cause."""
-    try:
-        with socket.socket(socket.AF_UNIX) as trial:
-            trial.bind(str(path))
-        path.unlink()
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""

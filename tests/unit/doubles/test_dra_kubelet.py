@@ -13,12 +13,13 @@ import grpc
 import pytest
 
 from nodeagent.aio.revision import Revision
-from nodeagent.kube.kubelet import sockets
-from nodeagent.pb import dra_v1_pb2, dra_v1_pb2_grpc, drahealth_v1alpha1_pb2, drahealth_v1alpha1_pb2_grpc
+from nodeagent.pb import dra_v1_pb2, drahealth_v1alpha1_pb2
 from nodeagent.pb import pluginregistration_pb2 as pb
-from nodeagent.pb import pluginregistration_pb2_grpc as rpc
 from tests.doubles import dra_kubelet as drakubelet
 from tests.doubles.dra_kubelet import DraCallError, FakeDraKubelet
+from tests.pb import dra_v1_pb2_grpc, drahealth_v1alpha1_pb2_grpc
+from tests.pb import pluginregistration_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.claim_desk import ref
 
 DRIVER = "example.com"
@@ -99,7 +100,7 @@ def _health(pool_name: str = "pool", device_name: str = "gpu-0", **other: Any) -
 @contextlib.asynccontextmanager
 async def offered(rogue: Rogue, kubelet: FakeDraKubelet, name: str = "rogue-reg.sock") -> AsyncIterator[Rogue]:
     rogue.socket.parent.mkdir(parents=True, exist_ok=True)
-    servers = [await sockets.serve(path, rogue.add_to) for path in (rogue.socket, kubelet.registry / name)]
+    servers = [await channels.serve(path, rogue.add_to) for path in (rogue.socket, kubelet.registry / name)]
     try:
         yield rogue
     finally:
@@ -177,7 +178,7 @@ async def test_one_endpoint_is_registered_once(folder: Path) -> None:
     """A second socket for it is refused with kubelet's words."""
     async with watching(folder) as kubelet, offered(Rogue(folder), kubelet) as rogue:
         await kubelet.wait_registered(DRIVER)
-        server = await sockets.serve(kubelet.registry / "again.sock", rogue.add_to)
+        server = await channels.serve(kubelet.registry / "again.sock", rogue.add_to)
         try:
             taken, error = await rogue.wait_told(2)
         finally:

@@ -12,14 +12,14 @@ from typing import Any
 import grpc
 import pytest
 
-from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.registration import Registrar
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
 from nodeagent.pb import podresources_pb2 as pods_pb
-from nodeagent.pb import podresources_pb2_grpc as pods_rpc
 from tests.doubles.kubelet import CHECKPOINT, AdmissionError, ContractViolation, FakeKubelet
 from tests.doubles.kubelet_plugins import Version
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.pb import podresources_pb2_grpc as pods_rpc
+from tests.support import channels
 from tests.support.shelf import CPU, GPU, Shelf
 
 
@@ -61,7 +61,7 @@ class Plugin(rpc.DevicePluginServicer):
 async def plugged(kubelet: FakeKubelet, plugin: Plugin, name: str = "p.sock") -> AsyncIterator[None]:
     """The plugin, served and registered as CPU."""
     path = kubelet.plugins_folder / name
-    server = await sockets.serve(path, lambda one: rpc.add_DevicePluginServicer_to_server(plugin, one))
+    server = await channels.serve(path, lambda one: rpc.add_DevicePluginServicer_to_server(plugin, one))
     try:
         await register(kubelet, endpoint=name)
         yield
@@ -71,7 +71,7 @@ async def plugged(kubelet: FakeKubelet, plugin: Plugin, name: str = "p.sock") ->
 
 async def register(kubelet: FakeKubelet, *, timeout_s: float = 1.0, **changes: str) -> None:
     request = {"version": "v1beta1", "endpoint": "p.sock", "resource_name": CPU, **changes}
-    async with sockets.channel(kubelet.socket) as channel:
+    async with channels.channel(kubelet.socket) as channel:
         await rpc.RegistrationStub(channel).Register(pb.RegisterRequest(**request), timeout=timeout_s)
 
 
@@ -387,7 +387,7 @@ async def test_a_pod_is_in_the_list_only_when_all_of_it_succeeded(folder: Path) 
             return await super().allocate(containers, op)
 
     shelf = Curious(count=1)
-    async with node(folder, shelf) as kubelet, sockets.channel(kubelet.pod_resources_socket) as channel:
+    async with node(folder, shelf) as kubelet, channels.channel(kubelet.pod_resources_socket) as channel:
         stub = pods_rpc.PodResourcesListerStub(channel)
         shelf.look = lambda: stub.List(pods_pb.ListPodResourcesRequest())
         await kubelet.admit_pod("a", "1", {"x": {CPU: 1}})

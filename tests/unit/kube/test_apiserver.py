@@ -1005,7 +1005,7 @@ def test_the_client_costs_no_new_library() -> None:
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ}
     )
-    assert not {"grpc", "httpx", "httpx2", "lightkube", "kubernetes"} & set(eval(done.stdout))
+    assert not {"grpc", "h2", "httpx", "httpx2", "lightkube", "kubernetes"} & set(eval(done.stdout))
 
 
 # The double is as strict as the real server

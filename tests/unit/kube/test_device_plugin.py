@@ -27,7 +27,8 @@ from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.device_plugin import DevicePluginServer
 from nodeagent.kube.kubelet.device_plugin_sockets import PluginPaths
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.shelf import CPU, Shelf
 from tests.support.until import until
 
@@ -38,7 +39,7 @@ async def served(shelf: Shelf, folder: Path) -> AsyncIterator[tuple[DevicePlugin
     server = DevicePluginServer(shelf, folder)
     await server.start()
     try:
-        async with sockets.channel(server.path) as channel:
+        async with channels.channel(server.path) as channel:
             yield server, rpc.DevicePluginStub(channel)
     finally:
         await server.stop()
@@ -129,7 +130,7 @@ async def test_a_watcher_that_hangs_up_is_noticed(folder: Path) -> None:
     news = asyncio.Queue[bool]()
     server = DevicePluginServer(Shelf(), folder, on_watch=lambda: news.put_nowait(server.watched))
     await server.start()
-    async with sockets.channel(server.path) as channel:
+    async with channels.channel(server.path) as channel:
         stream = rpc.DevicePluginStub(channel).ListAndWatch(pb.Empty())
         await stream.read()
         assert await news.get()
@@ -368,7 +369,7 @@ async def test_garbage_hurts_its_own_connection_only(garbage: bytes, folder: Pat
 
 async def test_a_message_that_is_no_protobuf_hurts_its_own_call_only(folder: Path) -> None:
     """The call fails with a status; the next one on the same connection works."""
-    async with served(Shelf(), folder) as (server, _), sockets.channel(server.path) as channel:
+    async with served(Shelf(), folder) as (server, _), channels.channel(server.path) as channel:
         code, _ = await error_of(channel.unary_unary("/v1beta1.DevicePlugin/Allocate")(b"\xff\xff\xff"))
         assert code is grpc.StatusCode.UNKNOWN
         assert await rpc.DevicePluginStub(channel).Allocate(asked(["001"]))
@@ -386,7 +387,7 @@ async def test_what_is_left_at_the_path_is_no_obstacle(kind: str, folder: Path) 
     else:
         server.path.symlink_to(folder / "nowhere")
     await server.start()
-    async with sockets.channel(server.path) as channel:
+    async with channels.channel(server.path) as channel:
         assert await rpc.DevicePluginStub(channel).GetDevicePluginOptions(pb.Empty())
     await server.stop()
 
@@ -469,7 +470,7 @@ async def test_a_server_may_start_again(folder: Path) -> None:
             paths.add(server.path)
         assert len(paths) == 21
         assert [path for path in paths if path.exists()] == [server.path]
-        async with sockets.channel(server.path) as channel:
+        async with channels.channel(server.path) as channel:
             assert len((await rpc.DevicePluginStub(channel).ListAndWatch(pb.Empty()).read()).devices) == 4
 
 

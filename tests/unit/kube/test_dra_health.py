@@ -16,7 +16,9 @@ from structlog.testing import capture_logs
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN
 from nodeagent.kube.kubelet import dra_health as drahealth
 from nodeagent.kube.kubelet import sockets
-from nodeagent.pb import drahealth_v1_pb2, drahealth_v1_pb2_grpc, drahealth_v1alpha1_pb2, drahealth_v1alpha1_pb2_grpc
+from nodeagent.pb import drahealth_v1_pb2, drahealth_v1alpha1_pb2
+from tests.pb import drahealth_v1_pb2_grpc, drahealth_v1alpha1_pb2_grpc
+from tests.support import channels
 from tests.support.claim_desk import POOL, Vitals
 
 V1 = (drahealth_v1_pb2, drahealth_v1_pb2_grpc.DRAResourceHealthStub)
@@ -75,7 +77,7 @@ async def streaming(
 
     server = await sockets.serve(path, add)
     try:
-        async with sockets.channel(path) as channel:
+        async with channels.channel(path) as channel:
             yield Stream(version, channel), stand
     finally:
         await server.stop(0)

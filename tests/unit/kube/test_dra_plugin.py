@@ -17,7 +17,9 @@ from nodeagent.core.model.claim import ClaimRef, Prepared, PreparedDevice
 from nodeagent.errors import InputError, NodeagentError, PeerError, Refused, StateError
 from nodeagent.kube.kubelet import dra_plugin as dra
 from nodeagent.kube.kubelet import sockets
-from nodeagent.pb import dra_v1_pb2, dra_v1_pb2_grpc, dra_v1beta1_pb2, dra_v1beta1_pb2_grpc
+from nodeagent.pb import dra_v1_pb2, dra_v1beta1_pb2
+from tests.pb import dra_v1_pb2_grpc, dra_v1beta1_pb2_grpc
+from tests.support import channels
 from tests.support.claim_desk import POOL, Desk, device, ref
 
 V1 = (dra_v1_pb2, dra_v1_pb2_grpc.DRAPluginStub)
@@ -53,7 +55,7 @@ async def served(
     path = folder / "dra.sock"
     server = await sockets.serve(path, lambda server: dra.add_to(server, desk, call_s=call_s))
     try:
-        async with sockets.channel(path) as channel:
+        async with channels.channel(path) as channel:
             yield Client(version, channel)
     finally:
         await server.stop(0)

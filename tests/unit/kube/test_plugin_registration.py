@@ -31,11 +31,13 @@ from nodeagent.kube.kubelet.plugin_registration import (
 )
 from nodeagent.kube.kubelet.plugin_sockets import FURTHER_NAMES
 from nodeagent.kube.kubelet.registration import FAILED, REGISTERED, WAITING
-from nodeagent.pb import dra_v1_pb2, dra_v1_pb2_grpc
+from nodeagent.pb import dra_v1_pb2
 from nodeagent.pb import pluginregistration_pb2 as pb
-from nodeagent.pb import pluginregistration_pb2_grpc as rpc
 from tests.doubles.dra_kubelet import HEALTH_V1, V1, V1BETA1, DraCallError, FakeDraKubelet
 from tests.doubles.kubelet import FakeKubelet
+from tests.pb import dra_v1_pb2_grpc
+from tests.pb import pluginregistration_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.claim_desk import POOL, Desk, Vitals, ref
 from tests.support.until import until as eventually
 
@@ -243,7 +245,7 @@ async def test_kubelet_may_ask_what_it_is_while_everything_else_hangs(kubelet_di
         stuck = asyncio.create_task(kubelet.prepare(DRIVER, [ref(number) for number in range(32)]))
         await desk.busy.wait()
         took = []
-        async with sockets.channel(plugin_sockets(kubelet_dir, DRIVER).registration) as channel:
+        async with channels.channel(plugin_sockets(kubelet_dir, DRIVER).registration) as channel:
             stub = rpc.RegistrationStub(channel)
             for _ in range(20):
                 begun = time.monotonic()
@@ -481,7 +483,7 @@ async def test_at_its_end_kubelet_is_told_first_and_calls_under_way_finish(kubel
         task = asyncio.create_task((one := plugin(kubelet_dir, desk)).run())
         await kubelet.wait_registered(DRIVER)
         desk.free.clear()
-        async with sockets.channel(where.service) as channel:
+        async with channels.channel(where.service) as channel:
             call = asyncio.create_task(_prepare_over(channel))
             await desk.busy.wait()
             task.cancel()

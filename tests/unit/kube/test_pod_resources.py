@@ -13,12 +13,12 @@ import pytest
 
 from nodeagent.core.model.grant import Holding
 from nodeagent.errors import ConfigError, PeerError
-from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.pod_resources import CHECKPOINT, CheckpointWatch, PodResources
 from nodeagent.kube.kubelet.registration import Registrar
 from nodeagent.pb import podresources_pb2 as pb
-from nodeagent.pb import podresources_pb2_grpc as rpc
 from tests.doubles.kubelet import FakeKubelet
+from tests.pb import podresources_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.shelf import CPU, GPU, Shelf
 
 
@@ -51,7 +51,7 @@ class Canned(rpc.PodResourcesListerServicer):
 @contextlib.asynccontextmanager
 async def canned(path: Path, answer: pb.ListPodResourcesResponse) -> AsyncIterator[PodResources]:
     """A lister that gives this answer."""
-    server = await sockets.serve(path, lambda one: rpc.add_PodResourcesListerServicer_to_server(Canned(answer), one))
+    server = await channels.serve(path, lambda one: rpc.add_PodResourcesListerServicer_to_server(Canned(answer), one))
     try:
         yield PodResources(path)
     finally:

@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from nodeagent.kube.kubelet import sockets
 from nodeagent.kube.kubelet.device_plugin import DevicePluginServer
 from nodeagent.pb import deviceplugin_pb2 as pb
-from nodeagent.pb import deviceplugin_pb2_grpc as rpc
+from tests.pb import deviceplugin_pb2_grpc as rpc
+from tests.support import channels
 from tests.support.shelf import Shelf
 
 
 async def test_a_refused_connection_holds_up_no_other_channel(folder: Path) -> None:
     """By default all channels of a process wait together, for a second and more."""
     server = DevicePluginServer(Shelf(), folder)
-    async with sockets.channel(server.path) as first:
+    async with channels.channel(server.path) as first:
         with pytest.raises(grpc.aio.AioRpcError):
             await rpc.DevicePluginStub(first).GetDevicePluginOptions(pb.Empty())
         await server.start()
-        async with sockets.channel(server.path) as second:
+        async with channels.channel(server.path) as second:
             await rpc.DevicePluginStub(second).GetDevicePluginOptions(pb.Empty(), timeout=0.5)
     await server.stop()
 

@@ -1,0 +1,316 @@
+"""Serves gRPC on a Unix socket. Each call runs as a task; a peer that hangs up or resets a stream cancels it.
+
+A service is any object with a coroutine method per call: `await service.Name(request, context)`. It returns the answer,
+or, if the call streams, writes any number with `context.write`. `context.abort` ends a call with a status.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import structlog
+from google.protobuf.descriptor import FileDescriptor
+from google.protobuf.message import DecodeError
+from h2.errors import ErrorCodes
+from h2.exceptions import H2Error
+
+from nodeagent.kube.rpc.connection import Connection, Headers
+from nodeagent.kube.rpc.status import AbortedError, Code
+from nodeagent.kube.rpc.wire import CONTENT_TYPE, Inbox, Method, framed, methods_of, status_text, timeout_s
+
+LARGEST_REQUEST_BYTES = 4 << 20
+MOST_HELD_BYTES = 16 << 20
+"""Of incomplete requests on one connection."""
+CANCELLED_S = 1.0
+"""How long a stop waits for calls to end that it has cancelled."""
+
+_HEAD: Headers = [(b":status", b"200"), (b"content-type", CONTENT_TYPE)]
+log = structlog.get_logger()
+
+
+class _Handler(NamedTuple):
+    method: Method
+    serve: Callable[[Any, Call], Awaitable[Any]]
+
+
+class Server:
+    """A server at one path, with one start and one stop. Building it binds nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handlers: dict[bytes, _Handler] = {}
+        self._listener: asyncio.Server | None = None
+        self._bound: tuple[int, int] | None = None
+        self._peers: set[_Peer] = set()
+        self._left = asyncio.Event()
+
+    def add(self, file: FileDescriptor, name: str, service: Any) -> None:
+        """Serve the service `name` of a generated file; calls that `service` lacks are answered UNIMPLEMENTED."""
+        for method in methods_of(file, name):
+            if serve := getattr(service, method.name, None):
+                self._handlers[method.path] = _Handler(method, serve)
+
+    async def start(self) -> None:
+        """Bind and listen. Raise OSError. A start that is cancelled leaves nothing."""
+        bound = socket.socket(socket.AF_UNIX)
+        try:
+            bound.setblocking(False)
+            bound.bind(str(self.path))
+            self._bound = _identity(self.path)
+            bound.listen(socket.SOMAXCONN)
+            loop = asyncio.get_running_loop()
+            self._listener = await loop.create_unix_server(lambda: _Peer(self), sock=bound, start_serving=False)
+            await self._listener.start_serving()
+        except BaseException:
+            self._unlisten()
+            bound.close()
+            raise
+
+    async def stop(self, grace_s: float) -> None:
+        """Accept no more calls, let those in progress finish for up to `grace_s`, and remove the socket."""
+        self._unlisten()
+        for peer in tuple(self._peers):
+            peer.drain()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                while self._peers:
+                    self._left.clear()
+                    await self._left.wait()
+        tasks = {task for peer in tuple(self._peers) for task in peer.end()}
+        if tasks:
+            await asyncio.wait(tasks, timeout=CANCELLED_S)
+
+    def handler(self, path: bytes) -> _Handler | None:
+        """Return what serves a path."""
+        return self._handlers.get(path)
+
+    def joined(self, peer: _Peer) -> None:
+        """Count a connection; one that was accepted as the server stopped ends at once."""
+        self._peers.add(peer)
+        if self._bound is None:
+            peer.drain()
+
+    def left(self, peer: _Peer) -> None:
+        """Forget a connection."""
+        self._peers.discard(peer)
+        self._left.set()
+
+    def _unlisten(self) -> None:
+        """Stop listening, and remove the socket's file if it is still the one that was bound."""
+        if self._bound is not None and _identity(self.path) == self._bound:
+            self.path.unlink(missing_ok=True)
+        self._bound = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+
+
+class Call:
+    """One call in progress; its service's context."""
+
+    def __init__(self, peer: _Peer, stream: int, handler: _Handler, due_s: float | None) -> None:
+        self._peer = peer
+        self._stream = stream
+        self._handler = handler
+        self._due_s = due_s
+        self._begun = False
+        self._midway = False
+        """Whether a message was only partly sent."""
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = False
+        self.inbox = Inbox(LARGEST_REQUEST_BYTES)
+
+    @property
+    def task(self) -> asyncio.Task[None] | None:
+        """Return the task that serves the call, or None while its request is incomplete."""
+        return self._task
+
+    def begin(self) -> asyncio.Task[None]:
+        """Serve the call: its request is complete."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+        return self._task
+
+    def cancel(self) -> None:
+        """Cancel the task, once: a second time would interrupt what it does about the first."""
+        if self._task is not None and not self._cancelled:
+            self._cancelled = True
+            self._task.cancel()
+
+    async def write(self, message: Any) -> None:
+        """Send one answer of a stream, as fast as the peer takes it."""
+        await self._write(message)
+        self._peer.flush()
+
+    async def abort(self, code: Code, details: str) -> NoReturn:
+        """End the call with a status."""
+        raise AbortedError(code, details)
+
+    async def _run(self) -> None:
+        """Serve the call and send its end."""
+        try:
+            code, details = await self._served()
+        except asyncio.CancelledError:
+            self._peer.reset(self._stream, ErrorCodes.CANCEL)
+            self._peer.flush()
+            raise
+        if self._midway:
+            self._peer.reset(self._stream, ErrorCodes.CANCEL)
+        else:
+            self.finish(code, details)
+        self._peer.flush()
+
+    async def _served(self) -> tuple[Code, str]:
+        try:
+            async with asyncio.timeout_at(self._due_s) as limit:
+                request = self._handler.method.request.FromString(self.inbox.message())
+                answer = await self._handler.serve(request, self)
+                if not self._handler.method.streams:
+                    await self._write(answer)
+        except AbortedError as error:
+            return error.code, error.details
+        except DecodeError:
+            return Code.UNKNOWN, "the request is no valid protobuf message"
+        except Exception as error:
+            if isinstance(error, TimeoutError) and limit.expired():
+                return Code.DEADLINE_EXCEEDED, "Deadline Exceeded"
+            log.error("call-broken", method=self._handler.method.name, error=str(error), exc_info=error)
+            return Code.UNKNOWN, f"unexpected {type(error).__name__}, see the agent's log"
+        return Code.OK, ""
+
+    async def _write(self, message: Any) -> None:
+        data = framed(message)
+        if not self._begun:
+            self._begun = True
+            self._peer.send_headers(self._stream, _HEAD)
+        self._midway = True
+        await self._peer.send_data(self._stream, data)
+        self._midway = False
+
+    def finish(self, code: Code, details: str) -> None:
+        """Queue the status that ends the call."""
+        end = [] if self._begun else [*_HEAD]
+        end.append((b"grpc-status", b"%d" % code))
+        if details:
+            end.append((b"grpc-message", status_text(details)))
+        with contextlib.suppress(H2Error):  # the peer has given it up
+            self._peer.send_headers(self._stream, end, end=True)
+
+
+class _Peer(Connection):
+    """One client's connection."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.path, client=False)
+        self._server = server
+        self._calls: dict[int, Call] = {}
+        self._held_bytes = 0
+        self._draining = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._server.joined(self)
+
+    def drain(self) -> None:
+        """Take no more calls, and end the connection with the last one."""
+        if not self._draining:
+            self._draining = True
+            self.send_goaway()
+        if not self._calls:
+            self.close()
+
+    def end(self) -> list[asyncio.Task[None]]:
+        """Cancel the calls in progress and end the connection. Return what is still to end."""
+        tasks = [one.task for one in self._calls.values() if one.task is not None]
+        for one in self._calls.values():
+            one.cancel()
+        self.abort()
+        return tasks
+
+    def on_headers(self, stream: int, headers: Headers) -> None:
+        if stream in self._calls:
+            return  # trailers: a request has none that matter
+        fields = dict(headers)
+        if self._draining:
+            self.reset(stream, ErrorCodes.REFUSED_STREAM)
+        elif fields.get(b":method") != b"POST":
+            self._refuse(stream, [(b":status", b"405")])
+        elif not fields.get(b"content-type", b"").startswith(CONTENT_TYPE):
+            self._refuse(stream, [(b":status", b"415")])
+        else:
+            self._begin(stream, fields)
+
+    def _begin(self, stream: int, fields: dict[bytes, bytes]) -> None:
+        handler = self._server.handler(fields.get(b":path", b""))
+        try:
+            if handler is None:
+                raise AbortedError(Code.UNIMPLEMENTED, "Method not found!")
+            wait = fields.get(b"grpc-timeout")
+            due_s = None if wait is None else asyncio.get_running_loop().time() + timeout_s(wait)
+        except AbortedError as error:
+            status = [(b"grpc-status", b"%d" % error.code), (b"grpc-message", status_text(error.details))]
+            self._refuse(stream, [*_HEAD, *status])
+            return
+        self._calls[stream] = Call(self, stream, handler, due_s)
+
+    def _refuse(self, stream: int, headers: Headers) -> None:
+        """Answer with headers alone, and take nothing more of the request."""
+        with contextlib.suppress(H2Error):
+            self.send_headers(stream, headers, end=True)
+        self.reset(stream, ErrorCodes.NO_ERROR)
+
+    def on_data(self, stream: int, data: bytes) -> None:
+        call = self._calls.get(stream)
+        if call is None or call.task is not None:
+            return
+        try:
+            self._held_bytes += len(data)
+            call.inbox.add(data)
+            if self._held_bytes > MOST_HELD_BYTES:
+                raise AbortedError(Code.RESOURCE_EXHAUSTED, f"requests have more than {MOST_HELD_BYTES} bytes")
+        except AbortedError as error:
+            call.finish(error.code, error.details)
+            self.reset(stream, ErrorCodes.NO_ERROR)
+            self._drop(stream)
+
+    def on_end(self, stream: int) -> None:
+        call = self._calls.get(stream)
+        if call is not None and call.task is None:
+            self._held_bytes -= call.inbox.held_bytes
+            call.begin().add_done_callback(lambda _: self._drop(stream))
+
+    def on_reset(self, stream: int, code: int) -> None:
+        call = self._calls.get(stream)
+        if call is None:
+            return
+        if call.task is None:
+            self._drop(stream)
+        else:
+            call.cancel()
+
+    def on_goaway(self, last: int) -> None:
+        self.close()
+
+    def on_lost(self) -> None:
+        for one in tuple(self._calls.values()):
+            one.cancel()
+        self._server.left(self)
+
+    def _drop(self, stream: int) -> None:
+        call = self._calls.pop(stream, None)
+        if call is not None and call.task is None:
+            self._held_bytes -= call.inbox.held_bytes
+        if self._draining and not self._calls:
+            self.close()
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,1 @@
+"""Generated gRPC code of grpcio, for the peers that tests and benchmarks play."""
