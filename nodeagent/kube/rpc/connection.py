@@ -156,8 +156,9 @@ class Connection(asyncio.Protocol):
         try:
             for event in self._http.receive_data(data):
                 self._dispatch(event)
-            # h2 collects a frame of any size, 16 MiB at most, before it refuses it for its size.
-            if len(self._http.incoming_buffer._data) > _LARGEST_FRAME_BYTES:
+            # h2 collects a frame of any size, 16 MiB at most, before it refuses it for its size. What it has collected
+            # is private: a version that keeps it elsewhere has that limit alone.
+            if len(getattr(self._http.incoming_buffer, "_data", b"")) > _LARGEST_FRAME_BYTES:
                 raise FrameTooLargeError(f"a frame has more than {_LARGEST_FRAME_BYTES} bytes")
         except Exception as error:
             # Of h2, hpack and hyperframe, which do not promise to raise nothing else for what a peer sends.
