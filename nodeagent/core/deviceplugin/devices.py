@@ -41,6 +41,8 @@ _OF_INTERFACE = frozenset(
     {"netdevs", "rdma", "mac", "mtu", "link_type", "speed_mbps", "phys_port_name", "phys_switch_id"}
 )
 """Attributes that an adapter has through its network interface or its RDMA device."""
+_OF_DRIVER = frozenset({"rdma"})
+"""Those that end with the driver."""
 _OF_LINK = frozenset({"speed_mbps"})
 _FIELDS = ("id", "pci_address", "pci_class", "vendor", "device", "driver", "numa_node", "parent")
 
@@ -211,6 +213,7 @@ def still_told(before: Inventory, after: Inventory, held: Container[str]) -> Inv
         old = before.device_by_id.get(device.id)
         known = {} if old is None else old.attributes
         names = _OF_INTERFACE if device.id in held else _OF_LINK
+        names -= _OF_DRIVER if old is not None and old.driver != device.driver else frozenset()
         kept = {name: known[name] for name in names & known.keys() if name not in device.attributes}
         if device.id in held:
             kept |= {name: known.get(name, False) for name in HOST_USES if device.attributes.get(name)}

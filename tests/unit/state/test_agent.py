@@ -912,3 +912,6 @@ def test_what_a_held_adapter_told_of_its_interface_is_kept() -> None:
     assert still_told(before, before, {"a"}) is before
     changed = Inventory(devices=(replace(one, attributes={**told, "mtu": 9000}), other))
     assert still_told(before, changed, {"a"}) is changed
+    passed = Inventory(devices=(replace(hidden[0], driver="vfio-pci"), other))  # RDMA ends with the driver
+    kept = {key: value for key, value in told.items() if key != "rdma"}
+    assert still_told(before, passed, {"a"}).devices[0].attributes == kept
