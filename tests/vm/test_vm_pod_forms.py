@@ -4,19 +4,18 @@ instruction on: init containers, sidecars, ephemeral ones, static pods, shared a
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from tests.e2e.kubeapi import IMAGE, Object, claim, claim_path, pod, pod_path, request, template, until
+from tests.e2e.kubeapi import Object, claim, claim_path, pod, pod_path, request, template, until
 from tests.e2e.nodefiles import KUBELET_CONFIG, NODE
 from tests.vm import vmcluster
-from tests.vm.vmcluster import FIRST_LINE, STEP_S, Node
-from tests.vm.vmpods import CPU, cpus
+from tests.vm.vmcluster import STEP_S, Node
+from tests.vm.vmforms import container, created, first, gone, held, of_claims, patched
+from tests.vm.vmpods import cpus
 
 STATIC_PODS = "/etc/kubernetes/manifests"
-MERGE = "application/strategic-merge-patch+json"
 
 
 @pytest.fixture(scope="module")
@@ -29,48 +28,6 @@ def node() -> Iterator[Node]:
 def shared(node: Node) -> set[int]:
     """CPUs on which containers without any of their own run while nothing is held."""
     return cpus(node.status()["pinning"]["shared_cpus"])
-
-
-def container(name: str, cpus: int = 0, *, ends: bool = False, **more: Any) -> Object:
-    """A container that says on which CPUs it may run."""
-    command = FIRST_LINE.partition(";")[0] if ends else FIRST_LINE
-    limits = {"limits": {CPU: str(cpus)}} if cpus else {}
-    found = {"name": name, "image": IMAGE, "imagePullPolicy": "Never", "command": ["/bin/sh", "-c", command]}
-    return {**found, "resources": limits, **more}
-
-
-def created(node: Node, name: str, *, init: tuple[Object, ...] = (), main: tuple[Object, ...], **spec: Any) -> None:
-    document = pod(name)
-    document["spec"] |= {"initContainers": list(init), "containers": list(main), **spec}
-    node.api.create(document)
-    node.runs(name)
-
-
-def first(node: Node, pod: str, container: str) -> set[int]:
-    """On which CPUs a container may run when it begins."""
-    said = node.guest.run(f"grep -h -m 1 Cpus_allowed_list /var/log/pods/*_{pod}*_*/{container}/*.log", until=True)
-    return cpus(said.split()[-1])
-
-
-def held(node: Node, pod: str) -> dict[str, set[int]]:
-    """CPUs by the container that holds them."""
-    found = json.loads(node.guest.run("nodeagent grants -o json"))
-    return {one["container"]: cpus(one["cpus"]) for one in found if one["pod"] == pod}
-
-
-def of_claims(node: Node) -> dict[str, set[int]]:
-    found = json.loads(node.guest.run("nodeagent grants -o json"))
-    return {one["claim"]: cpus(one["cpus"]) for one in found if one["api"] == "claim"}
-
-
-def gone(node: Node, *pods: str) -> None:
-    for name in pods:
-        node.delete_pod(name)
-    until("nothing is held", lambda: not node.grants(), STEP_S)
-
-
-def patched(node: Node, path: str, change: Mapping[str, Any]) -> None:
-    node.api.call("PATCH", path, change, MERGE)
 
 
 def test_each_container_of_a_pod_is_on_the_cpus_that_it_was_given(node: Node, shared: set[int]) -> None:
@@ -149,9 +106,7 @@ def test_a_pod_that_is_resized_in_place_stays_on_its_cpus(node: Node) -> None:
 
     def plain(name: str, cpu: str) -> Object:
         amounts = {"cpu": cpu, "memory": "64Mi"}
-        found = container(name, 2 if name == "main" else 0)
-        found["resources"] = {"limits": {**found["resources"].get("limits", {}), **amounts}, "requests": amounts}
-        return found
+        return container(name, 2 if name == "main" else 0, limits=amounts, requests=amounts)
 
     created(node, "resized", main=(plain("main", "2"), plain("plain", "100m")))
     own = held(node, "resized")["main"]
