@@ -75,7 +75,7 @@ def _of_resources() -> Iterator[Form]:
     for kind, (key, _) in NEEDED.items():
         yield {"if": _one_of("kind", [kind]), "then": {"required": [key], "properties": {key: {"minItems": 1}}}}
     yield {"if": _one_of("kind", ["memory"]), "then": _one_of("serve", ["dra"])}
-    shared = {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}
+    shared = {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1, "overhead": {}})]}
     yield {"if": _one_of("kind", ["nvmeof"]), "then": shared}
     dynamic = {"required": ["mig"], "properties": {"mig": _one_of("mode", ["dynamic"])}}
     yield {"if": dynamic, "then": {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}}

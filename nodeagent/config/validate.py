@@ -254,6 +254,8 @@ def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
             yield f"nothing at {where}.overhead.{name}, expected perPod, perContainer or both"
     if one.kind == "nvmeof" and one.serve != "dra":
         yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API has no devices that nodes share"
+    if one.kind == "nvmeof" and one.overhead:
+        yield f"{where}.overhead has no meaning for kind nvmeof: its pools belong to no node"
     if one.kind == "nvmeof" and one.replicas > 1:
         yield f"{one.replicas} at {where}.replicas, expected 1: a target has one holder"
     if one.kind == "memory" and one.serve != "dra":

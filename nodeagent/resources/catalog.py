@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec.structs import replace
@@ -16,7 +17,6 @@ from nodeagent.core.dra.device_pool import DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import NodeCost
 from nodeagent.core.dra.prepare import Catalog
-from nodeagent.core.fabrics.pool import SharedPool
 from nodeagent.core.fabrics.target import KIND as NVMEOF
 from nodeagent.core.fabrics.target import pool_name
 from nodeagent.core.ledger.free import PageLimit
@@ -26,6 +26,9 @@ from nodeagent.errors import ConfigError, InputError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.hooks import forms
 from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
+
+if TYPE_CHECKING:
+    from nodeagent.core.fabrics.pool import SharedPool
 
 
 class Dra(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,6 +107,8 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
 
 def _shared_pools(config: Config, mine: Sequence[Offer]) -> dict[str, SharedPool]:
     """Return the pools that nodes share, by name: one for each set of labels that targets want of nodes."""
+    from nodeagent.core.fabrics.pool import SharedPool
+
     found: dict[str, SharedPool] = {}
     for target in config.targets:
         name = pool_name(target.node_selector)

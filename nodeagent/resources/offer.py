@@ -168,7 +168,7 @@ def selectors(config: Config) -> Selectors:
             for one in served
             for usb in one.usb
         ),
-        targets=tuple(_target(one) for one in config.targets),
+        targets=tuple(_target(one.name, target) for one in served for target in one.targets),
         block_types=frozenset(type for one in served for type in BLOCK_TYPES if _asks_for(one, "block", "type", type)),
         gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for(one, "gpu", "group", str(size))),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
@@ -176,9 +176,9 @@ def selectors(config: Config) -> Selectors:
     )
 
 
-def _target(config: NvmeTargetConfig) -> TargetSelector:
+def _target(selector: str, config: NvmeTargetConfig) -> TargetSelector:
     port = Port(transport=config.transport, traddr=config.traddr, trsvcid=config.trsvcid, nqn=config.nqn)
-    return TargetSelector(name=config.name, port=port, pool=pool_name(config.node_selector))
+    return TargetSelector(name=config.name, selector=selector, port=port, pool=pool_name(config.node_selector))
 
 
 def _asks_for(config: ResourceConfig, kind: str, name: str, value: str) -> bool:
@@ -209,7 +209,7 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
         raise ConfigError(f"cannot serve {name}: {why}", key=f"{where}.kind")
     _check_preparable(one, known[one.kind], name, where)
     match: dict[str, str | Sequence[str]] = {**one.match}
-    if one.kind in ("char", "usb"):
+    if one.kind in ("char", "usb", "nvmeof"):
         match["selector"] = one.name
     resource = DeviceResource(
         name=name,

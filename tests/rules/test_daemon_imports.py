@@ -14,6 +14,7 @@ UNUSED = (
     "nodeagent.core.resctrl",
     "nodeagent.host.amd",
     "nodeagent.core.blockio",
+    "nodeagent.core.fabrics.pool",
     "nodeagent.host.blockio",
     "nodeagent.host.devices.storage.parts",
     "nodeagent.host.driver_programs",

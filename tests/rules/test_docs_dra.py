@@ -20,8 +20,7 @@ from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.dra.cpu_pool import INDIVIDUAL, L3, NUMA_NODE, SOCKET, CpuPool, PoolKind
 from nodeagent.core.dra.device_pool import _RESTLESS, DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
-from nodeagent.core.dra.pool import ALL_FEATURES, HELD_TAINT, UNHEALTHY_TAINT, Pool
-from nodeagent.core.fabrics.pool import PATH_TAINT
+from nodeagent.core.dra.pool import ALL_FEATURES, HELD_TAINT, PATH_TAINT, UNHEALTHY_TAINT, Pool
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
@@ -87,7 +86,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
     selectors = Selectors(
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
-        targets=(TargetSelector(name="fast", port=PORT, pool="nvmeof"),),
+        targets=(TargetSelector(name="fast", selector="san", port=PORT, pool="nvmeof"),),
         gpu_groups=frozenset({2}),
         partitions=PartitionSelector(),
     )

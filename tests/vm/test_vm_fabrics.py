@@ -37,15 +37,18 @@ class Targets:
         else:
             self.run(f"echo 1 >{folder}/attr_allow_any_host")
         self.run(f"mkdir {folder}/namespaces/1 && echo -n {file} >{folder}/namespaces/1/device_path")
-        self.run(f"echo 1 >{folder}/namespaces/1/enable")
+        self.run(f"echo 1 >{folder}/namespaces/1/buffered_io && echo 1 >{folder}/namespaces/1/enable")
         self.show(nqn)
 
-    def show(self, nqn: str) -> None:
-        self.run(f"ln -s {CONFIGFS}/subsystems/{nqn} {CONFIGFS}/ports/1/subsystems/")
+    def show(self, *nqns: str) -> None:
+        """Have the port lead to subsystems; with the first one it begins to listen."""
+        for nqn in nqns:
+            self.run(f"ln -s {CONFIGFS}/subsystems/{nqn} {CONFIGFS}/ports/1/subsystems/")
 
-    def hide(self, nqn: str) -> None:
-        """The target disappears: its connections break, and no new one is made."""
-        self.run(f"rm {CONFIGFS}/ports/1/subsystems/{nqn}")
+    def hide(self, *nqns: str) -> None:
+        """Break the connections to subsystems; without any the port listens no longer."""
+        for nqn in nqns:
+            self.run(f"rm {CONFIGFS}/ports/1/subsystems/{nqn}")
 
     def agent(self, do: str, nqn: str, *rest: object) -> dict[str, Any]:
         """What inside/fabrics.py says."""
@@ -78,7 +81,9 @@ def test_a_target_is_connected_with_its_disk_and_disconnected(targets: Targets) 
     assert targets.run(f"cat /sys/class/nvme/{name}/hostnqn").strip() == HOST_NQN
     assert targets.run(f"cat /sys/class/nvme/{name}/ctrl_loss_tmo").strip() == "off"
     assert targets.run(f"cat /sys/class/nvme/{name}/fast_io_fail_tmo").strip() == "2"
-    targets.run(f"dd if=/dev/urandom of={disk} bs=4096 count=16 oflag=direct && dd if={disk} of=/dev/null iflag=direct")
+    targets.run(
+        f"dd if=/dev/urandom of={disk} bs=4096 count=16 oflag=direct && dd if={disk} of=/dev/null bs=4096 iflag=direct"
+    )
     assert targets.run(f"cmp -n 65536 {disk} /run/one.img && echo same").strip() == "same"
     assert targets.agent("connect", NQN, PORT)["connections"] == {name: "live"}
     ended = targets.agent("disconnect", NQN)
@@ -89,7 +94,7 @@ def test_a_target_is_connected_with_its_disk_and_disconnected(targets: Targets) 
 
 def test_a_mounted_file_system_holds_it_back_in_any_mount_namespace(targets: Targets) -> None:
     (disk,) = targets.agent("connect", NQN, PORT)["nodes"]
-    targets.run(f"busybox mke2fs {disk} && mkdir -p /run/mnt")
+    targets.run(f"busybox mke2fs -b 4096 {disk} && mkdir -p /run/mnt")
     targets.run(f"systemd-run -q --unit=mounter -p PrivateMounts=yes sh -c 'mount {disk} /run/mnt && sleep 600'")
     targets.run(
         'test "$(systemctl show -p MainPID --value mounter)" != 0 && grep -q /run/mnt '
@@ -100,24 +105,36 @@ def test_a_mounted_file_system_holds_it_back_in_any_mount_namespace(targets: Tar
     assert f"{disk} is in use, by a mounted file system" in held["error"]
     assert [*held["connections"].values()] == ["live"]
     targets.run("systemctl stop mounter")
+    targets.run(f"python3 -c 'import os; os.open(\"{disk}\", os.O_EXCL)'", until=True)
     assert targets.agent("disconnect", NQN)["connections"] == {}
 
 
 def test_a_target_that_disappears_is_a_lost_path_and_comes_back(targets: Targets) -> None:
     made = targets.agent("connect", NQN, PORT)
-    (name,) = made["connections"]
-    targets.hide(NQN)
+    (name,), (disk,) = made["connections"], made["nodes"]
+    targets.hide(NQN, OTHER)
     targets.run(f"grep -x connecting /sys/class/nvme/{name}/state", RECONNECT_S, until=True)
     assert targets.agent("show", NQN)["connections"] == {name: "connecting"}
-    (disk,) = made["nodes"]
     assert "failed" in targets.run(f"dd if={disk} of=/dev/null bs=4096 count=1 iflag=direct 2>&1 || echo failed")
-    targets.show(NQN)
+    targets.show(NQN, OTHER)
     targets.run(f"grep -x live /sys/class/nvme/{name}/state", RECONNECT_S, until=True)
     targets.run(f"dd if={disk} of=/dev/null bs=4096 count=1 iflag=direct")
-    targets.hide(NQN)
+    targets.hide(NQN, OTHER)
     targets.run(f"grep -x connecting /sys/class/nvme/{name}/state", RECONNECT_S, until=True)
     assert targets.agent("disconnect", NQN)["connections"] == {}
+    targets.show(NQN, OTHER)
+
+
+def test_a_target_that_no_longer_has_the_subsystem_is_disconnected_by_the_kernel(targets: Targets) -> None:
+    """It answers, and says not to try again. The record stays with the claim, and the next call connects again."""
+    (name,) = targets.agent("connect", NQN, PORT)["connections"]
+    targets.hide(NQN)
+    targets.run(f"test ! -e /sys/class/nvme/{name}", RECONNECT_S, until=True)
+    gone = targets.agent("show", NQN)
+    assert (gone["records"], gone["connections"]) == ({NQN: name}, {})
     targets.show(NQN)
+    assert targets.agent("connect", NQN, PORT)["error"] == ""
+    assert targets.agent("disconnect", NQN)["records"] == {}
 
 
 def test_a_host_that_the_target_does_not_allow_is_refused(targets: Targets) -> None:
@@ -139,7 +156,7 @@ def test_nothing_listens_and_a_server_that_never_answers(targets: Targets) -> No
     assert "the target has not answered for 5 s" in silent["error"] and silent["seconds"] < 10
     assert silent["records"] == {NQN: ""}
     targets.run("systemctl stop silent")
-    targets.run("! pgrep -f inside/fabrics.py", 120.0, until=True)
+    targets.run("! pgrep -f 'inside/[f]abrics.py'", 120.0, until=True)
     assert targets.agent("disconnect", NQN)["records"] == {}
 
 

@@ -21,6 +21,8 @@ NO_SCHEDULE, NO_EXECUTE = "NoSchedule", "NoExecute"
 READY_CONDITION, REFUSED_CONDITION = "Ready", "nodeagent.dev/Refused"
 """Conditions of a device in a claim's status: the claim is prepared; the device cannot be granted to it."""
 UNHEALTHY_TAINT, HELD_TAINT = "nodeagent.dev/unhealthy", "nodeagent.dev/held-by-device-plugin"
+PATH_TAINT = "nodeagent.dev/path-lost"
+"""On a device that nodes share: one of them has it connected and cannot reach it; the value is that node's name."""
 
 
 class Capacity(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.core.dra.device_pool import DevicePool
-from nodeagent.core.dra.pool import Features, Pool, Scope, Taint
+from nodeagent.core.dra.pool import PATH_TAINT, Features, Pool, Scope, Taint
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import NO_HEALTH, UNHEALTHY, Health
@@ -22,8 +22,6 @@ from nodeagent.core.model.inventory import Inventory
 
 PATH = "path"
 """The source of evidence that says whether a connected target answers."""
-PATH_TAINT = "nodeagent.dev/path-lost"
-"""On a device that a node has connected and cannot reach; the value is the name of that node."""
 LONGEST_VALUE = 63
 """Of a taint, in characters: it has the form of a label's value."""
 

@@ -81,7 +81,7 @@ class Connections:
         try:
             self._kernel.disconnect(one.name)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENODEV):  # somebody else was faster
+            if error.errno not in (errno.ENOENT, errno.ENODEV):  # another program was faster
                 raise HostError(f"cannot disconnect {one.port} ({one.name}): {error.strerror}") from None
 
     def _is_claimed(self, disk: str) -> bool:

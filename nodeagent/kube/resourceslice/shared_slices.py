@@ -10,8 +10,7 @@ import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nodeagent.core.dra.pool import Taint
-from nodeagent.core.fabrics.pool import PATH_TAINT
+from nodeagent.core.dra.pool import PATH_TAINT, Taint
 
 Object = dict[str, Any]
 

@@ -1,8 +1,9 @@
 """Connects NVMe targets for claims and disconnects them, each step recorded before it is taken.
 
 Every step looks at what is there, so that after a crash at any point the same call completes what it had begun. A
-connection that the agent has not recorded belongs to somebody else: it is neither used nor ended. The kernel makes no
-second connection of a host to the same port of a subsystem (EALREADY), so what it says to have made is the agent's own.
+connection that the agent has not recorded is of an admin or another program: it is neither used nor ended. The kernel
+makes no second connection of a host to the same port of a subsystem (EALREADY), so what it says to have made is the
+agent's own.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ class Connector:
         record = self._journal.read().get(wanted.device)
         if record is not None and record.claim != wanted.claim:
             raise HostError(f"cannot connect {wanted.port}: it is still connected for claim {record.claim}")
-        there = self.standing(record) if record is not None else None
+        there = await asyncio.to_thread(self.standing, record) if record is not None else None
         if record is not None and there is not None and record.port == wanted.port:
             if record.grant == wanted.grant and record.edits is not None and record.edits == _edits(there.disks):
                 return False
@@ -114,7 +115,7 @@ class Connector:
         return True
 
     async def _made(self, wanted: Wanted) -> Connection:
-        if others := self._connections.to(wanted.port.nqn):
+        if others := await asyncio.to_thread(self._connections.to, wanted.port.nqn):
             names = ", ".join(one.name for one in others)
             raise HostError(
                 f"cannot connect {wanted.port}: the node is connected to it already as {names}, and not by this agent"
@@ -134,10 +135,14 @@ class Connector:
                 self._journal.forget(wanted.device)
             raise
         self._journal.keep({record.device: replace(record, controller=name)})
-        there = self._connections.find(name, wanted.port)
+        there = await self._find(name, wanted.port)
         if there is None:
             raise HostError(f"cannot connect {wanted.port}: {name} is gone again")
         return there
+
+    async def _find(self, name: str, port: Port) -> Connection | None:
+        """Return a connection; read in a thread, as the kernel may keep a reader waiting while it connects."""
+        return await asyncio.to_thread(self._connections.find, name, port)
 
     async def _asked(self, wanted: Wanted) -> str:
         """Return the name of the new controller. Raise HostError."""
@@ -156,7 +161,7 @@ class Connector:
         """Record what the container gets, once the disks have appeared. Raise HostError."""
         until_s, before, since_s = time.monotonic() + self._disks_s, None, 0.0
         while True:
-            now = self._connections.find(there.name, wanted.port)
+            now = await self._find(there.name, wanted.port)
             if now is None:
                 raise HostError(f"cannot use {wanted.port}: {there.name} is gone again")
             ready = now.disks if now.state == LIVE and now.disks and all(map(self._has_node, now.disks)) else None
@@ -194,7 +199,7 @@ class Connector:
     async def _end(self, record: Connected) -> None:
         if record.device in await self._still_hanging(record.device):
             raise HostError(f"cannot disconnect {record.port}: the kernel has not given up connecting it yet")
-        if (there := self.standing(record)) is not None:
+        if (there := await asyncio.to_thread(self.standing, record)) is not None:
             call = functools.partial(_caught, functools.partial(self._disconnected, there))
             found, hanging = await self._calls.run({record.device: call})
             if hanging:
@@ -202,7 +207,7 @@ class Connector:
                 raise HostError(f"cannot disconnect {record.port}: {why}")
             if (error := found[record.device].error) is not None:
                 raise error
-            if self._connections.find(there.name, record.port) is not None:
+            if await self._find(there.name, record.port) is not None:
                 raise HostError(f"cannot disconnect {record.port}: {there.name} is still there")
         self._journal.forget(record.device)
         log.info("target-disconnected", device=record.device, controller=record.controller, claim=record.claim)

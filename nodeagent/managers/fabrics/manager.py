@@ -9,7 +9,7 @@ taken away: then the claim stays, and kubelet asks again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nodeagent.aio.supervise import after_each, run_to_end
@@ -24,7 +24,6 @@ from nodeagent.host.fabrics.connections import LIVE, host, secrets
 from nodeagent.host.fabrics.kernel import Kernel
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.fabrics.connector import Wanted, connector
-from nodeagent.managers.fabrics.journal import Connected
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.turns import Turns
 from nodeagent.state.agent import Agent
@@ -93,7 +92,7 @@ class FabricsManager(Manager):
                         found[uid] = await self._connected(uid, grants)
         except (HostError, StateError) as error:
             found |= {uid: str(error) for uid in claims if uid not in found}
-        self._observe()
+        await self.look()
         return found
 
     async def _connected(self, uid: str, grants: Sequence[Grant]) -> str:
@@ -156,7 +155,7 @@ class FabricsManager(Manager):
         except HostError as error:
             return {id: str(error) for id in which()}
         finally:
-            self._observe()
+            await self.look()
 
     # ---------------------------------------------------------------- between calls
 
@@ -186,17 +185,14 @@ class FabricsManager(Manager):
 
     async def look(self) -> None:
         """Report the state of each connection."""
-        self._observe()
-
-    def _observe(self) -> None:
-        records = [one for one in self._connector.records().values() if one.edits is not None]
-        evidence = [*self._seen(records)]
+        evidence = await asyncio.to_thread(lambda: [*self._seen()])
         now = frozenset(one.device for one in evidence)
         self._agent.observe(evidence, [(id, PATH) for id in self._observed - now])
         self._observed = now
 
-    def _seen(self, records: Iterable[Connected]) -> Iterable[Evidence]:
-        for one in records:
+    def _seen(self) -> Iterator[Evidence]:
+        """Blocks."""
+        for one in (one for one in self._connector.records().values() if one.edits is not None):
             there = self._connector.standing(one)
             if there is not None and there.state == LIVE:
                 yield Evidence(device=one.device, source=PATH, state=HEALTHY)

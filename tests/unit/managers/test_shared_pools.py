@@ -122,11 +122,13 @@ async def test_a_pool_is_published_for_all_nodes_or_those_with_labels(folder: Pa
         assert [one["name"] for one in every["devices"]] == ["nvmeof-fast", "nvmeof-slow"]
         (term,) = near["nodeSelector"]["nodeSelectorTerms"]
         assert term == {"matchExpressions": [{"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["a"]}]}
+        assert near["devices"][0]["attributes"]["resource"] == {"string": "san-near"}
         said = every["devices"][0]["attributes"]
         assert {key: next(iter(value.values())) for key, value in said.items()} == {
             "kind": "nvmeof",
             "resource": "san-fast",
             "target": "fast",
+            "selector": "san-fast",
             "pool": "nvmeof",
             "transport": "tcp",
             "traddr": "192.0.2.1",

@@ -38,6 +38,7 @@ def _device(one: TargetSelector) -> Device:
     port = one.port
     attributes: dict[str, str | int] = {
         "target": one.name,
+        "selector": one.selector,
         "pool": one.pool,
         "transport": port.transport,
         "traddr": port.traddr,
