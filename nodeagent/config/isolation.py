@@ -101,6 +101,9 @@ class PinningConfig(Base, frozen=True):
     """Whether a container with exclusive CPUs becomes a cpuset partition."""
     move_interrupts: bool = False
     """Whether interrupts are moved away from exclusive CPUs."""
+    device_interrupts: Literal["", "follow", "avoid", "leave"] = ""
+    """Where the interrupts of held devices belong whose claims say nothing of them: on the exclusive CPUs of their
+    holder, off all exclusive CPUs, or wherever they are. Empty: as moveInterrupts says."""
     intruders_seconds: Seconds = 60.0
     """How often to look for host threads and interrupts on exclusive CPUs."""
     tuning: TuningConfig = TuningConfig()
@@ -108,3 +111,8 @@ class PinningConfig(Base, frozen=True):
     """null: caches and memory bandwidth are left alone."""
     io: IoConfig | None = None
     """null: there are no classes of disk I/O; claims may still have limits on their own disks."""
+
+    @property
+    def writes_interrupts(self) -> bool:
+        """Return whether interrupts are moved whatever claims say."""
+        return self.move_interrupts or self.device_interrupts in ("follow", "avoid")

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from nodeagent.config.isolation import PinningConfig, TuningConfig
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.core.model.memo import kept_by
+from nodeagent.core.pinning.device_interrupts import DeviceInterrupts, device_interrupts
 from nodeagent.core.pinning.pools import exclusive_cpus
 from nodeagent.daemon.paths import Paths
 from nodeagent.managers.isolation.manager import MOVED, IsolationManager
@@ -47,7 +49,18 @@ class ExclusiveCpus:
         def is_tuned() -> bool:
             return config().tuning != TuningConfig() or set_before.exists()
 
-        self._isolation = IsolationManager(where.sysfs, exclusive, others, config, changed, where.state_dir / MOVED)
+        def devices() -> tuple[DeviceInterrupts, ...]:
+            ledger, inventory, default = agent.ledger, agent.inventory, config().device_interrupts
+            return kept_by(
+                ledger,
+                "_device_interrupts",
+                lambda: device_interrupts(ledger.grants.values(), inventory, default),
+                (inventory, default),
+            )
+
+        self._isolation = IsolationManager(
+            where.sysfs, exclusive, others, config, changed, where.state_dir / MOVED, devices=devices
+        )
         self._tuning = OnDemand("tuning", tuning, is_tuned, agent.revisions.ledger)
 
     @property

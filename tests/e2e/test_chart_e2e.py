@@ -498,6 +498,10 @@ def _name(document: Object) -> tuple[str, str]:
             "at '/metrics/prometheusRule/runbookUrl': 'docs/runbooks.md' does not match pattern",
         ),
         (
+            {"config": {"pinning": {"deviceInterrupts": "follow"}}},
+            "cannot set config.pinning.deviceInterrupts: /proc/irq is read only in a pod that is not privileged; run",
+        ),
+        (
             {"config": {"pinning": {"moveInterrupts": True}}},
             "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the",
         ),

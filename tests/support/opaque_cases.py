@@ -68,6 +68,13 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("GpuConfig", {"driverCapabilities": ["compute"]}, "at `$.driverCapabilities[0]`, found 'compute'"),
     ("GpuConfig", {"driverCapabilities": "graphics"}, "at `$.driverCapabilities`, found 'graphics'"),
     ("NicConfig", {"rdma": "true"}, "at `$.rdma`, found 'true'"),
+    *(
+        (kind, {"interrupts": "closest"}, "at `$.interrupts`, found 'closest'")
+        for kind in ("GpuConfig", "NicConfig", "BlockConfig", "DeviceConfig")
+    ),
+    ("NicConfig", {"interrupts": None}, "at `$.interrupts`"),
+    ("DeviceConfig", {"interrupts": ["follow"]}, "at `$.interrupts`"),
+    ("CpuConfig", {"interrupts": "follow"}, "has no key $.interrupts"),
     ("NicConfig", {"driver": "vfio-pci", "interface": {}}, "$.driver and $.interface exclude each other"),
     ("NicConfig", {"interface": {"mac": "02:00:00:00:00:01"}}, "has no key $.interface.mac"),
     ("NicConfig", {"interface": {"name": "a/b"}}, "at `$.interface.name`, found 'a/b'"),
@@ -177,6 +184,12 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("GpuConfig", {"driverCapabilities": ["graphics", "video"], "mps": {}}),
     ("GpuConfig", {"driver": "vfio-pci"}),
     ("NicConfig", {"driver": "mlx5_vfio_pci"}),
+    *(("NicConfig", {"interrupts": one}) for one in ("follow", "avoid", "leave", "")),
+    ("NicConfig", {"driver": "vfio-pci", "interrupts": "follow"}),
+    ("GpuConfig", {"driver": "vfio-pci", "interrupts": "follow"}),
+    ("GpuConfig", {"mps": {}, "interrupts": "avoid"}),
+    ("BlockConfig", {"interrupts": "leave", "readIOPS": 5}),
+    ("DeviceConfig", {"interrupts": "follow", "env": {"A": "b"}}),
     ("NicConfig", {"rdma": True}),
     ("NicConfig", {"rdma": None}),
     ("NicConfig", {"interface": None}),

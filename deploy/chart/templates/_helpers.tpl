@@ -94,6 +94,9 @@ writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.pa
 {{- if and $pinning.moveInterrupts (not .Values.privileged) -}}
 {{- fail "cannot set config.pinning.moveInterrupts: /proc/irq is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}
+{{- if and (has ($pinning.deviceInterrupts | default "") (list "follow" "avoid")) (not .Values.privileged) -}}
+{{- fail "cannot set config.pinning.deviceInterrupts: /proc/irq is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
+{{- end -}}
 {{- if and $pinning.tuning (not .Values.privileged) -}}
 {{- fail "cannot set config.pinning.tuning: /sys/devices/system/cpu is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
 {{- end -}}

@@ -180,7 +180,15 @@ def _intruders(found: Any) -> list[str]:
     threads, irqs = found["threads_total"], sum(not one["moved"] for one in found["irqs"])
     known = f"{threads} threads" if threads is not None else "an unknown number of threads"
     said = f"{known} of the host and {irqs} interrupts may run on exclusive CPUs (-o json names them)"
-    return [said] if threads != 0 or irqs else []
+    return [*([said] if threads != 0 or irqs else []), *map(_interrupts_of, found.get("devices", ()))]
+
+
+def _interrupts_of(one: Any) -> str:
+    """Return where the interrupts of a held device are."""
+    wanted = f"{one['interrupts']} CPUs {one['cpus']}" if one["cpus"] else str(one["interrupts"])
+    there = f"{len(one['irqs']) - len(one['misplaced'])} of {len(one['irqs'])}"
+    why = f"; {one['why']}" if one["why"] else ""
+    return f"interrupts of {one['device']} ({one['holder']}): {wanted}, {there}{why}"
 
 
 def _note(one: Any) -> str:

@@ -35,6 +35,7 @@ from nodeagent.core.model.request import Pages, Request
 from nodeagent.core.model.topology import NodeId
 from nodeagent.core.opaque.decode import BUILT_IN, Forms, check_all, check_fit, settings_for
 from nodeagent.core.opaque.settings import OpaqueConfig, to_json
+from nodeagent.core.pinning.device_interrupts import check_interrupts
 from nodeagent.core.pinning.pools import cpus_brought, pool_of
 from nodeagent.core.pinning.threads import check_whole_core
 from nodeagent.core.placement.place import place
@@ -250,6 +251,7 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
                 from nodeagent.core.network.vf_checks import check_vf
 
                 check_vf(inventory, part.device, settings.vf, catalog.vf_properties, shared=divided)
+            check_interrupts(inventory, part.device, settings.interrupts, shared=divided)
             _check_amounts(one)
     return one
 

@@ -11,7 +11,7 @@ from msgspec.structs import replace
 
 from nodeagent.config import hints
 from nodeagent.core.model.quantity import parse_quantity
-from nodeagent.core.opaque.form import ClassName, Form, at
+from nodeagent.core.opaque.form import ClassName, Form, Interrupts, at
 from nodeagent.core.opaque.settings import OpaqueConfig
 from nodeagent.errors import InputError
 
@@ -30,6 +30,7 @@ class DeviceForm(Form, frozen=True):
     """The form of every kind without a specific form."""
 
     env: dict[str, Any] = {}
+    interrupts: Interrupts = ""
 
     def settings(self) -> OpaqueConfig:
         for name, value in self.env.items():
@@ -37,7 +38,7 @@ class DeviceForm(Form, frozen=True):
                 raise InputError(f"{name}: {hints.shown(value)} at $.env, expected the name of a variable and a text")
             if name.startswith(OWN_VARIABLES):
                 raise InputError(f"{name} at $.env: variables that start with {OWN_VARIABLES} say what was granted")
-        return OpaqueConfig(env=MappingProxyType(dict(self.env)))
+        return OpaqueConfig(env=MappingProxyType(dict(self.env)), interrupts=self.interrupts)
 
 
 class BlockForm(DeviceForm, frozen=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -14,6 +14,8 @@ from nodeagent.errors import InputError
 Percent = Annotated[int, msgspec.Meta(ge=1, le=100)]
 ClassName = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?)?$")]
 VfioDriver = Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9_-]{0,48}vfio[_-]pci)?$")]
+
+Interrupts = Literal["follow", "avoid", "leave", ""]
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.core.model.quantity import parse_quantity
-from nodeagent.core.opaque.form import Form, Percent, VfioDriver, at
+from nodeagent.core.opaque.form import Form, Interrupts, Percent, VfioDriver, at
 from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig
 from nodeagent.errors import InputError
 
@@ -32,9 +32,10 @@ class _Mps(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename="came
 
 
 class GpuForm(Form, frozen=True):
-    """GPUs: the driver, or how they are shared and what containers get of the driver."""
+    """GPUs: the driver, or how they are shared and what containers get of the driver; and their interrupts."""
 
     driver: VfioDriver = ""
+    interrupts: Interrupts = ""
     time_slicing: _TimeSlicing | None = None
     mps: _Mps | None = None
     driver_capabilities: tuple[Literal["graphics", "video"], ...] = ()
@@ -43,7 +44,7 @@ class GpuForm(Form, frozen=True):
         found = replace(self._sharing(), driver_capabilities=frozenset(self.driver_capabilities))
         if self.driver and found != NO_SETTINGS:
             raise InputError("$.driver excludes all other keys: a guest brings a driver of its own")
-        return replace(found, driver=self.driver)
+        return replace(found, driver=self.driver, interrupts=self.interrupts)
 
     def _sharing(self) -> OpaqueConfig:
         if self.mps is None:

@@ -8,7 +8,7 @@ import msgspec
 
 from nodeagent.core.network.interface import Interface, Route
 from nodeagent.core.network.vf_properties import VfForm, with_address
-from nodeagent.core.opaque.form import Form, VfioDriver
+from nodeagent.core.opaque.form import Form, Interrupts, VfioDriver
 from nodeagent.core.opaque.settings import OpaqueConfig
 from nodeagent.errors import InputError
 
@@ -52,9 +52,11 @@ class _Interface(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename
 
 
 class NicForm(Form, frozen=True):
-    """Network adapters: the driver, or RDMA, the interface in the pod, and properties of the virtual function."""
+    """Network adapters: the driver, or RDMA and the interface in the pod; properties of the virtual function, and
+    interrupts."""
 
     driver: VfioDriver = ""
+    interrupts: Interrupts = ""
     rdma: bool | None = None
     interface: _Interface | None = None
     vf: VfForm | None = None
@@ -67,4 +69,4 @@ class NicForm(Form, frozen=True):
         vf = self.vf.asked() if self.vf is not None else None
         if interface is not None and vf is not None:
             interface = with_address(interface, vf)
-        return OpaqueConfig(rdma=self.rdma, driver=self.driver, interface=interface, vf=vf)
+        return OpaqueConfig(rdma=self.rdma, driver=self.driver, interrupts=self.interrupts, interface=interface, vf=vf)

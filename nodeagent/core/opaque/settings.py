@@ -44,6 +44,9 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """What an adapter's interface is in the pod that it is moved into; None leaves it on the host."""
     vf: VfProperties | None = None
     """What a virtual function is set to on its physical one; None leaves it as it is."""
+    interrupts: str = ""
+    """Where the interrupts of the device belong if its holder has exclusive CPUs: follow, avoid or leave
+    (core/pinning/device_interrupts.py)."""
     cache_ways: int | None = None
     """How many ways of their L3 caches the CPUs have for themselves."""
     cache_class: str = ""

@@ -9,7 +9,7 @@ Sources: proc(5), Documentation/core-api/irq/irq-affinity.rst, include/linux/sch
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TypeVar
 
 import msgspec
@@ -35,6 +35,7 @@ _HINT = {
     "Input/output error": "; the kernel or the device's driver manages this interrupt",
     "Operation not permitted": "; it is bound to its CPUs",
     "No space left on device": "; these CPUs have no free vectors",
+    "Read-only file system": "; systemd/nodeagent-interrupts.conf opens it, in a pod `privileged`",
 }
 
 
@@ -57,7 +58,7 @@ class Thread(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Irq(msgspec.Struct, frozen=True, kw_only=True):
-    """An interrupt that is delivered to an exclusive CPU."""
+    """An interrupt that is delivered to an exclusive CPU, or of which it was asked where it is delivered."""
 
     irq: int
     name: str
@@ -67,6 +68,7 @@ class Irq(msgspec.Struct, frozen=True, kw_only=True):
     asked: CpuSet
     """Configured affinity, smp_affinity_list."""
     hits: CpuSet
+    """The exclusive CPUs among `cpus`."""
 
 
 def threads(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Thread, ...]:
@@ -88,12 +90,16 @@ def sees_host(sysfs: SysFs) -> bool:
         return False
 
 
-def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str]) -> tuple[Irq, ...]:
-    """Return the interrupts delivered to one of these CPUs, by number. What cannot be read is named in `warnings`."""
+def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str], also: Collection[int] = ()) -> tuple[Irq, ...]:
+    """Return the interrupts delivered to one of these CPUs, by number, and some others wherever they are delivered.
+    What cannot be read is named in `warnings`."""
     if not exclusive:
         return ()
     names = interrupt_names(sysfs)
-    return tuple(_tolerated((_irq(sysfs, *one, names, exclusive) for one in sysfs.numbered("proc/irq", "")), warnings))
+    found = (
+        _irq(sysfs, irq, folder, names, exclusive, always=irq in also) for irq, folder in sysfs.numbered("proc/irq", "")
+    )
+    return tuple(_tolerated(found, warnings))
 
 
 def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
@@ -220,13 +226,15 @@ def _flags(sysfs: SysFs, task: str) -> int | None:
     return int(fields[_FLAGS_FIELD])
 
 
-def _irq(sysfs: SysFs, irq: int, folder: str, names: Mapping[int, str], exclusive: CpuSet) -> Irq | str | None:
+def _irq(
+    sysfs: SysFs, irq: int, folder: str, names: Mapping[int, str], exclusive: CpuSet, *, always: bool
+) -> Irq | str | None:
     try:
         cpus = _delivered(sysfs, folder)
         asked = sysfs.cpus(f"{folder}/smp_affinity_list")
     except HostError as error:
         return str(error)
-    if cpus is None or cpus.isdisjoint(exclusive):
+    if cpus is None or (cpus.isdisjoint(exclusive) and not always):
         return None
     return Irq(irq=irq, name=names.get(irq, ""), cpus=cpus, asked=asked or cpus, hits=cpus & exclusive)
 

@@ -24,6 +24,8 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
     irq: int
     name: str
     """The names of its actions: the same number may later belong to another device."""
+    device: str = ""
+    """PCI address of the function that has it, if that is known: names change with those of interfaces."""
     before: CpuSet
     """smp_affinity_list before the move."""
     wanted: CpuSet
@@ -32,12 +34,13 @@ class Moved(msgspec.Struct, frozen=True, kw_only=True):
     """What the kernel made of it."""
 
 
-class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class _Line(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     irq: int
     name: str
     before: str
     wanted: str
     seen: str
+    device: str = ""
 
 
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,8 +71,9 @@ def _file(path: Path) -> RecordFile[_File]:
 
 def _moved(line: _Line, path: Path) -> Moved:
     before, wanted, seen = (CpuSet.parse(one, source=str(path)) for one in (line.before, line.wanted, line.seen))
-    return Moved(irq=line.irq, name=line.name, before=before, wanted=wanted, seen=seen)
+    return Moved(irq=line.irq, name=line.name, device=line.device, before=before, wanted=wanted, seen=seen)
 
 
 def _line(one: Moved) -> _Line:
-    return _Line(irq=one.irq, name=one.name, before=str(one.before), wanted=str(one.wanted), seen=str(one.seen))
+    before, wanted, seen = str(one.before), str(one.wanted), str(one.seen)
+    return _Line(irq=one.irq, name=one.name, device=one.device, before=before, wanted=wanted, seen=seen)

@@ -1,5 +1,5 @@
-"""Watches exclusive CPUs: intruders are reported, counted and logged, and interrupts are moved away if configured. Does
-nothing while no CPU is exclusive.
+"""Watches exclusive CPUs: intruders are reported, counted and logged, interrupts are moved away if configured, and
+those of held devices go where their claims or the configuration want them. Does nothing while no CPU is exclusive.
 
 A look costs about 50 microseconds per host thread. It runs in a worker thread, periodically and soon after the set of
 exclusive CPUs changes. If that set changes constantly, looking takes at most a fiftieth of one CPU.
@@ -12,20 +12,23 @@ import contextlib
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import structlog
 from msgspec.structs import replace
 
 from nodeagent.config.isolation import PinningConfig
-from nodeagent.core.model.cpuset import EMPTY, CpuSet
+from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
+from nodeagent.core.pinning.device_interrupts import DeviceInterrupts
 from nodeagent.errors import HostError
-from nodeagent.host.irq.interrupts import InterruptMoves, Mover
+from nodeagent.host.irq.device_irqs import Rule, rules
+from nodeagent.host.irq.interrupts import Mover
 from nodeagent.host.irq.intruders import Irq, Thread, irqs, sees_host, threads
+from nodeagent.host.irq.irqbalance import bans
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.isolation.report import IntruderReport, IrqbalanceState, device_states, document, first
 from nodeagent.managers.manager import Manager
 from nodeagent.telemetry import metrics
 
@@ -38,31 +41,16 @@ REST = 50
 SAY_S = 60.0
 """At most one log line is written in this time."""
 UNSEEN = "threads of the host are not known: /proc shows the agent's own PID namespace only (hostPID: true is missing)"
-MOST_SHOWN = 20
-"""Maximum number of threads, names or warnings shown."""
 log = structlog.get_logger()
 
 
-class IntruderReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of one look."""
+class _Asked(NamedTuple):
+    """What a look goes by."""
 
-    looked_at: float | None = None
-    """Seconds since the epoch, or None if nothing is exclusive or no look has happened yet."""
-    took_s: float = 0.0
-    threads: tuple[Thread, ...] = ()
-    """Threads bound to the fewest CPUs first, kernel threads last."""
-    sees_host: bool = True
-    """False if the threads of the host cannot be seen."""
-    irqs: tuple[Irq, ...] = ()
-    moving: bool = False
-    """Whether interrupts were moved."""
-    moves: InterruptMoves = msgspec.field(default_factory=InterruptMoves)
-    warnings: tuple[str, ...] = ()
-
-    @property
-    def left(self) -> tuple[Irq, ...]:
-        """Return the interrupts that are still delivered to exclusive CPUs."""
-        return tuple(one for one in self.irqs if one.irq in self.moves.why or not self.moving)
+    exclusive: CpuSet
+    others: CpuSet
+    devices: tuple[DeviceInterrupts, ...]
+    config: PinningConfig
 
 
 class IsolationManager(Manager):
@@ -79,19 +67,21 @@ class IsolationManager(Manager):
         changed: Callable[[int], Awaitable[int]],
         memory: Path,
         *,
+        devices: Callable[[], tuple[DeviceInterrupts, ...]] = tuple,
         settle_s: float = SETTLE_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Set up without looking.
 
-        `exclusive` returns the exclusive CPUs of containers; `others` where everything else may run. `changed` waits on
-        a Revision that covers `exclusive`, `others` and `config`. `memory` is a file that outlives the agent and
-        records moved interrupts. `clock` is in seconds.
+        `exclusive` returns the exclusive CPUs of containers; `others` where everything else may run; `devices` where
+        the interrupts of held devices belong. `changed` waits on a Revision that covers these and `config`. `memory` is
+        a file that outlives the agent and records moved interrupts. `clock` is in seconds.
         """
         self._sysfs = sysfs
         self._exclusive = exclusive
         self._others = others
         self._config = config
+        self._devices = devices
         self._changed = changed
         self._mover = Mover(sysfs, memory)
         self._settle_s = settle_s
@@ -111,11 +101,11 @@ class IsolationManager(Manager):
 
     async def look(self) -> None:
         """Look once, and move interrupts if configured."""
-        exclusive, others, config = self._asked()
-        if not exclusive and self._mover.idle:
+        asked = self._asked()
+        if not asked.exclusive and self._mover.idle:
             self._found = IntruderReport()
         else:
-            self._found = await asyncio.to_thread(self._look, exclusive, others, config.move_interrupts)
+            self._found = await asyncio.to_thread(self._look, asked)
         metrics.INTRUDERS.labels("thread").set(len(self._found.threads) if self._found.sees_host else math.nan)
         metrics.INTRUDERS.labels("irq").set(len(self._found.left))
         metrics.INTERRUPTS_MOVED.inc(self._found.moves.fresh)
@@ -123,21 +113,14 @@ class IsolationManager(Manager):
 
     def document(self) -> dict[str, Any]:
         """Return the latest findings in plain types."""
-        found = self._found
-        return {
-            "looked_at": found.looked_at,
-            "threads": [_thread(one) for one in found.threads[:MOST_SHOWN]],
-            "threads_total": len(found.threads) if found.sees_host else None,
-            "irqs": _irqs(found),
-            "warnings": _first([*found.moves.notes, *found.warnings]),
-        }
+        return document(self._found)
 
     # ---------------------------------------------------------------- when
 
-    def _asked(self) -> tuple[CpuSet, CpuSet, PinningConfig]:
-        return self._exclusive(), self._others(), self._config()
+    def _asked(self) -> _Asked:
+        return _Asked(self._exclusive(), self._others(), self._devices(), self._config())
 
-    async def _due(self, asked: tuple[object, ...]) -> None:
+    async def _due(self, asked: _Asked) -> None:
         """Return shortly after the inputs differ from `asked`."""
         seen = await self._changed(0)
         while self._asked() == asked:
@@ -146,23 +129,56 @@ class IsolationManager(Manager):
 
     # ---------------------------------------------------------------- looking, in a worker thread
 
-    def _look(self, exclusive: CpuSet, others: CpuSet, move: bool) -> IntruderReport:
+    def _look(self, asked: _Asked) -> IntruderReport:
         began, warnings = time.thread_time(), list[str]()
+        exclusive = asked.exclusive
         found = IntruderReport(looked_at=time.time() if exclusive else None)
         try:
             if exclusive and not sees_host(self._sysfs):
                 warnings.append(UNSEEN)
             found = replace(found, sees_host=UNSEEN not in warnings)
             found = replace(found, threads=_sorted(threads(self._sysfs, exclusive, warnings)))
-            found = replace(found, irqs=irqs(self._sysfs, exclusive, warnings))
-            if move:
-                moves = self._mover.move(exclusive, others, found.irqs)
-                found = replace(found, moving=True, moves=moves)
-            elif not self._mover.idle:
-                found = replace(found, moves=self._mover.move(EMPTY, others, ()))
+            found = self._interrupts(found, asked, warnings)
         except HostError as error:
             warnings.append(str(error))
         return replace(found, took_s=time.thread_time() - began, warnings=tuple(warnings))
+
+    def _interrupts(self, found: IntruderReport, asked: _Asked, warnings: list[str]) -> IntruderReport:
+        """Find interrupts and move them."""
+        moving = asked.config.move_interrupts
+        by_irq = rules(self._sysfs, asked.devices, asked.exclusive, moving=moving)
+        default = Rule(keep_off=asked.exclusive if moving else EMPTY)
+        seen = irqs(self._sysfs, asked.exclusive, warnings, by_irq)
+        due = {one.irq: one for one in seen if _is_concerned(one, by_irq.get(one.irq, default))}
+        intruding = (_intruding(one, by_irq.get(one.irq, default)) for one in seen)
+        found = replace(found, left=tuple(one for one in intruding if one.hits))
+        if not (moving or asked.devices) and self._mover.idle:
+            return found
+        try:
+            moves = self._mover.move(default.keep_off, asked.others, due.values(), by_irq)
+        except HostError as error:
+            warnings.append(str(error))
+            return replace(found, devices=device_states(asked.devices, by_irq, dict.fromkeys(due, str(error))))
+        return replace(
+            found,
+            left=tuple(one for one in found.left if one.irq in moves.why or one.irq not in due),
+            moves=moves,
+            devices=device_states(asked.devices, by_irq, moves.why),
+            irqbalance=self._irqbalance(default.keep_off, by_irq, sees_host=found.sees_host),
+        )
+
+    def _irqbalance(self, kept_off: CpuSet, by_irq: Mapping[int, Rule], *, sees_host: bool) -> IrqbalanceState:
+        """Return whether irqbalance leaves alone what was moved."""
+        cpus = kept_off | union(one.keep_off for one in by_irq.values())
+        confined = frozenset(irq for irq, one in by_irq.items() if one.confine_to)
+        if not cpus and not confined:
+            return IrqbalanceState()
+        try:
+            found = bans(self._sysfs)
+        except HostError as error:
+            return IrqbalanceState(running=True, error=str(error), cpus=cpus, irqs=confined)
+        why = "" if found is not None or sees_host else "the processes of the host are not seen"
+        return IrqbalanceState(running=found is not None, bans=found, error=why, cpus=cpus, irqs=confined)
 
     # ---------------------------------------------------------------- logging
 
@@ -175,13 +191,13 @@ class IsolationManager(Manager):
             tuple(f"{one.irq} {one.name}" for one in found.left),
             tuple(f"{one.irq} {one.name} to {one.wanted}" for one in found.moves.moved),
             tuple(sorted(set(found.moves.why.values()))),
-            found.moves.notes,
+            found.notes,
         )
         if said == self._said or now - self._said_at < SAY_S:
             return
         self._said, self._said_at = said, now
         names = ("threads", "interrupts", "moved", "why", "notes")
-        fields = {name: _first(some) for name, some in zip(names, said, strict=True) if some}
+        fields = {name: first(some) for name, some in zip(names, said, strict=True) if some}
         tell = log.warning if {"why", "notes"} & fields.keys() else log.info
         tell("intruders", exclusive=str(self._exclusive()), **fields)
 
@@ -195,40 +211,11 @@ def _name(one: Thread) -> str:
     return re.split("[/:]", one.comm)[0] if one.kernel else one.comm
 
 
-def _first(some: Iterable[str]) -> list[str]:
-    """Return the first MOST_SHOWN items, and how many more there are."""
-    every = list(some)
-    more = [f"and {len(every) - MOST_SHOWN} more"] if len(every) > MOST_SHOWN else []
-    return [*every[:MOST_SHOWN], *more]
+def _intruding(one: Irq, rule: Rule) -> Irq:
+    """Return an interrupt with the CPUs on which it disturbs others than the holder of its device."""
+    return replace(one, hits=one.hits - rule.tolerated)
 
 
-def _thread(one: Thread) -> dict[str, Any]:
-    return {
-        "pid": one.pid,
-        "tid": one.tid,
-        "comm": one.comm,
-        "cpus": str(one.cpus),
-        "cgroup": one.cgroup,
-        "kernel": one.kernel,
-        "movable": one.movable,
-    }
-
-
-def _irqs(found: IntruderReport) -> list[dict[str, Any]]:
-    """Return the interrupts on exclusive CPUs and those moved away from there, by number."""
-    moved, left = {one.irq: one for one in found.moves.moved}, {one.irq: one for one in found.left}
-    shown = []
-    for irq in sorted(moved.keys() | left.keys()):
-        away, here = moved.get(irq), left.get(irq)
-        shown.append(
-            {
-                "irq": irq,
-                "name": here.name if here else away.name if away else "",
-                "cpus": str(here.cpus if here else away.wanted if away else ""),
-                "hits": str(here.hits) if here else "",
-                "moved": away is not None,
-                "before": str(away.before) if away else "",
-                "why": found.moves.why.get(irq, ""),
-            }
-        )
-    return shown
+def _is_concerned(one: Irq, rule: Rule) -> bool:
+    """Return whether an interrupt is where it should not be, or has to be looked at because it is confined."""
+    return bool(rule.confine_to) or not rule.allows(one.cpus)

@@ -102,6 +102,7 @@ nvidia: {driverFiles: inject, driverRoot: /opt/driver}
 amd: {partitions: [{gpus: ["0000:c1:*"], compute: CPX, memory: NPS4}]}
 pinning: {mode: nri, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
+  deviceInterrupts: follow,
   tuning: {governor: performance, energyPerformancePreference: power, minFrequencyMhz: 1, maxFrequencyMhz: 2,
     wakeupLatencyUs: 0},
   io: {classes: [{name: a, disks: ["sd*", /dev/disk/by-id/x], readBytesPerSecond: 5, writeBytesPerSecond: 1Mi,

@@ -27,7 +27,8 @@ from nodeagent.host.irq import interrupts, intruders
 from nodeagent.host.irq.interrupts import NOT_YET, NOWHERE, Mover
 from nodeagent.host.irq.intruders import irqs
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.isolation.manager import MOST_SHOWN, SAY_S, UNSEEN, IsolationManager
+from nodeagent.managers.isolation.manager import SAY_S, UNSEEN, IsolationManager
+from nodeagent.managers.isolation.report import MOST_SHOWN
 from nodeagent.telemetry import metrics
 from tests.support.until import until
 from tests.unit.host.test_intruders import KTHREAD, irq, thread
@@ -186,8 +187,11 @@ async def test_nothing_is_looked_at_while_no_cpu_is_exclusive(stand: Stand) -> N
     stand.hold("")
     (stand.root / "proc/10/cgroup").unlink()
     (stand.root / "proc/10/cgroup").symlink_to("cgroup")
-    nothing = {"looked_at": None, "threads": [], "threads_total": 0, "irqs": [], "warnings": []}
-    assert await stand.look() == nothing
+    shown = await stand.look()
+    balance = shown.pop("irqbalance")
+    nothing: dict[str, Any] = {"threads": [], "threads_total": 0, "irqs": [], "devices": [], "warnings": []}
+    assert shown == {"looked_at": None, **nothing}
+    assert balance["running"] is False
     assert gauge("thread") == 0
 
 

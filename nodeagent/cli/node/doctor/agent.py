@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 from nodeagent.admin.status_endpoint import status_readers
 from nodeagent.cli.node.doctor.model import DENIED, Check, Finding, failure, ok, skipped, unknown, warning
@@ -198,7 +199,7 @@ def _drop_ins(node: Node) -> Finding:
     if not _installed(node):
         return skipped(f"there is no {UNIT} here")
     there = {one for folder in FOLDERS for one in node.names(f"{folder}/{UNIT}.d")}
-    missing = [one for one in needed(node.config) if not _has(node, one, there)]
+    missing = [one.name for one in needed(node.config) if not _has(node, one, there)]
     if missing:
         return failure(
             f"the configuration needs {', '.join(missing)}",
@@ -209,62 +210,58 @@ def _drop_ins(node: Node) -> Finding:
     return ok(f"drop-ins: {', '.join(sorted(there)) or 'none, and none is needed'}")
 
 
-def needed(config: Config) -> Iterator[str]:
-    """Yield the names of the drop-ins that a configuration needs."""
-    if config.served_by_dra:
-        yield "nodeagent-dra.conf"
-    if config.pinning.move_interrupts:
-        yield "nodeagent-interrupts.conf"
-    if config.pinning.partition != "none":
-        yield "nodeagent-partitions.conf"
-    if config.pinning.tuning != TuningConfig():
-        yield "nodeagent-tuning.conf"
-    if config.pinning.resctrl is not None:
-        yield "nodeagent-resctrl.conf"
-    if config.metrics.listen:
-        yield "nodeagent-metrics.conf"
-    if config.dra.passthrough_drivers:
-        yield "nodeagent-passthrough.conf"
-    if config.network.vfs:
-        yield "nodeagent-vfs.conf"
-    if config.network.vf_properties:
-        yield "nodeagent-vf-properties.conf"
-    if config.network.move_interfaces:
-        yield "nodeagent-interfaces.conf"
-    if config.network.device_info_dir:
-        yield "nodeagent-cni.conf"
-    if config.amd.partitions:
-        yield "nodeagent-amd.conf"
-    if config.targets:
-        yield "nodeagent-nvmeof.conf"
+class DropIn(NamedTuple):
+    """A drop-in of the unit."""
+
+    name: str
+    opens: tuple[str, ...]
+    """What it sets that the unit itself does not."""
+    is_needed: Callable[[Config], object]
+    """Returns whether a configuration needs it."""
 
 
-def _has(node: Node, name: str, there: set[str]) -> bool:
+DROP_INS = (
+    DropIn("nodeagent-dra.conf", ("AF_INET", "plugins_registry"), lambda it: it.served_by_dra),
+    DropIn("nodeagent-interrupts.conf", ("ProtectKernelTunables=false",), lambda it: it.pinning.writes_interrupts),
+    DropIn("nodeagent-partitions.conf", ("CAP_SYS_ADMIN",), lambda it: it.pinning.partition != "none"),
+    DropIn("nodeagent-tuning.conf", ("/sys/devices/system/cpu",), lambda it: it.pinning.tuning != TuningConfig()),
+    DropIn("nodeagent-resctrl.conf", ("/sys/fs/resctrl",), lambda it: it.pinning.resctrl is not None),
+    DropIn("nodeagent-metrics.conf", ("AF_INET",), lambda it: it.metrics.listen),
+    DropIn("nodeagent-passthrough.conf", ("/sys/bus/pci", "/sys/devices"), lambda it: it.dra.passthrough_drivers),
+    DropIn("nodeagent-vfs.conf", ("/sys/bus/pci", "/sys/devices"), lambda it: it.network.vfs),
+    DropIn("nodeagent-vf-properties.conf", ("CAP_NET_ADMIN",), lambda it: it.network.vf_properties),
+    DropIn(
+        "nodeagent-interfaces.conf",
+        ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "RestrictNamespaces"),
+        lambda it: it.network.move_interfaces,
+    ),
+    DropIn("nodeagent-cni.conf", ("/run/k8s.cni.cncf.io",), lambda it: it.network.device_info_dir),
+    DropIn(
+        "nodeagent-amd.conf",
+        ("/sys/devices", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
+        lambda it: it.amd.partitions,
+    ),
+    DropIn(
+        "nodeagent-nvmeof.conf",
+        ("/dev/nvme-fabrics", "/sys/devices/virtual/nvme-fabrics"),
+        lambda it: it.targets,
+    ),
+)
+
+
+def needed(config: Config) -> list[DropIn]:
+    """Return the drop-ins that a configuration needs."""
+    return [one for one in DROP_INS if one.is_needed(config)]
+
+
+def _has(node: Node, one: DropIn, there: set[str]) -> bool:
     """Return whether a drop-in is there, under its name or in a file with all of its settings."""
-    return name in there or any(_opens(node, name, one) for one in there)
+    return one.name in there or any(_opens(node, one, file) for file in there)
 
 
-OPENED = {
-    "nodeagent-dra.conf": ("AF_INET", "plugins_registry"),
-    "nodeagent-interrupts.conf": ("ProtectKernelTunables=false",),
-    "nodeagent-partitions.conf": ("CAP_SYS_ADMIN",),
-    "nodeagent-tuning.conf": ("/sys/devices/system/cpu",),
-    "nodeagent-resctrl.conf": ("/sys/fs/resctrl",),
-    "nodeagent-metrics.conf": ("AF_INET",),
-    "nodeagent-passthrough.conf": ("/sys/bus/pci", "/sys/devices"),
-    "nodeagent-vfs.conf": ("/sys/bus/pci", "/sys/devices"),
-    "nodeagent-vf-properties.conf": ("CAP_NET_ADMIN",),
-    "nodeagent-interfaces.conf": ("CAP_NET_ADMIN", "CAP_SYS_ADMIN", "RestrictNamespaces"),
-    "nodeagent-cni.conf": ("/run/k8s.cni.cncf.io",),
-    "nodeagent-nvmeof.conf": ("/dev/nvme-fabrics", "/sys/devices/virtual/nvme-fabrics"),
-    "nodeagent-amd.conf": ("/sys/devices", "CAP_SYS_PTRACE", "CAP_DAC_READ_SEARCH"),
-}
-"""What each drop-in sets that the unit itself does not."""
-
-
-def _opens(node: Node, name: str, file: str) -> bool:
+def _opens(node: Node, one: DropIn, file: str) -> bool:
     texts = [node.text(f"{folder}/{UNIT}.d/{file}") or "" for folder in FOLDERS]
-    return any(all(word in text for word in OPENED[name]) for text in texts)
+    return any(all(word in text for word in one.opens) for text in texts)
 
 
 CHECKS = (

@@ -16,6 +16,8 @@ from nodeagent.resources.offer import CPU
 CPU_FOLDER = "sys/devices/system/cpu"
 BANS = ("IRQBALANCE_BANNED_CPUS", "IRQBALANCE_BANNED_CPULIST")
 IRQBALANCE_FILES = ("etc/default/irqbalance", "etc/sysconfig/irqbalance", "etc/irqbalance.env")
+MOST_BANNED = 16
+"""Highest number of interrupts named in a command."""
 PERFORMANCE = "performance"
 RT_RUNTIME = "proc/sys/kernel/sched_rt_runtime_us"
 NO_CPUS = skipped("no CPUs are served")
@@ -85,11 +87,15 @@ def _tickless(node: Node) -> Finding:
 def _irqbalance(node: Node) -> Finding:
     if not node.running("irqbalance"):
         return ok("irqbalance does not run")
+    if (found := _as_the_agent_found(node)) is not None:
+        return found
     banned = [word for file in IRQBALANCE_FILES for word in _settings(node.text(file) or "")]
-    if node.config.pinning.move_interrupts:
+    pinning = node.config.pinning
+    if pinning.writes_interrupts:
+        key = "moveInterrupts" if pinning.move_interrupts else "deviceInterrupts"
         return failure(
-            "irqbalance runs and pinning.moveInterrupts is on: each undoes what the other writes",
-            "end irqbalance, or switch moveInterrupts off",
+            f"irqbalance runs and pinning.{key} is on: each undoes what the other writes",
+            f"end irqbalance, or switch {key} off",
             "systemctl disable --now irqbalance",
         )
     if not banned:
@@ -100,6 +106,29 @@ def _irqbalance(node: Node) -> Finding:
             "systemctl restart irqbalance",
         )
     return ok(f"irqbalance runs with {', '.join(banned)}")
+
+
+def _as_the_agent_found(node: Node) -> Finding | None:
+    """Return whether irqbalance bans what the agent moves, or None if the agent does not know or moves nothing."""
+    shown: object = node.status
+    for key in ("pinning", "intruders", "irqbalance"):
+        shown = shown.get(key) if isinstance(shown, dict) else None
+    if not isinstance(shown, dict) or not shown.get("running") or shown.get("error"):
+        return None
+    if cpus := shown.get("missing_cpus"):
+        return failure(
+            f"irqbalance runs and may send interrupts to CPUs {cpus}, off which the agent keeps them",
+            "ban these CPUs, or end it",
+            f"echo IRQBALANCE_BANNED_CPULIST={cpus} >> /etc/default/irqbalance",
+            "systemctl restart irqbalance",
+        )
+    if irqs := shown.get("missing_irqs"):
+        return failure(
+            f"irqbalance runs and may move {len(irqs)} interrupts away from the CPUs that their device's holder has",
+            "ban these interrupts in its arguments or its policy script, or end it",
+            " ".join(["irqbalance", *(f"--banirq={irq}" for irq in irqs[:MOST_BANNED])]),
+        )
+    return ok(f"irqbalance runs and has banned what the agent moves (CPUs: {shown.get('banned_cpus') or 'none'})")
 
 
 def _settings(text: str) -> list[str]:

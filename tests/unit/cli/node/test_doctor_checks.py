@@ -8,7 +8,7 @@ import socket
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -429,6 +429,38 @@ def test_hidden_processes_are_no_proof_that_none_runs(built: BuiltNode) -> None:
         assert found(name, built).state is UNKNOWN
 
 
+@pytest.mark.parametrize(
+    ("shown", "state", "words", "command"),
+    [
+        ({"missing_cpus": "4-7", "missing_irqs": [24]}, FAILURE, "CPUs 4-7", "echo IRQBALANCE_BANNED_CPULIST=4-7"),
+        (
+            {"missing_cpus": "", "missing_irqs": [24, 31]},
+            FAILURE,
+            "move 2 interrupts",
+            "irqbalance --banirq=24 --banirq=31",
+        ),
+        ({"missing_cpus": "", "missing_irqs": [], "banned_cpus": "4-7"}, OK, "has banned", ""),
+        (
+            {"error": "cannot ask irqbalance"},
+            FAILURE,
+            "pinning.deviceInterrupts is on",
+            "systemctl disable --now irqbalance",
+        ),
+        ({"running": False}, FAILURE, "pinning.deviceInterrupts is on", "systemctl disable --now irqbalance"),
+    ],
+)
+def test_irqbalance_is_judged_by_what_the_agent_was_told(
+    built: BuiltNode, shown: dict[str, Any], state: State, words: str, command: str
+) -> None:
+    """And by the configuration alone where the agent does not know or has moved nothing yet."""
+    built.configure(pinning={"deviceInterrupts": "follow"})
+    built.process(9, "/usr/sbin/irqbalance", name="irqbalance")
+    built.answer(pinning={"intruders": {"irqbalance": {"running": True, "error": "", **shown}}})
+    finding = found("cpus.irqbalance", built)
+    assert finding.state is state and words in finding.seen, finding
+    assert any(one.startswith(command) for one in finding.commands) or not command
+
+
 def test_a_capture_without_the_file_gives_no_verdict(built: BuiltNode) -> None:
     built.live = False
     for name in ("memory.swap", "memory.numa-balancing", "cpus.real-time", "state.fsync", "cluster.clock"):
@@ -495,8 +527,9 @@ def test_cri_o_is_read_with_its_drop_ins(built: BuiltNode) -> None:
 def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -> None:
     """All that come with the project, but MPS's, which claims ask for; by settings that each of them really has."""
     files = {one.name: one.read_text() for one in (CHECKOUT / "systemd").glob("nodeagent-*.conf")}
-    assert set(agent.OPENED) == set(files) - {"nodeagent-mps.conf"}
-    assert [name for name, words in agent.OPENED.items() if not all(word in files[name] for word in words)] == []
+    assert [one.name for one in agent.DROP_INS] == list(dict.fromkeys(one.name for one in agent.DROP_INS))
+    assert {one.name for one in agent.DROP_INS} == set(files) - {"nodeagent-mps.conf"}
+    assert [one.name for one in agent.DROP_INS if not all(word in files[one.name] for word in one.opens)] == []
     pinning = {"partition": "isolated", "moveInterrupts": True, "tuning": {"governor": "performance"}, "resctrl": {}}
     network = {
         "deviceInfoDir": "/run/devinfo",
@@ -512,5 +545,5 @@ def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -
         "amd": {"partitions": [{"gpus": ["*"], "compute": "SPX"}]},
         "resources": [{"name": "gpu", "kind": "gpu", "serve": "dra"}],
     }
-    assert set(agent.needed(load(built.write("all.yaml", json.dumps(everything))))) == set(agent.OPENED)
-    assert list(agent.needed(load(built.write("none.yaml", "{}")))) == []
+    assert agent.needed(load(built.write("all.yaml", json.dumps(everything)))) == list(agent.DROP_INS)
+    assert agent.needed(load(built.write("none.yaml", "{}"))) == []
