@@ -47,12 +47,13 @@ from tests.builders.cgroup_tree import CgroupTree
 from tests.builders.io_files import IoDisks, add_disk
 from tests.builders.machines import machine
 from tests.doubles.api_server import FakeApiServer
-from tests.doubles.cpufreq import FakeCpufreq
+from tests.doubles.cpufreq import Dead, FakeCpufreq
 from tests.doubles.dra_kubelet import ClaimId, FakeDraKubelet
 from tests.doubles.kubelet import FakeKubelet
 from tests.doubles.systemd import FakeSystemd
 from tests.support.dra_node import CPU, CPUS, DRIVER, NODE, QUICK, consumed
 from tests.support.paths import CHECKOUT
+from tests.support.resctrl_node import ResctrlNode, grant
 from tests.support.until import until
 from tests.unit.host.test_intruders import irq
 
@@ -192,6 +193,64 @@ async def test_limits_of_io_are_taken_out(folder: Path, monkeypatch: pytest.Monk
         assert machine.cgroups.text(CONTAINER, "io.max") == f"8:0 {line}"
         assert await machine.uninstall() == 0
         assert machine.cgroups.text(CONTAINER, "io.max") == ""
+
+
+@pytest.mark.parametrize("step", [*range(10), None])
+def test_groups_of_resctrl_are_removed_and_the_default_one_has_its_ways_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: int | None
+) -> None:
+    """Whatever an agent had done when it was killed; groups of other programs stay. A dry run changes nothing."""
+    node, words = divided(folder, monkeypatch)
+    before = node.kernel.state()
+    assert {*before} == {"", "theirs"}
+    node.kernel.dies_after = step
+    with contextlib.suppress(Dead):
+        node.round(exclusiveWays=4, classes=[{"name": "batch", "caches": {"L3": 2}}])
+    node.kernel.dies_after = None
+    left = node.kernel.state()
+    assert step is not None or node.own() == {"nodeagent-c1", "nodeagent-class-batch"}
+    assert main(["uninstall", "--dry-run", *words]) == DONE
+    assert node.kernel.state() == left
+    shown = capsys.readouterr().out
+    assert all(f"sys/fs/resctrl/{one}: removed" in shown for one in node.own())
+    assert main(["uninstall", *words]) == DONE
+    assert node.kernel.state() == before
+    assert not node.memory.exists()
+
+
+def test_what_another_program_has_made_of_the_default_group_stays(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, words = divided(folder, monkeypatch)
+    node.round(exclusiveWays=4)
+    now = {0: 0x7, 1: node.masks()[1]}
+    node.kernel.put(str(node.kernel.mount / "schemata"), node.kernel.line("L3", now))
+    assert main(["uninstall", *words]) == DONE
+    assert (node.masks(), node.own()) == ({0: 0x7, 1: 0xFFF}, set())
+
+
+def test_groups_of_resctrl_stay_where_it_is_not_known_which_were_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    node, words = divided(folder, monkeypatch)
+    node.round(exclusiveWays=4)
+    node.memory.write_text("{")
+    left = node.kernel.state()
+    assert main(["uninstall", *words]) == FAILED
+    assert "groups of resctrl that were made before stay as they are" in capsys.readouterr().err
+    assert node.kernel.state() == left
+
+
+def divided(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[ResctrlNode, list[str]]:
+    """A machine with a group of another program and a claim that wants ways, and the command line's words for it."""
+    root = folder / "root"
+    node = ResctrlNode(root, monkeypatch)
+    node.kernel.other("theirs", L3={0: 0x3, 1: 0x3})
+    node.hold(grant("c1", "0-1", cache_ways=2))
+    config = {"stateDir": str(node.memory.parent), "runtimeDir": str(folder / "run"), "resources": []}
+    (folder / "config.yaml").write_text(json.dumps(config))
+    words = ["--config", str(folder / "config.yaml"), "--root", str(root), "--kubelet-dir", str(folder / "kubelet")]
+    return node, words
 
 
 async def test_nothing_that_an_agent_wrote_is_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

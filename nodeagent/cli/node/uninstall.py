@@ -76,7 +76,7 @@ def _undo(host: Host, *, purge: bool, dry_run: bool) -> bool:
             print(line)
         for note in one.notes:
             print(f"note: {note}")
-        for error in () if dry_run or not one.lines else one.undo():
+        for error in (*([one.unread] if one.unread else ()), *(() if dry_run or not one.lines else one.undo())):
             _say(error)
             failed = True
     return failed

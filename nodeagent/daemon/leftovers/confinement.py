@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
-from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, kept_going
+from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, kept_going, step
 from nodeagent.host.blockio.keeper import IoKeeper
 from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.cgroup.read import hierarchy
@@ -86,13 +86,7 @@ def interrupts(host: Host) -> Leftover:
         Line(sysfs.path(f"proc/irq/{irq}/smp_affinity_list"), str(one.seen), str(one.before))
         for irq, one in sorted(moved.items())
     ]
-
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            yield from Mover(sysfs, memory).move(EMPTY, EMPTY, ()).why.values()
-        yield from errors
-
-    return Leftover(lines, undo if not unread else lambda: [unread])
+    return Leftover(lines, step(lambda: Mover(sysfs, memory).move(EMPTY, EMPTY, ()).why), unread=unread)
 
 
 def tuning(host: Host) -> Leftover:
@@ -100,13 +94,7 @@ def tuning(host: Host) -> Leftover:
     sysfs, memory = host.where.sysfs, host.where.state_dir / TUNING
     tuned, unread = load_tuned(sysfs, memory)
     lines = [Line(sysfs.path(path), one.seen or one.wanted, one.before) for path, one in tuned.items()]
-
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            yield from Tuner(sysfs, memory).tune({}).why.values()
-        yield from errors
-
-    return Leftover(lines, undo if not unread else lambda: [unread])
+    return Leftover(lines, step(lambda: Tuner(sysfs, memory).tune({}).why), unread=unread)
 
 
 def resctrl(host: Host) -> Leftover:
@@ -124,7 +112,7 @@ def resctrl(host: Host) -> Leftover:
         report = ResctrlRounds(sysfs, memory).keep(None, (), {}, ended=True)
         yield from [report.error] if report.error else report.kept.errors.values()
 
-    return Leftover(lines, undo if not unread else lambda: [unread])
+    return Leftover(lines, undo, unread=unread)
 
 
 def io(host: Host) -> Leftover:
@@ -136,13 +124,7 @@ def io(host: Host) -> Leftover:
     keeper = IoKeeper(host.where.sysfs, found.mount, where, host.where.state_dir / IO)
     held, unread = keeper.held()
     lines = [Line(f"{found.mount}/{one.path}/{one.file} of {one.number}", one.wanted, one.before) for one in held]
-
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            yield from keeper.keep({}).errors.values()
-        yield from errors
-
-    return Leftover(lines, undo if not unread else lambda: [unread])
+    return Leftover(lines, step(lambda: keeper.keep({}).errors), unread=unread)
 
 
 def hugepages(host: Host) -> Leftover:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from nodeagent.core.partitions.instances import Record
-from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, kept_going
+from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, step
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.driver_programs import DriverSearch
 from nodeagent.host.nvidia_smi import NvidiaSmi
@@ -85,13 +85,7 @@ def passthrough(host: Host) -> Leftover:
     journal = PassthroughJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
     binder, records = Binder(journal, Functions(where.sysfs)), journal.read()
     lines = [Line(f"driver of {address}", one.driver, one.before) for address, one in sorted(records.items())]
-
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            yield from binder.give_back({one.claim for one in records.values()}).values()
-        yield from errors
-
-    return Leftover(lines, undo)
+    return Leftover(lines, step(lambda: binder.give_back({one.claim for one in records.values()})))
 
 
 def interfaces(host: Host) -> Leftover:
@@ -100,13 +94,7 @@ def interfaces(host: Host) -> Leftover:
     journal = InterfaceJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
     mover, records = InterfaceMover(journal, has_driver(where.sysfs), RdmaMover(where.sysfs)), journal.read()
     lines = [Line(f"interface of {one.device}", one.pod_name, one.before.name) for one in records.values()]
-
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            yield from mover.give_back(records).values()
-        yield from errors
-
-    return Leftover(lines, undo)
+    return Leftover(lines, step(lambda: mover.give_back(records)))
 
 
 def vf_properties(host: Host) -> Leftover:
@@ -115,13 +103,7 @@ def vf_properties(host: Host) -> Leftover:
     journal = VfPropertyJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
     setter, records = VfSetter(journal, functools.cache(lambda: scan(where.sysfs, load_kinds()))), journal.read()
     lines = [Line(f"properties of {one.vf}", one.claim, "as before") for one in records.values()]
-
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            yield from setter.give_back(records).values()
-        yield from errors
-
-    return Leftover(lines, undo)
+    return Leftover(lines, step(lambda: setter.give_back(records)))
 
 
 def prepared(host: Host) -> Leftover:
@@ -131,16 +113,15 @@ def prepared(host: Host) -> Leftover:
     records = journal.read()
     lines = [Line(f"device {id}", f"prepared by kind {one.kind}", "unprepared") for id, one in sorted(records.items())]
 
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            if records:
-                families = load_kinds()
-                inventory = scan(where.sysfs, families)
-                preparer = DevicePreparer(journal, families, lambda: inventory)
-                yield from asyncio.run(preparer.undo(records.values())).values()
-        yield from errors
+    def unprepare() -> Mapping[str, str]:
+        if not records:
+            return {}
+        families = load_kinds()
+        inventory = scan(where.sysfs, families)
+        preparer = DevicePreparer(journal, families, lambda: inventory)
+        return asyncio.run(preparer.undo(records.values()))
 
-    return Leftover(lines, undo)
+    return Leftover(lines, step(unprepare))
 
 
 def targets(host: Host) -> Leftover:
@@ -149,14 +130,11 @@ def targets(host: Host) -> Leftover:
     records = FabricsJournal(where.state_dir, where.sysfs.text(BOOT_ID, "")).read()
     lines = [Line(f"target {one.port}", "connected", "disconnected") for one in records.values()]
 
-    def undo() -> Iterator[str]:
-        with kept_going() as errors:
-            if records:
-                made = connector(where.sysfs, where.state_dir, where.sysfs.text(BOOT_ID, ""))
-                yield from asyncio.run(made.disconnect({*records})).values()
-        yield from errors
+    def disconnect() -> Mapping[str, str]:
+        made = connector(where.sysfs, where.state_dir, where.sysfs.text(BOOT_ID, ""))
+        return asyncio.run(made.disconnect({*records})) if records else {}
 
-    return Leftover(lines, undo)
+    return Leftover(lines, step(disconnect))
 
 
 def virtual_functions(host: Host) -> Leftover:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -32,6 +32,8 @@ class Leftover(msgspec.Struct, frozen=True):
     undo: Callable[[], Iterable[str]] = tuple
     notes: Sequence[str] = ()
     """What the agent made and stays as it is, or is left to the admin."""
+    unread: str = ""
+    """Why it is not known what there is to undo, or ""."""
 
 
 class Host(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,6 +41,17 @@ class Host(msgspec.Struct, frozen=True, kw_only=True):
 
     config: Config
     where: Paths
+
+
+def step(act: Callable[[], Mapping[Any, str]]) -> Callable[[], Iterator[str]]:
+    """Return an `undo` that is one act, which returns why some things stay, or raises HostError."""
+
+    def undo() -> Iterator[str]:
+        with kept_going() as errors:
+            yield from act().values()
+        yield from errors
+
+    return undo
 
 
 @contextlib.contextmanager
