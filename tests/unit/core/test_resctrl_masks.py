@@ -52,6 +52,30 @@ def test_ways_are_found_exactly_where_any_mask_of_them_is_free(free: int, ways: 
     assert not found or found in possible
 
 
+def test_a_sum_of_free_ways_promises_what_consecutive_ones_refuse() -> None:
+    """Why ways are no capacity that the scheduler adds up (docs/decisions/0020)."""
+    one, left, given = cache(full=0xF), 0xF, list[int]()
+    for _ in range(4):
+        given.append(choose(one, left, 1))
+        left &= ~given[-1]
+    assert (given, left) == ([1, 2, 4, 8], 0)
+    left |= given[1] | given[3]
+    assert (left.bit_count(), choose(one, left, 2)) == (2, 0)
+
+
+@given(st.lists(st.tuples(st.integers(1, BITS), st.integers(0, 3)), max_size=20), st.integers(0, 1))
+def test_a_sum_is_exact_where_masks_may_have_gaps(steps: list[tuple[int, int]], least: int) -> None:
+    """Whatever claims come and go: so many ways can be given if so many are free."""
+    one, left, given = cache(least, sparse=True), (1 << BITS) - 1, list[int]()
+    for ways, ends in steps:
+        mask = choose(one, left, ways)
+        assert bool(mask) == (ways <= left.bit_count())
+        left &= ~mask
+        given += [mask] * bool(mask)
+        if ends < len(given):
+            left |= given.pop(ends)
+
+
 @given(MASKS, st.integers(1, BITS))
 def test_the_smallest_run_that_fits_is_taken(free: int, ways: int) -> None:
     found = choose(cache(), free, ways)
