@@ -72,7 +72,8 @@ class Connector:
         self._journal = journal
         self._connections = connections
         self._has_node = has_node
-        self._calls: Reads[str, _Outcome] = Reads(connect_s)
+        # A read is given up once it has made no progress from one look to the next.
+        self._calls: Reads[str, _Outcome] = Reads(connect_s / 2)
         self._connect_s, self._disks_s, self._settle_s = connect_s, disks_s, settle_s
         self._hanging: frozenset[str] = frozenset()
         """Devices of the last call that the kernel is still connecting although no caller waits for it."""
