@@ -30,6 +30,12 @@ def shown(value: object) -> str:
     return "nothing" if value is None else repr(value)[:LONGEST_SHOWN]
 
 
+def one_line(text: str) -> str:
+    """Return a message in which everything that a terminal does not show as it is, such as a line break in the name of
+    a key, is escaped."""
+    return text if text.isprintable() else "".join(one if one.isprintable() else repr(one)[1:-1] for one in text)
+
+
 def steps(error: str) -> list[str | int]:
     """Return the path at the end of msgspec's ValidationError, such as `$.resources[1].serve`, as keys and indices.
 

@@ -29,16 +29,17 @@ def parse(text: str | bytes, *, source: str) -> Config:
     found = _read_yaml(text, source)
     for path, key, known in _unknown(found, schema(), "$"):
         where = _line_of(text, hints.steps(f"at `{path}`"))
-        raise ConfigError(f"cannot use {source}: unknown key {path}; {hints.hint(key, sorted(known))}{where}")
+        why = f"unknown key {path}; {hints.hint(key, sorted(known))}{where}"
+        raise ConfigError(f"cannot use {source}: {hints.one_line(why)}")
     if said := _error_of(found):
         place = hints.path_of(found, said, _error_of)
         more = f"{hints.found(found, said, place)}{hints.expected(schema(), said)}{_line_of(text, place)}"
-        raise ConfigError(f"cannot use {source}: {said}{more}")
+        raise ConfigError(f"cannot use {source}: {hints.one_line(said + more)}")
     config = msgspec.convert(found, Config)
     for wrong in mistakes(config):
         named = re.search(r"(?:at |^)(\$\S*?)(?:,|:| |$)", f"{wrong} ")
         where = _line_of(text, hints.steps(f"at `{named[1]}`")) if named else ""
-        raise ConfigError(f"cannot use {source}: {wrong}{where}")
+        raise ConfigError(f"cannot use {source}: {hints.one_line(wrong + where)}")
     return config
 
 

@@ -161,12 +161,12 @@ def _decode(parameters: Mapping[str, Any], where: str, forms: Forms) -> tuple[st
     if form is None:
         raise InputError(f"cannot use {where}: {hints.shown(kind)} at $.kind; {hints.hint(str(kind), list(every))}")
     for path, key, known in _unknown(said, form, "$"):
-        raise InputError(f"cannot use {where}: {kind} has no key {path}; {hints.hint(key, known)}")
+        raise InputError(f"cannot use {where}: {kind} has no key {hints.one_line(path)}; {hints.hint(key, known)}")
     try:
         return str(kind), _settings(msgspec.convert(said, form))
     except msgspec.ValidationError as error:
         value = hints.found(said, str(error), hints.steps(str(error)))
-        raise InputError(f"cannot use {where}: {kind}: {error}{value}") from None
+        raise InputError(f"cannot use {where}: {kind}: {hints.one_line(str(error))}{value}") from None
     except InputError as error:
         raise InputError(f"cannot use {where}: {kind}: {error}") from None
     except Exception as error:  # whatever a third party's type raises

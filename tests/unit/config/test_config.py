@@ -390,7 +390,13 @@ def test_any_value_at_any_key_is_a_configuration_or_refused(document: dict[str, 
     try:
         parse(json.dumps(document), source="here.yaml")
     except ConfigError as error:
-        assert "\n" not in str(error)
+        assert str(error).isprintable()
+
+
+def test_a_key_with_a_line_break_is_named_in_one_line() -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(json.dumps({"kubeletConfig": {"fi\nle\x1b": None}}), source="here.yaml")
+    assert "unknown key $.kubeletConfig.fi\\nle\\x1b; did you mean file?" in str(refused.value)
 
 
 def test_a_configuration_survives_being_written_and_read() -> None:
