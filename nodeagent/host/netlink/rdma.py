@@ -87,7 +87,7 @@ class RdmaDevices:
         answer = self._asked(lambda exchange: exchange.get(what, _SYS_GET, b""))
         mode = attributes(answer or b"").get(_NETNS_MODE)
         if not mode:
-            raise HostError(f"{what}: the kernel does not tell it")
+            raise HostError(f"{what}: the kernel does not report it")
         return mode[0] != _SHARED
 
     def devices(self) -> list[RdmaDevice]:

@@ -108,7 +108,7 @@ def test_a_kernel_that_does_not_tell_the_mode_is_an_error(
     kernel: RdmaKernel, host: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(RdmaKernel, "sys_get", lambda self, body: b"")
-    with pytest.raises(HostError, match="cannot read the mode of `rdma system`: the kernel does not tell it"):
+    with pytest.raises(HostError, match="cannot read the mode of `rdma system`: the kernel does not report it"):
         devices(kernel, host).are_exclusive()
 
 
