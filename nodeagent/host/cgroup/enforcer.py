@@ -44,7 +44,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
     """CPUs that the effective CPUs must stay within, whatever is written: for cgroups below a confined one."""
     partition: str = MEMBER
     let_go: CpuSet = EMPTY
-    """CPUs that partitions below may take: these are then in effect there and not here."""
+    """CPUs of which partitions below may take any: those that they take are in effect there and not here."""
 
     @property
     def wanted(self) -> CgroupTarget:
@@ -215,8 +215,10 @@ def _drifts(state: CgroupState, target: Target) -> tuple[Drift, ...]:
 
 
 def _is_let_go(one: Drift, target: Target) -> bool:
-    rest = target.cpus - target.let_go if target.cpus is not None and target.let_go else None
-    return rest is not None and one.file == "cpuset.cpus.effective" and one.found == str(rest)
+    if target.cpus is None or not target.let_go or one.file != "cpuset.cpus.effective":
+        return False
+    found = CpuSet.parse(one.found)
+    return target.cpus - target.let_go <= found <= target.cpus
 
 
 def _beyond(state: CgroupState, target: Target) -> Iterator[Drift]:

@@ -81,7 +81,7 @@ class NriHooks:
         if late := await _within(within_s, self._make_way(container)):
             self._go_on(container, late)
         pin, updates = self._reconciler.pin(container.id), self._reconciler.updates(but=container.id)
-        if pin.exclusive and pin.lost == pin.held:
+        if pin.exclusive and pin.alone <= pin.lost:
             where = outside_of(self._agent.inventory) if pin.outside else "offline"
             self._refuse(container, f"its CPUs {pin.held} are {where}")
         if pin.grants:
