@@ -224,6 +224,14 @@ class FabricsKernel:
         one = self.controllers[name] = Controller(name, options, disks)
         return one
 
+    def grow(self, name: str) -> None:
+        """The target of a controller gets another namespace; without multipath."""
+        one = self.controllers[name]
+        disk = f"{name}n{len(one.disks) + 1}"
+        self._folder(name, disk).mkdir()
+        self._add_disk(disk)
+        one.disks.append(disk)
+
     def _add_disk(self, disk: str) -> None:
         folder = self.tree.root / "sys/devices/virtual/nvme-subsystem" / disk
         folder.mkdir(parents=True, exist_ok=True)

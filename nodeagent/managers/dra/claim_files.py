@@ -155,9 +155,21 @@ class ClaimRenderer:
             try:
                 self._write(dra, inventory, uid, grants)
                 self._rendered[uid] = _Rendered(grants, dra, inventory, self._versions(uid))
+            except handover.NotPreparedError as error:
+                errors[uid] = "; ".join(
+                    filter(None, [f"cannot prepare {grants[0].holder}: {error}", self._hidden(uid)])
+                )
             except (NodeagentError, OSError) as error:
                 errors[uid] = f"cannot prepare {grants[0].holder}: {error}"
         return errors
+
+    def _hidden(self, uid: str) -> str:
+        """Remove the file by which a runtime would hand over what is not prepared. Return "" or why it is left."""
+        try:
+            self._cdi.remove(uid)
+        except (NodeagentError, OSError) as error:
+            return str(error)
+        return ""
 
     def _write(self, dra: Dra, inventory: Inventory, uid: str, grants: Sequence[Grant]) -> None:
         claim, pod_claim = grants[0].holder.claim, grants[0].holder.pod_claim

@@ -36,6 +36,10 @@ MPS_FOLDER = Path("/run/nodeagent/mps")
 """The folder of the MPS daemons, if the configuration leaves the runtime folder as it is."""
 
 
+class NotPreparedError(HostError):
+    """A device is not prepared for its claim at this moment: what was prepared before may be another's by now."""
+
+
 def edits(
     dra: Dra,
     inventory: Inventory,
@@ -96,7 +100,7 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
     if not prepares(offer.family) or not grant.devices:
         return own
     if device.prepared is None or device.prepared.grant != grant.id:
-        raise HostError(f"cannot hand over {device.id}: the kind {device.kind} has not prepared it yet")
+        raise NotPreparedError(f"cannot hand over {device.id}: the kind {device.kind} has not prepared it yet")
     return merged([own, device.prepared.edits])
 
 

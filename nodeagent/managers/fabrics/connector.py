@@ -94,19 +94,21 @@ class Connector:
 
     async def connect(self, wanted: Wanted) -> bool:
         """Have a target connected for a claim, with its disks. Return whether anything was changed. Raise HostError;
-        what was begun in this call is undone, as far as it can be."""
+        what was begun in this call is undone, as far as it can be. What an earlier call has connected for the same
+        grant is kept, whatever is configured now: containers may use it."""
         record = self._journal.read().get(wanted.device)
         if record is not None and record.claim != wanted.claim:
             raise HostError(f"cannot connect {wanted.port}: it is still connected for claim {record.claim}")
         there = await asyncio.to_thread(self.standing, record) if record is not None else None
-        if record is not None and there is not None and record.port == wanted.port:
-            if record.grant == wanted.grant and record.edits is not None and record.edits == _edits(there.disks):
-                return False
-        elif record is not None:  # it has ended, or the claim was allocated again
+        if record is not None and there is not None and record.grant == wanted.grant:
+            if record.edits is None or record.edits != _edits(there.disks):
+                host = replace(wanted.host, nqn=record.hostnqn)
+                await self._with_disks(replace(wanted, port=record.port, host=host), there)
+                return True
+            return False
+        if record is not None:  # it has ended, or the claim was allocated again
             await self._end(record)
-            there = None
-        if there is None:
-            there = await self._made(wanted)
+        there = await self._made(wanted)
         try:
             await self._with_disks(wanted, there)
         except HostError as error:
@@ -182,9 +184,18 @@ class Connector:
             controller=there.name,
             edits=_edits(now.disks),
         )
+        await asyncio.to_thread(self.forget_disks)
         self._journal.keep({record.device: record})
 
     # ---------------------------------------------------------------- back
+
+    def forget_disks(self) -> None:
+        """Record that the disks of connections that have ended are no longer handed over: another target may have their
+        names by now. Blocks. Raise HostError."""
+        records = [one for one in self._journal.read().values() if one.edits is not None]
+        ended = {one.device: replace(one, edits=None) for one in records if self.standing(one) is None}
+        if ended:
+            self._journal.keep(ended)
 
     async def disconnect(self, devices: Collection[str]) -> dict[str, str]:
         """Disconnect some targets. Return, by device, why one still is connected."""

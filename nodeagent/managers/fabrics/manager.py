@@ -59,6 +59,7 @@ class FabricsManager(Manager):
         self._left: Mapping[str, str] = {}
         """Why a target that no claim holds is not disconnected, by device."""
         self._failing = Once("targets-not-disconnected")
+        self._unforgotten = Once("disks-not-forgotten")
         self._observed: frozenset[str] = frozenset()
 
     async def close(self) -> None:
@@ -184,15 +185,21 @@ class FabricsManager(Manager):
         return self._connector.orphans(held)
 
     async def look(self) -> None:
-        """Report the state of each connection."""
+        """Report the state of each connection, and forget the disks of those that have ended."""
         evidence = await asyncio.to_thread(lambda: [*self._seen()])
+        try:
+            await asyncio.to_thread(self._connector.forget_disks)
+        except HostError as error:
+            self._unforgotten.report(str(error))
+        else:
+            self._unforgotten.clear()
         now = frozenset(one.device for one in evidence)
         self._agent.observe(evidence, [(id, PATH) for id in self._observed - now])
         self._observed = now
 
     def _seen(self) -> Iterator[Evidence]:
         """Blocks."""
-        for one in (one for one in self._connector.records().values() if one.edits is not None):
+        for one in (one for one in self._connector.records().values() if one.controller):
             there = self._connector.standing(one)
             if there is not None and there.state == LIVE:
                 yield Evidence(device=one.device, source=PATH, state=HEALTHY)

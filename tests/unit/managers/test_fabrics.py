@@ -373,6 +373,55 @@ async def test_a_connection_that_an_admin_ended_is_made_again_when_kubelet_asks(
         assert one.is_untouched()
 
 
+@pytest.mark.parametrize("looked", [True, False])
+async def test_a_claim_hands_over_no_disk_of_another_target_under_the_same_name(folder: Path, looked: bool) -> None:
+    """Kubelet does not prepare again when a container is restarted in its pod."""
+    async with node(folder) as one:
+        first, second = one.claim("first", "fast"), one.claim("second", "slow")
+        assert await one.prepare(first) == ""
+        one.kernel.remove("nvme0")
+        if looked:
+            await one.fabrics.look()
+            await one.room.rendering.restore(afresh=False)
+            assert not one.room.spec_file(first).exists()
+        assert await one.prepare(second) == ""
+        await one.room.rendering.restore(afresh=False)
+        assert one.nodes(second) == ["/dev/nvme0n1"]
+        assert not one.room.spec_file(first).exists()
+        assert await one.prepare(first) == ""
+        assert (one.nodes(first), one.nodes(second)) == (["/dev/nvme1n1"], ["/dev/nvme0n1"])
+        assert [await one.unprepare(ref) for ref in (first, second)] == ["", ""]
+        assert one.is_untouched()
+
+
+async def test_what_a_claim_has_connected_stays_connected_whatever_is_configured_meanwhile(folder: Path) -> None:
+    """A kubelet that starts prepares the claims of all pods that run."""
+    async with node(folder) as one:
+        ref = one.claim("c", "fast")
+        assert await one.prepare(ref) == ""
+        one.room.serve(resource(fast={"traddr": "192.0.2.9", "hostNqn": "nqn.2024-01.com.example:other"}))
+        one.room.rescan()
+        assert await one.prepare(ref) == ""
+        assert (one.kernel.connected(), one.nodes(ref)) == ({"nvme0": NQNS["fast"]}, ["/dev/nvme0n1"])
+        assert await one.unprepare(ref) == ""
+        assert one.is_untouched()
+
+
+async def test_a_prepare_that_fails_ends_no_connection_of_an_earlier_one(folder: Path) -> None:
+    """The target has got a disk, and its path is lost: the disks cannot be read again at this moment."""
+    async with node(folder) as one:
+        ref = one.claim("c", "fast")
+        assert await one.prepare(ref) == ""
+        one.kernel.grow("nvme0")
+        one.kernel.lose(one.targets["fast"])
+        assert "its state is connecting" in await one.prepare(ref)
+        assert one.kernel.connected() == {"nvme0": NQNS["fast"]}
+        one.kernel.restore(one.targets["fast"])
+        assert (await one.prepare(ref), one.nodes(ref)) == ("", ["/dev/nvme0n1", "/dev/nvme0n2"])
+        assert await one.unprepare(ref) == ""
+        assert one.is_untouched()
+
+
 async def test_another_connection_under_the_same_name_is_left_alone(folder: Path) -> None:
     async with node(folder) as one:
         ref = one.claim("c", "fast")
