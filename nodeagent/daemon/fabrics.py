@@ -89,6 +89,20 @@ class Fabrics:
         return sharing, _Instances(instances, self), _Both(passthrough, self.connections)
 
 
+def connected_nqns(where: Paths, agent: Agent) -> Callable[[], frozenset[str]]:
+    """Return what reads which subsystems the agent has connected; it blocks, and loads nothing where there are none."""
+
+    def connected() -> frozenset[str]:
+        if not (where.state_dir / state_files.FABRICS).exists():
+            return frozenset()
+        from nodeagent.managers.fabrics.journal import FabricsJournal
+
+        records = FabricsJournal(where.state_dir, agent.settings.boot_id).read()
+        return frozenset(one.port.nqn for one in records.values())
+
+    return connected
+
+
 class _Instances:
     """The inventory as containers get it."""
 

@@ -12,6 +12,7 @@ from nodeagent.core.events.states import Node
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.divided import Divided
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
+from nodeagent.daemon.fabrics import connected_nqns
 from nodeagent.daemon.foundation import Foundation
 from nodeagent.daemon.gpus import Gpus, instance_table
 from nodeagent.daemon.kinds import Kinds
@@ -97,6 +98,7 @@ class Wiring:
             self._config,
             self._page_holders,
             self._instances,
+            connected_nqns(where, agent),
         )
 
     def _page_holders(self) -> list[str] | None:

@@ -27,6 +27,8 @@ class Selectors(msgspec.Struct, frozen=True, kw_only=True):
     usb: tuple[all_kinds.UsbSelector, ...] = ()
     pci: tuple[all_kinds.PciSelector, ...] = ()
     targets: tuple[all_kinds.TargetSelector, ...] = ()
+    connected_nqns: frozenset[str] = frozenset()
+    """Subsystems that the agent has connected for claims, configured or no longer configured."""
     block_types: frozenset[str] = frozenset()
     """Parts of disks: which of BLOCK_TYPES."""
     gpu_groups: frozenset[int] = frozenset()
@@ -68,6 +70,7 @@ def scan(
         usb=selectors.usb,
         pci_selectors=selectors.pci,
         targets=selectors.targets,
+        connected_nqns=selectors.connected_nqns,
         block_types=selectors.block_types,
         nvml=nvml,
         partitions=selectors.partitions,

@@ -96,6 +96,8 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     usb: tuple[UsbSelector, ...] = ()
     pci: tuple[PciSelector, ...] = ()
     targets: tuple[TargetSelector, ...] = ()
+    connected_nqns: frozenset[str] = frozenset()
+    """Subsystems that the agent has connected for claims: their disks are no devices of their own."""
     block_types: frozenset[str] = frozenset()
     """Which of BLOCK_TYPES to look for."""
     block_uses: BlockUses | None = None

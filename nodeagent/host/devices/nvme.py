@@ -59,11 +59,12 @@ def controllers(reader: Tolerant) -> list[Controller]:
 
 
 def is_target(reader: Tolerant, context: Context, controller: Controller) -> bool:
-    """Return whether a controller leads to a configured target: its disks belong to that device."""
-    if not context.targets or controller.address is not None:
+    """Return whether a controller leads to a target that is configured, or connected for a claim: its disks belong to
+    that device."""
+    if controller.address is not None or not (context.targets or context.connected_nqns):
         return False
     nqn = reader.text(f"{controller.path}/subsysnqn")
-    return any(one.port.nqn == nqn for one in context.targets)
+    return nqn in context.connected_nqns or any(one.port.nqn == nqn for one in context.targets)
 
 
 def controller_id(reader: Tolerant, controller: Controller) -> str:

@@ -79,14 +79,16 @@ class InventoryScanner(Manager):
         config: Callable[[], Config],
         holders: Callable[[], Iterable[str] | None] = lambda: None,
         instances: InstanceTable | None = None,
+        connected_nqns: Callable[[], frozenset[str]] = frozenset,
     ) -> None:
         """Set up without reading anything.
 
         `config` returns the configuration in force; `holders` returns the cgroups of all containers that hold
         hugepages, relative to the cgroup v2 mount, or None if not all are known; `instances` has the MIG instances that
-        the agent made.
+        the agent made; `connected_nqns` returns the NVMe subsystems on the network that it has connected, and blocks.
         """
         self._instances = instances
+        self._connected_nqns = connected_nqns
         self._agent = agent
         self._sysfs = sysfs
         self._families = families
@@ -260,8 +262,8 @@ class InventoryScanner(Manager):
         return self._scanned == (for_scans(self._nvml), self._selectors(self._config()).partitions)
 
     def _selectors(self, config: Config) -> Selectors:
-        """Return what to look for, with the MIG instances that the agent made; blocks."""
-        found = selectors(config)
+        """Return what to look for, with the MIG instances and the connections that the agent made; blocks."""
+        found = replace(selectors(config), connected_nqns=self._connected_nqns())
         if found.partitions is None or self._instances is None:
             return found
         return replace(found, partitions=self._instances.selector())

@@ -10,12 +10,17 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.health import UNHEALTHY
+from nodeagent.daemon.fabrics import connected_nqns
+from nodeagent.host.devices.all_kinds import builtin_kinds
+from nodeagent.host.devices.base import BLOCK_TYPES
+from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.claim_files import ClaimRenderer
@@ -453,6 +458,27 @@ async def test_a_claim_of_a_target_that_is_no_longer_configured_is_disconnected(
         one.room.rescan()
         assert await one.unprepare(ref) == ""
         assert one.is_untouched()
+
+
+async def test_the_disks_of_a_claim_are_no_devices_of_their_own_when_its_target_is_no_longer_configured(
+    folder: Path,
+) -> None:
+    async with node(folder) as one:
+        where = SimpleNamespace(state_dir=one.room.folder / "state")
+        connected = connected_nqns(where, one.room.agent)  # type: ignore[arg-type]
+
+        def found() -> set[str]:
+            tree = SysFs(str(one.room.tree.root))
+            selectors = Selectors(connected_nqns=connected(), block_types=frozenset(BLOCK_TYPES))
+            devices = scan(tree, builtin_kinds(), selectors).devices
+            return {device.kind for device in devices if "nvme0" in device.attributes.get("controller", "")}
+
+        ref = one.claim("c", "fast")
+        assert (connected(), await one.prepare(ref)) == (frozenset(), "")
+        assert (connected(), found()) == ({NQNS["fast"]}, set())
+        assert await one.unprepare(ref) == ""
+        assert one.kernel.by_admin(one.targets["fast"]) == "nvme0"
+        assert (connected(), found()) == (frozenset(), {"nvme", "block"})
 
 
 async def test_a_pool_that_no_one_serves_is_named(folder: Path) -> None:
