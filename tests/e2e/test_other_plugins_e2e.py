@@ -38,8 +38,13 @@ def offered(node: Cluster, resource: str) -> int:
 
 
 def uuid_of(node: Cluster, address: str) -> str:
-    every = node.ask_agent("/v1/inventory")["devices"]
-    return str(next(one["attributes"]["uuid"] for one in every if one["id"] == address))
+    """A GPU is listed before NVML has answered, which knows its UUID."""
+
+    def known() -> str:
+        every = node.ask_agent("/v1/inventory")["devices"]
+        return str(next(one["attributes"].get("uuid", "") for one in every if one["id"] == address))
+
+    return str(until("NVML names the GPU", known))
 
 
 def gpu_refused(node: Cluster) -> str:

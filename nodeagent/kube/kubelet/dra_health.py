@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 import structlog
+from h2.exceptions import H2Error
 
 from nodeagent.aio.unless import unless
 from nodeagent.core.model.claim import DeviceHealth
@@ -80,6 +81,8 @@ class _Service:
         self._on_watch(+1)
         try:
             await self._send(context)
+        except H2Error:
+            raise  # kubelet has hung up
         except Exception as error:
             log.error("health-not-sent", error=str(error), exc_info=error)
             text = f"cannot send the health of devices: unexpected {type(error).__name__}, see the agent's log"

@@ -36,12 +36,17 @@ log = structlog.get_logger()
 Headers = list[tuple[bytes, bytes]]
 
 
+class _Http(H2Connection):
+    MAX_CLOSED_STREAMS = 2 * MOST_STREAMS
+    """How many streams that have ended are remembered; h2 would keep 65,536, 11 MiB of them."""
+
+
 class Connection(asyncio.Protocol):
     """One connection. Subclasses override the methods that begin with `on_`."""
 
     def __init__(self, path: Path, *, client: bool) -> None:
         self._path = path
-        self._http = H2Connection(
+        self._http = _Http(
             H2Configuration(
                 client_side=client,
                 header_encoding=None,

@@ -25,7 +25,7 @@ from nodeagent.kube.rpc.wire import CONTENT_TYPE, Inbox, Method, framed, methods
 
 LARGEST_REQUEST_BYTES = 4 << 20
 MOST_HELD_BYTES = 16 << 20
-"""Of incomplete requests on one connection."""
+"""Of requests on one connection, until their calls have ended."""
 CANCELLED_S = 1.0
 """How long a stop waits for calls to end that it has cancelled."""
 
@@ -64,7 +64,9 @@ class Server:
             self._bound = _identity(self.path)
             bound.listen(socket.SOMAXCONN)
             loop = asyncio.get_running_loop()
-            self._listener = await loop.create_unix_server(lambda: _Peer(self), sock=bound, start_serving=False)
+            self._listener = await loop.create_unix_server(
+                lambda: _Peer(self), sock=bound, backlog=socket.SOMAXCONN, start_serving=False
+            )
             await self._listener.start_serving()
         except BaseException:
             self._unlisten()
@@ -123,7 +125,9 @@ class Call:
         """Whether a message was only partly sent."""
         self._task: asyncio.Task[None] | None = None
         self._cancelled = False
+        self._limit: asyncio.Timeout | None = None
         self.inbox = Inbox(LARGEST_REQUEST_BYTES)
+        self.received_bytes = 0
 
     @property
     def task(self) -> asyncio.Task[None] | None:
@@ -136,10 +140,15 @@ class Call:
         return self._task
 
     def cancel(self) -> None:
-        """Cancel the task, once: a second time would interrupt what it does about the first."""
-        if self._task is not None and not self._cancelled:
-            self._cancelled = True
-            self._task.cancel()
+        """Cancel the task, once, whether by this or by its deadline: a second time would interrupt what it does about
+        the first."""
+        if self._task is None or self._cancelled or (self._limit is not None and self._limit.expired()):
+            return
+        self._cancelled = True
+        if self._limit is not None:
+            with contextlib.suppress(RuntimeError):  # it has ended
+                self._limit.reschedule(None)
+        self._task.cancel()
 
     async def write(self, message: Any) -> None:
         """Send one answer of a stream, as fast as the peer takes it."""
@@ -166,7 +175,7 @@ class Call:
 
     async def _served(self) -> tuple[Code, str]:
         try:
-            async with asyncio.timeout_at(self._due_s) as limit:
+            async with asyncio.timeout_at(self._due_s) as self._limit:
                 request = self._handler.method.request.FromString(self.inbox.message())
                 answer = await self._handler.serve(request, self)
                 if not self._handler.method.streams:
@@ -175,8 +184,10 @@ class Call:
             return error.code, error.details
         except DecodeError:
             return Code.UNKNOWN, "the request is no valid protobuf message"
+        except H2Error:
+            return Code.CANCELLED, ""  # the peer has given it up, and nothing reaches it
         except Exception as error:
-            if isinstance(error, TimeoutError) and limit.expired():
+            if isinstance(error, TimeoutError) and self._limit is not None and self._limit.expired():
                 return Code.DEADLINE_EXCEEDED, "Deadline Exceeded"
             log.error("call-broken", method=self._handler.method.name, error=str(error), exc_info=error)
             return Code.UNKNOWN, f"unexpected {type(error).__name__}, see the agent's log"
@@ -269,6 +280,7 @@ class _Peer(Connection):
             return
         try:
             self._held_bytes += len(data)
+            call.received_bytes += len(data)
             call.inbox.add(data)
             if self._held_bytes > MOST_HELD_BYTES:
                 raise AbortedError(Code.RESOURCE_EXHAUSTED, f"requests have more than {MOST_HELD_BYTES} bytes")
@@ -280,7 +292,6 @@ class _Peer(Connection):
     def on_end(self, stream: int) -> None:
         call = self._calls.get(stream)
         if call is not None and call.task is None:
-            self._held_bytes -= call.inbox.held_bytes
             call.begin().add_done_callback(lambda _: self._drop(stream))
 
     def on_reset(self, stream: int, code: int) -> None:
@@ -293,6 +304,8 @@ class _Peer(Connection):
             call.cancel()
 
     def on_goaway(self, last: int) -> None:
+        for one in tuple(self._calls.values()):
+            one.cancel()
         self.close()
 
     def on_lost(self) -> None:
@@ -302,8 +315,8 @@ class _Peer(Connection):
 
     def _drop(self, stream: int) -> None:
         call = self._calls.pop(stream, None)
-        if call is not None and call.task is None:
-            self._held_bytes -= call.inbox.held_bytes
+        if call is not None:
+            self._held_bytes -= call.received_bytes
         if self._draining and not self._calls:
             self.close()
 

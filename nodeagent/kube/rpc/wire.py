@@ -77,11 +77,6 @@ class Inbox:
             text = f"message has {found} bytes, the limit is {self._most_bytes}"
             raise AbortedError(Code.RESOURCE_EXHAUSTED, text)
 
-    @property
-    def held_bytes(self) -> int:
-        """Return how much has been collected."""
-        return len(self._data)
-
     def message(self) -> bytes:
         """Return the message once everything came, and forget it. Raise AbortedError if it is not exactly one."""
         data, self._data = self._data, bytearray()

@@ -19,6 +19,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import ContinuationFrame, DataFrame, Frame, HeadersFrame, PingFrame
 from hypothesis import given
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 
 from nodeagent.kube.rpc import connection, server
 from nodeagent.kube.rpc.server import LARGEST_REQUEST_BYTES, Server
@@ -504,6 +505,76 @@ async def test_a_peer_that_does_not_begin_is_let_go(folder: Path, monkeypatch: p
             with contextlib.suppress(ConnectionError):
                 await one.reader.read()
         assert (await idle.status(idle.call()))[0] == Code.OK
+
+
+async def test_streams_that_have_ended_are_forgotten(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kubelet keeps its connection for as long as it watches."""
+    monkeypatch.setattr(connection._Http, "MAX_CLOSED_STREAMS", 20)
+    async with served(folder) as (it, _), channels.channel(it.path) as channel:
+        for _ in range(60):
+            await rpc.DevicePluginStub(channel).Allocate(pb.AllocateRequest())
+        assert len(next(iter(it._peers))._http._closed_streams) <= 20
+
+
+async def test_a_peer_that_leaves_during_a_stream_ends_it_without_an_error(folder: Path) -> None:
+    with capture_logs() as logs:
+        async with served(folder) as (it, desk), raw_client(it.path) as raw:
+            raw.call(WATCH)
+            await until(lambda: desk.written)
+            raw.http.close_connection()
+            raw.send()
+            await until(lambda: not it._peers)
+            desk.go_on.set()
+    assert [one["event"] for one in logs] == []
+
+
+async def test_requests_of_calls_in_progress_hold_a_bounded_amount(folder: Path) -> None:
+    async with served(folder) as (it, desk), channels.channel(it.path) as channel:
+        stub = rpc.DevicePluginStub(channel)
+        large = asked("wait")
+        large.container_requests[0].devices_ids.append("x" * (7 << 19))
+        waiting = [asyncio.ensure_future(stub.Allocate(large)) for _ in range(4)]
+        await until(lambda: desk.entered == 4)
+        code, text = await failure(stub.Allocate(large))
+        assert (code, text) == (grpc.StatusCode.RESOURCE_EXHAUSTED, f"requests have more than {16 << 20} bytes")
+        desk.go_on.set()
+        await asyncio.gather(*waiting)
+        assert await stub.Allocate(large) == pb.AllocateResponse()
+
+
+@pytest.mark.parametrize("patience_s", [0.05, 5.0])
+async def test_a_call_is_cancelled_once_by_its_deadline_and_its_peer(folder: Path, patience_s: float) -> None:
+    """What it does about that is not interrupted: kubelet gives a call up at the moment of its deadline."""
+    entered, ended = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        interrupted = False
+
+        async def Allocate(self, request: Any, context: Any) -> Any:  # noqa: N802
+            entered.set()
+            try:
+                await asyncio.sleep(10)
+            except asyncio.CancelledError:
+                try:
+                    await asyncio.sleep(0.2)
+                except asyncio.CancelledError:
+                    self.interrupted = True
+                ended.set()
+                raise
+
+    it, slow = Server(folder / "s"), Slow()
+    it.add(pb.DESCRIPTOR, "DevicePlugin", slow)
+    await it.start()
+    async with channels.channel(it.path) as channel:
+        call = rpc.DevicePluginStub(channel).Allocate(pb.AllocateRequest(), timeout=patience_s)
+        await entered.wait()
+        if patience_s > 1:
+            call.cancel()
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.CancelledError):
+            await call
+        await ended.wait()
+        assert not slow.interrupted
+    await it.stop(0)
 
 
 def test_frames_of_the_tests_are_what_they_seem() -> None:
