@@ -101,8 +101,12 @@ def timeout_text(seconds: float) -> bytes:
 
 
 def status_text(details: str) -> bytes:
-    """Return the text of a status as its header holds it."""
-    return quote_from_bytes(details.encode(errors="backslashreplace"), safe=_PLAIN).encode()
+    """Return the text of a status as its header holds it: spaces at its ends, which headers do not keep, are escaped
+    too."""
+    text = quote_from_bytes(details.encode(errors="backslashreplace"), safe=_PLAIN)
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" ")) if inner else len(text)
+    return ("%20" * before + inner + "%20" * (len(text) - before - len(inner))).encode()
 
 
 def status_of(headers: dict[bytes, bytes]) -> tuple[Code, str]:
