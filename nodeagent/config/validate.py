@@ -207,8 +207,10 @@ def _wrong_dra(config: Config) -> Iterator[str]:
 
 
 def _wrong_targets(config: Config) -> Iterator[str]:
-    """Yield targets that stand twice, under one name or as one subsystem: it would be one disk under two names."""
+    """Yield targets that stand twice, under one name or as one subsystem, wherever it is reached: it would be one disk
+    under two names. And those whose pool is called as a kind's is by the catalog."""
     first: dict[str, str] = {}
+    kinds = {one.kind for one in config.served}
     for i, one in enumerate(config.served):
         for j, target in enumerate(one.targets):
             where = f"$.resources[{i}].targets[{j}]"
@@ -216,6 +218,8 @@ def _wrong_targets(config: Config) -> Iterator[str]:
                 before = first.setdefault(f"{key} {value!r}", where)
                 if before != where:
                     yield f"{key} {value!r} at {where}.{key} stands twice, first at {before}"
+            if (kind := f"nvmeof-{target.name}") in kinds:
+                yield f"name {target.name!r} at {where}.name is that of a kind, {kind}"
             if target.dhchap_ctrl_secret_file and not target.dhchap_secret_file:
                 yield f"{where}.dhchapCtrlSecretFile has no meaning without dhchapSecretFile"
 

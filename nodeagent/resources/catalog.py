@@ -7,7 +7,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import msgspec
-from msgspec.structs import replace
 
 from nodeagent.config.resources import ResourceConfig
 from nodeagent.config.schema import Config
@@ -18,7 +17,7 @@ from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import NodeCost
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.fabrics.target import KIND as NVMEOF
-from nodeagent.core.fabrics.target import pool_name
+from nodeagent.core.fabrics.target import device_id
 from nodeagent.core.ledger.free import PageLimit
 from nodeagent.core.model.options import check_options
 from nodeagent.core.model.quantity import parse_size
@@ -106,18 +105,16 @@ def _pool_kind(config: Config, kind: str, mine: Sequence[Offer]) -> PoolKind:
 
 
 def _shared_pools(config: Config, mine: Sequence[Offer]) -> dict[str, SharedPool]:
-    """Return the pools that nodes share, by name: one for each set of labels that targets want of nodes."""
+    """Return the pools that nodes share, by name: one for each target."""
     from nodeagent.core.fabrics.pool import SharedPool
 
-    found: dict[str, SharedPool] = {}
-    for target in config.targets:
-        name = pool_name(target.node_selector)
-        if name not in found:
-            resources = [offer.resource for offer in mine if isinstance(offer.resource, DeviceResource)]
-            of_pool = (replace(one, match=MappingProxyType({**one.match, "pool": name})) for one in resources)
-            selector = MappingProxyType(dict(target.node_selector))
-            found[name] = SharedPool(kind=name, resources=tuple(of_pool), node_selector=selector)
-    return found
+    resources = tuple(offer.resource for offer in mine if isinstance(offer.resource, DeviceResource))
+    return {
+        (name := device_id(target.name)): SharedPool(
+            kind=name, resources=resources, node_selector=MappingProxyType(dict(target.node_selector))
+        )
+        for target in config.targets
+    }
 
 
 def _overhead(config: ResourceConfig) -> Mapping[str, NodeCost]:

@@ -14,7 +14,7 @@ from nodeagent.config.resources import CdiConfig, NvmeTargetConfig, ResourceConf
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
-from nodeagent.core.fabrics.target import Port, pool_name
+from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
 from nodeagent.core.model.grant import Grant
@@ -178,7 +178,7 @@ def selectors(config: Config) -> Selectors:
 
 def _target(selector: str, config: NvmeTargetConfig) -> TargetSelector:
     port = Port(transport=config.transport, traddr=config.traddr, trsvcid=config.trsvcid, nqn=config.nqn)
-    return TargetSelector(name=config.name, selector=selector, port=port, pool=pool_name(config.node_selector))
+    return TargetSelector(name=config.name, selector=selector, port=port)
 
 
 def _asks_for(config: ResourceConfig, kind: str, name: str, value: str) -> bool:

@@ -48,7 +48,7 @@ class Node:
     facts: dict[str, Any]
 
     def claim(self, name: str, target: str) -> ClaimId:
-        allocated = {"request": "r", "driver": DRIVER, "pool": "nvmeof", "device": f"nvmeof-{target}"}
+        allocated = {"request": "r", "driver": DRIVER, "pool": f"nvmeof-{target}", "device": f"nvmeof-{target}"}
         return self.node.claim(name, allocated)
 
     @property
@@ -92,9 +92,9 @@ async def test_a_target_is_published_for_all_nodes_connected_for_a_claim_and_dis
 ) -> None:
     async with fabrics_node(folder, monkeypatch) as one:
         api = one.node.api
-        await api.until(lambda: bool(api.objects(SLICES)))
-        (stored,) = api.objects(SLICES)
-        assert stored["spec"]["allNodes"] is True and stored["spec"]["pool"]["name"] == "nvmeof"
+        await api.until(lambda: len(api.objects(SLICES)) == len(NAMES))
+        for stored, name in zip(api.objects(SLICES), NAMES, strict=True):
+            assert stored["spec"]["allNodes"] is True and stored["spec"]["pool"]["name"] == f"nvmeof-{name}"
         (lease,) = api.objects(LEASES)
         assert lease["spec"]["holderIdentity"] == NODE
         claim = one.claim("c", "fast")
@@ -105,7 +105,7 @@ async def test_a_target_is_published_for_all_nodes_connected_for_a_claim_and_dis
         assert [it["path"] for it in device["containerEdits"]["deviceNodes"]] == ["/dev/nvme0n1"]
         assert one.node.metadata(claim)["devices"][0]["kind"] == "nvmeof"
         status = await one.node.agent.until("/v1/status", lambda said: said["fabrics"].get("leads"))
-        assert status["fabrics"]["pools"] == ["nvmeof"]
+        assert status["fabrics"]["pools"] == ["nvmeof-fast", "nvmeof-slow"]
         kernel = one.kernel
         kernel.lose(kernel.targets[0])
 

@@ -86,7 +86,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
     selectors = Selectors(
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
-        targets=(TargetSelector(name="fast", selector="san", port=PORT, pool="nvmeof"),),
+        targets=(TargetSelector(name="fast", selector="san", port=PORT),),
         gpu_groups=frozenset({2}),
         partitions=PartitionSelector(),
     )

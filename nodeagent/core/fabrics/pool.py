@@ -1,8 +1,8 @@
-"""The pool of NVMe targets that all nodes with some labels share: the scheduler allocates each of its devices once in
-the cluster.
+"""The pools of NVMe targets, one for each, that nodes share: the scheduler allocates a target once in the cluster.
 
-Pure. The pool says what the configuration says and nothing of the node that publishes it, so that it is the same
-whichever agent does. Its name has no slash; the pools of one node are called NODE/KIND.
+Pure. A pool says what the configuration says and nothing of the node that publishes it, so that it is the same
+whichever agent does. Its name has no slash; the pools of one node are called NODE/KIND. Which nodes share it
+stands in the pool and not in its name, so that a target stays the same device when that is changed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import msgspec
 from msgspec.structs import replace
 
 from nodeagent.core.dra.device_pool import DevicePool
-from nodeagent.core.dra.pool import PATH_TAINT, Features, Pool, Scope, Taint
+from nodeagent.core.dra.pool import PATH_TAINT, DevicePart, Features, Pool, Scope, Taint
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.grant import CLAIM
 from nodeagent.core.model.health import NO_HEALTH, UNHEALTHY, Health
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.model.memo import kept_by
 
 PATH = "path"
 """The source of evidence that says whether a connected target answers."""
@@ -27,15 +28,24 @@ LONGEST_VALUE = 63
 
 
 class SharedPool(DevicePool, frozen=True, kw_only=True):
-    """Targets for the nodes with some labels. `kind` is the name of the pool."""
+    """A target for the nodes with some labels. `kind` is the name of the pool, and the id of the target."""
 
     node_selector: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Empty: all nodes."""
 
     def pool(self, inventory: Inventory, ledger: Ledger, health: Health, features: Features) -> Pool:
         """Return the pool as it is on every node, whatever this node holds or sees."""
-        found = super().pool(inventory, Ledger(), NO_HEALTH, features)
+        found = super().pool(self._alone(inventory), Ledger(), NO_HEALTH, features)
         return replace(found, scope=Scope(labels=self.node_selector))
+
+    def part(self, inventory: Inventory, name: str) -> DevicePart | None:
+        return super().part(self._alone(inventory), name)
+
+    def _alone(self, inventory: Inventory) -> Inventory:
+        """Return the machine as if it had no other device."""
+        device = inventory.device_by_id.get(self.kind)
+        devices = () if device is None else (device,)
+        return kept_by(inventory, f"_alone_{self.kind}", lambda: replace(inventory, devices=devices))
 
 
 def lost_paths(ledger: Ledger, health: Health, node_name: str, effect: str) -> Mapping[tuple[str, str], Taint]:

@@ -6,9 +6,6 @@ the same names.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
-
 import msgspec
 
 KIND = "nvmeof"
@@ -67,22 +64,18 @@ class Timeouts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def device_id(name: str) -> str:
-    """Return the id of the device that a configured target is."""
+    """Return the id of the device that a configured target is. Its pool is called the same.
+
+    To the scheduler a device is its driver, pool and name: nothing else that can be configured may be part of them, or
+    a device that a claim holds would be a free one after a reload. The name has no slash, which those of a node's
+    pools have.
+    """
     return f"{KIND}-{name}"
-
-
-def pool_name(node_selector: Mapping[str, str]) -> str:
-    """Return the name of the pool of all targets for nodes with some labels. It has no slash, which those of one node
-    have."""
-    if not node_selector:
-        return KIND
-    text = "\0".join(f"{key}={value}" for key, value in sorted(node_selector.items()))
-    return f"{KIND}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def kind_of(pool: str) -> str:
     """Return the kind of the devices of a pool, by its name."""
-    return KIND if "/" not in pool and pool.startswith(KIND) else pool.rpartition("/")[2]
+    return KIND if pool.startswith(device_id("")) and "/" not in pool else pool.rpartition("/")[2]
 
 
 def host_of(nqn: str) -> Host:

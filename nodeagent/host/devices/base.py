@@ -48,13 +48,11 @@ class UsbSelector(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TargetSelector(msgspec.Struct, frozen=True, kw_only=True):
-    """An NVMe target on the network to serve. selector: name of the resource. pool: the name of the pool that it is
-    published in."""
+    """An NVMe target on the network to serve. selector: name of the resource."""
 
     name: str
     selector: str
     port: Port
-    pool: str
 
 
 class PciSelector(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,7 +22,7 @@ from nodeagent.aio.supervise import race, supervise
 from nodeagent.config.schema import Config
 from nodeagent.core.dra.pool import Features, Pool, Taint
 from nodeagent.core.fabrics.pool import lost_paths, taint_value
-from nodeagent.core.fabrics.target import pool_name
+from nodeagent.core.fabrics.target import device_id
 from nodeagent.errors import PeerError
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.kube.resourceslice.pool_writer import PUBLISHED, PublishPace
@@ -36,7 +36,8 @@ from nodeagent.telemetry.once import Once
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 USUAL_NAMESPACE = "kube-system"
 AGAIN_S, RESYNC_S = 10.0, 60.0
-"""Until taints are tried again that could not be written, and looked at again although nothing has changed."""
+"""Until what could not be written or withdrawn is tried again, and until taints are looked at again although nothing
+has changed."""
 GONE_S = 300.0
 """How often the agent that holds the Lease looks for taints of Nodes that no longer exist."""
 CONFLICT = 409
@@ -107,7 +108,7 @@ class SharedPoolsManager(Manager):
         return {
             "leader": lease.holder if lease is not None else "",
             "leads": lease.held if lease is not None else False,
-            "pools": sorted({pool_name(one.node_selector) for one in self._config().targets}),
+            "pools": sorted(device_id(one.name) for one in self._config().targets),
             "slices": msgspec.to_builtins(publisher.standing) if publisher is not None else {},
         }
 
@@ -134,16 +135,16 @@ class SharedPoolsManager(Manager):
             await race(lease.while_held(self._publish), self._until(lambda: self._is_done(lease)))
 
     def _is_done(self, lease: ClusterLease) -> bool:
-        """Return whether no target is configured any longer, and the pools are withdrawn if that is up to this
-        agent."""
-        return not self._config().targets and (self._withdrawn or not lease.held)
+        """Return whether no target is configured any longer, and the pools are withdrawn if that is up to this agent:
+        it is as long as no other one has the Lease, also while it cannot be renewed."""
+        return not self._config().targets and (self._withdrawn or lease.holder != self._node_name)
 
     async def _until(self, holds: Callable[[], bool]) -> None:
         while not holds():
             await self._news.changed(self._news.value)
 
     async def _publish(self) -> None:
-        """Publish as long as targets are configured, and withdraw the pools once there are none."""
+        """Publish as long as targets are configured, and withdraw the pools once there are none, until cancelled."""
         from nodeagent.kube.apiserver.client import NODES, SLICES
 
         dra = self._config().dra
@@ -158,13 +159,23 @@ class SharedPoolsManager(Manager):
             pace=PublishPace(start_jitter_s=0.0),
         )
         try:
-            none = self._until(lambda: not self._config().targets)
-            await race(publisher.run(), none, self._drop_taints_of_gone_nodes())
-            await publisher.withdraw()
-            self._withdrawn = True
-            self._news.bump()
+            while True:
+                none = self._until(lambda: not self._config().targets)
+                await race(publisher.run(), none, self._drop_taints_of_gone_nodes())
+                await race(self._withdraw(publisher), self._until(lambda: bool(self._config().targets)))
+                await self._until(lambda: bool(self._config().targets))
+                self._withdrawn = False
         finally:
             self._publisher = None
+
+    async def _withdraw(self, publisher: Publisher) -> None:
+        """Withdraw the pools, however often that takes: no other agent would."""
+        while True:
+            if await publisher.withdraw():
+                self._withdrawn = True
+                self._news.bump()
+                return
+            await asyncio.sleep(AGAIN_S)
 
     # ---------------------------------------------------------------- taints
 
@@ -212,14 +223,22 @@ class SharedPoolsManager(Manager):
 
     async def _drop_taints_of_gone_nodes(self) -> None:
         """Take away the taints of Nodes that no longer exist: nothing else would."""
-        from nodeagent.kube.apiserver.client import NODES
-
         while True:
             try:
-                for node in sorted(tainting_nodes(await self._slices())):
-                    if await self._api.get(NODES, node) is None:
-                        await self._have_taints(node, {})
-                        log.info("path-taints-removed", node=node, why="there is no such Node")
+                for node in await self._gone(sorted(tainting_nodes(await self._slices()))):
+                    await self._have_taints(node, {})
+                    log.info("path-taints-removed", node=node, why="there is no such Node")
             except PeerError as error:
                 log.debug("taints-not-looked-at", error=str(error))
             await asyncio.sleep(GONE_S)
+
+    async def _gone(self, nodes: Sequence[str]) -> list[str]:
+        """Return which of some nodes, as their taints call them, no longer exist."""
+        from nodeagent.kube.apiserver.client import NODES
+
+        missing = [one for one in nodes if await self._api.get(NODES, one) is None]
+        if not missing:
+            return []
+        every = (await self._api.list(NODES, fields={})).items  # a long name is not whole in a taint
+        there = {taint_value(str(one["metadata"]["name"])) for one in every}
+        return [one for one in missing if one not in there]

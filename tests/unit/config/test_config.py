@@ -317,6 +317,28 @@ def test_a_resource_may_have_a_domain_of_its_own(tmp_path: Path) -> None:
     assert "'nodeagent.dev/gpu' at $.resources[1].name stands twice" in refusal(json.dumps({"resources": twice}))
 
 
+def test_a_target_stands_once_in_the_configuration_as_it_would_be_one_disk_under_two_names() -> None:
+    def san(name: str, *targets: tuple[str, str, int], kind: str = "nvmeof") -> dict[str, Any]:
+        found = [
+            {"name": one, "nqn": f"nqn.2024-01.com.example:{nqn}", "traddr": "192.0.2.1", "trsvcid": port}
+            for one, nqn, port in targets
+        ]
+        return {"name": name, "kind": kind, "serve": "dra", **({"targets": found} if found else {})}
+
+    def said(*resources: dict[str, Any]) -> str:
+        return refusal(json.dumps({"resources": resources}))
+
+    first = "first at $.resources[0].targets[0]"
+    named = f"name 'a' at $.resources[1].targets[0].name stands twice, {first}"
+    assert named in said(san("x", ("a", "1", 4420)), san("y", ("a", "2", 4420)))
+    for port in (4420, 4421):
+        same = f"nqn 'nqn.2024-01.com.example:1' at $.resources[0].targets[1].nqn stands twice, {first}"
+        assert same in said(san("x", ("a", "1", 4420), ("b", "1", port)))
+    assert "$.resources[0].targets[0].name is that of a kind, nvmeof-a" in said(
+        san("x", ("a", "1", 4420)), san("y", kind="nvmeof-a")
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -85,7 +85,7 @@ class Node:
 
     def claim(self, name: str, *targets: str) -> ClaimRef:
         every = [
-            {"request": f"r{n}", "driver": DRIVER, "pool": "nvmeof", "device": f"nvmeof-{one}"}
+            {"request": f"r{n}", "driver": DRIVER, "pool": f"nvmeof-{one}", "device": f"nvmeof-{one}"}
             for n, one in enumerate(targets)
         ]
         return self.room.claim(name, *every)
@@ -484,7 +484,7 @@ async def test_the_disks_of_a_claim_are_no_devices_of_their_own_when_its_target_
 async def test_a_pool_that_no_one_serves_is_named(folder: Path) -> None:
     async with node(folder) as one:
         ref = one.room.claim("c", {"request": "r", "driver": DRIVER, "pool": "node-a/nvmeof", "device": "nvmeof-fast"})
-        assert "there is no pool 'node-a/nvmeof' on this node (there are: nvmeof)" in await one.prepare(ref)
+        assert "there is no pool 'node-a/nvmeof' on this node (there are: nvmeof-" in await one.prepare(ref)
 
 
 async def test_killed_before_or_after_any_step_what_is_held_is_connected_and_nothing_else(

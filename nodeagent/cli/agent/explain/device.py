@@ -52,7 +52,7 @@ def explain_device(facts: Facts, state: NodeState, id: str) -> Document:
         if health is not None
         else {},
         "offered": [_offer(one) for one in offered],
-        "pool": _pools(state).get(device.kind, ""),
+        "pool": _pool(state, device),
         "not_offered": list(_reasons(state, device, offered, others)),
     }
 
@@ -101,7 +101,7 @@ def _reasons(
     if why := state.ill().get(device.id):
         yield f"it is {why}"
     yield from (_WITHHELD[name] for name in device.withheld_for if not offered)
-    if not offered and device.kind not in _pools(state):
+    if not offered and not _pool(state, device):
         yield f"neither a resource of the device plugin nor a pool of DRA serves it ({device.kind})"
     for refused, why in state.status["refused"].items():
         if device.kind in refused:
@@ -111,12 +111,13 @@ def _reasons(
             yield f"{other}, which cannot be given away together with it, is held by {grant.holder}"
 
 
-def _pools(state: NodeState) -> dict[str, str]:
-    """Return the names of the pools that are published through DRA, by kind."""
+def _pool(state: NodeState, device: Device) -> str:
+    """Return the name of the pool that a device is published in through DRA, or ""."""
+    if device.kind == NVMEOF:
+        shared = (state.status.get("fabrics") or {}).get("pools") or ()
+        return device.id if device.id in shared else ""
     slices = (state.status["dra"] or {}).get("slices") or {}
-    found = {one["name"].rpartition("/")[2]: one["name"] for one in slices.get("pools", ())}
-    shared = (state.status.get("fabrics") or {}).get("pools") or ()
-    return {**found, **dict.fromkeys([NVMEOF] if shared else [], ", ".join(shared))}
+    return {one["name"].rpartition("/")[2]: str(one["name"]) for one in slices.get("pools", ())}.get(device.kind, "")
 
 
 # ---------------------------------------------------------------- as text

@@ -39,7 +39,6 @@ def _device(one: TargetSelector) -> Device:
     attributes: dict[str, str | int] = {
         "target": one.name,
         "selector": one.selector,
-        "pool": one.pool,
         "transport": port.transport,
         "traddr": port.traddr,
         "trsvcid": port.trsvcid,
