@@ -124,6 +124,7 @@ async def test_a_named_pool_makes_way_for_exclusive_cpus_and_outlives_a_kill(fol
         await node.agent.stop(signal.SIGKILL)
         await node.agent.start()
         await runtime.connected(2)
+        await node.dra.wait_registered(DRIVER, 2)
         (again,) = await node.prepare(member)
         assert not again.error and node.env(member)["NODEAGENT_CPUS"] == held
         assert (runtime.cpus("member"), runtime.cpus("alone")) == (held, "3")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.config.schema import schema
+from nodeagent.core.fabrics.pool import PATH
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
 from nodeagent.host.health.source import Sight, Silence, looked
@@ -163,7 +164,8 @@ def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree, error: 
 
 
 def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_documentation_know() -> None:
-    """Those of NVML that the driver alone can tell about are never ignored, nor is what the configuration says."""
+    """Those of NVML that the driver alone can tell about are never ignored, nor is what the configuration says, nor
+    the path to a target on the network."""
     names = [one.name for one in sources([npu.kind()])]
     assert len(set(names)) == len(names)
     ignorable = set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
@@ -172,4 +174,4 @@ def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_docum
     if not page.exists():
         pytest.skip("the documentation lies in the checkout")
     table = re.findall(r"^\| `([a-z]+)` \|", page.read_text(), re.MULTILINE)
-    assert sorted(table) == sorted({*ignorable, *OF_NVML, "quarantine"})
+    assert sorted(table) == sorted({*ignorable, *OF_NVML, "quarantine", PATH})

@@ -170,7 +170,13 @@ USERS = {
         {
             "boot_id": "boot",
             "moved": [
-                {**MOVED, "namespaces": ["/run/netns/a"], "before": LINK | NO_MASTER, "addresses": ["192.0.2.7/24"]}
+                {
+                    **MOVED,
+                    "namespaces": ["/run/netns/a"],
+                    "before": LINK | NO_MASTER,
+                    "addresses": ["192.0.2.7/24"],
+                    "rdma": [],
+                }
             ],
         },
         {NIC: Moved(**MOVED, namespaces=("/run/netns/a",), before=Link(**LINK), addresses=("192.0.2.7/24",))},

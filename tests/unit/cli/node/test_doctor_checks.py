@@ -537,13 +537,17 @@ def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -
         "vfProperties": ["mac"],
         "vfs": [{"match": {"netdevs": "a*"}, "count": 2}],
     }
+    target = {"name": "fast", "nqn": "nqn.2024-01.com.example:fast", "traddr": "192.0.2.10"}
     everything = {
         "metrics": {"listen": "127.0.0.1:9464"},
         "pinning": pinning,
         "dra": {"passthroughDrivers": ["vfio-pci"]},
         "network": network,
         "amd": {"partitions": [{"gpus": ["*"], "compute": "SPX"}]},
-        "resources": [{"name": "gpu", "kind": "gpu", "serve": "dra"}],
+        "resources": [
+            {"name": "gpu", "kind": "gpu", "serve": "dra"},
+            {"name": "san", "kind": "nvmeof", "serve": "dra", "targets": [target]},
+        ],
     }
     assert agent.needed(load(built.write("all.yaml", json.dumps(everything)))) == list(agent.DROP_INS)
     assert agent.needed(load(built.write("none.yaml", "{}"))) == []
