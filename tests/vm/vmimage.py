@@ -62,8 +62,10 @@ def wheel(tree: Path) -> Path:
 
 
 def _requirements() -> list[str]:
+    """What building and running the product takes, and what the double of kubelet takes."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
-    return [*project["build-system"]["requires"], *project["project"]["dependencies"], "wheel"]
+    doubles = [one for one in project["dependency-groups"]["dev"] if one.startswith("grpcio>")]
+    return [*project["build-system"]["requires"], *project["project"]["dependencies"], *doubles, "wheel"]
 
 
 def _wheels() -> Path:

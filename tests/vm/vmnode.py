@@ -79,6 +79,7 @@ def fill(share: Path, wheel: Path, config: Mapping[str, Any]) -> None:
     for module in ("__init__.py", "kubelet.py", "kubelet_plugins.py"):
         shutil.copy(HERE.parent / "doubles" / module, doubles)
     shutil.copy(HERE.parent / "__init__.py", share / "tests")
+    shutil.copytree(HERE.parent / "pb", share / "tests" / "pb")
     support = share / "tests" / "support"
     support.mkdir()
     for module in ("__init__.py", "until.py"):
