@@ -29,8 +29,6 @@ from nodeagent.telemetry.once import Once
 
 ABSENCE_POLL_S = 1.0
 """Minimum interval between queries to kubelet while a grant is missing from its list."""
-REST_S = 0.5
-"""Minimum interval between queries to kubelet while pods come and go: it is busy then, and so is the agent."""
 PODS_POLL_S = 3600.0
 """The watch of the pods' folders only speeds up a release, so it needs no frequent polling in addition."""
 log = structlog.get_logger()
@@ -79,7 +77,6 @@ class HolderReconciler(Manager):
         with watch, FolderWatch(self._plugins.parent / PODS, poll_s=PODS_POLL_S) as folders:
             seen = self._ended.value
             while True:
-                rested_at_s = time.monotonic() + REST_S
                 await self._reconcile()
                 await self._look_for_ended()
                 # Kubelet lists a pod slightly longer than it lives.
@@ -88,7 +85,6 @@ class HolderReconciler(Manager):
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(None if due_s is None else max(due_s, ABSENCE_POLL_S)):
                         await race(watch.wait(), folders.wait(), self._ended.changed(seen))
-                await asyncio.sleep(rested_at_s - time.monotonic())
 
     async def _reconcile(self) -> None:
         try:
