@@ -70,12 +70,12 @@ def value_of(said: VfProperties, which: Property) -> tuple[object, ...]:
 
 
 def said_of(said: VfProperties) -> tuple[Property, ...]:
-    """Return the properties of which something is said, in the order in which they are set."""
+    """Return the properties that a claim sets, in the order in which they are set."""
     return tuple(one for one in Property if value_of(said, one))
 
 
 def text_of(said: VfProperties, which: Property) -> str:
-    """Return one property in words, such as "VLAN 100"; only its name if nothing is said of it."""
+    """Return one property in words, such as "VLAN 100"; only its name if the claim does not set it."""
     name, value = _NAMES[which], value_of(said, which)
     if not value:
         return name

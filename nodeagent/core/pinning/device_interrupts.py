@@ -1,7 +1,7 @@
 """Where the interrupts of devices belong whose holders have exclusive CPUs. Pure.
 
 A holder's exclusive CPUs are those of the same claim or container as the device; where these have none, those that its
-pods hold otherwise. CPUs of named pools are not among them, nor hidden hyperthreads, on which nobody runs. What a claim
+pods hold otherwise. CPUs of named pools are not among them, nor hidden hyperthreads, which stay idle. What a claim
 says of its device applies; where it says nothing, and for containers of the device plugin, what the node's
 configuration says.
 """
@@ -42,7 +42,7 @@ class DeviceInterrupts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def device_interrupts(grants: Iterable[Grant], inventory: Inventory, default: str) -> tuple[DeviceInterrupts, ...]:
-    """Return where the interrupts of held devices belong, by id of the device; those of which nothing is said are left
+    """Return where the interrupts of held devices belong, by id of the device; those without a setting are left
     out. default: of devices whose claims say nothing, "" for nothing."""
     every = list(grants)
     found = list[DeviceInterrupts]()
@@ -76,7 +76,7 @@ def check_interrupts(inventory: Inventory, id: str, wanted: str, *, shared: bool
     if shared:
         raise InputError(f"interrupts: {id} is shared, and its interrupts are those of all who have it")
     if not functions_of(inventory, id):
-        raise InputError(f"interrupts: {id} is no whole PCI function, and only such have interrupts of their own")
+        raise InputError(f"interrupts: {id} is not a whole PCI function, and only whole functions have interrupts")
 
 
 def _wanted(grant: Grant) -> str:

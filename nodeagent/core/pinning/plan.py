@@ -118,7 +118,7 @@ class Rules(msgspec.Struct, frozen=True, kw_only=True):
     """False if kubelet's own CPU manager confines all others."""
     kubelet_cpus: CpuSet | None = None
     """Where others are not confined although they were: CPUs that kubelet lets containers run on, which their pods get
-    back with all that nobody holds. None if pods are left as they are."""
+    back with all that no grant holds. None if pods are left as they are."""
     strict_reservation: bool = True
     """Whether containers without exclusive CPUs are kept off the reserved CPUs too."""
 

@@ -5,9 +5,9 @@ other claim, so no other grant gets them, and a pool never has fewer CPUs than i
 who runs on them: all members of the pool, each within its group. A group is what the scheduler chose for a claim: the
 CPUs of a NUMA node, a socket or an L3 cache.
 
-In addition members run on those CPUs of their group that nobody holds. These come and go with the grants of others, so
-the pool shrinks as soon as some of them are granted. The idle siblings of exclusive CPUs are left out: whoever has
-CPUs for itself is not slowed down by a pool on the same core.
+In addition members run on those CPUs of their group that no grant holds. They come and go with other grants, so
+the pool shrinks as soon as some of them are granted. The idle siblings of exclusive CPUs are left out: a
+container with exclusive CPUs is not slowed down by a pool on the same core.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class PoolName(NamedTuple):
 def pool_of(grant: Grant) -> PoolName | None:
     """Return the named pool into which a grant brings its CPUs, or None if they are exclusive."""
     # Nearly all grants have no such setting: theirs are not decoded. Where a later version wrote what cannot be read,
-    # nobody else gets near the CPUs.
+    # the CPUs stay exclusive.
     if grant.holder.api != CLAIM or '"named_pool"' not in grant.settings:
         return None
     name = known_settings(grant.settings).named_pool
@@ -70,7 +70,7 @@ class NamedPools:
     """The CPUs of all named pools, for one inventory and one ledger."""
 
     def __init__(self, inventory: Inventory, ledger: Ledger, free: CpuSet) -> None:
-        """`free`: the CPUs that nobody holds and that containers without exclusive CPUs may use."""
+        """`free`: the CPUs that no grant holds and that containers without exclusive CPUs may use."""
         self._inventory = inventory
         self._ledger = ledger
         self._free = free

@@ -1,4 +1,4 @@
-"""Hidden hyperthreads: containers run on one thread of each granted core, and nobody on the others. Pure.
+"""Hidden hyperthreads: containers run on one thread of each granted core, and the others stay idle. Pure.
 
 A claim that hides them is granted whole cores, so the hidden threads are held like those that are used: no other
 container gets them.

@@ -51,7 +51,7 @@ class Connections:
         self._kernel = kernel
 
     def to(self, nqn: str) -> list[Connection]:
-        """Return the connections to a subsystem, whoever made them."""
+        """Return the connections to a subsystem, those of other programs too."""
         return [one for one in connections(self._sysfs) if one.port.nqn == nqn]
 
     def find(self, name: str, port: Port) -> Connection | None:

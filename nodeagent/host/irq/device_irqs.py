@@ -1,7 +1,8 @@
 """Which interrupts a device has, and where each interrupt may be delivered.
 
 A PCI function's message-signalled interrupts are the names in its folder msi_irqs: those of its queues, which come and
-go with them. A function without that folder has at most a line that other functions share, which is nobody's.
+go with them. A function without that folder has at most a line that it shares with other functions, and no interrupt
+of its own.
 Source: Documentation/ABI/testing/sysfs-bus-pci (msi_irqs).
 """
 

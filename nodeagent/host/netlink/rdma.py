@@ -6,7 +6,7 @@ processes of it can open its nodes. In the shared mode, the kernel's default, it
 
 The kernel moves a device only if the thread that asks is in the device's own namespace, whatever the socket's is: every
 request is sent by a thread that has entered it. A move resets the device for all who use it. It keeps its name and
-index; its nodes are made anew, and may be numbered differently. When a namespace ends, its devices return to the
+index; its nodes are created again, and may be numbered differently. When a namespace ends, its devices return to the
 initial one.
 """
 
@@ -46,7 +46,7 @@ class RdmaDevice(msgspec.Struct, frozen=True, kw_only=True):
     """16 hexadecimal digits."""
 
     def is_it(self, other: RdmaDevice) -> bool:
-        """Return whether another value is of the same device: renamed since, or registered anew by its driver."""
+        """Return whether another value is of the same device: renamed since, or registered again by its driver."""
         return self.node_guid == other.node_guid and (self.index == other.index or self.name == other.name)
 
 

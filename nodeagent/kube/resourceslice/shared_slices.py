@@ -1,7 +1,7 @@
 """ResourceSlices of pools that nodes share: which they are, and the taints that nodes put on devices that they hold.
 
-One agent of the cluster writes the slices; each agent adds and removes its own taints. So whoever writes a slice keeps
-the taints of others, and the server refuses whichever of two writes is older (resourceVersion).
+One agent of the cluster writes the slices; each agent adds and removes its own taints. So an agent that writes a slice
+keeps the taints of others, and the server refuses whichever of two writes is older (resourceVersion).
 """
 
 from __future__ import annotations

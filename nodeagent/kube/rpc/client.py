@@ -1,4 +1,4 @@
-"""One unary call on a connection of its own: whoever serves the path now is asked."""
+"""One unary call on one connection: the process that serves the path now gets it."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class _Connection(Connection):
         """End the connection, whatever state it is in; a peer that still works on the call learns of it."""
         for one in (self.greeted, self.answer):
             if not one.cancel() and not one.cancelled():
-                one.exception()  # else asyncio reports one that nobody awaited
+                one.exception()  # else asyncio reports one that was not awaited
         self.abort()
 
     def on_greeted(self) -> None:

@@ -45,7 +45,7 @@ log = structlog.get_logger()
 
 
 class _Asked(NamedTuple):
-    """What a look goes by."""
+    """The input of one look."""
 
     exclusive: CpuSet
     others: CpuSet

@@ -48,7 +48,7 @@ class RdmaMover:
         """Have devices in a pod, and read back.
 
         nodes: the device nodes that the pod's containers are given for them. Raise HostError if a device has others:
-        the kernel numbers them anew with each move, and the files of the claim follow.
+        the kernel may number them differently after each move, and the files of the claim follow.
         """
         if not wanted:
             return

@@ -150,5 +150,5 @@ def test_only_the_holder_of_a_whole_function_may_ask() -> None:
     with pytest.raises(InputError, match=f"interrupts: {NIC} is shared, and its interrupts are those of all who have"):
         check_interrupts(MACHINE, NIC, AVOID, shared=True)
     for id in (f"{GPUS[0]}/mig-1-0", "ttyS0", "gone"):
-        with pytest.raises(InputError, match=f"interrupts: {id} is no whole PCI function"):
+        with pytest.raises(InputError, match=f"interrupts: {id} is not a whole PCI function"):
             check_interrupts(MACHINE, id, LEAVE, shared=False)

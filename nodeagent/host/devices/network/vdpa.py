@@ -73,7 +73,7 @@ def _parent(owner: Function | None, tail: str) -> str | None:
 
 
 def _uplink(reader: Tolerant, context: Context, owner: Function) -> Mapping[str, str]:
-    """Return the interface of the physical function, by which networks are told apart."""
+    """Return the interface of the physical function, which identifies the network."""
     folder = f"{context.function_by_address.get(owner.physical or '', owner).path}/net"
     own = [name for name in reader.names(folder) if not is_representor(reader, f"{folder}/{name}")]
     return {"pf_name": own[0]} if own else {}
