@@ -6,6 +6,7 @@ Owns that folder: `images/HASH` is made once for a recipe (build-image.sh, the p
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import shutil
@@ -47,8 +48,10 @@ def image() -> Path:
     return made
 
 
+@functools.cache
 def wheel(tree: Path) -> Path:
-    """The product's wheel for the guest, built from the checkout with what is in the guest's tree."""
+    """The product's wheel for the guest, built from the checkout with what is in the guest's tree: once for all guests
+    of a run."""
     source, out = tree / "src", CACHE / "wheel"
     for folder in (source, out):
         shutil.rmtree(folder, ignore_errors=True)
