@@ -1,4 +1,5 @@
-"""Prometheus metrics of what happens: counters and histograms. Gauges of the state are in `admin/state_gauges.py`."""
+"""Prometheus metrics of what happens: counters, histograms, and gauges that code sets. Gauges that are read from the
+state at each scrape are in `admin/state_gauges.py`."""
 
 from __future__ import annotations
 

@@ -82,16 +82,17 @@ async def test_the_agent_tells_its_whole_life(listener: tuple[socket.socket, str
     ours.setblocking(False)
     loop = asyncio.get_running_loop()
 
-    async def heard(word: bytes) -> None:
-        while not (await loop.sock_recv(ours, 1000)).startswith(word):
-            pass
+    async def heard(*words: bytes) -> None:
+        """In any order."""
+        awaited = {*words}
+        while awaited:
+            said = await loop.sock_recv(ours, 1000)
+            awaited -= {one for one in awaited if said.startswith(one)}
 
     async with running(folder, resources=[]) as agent:
         assert await agent.stop(signal.SIGKILL) == -signal.SIGKILL
         await agent.start(env={"NOTIFY_SOCKET": name, "WATCHDOG_USEC": "200000"})
-        await heard(b"READY=1")
-        await heard(b"WATCHDOG=1")
-        await heard(b"STATUS=0 resources, 0 grants")
+        await heard(b"READY=1", b"WATCHDOG=1", b"STATUS=0 resources, 0 grants")
         agent.signal(signal.SIGHUP)
         await heard(b"RELOADING=1\nMONOTONIC_USEC=")
         await heard(b"READY=1")

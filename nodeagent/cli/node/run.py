@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 from pathlib import Path
 
 from nodeagent.cli.shared.places import DEFAULT_CONFIG as DEFAULT_CONFIG
@@ -29,8 +28,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the verb; return its exit code."""
-    # gRPC's core prints to stderr alongside our log; it reads this once, when it is imported.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from nodeagent.cli.shared.source import check_root
     from nodeagent.config.load import load as load_config
     from nodeagent.config.load import placed
