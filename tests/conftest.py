@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import structlog
 from hypothesis import HealthCheck, settings
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.builders import tables
 from tests.support.paths import SHARED
@@ -22,6 +23,7 @@ from tests.support.paths import SHARED
 TEST_DEADLINE_S, END_S = 180, 20
 """A safety net: no test waits for it."""
 
+ONE_AT_A_TIME = ("tests/e2e/", "tests/image/", "tests/vm/")
 LONGEST_TEMPORARY_FOLDER_BYTES = 28
 """A socket's path has room for 107 bytes, of which what a node has below its root takes up to 79."""
 
@@ -40,6 +42,19 @@ def pytest_configure() -> None:
         pytest.exit(
             f"cannot test in {where}: the path {limit}: set TMPDIR to a shorter one", pytest.ExitCode.USAGE_ERROR
         )
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return _ByFile(config, log)
+
+
+class _ByFile(LoadScopeScheduling):
+    """The tests of a file run one after the other, and so do all that need a whole node or build an image."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.split("::", 1)[0]
+        return next((folder for folder in ONE_AT_A_TIME if file.startswith(folder)), file)
 
 
 @pytest.hookimpl(tryfirst=True)

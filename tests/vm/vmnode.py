@@ -42,8 +42,8 @@ INSTALL_S = 300
 
 
 def install(guest: Guest) -> None:
-    """The wheel, the unit and a configuration, all from the shared folder; nothing is started."""
-    guest.run("/opt/nodeagent/bin/pip install -q --no-index --no-deps /share/nodeagent-*.whl", INSTALL_S)
+    """The wheel's contents, the unit and a configuration, all from the shared folder; nothing is started."""
+    guest.run("tar -xf /share/installed.tar -C / --no-same-owner --keep-directory-symlink", INSTALL_S)
     guest.run("install -D -m 644 -t /etc/systemd/system /share/systemd/nodeagent.service && systemctl daemon-reload")
     guest.run("install -D -m 644 -t /etc/nodeagent /share/config.yaml")
 
@@ -111,6 +111,7 @@ def booted(*, life_s: float = LIFE_S, devices: Sequence[str] = (), **config: Any
         share = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-share-")))
         image = _timed("image", _image)
         wheel = _timed("wheel", lambda: vmimage.wheel(image / "root"))
+        shutil.copy(vmimage.installed(image / "root", wheel), share)
         fill(share, wheel, {**CONFIG, **config})
         guest = stack.enter_context(Guest(image, share, life_s=life_s, devices=devices))
         print(f"vm: boot: {guest.boot_s:.1f} s", flush=True)
