@@ -1,4 +1,4 @@
-"""The configuration of pinning, and of caches, bandwidth and disk I/O of containers."""
+"""The configuration of pinning, and of caches, bandwidth, disk I/O and utilization clamps of containers."""
 
 from __future__ import annotations
 
@@ -77,6 +77,31 @@ class IoConfig(Base, frozen=True):
     classes: list[IoClassConfig] = []
 
 
+Utilization = (
+    Annotated[int, msgspec.Meta(ge=0, le=100)]
+    | Annotated[str, msgspec.Meta(pattern=r"^(max|100(\.0{1,2})?|[0-9]{1,2}(\.[0-9]{1,2})?)$")]
+)
+"""In percent of the largest CPU at its highest frequency, with up to two decimals; max is 100."""
+
+
+class UclampClassConfig(Base, frozen=True):
+    """A utilization clamp that claims and pods name."""
+
+    name: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?$")]
+    min: Utilization | None = None
+    """The kernel chooses frequencies and CPUs as for at least this utilization."""
+    max: Utilization | None = None
+    """The same for at most this utilization."""
+
+
+class UclampConfig(Base, frozen=True):
+    """How utilization is clamped in containers that hold exclusive CPUs (cgroup v2, cpu.uclamp)."""
+
+    default: Annotated[str, msgspec.Meta(pattern=r"^([a-z0-9]([-a-z0-9]{0,30}[a-z0-9])?)?$")] = ""
+    """The class of containers whose claims and pods name none. Empty: they are not clamped."""
+    classes: list[UclampClassConfig] = []
+
+
 class PinningConfig(Base, frozen=True):
     """How containers are confined to what they hold, and all others kept off it."""
 
@@ -111,6 +136,8 @@ class PinningConfig(Base, frozen=True):
     """null: caches and memory bandwidth are left alone."""
     io: IoConfig | None = None
     """null: there are no classes of disk I/O; claims may still have limits on their own disks."""
+    uclamp: UclampConfig | None = None
+    """null: there are no classes of utilization clamps; claims may still have their own."""
 
     @property
     def writes_interrupts(self) -> bool:

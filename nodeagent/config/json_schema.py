@@ -21,6 +21,8 @@ from nodeagent.config.validate import IO_LIMITS, MEANT_FOR, NEEDED, ONLY_DEVICES
 Form = dict[str, Any]
 _UNITS = {"Ki": 10, "Mi": 20, "Gi": 30}
 _FILLED: Form = {"minLength": 1}
+_WITHOUT_CGROUPS = {"resctrl": None, "io": None, "uclamp": None}
+"""What is not configured where nothing is written to control groups."""
 
 
 def json_schema() -> Form:
@@ -40,8 +42,9 @@ def json_schema() -> Form:
     forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
     parts = [[level, f"{level}{part}"] for level in ("L3", "L2") for part in ("CODE", "DATA")]
     forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}
-    forms["PinningConfig"] |= {"if": _one_of("mode", ["off"]), "then": _silent({"resctrl": None, "io": None})}
+    forms["PinningConfig"] |= {"if": _one_of("mode", ["off"]), "then": _silent(_WITHOUT_CGROUPS)}
     forms["IoClassConfig"]["anyOf"] = [_chosen(key) for key in IO_LIMITS]
+    forms["UclampClassConfig"]["anyOf"] = [_chosen(key) for key in ("min", "max")]
     forms["NvmeTargetConfig"] |= {
         "if": _given("dhchapSecretFile"),
         "else": _silent({"dhchapCtrlSecretFile": ""}),

@@ -13,7 +13,7 @@ import msgspec
 
 from nodeagent.config.base import LONGEST_DOMAIN
 from nodeagent.config.hugepages import LARGEST_PAGE_BYTES, SMALLEST_PAGE_BYTES, HugepagesConfig
-from nodeagent.config.isolation import IoClassConfig, IoConfig, ResctrlConfig
+from nodeagent.config.isolation import IoClassConfig, IoConfig, ResctrlConfig, UclampConfig, Utilization
 from nodeagent.config.listen import ListenAddress
 from nodeagent.config.operation import MetricsConfig
 from nodeagent.config.resources import ResourceConfig
@@ -89,6 +89,9 @@ def wrong(config: Config) -> Iterator[str]:
     yield from _wrong_io(config.pinning.io)
     if config.pinning.io is not None and config.pinning.mode == "off":
         yield "$.pinning.io has no meaning with mode 'off': no control group would be written"
+    yield from _wrong_uclamp(config.pinning.uclamp)
+    if config.pinning.uclamp is not None and config.pinning.mode == "off":
+        yield "$.pinning.uclamp has no meaning with mode 'off': no control group would be written"
     yield from _wrong_metrics(config.metrics)
     for i, rule in enumerate(config.amd.partitions):
         if rule.compute is None and rule.memory is None:
@@ -181,6 +184,28 @@ def _wrong_io(io: IoConfig | None) -> Iterator[str]:
         names.add(one.name)
         if msgspec.structs.replace(one, disks=[]) == IoClassConfig(name=one.name):
             yield f"{where} limits nothing, expected one of {', '.join(IO_LIMITS)}"
+
+
+def _wrong_uclamp(uclamp: UclampConfig | None) -> Iterator[str]:
+    """Yield classes of clamps that stand twice, clamp nothing or have no range, and a default that is none of them."""
+    if uclamp is None:
+        return
+    names: set[str] = set()
+    for i, one in enumerate(uclamp.classes):
+        where = f"$.pinning.uclamp.classes[{i}]"
+        if one.name in names:
+            yield f"name {one.name!r} at {where}.name stands twice"
+        names.add(one.name)
+        if one.min is None and one.max is None:
+            yield f"{where} clamps nothing, expected min, max or both"
+        elif one.min is not None and one.max is not None and _percent(one.min) > _percent(one.max):
+            yield f"{one.min} at {where}.min is above its max, {one.max}"
+    if uclamp.default and uclamp.default not in names:
+        yield f"{uclamp.default!r} at $.pinning.uclamp.default, expected the name of one of its classes"
+
+
+def _percent(said: Utilization) -> float:
+    return 100.0 if said == "max" else float(said)
 
 
 def _page_bytes(text: str) -> int:

@@ -1,5 +1,5 @@
-"""Wires what the kernel divides among containers besides CPUs and memory: caches with memory bandwidth, and disk I/O.
-Each is loaded where it is used."""
+"""Wires what the kernel divides among containers besides CPUs and memory: caches with memory bandwidth, disk I/O, and
+utilization clamps. Each is loaded where it is used."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from nodeagent.state.agent import Agent
 if TYPE_CHECKING:
     from nodeagent.managers.blockio.manager import IoManager
     from nodeagent.managers.resctrl.manager import ResctrlManager
+    from nodeagent.managers.uclamp.manager import UclampManager
 
-M = TypeVar("M", "ResctrlManager", "IoManager")
+M = TypeVar("M", "ResctrlManager", "IoManager", "UclampManager")
 
 
 class Part(Generic[M]):
-    """One of both, for claims and for containers."""
+    """One of them, for claims and for containers."""
 
     def __init__(
         self,
@@ -146,8 +147,8 @@ def disk_io(
         from nodeagent.managers.blockio.manager import IoManager
 
         pins = pinning()
-        news = Revision(pins.revision, pins.reconciler.news, pins.io_written)
-        pin_of, written = pins.reconciler.pin, pins.io_written
+        news = Revision(pins.revision, pins.reconciler.news, pins.limits_written)
+        pin_of, written = pins.reconciler.pin, pins.limits_written
         return IoManager(agent, where.sysfs, where.state_dir, config, table, pin_of, news, written, report)
 
     def is_needed() -> bool:
@@ -157,8 +158,33 @@ def disk_io(
     return Part("io", build, is_needed, ledger, table, settings=('"io_',), annotation="/io-class")
 
 
+def uclamp(
+    agent: Agent,
+    where: Paths,
+    config: Callable[[], Config],
+    table: ContainerTable,
+    pinning: Callable[[], PinningManager],
+    report: Report,
+) -> Part[UclampManager]:
+    """Return utilization clamps; what asks for them: core/uclamp/demand.py. For `pinning`, see caches()."""
+
+    def build() -> UclampManager:
+        from nodeagent.managers.uclamp.manager import UclampManager
+
+        pins = pinning()
+        news = Revision(pins.revision, pins.reconciler.news, pins.limits_written)
+        pin_of, written = pins.reconciler.pin, pins.limits_written
+        return UclampManager(agent, where.sysfs, where.state_dir, config, table, pin_of, news, written, report)
+
+    def is_needed() -> bool:
+        return config().pinning.uclamp is not None or (where.state_dir / state_files.UCLAMP).exists()
+
+    ledger = agent.revisions.ledger
+    return Part("uclamp", build, is_needed, ledger, table, settings=('"uclamp_',), annotation="/uclamp-class")
+
+
 class Divided:
-    """Both, as pinning asks for them."""
+    """All of them, as pinning asks for them."""
 
     def __init__(
         self,
@@ -172,39 +198,46 @@ class Divided:
         """For `pinning`, see caches()."""
         self._caches = caches(agent, where, config, table, pinning)
         self._io = disk_io(agent, where, config, table, pinning, report)
+        self._uclamp = uclamp(agent, where, config, table, pinning, report)
+        self._parts = self._caches, self._io, self._uclamp
 
     @property
     def managers(self) -> Sequence[Manager]:
         """Return the managers, in start order."""
-        return self._caches.manager, self._io.manager
+        return self._caches.manager, self._io.manager, self._uclamp.manager
 
     def document(self) -> dict[str, Any]:
         """Return what is divided, in plain types."""
-        return {"caches": self._caches.document(), "io": self._io.document()}
+        return {
+            "caches": self._caches.document(),
+            "io": self._io.document(),
+            "uclamp": self._uclamp.document(),
+        }
 
-    def with_both(
+    def with_parts(
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
-        """Return what prepares claims, with caches and I/O after what is shared."""
-        return _Both(_Both(sharing, self._caches), self._io), instances, passthrough
+        """Return what prepares claims, with caches, I/O and clamps after what is shared."""
+        every = _Both(_Both(_Both(sharing, self._caches), self._io), self._uclamp)
+        return every, instances, passthrough
 
     async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
-        """Return the cache group of a container that is about to be created, and why it cannot have it or its limits of
-        I/O."""
-        answers = [await one.created(pod, container, grants) for one in (self._caches, self._io)]
+        """Return the cache group of a container that is about to be created, and why it cannot have it, its limits of
+        I/O or its clamp."""
+        answers = [await one.created(pod, container, grants) for one in self._parts]
         return CacheAnswer(group=answers[0].group, error="; ".join(one.error for one in answers if one.error))
 
     async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
-        """Put a container that does not run yet into its cache group, and its limits of I/O in force. Return why
-        something is not, or ""."""
-        found = [await one.starting(container, cgroup, grants) for one in (self._caches, self._io)]
+        """Put a container that does not run yet into its cache group, and its limits of I/O and its clamp in force.
+        Return why something is not, or ""."""
+        found = [await one.starting(container, cgroup, grants) for one in self._parts]
         return "; ".join(why for why in found if why)
 
     def learn(self, pods: Iterable[Pod]) -> None:
         """Take the annotations of all pods."""
         every = list(pods)
-        self._caches.learn(every)
-        self._io.learn(every)
+        for one in self._parts:
+            one.learn(every)
 
 
 class _Both:

@@ -126,7 +126,7 @@ class Wiring:
         """Return what serves claims. Their devices are set up from the inside out: GPUs, then what the kernel divides,
         interfaces, targets on the network, and third-party kinds."""
         base, where = self._base, self._base.where
-        for_claims = self._network.with_interfaces(*self.divided.with_both(*self.gpus.for_claims))
+        for_claims = self._network.with_interfaces(*self.divided.with_parts(*self.gpus.for_claims))
         for_claims = self.fabrics.with_targets(*for_claims)
         return DraManager(
             base.agent,

@@ -9,10 +9,12 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import HostError, InputError
+from tests.builders import uclamp_files
 from tests.builders.io_files import IoDisks
 
 SIZES = {"2MB": 2 << 20, "1GB": 1 << 30}
@@ -23,10 +25,12 @@ HANG_S = 20
 class CgroupTree:
     """Below `root`/sys/fs/cgroup; with `root` as the machine's root there is nothing else yet."""
 
-    def __init__(self, root: Path, *, cpus: str, mems: str, io: IoDisks | None = None) -> None:
-        """io: the disks that the kernel knows; without it there is no I/O controller, which is on in kubepods alone."""
+    def __init__(self, root: Path, *, cpus: str, mems: str, io: IoDisks | None = None, uclamp: bool = False) -> None:
+        """io: the disks that the kernel knows; without it there is no I/O controller, which is on in kubepods alone.
+        uclamp: whether the kernel has utilization clamps (CONFIG_UCLAMP_TASK_GROUP)."""
         self.root = root
         self.io = io
+        self.uclamp = uclamp
         self.mount = root / "sys/fs/cgroup"
         self.online, self.mems = CpuSet.parse(cpus), CpuSet.parse(mems)
         self.refuses: dict[str, int] = {}
@@ -108,7 +112,7 @@ class CgroupTree:
             "cpuset.mems.effective": "",
             **{f"hugetlb.{size}.{limit}": "max" for size in SIZES for limit in ("max", "rsvd.max")},
             **{f"hugetlb.{size}.{use}": "0" for size in SIZES for use in ("current", "rsvd.current")},
-            **(self.io.initial() if self.io is not None and "io" in controllers.split() else {}),
+            **{file: text for one in controllers.split() for file, text in self._of_controller(one).items()},
         }
         # Whoever watches runs on this loop: to him all of it is there at once, as the kernel shows a cgroup.
         folder.mkdir()
@@ -134,14 +138,17 @@ class CgroupTree:
             value = str(int(value) // size * size)
         if self.io is not None and file.startswith("io."):
             value = self.io.write(file, path.read_text().strip(), value)
-        if self.io is not None and file == "cgroup.subtree_control":
+        if file in uclamp_files.INITIAL:
+            value = uclamp_files.write(value)
+        if file == "cgroup.subtree_control" and (self.io is not None or self.uclamp):
             value = self._switched(path.parent, value)
         _store(path, value)
         if file.startswith("cpuset."):
             self._follow(path.parent)
 
     def _switched(self, folder: Path, value: str) -> str:
-        """What is on below a cgroup after a write such as "+io". Files come and go with the controller of I/O."""
+        """What is on below a cgroup after a write such as "+io". Files of I/O and of clamps come and go with their
+        controllers."""
         on = dict.fromkeys((folder / "cgroup.subtree_control").read_text().split())
         have = (folder / "cgroup.controllers").read_text().split()
         for word in value.split():
@@ -151,12 +158,25 @@ class CgroupTree:
             on = {**on, word[1:]: None} if word[0] == "+" else {one: None for one in on if one != word[1:]}
         for child in (one for one in folder.iterdir() if one.is_dir()):
             _store(child / "cgroup.controllers", " ".join(on))
-            for file, text in (self.io.initial() if self.io is not None else {}).items():
-                if "io" not in on:
-                    (child / file).unlink(missing_ok=True)
-                elif not (child / file).exists():
-                    (child / file).write_text(f"{text}\n")
+            for one in ("io", "cpu"):
+                for file, text in self._of_controller(one).items():
+                    if one not in on:
+                        (child / file).unlink(missing_ok=True)
+                    elif not (child / file).exists():
+                        (child / file).write_text(f"{text}\n")
         return " ".join(on)
+
+    def _of_controller(self, name: str) -> Mapping[str, str]:
+        """The files of a new cgroup that come and go with a controller."""
+        if name == "io" and self.io is not None:
+            return self.io.initial()
+        return uclamp_files.INITIAL if name == "cpu" and self.uclamp else {}
+
+    def clamped(self, path: str) -> tuple[int, int]:
+        """The utilization clamps that a cgroup has in effect, of 1024."""
+        parts = path.split("/")
+        above = ["/".join(parts[:end]) for end in range(1, len(parts) + 1)]
+        return uclamp_files.effective({file: self.text(one, file) for file in uclamp_files.INITIAL} for one in above)
 
     def _follow(self, folder: Path) -> None:
         """What is in effect in a cgroup and, where that changes, below."""

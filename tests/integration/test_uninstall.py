@@ -24,6 +24,7 @@ import pytest
 from nodeagent.cli import main
 from nodeagent.config.load import load
 from nodeagent.config.schema import Config
+from nodeagent.core.uclamp.clamps import Clamp
 from nodeagent.daemon import daemon
 from nodeagent.daemon.leftovers.cluster import published_objects
 from nodeagent.daemon.leftovers.folders import STATE_FILES
@@ -35,11 +36,13 @@ from nodeagent.host.cgroup.layout import layouts
 from nodeagent.host.sysfs.atomic_file import DRAFT_END
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.tuning import tuner
+from nodeagent.managers.cgroup_limits import Asking, Wanted
 from nodeagent.managers.hugepages import journal
 from nodeagent.managers.inventory import latches, nvlinks
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.publish import journal as published
 from nodeagent.managers.state_files import TUNING
+from nodeagent.managers.uclamp.rounds import UclampRounds
 from nodeagent.state import leader, store
 from nodeagent.state.leader import LOCK
 from nodeagent.state.lock import FileLock
@@ -119,11 +122,12 @@ class Site:
 
 @contextlib.asynccontextmanager
 async def site(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, io: IoDisks | None = None, **more: Any
+    folder: Path, monkeypatch: pytest.MonkeyPatch, io: IoDisks | None = None, uclamp: bool = False, **more: Any
 ) -> AsyncIterator[Site]:
-    """8 CPUs on 2 NUMA nodes, a pod with a container, and an interrupt on all CPUs. io: the disks of the kernel."""
+    """8 CPUs on 2 NUMA nodes, a pod with a container, and an interrupt on all CPUs. io: the disks of the kernel.
+    uclamp: whether it has utilization clamps."""
     root = machine(folder / "root", "1s2n4c-smt")
-    cgroups = CgroupTree(root, cpus="0-7", mems="0-1", io=io)
+    cgroups = CgroupTree(root, cpus="0-7", mems="0-1", io=io, uclamp=uclamp)
     monkeypatch.setattr(write, "put", cgroups.put)
     monkeypatch.setattr(tuner, "put", FakeCpufreq(root, [(cpu,) for cpu in range(8)]).put)
     cgroups.make(CONTAINER)
@@ -193,6 +197,24 @@ async def test_limits_of_io_are_taken_out(folder: Path, monkeypatch: pytest.Monk
         assert machine.cgroups.text(CONTAINER, "io.max") == f"8:0 {line}"
         assert await machine.uninstall() == 0
         assert machine.cgroups.text(CONTAINER, "io.max") == ""
+
+
+async def test_utilization_clamps_are_given_back_in_the_cgroups_above_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with site(folder, monkeypatch, uclamp=True) as machine:
+        rounds = UclampRounds(SysFs(machine.root), layouts(), folder / "state/uclamp.json")
+        clamp = Clamp(min_hundredths=5000, max_hundredths=9000)
+        asking = Asking(whose="it", path=CONTAINER, pod_path="", asks=(clamp,))
+        assert not rounds.keep(Wanted(asking=(asking,)), lambda path: False).errors
+        assert machine.cgroups.clamped(CONTAINER) == (512, 922)
+        assert await machine.uninstall("--dry-run") == 0
+        assert f"{CONTAINER}/cpu.uclamp.max: 90.00 -> max" in capsys.readouterr().out
+        assert machine.cgroups.clamped(CONTAINER) == (512, 922)
+        assert await machine.uninstall() == 0
+        assert {machine.cgroups.text(one, "cpu.uclamp.min") for one in (CONTAINER, "kubepods.slice")} == {"0.00"}
+        assert machine.cgroups.text(CONTAINER, "cpu.uclamp.max") == "max"
+        assert not (folder / "state/uclamp.json").exists()
 
 
 @pytest.mark.parametrize("step", [*range(10), None])

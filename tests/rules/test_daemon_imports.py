@@ -14,8 +14,10 @@ UNUSED = (
     "nodeagent.core.resctrl",
     "nodeagent.host.amd",
     "nodeagent.core.blockio",
+    "nodeagent.core.uclamp",
     "nodeagent.core.fabrics.pool",
     "nodeagent.host.blockio",
+    "nodeagent.host.cgroup.line_keeper",
     "nodeagent.host.devices.storage.parts",
     "nodeagent.host.driver_programs",
     "nodeagent.host.driver_root.find",
@@ -25,11 +27,13 @@ UNUSED = (
     "nodeagent.host.resctrl",
     "nodeagent.host.sriov",
     "nodeagent.host.tuning",
+    "nodeagent.host.uclamp",
     "nodeagent.host.vfio",
     "nodeagent.kube.lease",
     "nodeagent.managers.fabrics",
     "nodeagent.managers.kinds",
     "nodeagent.managers.blockio",
+    "nodeagent.managers.cgroup_limits",
     "nodeagent.managers.network",
     "nodeagent.managers.partitions.amd",
     "nodeagent.managers.partitions.manager",
@@ -37,6 +41,7 @@ UNUSED = (
     "nodeagent.managers.resctrl",
     "nodeagent.managers.sharing",
     "nodeagent.managers.tuning",
+    "nodeagent.managers.uclamp",
 )
 PROGRAM = """
 import asyncio, sys

@@ -209,13 +209,14 @@ async def pin_node(
     request_timeout_s: float = 2.0,
     caches_of: Callable[[PinNode, ContainerTable], CacheGroups] = lambda node, table: NO_CACHE_GROUPS,
     io: IoDisks | None = None,
+    uclamp: bool = False,
     **pinning: Any,
 ) -> AsyncIterator[PinNode]:
     """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. request_timeout_s: how long
-    it waits for an answer. caches_of: who divides caches. io: the disks on which the kernel limits I/O. pinning:
-    configuration."""
+    it waits for an answer. caches_of: who divides caches. io: the disks on which the kernel limits I/O. uclamp:
+    whether it has utilization clamps. pinning: configuration."""
     inventory = inventory or machine()
-    tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1", io=io)
+    tree = CgroupTree(folder / "root", cpus=str(inventory.cpus_online), mems="0-1", io=io, uclamp=uclamp)
     monkeypatch.setattr(cgroupset, "put", tree.put)
     tree.make("kubepods")
     if not writable:

@@ -28,10 +28,6 @@ REMOVED: Mapping[str, str] = MappingProxyType(
 )
 """What a file takes for a disk in order to have no line for it any longer."""
 MOST_BFQ_WEIGHT = 1000
-Lines = Mapping[str, str]
-"""What a file says of disks, by MAJOR:MINOR."""
-Files = Mapping[str, Lines]
-"""Lines by the name of a file."""
 
 
 class IoLimits(msgspec.Struct, frozen=True, kw_only=True):

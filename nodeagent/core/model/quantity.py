@@ -78,3 +78,22 @@ def _whole(text: str, mantissa: int, power: int) -> int:
 
 def _no_quantity(text: str, why: str) -> InputError:
     return InputError(f'cannot read quantity "{text[:40]}": {why}')
+
+
+WHOLE_HUNDREDTHS = 10_000
+"""100 percent."""
+_PERCENT = re.compile(r"([0-9]{1,3})(?:\.([0-9]{1,2}))?")
+
+
+def parse_percent(said: int | str) -> int:
+    """Return hundredths of a percent of 0 to 100 percent with up to two decimals, such as 20 or "12.5"; "max" is all.
+
+    Raise InputError naming what is malformed or out of range.
+    """
+    if said == "max":
+        return WHOLE_HUNDREDTHS
+    found = _PERCENT.fullmatch(str(said))
+    hundredths = int(found[1]) * 100 + int((found[2] or "").ljust(2, "0")) if found is not None else -1
+    if not 0 <= hundredths <= WHOLE_HUNDREDTHS:
+        raise InputError(f"cannot read percentage {str(said)[:40]!r}: expected 0 to 100 with two decimals, or max")
+    return hundredths

@@ -54,6 +54,12 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     memory_bandwidth_percent: int | None = None
     memory_bandwidth_mbps: int | None = None
     """In 10^6 bytes per second, for each L3 cache."""
+    uclamp_min_hundredths: int | None = None
+    """Of the utilization that the CPUs run for at least, in hundredths of a percent of the largest CPU."""
+    uclamp_max_hundredths: int | None = None
+    """The same at most."""
+    uclamp_class: str = ""
+    """The class of pinning.uclamp, instead of these."""
     io_read_bps: int | None = None
     """Limit of I/O on each of the device's disks, in bytes per second."""
     io_write_bps: int | None = None

@@ -10,6 +10,8 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, kept_going, step
 from nodeagent.host.blockio.keeper import IoKeeper
 from nodeagent.host.cgroup.layout import layouts
+from nodeagent.host.cgroup.line_journal import CgroupLine
+from nodeagent.host.cgroup.line_keeper import LineKeeper
 from nodeagent.host.cgroup.read import hierarchy
 from nodeagent.host.cgroup.widen import CPUS, MEMS, Widener
 from nodeagent.host.irq.interrupts import Mover
@@ -21,13 +23,14 @@ from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.host.systemd.units import SOCKET, Systemd, is_slice
 from nodeagent.host.tuning.journal import load as load_tuned
 from nodeagent.host.tuning.tuner import Tuner
+from nodeagent.host.uclamp.keeper import UclampKeeper
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
 from nodeagent.managers.isolation.manager import MOVED
 from nodeagent.managers.kubelet import look
 from nodeagent.managers.kubelet_conflicts import confines_all
 from nodeagent.managers.pinning.manager import UNITS
 from nodeagent.managers.resctrl.rounds import ResctrlRounds
-from nodeagent.managers.state_files import IO, RESCTRL, TUNING
+from nodeagent.managers.state_files import IO, RESCTRL, TUNING, UCLAMP
 
 _KUBELETS = "kubelet's own manager writes it, or is not known"
 
@@ -117,14 +120,31 @@ def resctrl(host: Host) -> Leftover:
 
 def io(host: Host) -> Leftover:
     """Return the limits of I/O that were set."""
+    return _lines(host, IoKeeper, IO)
+
+
+def uclamp(host: Host) -> Leftover:
+    """Return the utilization clamps that were set."""
+    return _lines(host, UclampKeeper, UCLAMP)
+
+
+def _lines(host: Host, kind: type[LineKeeper], record: str) -> Leftover:
+    """Return the lines of control groups that a record has."""
     found = hierarchy(host.where.sysfs)
     if found.unsupported:
         return Leftover()
     where = layouts(host.config.pinning.cgroup_root)
-    keeper = IoKeeper(host.where.sysfs, found.mount, where, host.where.state_dir / IO)
+    keeper = kind(host.where.sysfs, found.mount, where, host.where.state_dir / record)
     held, unread = keeper.held()
-    lines = [Line(f"{found.mount}/{one.path}/{one.file} of {one.number}", one.wanted, one.before) for one in held]
+    lines = [_line(found.mount, keeper, one) for one in held]
     return Leftover(lines, step(lambda: keeper.keep({}).errors), unread=unread)
+
+
+def _line(mount: str, keeper: LineKeeper, one: CgroupLine) -> Line:
+    path = f"{mount}/{one.path}/{one.file}"
+    if one.number:
+        return Line(f"{path} of {one.number}", one.wanted, one.before)
+    return Line(path, one.wanted, one.before or keeper.removed(one.file))
 
 
 def hugepages(host: Host) -> Leftover:

@@ -30,6 +30,7 @@ STATE_FILES = (
     "resctrl.*",
     "io.json",
     "io.lock",
+    "uclamp.*",
     "sharing.*",
     "partitions.*",
     "mig-modes.json",

@@ -22,6 +22,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield confinement.tuning(host)
     yield confinement.resctrl(host)
     yield confinement.io(host)
+    yield confinement.uclamp(host)
     yield confinement.hugepages(host)
     yield devices.shared_gpus(host)
     yield devices.instances(host)

@@ -1,193 +1,31 @@
-"""Makes lines of cgroups' io files what they should be, reads them back, and takes them out again.
-
-What is about to be written is on disk before the kernel is asked, so that a restarted agent can undo it. Lines that are
-not recorded are never touched. Everything blocks; one call at a time.
-"""
+"""Lines of cgroups' io files, one for each disk."""
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from types import MappingProxyType
+from collections.abc import Mapping
 
-import msgspec
-from msgspec.structs import replace
-
-from nodeagent.core.blockio.limits import REMOVED, Files, alike, parse
-from nodeagent.errors import HostError, cause_of
+from nodeagent.core.blockio.limits import REMOVED, alike, parse
 from nodeagent.host.blockio.disks import is_there
-from nodeagent.host.blockio.journal import IoLine, Key, load, save
-from nodeagent.host.cgroup import write as cgroupset
-from nodeagent.host.cgroup.layout import CgroupLayout
-from nodeagent.host.cgroup.read import CgroupReader
-from nodeagent.host.cgroup.write import Drift, Writer
-from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.cgroup.line_keeper import LineKeeper
 
 CONTROLLER = "io"
-_GONE = (errno.ENOENT, errno.ENODEV, errno.ENOTDIR)
-"""Errors of a read that mean that the cgroup, or its file, is gone."""
-Targets = Mapping[str, Files]
-"""Lines by the path of a cgroup."""
 
 
-class KeptIo(msgspec.Struct, frozen=True, kw_only=True):
-    """The state of the lines after a round."""
+class IoKeeper(LineKeeper):
+    """Keeps limits of I/O: lines by the numbers of disks."""
 
-    made: frozenset[str] = frozenset()
-    """Paths of cgroups that are as wanted."""
-    drifts: Mapping[str, tuple[Drift, ...]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """What another process had changed, by path; where there is no error it is as wanted again."""
-    errors: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """Why a cgroup is not as wanted, by path."""
-    notes: tuple[str, ...] = ()
+    controller = CONTROLLER
+    act = "limit I/O"
+    left = "limits of I/O that were set before stay as they are"
 
+    def parsed(self, text: str) -> Mapping[str, str]:
+        return parse(text)
 
-class IoKeeper:
-    """Keeps lines, with a record in a file of its own."""
+    def alike(self, one: str, other: str) -> bool:
+        return alike(one, other)
 
-    def __init__(self, sysfs: SysFs, mount: str, layouts: Sequence[CgroupLayout], memory: Path) -> None:
-        """mount: of the cgroup hierarchy. memory: the record. Another agent may change it between two calls."""
-        self._sysfs = sysfs
-        self._mount = mount
-        self._layouts = tuple(layouts)
-        self._writer = Writer(CgroupReader(mount, ()))
-        self._memory = memory
-        self._confirmed: dict[Key, str] = {}
-        """Lines that were as wanted when they were last read: what differs then was changed by another process."""
+    def removed(self, file: str) -> str:
+        return REMOVED[file]
 
-    def keep(self, wanted: Targets, leave: Callable[[str], bool] = lambda path: False) -> KeptIo:
-        """Make lines what is wanted, and take out all others that are recorded, but not where `leave` returns True.
-        Raise HostError if something cannot be recorded; it is not done then. Cgroups that are gone are no error."""
-        held, unread = load(self._sysfs, self._memory)
-        known = {one.key: one for one in held if self._exists(one.path)}
-        self._confirmed = {key: line for key, line in self._confirmed.items() if key in known}
-        errors: dict[str, str] = {}
-        drifts: dict[str, tuple[Drift, ...]] = {}
-        fresh, now = self._read_all({path: some for path, some in wanted.items() if self._exists(path)}, errors)
-        due = {one.key: self._recorded(one, known, now) for one in fresh}
-        left = {key: one for key, one in known.items() if key not in due}
-        self._record(held, [*left.values(), *due.values()])
-        kept = [one for one in left.values() if leave(one.path) or not self._removed(one, errors)]
-        for path in now:
-            mine = [one for one in due.values() if one.path == path]
-            if found := self._set(path, mine, now[path], errors):
-                drifts[path] = found
-        done = [replace(one, earlier=()) if self._confirmed.get(one.key) == one.wanted else one for one in due.values()]
-        self._record([*left.values(), *due.values()], [*kept, *done])
-        return KeptIo(
-            made=frozenset(now.keys() - errors.keys()),
-            drifts=MappingProxyType(drifts),
-            errors=MappingProxyType(errors),
-            notes=(unread,) if unread else (),
-        )
-
-    def held(self) -> tuple[Sequence[IoLine], str]:
-        """Return what is recorded, and why that is unknown."""
-        return load(self._sysfs, self._memory)
-
-    def _exists(self, path: str) -> bool:
-        return self._sysfs.exists(f"{self._mount}/{path}".removeprefix(self._sysfs.root))
-
-    def _record(self, before: Sequence[IoLine], after: Sequence[IoLine]) -> None:
-        if set(before) != set(after):
-            save(self._sysfs, self._memory, sorted(after, key=lambda one: one.key))
-
-    # ---------------------------------------------------------------- what is there
-
-    def _read_all(self, wanted: Targets, errors: dict[str, str]) -> tuple[list[IoLine], dict[str, dict[str, str]]]:
-        """Return the lines that are wanted, and by path and file what there is for disks; the controller is enabled
-        where it is not. Cgroups that cannot be read are left out, with an error."""
-        lines: list[IoLine] = []
-        now: dict[str, dict[str, str]] = {}
-        for path, some in wanted.items():
-            try:
-                texts = {file: self._text(path, file) for file in some}
-                if None in texts.values():
-                    self._enable(path)
-                    texts = {file: self._text(path, file) for file in some}
-                if missing := [file for file, text in texts.items() if text is None]:
-                    if not self._exists(path):
-                        continue
-                    raise HostError(f"cannot limit I/O in {self._mount}/{path}: this kernel has no {missing[0]}")
-            except HostError as error:
-                errors[path] = str(error)
-                continue
-            now[path] = {file: text or "" for file, text in texts.items()}
-            lines += [
-                IoLine(path=path, file=file, number=number, wanted=line)
-                for file, by_number in some.items()
-                for number, line in by_number.items()
-            ]
-        return lines, now
-
-    def _text(self, path: str, file: str) -> str | None:
-        full = f"{self._mount}/{path}/{file}"
-        try:
-            return Path(full).read_text(encoding="ascii")
-        except OSError as error:
-            if error.errno in _GONE:
-                return None
-            raise HostError(f"cannot read {full}: {cause_of(error)}") from None
-
-    def _enable(self, path: str) -> None:
-        layout = next((one for one in self._layouts if path.startswith(f"{one.top}/")), None)
-        if layout is None:
-            raise HostError(f"cannot limit I/O in {self._mount}/{path}: it is not below kubepods")
-        self._writer.enable(layout, path, (CONTROLLER,))
-
-    def _recorded(self, one: IoLine, known: Mapping[Key, IoLine], now: Mapping[str, Mapping[str, str]]) -> IoLine:
-        """Return a line with what was there before the agent came, and what of the agent's may be there now."""
-        if (held := known.get(one.key)) is not None:
-            own = dict.fromkeys((*held.earlier, held.wanted))
-            return replace(one, before=held.before, earlier=tuple(line for line in own if line != one.wanted))
-        before = parse(now[one.path][one.file]).get(one.number, "")
-        # What is as wanted already is most likely the agent's, from before its record was lost.
-        return replace(one, before="" if alike(before, one.wanted) else before)
-
-    # ---------------------------------------------------------------- writing
-
-    def _set(
-        self, path: str, lines: Sequence[IoLine], now: Mapping[str, str], errors: dict[str, str]
-    ) -> tuple[Drift, ...]:
-        """Write what differs in a cgroup and read it back. Return what another process had changed."""
-        found = {one: parse(now[one.file]).get(one.number, "") for one in lines}
-        due = [one for one in lines if not alike(found[one], one.wanted)]
-        changed = tuple(_drift(one, found[one]) for one in due if self._confirmed.get(one.key) == one.wanted)
-        self._confirmed = {key: line for key, line in self._confirmed.items() if key[0] != path}
-        try:
-            for one in due:
-                cgroupset.put(f"{self._mount}/{path}/{one.file}", f"{one.number} {one.wanted}")
-            for one in due:
-                text = parse(self._text(path, one.file) or "").get(one.number, "")
-                if not alike(text, one.wanted):
-                    raise HostError(
-                        f"cannot limit I/O in {self._mount}/{path}: {one.file} has {text!r} for disk {one.number}, not "
-                        f"{one.wanted!r}"
-                    )
-        except HostError as error:
-            if self._exists(path):
-                errors[path] = str(error)
-            return changed
-        self._confirmed |= {one.key: one.wanted for one in lines}
-        return changed
-
-    def _removed(self, one: IoLine, errors: dict[str, str]) -> bool:
-        """Give a line back what was there before, unless another process has changed it since; return whether nothing
-        of the agent is left."""
-        self._confirmed.pop(one.key, None)
-        try:
-            now = parse(self._text(one.path, one.file) or "").get(one.number, "")
-            if any(alike(now, own) for own in (one.wanted, *one.earlier)) and is_there(self._sysfs, one.number):
-                value = one.before or REMOVED[one.file]
-                cgroupset.put(f"{self._mount}/{one.path}/{one.file}", f"{one.number} {value}")
-        except HostError as error:
-            if not self._exists(one.path):
-                return True
-            errors[one.path] = str(error)
-            return False
-        return True
-
-
-def _drift(one: IoLine, found: str) -> Drift:
-    return Drift(file=one.file, found=f"{one.number} {found}".strip(), wanted=f"{one.number} {one.wanted}")
+    def is_there(self, number: str) -> bool:
+        return is_there(self._sysfs, number)

@@ -36,7 +36,10 @@ _MASK = Mask.CREATE | Mask.DELETE | Mask.MODIFY | Mask.ONLYDIR
 _FILES = ("cpuset.", "hugetlb.")
 IO_FILES = frozenset({"io.max", "io.latency", "io.weight", "io.bfq.weight"})
 """Limits of I/O. The others that start with io. are not theirs: io.pressure is written to by programs that watch it."""
-_OTHER_FILES = frozenset({"cgroup.subtree_control", "cgroup.events", "cpu.max"}) | IO_FILES
+UCLAMP_FILES = frozenset({"cpu.uclamp.min", "cpu.uclamp.max"})
+LIMIT_FILES = IO_FILES | UCLAMP_FILES
+"""What is kept in force besides CPUs, memory nodes and pages."""
+_OTHER_FILES = frozenset({"cgroup.subtree_control", "cgroup.events", "cpu.max"}) | LIMIT_FILES
 _AT_ONCE = 64
 """Folders visited before the loop gets a turn."""
 _EVENTS_A_READ = 64

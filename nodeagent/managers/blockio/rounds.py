@@ -8,44 +8,22 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 from types import MappingProxyType
 
-import msgspec
-
 from nodeagent.config.isolation import IoClassConfig, IoConfig
 from nodeagent.core.blockio.demand import IoAsk, IoClass
 from nodeagent.core.blockio.limits import LATENCY, NO_LIMITS, THROTTLE, WEIGHT, IoLimits, lines_of
 from nodeagent.core.model.quantity import parse_size
 from nodeagent.errors import HostError, InputError
 from nodeagent.host.blockio.disks import Disk, check_queue, disk_at, disks_like, weight_file
-from nodeagent.host.blockio.keeper import CONTROLLER, IoKeeper, KeptIo
+from nodeagent.host.blockio.keeper import CONTROLLER, IoKeeper
 from nodeagent.host.cgroup.layout import CgroupLayout
 from nodeagent.host.cgroup.read import hierarchy
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.cgroup_limits import Asking, LimitsReport
 
 Paths = Mapping[str, tuple[str, ...]]
 """Device nodes by the id of a device."""
 Wanted = dict[str, dict[str, dict[str, str]]]
 """Lines by cgroup, file and disk."""
-
-
-class Asking(msgspec.Struct, frozen=True, kw_only=True):
-    """A container that asks for limits."""
-
-    whose: str
-    path: str
-    """Of its cgroup."""
-    pod_path: str
-    asks: tuple[IoAsk, ...]
-
-
-class IoReport(msgspec.Struct, frozen=True, kw_only=True):
-    """Result of one round."""
-
-    wanted: Mapping[str, Mapping[str, Mapping[str, str]]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    kept: KeptIo = msgspec.field(default_factory=KeptIo)
-    errors: Mapping[str, str] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """Why the limits of a container are not in force, by the path of its cgroup."""
-    error: str = ""
-    """Why nothing was done."""
 
 
 class IoRounds:
@@ -58,7 +36,7 @@ class IoRounds:
         self._memory = memory
         self._keeper: IoKeeper | None = None
 
-    def keep(self, asking: Sequence[Asking], paths: Paths, leave: Callable[[str], bool]) -> IoReport:
+    def keep(self, asking: Sequence[Asking[IoAsk]], paths: Paths, leave: Callable[[str], bool]) -> LimitsReport:
         """Put the limits of containers in force, and take out what no container asks for any longer, except in cgroups
         for which `leave` returns True. `paths` has the nodes of the devices that are asked for."""
         wanted: Wanted = {}
@@ -72,11 +50,11 @@ class IoRounds:
             keeper = self._keeper_now()
             kept = keeper.keep(wanted, lambda path: path in errors or leave(path))
         except HostError as error:
-            return IoReport(wanted=wanted, errors=errors, error=str(error))
+            return LimitsReport(wanted=wanted, errors=errors, error=str(error))
         for one in asking:
             if why := errors.get(one.path) or kept.errors.get(one.path) or kept.errors.get(one.pod_path):
                 errors[one.path] = why
-        return IoReport(wanted=wanted, kept=kept, errors=MappingProxyType(errors))
+        return LimitsReport(wanted=wanted, kept=kept, errors=MappingProxyType(errors))
 
     def check(self, asks: Iterable[IoAsk], paths: Paths) -> str:
         """Return why limits cannot be set on this machine, or "", before there is a container."""
@@ -92,7 +70,7 @@ class IoRounds:
 
     # ---------------------------------------------------------------- what is wanted
 
-    def _add(self, one: Asking, paths: Paths, wanted: Wanted) -> None:
+    def _add(self, one: Asking[IoAsk], paths: Paths, wanted: Wanted) -> None:
         """Add the lines of a container and of its pod. Raise HostError or InputError, and add none, if one cannot."""
         limits: dict[Disk, IoLimits] = {}
         for ask in one.asks:

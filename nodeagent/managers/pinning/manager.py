@@ -37,7 +37,7 @@ from nodeagent.host.cgroup.enforcer import Enforcer
 from nodeagent.host.cgroup.layout import CONTAINER, QOS, TOP, Cgroup, CgroupLayout
 from nodeagent.host.cgroup.pods_cpus import pods_cgroup
 from nodeagent.host.cgroup.read import CgroupReader, Hierarchy, has_begun, hierarchy, page_sizes
-from nodeagent.host.cgroup.watch import CAME, GONE, IO_FILES, LOOK, WRITTEN, CgroupChange, Watch
+from nodeagent.host.cgroup.watch import CAME, GONE, LIMIT_FILES, LOOK, WRITTEN, CgroupChange, Watch
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.managers.manager import Manager
@@ -108,8 +108,8 @@ class PinningManager(Manager):
         self._agent = agent
         self.revision = Revision(agent.revisions.inventory, agent.revisions.ledger)
         """Increases with every change that affects where containers should run."""
-        self.io_written = Revision()
-        """Increases when any process has written a limit of I/O to a cgroup."""
+        self.limits_written = Revision()
+        """Increases when any process has written a limit of I/O or a utilization clamp to a cgroup."""
         self._sysfs = sysfs
         self._config = config
         self._rescan = rescan
@@ -232,8 +232,8 @@ class PinningManager(Manager):
         look = any(one.what == LOOK for one in changes)
         if look or any(map(self._moves_all, changes)):
             await self._look_at_pods_cgroup()
-        if any(one.file in IO_FILES for one in changes):
-            self.io_written.bump()
+        if any(one.file in LIMIT_FILES for one in changes):
+            self.limits_written.bump()
         came = [one.cgroup for one in changes if one.what == CAME and one.cgroup is not None]
         ids = [one.container_id for one in came if one.kind == CONTAINER]
         known = await asyncio.to_thread(self._bundles, [*ids, *(self._table.unnamed() if look else ())])

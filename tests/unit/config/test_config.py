@@ -54,6 +54,10 @@ def io_class(**keys: Any) -> str:
     return json.dumps({"pinning": {"io": {"classes": [{"name": "it", **keys}]}}})
 
 
+def uclamp_class(**keys: Any) -> str:
+    return json.dumps({"pinning": {"uclamp": {"classes": [{"name": "it", **keys}]}}})
+
+
 @pytest.mark.parametrize("text", ["", "{}", "# nothing\n", "---\n", "null"])
 def test_nothing_is_the_default(text: str) -> None:
     assert parse(text, source="here.yaml") == Config()
@@ -275,6 +279,21 @@ def test_an_unknown_key_is_named_with_its_path_and_the_nearest_one(text: str, ex
         (cache_class(caches={"L3": 1, "L3CODE": 1}), "$.pinning.resctrl.classes[0].caches", "both of its parts"),
         ("pinning: {resctrl: {classes: [{name: a}, {name: a}]}}", "$.pinning.resctrl.classes[1].name", "twice"),
         ("pinning: {io: {}, mode: 'off'}", "$.pinning.io", "mode 'off'"),
+        ("pinning: {uclamp: {}, mode: 'off'}", "$.pinning.uclamp", "mode 'off'"),
+        ("pinning: {uclamp: {default: fast}}", "$.pinning.uclamp.default", "the name of one of its classes"),
+        (uclamp_class(), "$.pinning.uclamp.classes[0]", "clamps nothing, expected min, max or both"),
+        (uclamp_class(name="Fast", min=5), "$.pinning.uclamp.classes[0].name", "'Fast'"),
+        (uclamp_class(min=101), "$.pinning.uclamp.classes[0].min", "101"),
+        (uclamp_class(max="100.01"), "$.pinning.uclamp.classes[0].max", "'100.01'"),
+        (uclamp_class(min="12.345"), "$.pinning.uclamp.classes[0].min", "'12.345'"),
+        (uclamp_class(min=12.5), "$.pinning.uclamp.classes[0].min", "12.5"),
+        (uclamp_class(min="50.01", max=50), "$.pinning.uclamp.classes[0].min", "is above its max, 50"),
+        (uclamp_class(min="max", max="99.9"), "$.pinning.uclamp.classes[0].min", "is above its max"),
+        (
+            "pinning: {uclamp: {classes: [{name: a, min: 5}, {name: a, min: 5}]}}",
+            "$.pinning.uclamp.classes[1]",
+            "twice",
+        ),
         (io_class(), "$.pinning.io.classes[0]", "limits nothing, expected one of readBytesPerSecond"),
         (io_class(disks=["sd*"]), "$.pinning.io.classes[0]", "limits nothing"),
         (io_class(name="Gold", readIOPS=5), "$.pinning.io.classes[0].name", "'Gold'"),

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from nodeagent.core.blockio.limits import BFQ_WEIGHT, LATENCY, THROTTLE, WEIGHT, parse
 from nodeagent.errors import HostError
 from nodeagent.host.blockio.disks import check_queue, disk_at, disks_like, weight_file
-from nodeagent.host.blockio.keeper import IoKeeper, KeptIo
+from nodeagent.host.blockio.keeper import IoKeeper
 from nodeagent.host.cgroup import write as cgroupset
 from nodeagent.host.cgroup.layout import layouts
+from nodeagent.host.cgroup.line_keeper import KeptLines
 from nodeagent.host.sysfs.sysfs import SysFs
 from tests.builders.cgroup_tree import CgroupTree
 from tests.builders.io_files import IoDisks, add_disk
@@ -45,7 +46,7 @@ class Machine:
         """Another agent on the same folders."""
         self.keeper = IoKeeper(self.sysfs, str(self.tree.mount), layouts(), self.memory)
 
-    def keep(self, wanted: Mapping[str, Mapping[str, Mapping[str, str]]]) -> KeptIo:
+    def keep(self, wanted: Mapping[str, Mapping[str, Mapping[str, str]]]) -> KeptLines:
         return self.keeper.keep(wanted)
 
     def lines(self, path: str, file: str) -> dict[str, str]:
@@ -190,7 +191,7 @@ def test_a_cgroup_that_is_gone_is_forgotten(machine: Machine) -> None:
     machine.keep({MAIN: {THROTTLE: {"8:0": SLOW}}})
     machine.tree.remove(MAIN)
     found = machine.keep({MAIN: {THROTTLE: {"8:0": SLOW}}})
-    assert found == KeptIo() and not machine.memory.exists()
+    assert found == KeptLines() and not machine.memory.exists()
 
 
 def test_a_disk_that_is_gone_took_its_lines_along(machine: Machine) -> None:

@@ -98,7 +98,7 @@ class IoNode:
         batch = await self.pins.agent.prepare(catalog, [claim], "op")
         assert not batch.errors, batch.errors
         self.pins.claims[uid] = written
-        sharing, _, _ = self.divided.with_both(Nothing(), None, None)  # type: ignore[arg-type]
+        sharing, _, _ = self.divided.with_parts(Nothing(), None, None)  # type: ignore[arg-type]
         return (await sharing.prepare({uid: list(batch.grants[uid])})).get(uid, "")
 
     async def unprepare(self, uid: str) -> None:
@@ -157,7 +157,7 @@ async def io_node(
     kernel: IoDisks | None = None,
     **pinning: Any,
 ) -> AsyncIterator[IoNode]:
-    monkeypatch.setattr("nodeagent.managers.blockio.manager.START_S", PATIENCE_S)
+    monkeypatch.setattr("nodeagent.managers.cgroup_limits.START_S", PATIENCE_S)
     monkeypatch.setattr("nodeagent.managers.resctrl.manager.MAKE_S", PATIENCE_S)
     made: list[Divided] = []
 

@@ -18,12 +18,15 @@ from nodeagent.core.network.vf_properties import VfProperties
 from nodeagent.core.partitions.amd import AmdRecord
 from nodeagent.core.partitions.instances import Record as Instance
 from nodeagent.errors import HostError
-from nodeagent.host.blockio import journal as blockio
+from nodeagent.host.blockio.keeper import IoKeeper
+from nodeagent.host.cgroup import line_journal
+from nodeagent.host.cgroup.line_keeper import LineKeeper
 from nodeagent.host.irq import journal as irq
 from nodeagent.host.netlink.interfaces import Link
 from nodeagent.host.resctrl import journal as resctrl
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.tuning import journal as tuning
+from nodeagent.host.uclamp.keeper import UclampKeeper
 from nodeagent.managers.hugepages.journal import Grown, GrowthJournal
 from nodeagent.managers.journal import Journal
 from nodeagent.managers.kinds.journal import KindsJournal
@@ -88,6 +91,18 @@ def of_host(module: Any, name: str, content: Any, records: Any, left: str) -> Us
     )
 
 
+def of_lines(keeper: type[LineKeeper], name: str, content: Any, records: Any, left: str) -> User:
+    """Lines of cgroups' files, which one keeper reads."""
+
+    def read(folder: Path, boot_id: str) -> tuple[object, str]:
+        return keeper(booted(folder, boot_id), "", (), folder / name).held()
+
+    def write(folder: Path, boot_id: str) -> None:
+        line_journal.save(booted(folder, boot_id), folder / name, records)
+
+    return User(content, records, write, read, left, strict=True)
+
+
 def booted(folder: Path, boot_id: str) -> SysFs:
     """Return a machine on this boot."""
     file = folder / "root" / BOOT_ID
@@ -127,6 +142,7 @@ GROWN = {"node": 0, "page_bytes": 2097152, "base_pages": 8, "grown_pages": 20, "
 AMD = {"binding": "17", "before": "SPX", "requested": "NPS4", "told": True}
 TUNED = {"path": "sys/x", "before": "powersave", "wanted": "performance", "seen": "performance"}
 LINE = {"path": "kubepods/a", "file": "io.max", "number": "8:0", "wanted": "rbps=1", "before": ""}
+CLAMP = {"path": "kubepods", "file": "cpu.uclamp.min", "number": "", "wanted": "50.00", "before": "0.00", "earlier": []}
 IRQ = {"irq": 27, "name": "eth0", "before": "0-3", "wanted": "2-3", "seen": "2-3"}
 running = DaemonRecord(**{**DAEMON, "stage": Stage.RUNNING, "uuids": ("GPU-0",)}, memory_mib={0: 1024})
 moved_irq = irq.Moved(
@@ -242,12 +258,19 @@ USERS = {
         {"sys/x": tuning.Tuned(**TUNED)},
         "CPUs that were tuned before stay as they are",
     ),
-    "io.json": of_host(
-        blockio,
+    "io.json": of_lines(
+        IoKeeper,
         "io.json",
         {"version": 1, "boot_id": "boot", "lines": [{**LINE, "earlier": ["rbps=2"]}]},
-        [blockio.IoLine(**LINE, earlier=("rbps=2",))],
+        [line_journal.CgroupLine(**LINE, earlier=("rbps=2",))],
         "limits of I/O that were set before stay as they are",
+    ),
+    "uclamp.json": of_lines(
+        UclampKeeper,
+        "uclamp.json",
+        {"version": 1, "boot_id": "boot", "lines": [CLAMP]},
+        [line_journal.CgroupLine(**{**CLAMP, "earlier": ()})],
+        "utilization clamps that were set before stay as they are",
     ),
     "irq.json": of_host(
         irq,

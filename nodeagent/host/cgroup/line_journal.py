@@ -1,4 +1,4 @@
-"""Which lines of cgroups' io files are the agent's, in a file that survives the agent but not the boot: after a reboot
+"""Which lines of cgroups' files are the agent's, in a file that survives the agent but not the boot: after a reboot
 these cgroups are gone.
 """
 
@@ -14,20 +14,20 @@ from nodeagent.host.sysfs.record_file import INDENTED, RecordFile, since_boot
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 
 Key = tuple[str, str, str]
-"""Cgroup, file and disk."""
+"""Cgroup, file, and what of the file."""
 
 
-class IoLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CgroupLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A line that the agent has set, or was about to set."""
 
     path: str
     """Of the cgroup, below the mount."""
     file: str
     number: str
-    """MAJOR:MINOR of the disk."""
+    """MAJOR:MINOR of the disk that it is about; "" if the file has one value."""
     wanted: str
     before: str = ""
-    """What was there; "" if there was no line for the disk."""
+    """What was there; "" if there was no line, or the value of a new cgroup."""
     earlier: tuple[str, ...] = ()
     """What was wanted until then, until it is known that the line is as wanted."""
 
@@ -40,16 +40,17 @@ class IoLine(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class _File(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     version: Literal[1] = 1
     boot_id: str = ""
-    lines: list[IoLine] = []
+    lines: list[CgroupLine] = []
 
 
-def load(sysfs: SysFs, path: Path) -> tuple[list[IoLine], str]:
-    """Return what was set since boot, and why that is unknown; empty if it is known."""
-    found, why = since_boot(_file(path), sysfs, "limits of I/O that were set before stay as they are")
+def load(sysfs: SysFs, path: Path, left: str) -> tuple[list[CgroupLine], str]:
+    """Return what was set since boot, and why that is unknown; empty if it is known. left: what is left as it is
+    then."""
+    found, why = since_boot(_file(path), sysfs, left)
     return found.lines if found is not None else [], why
 
 
-def save(sysfs: SysFs, path: Path, lines: Iterable[IoLine]) -> None:
+def save(sysfs: SysFs, path: Path, lines: Iterable[CgroupLine]) -> None:
     """Record exactly these; the file exists only if there are any. Raise HostError with the cause."""
     every = list(lines)
     _file(path).save(_File(boot_id=sysfs.text(BOOT_ID, ""), lines=every) if every else None)

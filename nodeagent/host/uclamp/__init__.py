@@ -1,0 +1,1 @@
+"""Utilization clamps in cgroups' cpu.uclamp files."""

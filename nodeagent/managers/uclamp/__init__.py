@@ -1,0 +1,1 @@
+"""Keeps containers that hold exclusive CPUs at the utilization clamps that their claims or classes ask for."""
