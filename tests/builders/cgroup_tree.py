@@ -101,6 +101,7 @@ class CgroupTree:
             "cgroup.controllers": controllers,
             "cgroup.subtree_control": CONTROLLERS,
             "cgroup.events": "populated 1\nfrozen 0",
+            "cgroup.kill": "",
             "cgroup.procs": "",
             "cpu.max": "max 100000",
             "cpu.stat": "usage_usec 0\nnr_throttled 0\nthrottled_usec 0",

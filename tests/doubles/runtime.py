@@ -203,6 +203,8 @@ class FakeRuntime:
         self.synchronize_after: asyncio.Event | None = None
         self.gives_up_s: dict[str, float] = {}
         """How long it really waits for the answer to a method, where that is not what it says."""
+        self.starts_anyway = False
+        """Whether it starts a container that the plugin refuses to have started, as CRI-O does."""
         self.forgives_late = False
         """Whether a late answer has its consequences without being held against the plugin."""
         self.forgotten: list[_Plugin] = []
@@ -317,7 +319,9 @@ class FakeRuntime:
         """PluginRefusedError, and the container does not run, where the plugin says so before it does."""
         container = self.containers[f"{self.prefix}{name}"]
         container.state = pb.CONTAINER_CREATED
-        await self._tell(pb.START_CONTAINER, "StartContainer", self._of(pb.StartContainerRequest, container))
+        ignored = (PluginRefusedError,) if self.starts_anyway else ()
+        with contextlib.suppress(*ignored):
+            await self._tell(pb.START_CONTAINER, "StartContainer", self._of(pb.StartContainerRequest, container))
         container.state = pb.CONTAINER_RUNNING
         await self.started(name)
 

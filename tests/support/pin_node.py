@@ -210,6 +210,7 @@ async def pin_node(
     caches_of: Callable[[PinNode, ContainerTable], CacheGroups] = lambda node, table: NO_CACHE_GROUPS,
     io: IoDisks | None = None,
     uclamp: bool = False,
+    runtime_name: str = "containerd",
     **pinning: Any,
 ) -> AsyncIterator[PinNode]:
     """16 CPUs on two NUMA nodes, CPU 0 reserved. connected: whether the runtime is there. request_timeout_s: how long
@@ -224,7 +225,7 @@ async def pin_node(
     socket = folder / "nri.sock"
     config = msgspec.convert({"nriSocket": str(socket), "verifySeconds": 3600, **pinning}, PinningConfig)
     agent = Agent(Store(folder), inventory, AgentSettings(reserved=CpuSet.parse(RESERVED)), _nothing)
-    runtime = FakeRuntime(folder, request_timeout_s=request_timeout_s)
+    runtime = FakeRuntime(folder, name=runtime_name, request_timeout_s=request_timeout_s)
     runtime.prefix = ""
     node = PinNode(folder, agent, tree, runtime, config, caches_of=caches_of)
     async with contextlib.AsyncExitStack() as stack:

@@ -113,6 +113,10 @@ class Enforcer:
             return None
         return state.quota_us / state.period_us
 
+    def kill(self, path: str) -> None:
+        """Kill every process in a cgroup and below it (Linux 5.14). Raise HostError if the kernel refuses."""
+        cgroupset.put(f"{self.mount}/{path}/cgroup.kill", "1")
+
     def forget(self, path: str) -> None:
         """Note that a cgroup is gone, and stop passing CPUs on to its partition."""
         self.states.pop(path, None)
@@ -150,6 +154,8 @@ class Enforcer:
         exclusive CPUs, this applies to every other pod: one write and one read are enough."""
         known = self.states.get(path)
         if known is None or known.cpus in (None, target.cpus) or target != Target(cpus=target.cpus) or not target.cpus:
+            return False
+        if known.inner_cpus is not None:
             return False
         cgroupset.put(f"{self.mount}/{path}/cpuset.cpus", str(target.cpus))
         if self._reader.effective(path) != target.cpus:

@@ -21,8 +21,9 @@ from nodeagent.errors import InputError
 SYSTEMD, CGROUPFS = "systemd", "cgroupfs"
 DRIVERS = (SYSTEMD, CGROUPFS)
 GUARANTEED, BURSTABLE, BEST_EFFORT = "guaranteed", "burstable", "besteffort"
-TOP, QOS, POD, CONTAINER = "top", "qos", "pod", "container"
-"""Cgroup.kind: kubepods itself, the folder of a QoS class, a pod, a container (or a pod's sandbox)."""
+TOP, QOS, POD, CONTAINER, MONITOR = "top", "qos", "pod", "container", "monitor"
+"""Cgroup.kind: kubepods itself, the folder of a QoS class, a pod, a container (or a pod's sandbox), and the process
+that watches over a container, where CRI-O is configured to put it next to that (conmon, `monitor_cgroup = "pod"`)."""
 
 _TOP = "kubepods"
 _CLASSES = (BURSTABLE, BEST_EFFORT)
@@ -34,8 +35,7 @@ _NEXT_TO_US = re.compile(r"/\.\./(?:(?:cri-containerd|crio)-)?[0-9a-f]{64}(?:\.s
 """A container that shares its parent with the agent's, within the agent's cgroup namespace: one of its own pod."""
 _SCOPE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)\.scope")
 _BARE = re.compile(r"(?:(?P<prefix>.+)-)?(?P<id>[A-Za-z0-9_]+)")
-_HELPER = "conmon"
-"""The container monitor has its own cgroup next to the container's; it is not a container."""
+_MONITOR = "conmon"
 
 
 class Cgroup(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,7 +48,7 @@ class Cgroup(msgspec.Struct, frozen=True, kw_only=True):
     """QoS class of a pod, a container or a QoS folder."""
     pod_uid: str = ""
     container_id: str = ""
-    """The id as the runtime knows it, without "containerd://"."""
+    """The id as the runtime knows it, without "containerd://"; of a monitor, the id of its container."""
     prefix: str = ""
     """The runtime's prefix before the id: "cri-containerd", "crio"."""
 
@@ -111,12 +111,12 @@ class CgroupLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def _container(self, path: str, name: str, qos: str, uid: str) -> Cgroup | None:
         found = (_SCOPE if self.driver == SYSTEMD else _BARE).fullmatch(name)
-        prefix = (found["prefix"] or "") if found is not None else ""
-        if found is None or prefix.endswith(_HELPER):
+        if found is None:
             return None
+        prefix = found["prefix"] or ""
         return Cgroup(
             path=path,
-            kind=CONTAINER,
+            kind=MONITOR if prefix.endswith(_MONITOR) else CONTAINER,
             driver=self.driver,
             qos=qos,
             pod_uid=uid,

@@ -35,6 +35,8 @@ _KEYS = {
     "pod_uid": ("io.kubernetes.cri.sandbox-uid", "io.kubernetes.pod.uid"),
     "pod_id": ("io.kubernetes.cri.sandbox-id", "io.kubernetes.cri-o.SandboxID"),
 }
+_SANDBOX = ("io.kubernetes.cri-o.ContainerType", "sandbox")
+"""The annotation of a sandbox in CRI-O, which names it like a container, "POD"."""
 
 
 class _Process(msgspec.Struct):
@@ -70,6 +72,8 @@ def _container(container_id: str, text: str, source: str) -> Container:
         raise HostError(f"cannot read {source}: {error}") from None
     said = bundle.annotations or {}
     names = {field: next((said[key] for key in keys if key in said), "") for field, keys in _KEYS.items()}
+    if said.get(_SANDBOX[0]) == _SANDBOX[1]:
+        names["name"] = ""
     pairs = (one.partition("=") for one in (bundle.process and bundle.process.env) or ())
     return Container(
         id=container_id,

@@ -19,7 +19,7 @@ import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import HostError, InputError
-from nodeagent.host.cgroup.layout import CONTAINER, POD, Cgroup, CgroupLayout, layouts
+from nodeagent.host.cgroup.layout import CONTAINER, MONITOR, POD, Cgroup, CgroupLayout, layouts
 from nodeagent.host.sysfs.sysfs import SysFs
 
 V2, HYBRID, V1, NONE = "v2", "hybrid", "v1", "none"
@@ -38,6 +38,9 @@ _PIECE_BYTES = 1 << 12
 _UNLIMITED = "max"
 _WAITING = ("runc:[", "crun")
 """Prefixes of the names of OCI runtimes' own processes."""
+INNER = "container"
+"""The cgroup below a container's scope into which crun puts the processes, with a copy of what it sets for the scope
+(src/libcrun/cgroup-systemd.c)."""
 _BEYOND_LIMITS = (1 << 63) - (1 << 36)
 """The kernel shows a limit that was never set as a number just below 2**63, rounded to the page size."""
 
@@ -90,6 +93,9 @@ class CgroupState(msgspec.Struct, frozen=True, kw_only=True):
     cpus_effective: CpuSet | None = None
     mems: CpuSet | None = None
     mems_effective: CpuSet | None = None
+    inner_cpus: CpuSet | None = None
+    inner_mems: CpuSet | None = None
+    """What crun has set in the cgroup below a container's scope (INNER); None if there is no such cgroup."""
     partition: str | None = None
     partition_invalid: str = ""
     """Why the kernel does not honour the partition; empty if it does or none is requested."""
@@ -145,11 +151,11 @@ def find(mount: str, cgroup_root: str = "/") -> tuple[Cgroup, ...]:
 
 
 def below(mount: str, layout: CgroupLayout, path: str) -> Iterator[Cgroup]:
-    """Yield a cgroup of kubelet's and those below it, down to containers; nothing if it does not exist."""
+    """Yield a cgroup of kubelet's and those below it, down to containers and monitors; nothing if it does not exist."""
     here = layout.parse(path)
     if here is None:
         return
-    names = () if here.kind == CONTAINER else folders(f"{mount}/{path}")
+    names = () if here.kind in (CONTAINER, MONITOR) else folders(f"{mount}/{path}")
     if names is None:
         return
     yield here
@@ -238,11 +244,12 @@ class CgroupReader:
 def has_begun(sysfs: SysFs, state: CgroupState) -> bool:
     """Return whether anything of a container has run. Before that, its first process, still part of the OCI runtime,
     waits in the container's cgroup: runc names it runc:[2:INIT] (libcontainer/nsenter/nsexec.c), crun's is a fork of
-    crun. What cannot be read is assumed to have run."""
+    crun, in a cgroup below. What cannot be read is assumed to have run."""
     if not state.populated:
         return False
     try:
-        pids = sysfs.text(f"{_MOUNT}/{state.path}/cgroup.procs", "").split()
+        cgroups = (f"{_MOUNT}/{state.path}", f"{_MOUNT}/{state.path}/{INNER}")
+        pids = [pid for one in cgroups for pid in sysfs.text(f"{one}/cgroup.procs", "").split()]
         names = [sysfs.text(f"proc/{pid}/comm", "") for pid in pids]
     except HostError:
         return True
@@ -333,7 +340,13 @@ def _cpuset(folder: _Folder) -> dict[str, CpuSet | None]:
         "cpus_effective": folder.set("cpuset.cpus.effective"),
         "mems": folder.set("cpuset.mems"),
         "mems_effective": folder.set("cpuset.mems.effective"),
+        **(_inner(folder) if folder.path.endswith(".scope") else {}),
     }
+
+
+def _inner(folder: _Folder) -> dict[str, CpuSet | None]:
+    cpus = folder.set(f"{INNER}/cpuset.cpus")
+    return {"inner_cpus": cpus, "inner_mems": folder.set(f"{INNER}/cpuset.mems")} if cpus is not None else {}
 
 
 def _invalid(partition: str | None) -> str:

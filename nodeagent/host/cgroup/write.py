@@ -22,7 +22,17 @@ import msgspec
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.errors import HostError, InputError, cause_of
 from nodeagent.host.cgroup.layout import CgroupLayout
-from nodeagent.host.cgroup.read import ISOLATED, MEMBER, ROOT, CgroupPart, CgroupReader, CgroupState, Hugetlb, size_name
+from nodeagent.host.cgroup.read import (
+    INNER,
+    ISOLATED,
+    MEMBER,
+    ROOT,
+    CgroupPart,
+    CgroupReader,
+    CgroupState,
+    Hugetlb,
+    size_name,
+)
 
 CONTROLLERS = ("cpuset", "hugetlb")
 _UNLIMITED = "max"
@@ -250,10 +260,16 @@ def _rising(state: CgroupState, limits: Mapping[int, int]) -> Iterator[tuple[str
 
 
 def _confining(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, str, str]]:
-    """Yield nodes before CPUs, so that memory moves to where the threads are about to run."""
-    for file, now, want in (("cpuset.mems", state.mems, wanted.mems), ("cpuset.cpus", state.cpus, wanted.cpus)):
+    """Yield nodes before CPUs, so that memory moves to where the threads are about to run. The copy of crun follows:
+    processes would not get what the scope is given later. What a container has set for itself stays."""
+    for file, now, want, copy in (
+        ("cpuset.mems", state.mems, wanted.mems, state.inner_mems),
+        ("cpuset.cpus", state.cpus, wanted.cpus, state.inner_cpus),
+    ):
         if want is not None and now != want:
             yield file, "" if now is None else str(now), str(want)
+            if now and copy == now:
+                yield f"{INNER}/{file}", str(copy), str(want)
 
 
 def _above(layout: CgroupLayout, path: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Which pods and containers exist and where their cgroups are; and, for a plan, the desired state of each.
+"""Which pods, containers and monitors exist and where their cgroups are; and, for a plan, the desired state of each.
 
 There are two sources: the runtime (NRI) reports containers with names and environment, the cgroup watch reports paths.
 Either may be first. A container that only the watch has seen has no name unless its bundle has one: most of these are
@@ -24,7 +24,7 @@ from nodeagent.core.model.topology import HugepagePool
 from nodeagent.core.pinning.plan import Pin, PinPlan
 from nodeagent.errors import InputError
 from nodeagent.host.cgroup.enforcer import Target
-from nodeagent.host.cgroup.layout import CONTAINER, POD, Cgroup, CgroupLayout, runtime_path
+from nodeagent.host.cgroup.layout import CONTAINER, MONITOR, POD, Cgroup, CgroupLayout, runtime_path
 from nodeagent.host.cgroup.read import MEMBER
 
 
@@ -62,6 +62,8 @@ class ContainerTable:
         self._pod_paths: dict[str, str] = {}
         self.pods: Mapping[str, str] = MappingProxyType(self._pod_paths)
         """Path of each pod's cgroup, by pod UID."""
+        self._monitors: dict[str, str] = {}
+        """UID of the pod of each monitor, by the path of its cgroup."""
         self._ran: set[str] = set()
         """UIDs of pods that existed before they could be confined."""
         self._refs: Mapping[str, PodRef] = {}
@@ -165,6 +167,9 @@ class ContainerTable:
                 self._entries[cgroup.container_id] = entry
             entry.path, entry.seen = cgroup.path, True
             self.revision += 1
+        if cgroup.kind == MONITOR:
+            self._monitors[cgroup.path] = cgroup.pod_uid
+            self.revision += 1
 
     def gone(self, cgroup: Cgroup) -> None:
         """Record that a cgroup is gone."""
@@ -175,6 +180,8 @@ class ContainerTable:
             self.ended.bump()
         if cgroup.kind == CONTAINER:
             self.forget(cgroup.container_id)
+        if cgroup.kind == MONITOR and self._monitors.pop(cgroup.path, None) is not None:
+            self.revision += 1
 
     def _path(self, container: Container) -> str:
         with contextlib.suppress(InputError):
@@ -207,7 +214,8 @@ class ContainerTable:
         }
         pods = dict(self._pods(plan, whole, config))
         live = [one for one in self._entries.values() if one.path and one.container.state != STOPPED]
-        return pods | {one.path: self._target(plan, one.container, config) for one in live}
+        containers = {one.path: self._target(plan, one.container, config) for one in live}
+        return pods | containers | dict(self._of_monitors(plan))
 
     def _pods(self, plan: PinPlan, whole: dict[int, int], config: PinningConfig) -> Iterator[tuple[str, Target]]:
         for uid, path in self._pod_paths.items():
@@ -221,6 +229,13 @@ class ContainerTable:
                     let_go=pin.cpus - plan.shared if pin.cpus and config.partition != "none" else EMPTY,
                 ),
             )
+
+    def _of_monitors(self, plan: PinPlan) -> Iterator[tuple[str, Target]]:
+        """Yield the desired state of monitors whose pod as a whole may run on more than the shared pool. Elsewhere the
+        pod's cgroup confines them."""
+        for path, uid in self._monitors.items():
+            if plan.shared and (plan.pod(uid).cpus or EMPTY) - plan.shared:
+                yield path, Target(cpus=plan.shared)
 
     def _target(self, plan: PinPlan, container: Container, config: PinningConfig) -> Target:
         pin = plan.containers.get(container.id, Pin())

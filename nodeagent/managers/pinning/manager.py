@@ -190,7 +190,7 @@ class PinningManager(Manager):
     async def _serve_runtime(self) -> None:
         config = self._started_with
         counts, report, caches = self._kubelet_counts_claims, self._report, self._caches
-        given = self._agent, self._table, self.reconciler, self._config, counts, report, caches
+        given = self._agent, self._table, self.reconciler, self._config, counts, report, caches, self._runtime_name
         handler = PodHooks(self._networks, *given) if self._networks.wanted else NriHooks(*given)
         self._plugin = NriPlugin(
             Path(config.nri_socket),
@@ -201,6 +201,9 @@ class PinningManager(Manager):
             clock=self._clock,
         )
         await self._plugin.run()
+
+    def _runtime_name(self) -> str:
+        return self._plugin.standing.runtime if self._plugin is not None else ""
 
     def _runtime_news(self) -> None:
         self._table.runtime_connected(self._plugin is not None and self._plugin.standing.connected)

@@ -39,6 +39,8 @@ from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
 from nodeagent.state.agent import Agent
 
+STARTS_ANYWAY = frozenset({"cri-o"})
+"""Names of the runtimes that only log why a plugin refuses a start (CRI-O, server/container_start.go: 1.26 to 1.36)."""
 log = structlog.get_logger()
 
 
@@ -54,8 +56,11 @@ class NriHooks:
         kubelet_counts_claims: Callable[[], bool] = lambda: False,
         report: Report = unreported,
         caches: CacheGroups = NO_CACHE_GROUPS,
+        runtime: Callable[[], str] = lambda: "",
     ) -> None:
-        """Set up. `kubelet_counts_claims` returns whether kubelet's limits of pages may include what claims hold."""
+        """Set up. `kubelet_counts_claims` returns whether kubelet's limits of pages may include what claims hold,
+        `runtime` the name of the runtime that calls."""
+        self._runtime = runtime
         self._kubelet_counts_claims = kubelet_counts_claims
         self._report = report
         self._caches = caches
@@ -63,6 +68,8 @@ class NriHooks:
         self._table = table
         self._reconciler = reconciler
         self._config = config
+        self._refused: dict[str, str] = {}
+        """Why containers that have not started were refused to, by id."""
 
     async def synchronize(self, pods: Sequence[Pod], containers: Sequence[Container]) -> Sequence[Update]:
         self._caches.learn(pods)
@@ -114,6 +121,23 @@ class NriHooks:
 
     async def starting(self, pod: Pod, container: Container, within_s: float) -> None:
         """Check the confinement at the last moment before its first instruction."""
+        self._refused.pop(container.id, None)
+        try:
+            await self._check(container, within_s)
+        except HostError as error:
+            self._refused[container.id] = str(error)
+            if self._runtime() in STARTS_ANYWAY:
+                await self._end(container)
+            raise
+
+    async def _end(self, container: Container) -> None:
+        """Kill a container before its first instruction, as its runtime would start it all the same."""
+        try:
+            await self._reconciler.end(container.id)
+        except HostError as error:
+            log.error("not-kept-from-starting", container=str(container), error=str(error))
+
+    async def _check(self, container: Container, within_s: float) -> None:
         why = await _within(within_s, self._reconciler.confirm(container.id))
         pin = self._reconciler.pin(container.id)
         if why and not pin.grants and not self._reconciler.trespasses(container.id):
@@ -136,6 +160,8 @@ class NriHooks:
         return [Update(container_id=container.id, cpus=cpus, mems=pin.mems, hugepage_limits=limits)]
 
     async def started(self, pod: Pod, container: Container) -> None:
+        if why := self._refused.pop(container.id, ""):
+            log.error("started-unconfined", container=str(container), why=f"the runtime started it all the same: {why}")
         self._table.tell(replace(container, state=RUNNING))
 
     async def stopped(self, pod: Pod, container: Container) -> Sequence[Update]:
@@ -143,6 +169,7 @@ class NriHooks:
         return self._reconciler.updates()
 
     async def removed(self, pod: Pod, container: Container) -> None:
+        self._refused.pop(container.id, None)
         self._table.forget(container.id)
 
     def _refuse(self, container: Container, why: str) -> None:

@@ -216,6 +216,13 @@ class CgroupReconciler:
             await self._apply(self.enforcer, some)
             return "; ".join(self.errors[path] for path in some if path in self.errors) or self._missing(entry)
 
+    async def end(self, container_id: str) -> None:
+        """Kill every process of a container. Raise HostError if that is not possible."""
+        entry = self.table.entries.get(container_id)
+        if self.enforcer is None or entry is None or not entry.path:
+            raise HostError(f"cannot end container {container_id}: its cgroup is not known or cannot be written")
+        await asyncio.to_thread(self.enforcer.kill, entry.path)
+
     def _missing(self, entry: ContainerEntry) -> str:
         """Return why a container cannot be confined because its cgroup is not at its reported path, or ""."""
         pin = self._plan.containers.get(entry.container.id, Pin())

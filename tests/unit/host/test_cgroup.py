@@ -35,6 +35,7 @@ from nodeagent.host.cgroup.layout import (
     CGROUPFS,
     CONTAINER,
     GUARANTEED,
+    MONITOR,
     POD,
     QOS,
     SYSTEMD,
@@ -170,13 +171,20 @@ def test_any_path_is_read_without_an_error(path: str, root: str) -> None:
     for layout in layouts(root):
         assert layout.parse(path) is None or path.startswith(layout.top)
         found = layout.parse(f"{layout.top}/{path}")
-        assert found is None or found.kind in (TOP, QOS, POD, CONTAINER)
+        assert found is None or found.kind in (TOP, QOS, POD, CONTAINER, MONITOR)
 
 
-def test_what_watches_over_a_container_and_what_lies_inside_it_are_no_containers() -> None:
+@pytest.mark.parametrize("driver", [SYSTEMD, CGROUPFS])
+def test_what_watches_over_a_container_is_no_container(driver: str) -> None:
+    layout = CgroupLayout(driver=driver)
+    found = layout.parse(layout.container(UID, BURSTABLE, ID, "crio-conmon"))
+    assert found is not None
+    assert (found.kind, found.pod_uid, found.container_id) == (MONITOR, UID, ID)
+
+
+def test_what_lies_inside_a_container_is_none() -> None:
     layout = CgroupLayout(driver=SYSTEMD)
     pod = layout.pod(UID, GUARANTEED)
-    assert layout.parse(f"{pod}/crio-conmon-{ID}.scope") is None
     assert layout.parse(f"{pod}/crio-{ID}.scope/container") is None
     assert layout.parse("system.slice/kubepods-x.scope") is None
     kinds = [found and found.kind for found in map(layout.parse, (layout.top, layout.qos(BURSTABLE), pod))]
@@ -347,22 +355,26 @@ def test_everything_about_a_container_is_read(tmp_path: Path) -> None:
     ("names", "populated", "begun"),
     [
         (["runc:[2:INIT]"], 1, False),
+        (["crun"], 1, False),
         (["runc:[2:INIT]", "sh"], 1, True),
         (["postgres"], 1, True),
         ([], 1, True),
         (["sh"], 0, False),
     ],
 )
+@pytest.mark.parametrize("inner", ["", "/container"], ids=["runc", "crun"])
 def test_a_container_whose_first_process_still_waits_has_not_begun(
-    tmp_path: Path, names: list[str], populated: int, begun: bool
+    tmp_path: Path, names: list[str], populated: int, begun: bool, inner: str
 ) -> None:
     """Where nothing is to be seen of its processes it is taken to have begun."""
     for pid, name in enumerate(names, 70):
         (tmp_path / f"proc/{pid}").mkdir(parents=True)
         (tmp_path / f"proc/{pid}/comm").write_text(f"{name}\n")
     procs = "\n".join(map(str, range(70, 70 + len(names))))
-    make(tmp_path / "sys/fs/cgroup", "c", cgroup__events=f"populated {populated}", cgroup__procs=procs)
-    state = CgroupReader(str(tmp_path / "sys/fs/cgroup"), ()).read("c", CgroupPart.CPUSET)
+    mount = tmp_path / "sys/fs/cgroup"
+    make(mount, "c", cgroup__events=f"populated {populated}", cgroup__procs="")
+    make(mount, f"c{inner}", cgroup__events=f"populated {populated}", cgroup__procs=procs)
+    state = CgroupReader(str(mount), ()).read("c", CgroupPart.CPUSET)
     assert state is not None and has_begun(SysFs(tmp_path), state) == begun
 
 

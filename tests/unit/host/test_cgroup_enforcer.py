@@ -171,6 +171,32 @@ def test_what_partitions_below_take_of_what_they_may_is_no_drift_of_their_pod(
     assert found == [] if right else f"is '{effective}', not '0-7'" in found[0]
 
 
+# Below a scope of crun's
+
+
+SCOPE = f"{A}/crio-c.scope"
+
+
+def test_the_copy_below_a_scope_follows_what_the_scope_is_given(tree: CgroupTree) -> None:
+    """crun puts the processes there, with the CPUs and nodes that the runtime was told: they would never get more."""
+    for path in (SCOPE, f"{SCOPE}/container"):
+        tree.make(path, cpuset__cpus="2-3", cpuset__mems="0")
+    made = enforcer(tree)
+    for wanted in ("2-3", "1-5", "6-7", "0-7"):
+        assert made.apply({SCOPE: cpus(wanted)}) == {}
+        assert tree.effective(f"{SCOPE}/container") == wanted
+    assert made.apply({SCOPE: cpus("0-7", mems=CpuSet.parse("0-1"))}) == {}
+    assert tree.text(f"{SCOPE}/container", "cpuset.mems.effective") == "0-1"
+
+
+def test_a_cgroup_that_a_container_has_made_below_its_own_is_left_alone(tree: CgroupTree) -> None:
+    tree.make(SCOPE, cpuset__cpus="2-5")
+    tree.make(f"{SCOPE}/container", cpuset__cpus="2")
+    made = enforcer(tree)
+    assert made.apply({SCOPE: cpus("1-5")}) == {} and made.apply({SCOPE: cpus("1-6")}) == {}
+    assert tree.text(f"{SCOPE}/container", "cpuset.cpus") == "2"
+
+
 def test_cpu_time_is_told_in_cpus(tree: CgroupTree) -> None:
     tree.set(A, "cpu.max", "150000 100000")
     made = enforcer(tree)
@@ -208,3 +234,15 @@ def test_a_bundle_that_cannot_be_read_is_named(tmp_path: Path, text: str) -> Non
     path.write_text(text)
     with pytest.raises(HostError, match=f"cannot read {path}: "):
         bundles.read(SysFs(tmp_path), "abc")
+
+
+def test_a_sandbox_of_cri_o_has_no_name(tmp_path: Path) -> None:
+    """CRI-O writes one into its bundle, as for a container."""
+    said = {"io.kubernetes.container.name": "POD", "io.kubernetes.pod.uid": "uid"}
+    path = tmp_path / BUNDLES[-1].format("abc")
+    path.parent.mkdir(parents=True)
+    for kind, name in (("sandbox", ""), ("container", "POD")):
+        annotations = {**said, "io.kubernetes.cri-o.ContainerType": kind}
+        path.write_text(json.dumps({"annotations": annotations}))
+        found = bundles.read(SysFs(tmp_path), "abc")
+        assert found is not None and (found.name, found.pod_uid) == (name, "uid")

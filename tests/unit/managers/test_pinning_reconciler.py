@@ -247,6 +247,54 @@ async def test_a_container_may_be_let_start_all_the_same(folder: Path, monkeypat
         assert any(line["event"] == "started-unconfined" for line in lines)
 
 
+@pytest.mark.parametrize("name", ["cri-o", "other"])
+async def test_a_runtime_that_starts_what_is_refused_finds_it_killed_or_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """CRI-O only logs what a plugin has against a start, which fails then: there is no process to start. What runs all
+    the same is confined as soon as that is possible."""
+    async with pin_node(folder, monkeypatch, runtime_name=name) as node:
+        node.runtime.starts_anyway = True
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        answer = await node.create("dpdk", "main")
+        path = node.path("dpdk", "main")
+        node.tree.refuses[f"{path}/hugetlb.2MB.rsvd.max"] = errno.ENOSPC
+        node.tree.writes.clear()
+        with capture_logs() as lines:
+            await node.start("dpdk", "main")
+        (line,) = [one for one in lines if one["event"] == "started-unconfined"]
+        assert line["why"].startswith("the runtime started it all the same: cannot start container default/dpdk/main")
+        killed = (f"{path}/cgroup.kill", "1") in node.tree.writes
+        assert killed == (name == "cri-o")
+        node.tree.refuses.clear()
+        node.agent.revisions.ledger.bump()
+        (limit,) = answer.adjust.linux.resources.hugepage_limits
+        await node.until(lambda: node.tree.text(path, "hugetlb.2MB.rsvd.max") == str(limit.limit))
+
+
+async def test_a_monitor_next_to_a_container_with_cpus_of_its_own_is_kept_off_them(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRI-O may put it into the pod. It is no container that started without a question."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        own, other = (f"{node.pod(pod)}/crio-conmon-{pod}" for pod in ("db", "web"))
+        for path in (own, other):
+            node.tree.make(path)
+        await node.until(lambda: node.tree.effective(own) == node.shared == "1-3,6-15")
+        await node.admit("more", "main", "cpu8")
+        await node.create("more", "main")
+        assert node.tree.effective(own) == node.shared == "1-3,6-7,9-15"
+        node.tree.set(own, "cpuset.cpus", "0-15")
+        await node.until(lambda: node.tree.effective(own) == node.shared)
+        assert node.tree.text(other, "cpuset.cpus") == "" and node.tree.effective(other) == node.shared
+        node.tree.remove(own)
+        await node.until(lambda: own not in node.pins.reconciler.applied())
+        assert node.runtime.connections == 1 and node.pins.document()["errors"] == {}
+
+
 # An agent, or a runtime, that was away
 
 
