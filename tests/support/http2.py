@@ -14,6 +14,15 @@ from h2.connection import H2Connection
 
 ALLOCATE, WATCH = "/v1beta1.DevicePlugin/Allocate", "/v1beta1.DevicePlugin/ListAndWatch"
 
+REFUSED = {
+    "a ping of seven bytes": b"\0\0\7\6\0\0\0\0\0" + bytes(7),
+    "data of no stream": b"\0\0\1\0\0\0\0\0\0x",
+    "a frame that is too large": (1 << 20).to_bytes(3, "big") + b"\0\0\0\0\0\1",
+    "settings that are none": b"\0\0\6\4\0\0\0\0\0\0\5\0\0\0\0",
+    "no HTTP/2": b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+}
+"""Frames that end a connection."""
+
 
 def headers(path: str = ALLOCATE, *more: tuple[str, str], method: str = "POST") -> list[tuple[str, str]]:
     """The headers of a call."""

@@ -2,7 +2,8 @@
 
 Bounds on what a peer can make this end hold: messages by their readers' limits; header lists by h2 (64 KiB, 64
 CONTINUATION frames); streams by MOST_STREAMS; answers by the transport's high-water mark, because a peer that does not
-read is not read from; a connection without HTTP/2 on it by GREETING_S.
+read is not read from; a connection without HTTP/2 on it by GREETING_S; a frame or list of headers that does not end by
+REST_S.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import structlog
 from h2.config import H2Configuration
 from h2.connection import H2Connection
 from h2.errors import ErrorCodes
-from h2.exceptions import FrameTooLargeError, H2Error, StreamClosedError
+from h2.exceptions import H2Error, StreamClosedError
 from h2.settings import SettingCodes, Settings
 from hyperframe.frame import GoAwayFrame
+
+from nodeagent.kube.rpc.frames import Frames
 
 MOST_STREAMS = 1000
 """Calls in progress on one connection; a peer waits with more. Kubelet runs a few hundred pods at most."""
@@ -27,11 +30,11 @@ WINDOW_BYTES = 1 << 20
 """What a peer may send before it is acknowledged, per stream and in all."""
 GREETING_S = 20.0
 """How long a peer may take to begin HTTP/2; as grpc's clients allow."""
+REST_S = 20.0
+"""How long a peer may take to end what it has begun to send: a frame, a list of headers, a request."""
 
 _FIRST_WINDOW_BYTES = 65_535
 """Of a connection, which settings cannot change (RFC 9113, 6.9.2)."""
-_LARGEST_FRAME_BYTES = 9 + (1 << 14)
-"""With its header, as no settings of this end allow more (RFC 9113, 4.2)."""
 log = structlog.get_logger()
 Headers = list[tuple[bytes, bytes]]
 
@@ -64,7 +67,9 @@ class Connection(asyncio.Protocol):
                 SettingCodes.INITIAL_WINDOW_SIZE: WINDOW_BYTES,
             },
         )
+        self._frames = Frames(preface=not client)
         self._transport: asyncio.Transport | None = None
+        self._rest: asyncio.TimerHandle | None = None
         self._greeting: asyncio.TimerHandle | None = None
         self._room = asyncio.Event()
         self._paused = False
@@ -126,14 +131,14 @@ class Connection(asyncio.Protocol):
     def flush(self) -> None:
         """Send what is queued, in one write."""
         data = self._http.data_to_send()
-        if data and self._transport is not None and not self._transport.is_closing():
+        if data and self._transport is not None and self._is_open:
             self._transport.write(data)
 
     def send_goaway(self) -> None:
         """Announce that no more streams are taken. h2's own way would end those in progress, too."""
         last = self._http.highest_inbound_stream_id
         self.flush()
-        if self._transport is not None and not self._transport.is_closing():
+        if self._transport is not None and self._is_open:
             self._transport.write(GoAwayFrame(0, last_stream_id=last, error_code=ErrorCodes.NO_ERROR).serialize())
 
     def close(self) -> None:
@@ -159,25 +164,43 @@ class Connection(asyncio.Protocol):
         self.flush()
 
     def data_received(self, data: bytes) -> None:
-        """Report what came, and send what HTTP/2 wants sent for it; drop a peer that breaks the protocol."""
+        """Report what came, frame by frame, and send what HTTP/2 wants sent for it; drop a peer that breaks the
+        protocol. What came before the frame that breaks it counts."""
+        before = self._frames.ended
         try:
-            for event in self._http.receive_data(data):
-                self._dispatch(event)
-            # h2 collects a frame of any size, 16 MiB at most, before it refuses it for its size. What it has collected
-            # is private: a version that keeps it elsewhere has that limit alone.
-            if len(getattr(self._http.incoming_buffer, "_data", b"")) > _LARGEST_FRAME_BYTES:
-                raise FrameTooLargeError(f"a frame has more than {_LARGEST_FRAME_BYTES} bytes")
+            for piece in self._frames.cut(data):
+                if not self._is_open:
+                    return
+                for event in self._http.receive_data(piece):
+                    self._dispatch(event)
         except Exception as error:
             # Of h2, hpack and hyperframe, which do not promise to raise nothing else for what a peer sends.
-            log.warning("connection-dropped", socket=str(self._path), error=str(error) or type(error).__name__)
-            self.flush()
-            self.abort()
+            self._drop_peer(str(error) or type(error).__name__)
             return
+        self._wait_for_rest(progress=self._frames.ended != before)
         self.flush()
+
+    def _wait_for_rest(self, *, progress: bool) -> None:
+        """Give the peer REST_S to end what it has begun. progress: whether it has ended something since the last
+        call."""
+        if self._rest is not None and (progress or not self._frames.midway):
+            self._rest.cancel()
+            self._rest = None
+        if self._rest is None and self._frames.midway and not self._paused:
+            why = f"what it has begun to send has not ended within {REST_S:g} s"
+            self._rest = asyncio.get_running_loop().call_later(REST_S, self._drop_peer, why)
+
+    def _drop_peer(self, why: str) -> None:
+        log.warning("connection-dropped", socket=str(self._path), error=why)
+        self.flush()
+        self.abort()
 
     def pause_writing(self) -> None:
         """Read no more from a peer that does not read."""
         self._paused = True
+        if self._rest is not None:  # it is not read, whether or not it comes
+            self._rest.cancel()
+            self._rest = None
         if self._transport is not None:
             self._transport.pause_reading()
 
@@ -187,14 +210,20 @@ class Connection(asyncio.Protocol):
         self._room.set()
         if self._transport is not None:
             self._transport.resume_reading()
+            self._wait_for_rest(progress=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wake what waits to send, and report the end."""
-        if self._greeting is not None:
-            self._greeting.cancel()
+        for timer in (self._greeting, self._rest):
+            if timer is not None:
+                timer.cancel()
         self._transport = None
         self._room.set()
         self.on_lost()
+
+    @property
+    def _is_open(self) -> bool:
+        return self._transport is not None and not self._transport.is_closing()
 
     def _dispatch(self, event: Any) -> None:
         match event:

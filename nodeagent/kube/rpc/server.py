@@ -1,5 +1,8 @@
 """Serves gRPC on a Unix socket. Each call runs as a task; a peer that hangs up or resets a stream cancels it.
 
+Bounds on all connections together: MOST_PEERS; MOST_INCOMPLETE requests that have begun and not ended, each for REST_S
+at most; MOST_HELD_BYTES of requests. Those of one connection are in `connection.py`.
+
 A service is any object with a coroutine method per call: `await service.Name(request, context)`. It returns the answer,
 or, if the call streams, writes any number with `context.write`. `context.abort` ends a call with a status.
 """
@@ -19,16 +22,21 @@ from google.protobuf.message import DecodeError
 from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
-from nodeagent.kube.rpc.connection import Connection, Headers
+from nodeagent.kube.rpc.connection import REST_S, Connection, Headers
 from nodeagent.kube.rpc.status import AbortedError, Code
 from nodeagent.kube.rpc.wire import CONTENT_TYPE, Inbox, Method, framed, methods_of, status_text, timeout_s
 
 LARGEST_REQUEST_BYTES = 4 << 20
 MOST_HELD_BYTES = 16 << 20
-"""Of requests on one connection, until their calls have ended."""
+"""Of requests on all connections, until their calls have ended."""
+MOST_INCOMPLETE = 1000
+"""Requests that have begun and not ended, on all connections."""
+MOST_PEERS = 64
+"""Connections at once. Kubelet has one or two to each server."""
 CANCELLED_S = 1.0
 """How long a stop waits for calls to end that it has cancelled."""
 
+_NOT_COMPLETE = f"the request has not ended within {REST_S:g} s"
 _HEAD: Headers = [(b":status", b"200"), (b"content-type", CONTENT_TYPE)]
 log = structlog.get_logger()
 
@@ -48,6 +56,12 @@ class Server:
         self._bound: tuple[int, int] | None = None
         self._peers: set[_Peer] = set()
         self._left = asyncio.Event()
+        self._running: set[asyncio.Task[None]] = set()
+        """Tasks of calls, also of those whose peers have gone."""
+        self.incomplete = 0
+        """Requests that have begun and not ended."""
+        self.held_bytes = 0
+        """Of requests, until their calls have ended."""
 
     def add(self, file: FileDescriptor, name: str, service: Any) -> None:
         """Serve the service `name` of a generated file; calls that `service` lacks are answered UNIMPLEMENTED."""
@@ -74,7 +88,8 @@ class Server:
             raise
 
     async def stop(self, grace_s: float) -> None:
-        """Accept no more calls, let those in progress finish for up to `grace_s`, and remove the socket."""
+        """Accept no more calls, let those in progress finish for up to `grace_s`, and remove the socket. What is still
+        running then is cancelled, and gets CANCELLED_S to end; so do calls whose peers have gone."""
         self._unlisten()
         for peer in tuple(self._peers):
             peer.drain()
@@ -83,19 +98,32 @@ class Server:
                 while self._peers:
                     self._left.clear()
                     await self._left.wait()
-        tasks = {task for peer in tuple(self._peers) for task in peer.end()}
-        if tasks:
-            await asyncio.wait(tasks, timeout=CANCELLED_S)
+                while self._running:
+                    await asyncio.wait(self._running)
+        for peer in tuple(self._peers):
+            peer.end()
+        if self._running:
+            _, running = await asyncio.wait(self._running, timeout=CANCELLED_S)
+            if running:
+                log.warning("calls-not-ended", socket=str(self.path), calls=len(running), waited_s=CANCELLED_S)
 
     def handler(self, path: bytes) -> _Handler | None:
         """Return what serves a path."""
         return self._handlers.get(path)
 
     def joined(self, peer: _Peer) -> None:
-        """Count a connection; one that was accepted as the server stopped ends at once."""
+        """Count a connection; one that was accepted as the server stopped ends at once, and so does one too many."""
         self._peers.add(peer)
         if self._bound is None:
             peer.drain()
+        elif len(self._peers) > MOST_PEERS:
+            log.warning("connection-dropped", socket=str(self.path), error=f"there are {MOST_PEERS} already")
+            peer.abort()
+
+    def began(self, task: asyncio.Task[None]) -> None:
+        """Count the task of a call until it ends."""
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
 
     def left(self, peer: _Peer) -> None:
         """Forget a connection."""
@@ -128,6 +156,8 @@ class Call:
         self._limit: asyncio.Timeout | None = None
         self.inbox = Inbox(LARGEST_REQUEST_BYTES)
         self.received_bytes = 0
+        self.overdue: asyncio.TimerHandle | None = None
+        """Ends the call if its request does not; None once that is complete, or has ended otherwise."""
 
     @property
     def task(self) -> asyncio.Task[None] | None:
@@ -219,7 +249,6 @@ class _Peer(Connection):
         super().__init__(server.path, client=False)
         self._server = server
         self._calls: dict[int, Call] = {}
-        self._held_bytes = 0
         self._draining = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -234,13 +263,11 @@ class _Peer(Connection):
         if not self._calls:
             self.close()
 
-    def end(self) -> list[asyncio.Task[None]]:
-        """Cancel the calls in progress and end the connection. Return what is still to end."""
-        tasks = [one.task for one in self._calls.values() if one.task is not None]
+    def end(self) -> None:
+        """Cancel the calls in progress and end the connection."""
         for one in self._calls.values():
             one.cancel()
         self.abort()
-        return tasks
 
     def on_headers(self, stream: int, headers: Headers) -> None:
         if stream in self._calls:
@@ -256,17 +283,21 @@ class _Peer(Connection):
             self._begin(stream, fields)
 
     def _begin(self, stream: int, fields: dict[bytes, bytes]) -> None:
-        handler = self._server.handler(fields.get(b":path", b""))
+        handler, loop = self._server.handler(fields.get(b":path", b"")), asyncio.get_running_loop()
         try:
             if handler is None:
                 raise AbortedError(Code.UNIMPLEMENTED, "Method not found!")
             wait = fields.get(b"grpc-timeout")
-            due_s = None if wait is None else asyncio.get_running_loop().time() + timeout_s(wait)
+            due_s = None if wait is None else loop.time() + timeout_s(wait)
+            if self._server.incomplete >= MOST_INCOMPLETE:
+                raise AbortedError(Code.RESOURCE_EXHAUSTED, f"{MOST_INCOMPLETE} requests are incomplete")
         except AbortedError as error:
             status = [(b"grpc-status", b"%d" % error.code), (b"grpc-message", status_text(error.details))]
             self._refuse(stream, [*_HEAD, *status])
             return
-        self._calls[stream] = Call(self, stream, handler, due_s)
+        call = self._calls[stream] = Call(self, stream, handler, due_s)
+        self._server.incomplete += 1
+        call.overdue = loop.call_later(REST_S, self._end_early, stream, Code.DEADLINE_EXCEEDED, _NOT_COMPLETE)
 
     def _refuse(self, stream: int, headers: Headers) -> None:
         """Answer with headers alone, and take nothing more of the request."""
@@ -279,20 +310,35 @@ class _Peer(Connection):
         if call is None or call.task is not None:
             return
         try:
-            self._held_bytes += len(data)
+            self._server.held_bytes += len(data)
             call.received_bytes += len(data)
             call.inbox.add(data)
-            if self._held_bytes > MOST_HELD_BYTES:
+            if self._server.held_bytes > MOST_HELD_BYTES:
                 raise AbortedError(Code.RESOURCE_EXHAUSTED, f"requests have more than {MOST_HELD_BYTES} bytes")
         except AbortedError as error:
-            call.finish(error.code, error.details)
-            self.reset(stream, ErrorCodes.NO_ERROR)
-            self._drop(stream)
+            self._end_early(stream, error.code, error.details)
+
+    def _end_early(self, stream: int, code: Code, details: str) -> None:
+        """End a call whose request is incomplete."""
+        self._calls[stream].finish(code, details)
+        self.reset(stream, ErrorCodes.NO_ERROR)
+        self.flush()
+        self._drop(stream)
 
     def on_end(self, stream: int) -> None:
         call = self._calls.get(stream)
         if call is not None and call.task is None:
-            call.begin().add_done_callback(lambda _: self._drop(stream))
+            self._completed(call)
+            task = call.begin()
+            self._server.began(task)
+            task.add_done_callback(lambda _: self._drop(stream))
+
+    def _completed(self, call: Call) -> None:
+        """Count a request as incomplete no longer."""
+        if call.overdue is not None:
+            call.overdue.cancel()
+            call.overdue = None
+            self._server.incomplete -= 1
 
     def on_reset(self, stream: int, code: int) -> None:
         call = self._calls.get(stream)
@@ -309,14 +355,17 @@ class _Peer(Connection):
         self.close()
 
     def on_lost(self) -> None:
-        for one in tuple(self._calls.values()):
+        for stream, one in tuple(self._calls.items()):
+            if one.task is None:
+                self._drop(stream)
             one.cancel()
         self._server.left(self)
 
     def _drop(self, stream: int) -> None:
         call = self._calls.pop(stream, None)
         if call is not None:
-            self._held_bytes -= call.received_bytes
+            self._completed(call)
+            self._server.held_bytes -= call.received_bytes
         if self._draining and not self._calls:
             self.close()
 

@@ -5,6 +5,7 @@ Source: doc/PROTOCOL-HTTP2.md of github.com/grpc/grpc.
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -19,11 +20,17 @@ from nodeagent.kube.rpc.status import AbortedError, Code, RpcError
 CONTENT_TYPE = b"application/grpc"
 PREFIX_BYTES = 5
 """Before each message: whether it is compressed (1 byte), and its length (4 bytes, big endian)."""
+LONGEST_STATUS_BYTES = 7 << 10
+"""Of the text of a status as its header holds it. A list of headers has some 200 bytes more, and peers may refuse one
+of more than 8 KiB: grpc's C core does, by default, at random above that and always above 16 KiB
+(GRPC_ARG_MAX_METADATA_SIZE)."""
 
 _UNITS_S = {b"H": 3600.0, b"M": 60.0, b"S": 1.0, b"m": 1e-3, b"u": 1e-6, b"n": 1e-9}
 _TIMEOUT = re.compile(rb"([0-9]{1,8})([HMSmun])")
 _PLAIN = bytes(one for one in range(0x20, 0x7F) if one != ord("%")).decode()
 _MOST_MS = 99_999_999
+_CUT = "…"
+"""At the end of a text of which the rest is not sent."""
 
 
 class Method(NamedTuple):
@@ -101,12 +108,21 @@ def timeout_text(seconds: float) -> bytes:
 
 
 def status_text(details: str) -> bytes:
-    """Return the text of a status as its header holds it: spaces at its ends, which headers do not keep, are escaped
-    too."""
+    """Return the text of a status as its header holds it, cut if that were longer than LONGEST_STATUS_BYTES."""
+    text = _escaped(details)
+    if len(text) > LONGEST_STATUS_BYTES:
+        lengths = range(LONGEST_STATUS_BYTES)
+        too_long = bisect.bisect(lengths, LONGEST_STATUS_BYTES, key=lambda size: len(_escaped(details[:size] + _CUT)))
+        text = _escaped(details[: too_long - 1] + _CUT)
+    return text.encode()
+
+
+def _escaped(details: str) -> str:
+    """Return printable ASCII. Spaces at the ends, which headers do not keep, are escaped too."""
     text = quote_from_bytes(details.encode(errors="backslashreplace"), safe=_PLAIN)
     inner = text.strip(" ")
     before = len(text) - len(text.lstrip(" ")) if inner else len(text)
-    return ("%20" * before + inner + "%20" * (len(text) - before - len(inner))).encode()
+    return "%20" * before + inner + "%20" * (len(text) - before - len(inner))
 
 
 def status_of(headers: dict[bytes, bytes]) -> tuple[Code, str]:

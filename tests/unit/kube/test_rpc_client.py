@@ -23,7 +23,7 @@ from nodeagent.kube.rpc.wire import method_of
 from nodeagent.pb import podresources_pb2 as pb
 from tests.pb import podresources_pb2_grpc as rpc
 from tests.support import channels
-from tests.support.http2 import framed
+from tests.support.http2 import REFUSED, framed
 from tests.support.until import until
 
 LIST = method_of(pb.DESCRIPTOR, "PodResourcesLister", "List")
@@ -124,15 +124,15 @@ async def test_a_peer_that_hangs_up_before_http_2_took_nothing(folder: Path) -> 
 
 
 @contextlib.asynccontextmanager
-async def peer(path: Path, reply: Reply | None = None, *, said: bytes = b"") -> AsyncIterator[None]:
-    """A server by hand: it says the bytes and hangs up, or sends what `reply` builds for a whole request and hangs
-    up."""
+async def peer(path: Path, reply: Reply | None = None, *, said: bytes = b"", then: bytes = b"") -> AsyncIterator[None]:
+    """A server by hand: it says the bytes and hangs up, or sends what `reply` builds for a whole request, with the
+    bytes `then` in the same write, and hangs up."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(said)
         with contextlib.suppress(ConnectionError):
             if reply is not None:
-                await answer(reader, writer, reply)
+                await answer(reader, writer, reply, then)
             writer.close()
             await writer.wait_closed()
 
@@ -143,7 +143,7 @@ async def peer(path: Path, reply: Reply | None = None, *, said: bytes = b"") -> 
         server.close()
 
 
-async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reply: Reply) -> None:
+async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reply: Reply, then: bytes) -> None:
     http = H2Connection(H2Configuration(client_side=False, validate_outbound_headers=False))
     http.initiate_connection()
     writer.write(http.data_to_send())
@@ -151,7 +151,7 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, rep
         for event in http.receive_data(data):
             if isinstance(event, h2.events.StreamEnded):
                 reply(http, event.stream_id)
-                writer.write(http.data_to_send())
+                writer.write(http.data_to_send() + then)
                 return
         writer.write(http.data_to_send())
 
@@ -214,6 +214,16 @@ async def test_each_way_to_fail_has_its_status(reply: Reply, error: tuple[str, s
     async with peer(folder / "s", reply):
         assert await failure(folder / "s") == error
     await until(lambda: open_files() == files)
+
+
+@pytest.mark.parametrize("then", REFUSED.values(), ids=REFUSED)
+async def test_an_answer_counts_whatever_follows_it(then: bytes, folder: Path) -> None:
+    """Also in the same read: what the peer has answered, it has done."""
+    one = pods(1)
+    async with peer(folder / "s", ends(framed(one.SerializeToString()), status="0"), then=then):
+        assert await client.call(folder / "s", LIST, pb.ListPodResourcesRequest(), 20.0) == one
+    async with peer(folder / "s", ends(status="5", message="no"), then=then):
+        assert await failure(folder / "s") == ("NOT_FOUND", "no", True)
 
 
 async def test_calls_leave_no_descriptor(folder: Path) -> None:

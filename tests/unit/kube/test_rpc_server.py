@@ -50,6 +50,8 @@ class Desk:
             await self._wait()
         elif wanted == "abort":
             await context.abort(Code.FAILED_PRECONDITION, "50 % of »7«\nfree")
+        elif wanted == "abort at length":
+            await context.abort(Code.FAILED_PRECONDITION, "»" * 100_000)
         elif wanted == "break":
             raise LookupError("nothing")
         elif wanted == "late":
@@ -127,6 +129,15 @@ async def test_each_call_ends_with_its_answer_or_its_status(folder: Path) -> Non
             code.UNIMPLEMENTED,
             "Method not found!",
         )
+
+
+async def test_a_status_of_any_length_arrives_cut_if_need_be(folder: Path) -> None:
+    """grpc refuses headers that are too long: the call would fail with a status that says nothing."""
+    async with served(folder) as (it, _), channels.channel(it.path) as channel:
+        for _ in range(20):  # by default it refuses some at random, the more the longer they are
+            code, text = await failure(rpc.DevicePluginStub(channel).Allocate(asked("abort at length")))
+            assert code == grpc.StatusCode.FAILED_PRECONDITION
+            assert 1000 < len(text) < 2000 and set(text[:-1]) == {"»"} and text.endswith("…")
 
 
 @pytest.mark.parametrize("size", [0, 1, 16_379, 16_384, 65_535, 65_536, 1 << 20, 8 << 20])
@@ -278,6 +289,65 @@ async def test_what_takes_longer_than_the_grace_is_cancelled(folder: Path) -> No
         await it.stop(0.05)
         assert desk.cancelled == 1
         assert (await failure(call))[0] is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_stop_waits_for_calls_whose_peers_have_gone(folder: Path) -> None:
+    """What they do about that, such as a write that is to be durable, does not go on in an agent that has stopped."""
+    entered, cancelled, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    ended = 0
+
+    class Slow:
+        async def Allocate(self, request: Any, context: Any) -> Any:  # noqa: N802
+            nonlocal ended
+            entered.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+                await go_on.wait()
+                ended += 1
+
+    it = Server(folder / "s")
+    it.add(pb.DESCRIPTOR, "DevicePlugin", Slow())
+    await it.start()
+    async with raw_client(it.path) as raw:
+        raw.call(ALLOCATE, body(""))
+        await entered.wait()
+    await cancelled.wait()
+    await until(lambda: not it._peers)
+    stop = asyncio.ensure_future(it.stop(20))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not stop.done()
+    go_on.set()
+    await stop
+    assert ended == 1
+
+
+async def test_a_call_that_does_not_end_when_it_is_cancelled_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "CANCELLED_S", 0.05)
+    entered, go_on = asyncio.Event(), asyncio.Event()
+
+    class Stubborn:
+        async def Allocate(self, request: Any, context: Any) -> Any:  # noqa: N802
+            entered.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await go_on.wait()
+            await go_on.wait()
+
+    it = Server(folder / "s")
+    it.add(pb.DESCRIPTOR, "DevicePlugin", Stubborn())
+    await it.start()
+    async with raw_client(it.path) as raw:
+        raw.call(ALLOCATE, body(""))
+        await entered.wait()
+        with capture_logs() as logs:
+            await it.stop(0)
+    assert [(one["event"], one["calls"]) for one in logs] == [("calls-not-ended", 1)]
+    go_on.set()
+    await until(lambda: not it._running)
 
 
 async def test_a_stop_does_not_wait_for_idle_peers_nor_for_those_that_do_not_read(folder: Path) -> None:
@@ -453,13 +523,85 @@ async def test_unfinished_requests_hold_a_bounded_amount(folder: Path) -> None:
         raw.send()
         refused = await raw.until(h2.events.StreamReset)
         assert (await raw.status(refused.stream_id))[0] == Code.RESOURCE_EXHAUSTED
-        peer = next(iter(it._peers))
-        assert peer._held_bytes <= server.MOST_HELD_BYTES
+        assert it.held_bytes <= server.MOST_HELD_BYTES
         for stream in streams:
             if stream in raw.http.streams and not raw.http.streams[stream].closed:
                 raw.http.reset_stream(stream)
         raw.send()
-        await until(lambda: peer._held_bytes == 0)
+        await until(lambda: (it.held_bytes, it.incomplete) == (0, 0))
+
+
+async def test_a_request_that_does_not_end_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of it is held then, and its connection still works."""
+    monkeypatch.setattr(server, "REST_S", 0.2)
+    async with served(folder) as (it, desk), raw_client(it.path) as raw:
+        streams = []
+        for sent in (b"", b"\0\0", framed(b"", stated=9)):
+            streams.append(raw.http.get_next_available_stream_id())
+            raw.http.send_headers(streams[-1], headers())
+            raw.http.send_data(streams[-1], sent)
+        raw.send()
+        await until(lambda: it.incomplete == 3)
+        for stream in streams:
+            code, text = await raw.status(stream)
+            assert (code, text) == (Code.DEADLINE_EXCEEDED, "the request has not ended within 20 s")
+        assert (it.incomplete, it.held_bytes, desk.entered) == (0, 0, 0)
+        assert (await raw.status(raw.call()))[0] == Code.OK
+
+
+async def test_a_frame_that_does_not_end_ends_its_connection(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a list of headers; a peer that has sent whole frames may be silent."""
+    monkeypatch.setattr(connection, "REST_S", 0.2)
+    async with (
+        served(folder) as (it, _),
+        raw_client(it.path) as half,
+        raw_client(it.path) as headers_alone,
+        raw_client(it.path) as idle,
+    ):
+        idle.send()
+        half.call()
+        half.writer.write(PingFrame(0, opaque_data=b"12345678").serialize()[:-1])
+        headers_alone.send()
+        headers_alone.writer.write(HeadersFrame(1, data=b"\x83").serialize())
+        for one in (half, headers_alone):
+            await one.until_closed()
+        assert (await idle.status(idle.call()))[0] == Code.OK
+
+
+async def test_incomplete_requests_are_bounded_over_all_connections(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MOST_INCOMPLETE", 5)
+    async with served(folder) as (it, _), raw_client(it.path) as one, raw_client(it.path) as other:
+        for raw, count in ((one, 3), (other, 2)):
+            for _ in range(count):
+                raw.http.send_headers(raw.http.get_next_available_stream_id(), headers())
+            raw.send()
+        await until(lambda: it.incomplete == 5)
+        for raw in (one, other):
+            stream = raw.http.get_next_available_stream_id()
+            raw.http.send_headers(stream, headers())
+            raw.send()
+            assert await raw.status(stream) == (Code.RESOURCE_EXHAUSTED, "5 requests are incomplete")
+        one.http.reset_stream(1)
+        one.send()
+        await until(lambda: it.incomplete == 4)
+        assert (await other.status(other.call()))[0] == Code.OK
+        one.writer.close()
+        await until(lambda: it.incomplete == 2)
+
+
+async def test_connections_are_bounded(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many is closed at once, whatever those do that are there; once one of them ends, another may come."""
+    monkeypatch.setattr(server, "MOST_PEERS", 2)
+    async with served(folder) as (it, _), raw_client(it.path) as one, raw_client(it.path):
+        await until(lambda: len(it._peers) == 2)
+        async with raw_client(it.path) as third:
+            await third.until_closed()
+        assert (await one.status(one.call()))[0] == Code.OK
+        one.writer.close()
+        await until(lambda: len(it._peers) == 1)
+        await works(it.path)
 
 
 @pytest.mark.parametrize("watches", [False, True])

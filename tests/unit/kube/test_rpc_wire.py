@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nodeagent.kube.rpc.status import AbortedError, Code
-from nodeagent.kube.rpc.wire import methods_of, status_of, status_text, timeout_s, timeout_text
+from nodeagent.kube.rpc.wire import LONGEST_STATUS_BYTES, methods_of, status_of, status_text, timeout_s, timeout_text
 from nodeagent.pb import dra_v1_pb2 as pb
 
 
@@ -19,6 +19,20 @@ def test_a_text_survives_its_header(text: str) -> None:
     assert sent == sent.strip(b" ")
     expected = text.encode(errors="backslashreplace").decode()
     assert status_of({b"grpc-status": b"5", b"grpc-message": sent}) == (Code.NOT_FOUND, expected)
+
+
+@given(st.text(min_size=1) | st.text(" a"), st.integers(1, 2 * LONGEST_STATUS_BYTES))
+def test_a_text_that_is_too_long_is_cut_between_two_characters(piece: str, size: int) -> None:
+    """And no sooner than it has to be."""
+    text = (piece * (size // len(piece) + 1))[:size] if piece else " " * size
+    text = text.encode(errors="backslashreplace").decode()
+    sent = status_text(text)
+    assert len(sent) <= LONGEST_STATUS_BYTES
+    _, found = status_of({b"grpc-status": b"5", b"grpc-message": sent})
+    if found != text:
+        kept = found.removesuffix("…")
+        assert text.startswith(kept) and found == f"{kept}…"
+        assert len(status_text(text[: len(kept) + 1])) + len(status_text("…")) > LONGEST_STATUS_BYTES
 
 
 @given(st.floats(0, 90_000))
