@@ -26,7 +26,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.events.states import Node
 from nodeagent.daemon.foundation import Foundation
 from nodeagent.daemon.observed import observed
-from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked, log_start
+from nodeagent.daemon.paths import STATUS_SOCKET, Paths, checked, damaged_records, log_start
 from nodeagent.daemon.reload import Configuration
 from nodeagent.daemon.wiring import Wiring
 from nodeagent.errors import LedgerTooNewError, NodeagentError, StateError
@@ -86,7 +86,9 @@ class Daemon:
     @property
     def notes(self) -> list[str]:
         by_managers = [note for one in self._managers for note in one.notes()]
-        return merged((*self._leader.notes, *self._base.kubelet.notes, *by_managers))
+        return merged(
+            (*self._leader.notes, *damaged_records(self._base.where), *self._base.kubelet.notes, *by_managers)
+        )
 
     @property
     def refused(self) -> Mapping[str, str]:

@@ -12,6 +12,7 @@ import structlog
 from nodeagent.config.schema import Config
 from nodeagent.errors import ConfigError
 from nodeagent.host.devices import all_kinds
+from nodeagent.host.sysfs.record_file import set_aside
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.kube.kubelet import sockets
 from nodeagent.managers.deviceplugin.manager import check as check_device_plugin
@@ -56,6 +57,15 @@ def checked(config: Config, where: Paths) -> tuple[all_kinds.Kind, ...]:
     _check_folder(where.state_dir, 0o700)
     _check_folder(where.runtime_dir, 0o755)
     return families
+
+
+def damaged_records(where: Paths) -> list[str]:
+    """Return a note for each record of what the agent has changed that could not be read and was set aside. Blocks."""
+    return [
+        f"{where.state_dir / name} could not be read and was set aside: what it recorded stays as it is, "
+        "see docs/operations.md; remove the file once that is dealt with"
+        for name in set_aside(where.state_dir)
+    ]
 
 
 def check_served(config: Config, families: Sequence[all_kinds.Kind], kubelet_dir: Path) -> None:

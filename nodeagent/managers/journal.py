@@ -1,7 +1,7 @@
 """Records by key of what a manager changes for holders, one journal for each subject.
 
 What becomes of them with a damaged file, a full disk or a killed agent is in `host/sysfs/record_file.py`. Here an
-unreadable file counts as empty, and this is logged.
+unreadable file counts as empty, and this is logged; the next change sets it aside.
 """
 
 from __future__ import annotations

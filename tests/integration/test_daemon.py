@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from nodeagent.host.sysfs.record_file import RecordFile
 from nodeagent.version import VERSION
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
@@ -538,6 +539,21 @@ async def test_a_damaged_ledger_is_moved_aside_and_said(folder: Path, tree: Devi
         (note,) = status["notes"]
         assert "moved to" in note
         assert (await agent.said("ledger-replaced"))["note"] == note
+
+
+async def test_a_damaged_record_is_kept_and_is_a_note_until_an_admin_removes_it(folder: Path, tree: DeviceTree) -> None:
+    state, content = folder / "state", b'{"version": 1, "boot_id": "b'
+    state.mkdir()
+    (state / "tuning.json").write_bytes(content)
+    RecordFile(state / "tuning.json", dict).save(None)  # as any user of it does
+    async with registered(folder, tree) as (agent, _):
+        (aside,) = state.glob("tuning.json.damaged-*")
+        assert aside.read_bytes() == content
+        status = await agent.ready()
+        (note,) = status["notes"]
+        assert note.startswith(f"{aside} could not be read and was set aside: ")
+        aside.unlink()
+        await agent.until("/v1/status", lambda status: not status["notes"])
 
 
 # ---------------------------------------------------------------- mistakes of the admin who starts it

@@ -390,5 +390,6 @@ def test_every_file_that_an_agent_may_have_in_its_state_folder_is_purged() -> No
     ledger = (store.FILE, f"{store.FILE}-wal", f"{store.FILE}.damaged-1")
     locks = (leader.LOCK, leader.NEWS, store.LOCK, Path(latches.FILE).with_suffix(".lock").name)
     drafts = [f".{name}.x{DRAFT_END}" for name in named]
-    for name in (*named, *ledger, *locks, *drafts):
+    damaged = [f"{name}.damaged-1" for name in named if name.endswith(".json")]
+    for name in (*named, *ledger, *locks, *drafts, *damaged):
         assert [one for one in STATE_FILES if fnmatch(name, one)], name

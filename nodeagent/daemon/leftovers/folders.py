@@ -42,6 +42,7 @@ STATE_FILES = (
     "fabrics.*",
     "device-info.json",
     "vfs.*",
+    "*.json.damaged-*",
     ".*.tmp",
 )
 """Names in the state folder."""

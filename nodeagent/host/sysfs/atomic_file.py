@@ -13,11 +13,14 @@ import os
 import re
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 from nodeagent.errors import HostError
 
 DRAFT_END = ".tmp"
+DAMAGED = ".damaged-"
+"""In the names of files that were set aside, between the name that one had and when that was."""
 READABLE = 0o644
 _TRIES = 3
 """Another process may delete the folder, or a draft in it, between two steps."""
@@ -47,6 +50,28 @@ def remove(path: Path, *, durable: bool = True) -> bool:
     except OSError as error:
         raise HostError(f"cannot remove {path}: {error.strerror or error}") from None
     return True
+
+
+def set_aside(path: Path, *, durable: bool = True) -> Path | None:
+    """Rename a damaged file, so that nothing replaces it. Return its new name, or None if there is no file. Raise
+    HostError with the cause. durable: whether it has to keep that name after a power cut."""
+    target = _free_name(path)
+    try:
+        path.rename(target)
+        if durable:
+            _settle(path.parent)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise HostError(f"cannot set aside {path}: {error.strerror or error}") from None
+    return target
+
+
+def _free_name(path: Path) -> Path:
+    """Return a name for a damaged file to be set aside under, which nothing has."""
+    name = f"{path.name}{DAMAGED}{time.strftime('%Y%m%dT%H%M%S')}-{os.getpid()}"
+    names = [name, *(f"{name}-{number}" for number in range(1, 1000))]
+    return next(one for one in map(path.with_name, names) if not os.path.lexists(one))
 
 
 def remove_folder(folder: Path) -> bool:

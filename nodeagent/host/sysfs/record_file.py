@@ -8,7 +8,8 @@ What happens to every such file:
   keeps what it had, or has the new record if only the folder could not be synced.
 - **Empty, truncated, damaged, larger than LARGEST_BYTES, or unreadable for the agent:** `load` raises UnreadableError.
   Nothing of the file is used; the users report it, go on as if nothing were recorded, and what was changed stays as it
-  is. It stays there until something is recorded next, which replaces it.
+  is. When something is recorded next, `save` renames the file (`NAME.damaged-…`) and reports that; `set_aside` lists
+  such files, which stay until an admin removes them. If it cannot be renamed, `save` raises HostError.
 - **Written by a newer build:** fields that this build does not know are ignored, and lost when something is recorded
   next. A type that forbids them or pins its version makes the file unreadable instead.
 - **Written on an earlier boot:** it says nothing where the kernel has forgotten what was changed; types have a boot id
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
 import msgspec
+import structlog
 
 from nodeagent.errors import HostError, cause_of
 from nodeagent.host.sysfs import atomic_file as files
@@ -30,6 +32,7 @@ from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 LARGEST_BYTES = 16 << 20
 PRIVATE = 0o600
 COMPACT, INDENTED = -1, 1
+log = structlog.get_logger()
 
 
 class OfBoot(Protocol):
@@ -80,12 +83,31 @@ class RecordFile(Generic[Form]):
             raise UnreadableError(self.path, error) from None
 
     def save(self, records: Form | None) -> None:
-        """Record exactly this, or remove the file if there is nothing to record. Raise HostError with the cause."""
+        """Record exactly this, or remove the file if there is nothing to record; set an unreadable file aside first.
+        Raise HostError with the cause."""
+        self._keep_unreadable()
         if records is None:
             files.remove(self.path, durable=self._durable)
             return
         content = msgspec.json.format(msgspec.json.encode(records, enc_hook=dict), indent=self._indent)
         files.replace(self.path, content + b"\n", mode=self._mode, durable=self._durable)
+
+    def _keep_unreadable(self) -> None:
+        try:
+            self.load()
+        except UnreadableError as error:
+            if self.path.is_dir():
+                return  # it can be neither replaced nor removed
+            if (aside := files.set_aside(self.path, durable=self._durable)) is not None:
+                log.error("record-set-aside", error=str(error), file=str(aside))
+
+
+def set_aside(folder: Path) -> list[str]:
+    """Return the names of damaged records in a state folder, in order; empty if it cannot be listed. Blocks."""
+    try:
+        return sorted(one.name for one in folder.iterdir() if f".json{files.DAMAGED}" in one.name)
+    except OSError:
+        return []
 
 
 def since_boot(file: RecordFile[BootForm], sysfs: SysFs, left: str) -> tuple[BootForm | None, str]:

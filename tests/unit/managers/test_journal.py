@@ -23,7 +23,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.errors import HostError
 from nodeagent.host.sysfs import atomic_file
-from nodeagent.host.sysfs.record_file import LARGEST_BYTES, RecordFile
+from nodeagent.host.sysfs.record_file import LARGEST_BYTES, RecordFile, set_aside
 from nodeagent.managers.journal import Journal
 
 LEFT = "things stay as they are"
@@ -70,7 +70,8 @@ class Disk:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        places = [(os, "fsync"), (os, "fchmod"), (Path, "replace"), (Path, "unlink"), (tempfile, "mkstemp")]
+        places = [(os, "fsync"), (os, "fchmod"), (Path, "rename"), (Path, "replace"), (Path, "unlink")]
+        places.append((tempfile, "mkstemp"))
         with contextlib.ExitStack() as stack:
             for place, name in places:
                 stack.enter_context(mock.patch.object(place, name, self._around(getattr(place, name))))
@@ -114,7 +115,7 @@ events = st.one_of(
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(events, max_size=12))
-def test_a_record_is_the_old_or_the_new_one_and_a_damaged_file_is_reported_and_replaced(history: list[Any]) -> None:
+def test_a_record_is_the_old_or_the_new_one_and_a_damaged_file_is_reported_and_set_aside(history: list[Any]) -> None:
     """Each event meets an agent that has just started, so nothing is remembered but the file."""
     with tempfile.TemporaryDirectory(prefix="na-") as name:
         folder, boot = Path(name) / "state", 0
@@ -176,5 +177,47 @@ def found_after(now: Journal[_File, str, int], known: dict[str, int], harm: str)
         with pytest.raises(HostError, match=f"cannot write {now.path}: Is a directory"):
             now.keep({"a": 1})
         now.path.rmdir()
-    now.keep({"z": 1})
+    damaged = now.path.read_bytes() if logs and harm != "folder" else None
+    before = set(set_aside(now.path.parent))
+    with capture_logs() as logs:
+        now.keep({"z": 1})
+    if damaged is None:
+        assert (set_aside(now.path.parent), logs) == (sorted(before), [])
+    else:
+        (name,) = {*set_aside(now.path.parent)} - before
+        assert (now.path.parent / name).read_bytes() == damaged
+        (line,) = logs
+        assert (line["event"], line["log_level"]) == ("record-set-aside", "error")
+        assert line["file"] == str(now.path.parent / name) and line["error"].startswith(f"cannot read {now.path}: ")
     return {**found, "z": 1}
+
+
+STEPS_OF_A_SAVE = 7
+
+
+@pytest.mark.parametrize("what", ["keep", "forget"])
+@pytest.mark.parametrize("at", range(1, STEPS_OF_A_SAVE + 1))
+@pytest.mark.parametrize("failure", [KilledError(), OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))])
+def test_nothing_of_a_damaged_file_is_lost_at_any_step(
+    tmp_path: Path, what: str, at: int, failure: BaseException
+) -> None:
+    """It is where it was, or aside; a failure to keep it is the caller's, who does not act then."""
+    now = journal(tmp_path, "boot")
+    now.path.write_bytes(GARBAGE)
+    disk = Disk(at, failure)
+    with contextlib.suppress(KilledError, HostError), disk.failing():
+        now.keep({"a": 1}) if what == "keep" else now.forget("a")
+    places = [tmp_path / one for one in (now.path.name, *set_aside(tmp_path)) if (tmp_path / one).exists()]
+    assert [one.read_bytes() for one in places].count(GARBAGE) == 1
+    now.keep({"a": 2})
+    assert journal(tmp_path, "boot").read() == {"a": 2}
+    assert [(tmp_path / one).read_bytes() for one in set_aside(tmp_path)] == [GARBAGE]
+
+
+def test_what_cannot_be_set_aside_is_not_replaced(tmp_path: Path) -> None:
+    now = journal(tmp_path, "boot")
+    now.path.write_bytes(GARBAGE)
+    failing = mock.patch.object(Path, "rename", side_effect=OSError(errno.EROFS, os.strerror(errno.EROFS)))
+    with failing, pytest.raises(HostError, match=f"^cannot set aside {now.path}: Read-only file system$"):
+        now.keep({"a": 1})
+    assert now.path.read_bytes() == GARBAGE

@@ -3,6 +3,7 @@ it is reported. What happens over time: `test_journal.py`."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from nodeagent.host.cgroup.line_keeper import LineKeeper
 from nodeagent.host.irq import journal as irq
 from nodeagent.host.netlink.interfaces import Link
 from nodeagent.host.resctrl import journal as resctrl
+from nodeagent.host.sysfs.record_file import set_aside
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 from nodeagent.host.tuning import journal as tuning
 from nodeagent.host.uclamp.keeper import UclampKeeper
@@ -331,6 +333,19 @@ def test_a_damaged_file_counts_as_empty_and_this_is_reported(tmp_path: Path, nam
     found, why = one.read(tmp_path, "boot")
     assert (found, found == one.records) == (nothing, False)
     assert why.startswith((f"cannot read {file}: ", f"cannot load {file}: ")) and why.endswith(one.left)
+
+
+@every_file
+@pytest.mark.parametrize("content", [b"", b"[null]", b"\xff\xfe"])
+def test_a_damaged_file_is_kept(tmp_path: Path, name: str, content: bytes) -> None:
+    """Set aside by what records next, or left where it is by what then does not record."""
+    (tmp_path / name).write_bytes(content)
+    with contextlib.suppress(HostError):
+        USERS[name].write(tmp_path, "boot")
+    places = [one for one in tmp_path.iterdir() if one.is_file() and one.read_bytes() == content]
+    assert [one.name for one in places] in (set_aside(tmp_path), [name])
+    if places[0].name != name:
+        assert USERS[name].read(tmp_path, "boot") == (USERS[name].records, "")
 
 
 @pytest.mark.parametrize("name", [one for one in USERS if one != "mig-modes.json"])
