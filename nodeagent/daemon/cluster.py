@@ -4,7 +4,7 @@ what other drivers publish. All of it shares one client with them."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from nodeagent.aio.revision import Revision
@@ -47,9 +47,10 @@ class Cluster:
         where: Paths,
         config: Callable[[], Config],
         pools: Callable[[Features], Sequence[Pool]],
+        render: Callable[[], Awaitable[None]],
     ) -> Fabrics:
         """Return targets on the network; for the parameters, see Fabrics."""
-        return Fabrics(agent, where, config, self.api, self._node, pools, configured=self._configured)
+        return Fabrics(agent, where, config, self.api, self._node, pools, render, configured=self._configured)
 
     def published(
         self,

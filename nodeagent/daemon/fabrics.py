@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nodeagent.config.schema import Config
@@ -34,10 +34,12 @@ class Fabrics:
         api: LazyApi,
         node_name: str,
         pools: Callable[[Features], Sequence[Pool]],
+        render: Callable[[], Awaitable[None]],
         *,
         configured: bool,
     ) -> None:
-        """pools: returns those that nodes share; asked once everything is built. configured: whether there is an API
+        """pools: returns those that nodes share; render: writes the files of claims that have changed, and removes
+        those of disks that are gone; both are called once everything is built. configured: whether there is an API
         server."""
         self._agent, self._where = agent, where
         self._view: Callable[[Inventory], Inventory] | None = None
@@ -45,7 +47,7 @@ class Fabrics:
         def connected() -> FabricsManager:
             from nodeagent.managers.fabrics.manager import FabricsManager
 
-            return FabricsManager(agent, where.sysfs, where.state_dir, config)
+            return FabricsManager(agent, where.sysfs, where.state_dir, config, render)
 
         def shared() -> SharedPoolsManager:
             from nodeagent.managers.fabrics.pools import SharedPoolsManager

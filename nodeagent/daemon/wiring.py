@@ -47,7 +47,9 @@ class Wiring:
         self._network = Network(
             base.agent, base.where, base.families, self._config, self.scanner.rescan, lambda: self.pinning
         )
-        self.fabrics = self._cluster.fabrics(base.agent, base.where, self._config, self._shared_pools)
+        self.fabrics = self._cluster.fabrics(
+            base.agent, base.where, self._config, self._shared_pools, self._render_claims
+        )
         self.device_plugin = self._device_plugin()
         self._hugepages = HugepagesManager(
             base.agent, base.where.sysfs, base.where.state_dir, self._config, self.scanner.rescan
@@ -143,6 +145,9 @@ class Wiring:
             *self._kinds.with_hooks(*for_claims),
             self._network.granted,
         )
+
+    async def _render_claims(self) -> None:
+        await self.dra.render()
 
     def _shared_pools(self, features: Features) -> Sequence[Pool]:
         return self.dra.pools.shared(features)

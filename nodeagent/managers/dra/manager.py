@@ -435,6 +435,10 @@ class DraManager(Manager):
                 await self.publisher.withdraw()
             self.publisher = self.binder = None
 
+    async def render(self) -> None:
+        """Bring the files of claims up to date now, instead of soon."""
+        await self._rendering.restore(afresh=False)
+
     async def _bind_claims(self, binder: ClaimBinder) -> None:
         """Follow the claims of the cluster as long as some are to be granted before their pods are bound."""
         while True:

@@ -4,6 +4,9 @@ Every step looks at what is there, so that after a crash at any point the same c
 connection that the agent has not recorded is of an admin or another program: it is neither used nor ended. The kernel
 makes no second connection of a host to the same port of a subsystem (EALREADY), so what it says to have made is the
 agent's own.
+
+A connection that has ended leaves its name, and those of its disks, to the next one. So no container can be handed the
+disks of an ended one from before the kernel is asked for another.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from pathlib import Path
 
 import msgspec
@@ -63,15 +66,18 @@ class Connector:
         journal: FabricsJournal,
         connections: Connections,
         has_node: Callable[[str], bool],
+        hide: Callable[[], Awaitable[None]],
         *,
         connect_s: float = CONNECT_S,
         disks_s: float = DISKS_S,
         settle_s: float = SETTLE_S,
     ) -> None:
-        """has_node: returns whether /dev has a disk. The times are deadlines, in seconds."""
+        """has_node: returns whether /dev has a disk. hide: called after disks were forgotten; returns once no file of a
+        claim hands them over. The times are deadlines, in seconds."""
         self._journal = journal
         self._connections = connections
         self._has_node = has_node
+        self._hide = hide
         # A read is given up once it has made no progress from one look to the next.
         self._calls: Reads[str, _Outcome] = Reads(connect_s / 2)
         self._connect_s, self._disks_s, self._settle_s = connect_s, disks_s, settle_s
@@ -123,6 +129,7 @@ class Connector:
             raise HostError(
                 f"cannot connect {wanted.port}: the node is connected to it already as {names}, and not by this agent"
             )
+        await self.forget_disks()
         record = Connected(
             device=wanted.device,
             claim=wanted.claim,
@@ -138,6 +145,7 @@ class Connector:
                 self._journal.forget(wanted.device)
             raise
         self._journal.keep({record.device: replace(record, controller=name)})
+        await self.forget_disks()  # of one that has ended meanwhile
         there = await self._find(name, wanted.port)
         if there is None:
             raise HostError(f"cannot connect {wanted.port}: {name} is gone again")
@@ -184,18 +192,24 @@ class Connector:
             controller=there.name,
             edits=_edits(now.disks),
         )
-        await asyncio.to_thread(self.forget_disks)
+        await self.forget_disks()
         self._journal.keep({record.device: record})
 
     # ---------------------------------------------------------------- back
 
-    def forget_disks(self) -> None:
-        """Record that the disks of connections that have ended are no longer handed over: another target may have their
-        names by now. Blocks. Raise HostError."""
+    async def forget_disks(self) -> None:
+        """Have the disks of connections that have ended handed over no longer: another target may have their names by
+        now. Raise HostError."""
+        if await asyncio.to_thread(self._forget_ended):
+            await self._hide()
+
+    def _forget_ended(self) -> bool:
+        """Record it; return whether there was any. Blocks."""
         records = [one for one in self._journal.read().values() if one.edits is not None]
         ended = {one.device: replace(one, edits=None) for one in records if self.standing(one) is None}
         if ended:
             self._journal.keep(ended)
+        return bool(ended)
 
     async def disconnect(self, devices: Collection[str]) -> dict[str, str]:
         """Disconnect some targets. Return, by device, why one still is connected."""
@@ -238,11 +252,22 @@ class Connector:
         return [id for id, one in self._journal.read().items() if id not in held.get(one.grant, ())]
 
 
-def connector(sysfs: SysFs, state_dir: Path, boot_id: str, kernel: Kernel | None = None, **times_s: float) -> Connector:
-    """Return what connects targets on a machine, with the record in a state folder. times_s: as of Connector."""
+async def nothing_to_hide() -> None:
+    """Do nothing: where no claim is prepared any longer."""
+
+
+def connector(
+    sysfs: SysFs,
+    state_dir: Path,
+    boot_id: str,
+    kernel: Kernel | None = None,
+    hide: Callable[[], Awaitable[None]] = nothing_to_hide,
+    **times_s: float,
+) -> Connector:
+    """Return what connects targets on a machine, with the record in a state folder. hide, times_s: as of Connector."""
     connections = Connections(sysfs, kernel or HostKernel(sysfs))
     journal = FabricsJournal(state_dir, boot_id)
-    return Connector(journal, connections, lambda disk: sysfs.exists(f"dev/{disk}"), **times_s)
+    return Connector(journal, connections, lambda disk: sysfs.exists(f"dev/{disk}"), hide, **times_s)
 
 
 def _caught(call: Callable[[], str]) -> _Outcome:

@@ -9,7 +9,7 @@ taken away: then the claim stays, and kubelet asks again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nodeagent.aio.supervise import after_each, run_to_end
@@ -49,12 +49,13 @@ class FabricsManager(Manager):
         sysfs: SysFs,
         state_dir: Path,
         config: Callable[[], Config],
+        hide: Callable[[], Awaitable[None]],
         kernel: Kernel | None = None,
         **times_s: float,
     ) -> None:
-        """Set up without changing anything. times_s: deadlines, as of Connector."""
+        """Set up without changing anything. hide, and the deadlines times_s: as of Connector."""
         self._agent, self._sysfs, self._config = agent, sysfs, config
-        self._connector = connector(sysfs, state_dir, agent.settings.boot_id, kernel, **times_s)
+        self._connector = connector(sysfs, state_dir, agent.settings.boot_id, kernel, hide, **times_s)
         self._turns = Turns(state_dir / LOCK, "cannot connect targets")
         self._left: Mapping[str, str] = {}
         """Why a target that no claim holds is not disconnected, by device."""
@@ -188,8 +189,8 @@ class FabricsManager(Manager):
         """Report the state of each connection, and forget the disks of those that have ended."""
         evidence = await asyncio.to_thread(lambda: [*self._seen()])
         try:
-            await asyncio.to_thread(self._connector.forget_disks)
-        except HostError as error:
+            await self._connector.forget_disks()
+        except (HostError, StateError) as error:
             self._unforgotten.report(str(error))
         else:
             self._unforgotten.clear()

@@ -114,7 +114,7 @@ class Node:
         """Start what prepares claims, as after kill -9."""
         room = self.room
         sysfs, state = SysFs(str(room.tree.root)), room.folder / "state"
-        self.fabrics = FabricsManager(room.agent, sysfs, state, lambda: room.config, self.kernel, **QUICK)
+        self.fabrics = FabricsManager(room.agent, sysfs, state, lambda: room.config, self.hide, self.kernel, **QUICK)
         old = room.rendering
         view = ConnectedTable(self.journal).view
         room.rendering = ClaimRenderer(
@@ -124,6 +124,9 @@ class Node:
             room.agent, lambda: room.dra, room.fetch, room.rendering, room.tell, passthrough=self.fabrics
         )
         room.rescan()
+
+    async def hide(self) -> None:
+        await self.room.rendering.restore(afresh=False)
 
     async def restart(self, boot: str = "") -> None:
         await self.fabrics.close()
@@ -376,6 +379,46 @@ async def test_a_connection_that_an_admin_ended_is_made_again_when_kubelet_asks(
         assert one.kernel.connected() == {"nvme0": NQNS["fast"]}
         assert await one.unprepare(ref) == ""
         assert one.is_untouched()
+
+
+async def test_a_disk_is_handed_over_no_longer_before_another_target_can_have_its_name(folder: Path) -> None:
+    """A container that starts again at any moment gets the disks of its claim, or does not start."""
+    async with node(folder) as one:
+        first, second = one.claim("first", "fast"), one.claim("second", "slow")
+        assert await one.prepare(first) == ""
+        one.kernel.remove("nvme0")
+        shown: list[bool] = []
+        one.kernel.before = lambda step: shown.append(one.room.spec_file(first).exists())
+        assert await one.prepare(second) == ""
+        assert one.kernel.connected() == {"nvme0": NQNS["slow"]}
+        assert shown and not any(shown)
+
+
+async def test_a_connection_that_ends_while_another_is_made_hands_over_no_disk_of_that(folder: Path) -> None:
+    """Whatever else the agent does then."""
+    async with node(folder) as one:
+        first, second = one.claim("first", "fast"), one.claim("second", "slow")
+        assert await one.prepare(first) == ""
+
+        def ends(step: str) -> None:
+            if "nvme0" in one.kernel.controllers and one.kernel.connected()["nvme0"] == NQNS["fast"]:
+                one.kernel.remove("nvme0")
+
+        one.kernel.before = ends
+        assert await one.prepare(second) == ""
+        assert one.kernel.connected() == {"nvme0": NQNS["slow"]}
+        assert one.nodes(second) == ["/dev/nvme0n1"] and not one.room.spec_file(first).exists()
+
+
+async def test_a_look_hides_the_disks_of_a_connection_that_has_ended_at_once(folder: Path) -> None:
+    """What an admin connects may have their names by now."""
+    async with node(folder) as one:
+        ref = one.claim("c", "fast")
+        assert await one.prepare(ref) == ""
+        one.kernel.remove("nvme0")
+        assert one.kernel.by_admin(one.targets["slow"]) == "nvme0"
+        await one.fabrics.look()
+        assert not one.room.spec_file(ref).exists()
 
 
 @pytest.mark.parametrize("looked", [True, False])

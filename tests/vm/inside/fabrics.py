@@ -23,7 +23,7 @@ from nodeagent.errors import HostError
 from nodeagent.host.fabrics.connections import Connections, host
 from nodeagent.host.fabrics.kernel import HostKernel
 from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
-from nodeagent.managers.fabrics.connector import Connector, Wanted
+from nodeagent.managers.fabrics.connector import Connector, Wanted, nothing_to_hide
 from nodeagent.managers.fabrics.journal import FabricsJournal
 
 STATE = Path("/run/fabrics")
@@ -46,7 +46,9 @@ async def main(do: str, nqn: str, *rest: str) -> dict[str, Any]:
     sysfs = SysFs()
     journal = Mortal(STATE, sysfs.text(BOOT_ID))
     connections = Connections(sysfs, HostKernel(sysfs))
-    connector = Connector(journal, connections, lambda disk: sysfs.exists(f"dev/{disk}"), connect_s=5.0)
+    connector = Connector(
+        journal, connections, lambda disk: sysfs.exists(f"dev/{disk}"), nothing_to_hide, connect_s=5.0
+    )
     device, error, began = f"nvmeof-{nqn[-3:]}", "", time.monotonic()
     try:
         if do == "connect":
