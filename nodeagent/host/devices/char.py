@@ -21,6 +21,7 @@ from nodeagent.host.devices.base import Context, Found, part_of, short_id
 from nodeagent.host.devices.disks import node
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.uses.used_paths import PORT_OF, port_of
 
 
 class Char:
@@ -76,6 +77,7 @@ def _device(reader: Tolerant, context: Context, selector: str, path: str, target
         major, minor = os.major(status.st_rdev), os.minor(status.st_rdev)
         attributes.update(major=major, minor=minor)
         folder = reader.sysfs.real(f"sys/dev/char/{major}:{minor}")
+        attributes.update({PORT_OF: port} if (port := port_of(folder)) else {})
         # A disk has more nodes than one: /dev/sg0 and /dev/bsg/0:0:0:0 are /dev/sda too.
         same = [node(name) for name in reader.names(f"{folder}/device/block")]
         address, _ = pci.split(folder)

@@ -5,13 +5,17 @@ path to a LUN, the USB device of a disk), on all wholes (the controller of a dis
 one), and on everything between the CPU and what is used (a USB hub, the controller of a network adapter), whether or
 not a kind found what is used: who holds these can take away what the node uses. Parts stay as they are: a physical
 function that carries the node's network has virtual functions for pods, an NVMe drive with the node's file systems
-other namespaces.
+other namespaces. The ports of a modem are no such parts: who holds its serial line or its control channel can end the
+connection of its network interface. So the use of an interface is also marked on the ports of its device. Other uses
+are not: of a serial adapter with several lines, one may be the console.
 """
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import takewhile
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -19,6 +23,7 @@ from msgspec.structs import replace
 
 from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.host import pci
 from nodeagent.host.devices.disks import BlockUses
 from nodeagent.host.sysfs.lenient import Tolerant
 
@@ -26,6 +31,11 @@ Use = bool | str
 """True, or a text such as "unknown"."""
 USB, BRIDGE = "usb", "bridge"
 """Kinds: devices that are named by their port, and functions that are never given away."""
+PORT_OF = "port_of"
+"""Attribute of a character device: what `port_of` returns for it."""
+_ROOT_HUB, _USB_PORT = re.compile(r"usb[0-9]+"), re.compile(r"[0-9]+-[0-9]+(\.[0-9]+)*")
+_USB_DEVICE_MAJOR = 189
+"""Of /dev/bus/usb, whose nodes are the USB devices themselves (USB_DEVICE_MAJOR in include/linux/usb.h)."""
 
 
 class UsedPath(NamedTuple):
@@ -42,6 +52,25 @@ class UsedPath(NamedTuple):
     def names(self) -> frozenset[str]:
         """Return the names of everything that leads to it: addresses of PCI functions, ports of USB devices."""
         return frozenset(self.path.split("/"))
+
+    @property
+    def is_interface(self) -> bool:
+        """Return whether it is a network interface."""
+        return "net" in self.names
+
+
+def port_of(folder: str) -> str:
+    """Return what a character device is a port of, or "" for none: the port of its USB device ("1-1.4"), or the address
+    of the PCI function of a modem.
+
+    folder: its real path in sysfs. PCI functions have many nodes that end no connection, such as the clock of an
+    adapter; those that do are of the class wwan (drivers/net/wwan/wwan_core.c).
+    """
+    parts = iter(folder.split("/"))
+    if any(_ROOT_HUB.fullmatch(one) for one in parts) and (ports := [*takewhile(_USB_PORT.fullmatch, parts)]):
+        return ports[-1]
+    address, below = pci.split(folder)
+    return address if address is not None and "wwan" in below.split("/") else ""
 
 
 def used_paths(
@@ -79,7 +108,7 @@ def with_all_uses(devices: Iterable[Device], used: Iterable[UsedPath] = ()) -> t
         for one in _concerned(inventory, above, device):
             found[one][name] = True if use is True else found[one].get(name, use)
     for path in used:
-        for one in above.named(path.names, path.node):
+        for one in above.named(path.names, path.node, ports=path.is_interface):
             found[one][path.use] = True
     return tuple(_marked(device, found[device.id]) if device.id in found else device for device in inventory.devices)
 
@@ -91,15 +120,19 @@ class _Above:
         self._inventory = inventory
         self._by_name: dict[str, list[str]] = defaultdict(list)
         self._by_node: dict[str, list[str]] = defaultdict(list)
+        self._by_port: dict[str, list[str]] = defaultdict(list)
         for device in inventory.devices:
             for name in _own_names(device, inventory):
                 self._by_name[name].append(device.id)
             for node in device.exclusive_parts:
                 self._by_node[node].append(device.id)
+            self._by_port[str(device.attributes.get(PORT_OF, ""))].append(device.id)
 
-    def named(self, names: Iterable[str], node: str = "") -> set[str]:
-        """Return the devices with one of these names or with this node, and their wholes."""
-        found = {one for name in names for one in self._by_name.get(name, ())}
+    def named(self, names: Iterable[str], node: str = "", *, ports: bool = False) -> set[str]:
+        """Return the devices with one of these names or with this node, and their wholes. ports: also those that are
+        ports of what has one of these names."""
+        tables = (self._by_name, self._by_port) if ports else (self._by_name,)
+        found = {one for name in names for table in tables for one in table.get(name, ())}
         found.update(self._by_node.get(node, ()))
         return found.union(*(self._inventory.wholes_of(one) for one in found))
 
@@ -112,6 +145,8 @@ def _own_names(device: Device, inventory: Inventory) -> Iterator[str]:
         yield address
     if device.kind == USB:
         yield device.id.removeprefix(f"{USB}-")
+    if PORT_OF in device.attributes and device.attributes.get("major") == _USB_DEVICE_MAJOR:
+        yield str(device.attributes[PORT_OF])
 
 
 def _uses(inventory: Inventory) -> Iterator[tuple[str, Device, Use]]:

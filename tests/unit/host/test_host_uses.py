@@ -127,6 +127,83 @@ def test_what_leads_to_a_console_is_in_use(tree: DeviceTree) -> None:
     assert served() == {"usb-1-1.2", "0000:00:16.3", "/dev/tty0", "/dev/ttyS4"}
 
 
+def node(tree: DeviceTree, path: str, folder: Path, major: int, minor: int) -> None:
+    """A character device with its folder in sysfs."""
+    tree.link(f"sys/dev/char/{major}:{minor}", folder)
+    at = tree.root / path
+    at.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.mknod(at, stat.S_IFCHR | 0o600, os.makedev(major, minor))
+    except PermissionError as error:
+        pytest.skip(f"cannot make a device node here: {error}")
+
+
+def ports(tree: DeviceTree) -> Devices:
+    globs = ("/dev/tty*", "/dev/cdc-wdm*", "/dev/wwan*", "/dev/ptp*", "/dev/bus/usb/*/*")
+    return look(tree, char=(CharSelector(name="ports", globs=globs),))
+
+
+def serial(tree: DeviceTree, port: str, *numbers: int) -> set[str]:
+    """Serial lines of the USB device at a port."""
+    for one in numbers:
+        name = f"ttyUSB{one}"
+        folder = (tree.root / f"sys/bus/usb/devices/{port}").resolve() / f"{port}:1.{one}/{name}/tty/{name}"
+        node(tree, f"dev/{name}", tree.member("tty", name, folder, {"dev": f"188:{one}"}), 188, one)
+    return {f"/dev/ttyUSB{one}" for one in numbers}
+
+
+@pytest.mark.parametrize("use", ["default route", "storage"])
+def test_the_ports_of_a_modem_that_carries_the_node_s_network_are_in_use(tree: DeviceTree, use: str) -> None:
+    """Who has one can end its connection. The ports of its neighbour, and all of them while it carries nothing, are
+    served."""
+    device = (tree.root / "sys/bus/usb/devices/1-1.4").resolve()
+    mine, others = serial(tree, "1-1.4", 0, 2), serial(tree, "1-1.2", 5)
+    node(tree, "dev/cdc-wdm0", tree.member("usbmisc", "cdc-wdm0", device / "1-1.4:1.8/usbmisc/cdc-wdm0", {}), 180, 0)
+    for number, port in enumerate(("1-1", "1-1.2", "1-1.4"), start=1):
+        folder = (tree.root / f"sys/bus/usb/devices/{port}").resolve()
+        node(tree, f"dev/bus/usb/001/00{number}", folder, 189, number)
+    tree.net(CONTROLLER, "wwan0", below="usb1/1-1/1-1.4/1-1.4:1.8")
+    mine |= {"/dev/cdc-wdm0", "/dev/bus/usb/001/003", "/dev/bus/usb/001/001"}
+    others |= {"/dev/bus/usb/001/002"}
+    assert offered(ports(tree)) == mine | others | {CONTROLLER}
+    if use == "default route":
+        routed(tree, "wwan0")
+    else:
+        tree.write("proc/1/net/route", "Iface Destination\nwwan0 0000000A 00000000 0003 0 0 0 000000FF 0 0 0")
+        tree.write("proc/1/mountinfo", "22 1 0:40 / /m rw - nfs4 10.0.0.9:/ rw,addr=10.0.0.9")
+    found = ports(tree)
+    assert offered(found) == others
+    assert by_id(found)["/dev/ttyUSB2"].attributes["port_of"] == "1-1.4"
+
+
+def test_a_console_on_one_line_of_an_adapter_leaves_its_other_lines(tree: DeviceTree) -> None:
+    """Its raw node is the whole adapter."""
+    lines = serial(tree, "1-1.4", 0, 1)
+    node(tree, "dev/bus/usb/001/003", (tree.root / "sys/bus/usb/devices/1-1.4").resolve(), 189, 3)
+    assert offered(ports(tree)) == lines | {"/dev/bus/usb/001/003", CONTROLLER}
+    tree.write("sys/class/tty/console/active", "ttyUSB0")
+    assert offered(ports(tree)) == {"/dev/ttyUSB1"}
+
+
+def test_of_a_pci_function_with_the_default_route_the_ports_of_a_modem_alone_are_in_use(tree: DeviceTree) -> None:
+    """The clock of an adapter is what a pod keeps time with."""
+    for number, address in enumerate(("0000:3b:00.0", "0000:3c:00.0")):
+        function = tree.pci(address, pci_class="0d4000" if number else "020000")
+        interface = ("eth0", "wwan0")[number]
+        tree.net(address, interface, below=("", "wwan/wwan0")[number])
+        node(
+            tree, f"dev/ptp{number}", tree.member("ptp", f"ptp{number}", function / f"ptp/ptp{number}", {}), 248, number
+        )
+    port = tree.member("wwan", "wwan0at0", tree.folders["0000:3c:00.0"] / "wwan/wwan0/wwan0at0", {})
+    node(tree, "dev/wwan0at0", port, 235, 0)
+    every = {"/dev/ptp0", "/dev/ptp1", "/dev/wwan0at0"}
+    assert {one for one in offered(ports(tree)) if one.startswith("/dev")} == every
+    routed(tree, "eth0")
+    assert {one for one in offered(ports(tree)) if one.startswith("/dev")} == every
+    routed(tree, "wwan0")
+    assert {one for one in offered(ports(tree)) if one.startswith("/dev")} == {"/dev/ptp0", "/dev/ptp1"}
+
+
 def test_what_leads_to_a_mounted_disc_is_in_use_although_no_kind_has_it(tree: DeviceTree) -> None:
     tree.pci("0000:00:17.0", pci_class="010601", driver="ahci")
     tree.disk("0000:00:17.0", "sr0", "ata2", 1 << 30, dev="11:0")
