@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from tests.builders.devices import DeviceTree
@@ -83,6 +84,24 @@ async def test_kubelet_admits_as_many_pods_as_were_forecast(folder: Path, tmp_pa
         full = await ask(node, "forecast", "--pod", manifest, "--count", "1")
         assert full.code == 3
         assert "on this node now: 0 of 1 fit" in full.out and "on an empty node of this shape: all 1 fit" in full.out
+
+
+async def test_devices_that_are_withheld_are_not_forecast(folder: Path, tmp_path: Path) -> None:
+    """Of three lines one is the node's console and one is in quarantine. On an empty node of this shape the console is
+    one too."""
+    root = tree(tmp_path)
+    folder_of = root.pci("0000:00:16.3", pci_class="070002")
+    root.member("tty", "ttyS0", folder_of / "tty/ttyS0", {"dev": "4:64"})
+    root.write("sys/class/tty/console/active", "ttyS0")
+    pod = {**POD, "spec": {"containers": [{"name": "m", "resources": {"limits": {CHAR: 1}}}]}}
+    async with dra_node(folder, root, [SERIAL], more={"health": {"quarantine": ["/dev/ttyS2"]}}) as node:
+        await node.kubelet.wait_allocatable(CHAR, 1)
+        found = (await ask(node, "forecast", "--pod", written(folder, pod), "-o", "json")).document()
+        assert (found["now"], found["on_empty"]) == (1, 2)
+        assert f"it requests 1 of {CHAR}, 0 are free" in found["why"]
+        await node.kubelet.admit_pod("ns", "p", {"main": {CHAR: 1}})
+        with pytest.raises(AdmissionError):
+            await node.kubelet.admit_pod("ns", "q", {"main": {CHAR: 1}})
 
 
 async def test_without_a_configuration_the_running_agents_counts_and_no_other(folder: Path, tmp_path: Path) -> None:

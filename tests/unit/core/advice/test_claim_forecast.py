@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.advice.claim_forecast import ClaimNode, forecast_claims
 from nodeagent.core.deviceplugin.devices import DeviceResource
@@ -17,7 +18,7 @@ from nodeagent.core.dra.memory_pools import PagePool
 from nodeagent.core.dra.pool import ALL_FEATURES
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.ledger.ledger import Ledger
-from nodeagent.core.model.device import Device
+from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.health import UNHEALTHY, HealthState
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import InputError
@@ -126,6 +127,20 @@ def test_all_devices_and_none_that_are_ill() -> None:
     assert forecast_claims(node(gpus(3), "gpu1"), Ledger(), read_claim(claim(exactly("g", "gpu")))).count == 2
     tolerant = exactly("g", "gpu", tolerations=[{"operator": "Exists"}])
     assert forecast_claims(node(gpus(3), "gpu1"), Ledger(), read_claim(claim(tolerant))).count == 3
+
+
+@pytest.mark.parametrize("use", HOST_USES)
+def test_devices_that_are_withheld_are_not_counted(use: str) -> None:
+    """What the node uses is not published; what is in quarantine is tainted."""
+    inventory = gpus(4)
+    used = [replace(one, attributes={use: True}) for one in inventory.devices[:1]]
+    inventory = replace(inventory, devices=(*used, *inventory.devices[1:]))
+    one, every = (exactly("g", "gpu", **more) for more in ({}, {"allocationMode": "All"}))
+    now = forecast_claims(node(inventory, "gpu1"), Ledger(), read_claim(claim(one)))
+    assert now.count == 2
+    assert {device for grant in now.ledger.grants.values() for device in grant.devices} == {"gpu2", "gpu3"}
+    assert forecast_claims(node(inventory), Ledger(), read_claim(claim(one))).count == 3
+    assert forecast_claims(node(inventory), Ledger(), read_claim(claim(every))).count == 1
 
 
 def test_devices_that_must_differ_differ() -> None:

@@ -7,12 +7,13 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from nodeagent.core.advice.pod_forecast import ContainerDemand, PodNode, forecast_pods, total_of
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.ledger.ledger import Ledger
-from nodeagent.core.model.device import Device
+from nodeagent.core.model.device import HOST_USES, Device
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.health import UNHEALTHY, Health, HealthState
 from nodeagent.core.model.inventory import Inventory
@@ -113,6 +114,25 @@ def test_devices_that_exclude_each_other_are_not_counted_twice() -> None:
     found = forecast_pods(node(inventory), Ledger(), [ContainerDemand(name="c", amounts={GPU: 1})])
     assert found.count == 2
     assert {device for one in found.ledger.grants.values() for device in one.devices} == {"gpu0/0", "gpu0/1"}
+
+
+@pytest.mark.parametrize("use", HOST_USES)
+@pytest.mark.parametrize("value", [True, "unknown"])
+def test_devices_that_are_withheld_are_not_counted(use: str, value: bool | str) -> None:
+    """Neither what the node uses, also on an empty one, nor what the configuration keeps in quarantine here; unless the
+    resource asks for what is in use."""
+    free = [Device(kind="gpu", id=f"gpu{i}", paths=(f"/dev/g{i}",)) for i in range(4)]
+    used = [replace(one, attributes={use: value}) for one in free[:1]]
+    inventory = inventory_of(even_rows(1, 1, 1, 2, 1), devices=[*used, *free[1:]])
+    quarantine = HealthState(state=UNHEALTHY, since=0.0, reason="quarantined by the configuration (gpu1)")
+    pod = [ContainerDemand(name="c", amounts={GPU: 1})]
+    now = forecast_pods(node(inventory, {"gpu1": quarantine}), Ledger(), pod)
+    assert now.count == 2
+    assert {device for one in now.ledger.grants.values() for device in one.devices} == {"gpu2", "gpu3"}
+    assert forecast_pods(node(inventory), Ledger(), pod).count == 3
+    every = {GPU: DeviceResource(name=GPU, kind="gpu", match={use: "*"})}
+    wide = PodNode(inventory=inventory, health={}, resources=every, now_s=1000.0)
+    assert forecast_pods(wide, Ledger(), pod).count == 4
 
 
 def test_what_the_agent_does_not_serve_is_an_error_and_no_number() -> None:
