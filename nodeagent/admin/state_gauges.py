@@ -15,8 +15,9 @@ from nodeagent.admin import numa_gauges as numa
 from nodeagent.admin.watched import Watched, disputed, resources
 from nodeagent.core.deviceplugin.causes import known_health
 from nodeagent.core.model.grant import KUBELET
-from nodeagent.core.model.health import HEALTHY
+from nodeagent.core.model.health import HEALTHY, HealthState
 from nodeagent.core.model.quantity import format_size
+from nodeagent.resources.catalog import THROUGH_DRA
 
 Sample = tuple[tuple[str, ...], float]
 """The values of the labels, in the order of the gauge's `labels`, and the value."""
@@ -86,10 +87,23 @@ def _holders(moment: Moment) -> Iterator[Sample]:
         yield (holder.resource, holder.namespace, pod, holder.container, holder.claim), 1
 
 
+def _refused(moment: Moment) -> Iterator[Sample]:
+    for name, reason in moment.watched.refused.items():
+        api = "dra" if name.endswith(THROUGH_DRA) else "device-plugin"
+        yield (name.removesuffix(THROUGH_DRA), api, reason), 1
+
+
 def _ill(moment: Moment) -> Iterator[Sample]:
-    for device, state in known_health(moment.inventory, moment.agent.health, _configured(moment)).items():
-        if state.state != HEALTHY:
+    health, inventory = moment.agent.health, moment.inventory
+    # Dozens of instances can be made of one GPU: of what is wrong with the GPU it has the one sample.
+    possible = {one.id for one in inventory.devices if one.partition is not None}
+    for device, state in known_health(inventory, health, _configured(moment)).items():
+        if state.state != HEALTHY and (device not in possible or _is_ill(health.get(device))):
             yield (device, state.state, state.reason), 1
+
+
+def _is_ill(state: HealthState | None) -> bool:
+    return state is not None and state.state != HEALTHY
 
 
 def _degraded(moment: Moment) -> Iterator[Sample]:
@@ -235,6 +249,12 @@ STATE_GAUGES = (
         "nodeagent_config_refused",
         "Whether the newest configuration is not in force.",
         lambda moment: bool(moment.watched.config_error),
+    ),
+    StateGauge(
+        name="nodeagent_resource_refused",
+        help="1 for each configured resource that is not served, and through which API.",
+        labels=("resource", "api", "reason"),
+        read=_refused,
     ),
     _one(
         "nodeagent_conflicts",

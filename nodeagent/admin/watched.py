@@ -27,7 +27,10 @@ class Watched(Protocol):
     @property
     def notes(self) -> list[str]: ...
     @property
-    def refused(self) -> Mapping[str, str]: ...
+    def refused(self) -> Mapping[str, str]:
+        """Return the configured resources that are not served, with the reason. THROUGH_DRA (resources/catalog.py) is
+        at the end of the name of one that is refused to claims."""
+        ...
 
     def offers(self) -> Sequence[Offer]:
         """Return what is served through the device plugin."""

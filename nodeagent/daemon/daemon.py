@@ -35,6 +35,7 @@ from nodeagent.host.systemd.notify import Notifier
 from nodeagent.kube.kubelet.registration import Registration
 from nodeagent.managers.deviceplugin.kubelet_starts import kubelets
 from nodeagent.managers.kubelet_conflicts import undetermined, unprotected
+from nodeagent.resources.catalog import THROUGH_DRA
 from nodeagent.resources.offer import Offer
 from nodeagent.state.leader import Leader
 from nodeagent.state.store import Store
@@ -94,7 +95,7 @@ class Daemon:
     def refused(self) -> Mapping[str, str]:
         return {
             **self._parts.device_plugin.refused,
-            **{f"{name} through DRA": why for name, why in self._parts.dra.refused.items()},
+            **{f"{name}{THROUGH_DRA}": why for name, why in self._parts.dra.refused.items()},
         }
 
     def offers(self) -> tuple[Offer, ...]:

@@ -29,6 +29,9 @@ from nodeagent.resources.offer import CPU, HUGEPAGES, MEMORY, Offer, offers
 if TYPE_CHECKING:
     from nodeagent.core.fabrics.pool import SharedPool
 
+THROUGH_DRA = " through DRA"
+"""At the end of the name of a resource that is refused to claims, where both APIs' refusals are shown together."""
+
 
 class Dra(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that is served through DRA."""

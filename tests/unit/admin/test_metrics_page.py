@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from nodeagent.admin import metrics_page
 from nodeagent.admin import numa_gauges as numa
 from nodeagent.admin.metrics_page import GaugeText, MetricsPage
-from nodeagent.admin.state_gauges import STATE_GAUGES, StateGauge
+from nodeagent.admin.state_gauges import STATE_GAUGES, Moment, StateGauge
 from nodeagent.core.deviceplugin.devices import DeviceResource
 from nodeagent.core.ledger.free import memory_left
 from nodeagent.core.ledger.ledger import Ledger, grant
 from nodeagent.core.model.cpuset import CpuSet
-from nodeagent.core.model.device import Device
+from nodeagent.core.model.device import Device, Partition
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, Grant, Holder
 from nodeagent.core.model.health import UNHEALTHY, HealthState
 from nodeagent.core.model.inventory import Inventory
@@ -130,6 +131,58 @@ def test_a_held_device_is_not_counted_as_unhealthy_and_one_of_no_node_has_its_ow
 def test_devices_that_no_resource_serves_are_not_counted() -> None:
     nic = Device(kind="nic", id="eth0", numa_node=0)
     assert dict(numa.devices(machine_with(nic), Ledger(), {}, [DeviceResource(name="x", kind="gpu")])) == {}
+
+
+def samples(name: str, **watched: Any) -> dict[tuple[str, ...], float]:
+    """The samples of a gauge of such a daemon."""
+    (gauge,) = (one for one in STATE_GAUGES if one.name == name)
+    return dict(gauge.samples(Moment(SimpleNamespace(**watched))))  # type: ignore[arg-type]
+
+
+def agent_with(inventory: Inventory, health: Mapping[str, HealthState]) -> Any:
+    return SimpleNamespace(inventory=inventory, health=health, ledger=Ledger())
+
+
+def test_an_ill_gpu_has_one_sample_however_many_instances_could_be_made_of_it() -> None:
+    """An instance that is ill by itself has its own, and so have parts that exist."""
+    gpu = Device(kind="gpu", id="g0", paths=("/dev/nvidia0",))
+    made = Device(kind="gpu", id="g0/mig-1-0", parent="g0", paths=("/dev/mig",))
+    possible = [
+        Device(
+            kind="gpu",
+            id=f"g0/mig-1g-{start}",
+            parent="g0",
+            partition=Partition(rank=start, profile=19, start=start, size=1, draws={}, counters={}),
+        )
+        for start in range(7)
+    ]
+    inventory = inventory_of(even_rows(1, 1, 1, 2, 1), devices=(gpu, made, *possible))
+    served = [
+        SimpleNamespace(resource=DeviceResource(name="r", kind="gpu", partitions=partitions))
+        for partitions in (False, True)
+    ]
+    bus = HealthState(state=UNHEALTHY, since=0.0, reason="it fell off the bus")
+    own = HealthState(state=UNHEALTHY, since=0.0, reason="an error of its own")
+    found = samples(
+        "nodeagent_device_ill",
+        agent=agent_with(inventory, {"g0": bus, "g0/mig-1g-3": own}),
+        configured=lambda: served,
+    )
+    assert found == {
+        ("g0", UNHEALTHY, bus.reason): 1,
+        ("g0/mig-1-0", UNHEALTHY, bus.reason): 1,
+        ("g0/mig-1g-3", UNHEALTHY, own.reason): 1,
+    }
+
+
+def test_each_resource_that_is_not_served_has_a_sample_for_the_api_that_lacks_it() -> None:
+    refused = {"x/cpu": "kubelet manages CPUs", "gpu through DRA": "another driver offers it"}
+    agent = agent_with(Inventory(), {})
+    assert samples("nodeagent_resource_refused", agent=agent, refused=refused) == {
+        ("x/cpu", "device-plugin", "kubelet manages CPUs"): 1,
+        ("gpu", "dra", "another driver offers it"): 1,
+    }
+    assert samples("nodeagent_resource_refused", agent=agent, refused={}) == {}
 
 
 class Reads:

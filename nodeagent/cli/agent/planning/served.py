@@ -18,11 +18,9 @@ from nodeagent.config.schema import Config
 from nodeagent.core.dra.pool import ALL_FEATURES, FEATURES, Features
 from nodeagent.errors import ConfigError
 from nodeagent.host.devices.all_kinds import load_kinds
-from nodeagent.resources.catalog import Dra, dra_of
+from nodeagent.resources.catalog import THROUGH_DRA, Dra, dra_of
 from nodeagent.resources.offer import Offer, offers
 
-BY_CLAIMS = " through DRA"
-"""What /v1/status adds to the name of a resource that is refused to claims."""
 NODE = "node"
 """Stands for the node's name where the agent does not show one."""
 
@@ -53,7 +51,7 @@ def served(facts: Facts, state: NodeState, named: str | None) -> Served:
     refused, dra = frozenset(state.status["refused"]), state.status["dra"] or {}
     every = offers(config, families)
     mine = tuple(one for one in every if one.by_device_plugin and refused.isdisjoint((one.name, one.config.name)))
-    by_claims = {one.removesuffix(BY_CLAIMS) for one in refused if one.endswith(BY_CLAIMS)}
+    by_claims = {one.removesuffix(THROUGH_DRA) for one in refused if one.endswith(THROUGH_DRA)}
     found = Served(
         offers=mine,
         dra=dra_of(config, families, dra.get("node") or config.dra.node_name or NODE, {*refused, *by_claims}),
