@@ -65,7 +65,7 @@ class CgroupTree:
             shutil.rmtree(self.mount / path)
 
     def set(self, path: str, file: str, value: str) -> None:
-        """Somebody else writes."""
+        """Another process writes."""
         self._take(f"{path}/{file}", value)
 
     def text(self, path: str, file: str) -> str:
@@ -115,7 +115,7 @@ class CgroupTree:
             **{f"hugetlb.{size}.{use}": "0" for size in SIZES for use in ("current", "rsvd.current")},
             **{file: text for one in controllers.split() for file, text in self._of_controller(one).items()},
         }
-        # Whoever watches runs on this loop: to him all of it is there at once, as the kernel shows a cgroup.
+        # The watcher runs on this loop: to it all of it is there at once, as the kernel shows a cgroup.
         folder.mkdir()
         for name, text in files.items():
             (folder / name).write_text(f"{text}\n")

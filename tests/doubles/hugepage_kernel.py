@@ -51,12 +51,12 @@ class PageKernel:
         return total, free, surplus
 
     def use(self, key: Key, pages: int) -> None:
-        """Somebody faults pages, or with a negative number gives them back."""
+        """A process faults pages, or with a negative number gives them back."""
         total, free, surplus = self.counts(key)
         self._write(key, total, free - pages, surplus)
 
     def add(self, key: Key, pages: int) -> None:
-        """Somebody else resizes the pool."""
+        """Another program resizes the pool."""
         total, free, surplus = self.counts(key)
         self._write(key, total + pages, free + pages, surplus)
 
@@ -93,7 +93,7 @@ class PageKernel:
         self.take(node, (after[0] - before[0]) * size)
 
     def take(self, node: int, size: int) -> None:
-        """Somebody takes memory of a node, or with a negative number gives it back."""
+        """A process takes memory of a node, or with a negative number gives it back."""
         of_node = self.root / f"sys/devices/system/node/node{node}/meminfo"
         for path in (of_node, self.root / "proc/meminfo"):
             found = re.sub(r"(MemFree|MemAvailable): +(\d+)", lambda one: _less(one, size >> 10), path.read_text())

@@ -306,7 +306,7 @@ async def test_after_kill_9_at_any_moment_no_answer_is_lost_and_nothing_is_given
 
 
 async def last_life(world: World, born: Nursery, words: list[str]) -> None:
-    """Whoever asks again gets what it got."""
+    """Each pod and claim that asks again gets what it got."""
     registered = world.kubelet.registrations.get(PINNED, 0)
     life = await born.life(*words)
     await world.kubelet.wait_registered(PINNED, registered + 1)

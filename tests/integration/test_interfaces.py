@@ -177,8 +177,8 @@ async def test_an_interface_is_in_the_pod_from_its_sandbox_to_its_end(
 async def test_an_rdma_device_goes_along_and_is_handed_over_under_the_name_that_its_node_has_there(
     folder: Path, tree: DeviceTree, host: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the exclusive mode. The kernel numbers the node anew when the device is moved: the first try is refused, and
-    the files of the claim follow. Then the agent is killed."""
+    """In the exclusive mode. The kernel gives the node a new number when the device moves: the first try is
+    refused, and the files of the claim follow. Then the agent is killed."""
     async with interface_node(folder, tree, host, monkeypatch, rdma=["gone", "mlx5_7"]) as one:
         one.kernel.remove("gone")
         claim, pod = one.claim("web"), one.pod("web")
@@ -281,7 +281,7 @@ async def test_uninstalling_gives_back_what_is_in_pods(
 async def test_a_claim_keeps_its_interface_although_the_node_allows_none_any_longer(
     folder: Path, tree: DeviceTree, host: Namespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also in a sandbox that is made anew; other claims are refused."""
+    """Also in a sandbox that is made again; other claims are refused."""
     async with interface_node(folder, tree, host, monkeypatch) as one:
         claim = one.claim("web")
         await one.node.prepare(claim)

@@ -132,8 +132,8 @@ async def grab(node: Node, ids: Sequence[str], resource: str) -> None:
 
 
 async def prepare(node: Node, bids: Sequence[Bid]) -> bool:
-    """Several claims in one call; whether it was answered. What was answered once is answered again, whoever died
-    meanwhile."""
+    """Several claims in one call; whether it was answered. What was answered once is answered again, whichever
+    process died meanwhile."""
     world = node.world
     world.note("prepare", *(bid.claim.name for bid in bids))
     for bid in bids:
@@ -185,7 +185,7 @@ async def unprepare_unknown(node: Node, uid: str) -> None:
 
 
 async def hang_up(step: Step, after_s: float) -> None:
-    """Whoever called does not wait for the answer."""
+    """The caller does not wait for the answer."""
     task = asyncio.ensure_future(step)
     await asyncio.wait({task}, timeout=after_s)
     task.cancel()

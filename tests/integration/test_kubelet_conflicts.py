@@ -96,7 +96,7 @@ async def test_a_kubelet_that_starts_is_looked_at_where_all_is_served_through_dr
 
 
 async def test_a_drop_in_that_cannot_be_read_keeps_all_cpus_back(folder: Path, tree: DeviceTree) -> None:
-    """Nobody can tell what it reserves: refused with file and value, served again some time after it is repaired."""
+    """What it reserves is not known: refused with file and value, served again some time after it is repaired."""
     tree.node("/dev/ttyS0")
     bad = put(tree.root / CONFIG_DIR / "20-reserve.conf", "reservedSystemCPUs: 1-\n")
     started(folder, tree)

@@ -97,7 +97,7 @@ async def test_what_the_driver_refuses_reaches_kubelet_with_its_cause(
 async def test_kill_9_at_any_moment_leaves_exactly_what_the_ledger_grants(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Calls of kubelet go on while agents die and begin; one instance of somebody else stays where it is."""
+    """Calls of kubelet go on while agents die and begin; one instance of another program stays where it is."""
     drawn = random.Random(7)
     async with mig_node(folder, monkeypatch, "h100-80", "a30") as (node, driver):
         driver.make(0, "1g.10gb", 6, id=14)

@@ -24,7 +24,7 @@ async def test_the_page_and_its_picture_are_there_and_map_draws_the_same(folder:
 
 
 async def test_what_a_request_could_be_placed_on_is_drawn_of_a_running_agent(folder: Path, tmp_path: Path) -> None:
-    """Beside what is held, and nothing is granted by it."""
+    """Alongside what is held, and nothing is granted by it."""
     async with standing(folder, tmp_path) as (agent, _):
         words = [sys.executable, "-m", "nodeagent", "map", "--socket", str(agent.socket), "--place", "--cpus", "2"]
         drawn = await asyncio.to_thread(subprocess.check_output, words, text=True)

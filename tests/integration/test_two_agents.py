@@ -307,7 +307,7 @@ async def test_a_ledger_that_is_damaged_under_both_loses_nothing(folder: Path, t
         for number, claim in enumerate(claims):
             assert await call((first, late)[number % 2], "Prepare", claim) == {claim.uid: ""}
             if number in (3, 6):
-                # Whoever finds the damage has to know all by then.
+                # The agent that finds the damage has to know all by then.
                 assert await call((late, first)[number % 2], "Unprepare", NOBODY) == {NOBODY.uid: ""}
                 with contextlib.closing(sqlite3.connect(node.agent.state / FILE)) as db:
                     db.execute("DROP TABLE grants")

@@ -91,7 +91,7 @@ def test_the_sdist_has_all_sources(sdist: frozenset[str]) -> None:
 
 
 def test_the_sdist_has_all_that_its_tests_need(sdist: frozenset[str]) -> None:
-    """Whoever unpacks it can run `make test`, and has nothing that a build or a test left behind."""
+    """Once it is unpacked, `make test` can run; it has nothing that a build or a test left behind."""
     folders = (path for name in NEEDED_FOLDERS for path in (CHECKOUT / name).rglob("*"))
     wanted = {str(path.relative_to(CHECKOUT)) for path in folders if path.is_file() and "__pycache__" not in path.parts}
     assert not (wanted | NEEDED_FILES) - sdist

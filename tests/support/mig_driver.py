@@ -177,7 +177,7 @@ class MigDriver:
     # ---------------------------------------------------------------- what others do to it
 
     def make(self, gpu: int, profile: str, start: int, *, id: int = 1, complete: bool = True) -> None:
-        """An instance that somebody else made."""
+        """An instance that another program made."""
         number = next(one[0] for one in CARDS[self.cards[gpu]]["profiles"] if one[2] == profile)
         self._add(f"gi {gpu} {id} {number} {start} 0", *([f"ci {gpu} {id} 0"] if complete else []))
 

@@ -1,4 +1,4 @@
-"""A real kubelet limits beside the agent: what becomes of the CPU time of pods with CPUs of their own."""
+"""What a real kubelet limits alongside the agent: what becomes of the CPU time of pods with exclusive CPUs."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def container(
     requests: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Object:
-    """A container that says on which CPUs it may run. cpus: so many of its own, beside its limits and requests."""
+    """A container that says on which CPUs it may run. cpus: exclusive ones, besides its limits and requests."""
     command = FIRST_LINE.partition(";")[0] if ends else FIRST_LINE
     every = {**({CPU: str(cpus)} if cpus else {}), **(limits or {})}
     resources: Object = {"limits": every} if every else {}

@@ -123,7 +123,7 @@ def test_cpus_of_a_named_pool_are_not_exclusive() -> None:
 
 
 def test_hidden_hyperthreads_are_left_out() -> None:
-    """Nobody runs on them: an interrupt there would slow down the thread that is used."""
+    """Nothing runs on them: an interrupt there would slow down the thread that is used."""
     threads = Inventory(
         cpus_online=ONLINE,
         devices=MACHINE.devices,

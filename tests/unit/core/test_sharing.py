@@ -206,7 +206,7 @@ def test_a_shared_gpu_is_shared_in_one_way() -> None:
 
 
 def test_one_gpu_is_the_unit_of_health_for_all_its_shares() -> None:
-    """And for the parts of a GPU: whoever has some of it learns the same, under both APIs."""
+    """And for the parts of a GPU: each holder of some of it learns the same, under both APIs."""
     resource = DeviceResource(name="r/gpu", kind="gpu", replicas=3, match={"mig": "*"})
     pool = DevicePool(kind="gpu", resources=(resource,))
     for ill, names in (("a", {"a"}), ("m", {"m", PART_1, PART_2})):

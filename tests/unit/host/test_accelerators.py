@@ -232,7 +232,7 @@ KIND = DevicePool(kind="sgx", resources=(RESOURCE,))
 
 
 def test_enclave_memory_is_a_consumable_capacity_that_is_never_exceeded_over_both_apis(tree: DeviceTree) -> None:
-    """All nodes go through the same node in /dev, which excludes nobody."""
+    """All nodes go through the same node in /dev, which excludes no other holder."""
     found = with_enclaves(tree)
     pool = pool_of(KIND, found)
     assert amounts(pool, MEMORY) == {"sgx-0": 512 * MIB, "sgx-1": 256 * MIB}

@@ -1,4 +1,4 @@
-"""The device nodes behind CDI devices, whoever wrote the spec."""
+"""The device nodes behind CDI devices, whichever program wrote the spec."""
 
 from __future__ import annotations
 

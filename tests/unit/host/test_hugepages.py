@@ -130,7 +130,7 @@ def test_a_folder_that_names_no_page_size_is_left_out_with_a_warning(tmp_path: P
 
 
 def test_global_pools_of_several_nodes_are_laid_on_none(tmp_path: Path) -> None:
-    """Nobody can say on which node those pages are."""
+    """On which node those pages are is not known."""
     root = machine(tmp_path, "2s2n4c", hugepages={(0, 2 * MIB): (4, 4, 0)})
     for node in (0, 1):
         shutil.rmtree(root / f"sys/devices/system/node/node{node}/hugepages")

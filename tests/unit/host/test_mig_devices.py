@@ -100,7 +100,7 @@ def test_a_media_engine_that_somebody_else_has_cannot_be_had(tree: DeviceTree) -
 
 
 def test_an_instance_of_our_own_is_that_of_its_place(tree: DeviceTree) -> None:
-    """The devices are the same whether it exists or not, so nothing is published anew when it is made."""
+    """The devices are the same whether it exists or not, so nothing is published again when it is made."""
     made = gpu(GpuInstance(id=2, profile=9, start=4, size=4), migs=(mig(2),))
     assert parts(tree, made, PartitionSelector(own=frozenset({(UUID, 9, 4)}))) == parts(tree, gpu())
 

@@ -115,7 +115,7 @@ def test_a_kernel_that_does_not_tell_the_mode_is_an_error(
 def test_the_nodes_of_a_device_are_found_wherever_it_is(
     kernel: RdmaKernel, host: Namespace, pod: Namespace, tmp_path: Path
 ) -> None:
-    """The kernel numbers them anew when it is moved: the lowest that is free."""
+    """The kernel gives them other numbers when it is moved: the lowest that is free."""
     sysfs, outside = SysFs(tmp_path), devices(kernel, host)
     mad = tmp_path / "sys/class/infiniband_mad/umad1"
     mad.mkdir(parents=True)

@@ -234,7 +234,7 @@ async def test_a_claim_without_a_name_is_unprepared_and_not_prepared(folder: Pat
 
 @both_versions
 async def test_a_request_without_claims_has_an_empty_answer(version: Any, folder: Path) -> None:
-    """Nobody is bothered with it."""
+    """It calls no handler."""
     desk = Desk()
     async with served(desk, folder, version) as client:
         assert await client.prepare() == {}

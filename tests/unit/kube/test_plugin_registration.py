@@ -331,7 +331,7 @@ async def prepared(kubelet: FakeDraKubelet, claims: Sequence[ClaimRef]) -> set[s
 
 
 async def test_the_driver_s_own_folder_is_made_again(kubelet_dir: Path) -> None:
-    """Whoever deleted it."""
+    """Whichever process deleted it."""
     where = plugin_sockets(kubelet_dir, DRIVER)
     async with FakeDraKubelet(kubelet_dir) as kubelet, running(plugin(kubelet_dir)):
         await kubelet.wait_registered(DRIVER)

@@ -107,7 +107,7 @@ async def test_the_deadline_is_sent_and_kept_and_the_peer_learns_of_the_end(fold
 
 
 async def test_a_call_that_nobody_took_was_not_sent(folder: Path) -> None:
-    """No socket, nobody behind it, somebody who never accepts, or who accepts and says nothing."""
+    """No socket, no listener behind it, one that never accepts, or one that accepts and says nothing."""
     path = folder / "s"
     assert await failure(path) == ("UNAVAILABLE", "cannot connect: No such file or directory", False)
     with socket.socket(socket.AF_UNIX) as one:

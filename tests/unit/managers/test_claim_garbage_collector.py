@@ -314,7 +314,7 @@ async def writing(*devices: Device) -> AsyncIterator[tuple[StatusWriter, Server]
 
 
 async def settled() -> None:
-    """Whoever can go on has gone on."""
+    """Each task that can go on has gone on."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -399,7 +399,7 @@ async def test_where_it_may_not_be_written_nothing_is_tried_for_a_while(monkeypa
 
 
 async def test_what_does_not_fit_the_queue_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whoever waits already is not; kubelet never waits."""
+    """What waits already is not; kubelet never waits."""
     monkeypatch.setattr(claimcare, "MOST_WAITING", 3)
     async with writing() as (writer, server):
         server.before = gate = Gate()

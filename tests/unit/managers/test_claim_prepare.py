@@ -57,7 +57,7 @@ def nothing_held(room: Room) -> None:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for the last process of a pod to end."""
+    """Nothing waits for the last process of a pod to end."""
     monkeypatch.setattr(claims_of, "ENDING_S", 0.0)
 
 
@@ -133,7 +133,7 @@ async def test_what_is_unprepared_while_it_is_read_is_not_granted(folder: Path) 
 
 
 async def test_what_is_unprepared_while_it_is_decided_is_not_answered(folder: Path) -> None:
-    """Nobody is told to start containers with what is not held any longer."""
+    """No answer has kubelet start containers with what is no longer held."""
     async with claim_room(folder) as room:
         claim = room.claim("c", consumed("cpu", "numa0", cpus="2"))
         disk = held_up(room)

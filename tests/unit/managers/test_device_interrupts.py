@@ -426,7 +426,7 @@ STEPS = st.tuples(
 @settings(max_examples=60, deadline=None)
 def test_after_any_history_everything_is_given_back(steps: list[Any], renames: bool) -> None:
     """After a look that an agent survives everything is where it belongs, whatever killed those before it; and once
-    nothing is held any more, everything is as if there had been no agent."""
+    nothing is held any longer, everything is as if there had been no agent."""
     record: list[int] = []
     with history(record, renames=renames) as made:
         for what, device, wanted, cpus, which, dies_after, records in steps:

@@ -155,7 +155,7 @@ async def node(folder: Path, multipath: bool = False, **more: Mapping[str, Any])
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for the last process of a pod to end."""
+    """Nothing waits for the last process of a pod to end."""
     monkeypatch.setattr(claims_of, "ENDING_S", 0.0)
     monkeypatch.setattr(connector, "POLL_S", 0.002)
 

@@ -155,7 +155,7 @@ async def node(folder: Path, toy: Any = None) -> AsyncIterator[Node]:
 
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for the last process of a pod to end, or long for a hook."""
+    """Nothing waits for the last process of a pod to end, or long for a hook."""
     monkeypatch.setattr(claims_of, "ENDING_S", 0.0)
     monkeypatch.setattr(calls.HookCalls.__init__, "__defaults__", (0.1,))
 

@@ -242,7 +242,7 @@ async def test_until_kubelet_has_been_asked_nothing_new_is_granted(folder: Path)
 
 
 async def test_a_claim_whose_files_are_lost_too_holds_everything_back_while_it_runs(folder: Path) -> None:
-    """Nobody knows its CPUs. Prepared again after its end, or given back, it is accounted for."""
+    """Its CPUs are not known. Prepared again after its end, or given back, it is accounted for."""
     async with node(folder) as one:
         claim = await prepared(one)
         shutil.rmtree(one.room.readable / claim.uid)

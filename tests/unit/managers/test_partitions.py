@@ -107,7 +107,7 @@ async def test_the_second_instance_of_a_claim_that_is_refused_takes_the_first_wi
 
 @pytest.mark.parametrize("what", ["lost", "late"])
 async def test_a_creation_of_unknown_effect_is_looked_up_when_kubelet_asks_again(folder: Path, what: str) -> None:
-    """The claim keeps what it was granted meanwhile, and nobody else gets it."""
+    """The claim keeps what it was granted meanwhile, and no other claim gets it."""
     async with mig_room(folder, "h100-80") as room:
         room.probe.failing = [what]
         claim = room.mig_claim("c", "mig-3g.40gb-4")
@@ -120,7 +120,7 @@ async def test_a_creation_of_unknown_effect_is_looked_up_when_kubelet_asks_again
 
 
 async def test_instances_of_others_are_left_alone_and_hold_their_slices(folder: Path) -> None:
-    """Also one that somebody made since the machine was scanned."""
+    """Also one that another program made since the machine was scanned."""
     async with mig_room(folder, "h100-80") as room:
         claim = room.mig_claim("c", "mig-3g.40gb-4")
         room.driver.make(0, "1g.10gb", 6)
@@ -193,7 +193,7 @@ async def test_an_instance_in_use_is_held_back_by_the_next_agent_too(folder: Pat
 
 
 async def test_an_admin_who_destroys_an_instance_is_not_fought(folder: Path) -> None:
-    """Its claim gets another when it is prepared again; one that somebody made there meanwhile stays."""
+    """Its claim gets another when it is prepared again; one that another program made there meanwhile stays."""
     async with mig_room(folder, "h100-80") as room:
         claim = room.mig_claim("c", "mig-3g.40gb-4")
         await room.prepare(claim)

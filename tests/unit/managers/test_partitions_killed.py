@@ -103,7 +103,7 @@ class World:
 
     def check_others(self) -> None:
         there = {(one.gpu, one.id) for one in self.room.driver.instances()}
-        assert self.others <= there, "an instance of somebody else is gone"
+        assert self.others <= there, "an instance of another program is gone"
 
     def taken(self) -> set[str]:
         """The things that allocated claims have."""

@@ -113,7 +113,7 @@ async def node(folder: Path, *drivers: str) -> AsyncIterator[Node]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for the last process of a pod to end."""
+    """Nothing waits for the last process of a pod to end."""
     monkeypatch.setattr(claims_of, "ENDING_S", 0.0)
 
 
@@ -144,7 +144,7 @@ async def test_a_driver_that_the_node_does_not_allow_is_refused_and_nothing_is_b
 
 
 async def test_a_member_of_the_group_that_is_held_is_named(folder: Path) -> None:
-    """And the other way round: while the group is a guest's, nobody gets the audio function."""
+    """And the other way round: while the group is a guest's, no claim gets the audio function."""
     async with node(folder) as one:
         sound = one.claim("s", AUDIO, "", "pci")
         assert await one.prepare(sound) == ""
@@ -209,7 +209,7 @@ async def test_a_claim_is_not_released_before_its_device_is_given_back(folder: P
 
 
 async def test_what_a_claim_that_was_released_otherwise_left_behind_is_given_back(folder: Path) -> None:
-    """An admin released it, or kubelet forgot it; until then nobody is handed the device."""
+    """An admin released it, or kubelet forgot it; until then no claim is handed the device."""
     async with node(folder) as one:
         claim = one.claim("c", GPU)
         assert await one.prepare(claim) == ""

@@ -1,4 +1,4 @@
-"""MPS daemons and time slices follow the ledger: started, adopted, repaired and ended, whoever is killed and when.
+"""MPS daemons and time slices follow the ledger: started, adopted, repaired and ended, whatever is killed and when.
 
 The agent of these histories is a fork of this process that does one comparison and is killed at a random moment of it,
 or not; the daemons are real processes (tests/doubles/nvidia.py), and so are their clients' connections.

@@ -108,7 +108,7 @@ async def test_a_retry_is_not_answered_before_the_first_call_is_durable(
 async def test_a_transaction_that_fails_takes_with_it_what_was_based_on_it(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody is told that it has what the ledger does not say; the next calls are good."""
+    """No caller is answered that it has what the ledger does not say; the next calls are good."""
     async with claim_room(folder) as room:
         claims = [room.claim(f"c{n}", consumed("cpu", "numa0", cpus="2")) for n in range(2)]
         with disk_of(room, monkeypatch) as disk:

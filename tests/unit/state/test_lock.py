@@ -52,7 +52,7 @@ def test_who_lets_go_lets_others_have_it(folder: Path) -> None:
 
 @pytest.mark.parametrize("remove", [Path.unlink, lambda path: path.rename(path.with_name("aside"))])
 def test_a_lock_whose_file_was_removed_has_to_be_taken_again(remove: Callable[[Path], object], folder: Path) -> None:
-    """Whoever comes first has it, and the other one can see that."""
+    """The first that comes has it, and the other one can see that."""
     path = folder / "lock"
     with contextlib.closing(FileLock(path)) as one, contextlib.closing(FileLock(path)) as other:
         assert one.try_take()

@@ -329,7 +329,7 @@ def test_only_one_agent_has_the_turn(folder: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("first", ["old", "new"])
 def test_two_agents_agree_after_the_file_was_lost(folder: Path, first: str) -> None:
-    """Whoever decides next puts it back, and the other one goes on with that."""
+    """The one that decides next puts it back, and the other one goes on with that."""
     with contextlib.closing(Store(folder)) as old, contextlib.closing(Store(folder)) as new:
         old.save(granted(1), op="op", at=1)
         assert new.news([]) == (grant_of(1),)
