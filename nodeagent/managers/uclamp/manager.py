@@ -24,7 +24,7 @@ from nodeagent.core.uclamp.clamps import NO_CLAMP, Clamp
 from nodeagent.core.uclamp.demand import Classes, clamp_of, clamp_of_claims, concerned
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.cgroup_limits import CgroupLimits, LimitsReport, Wanted
-from nodeagent.managers.pinning.containers import ContainerTable
+from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.state_files import UCLAMP
 from nodeagent.managers.uclamp.rounds import UclampRounds, classes_of
 from nodeagent.state.agent import Agent
@@ -104,6 +104,13 @@ class UclampManager(CgroupLimits[Clamp]):
 
     def _classes(self) -> Classes | None:
         return classes_of(self._config().pinning.uclamp)
+
+    def _is_known(self, entry: ContainerEntry, pin: Pin) -> bool:
+        """Return whether it is known what a container asks for: what its claims say comes before annotations, and
+        without NRI these are never seen."""
+        if self._config().pinning.mode == "cgroup" or any(map(concerned, self._grants(pin.grants))):
+            return entry.named and not pin.unproven
+        return super()._is_known(entry, pin)
 
     def _reach(self, uid: str) -> str:
         """All pods: what a cgroup above them needs follows from all."""

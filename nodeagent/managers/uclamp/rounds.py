@@ -44,7 +44,7 @@ class UclampRounds:
         """Put the clamps of all containers in force, and take out what no container asks for any longer, except in
         cgroups of containers for which `leave` returns True.
 
-        A container of which it is not known what it asks for keeps what it was given.
+        A container of which it is not known what it asks for is kept at what it was given.
         """
         try:
             return self._kept(asked, leave)
@@ -57,7 +57,8 @@ class UclampRounds:
         given = {one.path for one in held}
         asking = [one for one in asked.asking if one.path in asked.known or one.path not in given]
         own = {one.path: _whole(clamp.values) for one in asking for clamp in one.asks}
-        wanted = {**self._above(keeper, own, held, leave), **own}
+        own |= self._left(held, lambda path: path not in own and leave(path))
+        wanted = {**_above(keeper, own, held), **own}
         kept = keeper.keep(wanted, lambda path: not self._is_above(path) and leave(path))
         errors: dict[str, str] = {}
         for one in asking:
@@ -85,23 +86,13 @@ class UclampRounds:
 
     # ---------------------------------------------------------------- what is wanted
 
-    def _above(
-        self, keeper: UclampKeeper, own: Values, held: Sequence[CgroupLine], leave: Callable[[str], bool]
-    ) -> Values:
-        """Return the minima of the cgroups above those that have one, also above those that are left as they are."""
-        minima = {path: some[MIN][WHOLE] for path, some in own.items() if MIN in some and keeper.exists(path)}
-        given = (one for one in held if one.file == MIN and one.path not in own and not self._is_above(one.path))
-        minima |= {one.path: one.wanted for one in given if leave(one.path) and keeper.exists(one.path)}
-        needs: dict[str, int] = {}
-        for path, text in minima.items():
-            for above in _parents(path):
-                needs[above] = max(needs.get(above, 0), hundredths_of(text))
-        known = {one.path: one for one in held if one.file == MIN}
-        return {
-            path: _whole({MIN: text_of(need)})
-            for path, need in sorted(needs.items())
-            if need > _theirs(keeper.text(path, MIN) or "0", known.get(path))
-        }
+    def _left(self, held: Sequence[CgroupLine], leave: Callable[[str], bool]) -> Values:
+        """Return what was given to containers that are left as they are."""
+        found: Values = {}
+        for one in held:
+            if not self._is_above(one.path) and leave(one.path):
+                found.setdefault(one.path, {})[one.file] = {one.number: one.wanted}
+        return found
 
     def _is_above(self, path: str) -> bool:
         """Return whether a cgroup is one that containers' are in."""
@@ -131,6 +122,20 @@ class UclampRounds:
                 most = (keeper.text(path, MAX) or UNLIMITED).strip()
                 if hundredths_of(most) < need:
                     yield f"{one.whose}: {MAX} of {path} is {most}, which caps its minimum"
+
+
+def _above(keeper: UclampKeeper, own: Values, held: Sequence[CgroupLine]) -> Values:
+    """Return the minima of the cgroups above those that have one."""
+    needs: dict[str, int] = {}
+    for path, some in own.items():
+        for above in _parents(path) if MIN in some and keeper.exists(path) else ():
+            needs[above] = max(needs.get(above, 0), hundredths_of(some[MIN][WHOLE]))
+    known = {one.path: one for one in held if one.file == MIN}
+    return {
+        path: _whole({MIN: text_of(need)})
+        for path, need in sorted(needs.items())
+        if need > _theirs(keeper.text(path, MIN) or "0", known.get(path))
+    }
 
 
 def _theirs(now: str, held: CgroupLine | None) -> int:

@@ -161,6 +161,7 @@ def test_what_is_as_wanted_is_written_once(machine: Machine) -> None:
 def test_a_container_of_which_it_is_not_known_what_it_asks_for_keeps_its_minimum(machine: Machine, seen: bool) -> None:
     """It asks for the default class as far as is known, or for nothing."""
     machine.keep({MAIN: low(50), OTHER: low(10)})
+    machine.tree.set(MAIN, MIN, "0")
     machine.begin()
     machine.keep({OTHER: low(10), **({MAIN: low(20)} if seen else {})}, unknown=MAIN)
     assert machine.tree.clamped(MAIN) == (HALF, 1024)
