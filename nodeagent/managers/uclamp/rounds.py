@@ -17,7 +17,7 @@ from nodeagent.core.model.quantity import WHOLE_HUNDREDTHS, parse_percent
 from nodeagent.core.uclamp.clamps import CAPACITY, MAX, MIN, UNLIMITED, Clamp, alike, hundredths_of, text_of
 from nodeagent.core.uclamp.demand import Classes
 from nodeagent.errors import HostError, InputError
-from nodeagent.host.cgroup.layout import CONTAINER, CgroupLayout
+from nodeagent.host.cgroup.layout import POD, QOS, TOP, CgroupLayout
 from nodeagent.host.cgroup.line_journal import CgroupLine
 from nodeagent.host.cgroup.read import hierarchy
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -152,7 +152,7 @@ def _parents(path: str) -> Iterator[str]:
 
 def _is_pods(layout: CgroupLayout, path: str) -> bool:
     found = layout.parse(path)
-    return found is not None and found.kind != CONTAINER
+    return found is not None and found.kind in (TOP, QOS, POD)
 
 
 def _whole(values: Mapping[str, str]) -> dict[str, dict[str, str]]:
