@@ -1,0 +1,1 @@
+"""Work queues of Intel's DSA and IAA that are made for claims."""
