@@ -126,7 +126,8 @@ class _Above:
                 self._by_name[name].append(device.id)
             for node in device.exclusive_parts:
                 self._by_node[node].append(device.id)
-            self._by_port[str(device.attributes.get(PORT_OF, ""))].append(device.id)
+            if PORT_OF in device.attributes:
+                self._by_port[str(device.attributes[PORT_OF])].append(device.id)
 
     def named(self, names: Iterable[str], node: str = "", *, ports: bool = False) -> set[str]:
         """Return the devices with one of these names or with this node, and their wholes. ports: also those that are

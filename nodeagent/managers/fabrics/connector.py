@@ -204,11 +204,12 @@ class Connector:
             await self._hide()
 
     def _forget_ended(self) -> bool:
-        """Record it; return whether there was any. Blocks."""
-        records = [one for one in self._journal.read().values() if one.edits is not None]
-        ended = {one.device: replace(one, edits=None) for one in records if self.standing(one) is None}
+        """Record it; return whether there was any. What was recorded of one meanwhile stays. Blocks."""
+        ended = [one for one in self._journal.read().values() if one.edits is not None and self.standing(one) is None]
         if ended:
-            self._journal.keep(ended)
+            self._journal.change(
+                lambda known: {id: replace(one, edits=None) if one in ended else one for id, one in known.items()}
+            )
         return bool(ended)
 
     async def disconnect(self, devices: Collection[str]) -> dict[str, str]:

@@ -20,13 +20,14 @@ from nodeagent.core.model.health import UNHEALTHY
 from nodeagent.daemon.fabrics import connected_nqns
 from nodeagent.host.devices.all_kinds import builtin_kinds
 from nodeagent.host.devices.base import BLOCK_TYPES
+from nodeagent.host.fabrics.connections import Connection
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.claim_files import ClaimRenderer
 from nodeagent.managers.dra.prepare import ClaimPreparer
 from nodeagent.managers.fabrics import connector
-from nodeagent.managers.fabrics.journal import FabricsJournal
+from nodeagent.managers.fabrics.journal import Connected, FabricsJournal
 from nodeagent.managers.fabrics.manager import FabricsManager
 from nodeagent.managers.fabrics.table import ConnectedTable
 from tests.doubles.fabrics_kernel import HOSTNQN, FabricsKernel, Target
@@ -408,6 +409,25 @@ async def test_a_connection_that_ends_while_another_is_made_hands_over_no_disk_o
         assert await one.prepare(second) == ""
         assert one.kernel.connected() == {"nvme0": NQNS["slow"]}
         assert one.nodes(second) == ["/dev/nvme0n1"] and not one.room.spec_file(first).exists()
+
+
+async def test_what_is_disconnected_while_disks_are_forgotten_is_not_recorded_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calls for claims and the look at the connections run at the same time."""
+    async with node(folder) as one:
+        assert await one.prepare(one.claim("c", "fast")) == ""
+        one.kernel.remove("nvme0")
+        it = one.fabrics._connector
+        standing = it.standing
+
+        def meanwhile(record: Connected) -> Connection | None:
+            one.journal.forget(record.device)
+            return standing(record)
+
+        monkeypatch.setattr(it, "standing", meanwhile)
+        await it.forget_disks()
+        assert not one.journal.read()
 
 
 async def test_a_look_hides_the_disks_of_a_connection_that_has_ended_at_once(folder: Path) -> None:
