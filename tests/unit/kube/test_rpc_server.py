@@ -394,7 +394,7 @@ async def test_peers_that_come_and_go_leave_nothing(folder: Path) -> None:
                     raw.send()
         await until(lambda: not it._peers)
         await until(lambda: len(asyncio.all_tasks()) == tasks)
-        assert open_files() == files
+        assert open_files() <= files  # grpc's client, which has called before, may have closed its own meanwhile
 
 
 def open_files() -> int:

@@ -682,7 +682,9 @@ def test_a_file_of_links_that_cannot_be_read_is_reported_and_written_again(tmp_p
     (tmp_path / NVLINKS).write_bytes(content)
     with capture_logs() as lines:
         Linked(tmp_path).poll(0, {0}, set())
-    assert [one["event"] for one in lines] == ["nvlinks-not-kept"]
+    assert [one["event"] for one in lines] == ["nvlinks-not-kept", "record-set-aside"]
+    (damaged,) = tmp_path.glob(f"{NVLINKS}.damaged-*")
+    assert damaged.read_bytes() == content
     node = Linked(tmp_path)
     assert node.poll(1, set(), {0})[0] == UNHEALTHY
 
