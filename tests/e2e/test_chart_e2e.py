@@ -370,7 +370,8 @@ def test_the_alerts_lead_to_the_runbooks_of_the_values_and_go_by_the_release(tmp
     assert (found["metadata"]["name"], found["metadata"]["labels"]) == ("storage-nodeagent", {"a": "b"})
     (group,) = found["spec"]["groups"]
     urls = {one["alert"]: one["annotations"]["runbook_url"] for one in group["rules"] if "alert" in one}
-    assert urls == {name: f"{address}#{name.lower()}" for name in urls} and len(urls) == 10
+    names = [one["alert"] for group in shipped["groups"] for one in group["rules"] if "alert" in one]
+    assert len(names) > 9 and urls == {name: f"{address}#{name.lower()}" for name in names}
     assert [one["expr"] for one in group["rules"] if "up{" in one["expr"]] == ['up{job="storage-nodeagent"} == 0']
 
 
