@@ -16,6 +16,11 @@ PAGES = [{"pageSize": "2Mi", "node": 1, "pages": 16}, {"pageSize": "1Gi", "node"
 """Provided by the agent."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The guest of all tests of pods lives to the end, and there is one guest at a time: others come first."""
+    items.sort(key=lambda item: "pods_guest" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(scope="session")
 def pods_guest() -> Iterator[Guest]:
     """A node with a runtime that asks the agent, quick to notice that a pod is gone."""
