@@ -36,31 +36,3 @@ class AmdConfig(Base, frozen=True):
 
     partitions: list[AmdPartitionConfig] = []
     """Of several that match a GPU, the first."""
-
-
-class QueueGroupConfig(Base, frozen=True):
-    """Engines of an accelerator, and the queues that they serve."""
-
-    sizes: Annotated[list[Annotated[int, msgspec.Meta(ge=1, le=65535)]], msgspec.Meta(min_length=1, max_length=64)]
-    """Entries of each queue."""
-    engines: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
-
-
-class QueuesConfig(Base, frozen=True):
-    """Kind dsa: work queues that the agent makes for claims, of accelerators that nobody else has configured."""
-
-    groups: Annotated[list[QueueGroupConfig], msgspec.Meta(min_length=1, max_length=64)]
-    """How each accelerator is divided: the queues of a group are served by its engines."""
-    type: Literal["dsa", "iaa"] = "dsa"
-    accelerators: Annotated[
-        list[Annotated[str, msgspec.Meta(min_length=1, max_length=256)]], msgspec.Meta(min_length=1)
-    ] = msgspec.field(default_factory=lambda: ["*"])
-    """Shell patterns of PCI addresses. Of several resources that match an accelerator, the first."""
-    modes: Annotated[list[Literal["dedicated", "shared"]], msgspec.Meta(min_length=1, max_length=2)] = msgspec.field(
-        default_factory=lambda: ["dedicated"]
-    )
-    """What claims may choose; the first is for those that say nothing."""
-    max_priority: Annotated[int, msgspec.Meta(ge=1, le=15)] = 15
-    """Highest priority that a claim may choose."""
-    block_on_fault: bool = False
-    """Whether claims may have their queue wait for pages that are not there."""

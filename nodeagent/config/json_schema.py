@@ -82,8 +82,6 @@ def _of_resources() -> Iterator[Form]:
     yield {"if": _one_of("kind", ["nvmeof"]), "then": shared}
     dynamic = {"required": ["mig"], "properties": {"mig": _one_of("mode", ["dynamic"])}}
     yield {"if": dynamic, "then": {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}}
-    made = {"if": _chosen("queues"), "then": {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}}
-    yield made
     yield {"if": _one_of("kind", ["hugepages"]), "then": _one_of("pageSize", page_sizes())}
     yield {
         "if": _one_of("serve", ["dra", "both"]),

@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from nodeagent.config.accelerators import QueuesConfig
 from nodeagent.config.base import RESOURCE_NAME, Absolute, AbsoluteOrEmpty, Base, DevPath, Match, Name, Positive, Text
 
 Variable = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
@@ -113,8 +112,6 @@ class ResourceConfig(Base, frozen=True):
     """kind usb: which devices."""
     targets: list[NvmeTargetConfig] = []
     """kind nvmeof: which targets."""
-    queues: QueuesConfig | None = None
-    """kind dsa: queues that are made for claims; null: it serves queues that others made."""
     replicas: Annotated[int, msgspec.Meta(ge=1, le=1024)] = 1
     page_size: str = ""
     """kind hugepages."""

@@ -84,11 +84,6 @@ class Config(Base, frozen=True):
         return [target for one in self.served for target in one.targets]
 
     @property
-    def makes_queues(self) -> bool:
-        """Return whether a served resource has work queues made for claims."""
-        return any(one.queues is not None for one in self.served)
-
-    @property
     def served_by_dra(self) -> list[ResourceConfig]:
         """Return the served resources that use DRA, alone or together with the device plugin."""
         return [one for one in self.served if one.serve != "device-plugin"]

@@ -37,7 +37,6 @@ MEANT_FOR = {
     "paths": ("char",),
     "usb": ("usb",),
     "targets": ("nvmeof",),
-    "queues": ("dsa",),
     "pageSize": ("hugepages",),
     "pagesPerBlock": ("hugepages",),
     "options": ("cpu",),
@@ -282,10 +281,6 @@ def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
     for name, overhead in one.overhead.items():
         if not overhead.per_pod and not overhead.per_container:
             yield f"nothing at {where}.overhead.{name}, expected perPod, perContainer or both"
-    if one.queues is not None and one.serve != "dra":
-        yield f"{one.serve!r} at {where}.serve, expected 'dra' with queues: a queue is made for a claim"
-    if one.queues is not None and one.replicas > 1:
-        yield f"{one.replicas} at {where}.replicas, expected 1 with queues: a queue that is made has one holder"
     if one.kind == "nvmeof" and one.serve != "dra":
         yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API has no devices that nodes share"
     if one.kind == "nvmeof" and one.overhead:

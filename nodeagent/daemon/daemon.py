@@ -139,9 +139,7 @@ class Daemon:
         return self._parts.dra.document()
 
     def gpus_document(self) -> dict[str, Any]:
-        parts = self._parts
-        fabrics, queues = parts.fabrics.document(), parts.queues.manager.document()
-        return {**parts.gpus.document(), "fabrics": fabrics, "queues": queues}
+        return {**self._parts.gpus.document(), "fabrics": self._parts.fabrics.document()}
 
     def pinning_document(self) -> dict[str, Any]:
         return {**self._parts.pinning.document(), **self._parts.exclusive.document(), **self._parts.divided.document()}

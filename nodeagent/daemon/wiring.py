@@ -17,7 +17,6 @@ from nodeagent.daemon.foundation import Foundation
 from nodeagent.daemon.gpus import Gpus, instance_table
 from nodeagent.daemon.kinds import Kinds
 from nodeagent.daemon.network import Network
-from nodeagent.daemon.queues import Queues
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.managers.deviceplugin.manager import DevicePluginManager
 from nodeagent.managers.deviceplugin.reconciler import HolderReconciler
@@ -51,7 +50,6 @@ class Wiring:
         self.fabrics = self._cluster.fabrics(
             base.agent, base.where, self._config, self._shared_pools, self._render_claims
         )
-        self.queues = Queues(base.agent, base.where, self._config, self.scanner.rescan)
         self.device_plugin = self._device_plugin()
         self._hugepages = HugepagesManager(
             base.agent, base.where.sysfs, base.where.state_dir, self._config, self.scanner.rescan
@@ -75,7 +73,6 @@ class Wiring:
             *self.gpus.managers,
             *self._network.managers,
             self._kinds.manager,
-            self.queues.manager,
             self.dra,
             *self.fabrics.managers,
             self.pinning,
@@ -129,10 +126,10 @@ class Wiring:
 
     def _dra(self) -> DraManager:
         """Return what serves claims. Their devices are set up from the inside out: GPUs, then what the kernel divides,
-        interfaces, targets on the network, work queues, and third-party kinds."""
+        interfaces, targets on the network, and third-party kinds."""
         base, where = self._base, self._base.where
         for_claims = self._network.with_interfaces(*self.divided.with_parts(*self.gpus.for_claims))
-        for_claims = self.queues.with_queues(*self.fabrics.with_targets(*for_claims))
+        for_claims = self.fabrics.with_targets(*for_claims)
         return DraManager(
             base.agent,
             base.config,

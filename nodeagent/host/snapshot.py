@@ -27,7 +27,6 @@ class Selectors(msgspec.Struct, frozen=True, kw_only=True):
     usb: tuple[all_kinds.UsbSelector, ...] = ()
     pci: tuple[all_kinds.PciSelector, ...] = ()
     targets: tuple[all_kinds.TargetSelector, ...] = ()
-    queues: tuple[all_kinds.QueueSelector, ...] = ()
     connected_nqns: frozenset[str] = frozenset()
     """Subsystems that the agent has connected for claims, configured or no longer configured."""
     block_types: frozenset[str] = frozenset()
@@ -71,7 +70,6 @@ def scan(
         usb=selectors.usb,
         pci_selectors=selectors.pci,
         targets=selectors.targets,
-        queues=selectors.queues,
         connected_nqns=selectors.connected_nqns,
         block_types=selectors.block_types,
         nvml=nvml,

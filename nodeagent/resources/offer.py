@@ -10,14 +10,13 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
-from nodeagent.config.accelerators import QueuesConfig
 from nodeagent.config.resources import CdiConfig, NvmeTargetConfig, ResourceConfig
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import CpuSet, union
-from nodeagent.core.model.device import MADE_FOR_CLAIMS, ContainerEdits, Device, DeviceNode, Mount
+from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.options import check_options
@@ -26,18 +25,11 @@ from nodeagent.core.model.topology import NodeId
 from nodeagent.core.network.variables import NO_INFO, TUN, VHOST_NET, pci_variables
 from nodeagent.core.pinning.threads import used_cpus
 from nodeagent.core.placement.linked import SIZES
-from nodeagent.core.queues.layout import Group, layout_of
 from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.devices.all_kinds import (
-    CharSelector,
-    PartitionSelector,
-    QueueSelector,
-    TargetSelector,
-    UsbSelector,
-)
+from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, TargetSelector, UsbSelector
 from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.devices.hooks import prepares
 from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
@@ -64,8 +56,6 @@ class Offer(msgspec.Struct, frozen=True, kw_only=True):
     def edits(self, inventory: Inventory, grant: Grant) -> ContainerEdits:
         """Return what the container of a grant gets."""
         devices = [inventory.device_by_id[one] for one in (*grant.devices, *grant.shares)]
-        if made := [one.id for one in devices if one.made_for_claims]:
-            raise HostError(f"cannot hand over {made[0]}: it is made for claims alone")
         own = self._edits(inventory, devices, devices)
         said = {f"NODEAGENT_{_word(self.config.name)}_GRANT": grant.id, **held_variables(inventory, [grant])}
         return replace(own, env=MappingProxyType({**own.env, **said, **self.config.env}))
@@ -179,7 +169,6 @@ def selectors(config: Config) -> Selectors:
             for usb in one.usb
         ),
         targets=tuple(_target(one.name, target) for one in served for target in one.targets),
-        queues=queue_selectors(config),
         block_types=frozenset(type for one in served for type in BLOCK_TYPES if _asks_for(one, "block", "type", type)),
         gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for(one, "gpu", "group", str(size))),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
@@ -190,24 +179,6 @@ def selectors(config: Config) -> Selectors:
 def _target(selector: str, config: NvmeTargetConfig) -> TargetSelector:
     port = Port(transport=config.transport, traddr=config.traddr, trsvcid=config.trsvcid, nqn=config.nqn)
     return TargetSelector(name=config.name, selector=selector, port=port)
-
-
-def queue_selectors(config: Config) -> tuple[QueueSelector, ...]:
-    """Return of which accelerators a configuration has queues made for claims."""
-    return tuple(_queues(one.name, one.queues) for one in config.served if one.queues is not None)
-
-
-def _queues(name: str, config: QueuesConfig) -> QueueSelector:
-    groups = [Group(engines=one.engines, sizes=tuple(one.sizes)) for one in config.groups]
-    return QueueSelector(
-        name=name,
-        type=config.type,
-        addresses=tuple(config.accelerators),
-        layout=layout_of(groups),
-        modes=tuple(dict.fromkeys(config.modes)),
-        max_priority=config.max_priority,
-        block_on_fault=config.block_on_fault,
-    )
 
 
 def _asks_for(config: ResourceConfig, kind: str, name: str, value: str) -> bool:
@@ -240,8 +211,6 @@ def _offer(config: Config, number: int, known: Mapping[str, all_kinds.Kind]) -> 
     match: dict[str, str | Sequence[str]] = {**one.match}
     if one.kind in ("char", "usb", "nvmeof"):
         match["selector"] = one.name
-    if one.queues is not None:
-        match |= {"selector": one.name, MADE_FOR_CLAIMS: "true"}
     resource = DeviceResource(
         name=name,
         kind=one.kind,

@@ -77,8 +77,7 @@ MEMBERS = {
 DAX, DSA, VDPA = "sys/bus/dax/devices", "sys/bus/dsa/devices", "sys/bus/vdpa/devices"
 DSA_FILES = (
     *("state", "type", "mode", "size", "priority", "group_id", "threshold", "max_batch_size", "max_transfer_size"),
-    *("name", "driver_name", "max_work_queues", "max_groups", "max_engines", "max_work_queues_size"),
-    *("configurable", "pasid_enabled"),
+    *("name", "driver_name", "max_work_queues", "max_groups", "max_engines"),
 )
 """Of accelerators and of their queues."""
 OTHERS = (

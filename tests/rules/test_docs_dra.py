@@ -35,13 +35,10 @@ from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.values import Fabric, GpuInstance
 from nodeagent.host.snapshot import Selectors, scan
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.resources.offer import queue_selectors
 from nodeagent.telemetry.metrics import REGISTRY
 from tests.builders.devices import DeviceTree
 from tests.builders.disk_parts import disk_parts
 from tests.builders.machines import GIB, MIB, Shape, build
-from tests.doubles.idxd_kernel import accelerator
-from tests.support.claim_node import config_of
 from tests.support.mig_driver import profiles_of
 from tests.support.paths import CHECKOUT
 
@@ -90,7 +87,6 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
         targets=(TargetSelector(name="fast", selector="san", port=PORT),),
-        queues=queue_selectors(config_of({"name": "made", "kind": "dsa", "queues": {"groups": [{"sizes": [16]}]}})),
         gpu_groups=frozenset({2}),
         partitions=PartitionSelector(),
     )
@@ -163,7 +159,6 @@ def _add_accelerators(tree: DeviceTree) -> None:
         tree.write(f"{folder.relative_to(tree.root)}/{name}", value)
     tree.link("sys/bus/dsa/devices/dsa0", folder)
     tree.queue("0000:6a:01.0", "dsa0", 0)
-    accelerator(tree, "0000:6f:01.0", "dsa2")
     services = {"qat/cfg_services": "sym;asym", "qat/state": "up"}
     tree.pci(
         "0000:6b:00.0",
@@ -201,8 +196,7 @@ def published(machine: Inventory, tmp_path_factory: pytest.TempPathFactory) -> l
         for replicas in (1, 4):
             resource = DeviceResource(name=f"{DRIVER}/{name}", kind=name, replicas=replicas)
             sets = DeviceResource(name=f"{DRIVER}/{name}-set", kind=name, match={"group": "?*"})
-            made = DeviceResource(name=f"{DRIVER}/{name}-made", kind=name, match={"made_for_claims": "true"})
-            kinds.append(DevicePool(kind=name, resources=(resource, sets, made)))
+            kinds.append(DevicePool(kind=name, resources=(resource, sets)))
     parts = DeviceResource(name=f"{DRIVER}/mig", kind="gpu", partitions=True)
     kinds.append(DevicePool(kind="gpu", resources=(parts,)))
     made = [one.pool(machine, Ledger(), NO_HEALTH, ALL_FEATURES) for one in kinds]
@@ -452,8 +446,7 @@ def test_every_configuration_of_the_examples_is_one_that_is_taken() -> None:
 def test_each_request_of_the_example_has_its_own_configuration() -> None:
     found = [opaque(*one) for one in configurations("configured.yaml")]
     kinds = {"workers": "cpu", "control": "cpu", "pages": "hugepages", "gpu": "gpu", "net": "nic", "port": "char"} | {
-        "disk": "block",
-        "queue": "dsa",
+        "disk": "block"
     }
     in_force = {
         request: settings_for(Result(request=request, driver=DRIVER, pool="n", device="d"), kind, found, DRIVER)

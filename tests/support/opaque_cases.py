@@ -81,7 +81,7 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("NicConfig", {"rdma": "true"}, "at `$.rdma`, found 'true'"),
     *(
         (kind, {"interrupts": "closest"}, "at `$.interrupts`, found 'closest'")
-        for kind in ("GpuConfig", "NicConfig", "BlockConfig", "QueueConfig", "DeviceConfig")
+        for kind in ("GpuConfig", "NicConfig", "BlockConfig", "DeviceConfig")
     ),
     ("NicConfig", {"interrupts": None}, "at `$.interrupts`"),
     ("DeviceConfig", {"interrupts": ["follow"]}, "at `$.interrupts`"),
@@ -153,17 +153,6 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("BlockConfig", {"ioClass": "Gold"}, "at `$.ioClass`, found 'Gold'"),
     ("BlockConfig", {"ioClass": "gold", "weight": 5}, "$.ioClass excludes all limits"),
     ("BlockConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
-    ("QueueConfig", {"mode": "exclusive"}, "at `$.mode`, found 'exclusive'"),
-    ("QueueConfig", {"mode": ["shared"]}, "at `$.mode`"),
-    ("QueueConfig", {"priority": 0}, "at `$.priority`, found 0"),
-    ("QueueConfig", {"priority": 16}, "at `$.priority`, found 16"),
-    ("QueueConfig", {"priority": "5"}, "at `$.priority`, found '5'"),
-    ("QueueConfig", {"mode": "shared", "threshold": 0}, "at `$.threshold`, found 0"),
-    ("QueueConfig", {"threshold": 65536}, "at `$.threshold`, found 65536"),
-    ("QueueConfig", {"mode": "dedicated", "threshold": 8}, "$.threshold has no meaning for a dedicated queue"),
-    ("QueueConfig", {"blockOnFault": 1}, "at `$.blockOnFault`, found 1"),
-    ("QueueConfig", {"size": 16}, "has no key $.size"),
-    ("QueueConfig", {"env": {"NODEAGENT_CPUS": "0-3"}}, "NODEAGENT_CPUS at $.env"),
     ("DeviceConfig", {"env": {"A-B": "1"}}, "A-B: '1' at $.env"),
     ("DeviceConfig", {"env": {"SPEED": 115200}}, "SPEED: 115200 at $.env"),
     ("DeviceConfig", {"env": {"SPEED": "a\0b"}}, "SPEED: 'a\\x00b' at $.env"),
@@ -181,7 +170,6 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
             "GpuConfig",
             "NicConfig",
             "BlockConfig",
-            "QueueConfig",
             "DeviceConfig",
         )
     ),
@@ -263,9 +251,6 @@ RIGHT: list[tuple[str, dict[str, Any]]] = [
     ("BlockConfig", {"writeBytesPerSecond": "1.5M", "latencyTargetMicroseconds": 10_000_000, "weight": 10_000}),
     ("BlockConfig", {"ioClass": "gold-1", "readIOPS": None, "env": {"A": "b"}}),
     ("BlockConfig", {"ioClass": "", "readIOPS": 5}),
-    ("QueueConfig", {"mode": "shared", "priority": 1, "threshold": 65535, "blockOnFault": True}),
-    ("QueueConfig", {"mode": "dedicated", "threshold": None, "priority": 15, "env": {"A": "b"}, "interrupts": "leave"}),
-    ("QueueConfig", {"mode": None, "priority": None, "threshold": 8, "blockOnFault": None}),
     ("DeviceConfig", {"env": {}}),
     ("DeviceConfig", {"env": {"SPEED": "115200", "_x1": ""}}),
 ]

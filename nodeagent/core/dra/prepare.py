@@ -251,10 +251,6 @@ def _one_wanted(inventory: Inventory, catalog: Catalog, claim: Claim, index: int
                 from nodeagent.core.network.vf_checks import check_vf
 
                 check_vf(inventory, part.device, settings.vf, catalog.vf_properties, shared=divided)
-            if settings.queue is not None:
-                from nodeagent.core.queues.check import check_queue
-
-                check_queue(inventory, part.device, settings.queue)
             check_interrupts(inventory, part.device, settings.interrupts, shared=divided)
             _check_amounts(one)
     return one

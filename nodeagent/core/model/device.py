@@ -57,12 +57,10 @@ NODE_KINDS = frozenset({"accel", "block", "char", "dsa", "fpga", "gpu", "imex", 
 
 HOST_USES = ("in_use", "default_route")
 """Attributes that show that the host itself uses a device."""
-MADE_FOR_CLAIMS = "made_for_claims"
-"""Attribute of a work queue that need not exist: it is enabled for the claim that holds it."""
-WITHHELD = (*HOST_USES, "mig", "group", "type", MADE_FOR_CLAIMS)
+WITHHELD = (*HOST_USES, "mig", "group", "type")
 """Attributes of a device that a request for devices of its kind does not mean: the host itself uses it, or it is a GPU
 in MIG mode, which computes only through its instances, whether it has any or not (NVIDIA Multi-Instance GPU User
-Guide), or it stands for several, or it is a part of a disk, or it is made for a claim."""
+Guide), or it stands for several, or it is a part of a disk."""
 
 
 class Partition(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,11 +134,6 @@ class Device(PciFacts, frozen=True, kw_only=True):
         return tuple(name for name in WITHHELD if self.attributes.get(name))
 
     @property
-    def made_for_claims(self) -> bool:
-        """Return whether it is a work queue that is made for the claim that holds it."""
-        return self.attributes.get(MADE_FOR_CLAIMS) is True
-
-    @property
     def used_by_host(self) -> bool:
         """Return whether the host itself uses it."""
         return any(self.attributes.get(name) for name in HOST_USES)
@@ -149,7 +142,7 @@ class Device(PciFacts, frozen=True, kw_only=True):
     def lacks_node(self) -> bool:
         """Return whether a container would get nothing: the kind needs device nodes, and there is none that is not
         shared by all holders. A part that is made when it is granted gets its nodes then."""
-        if self.made_for_claims or (self.partition is not None and not self.partition.made):
+        if self.partition is not None and not self.partition.made:
             return False
         only_shared = not self.exclusive and SHARED_NODES.issuperset(self.paths)
         return self.kind in NODE_KINDS and (only_shared or not self.paths)

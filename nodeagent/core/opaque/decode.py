@@ -20,7 +20,7 @@ import msgspec
 from nodeagent.config import hints
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
 from nodeagent.core.opaque.compute import CpuForm, HugepageForm, MemoryForm
-from nodeagent.core.opaque.device import BlockForm, DeviceForm, QueueForm
+from nodeagent.core.opaque.device import BlockForm, DeviceForm
 from nodeagent.core.opaque.form import Form
 from nodeagent.core.opaque.gpu import GpuForm
 from nodeagent.core.opaque.nic import NicForm
@@ -41,7 +41,7 @@ class Forms(msgspec.Struct, frozen=True):
         if kind in self.own:
             return (self.own[kind].__name__,)
         one = CONFIG_KINDS.get(kind, "DeviceConfig")
-        return (one, "DeviceConfig") if one in ("BlockConfig", "QueueConfig") else (one,)
+        return (one, "DeviceConfig") if one == "BlockConfig" else (one,)
 
     def by_name(self) -> Mapping[str, type[msgspec.Struct]]:
         """Return all forms by the configuration's kind."""
@@ -132,7 +132,6 @@ FORMS: Mapping[str, type[Form]] = MappingProxyType(
         "GpuConfig": GpuForm,
         "NicConfig": NicForm,
         "BlockConfig": BlockForm,
-        "QueueConfig": QueueForm,
         "DeviceConfig": DeviceForm,
     }
 )
@@ -146,11 +145,9 @@ CONFIG_KINDS: Mapping[str, str] = MappingProxyType(
         "nic": "NicConfig",
         "block": "BlockConfig",
         "nvme": "BlockConfig",
-        "dsa": "QueueConfig",
     }
 )
-"""The configuration's kind by kind of device; all others use DeviceConfig, which disks and queues take
-too."""
+"""The configuration's kind by kind of device; all others use DeviceConfig, which disks take too."""
 
 
 def _decode(parameters: Mapping[str, Any], where: str, forms: Forms) -> tuple[str, OpaqueConfig]:

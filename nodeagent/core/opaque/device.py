@@ -1,10 +1,10 @@
-"""The forms of configurations of devices in general, of disks and of work queues."""
+"""The forms of configurations of devices in general, and of disks."""
 
 from __future__ import annotations
 
 import re
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import msgspec
 from msgspec.structs import replace
@@ -13,7 +13,6 @@ from nodeagent.config import hints
 from nodeagent.core.model.quantity import parse_quantity
 from nodeagent.core.opaque.form import ClassName, Form, Interrupts, at
 from nodeagent.core.opaque.settings import OpaqueConfig
-from nodeagent.core.queues.settings import QueueSettings
 from nodeagent.errors import InputError
 
 OWN_VARIABLES = "NODEAGENT_"
@@ -24,8 +23,6 @@ _Bytes = Annotated[int, msgspec.Meta(ge=2, le=MOST_BPS)] | str
 _Operations = Annotated[int, msgspec.Meta(ge=2, le=1_000_000_000)]
 _Weight = Annotated[int, msgspec.Meta(ge=1, le=10_000)]
 _Microseconds = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
-_Priority = Annotated[int, msgspec.Meta(ge=1, le=15)]
-_Threshold = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
@@ -67,23 +64,6 @@ class BlockForm(DeviceForm, frozen=True):
         if self.io_class and any(one is not None for one in rates.values()):
             raise InputError("$.ioClass excludes all limits: they are those of the class")
         return replace(super().settings(), **rates, io_class=self.io_class)
-
-
-class QueueForm(DeviceForm, frozen=True):
-    """Work queues of DSA and IAA: what any device has, and what one that is made for the claim is set to."""
-
-    mode: Literal["dedicated", "shared"] | None = None
-    priority: _Priority | None = None
-    threshold: _Threshold | None = None
-    block_on_fault: bool | None = None
-
-    def settings(self) -> OpaqueConfig:
-        if self.mode == "dedicated" and self.threshold is not None:
-            raise InputError("$.threshold has no meaning for a dedicated queue")
-        queue = QueueSettings(
-            mode=self.mode, priority=self.priority, threshold=self.threshold, block_on_fault=self.block_on_fault
-        )
-        return replace(super().settings(), queue=None if queue == QueueSettings() else queue)
 
 
 def bytes_per_second(said: int | str | None, path: str) -> int | None:

@@ -12,7 +12,6 @@ from msgspec.structs import replace
 
 from nodeagent.core.network.interface import Interface
 from nodeagent.core.network.vf_properties import VfProperties
-from nodeagent.core.queues.settings import QueueSettings
 from nodeagent.errors import InputError
 
 
@@ -61,8 +60,6 @@ class OpaqueConfig(msgspec.Struct, frozen=True, kw_only=True):
     """The same at most."""
     uclamp_class: str = ""
     """The class of pinning.uclamp, instead of these."""
-    queue: QueueSettings | None = None
-    """What a work queue is set to that is made for the claim; None: as the node has it."""
     io_read_bps: int | None = None
     """Limit of I/O on each of the device's disks, in bytes per second."""
     io_write_bps: int | None = None

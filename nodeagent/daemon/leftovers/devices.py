@@ -10,7 +10,6 @@ from nodeagent.core.partitions.instances import Record
 from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, step
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.driver_programs import DriverSearch
-from nodeagent.host.idxd import Accelerators
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import BOOT_ID
@@ -30,8 +29,6 @@ from nodeagent.managers.partitions.amd_journal import AmdJournal
 from nodeagent.managers.partitions.journal import PartitionJournal
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
-from nodeagent.managers.queues.journal import QueueJournal
-from nodeagent.managers.queues.maker import QueueMaker
 from nodeagent.managers.sharing.journal import SharingJournal
 from nodeagent.managers.sharing.mps_daemons import MpsDaemons
 from nodeagent.managers.sharing.time_slices import TimeSlices
@@ -138,15 +135,6 @@ def targets(host: Host) -> Leftover:
         return asyncio.run(made.disconnect({*records})) if records else {}
 
     return Leftover(lines, step(disconnect))
-
-
-def queues(host: Host) -> Leftover:
-    """Return the work queues that are enabled for claims."""
-    where = host.where
-    journal = QueueJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
-    maker, records = QueueMaker(journal, Accelerators(where.sysfs)), journal.read()
-    lines = [Line(f"work queue {one.queue} of {one.accelerator}", "enabled", "disabled") for one in records.values()]
-    return Leftover(lines, step(lambda: maker.give_back({*records})))
 
 
 def virtual_functions(host: Host) -> Leftover:

@@ -40,7 +40,6 @@ STATE_FILES = (
     "interfaces.*",
     "kinds.*",
     "fabrics.*",
-    "queues.*",
     "device-info.json",
     "vfs.*",
     "*.json.damaged-*",

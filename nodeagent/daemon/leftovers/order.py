@@ -32,7 +32,6 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield devices.passthrough(host)
     yield devices.interfaces(host)
     yield devices.targets(host)
-    yield devices.queues(host)
     yield folders.cdi_files(host)
     yield folders.claim_files(host)
     yield folders.device_info(host)

@@ -6,7 +6,6 @@ kinds need (PCI functions, NVML's answer) comes in the Context, so no file is re
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +19,6 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
 from nodeagent.core.model.inventory import KindState
 from nodeagent.core.model.topology import NodeId
-from nodeagent.core.queues.layout import Layout
 from nodeagent.host.devices.disks import BlockUses
 from nodeagent.host.nvml.client import Failure, Snapshot
 from nodeagent.host.pci import Function
@@ -55,25 +53,6 @@ class TargetSelector(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     selector: str
     port: Port
-
-
-class QueueSelector(msgspec.Struct, frozen=True, kw_only=True):
-    """Accelerators of which work queues are made for claims. name: of the resource. type: dsa or iaa."""
-
-    name: str
-    type: str
-    addresses: tuple[str, ...]
-    """Shell patterns of PCI addresses."""
-    layout: Layout
-    modes: tuple[str, ...]
-    """What claims may choose, the usual one first."""
-    max_priority: int
-    block_on_fault: bool
-    """Whether claims may choose it."""
-
-    def matches(self, type: str, address: str) -> bool:
-        """Return whether it is for an accelerator of a type at a PCI address."""
-        return type == self.type and any(fnmatch.fnmatchcase(address, one) for one in self.addresses)
 
 
 class PciSelector(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,7 +94,6 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     usb: tuple[UsbSelector, ...] = ()
     pci: tuple[PciSelector, ...] = ()
     targets: tuple[TargetSelector, ...] = ()
-    queues: tuple[QueueSelector, ...] = ()
     connected_nqns: frozenset[str] = frozenset()
     """Subsystems that the agent has connected for claims: their disks are no devices of their own."""
     block_types: frozenset[str] = frozenset()

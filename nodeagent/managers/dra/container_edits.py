@@ -97,11 +97,10 @@ def _device_edits(dra: Dra, inventory: Inventory, grant: Grant, same_request: It
         raise HostError(f"cannot hand over {device.id}: it is bound to {now}, and not to {settings.driver} yet")
     rdma = settings.rdma is not False
     own = offer.device_edits(inventory, device, siblings, settings.driver_capabilities, rdma=rdma)
-    if not (prepares(offer.family) or device.made_for_claims) or not grant.devices:
+    if not prepares(offer.family) or not grant.devices:
         return own
     if device.prepared is None or device.prepared.grant != grant.id:
-        whose = "the agent" if device.made_for_claims else f"the kind {device.kind}"
-        raise NotPreparedError(f"cannot hand over {device.id}: {whose} has not prepared it yet")
+        raise NotPreparedError(f"cannot hand over {device.id}: the kind {device.kind} has not prepared it yet")
     return merged([own, device.prepared.edits])
 
 

@@ -3,7 +3,7 @@ programs share a device through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import msgspec
@@ -115,53 +115,3 @@ class NothingBound:
 
 
 NOTHING_BOUND = NothingBound()
-
-
-class Viewed:
-    """Instances, and the inventory as something else that prepares devices shows it too."""
-
-    def __init__(self, made: Instances, view: Callable[[Inventory], Inventory]) -> None:
-        self._made, self._view = made, view
-
-    def concerned(self, grants: Sequence[Grant]) -> bool:
-        return self._made.concerned(grants)
-
-    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
-        return await self._made.make(claims)
-
-    async def settle(self) -> None:
-        await self._made.settle()
-
-    async def ready(self) -> None:
-        await self._made.ready()
-
-    def view(self, inventory: Inventory) -> Inventory:
-        return self._view(self._made.view(inventory))
-
-
-class InTurn:
-    """Sets up what the first does, and then what the second does, which gives back first. second: returns None as long
-    as nothing needs it."""
-
-    def __init__(self, first: Passthrough, second: Callable[[], Passthrough | None]) -> None:
-        self._first, self._second = first, second
-
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        """Return the claims for which either has something."""
-        one = self._second()
-        mine = {*self._first.concerned(uids), *(one.concerned(uids) if one is not None else ())}
-        return [uid for uid in uids if uid in mine]
-
-    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        """Return what both say; the second is not asked for claims of which the first reports an error."""
-        bound, one = await self._first.bind(claims), self._second()
-        if one is None:
-            return bound
-        left = {uid: grants for uid, grants in claims.items() if not bound.get(uid)}
-        return {**bound, **await one.bind(left)}
-
-    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        """Return why something is left; the first is not asked for claims of which the second reports that."""
-        one = self._second()
-        left = await one.give_back(uids) if one is not None else {}
-        return {**await self._first.give_back([uid for uid in uids if uid not in left]), **left}

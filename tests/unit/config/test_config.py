@@ -157,16 +157,6 @@ resources:
         ),
         ('resources: [{name: m, kind: gpu, mig: {gpus: ["*"]}}]', ["$.resources[0].mig.gpus", "mode 'static'"]),
         (
-            "resources: [{name: q, kind: dsa, queues: {groups: [{sizes: [8]}]}}]",
-            ["'device-plugin' at $.resources[0].serve", "expected 'dra' with queues"],
-        ),
-        (
-            "resources: [{name: q, kind: dsa, serve: dra, replicas: 2, queues: {groups: [{sizes: [8]}]}}]",
-            ["2 at $.resources[0].replicas, expected 1 with queues"],
-        ),
-        ("resources: [{name: q, kind: accel, serve: dra, queues: {groups: [{sizes: [8]}]}}]", ["only for dsa"]),
-        ("resources: [{name: q, kind: dsa, serve: dra, queues: {groups: [{sizes: []}]}}]", ["groups[0].sizes"]),
-        (
             'amd: {partitions: [{gpus: ["*"]}]}',
             ["nothing at $.amd.partitions[0], expected compute, memory or both"],
         ),

@@ -29,24 +29,8 @@ BEYOND = (
 )
 """What is said of rules that no schema can express."""
 OVERHEAD = {"perPod": "100m"}
-QUEUES = {"groups": [{"sizes": [16, 32], "engines": 2}]}
 TARGET = {"name": "a", "nqn": "nqn.2024-01.com.example:a", "traddr": "192.0.2.1"}
-KINDS = (
-    "cpu",
-    "hugepages",
-    "memory",
-    "char",
-    "usb",
-    "nvmeof",
-    "dsa",
-    "gpu",
-    "nic",
-    "accel",
-    "fpga",
-    "pci",
-    "qat",
-    "Odd_Kind",
-)
+KINDS = ("cpu", "hugepages", "memory", "char", "usb", "nvmeof", "gpu", "nic", "accel", "fpga", "pci", "qat", "Odd_Kind")
 VALUES: dict[str, list[Any]] = {
     "serve": ["device-plugin", "dra", "both"],
     "match": [{}, {"vendor": "*"}, {"vendor": ["8086", "15b3"]}, {"vendor": 1}],
@@ -54,7 +38,6 @@ VALUES: dict[str, list[Any]] = {
     "paths": [[], ["/dev/ttyS*"], ["/dev/../etc/*"], ["/dev/a..b"]],
     "usb": [[], [{"vendor": "1d6b"}]],
     "targets": [[], [TARGET], [{**TARGET, "dhchapCtrlSecretFile": "/k"}], [{**TARGET, "traddr": "san.example.com"}]],
-    "queues": [None, QUEUES, {"groups": []}, {**QUEUES, "modes": ["shared"], "maxPriority": 16}],
     "replicas": [1, 2],
     "pageSize": ["", "2Mi", "2048Ki", "3Mi", "8Ki", "32Gi", "2M"],
     "pagesPerBlock": [1, 4],

@@ -25,7 +25,6 @@ from nodeagent.core.opaque.decode import (
     settings_for,
 )
 from nodeagent.core.opaque.settings import NO_SETTINGS, OpaqueConfig, from_json, to_json
-from nodeagent.core.queues.settings import QueueSettings
 from nodeagent.errors import InputError
 from tests.support.opaque_cases import RIGHT, STRANGE, WRONG
 
@@ -377,12 +376,3 @@ def test_a_kind_whose_configuration_has_no_defaults_needs_one_from_the_claim() -
         own(opaque("DeviceConfig", requests=("one",)))
     with pytest.raises(InputError, match=r"'CardConfig' at \$.kind"):
         check_all([opaque("CardConfig", powerWatts=1)], DRIVER)
-
-
-def test_a_queue_is_set_to_what_its_claim_says_and_takes_what_any_device_takes() -> None:
-    said = {"mode": "shared", "priority": 3, "threshold": 8, "blockOnFault": False, "interrupts": "leave"}
-    found = settings("dsa", opaque("QueueConfig", env=MappingProxyType({"A": "b"}), **said))
-    assert found.queue == QueueSettings(mode="shared", priority=3, threshold=8, block_on_fault=False)
-    assert (dict(found.env), found.interrupts) == ({"A": "b"}, "leave")
-    assert from_json(to_json(found)) == found
-    assert settings("dsa", opaque("QueueConfig")) == settings("dsa", opaque("DeviceConfig")) == OpaqueConfig()

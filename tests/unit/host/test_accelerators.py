@@ -77,7 +77,6 @@ def test_each_queue_for_user_space_is_a_device_with_its_place_and_its_settings(t
         "name": "wq0.1",
         "accelerator": "dsa0",
         "device_type": "dsa",
-        "made_for_claims": False,
         "mode": "dedicated",
         "label": "app",
         "driver_name": "user",

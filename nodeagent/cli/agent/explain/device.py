@@ -23,7 +23,6 @@ _WITHHELD = {
     "mig": "it is a GPU in MIG mode, which computes only through its instances",
     "group": "it is a set of GPUs",
     "type": "it is a part of a disk, which a resource has to ask for by its type",
-    "made_for_claims": "it is a queue that is made for claims, through DRA",
 }
 
 

@@ -246,7 +246,6 @@ DROP_INS = (
         ("/dev/nvme-fabrics", "/sys/devices/virtual/nvme-fabrics"),
         lambda it: it.targets,
     ),
-    DropIn("nodeagent-dsa.conf", ("/sys/bus/dsa", "/sys/devices"), lambda it: it.makes_queues),
 )
 
 

@@ -1,11 +1,9 @@
 """Work queues of Intel's DSA and IAA that are configured for user space: the kind `dsa`, one device a queue.
 
 Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served. A queue is healthy while
-it and its accelerator are enabled. Where a resource has them made for claims, a device stands for each queue that can
-be made (queue_slots.py), and the agent makes it for the claim that holds it (managers/queues). The accelerator with all
-of its queues is a device of the kind `accel`, of which each queue is a part. Source:
-Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of `state`, `type` and `mode`,
-cdev.c for the names of the nodes.
+it and its accelerator are enabled. The accelerator with all of its queues is a device of the kind `accel`, of which
+each queue is a part. Source: Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of
+`state`, `type` and `mode`, cdev.c for the names of the nodes.
 """
 
 from __future__ import annotations
@@ -14,10 +12,9 @@ import re
 from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
-from nodeagent.core.model.device import MADE_FOR_CLAIMS, ContainerEdits, Device
+from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN
 from nodeagent.core.model.inventory import ABSENT, PRESENT, KindState
-from nodeagent.core.queues.layout import DISABLED, ENABLED, OWN
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Context, Found, nodes, part_of
 from nodeagent.host.health.source import Sight
@@ -26,7 +23,7 @@ from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
 BUS = "sys/bus/dsa/devices"
-USER = "user"
+ENABLED, USER = "enabled", "user"
 _QUEUE = re.compile(r"((dsa|iax)[0-9]+)/wq[0-9]+\.([0-9]+)")
 """Where a queue lies below its function: in the folder of its accelerator."""
 _TYPES = {"dsa": "dsa", "iax": "iaa"}
@@ -45,7 +42,7 @@ class Dsa:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         self._sysfs, reader = sysfs, Tolerant(sysfs)
-        devices = (*_queues(reader, context), *_slots(reader, context))
+        devices = tuple(_queues(reader, context))
         state = KindState(kind="dsa", state=PRESENT)
         if not devices:
             state = KindState(kind="dsa", state=ABSENT, reason="no work queue is configured for user space")
@@ -57,40 +54,27 @@ class Dsa:
         return ContainerEdits(env=MappingProxyType({"NODEAGENT_DSA_QUEUES": every}), device_nodes=nodes(device.paths))
 
     def health(self, device: Device) -> Sight:
-        """Return whether the queue and its accelerator are enabled; of a queue that is made for claims, whether its
-        accelerator can be."""
+        """Return whether the queue and its accelerator are enabled."""
         for what, key in (("accelerator", "accelerator"), ("work queue", "name")):
             name = device.attributes[key]
             state = self._sysfs.text(f"{BUS}/{name}/state", None)
             if state is None:
                 return Sight(UNKNOWN, f"the kernel shows no state of {what} {name}")
-            if state != ENABLED and not (device.made_for_claims and state == DISABLED):
+            if state != ENABLED:
                 return Sight(UNHEALTHY, f"{what} {name} is {state}")
         return Sight(HEALTHY)
 
 
-def _slots(reader: Tolerant, context: Context) -> Iterator[Device]:
-    """Yield the queues that can be made for claims."""
-    if context.queues:
-        from nodeagent.host.devices.accelerators.queue_slots import slots
-
-        yield from slots(reader, context)
-
-
 def _queues(reader: Tolerant, context: Context) -> Iterator[Device]:
-    """Yield the queues that others have configured: one of the agent's own belongs to a claim."""
     for name, path, address, tail in pci.members(reader, BUS):
         place, owner = _QUEUE.fullmatch(tail), context.function_by_address.get(address or "")
-        if place is None or owner is None or reader.text(f"{path}/type") != USER:
-            continue
-        if not (reader.text(f"{path}/name") or "").startswith(OWN):
+        if place is not None and owner is not None and reader.text(f"{path}/type") == USER:
             yield _queue(reader, name, path, place, owner)
 
 
 def _queue(reader: Tolerant, name: str, path: str, place: re.Match[str], owner: Function) -> Device:
     accelerator, family, number = place.groups()
     attributes: dict[str, str | int | bool] = {"name": name, "accelerator": accelerator, "device_type": _TYPES[family]}
-    attributes[MADE_FOR_CLAIMS] = False  # selectors of claims must find it on every device
     attributes |= {key: text for key, file in _TEXTS.items() if (text := reader.text(f"{path}/{file}")) is not None}
     attributes |= {key: value for key in _NUMBERS if (value := reader.number(f"{path}/{key}")) is not None}
     node = f"/dev/{family}/{name}"

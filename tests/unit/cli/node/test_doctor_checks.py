@@ -547,7 +547,6 @@ def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -
         "resources": [
             {"name": "gpu", "kind": "gpu", "serve": "dra"},
             {"name": "san", "kind": "nvmeof", "serve": "dra", "targets": [target]},
-            {"name": "queue", "kind": "dsa", "serve": "dra", "queues": {"groups": [{"sizes": [16]}]}},
         ],
     }
     assert agent.needed(load(built.write("all.yaml", json.dumps(everything)))) == list(agent.DROP_INS)
