@@ -37,13 +37,13 @@ class Part(Generic[M]):
         name: str,
         build: Callable[[], M],
         needed: Callable[[], bool],
-        ledger: Revision,
+        agent: Agent,
         table: ContainerTable,
         *,
         settings: Sequence[str],
         annotation: str,
     ) -> None:
-        """For the first four, see OnDemand. settings: what the settings of a claim contain that asks for something.
+        """For the first three, see OnDemand. settings: what the settings of a claim contain that asks for something.
         annotation: what the key of a pod's annotation contains that names a class."""
 
         def built() -> M:
@@ -52,7 +52,12 @@ class Part(Generic[M]):
             self._asking.clear()
             return one
 
-        self.manager: OnDemand[M] = OnDemand(name, built, needed, ledger)
+        def is_needed() -> bool:
+            """A claim that was prepared by an earlier run asks for it when its containers start."""
+            grants = agent.ledger.grants.values()
+            return needed() or any(map(self._asked_by, grants))
+
+        self.manager: OnDemand[M] = OnDemand(name, built, is_needed, agent.revisions.ledger)
         self._table = table
         self._settings = settings
         self._annotation = annotation
@@ -75,14 +80,16 @@ class Part(Generic[M]):
         return await one.release(claims) if one is not None else {}
 
     def _concerned(self, claims: Mapping[str, Sequence[Grant]]) -> bool:
-        every = (one for grants in claims.values() for one in grants if one.holder.api == CLAIM)
-        return any(word in one.settings for one in every for word in self._settings)
+        return any(self._asked_by(one) for grants in claims.values() for one in grants)
+
+    def _asked_by(self, grant: Grant) -> bool:
+        return grant.holder.api == CLAIM and any(word in grant.settings for word in self._settings)
 
     # ---------------------------------------------------------------- for containers
 
     async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
         """Return what a container gets that is about to be created, and why it cannot have it."""
-        if (one := self.manager.loaded) is not None:
+        if (one := self.manager.if_needed()) is not None:
             return await one.created(pod, container, grants)
         if self._asks(pod):
             live = {entry.container.pod_uid for entry in self._table.entries.values()}
@@ -91,7 +98,7 @@ class Part(Generic[M]):
 
     async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
         """Put it in force for a container that does not run yet. Return why it is not, or ""."""
-        one = self.manager.loaded
+        one = self.manager.if_needed()
         return await one.starting(container, cgroup, grants) if one is not None else ""
 
     def learn(self, pods: Iterable[Pod]) -> None:
@@ -129,8 +136,8 @@ def caches(
     def is_needed() -> bool:
         return config().pinning.resctrl is not None or (where.state_dir / state_files.RESCTRL).exists()
 
-    settings, ledger = ('"cache_', '"memory_bandwidth_'), agent.revisions.ledger
-    return Part("resctrl", build, is_needed, ledger, table, settings=settings, annotation="/cache-class")
+    settings = ('"cache_', '"memory_bandwidth_')
+    return Part("resctrl", build, is_needed, agent, table, settings=settings, annotation="/cache-class")
 
 
 def disk_io(
@@ -154,8 +161,7 @@ def disk_io(
     def is_needed() -> bool:
         return config().pinning.io is not None or (where.state_dir / state_files.IO).exists()
 
-    ledger = agent.revisions.ledger
-    return Part("io", build, is_needed, ledger, table, settings=('"io_',), annotation="/io-class")
+    return Part("io", build, is_needed, agent, table, settings=('"io_',), annotation="/io-class")
 
 
 def uclamp(
@@ -179,8 +185,7 @@ def uclamp(
     def is_needed() -> bool:
         return config().pinning.uclamp is not None or (where.state_dir / state_files.UCLAMP).exists()
 
-    ledger = agent.revisions.ledger
-    return Part("uclamp", build, is_needed, ledger, table, settings=('"uclamp_',), annotation="/uclamp-class")
+    return Part("uclamp", build, is_needed, agent, table, settings=('"uclamp_',), annotation="/uclamp-class")
 
 
 class Divided:

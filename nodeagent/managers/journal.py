@@ -59,12 +59,17 @@ class Journal(Generic[Form, Key, Record]):
     def change(self, change: Callable[[Mapping[Key, Record]], Mapping[Key, Record]]) -> None:
         """Record what a function makes of the records. Durable on return. Raise HostError if it cannot be written."""
         with self._turn:
-            after = change(self.read())
+            found = self._found(acting=True)
+            after = change(self._unpack(found) if found is not None else {})
             self._file.save(self._pack({key: after[key] for key in sorted(after)}) if after else None)
 
-    def _found(self) -> Form | None:
+    def _found(self, *, acting: bool = False) -> Form | None:
+        """acting: whether the file is about to be replaced, which must not happen to a good one that cannot be read for
+        the moment."""
         try:
             return self._file.load()
         except UnreadableError as error:
             self._unreadable.report(str(error), left=self._left)
+            if acting and error.passes:
+                raise
             return None

@@ -103,6 +103,27 @@ async def test_a_clamp_is_in_force_before_the_container_begins_and_outlives_a_ki
             await until(lambda: not (folder / "state/uclamp.json").exists())
 
 
+async def test_what_a_claim_alone_asks_for_is_known_to_the_next_agent(folder: Path, tree: DeviceTree) -> None:
+    """Killed before the container is made; kubelet does not have the claim prepared again."""
+    make(tree, *ABOVE[:2])
+    async with FakeRuntime(folder) as runtime:
+        pinning = {"pinning": {"nriSocket": str(runtime.socket)}}
+        async with dra_node(folder, tree, [CPUS], more=pinning) as node:
+            await node.published("cpu")
+            await runtime.connected()
+            asked = [asking(uclampMin=50)]
+            claim = node.claim("c", consumed("cpu", "numa1", cpus="2"), config=asked, reserved_for=[UID])
+            (answer,) = await node.prepare(claim)
+            assert not answer.error
+            await node.agent.stop(signal.SIGKILL)
+            await node.agent.start()
+            await runtime.connected(2)
+            make(tree, POD, MAIN)
+            await create(runtime, node.env(claim))
+            await runtime.start_container("a" * 64)
+            assert all_at(tree, "50.00")
+
+
 async def test_a_kernel_without_clamps_is_named_and_the_claim_is_prepared(folder: Path, tree: DeviceTree) -> None:
     make(tree, "kubepods", uclamp=False)
     async with dra_node(folder, tree, [CPUS], more={"pinning": {"mode": "cgroup", "uclamp": CLASSES}}) as node:

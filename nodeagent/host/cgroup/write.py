@@ -260,16 +260,17 @@ def _rising(state: CgroupState, limits: Mapping[int, int]) -> Iterator[tuple[str
 
 
 def _confining(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, str, str]]:
-    """Yield nodes before CPUs, so that memory moves to where the threads are about to run. The copy of crun follows:
-    processes would not get what the scope is given later. What a container has set for itself stays."""
+    """Yield nodes before CPUs, so that memory moves to where the threads are about to run. The copy of crun goes before
+    its scope: processes would not get what the scope is given later, and while the scope differs all of it is written
+    again. What a container has set for itself stays."""
     for file, now, want, copy in (
         ("cpuset.mems", state.mems, wanted.mems, state.inner_mems),
         ("cpuset.cpus", state.cpus, wanted.cpus, state.inner_cpus),
     ):
         if want is not None and now != want:
-            yield file, "" if now is None else str(now), str(want)
             if now and copy == now:
                 yield f"{INNER}/{file}", str(copy), str(want)
+            yield file, "" if now is None else str(now), str(want)
 
 
 def _above(layout: CgroupLayout, path: str) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ What happens to every such file:
   caller records first and acts then, so a record says what may have been done, and the machine says what was.
 - **A full disk, or a folder that cannot be written:** `save` raises HostError, and the caller does not act. The file
   keeps what it had, or has the new record if only the folder could not be synced.
-- **Empty, truncated, damaged, larger than LARGEST_BYTES, or unreadable for the agent:** `load` raises UnreadableError.
+- **Not readable for the moment (no descriptor is left, the disk reports an error):** `load` raises UnreadableError, and
+  `save` HostError: what is recorded may be good.
+- **Empty, truncated, damaged, or larger than LARGEST_BYTES:** `load` raises UnreadableError.
   Nothing of the file is used; the users report it, go on as if nothing were recorded, and what was changed stays as it
   is. When something is recorded next, `save` renames the file (`NAME.damaged-…`) and reports that; `set_aside` lists
   such files, which stay until an admin removes them. If it cannot be renamed, `save` raises HostError.
@@ -50,11 +52,12 @@ BootForm = TypeVar("BootForm", bound=OfBoot)
 
 class UnreadableError(HostError):
     """A file is there, but what it records is not known. why: the cause alone. damaged: whether it was read and made no
-    sense."""
+    sense. passes: whether it may be good, and read another time."""
 
     def __init__(self, path: Path, error: Exception) -> None:
         self.why = cause_of(error)
         self.damaged = not isinstance(error, OSError)
+        self.passes = not self.damaged and not isinstance(error, IsADirectoryError | NotADirectoryError)
         super().__init__(f"cannot read {path}: {self.why}")
 
 
@@ -98,6 +101,8 @@ class RecordFile(Generic[Form]):
         except UnreadableError as error:
             if self.path.is_dir():
                 return  # it can be neither replaced nor removed
+            if error.passes:
+                raise
             if (aside := files.set_aside(self.path, durable=self._durable)) is not None:
                 log.error("record-set-aside", error=str(error), file=str(aside))
 

@@ -124,7 +124,7 @@ class NriHooks:
         self._refused.pop(container.id, None)
         try:
             await self._check(container, within_s)
-        except HostError as error:
+        except Exception as error:  # whatever it is, the runtime is told to refuse the start
             self._refused[container.id] = str(error)
             if self._runtime() in STARTS_ANYWAY:
                 await self._end(container)

@@ -22,6 +22,7 @@ from nodeagent.core.model.grant import Grant
 from nodeagent.core.pinning.plan import Pin
 from nodeagent.core.uclamp.clamps import NO_CLAMP, Clamp
 from nodeagent.core.uclamp.demand import Classes, clamp_of, clamp_of_claims, concerned
+from nodeagent.errors import HostError
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.cgroup_limits import CgroupLimits, LimitsReport, Wanted
 from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
@@ -94,7 +95,11 @@ class UclampManager(CgroupLimits[Clamp]):
         """Log once for each claim what the machine cannot do. An unknown class alone refuses it."""
         clamp_of_claims(grants, self._classes())
         uid = grants[0].holder.uid
-        if uid not in self._warned and (why := await asyncio.to_thread(self._rounds.unavailable)):
+        try:
+            why = "" if uid in self._warned else await asyncio.to_thread(self._rounds.unavailable)
+        except HostError as error:
+            why = str(error)
+        if why:
             self._warned.add(uid)
             log.warning("utilization-not-clamped", claim=str(grants[0].holder), error=why)
         return ""

@@ -189,6 +189,15 @@ def test_the_copy_below_a_scope_follows_what_the_scope_is_given(tree: CgroupTree
     assert tree.text(f"{SCOPE}/container", "cpuset.mems.effective") == "0-1"
 
 
+def test_the_copy_follows_also_after_an_agent_that_was_killed_between_it_and_its_scope(tree: CgroupTree) -> None:
+    tree.make(SCOPE, cpuset__cpus="2-3")
+    tree.make(f"{SCOPE}/container", cpuset__cpus="1-5")
+    made = enforcer(tree)
+    for wanted in ("1-5", "0-7"):
+        assert made.apply({SCOPE: cpus(wanted)}) == {}
+        assert tree.effective(f"{SCOPE}/container") == wanted
+
+
 def test_a_cgroup_that_a_container_has_made_below_its_own_is_left_alone(tree: CgroupTree) -> None:
     tree.make(SCOPE, cpuset__cpus="2-5")
     tree.make(f"{SCOPE}/container", cpuset__cpus="2")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import resource
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,7 +170,7 @@ def found_after(now: Journal[_File, str, int], known: dict[str, int], harm: str)
     assert all(isinstance(key, str) and type(value) is int for key, value in found.items())
     if harm == "newer":
         assert (found, logs) == (known, [])
-    elif harm != "flipped" or logs:
+    elif harm not in ("flipped", "truncated") or logs:  # without its last byte it is whole
         (line,) = logs
         assert (line["event"], line["log_level"], line["left"]) == ("things-unreadable", "error", LEFT)
         assert line["error"].startswith(f"cannot read {now.path}: ") and not found
@@ -221,3 +222,45 @@ def test_what_cannot_be_set_aside_is_not_replaced(tmp_path: Path) -> None:
     with failing, pytest.raises(HostError, match=f"^cannot set aside {now.path}: Read-only file system$"):
         now.keep({"a": 1})
     assert now.path.read_bytes() == GARBAGE
+
+
+# ---------------------------------------------------------------- a good file that cannot be read for the moment
+
+
+@contextlib.contextmanager
+def no_descriptors() -> Iterator[None]:
+    """Every open fails with EMFILE."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_a_record_that_cannot_be_read_for_the_moment_is_neither_set_aside_nor_replaced(tmp_path: Path) -> None:
+    """Only what has been read and makes no sense is damaged."""
+    journal(tmp_path, "b1").keep({"a": 1})
+    late = journal(tmp_path, "b1")
+    with no_descriptors(), pytest.raises(HostError, match="Too many open files"):
+        late.keep({"b": 2})
+    assert set_aside(tmp_path) == []
+    assert late.read() == {"a": 1}
+    late.keep({"b": 2})
+    assert journal(tmp_path, "b1").read() == {"a": 1, "b": 2}
+
+
+def test_one_failed_read_is_enough_to_act_on_nothing(tmp_path: Path) -> None:
+    """Also where the file can be read again a moment later."""
+    journal(tmp_path, "b1").keep({"a": 1})
+    late, opened = journal(tmp_path, "b1"), Path.open
+    failures = iter([OSError(errno.EIO, os.strerror(errno.EIO))])
+
+    def once(path: Path, *args: Any, **kwargs: Any) -> Any:
+        for error in failures:
+            raise error
+        return opened(path, *args, **kwargs)
+
+    with mock.patch.object(Path, "open", once), pytest.raises(HostError, match="Input/output error"):
+        late.keep({"b": 2})
+    assert late.read() == {"a": 1}
