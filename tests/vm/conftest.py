@@ -7,9 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.vm.vmguest import Guest
-from tests.vm.vmnode import CONFIG, started
+from tests.vm.vmnode import CONFIG, prepare_runtime, started
 from tests.vm.vmpods import until_connected
-from tests.vm.vmruntime import RUNTIME, missing
 
 LIFE_S = 2400.0
 PAGES = [{"pageSize": "2Mi", "node": 1, "pages": 16}, {"pageSize": "1Gi", "node": 2, "pages": 1}]
@@ -24,8 +23,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pods_guest() -> Iterator[Guest]:
     """A node with a runtime that asks the agent, quick to notice that a pod is gone."""
-    if reason := missing(RUNTIME):
-        pytest.skip(reason)
     resources = [*CONFIG["resources"], {"name": "hugepages-1Gi", "kind": "hugepages", "pageSize": "1Gi"}]
     with started(
         life_s=LIFE_S,
@@ -34,6 +31,6 @@ def pods_guest() -> Iterator[Guest]:
         hugepages=PAGES,
         resources=resources,
     ) as booted:
-        RUNTIME.prepare(booted)
+        prepare_runtime(booted)
         until_connected(booted)
         yield booted

@@ -1,4 +1,4 @@
-"""Pods that hold CPUs, made through the interface of a real container runtime: who runs where, whatever happens."""
+"""Pods that hold CPUs, made through the runtime interface of a real containerd: who runs where, whatever happens."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from tests.vm import vmpods
 from tests.vm.vmguest import Guest, GuestError
 from tests.vm.vmpods import Pod, cpus
-from tests.vm.vmruntime import RUNTIME
 
 ALL, RESERVED, GRANTABLE = "0-15", "0-1", "2-15"
 REPAIR_S = 5.0
@@ -67,7 +66,7 @@ def restart_with(guest: Guest, change: str) -> None:
 
 def test_the_runtime_offers_nri_and_cdi(guest: Guest) -> None:
     guest.run("test -S /var/run/nri/nri.sock")
-    assert RUNTIME.cdi in guest.run(RUNTIME.settings)
+    assert "enable_cdi = true" in guest.run("containerd config dump")
 
 
 def test_a_pod_is_on_its_cpus_and_node_from_its_first_instruction(guest: Guest, held: Pod) -> None:
@@ -88,36 +87,6 @@ def test_a_pod_without_cpus_of_its_own_is_on_the_shared_pool_from_its_first_line
     said = vmpods.first_lines(guest, shared)
     assert cpus(said["Cpus_allowed_list"]) == cpus(GRANTABLE) - cpus(held.cpus)
     assert said["Cpus_allowed_list"] == vmpods.pinning(guest)["shared_cpus"]
-
-
-def test_a_pod_that_shares_its_processes_is_pinned_like_any_other(guest: Guest, held: Pod, shared: Pod) -> None:
-    """Its sandbox has a process also where others have none, and is no container that nobody was asked about."""
-    connections = "journalctl --no-pager -u nodeagent | grep -c runtime-connected"
-    before = guest.run(connections)
-    pod = vmpods.run(guest, vmpods.admit(guest, "sharing", {vmpods.CPU: 2}), shares_processes=True)
-    assert vmpods.first_lines(guest, pod)["Cpus_allowed_list"] == pod.cpus
-    pool = vmpods.pinning(guest)["shared_cpus"]
-    vmpods.until_effective(guest, f"{pod.slice}/{RUNTIME.prefix}-{pod.sandbox}.scope", pool)
-    vmpods.remove(guest, pod)
-    assert guest.run(connections) == before
-    until_grown_back(guest, held, shared)
-
-
-@pytest.mark.skipif(RUNTIME.service != "crio", reason="containerd puts none of its own processes into a pod")
-def test_monitors_in_a_pod_with_cpus_of_its_own_are_kept_off_them(guest: Guest, held: Pod, shared: Pod) -> None:
-    """They do not leave when the pool changes, and one that another program lets go is brought back."""
-    scopes = [f"{held.slice}/crio-conmon-{held.ids[one]}.scope" for one in ("main", "alongside")]
-    for scope in scopes:
-        guest.run(f"grep -q conmon /proc/$(head -n 1 {scope}/cgroup.procs)/comm")
-        vmpods.until_effective(guest, scope, vmpods.pinning(guest)["shared_cpus"])
-    more = vmpods.make(guest, "more", 3)
-    for scope in scopes:
-        vmpods.until_effective(guest, scope, vmpods.pinning(guest)["shared_cpus"])
-    vmpods.remove(guest, more)
-    until_grown_back(guest, held, shared)
-    took_s = float(guest.run(f"{vmpods.PYTHON} /share/inside/drift.py {scopes[0]}/cpuset.cpus {ALL}"))
-    print(f"vm: wrong cpuset of a monitor repaired: {took_s:.3f} s")
-    assert took_s < REPAIR_S
 
 
 def test_the_pool_shrinks_for_those_who_run_and_grows_back(guest: Guest, held: Pod, shared: Pod) -> None:
@@ -187,7 +156,7 @@ def test_daemon_reload_changes_nothing(guest: Guest, held: Pod, shared: Pod) -> 
 def test_a_restart_of_the_runtime_leaves_all_as_it_was_and_the_next_pod_is_pinned(
     guest: Guest, held: Pod, shared: Pod
 ) -> None:
-    guest.run(f"systemctl restart {RUNTIME.service}")
+    guest.run("systemctl restart containerd")
     all_is_as_it_should_be(guest, held, shared)
     vmpods.until_connected(guest)
     pod = vmpods.make(guest, "after-restart", 2)
@@ -252,26 +221,6 @@ def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough
         guest.run(f"echo 1 >{online}")
     vmpods.until_effective(guest, pod.scope(), pod.cpus)
     vmpods.remove(guest, pod)
-    until_grown_back(guest, held, shared)
-
-
-def test_a_pod_does_not_start_while_another_cannot_be_moved_off_its_cpus(guest: Guest, held: Pod, shared: Pod) -> None:
-    """CRI-O lets no plugin refuse a start: there the agent ends the container before its first instruction."""
-    stuck = vmpods.make(guest, "stuck")
-    inside = "nsenter -m -t $(systemctl show nodeagent -P MainPID)"
-    guest.run(f"{inside} sh -c 'mount --bind {stuck.slice} {stuck.slice} && mount -o remount,bind,ro {stuck.slice}'")
-    try:
-        admitted = vmpods.admit(guest, "crowded", {vmpods.CPU: 2})
-        with pytest.raises(GuestError, match="ended with 1"):
-            vmpods.run(guest, admitted)
-        guest.run("journalctl --no-pager -u nodeagent | grep 'its CPUs .* are used by'")
-        assert guest.run("grep -s allowed_list /var/log/pods/crowded/main.log || true") == ""
-    finally:
-        guest.run(f"{inside} umount {stuck.slice}")
-    pod = vmpods.run(guest, admitted)
-    assert vmpods.first_lines(guest, pod)["Cpus_allowed_list"] == pod.cpus
-    vmpods.remove(guest, pod)
-    vmpods.remove(guest, stuck)
     until_grown_back(guest, held, shared)
 
 

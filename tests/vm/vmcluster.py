@@ -28,7 +28,6 @@ from tests.e2e.kubeapi import KubeApi, until
 from tests.vm import vmnode
 from tests.vm.vmguest import Guest
 from tests.vm.vmpods import CPU
-from tests.vm.vmruntime import CONTAINERD
 
 HOST_ADDRESS, GUEST_ADDRESS, NODE = "10.0.2.2", "10.0.2.15", nodefiles.NODE
 FIRST_LINE = "grep Cpus_allowed_list /proc/self/status; exec sleep infinity"
@@ -252,7 +251,7 @@ def pods(node: Node) -> Iterator[dict[str, str]]:
 
 def _prepare(guest: Guest, plane: ControlPlane) -> None:
     """The network, the runtime with its images, kubelet."""
-    CONTAINERD.prepare(guest)
+    vmnode.prepare_runtime(guest)
     guest.run(
         f"sed -i 's/^  disable = false/&{UNHURRIED}/' /etc/containerd/config.toml && systemctl restart containerd"
     )

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.vm.vmguest import Guest
-from tests.vm.vmruntime import RUNTIME
 
 CPU = "nodeagent.dev/cpu"
 PYTHON = "/opt/nodeagent/bin/python"
@@ -58,7 +57,7 @@ class Pod(Admitted):
     ids: dict[str, str]
 
     def scope(self, container: str = "main") -> str:
-        return f"{self.slice}/{RUNTIME.prefix}-{self.ids[container]}.scope"
+        return f"{self.slice}/cri-containerd-{self.ids[container]}.scope"
 
 
 def admit(guest: Guest, name: str, wants: dict[str, int], others: tuple[str, ...] = ()) -> Admitted:
@@ -72,13 +71,11 @@ def run(
     script: str = FIRST_LINES,
     mounts: tuple[str, ...] = (),
     annotations: Mapping[str, str] | None = None,
-    shares_processes: bool = False,
 ) -> Pod:
     """GuestError with the runtime's reason where it refuses."""
     containers = [{"name": "main", "script": script, "envs": admitted.envs, "mounts": mounts}]
     containers += [{"name": one, "script": FIRST_LINES} for one in admitted.others]
-    pod: dict[str, Any] = {"name": admitted.name, "uid": admitted.uid, "annotations": dict(annotations or {})}
-    pod["shares_processes"] = shares_processes
+    pod = {"name": admitted.name, "uid": admitted.uid, "annotations": dict(annotations or {})}
     made = json.loads(guest.run(f"{PODS} run {_quoted(**pod, containers=containers)}"))
     return Pod(**dataclasses.asdict(admitted), sandbox=made["sandbox"], ids=made["containers"])
 
@@ -106,7 +103,7 @@ def make(guest: Guest, name: str, count: int = 0, others: tuple[str, ...] = ()) 
 
 
 def remove(guest: Guest, pod: Pod) -> None:
-    guest.run(f"{PODS} remove {_quoted(sandbox=pod.sandbox, uid=pod.uid, containers=list(pod.ids.values()))}")
+    guest.run(f"{PODS} remove {_quoted(sandbox=pod.sandbox, uid=pod.uid)}")
     forget(guest, pod.name)
 
 
@@ -126,17 +123,11 @@ def first_lines(guest: Guest, pod: Pod, container: str = "main", last: str = "CP
 
 
 def effective(guest: Guest, cgroup: str) -> str:
-    """Where its processes may run."""
-    return guest.run(f"cat {innermost(cgroup)}/cpuset.cpus.effective").strip()
-
-
-def innermost(cgroup: str) -> str:
-    """For the shell: the cgroup itself, or the one below it in which crun puts a container's processes."""
-    return f"$(if [ -d {cgroup}/container ]; then echo {cgroup}/container; else echo {cgroup}; fi)"
+    return guest.run(f"cat {cgroup}/cpuset.cpus.effective").strip()
 
 
 def until_effective(guest: Guest, cgroup: str, wanted: str) -> None:
-    guest.run(f'test "$(cat {innermost(cgroup)}/cpuset.cpus.effective)" = "{wanted}"', until=True)
+    guest.run(f'test "$(cat {cgroup}/cpuset.cpus.effective)" = "{wanted}"', until=True)
 
 
 def pinning(guest: Guest) -> dict[str, Any]:

@@ -4,8 +4,7 @@
 
 EXCLUSIVE is what the maker of the pods knows: {CONTAINER ID: CPUS} of containers that have started and are not being
 stopped, replaced as a whole. A container counts as exclusive in a round where the file said so before the round and
-after it. A monitor (conmon) in its pod's cgroup is no container and is counted apart. Nothing of the product is used
-here.
+after it. Nothing of the product is used here.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ ALLOWED = re.compile(r"Cpus_allowed_list:\t(\S*)")
 PAUSE = 2.0
 """After a round, in its own time: the guest's processors are one thread of the host's, others need some of it too."""
 MOST_SHOWN = 20
-MONITOR = "-conmon-"
 
 
 def cpus(text: str) -> set[int]:
@@ -35,7 +33,7 @@ def cpus(text: str) -> set[int]:
 class Checker:
     def __init__(self, exclusive: Path) -> None:
         self._exclusive = exclusive
-        self.rounds = self.reads = self.pairs = self.empty = self.monitors = 0
+        self.rounds = self.reads = self.pairs = self.empty = 0
         self.overlaps: list[dict[str, Any]] = []
         self.wrong: list[dict[str, Any]] = []
 
@@ -57,17 +55,14 @@ class Checker:
 
     def _seen(self, scope: Path) -> dict[str, set[int]]:
         """What its cgroup lets it run on, and what each of its processes may run on, by what was read. Where nothing
-        runs, on no CPU: a cgroup is there before systemd has written to it and put a process in. crun puts processes
-        into a cgroup below the scope."""
+        runs, on no CPU: a cgroup is there before systemd has written to it and put a process in."""
         found: dict[str, set[int]] = {}
-        below = scope / "container"
-        cgroup = below if below.is_dir() else scope
         try:
-            processes = (cgroup / "cgroup.procs").read_text().split()
+            processes = (scope / "cgroup.procs").read_text().split()
             if not processes:
                 self.empty += 1
                 return found
-            found["cgroup"] = cpus((cgroup / "cpuset.cpus.effective").read_text())
+            found["cgroup"] = cpus((scope / "cpuset.cpus.effective").read_text())
             self.reads += 1
             for process in processes:
                 found[process] = cpus(ALLOWED.search(Path(f"/proc/{process}/status").read_text())[1])  # type: ignore[index]
@@ -81,9 +76,7 @@ class Checker:
             for where, may in found.items():
                 said = {"at_s": time.monotonic(), "exclusive": container, "cpus": sorted(held)}
                 said |= {"scope": str(scope), "where": where, "may": sorted(may)}
-                if MONITOR in scope.name:
-                    self.monitors += bool(may & held)
-                elif container in scope.name:
+                if container in scope.name:
                     if may != held:
                         self.wrong.append(said)
                 else:
@@ -93,7 +86,7 @@ class Checker:
 
     def document(self) -> dict[str, Any]:
         counts = {"rounds": self.rounds, "reads": self.reads, "pairs": self.pairs, "empty": self.empty}
-        counts |= {"overlaps": len(self.overlaps), "wrong": len(self.wrong), "monitors": self.monitors}
+        counts |= {"overlaps": len(self.overlaps), "wrong": len(self.wrong)}
         return {**counts, "shown": [*self.overlaps[:MOST_SHOWN], *self.wrong[:MOST_SHOWN]]}
 
 

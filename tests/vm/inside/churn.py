@@ -90,7 +90,7 @@ class Churn:
             self._exclusive.pop(one, None)
         self._tell()
         if pod["sandbox"]:
-            self._runtime.remove(pod["sandbox"], pod["uid"], pod["ids"])
+            self._runtime.remove(pod["sandbox"], pod["uid"])
         ask_kubelet({"do": "delete", "name": name})
 
     def end_all(self) -> None:

@@ -1,16 +1,13 @@
 """Runs in the guest: pods through the container runtime interface, as kubelet makes them; no network, one image.
 
-    pods.py run JSON       {"name", "uid", "annotations", "shares_processes",
-                            "containers": [{"name", "script", "cpus", "envs", "mounts"}]}
+    pods.py run JSON       {"name", "uid", "annotations", "containers": [{"name", "script", "cpus", "envs", "mounts"}]}
                            prints {"sandbox": ID, "containers": {NAME: ID}}
-    pods.py remove JSON    {"uid", "sandbox": ID, "containers": [ID]}: ended at once, as after their grace has passed
+    pods.py remove JSON    {"uid", "sandbox": ID}
     pods.py slice JSON     {"uid"}: no more than kubelet's first step, after which it waits for volumes
-    pods.py pull JSON      {}: the image, from the registry that serves it meanwhile
 
 A container runs SCRIPT in a shell; what it prints comes to LOGS/NAME/CONTAINER.log in the form of the interface: time,
 stream, tag, text. cpus: what kubelet itself would write to its cpuset; "" is nothing. The pod's slice is there before
-its sandbox, as kubelet has it, and lets no hugepages through, as kubelet has it where a pod asks kubelet for none. Each
-container has processes of its own, unless the pod shares them.
+its sandbox, as kubelet has it, and lets no hugepages through, as kubelet has it where a pod asks kubelet for none.
 """
 
 from __future__ import annotations
@@ -19,7 +16,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,7 @@ sys.path.insert(0, "/share/inside")
 
 import cri_pb2 as cri
 
-SOCKET = "unix:///run/vm-cri.sock"
+SOCKET = "unix:///run/containerd/containerd.sock"
 IMAGE = "localhost/busybox:vm"
 LOGS = Path("/var/log/pods")
 PODS = Path("/sys/fs/cgroup/kubepods.slice")
@@ -53,10 +50,10 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self._channel.close()
 
-    def call(self, name: str, *, service: str = "RuntimeService", **fields: Any) -> Any:
-        """One call of the container runtime interface, runtime.v1."""
+    def call(self, name: str, **fields: Any) -> Any:
+        """One call of runtime.v1.RuntimeService."""
         method = self._channel.unary_unary(
-            f"/runtime.v1.{service}/{name}",
+            f"/runtime.v1.RuntimeService/{name}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=getattr(cri, f"{name}Response").FromString,
         )
@@ -69,14 +66,12 @@ class Runtime:
 
     def container(self, made: str, pod: dict[str, Any], spec: dict[str, Any]) -> str:
         """Created and started; its id."""
-        config = {"config": container(namespaces(pod), **spec), "sandbox_config": sandbox(pod)}
+        config = {"config": container(**spec), "sandbox_config": sandbox(pod)}
         created = str(self.call("CreateContainer", pod_sandbox_id=made, **config).container_id)
         self.call("StartContainer", container_id=created)
         return created
 
-    def remove(self, made: str, uid: str, containers: Iterable[str]) -> None:
-        for one in containers:
-            self.call("StopContainer", container_id=one)
+    def remove(self, made: str, uid: str) -> None:
         self.call("StopPodSandbox", pod_sandbox_id=made)
         self.call("RemovePodSandbox", pod_sandbox_id=made)
         systemd("StopUnit", "ss", slice_name(uid), "replace")
@@ -116,15 +111,11 @@ def make_slice(uid: str) -> None:
         file.write_text("0")
 
 
-def namespaces(pod: dict[str, Any]) -> Any:
-    """The node's network, so that no CNI is needed."""
-    return cri.NamespaceOption(network=cri.NODE, pid=cri.POD if pod.get("shares_processes") else cri.CONTAINER)
-
-
 def sandbox(pod: dict[str, Any]) -> Any:
+    """The node's network, so that no CNI is needed."""
     name, uid = pod["name"], pod["uid"]
     labels = {"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "vm", "io.kubernetes.pod.uid": uid}
-    options = cri.LinuxSandboxSecurityContext(namespace_options=namespaces(pod))
+    options = cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(network=cri.NODE))
     return cri.PodSandboxConfig(
         metadata=cri.PodSandboxMetadata(name=name, uid=uid, namespace="vm"),
         log_directory=str(LOGS / name),
@@ -135,12 +126,7 @@ def sandbox(pod: dict[str, Any]) -> Any:
 
 
 def container(
-    spaces: Any,
-    script: str,
-    name: str = "main",
-    cpus: str = "",
-    envs: dict[str, str] | None = None,
-    mounts: tuple[str, ...] = (),
+    script: str, name: str = "main", cpus: str = "", envs: dict[str, str] | None = None, mounts: tuple[str, ...] = ()
 ) -> Any:
     return cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name=name),
@@ -150,21 +136,17 @@ def container(
         mounts=[cri.Mount(container_path=path, host_path=path, readonly=True) for path in mounts],
         labels={"io.kubernetes.container.name": name},
         log_path=f"{name}.log",
-        linux=cri.LinuxContainerConfig(
-            resources=cri.LinuxContainerResources(cpuset_cpus=cpus),
-            security_context=cri.LinuxContainerSecurityContext(namespace_options=spaces),
-        ),
+        linux=cri.LinuxContainerConfig(resources=cri.LinuxContainerResources(cpuset_cpus=cpus)),
     )
 
 
 def run(runtime: Runtime, pod: dict[str, Any]) -> dict[str, Any]:
     """Nothing is left of a pod of which a container was refused."""
-    made, ids = runtime.sandbox(pod), dict[str, str]()
+    made = runtime.sandbox(pod)
     try:
-        for one in pod["containers"]:
-            ids[one["name"]] = runtime.container(made, pod, one)
+        ids = {one["name"]: runtime.container(made, pod, one) for one in pod["containers"]}
     except grpc.RpcError:
-        runtime.remove(made, pod["uid"], ids.values())
+        runtime.remove(made, pod["uid"])
         raise
     return {"sandbox": made, "containers": ids}
 
@@ -177,10 +159,8 @@ def main(verb: str, said: str) -> int:
                 print(json.dumps(run(runtime, pod)))
             elif verb == "slice":
                 make_slice(pod["uid"])
-            elif verb == "pull":
-                runtime.call("PullImage", service="ImageService", image=cri.ImageSpec(image=IMAGE))
             else:
-                runtime.remove(pod["sandbox"], pod["uid"], pod["containers"])
+                runtime.remove(pod["sandbox"], pod["uid"])
         except grpc.RpcError as error:
             print(error.details(), file=sys.stderr)
             return 1
