@@ -11,6 +11,7 @@ from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Report
 from nodeagent.core.model.container import Container, Pod
 from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.pinning.plan import Pin
 from nodeagent.daemon.paths import Paths
 from nodeagent.managers import state_files
 from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
@@ -153,10 +154,7 @@ def disk_io(
     def build() -> IoManager:
         from nodeagent.managers.blockio.manager import IoManager
 
-        pins = pinning()
-        news = Revision(pins.revision, pins.reconciler.news, pins.limits_written)
-        pin_of, written = pins.reconciler.pin, pins.limits_written
-        return IoManager(agent, where.sysfs, where.state_dir, config, table, pin_of, news, written, report)
+        return IoManager(agent, where.sysfs, where.state_dir, config, table, *_followed(pinning()), report)
 
     def is_needed() -> bool:
         return config().pinning.io is not None or (where.state_dir / state_files.IO).exists()
@@ -177,15 +175,18 @@ def uclamp(
     def build() -> UclampManager:
         from nodeagent.managers.uclamp.manager import UclampManager
 
-        pins = pinning()
-        news = Revision(pins.revision, pins.reconciler.news, pins.limits_written)
-        pin_of, written = pins.reconciler.pin, pins.limits_written
-        return UclampManager(agent, where.sysfs, where.state_dir, config, table, pin_of, news, written, report)
+        return UclampManager(agent, where.sysfs, where.state_dir, config, table, *_followed(pinning()), report)
 
     def is_needed() -> bool:
         return config().pinning.uclamp is not None or (where.state_dir / state_files.UCLAMP).exists()
 
     return Part("uclamp", build, is_needed, agent, table, settings=('"uclamp_',), annotation="/uclamp-class")
+
+
+def _followed(pins: PinningManager) -> tuple[Callable[[str], Pin], Revision, Revision]:
+    """Return what limits of control groups follow, as CgroupLimits takes it: pin_of, news, written."""
+    news = Revision(pins.revision, pins.reconciler.news, pins.limits_written)
+    return pins.reconciler.pin, news, pins.limits_written
 
 
 class Divided:

@@ -1,5 +1,5 @@
 """The real agent and utilization clamps: in force before a container begins, repaired, the same after kill -9, and
-given back, also in the cgroups above; and what is said on a kernel that has none."""
+given back, also in the cgroups above; and what is reported on a kernel that has none."""
 
 from __future__ import annotations
 

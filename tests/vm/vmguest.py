@@ -1,7 +1,7 @@
 """One QEMU guest: booted, asked, driven through QMP, ended.
 
 Promises: one guest at a time on a machine (a lock); no call waits beyond its limit or the guest's life; a guest that
-hangs at boot is started once more, and that is said. The folder `share` is /share in the guest.
+hangs at boot is started once more, which is printed. The folder `share` is /share in the guest.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def booted(*, life_s: float = LIFE_S, devices: Sequence[str] = (), **config: Any
 
 
 def _image() -> Path:
-    """Without a network there is nothing to make it from: that is no fault of what is tested, and is said."""
+    """Without a network there is nothing to make it from: that is why the tests are skipped."""
     try:
         return vmimage.image()
     except (RuntimeError, OSError, subprocess.SubprocessError) as error:

@@ -41,6 +41,9 @@ from nodeagent.state.agent import Agent
 
 STARTS_ANYWAY = frozenset({"cri-o"})
 """Names of the runtimes that only log why a plugin refuses a start (CRI-O, server/container_start.go: 1.26 to 1.36)."""
+CHECK = 1.2
+"""How long the check of a start may take, in units of how long one thing may be waited for: a container is refused, and
+killed if need be, before the service gives up on the answer (nri/service.py: 0.7 and 0.9 of the runtime's limit)."""
 log = structlog.get_logger()
 
 
@@ -123,9 +126,10 @@ class NriHooks:
         """Check the confinement at the last moment before its first instruction."""
         self._refused.pop(container.id, None)
         try:
-            await self._check(container, within_s)
-        except Exception as error:  # whatever it is, the runtime is told to refuse the start
-            self._refused[container.id] = str(error)
+            if late := await _within(CHECK * within_s, self._check(container, within_s)):
+                self._refuse(container, f"its confinement was {late}")
+        except Exception as error:  # whatever it is, the runtime is asked to refuse the start
+            self._refused[container.id] = str(error) or type(error).__name__
             if self._runtime() in STARTS_ANYWAY:
                 await self._end(container)
             raise

@@ -8,14 +8,18 @@ import asyncio
 import contextlib
 import errno
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config
+from nodeagent.core.model.container import Container
 from nodeagent.core.model.cpuset import CpuSet
+from nodeagent.errors import InputError
 from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
+from nodeagent.managers.pinning.cache_groups import NoCacheGroups
 from nodeagent.managers.pinning.manager import GRACE_S
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.runtime import PluginRefusedError
@@ -270,6 +274,34 @@ async def test_a_runtime_that_starts_what_is_refused_finds_it_killed_or_is_repor
         node.agent.revisions.ledger.bump()
         (limit,) = answer.adjust.linux.resources.hugepage_limits
         await node.until(lambda: node.tree.text(path, "hugetlb.2MB.rsvd.max") == str(limit.limit))
+
+
+class Failing(NoCacheGroups):
+    """Raises what no hook foresees, or does not return before the runtime's patience ends."""
+
+    def __init__(self, hangs: bool) -> None:
+        self._hangs = hangs
+
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+        if self._hangs:
+            await asyncio.sleep(60)
+        raise InputError("cannot read its class: it has none")
+
+
+@pytest.mark.parametrize(("hangs", "why"), [(False, "cannot read its class"), (True, "not done within")])
+async def test_whatever_refuses_a_start_cri_o_does_not_run_the_container(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, hangs: bool, why: str
+) -> None:
+    failing = Failing(hangs)
+    async with pin_node(folder, monkeypatch, runtime_name="cri-o", caches_of=lambda node, table: failing) as node:
+        node.runtime.starts_anyway = True
+        await node.admit("dpdk", "main", "cpu2")
+        await node.create("dpdk", "main")
+        with capture_logs() as lines:
+            await node.start("dpdk", "main")
+        assert (f"{node.path('dpdk', 'main')}/cgroup.kill", "1") in node.tree.writes
+        (line,) = [one for one in lines if one["event"] == "started-unconfined"]
+        assert why in line["why"]
 
 
 async def test_a_monitor_next_to_a_container_with_cpus_of_its_own_is_kept_off_them(
