@@ -24,10 +24,11 @@ import msgspec
 
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.ledger.witness import Given
-from nodeagent.core.model.container import STOPPED, Container, PageLimits
+from nodeagent.core.model.container import STOPPED, Container
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.core.pinning.page_limits import NO_PAGES, bytes_of, limits_beside, limits_of
 from nodeagent.core.pinning.pools import NamedPools, pool_of
 from nodeagent.core.pinning.threads import used_cpus
 
@@ -36,11 +37,9 @@ GRANT_VARIABLE = "NODEAGENT_GRANT_"
 GRANTED, LOCAL = "granted", "local"
 """Values of Rules.memory."""
 
-_NOTHING: Mapping[int, int] = MappingProxyType({})
-
 
 def _none() -> Mapping[int, int]:
-    return _NOTHING
+    return NO_PAGES
 
 
 class Pin(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,6 +129,9 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     ledger: Ledger
     given: Given = msgspec.field(default_factory=lambda: MappingProxyType({}))
     rules: Rules = Rules()
+    allowed: Mapping[str, Mapping[int, int]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    """Bytes of hugepages that kubelet allows whole pods in addition to what they hold, by pod UID and page_bytes. The
+    limits of a pod that is missing stay as they are: once they are raised, nobody can tell what kubelet had allowed."""
 
     def plan(
         self,
@@ -154,12 +156,13 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         pins = {
             one: pin
             if one in unnamed and live[one].pod_uid in open_
-            else self._beside(live[one], pin, live[one].pod_uid in held, paged.get(live[one].pod_uid, _NOTHING))
+            else self._beside(live[one], pin, live[one].pod_uid in held, paged.get(live[one].pod_uid, NO_PAGES))
             for one, pin in bare.items()
         }
         uids = {*sandboxes, *(one.pod_uid for one in live.values())}
-        special = {uid: self._pod(held.get(uid, EMPTY), paged.get(uid, _NOTHING)) for uid in held.keys() | paged.keys()}
-        plain = self._pod(EMPTY, _NOTHING)
+        mixed = held.keys() | paged.keys()
+        special = {uid: self._pod(uid, held.get(uid, EMPTY), paged.get(uid, NO_PAGES)) for uid in mixed}
+        plain = self._pod("", EMPTY, NO_PAGES)
         pods = {uid: special.get(uid, plain) for uid in uids if uid}
         return PinPlan(
             shared=self.shared if self.rules.confine_others else EMPTY,
@@ -229,7 +232,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             # If all its CPUs are gone, it is confined to the shared ones and not to those of others.
             cpus=(usable or self.shared or None) if held else None,
             mems=self._mems(grants, usable),
-            hugepage_limits=self._limits(container, grants),
+            hugepage_limits=limits_of(container, grants, self.allowed.get(container.pod_uid, NO_PAGES)),
             held=held,
             lost=held - self.inventory.cpus_usable,
             outside=held & self.inventory.cpus_outside,
@@ -255,6 +258,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         mine = {one.id: one for one in found if self._agreed(one, container)}
         unproven = tuple(one.id for one in named if one.holder.api == CLAIM and one.id not in mine)
         return tuple(mine[one] for one in sorted(mine)), unproven
+
+    def pages_of(self, uid: str, containers: Iterable[Container]) -> tuple[Grant, ...]:
+        """Return the grants of hugepages that a pod with these containers is known to have been given."""
+        named = [self.ledger.grants[one] for container in containers for one in self._own(container).grants]
+        found = {one.id: one for one in (*self._of_pods.get(uid, ()), *named) if one.hugepages}
+        return tuple(found[one] for one in sorted(found))
 
     def _agreed(self, grant: Grant, container: Container) -> bool:
         """Return whether the grant is this pod's, as far as the ledger knows its holder by name."""
@@ -325,29 +334,20 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         there = CpuSet(node for node in bound if node in self.inventory.node_by_id)
         return there if there and any(self.inventory.node_by_id[one].memory_bytes for one in there) else None
 
-    def _limits(self, container: Container, grants: Iterable[Grant]) -> Mapping[int, int]:
-        """Return the limits in bytes, by page_bytes, of those page sizes that the grants have."""
-        held, claimed = _pages_of(grants), _pages_of(one for one in grants if one.holder.api == CLAIM)
-        limits = {size: _limit(container, size, own, claimed.get(size, 0)) for size, own in held.items()}
-        return MappingProxyType({size: limit for size, limit in limits.items() if limit is not None})
-
-    def _paged(self, live: Mapping[str, Container], pins: Mapping[str, Pin]) -> dict[str, dict[int, int]]:
-        """Return the bytes that each pod's containers may use together, by pod UID and page_bytes, of those sizes that
-        one of them holds."""
-        found: dict[str, dict[int, int]] = {}
+    def _paged(self, live: Mapping[str, Container], pins: Mapping[str, Pin]) -> dict[str, Mapping[int, int]]:
+        """Return the bytes that each pod's containers hold together, by pod UID and page_bytes. What two of them share
+        counts once."""
+        grants: dict[str, set[str]] = {}
         for one, pin in pins.items():
-            for page_bytes in pin.hugepage_limits:
-                found.setdefault(live[one].pod_uid, {})[page_bytes] = 0
-        for one, pin in pins.items():
-            of_pod = found.get(live[one].pod_uid, {})
-            for page_bytes in of_pod:
-                of_pod[page_bytes] += pin.hugepage_limits.get(page_bytes, _kubelets_limit(live[one], page_bytes))
-        return found
+            grants.setdefault(live[one].pod_uid, set()).update(pin.grants)
+        held = {uid: bytes_of(self.ledger.grants[one] for one in ids) for uid, ids in grants.items() if ids}
+        return {uid: pages for uid, pages in held.items() if pages}
 
     def _beside(self, container: Container, pin: Pin, mixed: bool, paged: Mapping[int, int]) -> Pin:
         """Return a container's pin within its pod: it is kept off CPUs and pages that other containers there hold."""
         others = not pin.held and mixed and self.rules.confine_others
-        limits = {**_limits_beside(container, paged), **pin.hugepage_limits}
+        allowed = self.allowed.get(container.pod_uid, NO_PAGES)
+        limits = {**limits_beside(container, paged.keys() - pin.hugepage_limits.keys(), allowed), **pin.hugepage_limits}
         if not others and limits == pin.hugepage_limits:
             return pin
         return Pin(
@@ -364,10 +364,12 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
             unproven=pin.unproven,
         )
 
-    def _pod(self, held: CpuSet, paged: Mapping[int, int]) -> PodPin:
+    def _pod(self, uid: str, held: CpuSet, paged: Mapping[int, int]) -> PodPin:
         others = self.shared if self.rules.confine_others else self.loose
         cpus = others | (held & self.inventory.cpus_usable) if others or self.rules.confine_others else EMPTY
-        return PodPin(cpus=cpus or None, hugepages_at_least=MappingProxyType(dict(paged)))
+        allowed = self.allowed.get(uid)
+        least = {} if allowed is None else {size: held + allowed.get(size, 0) for size, held in paged.items()}
+        return PodPin(cpus=cpus or None, hugepages_at_least=MappingProxyType(least))
 
 
 def variable(grant_id: str) -> str:
@@ -379,38 +381,3 @@ def named_by(container: Container) -> tuple[str, ...]:
     """Return the ids of the grants that a container's environment names, each under its own variable."""
     env = container.env
     return tuple(sorted({value for name, value in env.items() if name == variable(value)}))
-
-
-def _kubelets_limit(container: Container, page_bytes: int) -> int:
-    """Return the bytes of pages that a container may use by the limits that it was described with."""
-    return container.resources.hugepage_limits.get(page_bytes, 0)
-
-
-def _limit(container: Container, page_bytes: int, held: int, claimed: int) -> int | None:
-    """Return the bytes of pages that a container may use: what it holds, and what kubelet allows it in addition. Return
-    None if its limit is left as it is.
-
-    held: bytes that it holds, of which `claimed` through claims. A limit that may include them is taken to do so if it
-    is large enough: a container must never be allowed the pages of others. Of a limit that was found it is not known
-    whose it is. If it is beyond what the container holds, it is kubelet's or the agent's own, and either may stay.
-    """
-    known = _kubelets_limit(container, page_bytes)
-    if container.page_limits == PageLimits.FOUND:
-        return None if known > held else held + known if known < held else held
-    included = claimed if container.page_limits == PageLimits.COUNTED else 0
-    return held + (known - included if known >= included else known)
-
-
-def _limits_beside(container: Container, paged: Iterable[int]) -> dict[int, int]:
-    """Return the limits of a container for page sizes that others of its pod hold: what kubelet allows it."""
-    known = {page_bytes: _kubelets_limit(container, page_bytes) for page_bytes in paged}
-    found = container.page_limits == PageLimits.FOUND
-    return {page_bytes: limit for page_bytes, limit in known.items() if not (found and limit)}
-
-
-def _pages_of(grants: Iterable[Grant]) -> dict[int, int]:
-    """Return the bytes by page_bytes, summed over several grants."""
-    sums: dict[int, int] = {}
-    for pages in (pages for one in grants for pages in one.hugepages):
-        sums[pages.page_bytes] = sums.get(pages.page_bytes, 0) + pages.pages * pages.page_bytes
-    return sums

@@ -113,6 +113,15 @@ class Enforcer:
             return None
         return state.quota_us / state.period_us
 
+    def page_limits(self, path: str) -> dict[int, int]:
+        """Return how many bytes of hugepages a cgroup may use, by page_bytes; sizes without a limit are left out.
+
+        Raise HostError if that cannot be read. A cgroup that is gone has no limits.
+        """
+        state = self._reader.read(path, CgroupPart.HUGETLB_LIMITS)
+        pages = (state.hugetlb if state is not None else None) or {}
+        return {size: one.max_bytes for size, one in pages.items() if one.max_bytes is not None}
+
     def kill(self, path: str) -> None:
         """Kill every process in a cgroup and below it (Linux 5.14). Raise HostError if the kernel refuses."""
         cgroupset.put(f"{self.mount}/{path}/cgroup.kill", "1")

@@ -204,6 +204,19 @@ class ContainerTable:
             return (entry.ran or entry.asked) and bool(entry.container.name)
         return any(self._pod_paths.get(uid) == path for uid in self._ran)
 
+    def inhabited(self) -> dict[str, list[Container]]:
+        """Return the containers, and sandboxes, by the UIDs of pods that have any and a cgroup: kubelet makes none
+        before it has set the pod's own limits."""
+        found: dict[str, list[Container]] = {}
+        for one in self.containers():
+            if one.pod_uid in self._pod_paths:
+                found.setdefault(one.pod_uid, []).append(one)
+        return found
+
+    def pod_ran_before(self, uid: str) -> bool:
+        """Return whether a pod existed before it could be confined."""
+        return uid in self._ran
+
     # ---------------------------------------------------------------- desired state
 
     def targets(self, plan: PinPlan, inventory: Inventory, config: PinningConfig) -> dict[str, Target]:

@@ -138,6 +138,7 @@ class PinningManager(Manager):
             began=functools.partial(has_begun, self._sysfs),
             dropins=[SliceDropins(Path(self._sysfs.path(UNITS)), one) for one in self._layouts],
             report=self._report,
+            kubelet_counts_claims=self._kubelet_counts_claims,
         )
 
     @property

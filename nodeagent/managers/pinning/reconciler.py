@@ -31,6 +31,7 @@ from nodeagent.host.systemd.slice_drop_ins import SliceDropins
 from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
 from nodeagent.managers.pinning.drifts import Drifts, elsewhere
 from nodeagent.managers.pinning.ownership import GrantOwnership
+from nodeagent.managers.pinning.pod_pages import PodPages
 from nodeagent.state.agent import Agent
 from nodeagent.state.audit import DRIFT, Happening
 
@@ -53,13 +54,16 @@ class CgroupReconciler:
         began: Callable[[CgroupState], bool] = lambda state: state.populated,
         dropins: Sequence[SliceDropins] = (),
         report: Report = unreported,
+        kubelet_counts_claims: Callable[[], bool] = lambda: False,
     ) -> None:
         """Set up without touching cgroups.
 
         `enforcer` is None if cgroups cannot be written. `began` returns whether anything in a cgroup has run; it may
         block. `dropins` hold what systemd knows; empty if systemd does not create the pods' cgroups.
+        `kubelet_counts_claims` returns whether kubelet's limits of pages may include what claims hold.
         """
         self.table = table
+        self._pages = PodPages(table, kubelet_counts_claims)
         self._report = report
         self.drifts = Drifts()
         self.enforcer = enforcer
@@ -126,9 +130,12 @@ class CgroupReconciler:
             kubelet_cpus=self._kubelet_cpus if self._has_confined and not confine else None,
             strict_reservation=config.strict_reservation,
         )
+        allowed = self._pages.allowed
         same = known.inventory is agent.inventory and known.ledger is agent.ledger and known.given is given
-        if not same or known.rules != rules:
-            self._situation = Situation(inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules)
+        if not same or known.rules != rules or known.allowed is not allowed:
+            self._situation = Situation(
+                inventory=agent.inventory, ledger=agent.ledger, given=given, rules=rules, allowed=allowed
+            )
         return self._situation
 
     def crowded(self) -> bool:
@@ -170,6 +177,7 @@ class CgroupReconciler:
             if self.enforcer is None:
                 return
             await self._look_for_confined()
+            await self._pages.learn(self.enforcer, self._situation)
             self.plan()
             await self._tell_systemd()
             targets = self._targets
@@ -211,6 +219,8 @@ class CgroupReconciler:
             entry = self.table.entries.get(container_id)
             if self.enforcer is None or entry is None:
                 return ""
+            if await self._pages.learn(self.enforcer, self._situation):
+                self.plan()
             pod = self.table.pods.get(entry.container.pod_uid, "")
             some = {path: self._targets[path] for path in (pod, entry.path) if path in self._targets}
             await self._apply(self.enforcer, some)

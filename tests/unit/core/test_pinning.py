@@ -15,6 +15,7 @@ from nodeagent.core.model.container import RUNNING, STOPPED, Container, PageLimi
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.core.model.grant import CLAIM, DEVICE_PLUGIN, KUBELET, Grant, Holder
 from nodeagent.core.model.request import Pages
+from nodeagent.core.pinning.page_limits import allowed_to_pod
 from nodeagent.core.pinning.plan import LOCAL, Rules, Situation, named_by, variable
 from tests.unit.state.test_agent import machine
 
@@ -47,13 +48,16 @@ def claim_grant(uid: str, index: int, cpus: str = "", pods: Iterable[str] = (), 
 
 
 def situation(
-    *grants: Grant, given_to: Mapping[tuple[str, str], Iterable[str]] | None = None, **rules: Any
+    *grants: Grant,
+    given_to: Mapping[tuple[str, str], Iterable[str]] | None = None,
+    allowed: Mapping[str, Mapping[int, int]] | None = None,
+    **rules: Any,
 ) -> Situation:
     ids = {
         (f"uid-{pod}", name): frozenset((CPU, one) for one in some) for (pod, name), some in (given_to or {}).items()
     }
     ledger = Ledger(grants=MappingProxyType({one.id: one for one in grants}), reserved=RESERVED)
-    return Situation(inventory=machine(), ledger=ledger, given=ids, rules=Rules(**rules))
+    return Situation(inventory=machine(), ledger=ledger, given=ids, rules=Rules(**rules), allowed=allowed or {})
 
 
 def using(*grants: Grant) -> dict[str, str]:
@@ -131,7 +135,7 @@ def test_pages_of_one_size_add_up_over_grants_and_a_neighbour_gets_none() -> Non
     some = [Pages(node=0, page_bytes=MIB2, pages=8), Pages(node=1, page_bytes=MIB2, pages=4)]
     grants = [claim_grant("c", number, pods=["uid-a"], hugepages=(one,)) for number, one in enumerate(some)]
     holder = container("a", env=using(*grants))
-    plan = situation(*grants).plan([holder, container("a", "sidecar")])
+    plan = situation(*grants, allowed={"uid-a": {}}).plan([holder, container("a", "sidecar")])
     assert plan.containers[holder.id].hugepage_limits == {MIB2: 12 * MIB2}
     assert plan.containers["a-sidecar"].hugepage_limits == {MIB2: 0}
     assert plan.pods["uid-a"].hugepages_at_least == {MIB2: 12 * MIB2}
@@ -146,7 +150,8 @@ def test_a_container_may_use_what_kubelet_allows_it_and_what_it_holds() -> None:
     """Its neighbours may use what kubelet allows them, and the pod all of that."""
     mine = claim_grant("c", 0, pods=["uid-a"], hugepages=(Pages(node=0, page_bytes=MIB2, pages=8),))
     holder = limited(3, PageLimits.ASKED, env=using(mine))
-    plan = situation(mine).plan([holder, limited(5, PageLimits.ASKED, "sidecar"), container("a", "plain")])
+    others = [limited(5, PageLimits.ASKED, "sidecar"), limited(0, PageLimits.ASKED, "plain")]
+    plan = situation(mine, allowed={"uid-a": {MIB2: 8 * MIB2}}).plan([holder, *others])
     assert plan.containers[holder.id].hugepage_limits == {MIB2: 11 * MIB2}
     assert plan.containers["a-sidecar"].hugepage_limits == {MIB2: 5 * MIB2}
     assert plan.containers["a-plain"].hugepage_limits == {MIB2: 0}
@@ -186,6 +191,46 @@ def test_a_limit_is_the_same_after_a_restart_and_never_more_than_kubelets_and_th
     for described in (first // MIB2, kubelets):  # some runtimes tell the agent's limits later, others kubelet's
         again = limited(described, PageLimits.FOUND, env=using(mine))
         assert situation(mine).pin(again).hugepage_limits.get(MIB2, first) in (first, (claimed + 1) * MIB2)
+
+
+@pytest.mark.parametrize("limits", PageLimits)
+def test_where_the_runtime_passes_no_limits_on_containers_may_use_what_kubelet_allows_their_pod(
+    limits: PageLimits,
+) -> None:
+    """containerd by default. A claim that two of them share counts once for the pod."""
+    mine = claim_grant("c", 0, pods=["uid-a"], hugepages=(Pages(node=0, page_bytes=MIB2, pages=8),))
+    holders = [container("a", name, env=using(mine), page_limits=limits) for name in ("one", "two")]
+    found = situation(mine, allowed={"uid-a": {MIB2: 3 * MIB2, GIB: GIB}})
+    plan = found.plan([*holders, container("a", "plain", page_limits=limits), container("b")])
+    assert [plan.containers[one.id].hugepage_limits for one in holders] == [{MIB2: 11 * MIB2}] * 2
+    assert plan.containers["a-plain"].hugepage_limits == {MIB2: 3 * MIB2}
+    assert plan.pods["uid-a"].hugepages_at_least == {MIB2: 11 * MIB2}
+    assert plan.containers["b-main"].hugepage_limits == plan.pods["uid-b"].hugepages_at_least == {}
+
+
+def test_the_limits_of_a_pod_are_not_raised_before_what_kubelet_allows_it_is_known() -> None:
+    mine = claim_grant("c", 0, pods=["uid-a"], hugepages=(Pages(node=0, page_bytes=MIB2, pages=8),))
+    plan = situation(mine).plan([container("a", env=using(mine))])
+    assert plan.pods["uid-a"].hugepages_at_least == {}
+    assert plan.containers["a-main"].hugepage_limits == {MIB2: 8 * MIB2}
+
+
+@given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.booleans())
+def test_what_kubelet_allows_a_pod_is_found_again_and_never_more_than_it_did(
+    own: int, claimed: int, plain: int, counted: bool
+) -> None:
+    """own: pages of kubelet's. claimed, plain: what the pod holds through claims and the device plugin. A limit that
+    was raised gives the same again."""
+    pages = [(Pages(node=0, page_bytes=MIB2, pages=one),) for one in (claimed, plain)]
+    grants = claim_grant("c", 0, hugepages=pages[0]), plugin_grant("g", hugepages=pages[1])
+    limit = {MIB2: (own + (claimed if counted else 0)) * MIB2}
+    allowed = allowed_to_pod(limit, grants, ran=False, counted=counted)
+    assert allowed == {MIB2: own * MIB2}
+    raised = {MIB2: allowed[MIB2] + (claimed + plain) * MIB2}
+    assert allowed_to_pod(raised, grants, ran=True, counted=counted) == allowed
+    # Claims that were prepared before kubelet counted any.
+    late = allowed_to_pod({MIB2: own * MIB2}, grants, ran=False, counted=True)[MIB2]
+    assert late == (own - claimed if own >= claimed else own) * MIB2
 
 
 def test_the_reserved_cpus_are_shared_where_nothing_else_is_left_or_where_it_is_said() -> None:

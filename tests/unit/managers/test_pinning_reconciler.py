@@ -209,6 +209,64 @@ async def test_a_container_may_use_its_pages_and_those_that_kubelet_allows_it(
         assert int(limits.read_text()) == limit.limit
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["same agent", "another agent"])
+@pytest.mark.parametrize("counts", [False, True], ids=["kubelet of today", "kubelet that counts claims"])
+async def test_where_the_runtime_passes_no_limits_on_a_container_has_its_pages_and_those_that_its_pod_is_allowed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, counts: bool, again: bool
+) -> None:
+    """containerd by default. Kubelet's limit of the pod is known although the agent has raised it."""
+    async with pin_node(folder, monkeypatch) as node:
+        node.kubelet_counts_claims = counts
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        pod = node.pod("dpdk")
+        for name, allowed in (("2MB", 3 * MIB2), ("1GB", 0)):
+            for file in ("max", "rsvd.max"):
+                node.tree.set(pod, f"hugetlb.{name}.{file}", str(allowed))
+        (grant,) = node.agent.ledger.grants.values()
+        whole = 3 * MIB2 + sum(one.pages for one in grant.hugepages) * MIB2
+        await node.run("dpdk", "sidecar")
+        for number in (1, 2):
+            path = f"{pod}/main_{number}"
+            answer = await node.runtime.create(f"main_{number}", pod="dpdk", called="main", cgroup=f"/{path}")
+            (limit,) = answer.adjust.linux.resources.hugepage_limits
+            node.tree.make(path)
+            await node.runtime.start_container(f"main_{number}")
+            limits = [
+                (node.tree.mount / cgroup / f"hugetlb.2MB.{file}").read_text().strip()
+                for cgroup in (path, pod)
+                for file in ("max", "rsvd.max")
+            ]
+            assert {int(one) for one in (*limits, limit.limit)} == {whole}
+            beside = node.tree.mount / node.path("dpdk", "sidecar") / "hugetlb.2MB.max"
+            assert int(beside.read_text()) == 3 * MIB2
+            assert (node.tree.mount / pod / "hugetlb.1GB.max").read_text().strip() == "0"
+            await node.runtime.stop_container(f"main_{number}")
+            node.tree.remove(path)
+            await node.runtime.remove_container(f"main_{number}")
+            if again:
+                await node.end()
+                node.begin()
+                await node.runtime.connected(number + 1)
+
+
+async def test_a_pod_whose_limits_cannot_be_read_is_not_raised_until_they_can(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("dpdk", "main", "node1-2Mi-0", offer=PAGES)
+        file = node.tree.mount / node.pod("dpdk") / "hugetlb.2MB.max"
+        file.write_text("what is this\n")
+        with capture_logs() as lines:
+            await node.create("dpdk", "main")
+        assert "page-limits-not-read" in {line["event"] for line in lines}
+        assert file.read_text() == "what is this\n"
+        file.write_text("0\n")
+        node.agent.revisions.ledger.bump()
+        await node.pins.reconciler.enforce()
+        (grant,) = node.agent.ledger.grants.values()
+        assert int(file.read_text()) == sum(one.pages for one in grant.hugepages) * MIB2
+
+
 async def test_others_go_on_where_one_cannot_be_confined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with pin_node(folder, monkeypatch) as node:
         bad, good = node.pod("bad"), node.pod("good")
