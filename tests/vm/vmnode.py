@@ -63,7 +63,8 @@ def start(guest: Guest) -> None:
 def prepare_runtime(guest: Guest) -> None:
     """containerd with NRI and CDI on, and the one image that pods are made of."""
     guest.run("install -D -m 644 /share/inside/containerd.toml /etc/containerd/config.toml")
-    guest.run("systemctl restart containerd")
+    guest.run("install -D -m 644 -t /etc/systemd/system/service.d /share/inside/few-threads.conf")
+    guest.run("systemctl daemon-reload && systemctl restart containerd")
     guest.run("python3 /share/inside/ociimage.py /bin/busybox localhost/busybox:vm /run/busybox.tar")
     guest.run("ctr -n k8s.io images import /run/busybox.tar")
 
