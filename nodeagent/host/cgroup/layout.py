@@ -24,6 +24,11 @@ GUARANTEED, BURSTABLE, BEST_EFFORT = "guaranteed", "burstable", "besteffort"
 TOP, QOS, POD, CONTAINER, MONITOR = "top", "qos", "pod", "container", "monitor"
 """Cgroup.kind: kubepods itself, the folder of a QoS class, a pod, a container (or a pod's sandbox), and the process
 that watches over a container, where CRI-O is configured to put it next to that (conmon, `monitor_cgroup = "pod"`)."""
+LEAVES = (CONTAINER, MONITOR)
+"""Kinds of cgroups below which nothing is looked for. What is there is the container's, apart from a copy that crun
+makes (INNER in read.py)."""
+CONFINED = (POD, *LEAVES)
+"""Kinds of cgroups that an agent confines while it runs, and that are widened once it has been removed."""
 
 _TOP = "kubepods"
 _CLASSES = (BURSTABLE, BEST_EFFORT)

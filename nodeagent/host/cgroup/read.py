@@ -12,14 +12,14 @@ from __future__ import annotations
 import enum
 import errno
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from types import MappingProxyType
 
 import msgspec
 
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import HostError, InputError
-from nodeagent.host.cgroup.layout import CONTAINER, MONITOR, POD, Cgroup, CgroupLayout, layouts
+from nodeagent.host.cgroup.layout import CONTAINER, LEAVES, POD, Cgroup, CgroupLayout, layouts
 from nodeagent.host.sysfs.sysfs import SysFs
 
 V2, HYBRID, V1, NONE = "v2", "hybrid", "v1", "none"
@@ -143,11 +143,11 @@ def page_sizes(sysfs: SysFs) -> tuple[int, ...]:
     return tuple(sorted(int(kib) << 10 for kib in found if kib.isascii() and kib.isdigit()))
 
 
-def find(mount: str, cgroup_root: str = "/") -> tuple[Cgroup, ...]:
-    """Return the cgroups of all pods and containers, for both drivers, in order of path. Cgroups that vanish meanwhile
-    do no harm. Raise HostError if a folder cannot be listed, InputError if `cgroup_root` is invalid."""
+def find(mount: str, cgroup_root: str = "/", kinds: Collection[str] = (POD, CONTAINER)) -> tuple[Cgroup, ...]:
+    """Return the cgroups of some kinds, for both drivers, in order of path. Cgroups that vanish meanwhile do no harm.
+    Raise HostError if a folder cannot be listed, InputError if `cgroup_root` is invalid."""
     found = (one for layout in layouts(cgroup_root) for one in below(mount, layout, layout.top))
-    return tuple(sorted((one for one in found if one.kind in (POD, CONTAINER)), key=lambda one: one.path))
+    return tuple(sorted((one for one in found if one.kind in kinds), key=lambda one: one.path))
 
 
 def below(mount: str, layout: CgroupLayout, path: str) -> Iterator[Cgroup]:
@@ -155,7 +155,7 @@ def below(mount: str, layout: CgroupLayout, path: str) -> Iterator[Cgroup]:
     here = layout.parse(path)
     if here is None:
         return
-    names = () if here.kind in (CONTAINER, MONITOR) else folders(f"{mount}/{path}")
+    names = () if here.kind in LEAVES else folders(f"{mount}/{path}")
     if names is None:
         return
     yield here

@@ -24,7 +24,7 @@ import structlog
 from asyncinotify import Event, Inotify, Mask
 
 from nodeagent.errors import HostError
-from nodeagent.host.cgroup.layout import CONTAINER, MONITOR, Cgroup, CgroupLayout
+from nodeagent.host.cgroup.layout import LEAVES, Cgroup, CgroupLayout
 from nodeagent.host.cgroup.read import folders
 
 log = structlog.get_logger()
@@ -40,8 +40,6 @@ UCLAMP_FILES = frozenset({"cpu.uclamp.min", "cpu.uclamp.max"})
 LIMIT_FILES = IO_FILES | UCLAMP_FILES
 """What is kept in force besides CPUs, memory nodes and pages."""
 _OTHER_FILES = frozenset({"cgroup.subtree_control", "cgroup.events", "cpu.max"}) | LIMIT_FILES
-_LEAVES = (CONTAINER, MONITOR)
-"""Kinds of cgroups below which nothing is watched."""
 _AT_ONCE = 64
 """Folders visited before the loop gets a turn."""
 _EVENTS_A_READ = 64
@@ -132,7 +130,7 @@ class Watch:
             self._known[path] = cgroup
             if cgroup is not None:
                 self._tell(path, CAME)
-        if cgroup is None or cgroup.kind not in _LEAVES:
+        if cgroup is None or cgroup.kind not in LEAVES:
             self._to_visit.extend(_join(path, name) for name in inside)
 
     def _add(self, path: str) -> bool:
@@ -205,7 +203,7 @@ class Watch:
     def _forget(self, path: str) -> None:
         """Report a cgroup and everything below it as gone."""
         cgroup = self._known.get(path)
-        inside = () if cgroup is not None and cgroup.kind in _LEAVES else self._known_below(path)
+        inside = () if cgroup is not None and cgroup.kind in LEAVES else self._known_below(path)
         for one in (*inside, path):
             if self._known.get(one) is not None:
                 self._tell(one, GONE)

@@ -1,7 +1,9 @@
 """Undoes what confined pods and containers: partitions end, and cpusets become those of the parent.
 
-A cgroup with processes cannot get an empty cpuset back (ENOSPC), so it is given what its parent has in effect, in
-order from the top. Hugepage limits stay: they only apply to what a container was given, and end with it.
+Which cgroups those are: CONFINED in layout.py, and the copies that go with them: `confining` in write.py. A cgroup with
+processes cannot get an empty cpuset back (ENOSPC), so it is given what its parent has in effect, in order from the top;
+what crun has copied from a cgroup goes before it, as long as it is a copy. Hugepage limits stay: they only apply to
+what a container was given, and end with it.
 Source: Documentation/admin-guide/cgroup-v2.rst.
 """
 
@@ -14,8 +16,8 @@ from typing import NamedTuple
 from nodeagent.core.model.cpuset import EMPTY, CpuSet, union
 from nodeagent.errors import HostError
 from nodeagent.host.cgroup import write
-from nodeagent.host.cgroup.layout import BEST_EFFORT, BURSTABLE, GUARANTEED, CgroupLayout, layouts
-from nodeagent.host.cgroup.read import MEMBER, CgroupPart, CgroupReader, CgroupState, find
+from nodeagent.host.cgroup.layout import BEST_EFFORT, BURSTABLE, CONFINED, GUARANTEED, CgroupLayout, layouts
+from nodeagent.host.cgroup.read import INNER, MEMBER, CgroupPart, CgroupReader, CgroupState, find
 
 CPUS, MEMS = "cpuset.cpus", "cpuset.mems"
 PARTITION, EXCLUSIVE = "cpuset.cpus.partition", "cpuset.cpus.exclusive"
@@ -52,6 +54,8 @@ class Widener:
         """Widen everything, and yield why a cgroup is narrow still. Raise HostError if a cgroup cannot be read."""
         writer, refused = write.Writer(self._reader), dict[tuple[str, str], str]()
         for one in self.plan():
+            if (one.path, f"{INNER}/{one.file}") in refused:
+                continue  # its copy would be none any longer
             try:
                 self._undo(writer, one)
             except HostError as error:
@@ -70,7 +74,7 @@ class Widener:
             write.put(f"{self.mount}/{one.path}/{one.file}", one.wanted)
 
     def _states(self) -> dict[str, CgroupState]:
-        found = {one.path: self._read(one.path) for one in find(self.mount, self._cgroup_root)}
+        found = {one.path: self._read(one.path) for one in find(self.mount, self._cgroup_root, CONFINED)}
         return {path: state for path, state in found.items() if state is not None}
 
     def _widened(self, file: str, states: Mapping[str, CgroupState]) -> Iterator[Widening]:
@@ -86,7 +90,8 @@ class Widener:
             own, _ = _values(state, file)
             wanted = after[path] = after[parent]
             if own and wanted - own:
-                yield Widening(path, file, str(own), str(wanted))
+                whole = write.CgroupTarget(cpus=wanted) if file == CPUS else write.CgroupTarget(mems=wanted)
+                yield from (Widening(path, *one) for one in write.confining(state, whole))
 
     def _effective(self, path: str, file: str) -> CpuSet:
         state = self._read(path)

@@ -133,7 +133,7 @@ class Writer:
         Raise HostError if the cgroup is gone, a controller is off in it (see `enable`) or the kernel refuses. Earlier
         writes are not undone."""
         state = self._there(path)
-        changes = [*_falling(state, wanted), *_confining(state, wanted), *_rising(state, wanted.hugetlb)]
+        changes = [*_falling(state, wanted), *confining(state, wanted), *_rising(state, wanted.hugetlb)]
         return tuple(self._put(path, changes))
 
     def raise_limits(self, layout: CgroupLayout, path: str, at_least: Mapping[int, int]) -> tuple[Written, ...]:
@@ -259,10 +259,10 @@ def _rising(state: CgroupState, limits: Mapping[int, int]) -> Iterator[tuple[str
                 yield file, str(now), str(limit)
 
 
-def _confining(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, str, str]]:
-    """Yield nodes before CPUs, so that memory moves to where the threads are about to run. The copy of crun goes before
-    its scope: processes would not get what the scope is given later, and while the scope differs all of it is written
-    again. What a container has set for itself stays."""
+def confining(state: CgroupState, wanted: CgroupTarget) -> Iterator[tuple[str, str, str]]:
+    """Yield the cpusets to write, as (file, before, value), nodes before CPUs, so that memory moves to where the
+    threads are about to run. The copy of crun goes before its scope: processes would not get what the scope is given
+    later, and while the scope differs all of it is written again. What a container has set for itself stays."""
     for file, now, want, copy in (
         ("cpuset.mems", state.mems, wanted.mems, state.inner_mems),
         ("cpuset.cpus", state.cpus, wanted.cpus, state.inner_cpus),

@@ -89,6 +89,35 @@ def test_a_cgroup_that_refuses_is_reported_and_the_others_are_widened(tree: Cgro
     assert tree.effective(OTHER) == "0-7"
 
 
+SCOPE = "kubepods.slice/kubepods-podc.slice/crio-c3.scope"
+COPY = f"{SCOPE}/container"
+
+
+@pytest.mark.parametrize(("copy", "wide"), [("2-3", "0-7"), ("2", "2")])
+def test_what_crun_copied_below_a_scope_follows_it_and_what_the_container_has_set_stays(
+    copy: str, wide: str, tree: CgroupTree
+) -> None:
+    for path, value in ((SCOPE, "2-3"), (COPY, copy)):
+        tree.make(path, cpuset__cpus=value, cpuset__mems="1")
+    copied = [(SCOPE, f"container/{CPUS}", "2-3", "0-7")] if copy == "2-3" else []
+    assert [one for one in widener(tree).plan() if CPUS in one.file] == [*copied, (SCOPE, CPUS, "2-3", "0-7")]
+    assert list(widener(tree).undo()) == []
+    assert [tree.effective(one) for one in (SCOPE, COPY)] == ["0-7", wide]
+    assert tree.text(COPY, MEMS) == "0-1"
+
+
+def test_a_copy_that_refuses_keeps_its_scope_so_that_both_are_widened_the_next_time(tree: CgroupTree) -> None:
+    for path in (SCOPE, COPY):
+        tree.make(path, cpuset__cpus="2-3")
+    tree.refuses[f"{COPY}/{CPUS}"] = errno.EBUSY
+    first, second = widener(tree).undo()
+    assert first.startswith(f"cannot write {tree.mount}/{COPY}/{CPUS}: Device or resource busy")
+    assert second == f"cannot widen {tree.mount}/{SCOPE}: {CPUS} is '2-3', not '0-7'"
+    tree.refuses.clear()
+    assert list(widener(tree).undo()) == []
+    assert [tree.effective(one) for one in (SCOPE, COPY)] == ["0-7"] * 2
+
+
 SETS = st.frozensets(st.integers(0, 7), min_size=1).map(lambda cpus: str(CpuSet(cpus)))
 
 

@@ -18,13 +18,15 @@ from nodeagent.config.schema import Config
 from nodeagent.core.model.container import Container
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import InputError
+from nodeagent.host.cgroup.layout import CONFINED, layouts
+from nodeagent.host.cgroup.widen import Widener
 from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
 from nodeagent.managers.pinning.cache_groups import NoCacheGroups
 from nodeagent.managers.pinning.manager import GRACE_S
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.runtime import PluginRefusedError
 from tests.support.observed import observed
-from tests.support.pin_node import pin_node
+from tests.support.pin_node import PinNode, pin_node
 from tests.unit.state.test_agent import PAGES, machine
 
 MIB2 = 2 << 20
@@ -383,6 +385,28 @@ async def test_a_monitor_next_to_a_container_with_cpus_of_its_own_is_kept_off_th
         node.tree.remove(own)
         await node.until(lambda: own not in node.pins.reconciler.applied())
         assert node.runtime.connections == 1 and node.pins.document()["errors"] == {}
+
+
+async def test_nothing_that_an_agent_confined_is_narrow_after_it_was_removed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever kinds of cgroups it confines."""
+    async with pin_node(folder, monkeypatch) as node:
+        await node.admit("db", "main", "cpu4", "cpu5")
+        await node.run("db", "main")
+        await node.run("web", "main")
+        node.tree.make(f"{node.pod('db')}/crio-conmon-db")
+        await node.until(lambda: {*kinds(node)} == {*CONFINED})
+        paths = node.pins.reconciler.applied()
+    assert "0-15" not in {node.tree.effective(one) for one in paths}
+    assert list(Widener(str(node.tree.mount), "/").undo()) == []
+    assert {node.tree.effective(one) for one in paths} == {"0-15"}
+
+
+def kinds(node: PinNode) -> list[str]:
+    """The kinds of all cgroups that are confined."""
+    found = [one.parse(path) for one in layouts() for path in node.pins.reconciler.applied()]
+    return [one.kind for one in found if one is not None]
 
 
 # An agent, or a runtime, that was away
