@@ -61,7 +61,8 @@ class LineKeeper(ABC):
         self._writer = Writer(CgroupReader(mount, ()))
         self._memory = memory
         self._confirmed: dict[Key, str] = {}
-        """Lines that were as wanted when they were last read: what differs then was changed by another process."""
+        """Lines that were as wanted when they were last read: what differs then was changed by another process, unless
+        another agent has recorded since that it wants something else."""
 
     # ---------------------------------------------------------------- what the files look like
 
@@ -96,7 +97,9 @@ class LineKeeper(ABC):
         Raise HostError if something cannot be recorded; it is not done then. Cgroups that are gone are no error."""
         held, unread = self.held()
         known = {one.key: one for one in held if self.exists(one.path)}
-        self._confirmed = {key: line for key, line in self._confirmed.items() if key in known}
+        self._confirmed = {
+            key: line for key, line in self._confirmed.items() if key in known and known[key].wanted == line
+        }
         errors: dict[str, str] = {}
         drifts: dict[str, tuple[Drift, ...]] = {}
         fresh, now = self._read_all({path: some for path, some in wanted.items() if self.exists(path)}, errors)

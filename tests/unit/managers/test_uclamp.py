@@ -20,10 +20,11 @@ from nodeagent.config.schema import Config
 from nodeagent.core.dra.cpu_pool import CpuPool
 from nodeagent.core.dra.prepare import Catalog
 from nodeagent.core.model.claim import Claim
+from nodeagent.core.model.container import Pod
 from nodeagent.core.pinning.plan import variable
 from nodeagent.core.uclamp.clamps import MAX, MIN
 from nodeagent.daemon.divided import Part, uclamp
-from nodeagent.daemon.paths import paths_of
+from nodeagent.daemon.paths import Paths, paths_of
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.uclamp.manager import UclampManager
@@ -63,6 +64,17 @@ class UclampNode:
     made: list[Part[UclampManager]]
     """Of each agent."""
     leading: asyncio.Task[None] | None = None
+
+    def another(self, config: Mapping[str, Any]) -> Part[UclampManager]:
+        """Another agent with a configuration of its own, which has the runtime's containers from the first."""
+        pins = self.pins
+        pinning = msgspec.structs.replace(pins.config, uclamp=msgspec.convert(config, UclampConfig))
+        table, report = pins.pins.reconciler.table, pins.reported.append
+        made = uclamp(pins.agent, where(pins.folder), lambda: Config(pinning=pinning), table, lambda: pins.pins, report)
+        made.manager.load().learn(
+            [Pod(id=f"sandbox-{uid}", uid=uid, namespace="default", name=uid) for uid in table.pods]
+        )
+        return made
 
     @property
     def part(self) -> Part[UclampManager]:
@@ -117,6 +129,11 @@ class UclampNode:
         await self.part.manager.close()
 
 
+def where(folder: Path) -> Paths:
+    config = Config(state_dir=str(folder / "state"))
+    return paths_of(config, config_file=None, root=str(folder / "root"), kubelet_dir=str(folder))
+
+
 @contextlib.asynccontextmanager
 async def uclamp_node(
     folder: Path,
@@ -130,14 +147,8 @@ async def uclamp_node(
     made: list[Part[UclampManager]] = []
 
     def clamps(node: PinNode, table: ContainerTable) -> Part[UclampManager]:
-        where = paths_of(
-            Config(state_dir=str(folder / "state")),
-            config_file=None,
-            root=str(folder / "root"),
-            kubelet_dir=str(folder),
-        )
-        report = node.reported.append
-        made.append(uclamp(node.agent, where, lambda: Config(pinning=node.config), table, lambda: node.pins, report))
+        config, report = lambda: Config(pinning=node.config), node.reported.append
+        made.append(uclamp(node.agent, where(folder), config, table, lambda: node.pins, report))
         return made[-1]
 
     (folder / "state").mkdir()
@@ -294,6 +305,27 @@ async def test_the_leading_agent_repairs_at_once_follows_the_configuration_and_g
         await until(lambda: node.values() == UNCLAMPED)
         await node.configure(None)
         await until(lambda: node.values("db", "main") == UNCLAMPED and not (folder / "state/uclamp.json").exists())
+
+
+async def test_of_two_agents_the_leading_one_alone_writes_and_neither_counts_drifts_of_the_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """During an upgrade they may have other classes, and lead in turn."""
+    async with uclamp_node(folder, monkeypatch, {**CLASSES, "default": "fast"}) as node:
+        assert await node.prepare("c1", "db") == ""
+        await node.run("db", "main", "c1")
+        other = node.another({"classes": [{"name": "fast", "min": 40}], "default": "fast"})
+        for leading, least in ((node.part, "80.00"), (other, "40.00")) * 2:
+            waiting = other if leading is node.part else node.part
+            task = asyncio.create_task(leading.manager.lead())
+            await until(lambda: node.values("db", "main")[0] == node.values()[0] == least)  # noqa: B023
+            node.pins.tree.writes.clear()
+            assert await waiting.prepare({"c1": list(node.pins.agent.ledger.grants.values())}) == {}
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            assert not [one for one in node.pins.tree.writes if "uclamp" in one[0]]
+        assert not [one for one in node.pins.reported if MIN in one.note]
+        await other.manager.close()
 
 
 async def test_clamps_stay_over_an_agents_death_and_end_with_the_container(

@@ -135,6 +135,34 @@ def test_what_another_process_lowers_is_a_drift_and_is_repaired(machine: Machine
     assert machine.keep({MAIN: low(50)}).kept.drifts == {}
 
 
+@given(said=st.lists(st.tuples(st.sampled_from([0, 1]), st.sampled_from([20, 50, 80]), st.booleans()), max_size=8))
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_agents_that_take_turns_with_other_classes_count_no_drifts_of_each_other(
+    said: list[tuple[int, int, bool]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Only what neither of them has written was changed by another process."""
+    with pytest.MonkeyPatch.context() as patch:
+        machine = Machine(tmp_path_factory.mktemp("any"), patch)
+        before = machine.values()
+        agents = machine.rounds, UclampRounds(machine.sysfs, layouts(), machine.memory)
+        own, newest = {0: 0, 1: 0}, 0
+        for agent, percent, is_changed in said:
+            if is_changed:
+                machine.tree.set(MAIN, MIN, "7")
+            machine.rounds = agents[agent]
+            found = machine.keep({MAIN: low(percent)})
+            assert {*found.kept.drifts} == ({MAIN} if is_changed and own[agent] == newest == percent else set())
+            assert machine.tree.clamped(MAIN)[0] == round(percent * 10.24) and not found.errors
+            own[agent] = newest = percent
+        machine.keep({})
+        assert is_as(machine, before, changed=bool(said) and said[0][2])
+
+
+def is_as(machine: Machine, before: Mapping[str, tuple[str, str]], *, changed: bool) -> bool:
+    """Whether all is as before. changed: the container had another minimum by then."""
+    return machine.values() == {**before, **({MAIN: ("7.00", "max")} if changed else {})}
+
+
 def test_a_controller_that_is_switched_off_and_on_has_lost_nothing(machine: Machine) -> None:
     machine.keep({MAIN: low(50)})
     machine.tree.set(QOS, "cgroup.subtree_control", "-cpu")
