@@ -6,7 +6,6 @@ unreadable file counts as empty, and this is logged; the next change sets it asi
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -19,8 +18,8 @@ Record = TypeVar("Record")
 
 
 class Journal(Generic[Form, Key, Record]):
-    """Records in a file. Every call reads or writes it, because another agent may do so too. Blocks; threads of this
-    agent take turns."""
+    """Records in a file. Every call reads or writes it, because another agent may do so too; changes take turns.
+    Blocks."""
 
     def __init__(
         self,
@@ -40,7 +39,6 @@ class Journal(Generic[Form, Key, Record]):
         self._pack = pack
         self._unreadable = Once(unreadable, level="error")
         self._left = left
-        self._turn = threading.Lock()
 
     def read(self) -> Mapping[Key, Record]:
         """Return the records that count."""
@@ -58,10 +56,10 @@ class Journal(Generic[Form, Key, Record]):
 
     def change(self, change: Callable[[Mapping[Key, Record]], Mapping[Key, Record]]) -> None:
         """Record what a function makes of the records. Durable on return. Raise HostError if it cannot be written."""
-        with self._turn:
+        with self._file.alone() as save:
             found = self._found(acting=True)
             after = change(self._unpack(found) if found is not None else {})
-            self._file.save(self._pack({key: after[key] for key in sorted(after)}) if after else None)
+            save(self._pack({key: after[key] for key in sorted(after)}) if after else None)
 
     def _found(self, *, acting: bool = False) -> Form | None:
         """acting: whether the file is about to be replaced, which must not happen to a good one that cannot be read for

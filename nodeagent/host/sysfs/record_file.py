@@ -12,6 +12,11 @@ What happens to every such file:
   Nothing of the file is used; the users report it, go on as if nothing were recorded, and what was changed stays as it
   is. When something is recorded next, `save` renames the file (`NAME.damaged-…`) and reports that; `set_aside` lists
   such files, which stay until an admin removes them. If it cannot be renamed, `save` raises HostError.
+- **Two agents of the node, or two threads, at once:** whoever records something has the lock of the folder from reading
+  what is recorded to replacing it (`alone`), so nothing that was recorded is lost, and no good file is set aside that
+  another one has just put in place of a damaged one. The locks of managers (`managers/turns.py`) are for what they do
+  to the machine, and last longer: what changes a record alone needs none of them. If another holder keeps the lock of
+  the folder for PATIENCE_S, `save` raises HostError.
 - **Written by a newer build:** fields that this build does not know are ignored, and lost when something is recorded
   next. A type that forbids them or pins its version makes the file unreadable instead.
 - **Written on an earlier boot:** it says nothing where the kernel has forgotten what was changed; types have a boot id
@@ -21,6 +26,11 @@ What happens to every such file:
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
 
@@ -34,6 +44,8 @@ from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
 LARGEST_BYTES = 16 << 20
 PRIVATE = 0o600
 COMPACT, INDENTED = -1, 1
+PATIENCE_S, POLL_S = 5.0, 0.002
+"""How long to wait for the lock of a folder, and how often to try: it is held as long as a disk takes for a file."""
 log = structlog.get_logger()
 
 
@@ -88,6 +100,17 @@ class RecordFile(Generic[Form]):
     def save(self, records: Form | None) -> None:
         """Record exactly this, or remove the file if there is nothing to record; set an unreadable file aside first.
         Raise HostError with the cause."""
+        with self.alone() as save:
+            save(records)
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Callable[[Form | None], None]]:
+        """Let no one else record anything in this folder meanwhile. Yield what records as `save` does, which cannot be
+        called here. Raise HostError."""
+        with _locked(self.path.parent):
+            yield self._save
+
+    def _save(self, records: Form | None) -> None:
         self._keep_unreadable()
         if records is None:
             files.remove(self.path, durable=self._durable)
@@ -105,6 +128,37 @@ class RecordFile(Generic[Form]):
                 raise
             if (aside := files.set_aside(self.path, durable=self._durable)) is not None:
                 log.error("record-set-aside", error=str(error), file=str(aside))
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which is on the folder itself. Without a folder there is nothing to lose, and a file
+    system may have no such locks."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        yield
+        return
+    except OSError as error:
+        raise HostError(f"cannot lock {folder}: {cause_of(error)}") from None
+    try:
+        _lock(handle, folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, folder: Path) -> None:
+    until_s = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > until_s:
+                raise HostError(f"cannot lock {folder}: another agent has it for more than {PATIENCE_S:g} s") from None
+            time.sleep(POLL_S)
+        except OSError:
+            return None
 
 
 def set_aside(folder: Path) -> list[str]:

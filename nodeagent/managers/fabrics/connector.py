@@ -199,7 +199,7 @@ class Connector:
 
     async def forget_disks(self) -> None:
         """Have the disks of connections that have ended handed over no longer: another target may have their names by
-        now. Raise HostError."""
+        now. Raise HostError. This alone may be called while another caller, or agent, connects."""
         if await asyncio.to_thread(self._forget_ended):
             await self._hide()
 

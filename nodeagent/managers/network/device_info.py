@@ -112,15 +112,13 @@ class DeviceInfoManager(Manager):
 
     def _write(self, folder: str, wanted: Mapping[str, bytes], shown: Sequence[_Shown]) -> None:
         if wanted:
-            known = self._recorded()
-            if new := [one for one in shown if one not in known]:
-                self._record([*known, *new])
+            self._record(lambda known: [*known, *(one for one in shown if one not in known)])
         for name, content in wanted.items():
             if files.replace(Path(folder) / name, content, mode=_MODE, durable=False):
                 log.debug("device-info-written", file=name)
 
     def _remove(self, folder: str, wanted: Mapping[str, bytes], shown: Sequence[_Shown]) -> None:
-        known = self._recorded()
+        known = _load(self._memory)
         for where in sorted({one.folder for one in known}):
             mine = [one.resource for one in known if one.folder == where]
             keep = wanted if where == folder else {}
@@ -128,13 +126,15 @@ class DeviceInfoManager(Manager):
                 if resource_of_file(path.name, mine) and path.name not in keep:
                     files.remove(path, durable=False)
                     log.info("device-info-removed", file=path.name)
-        self._record([one for one in known if one in shown] if wanted else [])
+        done = [one for one in known if not (wanted and one in shown)]
+        self._record(lambda now: [one for one in now if one not in done])
 
-    def _recorded(self) -> list[_Shown]:
-        return _load(self._memory)
-
-    def _record(self, shown: Iterable[_Shown]) -> None:
-        RecordFile(self._memory, list[_Shown]).save(list(shown) or None)
+    def _record(self, change: Callable[[list[_Shown]], list[_Shown]]) -> None:
+        """Record what a function makes of what is recorded, unless that is the same."""
+        with RecordFile(self._memory, list[_Shown]).alone() as save:
+            known = _load(self._memory)
+            if (after := change(known)) != known:
+                save(after or None)
 
 
 def _by_claims(mine: Iterable[Offer], device: Device) -> str:

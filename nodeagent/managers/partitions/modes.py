@@ -57,9 +57,10 @@ class SwitchedGpus:
 
     def note(self, gpu: str, *, switched: bool) -> None:
         """Record that a GPU is about to be put into MIG mode, or has left it."""
-        before = self.read()
-        after = before | {gpu} if switched else before - {gpu}
-        self._file.save(sorted(after) or None)
+        with self._file.alone() as save:
+            before = self.read()
+            after = before | {gpu} if switched else before - {gpu}
+            save(sorted(after) or None)
 
 
 class MigModes:

@@ -5,7 +5,6 @@ What is switched off while no agent runs is removed by the next one, and one tha
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import msgspec
@@ -23,11 +22,10 @@ class _Document(msgspec.Struct, frozen=True):
 
 
 class PublishJournal:
-    """Keys of what was written. Its methods block, and may be called from several threads."""
+    """Keys of what was written. Its methods block, and may be called from several threads and agents."""
 
     def __init__(self, path: Path) -> None:
         self._file = RecordFile(path, _Document, mode=READABLE)
-        self._turn = threading.Lock()
 
     def read(self) -> frozenset[str]:
         """Return the keys. Raise HostError if the file cannot be read."""
@@ -36,7 +34,7 @@ class PublishJournal:
 
     def note(self, key: str, *, published: bool) -> None:
         """Record that something is about to be written, or was removed. Raise HostError if that cannot be saved."""
-        with self._turn:
+        with self._file.alone() as save:
             before = self.read()
             after = before | {key} if published else before - {key}
-            self._file.save(_Document(published=tuple(sorted(after))) if after else None)
+            save(_Document(published=tuple(sorted(after))) if after else None)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import resource
 import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from nodeagent.errors import HostError
-from nodeagent.host.sysfs import atomic_file
+from nodeagent.host.sysfs import atomic_file, record_file
 from nodeagent.host.sysfs.record_file import LARGEST_BYTES, RecordFile, set_aside
 from nodeagent.managers.journal import Journal
 
@@ -213,6 +215,42 @@ def test_nothing_of_a_damaged_file_is_lost_at_any_step(
     now.keep({"a": 2})
     assert journal(tmp_path, "boot").read() == {"a": 2}
     assert [(tmp_path / one).read_bytes() for one in set_aside(tmp_path)] == [GARBAGE]
+
+
+def test_what_two_agents_record_at_once_is_all_recorded(tmp_path: Path) -> None:
+    """Each of them reads the file, changes it and replaces it: the second one waits for the first."""
+    one, two = journal(tmp_path, "boot"), journal(tmp_path, "boot")
+    other, arrived, lock = threading.Thread(target=lambda: two.keep({"b": 2})), threading.Event(), fcntl.flock
+
+    def locked(handle: int, how: int) -> None:
+        try:
+            lock(handle, how)
+        except BlockingIOError:
+            arrived.set()
+            raise
+
+    def change(known: Mapping[str, int]) -> Mapping[str, int]:
+        other.start()
+        while other.is_alive() and not arrived.wait(0.01):
+            pass
+        return {**known, "a": 1}
+
+    with mock.patch.object(fcntl, "flock", locked):
+        one.change(change)
+        other.join()
+    assert one.read() == {"a": 1, "b": 2}
+
+
+def test_an_agent_that_keeps_the_lock_makes_recording_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record_file, "PATIENCE_S", 0.05)
+    late = journal(tmp_path, "boot")
+    with (
+        RecordFile(tmp_path / "others.json", list[str]).alone(),
+        pytest.raises(HostError, match="another agent has it"),
+    ):
+        late.keep({"a": 1})
+    late.keep({"b": 2})
+    assert late.read() == {"b": 2}
 
 
 def test_what_cannot_be_set_aside_is_not_replaced(tmp_path: Path) -> None:

@@ -4,10 +4,13 @@ it is reported. What happens over time: `test_journal.py`."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from structlog.testing import capture_logs
@@ -43,6 +46,7 @@ from nodeagent.managers.passthrough.journal import Bound, PassthroughJournal
 from nodeagent.managers.publish.journal import PublishJournal
 from nodeagent.managers.sharing.journal import DaemonRecord, SharingJournal, SliceRecord, Stage
 
+LIMIT_S = 60.0
 Read = Callable[[Path, str], tuple[object, str]]
 """Returns what is recorded in a state folder on a boot, and what is reported of it."""
 
@@ -346,6 +350,50 @@ def test_a_damaged_file_is_kept(tmp_path: Path, name: str, content: bytes) -> No
     assert [one.name for one in places] in (set_aside(tmp_path), [name])
     if places[0].name != name:
         assert USERS[name].read(tmp_path, "boot") == (USERS[name].records, "")
+
+
+@every_file
+def test_of_two_agents_neither_sets_aside_what_the_other_has_just_recorded(tmp_path: Path, name: str) -> None:
+    """Both find a damaged file. What one writes in its place is good."""
+    (tmp_path / name).write_bytes(b"{")
+    with at_once(lambda: USERS[name].write(tmp_path, "boot")), contextlib.suppress(HostError):
+        USERS[name].write(tmp_path, "boot")
+    if aside := set_aside(tmp_path):
+        assert [(tmp_path / one).read_bytes() for one in aside] == [b"{"]
+        assert USERS[name].read(tmp_path, "boot") == (USERS[name].records, "")
+    else:
+        assert (tmp_path / name).read_bytes() == b"{"
+
+
+@contextlib.contextmanager
+def at_once(write: Callable[[], object]) -> Iterator[None]:
+    """Another agent writes while a file is being set aside; as soon as it has done so, or waits, that goes on."""
+    other, arrived, rename, lock = threading.Thread(), threading.Event(), Path.rename, fcntl.flock
+
+    def written() -> None:
+        with contextlib.suppress(HostError):
+            write()
+        arrived.set()
+
+    def renamed(path: Path, target: Path) -> Path:
+        nonlocal other
+        if other.ident is None:
+            other = threading.Thread(target=written)
+            other.start()
+            assert arrived.wait(LIMIT_S)
+        return rename(path, target)
+
+    def locked(handle: int, how: int) -> None:
+        try:
+            lock(handle, how)
+        except BlockingIOError:
+            arrived.set()
+            raise
+
+    with mock.patch.object(Path, "rename", renamed), mock.patch.object(fcntl, "flock", locked):
+        yield
+        if other.ident is not None:
+            other.join(LIMIT_S)
 
 
 @pytest.mark.parametrize("name", [one for one in USERS if one != "mig-modes.json"])
