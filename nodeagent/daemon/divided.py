@@ -17,7 +17,7 @@ from nodeagent.managers import state_files
 from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.on_demand import OnDemand
-from nodeagent.managers.pinning.cache_groups import CacheAnswer
+from nodeagent.managers.pinning.cache_groups import CacheAnswer, deadline_s, left_s
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.manager import PinningManager
 from nodeagent.state.agent import Agent
@@ -88,19 +88,19 @@ class Part(Generic[M]):
 
     # ---------------------------------------------------------------- for containers
 
-    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str], within_s: float) -> CacheAnswer:
         """Return what a container gets that is about to be created, and why it cannot have it."""
         if (one := self.manager.if_needed()) is not None:
-            return await one.created(pod, container, grants)
+            return await one.created(pod, container, grants, within_s)
         if self._asks(pod):
             live = {entry.container.pod_uid for entry in self._table.entries.values()}
             self._asking = {uid: other for uid, other in self._asking.items() if uid in live} | {pod.uid: pod}
         return CacheAnswer()
 
-    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
         """Put it in force for a container that does not run yet. Return why it is not, or ""."""
         one = self.manager.if_needed()
-        return await one.starting(container, cgroup, grants) if one is not None else ""
+        return await one.starting(container, cgroup, grants, within_s) if one is not None else ""
 
     def learn(self, pods: Iterable[Pod]) -> None:
         """Take the annotations of all pods."""
@@ -227,16 +227,18 @@ class Divided:
         every = _Both(_Both(_Both(sharing, self._caches), self._io), self._uclamp)
         return every, instances, passthrough
 
-    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str], within_s: float) -> CacheAnswer:
         """Return the cache group of a container that is about to be created, and why it cannot have it, its limits of
         I/O or its clamp."""
-        answers = [await one.created(pod, container, grants) for one in self._parts]
+        until_s = deadline_s(within_s)
+        answers = [await one.created(pod, container, grants, left_s(until_s)) for one in self._parts]
         return CacheAnswer(group=answers[0].group, error="; ".join(one.error for one in answers if one.error))
 
-    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
         """Put a container that does not run yet into its cache group, and its limits of I/O and its clamp in force.
         Return why something is not, or ""."""
-        found = [await one.starting(container, cgroup, grants) for one in self._parts]
+        until_s = deadline_s(within_s)
+        found = [await one.starting(container, cgroup, grants, left_s(until_s)) for one in self._parts]
         return "; ".join(why for why in found if why)
 
     def learn(self, pods: Iterable[Pod]) -> None:

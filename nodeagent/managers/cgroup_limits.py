@@ -42,8 +42,6 @@ from nodeagent.telemetry.once import Once
 
 LOCK_S = 15.0
 """How long to wait for another change."""
-START_S = 1.0
-"""How long a container waits for its values: the runtime waits 2 s for everything."""
 _NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
 Ask = TypeVar("Ask")
 """What a container asks for."""
@@ -181,7 +179,7 @@ class CgroupLimits(Manager, Generic[Ask]):
 
     # ---------------------------------------------------------------- for containers
 
-    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str], within_s: float) -> CacheAnswer:
         """Take the annotations of a pod. Return why a container that is about to be created cannot have what it asks
         for."""
         self._annotations[pod.uid] = pod.annotations
@@ -191,18 +189,18 @@ class CgroupLimits(Manager, Generic[Ask]):
             return CacheAnswer(error=f"cannot {self.act_its}: {error}")
         return CacheAnswer()
 
-    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
-        """Put what a container asks for that does not run yet in force, and what its pod has. Return why it is not, or
-        ""."""
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
+        """Put what a container asks for that does not run yet in force, and what its pod has, within this time. Return
+        why it is not, or ""."""
         try:
             if not self._asks(container, grants):
                 return ""
             if not cgroup:
                 raise HostError("its control group is not known")
-            async with asyncio.timeout(START_S):
-                found = await run_to_end(self._put_pod(container.pod_uid))
+            async with asyncio.timeout(within_s):
+                found = await run_to_end(self._put_pod(container.pod_uid, within_s))
         except TimeoutError:
-            return f"cannot {self.act_its}: not done within {START_S:g} s"
+            return f"cannot {self.act_its}: not done within {within_s:.3g} s"
         except (HostError, InputError, StateError) as error:
             return f"cannot {self.act_its}: {error}"
         why = found.error or found.errors.get(cgroup, "")
@@ -212,9 +210,10 @@ class CgroupLimits(Manager, Generic[Ask]):
         log.info(self.done, container=container.id, name=str(container), limits=found.wanted.get(cgroup), error=why)
         return why
 
-    async def _put_pod(self, uid: str) -> LimitsReport:
-        """Put what the containers of a pod ask for in force; nothing is taken out."""
-        async with self._turns.alone(START_S):
+    async def _put_pod(self, uid: str, within_s: float) -> LimitsReport:
+        """Put what the containers of a pod ask for in force; nothing is taken out. within_s: how long to wait for
+        another change."""
+        async with self._turns.alone(within_s):
             wanted = self._wanted(self._reach(uid))
             found = await self._turns.in_thread(self._round, wanted, lambda path: True)
         self._count(found)

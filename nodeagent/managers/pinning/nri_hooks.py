@@ -34,7 +34,7 @@ from nodeagent.core.model.container import (
 from nodeagent.core.opaque.device import OWN_VARIABLES
 from nodeagent.core.pinning.plan import Pin, named_by
 from nodeagent.errors import HostError
-from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups
+from nodeagent.managers.pinning.cache_groups import NO_CACHE_GROUPS, CacheGroups, deadline_s, left_s
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.pinning.reconciler import CgroupReconciler
 from nodeagent.state.agent import Agent
@@ -44,6 +44,9 @@ STARTS_ANYWAY = frozenset({"cri-o"})
 CHECK = 1.2
 """How long the check of a start may take, in units of how long one thing may be waited for: a container is refused, and
 killed if need be, before the service gives up on the answer (nri/service.py: 0.7 and 0.9 of the runtime's limit)."""
+DIVIDED = 1.1
+"""By when caches, disk I/O and clamps have to be in force, from the beginning of a call and in the same units: what is
+late is named, and may be something without which a container starts."""
 log = structlog.get_logger()
 
 
@@ -88,6 +91,7 @@ class NriHooks:
             return await self._created(pod, asked, within_s)
 
     async def _created(self, pod: Pod, container: Container, within_s: float) -> tuple[Adjustment, Sequence[Update]]:
+        until_s = deadline_s(DIVIDED * within_s)
         if late := await _within(within_s, self._make_way(container)):
             self._go_on(container, late)
         pin, updates = self._reconciler.pin(container.id), self._reconciler.updates(but=container.id)
@@ -97,7 +101,7 @@ class NriHooks:
         if pin.grants:
             log.info("pinned", container=container.id, name=str(container), **_said(pin))
         cpus = pin.cpus or self._reconciler.by_runtime(container.id)
-        caches = await self._caches.created(pod, container, pin.grants)
+        caches = await self._caches.created(pod, container, pin.grants, left_s(until_s))
         if caches.error:
             self._refuse(container, caches.error)
         limits, group = pin.hugepage_limits, caches.group
@@ -142,6 +146,7 @@ class NriHooks:
             log.error("not-kept-from-starting", container=str(container), error=str(error))
 
     async def _check(self, container: Container, within_s: float) -> None:
+        until_s = deadline_s(DIVIDED * within_s)
         why = await _within(within_s, self._reconciler.confirm(container.id))
         pin = self._reconciler.pin(container.id)
         if why and not pin.grants and not self._reconciler.trespasses(container.id):
@@ -151,7 +156,8 @@ class NriHooks:
         if pin.exclusive and (others := self._reconciler.overlapping(container.id)):
             self._refuse(container, f"its CPUs {pin.alone} are used by {', '.join(others)} too")
         entry = self._reconciler.table.entries.get(container.id)
-        if why := await self._caches.starting(container, entry.path if entry is not None else "", pin.grants):
+        path = entry.path if entry is not None else ""
+        if why := await self._caches.starting(container, path, pin.grants, left_s(until_s)):
             self._refuse(container, why)
 
     async def update(self, pod: Pod, container: Container, resources: Resources) -> Sequence[Update]:

@@ -43,8 +43,6 @@ LOCK = "resctrl.lock"
 """In the state folder."""
 LOCK_S = 15.0
 """How long to wait for another change. Kubelet waits 45 s for a claim, of which reading it may take 25."""
-MAKE_S = 0.5
-"""How long a container waits for a group that is not made yet: the runtime waits 2 s for everything."""
 NOT_ENABLED = "cache ways and memory bandwidth are not divided on this node (pinning.resctrl is not set)"
 _NO_ANNOTATIONS: Mapping[str, str] = MappingProxyType({})
 log = structlog.get_logger()
@@ -128,7 +126,7 @@ class ResctrlManager(Manager):
 
     # ---------------------------------------------------------------- for containers
 
-    async def created(self, pod: Pod, container: Container, grants: Sequence[str]) -> CacheAnswer:
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str], within_s: float) -> CacheAnswer:
         """Return the group of a container that is about to be created."""
         self._annotations[pod.uid] = pod.annotations
         try:
@@ -137,11 +135,11 @@ class ResctrlManager(Manager):
             return CacheAnswer(error=str(error))
         if not group:
             return CacheAnswer()
-        if why := await self._wanting(group):
+        if why := await self._wanting(group, within_s):
             return CacheAnswer(error=f"it cannot be in its cache group {group}: {why}")
         return CacheAnswer(group=group if self._rounds.runtime_takes_classes() else "")
 
-    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
         """Put a container that does not run yet into its group and read back. Return why it is not in it, or ""."""
         try:
             group = self._group(container, grants)
@@ -149,16 +147,19 @@ class ResctrlManager(Manager):
                 return ""
             if not cgroup:
                 raise HostError("its control group is not known")
-            if why := await self._wanting(group):
-                raise HostError(why)
-            moved = await asyncio.to_thread(self._rounds.assign, group, cgroup)
+            async with asyncio.timeout(within_s):
+                if why := await self._wanting(group, within_s):
+                    raise HostError(why)
+                moved = await asyncio.to_thread(self._rounds.assign, group, cgroup)
+        except TimeoutError:
+            return f"it cannot be in its cache group: not done within {within_s:.3g} s"
         except (HostError, InputError) as error:
             return f"it cannot be in its cache group: {error}"
         log.info("cache-group", container=container.id, name=str(container), group=group, moved=moved)
         return ""
 
-    async def _wanting(self, group: str) -> str:
-        """Return why a group is not there, or "". One that is not made yet is made."""
+    async def _wanting(self, group: str, within_s: float) -> str:
+        """Return why a group is not there, or "". One that is not made yet is made within this time."""
         if unknown := unknown_group(group, self._classes()):
             return unknown
         if self._config().pinning.resctrl is None:
@@ -166,10 +167,10 @@ class ResctrlManager(Manager):
         if not self._found.why(group):
             return ""
         try:
-            async with asyncio.timeout(MAKE_S):
+            async with asyncio.timeout(within_s):
                 return await run_to_end(self._keep()) or self._found.why(group)
         except TimeoutError:
-            return f"it was not made within {MAKE_S:g} s"
+            return f"it was not made within {within_s:.3g} s"
 
     def learn(self, pods: Iterable[Pod]) -> None:
         """Take the annotations of all pods."""

@@ -73,9 +73,9 @@ class UclampManager(CgroupLimits[Clamp]):
         self._warned: set[str] = set()
         """UIDs of claims of which it was logged that they cannot have their clamp."""
 
-    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
         """Put the clamp of a container that does not run yet in force. It starts in any case."""
-        if why := await super().starting(container, cgroup, grants):
+        if why := await super().starting(container, cgroup, grants, within_s):
             log.warning("started-unclamped", container=str(container), error=why)
         return ""
 

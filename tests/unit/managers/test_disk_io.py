@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest import mock
 
 import msgspec
 import pytest
+from structlog.testing import capture_logs
 
-from nodeagent.config.isolation import IoConfig
+from nodeagent.config.isolation import IoConfig, UclampConfig
 from nodeagent.config.schema import Config
 from nodeagent.core.blockio.limits import BFQ_WEIGHT, LATENCY, THROTTLE, WEIGHT, parse
 from nodeagent.core.deviceplugin.devices import DeviceResource
@@ -33,6 +35,7 @@ from nodeagent.managers.blockio.manager import IoManager
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.nri.translation import read_container, read_pod
 from nodeagent.pb import nri_pb2 as pb
+from nodeagent.state.lock import FileLock
 from tests.builders.io_files import IoDisks, add_disk
 from tests.doubles.runtime import PluginRefusedError
 from tests.support.pin_node import PinNode, pin_node
@@ -157,8 +160,6 @@ async def io_node(
     kernel: IoDisks | None = None,
     **pinning: Any,
 ) -> AsyncIterator[IoNode]:
-    monkeypatch.setattr("nodeagent.managers.cgroup_limits.START_S", PATIENCE_S)
-    monkeypatch.setattr("nodeagent.managers.resctrl.manager.MAKE_S", PATIENCE_S)
     made: list[Divided] = []
 
     def divided(node: PinNode, table: ContainerTable) -> Divided:
@@ -199,6 +200,7 @@ def annotate(node: IoNode, pod: str, annotations: Mapping[str, str]) -> None:
     node.pins.runtime.pods[sandbox.id] = sandbox
 
 
+CLAMPED = msgspec.convert({"classes": [{"name": "fast", "min": 80}], "default": "fast"}, UclampConfig)
 LIMITS: dict[str, Any] = {"readBytesPerSecond": "100Mi", "writeBytesPerSecond": 1000, "writeIOPS": 5}
 LINE = f"rbps={100 << 20} wbps=1000 riops=max wiops=5"
 
@@ -433,6 +435,32 @@ async def test_a_claim_without_limits_loads_nothing(folder: Path, monkeypatch: p
         assert not [one for one in node.pins.tree.writes if "io" in one[0] + one[1]]
 
 
+# ---------------------------------------------------------------- time
+
+
+async def test_all_that_a_container_waits_for_has_one_limit_and_a_late_clamp_is_not_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another agent keeps changing both."""
+    async with io_node(folder, monkeypatch, uclamp=True) as node:
+        await node.configure(None, uclamp=CLAMPED)
+        assert await node.prepare("c1", "db", **LIMITS) == ""
+        await node.pins.admit("db", "main", "cpu4", "cpu5")
+        await node.create("db", "main", "c1")
+        _, container = read(node, "db", "main")
+        path, grants = node.pins.path("db", "main"), node.pins.pins.reconciler.pin("db_main").grants
+        clamps: Any = node.divided.managers[2]
+        start = mock.Mock(wraps=clamps.load().starting)
+        monkeypatch.setattr(clamps.load(), "starting", start)
+        with contextlib.ExitStack() as stack, capture_logs() as lines:
+            for name in ("io.lock", "uclamp.lock"):
+                assert stack.enter_context(contextlib.closing(FileLock(folder / "state" / name))).try_take()
+            why = await node.divided.starting(container, path, grants, 0.3)
+        assert why.startswith("cannot limit its I/O: ") and "clamp" not in why
+        assert [one["container"] for one in lines if one["event"] == "started-unclamped"] == ["default/db/main"]
+        assert start.call_args.args[-1] < 0.1, "the rest of it"
+
+
 # ---------------------------------------------------------------- costs
 
 
@@ -443,18 +471,19 @@ async def test_a_container_without_limits_costs_nothing_and_one_with_limits_litt
         assert await node.prepare("c0", "web") == ""
         await node.create("web", "main", "c0")
         pod, container = read(node, "web", "main")
-        unused = await timed(lambda: node.divided.created(pod, container, ["c0-0"]))
-        unused += await timed(lambda: node.divided.starting(container, node.pins.path("web", "main"), ["c0-0"]))
+        unused = await timed(lambda: node.divided.created(pod, container, ["c0-0"], PATIENCE_S))
+        path = node.pins.path("web", "main")
+        unused += await timed(lambda: node.divided.starting(container, path, ["c0-0"], PATIENCE_S))
         assert await node.prepare("c1", "db", **LIMITS) == ""
         await node.create("db", "main", "c1")
         manager: IoManager = node.manager.load()
         pod, container = read(node, "db", "main")
-        created = await timed(lambda: manager.created(pod, container, ["c1-0"]))
+        created = await timed(lambda: manager.created(pod, container, ["c1-0"], PATIENCE_S))
         path = node.pins.path("db", "main")
         began = time.perf_counter()
-        assert await manager.starting(container, path, ["c1-0"]) == ""
+        assert await manager.starting(container, path, ["c1-0"], PATIENCE_S) == ""
         first = time.perf_counter() - began
-        again = await timed(lambda: manager.starting(container, path, ["c1-0"]))
+        again = await timed(lambda: manager.starting(container, path, ["c1-0"], PATIENCE_S))
         assert unused < 0.001 and created < 0.001
         with capsys.disabled():
             print(

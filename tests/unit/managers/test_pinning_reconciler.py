@@ -7,22 +7,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from nodeagent.config.schema import Config
-from nodeagent.core.model.container import Container
+from nodeagent.core.model.container import Container, Pod
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.errors import InputError
 from nodeagent.host.cgroup.layout import CONFINED, layouts
 from nodeagent.host.cgroup.widen import Widener
 from nodeagent.kube.kubelet.pod_resources import CHECKPOINT
-from nodeagent.managers.pinning.cache_groups import NoCacheGroups
+from nodeagent.managers.pinning.cache_groups import CacheAnswer, NoCacheGroups
 from nodeagent.managers.pinning.manager import GRACE_S
+from nodeagent.managers.pinning.nri_hooks import CHECK, DIVIDED
+from nodeagent.nri.service import PATIENCE, WAITING
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.runtime import PluginRefusedError
 from tests.support.observed import observed
@@ -342,10 +346,44 @@ class Failing(NoCacheGroups):
     def __init__(self, hangs: bool) -> None:
         self._hangs = hangs
 
-    async def starting(self, container: Container, cgroup: str, grants: Sequence[str]) -> str:
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
         if self._hangs:
             await asyncio.sleep(60)
         raise InputError("cannot read its class: it has none")
+
+
+class Timed(NoCacheGroups):
+    """Notes how long it may take, at a creation and at a start."""
+
+    def __init__(self) -> None:
+        self.within_s: list[float] = []
+
+    async def created(self, pod: Pod, container: Container, grants: Sequence[str], within_s: float) -> CacheAnswer:
+        self.within_s.append(within_s)
+        return CacheAnswer()
+
+    async def starting(self, container: Container, cgroup: str, grants: Sequence[str], within_s: float) -> str:
+        self.within_s.append(within_s)
+        return ""
+
+
+async def test_what_the_kernel_divides_has_the_time_that_confining_has_left(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed, spent_s = Timed(), 0.2
+    async with pin_node(folder, monkeypatch, caches_of=lambda node, table: timed, request_timeout_s=20.0) as node:
+        reconciler = node.pins.reconciler
+
+        async def slow(work: Callable[..., Awaitable[Any]], *args: Any) -> Any:
+            await asyncio.sleep(spent_s)
+            return await work(*args)
+
+        monkeypatch.setattr(reconciler, "doubt", functools.partial(slow, reconciler.doubt))
+        monkeypatch.setattr(reconciler, "confirm", functools.partial(slow, reconciler.confirm))
+        await node.run("db", "main")
+    created_s, starting_s = timed.within_s
+    assert max(created_s, starting_s) < DIVIDED * WAITING * 20.0 - spent_s / 2
+    assert DIVIDED < CHECK < PATIENCE / WAITING, "the check ends before the answer is given up"
 
 
 @pytest.mark.parametrize(("hangs", "why"), [(False, "cannot read its class"), (True, "not done within")])

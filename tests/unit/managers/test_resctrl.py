@@ -107,7 +107,6 @@ async def cache_node(
     kernel = FakeResctrl(folder / "root", domains={0: range(8), 1: range(8, 16)}, **machine)
     for name in ("put", "mkdir", "rmdir"):
         monkeypatch.setattr(write, name, getattr(kernel, name))
-    monkeypatch.setattr("nodeagent.managers.resctrl.manager.MAKE_S", PATIENCE_S)
     made: list[Part[ResctrlManager]] = []
 
     def caches_of(node: PinNode, table: ContainerTable) -> Part[ResctrlManager]:
@@ -329,8 +328,8 @@ async def test_a_container_without_a_group_costs_nothing_and_one_with_a_group_li
         await node.create("db", "main", "c1")
         manager = node.caches.manager.load()
         pod, container = read(node, "db", "main")
-        spent = await timed(lambda: manager.created(pod, container, ["c1-0"]))
-        begun = await timed(lambda: manager.starting(container, node.pins.path("db", "main"), ["c1-0"]))
+        spent = await timed(lambda: manager.created(pod, container, ["c1-0"], PATIENCE_S))
+        begun = await timed(lambda: manager.starting(container, node.pins.path("db", "main"), ["c1-0"], PATIENCE_S))
         assert spent < 0.001
         with capsys.disabled():
             print(f"\nresctrl: CreateContainer {spent * 1e6:.0f} us, StartContainer {begun * 1e6:.0f} us more (median)")

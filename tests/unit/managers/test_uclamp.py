@@ -143,7 +143,6 @@ async def uclamp_node(
     kernel: bool = True,
     **pinning: Any,
 ) -> AsyncIterator[UclampNode]:
-    monkeypatch.setattr("nodeagent.managers.cgroup_limits.START_S", PATIENCE_S)
     made: list[Part[UclampManager]] = []
 
     def clamps(node: PinNode, table: ContainerTable) -> Part[UclampManager]:
