@@ -94,6 +94,9 @@ class Connection(asyncio.Protocol):
     def on_goaway(self, last: int) -> None:
         """The peer is leaving and has not seen streams above `last`. h2 takes nothing more from it."""
 
+    def on_turn(self, *, is_read: bool) -> None:
+        """The peer is read again, or no longer, as it does not read."""
+
     def on_lost(self) -> None:
         """The connection has ended."""
 
@@ -203,6 +206,7 @@ class Connection(asyncio.Protocol):
             self._rest = None
         if self._transport is not None:
             self._transport.pause_reading()
+        self.on_turn(is_read=False)
 
     def resume_writing(self) -> None:
         """Go on: the peer reads again."""
@@ -211,6 +215,12 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.resume_reading()
             self._wait_for_rest(progress=False)
+        self.on_turn(is_read=True)
+
+    @property
+    def is_read(self) -> bool:
+        """Return whether this end reads what the peer sends."""
+        return not self._paused
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wake what waits to send, and report the end."""

@@ -1,7 +1,8 @@
 """Serves gRPC on a Unix socket. Each call runs as a task; a peer that hangs up or resets a stream cancels it.
 
 Bounds on all connections together: MOST_PEERS; MOST_INCOMPLETE requests that have begun and not ended, each for REST_S
-at most; MOST_HELD_BYTES of requests. Those of one connection are in `connection.py`.
+at most, and UNREAD_S besides in which its peer is not read; MOST_HELD_BYTES of requests. Those of one connection are in
+`connection.py`.
 
 A service is any object with a coroutine method per call: `await service.Name(request, context)`. It returns the answer,
 or, if the call streams, writes any number with `context.write`. `context.abort` ends a call with a status.
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
 from nodeagent.kube.rpc.connection import REST_S, Connection, Headers
+from nodeagent.kube.rpc.deadline import Deadline
 from nodeagent.kube.rpc.status import AbortedError, Code
 from nodeagent.kube.rpc.wire import CONTENT_TYPE, Inbox, Method, framed, methods_of, status_text, timeout_s
 
@@ -33,6 +36,9 @@ MOST_INCOMPLETE = 1000
 """Requests that have begun and not ended, on all connections."""
 MOST_PEERS = 64
 """Connections at once. Kubelet has one or two to each server."""
+UNREAD_S = 60.0
+"""How long a request may stay incomplete in addition while its peer is not read, because it does not read answers:
+longer than kubelet waits for any answer."""
 CANCELLED_S = 1.0
 """How long a stop waits for calls to end that it has cancelled."""
 
@@ -156,7 +162,7 @@ class Call:
         self._limit: asyncio.Timeout | None = None
         self.inbox = Inbox(LARGEST_REQUEST_BYTES)
         self.received_bytes = 0
-        self.overdue: asyncio.TimerHandle | None = None
+        self.overdue: Deadline | None = None
         """Ends the call if its request does not; None once that is complete, or has ended otherwise."""
 
     @property
@@ -297,7 +303,8 @@ class _Peer(Connection):
             return
         call = self._calls[stream] = Call(self, stream, handler, due_s)
         self._server.incomplete += 1
-        call.overdue = loop.call_later(REST_S, self._end_early, stream, Code.DEADLINE_EXCEEDED, _NOT_COMPLETE)
+        expire = functools.partial(self._end_early, stream, Code.DEADLINE_EXCEEDED, _NOT_COMPLETE)
+        call.overdue = Deadline(expire, read_s=REST_S, unread_s=UNREAD_S, is_read=self.is_read)
 
     def _refuse(self, stream: int, headers: Headers) -> None:
         """Answer with headers alone, and take nothing more of the request."""
@@ -348,6 +355,11 @@ class _Peer(Connection):
             self._drop(stream)
         else:
             call.cancel()
+
+    def on_turn(self, *, is_read: bool) -> None:
+        for one in self._calls.values():
+            if one.overdue is not None:
+                one.overdue.turn(is_read=is_read)
 
     def on_goaway(self, last: int) -> None:
         for one in tuple(self._calls.values()):

@@ -7,9 +7,10 @@ import contextlib
 import os
 import tempfile
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import grpc
 import h2.events
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 
 from nodeagent.kube.rpc import connection, server
+from nodeagent.kube.rpc.deadline import Deadline
 from nodeagent.kube.rpc.server import LARGEST_REQUEST_BYTES, Server
 from nodeagent.kube.rpc.status import Code
 from nodeagent.pb import deviceplugin_pb2 as pb
@@ -547,6 +549,87 @@ async def test_a_request_that_does_not_end_is_given_up(folder: Path, monkeypatch
             assert (code, text) == (Code.DEADLINE_EXCEEDED, "the request has not ended within 20 s")
         assert (it.incomplete, it.held_bytes, desk.entered) == (0, 0, 0)
         assert (await raw.status(raw.call()))[0] == Code.OK
+
+
+@pytest.mark.parametrize(("read_s", "unread_s"), [(1.5, 60.0), (60.0, 0.2)])
+async def test_what_a_peer_has_sent_while_it_was_not_read_is_in_time_unless_that_lasts(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, read_s: float, unread_s: float
+) -> None:
+    """It is not read because it does not read: that may pass, or not."""
+    monkeypatch.setattr(server, "REST_S", read_s)
+    monkeypatch.setattr(server, "UNREAD_S", unread_s)
+    async with served(folder) as (it, desk), raw_client(it.path) as raw:
+        raw.http.increment_flow_control_window(1 << 30)
+        raw.http.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: 1 << 30})
+        late = raw.http.get_next_available_stream_id()
+        raw.http.send_headers(late, headers())
+        raw.http.send_data(late, framed(b"")[:2])
+        raw.send()
+        await until(lambda: it.incomplete == 1)
+        raw.call(WATCH)
+        await until(lambda: next(iter(it._peers))._paused)
+        raw.http.send_data(late, framed(b"")[2:], end_stream=True)
+        raw.send()
+        if unread_s < read_s:
+            await until(lambda: it.incomplete == 0)
+            await works(it.path)
+            return
+        await asyncio.sleep(read_s + 0.1)
+        assert it.incomplete == 1
+        desk.go_on.set()
+        assert (await raw.status(late))[0] == Code.OK
+
+
+@given(turns=st.lists(st.integers(0, 4), max_size=6))
+def test_a_deadline_counts_the_time_of_each_kind_apart(turns: list[int]) -> None:
+    """The peer is read, is not read, is read again, … for so many seconds each."""
+    clock, ended = Clock(), list[float]()
+    with mock.patch.object(asyncio, "get_running_loop", lambda: clock):
+        deadline = Deadline(lambda: ended.append(clock.now_s), read_s=5.0, unread_s=7.0, is_read=True)
+    spent = {True: 0, False: 0}
+    for number, turn_s in enumerate(turns):
+        is_read = number % 2 == 0
+        clock.go_on(turn_s)
+        spent[is_read] += turn_s
+        assert len(ended) == (spent[True] >= 5 or spent[False] >= 7)
+        if ended:
+            return
+        deadline.turn(is_read=not is_read)
+    deadline.cancel()
+    clock.go_on(20)
+    assert not ended
+
+
+class Clock:
+    """A loop whose time a test makes pass."""
+
+    def __init__(self) -> None:
+        self.now_s: float = 0
+        self._timers: list[Timer] = []
+
+    def time(self) -> float:
+        return self.now_s
+
+    def call_later(self, delay_s: float, call: Callable[[], None]) -> Timer:
+        self._timers.append(Timer(self.now_s + delay_s, call))
+        return self._timers[-1]
+
+    def go_on(self, for_s: int) -> None:
+        self.now_s += for_s
+        for one in [one for one in self._timers if one.due_s <= self.now_s and not one.cancelled]:
+            one.cancel()
+            one.call()
+
+
+class Timer:
+    def __init__(self, due_s: float, call: Callable[[], None]) -> None:
+        self.due_s, self.call, self.cancelled = due_s, call, False
+
+    def when(self) -> float:
+        return self.due_s
+
+    def cancel(self) -> None:
+        self.cancelled = True
 
 
 async def test_a_frame_that_does_not_end_ends_its_connection(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
