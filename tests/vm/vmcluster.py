@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ CLAIMED, SHARED = "claimed", "shared"
 NETWORK = ("-netdev", "user,id=user", "-netdev", "hubport,id=uplink,hubid=0,netdev=user")
 KUBECONFIG = "/etc/kubernetes/nodeagent.kubeconfig"
 LIFE_S, STEP_S = 3600.0, 480.0
+WATCHDOG = "10min"
+"""Where one core emulates sixteen that a kubelet and a runtime keep busy, half a second of work takes a minute."""
 RESOURCES = [{"name": "cpu", "kind": "cpu", "serve": "both"}]
 QUIET = {"nodeStatusUpdateFrequency": "5s", "syncFrequency": "30s", "logging": {"verbosity": 0}}
 """One core emulates sixteen, and kubelet would use most of it."""
@@ -71,8 +73,10 @@ WantedBy=multi-user.target
 class ControlPlane:
     """The API server and what it needs, as processes of this machine on loopback."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, gates: Sequence[str] = ()) -> None:
+        """gates: features of Kubernetes that are turned on, but for kubelet."""
         self.folder = folder
+        self._gates = tuple(gates)
         self.ports = {name: free_port() for name in ("api", "etcd", "peer")}
         self.api = KubeApi(self.ports["api"], ADMIN)
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -110,7 +114,8 @@ class ControlPlane:
             server.send_signal(signal.SIGCONT)
 
     def _start(self, name: str) -> None:
-        words = programs.command(name, self.folder, self.ports)
+        gates = self._gates if name.startswith("kube-") else ()
+        words = programs.command(name, self.folder, self.ports, gates)
         with (self.folder / f"{name}.log").open("wb") as log:
             env = {**os.environ, "PATH": grounds.path()}
             self._processes[name] = subprocess.Popen(words, stdout=log, stderr=log, env=env)
@@ -204,17 +209,17 @@ class Node:
 
 
 @contextlib.contextmanager
-def node(**config: Any) -> Iterator[Node]:
-    """A node with the agent's unit running and ready. config: keys of the agent's configuration. Skips where there can
-    be none."""
-    with without_agent(**config) as made:
+def node(*, gates: Sequence[str] = (), **config: Any) -> Iterator[Node]:
+    """A node with the agent's unit running and ready. gates: of Kubernetes, turned on but for kubelet; config: keys of
+    the agent's configuration. Skips where there can be none."""
+    with without_agent(gates=gates, **config) as made:
         _install_agent(made.guest, made.plane)
         made.ready()
         yield made
 
 
 @contextlib.contextmanager
-def without_agent(**config: Any) -> Iterator[Node]:
+def without_agent(*, gates: Sequence[str] = (), **config: Any) -> Iterator[Node]:
     """A node that is Ready in its API server; the agent's wheel and unit are installed and not started."""
     if not os.environ.get("NODEAGENT_VM"):
         pytest.skip("tests in a guest run with `make vm-test`")
@@ -224,7 +229,7 @@ def without_agent(**config: Any) -> Iterator[Node]:
     config = {"resyncSeconds": 3600, "release": {}, "resources": RESOURCES, "dra": dra, **config}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-plane-", ignore_cleanup_errors=True)))
-        plane = ControlPlane(folder)
+        plane = ControlPlane(folder, gates)
         stack.callback(plane.down)
         plane.up()
         guest = stack.enter_context(vmnode.booted(life_s=LIFE_S, devices=NETWORK, **config))
@@ -252,9 +257,8 @@ def pods(node: Node) -> Iterator[dict[str, str]]:
 def _prepare(guest: Guest, plane: ControlPlane) -> None:
     """The network, the runtime with its images, kubelet."""
     vmnode.prepare_runtime(guest)
-    guest.run(
-        f"sed -i 's/^  disable = false/&{UNHURRIED}/' /etc/containerd/config.toml && systemctl restart containerd"
-    )
+    guest.run(f"sed -i 's/^  disable = false/&{UNHURRIED}/' /etc/containerd/config.toml")
+    guest.run("systemctl restart containerd")
     nodefiles.write_image(guest.share / "box.tar", grounds.busybox() or Path())
     guest.run("ctr -n k8s.io images import /share/box.tar")
     kubernetes = guest.share / "kubernetes"
@@ -286,7 +290,10 @@ def _install_agent(guest: Guest, plane: ControlPlane) -> None:
     nodefiles.write_kubeconfig(guest.share / "agent.kubeconfig", plane.ports["api"], token, host=HOST_ADDRESS)
     guest.run(f"install -D -m 600 /share/agent.kubeconfig {KUBECONFIG}")
     drop_in = "/etc/systemd/system/nodeagent.service.d/nodeagent-dra.conf"
-    guest.run(f"install -D -m 644 /share/systemd/nodeagent-dra.conf {drop_in} && systemctl daemon-reload")
+    guest.run(f"install -D -m 644 /share/systemd/nodeagent-dra.conf {drop_in}")
+    guest.run(
+        f"printf '[Service]\\nWatchdogSec={WATCHDOG}\\n' >{drop_in.replace('-dra', '-slow')} && systemctl daemon-reload"
+    )
     guest.run("systemctl enable --now --no-block nodeagent")
 
 

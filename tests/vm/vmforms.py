@@ -52,8 +52,11 @@ def first(node: Node, pod: str, container: str) -> set[int]:
 
 def held(node: Node, pod: str) -> dict[str, set[int]]:
     """CPUs by the container that holds them."""
-    found = json.loads(node.guest.run("nodeagent grants -o json"))
-    return {one["container"]: cpus(one["cpus"]) for one in found if one["pod"] == pod}
+    found: dict[str, set[int]] = {}
+    for one in json.loads(node.guest.run("nodeagent grants -o json")):
+        if one["pod"] == pod:
+            found.setdefault(one["container"], set()).update(cpus(one["cpus"]))
+    return found
 
 
 def of_claims(node: Node) -> dict[str, set[int]]:

@@ -1,7 +1,8 @@
 """The guest's image and the wheel for it, kept below .cache/vm.
 
 Owns that folder: `images/HASH` is made once for a recipe (build-image.sh, the packages, the wheels), `archives` and
-`wheels` are downloads, `wheel` the product as built by the compiler and Python of the guest's own distribution.
+`wheels` are downloads, `wheel` the product as built by the compiler and Python of the guest's own distribution,
+`older-wheel` an older version of it, `programs` what tests run.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -49,13 +51,13 @@ def image() -> Path:
 
 
 @functools.cache
-def wheel(tree: Path) -> Path:
-    """The product's wheel for the guest, built from the checkout with what is in the guest's tree: once for all guests
-    of a run."""
-    source, out = tree / "src", CACHE / "wheel"
+def wheel(tree: Path, fill: Callable[[Path], None] | None = None, name: str = "wheel") -> Path:
+    """The product's wheel for the guest, built with what is in the guest's tree: from the checkout, once for all guests
+    of a run, or from the sources that `fill` puts into a folder. name: of the folder that keeps it."""
+    source, out = tree / "src", CACHE / name
     for folder in (source, out):
         shutil.rmtree(folder, ignore_errors=True)
-    _copy_sources(source)
+    (fill or _copy_sources)(source)
     pip = "/opt/nodeagent/bin/pip wheel -q --no-build-isolation --no-deps --no-index -w dist ."
     _run(["chroot", str(tree), "sh", "-c", f"cd /src && {pip}"])
     shutil.move(source / "dist", out)
@@ -77,6 +79,22 @@ def installed(tree: Path, wheel: Path) -> Path:
     shutil.move(folder / out.name, out)
     shutil.rmtree(folder)
     return out
+
+
+def program(tree: Path, source: Path) -> Path:
+    """A static program for the guest, made of one file of C with the compiler in the guest's tree: there it would take
+    a minute and a half."""
+    folder = tree / "src"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    shutil.copy(source, folder)
+    cc = f"gcc -static -O1 -Wall -Werror -o {source.stem} {source.name}"
+    _run(["chroot", str(tree), "sh", "-c", f"cd /src && {cc}"])
+    out = CACHE / "programs"
+    out.mkdir(exist_ok=True)
+    shutil.copy(folder / source.stem, out)
+    shutil.rmtree(folder)
+    return out / source.stem
 
 
 def _requirements() -> list[str]:
