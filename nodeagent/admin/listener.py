@@ -37,6 +37,8 @@ class HttpListener:
         self._accepting: asyncio.Task[None] | None = None
         self.clients: set[asyncio.Task[None]] = set()
         """The connections being served."""
+        self._unattended: set[socket.socket] = set()
+        """Those of which that has not begun."""
 
     @property
     def serving(self) -> bool:
@@ -60,17 +62,23 @@ class HttpListener:
         finally:
             bound.close()
         await cancel_all(self.clients)
+        for one in self._unattended:
+            one.close()
+        self._unattended.clear()
 
     async def _accept(self, bound: socket.socket) -> None:
         slots = asyncio.Semaphore(MOST_CLIENTS)
         while True:
             await slots.acquire()
-            task = asyncio.create_task(self._attend(await _next(bound)))
+            connection = await _next(bound)
+            self._unattended.add(connection)
+            task = asyncio.create_task(self._attend(connection))
             self.clients.add(task)
             task.add_done_callback(self.clients.discard)
             task.add_done_callback(lambda _: slots.release())
 
     async def _attend(self, connection: socket.socket) -> None:
+        self._unattended.discard(connection)
         with contextlib.suppress(OSError, TimeoutError, h11.ProtocolError):
             reader, writer = await _open(connection, self._secure())
             try:
@@ -81,14 +89,28 @@ class HttpListener:
 
 
 async def _next(bound: socket.socket) -> socket.socket:
-    """Return the next connection. What hinders one, such as too many open files, is logged and tried again."""
+    """Return the next connection. What hinders one, such as too many open files, is logged and tried again. A caller
+    that is cancelled loses none: asyncio's own sock_accept may have taken it by then."""
     while True:
         try:
-            connection, _ = await asyncio.get_running_loop().sock_accept(bound)
+            connection, _ = bound.accept()
+            connection.setblocking(False)
             return connection
+        except BlockingIOError:
+            await _readable(bound)
         except OSError as error:
             log.warning("connection-not-accepted", error=error.strerror or str(error))
             await asyncio.sleep(ACCEPT_RETRY_S)
+
+
+async def _readable(bound: socket.socket) -> None:
+    """Return once a socket has something to take."""
+    loop, readable = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(bound, readable.set)
+    try:
+        await readable.wait()
+    finally:
+        loop.remove_reader(bound)
 
 
 async def _open(

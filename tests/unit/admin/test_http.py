@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import http.client
 import os
 import socket
+import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from structlog.testing import capture_logs
 
 from nodeagent.admin import http as http_of
 from nodeagent.admin.http import LARGEST_REQUEST_BYTES, HttpAnswer, HttpRequest
-from nodeagent.admin.listener import MOST_CLIENTS
+from nodeagent.admin.listener import MOST_CLIENTS, HttpListener
 from nodeagent.admin.unix_server import UnixHttpServer
 from nodeagent.errors import HostError
 from tests.support.until import until
@@ -256,3 +258,21 @@ async def test_a_full_folder_in_its_place_is_named(folder: Path) -> None:
         server.start()
     assert os.listdir(folder) == ["s"]
     await server.stop()
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_a_stop_closes_what_has_just_been_accepted(turns: int) -> None:
+    """Whatever the loop has done with it by then; a socket that is left open is reported by Python itself."""
+    bound = socket.create_server(("127.0.0.1", 0))
+    listener, reported = HttpListener(echo), list[object]()
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["message"]))
+    with warnings.catch_warnings(record=True) as unclosed:
+        warnings.simplefilter("always", ResourceWarning)
+        listener.start(bound)
+        await asyncio.sleep(0)
+        with socket.create_connection(bound.getsockname()):
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            await listener.stop()
+        gc.collect()
+    assert (unclosed, reported) == ([], [])
