@@ -11,7 +11,6 @@ from nodeagent.config.schema import Config
 from nodeagent.core.events.happenings import Report
 from nodeagent.core.model.container import Container, Pod
 from nodeagent.core.model.grant import CLAIM, Grant
-from nodeagent.core.pinning.plan import Pin
 from nodeagent.daemon.paths import Paths
 from nodeagent.managers import state_files
 from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
@@ -24,6 +23,7 @@ from nodeagent.state.agent import Agent
 
 if TYPE_CHECKING:
     from nodeagent.managers.blockio.manager import IoManager
+    from nodeagent.managers.cgroup_limits import Followed
     from nodeagent.managers.resctrl.manager import ResctrlManager
     from nodeagent.managers.uclamp.manager import UclampManager
 
@@ -154,7 +154,7 @@ def disk_io(
     def build() -> IoManager:
         from nodeagent.managers.blockio.manager import IoManager
 
-        return IoManager(agent, where.sysfs, where.state_dir, config, table, *_followed(pinning()), report)
+        return IoManager(where.sysfs, where.state_dir, _followed(agent, config, table, pinning(), report))
 
     def is_needed() -> bool:
         return config().pinning.io is not None or (where.state_dir / state_files.IO).exists()
@@ -175,7 +175,7 @@ def uclamp(
     def build() -> UclampManager:
         from nodeagent.managers.uclamp.manager import UclampManager
 
-        return UclampManager(agent, where.sysfs, where.state_dir, config, table, *_followed(pinning()), report)
+        return UclampManager(where.sysfs, where.state_dir, _followed(agent, config, table, pinning(), report))
 
     def is_needed() -> bool:
         return config().pinning.uclamp is not None or (where.state_dir / state_files.UCLAMP).exists()
@@ -183,10 +183,16 @@ def uclamp(
     return Part("uclamp", build, is_needed, agent, table, settings=('"uclamp_',), annotation="/uclamp-class")
 
 
-def _followed(pins: PinningManager) -> tuple[Callable[[str], Pin], Revision, Revision]:
-    """Return what limits of control groups follow, as CgroupLimits takes it: pin_of, news, written."""
-    news = Revision(pins.revision, pins.reconciler.news, pins.limits_written)
-    return pins.reconciler.pin, news, pins.limits_written
+def _followed(
+    agent: Agent, config: Callable[[], Config], table: ContainerTable, pins: PinningManager, report: Report
+) -> Followed:
+    """Return what limits of control groups follow."""
+    from nodeagent.managers.cgroup_limits import Followed
+
+    written = pins.limits_written
+    news = Revision(pins.revision, pins.reconciler.news, written)
+    pin_of = pins.reconciler.pin
+    return Followed(agent=agent, config=config, table=table, pin_of=pin_of, news=news, written=written, report=report)
 
 
 class Divided:

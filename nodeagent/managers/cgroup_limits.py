@@ -83,6 +83,22 @@ class LimitsReport(msgspec.Struct, frozen=True, kw_only=True):
     notes: tuple[str, ...] = ()
 
 
+class Followed(msgspec.Struct, frozen=True, kw_only=True):
+    """What such values follow."""
+
+    agent: Agent
+    config: Callable[[], Config]
+    table: ContainerTable
+    """The containers."""
+    pin_of: Callable[[str], Pin]
+    """Returns what a container holds, by its id."""
+    news: Revision
+    """Rises with changes of the ledger, the configuration and the containers, and with `written`."""
+    written: Revision
+    """Rises with each write of a limit by any process."""
+    report: Report
+
+
 class CgroupLimits(Manager, Generic[Ask]):
     """Keeps such values. Building one starts nothing and reads nothing."""
 
@@ -94,37 +110,23 @@ class CgroupLimits(Manager, Generic[Ask]):
     """The same of a container: "limit its I/O"."""
     done: str
     """The log event of a container whose values are in force."""
+    not_done: str
+    """The log event of what is not in force."""
+    lock: str
+    """Name of its lock in the state folder."""
 
-    def __init__(
-        self,
-        agent: Agent,
-        config: Callable[[], Config],
-        table: ContainerTable,
-        pin_of: Callable[[str], Pin],
-        news: Revision,
-        written: Revision,
-        report: Report,
-        *,
-        lock: Path,
-        not_done: str,
-    ) -> None:
-        """Set up. `table` has the containers, `pin_of` returns what one holds by its id. `news` rises with changes of
-        the ledger, the configuration and the containers, and with `written`, which rises with each write of a limit by
-        any process. not_done: the log event of what is not in force."""
-        self._agent = agent
-        self._config = config
-        self._table = table
-        self._pin_of = pin_of
-        self._news = news
-        self._written = written
-        self._report = report
-        self._turns = Turns(lock, f"cannot {self.act}")
+    def __init__(self, state_dir: Path, followed: Followed) -> None:
+        """Set up."""
+        self._agent, self._config, self._table = followed.agent, followed.config, followed.table
+        self._pin_of, self._report = followed.pin_of, followed.report
+        self._news, self._written = followed.news, followed.written
+        self._turns = Turns(state_dir / self.lock, f"cannot {self.act}")
         self._annotations: dict[str, Mapping[str, str]] = {}
         """Of pods, by UID, as far as the runtime has shown them."""
         self._found = LimitsReport()
         self._asked: Wanted[Ask] | None = None
         """What the last round was about."""
-        self._said = Once(not_done)
+        self._said = Once(self.not_done)
 
     # ---------------------------------------------------------------- what a subclass knows
 

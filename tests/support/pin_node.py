@@ -24,6 +24,7 @@ from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import Holding
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.daemon.paths import Paths, paths_of
 from nodeagent.errors import PeerError
 from nodeagent.host.cgroup import write as cgroupset
 from nodeagent.host.cgroup.layout import layouts
@@ -196,6 +197,12 @@ class PinNode:
     def _files(self, resources: Any) -> dict[str, str]:
         said = {"cpuset__cpus": resources.cpu.cpus, "cpuset__mems": resources.cpu.mems}
         return {name: value for name, value in said.items() if value}
+
+
+def where(folder: Path) -> Paths:
+    """The paths of an agent on such a node."""
+    config = Config(state_dir=str(folder / "state"))
+    return paths_of(config, config_file=None, root=str(folder / "root"), kubelet_dir=str(folder))
 
 
 @contextlib.asynccontextmanager

@@ -10,22 +10,13 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from nodeagent.aio.revision import Revision
-from nodeagent.config.schema import Config
 from nodeagent.core.blockio.demand import Classes, IoAsk, asks_of_claims, asks_of_pod, concerned
-from nodeagent.core.events.happenings import Report
 from nodeagent.core.model.container import Container
 from nodeagent.core.model.grant import Grant
-from nodeagent.core.pinning.plan import Pin
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.blockio.rounds import IoRounds, classes_of
-from nodeagent.managers.cgroup_limits import CgroupLimits, LimitsReport, Wanted
-from nodeagent.managers.pinning.containers import ContainerTable
+from nodeagent.managers.cgroup_limits import CgroupLimits, Followed, LimitsReport, Wanted
 from nodeagent.managers.state_files import IO
-from nodeagent.state.agent import Agent
-
-LOCK = "io.lock"
-"""In the state folder."""
 
 
 class IoManager(CgroupLimits[IoAsk]):
@@ -34,25 +25,12 @@ class IoManager(CgroupLimits[IoAsk]):
     name = "io"
     key = "pinning.io"
     act, act_its = "limit I/O", "limit its I/O"
-    done = "io-limited"
+    done, not_done = "io-limited", "io-not-limited"
+    lock = "io.lock"
 
-    def __init__(
-        self,
-        agent: Agent,
-        sysfs: SysFs,
-        state_dir: Path,
-        config: Callable[[], Config],
-        table: ContainerTable,
-        pin_of: Callable[[str], Pin],
-        news: Revision,
-        written: Revision,
-        report: Report,
-    ) -> None:
-        """For all but the folders, see CgroupLimits."""
-        super().__init__(
-            agent, config, table, pin_of, news, written, report, lock=state_dir / LOCK, not_done="io-not-limited"
-        )
-        self._rounds = IoRounds(sysfs, table.layouts, state_dir / IO)
+    def __init__(self, sysfs: SysFs, state_dir: Path, followed: Followed) -> None:
+        super().__init__(state_dir, followed)
+        self._rounds = IoRounds(sysfs, followed.table.layouts, state_dir / IO)
 
     def _asks(self, container: Container, grants: Iterable[str]) -> tuple[IoAsk, ...]:
         config, classes = self._config(), self._classes()

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import structlog
 
-from nodeagent.aio.revision import Revision
-from nodeagent.config.schema import Config
-from nodeagent.core.events.happenings import Report
 from nodeagent.core.model.container import Container
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.pinning.plan import Pin
@@ -24,14 +21,11 @@ from nodeagent.core.uclamp.clamps import NO_CLAMP, Clamp
 from nodeagent.core.uclamp.demand import Classes, clamp_of, clamp_of_claims, concerned
 from nodeagent.errors import HostError
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.cgroup_limits import CgroupLimits, LimitsReport, Wanted
-from nodeagent.managers.pinning.containers import ContainerEntry, ContainerTable
+from nodeagent.managers.cgroup_limits import CgroupLimits, Followed, LimitsReport, Wanted
+from nodeagent.managers.pinning.containers import ContainerEntry
 from nodeagent.managers.state_files import UCLAMP
 from nodeagent.managers.uclamp.rounds import UclampRounds, classes_of
-from nodeagent.state.agent import Agent
 
-LOCK = "uclamp.lock"
-"""In the state folder."""
 MOST_SAID = 3
 """Maximum number of containers named in a note."""
 log = structlog.get_logger()
@@ -43,33 +37,12 @@ class UclampManager(CgroupLimits[Clamp]):
     name = "uclamp"
     key = "pinning.uclamp"
     act, act_its = "clamp utilization", "clamp its utilization"
-    done = "utilization-clamped"
+    done, not_done = "utilization-clamped", "utilization-not-clamped"
+    lock = "uclamp.lock"
 
-    def __init__(
-        self,
-        agent: Agent,
-        sysfs: SysFs,
-        state_dir: Path,
-        config: Callable[[], Config],
-        table: ContainerTable,
-        pin_of: Callable[[str], Pin],
-        news: Revision,
-        written: Revision,
-        report: Report,
-    ) -> None:
-        """For all but the folders, see CgroupLimits."""
-        super().__init__(
-            agent,
-            config,
-            table,
-            pin_of,
-            news,
-            written,
-            report,
-            lock=state_dir / LOCK,
-            not_done="utilization-not-clamped",
-        )
-        self._rounds = UclampRounds(sysfs, table.layouts, state_dir / UCLAMP)
+    def __init__(self, sysfs: SysFs, state_dir: Path, followed: Followed) -> None:
+        super().__init__(state_dir, followed)
+        self._rounds = UclampRounds(sysfs, followed.table.layouts, state_dir / UCLAMP)
         self._warned: set[str] = set()
         """UIDs of claims of which it was logged that they cannot have their clamp."""
 
@@ -101,7 +74,7 @@ class UclampManager(CgroupLimits[Clamp]):
             why = str(error)
         if why:
             self._warned.add(uid)
-            log.warning("utilization-not-clamped", claim=str(grants[0].holder), error=why)
+            log.warning(self.not_done, claim=str(grants[0].holder), error=why)
         return ""
 
     def _is_configured(self) -> bool:

@@ -29,7 +29,6 @@ from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.device import Device
 from nodeagent.core.pinning.plan import variable
 from nodeagent.daemon.divided import Divided
-from nodeagent.daemon.paths import paths_of
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.blockio.manager import IoManager
 from nodeagent.managers.pinning.containers import ContainerTable
@@ -38,7 +37,7 @@ from nodeagent.pb import nri_pb2 as pb
 from nodeagent.state.lock import FileLock
 from tests.builders.io_files import IoDisks, add_disk
 from tests.doubles.runtime import PluginRefusedError
-from tests.support.pin_node import PinNode, pin_node
+from tests.support.pin_node import PinNode, pin_node, where
 from tests.support.until import until
 from tests.unit.state.test_agent import machine
 
@@ -163,14 +162,8 @@ async def io_node(
     made: list[Divided] = []
 
     def divided(node: PinNode, table: ContainerTable) -> Divided:
-        where = paths_of(
-            Config(state_dir=str(folder / "state")),
-            config_file=None,
-            root=str(folder / "root"),
-            kubelet_dir=str(folder),
-        )
-        report = node.reported.append
-        made.append(Divided(node.agent, where, lambda: Config(pinning=node.config), table, lambda: node.pins, report))
+        config, report = lambda: Config(pinning=node.config), node.reported.append
+        made.append(Divided(node.agent, where(folder), config, table, lambda: node.pins, report))
         return made[-1]
 
     (folder / "state").mkdir()

@@ -23,7 +23,6 @@ from nodeagent.core.model.claim import Claim
 from nodeagent.core.model.grant import Grant
 from nodeagent.core.pinning.plan import variable
 from nodeagent.daemon.divided import Part, caches
-from nodeagent.daemon.paths import paths_of
 from nodeagent.host.resctrl import write
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.pinning.containers import ContainerTable
@@ -32,7 +31,7 @@ from nodeagent.nri.translation import read_container, read_pod
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.resctrl import FakeResctrl
 from tests.doubles.runtime import PluginRefusedError
-from tests.support.pin_node import PinNode, pin_node
+from tests.support.pin_node import PinNode, pin_node, where
 from tests.support.until import until
 
 DRIVER, NODE = "nodeagent.dev", "node-1"
@@ -110,13 +109,8 @@ async def cache_node(
     made: list[Part[ResctrlManager]] = []
 
     def caches_of(node: PinNode, table: ContainerTable) -> Part[ResctrlManager]:
-        where = paths_of(
-            Config(state_dir=str(folder / "state")),
-            config_file=None,
-            root=str(folder / "root"),
-            kubelet_dir=str(folder),
-        )
-        made.append(caches(node.agent, where, lambda: Config(pinning=node.config), table, lambda: node.pins))
+        one = caches(node.agent, where(folder), lambda: Config(pinning=node.config), table, lambda: node.pins)
+        made.append(one)
         return made[-1]
 
     (folder / "state").mkdir()

@@ -24,13 +24,12 @@ from nodeagent.core.model.container import Pod
 from nodeagent.core.pinning.plan import variable
 from nodeagent.core.uclamp.clamps import MAX, MIN
 from nodeagent.daemon.divided import Part, uclamp
-from nodeagent.daemon.paths import Paths, paths_of
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.pinning.containers import ContainerTable
 from nodeagent.managers.uclamp.manager import UclampManager
 from nodeagent.pb import nri_pb2 as pb
 from tests.doubles.runtime import PluginRefusedError
-from tests.support.pin_node import PinNode, pin_node
+from tests.support.pin_node import PinNode, pin_node, where
 from tests.support.until import until
 
 DRIVER, NODE = "nodeagent.dev", "node-1"
@@ -127,11 +126,6 @@ class UclampNode:
             await asyncio.gather(self.leading, return_exceptions=True)
         self.leading = None
         await self.part.manager.close()
-
-
-def where(folder: Path) -> Paths:
-    config = Config(state_dir=str(folder / "state"))
-    return paths_of(config, config_file=None, root=str(folder / "root"), kubelet_dir=str(folder))
 
 
 @contextlib.asynccontextmanager
