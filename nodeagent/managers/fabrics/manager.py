@@ -139,13 +139,17 @@ class FabricsManager(Manager):
         is left."""
         if not self.concerned(uids):
             return {}
-        records, claims = self._connector.records(), {*uids}
-        devices = [id for id, one in records.items() if one.claim in claims]
+
+        def claim_of() -> dict[str, str]:
+            """By device, as it is at the moment: another call may end one's connection and begin another's."""
+            return {id: one.claim for id, one in self._connector.records().items() if one.claim in uids}
+
         try:
-            left = await run_to_end(self._disconnect(lambda: devices))
+            left = await run_to_end(self._disconnect(lambda: [*claim_of()]))
         except StateError as error:
             return {uid: str(error) for uid in uids}
-        return {records[id].claim: why for id, why in left.items()}
+        claims = claim_of()
+        return {claims[id]: why for id, why in left.items() if id in claims}
 
     async def _disconnect(self, which: Callable[[], Sequence[str]]) -> dict[str, str]:
         """which: returns the devices, once no other call changes anything. Raise StateError if another call does not

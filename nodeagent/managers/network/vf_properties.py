@@ -101,12 +101,17 @@ class VfPropertiesManager(Manager):
         left."""
         if not self.concerned(uids):
             return {}
-        records, claims = self._setter.records(), {*uids}
+
+        def claim_of() -> dict[str, str]:
+            """By function, as it is at the moment: another call may set back one claim's and set another's."""
+            return {vf: one.claim for vf, one in self._setter.records().items() if one.claim in uids}
+
         try:
-            left = await run_to_end(self._give_back(lambda: [vf for vf, it in records.items() if it.claim in claims]))
+            left = await run_to_end(self._give_back(lambda: [*claim_of()]))
         except StateError as error:
             return {uid: str(error) for uid in uids}
-        return {records[vf].claim: why for vf, why in left.items()}
+        claims = claim_of()
+        return {claims[vf]: why for vf, why in left.items() if vf in claims}
 
     async def _give_back(self, which: Callable[[], Sequence[str]]) -> dict[str, str]:
         """which: returns the functions, once no other call changes anything. Raise StateError if another call does not

@@ -3,6 +3,7 @@ whenever the agent is killed. With a real ledger and real files, on a double of 
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import random
@@ -14,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.core.model.claim import ClaimRef
 from nodeagent.core.model.health import UNHEALTHY
@@ -327,6 +329,20 @@ async def test_a_mounted_disk_is_not_taken_away(folder: Path) -> None:
         one.kernel.mounted.clear()
         assert await one.unprepare(ref) == ""
         assert one.is_untouched()
+
+
+async def test_a_target_that_another_claim_has_by_the_time_of_a_turn_stays_connected(folder: Path) -> None:
+    """Another agent has released the claim and prepared the next one meanwhile."""
+    async with node(folder) as one:
+        ref = one.claim("c", "fast")
+        assert await one.prepare(ref) == ""
+        async with one.fabrics._turns.alone(1.0):
+            giving = asyncio.create_task(one.fabrics.give_back([ref.uid]))
+            await asyncio.sleep(0.05)
+            records = one.journal.read()
+            one.journal.keep({id: replace(record, claim="next") for id, record in records.items()})
+        assert await giving == {}
+        assert one.kernel.connected() and [record.claim for record in one.journal.read().values()] == ["next"]
 
 
 async def test_a_mounted_disk_of_a_claim_that_an_admin_released_is_reported(folder: Path) -> None:

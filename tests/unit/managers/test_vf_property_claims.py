@@ -3,6 +3,7 @@ ledger and real files, on a double of the kernel."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from nodeagent.config.schema import Config
 from nodeagent.core.model.claim import ClaimRef
@@ -20,6 +22,7 @@ from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.prepare import ClaimPreparer
 from nodeagent.managers.network import vf_properties
 from nodeagent.managers.network.vf_properties import VfPropertiesManager
+from nodeagent.managers.network.vf_property_journal import VfPropertyJournal
 from nodeagent.resources.catalog import dra_of
 from nodeagent.state.lock import FileLock
 from nodeagent.state.store import FILE
@@ -119,6 +122,20 @@ async def test_a_claim_has_what_it_wants_until_it_is_unprepared(folder: Path) ->
         assert one.has(VFS[1]) == Vf()
         assert one.room.agent.ledger.grants == {} and not one.record.exists()
         assert await one.room.unprepare(claim) == [""]
+
+
+async def test_what_another_claim_has_by_the_time_of_a_turn_is_left_alone(folder: Path) -> None:
+    """Another agent has released the claim and prepared the next one meanwhile."""
+    async with node(folder, *EVERY) as one:
+        claim = one.claim("c", VFS[0], ASKED)
+        assert await one.prepare(claim) == ""
+        async with one.manager._turns.alone(1.0):
+            giving = asyncio.create_task(one.manager.give_back([claim.uid]))
+            await asyncio.sleep(0.05)
+            journal = VfPropertyJournal(one.room.folder / "state", "boot")
+            journal.keep({VFS[0]: replace(journal.read()[VFS[0]], claim="next")})
+        assert await giving == {}
+        assert one.has(VFS[0]).vlan == 100 and [record.claim for record in journal.read().values()] == ["next"]
 
 
 async def test_what_the_admin_does_not_allow_is_refused_and_nothing_is_set(folder: Path) -> None:
