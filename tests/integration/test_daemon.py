@@ -177,8 +177,7 @@ async def test_a_kubelet_that_hangs_does_not_keep_the_agent_from_ending(
 async def test_a_pod_is_named_and_its_end_is_noticed(folder: Path, tree: DeviceTree) -> None:
     async with registered(folder, tree) as (agent, kubelet):
         pod = await kubelet.admit_pod("shop", "till", {"main": {CPU: 3, CHAR: 1}})
-        grants = await named(agent, 1)
-        assert {one["namespace"] for one in grants} == {"shop"}
+        grants = await agent.until("/v1/grants", lambda grants: {one["namespace"] for one in grants} == {"shop"})
         assert {identity for one in grants for identity in one["ids"]} == pod.held(CPU) | pod.held(CHAR)
         await kubelet.delete_pod("shop", "till")
         await agent.until("/v1/grants", lambda grants: grants == [])
