@@ -259,6 +259,11 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
         unproven = tuple(one.id for one in named if one.holder.api == CLAIM and one.id not in mine)
         return tuple(mine[one] for one in sorted(mine)), unproven
 
+    @functools.cached_property
+    def has_pages(self) -> bool:
+        """Return whether any grant has hugepages."""
+        return any(one.hugepages for one in self.ledger.grants.values())
+
     def pages_of(self, uid: str, containers: Iterable[Container]) -> tuple[Grant, ...]:
         """Return the grants of hugepages that a pod with these containers is known to have been given."""
         named = [self.ledger.grants[one] for container in containers for one in self._own(container).grants]

@@ -30,8 +30,9 @@ class PodPages:
     async def learn(self, enforcer: Enforcer, situation: Situation) -> bool:
         """Read the limits of pods that hold pages and are not known yet, and forget pods that are gone. Return whether
         anything changed."""
-        pods = {uid: containers for uid, containers in self._table.inhabited().items() if uid not in self.allowed}
-        new = {uid: pages for uid, containers in pods.items() if (pages := situation.pages_of(uid, containers))}
+        pods = self._table.inhabited() if situation.has_pages else {}
+        unknown = ((uid, containers) for uid, containers in pods.items() if uid not in self.allowed)
+        new = {uid: pages for uid, containers in unknown if (pages := situation.pages_of(uid, containers))}
         kept = {uid: one for uid, one in self.allowed.items() if uid in self._table.pods}
         if not new and len(kept) == len(self.allowed):
             return False
