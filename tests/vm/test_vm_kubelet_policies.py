@@ -159,7 +159,7 @@ def test_disjoint_sets_of_cpus_are_exclusive_by_kubelet_and_by_the_agent(node: N
     assert len(held(node, "ours")["main"]) == 2 and held(node, "ours")["main"] < cpus("8-15")
     shown = node.status()
     assert shown["ready"] and not shown["pinning"]["errors"] and not shown["pinning"]["drifts_not_repaired"]
-    print(f"vm: drifts beside kubelet's static manager: {shown['pinning']['drifts']}", flush=True)
+    print(f"vm: drifts alongside kubelet's static manager: {shown['pinning']['drifts']}", flush=True)
     for name in ("elder", "plain", "theirs", "more"):
         node.delete_pod(name)
     gone(node, "ours")

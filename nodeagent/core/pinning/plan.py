@@ -131,7 +131,7 @@ class Situation(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     rules: Rules = Rules()
     allowed: Mapping[str, Mapping[int, int]] = msgspec.field(default_factory=lambda: MappingProxyType({}))
     """Bytes of hugepages that kubelet allows whole pods in addition to what they hold, by pod UID and page_bytes. The
-    limits of a pod that is missing stay as they are: once they are raised, nobody can tell what kubelet had allowed."""
+    limits of a pod that is missing stay as they are: once raised, they no longer show what kubelet had allowed."""
 
     def plan(
         self,

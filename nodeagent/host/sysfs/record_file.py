@@ -12,7 +12,7 @@ What happens to every such file:
   Nothing of the file is used; the users report it, go on as if nothing were recorded, and what was changed stays as it
   is. When something is recorded next, `save` renames the file (`NAME.damaged-…`) and reports that; `set_aside` lists
   such files, which stay until an admin removes them. If it cannot be renamed, `save` raises HostError.
-- **Two agents of the node, or two threads, at once:** whoever records something has the lock of the folder from reading
+- **Two agents of the node, or two threads, at once:** a writer holds the lock of the folder from reading
   what is recorded to replacing it (`alone`), so nothing that was recorded is lost, and no good file is set aside that
   another one has just put in place of a damaged one. The locks of managers (`managers/turns.py`) are for what they do
   to the machine, and last longer: what changes a record alone needs none of them. If another holder keeps the lock of

@@ -243,8 +243,8 @@ async def test_where_the_runtime_passes_no_limits_on_a_container_has_its_pages_a
                 for file in ("max", "rsvd.max")
             ]
             assert {int(one) for one in (*limits, limit.limit)} == {whole}
-            beside = node.tree.mount / node.path("dpdk", "sidecar") / "hugetlb.2MB.max"
-            assert int(beside.read_text()) == 3 * MIB2
+            neighbour = node.tree.mount / node.path("dpdk", "sidecar") / "hugetlb.2MB.max"
+            assert int(neighbour.read_text()) == 3 * MIB2
             assert (node.tree.mount / pod / "hugetlb.1GB.max").read_text().strip() == "0"
             await node.runtime.stop_container(f"main_{number}")
             node.tree.remove(path)
