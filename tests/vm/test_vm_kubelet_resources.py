@@ -1,6 +1,5 @@
-"""What a real kubelet counts and limits alongside the agent: CPU time, hugepages, resources of whole pods, and claims in
-the scheduler's books. Then metrics are scraped from another machine, and another version of the agent takes over and
-gives back."""
+"""What a real kubelet counts and limits alongside the agent: CPU time, hugepages, whole pods, claims in its books.
+Then metrics are scraped from another machine, and another version of the agent takes over and gives back."""
 
 from __future__ import annotations
 
