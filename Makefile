@@ -21,7 +21,7 @@ test: $(BUILT)
 
 vm-test: $(BUILT)
 	tests/vm/setup.sh
-	NODEAGENT_VM=1 $(PYTHON) -m pytest -q -s -o cache_dir=.pytest_cache/vm tests/vm $(TESTS)
+	NODEAGENT_VM=1 $(PYTHON) -m pytest -q -s -o cache_dir=.pytest_cache/$(or $(NODEAGENT_VM_LOCK),vm) tests/vm $(TESTS)
 
 # Without cached bytecode every start would compile the sources.
 bench: $(BUILT)

@@ -316,9 +316,8 @@ class Agent(ClaimDecisions):
 
     def _restart_patience(self, grants: Iterable[Grant]) -> None:
         """Give the requester all the time that a new pod has, even if the grant is an old one."""
-        now = self._clock()
-        self._granted.update((grant.id, now) for grant in grants)
-        old, fresh = self._memory, self._granted.keys()
+        old, fresh = self._memory, {grant.id for grant in grants}
+        self._granted.update(dict.fromkeys(fresh, self._clock()))
         missing = {one: since for one, since in old.missing.items() if one not in fresh}
         self._memory = replace(old, missing=missing, listed=old.listed - fresh, inherited=old.inherited - fresh)
 

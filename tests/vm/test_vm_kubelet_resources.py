@@ -58,8 +58,9 @@ def node() -> Iterator[Node]:
 
 @pytest.fixture(scope="module")
 def program(node: Node) -> str:
-    made = vmimage.program(vmimage.image() / "root", vmimage.HERE / "inside" / "pages.c")
-    shutil.copy(made, node.guest.share)
+    with vmimage.unshared():
+        made = vmimage.program(vmimage.image() / "root", vmimage.HERE / "inside" / "pages.c")
+        shutil.copy(made, node.guest.share)
     node.guest.run(f"install -m 755 /share/{made.name} {PROGRAM}")
     return PROGRAM
 
@@ -247,7 +248,8 @@ def older_wheel() -> Path:
         with tarfile.open(fileobj=BytesIO(packed.stdout)) as tar:
             tar.extractall(folder, filter="data")
 
-    return vmimage.wheel(vmimage.image() / "root", fill, "older-wheel")
+    with vmimage.unshared():
+        return vmimage.wheel(vmimage.image() / "root", fill, "older-wheel")
 
 
 def replaced(node: Node, folder: str) -> None:

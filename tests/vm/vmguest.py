@@ -1,7 +1,8 @@
 """One QEMU guest: booted, asked, driven through QMP, ended.
 
-Promises: one guest at a time on a machine (a lock); no call waits beyond its limit or the guest's life; a guest that
-hangs at boot is started once more, which is printed. The folder `share` is /share in the guest.
+Promises: one guest at a time on a machine (a lock; NODEAGENT_VM_LOCK names another, for a guest on another core); no
+call waits beyond its limit or the guest's life; a guest that hangs at boot is started once more, which is printed. The
+folder `share` is /share in the guest.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import os
 import re
 import socket
 import subprocess
@@ -22,7 +24,7 @@ from typing import Any, Self
 from tests.vm import vmmachine
 
 QEMU = "qemu-system-x86_64"
-LOCK = Path(tempfile.gettempdir()) / "nodeagent-vm.lock"
+LOCK = Path(tempfile.gettempdir()) / os.environ.get("NODEAGENT_VM_LOCK", "nodeagent-vm.lock")
 BOOT_S, REBOOT_S, LIFE_S, LOCK_S = 240.0, 480.0, 1800.0, 2700.0
 POLL_S = 0.05
 _own: list[Path] = []

@@ -7,6 +7,8 @@ Owns that folder: `images/HASH` is made once for a recipe (build-image.sh, the p
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import functools
 import hashlib
 import os
@@ -14,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -31,6 +33,15 @@ PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x8
 SOURCES = ("nodeagent", "pyproject.toml", "setup.py", "README.md", "LICENSE", "MANIFEST.in")
 PROGRAMS = ("qemu-system-x86_64", "mmdebstrap", "mke2fs", "zstd", "cpio", "modprobe", "apt-get")
 BUILD_S = 600
+
+
+@contextlib.contextmanager
+def unshared() -> Iterator[None]:
+    """Wait for other processes to be done with the cache, and keep them waiting."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield
 
 
 def missing() -> str | None:

@@ -110,10 +110,11 @@ def booted(*, life_s: float = LIFE_S, devices: Sequence[str] = (), **config: Any
         pytest.skip(reason)
     with contextlib.ExitStack() as stack:
         share = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="na-share-")))
-        image = _timed("image", _image)
-        wheel = _timed("wheel", lambda: vmimage.wheel(image / "root"))
-        shutil.copy(vmimage.installed(image / "root", wheel), share)
-        fill(share, wheel, {**CONFIG, **config})
+        with vmimage.unshared():
+            image = _timed("image", _image)
+            wheel = _timed("wheel", lambda: vmimage.wheel(image / "root"))
+            shutil.copy(vmimage.installed(image / "root", wheel), share)
+            fill(share, wheel, {**CONFIG, **config})
         guest = stack.enter_context(Guest(image, share, life_s=life_s, devices=devices))
         print(f"vm: boot: {guest.boot_s:.1f} s", flush=True)
         _timed("install", lambda: install(guest))

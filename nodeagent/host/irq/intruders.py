@@ -31,9 +31,10 @@ _TRIGGER = r"(?:\s+[0-9]+)?(?:\s+(?:Edge|Level))?(?:\s*-\S+)?(?:\s{2,}(?P<name>\
 """What follows the chip's name in /proc/interrupts, each part optional: number, level, handler, and the actions after
 at least two spaces (kernel/irq/proc.c, show_interrupts)."""
 _AFTER_CHIP, _AFTER_COUNTS = re.compile(_TRIGGER), re.compile(rf"\S+(?: \S+)*?{_TRIGGER}")
+_MANAGED = "; the kernel or the device's driver manages this interrupt"
 _HINT = {
-    "Input/output error": "; the kernel or the device's driver manages this interrupt",
-    "Operation not permitted": "; it is bound to its CPUs",
+    "Input/output error": _MANAGED,
+    "Operation not permitted": _MANAGED,  # the same since Linux 6.11
     "No space left on device": "; these CPUs have no free vectors",
     "Read-only file system": "; systemd/nodeagent-interrupts.conf opens it, in a pod `privileged`",
 }

@@ -158,7 +158,7 @@ class InventoryScanner(Manager):
             async with contextlib.aclosing(self._changes(resync)) as changes:
                 async for change in changes:
                     # The first of many events is handled at once; an event storm may use at most a tenth of a core.
-                    await asyncio.sleep(min(LONGEST_REST_S, 10 * await self.rescan(change.arrived_s)))
+                    await asyncio.sleep(min(LONGEST_REST_S, 9 * await self.rescan(change.arrived_s)))
                     if self._config().resync_seconds != resync:
                         break
 
