@@ -1,13 +1,14 @@
 """Records by key of what a manager changes for holders, one journal for each subject.
 
-What becomes of them with a damaged file, a full disk or a killed agent is in `host/sysfs/record_file.py`. Here an
-unreadable file counts as empty, and this is logged; the next change sets it aside.
+What becomes of them with a damaged file, a full disk or a killed agent is in `host/sysfs/record_file.py`. Here a
+damaged file counts as empty, and this is logged; the next change sets it aside. One that cannot be read for the moment
+may have records: who releases what they are about asks for certainty, everybody else sees none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 from nodeagent.host.sysfs.record_file import RecordFile, UnreadableError
 from nodeagent.telemetry.once import Once
@@ -15,6 +16,15 @@ from nodeagent.telemetry.once import Once
 Form = TypeVar("Form")
 Key = TypeVar("Key", bound="str | tuple[Any, ...]")
 Record = TypeVar("Record")
+
+
+class OfClaim(Protocol):
+    """A record of what was changed for a claim."""
+
+    @property
+    def claim(self) -> str:
+        """Return its UID."""
+        ...
 
 
 class Journal(Generic[Form, Key, Record]):
@@ -40,9 +50,10 @@ class Journal(Generic[Form, Key, Record]):
         self._unreadable = Once(unreadable, level="error")
         self._left = left
 
-    def read(self) -> Mapping[Key, Record]:
-        """Return the records that count."""
-        found = self._found()
+    def read(self, *, certain: bool = False) -> Mapping[Key, Record]:
+        """Return the records that count. certain: raise HostError, instead of returning none, if there may be some that
+        cannot be read for the moment."""
+        found = self._found(certain=certain)
         return self._unpack(found) if found is not None else {}
 
     def keep(self, records: Mapping[Key, Record]) -> None:
@@ -57,17 +68,22 @@ class Journal(Generic[Form, Key, Record]):
     def change(self, change: Callable[[Mapping[Key, Record]], Mapping[Key, Record]]) -> None:
         """Record what a function makes of the records. Durable on return. Raise HostError if it cannot be written."""
         with self._file.alone() as save:
-            found = self._found(acting=True)
+            found = self._found(certain=True)
             after = change(self._unpack(found) if found is not None else {})
             save(self._pack({key: after[key] for key in sorted(after)}) if after else None)
 
-    def _found(self, *, acting: bool = False) -> Form | None:
-        """acting: whether the file is about to be replaced, which must not happen to a good one that cannot be read for
-        the moment."""
+    def _found(self, *, certain: bool) -> Form | None:
+        """certain: whether to raise for a good file that cannot be read for the moment: it must not be replaced."""
         try:
             return self._file.load()
         except UnreadableError as error:
             self._unreadable.report(str(error), left=self._left)
-            if acting and error.passes:
+            if certain and error.passes:
                 raise
             return None
+
+
+def recorded_claims(records: Mapping[Any, OfClaim], uids: Sequence[str]) -> list[str]:
+    """Return those of some claims for which something is recorded."""
+    mine = {one.claim for one in records.values()}
+    return [uid for uid in uids if uid in mine]

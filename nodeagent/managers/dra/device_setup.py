@@ -90,10 +90,12 @@ NOTHING_SHARED = NothingShared()
 
 class Passthrough(Protocol):
     """Binds devices to other drivers for claims. bind: returns, by UID, "" for claims whose device was bound, or an
-    error. concerned: returns the claims for which something is bound. give_back: before these are released; returns
-    errors by UID."""
+    error. give_back: before these are released; returns errors by UID."""
 
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]: ...
+    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
+        """Return the claims for which something is bound. Raise HostError if that cannot be told for the moment."""
+        ...
+
     async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]: ...
     async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]: ...
 

@@ -17,7 +17,7 @@ from nodeagent.core.dra.prepare import Batch, Catalog, grants_of
 from nodeagent.core.events.happenings import Report, claim_refused, unreported
 from nodeagent.core.model.claim import Claim, ClaimRef, Prepared, PreparedDevice
 from nodeagent.core.model.grant import Grant
-from nodeagent.errors import InputError, NodeagentError, PeerError, StateError
+from nodeagent.errors import HostError, InputError, NodeagentError, PeerError, StateError
 from nodeagent.kube import resourceclaim as wire
 from nodeagent.managers.dra import container_edits as handover
 from nodeagent.managers.dra.claim_files import ClaimRenderer
@@ -178,7 +178,11 @@ class ClaimPreparer:
 
     async def _still_bound(self, uids: Sequence[str]) -> dict[str, str]:
         """Give back what was bound for claims that no living pod uses. Return, by UID, why something is left."""
-        mine, until_s = self._passthrough.concerned(uids), time.monotonic() + ENDING_S
+        try:
+            mine = self._passthrough.concerned(uids)
+        except HostError as error:
+            return {uid: f"cannot unprepare claim {uid}: {error}" for uid in uids}
+        until_s = time.monotonic() + ENDING_S
         living = await self._agent.in_use(mine) if mine else {}
         while living and time.monotonic() < until_s:
             await asyncio.sleep(ENDING_POLL_S)

@@ -84,9 +84,9 @@ class Connector:
         self._hanging: frozenset[str] = frozenset()
         """Devices of the last call that the kernel is still connecting although no caller waits for it."""
 
-    def records(self) -> Mapping[str, Connected]:
-        """Return what is recorded, by device."""
-        return self._journal.read()
+    def records(self, *, certain: bool = False) -> Mapping[str, Connected]:
+        """Return what is recorded, by device. certain: raise HostError if that cannot be told for the moment."""
+        return self._journal.read(certain=certain)
 
     def standing(self, record: Connected) -> Connection | None:
         """Return the connection of a record, or None if there is none. If the kernel's answer was lost, it is the one
@@ -213,9 +213,10 @@ class Connector:
         return bool(ended)
 
     async def disconnect(self, devices: Collection[str]) -> dict[str, str]:
-        """Disconnect some targets. Return, by device, why one still is connected."""
+        """Disconnect some targets. Return, by device, why one still is connected. Raise HostError if it cannot be told
+        for the moment what is connected."""
         errors: dict[str, str] = {}
-        for id, record in self._journal.read().items():
+        for id, record in self._journal.read(certain=True).items():
             if id in devices:
                 try:
                     await self._end(record)

@@ -24,6 +24,7 @@ from nodeagent.host.fabrics.connections import LIVE, host, secrets
 from nodeagent.host.fabrics.kernel import Kernel
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.fabrics.connector import Wanted, connector
+from nodeagent.managers.journal import recorded_claims
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.turns import Turns
 from nodeagent.state.agent import Agent
@@ -130,25 +131,26 @@ class FabricsManager(Manager):
         )
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded."""
-        mine = {one.claim for one in self._connector.records().values()}
-        return [uid for uid in uids if uid in mine]
+        """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the
+        moment."""
+        return recorded_claims(self._connector.records(certain=True), uids)
 
     async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
         """Disconnect what was connected for some claims, which are about to be released. Return, by UID, why something
         is left."""
-        if not self.concerned(uids):
-            return {}
 
         def claim_of() -> dict[str, str]:
             """By device, as it is at the moment: another call may end one's connection and begin another's."""
-            return {id: one.claim for id, one in self._connector.records().items() if one.claim in uids}
+            records = self._connector.records(certain=True)
+            return {id: one.claim for id, one in records.items() if one.claim in uids}
 
         try:
+            if not self.concerned(uids):
+                return {}
             left = await run_to_end(self._disconnect(lambda: [*claim_of()]))
-        except StateError as error:
+            claims = claim_of()
+        except (HostError, StateError) as error:
             return {uid: str(error) for uid in uids}
-        claims = claim_of()
         return {claims[id]: why for id, why in left.items() if id in claims}
 
     async def _disconnect(self, which: Callable[[], Sequence[str]]) -> dict[str, str]:
@@ -176,7 +178,7 @@ class FabricsManager(Manager):
         """Disconnect what no claim holds, while the ledger is known to be complete."""
         try:
             self._left = await run_to_end(self._disconnect(self._orphans)) if self._orphans() else {}
-        except StateError as error:
+        except (HostError, StateError) as error:
             self._left = {"": str(error)}
         if self._left:
             self._failing.report("; ".join(self._left.values()))

@@ -14,6 +14,7 @@ from nodeagent.aio.supervise import after_each, run_to_end
 from nodeagent.core.model.grant import Grant
 from nodeagent.errors import HostError, InputError, StateError
 from nodeagent.host.devices.base import Kind
+from nodeagent.managers.journal import recorded_claims
 from nodeagent.managers.kinds.journal import KindsJournal, Record
 from nodeagent.managers.kinds.preparer import DevicePreparer
 from nodeagent.managers.manager import Manager
@@ -87,9 +88,9 @@ class KindsManager(Manager):
         return found
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded."""
-        mine = {one.claim for one in self._preparer.records().values()}
-        return [uid for uid in uids if uid in mine]
+        """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the
+        moment."""
+        return recorded_claims(self._preparer.records(certain=True), uids)
 
     async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
         """Have unprepared what was prepared for some claims, which are about to be released. Return, by UID, why

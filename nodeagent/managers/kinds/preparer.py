@@ -38,9 +38,9 @@ class DevicePreparer:
         self._inventory = inventory
         self._calls = HookCalls()
 
-    def records(self) -> Mapping[str, Record]:
-        """Return what is recorded, by device."""
-        return self._journal.read()
+    def records(self, *, certain: bool = False) -> Mapping[str, Record]:
+        """Return what is recorded, by device. certain: raise HostError if that cannot be told for the moment."""
+        return self._journal.read(certain=certain)
 
     def wanted(self, grants: Iterable[Grant]) -> list[tuple[Grant, Device, Preparing]]:
         """Return the devices of grants that a kind prepares, each with its grant and the kind."""
@@ -93,7 +93,7 @@ class DevicePreparer:
 
     def _of_others(self, uid: str, grants: Sequence[Grant]) -> list[Record]:
         """Return what is recorded of the devices of some grants for other claims, which hold them no longer."""
-        records = self._journal.read()
+        records = self._journal.read(certain=True)
         mine = (id for one in grants for id in (*one.devices, *one.shares))
         return [records[id] for id in mine if id in records and records[id].claim != uid]
 
@@ -111,7 +111,7 @@ class DevicePreparer:
         """Have the devices of some claims unprepared. Return, by UID, why one is not. If its kind is gone, it is only
         noted: nothing can be done for it as long as it is."""
         mine, errors = frozenset(claims), dict[str, str]()
-        for one in self._journal.read().values():
+        for one in self._journal.read(certain=True).values():
             if one.claim in mine:
                 try:
                     await self._undo(one)

@@ -82,9 +82,9 @@ class InterfaceMover:
         self._rdma = rdma
         self._host = host
 
-    def records(self) -> Mapping[str, Moved]:
-        """Return what is recorded, by device."""
-        return self._journal.read()
+    def records(self, *, certain: bool = False) -> Mapping[str, Moved]:
+        """Return what is recorded, by device. certain: raise HostError if that cannot be told for the moment."""
+        return self._journal.read(certain=certain)
 
     # ---------------------------------------------------------------- into a pod
 
@@ -215,7 +215,7 @@ class InterfaceMover:
     def give_back(self, devices: Collection[str]) -> dict[str, str]:
         """Give back the interfaces of some devices. Return, by device, why one is not on the host."""
         errors: dict[str, str] = {}
-        for device, record in self._journal.read().items():
+        for device, record in self._journal.read(certain=True).items():
             if device in devices:
                 try:
                     self._give_back_one(record)

@@ -30,6 +30,7 @@ from nodeagent.errors import HostError, InputError, NodeagentError, StateError
 from nodeagent.host.netlink.namespaces import OWN, first_of
 from nodeagent.host.netlink.rdma import Connect, connected
 from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.managers.journal import recorded_claims
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox, has_driver
@@ -102,9 +103,9 @@ class InterfacesManager(Manager):
         return errors
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded."""
-        mine = {one.claim for one in self._mover.records().values()}
-        return [uid for uid in uids if uid in mine]
+        """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the
+        moment."""
+        return recorded_claims(self._mover.records(certain=True), uids)
 
     async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
         """Give back the interfaces of some claims, which are about to be released. Return, by UID, why one is not on
@@ -112,7 +113,7 @@ class InterfacesManager(Manager):
         claims = {*uids}
         try:
             return await self._given_back(lambda one: one.claim in claims)
-        except StateError as error:
+        except (HostError, StateError) as error:
             return {uid: str(error) for uid in uids}
 
     # ---------------------------------------------------------------- for pods
@@ -148,7 +149,11 @@ class InterfacesManager(Manager):
     async def stopped(self, pod: Pod) -> None:
         """Give back what a pod has: its containers have ended."""
         self._pods.pop(pod.id, None)
-        if errors := await self._given_back(lambda one: one.sandbox == pod.id):
+        try:
+            errors = await self._given_back(lambda one: one.sandbox == pod.id)
+        except (HostError, StateError) as error:
+            errors = {"": str(error)}
+        if errors:  # `settle` tries again
             log.warning("interface-not-given-back", pod=str(pod), error="; ".join(errors.values()))
 
     def learn(self, pods: Iterable[Pod]) -> None:
@@ -205,14 +210,15 @@ class InterfacesManager(Manager):
 
     async def _given_back(self, which: Callable[[Moved], bool]) -> dict[str, str]:
         """Give back what `which` chooses of what is recorded, once no other call changes anything. Return, by the UID
-        of its claim, why something is not on the host. Raise StateError if another call does not end."""
-        if not any(map(which, self._mover.records().values())):
+        of its claim, why something is not on the host. Raise StateError if another call does not end, HostError if it
+        cannot be told for the moment what is recorded."""
+        if not any(map(which, self._mover.records(certain=True).values())):
             return {}
         return await run_to_end(self._give_back(which))
 
     async def _give_back(self, which: Callable[[Moved], bool]) -> dict[str, str]:
         async with self._turns.alone(LOCK_S):
-            chosen = {one.device: one for one in self._mover.records().values() if which(one)}
+            chosen = {one.device: one for one in self._mover.records(certain=True).values() if which(one)}
             failed = await self._turns.in_thread(self._mover.give_back, chosen)
             return {chosen[device].claim: why for device, why in failed.items()}
 
@@ -233,7 +239,7 @@ class InterfacesManager(Manager):
             for pod in [*self._pods.values()] if self._asking() else ():
                 if why := await self._completed(pod):
                     problems.append(why)
-        except StateError as error:
+        except (HostError, StateError) as error:
             problems.append(str(error))
         self._problems = problems
         self._failing.report("; ".join(problems))

@@ -15,6 +15,7 @@ from nodeagent.core.dra.interfaces import vf_of
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.netlink.vf_properties import Exchange, host_exchange
+from nodeagent.managers.journal import recorded_claims
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.network.vf_property_journal import VfPropertyJournal
 from nodeagent.managers.network.vf_setter import VfSetter
@@ -86,31 +87,32 @@ class VfPropertiesManager(Manager):
 
     def _refuse_others_records(self, uid: str, grants: Sequence[Grant]) -> None:
         """Raise HostError if a function of the grants is still as another claim wanted it."""
-        records = self._setter.records()
+        records = self._setter.records(certain=True)
         for id in (id for one in grants for id in (*one.devices, *one.shares)):
             if id in records and records[id].claim != uid:
                 raise HostError(f"cannot hand over {id}: what it had before claim {records[id].claim} is not set back")
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded."""
-        mine = {one.claim for one in self._setter.records().values()}
-        return [uid for uid in uids if uid in mine]
+        """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the
+        moment."""
+        return recorded_claims(self._setter.records(certain=True), uids)
 
     async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
         """Set back what was set for some claims, which are about to be released. Return, by UID, why something is
         left."""
-        if not self.concerned(uids):
-            return {}
 
         def claim_of() -> dict[str, str]:
             """By function, as it is at the moment: another call may set back one claim's and set another's."""
-            return {vf: one.claim for vf, one in self._setter.records().items() if one.claim in uids}
+            records = self._setter.records(certain=True)
+            return {vf: one.claim for vf, one in records.items() if one.claim in uids}
 
         try:
+            if not self.concerned(uids):
+                return {}
             left = await run_to_end(self._give_back(lambda: [*claim_of()]))
-        except StateError as error:
+            claims = claim_of()
+        except (HostError, StateError) as error:
             return {uid: str(error) for uid in uids}
-        claims = claim_of()
         return {claims[vf]: why for vf, why in left.items() if vf in claims}
 
     async def _give_back(self, which: Callable[[], Sequence[str]]) -> dict[str, str]:
@@ -130,7 +132,7 @@ class VfPropertiesManager(Manager):
         """Set back what no claim holds, while the ledger is known to be complete."""
         try:
             self._left = await run_to_end(self._give_back(self._orphans)) if self._orphans() else {}
-        except StateError as error:
+        except (HostError, StateError) as error:
             self._left = {"": str(error)}
         if self._left:
             self._failing.report("; ".join(self._left.values()))

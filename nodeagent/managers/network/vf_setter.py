@@ -35,9 +35,10 @@ class VfSetter:
         self._inventory = inventory
         self._exchange = exchange
 
-    def records(self) -> Mapping[str, VfSet]:
-        """Return what is recorded, by virtual function."""
-        return self._journal.read()
+    def records(self, *, certain: bool = False) -> Mapping[str, VfSet]:
+        """Return what is recorded, by virtual function. certain: raise HostError if that cannot be told for the
+        moment."""
+        return self._journal.read(certain=certain)
 
     # ---------------------------------------------------------------- for a claim
 
@@ -98,9 +99,10 @@ class VfSetter:
     # ---------------------------------------------------------------- back
 
     def give_back(self, vfs: Collection[str]) -> dict[str, str]:
-        """Set back some virtual functions. Return, by function, why one is not as it was."""
+        """Set back some virtual functions. Return, by function, why one is not as it was. Raise HostError if it cannot
+        be told for the moment what is set."""
         errors: dict[str, str] = {}
-        for vf, record in self._journal.read().items():
+        for vf, record in self._journal.read(certain=True).items():
             if vf in vfs:
                 try:
                     self._give_back_one(record)

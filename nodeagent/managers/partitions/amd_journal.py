@@ -35,7 +35,7 @@ class AmdJournal(Journal[_File, str, AmdRecord]):
 
     def is_outdated(self) -> bool:
         """Return whether the file is of an earlier boot."""
-        found = self._found()
+        found = self._found(certain=False)
         return found is not None and found.boot_id != self._boot_id
 
     def write(self, records: Mapping[str, AmdRecord | None]) -> None:

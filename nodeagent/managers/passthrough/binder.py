@@ -23,9 +23,9 @@ class Binder:
         self._journal = journal
         self._functions = functions
 
-    def records(self) -> Mapping[str, Bound]:
-        """Return what is recorded, by address."""
-        return self._journal.read()
+    def records(self, *, certain: bool = False) -> Mapping[str, Bound]:
+        """Return what is recorded, by address. certain: raise HostError if that cannot be told for the moment."""
+        return self._journal.read(certain=certain)
 
     def bind(self, claim: str, address: str, driver: str, known: Collection[str]) -> None:
         """Bind the whole IOMMU group of a function for a claim. known: the functions that may be bound, as the claim
@@ -48,7 +48,7 @@ class Binder:
     def give_back(self, claims: Collection[str]) -> dict[str, str]:
         """Give back what was bound for some claims. Return, by UID, why something is left."""
         errors: dict[str, str] = {}
-        for one in self._journal.read().values():
+        for one in self._journal.read(certain=True).values():
             if one.claim not in claims:
                 continue
             try:

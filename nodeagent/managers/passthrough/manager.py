@@ -15,6 +15,7 @@ from nodeagent.core.dra.passthrough import driver_for, members
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.vfio import Functions
+from nodeagent.managers.journal import recorded_claims
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
@@ -92,15 +93,15 @@ class PassthroughManager(Manager):
 
     def _refuse_others_records(self, uid: str, grants: Sequence[Grant]) -> None:
         """Raise HostError if a device of the grants is still bound for another claim."""
-        records = self._binder.records()
+        records = self._binder.records(certain=True)
         for id in (id for one in grants for id in (*one.devices, *one.shares)):
             if id in records and records[id].claim != uid:
                 raise HostError(f"cannot hand over {id}: it is not given back to its driver yet")
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded."""
-        mine = {one.claim for one in self._binder.records().values()}
-        return [uid for uid in uids if uid in mine]
+        """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the
+        moment."""
+        return recorded_claims(self._binder.records(certain=True), uids)
 
     async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
         """Give back what was bound for some claims, which are about to be released. Return, by UID, why something is

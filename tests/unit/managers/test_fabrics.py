@@ -36,6 +36,7 @@ from tests.doubles.fabrics_kernel import HOSTNQN, FabricsKernel, Target
 from tests.support.claim_node import Room, claim_room
 from tests.support.dra_node import DRIVER
 from tests.support.long_form import share_of
+from tests.support.unreadable import unreadable
 from tests.support.until import until
 
 NAMES = ("fast", "slow", "big")
@@ -164,6 +165,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------- connected and disconnected
+
+
+async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folder: Path) -> None:
+    async with node(folder) as one:
+        ref = one.claim("c", "big")
+        assert await one.prepare(ref) == ""
+        with unreadable("fabrics.json"):
+            error = await one.unprepare(ref)
+        assert "cannot unprepare claim" in error and "Input/output error" in error
+        assert one.kernel.connected() == {"nvme0": NQNS["big"]} and one.room.agent.ledger.grants
+        assert await one.unprepare(ref) == ""
+        assert one.is_untouched() and one.room.agent.ledger.grants == {}
 
 
 @pytest.mark.parametrize("multipath", [False, True])

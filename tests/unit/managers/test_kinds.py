@@ -39,6 +39,7 @@ from tests.support import npu
 from tests.support.claim_node import Room, claim_room, config_of
 from tests.support.dra_node import DRIVER, NODE, result
 from tests.support.long_form import share_of
+from tests.support.unreadable import unreadable
 from tests.support.until import until
 
 TOYS = {"name": "toy", "kind": "toy", "serve": "dra"}
@@ -161,6 +162,18 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------- what hooks are called for
+
+
+async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folder: Path) -> None:
+    async with node(folder) as one:
+        ref = one.claim("c", "toy-a")
+        assert await one.room.prepare(ref)
+        with unreadable("kinds.json"):
+            (error,) = await one.room.unprepare(ref)
+        assert "cannot unprepare claim" in error and "Input/output error" in error
+        assert one.toy.calls == [("prepare", "toy-a")] and one.room.agent.ledger.grants
+        assert await one.room.unprepare(ref) == [""]
+        assert one.toy.calls[-1] == ("unprepare", "toy-a") and one.room.agent.ledger.grants == {}
 
 
 async def test_a_claims_device_is_prepared_with_its_configuration_and_unprepared(folder: Path) -> None:

@@ -27,6 +27,7 @@ from nodeagent.resources.catalog import dra_of
 from tests.doubles.pci_drivers import PciKernel
 from tests.support.claim_node import Room, claim_room
 from tests.support.dra_node import DRIVER, NODE, result
+from tests.support.unreadable import unreadable
 
 GPU, AUDIO, OTHER = "0000:41:00.0", "0000:41:00.1", "0000:43:00.0"
 OWN = {GPU: "nvidia", AUDIO: "snd_hda_intel", OTHER: "nvidia"}
@@ -163,6 +164,18 @@ async def test_a_guest_s_gpu_and_another_one_on_the_node_do_not_disturb_each_oth
         assert await one.prepare(plain) == ""
         assert "/dev/nvidia2" in [it["path"] for it in one.edits(plain)["deviceNodes"]]
         assert one.drivers()[OTHER] == "nvidia"
+
+
+async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folder: Path) -> None:
+    async with node(folder) as one:
+        claim = one.claim("c", GPU)
+        assert await one.prepare(claim) == ""
+        with unreadable("passthrough.json"):
+            (error,) = await one.room.unprepare(claim)
+        assert "cannot unprepare claim" in error and "Input/output error" in error
+        assert one.drivers()[GPU] == "vfio-pci" and one.room.agent.ledger.grants
+        assert await one.room.unprepare(claim) == [""]
+        assert one.drivers() == OWN and one.room.agent.ledger.grants == {}
 
 
 async def test_where_binding_fails_the_claim_fails_and_everything_is_given_back_when_it_is_unprepared(

@@ -29,6 +29,7 @@ from nodeagent.state.store import FILE
 from tests.doubles.vf_kernel import Vf, VfKernel
 from tests.support.claim_node import Room, claim_room
 from tests.support.dra_node import DRIVER, NODE, result
+from tests.support.unreadable import unreadable
 
 PF, VFS = "0000:3b:00.0", ["0000:3b:02.0", "0000:3b:02.1"]
 RESOURCE = {"name": "nic", "kind": "nic", "serve": "both", "match": {"sriov": ["pf", "vf"]}}
@@ -175,6 +176,18 @@ async def test_what_cannot_be_set_back_keeps_the_claim(folder: Path) -> None:
         assert "cannot unprepare claim" in error and "Operation not permitted" in error
         assert one.room.agent.ledger.grants
         one.kernel.may = True
+        assert await one.room.unprepare(claim) == [""]
+        assert one.has(VFS[0]) == Vf() and one.room.agent.ledger.grants == {}
+
+
+async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folder: Path) -> None:
+    async with node(folder, *EVERY) as one:
+        claim = one.claim("c", VFS[0], ASKED)
+        assert await one.prepare(claim) == ""
+        with unreadable(one.record.name):
+            (error,) = await one.room.unprepare(claim)
+        assert "cannot unprepare claim" in error and "Input/output error" in error
+        assert one.has(VFS[0]).vlan == 100 and one.room.agent.ledger.grants
         assert await one.room.unprepare(claim) == [""]
         assert one.has(VFS[0]) == Vf() and one.room.agent.ledger.grants == {}
 
