@@ -11,7 +11,7 @@ import msgspec
 from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.pinning.device_interrupts import FOLLOW, DeviceInterrupts
 from nodeagent.host.irq.device_irqs import Rule
-from nodeagent.host.irq.interrupts import InterruptMoves
+from nodeagent.host.irq.interrupts import NOT_YET, InterruptMoves
 from nodeagent.host.irq.intruders import Irq, Thread
 from nodeagent.host.irq.irqbalance import Bans
 
@@ -68,10 +68,10 @@ class DeviceState(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def why(self) -> str:
-        """Return why not all of them are where they belong, or ""."""
+        """Return why not all of them are where they belong, or ""; what is refused first, before what is only due."""
         if self.wanted.wanted == FOLLOW and not self.wanted.cpus:
             return NO_CPUS
-        return NO_IRQS if not self.irqs else next(iter(self.misplaced.values()), "")
+        return NO_IRQS if not self.irqs else min(self.misplaced.values(), key=NOT_YET.__eq__, default="")
 
 
 class IntruderReport(msgspec.Struct, frozen=True, kw_only=True):

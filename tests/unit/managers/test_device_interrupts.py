@@ -23,12 +23,12 @@ from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.pinning.device_interrupts import AVOID, FOLLOW, LEAVE, DeviceInterrupts
 from nodeagent.errors import HostError
 from nodeagent.host.irq import interrupts, intruders
-from nodeagent.host.irq.interrupts import Mover
+from nodeagent.host.irq.interrupts import NOT_YET, Mover
 from nodeagent.host.irq.irqbalance import Bans
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.isolation import manager as isolation
 from nodeagent.managers.isolation.manager import SAY_S, IsolationManager
-from nodeagent.managers.isolation.report import NO_CPUS, NO_IRQS
+from nodeagent.managers.isolation.report import NO_CPUS, NO_IRQS, DeviceState
 from tests.doubles.cpufreq import Dead
 from tests.doubles.irq_kernel import FakeIrqs
 
@@ -210,6 +210,14 @@ async def test_what_the_kernel_manages_is_said_once_and_tried_again_for_other_cp
     (said,) = [one for one in status._intruders(shown) if one.startswith("interrupts of")]
     assert "follow CPUs 4-5, 1 of 3; cannot write" in said
     assert [one["irq"] for one in json.loads(stand.memory.read_text())["moved"]] == [admin]
+
+
+def test_what_is_refused_is_said_before_what_only_waits() -> None:
+    wanted = DeviceInterrupts(device=DISK, addresses=(DISK,), wanted=FOLLOW, cpus=CpuSet([4]), holder="a pod")
+    waits, refused = {30: NOT_YET}, {31: "cannot write"}
+    assert DeviceState(wanted=wanted, irqs=(30, 31), misplaced={**waits, **refused}).why == "cannot write"
+    assert DeviceState(wanted=wanted, irqs=(30, 31), misplaced=waits).why == NOT_YET
+    assert DeviceState(wanted=wanted, irqs=(30, 31), misplaced={}).why == ""
 
 
 async def test_too_many_queues_for_their_holders_cpus_are_said(stand: Stand) -> None:
