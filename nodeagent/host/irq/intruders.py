@@ -9,7 +9,9 @@ Sources: proc(5), Documentation/core-api/irq/irq-affinity.rst, include/linux/sch
 from __future__ import annotations
 
 import re
+import stat
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import TypeVar
 
 import msgspec
@@ -106,18 +108,28 @@ def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str], also: Collection[
 def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
     """Restrict an interrupt to these CPUs. Return where it is delivered then.
 
-    Raise HostError with cause and value if the kernel refuses: EIO and EPERM for interrupts managed by the
-    kernel or a driver, ENOSPC if the CPUs have no vector left, ENOENT if the interrupt is gone. Raise
-    InputError if `cpus` is empty.
+    Raise HostError with cause and value if the kernel refuses: EIO, EPERM or a file that nobody may write for
+    interrupts managed by the kernel or a driver, ENOSPC if the CPUs have no vector left, ENOENT if the interrupt is
+    gone. Raise InputError if `cpus` is empty.
     """
     if not cpus:
         raise InputError(f"cannot move interrupt {irq}: no CPUs are left for it")
+    path = sysfs.path(f"proc/irq/{irq}/smp_affinity_list")
     try:
-        put(sysfs.path(f"proc/irq/{irq}/smp_affinity_list"), str(cpus))
+        put(path, str(cpus))
     except HostError as error:
         why = next((hint for cause, hint in _HINT.items() if cause in str(error)), "")
-        raise HostError(f"{error}{why}") from None
+        raise HostError(f"{error}{why or _read_only(path)}") from None
     return _delivered(sysfs, f"proc/irq/{irq}") or cpus
+
+
+def _read_only(path: str) -> str:
+    """Return the hint for a file that nobody may write: the kernel shows so which interrupts it manages (Linux 6.12),
+    and refuses to open them without CAP_DAC_OVERRIDE."""
+    try:
+        return "" if Path(path).stat().st_mode & stat.S_IWUSR else _MANAGED
+    except OSError:
+        return ""
 
 
 def interrupt_names(sysfs: SysFs) -> Mapping[int, str]:

@@ -7,6 +7,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -262,7 +263,7 @@ def test_an_interrupt_is_moved_away(tmp_path: Path) -> None:
     ("code", "why"),
     [
         (errno.EIO, "manages this interrupt"),
-        (errno.EPERM, "is bound to its CPUs"),
+        (errno.EPERM, "manages this interrupt"),
         (errno.ENOSPC, "have no free vectors"),
         (errno.EINVAL, ", value '0'"),
     ],
@@ -280,6 +281,23 @@ def test_an_interrupt_that_cannot_be_moved_says_why(
     path = tmp_path / "proc/irq/27/smp_affinity_list"
     assert str(refused.value).startswith(f"cannot write {path}: {os.strerror(code)}, value '0'")
     assert str(refused.value).endswith(why)
+
+
+@pytest.mark.parametrize(("mode", "managed"), [(0o444, True), (0o644, False)])
+def test_a_file_that_nobody_may_write_is_of_an_interrupt_that_the_kernel_manages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, managed: bool
+) -> None:
+    """As Linux 6.12 has it; without CAP_DAC_OVERRIDE it cannot be opened."""
+
+    def open_(*args: Any, **kwargs: Any) -> int:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    irq(tmp_path, 27, smp_affinity_list="0-7")
+    (tmp_path / "proc/irq/27/smp_affinity_list").chmod(mode)
+    monkeypatch.setattr(os, "open", open_)
+    with pytest.raises(HostError, match="Permission denied, value '0'") as refused:
+        move_irq(SysFs(tmp_path), 27, CpuSet([0]))
+    assert str(refused.value).endswith("manages this interrupt") == managed
 
 
 def test_an_interrupt_that_is_gone_or_has_nowhere_to_go_is_said(tmp_path: Path) -> None:
