@@ -258,7 +258,8 @@ def _remember(
     witnesses: Witnesses,
     now: float,
 ) -> Memory:
-    """Return the memory after one more round. A new kubelet has listed nothing yet."""
+    """Return the memory after one more round. A new kubelet has listed nothing yet. A list that is older than a grant
+    has at most an earlier holder of the same ids, and does not count as having listed it."""
     every = list(grants)
     ids = frozenset(one.id for one in every)
     if witnesses.kubelet != memory.kubelet:
@@ -270,7 +271,7 @@ def _remember(
             had_folder=memory.had_folder,
         )
     uids = {uid for one in every for uid in _pods(one, witnesses)}
-    seen = {one.id for one in every if one.id in listed}
+    seen = {one.id for one in every if one.id in listed and one.id not in young}
     knows_since = now if memory.knows_since is None and witnesses.knows_pods else memory.knows_since
     shown = {uid for uid in uids if _sight(uid, witnesses) in (Sight.LIVES, Sight.EMPTY)}
     return replace(

@@ -77,6 +77,15 @@ def test_what_kubelet_stops_listing_goes_as_soon_as_it_is_seen_to_have_ended(sig
     assert released_at(held(), asked(sight), (-1, True, asked())) == limit_s
 
 
+def test_a_list_that_is_older_than_a_grant_does_not_count_as_having_listed_it() -> None:
+    """It has the pod before, whose ids kubelet has given to the next one since: that one is not dropped by the list
+    that lacks both."""
+    older = judge(held(), {"g"}, {"g"}, Memory(), asked(), 0, PATIENCE)
+    assert older.memory.listed == frozenset()
+    for now in (1, PATIENCE.confirmed_s + 1):
+        assert judge(held(), set(), set(), older.memory, asked(Sight.ABSENT), now, PATIENCE).released == ()
+
+
 @pytest.mark.parametrize("sight", list(Sight))
 @pytest.mark.parametrize("confirmed", [True, False])
 def test_a_kubelet_that_has_just_started_releases_nothing_by_listing_nothing(sight: Sight, confirmed: bool) -> None:
