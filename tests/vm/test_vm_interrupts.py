@@ -65,7 +65,7 @@ def until_affinities(guest: Guest, wanted: dict[int, str]) -> None:
 
 
 def holding(guest: Guest, name: str, resource: str) -> Pod:
-    """A pod with CPUs and a device, once nobody else has that."""
+    """A pod with CPUs and a device, once no other pod has that."""
     guest.run("""test "$(nodeagent grants -o json)" = '[]'""", until=True)
     return vmpods.run(guest, vmpods.admit(guest, name, {CPU: 2, resource: 1}))
 

@@ -109,7 +109,7 @@ def test_a_pod_has_its_claims_interface_and_the_host_has_it_back(node: Node, hos
 
 
 def test_an_interface_comes_back_though_its_pod_ended_while_the_agent_was_away(node: Node, host_name: str) -> None:
-    """Kubelet asks for the claim's end again until somebody answers."""
+    """Kubelet asks for the claim's end again until the agent answers."""
     with_interface(node, "net-away")
     node.guest.run("systemctl kill -s KILL nodeagent && systemctl stop nodeagent")
     assert link(node, "net-away")["mtu"] == 1400

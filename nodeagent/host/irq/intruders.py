@@ -36,7 +36,7 @@ _AFTER_CHIP, _AFTER_COUNTS = re.compile(_TRIGGER), re.compile(rf"\S+(?: \S+)*?{_
 _MANAGED = "; the kernel or the device's driver manages this interrupt"
 _HINT = {
     "Input/output error": _MANAGED,
-    "Operation not permitted": _MANAGED,  # the same since Linux 6.11
+    "Operation not permitted": _MANAGED,  # the same in newer kernels
     "No space left on device": "; these CPUs have no free vectors",
     "Read-only file system": "; systemd/nodeagent-interrupts.conf opens it, in a pod `privileged`",
 }
@@ -108,7 +108,7 @@ def irqs(sysfs: SysFs, exclusive: CpuSet, warnings: list[str], also: Collection[
 def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
     """Restrict an interrupt to these CPUs. Return where it is delivered then.
 
-    Raise HostError with cause and value if the kernel refuses: EIO, EPERM or a file that nobody may write for
+    Raise HostError with cause and value if the kernel refuses: EIO, EPERM or a read-only file for
     interrupts managed by the kernel or a driver, ENOSPC if the CPUs have no vector left, ENOENT if the interrupt is
     gone. Raise InputError if `cpus` is empty.
     """
@@ -124,8 +124,8 @@ def move_irq(sysfs: SysFs, irq: int, cpus: CpuSet) -> CpuSet:
 
 
 def _read_only(path: str) -> str:
-    """Return the hint for a file that nobody may write: the kernel shows so which interrupts it manages (Linux 6.12),
-    and refuses to open them without CAP_DAC_OVERRIDE."""
+    """Return the hint for a read-only file, or "" for another: Linux 6.12 makes those of the interrupts that it manages
+    read-only, and refuses to open them for writing without CAP_DAC_OVERRIDE."""
     try:
         return "" if Path(path).stat().st_mode & stat.S_IWUSR else _MANAGED
     except OSError:
