@@ -13,18 +13,15 @@ import ssl
 from collections.abc import Callable
 
 import h11
-import structlog
 
 from nodeagent.admin.http import REQUEST_S, Handler, close, converse
+from nodeagent.aio.accept import next_connection
 from nodeagent.aio.supervise import cancel_all
 
 MOST_CLIENTS = 64
 BACKLOG = 256
-ACCEPT_RETRY_S = 0.5
-"""Rest after a connection could not be accepted, as when there are too many open files."""
 Secure = Callable[[], ssl.SSLContext | None]
 """Returns what the next connection is secured with, or None if it is not."""
-log = structlog.get_logger()
 
 
 class HttpListener:
@@ -70,7 +67,7 @@ class HttpListener:
         slots = asyncio.Semaphore(MOST_CLIENTS)
         while True:
             await slots.acquire()
-            connection = await _next(bound)
+            connection = await next_connection(bound)
             self._unattended.add(connection)
             task = asyncio.create_task(self._attend(connection))
             self.clients.add(task)
@@ -86,31 +83,6 @@ class HttpListener:
                 await close(writer)
             finally:
                 writer.transport.abort()
-
-
-async def _next(bound: socket.socket) -> socket.socket:
-    """Return the next connection. What hinders one, such as too many open files, is logged and tried again. A caller
-    that is cancelled loses none: asyncio's own sock_accept may have taken it by then."""
-    while True:
-        try:
-            connection, _ = bound.accept()
-            connection.setblocking(False)
-            return connection
-        except BlockingIOError:
-            await _readable(bound)
-        except OSError as error:
-            log.warning("connection-not-accepted", error=error.strerror or str(error))
-            await asyncio.sleep(ACCEPT_RETRY_S)
-
-
-async def _readable(bound: socket.socket) -> None:
-    """Return once a socket has something to take."""
-    loop, readable = asyncio.get_running_loop(), asyncio.Event()
-    loop.add_reader(bound, readable.set)
-    try:
-        await readable.wait()
-    finally:
-        loop.remove_reader(bound)
 
 
 async def _open(

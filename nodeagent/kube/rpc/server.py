@@ -24,6 +24,8 @@ from google.protobuf.message import DecodeError
 from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
+from nodeagent.aio.accept import next_connection
+from nodeagent.aio.supervise import cancel_all
 from nodeagent.kube.rpc.connection import REST_S, Connection, Headers
 from nodeagent.kube.rpc.deadline import Deadline
 from nodeagent.kube.rpc.status import AbortedError, Code
@@ -58,7 +60,7 @@ class Server:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handlers: dict[bytes, _Handler] = {}
-        self._listener: asyncio.Server | None = None
+        self._listening: tuple[socket.socket, asyncio.Task[None]] | None = None
         self._bound: tuple[int, int] | None = None
         self._peers: set[_Peer] = set()
         self._left = asyncio.Event()
@@ -76,27 +78,24 @@ class Server:
                 self._handlers[method.path] = _Handler(method, serve)
 
     async def start(self) -> None:
-        """Bind and listen. Raise OSError. A start that is cancelled leaves nothing."""
+        """Bind and listen. Raise OSError. A start that fails leaves nothing."""
         bound = socket.socket(socket.AF_UNIX)
         try:
             bound.setblocking(False)
             bound.bind(str(self.path))
             self._bound = _identity(self.path)
             bound.listen(socket.SOMAXCONN)
-            loop = asyncio.get_running_loop()
-            self._listener = await loop.create_unix_server(
-                lambda: _Peer(self), sock=bound, backlog=socket.SOMAXCONN, start_serving=False
-            )
-            await self._listener.start_serving()
         except BaseException:
-            self._unlisten()
+            self._remove()
             bound.close()
             raise
+        self._listening = bound, asyncio.create_task(self._accept(bound), name=f"accepting at {self.path.name}")
 
     async def stop(self, grace_s: float) -> None:
         """Accept no more calls, let those in progress finish for up to `grace_s`, and remove the socket. What is still
         running then is cancelled, and gets CANCELLED_S to end; so do calls whose peers have gone."""
-        self._unlisten()
+        self._remove()
+        await self._unlisten()
         for peer in tuple(self._peers):
             peer.drain()
         with contextlib.suppress(TimeoutError):
@@ -106,8 +105,7 @@ class Server:
                     await self._left.wait()
                 while self._running:
                     await asyncio.wait(self._running)
-        for peer in tuple(self._peers):
-            peer.end()
+        await self._end_all()
         if self._running:
             _, running = await asyncio.wait(self._running, timeout=CANCELLED_S)
             if running:
@@ -136,14 +134,35 @@ class Server:
         self._peers.discard(peer)
         self._left.set()
 
-    def _unlisten(self) -> None:
-        """Stop listening, and remove the socket's file if it is still the one that was bound."""
+    async def _end_all(self) -> None:
+        """End all connections now, and return once they have ended."""
+        for peer in tuple(self._peers):
+            peer.end()
+        while self._peers:
+            self._left.clear()
+            await self._left.wait()
+
+    async def _accept(self, bound: socket.socket) -> None:
+        """Serve what connects, until cancelled."""
+        loop = asyncio.get_running_loop()
+        while True:
+            await loop.connect_accepted_socket(lambda: _Peer(self), await next_connection(bound))
+
+    async def _unlisten(self) -> None:
+        """Refuse what connects from now on. What has been accepted is among the peers."""
+        if self._listening is None:
+            return
+        (bound, accepting), self._listening = self._listening, None
+        try:
+            await cancel_all([accepting])
+        finally:
+            bound.close()
+
+    def _remove(self) -> None:
+        """Remove the socket's file if it is still the one that was bound."""
         if self._bound is not None and _identity(self.path) == self._bound:
             self.path.unlink(missing_ok=True)
         self._bound = None
-        if self._listener is not None:
-            self._listener.close()
-            self._listener = None
 
 
 class Call:

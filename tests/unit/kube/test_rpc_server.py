@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable
@@ -362,6 +363,22 @@ async def test_a_stop_does_not_wait_for_idle_peers_nor_for_those_that_do_not_rea
         await raw.until_closed()
 
 
+@pytest.mark.parametrize("turns", range(8))
+async def test_what_connects_as_the_server_stops_is_ended_and_leaves_nothing(turns: int, folder: Path) -> None:
+    """Whether it has been accepted by then, and however far; descriptors that are left fail the test."""
+    server = Server(folder / "s")
+    await server.start()
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(10.0)
+        client.connect(str(server.path))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await server.stop(0.0)
+        with contextlib.suppress(ConnectionResetError):  # it was not accepted
+            while client.recv(1 << 16):
+                pass
+
+
 async def test_a_stop_removes_its_own_socket_only(folder: Path) -> None:
     async with served(folder) as (it, _):
         it.path.rename(folder / "aside")
@@ -444,7 +461,7 @@ async def _survives(sent: bytes) -> None:
             async with raw_client(it.path) as raw:
                 assert (await raw.status(raw.call()))[0] == Code.OK
             await until(lambda: not it._peers)
-            assert len(asyncio.all_tasks()) == 1
+            assert len(asyncio.all_tasks()) == 2, "this one, and the one that accepts"
 
 
 def bomb(kind: str) -> bytes:

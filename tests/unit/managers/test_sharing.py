@@ -110,6 +110,14 @@ def mps_set(name: str = NAMES[0], uuid: str = "GPU-0", percent: int = 100, mib: 
     return MpsSet(name=name, threads_percent=percent, memory_mib=memory, **facts)  # type: ignore[arg-type]
 
 
+def kill(pid: int) -> None:
+    """End a process, and return once it has ended: a signal only asks for that."""
+    victim = process_id(pid)
+    os.kill(pid, signal.SIGKILL)
+    while process_id(pid) == victim:
+        time.sleep(0.001)
+
+
 # Daemons
 
 
@@ -140,7 +148,7 @@ def test_a_daemon_that_ended_is_started_again_in_its_folder_and_that_is_told(nod
     """The folder is the one that containers have mounted."""
     node.kept(mps_set(mib=512))
     client, inode = Client(node.pipe(NAMES[0])), node.pipe(NAMES[0]).stat().st_ino
-    os.kill(node.record().pid, signal.SIGKILL)
+    kill(node.record().pid)
     assert node.kept(mps_set(mib=512)).restarted == (NAMES[0],)
     assert client.lost
     assert (node.record().restarts, node.pipe(NAMES[0]).stat().st_ino) == (1, inode)
@@ -379,9 +387,7 @@ class History:
         every = [one for name in NAMES for one in processes_of(self.node.pipe(name))]
         if every:
             victim = self.random.choice(every)
-            os.kill(victim.pid, signal.SIGKILL)
-            while process_id(victim.pid) == victim:
-                time.sleep(0.001)
+            kill(victim.pid)
             self.kills += 1
 
     def connect(self) -> None:
