@@ -2,7 +2,7 @@
 
 What becomes of them with a damaged file, a full disk or a killed agent is in `host/sysfs/record_file.py`. Here a
 damaged file counts as empty, and this is logged; the next change sets it aside. One that cannot be read for the moment
-may have records: who releases what they are about asks for certainty, everybody else sees none.
+may have records: who grants or releases what they are about asks for certainty, everybody else sees none.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
+from nodeagent.core.model.grant import Grant
+from nodeagent.errors import HostError
 from nodeagent.host.sysfs.record_file import RecordFile, UnreadableError
 from nodeagent.telemetry.once import Once
 
@@ -25,6 +27,9 @@ class OfClaim(Protocol):
     def claim(self) -> str:
         """Return its UID."""
         ...
+
+
+Claimed = TypeVar("Claimed", bound=OfClaim)
 
 
 class Journal(Generic[Form, Key, Record]):
@@ -81,6 +86,25 @@ class Journal(Generic[Form, Key, Record]):
             if certain and error.passes:
                 raise
             return None
+
+
+def recorded_for_others(
+    read: Callable[..., Mapping[str, Claimed]], uid: str, grants: Sequence[Grant]
+) -> dict[str, Claimed]:
+    """Return, by device, what is recorded of the devices of a claim's grants for other claims, which hold them no
+    longer. read: returns the records, or raises HostError if that cannot be told for the moment; so does this then.
+    """
+    ids = [id for one in grants for id in (*one.devices, *one.shares)]
+    records = read(certain=True) if ids else {}
+    return {id: records[id] for id in ids if id in records and records[id].claim != uid}
+
+
+def may_be_recorded(read: Callable[..., Mapping[Any, OfClaim]]) -> bool:
+    """Return whether something is recorded, as far as can be told: a record that cannot be read may have anything."""
+    try:
+        return bool(read(certain=True))
+    except HostError:
+        return True
 
 
 def recorded_claims(records: Mapping[Any, OfClaim], uids: Sequence[str]) -> list[str]:

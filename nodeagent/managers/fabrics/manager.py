@@ -9,6 +9,7 @@ taken away: then the claim stays, and kubelet asks again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -193,20 +194,20 @@ class FabricsManager(Manager):
 
     async def look(self) -> None:
         """Report the state of each connection, and forget the disks of those that have ended."""
-        evidence = await asyncio.to_thread(lambda: [*self._seen()])
+        with contextlib.suppress(HostError):  # what was seen last counts until it can be told again
+            evidence = await asyncio.to_thread(lambda: [*self._seen()])
+            self._agent.observe(evidence, [(id, PATH) for id in self._observed - {one.device for one in evidence}])
+            self._observed = frozenset(one.device for one in evidence)
         try:
             await self._connector.forget_disks()
         except (HostError, StateError) as error:
             self._unforgotten.report(str(error))
         else:
             self._unforgotten.clear()
-        now = frozenset(one.device for one in evidence)
-        self._agent.observe(evidence, [(id, PATH) for id in self._observed - now])
-        self._observed = now
 
     def _seen(self) -> Iterator[Evidence]:
-        """Blocks."""
-        for one in (one for one in self._connector.records().values() if one.controller):
+        """Blocks. Raise HostError if it cannot be told what is connected."""
+        for one in (one for one in self._connector.records(certain=True).values() if one.controller):
             there = self._connector.standing(one)
             if there is not None and there.state == LIVE:
                 yield Evidence(device=one.device, source=PATH, state=HEALTHY)

@@ -63,9 +63,13 @@ class KindsManager(Manager):
         return await run_to_end(self._bind(mine)) if mine else {}
 
     def _concerns(self, grants: Sequence[Grant]) -> bool:
-        records = self._preparer.records()
-        ids = (id for one in grants for id in (*one.devices, *one.shares))
-        return bool(self._preparer.wanted(grants)) or any(id in records for id in ids)
+        """Whether something is, or may be, recorded of their devices, for whichever claim, or is to be prepared."""
+        ids = {id for one in grants for id in (*one.devices, *one.shares)}
+        try:
+            recorded = bool(ids) and not ids.isdisjoint(self._preparer.records(certain=True))
+        except HostError:
+            return True
+        return recorded or bool(self._preparer.wanted(grants))
 
     async def _bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -18,6 +18,7 @@ from nodeagent.core.opaque.settings import from_json
 from nodeagent.errors import HostError, InputError, NodeagentError
 from nodeagent.host.devices.base import Kind
 from nodeagent.host.devices.hooks import Preparing, forms, preparing
+from nodeagent.managers.journal import recorded_for_others
 from nodeagent.managers.kinds.calls import HookCalls
 from nodeagent.managers.kinds.journal import KindsJournal, Record
 
@@ -51,7 +52,7 @@ class DevicePreparer:
     async def prepare(self, uid: str, grants: Sequence[Grant]) -> bool:
         """Have all devices of a claim prepared, or none. Return whether there was anything to do. Raise HostError or
         InputError; what could not be undone then is recorded."""
-        others = await self.undo(self._of_others(uid, grants))
+        others = await self.undo(recorded_for_others(self._journal.read, uid, grants).values())
         if others:
             raise HostError("; ".join(others.values()))
         begun: list[str] = []
@@ -90,12 +91,6 @@ class DevicePreparer:
         if one is None or one.edits is None:
             return False
         return (one.grant, one.settings, one.boot_id) == (grant.id, grant.settings, self._journal.boot_id)
-
-    def _of_others(self, uid: str, grants: Sequence[Grant]) -> list[Record]:
-        """Return what is recorded of the devices of some grants for other claims, which hold them no longer."""
-        records = self._journal.read(certain=True)
-        mine = (id for one in grants for id in (*one.devices, *one.shares))
-        return [records[id] for id in mine if id in records and records[id].claim != uid]
 
     async def undo(self, records: Iterable[Record]) -> dict[str, str]:
         """Have devices unprepared. Return, by device, why one is not."""

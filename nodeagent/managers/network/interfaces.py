@@ -30,7 +30,7 @@ from nodeagent.errors import HostError, InputError, NodeagentError, StateError
 from nodeagent.host.netlink.namespaces import OWN, first_of
 from nodeagent.host.netlink.rdma import Connect, connected
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.journal import recorded_claims
+from nodeagent.managers.journal import recorded_claims, recorded_for_others
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.network.interface_journal import InterfaceJournal, Moved
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox, has_driver
@@ -93,11 +93,16 @@ class InterfacesManager(Manager):
 
     async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Return, by UID, why the interfaces of some claims cannot be moved when their pods start."""
-        errors, records = dict[str, str](), self._mover.records()
+        errors = dict[str, str]()
         for uid, grants in claims.items():
-            held = [id for one in grants for id in (*one.devices, *one.shares)]
-            if theirs := [one for id in held if (one := records.get(id)) is not None and one.claim != uid]:
-                errors[uid] = f"the interface of {theirs[0].device} is not given back by {theirs[0].pod_name} yet"
+            try:
+                theirs = recorded_for_others(self._mover.records, uid, grants)
+            except HostError as error:
+                errors[uid] = str(error)
+                continue
+            if theirs:
+                device, one = next(iter(theirs.items()))
+                errors[uid] = f"the interface of {device} is not given back by {one.pod_name} yet"
             elif any(map(interface_of, grants)) and not self._is_called():
                 errors[uid] = "its interface cannot be moved: the container runtime does not call the agent (NRI)"
         return errors

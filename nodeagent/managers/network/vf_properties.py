@@ -15,7 +15,7 @@ from nodeagent.core.dra.interfaces import vf_of
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.netlink.vf_properties import Exchange, host_exchange
-from nodeagent.managers.journal import recorded_claims
+from nodeagent.managers.journal import may_be_recorded, recorded_claims, recorded_for_others
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.network.vf_property_journal import VfPropertyJournal
 from nodeagent.managers.network.vf_setter import VfSetter
@@ -57,7 +57,7 @@ class VfPropertiesManager(Manager):
     async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Set what claims want. Return, by UID, why a function is not as its claim wants it, or not set back yet."""
         wanted = any(vf_of(one) for grants in claims.values() for one in grants)
-        if not wanted and not self._setter.records():
+        if not wanted and not may_be_recorded(self._setter.records):
             return {}
         return await run_to_end(self._set(claims))
 
@@ -71,7 +71,7 @@ class VfPropertiesManager(Manager):
                     if all(one.id in now for one in grants):
                         errors |= await self._turns.in_thread(self._set_all, uid, grants)
         except (HostError, StateError) as error:
-            return {uid: str(error) for uid, grants in claims.items() if any(map(vf_of, grants))}
+            return {uid: str(error) for uid, grants in claims.items() if self._concerns(uid, grants)}
         return errors
 
     def _set_all(self, uid: str, grants: Sequence[Grant]) -> dict[str, str]:
@@ -86,11 +86,17 @@ class VfPropertiesManager(Manager):
         return {}
 
     def _refuse_others_records(self, uid: str, grants: Sequence[Grant]) -> None:
-        """Raise HostError if a function of the grants is still as another claim wanted it."""
-        records = self._setter.records(certain=True)
-        for id in (id for one in grants for id in (*one.devices, *one.shares)):
-            if id in records and records[id].claim != uid:
-                raise HostError(f"cannot hand over {id}: what it had before claim {records[id].claim} is not set back")
+        """Raise HostError if a function of the grants is still as another claim wanted it, or may be."""
+        for id, one in recorded_for_others(self._setter.records, uid, grants).items():
+            raise HostError(f"cannot hand over {id}: what it had before claim {one.claim} is not set back")
+
+    def _concerns(self, uid: str, grants: Sequence[Grant]) -> bool:
+        """Return whether a claim cannot be handed over without setting functions or setting them back."""
+        try:
+            self._refuse_others_records(uid, grants)
+        except HostError:
+            return True
+        return any(map(vf_of, grants))
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
         """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the

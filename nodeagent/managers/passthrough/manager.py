@@ -15,7 +15,7 @@ from nodeagent.core.dra.passthrough import driver_for, members
 from nodeagent.core.model.grant import CLAIM, Grant
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.vfio import Functions
-from nodeagent.managers.journal import recorded_claims
+from nodeagent.managers.journal import may_be_recorded, recorded_claims, recorded_for_others
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.passthrough.binder import Binder
 from nodeagent.managers.passthrough.journal import PassthroughJournal
@@ -60,7 +60,7 @@ class PassthroughManager(Manager):
         """Bind what claims want bound. Return, by UID, "" for each claim whose device has another driver now, or why it
         cannot be handed over; nothing for the others."""
         wanted = any(driver_for(one) for grants in claims.values() for one in grants)
-        if not wanted and not self._binder.records():
+        if not wanted and not may_be_recorded(self._binder.records):
             return {}
         return await run_to_end(self._bind(claims))
 
@@ -74,7 +74,7 @@ class PassthroughManager(Manager):
                     if all(one.id in now for one in grants):
                         found |= await self._turns.in_thread(self._bind_all, uid, grants)
         except (HostError, StateError) as error:
-            return {uid: str(error) for uid, grants in claims.items() if any(map(driver_for, grants))}
+            return {uid: str(error) for uid, grants in claims.items() if self._concerns(uid, grants)}
         if found:
             await self._rescan()
         return found
@@ -92,11 +92,17 @@ class PassthroughManager(Manager):
         return {uid: ""} if wanted else {}
 
     def _refuse_others_records(self, uid: str, grants: Sequence[Grant]) -> None:
-        """Raise HostError if a device of the grants is still bound for another claim."""
-        records = self._binder.records(certain=True)
-        for id in (id for one in grants for id in (*one.devices, *one.shares)):
-            if id in records and records[id].claim != uid:
-                raise HostError(f"cannot hand over {id}: it is not given back to its driver yet")
+        """Raise HostError if a device of the grants is still bound for another claim, or may be."""
+        for id in recorded_for_others(self._binder.records, uid, grants):
+            raise HostError(f"cannot hand over {id}: it is not given back to its driver yet")
+
+    def _concerns(self, uid: str, grants: Sequence[Grant]) -> bool:
+        """Return whether a claim cannot be handed over without binding and giving back."""
+        try:
+            self._refuse_others_records(uid, grants)
+        except HostError:
+            return True
+        return any(map(driver_for, grants))
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
         """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the

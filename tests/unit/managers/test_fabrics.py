@@ -389,6 +389,9 @@ async def test_a_lost_path_is_bad_health_and_heals(folder: Path) -> None:
         state = one.room.agent.health["nvmeof-fast"]
         assert state.state == UNHEALTHY
         assert state.reason.endswith(f"the path to {NQNS['fast']} at tcp://192.0.2.1:4420 is lost: nvme0 is connecting")
+        with unreadable("fabrics.json"):  # whether it is connected cannot be told: that is no sign of health
+            await one.fabrics.look()
+        assert one.room.agent.health["nvmeof-fast"] == state
         one.kernel.restore(one.targets["fast"])
         await one.fabrics.look()
         assert one.room.agent.health["nvmeof-fast"].seen["path"].state != UNHEALTHY

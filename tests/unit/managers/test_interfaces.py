@@ -17,6 +17,7 @@ from msgspec.structs import replace
 from nodeagent.aio.revision import Revision
 from nodeagent.aio.supervise import cancel_all
 from nodeagent.core.model.container import Pod
+from nodeagent.core.model.cpuset import CpuSet
 from nodeagent.core.model.grant import CLAIM, Grant, Holder
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.network.interface import Interface
@@ -28,6 +29,7 @@ from nodeagent.managers.network.interface_journal import Moved
 from nodeagent.managers.network.interface_mover import Asked, InterfaceMover, Sandbox
 from nodeagent.managers.network.interfaces import InterfacesManager
 from nodeagent.state.agent import Agent
+from tests.support.unreadable import unreadable
 from tests.support.until import until
 
 ID = "0000:5e:00.1"
@@ -126,6 +128,23 @@ async def test_a_sandbox_that_is_too_late_to_start_keeps_nothing(
     await until(lambda: node.taken == [ID] and not node.records())
     assert [one.id for one in node.given] == ["s"]
     await cancel_all([lead])
+    await node.manager.close()
+
+
+async def test_an_interface_that_may_be_with_another_claim_s_pod_is_handed_to_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = node_of(tmp_path, monkeypatch)
+    node.goes_on.set()
+    await node.manager.creating(POD)
+    plain = replace(GRANT, id="d-0", holder=Holder(api=CLAIM, uid="d"), settings="")
+    cpu = replace(plain, devices=(), cpus=CpuSet((3,)))
+    with unreadable("interfaces.json"):
+        errors = await node.manager.bind({"d": [plain], "e": [cpu]})
+        assert [*errors] == ["d"] and "Input/output error" in errors["d"]
+    assert await node.manager.bind({"d": [plain]}) == {
+        "d": f"the interface of {ID} is not given back by default/web yet"
+    }
     await node.manager.close()
 
 

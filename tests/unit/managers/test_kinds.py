@@ -176,6 +176,20 @@ async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folde
         assert one.toy.calls[-1] == ("unprepare", "toy-a") and one.room.agent.ledger.grants == {}
 
 
+async def test_what_may_be_prepared_for_another_claim_is_handed_to_nobody_while_the_record_cannot_be_read(
+    folder: Path,
+) -> None:
+    """Also where no kind prepares the device any longer."""
+    async with node(folder) as one:
+        ref = one.claim("c", "toy-a", color="blue")
+        assert await one.prepare(ref) == ""
+        await one.room.agent.unprepare([ref.uid], "an admin", "op")
+        with unreadable("kinds.json"):
+            assert "Input/output error" in await one.prepare(other := one.claim("d", "toy-a"))
+        assert await one.prepare(other) == ""
+        assert one.toy.painted == {"toy-a": "red"}
+
+
 async def test_a_claims_device_is_prepared_with_its_configuration_and_unprepared(folder: Path) -> None:
     async with node(folder) as one:
         ref = one.claim("c", "toy-a", color="blue")

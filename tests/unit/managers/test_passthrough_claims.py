@@ -22,8 +22,10 @@ from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.vfio import Functions, TimedPut
 from nodeagent.managers.dra import prepare as claims_of
 from nodeagent.managers.dra.prepare import ClaimPreparer
+from nodeagent.managers.passthrough import manager
 from nodeagent.managers.passthrough.manager import PassthroughManager
 from nodeagent.resources.catalog import dra_of
+from nodeagent.state.lock import FileLock
 from tests.doubles.pci_drivers import PciKernel
 from tests.support.claim_node import Room, claim_room
 from tests.support.dra_node import DRIVER, NODE, result
@@ -176,6 +178,38 @@ async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folde
         assert one.drivers()[GPU] == "vfio-pci" and one.room.agent.ledger.grants
         assert await one.room.unprepare(claim) == [""]
         assert one.drivers() == OWN and one.room.agent.ledger.grants == {}
+
+
+async def test_what_may_be_bound_for_another_claim_is_handed_to_nobody_while_the_record_cannot_be_read(
+    folder: Path,
+) -> None:
+    async with node(folder) as one:
+        claim = one.claim("c", GPU)
+        assert await one.prepare(claim) == ""
+        await one.room.agent.unprepare([claim.uid], "an admin", "op")
+        plain, other = one.claim("plain", GPU, ""), one.claim("other", OTHER, "")
+        with unreadable("passthrough.json"):  # nobody knows which
+            for ref in (plain, other):
+                assert "Input/output error" in await one.prepare(ref)
+        assert f"cannot hand over {GPU}: it is not given back to its driver yet" in await one.prepare(plain)
+        assert await one.prepare(other) == ""
+
+
+async def test_a_device_bound_for_another_claim_is_not_handed_over_either_while_another_agent_binds(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manager, "LOCK_S", 0.05)
+    async with node(folder) as one:
+        claim = one.claim("c", GPU)
+        assert await one.prepare(claim) == ""
+        await one.room.agent.unprepare([claim.uid], "an admin", "op")
+        lock = FileLock(folder / "state" / manager.LOCK)
+        assert lock.try_take()
+        try:
+            assert "another agent has" in await one.prepare(one.claim("plain", GPU, ""))
+            assert await one.prepare(one.claim("other", OTHER, "")) == ""
+        finally:
+            lock.close()
 
 
 async def test_where_binding_fails_the_claim_fails_and_everything_is_given_back_when_it_is_unprepared(

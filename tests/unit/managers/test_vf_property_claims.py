@@ -192,6 +192,18 @@ async def test_a_record_that_cannot_be_read_for_the_moment_keeps_the_claim(folde
         assert one.has(VFS[0]) == Vf() and one.room.agent.ledger.grants == {}
 
 
+async def test_what_may_be_as_another_claim_had_it_is_handed_to_nobody_while_the_record_cannot_be_read(
+    folder: Path,
+) -> None:
+    async with node(folder, *EVERY) as one:
+        claim = one.claim("c", VFS[0], ASKED)
+        assert await one.prepare(claim) == ""
+        await one.room.agent.unprepare([claim.uid], "an admin", "op")
+        with unreadable(one.record.name):
+            assert "Input/output error" in await one.prepare(plain := one.claim("d", VFS[0], None))
+        assert f"what it had before claim {claim.uid} is not set back" in await one.prepare(plain)
+
+
 async def test_a_pod_that_still_runs_keeps_what_it_has(folder: Path, impatient: None) -> None:
     async with node(folder, *EVERY) as one:
         claim = one.claim("c", VFS[0], ASKED)
