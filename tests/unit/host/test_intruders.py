@@ -135,7 +135,10 @@ def test_one_bad_file_is_named_and_costs_one_thread(tmp_path: Path) -> None:
 def test_a_real_thread_of_this_machine_is_seen(warnings: list[str]) -> None:
     """A process of the test's own, pinned to one CPU."""
     cpu = max(os.sched_getaffinity(0))
-    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"0")
+        assert process.stdout.read(1) == b"0"  # its name is that of its parent until its first instruction
         os.sched_setaffinity(process.pid, {cpu})
         found = threads(SysFs(), CpuSet([cpu]), warnings)
         others = threads(SysFs(), CpuSet([cpu + 1]), warnings)

@@ -27,7 +27,7 @@ PACE = RegistrationTiming(
     last_retry_s=0.05,
     unwatched_s=0.05,
     unwatched_most_s=0.1,
-    clean_up_s=0.04,
+    clean_up_s=0.12,
     poll_s=0.5,
     register_s=0.15,
 )
