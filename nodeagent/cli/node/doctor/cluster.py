@@ -25,7 +25,10 @@ DRIVER_RIGHTS = (1, 36)
 """From here on the status of devices in claims needs rights of its own."""
 OLDEST, NEWEST = (1, 34), (1, 38)
 """Versions of Kubernetes that docs/compatibility.md has columns for."""
-TESTED_RUNTIMES = {"containerd": ((1, 7), (2, 99))}
+CONTAINERD = "containerd"
+TESTED_RUNTIMES = {CONTAINERD: ((1, 7), (2, 99)), "cri-o": ((1, 36), (1, 36)), "crio": ((1, 36), (1, 36))}
+"""First and last version. Kubelet has "cri-o", the program itself "crio"."""
+TESTED = "containerd 1.7 and 2, and CRI-O 1.36"
 VERBS = ("get", "list", "watch", "create", "update", "patch", "delete", "deletecollection")
 SLICES_FIX = "kubectl apply -k deploy"
 _VERSION = re.compile(r"v?(\d+)\.(\d+)")
@@ -213,11 +216,11 @@ def judged_runtime(text: str) -> Finding:
     name, number = text.partition("://")[0], _number(text)
     if number is None:
         return unknown(f"the runtime's version is {text[:60]!r}" if text else "no runtime shows its version")
-    known = TESTED_RUNTIMES.get(name)
-    if known is None:
-        return warning(f"the runtime is {text[:60]}; tested are containerd 1.7 and 2", "look at pinning with care")
-    if number < known[0]:
+    first, last = TESTED_RUNTIMES.get(name, (number, number))
+    if name == CONTAINERD and number < first:
         return failure(f"the runtime is {text[:60]}: NRI and CDI need containerd 1.7", "upgrade containerd")
+    if name not in TESTED_RUNTIMES or not first <= number <= last:
+        return warning(f"the runtime is {text[:60]}; tested are {TESTED}", "look at pinning with care")
     return ok(f"the runtime is {text[:60]}")
 
 

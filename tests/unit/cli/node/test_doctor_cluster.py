@@ -113,6 +113,11 @@ def test_kubelets_version_is_held_against_the_table(text: str, by_dra: bool, sta
         ("containerd://1.7.24", State.OK),
         ("containerd://1.6.8", State.FAILURE),
         ("cri-o://1.34.0", State.WARNING),
+        ("cri-o://1.36.3", State.OK),
+        ("crio://1.36.0", State.OK),
+        ("cri-o://1.37.0", State.WARNING),
+        ("containerd://3.0.0", State.WARNING),
+        ("podman://5.0", State.WARNING),
         ("docker", State.UNKNOWN),
     ],
 )
