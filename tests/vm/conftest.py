@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.vm import vmruntime
 from tests.vm.vmguest import Guest
-from tests.vm.vmnode import CONFIG, prepare_runtime, started
+from tests.vm.vmnode import CONFIG, started
 from tests.vm.vmpods import until_connected
 
 LIFE_S = 2400.0
@@ -23,6 +24,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def pods_guest() -> Iterator[Guest]:
     """A node with a runtime that asks the agent, quick to notice that a pod is gone."""
+    reason = vmruntime.missing()
+    if reason is not None:
+        pytest.skip(reason)
     resources = [*CONFIG["resources"], {"name": "hugepages-1Gi", "kind": "hugepages", "pageSize": "1Gi"}]
     with started(
         life_s=LIFE_S,
@@ -31,6 +35,6 @@ def pods_guest() -> Iterator[Guest]:
         hugepages=PAGES,
         resources=resources,
     ) as booted:
-        prepare_runtime(booted)
+        vmruntime.CHOSEN.prepare(booted)
         until_connected(booted)
         yield booted

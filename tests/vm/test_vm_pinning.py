@@ -1,4 +1,4 @@
-"""Pods that hold CPUs, made through the runtime interface of a real containerd: who runs where, whatever happens."""
+"""Pods that hold CPUs, made through the runtime interface of a real runtime: who runs where, whatever happens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 from tests.vm import vmpods
 from tests.vm.vmguest import Guest, GuestError
 from tests.vm.vmpods import Pod, cpus
+from tests.vm.vmruntime import CHOSEN
 
 ALL, RESERVED, GRANTABLE = "0-15", "0-1", "2-15"
 REPAIR_S = 5.0
@@ -66,7 +67,9 @@ def restart_with(guest: Guest, change: str) -> None:
 
 def test_the_runtime_offers_nri_and_cdi(guest: Guest) -> None:
     guest.run("test -S /var/run/nri/nri.sock")
-    assert "enable_cdi = true" in guest.run("containerd config dump")
+    shown = guest.run(CHOSEN.shown_by)
+    assert '"/var/run/cdi"' in shown
+    assert CHOSEN.unit != "containerd" or "enable_cdi = true" in shown
 
 
 def test_a_pod_is_on_its_cpus_and_node_from_its_first_instruction(guest: Guest, held: Pod) -> None:
@@ -156,7 +159,7 @@ def test_daemon_reload_changes_nothing(guest: Guest, held: Pod, shared: Pod) -> 
 def test_a_restart_of_the_runtime_leaves_all_as_it_was_and_the_next_pod_is_pinned(
     guest: Guest, held: Pod, shared: Pod
 ) -> None:
-    guest.run("systemctl restart containerd")
+    guest.run(f"systemctl restart {CHOSEN.unit}")
     all_is_as_it_should_be(guest, held, shared)
     vmpods.until_connected(guest)
     pod = vmpods.make(guest, "after-restart", 2)
@@ -221,6 +224,8 @@ def test_a_pod_whose_cpus_are_all_gone_does_not_start_unless_a_warning_is_enough
         guest.run(f"echo 1 >{online}")
     vmpods.until_effective(guest, pod.scope(), pod.cpus)
     vmpods.remove(guest, pod)
+    guest.run('sed -i \'s/"onFailure": "warn", //\' /etc/nodeagent/config.yaml && systemctl reload nodeagent')
+    vmpods.until_connected(guest)
     until_grown_back(guest, held, shared)
 
 

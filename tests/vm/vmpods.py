@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tests.vm.vmguest import Guest
+from tests.vm.vmruntime import CHOSEN
 
 CPU = "nodeagent.dev/cpu"
 PYTHON = "/opt/nodeagent/bin/python"
@@ -57,7 +58,7 @@ class Pod(Admitted):
     ids: dict[str, str]
 
     def scope(self, container: str = "main") -> str:
-        return f"{self.slice}/cri-containerd-{self.ids[container]}.scope"
+        return f"{self.slice}/{CHOSEN.prefix}-{self.ids[container]}.scope"
 
 
 def admit(guest: Guest, name: str, wants: dict[str, int], others: tuple[str, ...] = ()) -> Admitted:
@@ -123,11 +124,12 @@ def first_lines(guest: Guest, pod: Pod, container: str = "main", last: str = "CP
 
 
 def effective(guest: Guest, cgroup: str) -> str:
-    return guest.run(f"cat {cgroup}/cpuset.cpus.effective").strip()
+    """What its processes may run on: those of a scope of crun's are in a cgroup below."""
+    return guest.run(_effective(cgroup)).strip()
 
 
 def until_effective(guest: Guest, cgroup: str, wanted: str) -> None:
-    guest.run(f'test "$(cat {cgroup}/cpuset.cpus.effective)" = "{wanted}"', until=True)
+    guest.run(f'test "$({_effective(cgroup)})" = "{wanted}"', until=True)
 
 
 def pinning(guest: Guest) -> dict[str, Any]:
@@ -147,6 +149,11 @@ def until_connected(guest: Guest) -> None:
 
 def until_shared(guest: Guest, wanted: str) -> None:
     guest.run(f"""nodeagent status -o json | grep -q '"shared_cpus": *"{wanted}"'""", until=True)
+
+
+def _effective(cgroup: str) -> str:
+    name = "cpuset.cpus.effective"
+    return f"cat {cgroup}/container/{name} 2>/dev/null || cat {cgroup}/{name}"
 
 
 def _quoted(**said: Any) -> str:

@@ -51,7 +51,9 @@ class Checker:
         return known
 
     def _scopes(self) -> list[Path]:
-        return [scope for pod in PODS.glob("*.slice") for scope in pod.glob("*.scope")]
+        """crun has the processes in a cgroup below the scope."""
+        forms = ("*.scope", "*.scope/container")
+        return [scope for pod in PODS.glob("*.slice") for form in forms for scope in pod.glob(form)]
 
     def _seen(self, scope: Path) -> dict[str, set[int]]:
         """What its cgroup lets it run on, and what each of its processes may run on, by what was read. Where nothing
@@ -76,7 +78,7 @@ class Checker:
             for where, may in found.items():
                 said = {"at_s": time.monotonic(), "exclusive": container, "cpus": sorted(held)}
                 said |= {"scope": str(scope), "where": where, "may": sorted(may)}
-                if container in scope.name:
+                if container in str(scope):
                     if may != held:
                         self.wrong.append(said)
                 else:

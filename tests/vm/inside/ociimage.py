@@ -1,4 +1,7 @@
-"""Writes a container image with nothing but a static busybox, for `ctr images import`: ociimage.py BUSYBOX NAME OUT."""
+"""A container image with nothing but a static busybox. As a program it writes one for `ctr images import`:
+
+ociimage.py BUSYBOX NAME OUT
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,12 @@ import io
 import json
 import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+WAIT = ("/bin/busybox", "sleep", "infinity")
+"""The default process waits indefinitely: the image serves as a pod's sandbox too."""
 
 
 def packed(files: dict[str, bytes], mode: int = 0o644) -> bytes:
@@ -20,19 +28,28 @@ def packed(files: dict[str, bytes], mode: int = 0o644) -> bytes:
     return out.getvalue()
 
 
-def image(busybox: bytes, name: str) -> bytes:
-    """Its default process waits indefinitely: it serves as a pod's sandbox too."""
-    layer = packed({"bin/busybox": busybox}, 0o755)
-    digest = f"sha256:{hashlib.sha256(layer).hexdigest()}"
-    config = {
+def digest_of(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
+
+
+def layer(busybox: bytes) -> bytes:
+    return packed({"bin/busybox": busybox}, 0o755)
+
+
+def config(layer: bytes, command: Sequence[str] = WAIT) -> dict[str, Any]:
+    return {
         "architecture": "amd64",
         "os": "linux",
-        "config": {"Entrypoint": ["/bin/busybox", "sleep", "infinity"], "Env": ["PATH=/bin"]},
-        "rootfs": {"type": "layers", "diff_ids": [digest]},
+        "config": {"Entrypoint": list(command), "Env": ["PATH=/bin"]},
+        "rootfs": {"type": "layers", "diff_ids": [digest_of(layer)]},
     }
+
+
+def image(busybox: bytes, name: str) -> bytes:
+    only = layer(busybox)
     manifest = [{"Config": "config.json", "RepoTags": [name], "Layers": ["layer.tar"]}]
-    whole = {"manifest.json": manifest, "config.json": config}
-    return packed({"layer.tar": layer, **{key: json.dumps(value).encode() for key, value in whole.items()}})
+    whole = {"manifest.json": manifest, "config.json": config(only)}
+    return packed({"layer.tar": only, **{key: json.dumps(value).encode() for key, value in whole.items()}})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ sys.path.insert(0, "/share/inside")
 
 import cri_pb2 as cri
 
-SOCKET = "unix:///run/containerd/containerd.sock"
+SOCKETS = (Path("/run/crio/crio.sock"), Path("/run/containerd/containerd.sock"))
+"""Where both are there, containerd has been stopped."""
 IMAGE = "localhost/busybox:vm"
 LOGS = Path("/var/log/pods")
 PODS = Path("/sys/fs/cgroup/kubepods.slice")
@@ -44,16 +45,16 @@ class Runtime:
     """A context manager: the connection to the runtime."""
 
     def __enter__(self) -> Runtime:
-        self._channel = grpc.insecure_channel(SOCKET)
+        self._channel = grpc.insecure_channel(f"unix://{next(path for path in SOCKETS if path.exists())}")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._channel.close()
 
-    def call(self, name: str, **fields: Any) -> Any:
-        """One call of runtime.v1.RuntimeService."""
+    def call(self, name: str, service: str = "RuntimeService", **fields: Any) -> Any:
+        """One call of a service of runtime.v1."""
         method = self._channel.unary_unary(
-            f"/runtime.v1.RuntimeService/{name}",
+            f"/runtime.v1.{service}/{name}",
             request_serializer=lambda message: message.SerializeToString(),
             response_deserializer=getattr(cri, f"{name}Response").FromString,
         )
@@ -66,8 +67,10 @@ class Runtime:
 
     def container(self, made: str, pod: dict[str, Any], spec: dict[str, Any]) -> str:
         """Created and started; its id."""
-        config = {"config": container(**spec), "sandbox_config": sandbox(pod)}
-        created = str(self.call("CreateContainer", pod_sandbox_id=made, **config).container_id)
+        config = container(**spec)
+        config.labels.update(labels(pod))
+        said = {"config": config, "sandbox_config": sandbox(pod)}
+        created = str(self.call("CreateContainer", pod_sandbox_id=made, **said).container_id)
         self.call("StartContainer", container_id=created)
         return created
 
@@ -111,15 +114,20 @@ def make_slice(uid: str) -> None:
         file.write_text("0")
 
 
+def labels(pod: dict[str, Any]) -> dict[str, str]:
+    """As kubelet has them on a pod's sandbox and containers: a container's bundle of CRI-O names its pod only so."""
+    prefix = "io.kubernetes.pod"
+    return {f"{prefix}.name": pod["name"], f"{prefix}.namespace": "vm", f"{prefix}.uid": pod["uid"]}
+
+
 def sandbox(pod: dict[str, Any]) -> Any:
     """The node's network, so that no CNI is needed."""
     name, uid = pod["name"], pod["uid"]
-    labels = {"io.kubernetes.pod.name": name, "io.kubernetes.pod.namespace": "vm", "io.kubernetes.pod.uid": uid}
     options = cri.LinuxSandboxSecurityContext(namespace_options=cri.NamespaceOption(network=cri.NODE))
     return cri.PodSandboxConfig(
         metadata=cri.PodSandboxMetadata(name=name, uid=uid, namespace="vm"),
         log_directory=str(LOGS / name),
-        labels=labels,
+        labels=labels(pod),
         annotations=pod.get("annotations", {}),
         linux=cri.LinuxPodSandboxConfig(cgroup_parent=slice_name(uid), security_context=options),
     )
@@ -130,7 +138,7 @@ def container(
 ) -> Any:
     return cri.ContainerConfig(
         metadata=cri.ContainerMetadata(name=name),
-        image=cri.ImageSpec(image=IMAGE),
+        image=cri.ImageSpec(image=IMAGE, user_specified_image=IMAGE),
         command=["/bin/busybox", "sh", "-c", script],
         envs=[cri.KeyValue(key=key, value=value) for key, value in (envs or {}).items()],
         mounts=[cri.Mount(container_path=path, host_path=path, readonly=True) for path in mounts],
