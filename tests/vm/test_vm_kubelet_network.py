@@ -10,41 +10,20 @@ from typing import Any
 import pytest
 
 from tests.e2e.kubeapi import claim, claim_path, request, until
-from tests.vm import vmcluster
+from tests.vm import vmcluster, vmcni
 from tests.vm.vmcluster import RESOURCES, STEP_S, Node
 from tests.vm.vmforms import container, document
 
 DROP_IN = "/etc/systemd/system/nodeagent.service.d/nodeagent-interfaces.conf"
 NIC = {"name": "nic", "kind": "nic", "match": {"driver": "e1000e"}, "serve": "dra"}
 INTERFACE = {"name": "net1", "addresses": ["10.20.0.5/24"], "mtu": 1400}
-CONFLIST = '{"cniVersion":"1.0.0","name":"vm","plugins":[{"type":"vmnet"}]}'
-PLUGINS = "/usr/lib/cni"
-"""Where Debian's containerd looks for them."""
-PLUGIN = """#!/bin/sh
-# Gives each sandbox its loopback, and an eth0 of its own that leads nowhere.
-cat >/dev/null
-[ "$CNI_COMMAND" = VERSION ] && exec echo '{"cniVersion":"1.0.0","supportedVersions":["0.3.1","1.0.0"]}'
-[ "$CNI_COMMAND" = ADD ] || exit 0
-inside="nsenter --net=$CNI_NETNS ip"
-case $0 in
-*/loopback) name=lo address=127.0.0.1/8 version=0.3.1; $inside link set lo up >&2 ;;
-*) name=eth0 address=10.88.0.2/16 version=1.0.0; $inside link add eth0 type dummy >&2 &&
-   $inside addr add $address dev eth0 >&2 ;;
-esac || exit 1
-echo '{"cniVersion":"'$version'","interfaces":[{"name":"'$name'","sandbox":"'$CNI_NETNS'"}],\
-"ips":[{"version":"4","address":"'$address'","interface":0}]}'
-"""
 
 
 @pytest.fixture(scope="module")
 def node() -> Iterator[Node]:
     with vmcluster.node(resources=[*RESOURCES, NIC], network={"moveInterfaces": True}) as made:
         guest = made.guest
-        (guest.share / "vmnet").write_text(PLUGIN)
-        (guest.share / "10-vm.conflist").write_text(CONFLIST)
-        guest.run(f"for one in vmnet loopback; do install -D -m 755 /share/vmnet {PLUGINS}/$one; done; modprobe dummy")
-        guest.run("rm /etc/cni/net.d/*")
-        guest.run("install -m 644 -t /etc/cni/net.d /share/10-vm.conflist")
+        vmcni.install(guest)
         guest.run(f"install -D -m 644 /share/systemd/nodeagent-interfaces.conf {DROP_IN}")
         guest.run("systemctl daemon-reload && systemctl restart nodeagent")
         made.ready()

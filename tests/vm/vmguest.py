@@ -89,7 +89,7 @@ class Guest:
         """`image` is what vmimage made; `life_s` ends every wait, counted from the boot; `devices` are more arguments
         of QEMU's."""
         self.share = share
-        self.version = _qemu_version()
+        self.version = qemu_version()
         self.topology = vmmachine.big(self.version)
         self.boot_s = 0.0
         self._image, self._life_s, self._devices = image, life_s, devices
@@ -212,7 +212,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
-def _qemu_version() -> int:
+def qemu_version() -> int:
     said = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True, timeout=20).stdout
     found = re.search(r"version (\d+)", said)
     if found is None:
