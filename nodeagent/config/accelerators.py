@@ -36,3 +36,33 @@ class AmdConfig(Base, frozen=True):
 
     partitions: list[AmdPartitionConfig] = []
     """Of several that match a GPU, the first."""
+
+
+class DsaQueuesConfig(Base, frozen=True):
+    """Work queues that are alike."""
+
+    size: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    """Entries of each; all queues of an accelerator share its max_work_queues_size."""
+    count: Annotated[int, msgspec.Meta(ge=1, le=128)] = 1
+    mode: Literal["dedicated", "shared"] = "dedicated"
+    """A dedicated queue is open to one program at a time, a shared one to several."""
+    priority: Annotated[int, msgspec.Meta(ge=1, le=15)] = 10
+    threshold: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """Of a shared queue: entries that programs may fill. null: all."""
+
+
+class DsaConfig(Base, frozen=True):
+    """Accelerators that the admin gives to the agent, and how it divides them."""
+
+    accelerators: Annotated[
+        list[Annotated[str, msgspec.Meta(min_length=1, max_length=256)]], msgspec.Meta(min_length=1)
+    ]
+    """Shell patterns of names (dsa0, iax1) or PCI addresses."""
+    queues: Annotated[list[DsaQueuesConfig], msgspec.Meta(min_length=1)]
+
+
+class AcceleratorsConfig(Base, frozen=True):
+    """Accelerators other than GPUs. They are left alone unless they are given."""
+
+    dsa: list[DsaConfig] = []
+    """Intel DSA and IAA whose work queues the agent makes for claims; of several that match one, the first."""

@@ -39,6 +39,7 @@ def json_schema() -> Form:
     forms["HugepagesConfig"]["properties"]["pageSize"]["enum"] = page_sizes()
     forms["OverheadConfig"]["anyOf"] = [_given(key) for key in ("perPod", "perContainer")]
     forms["AmdPartitionConfig"]["anyOf"] = [_chosen(key) for key in ("compute", "memory")]
+    forms["DsaQueuesConfig"] |= {"if": _one_of("mode", ["shared"]), "else": _silent({"threshold": None})}
     forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
     parts = [[level, f"{level}{part}"] for level in ("L3", "L2") for part in ("CODE", "DATA")]
     forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}
@@ -80,6 +81,8 @@ def _of_resources() -> Iterator[Form]:
     yield {"if": _one_of("kind", ["memory"]), "then": _one_of("serve", ["dra"])}
     shared = {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1, "overhead": {}})]}
     yield {"if": _one_of("kind", ["nvmeof"]), "then": shared}
+    made = {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}
+    yield {"if": _one_of("kind", ["dsa-queue"]), "then": made}
     dynamic = {"required": ["mig"], "properties": {"mig": _one_of("mode", ["dynamic"])}}
     yield {"if": dynamic, "then": {"allOf": [_one_of("serve", ["dra"]), _silent({"replicas": 1})]}}
     yield {"if": _one_of("kind", ["hugepages"]), "then": _one_of("pageSize", page_sizes())}

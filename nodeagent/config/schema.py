@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import msgspec.inspect
 
-from nodeagent.config.accelerators import AmdConfig, NvidiaConfig
+from nodeagent.config.accelerators import AcceleratorsConfig, AmdConfig, NvidiaConfig
 from nodeagent.config.base import AT_START, DOMAIN, Absolute, Base, Seconds
 from nodeagent.config.dra import DraConfig
 from nodeagent.config.hugepages import HugepagesConfig
@@ -59,6 +59,7 @@ class Config(Base, frozen=True):
     dra: DraConfig = DraConfig()
     nvidia: NvidiaConfig = NvidiaConfig()
     amd: AmdConfig = AmdConfig()
+    accelerators: AcceleratorsConfig = AcceleratorsConfig()
     pinning: PinningConfig = PinningConfig()
     network: NetworkConfig = NetworkConfig()
     hugepages: list[HugepagesConfig] = []

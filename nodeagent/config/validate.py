@@ -11,6 +11,7 @@ from pathlib import PurePosixPath
 
 import msgspec
 
+from nodeagent.config.accelerators import DsaConfig
 from nodeagent.config.base import LONGEST_DOMAIN
 from nodeagent.config.hugepages import LARGEST_PAGE_BYTES, SMALLEST_PAGE_BYTES, HugepagesConfig
 from nodeagent.config.isolation import IoClassConfig, IoConfig, ResctrlConfig, UclampConfig, Utilization
@@ -52,6 +53,8 @@ TOPOLOGY_KINDS = ("cpu", "hugepages", "memory")
 """Kinds that are no devices."""
 ONLY_DEVICES = ("match", "matchAny", "replicas", "deviceNodes", "cdi", "overhead")
 """Keys that apply only to devices, not to CPUs or pages."""
+MOST_QUEUES = 128
+"""Of one accelerator."""
 _NO_ALTERNATIVES = "the device plugin API has no devices of which only some can exist at the same time"
 NEEDED = {
     "char": ("paths", "globs such as /dev/ttyUSB*"),
@@ -96,6 +99,20 @@ def wrong(config: Config) -> Iterator[str]:
     for i, rule in enumerate(config.amd.partitions):
         if rule.compute is None and rule.memory is None:
             yield f"nothing at $.amd.partitions[{i}], expected compute, memory or both"
+    yield from _wrong_queues(config.accelerators.dsa)
+
+
+def _wrong_queues(rules: list[DsaConfig]) -> Iterator[str]:
+    """Yield more queues than any accelerator has, and thresholds that a queue cannot have."""
+    for i, rule in enumerate(rules):
+        where = f"$.accelerators.dsa[{i}].queues"
+        if (count := sum(one.count for one in rule.queues)) > MOST_QUEUES:
+            yield f"{count} queues at {where}, expected at most {MOST_QUEUES}"
+        for j, one in enumerate(rule.queues):
+            if one.threshold is not None and one.mode == "dedicated":
+                yield f"{where}[{j}].threshold has no meaning with mode 'dedicated', only with 'shared'"
+            elif one.threshold is not None and one.threshold > one.size:
+                yield f"{one.threshold} at {where}[{j}].threshold, expected at most its size, {one.size}"
 
 
 def _wrong_sockets(config: Config) -> Iterator[str]:
@@ -287,6 +304,10 @@ def _missing(one: ResourceConfig, where: str) -> Iterator[str]:
         yield f"{where}.overhead has no meaning for kind nvmeof: its pools belong to no node"
     if one.kind == "nvmeof" and one.replicas > 1:
         yield f"{one.replicas} at {where}.replicas, expected 1: a target has one holder"
+    if one.kind == "dsa-queue" and one.serve != "dra":
+        yield f"{one.serve!r} at {where}.serve, expected 'dra': a queue is made for a claim"
+    if one.kind == "dsa-queue" and one.replicas > 1:
+        yield f"{one.replicas} at {where}.replicas, expected 1: a queue is made for one claim"
     if one.kind == "memory" and one.serve != "dra":
         yield f"{one.serve!r} at {where}.serve, expected 'dra': the device plugin API cannot count memory"
     if one.kind == "hugepages" and not re.fullmatch(r"[1-9][0-9]{0,8}(Ki|Mi|Gi)", one.page_size):

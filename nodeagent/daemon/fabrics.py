@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nodeagent.config.schema import Config
 from nodeagent.core.dra.pool import Features, Pool
 from nodeagent.core.fabrics.target import KIND
-from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.daemon.for_claims import Then, WithView
 from nodeagent.daemon.paths import Paths
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.managers import state_files
-from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing, Unmade
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.on_demand import OnDemand
 from nodeagent.state.agent import Agent
@@ -88,7 +88,7 @@ class Fabrics:
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
         """Return what prepares claims, with targets after other devices."""
-        return sharing, _Instances(instances, self), _Both(passthrough, self.connections)
+        return sharing, WithView(instances, self.view), Then(passthrough, self.connections)
 
 
 def connected_nqns(where: Paths, agent: Agent) -> Callable[[], frozenset[str]]:
@@ -103,49 +103,3 @@ def connected_nqns(where: Paths, agent: Agent) -> Callable[[], frozenset[str]]:
         return frozenset(one.port.nqn for one in records.values())
 
     return connected
-
-
-class _Instances:
-    """The inventory as containers get it."""
-
-    def __init__(self, made: Instances, fabrics: Fabrics) -> None:
-        self._made, self._fabrics = made, fabrics
-
-    def concerned(self, grants: Sequence[Grant]) -> bool:
-        return self._made.concerned(grants)
-
-    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
-        return await self._made.make(claims)
-
-    async def settle(self) -> None:
-        await self._made.settle()
-
-    async def ready(self) -> None:
-        await self._made.ready()
-
-    def view(self, inventory: Inventory) -> Inventory:
-        return self._fabrics.view(self._made.view(inventory))
-
-
-class _Both:
-    """Sets up other devices, and connects targets."""
-
-    def __init__(self, first: Passthrough, second: OnDemand[FabricsManager]) -> None:
-        self._first, self._second = first, second
-
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        one = self._second.if_needed()
-        mine = {*self._first.concerned(uids), *(one.concerned(uids) if one is not None else ())}
-        return [uid for uid in uids if uid in mine]
-
-    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        bound, one = await self._first.bind(claims), self._second.if_needed()
-        if one is None:
-            return bound
-        left = {uid: grants for uid, grants in claims.items() if not bound.get(uid)}
-        return {**bound, **await one.bind(left)}
-
-    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        one = self._second.if_needed()
-        left = await one.give_back(uids) if one is not None else {}
-        return {**await self._first.give_back([uid for uid in uids if uid not in left]), **left}

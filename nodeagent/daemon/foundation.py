@@ -6,8 +6,11 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 
+from msgspec.structs import replace
+
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.view import ResourceKind
+from nodeagent.daemon.dsa import divided_accelerators
 from nodeagent.daemon.network import with_interfaces_in_pods
 from nodeagent.daemon.paths import Paths
 from nodeagent.host.cgroup.layout import layouts
@@ -42,10 +45,15 @@ class Foundation:
         self.store = store
         self.plugins = where.kubelet_dir / PLUGINS
         cgroup_root = config.pinning.cgroup_root
-        inventory = scan(where.sysfs, families, selectors(config), cgroup_root=cgroup_root)
+        boot_id = where.sysfs.text(BOOT_ID, "")
+        self.divided = divided_accelerators(where, boot_id)
+        """Reads which accelerators are divided into work queues, by PCI address; blocks."""
+        look_for = selectors(config)
+        look_for = replace(look_for, dsa=replace(look_for.dsa, divided=self.divided()))
+        inventory = scan(where.sysfs, families, look_for, cgroup_root=cgroup_root)
         self.pods = PodResources(where.kubelet_dir / POD_RESOURCES, self.plugins / KUBELET_SOCKET)
         self.kubelet = KubeletConflicts(where.sysfs, where.kubelet_dir)
-        now = settings(config, self.kubelet.look(config), where.sysfs.text(BOOT_ID, ""), inventory)
+        now = settings(config, self.kubelet.look(config), boot_id, inventory)
         self.containers = ContainerTable(layouts(cgroup_root))
         names = frozenset({node_name(config), socket.gethostname().lower(), *self.kubelet.names()})
         cgroups = PodCgroups(where.sysfs, cgroup_root)

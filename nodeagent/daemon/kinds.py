@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
-from nodeagent.core.model.grant import Grant
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.daemon.for_claims import Then, WithView
 from nodeagent.daemon.paths import Paths
 from nodeagent.host.devices.base import Kind
 from nodeagent.host.devices.hooks import preparing
 from nodeagent.managers import state_files
-from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing, Unmade
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
 from nodeagent.managers.on_demand import OnDemand
 from nodeagent.state.agent import Agent
 
@@ -59,50 +59,4 @@ class Kinds:
         self, sharing: Sharing, instances: Instances, passthrough: Passthrough
     ) -> tuple[Sharing, Instances, Passthrough]:
         """Return what prepares claims, with hooks after other drivers."""
-        return sharing, _Instances(instances, self), _Both(passthrough, self.manager)
-
-
-class _Instances:
-    """The inventory as containers get it."""
-
-    def __init__(self, made: Instances, kinds: Kinds) -> None:
-        self._made, self._kinds = made, kinds
-
-    def concerned(self, grants: Sequence[Grant]) -> bool:
-        return self._made.concerned(grants)
-
-    async def make(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, Unmade]:
-        return await self._made.make(claims)
-
-    async def settle(self) -> None:
-        await self._made.settle()
-
-    async def ready(self) -> None:
-        await self._made.ready()
-
-    def view(self, inventory: Inventory) -> Inventory:
-        return self._kinds.view(self._made.view(inventory))
-
-
-class _Both:
-    """Binds devices to drivers, and has kinds prepare them."""
-
-    def __init__(self, first: Passthrough, second: OnDemand[KindsManager]) -> None:
-        self._first, self._second = first, second
-
-    def concerned(self, uids: Sequence[str]) -> Sequence[str]:
-        one = self._second.if_needed()
-        mine = {*self._first.concerned(uids), *(one.concerned(uids) if one is not None else ())}
-        return [uid for uid in uids if uid in mine]
-
-    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> Mapping[str, str]:
-        bound, one = await self._first.bind(claims), self._second.if_needed()
-        if one is None:
-            return bound
-        left = {uid: grants for uid, grants in claims.items() if not bound.get(uid)}
-        return {**bound, **await one.bind(left)}
-
-    async def give_back(self, uids: Sequence[str]) -> Mapping[str, str]:
-        one = self._second.if_needed()
-        left = await one.give_back(uids) if one is not None else {}
-        return {**await self._first.give_back([uid for uid in uids if uid not in left]), **left}
+        return sharing, WithView(instances, self.view), Then(passthrough, self.manager)

@@ -11,6 +11,7 @@ from nodeagent.core.dra.pool import Features, Pool
 from nodeagent.core.events.states import Node
 from nodeagent.daemon.cluster import Cluster
 from nodeagent.daemon.divided import Divided
+from nodeagent.daemon.dsa import DsaQueues
 from nodeagent.daemon.exclusive_cpus import ExclusiveCpus
 from nodeagent.daemon.fabrics import connected_nqns
 from nodeagent.daemon.foundation import Foundation
@@ -43,6 +44,7 @@ class Wiring:
         self.divided = Divided(
             base.agent, base.where, self._config, base.containers, lambda: self.pinning, self._cluster.report
         )
+        self._dsa = DsaQueues(base.agent, base.where, self._config, self.scanner.rescan)
         self._kinds = Kinds(base.agent, base.where, base.families, self.scanner.rescan)
         self._network = Network(
             base.agent, base.where, base.families, self._config, self.scanner.rescan, lambda: self.pinning
@@ -72,6 +74,7 @@ class Wiring:
             self.device_plugin,
             *self.gpus.managers,
             *self._network.managers,
+            self._dsa.manager,
             self._kinds.manager,
             self.dra,
             *self.fabrics.managers,
@@ -101,6 +104,7 @@ class Wiring:
             self._page_holders,
             self._instances,
             connected_nqns(where, agent),
+            base.divided,
         )
 
     def _page_holders(self) -> list[str] | None:
@@ -126,10 +130,10 @@ class Wiring:
 
     def _dra(self) -> DraManager:
         """Return what serves claims. Their devices are set up from the inside out: GPUs, then what the kernel divides,
-        interfaces, targets on the network, and third-party kinds."""
+        interfaces, targets on the network, work queues, and third-party kinds."""
         base, where = self._base, self._base.where
         for_claims = self._network.with_interfaces(*self.divided.with_parts(*self.gpus.for_claims))
-        for_claims = self.fabrics.with_targets(*for_claims)
+        for_claims = self._dsa.with_queues(*self.fabrics.with_targets(*for_claims))
         return DraManager(
             base.agent,
             base.config,

@@ -29,6 +29,8 @@ class Selectors(msgspec.Struct, frozen=True, kw_only=True):
     targets: tuple[all_kinds.TargetSelector, ...] = ()
     connected_nqns: frozenset[str] = frozenset()
     """Subsystems that the agent has connected for claims, configured or no longer configured."""
+    dsa: all_kinds.DsaSelector = all_kinds.NO_DSA
+    """Accelerators that are given to the agent, and those that it has divided."""
     block_types: frozenset[str] = frozenset()
     """Parts of disks: which of BLOCK_TYPES."""
     gpu_groups: frozenset[int] = frozenset()
@@ -71,6 +73,7 @@ def scan(
         pci_selectors=selectors.pci,
         targets=selectors.targets,
         connected_nqns=selectors.connected_nqns,
+        dsa=selectors.dsa,
         block_types=selectors.block_types,
         nvml=nvml,
         partitions=selectors.partitions,

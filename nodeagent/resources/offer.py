@@ -10,10 +10,12 @@ from types import MappingProxyType
 import msgspec
 from msgspec.structs import replace
 
+from nodeagent.config.accelerators import DsaConfig
 from nodeagent.config.resources import CdiConfig, NvmeTargetConfig, ResourceConfig
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
+from nodeagent.core.dsa.division import SHARED, Queue, Rule
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
@@ -29,7 +31,7 @@ from nodeagent.core.sharing import amounts as gpu_amounts
 from nodeagent.core.sharing.mps import enforcement
 from nodeagent.errors import ConfigError, HostError, InputError
 from nodeagent.host.devices import all_kinds
-from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, TargetSelector, UsbSelector
+from nodeagent.host.devices.all_kinds import CharSelector, DsaSelector, PartitionSelector, TargetSelector, UsbSelector
 from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.devices.hooks import prepares
 from nodeagent.host.driver_root.render import AUTO, OFF, with_driver
@@ -169,11 +171,26 @@ def selectors(config: Config) -> Selectors:
             for usb in one.usb
         ),
         targets=tuple(_target(one.name, target) for one in served for target in one.targets),
+        dsa=DsaSelector(rules=tuple(map(_dsa_rule, config.accelerators.dsa))),
         block_types=frozenset(type for one in served for type in BLOCK_TYPES if _asks_for(one, "block", "type", type)),
         gpu_groups=frozenset(size for one in served for size in SIZES if _asks_for(one, "gpu", "group", str(size))),
         driver_root=None if config.nvidia.driver_files == OFF else config.nvidia.driver_root,
         partitions=PartitionSelector() if config.divided else None,
     )
+
+
+def _dsa_rule(config: DsaConfig) -> Rule:
+    every = (one for some in config.queues for one in [some] * some.count)
+    queues = (
+        Queue(
+            mode=one.mode,
+            size=one.size,
+            priority=one.priority,
+            threshold=(one.threshold or one.size) if one.mode == SHARED else 0,
+        )
+        for one in every
+    )
+    return Rule(accelerators=tuple(config.accelerators), queues=tuple(queues))
 
 
 def _target(selector: str, config: NvmeTargetConfig) -> TargetSelector:

@@ -6,15 +6,20 @@ import asyncio
 import functools
 from collections.abc import Iterator, Mapping
 
+from nodeagent.core.dsa.division import device_id
 from nodeagent.core.partitions.instances import Record
 from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, step
+from nodeagent.errors import HostError
 from nodeagent.host.devices.all_kinds import load_kinds
 from nodeagent.host.driver_programs import DriverSearch
+from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.host.nvidia_smi import NvidiaSmi
 from nodeagent.host.snapshot import scan
 from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.host.vfio import Functions
 from nodeagent.managers import state_files
+from nodeagent.managers.dsa.journal import DsaJournal
+from nodeagent.managers.dsa.keeper import QueueKeeper
 from nodeagent.managers.fabrics.connector import connector
 from nodeagent.managers.fabrics.journal import FabricsJournal
 from nodeagent.managers.kinds.journal import KindsJournal
@@ -135,6 +140,23 @@ def targets(host: Host) -> Leftover:
         return asyncio.run(made.disconnect({*records})) if records else {}
 
     return Leftover(lines, step(disconnect))
+
+
+def dsa_queues(host: Host) -> Leftover:
+    """Return the accelerators that are divided into work queues for claims."""
+    where = host.where
+    keeper = QueueKeeper(DsaJournal(where.state_dir, where.sysfs.text(BOOT_ID, "")), Accelerators(where.sysfs))
+    try:
+        records = keeper.records()
+    except HostError as error:
+        return Leftover(unread=str(error))
+    lines = [Line(f"accelerator {address}", "divided into queues", "as before") for address in sorted(records)]
+
+    def undo() -> Mapping[str, str]:
+        left = keeper.take_down([(address, held.slot) for address, one in records.items() for held in one.held])
+        return {**{device_id(*place): why for place, why in left.items()}, **keeper.end()}
+
+    return Leftover(lines, step(undo))
 
 
 def virtual_functions(host: Host) -> Leftover:

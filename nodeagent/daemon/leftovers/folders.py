@@ -40,6 +40,7 @@ STATE_FILES = (
     "interfaces.*",
     "kinds.*",
     "fabrics.*",
+    "dsa-queues.*",
     "device-info.json",
     "vfs.*",
     "*.json.damaged-*",

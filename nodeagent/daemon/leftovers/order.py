@@ -32,6 +32,7 @@ def leftovers(host: Host, *, purge: bool = False) -> Iterator[Leftover]:
     yield devices.passthrough(host)
     yield devices.interfaces(host)
     yield devices.targets(host)
+    yield devices.dsa_queues(host)
     yield folders.cdi_files(host)
     yield folders.claim_files(host)
     yield folders.device_info(host)

@@ -20,12 +20,14 @@ from nodeagent.core.model.inventory import DEGRADED, KindState
 from nodeagent.core.model.topology import NodeId
 from nodeagent.host.devices.accelerators.accel import Accel
 from nodeagent.host.devices.accelerators.dsa import Dsa
+from nodeagent.host.devices.accelerators.dsa_queue import DsaQueue
 from nodeagent.host.devices.accelerators.qat import Qat
 from nodeagent.host.devices.accelerators.sgx import Sgx
 from nodeagent.host.devices.base import (
     LONGEST_ID,
     CharSelector,
     Context,
+    DsaSelector,
     Found,
     Kind,
     PartitionSelector,
@@ -59,6 +61,7 @@ __all__ = [
     "CharSelector",
     "Context",
     "Devices",
+    "DsaSelector",
     "Found",
     "Kind",
     "PartitionSelector",
@@ -74,6 +77,7 @@ __all__ = [
 GROUP = "nodeagent.kinds"
 MOST_COUNTERS = 32
 """In one set (resource.k8s.io/v1, ResourceSliceMaxCountersPerCounterSet)."""
+NO_DSA = DsaSelector()
 _COUNTER = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 
 
@@ -89,7 +93,7 @@ class Devices(msgspec.Struct, frozen=True, kw_only=True):
 
 def builtin_kinds() -> tuple[Kind, ...]:
     """Return the built-in kinds, the most specific first: if two find the same device, the earlier one keeps it."""
-    accelerators = Fpga(), Qat(), Accel(), Dsa(), Sgx(), Imex()
+    accelerators = Fpga(), Qat(), Accel(), Dsa(), DsaQueue(), Sgx(), Imex()
     return Gpu(), Nic(), Vdpa(), Nvme(), Nvmeof(), *accelerators, Block(), Usb(), Char(), Pci()
 
 
@@ -112,6 +116,7 @@ def read_context(
     pci_selectors: tuple[PciSelector, ...] = (),
     targets: tuple[TargetSelector, ...] = (),
     connected_nqns: frozenset[str] = frozenset(),
+    dsa: DsaSelector = NO_DSA,
     block_types: frozenset[str] = frozenset(),
     nvml: Snapshot | Failure | None = None,
     partitions: PartitionSelector | None = None,
@@ -130,6 +135,7 @@ def read_context(
         pci=pci_selectors,
         targets=targets,
         connected_nqns=connected_nqns,
+        dsa=dsa,
         block_types=block_types,
         block_uses=blocks,
         routed=routed,

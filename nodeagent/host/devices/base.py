@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from nodeagent.core.dsa.division import Division, Rule, rule_for
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
@@ -83,6 +84,22 @@ class PartitionSelector(msgspec.Struct, frozen=True, kw_only=True):
     own: frozenset[tuple[str, int, int]] = frozenset()
 
 
+class DsaSelector(msgspec.Struct, frozen=True, kw_only=True):
+    """Accelerators that are given to the agent, to be divided into work queues."""
+
+    rules: tuple[Rule, ...] = ()
+    divided: Mapping[str, Division] = msgspec.field(default_factory=lambda: MappingProxyType({}))
+    """Those that the agent has divided, or begun to, by PCI address."""
+
+    def rule(self, address: str, name: str) -> Rule | None:
+        """Return the rule by which one is given to the agent, or None. name: "" if it has none."""
+        return rule_for(self.rules, address, name)
+
+    def has(self, address: str, name: str) -> bool:
+        """Return whether the queues of an accelerator are the agent's to make."""
+        return address in self.divided or self.rule(address, name) is not None
+
+
 class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     """What was read and configured before discovery."""
 
@@ -96,6 +113,7 @@ class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     targets: tuple[TargetSelector, ...] = ()
     connected_nqns: frozenset[str] = frozenset()
     """Subsystems that the agent has connected for claims: their disks are no devices of their own."""
+    dsa: DsaSelector = DsaSelector()
     block_types: frozenset[str] = frozenset()
     """Which of BLOCK_TYPES to look for."""
     block_uses: BlockUses | None = None

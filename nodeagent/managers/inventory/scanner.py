@@ -15,6 +15,7 @@ from msgspec.structs import replace
 from nodeagent.aio.supervise import cancel_all, supervise
 from nodeagent.config.schema import Config
 from nodeagent.core.advice.repair import health_notes
+from nodeagent.core.dsa.division import Division
 from nodeagent.core.model.health import HEALTHY, Evidence, Said, latched_causes
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.xid import ASK_NVML, effect_of
@@ -80,15 +81,18 @@ class InventoryScanner(Manager):
         holders: Callable[[], Iterable[str] | None] = lambda: None,
         instances: InstanceTable | None = None,
         connected_nqns: Callable[[], frozenset[str]] = frozenset,
+        divided: Callable[[], Mapping[str, Division]] = dict,
     ) -> None:
         """Set up without reading anything.
 
         `config` returns the configuration in force; `holders` returns the cgroups of all containers that hold
         hugepages, relative to the cgroup v2 mount, or None if not all are known; `instances` has the MIG instances that
-        the agent made; `connected_nqns` returns the NVMe subsystems on the network that it has connected, and blocks.
+        the agent made; `connected_nqns` returns the NVMe subsystems on the network that it has connected, and blocks;
+        `divided` returns the accelerators that it has divided into work queues, by PCI address, and blocks.
         """
         self._instances = instances
         self._connected_nqns = connected_nqns
+        self._divided = divided
         self._agent = agent
         self._sysfs = sysfs
         self._families = families
@@ -262,8 +266,10 @@ class InventoryScanner(Manager):
         return self._scanned == (for_scans(self._nvml), self._selectors(self._config()).partitions)
 
     def _selectors(self, config: Config) -> Selectors:
-        """Return what to look for, with the MIG instances and the connections that the agent made; blocks."""
-        found = replace(selectors(config), connected_nqns=self._connected_nqns())
+        """Return what to look for, with the MIG instances, connections and work queues that the agent made; blocks."""
+        found = selectors(config)
+        dsa = replace(found.dsa, divided=self._divided())
+        found = replace(found, connected_nqns=self._connected_nqns(), dsa=dsa)
         if found.partitions is None or self._instances is None:
             return found
         return replace(found, partitions=self._instances.selector())

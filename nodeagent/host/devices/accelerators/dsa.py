@@ -1,6 +1,7 @@
 """Work queues of Intel's DSA and IAA that are configured for user space: the kind `dsa`, one device a queue.
 
-Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served. A queue is healthy while
+Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served, but for those of
+accelerators that are given to the agent (the kind `dsa-queue`). A queue is healthy while
 it and its accelerator are enabled. The accelerator with all of its queues is a device of the kind `accel`, of which
 each queue is a part. Source: Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of
 `state`, `type` and `mode`, cdev.c for the names of the nodes.
@@ -68,7 +69,9 @@ class Dsa:
 def _queues(reader: Tolerant, context: Context) -> Iterator[Device]:
     for name, path, address, tail in pci.members(reader, BUS):
         place, owner = _QUEUE.fullmatch(tail), context.function_by_address.get(address or "")
-        if place is not None and owner is not None and reader.text(f"{path}/type") == USER:
+        if place is None or owner is None or context.dsa.has(owner.address, place[1]):
+            continue
+        if reader.text(f"{path}/type") == USER:
             yield _queue(reader, name, path, place, owner)
 
 

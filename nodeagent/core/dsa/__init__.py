@@ -1,0 +1,1 @@
+"""Intel's DSA and IAA, divided into work queues for claims."""

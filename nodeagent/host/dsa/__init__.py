@@ -1,0 +1,1 @@
+"""Intel's DSA and IAA: their work queues, read and written through sysfs."""

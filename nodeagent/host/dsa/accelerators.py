@@ -1,0 +1,127 @@
+"""Accelerators on the bus `dsa` and their work queues: reading and writing, one file at a time. Decides nothing.
+
+Source: Documentation/ABI/stable/sysfs-driver-dma-idxd, drivers/dma/idxd/sysfs.c and cdev.c. Enabling is binding to a
+driver: an accelerator to `idxd`, a queue to the one that its type says; disabling is unbinding. A write can hang while
+a queue is drained, and has a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from nodeagent.core.dsa.division import Accelerator, Wq
+from nodeagent.errors import HostError
+from nodeagent.host import pci
+from nodeagent.host.sysfs.lenient import Tolerant
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.vfio import TimedPut
+
+BUS, DRIVERS = "sys/bus/dsa/devices", "sys/bus/dsa/drivers"
+NODE_S, POLL_S = 3.0, 0.02
+"""How long the node of a queue that was enabled may take to appear."""
+
+
+class Accelerators:
+    """Those of this machine. Every method blocks."""
+
+    def __init__(self, sysfs: SysFs, put: TimedPut | None = None) -> None:
+        self._sysfs = sysfs
+        self._put = put or TimedPut()
+
+    def places(self) -> Iterator[tuple[str, str]]:
+        """Yield the address and the name of each."""
+        for name, _, address, tail in pci.members(Tolerant(self._sysfs), BUS):
+            if address is not None and tail == name:
+                yield address, name
+
+    def find(self, address: str) -> Accelerator | None:
+        """Return the accelerator of a PCI function, or None if no driver has it. Raise HostError if it cannot be read
+        whole."""
+        name = next((name for at, name in self.places() if at == address), None)
+        return self.read(address, name) if name is not None else None
+
+    def read(self, address: str, name: str) -> Accelerator:
+        """Return an accelerator. Raise HostError."""
+        path = self._sysfs.entry(BUS, name)
+        number = name.lstrip("abcdefghijklmnopqrstuvwxyz")
+        wqs = self._sysfs.numbered(path, f"wq{number}.")
+        return Accelerator(
+            address=address,
+            name=name,
+            state=self._sysfs.text(f"{path}/state"),
+            driver=self._sysfs.link_name(f"{path}/driver") or "",
+            configurable=self._number(f"{path}/configurable") == 1,
+            pasid=self._sysfs.number(f"{path}/pasid_enabled", 0) == 1,
+            total=self._number(f"{path}/max_work_queues_size"),
+            wqs=tuple(self._wq(one, index, number) for index, (_, one) in enumerate(wqs)),
+            engines=tuple(self._number(f"{one}/group_id") for _, one in self._sysfs.numbered(path, f"engine{number}.")),
+        )
+
+    def _wq(self, path: str, index: int, number: str) -> Wq:
+        name = path.rpartition("/")[2]
+        if name != f"wq{number}.{index}":
+            raise HostError(f"cannot read {self._sysfs.path(path)}: there is no wq{number}.{index} before it")
+        return Wq(
+            name=name,
+            label=self._sysfs.text(f"{path}/name"),
+            type=self._sysfs.text(f"{path}/type"),
+            mode=self._sysfs.text(f"{path}/mode"),
+            size=self._number(f"{path}/size"),
+            group=self._number(f"{path}/group_id"),
+            priority=self._number(f"{path}/priority"),
+            threshold=self._number(f"{path}/threshold"),
+            driver=self._sysfs.link_name(f"{path}/driver") or "",
+            clients=self._number(f"{path}/clients"),
+        )
+
+    def _number(self, path: str) -> int:
+        found = self._sysfs.number(path)
+        if found is None:
+            raise HostError(f"cannot read {self._sysfs.path(path)}: there is no number")
+        return found
+
+    def has_enqcmd(self) -> bool:
+        """Return whether the CPUs have the instruction by which programs use shared queues."""
+        with contextlib.suppress(HostError):
+            flags = self._sysfs.text("proc/cpuinfo", "").partition("flags")[2].partition("\n")[0]
+            return "enqcmd" in flags.split()
+        return False
+
+    # ---------------------------------------------------------------- writing
+
+    def set(self, seen: Accelerator, part: str, file: str, value: str | int) -> None:
+        """Write a file of a queue or an engine. Raise HostError."""
+        self._write(seen, f"{self._sysfs.entry(BUS, seen.name)}/{part}/{file}", str(value))
+
+    def has(self, seen: Accelerator, part: str, file: str) -> bool:
+        """Return whether a queue has a file."""
+        return self._sysfs.exists(f"{self._sysfs.entry(BUS, seen.name)}/{part}/{file}")
+
+    def bind(self, seen: Accelerator, part: str, driver: str) -> None:
+        """Enable a queue, or the accelerator by its own name. Raise HostError."""
+        self._write(seen, f"{DRIVERS}/{driver}/bind", part)
+
+    def unbind(self, seen: Accelerator, part: str, driver: str) -> None:
+        """Disable a queue, or the accelerator by its own name. Raise HostError."""
+        self._write(seen, f"{DRIVERS}/{driver}/unbind", part)
+
+    def node(self, seen: Accelerator, wq: str) -> str:
+        """Return the node of a queue that is enabled. Raise HostError if it does not appear."""
+        path, until_s = f"dev/{seen.node_folder}/{wq}", time.monotonic() + NODE_S
+        while not self._sysfs.exists(path):
+            if time.monotonic() > until_s:
+                raise HostError(f"cannot find the node of {wq}: there is no /{path} after {NODE_S:g} s")
+            time.sleep(POLL_S)
+        return f"/{path}"
+
+    def _write(self, seen: Accelerator, path: str, text: str) -> None:
+        bound = (f" {one}" for one in (seen.name, *(wq.name for wq in seen.wqs)))
+        if any(map(self._put.hangs, (f"/{seen.name}/", *bound))):
+            raise HostError(f"cannot change {seen.name}: an earlier write has not ended")
+        try:
+            self._put(self._sysfs.path(path), text)
+        except HostError as error:
+            said = self._sysfs.text(f"{BUS}/{seen.name}/cmd_status", "")
+            raise HostError(f"{error}{f' (cmd_status {said})' if said not in ('', '0x0', '0') else ''}") from None

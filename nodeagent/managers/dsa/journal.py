@@ -1,0 +1,41 @@
+"""Which accelerators are, or are about to be, divided into work queues, and which queues are made for claims: a small
+file, written before anything is changed.
+
+After kill -9 at any step it says what to take down. What an earlier boot recorded is gone with it: the kernel starts
+with accelerators that are not configured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from nodeagent.core.dsa.division import Division
+from nodeagent.host.sysfs.record_file import RecordFile
+from nodeagent.managers.journal import Journal
+from nodeagent.managers.state_files import DSA_QUEUES
+
+
+class _File(msgspec.Struct, kw_only=True):
+    boot_id: str
+    divided: list[Division] = []
+
+
+class DsaJournal(Journal[_File, str, Division]):
+    """The records of this boot, by PCI address."""
+
+    def __init__(self, state_dir: Path, boot_id: str) -> None:
+        super().__init__(
+            RecordFile(state_dir / DSA_QUEUES, _File),
+            lambda file: {one.address: one for one in file.divided} if file.boot_id == boot_id else {},
+            lambda records: _File(boot_id=boot_id, divided=list(records.values())),
+            unreadable="dsa-queues-records-unreadable",
+            left="accelerators stay divided as they are",
+        )
+
+    def known(self) -> Mapping[str, Division]:
+        """Return the records. Raise HostError if they cannot be read for the moment: that is not to have none."""
+        found = self._found(acting=True)
+        return self._unpack(found) if found is not None else {}

@@ -1,0 +1,211 @@
+"""Keeps the work queues that claims hold made, and no others.
+
+A queue is made after its claim is durable and before kubelet is answered, and taken down before the claim is released,
+so that no other holder meets it in between. What is recorded for grants that are held no longer (the agent was killed,
+or an admin released the claim) is taken down as soon as it is seen. A queue that a program has open is not taken down:
+then the claim stays, and kubelet asks again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
+
+from nodeagent.aio.supervise import after_each, run_to_end
+from nodeagent.config.schema import Config
+from nodeagent.core.dsa.division import KIND, SOURCE, device_id, place_of, rule_for
+from nodeagent.core.model.grant import CLAIM, Grant
+from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Evidence
+from nodeagent.errors import HostError, StateError
+from nodeagent.host.dsa.accelerators import Accelerators
+from nodeagent.managers.dsa.journal import DsaJournal
+from nodeagent.managers.dsa.keeper import Place, QueueKeeper, Wanted
+from nodeagent.managers.manager import Manager
+from nodeagent.managers.turns import Turns
+from nodeagent.resources.offer import selectors
+from nodeagent.state.agent import Agent
+from nodeagent.telemetry.once import Once
+
+LOCK = "dsa-queues.lock"
+LOCK_S = 20.0
+"""How long a call waits for another one to end; kubelet waits 45 s."""
+LOOK_S = 30.0
+"""How often what is recorded is compared with the ledger and with the kernel without any change of the ledger."""
+
+
+class DsaManager(Manager):
+    """Makes queues and takes them down for claims."""
+
+    name = "DSA queues"
+
+    def __init__(
+        self,
+        agent: Agent,
+        accelerators: Accelerators,
+        state_dir: Path,
+        config: Callable[[], Config],
+        rescan: Callable[[], Awaitable[object]],
+    ) -> None:
+        """Set up without changing anything. config: returns the current configuration. rescan: reads the machine
+        again."""
+        self._agent, self._accelerators, self._config, self._rescan = agent, accelerators, config, rescan
+        self._keeper = QueueKeeper(DsaJournal(state_dir, agent.settings.boot_id), accelerators)
+        self._turns = Turns(state_dir / LOCK, "cannot make DSA queues")
+        self._left: Mapping[str, str] = {}
+        """Why something that no claim holds is not as it was, by what it is."""
+        self._failing = Once("dsa-queues-not-taken-down")
+        self._observed: frozenset[str] = frozenset()
+
+    async def close(self) -> None:
+        await self._turns.close()
+
+    def notes(self) -> list[str]:
+        """Return what is not taken down, and why."""
+        return [f"DSA queues: {why}" for why in self._left.values()]
+
+    # ---------------------------------------------------------------- for claims
+
+    async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        """Make the queues of claims. Return, by UID, "" for each claim that has some, or why it cannot be handed over;
+        nothing for the others."""
+        mine = {uid: grants for uid, grants in claims.items() if any(map(self._places, grants))}
+        return await run_to_end(self._bind(mine)) if mine else {}
+
+    def _places(self, grant: Grant) -> list[Place]:
+        """Return the slots of a grant."""
+        known = self._agent.inventory.device_by_id
+        return [place_of(id) for id in grant.devices if id in known and known[id].kind == KIND]
+
+    async def _bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
+        found: dict[str, str] = {}
+        try:
+            async with self._turns.alone(LOCK_S):
+                await self._agent.refresh()
+                now = self._agent.ledger.grants
+                for uid, grants in claims.items():
+                    if all(one.id in now for one in grants):
+                        found[uid] = await self._turns.in_thread(self._make, uid, grants)
+        except (HostError, StateError) as error:
+            found |= {uid: str(error) for uid in claims if uid not in found}
+        await self._seen()
+        return found
+
+    def _make(self, uid: str, grants: Sequence[Grant]) -> str:
+        """In a thread. Return why a queue of a claim is not made, or ""."""
+        wanted = [(one, place) for one in grants for place in self._places(one)]
+        try:
+            mine = {place for _, place in wanted}
+            if left := self._keeper.take_down([one for one in self._orphans() if one in mine]):
+                return "; ".join(left.values())
+            for grant, (address, slot) in wanted:
+                self._keeper.make(self._wanted(uid, grant, address, slot))
+        except HostError as error:
+            return str(error)
+        return ""
+
+    def _wanted(self, uid: str, grant: Grant, address: str, slot: int) -> Wanted:
+        """Return how a slot is to be made: as recorded if the accelerator is divided, as a claim's containers may use
+        its queue already. Raise HostError if the configuration has no such slot."""
+        record = self._keeper.records().get(address)
+        held = record.of(slot) if record is not None else None
+        name = dict(self._accelerators.places()).get(address, "")
+        rule = rule_for(selectors(self._config()).dsa.rules, address, name)
+        queues = rule.queues if rule is not None else ()
+        if record is not None and held is not None and held.grant == grant.id:
+            queues = record.queues
+        if slot >= len(queues):
+            raise HostError(f"cannot make queue {slot} of {address}: accelerators.dsa has no such queue any longer")
+        return Wanted(address=address, slot=slot, claim=uid, grant=grant.id, queues=queues)
+
+    def concerned(self, uids: Sequence[str]) -> list[str]:
+        """Return those of some claims for which something is recorded, or all if that is not known at the moment."""
+        try:
+            mine = {claim for _, claim in self._claims()}
+        except HostError:
+            return list(uids)
+        return [uid for uid in uids if uid in mine]
+
+    def _claims(self) -> list[tuple[Place, str]]:
+        every = self._keeper.records().items()
+        return [((address, one.slot), one.claim) for address, record in every for one in record.held]
+
+    async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
+        """Take down what was made for some claims, which are about to be released. Return, by UID, why something is
+        left."""
+        return await run_to_end(self._give_back(uids)) if self.concerned(uids) else {}
+
+    async def _give_back(self, uids: Sequence[str]) -> dict[str, str]:
+        try:
+            async with self._turns.alone(LOCK_S):
+                await self._agent.refresh()
+                mine = {place: uid for place, uid in self._claims() if uid in uids}
+                left = await self._turns.in_thread(self._keeper.take_down, [*mine])
+        except (HostError, StateError) as error:
+            return {uid: str(error) for uid in uids}
+        await self._seen()
+        return {mine[place]: why for place, why in left.items()}
+
+    # ---------------------------------------------------------------- between calls
+
+    async def lead(self) -> None:
+        """Take down what no claim holds: at the start, after each change of the ledger, and periodically."""
+        await after_each(self._agent.revisions.ledger, self.recover, every_s=LOOK_S)
+
+    async def recover(self) -> None:
+        """Take down what no claim holds, while the ledger is known to be complete."""
+        self._left = await run_to_end(self._recover()) if self._is_due() else {}
+        if self._left:
+            self._failing.report("; ".join(self._left.values()))
+        else:
+            self._failing.clear()
+        await self._look()
+
+    def _is_due(self) -> bool:
+        if self._agent.loss:
+            return False
+        try:
+            return bool(self._orphans()) or any(not one.held for one in self._keeper.records().values())
+        except HostError:
+            return True  # which says why
+
+    async def _recover(self) -> Mapping[str, str]:
+        try:
+            async with self._turns.alone(LOCK_S):
+                await self._agent.refresh()
+                left = await self._turns.in_thread(self._keeper.take_down, self._orphans())
+                ended = await self._turns.in_thread(self._keeper.end)
+        except (HostError, StateError) as error:
+            return {"": str(error)}
+        await self._rescan()
+        return {**{device_id(*place): why for place, why in left.items()}, **ended}
+
+    def _orphans(self) -> list[Place]:
+        """Return the slots that are recorded although no grant holds them. Raise HostError."""
+        if self._agent.loss:
+            return []
+        grants = self._agent.newest.grants.items()
+        held = {id: self._slots(one) for id, one in grants if one.holder.api == CLAIM}
+        return self._keeper.orphans(held)
+
+    def _slots(self, grant: Grant) -> list[Place]:
+        """Return the slots of a grant, by their ids: a device may be gone."""
+        return [place_of(id) for id in grant.devices if "/queue-" in id]
+
+    async def _seen(self) -> None:
+        await self._rescan()
+        await self._look()
+
+    async def _look(self) -> None:
+        """Report whether each queue that is held is as it was made."""
+        try:
+            faults = await asyncio.to_thread(self._keeper.faults)
+        except HostError:
+            return
+        evidence = [
+            Evidence(device=device_id(*place), source=SOURCE, state=UNHEALTHY if why else HEALTHY, reason=why)
+            for place, why in faults.items()
+        ]
+        now = frozenset(one.device for one in evidence)
+        self._agent.observe(evidence, [(id, SOURCE) for id in self._observed - now])
+        self._observed = now
