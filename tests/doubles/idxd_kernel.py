@@ -39,13 +39,17 @@ class IdxdKernel:
     """Addresses by name."""
     hardware: dict[str, int] = field(default_factory=dict)
     """The group of each queue of enabled accelerators, as the hardware has it."""
-    _first: dict[str, tuple[int, int, int, int, bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         flags = "fpu sse2 enqcmd" if self.enqcmd else "fpu sse2"
         self.tree.write("proc/cpuinfo", f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:")
         for driver in ("idxd", "user", "dmaengine"):
-            (self.tree.root / "sys/bus/dsa/drivers" / driver).mkdir(parents=True)
+            (self.tree.root / "sys/bus/dsa/drivers" / driver).mkdir(parents=True, exist_ok=True)
+        folder = self.tree.root / "sys/bus/dsa/devices"
+        for name in sorted(os.listdir(folder)) if folder.exists() else ():  # of an earlier process
+            if name.startswith(("dsa", "iax")):
+                self.names[name] = self.folder(name).parent.name
+                self.hardware |= {one: int(self.get(one, "group_id")) for one in self.parts(name)}
 
     def add(
         self, name: str, address: str, *, wqs: int = 8, engines: int = 4, total: int = 128, pasid: bool = True
@@ -55,7 +59,6 @@ class IdxdKernel:
             self.tree.pci(address, pci_class="088000", device="0b25", driver="idxd", numa_node=0)
         folder, number = self.tree.folders[address] / name, name[3:]
         self.names[name] = address
-        self._first[name] = wqs, engines, total, 1, pasid
         facts = {"state": "disabled", "configurable": 1, "max_work_queues_size": total, "cmd_status": "0x0"}
         self._write(folder, {**facts, "pasid_enabled": int(pasid), "max_work_queues": wqs})
         self.tree.link(f"sys/bus/dsa/devices/{name}", folder)
