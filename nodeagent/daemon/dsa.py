@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 from nodeagent.config.schema import Config
 from nodeagent.core.dsa.division import KIND, Division
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.daemon.for_claims import Then, WithView
 from nodeagent.daemon.paths import Paths
 from nodeagent.errors import HostError
 from nodeagent.managers import state_files
-from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing, Then, WithView
 from nodeagent.managers.on_demand import OnDemand
 from nodeagent.state.agent import Agent
 

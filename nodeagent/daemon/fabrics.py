@@ -9,11 +9,10 @@ from nodeagent.config.schema import Config
 from nodeagent.core.dra.pool import Features, Pool
 from nodeagent.core.fabrics.target import KIND
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.daemon.for_claims import Then, WithView
 from nodeagent.daemon.paths import Paths
 from nodeagent.kube.apiserver.lazy import LazyApi
 from nodeagent.managers import state_files
-from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing, Then, WithView
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.on_demand import OnDemand
 from nodeagent.state.agent import Agent

@@ -6,12 +6,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING
 
 from nodeagent.core.model.inventory import Inventory
-from nodeagent.daemon.for_claims import Then, WithView
 from nodeagent.daemon.paths import Paths
 from nodeagent.host.devices.base import Kind
 from nodeagent.host.devices.hooks import preparing
 from nodeagent.managers import state_files
-from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing
+from nodeagent.managers.dra.device_setup import Instances, Passthrough, Sharing, Then, WithView
 from nodeagent.managers.on_demand import OnDemand
 from nodeagent.state.agent import Agent
 

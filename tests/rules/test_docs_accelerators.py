@@ -21,6 +21,7 @@ from nodeagent.resources.catalog import dra_of
 from nodeagent.resources.offer import selectors
 from tests.builders.devices import DeviceTree
 from tests.builders.machines import machine
+from tests.doubles.idxd_kernel import IdxdKernel
 from tests.support.paths import CHECKOUT
 
 PAGE = CHECKOUT / "docs" / "accelerators.md"
@@ -42,6 +43,7 @@ def whole_machine(folder: Path) -> DeviceTree:
     tree.queue("0000:6a:01.0", "dsa0", 1)
     tree.pci("0000:6a:02.0", pci_class="088000", driver="idxd")
     tree.queue("0000:6a:02.0", "iax1", 0)
+    IdxdKernel(tree).add("dsa2", "0000:e7:01.0")
     tree.sgx({0: GIB})
     for n, services in enumerate(("sym;asym", "dc")):
         pf, vf = f"0000:7{n}:00.0", f"0000:7{n}:00.1"
@@ -70,7 +72,7 @@ def test_every_resource_of_the_page_serves_something_and_every_claim_finds_a_dev
         it["metadata"]["name"] for it in yaml.safe_load_all((CHECKOUT / "deploy/deviceclasses.yaml").read_text())
     }
     claims = [one for one in blocks() if one.get("kind") == "ResourceClaim"]
-    assert len(claims) == 4
+    assert len(claims) == 5
     for one in claims:
         (request,) = [it["exactly"] for it in one["spec"]["devices"]["requests"]]
         assert request["deviceClassName"] in classes

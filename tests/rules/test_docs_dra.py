@@ -21,6 +21,7 @@ from nodeagent.core.dra.cpu_pool import INDIVIDUAL, L3, NUMA_NODE, SOCKET, CpuPo
 from nodeagent.core.dra.device_pool import _RESTLESS, DevicePool
 from nodeagent.core.dra.memory_pools import MemoryPool, PagePool
 from nodeagent.core.dra.pool import ALL_FEATURES, HELD_TAINT, PATH_TAINT, UNHEALTHY_TAINT, Pool
+from nodeagent.core.dsa.division import Queue, Rule
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.ledger.ledger import Ledger
 from nodeagent.core.model.claim import FROM_CLAIM, FROM_CLASS, Opaque, Result
@@ -29,7 +30,14 @@ from nodeagent.core.model.health import NO_HEALTH
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.opaque.decode import CONFIG_KINDS, FORMS, check_all, settings_for
 from nodeagent.core.opaque.settings import NO_SETTINGS
-from nodeagent.host.devices.all_kinds import CharSelector, PartitionSelector, TargetSelector, UsbSelector, builtin_kinds
+from nodeagent.host.devices.all_kinds import (
+    CharSelector,
+    DsaSelector,
+    PartitionSelector,
+    TargetSelector,
+    UsbSelector,
+    builtin_kinds,
+)
 from nodeagent.host.devices.base import BLOCK_TYPES
 from nodeagent.host.nvml.client import Mig, NvGpu, Snapshot
 from nodeagent.host.nvml.values import Fabric, GpuInstance
@@ -39,6 +47,7 @@ from nodeagent.telemetry.metrics import REGISTRY
 from tests.builders.devices import DeviceTree
 from tests.builders.disk_parts import disk_parts
 from tests.builders.machines import GIB, MIB, Shape, build
+from tests.doubles.idxd_kernel import IdxdKernel
 from tests.support.mig_driver import profiles_of
 from tests.support.paths import CHECKOUT
 
@@ -49,8 +58,9 @@ GPU, WHOLE_GPU, AMD_GPU, NIC = "0000:3b:00.0", "0000:3c:00.0", "0000:c1:00.0", "
 LINKED_GPU, OTHER_GPU = "0000:c2:00.0", "0000:c3:00.0"
 SWITCH, DOWN = "0000:01:00.0", "0000:02:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci", "qat"}
-DEVICES = {*PCI, "block", "dsa", "imex", "nvmeof", "sgx", "usb", "vdpa", "char"}
+DEVICES = {*PCI, "block", "dsa", "dsa-queue", "imex", "nvmeof", "sgx", "usb", "vdpa", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
+QUEUE = Queue(mode="shared", size=16, priority=10, threshold=16)
 PORT = Port(transport="tcp", traddr="192.0.2.10", trsvcid=4420, nqn="nqn.2024-01.com.example:fast")
 TYPES = {"int": int, "string": str, "bool": bool}
 API_VERSIONS = {
@@ -87,6 +97,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Inventory:
         char=(CharSelector(name="serial", globs=("/dev/ttyS*", "/dev/serial/by-id/*")),),
         usb=(UsbSelector(name="camera", vendor="046d"),),
         targets=(TargetSelector(name="fast", selector="san", port=PORT),),
+        dsa=DsaSelector(rules=(Rule(accelerators=("dsa2",), queues=(QUEUE,)),)),
         gpu_groups=frozenset({2}),
         partitions=PartitionSelector(),
     )
@@ -159,6 +170,7 @@ def _add_accelerators(tree: DeviceTree) -> None:
         tree.write(f"{folder.relative_to(tree.root)}/{name}", value)
     tree.link("sys/bus/dsa/devices/dsa0", folder)
     tree.queue("0000:6a:01.0", "dsa0", 0)
+    IdxdKernel(tree).add("dsa2", "0000:e7:01.0")
     services = {"qat/cfg_services": "sym;asym", "qat/state": "up"}
     tree.pci(
         "0000:6b:00.0",

@@ -113,6 +113,16 @@ def test_the_drop_in_for_virtual_functions_opens_the_files_of_pci_functions_and_
     assert lines == ["[Service]", "ReadWritePaths=/sys/bus/pci /sys/devices"]
 
 
+def test_the_drop_in_for_work_queues_opens_the_files_of_accelerators_and_nothing_else() -> None:
+    lines = [line for line in UNIT.with_name("nodeagent-dsa.conf").read_text().splitlines() if line[:1] not in "#"]
+    assert lines[lines.index("[Service]") :] == ["[Service]", "ReadWritePaths=-/sys/bus/dsa /sys/devices"]
+
+
+@needs_systemd
+def test_systemd_finds_nothing_wrong_with_the_drop_in_for_work_queues(tmp_path: Path) -> None:
+    assert problems(tmp_path, UNIT.with_name("nodeagent-dsa.conf")) == (0, "")
+
+
 def test_the_drop_in_for_interfaces_opens_network_namespaces_and_nothing_else() -> None:
     text = UNIT.with_name("nodeagent-interfaces.conf").read_text()
     lines = [line for line in text.splitlines() if line[:1] not in "#"]

@@ -33,6 +33,7 @@
 {{- $publish := $config.publish | default dict -}}
 {{- $network := $config.network | default dict -}}
 {{- $amd := $config.amd | default dict -}}
+{{- $accelerators := $config.accelerators | default dict -}}
 {{- $targets := list -}}
 {{- range $config.resources | default list }}{{ $targets = concat $targets (.targets | default list) }}{{ end -}}
 kubeletDir: {{ clean ($config.kubeletDir | default "/var/lib/kubelet") }}
@@ -54,7 +55,7 @@ pools: {{ gt (len ($config.hugepages | default list)) 0 }}
 resctrl: {{ kindIs "map" $pinning.resctrl }}
 targets: {{ gt (len $targets) 0 }}
 leaseNamespace: {{ $dra.leaseNamespace | default .Release.Namespace }}
-writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) (gt (len ($amd.partitions | default list)) 0) (gt (len $targets) 0) }}
+writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.passthroughDrivers | default list)) 0) (gt (len ($network.vfs | default list)) 0) (gt (len ($amd.partitions | default list)) 0) (gt (len ($accelerators.dsa | default list)) 0) (gt (len $targets) 0) }}
 {{- end -}}
 
 {{/* Folders of the host that are mounted read only, as a YAML list; those in kubelet's folder are mounted with it. */}}
@@ -114,6 +115,9 @@ writesSys: {{ or (gt (len ($pinning.tuning | default dict)) 0) (gt (len ($dra.pa
 {{- end -}}
 {{- if and (.Values.config.amd | default dict).partitions (not .Values.privileged) -}}
 {{- fail "cannot set config.amd.partitions: /sys/devices is read only in a pod that is not privileged; run the agent under systemd on these nodes" -}}
+{{- end -}}
+{{- if and (.Values.config.accelerators | default dict).dsa (not .Values.privileged) -}}
+{{- fail "cannot set config.accelerators.dsa: /sys is read only in a pod that is not privileged; set privileged, or run the agent under systemd on these nodes" -}}
 {{- end -}}
 {{- if and $settings.targets (not .Values.privileged) -}}
 {{- fail "cannot serve config.resources of kind nvmeof: a pod that is not privileged may not open /dev/nvme-fabrics; set privileged, or run the agent under systemd on these nodes" -}}

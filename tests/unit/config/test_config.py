@@ -104,6 +104,7 @@ kubeletConfig: {file: /k.yaml, dropIns: /k.d}
 dra: {driver: d.example.com, nodeName: n, kubeconfig: /c, cdiDir: /cdi, unhealthyEffect: NoExecute}
 nvidia: {driverFiles: inject, driverRoot: /opt/driver}
 amd: {partitions: [{gpus: ["0000:c1:*"], compute: CPX, memory: NPS4}]}
+accelerators: {dsa: [{accelerators: [dsa0], queues: [{size: 16, count: 2}]}]}
 pinning: {mode: nri, nriSocket: /n, nriIndex: "10", onFailure: warn, memory: local, strictReservation: false,
   verifySeconds: 5, cgroupRoot: /c, partition: isolated, moveInterrupts: true, intrudersSeconds: 9,
   deviceInterrupts: follow,
@@ -207,7 +208,7 @@ resources:
             "resources: [{name: a, kind: cpu, serve: dra}, {name: b, kind: cpu, serve: both}]",
             ["kind cpu", "served through DRA 2 times"],
         ),
-        ("zzz: 1", ["$.zzz", "expected one of amd, apiVersion, auditDays"]),
+        ("zzz: 1", ["$.zzz", "expected one of accelerators, amd, apiVersion, auditDays"]),
         ("1: 2", ["$.1", "expected one of"]),
         ("null: 2", ["$.None", "expected one of"]),
         ("on: 2", ["$.True", "expected one of"]),
@@ -334,6 +335,20 @@ def test_a_resource_may_have_a_domain_of_its_own(tmp_path: Path) -> None:
         assert "$.resources[0].name" in refusal(json.dumps({"resources": [{"name": f"{domain}/x", "kind": "gpu"}]}))
     twice = [{"name": "gpu", "kind": "gpu"}, {"name": "nodeagent.dev/gpu", "kind": "gpu"}]
     assert "'nodeagent.dev/gpu' at $.resources[1].name stands twice" in refusal(json.dumps({"resources": twice}))
+
+
+def test_accelerators_are_divided_into_queues_that_there_can_be() -> None:
+    def said(*queues: dict[str, Any]) -> str:
+        return refusal(json.dumps({"accelerators": {"dsa": [{"accelerators": ["dsa*"], "queues": queues}]}}))
+
+    where = "$.accelerators.dsa[0].queues"
+    assert f"200 queues at {where}, expected at most 128" in said({"size": 1, "count": 100}, {"size": 2, "count": 100})
+    assert f"{where}[0].threshold has no meaning with mode 'dedicated'" in said({"size": 8, "threshold": 4})
+    high = {"mode": "shared", "size": 8, "threshold": 9}
+    assert f"9 at {where}[1].threshold, expected at most its size, 8" in said({"size": 8}, high)
+    for serve, replicas in (("both", 1), ("device-plugin", 1), ("dra", 2)):
+        one = {"name": "q", "kind": "dsa-queue", "serve": serve, "replicas": replicas}
+        assert "$.resources[0]." in refusal(json.dumps({"resources": [one]}))
 
 
 def test_a_target_stands_once_in_the_configuration_as_it_would_be_one_disk_under_two_names() -> None:

@@ -30,7 +30,22 @@ BEYOND = (
 """What is said of rules that no schema can express."""
 OVERHEAD = {"perPod": "100m"}
 TARGET = {"name": "a", "nqn": "nqn.2024-01.com.example:a", "traddr": "192.0.2.1"}
-KINDS = ("cpu", "hugepages", "memory", "char", "usb", "nvmeof", "gpu", "nic", "accel", "fpga", "pci", "qat", "Odd_Kind")
+KINDS = (
+    "cpu",
+    "hugepages",
+    "memory",
+    "char",
+    "usb",
+    "nvmeof",
+    "dsa-queue",
+    "gpu",
+    "nic",
+    "accel",
+    "fpga",
+    "pci",
+    "qat",
+    "Odd_Kind",
+)
 VALUES: dict[str, list[Any]] = {
     "serve": ["device-plugin", "dra", "both"],
     "match": [{}, {"vendor": "*"}, {"vendor": ["8086", "15b3"]}, {"vendor": 1}],
@@ -107,6 +122,14 @@ def reasons(document: dict[str, Any]) -> list[str]:
 @example({"resources": [{"name": "m", "kind": "memory", "serve": "dra"}]})
 @example({"resources": [{"name": "n", "kind": "nvmeof", "serve": "dra", "targets": [TARGET]}]})
 @example({"resources": [{"name": "n", "kind": "nvmeof", "targets": [TARGET]}]})
+@example({"resources": [{"name": "n", "kind": "dsa-queue", "serve": "dra"}]})
+@example({"resources": [{"name": "n", "kind": "dsa-queue", "serve": "both"}]})
+@example({"resources": [{"name": "n", "kind": "dsa-queue", "serve": "dra", "replicas": 2}]})
+@example(
+    {"accelerators": {"dsa": [{"accelerators": ["dsa0"], "queues": [{"size": 8, "mode": "shared", "threshold": 8}]}]}}
+)
+@example({"accelerators": {"dsa": [{"accelerators": ["dsa0"], "queues": [{"size": 8, "threshold": 8}]}]}})
+@example({"accelerators": {"dsa": [{"accelerators": [], "queues": [{"size": 8}]}]}})
 @example({"resources": [{"name": "n", "kind": "nvmeof", "serve": "dra", "targets": [TARGET], "replicas": 2}]})
 @example({"metrics": {"tls": {"clientCaFile": "/a"}}})
 @example({"amd": {"partitions": [{"gpus": ["*"], "compute": None}]}})
@@ -127,6 +150,7 @@ def test_a_plain_resource_of_every_kind_is_good(kind: str) -> None:
         "char": {"paths": ["/dev/x"]},
         "usb": {"usb": [{"vendor": "1d6b"}]},
         "nvmeof": {"serve": "dra", "targets": [TARGET]},
+        "dsa-queue": {"serve": "dra"},
     }.get(kind, {})
     assert SCHEMA.valid({"resources": [{"name": kind, "kind": kind, **needed}]})
 

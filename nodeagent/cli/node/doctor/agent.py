@@ -228,6 +228,7 @@ DROP_INS = (
     DropIn("nodeagent-resctrl.conf", ("/sys/fs/resctrl",), lambda it: it.pinning.resctrl is not None),
     DropIn("nodeagent-metrics.conf", ("AF_INET",), lambda it: it.metrics.listen),
     DropIn("nodeagent-passthrough.conf", ("/sys/bus/pci", "/sys/devices"), lambda it: it.dra.passthrough_drivers),
+    DropIn("nodeagent-dsa.conf", ("/sys/bus/dsa", "/sys/devices"), lambda it: it.accelerators.dsa),
     DropIn("nodeagent-vfs.conf", ("/sys/bus/pci", "/sys/devices"), lambda it: it.network.vfs),
     DropIn("nodeagent-vf-properties.conf", ("CAP_NET_ADMIN",), lambda it: it.network.vf_properties),
     DropIn(

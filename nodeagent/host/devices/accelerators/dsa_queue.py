@@ -27,7 +27,6 @@ from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import ABSENT, DEGRADED, PRESENT, KindState
 from nodeagent.errors import HostError
 from nodeagent.host.devices.base import Context, DsaSelector, Found, part_of
-from nodeagent.host.dsa.accelerators import DRIVERS, Accelerators
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -66,6 +65,8 @@ class _Look:
     """One look at the accelerators."""
 
     def __init__(self, sysfs: SysFs, selector: DsaSelector) -> None:
+        from nodeagent.host.dsa.accelerators import DRIVERS, Accelerators  # no node without such accelerators needs it
+
         self._selector = selector
         self._accelerators = Accelerators(sysfs)
         self._names = dict(self._accelerators.places())

@@ -544,6 +544,7 @@ def test_each_drop_in_that_a_configuration_asks_for_is_known(built: BuiltNode) -
         "dra": {"passthroughDrivers": ["vfio-pci"]},
         "network": network,
         "amd": {"partitions": [{"gpus": ["*"], "compute": "SPX"}]},
+        "accelerators": {"dsa": [{"accelerators": ["dsa*"], "queues": [{"size": 8}]}]},
         "resources": [
             {"name": "gpu", "kind": "gpu", "serve": "dra"},
             {"name": "san", "kind": "nvmeof", "serve": "dra", "targets": [target]},
