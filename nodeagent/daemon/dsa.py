@@ -27,9 +27,15 @@ class DsaQueues:
     """Queues as claims see them."""
 
     def __init__(
-        self, agent: Agent, where: Paths, config: Callable[[], Config], rescan: Callable[[], Awaitable[object]]
+        self,
+        agent: Agent,
+        where: Paths,
+        config: Callable[[], Config],
+        rescan: Callable[[], Awaitable[object]],
+        render: Callable[[], Awaitable[None]],
     ) -> None:
-        """`rescan` reads the machine again."""
+        """rescan: reads the machine again. render: writes the files of claims that have changed, and removes those of
+        queues that are no longer theirs; called once everything is built."""
         self._agent, self._where = agent, where
         self._view: View | None = None
 
@@ -37,7 +43,7 @@ class DsaQueues:
             from nodeagent.host.dsa.accelerators import Accelerators
             from nodeagent.managers.dsa.manager import DsaManager
 
-            return DsaManager(agent, Accelerators(where.sysfs), where.state_dir, config, rescan)
+            return DsaManager(agent, Accelerators(where.sysfs), where.state_dir, config, rescan, render)
 
         def is_used() -> bool:
             return bool(config().accelerators.dsa) or (where.state_dir / state_files.DSA_QUEUES).exists()

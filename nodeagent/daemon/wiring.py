@@ -44,7 +44,7 @@ class Wiring:
         self.divided = Divided(
             base.agent, base.where, self._config, base.containers, lambda: self.pinning, self._cluster.report
         )
-        self._dsa = DsaQueues(base.agent, base.where, self._config, self.scanner.rescan)
+        self._dsa = DsaQueues(base.agent, base.where, self._config, self.scanner.rescan, self._render_claims)
         self._kinds = Kinds(base.agent, base.where, base.families, self.scanner.rescan)
         self._network = Network(
             base.agent, base.where, base.families, self._config, self.scanner.rescan, lambda: self.pinning

@@ -187,6 +187,8 @@ def differs(seen: Accelerator, record: Division) -> str:
     """Return why an accelerator is not what is recorded of it, or "". Then it is not the agent's to change."""
     if record.ready and (seen.state != ENABLED or seen.driver != IDXD):
         return f"{seen.name} is {seen.state}, although the agent enabled it: another program did that"
+    if len(seen.wqs) < len(record.queues):
+        return f"{seen.name} has {len(seen.wqs)} work queues, and had {len(record.queues)}: it is another one"
     if seen.driver not in ("", IDXD) or any(group not in _groups(record) for group in seen.engines):
         return f"{seen.name} was configured by another program"
     for slot, one in enumerate(seen.wqs):

@@ -83,9 +83,8 @@ class QueueKeeper:
             raise HostError(f"{wanted.what}: what was made for claim {held.claim} is not taken down yet")
         if why := self._why_not(wanted, record, seen):
             raise HostError(f"{wanted.what}: {why}")
-        if held is not None and held.grant == wanted.grant and held.edits is not None:
-            if not is_made(seen.wqs[wanted.slot], wanted.slot, wanted.queues[wanted.slot]):
-                raise HostError(f"{wanted.what}: {seen.wqs[wanted.slot].name} was disabled by another program")
+        is_its_own = held is not None and held.grant == wanted.grant and held.edits is not None
+        if record is not None and is_its_own and _has(seen, record, wanted.slot):
             return False
         record = record or Division(address=wanted.address, queues=wanted.queues)
         record = self._kept(record, Held(slot=wanted.slot, claim=wanted.claim, grant=wanted.grant))
@@ -201,9 +200,9 @@ class QueueKeeper:
         if record is None or held is None:
             return
         seen = self._accelerators.find(address)
-        if seen is not None:
+        if seen is not None and slot < len(seen.wqs):
             one = seen.wqs[slot]
-            if one.clients and is_made(one, slot, record.queues[slot]):
+            if one.clients and _has(seen, record, slot):
                 raise HostError(f"cannot disable {one.name}: {one.clients} programs have it open")
             if held.edits is not None:  # from here on it is not made, whatever happens
                 record = self._kept(record, replace(held, edits=None))
@@ -216,7 +215,7 @@ class QueueKeeper:
     def _disable(self, seen: Accelerator, record: Division, slot: int) -> None:
         """Disable a queue, if it is the agent's. Raise HostError."""
         one = seen.wqs[slot]
-        if one.driver and is_made(one, slot, record.queues[slot]):
+        if one.driver and _has(seen, record, slot):
             self._accelerators.unbind(seen, one.name, USER)
             one = self._again(seen.address).wqs[slot]
             if one.driver:
@@ -289,25 +288,45 @@ class QueueKeeper:
         return [(address, one.slot) for address, one in every if (address, one.slot) not in held.get(one.grant, ())]
 
     def faults(self) -> Mapping[Place, str]:
-        """Return, for each slot whose queue was made, why it is one no longer, or ""."""
+        """Return, for each slot that is held, why its queue is not as it was made, or "". One that is about to be made
+        or taken down, or cannot be read for the moment, is left out."""
         found: dict[Place, str] = {}
         for address, record in self.records().items():
-            for one in (one for one in record.held if one.edits is not None):
-                found[address, one.slot] = self._fault(address, record, one.slot)
+            with contextlib.suppress(HostError):
+                seen = self._accelerators.find(address)
+                for one in record.held:
+                    if (why := _fault(seen, record, one)) is not None:
+                        found[address, one.slot] = why
         return found
 
-    def _fault(self, address: str, record: Division, slot: int) -> str:
-        try:
+    def forget_changed(self) -> bool:
+        """Record of queues that are not as they were made any longer that containers get nothing of them: another
+        program may have them by now. Return whether there was any. Raise HostError."""
+        changed = False
+        for address, record in self.records().items():
             seen = self._accelerators.find(address)
-        except HostError as error:
-            return str(error)
-        if seen is None:
-            return f"the driver {IDXD} no longer has {address}"
-        if seen.state != ENABLED:
-            return f"accelerator {seen.name} is {seen.state}"
-        if not is_made(seen.wqs[slot], slot, record.queues[slot]):
-            return f"queue {slot} of {seen.name} was disabled or changed by another program"
-        return ""
+            for one in (one for one in record.held if one.edits is not None):
+                if seen is None or not _has(seen, record, one.slot):
+                    record, changed = self._kept(record, replace(one, edits=None)), True
+        return changed
+
+
+def _has(seen: Accelerator, record: Division, slot: int) -> bool:
+    """Return whether an accelerator has the queue of a slot as it was made."""
+    return slot < len(seen.wqs) and is_made(seen.wqs[slot], slot, record.queues[slot])
+
+
+def _fault(seen: Accelerator | None, record: Division, held: Held) -> str | None:
+    """Return why the queue of a slot is not as it was made, "", or None if nothing can be said of it."""
+    if seen is None:
+        return f"the driver {IDXD} no longer has {record.address}"
+    if held.edits is None:
+        return differs(seen, record) or None
+    if seen.state != ENABLED:
+        return f"accelerator {seen.name} is {seen.state}"
+    if not _has(seen, record, held.slot):
+        return f"queue {held.slot} of {seen.name} was disabled or changed by another program"
+    return ""
 
 
 def _engine(seen: Accelerator, index: int) -> str:

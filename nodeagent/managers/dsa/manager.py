@@ -8,7 +8,6 @@ then the claim stays, and kubelet asks again.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -46,10 +45,12 @@ class DsaManager(Manager):
         state_dir: Path,
         config: Callable[[], Config],
         rescan: Callable[[], Awaitable[object]],
+        hide: Callable[[], Awaitable[None]],
     ) -> None:
         """Set up without changing anything. config: returns the current configuration. rescan: reads the machine
-        again."""
-        self._agent, self._accelerators, self._config, self._rescan = agent, accelerators, config, rescan
+        again. hide: returns once no file of a claim hands over a queue that another program has changed."""
+        self._agent, self._accelerators, self._config = agent, accelerators, config
+        self._rescan, self._hide = rescan, hide
         self._keeper = QueueKeeper(DsaJournal(state_dir, agent.settings.boot_id), accelerators)
         self._turns = Turns(state_dir / LOCK, "cannot make DSA queues")
         self._left: Mapping[str, str] = {}
@@ -86,9 +87,10 @@ class DsaManager(Manager):
                 for uid, grants in claims.items():
                     if all(one.id in now for one in grants):
                         found[uid] = await self._turns.in_thread(self._make, uid, grants)
+                await self._look()
         except (HostError, StateError) as error:
             found |= {uid: str(error) for uid in claims if uid not in found}
-        await self._seen()
+        await self._rescan()
         return found
 
     def _make(self, uid: str, grants: Sequence[Grant]) -> str:
@@ -119,11 +121,12 @@ class DsaManager(Manager):
         return Wanted(address=address, slot=slot, claim=uid, grant=grant.id, queues=queues)
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded, or all if that is not known at the moment."""
+        """Return those of some claims for which something is recorded, or that hold slots if that is not known at the
+        moment."""
         try:
             mine = {claim for _, claim in self._claims()}
         except HostError:
-            return list(uids)
+            mine = {one.holder.uid for one in self._agent.ledger.grants.values() if self._slots(one)}
         return [uid for uid in uids if uid in mine]
 
     def _claims(self) -> list[tuple[Place, str]]:
@@ -141,9 +144,10 @@ class DsaManager(Manager):
                 await self._agent.refresh()
                 mine = {place: uid for place, uid in self._claims() if uid in uids}
                 left = await self._turns.in_thread(self._keeper.take_down, [*mine])
+                await self._look()
         except (HostError, StateError) as error:
             return {uid: str(error) for uid in uids}
-        await self._seen()
+        await self._rescan()
         return {mine[place]: why for place, why in left.items()}
 
     # ---------------------------------------------------------------- between calls
@@ -153,19 +157,16 @@ class DsaManager(Manager):
         await after_each(self._agent.revisions.ledger, self.recover, every_s=LOOK_S)
 
     async def recover(self) -> None:
-        """Take down what no claim holds, while the ledger is known to be complete."""
+        """Take down what no claim holds, while the ledger is known to be complete, and look at what is held."""
         self._left = await run_to_end(self._recover()) if self._is_due() else {}
         if self._left:
             self._failing.report("; ".join(self._left.values()))
         else:
             self._failing.clear()
-        await self._look()
 
     def _is_due(self) -> bool:
-        if self._agent.loss:
-            return False
         try:
-            return bool(self._orphans()) or any(not one.held for one in self._keeper.records().values())
+            return bool(self._keeper.records() or self._observed)
         except HostError:
             return True  # which says why
 
@@ -173,11 +174,14 @@ class DsaManager(Manager):
         try:
             async with self._turns.alone(LOCK_S):
                 await self._agent.refresh()
-                left = await self._turns.in_thread(self._keeper.take_down, self._orphans())
+                before, orphans = self._keeper.records(), self._orphans()
+                left = await self._turns.in_thread(self._keeper.take_down, orphans)
                 ended = await self._turns.in_thread(self._keeper.end)
+                await self._look()
         except (HostError, StateError) as error:
             return {"": str(error)}
-        await self._rescan()
+        if self._keeper.records() != before:
+            await self._rescan()
         return {**{device_id(*place): why for place, why in left.items()}, **ended}
 
     def _orphans(self) -> list[Place]:
@@ -192,16 +196,10 @@ class DsaManager(Manager):
         """Return the slots of a grant, by their ids: a device may be gone."""
         return [place_of(id) for id in grant.devices if "/queue-" in id]
 
-    async def _seen(self) -> None:
-        await self._rescan()
-        await self._look()
-
     async def _look(self) -> None:
-        """Report whether each queue that is held is as it was made."""
-        try:
-            faults = await asyncio.to_thread(self._keeper.faults)
-        except HostError:
-            return
+        """Report whether each queue that is held is as it was made, and have none handed over that is not. While no
+        other call changes anything. Raise HostError."""
+        faults = await self._turns.in_thread(self._keeper.faults)
         evidence = [
             Evidence(device=device_id(*place), source=SOURCE, state=UNHEALTHY if why else HEALTHY, reason=why)
             for place, why in faults.items()
@@ -209,3 +207,5 @@ class DsaManager(Manager):
         now = frozenset(one.device for one in evidence)
         self._agent.observe(evidence, [(id, SOURCE) for id in self._observed - now])
         self._observed = now
+        if await self._turns.in_thread(self._keeper.forget_changed):
+            await self._hide()

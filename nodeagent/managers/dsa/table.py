@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 
 from msgspec.structs import replace
@@ -9,6 +10,7 @@ from msgspec.structs import replace
 from nodeagent.core.dsa.division import KIND, Held, device_id
 from nodeagent.core.model.device import Device, PreparedFor
 from nodeagent.core.model.inventory import Inventory
+from nodeagent.errors import HostError
 from nodeagent.managers.dsa.journal import DsaJournal
 
 
@@ -17,14 +19,17 @@ class QueueTable:
 
     def __init__(self, journal: DsaJournal) -> None:
         self._journal = journal
+        self._made: Mapping[str, Held] = {}
         self._view: tuple[Inventory, Mapping[str, Held], Inventory] | None = None
 
     def view(self, inventory: Inventory) -> Inventory:
         """Return the inventory with the nodes of the queues that are made."""
         if not inventory.devices_by_kind.get(KIND):
             return inventory
-        every = ((at, one) for at, record in self._journal.read().items() for one in record.held)
-        made = {device_id(at, one.slot): one for at, one in every if one.edits is not None}
+        with contextlib.suppress(HostError):  # otherwise as read last
+            every = ((at, one) for at, record in self._journal.known().items() for one in record.held)
+            self._made = {device_id(at, one.slot): one for at, one in every if one.edits is not None}
+        made = self._made
         if not made:
             return inventory
         known = self._view

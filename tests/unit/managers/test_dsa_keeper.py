@@ -42,6 +42,10 @@ class Mortal(DsaJournal):
 
     before: Callable[[str], None] = staticmethod(lambda step: None)
 
+    def __init__(self, state_dir: Path, boot_id: str) -> None:
+        super().__init__(state_dir, boot_id)
+        self._file._durable = False  # no power cut is tried
+
     def change(self, *args: Any) -> None:
         self.before("journal")
         super().change(*args)
@@ -253,6 +257,30 @@ def test_an_accelerator_that_is_gone_is_forgotten(node: Node) -> None:
     assert node.slots() == ["0"]
     assert node.down(0) == {}
     assert not node.keeper.records() and node.slots() == []
+
+
+def test_a_queue_that_an_admin_disabled_is_handed_over_no_longer_and_made_again_for_its_claim(node: Node) -> None:
+    node.make(0)
+    node.make(1, "d")
+    assert not node.keeper.forget_changed()
+    node.kernel._stop_queue("wq0.0")
+    assert node.keeper.faults() == {(AT, 0): "queue 0 of dsa0 was disabled or changed by another program", (AT, 1): ""}
+    assert node.keeper.forget_changed() and not node.keeper.forget_changed()
+    assert [one.edits is None for one in node.keeper.records()[AT].held] == [True, False]
+    assert node.make(0) and node.is_made(0)
+    assert node.down(0, 1) == {} and node.is_untouched()
+
+
+def test_another_accelerator_at_the_same_address_is_not_touched(node: Node) -> None:
+    node.make(2)
+    for wq in node.kernel.parts("dsa0")[2:]:
+        (node.kernel.folder("dsa0") / wq).rename(node.kernel.tree.root / f"{wq}.gone")
+    done = len(node.kernel.written)
+    assert "it is another one" in node.keeper.faults()[AT, 2] or node.keeper.faults()[AT, 2]
+    assert node.slots() == ["2"] and "it is another one" in node.said
+    with pytest.raises(HostError, match="it is another one"):
+        node.make(0, "d")
+    assert node.down(2) == {} and len(node.kernel.written) == done
 
 
 # ---------------------------------------------------------------- what cannot be
