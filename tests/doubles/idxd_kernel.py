@@ -40,6 +40,8 @@ class IdxdKernel:
     hardware: dict[str, int] = field(default_factory=dict)
     """The group of each queue of enabled accelerators, as the hardware has it."""
 
+    _folders: dict[str, Path] = field(default_factory=dict)
+
     def __post_init__(self) -> None:
         flags = "fpu sse2 enqcmd" if self.enqcmd else "fpu sse2"
         self.tree.write("proc/cpuinfo", f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:")
@@ -73,7 +75,9 @@ class IdxdKernel:
 
     def folder(self, part: str) -> Path:
         """The folder of an accelerator, or a queue or engine of it."""
-        return (self.tree.root / "sys/bus/dsa/devices" / part).resolve()
+        if part not in self._folders:
+            self._folders[part] = (self.tree.root / "sys/bus/dsa/devices" / part).resolve(strict=True)
+        return self._folders[part]
 
     def get(self, part: str, file: str) -> str:
         return (self.folder(part) / file).read_text().strip()
@@ -253,8 +257,9 @@ class IdxdKernel:
         )
 
     def _write(self, folder: Path, files: dict[str, object]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         for file, value in files.items():
-            self.tree.write(f"{folder.relative_to(self.tree.root.resolve())}/{file}", value)
+            (folder / file).write_text(f"{value}\n")
 
 
 def _error(number: int) -> OSError:
