@@ -46,7 +46,8 @@ class IdxdKernel:
         flags = "fpu sse2 enqcmd" if self.enqcmd else "fpu sse2"
         self.tree.write("proc/cpuinfo", f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:")
         for driver in ("idxd", "user", "dmaengine"):
-            (self.tree.root / "sys/bus/dsa/drivers" / driver).mkdir(parents=True, exist_ok=True)
+            for file in ("bind", "unbind"):
+                self.tree.write(f"sys/bus/dsa/drivers/{driver}/{file}", "")
         folder = self.tree.root / "sys/bus/dsa/devices"
         for name in sorted(os.listdir(folder)) if folder.exists() else ():  # of an earlier process
             if name.startswith(("dsa", "iax")):

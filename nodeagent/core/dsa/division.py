@@ -14,6 +14,7 @@ everything.
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Sequence
 
 import msgspec
@@ -30,6 +31,7 @@ IDXD = "idxd"
 """The driver of an accelerator that is enabled. That of an enabled queue of type `user` is called like the type."""
 NO_GROUP, GROUP = -1, 0
 """All queues and engines are in one group: every engine works for every queue, by priority."""
+_ID = re.compile(r"([0-9a-f:.]+)/queue-([0-9]{1,3})")
 LABEL = "nodeagent-"
 """How the names begin that the agent gives to queues."""
 
@@ -135,10 +137,10 @@ def device_id(address: str, slot: int) -> str:
     return f"{address}/queue-{slot}"
 
 
-def place_of(id: str) -> tuple[str, int]:
-    """Return the address and the slot of such an id."""
-    address, _, slot = id.partition("/queue-")
-    return address, int(slot)
+def place_of(id: str) -> tuple[str, int] | None:
+    """Return the address and the slot of such an id, or None of any other."""
+    found = _ID.fullmatch(id)
+    return (found[1], int(found[2])) if found is not None else None
 
 
 def rule_for(rules: Sequence[Rule], address: str, name: str) -> Rule | None:

@@ -8,13 +8,13 @@ a queue is drained, and has a deadline.
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 
-from nodeagent.core.dsa.division import Accelerator, Wq
+from nodeagent.core.dsa.division import USER, Accelerator, Wq
 from nodeagent.errors import HostError
 from nodeagent.host import pci
-from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.vfio import TimedPut
 
@@ -31,8 +31,10 @@ class Accelerators:
         self._put = put or TimedPut()
 
     def places(self) -> Iterator[tuple[str, str]]:
-        """Yield the address and the name of each."""
-        for name, _, address, tail in pci.members(Tolerant(self._sysfs), BUS):
+        """Yield the address and the name of each. Raise HostError if they cannot be listed: that is not to have
+        none."""
+        for name in self._sysfs.names(BUS):
+            address, tail = pci.split(self._sysfs.entry(BUS, name))
             if address is not None and tail == name:
                 yield address, name
 
@@ -81,6 +83,17 @@ class Accelerators:
         if found is None:
             raise HostError(f"cannot read {self._sysfs.path(path)}: there is no number")
         return found
+
+    def why_read_only(self, seen: Accelerator) -> str:
+        """Return why the agent cannot make queues of an accelerator, whatever they are, or ""."""
+        bind = f"{DRIVERS}/{USER}/bind"
+        if not self._sysfs.exists(bind):
+            return f"the kernel has no driver `{USER}` on the bus dsa"
+        sizes = (f"{self._sysfs.entry(BUS, seen.name)}/{one.name}/size" for one in seen.wqs[:1])
+        for path in (bind, *sizes):
+            if not os.access(self._sysfs.path(path), os.W_OK):
+                return f"the agent may not write {self._sysfs.path(path)}; under systemd, nodeagent-dsa.conf allows it"
+        return ""
 
     def has_enqcmd(self) -> bool:
         """Return whether the CPUs have the instruction by which programs use shared queues."""

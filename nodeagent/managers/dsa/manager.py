@@ -76,7 +76,8 @@ class DsaManager(Manager):
     def _places(self, grant: Grant) -> list[Place]:
         """Return the slots of a grant."""
         known = self._agent.inventory.device_by_id
-        return [place_of(id) for id in grant.devices if id in known and known[id].kind == KIND]
+        mine = (id for id in grant.devices if id in known and known[id].kind == KIND)
+        return [place for id in mine if (place := place_of(id)) is not None]
 
     async def _bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -194,7 +195,7 @@ class DsaManager(Manager):
 
     def _slots(self, grant: Grant) -> list[Place]:
         """Return the slots of a grant, by their ids: a device may be gone."""
-        return [place_of(id) for id in grant.devices if "/queue-" in id]
+        return [place for id in grant.devices if (place := place_of(id)) is not None]
 
     async def _look(self) -> None:
         """Report whether each queue that is held is as it was made, and have none handed over that is not. While no

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -319,6 +320,44 @@ def test_without_a_capability_nothing_is_offered(node: Node, file: str, why: str
     assert node.slots() == [] and why in node.said
     with pytest.raises(HostError, match=why):
         node.make(0)
+
+
+def test_where_the_agent_may_not_write_nothing_is_offered(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: "drivers" not in str(path))
+    assert node.slots() == [] and "nodeagent-dsa.conf allows it" in node.said
+    monkeypatch.undo()
+    (node.kernel.tree.root / "sys/bus/dsa/drivers/user/bind").unlink()
+    assert node.slots() == [] and node.said == "the kernel has no driver `user` on the bus dsa"
+
+
+def test_queues_of_iaa_are_made_too(node: Node) -> None:
+    node.kernel.add("iax1", "0000:6a:02.0", wqs=4)
+    wanted = Wanted(address="0000:6a:02.0", slot=1, claim="c", grant="g", queues=QUEUES)
+    assert node.keeper.make(wanted)
+    (held,) = node.keeper.records()["0000:6a:02.0"].held
+    assert held.edits is not None and [one.host_path for one in held.edits.device_nodes] == ["/dev/iax/wq1.1"]
+    assert node.kernel.driver("wq1.1") == "user" and node.kernel.is_untouched("dsa0")
+    assert node.keeper.take_down([("0000:6a:02.0", 1)]) == {} and node.kernel.is_untouched("iax1")
+
+
+def test_a_bus_that_cannot_be_listed_is_not_an_empty_one(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the record of a queue that exists would be lost."""
+    node.make(0)
+    listed = os.listdir
+
+    def refused(path: str) -> list[str]:
+        if str(path).endswith("sys/bus/dsa/devices"):
+            raise OSError(24, "Too many open files")
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", refused)
+    assert "Too many open files" in node.down(0)[AT, 0]
+    assert node.keeper.faults() == {} and node.slots() == ["0"] and "Too many open files" in node.said
+    with pytest.raises(HostError, match="Too many open files"):
+        node.keeper.forget_changed()
+    monkeypatch.undo()
+    assert node.keeper.records()[AT].held and node.is_made(0)
+    assert node.down(0) == {} and node.is_untouched()
 
 
 def test_a_function_that_is_bound_to_vfio_is_not_offered(node: Node) -> None:

@@ -65,13 +65,17 @@ class _Look:
     """One look at the accelerators."""
 
     def __init__(self, sysfs: SysFs, selector: DsaSelector) -> None:
-        from nodeagent.host.dsa.accelerators import DRIVERS, Accelerators  # no node without such accelerators needs it
+        from nodeagent.host.dsa.accelerators import Accelerators  # no node without such accelerators needs it
 
         self._selector = selector
         self._accelerators = Accelerators(sysfs)
-        self._names = dict(self._accelerators.places())
+        self._names: dict[str, str] = {}
+        self._unlisted = ""
+        try:
+            self._names = dict(self._accelerators.places())
+        except HostError as error:
+            self._unlisted = str(error)
         self._enqcmd = self._accelerators.has_enqcmd()
-        self._has_driver = sysfs.exists(f"{DRIVERS}/user")
         self.faults: list[str] = []
         """Why slots are not offered, one sentence for each accelerator."""
 
@@ -82,6 +86,8 @@ class _Look:
         if rule is None and record is None:
             return
         try:
+            if self._unlisted:
+                raise HostError(self._unlisted)
             if not name:
                 raise HostError(f"{address} is bound to {function.driver or 'no driver'}, expected idxd")
             seen = self._accelerators.read(address, name)
@@ -99,8 +105,8 @@ class _Look:
 
     def _offered(self, seen: Accelerator, rule: Rule | None, record: Division | None) -> tuple[frozenset[int], str]:
         """Return the slots that could be made now, and why others could not, or ""."""
-        if not self._has_driver:
-            return frozenset(), "the kernel has no driver `user` on the bus dsa"
+        if why := self._accelerators.why_read_only(seen):
+            return frozenset(), why
         if record is None:
             queues: tuple[Queue, ...] = rule.queues if rule is not None else ()
             why = taken(seen) or unfit(seen, queues, enqcmd=self._enqcmd)
