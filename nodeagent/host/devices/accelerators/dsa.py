@@ -1,10 +1,10 @@
 """Work queues of Intel's DSA and IAA that are configured for user space: the kind `dsa`, one device a queue.
 
-Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served, but for those of
-accelerators that are given to the agent (the kind `dsa-queue`). A queue is healthy while
-it and its accelerator are enabled. The accelerator with all of its queues is a device of the kind `accel`, of which
-each queue is a part. Source: Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of
-`state`, `type` and `mode`, cdev.c for the names of the nodes.
+Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served, except those of
+accelerators that are given to the agent (the kind `dsa-queue`). A queue is healthy while it and its accelerator are
+enabled. The accelerator with all of its queues is a device of the kind `accel`, of which each queue is a part. Source:
+Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of `state`, `type` and `mode`,
+cdev.c for the names of the nodes.
 """
 
 from __future__ import annotations
