@@ -80,7 +80,7 @@ def divided_accelerators(where: Paths, boot_id: str) -> Callable[[], Mapping[str
         from nodeagent.managers.dsa.journal import DsaJournal
 
         with contextlib.suppress(HostError):  # the journal has logged it
-            last[""] = DsaJournal(where.state_dir, boot_id).known()
+            last[""] = DsaJournal(where.state_dir, boot_id).read(certain=True)
         return last[""]
 
     return divided

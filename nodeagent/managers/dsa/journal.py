@@ -7,7 +7,6 @@ with accelerators that are not configured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -34,8 +33,3 @@ class DsaJournal(Journal[_File, str, Division]):
             unreadable="dsa-queues-records-unreadable",
             left="accelerators stay divided as they are",
         )
-
-    def known(self) -> Mapping[str, Division]:
-        """Return the records. Raise HostError if they cannot be read for the moment: that is not to have none."""
-        found = self._found(acting=True)
-        return self._unpack(found) if found is not None else {}

@@ -69,7 +69,7 @@ class QueueKeeper:
 
     def records(self) -> Mapping[str, Division]:
         """Return what is recorded, by address. Raise HostError if it cannot be read for the moment."""
-        return self._journal.known()
+        return self._journal.read(certain=True)
 
     # ---------------------------------------------------------------- for a claim
 

@@ -122,12 +122,9 @@ class DsaManager(Manager):
         return Wanted(address=address, slot=slot, claim=uid, grant=grant.id, queues=queues)
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
-        """Return those of some claims for which something is recorded, or that hold slots if that is not known at the
+        """Return those of some claims for which something is recorded. Raise HostError if that cannot be told for the
         moment."""
-        try:
-            mine = {claim for _, claim in self._claims()}
-        except HostError:
-            mine = {one.holder.uid for one in self._agent.ledger.grants.values() if self._slots(one)}
+        mine = {claim for _, claim in self._claims()}
         return [uid for uid in uids if uid in mine]
 
     def _claims(self) -> list[tuple[Place, str]]:
@@ -137,7 +134,10 @@ class DsaManager(Manager):
     async def give_back(self, uids: Sequence[str]) -> dict[str, str]:
         """Take down what was made for some claims, which are about to be released. Return, by UID, why something is
         left."""
-        return await run_to_end(self._give_back(uids)) if self.concerned(uids) else {}
+        try:
+            return await run_to_end(self._give_back(uids)) if self.concerned(uids) else {}
+        except HostError as error:
+            return {uid: str(error) for uid in uids}
 
     async def _give_back(self, uids: Sequence[str]) -> dict[str, str]:
         try:

@@ -27,7 +27,7 @@ class QueueTable:
         if not inventory.devices_by_kind.get(KIND):
             return inventory
         with contextlib.suppress(HostError):  # otherwise as read last
-            every = ((at, one) for at, record in self._journal.known().items() for one in record.held)
+            every = ((at, one) for at, record in self._journal.read(certain=True).items() for one in record.held)
             self._made = {device_id(at, one.slot): one for at, one in every if one.edits is not None}
         made = self._made
         if not made:
