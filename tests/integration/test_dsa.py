@@ -132,6 +132,24 @@ async def test_an_accelerator_that_an_admin_takes_is_no_longer_offered_and_statu
         assert answer.error and one.made() == set() and one.kernel.get("wq0.3", "name") == "app"
 
 
+async def test_a_queue_that_an_admin_has_taken_is_handed_over_to_no_container_any_longer(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with dsa_node(folder, monkeypatch) as one:
+        claim, other = one.claim("c", 0), one.claim("d", 1)
+        for answer in [*await one.node.prepare(claim), *await one.node.prepare(other)]:
+            assert answer.error == ""
+        kernel = one.kernel
+        kernel.resets("dsa0")
+        kernel.configures("wq0.0", size=32, type="user", name="app")
+        assert await one.node.unprepare(other) == [""]  # another call has it seen
+        await until(lambda: not [path for path in one.node.cdi.glob("*.json") if claim.uid in path.name])
+        (answer,) = await one.node.prepare(claim)
+        assert "although the agent enabled it: another program did that" in answer.error
+        assert await one.node.unprepare(claim) == [""]
+        assert kernel.get("wq0.0", "name") == "app" and kernel.get("wq0.0", "size") == "32"
+
+
 async def test_uninstalling_takes_down_what_a_killed_agent_left(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with dsa_node(folder, monkeypatch) as one:
         (answer,) = await one.node.prepare(one.claim("c", 0, 2))
