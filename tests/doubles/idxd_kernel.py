@@ -5,8 +5,10 @@ As strict as drivers/dma/idxd (sysfs.c, device.c, cdev.c, bus.c): files of a que
 size while the accelerator is enabled; sizes above the total are EINVAL, as are thresholds of 0, above the size or of a
 dedicated queue. A new type clears the name, dedicated mode the threshold. An accelerator needs an engine and a queue
 with a group; a queue with a group that is shared and not of type user keeps it, and every queue, from being enabled.
-Groups that change while the accelerator is enabled do not reach the hardware. Disabling a queue clears all but its size
-and group, before 5.18 these too; disabling the accelerator disables its queues and clears everything.
+Groups that change while the accelerator is enabled do not reach the hardware. Disabling a queue clears all but its
+size, group and driver_name, before 5.18 the first two too; disabling one whose state is `disabled`, or a bind that the
+hardware refuses, clears its type and nothing else. Disabling the accelerator disables its queues but those whose state
+is `disabled`, which stay bound, and clears everything but each driver_name.
 """
 
 from __future__ import annotations
@@ -20,7 +22,10 @@ from pathlib import Path
 from tests.builders.devices import DeviceTree
 
 BLANK = {"type": "none", "name": "", "mode": "shared", "threshold": 0, "priority": 0, "state": "disabled", "clients": 0}
+BLANK |= {"block_on_fault": 0, "ats_disable": 0, "prs_disable": 0, "max_batch_size": 32, "max_transfer_size": 2 << 20}
 RESET = {"size": 0, "group_id": -1}
+GROUP = {"read_buffers_reserved": 0, "read_buffers_allowed": 96, "use_read_buffer_limit": 0}
+GROUP |= {"traffic_class_a": 1, "traffic_class_b": 1, "desc_progress_limit": 0, "batch_progress_limit": 0}
 
 
 @dataclass
@@ -34,9 +39,12 @@ class IdxdKernel:
     before: Callable[[str, str], None] = lambda path, text: None
     """Called before each write takes effect; may raise or hang."""
     after: Callable[[str, str], None] = lambda path, text: None
+    refuses: frozenset[str] = frozenset()
+    """Queues that the hardware refuses to enable."""
     written: list[tuple[str, str]] = field(default_factory=list)
     names: dict[str, str] = field(default_factory=dict)
     """Addresses by name."""
+    broken: set[str] = field(default_factory=set)
     hardware: dict[str, int] = field(default_factory=dict)
     """The group of each queue of enabled accelerators, as the hardware has it."""
 
@@ -57,12 +65,14 @@ class IdxdKernel:
     def add(
         self, name: str, address: str, *, wqs: int = 8, engines: int = 4, total: int = 128, pasid: bool = True
     ) -> None:
-        """An accelerator as it is after boot."""
+        """An accelerator as it is after boot, or after another one of that name is gone."""
+        self._folders.clear()
         if address not in self.tree.folders:
             self.tree.pci(address, pci_class="088000", device="0b25", driver="idxd", numa_node=0)
         folder, number = self.tree.folders[address] / name, name[3:]
         self.names[name] = address
         facts = {"state": "disabled", "configurable": 1, "max_work_queues_size": total, "cmd_status": "0x0"}
+        facts |= {"read_buffer_limit": 0}
         self._write(folder, {**facts, "pasid_enabled": int(pasid), "max_work_queues": wqs})
         self.tree.link(f"sys/bus/dsa/devices/{name}", folder)
         for index in range(wqs):
@@ -71,6 +81,8 @@ class IdxdKernel:
         for index in range(engines):
             self._write(folder / f"engine{number}.{index}", {"group_id": -1})
             self.tree.link(f"sys/bus/dsa/devices/engine{number}.{index}", folder / f"engine{number}.{index}")
+            self._write(folder / f"group{number}.{index}", GROUP)
+            self.tree.link(f"sys/bus/dsa/devices/group{number}.{index}", folder / f"group{number}.{index}")
 
     # ---------------------------------------------------------------- what is shown
 
@@ -99,7 +111,10 @@ class IdxdKernel:
             for file, value in {**BLANK, **RESET, "driver_name": ""}.items()
         )
         engines = all(self.get(one, "group_id") == "-1" for one in self.parts(name, "engine"))
-        return wqs and engines and self.get(name, "state") == "disabled" and not self.driver(name)
+        groups = all(
+            self.get(one, file) == str(value) for one in self.parts(name, "group") for file, value in GROUP.items()
+        )
+        return wqs and engines and groups and self.get(name, "state") == "disabled" and not self.driver(name)
 
     def node(self, wq: str) -> Path:
         return self.tree.root / "dev" / self.folder(wq).parent.name.rstrip("0123456789") / wq
@@ -152,34 +167,47 @@ class IdxdKernel:
         name = self.folder(wq).parent.name
         if self.get(name, "state") != "enabled":
             raise _error(errno.ENXIO)
-        if self.get(name, "pasid_enabled") != "1":
-            raise _error(errno.EOPNOTSUPP)
         if self.get(wq, "driver_name") != driver:
             raise _error(errno.ENODEV)
-        if self.get(wq, "group_id") == "-1" or not self.get(wq, "name") or self.get(wq, "type") != driver:
-            raise _error(errno.ENXIO)
-        if self.get(wq, "mode") == "shared" and self.get(wq, "threshold") == "0":
-            raise _error(errno.ENXIO)
-        self._check(name)
-        if self.hardware[wq] != int(self.get(wq, "group_id")) or self.get(wq, "size") == "0":
-            raise _error(errno.ENXIO)
+        try:
+            self._check_queue(wq, name, driver)
+        except OSError:
+            self._write(self.folder(wq), {"type": "none"})  # and nothing else: the name stays
+            raise
         self._write(self.folder(wq), {"state": "enabled"})
         self._bound(wq, driver)
         self.node(wq).parent.mkdir(parents=True, exist_ok=True)
         self.node(wq).write_text("")
 
+    def _check_queue(self, wq: str, name: str, driver: str) -> None:
+        if self.get(name, "pasid_enabled") != "1":
+            raise _error(errno.EOPNOTSUPP)
+        if self.get(wq, "group_id") == "-1" or not self.get(wq, "name") or self.get(wq, "type") != driver:
+            raise _error(errno.ENXIO)
+        if self.get(wq, "mode") == "shared" and self.get(wq, "threshold") == "0":
+            raise _error(errno.ENXIO)
+        self._check(name)
+        if self.hardware[wq] != int(self.get(wq, "group_id")) or self.get(wq, "size") == "0" or wq in self.refuses:
+            raise _error(errno.ENXIO)
+
     def _stop_queue(self, wq: str) -> None:
-        self._write(self.folder(wq), BLANK if not self.older else BLANK | RESET)
+        self.broken.discard(wq)
+        if self.get(wq, "state") == "disabled":
+            self._write(self.folder(wq), {"type": "none", "clients": 0})
+        else:
+            self._write(self.folder(wq), BLANK if not self.older else BLANK | RESET)
         (self.folder(wq) / "driver").unlink()
         self.node(wq).unlink()
 
     def _stop(self, name: str) -> None:
         for one in self.parts(name):
-            if self.driver(one):
+            if self.driver(one) and self.get(one, "state") == "enabled":
                 self._stop_queue(one)
             self._write(self.folder(one), BLANK | RESET)
         for one in self.parts(name, "engine"):
             self._write(self.folder(one), {"group_id": -1})
+        for one in self.parts(name, "group"):
+            self._write(self.folder(one), GROUP)
         self._write(self.folder(name), {"state": "disabled"})
         (self.folder(name) / "driver").unlink()
 
@@ -188,6 +216,11 @@ class IdxdKernel:
         assert (folder / file).exists(), f"{part} has no {file}"
         if part.startswith("engine"):
             assert file == "group_id"
+            self._write(folder, {file: int(text)})
+            return
+        if part.startswith("group"):
+            if self.get(name, "state") == "enabled":
+                raise _error(errno.EPERM)
             self._write(folder, {file: int(text)})
             return
         enabled = self.get(name, "state") == "enabled" if file == "size" else self.get(part, "state") == "enabled"
@@ -232,6 +265,18 @@ class IdxdKernel:
         """A program is opening a dedicated queue right now."""
         self._write(self.folder(wq), {"state": "disabled"})
 
+    def passes(self, _s: float = 0) -> None:
+        """Some time passes: programs have opened what they were opening."""
+        for name in self.names:
+            for wq in self.parts(name):
+                if self.driver(wq) and wq not in self.broken:
+                    self._write(self.folder(wq), {"state": "enabled"})
+
+    def breaks(self, wq: str) -> None:
+        """A program opens a dedicated queue, and the hardware refuses to enable it again (idxd_wq_set_pasid)."""
+        self.broken.add(wq)
+        self.blinks(wq)
+
     def configures(self, wq: str, *, driver: str = "", **files: object) -> None:
         """An admin configures a queue, through accel-config."""
         for file, value in files.items():
@@ -244,6 +289,7 @@ class IdxdKernel:
         self._stop(name)
 
     def reboot(self) -> None:
+        self.broken.clear()
         for name in self.names:
             if self.driver(name):
                 self._stop(name)
@@ -260,7 +306,9 @@ class IdxdKernel:
     def _write(self, folder: Path, files: dict[str, object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for file, value in files.items():
-            (folder / file).write_text(f"{value}\n")
+            path, text = folder / file, f"{value}\n"
+            if not path.exists() or path.read_text() != text:
+                path.write_text(text)
 
 
 def _error(number: int) -> OSError:

@@ -14,7 +14,7 @@ from typing import Protocol, runtime_checkable
 
 import msgspec
 
-from nodeagent.core.dsa.division import Division, Rule, rule_for
+from nodeagent.core.dsa.division import CHANGING, LABEL, Division, Rule, rule_for
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
@@ -95,9 +95,12 @@ class DsaSelector(msgspec.Struct, frozen=True, kw_only=True):
         """Return the rule by which one is given to the agent, or None. name: "" if it has none."""
         return rule_for(self.rules, address, name)
 
-    def has(self, address: str, name: str) -> bool:
-        """Return whether the queues of an accelerator are the agent's to make."""
-        return address in self.divided or self.rule(address, name) is not None
+    def is_made(self, address: str, slot: int, label: str) -> bool:
+        """Return whether a work queue is one that an agent makes for claims: by its name, or as it is just being made
+        or taken down and has none."""
+        record = self.divided.get(address)
+        held = record.of(slot) if record is not None else None
+        return label.startswith(LABEL) or (held is not None and held.step in CHANGING)
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):

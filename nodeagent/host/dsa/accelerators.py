@@ -8,11 +8,12 @@ a queue is drained, and has a deadline.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Iterator
 
-from nodeagent.core.dsa.division import USER, Accelerator, Wq
+from nodeagent.core.dsa.division import USER, Accelerator, More, Wq
 from nodeagent.errors import HostError
 from nodeagent.host import pci
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -21,6 +22,16 @@ from nodeagent.host.vfio import TimedPut
 BUS, DRIVERS = "sys/bus/dsa/devices", "sys/bus/dsa/drivers"
 NODE_S, POLL_S = 3.0, 0.02
 """How long the node of a queue that was enabled may take to appear."""
+
+
+WQ_ZEROS = "block_on_fault", "ats_disable", "prs_disable"
+WQ_DEFAULTS = "max_transfer_size", "max_batch_size", "enqcmds_retries", "op_config"
+GROUP_ZEROS = "read_buffers_reserved", "use_read_buffer_limit", "desc_progress_limit", "batch_progress_limit"
+GROUP_DEFAULTS = "read_buffers_allowed", "traffic_class_a", "traffic_class_b"
+OLD_ZEROS, OLD_DEFAULTS = ("tokens_reserved", "use_token_limit"), ("tokens_allowed",)
+"""As kernels before 5.17 call them."""
+LIMITS = "read_buffer_limit", "token_limit"
+"""Of an accelerator."""
 
 
 class Accelerators:
@@ -59,7 +70,27 @@ class Accelerators:
             total=self._number(f"{path}/max_work_queues_size"),
             wqs=tuple(self._wq(one, index, number) for index, (_, one) in enumerate(wqs)),
             engines=tuple(self._number(f"{one}/group_id") for _, one in self._sysfs.numbered(path, f"engine{number}.")),
+            groups=tuple(
+                self._more(one, GROUP_ZEROS + OLD_ZEROS, GROUP_DEFAULTS + OLD_DEFAULTS)
+                for _, one in self._sysfs.numbered(path, f"group{number}.")
+            ),
+            more=self._more(path, LIMITS, ()),
         )
+
+    def _more(self, path: str, zeros: tuple[str, ...], defaults: tuple[str, ...]) -> More:
+        return More(
+            zeros=tuple(self._if_shown(f"{path}/{file}") for file in zeros),
+            defaults=tuple(self._if_shown(f"{path}/{file}") for file in defaults),
+        )
+
+    def _if_shown(self, path: str) -> str:
+        """Return a file's text, or "" where this hardware or kernel has none: some are there, and cannot be read."""
+        try:
+            return self._sysfs.text(path, "")
+        except HostError as error:
+            if os.strerror(errno.EOPNOTSUPP) in str(error):
+                return ""
+            raise
 
     def _wq(self, path: str, index: int, number: str) -> Wq:
         name = path.rpartition("/")[2]
@@ -70,12 +101,15 @@ class Accelerators:
             label=self._sysfs.text(f"{path}/name"),
             type=self._sysfs.text(f"{path}/type"),
             mode=self._sysfs.text(f"{path}/mode"),
+            state=self._sysfs.text(f"{path}/state"),
             size=self._number(f"{path}/size"),
             group=self._number(f"{path}/group_id"),
             priority=self._number(f"{path}/priority"),
             threshold=self._number(f"{path}/threshold"),
+            driver_name=self._sysfs.text(f"{path}/driver_name", ""),
             driver=self._sysfs.link_name(f"{path}/driver") or "",
             clients=self._number(f"{path}/clients"),
+            more=self._more(path, WQ_ZEROS, WQ_DEFAULTS),
         )
 
     def _number(self, path: str) -> int:
@@ -122,12 +156,12 @@ class Accelerators:
 
     def node(self, seen: Accelerator, wq: str) -> str:
         """Return the node of a queue that is enabled. Raise HostError if it does not appear."""
-        path, until_s = f"dev/{seen.node_folder}/{wq}", time.monotonic() + NODE_S
-        while not self._sysfs.exists(path):
+        path, until_s = seen.node_of(wq), time.monotonic() + NODE_S
+        while not self._sysfs.exists(path[1:]):
             if time.monotonic() > until_s:
-                raise HostError(f"cannot find the node of {wq}: there is no /{path} after {NODE_S:g} s")
+                raise HostError(f"cannot find the node of {wq}: there is no {path} after {NODE_S:g} s")
             time.sleep(POLL_S)
-        return f"/{path}"
+        return path
 
     def _write(self, seen: Accelerator, path: str, text: str) -> None:
         bound = (f" {one}" for one in (seen.name, *(wq.name for wq in seen.wqs)))

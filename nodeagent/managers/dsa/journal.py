@@ -33,3 +33,10 @@ class DsaJournal(Journal[_File, str, Division]):
             unreadable="dsa-queues-records-unreadable",
             left="accelerators stay divided as they are",
         )
+        self._boot_id = boot_id
+
+    def is_of_earlier_boot(self) -> bool:
+        """Return whether there is a file, and an earlier boot recorded it. Raise HostError if it cannot be read for the
+        moment."""
+        found = self._found(certain=True)
+        return found is not None and found.boot_id != self._boot_id

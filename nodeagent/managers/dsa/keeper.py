@@ -2,13 +2,18 @@
 
 Every step looks at what is there, so that after a crash at any point the same call completes what it had begun. An
 accelerator is divided for the first claim and is as it was after the last; what is not exactly as recorded is left
-alone, and stays recorded until it is again, or is not configured at all.
+alone, and is forgotten once nothing of it is held and no queue of it has a name that the agent gave.
+
+A record takes as long as the disk does, and an admin may act meanwhile. So after a record that something is about to be
+changed the accelerator is looked at again, and judged by what was recorded before it.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+import secrets
+import time
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 import structlog
@@ -27,12 +32,13 @@ from nodeagent.core.dsa.division import (
     Division,
     Held,
     Queue,
+    Step,
     differs,
     in_force,
-    is_made,
-    label,
+    is_up,
     taken,
     unfit,
+    why_not_own,
 )
 from nodeagent.core.model.device import ContainerEdits
 from nodeagent.errors import HostError
@@ -42,6 +48,11 @@ from nodeagent.managers.dsa.journal import DsaJournal
 
 Place = tuple[str, int]
 """The address of an accelerator, and a slot."""
+NOTHING = "\n"
+"""What clears a text of a queue: the kernel refuses to be given nothing at all."""
+BLINK_S, LOOKS = 0.05, 3
+"""A program that opens a dedicated queue disables it for a moment: one that is disabled at all of so many looks, so far
+apart, is disabled."""
 log = structlog.get_logger()
 
 
@@ -55,6 +66,15 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
     queues: tuple[Queue, ...]
 
     @property
+    def place(self) -> Place:
+        """Return its slot."""
+        return self.address, self.slot
+
+    def held(self) -> Held:
+        """Return what is recorded before it is made."""
+        return Held(slot=self.slot, claim=self.claim, grant=self.grant)
+
+    @property
     def what(self) -> str:
         """Return it as errors call it."""
         return f"cannot make queue {self.slot} of {self.address}"
@@ -63,44 +83,80 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 class QueueKeeper:
     """One caller at a time, on the node too."""
 
-    def __init__(self, journal: DsaJournal, accelerators: Accelerators) -> None:
+    def __init__(
+        self, journal: DsaJournal, accelerators: Accelerators, wait: Callable[[float], object] = time.sleep
+    ) -> None:
+        """wait: passes some seconds between two looks."""
         self._journal = journal
         self._accelerators = accelerators
+        self._wait = wait
+        self._stuck: dict[Place, str] = {}
+        """Why a slot could not be taken down when that was tried last."""
+        self.is_to_hide = False
+        """Whether containers may still get a queue that forget_changed() has found to be lost."""
 
     def records(self) -> Mapping[str, Division]:
         """Return what is recorded, by address. Raise HostError if it cannot be read for the moment."""
         return self._journal.read(certain=True)
+
+    def has_any(self) -> bool:
+        """Return whether anything is recorded, of an earlier boot too. Raise HostError as records() does."""
+        return bool(self.records()) or self._journal.is_of_earlier_boot()
+
+    def _find(self, address: str) -> Accelerator | None:
+        """Return an accelerator, or None if no driver has it. A queue that is enabled shows itself so, even if a
+        program is opening it. Raise HostError."""
+        seen = self._accelerators.find(address)
+        for _ in range(LOOKS - 1):
+            if seen is None or not any(one.driver and one.state != ENABLED for one in seen.wqs):
+                break
+            self._wait(BLINK_S)
+            seen = self._accelerators.find(address)
+        return seen
 
     # ---------------------------------------------------------------- for a claim
 
     def make(self, wanted: Wanted) -> bool:
         """Have a slot made a queue for a claim. Return whether anything was changed. Raise HostError; what was begun in
         this call is undone, as far as it can be."""
+        with contextlib.suppress(HostError):  # of an accelerator that cannot be read no node is handed over twice
+            self.forget_changed()
         seen = self._found(wanted)
-        record = in_force(self.records().get(wanted.address), seen)
-        held = record.of(wanted.slot) if record is not None else None
+        before = in_force(self.records().get(wanted.address), seen)
+        held = before.of(wanted.slot) if before is not None else None
         if held is not None and held.claim != wanted.claim:
             raise HostError(f"{wanted.what}: what was made for claim {held.claim} is not taken down yet")
-        if why := self._why_not(wanted, record, seen):
-            raise HostError(f"{wanted.what}: {why}")
-        is_its_own = held is not None and held.grant == wanted.grant and held.edits is not None
-        if record is not None and is_its_own and _has(seen, record, wanted.slot):
+        is_its_own = held is not None and held.grant == wanted.grant and held.step is Step.MADE
+        if before is not None and is_its_own and is_up(seen, before, wanted.slot):
+            self._stuck.pop(wanted.place, None)
             return False
-        record = record or Division(address=wanted.address, queues=wanted.queues)
-        record = self._kept(record, Held(slot=wanted.slot, claim=wanted.claim, grant=wanted.grant))
+        self._check(wanted, before, seen)
+        record = self._kept(before or _division(wanted, seen), wanted.held())
         try:
-            self._enable(wanted, record)
+            seen = self._found(wanted)
+            self._check(wanted, before, seen)
+        except HostError:
+            self._restore(wanted.address, before)
+            raise
+        try:
+            self._enable(wanted, record, seen)
         except HostError as error:
-            left = self.take_down([(wanted.address, wanted.slot)])
+            left = self.take_down([wanted.place])
             raise HostError("; ".join([f"{wanted.what}: {error}", *left.values()])) from None
+        self._stuck.pop(wanted.place, None)
         log.info("dsa-queue-made", device=wanted.address, slot=wanted.slot, claim=wanted.claim)
         return True
 
     def _found(self, wanted: Wanted) -> Accelerator:
-        seen = self._accelerators.find(wanted.address)
+        seen = self._find(wanted.address)
         if seen is None:
             raise HostError(f"{wanted.what}: the driver {IDXD} does not have it")
         return seen
+
+    def _check(self, wanted: Wanted, record: Division | None, seen: Accelerator) -> None:
+        """Raise HostError if a slot cannot be made a queue. record: of before it was to be made."""
+        if why := self._why_not(wanted, record, seen):
+            raise HostError(f"{wanted.what}: {why}")
 
     def _why_not(self, wanted: Wanted, record: Division | None, seen: Accelerator) -> str:
         if record is None:
@@ -123,27 +179,50 @@ class QueueKeeper:
         self._journal.keep({record.address: record})
         return record
 
-    def _enable(self, wanted: Wanted, record: Division) -> None:
-        seen = self._found(wanted)
+    def _restore(self, address: str, before: Division | None) -> None:
+        """Record what was recorded before, as nothing was changed."""
+        with contextlib.suppress(HostError):  # then it is taken down later, which finds nothing to do
+            if before is None:
+                self._journal.forget(address)
+            else:
+                self._keep(before)
+
+    def _enable(self, wanted: Wanted, record: Division, seen: Accelerator) -> None:
+        slot, name = wanted.slot, seen.wqs[wanted.slot].name
+        if seen.wqs[slot].driver and not is_up(seen, record, slot):
+            self._disable(seen, record, slot)
+            seen = self._as_recorded(wanted, record)
         if not seen.driver:
             self._lay_out(seen, record)
         self._quieten(seen, record)
-        self._configure(self._found(wanted), wanted.slot, record.queues[wanted.slot])
+        self._configure(self._found(wanted), record, slot)
         if not seen.driver:
             self._accelerators.bind(seen, seen.name, IDXD)
-        seen = self._found(wanted)
-        if why := differs(seen, replace(record, ready=True)):
-            raise HostError(why)
         if not record.ready:
+            self._as_recorded(wanted, replace(record, ready=True))
             record = self._keep(replace(record, ready=True))
-        wq = seen.wqs[wanted.slot]
-        if not wq.driver:
-            self._accelerators.bind(seen, wq.name, USER)
-        if not is_made(self._found(wanted).wqs[wanted.slot], wanted.slot, record.queues[wanted.slot]):
-            raise HostError(f"the kernel took it, and {wq.name} is something else")
-        paths = [self._accelerators.node(seen, wq.name)]
-        edits = ContainerEdits(device_nodes=nodes(paths))
-        self._kept(record, Held(slot=wanted.slot, claim=wanted.claim, grant=wanted.grant, edits=edits))
+        seen = self._as_recorded(wanted, record)
+        self._check_node(wanted, seen.node_of(name))
+        if not seen.wqs[slot].driver:
+            self._accelerators.bind(seen, name, USER)
+        if not is_up(self._found(wanted), record, slot):
+            raise HostError(f"the kernel took it, and {name} is something else, or disabled")
+        edits = ContainerEdits(device_nodes=nodes([self._accelerators.node(seen, name)]))
+        self._kept(record, replace(wanted.held(), step=Step.MADE, edits=edits))
+
+    def _as_recorded(self, wanted: Wanted, record: Division) -> Accelerator:
+        seen = self._found(wanted)
+        if why := differs(seen, record):
+            raise HostError(why)
+        return seen
+
+    def _check_node(self, wanted: Wanted, path: str) -> None:
+        """Raise HostError if containers of another claim get a node: names of accelerators are used again."""
+        every = ((address, one) for address, record in self.records().items() for one in record.held)
+        for address, one in every:
+            paths = [node.host_path for node in one.edits.device_nodes] if one.edits is not None else []
+            if path in paths and (address, one.slot) != wanted.place:
+                raise HostError(f"{path} is still recorded as queue {one.slot} of {address}, for claim {one.claim}")
 
     def _lay_out(self, seen: Accelerator, record: Division) -> None:
         """Give engines and queues what they can have only as long as the accelerator is disabled."""
@@ -162,16 +241,16 @@ class QueueKeeper:
             if one.type == NO_TYPE and one.mode != DEDICATED:
                 self._accelerators.set(seen, one.name, "mode", DEDICATED)
 
-    def _configure(self, seen: Accelerator, slot: int, queue: Queue) -> None:
+    def _configure(self, seen: Accelerator, record: Division, slot: int) -> None:
         """Give a queue that is disabled all that is left, its name after its type, which would clear it."""
-        one = seen.wqs[slot]
+        one, queue = seen.wqs[slot], record.queues[slot]
         if one.driver:
             return
         set_one = self._accelerators.set
         if one.type != USER:
             set_one(seen, one.name, "type", USER)
-        if one.label != label(slot):
-            set_one(seen, one.name, "name", label(slot))
+        if one.type != USER or one.label != record.label(slot):
+            set_one(seen, one.name, "name", record.label(slot))
         if one.mode != queue.mode:
             set_one(seen, one.name, "mode", queue.mode)
         if queue.mode == SHARED and one.threshold != queue.threshold:
@@ -190,57 +269,68 @@ class QueueKeeper:
         for address, slot in places:
             try:
                 self._take_down(address, slot)
+                self._stuck.pop((address, slot), None)
             except HostError as error:
-                errors[address, slot] = str(error)
+                errors[address, slot] = self._stuck[address, slot] = str(error)
         return errors
 
     def _take_down(self, address: str, slot: int) -> None:
-        record = self.records().get(address)
-        held = record.of(slot) if record is not None else None
-        if record is None or held is None:
+        before = self.records().get(address)
+        held = before.of(slot) if before is not None else None
+        if before is None or held is None:
             return
-        seen = self._accelerators.find(address)
-        if seen is not None and slot < len(seen.wqs):
-            one = seen.wqs[slot]
-            if one.clients and _has(seen, record, slot):
-                raise HostError(f"cannot disable {one.name}: {one.clients} programs have it open")
-            if held.edits is not None:  # from here on it is not made, whatever happens
-                record = self._kept(record, replace(held, edits=None))
-            self._disable(seen, record, slot)
+        record, seen = before, self._find(address)
+        if seen is not None and self._is_own(seen, before, slot):
+            _check_closed(seen, slot)
+            if held.step in (Step.MADE, Step.LOST):  # from here on it is not made, whatever happens
+                record = self._kept(before, replace(held, step=Step.ENDING, edits=None))
+            seen = self._find(address)
+            if seen is not None and self._is_own(seen, before, slot):
+                _check_closed(seen, slot)
+                self._disable(seen, record, slot)
         record = self._keep(replace(record, held=tuple(one for one in record.held if one.slot != slot)))
         log.info("dsa-queue-taken-down", device=address, slot=slot)
         if not record.held:
             self._end(record)
 
+    def _is_own(self, seen: Accelerator, record: Division, slot: int) -> bool:
+        if why := why_not_own(seen, record, slot):
+            log.warning("dsa-queue-left", device=seen.address, slot=slot, why=why)
+        return not why
+
     def _disable(self, seen: Accelerator, record: Division, slot: int) -> None:
-        """Disable a queue, if it is the agent's. Raise HostError."""
+        """Disable a queue that is the agent's, and clear what the kernel does not clear: if it was not enabled, or
+        could not be, that is all but its type. Raise HostError."""
         one = seen.wqs[slot]
-        if one.driver and _has(seen, record, slot):
+        if one.driver:
             self._accelerators.unbind(seen, one.name, USER)
-            one = self._again(seen.address).wqs[slot]
+            seen = self._again(seen.address)
+            one = seen.wqs[slot]
             if one.driver:
                 raise HostError(f"cannot disable {one.name}: the kernel took it, and it is enabled")
-        elif why := differs(seen, record):  # what is not enabled is the agent's only as a part of what it laid out
-            log.warning("dsa-queue-left", device=seen.address, slot=slot, why=why)
-            return
+            if not self._is_own(seen, record, slot):
+                return
         if one.priority:
             self._accelerators.set(seen, one.name, "priority", 0)
         if one.mode != DEDICATED and not one.is_blank:
             self._accelerators.set(seen, one.name, "mode", DEDICATED)
         if one.type != NO_TYPE:
             self._accelerators.set(seen, one.name, "type", NO_TYPE)
-        if self._accelerators.has(seen, one.name, "driver_name"):
+        if one.label:
+            self._accelerators.set(seen, one.name, "name", NOTHING)
+        if one.driver_name:
             with contextlib.suppress(HostError):  # it has no meaning without a type
-                self._accelerators.set(seen, one.name, "driver_name", "\n")
+                self._accelerators.set(seen, one.name, "driver_name", NOTHING)
 
     def _again(self, address: str) -> Accelerator:
-        seen = self._accelerators.find(address)
+        seen = self._find(address)
         if seen is None:
             raise HostError(f"cannot read {address}: it is gone")
         return seen
 
     def end(self) -> dict[str, str]:
-        """Undo divisions of which no slot is held. Return, by address, why one stays."""
+        """Undo divisions of which no slot is held, and remove records of an earlier boot. Return, by address, why one
+        stays. Raise HostError."""
         left: dict[str, str] = {}
         for address, record in self.records().items():
             if not record.held:
@@ -249,11 +339,13 @@ class QueueKeeper:
                         left[address] = why
                 except HostError as error:
                     left[address] = str(error)
+        if self._journal.is_of_earlier_boot():
+            self._journal.forget()
         return left
 
     def _end(self, record: Division) -> str:
         """Have an accelerator that nothing holds as it was. Return why it is left alone, or "". Raise HostError."""
-        seen = self._accelerators.find(record.address)
+        seen = self._find(record.address)
         if seen is not None and in_force(record, seen) is not None:
             if why := differs(seen, record):
                 log.warning("accelerator-left", device=record.address, why=why)
@@ -262,7 +354,7 @@ class QueueKeeper:
                 self._accelerators.unbind(seen, seen.name, IDXD)
             else:
                 self._blank(seen, len(record.queues))
-            seen = self._accelerators.find(record.address)
+            seen = self._find(record.address)
             if seen is not None and (why := taken(seen)):
                 raise HostError(f"cannot undo the division of {record.address}: {why}")
         self._journal.forget(record.address)
@@ -288,43 +380,63 @@ class QueueKeeper:
         return [(address, one.slot) for address, one in every if (address, one.slot) not in held.get(one.grant, ())]
 
     def faults(self) -> Mapping[Place, str]:
-        """Return, for each slot that is held, why its queue is not as it was made, or "". One that is about to be made
-        or taken down, or cannot be read for the moment, is left out."""
+        """Return, for each slot that is held, why its queue is not as it was made, or could not be taken down, or "".
+        One that is about to be made or taken down, or cannot be read for the moment, is left out."""
         found: dict[Place, str] = {}
         for address, record in self.records().items():
             with contextlib.suppress(HostError):
-                seen = self._accelerators.find(address)
+                seen = self._find(address)
                 for one in record.held:
-                    if (why := _fault(seen, record, one)) is not None:
-                        found[address, one.slot] = why
+                    why = _fault(seen, record, one) or self._stuck.get((address, one.slot))
+                    if why or one.step is Step.MADE:
+                        found[address, one.slot] = why or ""
         return found
 
     def forget_changed(self) -> bool:
-        """Record of queues that are not as they were made any longer that containers get nothing of them: another
-        program may have them by now. Return whether there was any. Raise HostError."""
-        changed = False
+        """Record of queues that are no longer as they were made that they are lost, and containers get nothing of them:
+        another program may have them by now. They stay so until they are made again or released. Return whether there
+        was any; `is_to_hide` then is set. Raise HostError, after those that can be read."""
+        changed, errors = False, []
         for address, record in self.records().items():
-            seen = self._accelerators.find(address)
-            for one in (one for one in record.held if one.edits is not None):
-                if seen is None or not _has(seen, record, one.slot):
-                    record, changed = self._kept(record, replace(one, edits=None)), True
+            try:
+                seen = self._find(address)
+            except HostError as error:
+                errors.append(error)
+                continue
+            for one in record.held:
+                if one.step is Step.MADE and (seen is None or not is_up(seen, record, one.slot)):
+                    why = _fault(seen, record, one)
+                    record = self._kept(record, replace(one, step=Step.LOST, edits=None, why=why))
+                    changed = self.is_to_hide = True
+        if errors:
+            raise errors[0]
         return changed
 
 
-def _has(seen: Accelerator, record: Division, slot: int) -> bool:
-    """Return whether an accelerator has the queue of a slot as it was made."""
-    return slot < len(seen.wqs) and is_made(seen.wqs[slot], slot, record.queues[slot])
+def _division(wanted: Wanted, seen: Accelerator) -> Division:
+    """Return what is recorded of an accelerator before it is divided."""
+    defaults = seen.wqs[0].more.defaults
+    return Division(address=wanted.address, nonce=secrets.token_hex(4), queues=wanted.queues, defaults=defaults)
 
 
-def _fault(seen: Accelerator | None, record: Division, held: Held) -> str | None:
-    """Return why the queue of a slot is not as it was made, "", or None if nothing can be said of it."""
+def _check_closed(seen: Accelerator, slot: int) -> None:
+    """Raise HostError if a program has a queue open."""
+    one = seen.wqs[slot]
+    if one.driver and one.clients:
+        raise HostError(f"cannot disable {one.name}: {one.clients} programs have it open")
+
+
+def _fault(seen: Accelerator | None, record: Division, held: Held) -> str:
+    """Return why the queue of a slot is not as it was made, or "" if it is, or nothing can be said of it."""
+    if held.step is Step.LOST:
+        return held.why
     if seen is None:
         return f"the driver {IDXD} no longer has {record.address}"
-    if held.edits is None:
-        return differs(seen, record) or None
+    if held.step is not Step.MADE:
+        return differs(seen, record)
     if seen.state != ENABLED:
         return f"accelerator {seen.name} is {seen.state}"
-    if not _has(seen, record, held.slot):
+    if not is_up(seen, record, held.slot):
         return f"queue {held.slot} of {seen.name} was disabled or changed by another program"
     return ""
 

@@ -87,6 +87,7 @@ class DsaManager(Manager):
                 now = self._agent.ledger.grants
                 for uid, grants in claims.items():
                     if all(one.id in now for one in grants):
+                        await self._look()  # what is no longer there is hidden before its node's name is used again
                         found[uid] = await self._turns.in_thread(self._make, uid, grants)
                 await self._look()
         except (HostError, StateError) as error:
@@ -167,7 +168,7 @@ class DsaManager(Manager):
 
     def _is_due(self) -> bool:
         try:
-            return bool(self._keeper.records() or self._observed)
+            return bool(self._keeper.has_any() or self._observed)
         except HostError:
             return True  # which says why
 
@@ -208,5 +209,9 @@ class DsaManager(Manager):
         now = frozenset(one.device for one in evidence)
         self._agent.observe(evidence, [(id, SOURCE) for id in self._observed - now])
         self._observed = now
-        if await self._turns.in_thread(self._keeper.forget_changed):
-            await self._hide()
+        try:
+            await self._turns.in_thread(self._keeper.forget_changed)
+        finally:
+            if self._keeper.is_to_hide:
+                await self._hide()
+                self._keeper.is_to_hide = False

@@ -1,10 +1,10 @@
 """Work queues of Intel's DSA and IAA that are configured for user space: the kind `dsa`, one device a queue.
 
-Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served, except those of
-accelerators that are given to the agent (the kind `dsa-queue`). A queue is healthy while it and its accelerator are
-enabled. The accelerator with all of its queues is a device of the kind `accel`, of which each queue is a part. Source:
-Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of `state`, `type` and `mode`,
-cdev.c for the names of the nodes.
+Queues are configured by the admin (accel-config, or sysfs); those of type "user" are served, except those that the
+agent makes for claims (the kind `dsa-queue`), which it knows by their names. A queue is healthy while it and its
+accelerator are enabled. The accelerator with all of its queues is a device of the kind `accel`, of which each queue is
+a part. Source: Documentation/ABI/stable/sysfs-driver-dma-idxd; drivers/dma/idxd/sysfs.c for the words of `state`,
+`type` and `mode`, cdev.c for the names of the nodes.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ class Dsa:
 def _queues(reader: Tolerant, context: Context) -> Iterator[Device]:
     for name, path, address, tail in pci.members(reader, BUS):
         place, owner = _QUEUE.fullmatch(tail), context.function_by_address.get(address or "")
-        if place is None or owner is None or context.dsa.has(owner.address, place[1]):
+        if place is None or owner is None or reader.text(f"{path}/type") != USER:
             continue
-        if reader.text(f"{path}/type") == USER:
+        if not context.dsa.is_made(owner.address, int(place[3]), reader.text(f"{path}/name") or ""):
             yield _queue(reader, name, path, place, owner)
 
 
