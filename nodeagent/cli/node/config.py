@@ -9,13 +9,14 @@ from pathlib import Path
 
 from nodeagent.admin.status_endpoint import status_readers
 from nodeagent.cli.node.run import DEFAULT_CONFIG
-from nodeagent.cli.shared.source import add_root, read_root
+from nodeagent.cli.shared.source import add_root, read_root, with_divided
 from nodeagent.config.json_schema import json_schema
 from nodeagent.config.load import load as load_config
 from nodeagent.config.load import placed
 from nodeagent.config.schema import Config
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.devices.all_kinds import load_kinds
+from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.hugepages.manager import lacking
 from nodeagent.managers.kubelet_conflicts import configured_cpus
 from nodeagent.resources.offer import Offer, misspelt, offers, selectors
@@ -48,7 +49,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     path = Path(args.file)
     config = load_config(path)
-    inventory = read_root(args.root, selectors(config))
+    sysfs = SysFs(args.root or "/")
+    state_dir = Path(sysfs.path(config.state_dir.lstrip("/")))
+    inventory = read_root(args.root, with_divided(selectors(config), state_dir, sysfs))
     with placed(path):
         every = offers(config, load_kinds())
         configured_cpus(config.reserved_cpus or "", inventory)

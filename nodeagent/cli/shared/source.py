@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.core.model.inventory_json import from_document
@@ -16,7 +18,8 @@ from nodeagent.host.nvml.client import Probe
 from nodeagent.host.nvml.values import Failure, Snapshot
 from nodeagent.host.pci import NVIDIA
 from nodeagent.host.snapshot import NO_SELECTORS, Selectors, scan
-from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.sysfs.sysfs import BOOT_ID, SysFs
+from nodeagent.managers import state_files
 
 LARGEST_FILE_BYTES = 256 << 20
 
@@ -36,6 +39,17 @@ def check_root(root: str) -> None:
         raise InputError(f"cannot read --root {root}: {missing}") from None
     except OSError as error:
         raise InputError(f"cannot read --root {root}: {error.filename}: {error.strerror}") from None
+
+
+def with_divided(selected: Selectors, state_dir: Path, sysfs: SysFs) -> Selectors:
+    """Return what to look for, with the accelerators that the agent has divided into work queues, if this user may read
+    which."""
+    if not os.access(state_dir / state_files.DSA_QUEUES, os.R_OK):
+        return selected
+    from nodeagent.managers.dsa.journal import DsaJournal
+
+    divided = DsaJournal(state_dir, sysfs.text(BOOT_ID, "")).read()
+    return replace(selected, dsa=replace(selected.dsa, divided=divided))
 
 
 def read_root(root: str | None, selected: Selectors = NO_SELECTORS) -> Inventory:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nodeagent.cli.node.doctor.probes import Probes
+from nodeagent.cli.shared.source import with_divided
 from nodeagent.config.load import load as load_config
 from nodeagent.config.operation import KubeletConfigConfig
 from nodeagent.config.schema import Config
@@ -154,7 +155,8 @@ class Node:
     @cached_property
     def inventory(self) -> Inventory:
         """The machine, without NVML."""
-        return scan(self.files, self.kinds, selectors(self.config), cgroup_root=self.config.pinning.cgroup_root)
+        look_for = with_divided(selectors(self.config), self.state_dir, self.files)
+        return scan(self.files, self.kinds, look_for, cgroup_root=self.config.pinning.cgroup_root)
 
     @cached_property
     def kubelet(self) -> Kubelet:
