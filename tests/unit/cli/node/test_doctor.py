@@ -25,8 +25,16 @@ from nodeagent.cli.node.doctor.registry import CHECKS, exit_code, findings
 from nodeagent.cli.shared.capture_format import MANIFEST, PAGES, page_member
 from nodeagent.config.load import load
 from nodeagent.config.schema import Config
+from nodeagent.core.dsa.division import Queue
+from nodeagent.core.model.inventory import Inventory
+from nodeagent.host.dsa.accelerators import Accelerators
+from nodeagent.host.sysfs.sysfs import SysFs
+from nodeagent.host.vfio import TimedPut
+from nodeagent.managers.dsa.journal import DsaJournal
+from nodeagent.managers.dsa.keeper import QueueKeeper, Wanted
 from tests.builders import tables
-from tests.builders.doctor_node import BuiltNode
+from tests.builders.doctor_node import BOOT, BuiltNode
+from tests.doubles.idxd_kernel import IdxdKernel
 from tests.doubles.kubelet_process import put
 
 GARBAGE_FILES = (
@@ -313,3 +321,26 @@ def test_the_daemon_loads_nothing_of_it() -> None:
     source = f"import sys, nodeagent.daemon.daemon; print(*{loaded})"
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("by", ["doctor", "config check"])
+def test_the_inventory_has_the_slots_of_accelerators_that_the_agent_has_divided(
+    tmp_path: Path, by: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = BuiltNode(tmp_path)
+    built.state_dir = built.root / "state"
+    built.state_dir.mkdir()
+    kernel, sysfs = IdxdKernel(built.devices), SysFs(built.root)
+    kernel.add("dsa0", "0000:6a:01.0")
+    keeper = QueueKeeper(DsaJournal(built.state_dir, BOOT), Accelerators(sysfs, TimedPut(kernel.put)))
+    queue = Queue(mode="dedicated", size=16, priority=10)
+    keeper.make(Wanted(address="0000:6a:01.0", slot=1, claim="c", grant="g", queues=(queue, queue)))
+    divided = {"dsa": [{"accelerators": ["dsa*"], "queues": [{"count": 2, "size": 16}]}]}
+    built.configure(accelerators=divided, stateDir="/state")
+    found: list[Inventory] = []
+    if by == "doctor":
+        found.append(built.node().inventory)
+    else:
+        monkeypatch.setattr("nodeagent.cli.node.config._notes", lambda _config, _every, it: found.append(it) or [])
+        assert main(["config", "check", str(built.root / "etc/nodeagent/config.yaml"), "--root", str(built.root)]) == 0
+    assert [one.id for one in found[0].devices_by_kind["dsa-queue"]] == ["0000:6a:01.0/queue-0", "0000:6a:01.0/queue-1"]
