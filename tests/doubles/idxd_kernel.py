@@ -8,7 +8,8 @@ with a group; a queue with a group that is shared and not of type user keeps it,
 Groups that change while the accelerator is enabled do not reach the hardware. Disabling a queue clears all but its
 size, group and driver_name, before 5.18 the first two too; disabling one whose state is `disabled`, or a bind that the
 hardware refuses, clears its type and nothing else. Disabling the accelerator disables its queues but those whose state
-is `disabled`, which stay bound, and clears everything but each driver_name.
+is `disabled`, which stay bound, and clears everything but each driver_name; before 5.18 it leaves queues that were not
+enabled as they are.
 """
 
 from __future__ import annotations
@@ -169,6 +170,8 @@ class IdxdKernel:
             raise _error(errno.ENXIO)
         if self.get(wq, "driver_name") != driver:
             raise _error(errno.ENODEV)
+        if self.get(name, "pasid_enabled") != "1":
+            raise _error(errno.EOPNOTSUPP)
         try:
             self._check_queue(wq, name, driver)
         except OSError:
@@ -180,8 +183,6 @@ class IdxdKernel:
         self.node(wq).write_text("")
 
     def _check_queue(self, wq: str, name: str, driver: str) -> None:
-        if self.get(name, "pasid_enabled") != "1":
-            raise _error(errno.EOPNOTSUPP)
         if self.get(wq, "group_id") == "-1" or not self.get(wq, "name") or self.get(wq, "type") != driver:
             raise _error(errno.ENXIO)
         if self.get(wq, "mode") == "shared" and self.get(wq, "threshold") == "0":
@@ -201,9 +202,11 @@ class IdxdKernel:
 
     def _stop(self, name: str) -> None:
         for one in self.parts(name):
-            if self.driver(one) and self.get(one, "state") == "enabled":
+            is_enabled = self.get(one, "state") == "enabled"
+            if self.driver(one) and is_enabled:
                 self._stop_queue(one)
-            self._write(self.folder(one), BLANK | RESET)
+            if is_enabled or not self.older:
+                self._write(self.folder(one), BLANK | RESET)
         for one in self.parts(name, "engine"):
             self._write(self.folder(one), {"group_id": -1})
         for one in self.parts(name, "group"):

@@ -11,7 +11,8 @@ disabled, and the hardware takes groups only then, so all queues get them before
 all else of it but `driver_name`, before 5.18 sizes and groups too; disabling one whose state is `disabled` already, or
 enabling one in vain, clears nothing but its type. Enabling any queue checks all that have a group, and refuses a shared
 one without a type; so a queue that is not in use is left in dedicated mode. Disabling the accelerator clears
-everything but `driver_name`. Opening a dedicated queue disables it for a moment.
+everything but `driver_name`, before 5.18 nothing of queues that are disabled. Opening a dedicated queue disables it for
+a moment.
 """
 
 from __future__ import annotations

@@ -348,12 +348,17 @@ class QueueKeeper:
         seen = self._find(record.address)
         if seen is not None and in_force(record, seen) is not None:
             if why := differs(seen, record):
-                log.warning("accelerator-left", device=record.address, why=why)
                 return f"{record.address} stays divided: {why}"
-            if seen.driver:
+            if seen.driver:  # an older kernel leaves sizes and groups of queues that are disabled
+                undone = self._keep(replace(record, ready=False))
+                seen = self._again(record.address)
+                if why := differs(seen, record):
+                    raise HostError(f"cannot disable {seen.name}: {why}")
                 self._accelerators.unbind(seen, seen.name, IDXD)
-            else:
-                self._blank(seen, len(record.queues))
+                seen = self._again(record.address)
+                if why := differs(seen, undone):
+                    raise HostError(f"cannot undo the division of {record.address}: {why}")
+            self._blank(seen, len(record.queues))
             seen = self._find(record.address)
             if seen is not None and (why := taken(seen)):
                 raise HostError(f"cannot undo the division of {record.address}: {why}")

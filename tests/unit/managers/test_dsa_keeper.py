@@ -249,3 +249,16 @@ def test_a_scan_and_containers_have_what_was_read_last_while_records_cannot_be_r
 
 def _refused(*_args: object, **_more: object) -> None:
     raise OSError(24, "Too many open files")
+
+
+def test_an_older_kernel_that_leaves_sizes_of_queues_that_were_not_enabled_has_them_cleared(tmp_path: Path) -> None:
+    node = Node(tmp_path, older=True)
+    node.make(2)
+    node.kernel.after = lambda path, text: text == "dsa0" and path.endswith("unbind") and sizes.append(_sizes(node))
+    sizes: list[list[str]] = []
+    assert node.down(2) == {}
+    assert sizes == [["32", "32", "0"]] and node.is_untouched()
+
+
+def _sizes(node: Node) -> list[str]:
+    return [node.kernel.get(f"wq0.{slot}", "size") for slot in range(3)]

@@ -171,11 +171,15 @@ def test_a_queue_that_a_program_opens_while_it_is_recorded_that_it_ends_is_not_d
     assert node.down(0, 1) == {} and node.is_untouched()
 
 
-def test_a_queue_that_an_admin_enables_before_the_accelerator_is_disabled_keeps_it_enabled(node: Node) -> None:
+@pytest.mark.parametrize("moment", [3, 5])
+def test_a_queue_that_an_admin_enables_before_the_accelerator_is_disabled_keeps_it_enabled(
+    node: Node, moment: int
+) -> None:
     node.make(0)
     files = {"type": "user", "name": "app", "driver_name": "user", "mode": "dedicated"}
-    node.during_record(3, lambda: node.kernel.configures("wq0.1", **files, driver="user"))
-    assert node.down(0) == {}
+    node.during_record(moment, lambda: node.kernel.configures("wq0.1", **files, driver="user"))
+    node.down(0)
+    assert node.keeper.end() == {} and not node.keeper.records()
     assert node.kernel.driver("wq0.1") == "user" and node.kernel.get("dsa0", "state") == "enabled"
 
 
