@@ -87,7 +87,7 @@ class DsaManager(Manager):
                 now = self._agent.ledger.grants
                 for uid, grants in claims.items():
                     if all(one.id in now for one in grants):
-                        await self._look()  # what is no longer there is hidden before its node's name is used again
+                        await self._hide_lost()  # before the name of a node is used again
                         found[uid] = await self._turns.in_thread(self._make, uid, grants)
                 await self._look()
         except (HostError, StateError) as error:
@@ -209,9 +209,17 @@ class DsaManager(Manager):
         now = frozenset(one.device for one in evidence)
         self._agent.observe(evidence, [(id, SOURCE) for id in self._observed - now])
         self._observed = now
+        if (error := await self._hide_lost()) is not None:
+            raise error
+
+    async def _hide_lost(self) -> HostError | None:
+        """Have no queue handed over that is no longer as it was made. Return why some cannot be read, or None."""
+        error = None
         try:
             await self._turns.in_thread(self._keeper.forget_changed)
-        finally:
-            if self._keeper.is_to_hide:
-                await self._hide()
-                self._keeper.is_to_hide = False
+        except HostError as unread:
+            error = unread
+        if self._keeper.is_to_hide:
+            await self._hide()
+            self._keeper.is_to_hide = False
+        return error

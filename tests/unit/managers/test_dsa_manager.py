@@ -149,3 +149,14 @@ async def test_a_queue_that_is_gone_is_hidden_before_the_name_of_its_node_is_use
     assert await manager.bind({"d": [second]}) == {"d": ""}
     assert enabled == [""] and node.kernel.driver("wq0.0") == "user"
     await manager.close()
+
+
+async def test_an_accelerator_that_cannot_be_read_keeps_no_other_from_being_divided(node: Node) -> None:
+    first, second = _grant("c", device_id(AT, 0)), _grant("d", device_id(OTHER, 0))
+    manager = _manager(node, Ledger(first, second))
+    assert await manager.bind({"c": [first]}) == {"c": ""}
+    node.kernel.add("dsa1", OTHER)
+    (node.kernel.folder("dsa0") / "max_work_queues_size").unlink()
+    assert await manager.bind({"d": [second]}) == {"d": ""}
+    assert node.kernel.driver("wq1.0") == "user"
+    await manager.close()
