@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from nodeagent.core.sharing.mps import DAEMONS as MPS_DAEMONS
 from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, kept_going
 from nodeagent.daemon.paths import STATUS_SOCKET
 from nodeagent.errors import HostError
 from nodeagent.host.cdi import CdiFolder, ClaimFiles
 from nodeagent.host.sysfs import atomic_file as files
+from nodeagent.host.sysfs.sysfs import BOOT_ID
 from nodeagent.kube.kubelet import device_plugin_sockets, plugin_sockets
 from nodeagent.managers import state_files
 from nodeagent.managers.deviceplugin.manager import PLUGINS
 from nodeagent.managers.dra.manager import CLAIMS
+from nodeagent.managers.dsa.journal import DsaJournal
 from nodeagent.managers.network.device_info import left_files
 
 STATE_FILES = (
@@ -88,9 +92,23 @@ def runtime_folder(host: Host) -> Leftover:
 
 
 def state_folder(host: Host) -> Leftover:
-    """Return the ledger and what else is the agent's in its folder; the folder only if nothing else is in it."""
+    """Return the ledger and what else is the agent's in its folder; the folder only if nothing else is in it. What is
+    recorded of work queues that are not taken down stays: nothing else tells an admin, or the next agent, whose they
+    are."""
     folder = host.where.state_dir
-    return _with_folder(folder, sorted({path for name in STATE_FILES for path in folder.glob(name)}))
+    kept = _queues_left(host)
+    every = {path for name in STATE_FILES for path in folder.glob(name)} - {*kept}
+    notes = [f"{path} stays as long as it records accelerators that are divided" for path in kept]
+    return replace(_with_folder(folder, sorted(every)), notes=notes)
+
+
+def _queues_left(host: Host) -> list[Path]:
+    where = host.where
+    journal = DsaJournal(where.state_dir, where.sysfs.text(BOOT_ID, ""))
+    try:
+        return [journal.path] if journal.read(certain=True) else []
+    except HostError:  # it may have any
+        return [journal.path]
 
 
 def _with_folder(folder: Path, paths: Sequence[Path]) -> Leftover:
