@@ -45,10 +45,9 @@ class DsaQueuesConfig(Base, frozen=True):
     """Entries of each; all queues of an accelerator share its max_work_queues_size."""
     count: Annotated[int, msgspec.Meta(ge=1, le=128)] = 1
     mode: Literal["dedicated", "shared"] = "dedicated"
-    """A dedicated queue is open to one program at a time, a shared one to several."""
+    """Only dedicated: open to one program at a time. shared is refused, as the kernel may keep such a queue dedicated
+    in the hardware."""
     priority: Annotated[int, msgspec.Meta(ge=1, le=15)] = 10
-    threshold: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
-    """Of a shared queue: entries that programs may fill. null: all."""
 
 
 class DsaConfig(Base, frozen=True):

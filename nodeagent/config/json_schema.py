@@ -39,7 +39,7 @@ def json_schema() -> Form:
     forms["HugepagesConfig"]["properties"]["pageSize"]["enum"] = page_sizes()
     forms["OverheadConfig"]["anyOf"] = [_given(key) for key in ("perPod", "perContainer")]
     forms["AmdPartitionConfig"]["anyOf"] = [_chosen(key) for key in ("compute", "memory")]
-    forms["DsaQueuesConfig"] |= {"if": _one_of("mode", ["shared"]), "else": _silent({"threshold": None})}
+    forms["DsaQueuesConfig"]["properties"]["mode"]["enum"] = ["dedicated"]
     forms["MigConfig"] |= {"if": _one_of("mode", ["dynamic"]), "else": _silent({"gpus": []})}
     parts = [[level, f"{level}{part}"] for level in ("L3", "L2") for part in ("CODE", "DATA")]
     forms["ResctrlClassConfig"]["properties"]["caches"]["not"] = {"anyOf": [{"required": two} for two in parts]}

@@ -103,16 +103,17 @@ def wrong(config: Config) -> Iterator[str]:
 
 
 def _wrong_queues(rules: list[DsaConfig]) -> Iterator[str]:
-    """Yield more queues than any accelerator has, and thresholds that a queue cannot have."""
+    """Yield more queues than any accelerator has, and queues that the kernel does not make as it says."""
     for i, rule in enumerate(rules):
         where = f"$.accelerators.dsa[{i}].queues"
         if (count := sum(one.count for one in rule.queues)) > MOST_QUEUES:
             yield f"{count} queues at {where}, expected at most {MOST_QUEUES}"
         for j, one in enumerate(rule.queues):
-            if one.threshold is not None and one.mode == "dedicated":
-                yield f"{where}[{j}].threshold has no meaning with mode 'dedicated', only with 'shared'"
-            elif one.threshold is not None and one.threshold > one.size:
-                yield f"{one.threshold} at {where}[{j}].threshold, expected at most its size, {one.size}"
+            if one.mode != "dedicated":
+                why = (
+                    "the kernel may keep a shared queue dedicated in the hardware, which one program at a time can use"
+                )
+                yield f"{one.mode!r} at {where}[{j}].mode, expected 'dedicated': {why}"
 
 
 def _wrong_sockets(config: Config) -> Iterator[str]:

@@ -18,6 +18,7 @@ from nodeagent.managers.on_demand import OnDemand
 from nodeagent.state.agent import Agent
 
 if TYPE_CHECKING:
+    from nodeagent.managers.dsa.journal import DsaJournal
     from nodeagent.managers.dsa.manager import DsaManager
 
 View = Callable[[Inventory], Inventory]
@@ -71,16 +72,20 @@ class DsaQueues:
 def divided_accelerators(where: Paths, boot_id: str) -> Callable[[], Mapping[str, Division]]:
     """Return what reads which accelerators the agent has divided; it blocks, and loads nothing where there are none.
     While that cannot be read, it returns what was read last."""
-    last: dict[str, Mapping[str, Division]] = {"": {}}
+    last: Mapping[str, Division] = {}
+    journal: DsaJournal | None = None  # one, which logs once that it cannot be read
 
     def divided() -> Mapping[str, Division]:
+        nonlocal last, journal
         if not (where.state_dir / state_files.DSA_QUEUES).exists():
-            last[""] = {}
-            return {}
-        from nodeagent.managers.dsa.journal import DsaJournal
+            last = {}
+            return last
+        if journal is None:
+            from nodeagent.managers.dsa.journal import DsaJournal
 
+            journal = DsaJournal(where.state_dir, boot_id)
         with contextlib.suppress(HostError):  # the journal has logged it
-            last[""] = DsaJournal(where.state_dir, boot_id).read(certain=True)
-        return last[""]
+            last = journal.read(certain=True)
+        return last
 
     return divided

@@ -49,7 +49,7 @@ class Foundation:
         self.divided = divided_accelerators(where, boot_id)
         """Reads which accelerators are divided into work queues, by PCI address; blocks."""
         look_for = selectors(config)
-        look_for = replace(look_for, dsa=replace(look_for.dsa, divided=self.divided()))
+        look_for = replace(look_for, dsa=replace(look_for.dsa, divided=self.divided))
         inventory = scan(where.sysfs, families, look_for, cgroup_root=cgroup_root)
         self.pods = PodResources(where.kubelet_dir / POD_RESOURCES, self.plugins / KUBELET_SOCKET)
         self.kubelet = KubeletConflicts(where.sysfs, where.kubelet_dir)

@@ -15,7 +15,7 @@ from nodeagent.config.resources import CdiConfig, NvmeTargetConfig, ResourceConf
 from nodeagent.config.schema import Config
 from nodeagent.core.deviceplugin.devices import DeviceResource, has_field, patterns_of
 from nodeagent.core.deviceplugin.view import CpuResource, HugepageResource, ResourceKind
-from nodeagent.core.dsa.division import SHARED, Queue, Rule
+from nodeagent.core.dsa.division import Queue, Rule
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import CpuSet, union
 from nodeagent.core.model.device import ContainerEdits, Device, DeviceNode, Mount
@@ -180,16 +180,7 @@ def selectors(config: Config) -> Selectors:
 
 
 def _dsa_rule(config: DsaConfig) -> Rule:
-    every = (one for some in config.queues for one in [some] * some.count)
-    queues = (
-        Queue(
-            mode=one.mode,
-            size=one.size,
-            priority=one.priority,
-            threshold=(one.threshold or one.size) if one.mode == SHARED else 0,
-        )
-        for one in every
-    )
+    queues = (Queue(size=some.size, priority=some.priority) for some in config.queues for _ in range(some.count))
     return Rule(accelerators=tuple(config.accelerators), queues=tuple(queues))
 
 

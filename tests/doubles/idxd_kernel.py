@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,7 @@ from tests.builders.devices import DeviceTree
 BLANK = {"type": "none", "name": "", "mode": "shared", "threshold": 0, "priority": 0, "state": "disabled", "clients": 0}
 BLANK |= {"block_on_fault": 0, "ats_disable": 0, "prs_disable": 0, "max_batch_size": 32, "max_transfer_size": 2 << 20}
 RESET = {"size": 0, "group_id": -1}
+MAJOR = 241
 GROUP = {"read_buffers_reserved": 0, "read_buffers_allowed": 96, "use_read_buffer_limit": 0}
 GROUP |= {"traffic_class_a": 1, "traffic_class_b": 1, "desc_progress_limit": 0, "batch_progress_limit": 0}
 
@@ -36,7 +38,6 @@ class IdxdKernel:
     tree: DeviceTree
     older: bool = False
     """Whether the kernel is older than 5.18."""
-    enqcmd: bool = True
     before: Callable[[str, str], None] = lambda path, text: None
     """Called before each write takes effect; may raise or hang."""
     after: Callable[[str, str], None] = lambda path, text: None
@@ -48,12 +49,13 @@ class IdxdKernel:
     broken: set[str] = field(default_factory=set)
     hardware: dict[str, int] = field(default_factory=dict)
     """The group of each queue of enabled accelerators, as the hardware has it."""
+    in_hardware: dict[str, str] = field(default_factory=dict)
+    """The mode of each queue with a group, as the hardware has it: once it is dedicated it stays so until it, or the
+    accelerator, is disabled (idxd_wq_config_write, idxd_wq_disable_cleanup)."""
 
     _folders: dict[str, Path] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        flags = "fpu sse2 enqcmd" if self.enqcmd else "fpu sse2"
-        self.tree.write("proc/cpuinfo", f"processor\t: 0\nflags\t\t: {flags}\nbugs\t\t:")
         for driver in ("idxd", "user", "dmaengine"):
             for file in ("bind", "unbind"):
                 self.tree.write(f"sys/bus/dsa/drivers/{driver}/{file}", "")
@@ -73,11 +75,11 @@ class IdxdKernel:
         folder, number = self.tree.folders[address] / name, name[3:]
         self.names[name] = address
         facts = {"state": "disabled", "configurable": 1, "max_work_queues_size": total, "cmd_status": "0x0"}
-        facts |= {"read_buffer_limit": 0}
+        facts |= {"read_buffer_limit": 0, "cdev_major": MAJOR}
         self._write(folder, {**facts, "pasid_enabled": int(pasid), "max_work_queues": wqs})
         self.tree.link(f"sys/bus/dsa/devices/{name}", folder)
         for index in range(wqs):
-            self._write(folder / f"wq{number}.{index}", {**BLANK, **RESET, "driver_name": ""})
+            self._write(folder / f"wq{number}.{index}", {**BLANK, **RESET, "driver_name": "", "cdev_minor": index})
             self.tree.link(f"sys/bus/dsa/devices/wq{number}.{index}", folder / f"wq{number}.{index}")
         for index in range(engines):
             self._write(folder / f"engine{number}.{index}", {"group_id": -1})
@@ -120,6 +122,12 @@ class IdxdKernel:
     def node(self, wq: str) -> Path:
         return self.tree.root / "dev" / self.folder(wq).parent.name.rstrip("0123456789") / wq
 
+    @staticmethod
+    def numbers_of(path: str) -> tuple[int, int] | None:
+        """The numbers of a node, which is a file that has them, or None for any other file."""
+        found = re.fullmatch(r"([0-9]+):([0-9]+)\n", Path(path).read_text()) if Path(path).exists() else None
+        return (int(found[1]), int(found[2])) if found is not None else None
+
     # ---------------------------------------------------------------- what is written
 
     def put(self, path: str, text: str) -> None:
@@ -154,6 +162,7 @@ class IdxdKernel:
             raise _error(errno.ENXIO)
         self._write(self.folder(name), {"state": "enabled"})
         self._bound(name, "idxd")
+        self._write_modes(name)
         self.hardware |= {one: int(self.get(one, "group_id")) for one in self.parts(name)}
 
     def _check(self, name: str) -> None:
@@ -161,7 +170,7 @@ class IdxdKernel:
         if not grouped:
             raise _error(errno.ENXIO)
         for one in grouped:
-            if self.get(one, "mode") == "shared" and (self.get(one, "type") != "user" or not self.enqcmd):
+            if self.get(one, "mode") == "shared" and self.get(one, "type") != "user":
                 raise _error(errno.ENXIO)
 
     def _start_queue(self, wq: str, driver: str) -> None:
@@ -177,10 +186,17 @@ class IdxdKernel:
         except OSError:
             self._write(self.folder(wq), {"type": "none"})  # and nothing else: the name stays
             raise
+        self._write_modes(name)
         self._write(self.folder(wq), {"state": "enabled"})
         self._bound(wq, driver)
         self.node(wq).parent.mkdir(parents=True, exist_ok=True)
-        self.node(wq).write_text("")
+        self.node(wq).write_text(f"{MAJOR}:{self.get(wq, 'cdev_minor')}\n")
+
+    def _write_modes(self, name: str) -> None:
+        """Every queue with a group is written each time that anything is enabled."""
+        for one in self.parts(name):
+            if self.get(one, "group_id") != "-1" and self.in_hardware.get(one) != "dedicated":
+                self.in_hardware[one] = self.get(one, "mode")
 
     def _check_queue(self, wq: str, name: str, driver: str) -> None:
         if self.get(wq, "group_id") == "-1" or not self.get(wq, "name") or self.get(wq, "type") != driver:
@@ -197,6 +213,7 @@ class IdxdKernel:
             self._write(self.folder(wq), {"type": "none", "clients": 0})
         else:
             self._write(self.folder(wq), BLANK if not self.older else BLANK | RESET)
+            self.in_hardware.pop(wq, None)
         (self.folder(wq) / "driver").unlink()
         self.node(wq).unlink()
 
@@ -207,6 +224,7 @@ class IdxdKernel:
                 self._stop_queue(one)
             if is_enabled or not self.older:
                 self._write(self.folder(one), BLANK | RESET)
+                self.in_hardware.pop(one, None)
         for one in self.parts(name, "engine"):
             self._write(self.folder(one), {"group_id": -1})
         for one in self.parts(name, "group"):
@@ -290,6 +308,16 @@ class IdxdKernel:
     def resets(self, name: str) -> None:
         """An admin disables an accelerator, with all its queues."""
         self._stop(name)
+
+    def was_reset(self, name: str) -> None:
+        """The kernel resets an accelerator that was halted (irq.c, idxd_device_reinit): all is cleared but each driver,
+        and none of it can be enabled again as no queue has a group."""
+        for one in self.parts(name):
+            self._write(self.folder(one), BLANK | RESET)
+            self.broken.add(one)
+        for one in self.parts(name, "engine"):
+            self._write(self.folder(one), {"group_id": -1})
+        self._write(self.folder(name), {"state": "disabled"})
 
     def reboot(self) -> None:
         self.broken.clear()

@@ -21,14 +21,14 @@ from tests.builders.machines import machine
 from tests.doubles.dra_kubelet import ClaimId
 from tests.doubles.idxd_kernel import IdxdKernel
 from tests.support.dra_node import DRIVER, DraNode, dra_node, result
+from tests.support.dsa_keeper_node import AT, IDS
 from tests.support.idxd_agent import kernel_of
 from tests.support.long_form import share_of
 from tests.support.paths import CHECKOUT
 from tests.support.until import until
 
-AT = "0000:6a:01.0"
 SLOTS = [0, 1, 2]
-QUEUES = [{"count": 2, "size": 32}, {"mode": "shared", "size": 16, "priority": 5}]
+QUEUES = [{"count": 2, "size": 32}, {"mode": "dedicated", "size": 16, "priority": 5}]
 GIVEN = {"accelerators": {"dsa": [{"accelerators": ["dsa*"], "queues": QUEUES}]}}
 RESOURCES = [
     {"name": "queue", "kind": "dsa-queue", "serve": "dra"},
@@ -80,7 +80,7 @@ class Node:
 
 
 def _name(slot: int) -> str:
-    return f"{AT}/queue-{slot}".replace(":", "-").replace(".", "-").replace("/", "-")
+    return IDS[slot].replace(":", "-").replace(".", "-").replace("/", "-")
 
 
 @contextlib.asynccontextmanager
@@ -101,7 +101,7 @@ async def test_slots_are_published_made_for_claims_and_taken_down(
         await one.node.published("dsa-queue")
         assert sorted(one.node.devices("dsa-queue")) == [_name(slot) for slot in SLOTS]
         attributes = one.node.devices("dsa-queue")[_name(2)]["attributes"]
-        assert attributes["mode"] == {"string": "shared"} and attributes["threshold"] == {"int": 16}
+        assert attributes["mode"] == {"string": "dedicated"} and attributes["priority"] == {"int": 5}
         claim, other = one.claim("c", 0, 2), one.claim("d", 1)
         for answer in [*await one.node.prepare(claim), *await one.node.prepare(other)]:
             assert answer.error == ""

@@ -60,7 +60,7 @@ SWITCH, DOWN = "0000:01:00.0", "0000:02:00.0"
 PCI = {"gpu", "nic", "nvme", "accel", "fpga", "pci", "qat"}
 DEVICES = {*PCI, "block", "dsa", "dsa-queue", "imex", "nvmeof", "sgx", "usb", "vdpa", "char"}
 GROUPS = {"all": {*DEVICES, "cpu", "hugepages", "memory"}, "devices": DEVICES, "PCI": PCI}
-QUEUE = Queue(mode="shared", size=16, priority=10, threshold=16)
+QUEUE = Queue(size=16, priority=10)
 PORT = Port(transport="tcp", traddr="192.0.2.10", trsvcid=4420, nqn="nqn.2024-01.com.example:fast")
 TYPES = {"int": int, "string": str, "bool": bool}
 API_VERSIONS = {

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nodeagent.core.dsa.division import Queue, Rule
+from nodeagent.core.dsa.division import Queue, Rule, device_id
 from nodeagent.errors import HostError
 from nodeagent.host.devices import all_kinds
 from nodeagent.host.devices.accelerators.accel import Accel
@@ -23,9 +23,9 @@ from tests.builders.devices import DeviceTree
 from tests.doubles.idxd_kernel import IdxdKernel
 
 AT = "0000:6a:01.0"
-BIG = Queue(mode="dedicated", size=32, priority=10)
-SHARED = Queue(mode="shared", size=16, priority=5, threshold=12)
-QUEUES = (BIG, BIG, SHARED)
+BIG, SMALL = Queue(size=32, priority=10), Queue(size=16, priority=5)
+QUEUES = (BIG, BIG, SMALL)
+IDS = [device_id(AT, slot, queue) for slot, queue in enumerate(QUEUES)]
 
 
 class Killed(BaseException):
@@ -71,8 +71,11 @@ class Node:
     def start(self) -> None:
         self.sysfs = SysFs(self.kernel.tree.root)
         self.journal = Mortal(self.state, f"boot-{self.boot}")
-        accelerators = Accelerators(self.sysfs, Direct(self.kernel.put))
-        self.keeper = QueueKeeper(self.journal, accelerators, self.kernel.passes)
+        self.keeper = QueueKeeper(self.journal, self.accelerators(), self.kernel.passes)
+
+    def accelerators(self) -> Accelerators:
+        """The kernel, as the agent reads and writes it."""
+        return Accelerators(self.sysfs, Direct(self.kernel.put), self.kernel.numbers_of)
 
     def die_at(self, step: Callable[[str], None]) -> None:
         self.journal.before = step  # type: ignore[method-assign]
@@ -101,8 +104,8 @@ class Node:
 
     def is_made(self, slot: int) -> bool:
         wq, queue, label = f"wq0.{slot}", QUEUES[slot], self.label(slot)
-        files = {"type": "user", "name": label, "mode": queue.mode, "size": str(queue.size)}
-        files |= {"priority": str(queue.priority), "threshold": str(queue.threshold), "state": "enabled"}
+        files = {"type": "user", "name": label, "mode": "dedicated", "size": str(queue.size)}
+        files |= {"priority": str(queue.priority), "threshold": "0", "state": "enabled"}
         there = {file: self.kernel.get(wq, file) for file in files}
         return there == files and self.kernel.driver(wq) == "user"
 
@@ -112,9 +115,10 @@ class Node:
     def slots(self, queues: tuple[Queue, ...] | None = QUEUES) -> list[str]:
         """The slots that a scan offers."""
         rules = () if queues is None else (Rule(accelerators=("dsa*",), queues=queues),)
-        selector = all_kinds.DsaSelector(rules=rules, divided=self.keeper.records())
+        selector = all_kinds.DsaSelector(rules=rules, divided=self.keeper.records)
         kinds = Accel(), Dsa(), DsaQueue()
         found = all_kinds.discover(self.sysfs, kinds, all_kinds.read_context(self.sysfs, dsa=selector))
         self.said = next(one.reason or "" for one in found.kinds if one.kind == "dsa-queue")
         self.others = [one.id for one in found.devices if one.kind == "dsa"]
-        return [one.id.removeprefix(f"{AT}/queue-") for one in found.devices if one.kind == "dsa-queue"]
+        self.whole = [one.id for one in found.devices if one.kind == "accel"]
+        return [str(one.attributes["slot"]) for one in found.devices if one.kind == "dsa-queue"]

@@ -15,6 +15,7 @@ from typing import Any
 
 from nodeagent.cli import main
 from nodeagent.host import vfio
+from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.managers.dsa.journal import DsaJournal
 from tests.builders.devices import DeviceTree
 from tests.doubles.idxd_kernel import IdxdKernel
@@ -31,6 +32,7 @@ def install(node: Path) -> None:
     facts = json.loads(node.read_text())
     doom = Doom(Path(facts["doom"]))
     vfio.TimedPut.__init__.__defaults__ = (doom.around(kernel_of(facts).put), vfio.DEADLINE_S)  # type: ignore[misc]
+    Accelerators.__init__.__defaults__ = (None, IdxdKernel.numbers_of)  # type: ignore[misc]
     DsaJournal.change = doom.around(DsaJournal.change)  # type: ignore[method-assign]
 
 

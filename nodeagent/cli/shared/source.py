@@ -48,7 +48,7 @@ def with_divided(selected: Selectors, state_dir: Path, sysfs: SysFs) -> Selector
         return selected
     from nodeagent.managers.dsa.journal import DsaJournal
 
-    divided = DsaJournal(state_dir, sysfs.text(BOOT_ID, "")).read()
+    divided = DsaJournal(state_dir, sysfs.text(BOOT_ID, "")).read
     return replace(selected, dsa=replace(selected.dsa, divided=divided))
 
 

@@ -10,9 +10,11 @@ The kernel's rules (drivers/dma/idxd: sysfs.c, device.c, cdev.c): sizes can be w
 disabled, and the hardware takes groups only then, so all queues get them before it is enabled. Disabling a queue clears
 all else of it but `driver_name`, before 5.18 sizes and groups too; disabling one whose state is `disabled` already, or
 enabling one in vain, clears nothing but its type. Enabling any queue checks all that have a group, and refuses a shared
-one without a type; so a queue that is not in use is left in dedicated mode. Disabling the accelerator clears
-everything but `driver_name`, before 5.18 nothing of queues that are disabled. Opening a dedicated queue disables it for
-a moment.
+one without a type; so a queue that is not in use is left in dedicated mode. It also writes all of them to the
+hardware, where it sets the bit of a dedicated one and never clears it (idxd_wq_config_write): one that was left in
+dedicated mode stays dedicated there, whatever its mode says later. So all queues that are made are dedicated. Disabling
+the accelerator clears everything but `driver_name`, before 5.18 nothing of queues that are disabled. Opening a
+dedicated queue disables it for a moment.
 """
 
 from __future__ import annotations
@@ -36,20 +38,18 @@ IDXD = "idxd"
 """The driver of an accelerator that is enabled. That of an enabled queue of type `user` is called like the type."""
 NO_GROUP, GROUP = -1, 0
 """All queues and engines are in one group: every engine works for every queue, by priority."""
-_ID = re.compile(r"([0-9a-f:.]+)/queue-([0-9]{1,3})")
-LABEL = "nodeagent-"
-"""How the names begin that agents give to queues."""
+_ID = re.compile(r"([0-9a-f:.]+)/queue-([0-9]{1,3})-[0-9]{1,5}-[0-9]{1,2}")
+_LABEL = re.compile(r"nodeagent-[0-9]+-[0-9a-f]{8}")
+NONCE_BYTES = 4
 ZERO = "", "0"
 """A file whose reset value is 0; "" if this kernel has none."""
 
 
 class Queue(msgspec.Struct, frozen=True, kw_only=True):
-    """A work queue as configured. threshold: 0 for a dedicated one, as the kernel shows it."""
+    """A work queue as configured; it is a dedicated one."""
 
-    mode: str
     size: int
     priority: int
-    threshold: int = 0
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
@@ -189,16 +189,26 @@ class Division(msgspec.Struct, frozen=True, kw_only=True):
 
     def label(self, slot: int) -> str:
         """Return the name that the agent gives to a queue."""
-        return f"{LABEL}{slot}-{self.nonce}"
+        return f"nodeagent-{slot}-{self.nonce}"
+
+    def id(self, slot: int) -> str:
+        """Return the id of the device that a slot is."""
+        return device_id(self.address, slot, self.queues[slot])
 
     def names_any(self, seen: Accelerator) -> bool:
         """Return whether any queue of an accelerator has the name that the agent gave to it."""
         return any(one.label == self.label(slot) for slot, one in enumerate(seen.wqs))
 
 
-def device_id(address: str, slot: int) -> str:
-    """Return the id of the device that a slot is. Those of queues that admins make are called wq-N."""
-    return f"{address}/queue-{slot}"
+def device_id(address: str, slot: int, queue: Queue) -> str:
+    """Return the id of the device that a slot is. It has all that is configured of the queue: what a claim was given
+    under one configuration is never another queue under the next. Those of queues that admins make are called wq-N."""
+    return f"{address}/queue-{slot}-{queue.size}-{queue.priority}"
+
+
+def is_agents(label: str) -> bool:
+    """Return whether a queue has a name as agents give them."""
+    return _LABEL.fullmatch(label) is not None
 
 
 def place_of(id: str) -> tuple[str, int] | None:
@@ -219,8 +229,10 @@ def _fits(pattern: str, address: str, name: str) -> bool:
 def taken(seen: Accelerator) -> str:
     """Return why an accelerator of which nothing is recorded is not taken, or "": another program has begun to use it,
     as not every file is at its reset value."""
-    if named := [one for one in seen.wqs if one.label.startswith(LABEL)]:
+    if named := [one for one in seen.wqs if is_agents(one.label)]:
         return f"{named[0].name} of {seen.name} is {named[0].label}, of an agent whose records are not here"
+    if why := still_bound(seen):
+        return why
     if seen.state != DISABLED or seen.driver:
         return f"{seen.name} is {seen.state}, and the agent has no record of it"
     if begun := [one.name for one in seen.wqs if not _is_reset(one, seen)]:
@@ -240,6 +252,19 @@ def _has_reset_groups(seen: Accelerator) -> bool:
     return all(one.is_reset(seen.groups[0].defaults) for one in seen.groups) and seen.more.is_reset(())
 
 
+def still_bound(seen: Accelerator) -> str:
+    """Return why an accelerator that is disabled and yet bound is not served, or "". The kernel leaves it like that
+    when it resets one that was halted, and its queues too; what is to be done is the admin's."""
+    if seen.state != DISABLED or seen.driver != IDXD:
+        return ""
+    bound = (f"{one.name} to {one.driver}" for one in seen.wqs if one.driver and one.state == DISABLED)
+    every = ", ".join((*bound, f"{seen.name} to {IDXD}"))
+    return (
+        f"{seen.name} is disabled and still bound, as after a reset by the kernel; to have it served, write each name "
+        f"to `unbind` of its driver in /sys/bus/dsa/drivers: {every}"
+    )
+
+
 def in_force(record: Division | None, seen: Accelerator) -> Division | None:
     """Return what is recorded, or None if it has ended: nothing is held, and the accelerator is as it was, or another
     program has configured it since and left no queue of the agent's."""
@@ -249,8 +274,8 @@ def in_force(record: Division | None, seen: Accelerator) -> Division | None:
     return None if is_others or not taken(seen) else record
 
 
-def unfit(seen: Accelerator, queues: Sequence[Queue], *, enqcmd: bool) -> str:
-    """Return why an accelerator cannot have some queues, or "". enqcmd: whether the CPUs have that instruction."""
+def unfit(seen: Accelerator, queues: Sequence[Queue]) -> str:
+    """Return why an accelerator cannot have some queues, or ""."""
     if not seen.configurable:
         return f"{seen.name} cannot be configured"
     if not seen.pasid:
@@ -261,8 +286,6 @@ def unfit(seen: Accelerator, queues: Sequence[Queue], *, enqcmd: bool) -> str:
         return f"{seen.name} has {seen.total} entries for all its queues, {total} are configured"
     if not seen.engines:
         return f"{seen.name} has no engine"
-    if not enqcmd and any(one.mode == SHARED for one in queues):
-        return "the CPUs have no ENQCMD, which shared queues need"
     return ""
 
 
@@ -270,6 +293,8 @@ def differs(seen: Accelerator, record: Division) -> str:
     """Return why an accelerator is not what is recorded of it, or "". Then it is not the agent's to change."""
     if seen.state == HALTED:
         return f"{seen.name} is {HALTED}"
+    if record.ready and (why := still_bound(seen)):
+        return why
     if record.ready and (seen.state != ENABLED or seen.driver != IDXD):
         return f"{seen.name} is {seen.state}, although the agent enabled it: another program did that"
     if len(seen.wqs) < len(record.queues):
@@ -299,13 +324,13 @@ def _is_ours(one: Wq, slot: int, record: Division) -> bool:
     held = record.of(slot)
     if held is None:
         in_mode = one.mode == DEDICATED or not record.ready or one.is_blank  # an older kernel has cleared it
-        return in_mode and _is_idle(one, slot, record)
-    if is_made(one, slot, record) or _is_idle(one, slot, record):
+        return in_mode and is_idle(one, slot, record)
+    if is_made(one, slot, record) or is_idle(one, slot, record):
         return True
     return held.step in CHANGING and _is_between(one, slot, record)
 
 
-def _is_idle(one: Wq, slot: int, record: Division) -> bool:
+def is_idle(one: Wq, slot: int, record: Division) -> bool:
     """Return whether a queue is in no use, and laid out as recorded."""
     return one.is_off and one.more.is_reset(record.defaults) and _is_laid_out(one, slot, record)
 
@@ -333,9 +358,22 @@ def _groups(record: Division) -> tuple[int, ...]:
 def is_made(one: Wq, slot: int, record: Division) -> bool:
     """Return whether a queue is the one that the agent made, be it enabled or, for as long as a program opens it,
     not."""
+    return one.driver == USER and is_configured(one, slot, record)
+
+
+def is_configured(one: Wq, slot: int, record: Division) -> bool:
+    """Return whether a queue has all that the agent writes to it before it is enabled."""
     queue = record.queues[slot]
-    there = one.driver, one.type, one.label, one.mode, one.size, one.priority, one.threshold
-    return there == (USER, USER, record.label(slot), queue.mode, queue.size, queue.priority, queue.threshold)
+    there = one.type, one.label, one.mode, one.size, one.priority, one.threshold
+    return there == (USER, record.label(slot), DEDICATED, queue.size, queue.priority, 0)
+
+
+def is_laid_out(seen: Accelerator, record: Division) -> bool:
+    """Return whether an accelerator has all that the agent writes to it before it is enabled, apart from the queue of
+    the slot that is being made."""
+    sizes = all(one.size == queue.size for one, queue in zip(seen.wqs, record.queues, strict=False))
+    mine = (*seen.engines, *(one.group for one in seen.wqs[: len(record.queues)]))
+    return sizes and all(group == GROUP for group in mine)
 
 
 def is_up(seen: Accelerator, record: Division, slot: int) -> bool:

@@ -6,7 +6,6 @@ import asyncio
 import functools
 from collections.abc import Iterator, Mapping
 
-from nodeagent.core.dsa.division import device_id
 from nodeagent.core.partitions.instances import Record
 from nodeagent.daemon.leftovers.leftover import Host, Leftover, Line, step
 from nodeagent.errors import HostError
@@ -154,7 +153,7 @@ def dsa_queues(host: Host) -> Leftover:
 
     def undo() -> Mapping[str, str]:
         left = keeper.take_down([(address, held.slot) for address, one in records.items() for held in one.held])
-        return {**{device_id(*place): why for place, why in left.items()}, **keeper.end()}
+        return {**{f"{address} {slot}": why for (address, slot), why in left.items()}, **keeper.end()}
 
     return Leftover(lines, step(undo))
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, runtime_checkable
 
 import msgspec
 
-from nodeagent.core.dsa.division import CHANGING, LABEL, Division, Rule, rule_for
+from nodeagent.core.dsa.division import Division, Rule, is_agents, rule_for
 from nodeagent.core.fabrics.target import Port
 from nodeagent.core.model.cpuset import EMPTY, CpuSet
 from nodeagent.core.model.device import SHARED_NODES, ContainerEdits, Device, DeviceNode, Link
@@ -88,19 +88,20 @@ class DsaSelector(msgspec.Struct, frozen=True, kw_only=True):
     """Accelerators that are given to the agent, to be divided into work queues."""
 
     rules: tuple[Rule, ...] = ()
-    divided: Mapping[str, Division] = msgspec.field(default_factory=lambda: MappingProxyType({}))
-    """Those that the agent has divided, or begun to, by PCI address."""
+    divided: Callable[[], Mapping[str, Division]] = dict
+    """Reads which the agent has divided, or begun to, by PCI address; blocks. What is read of the machine is judged by
+    what this returns before and after: a queue may be made or taken down meanwhile."""
 
     def rule(self, address: str, name: str) -> Rule | None:
         """Return the rule by which one is given to the agent, or None. name: "" if it has none."""
         return rule_for(self.rules, address, name)
 
-    def is_made(self, address: str, slot: int, label: str) -> bool:
-        """Return whether a work queue is one that an agent makes for claims: by its name, or as it is just being made
-        or taken down and has none."""
-        record = self.divided.get(address)
-        held = record.of(slot) if record is not None else None
-        return label.startswith(LABEL) or (held is not None and held.step in CHANGING)
+
+def is_made(label: str, slot: int, records: Iterable[Division | None]) -> bool:
+    """Return whether a work queue is one that an agent makes for claims: by its name, or as it is just being made or
+    taken down and has none. records: of its accelerator, from before and after it was read."""
+    held = (one is not None and one.of(slot) is not None for one in records)
+    return is_agents(label) or (not label and any(held))
 
 
 class Context(msgspec.Struct, frozen=True, kw_only=True, dict=True):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from nodeagent.core.dsa.division import USER, Accelerator, More, Wq
 from nodeagent.errors import HostError
@@ -28,18 +30,39 @@ WQ_ZEROS = "block_on_fault", "ats_disable", "prs_disable"
 WQ_DEFAULTS = "max_transfer_size", "max_batch_size", "enqcmds_retries", "op_config"
 GROUP_ZEROS = "read_buffers_reserved", "use_read_buffer_limit", "desc_progress_limit", "batch_progress_limit"
 GROUP_DEFAULTS = "read_buffers_allowed", "traffic_class_a", "traffic_class_b"
-OLD_ZEROS, OLD_DEFAULTS = ("tokens_reserved", "use_token_limit"), ("tokens_allowed",)
-"""As kernels before 5.17 call them."""
-LIMITS = "read_buffer_limit", "token_limit"
+OLD_NAMES = {
+    "read_buffers_reserved": "tokens_reserved",
+    "use_read_buffer_limit": "use_token_limit",
+    "read_buffers_allowed": "tokens_allowed",
+    "read_buffer_limit": "token_limit",
+}
+"""As kernels before 5.17 call them. Later ones have both, and log that the old one was read."""
+LIMITS = ("read_buffer_limit",)
 """Of an accelerator."""
+
+
+def numbers_of(path: str) -> tuple[int, int] | None:
+    """Return the major and the minor number of a character device, or None if there is none at a path."""
+    with contextlib.suppress(OSError):
+        found = Path(path).stat()
+        if stat.S_ISCHR(found.st_mode):
+            return os.major(found.st_rdev), os.minor(found.st_rdev)
+    return None
 
 
 class Accelerators:
     """Those of this machine. Every method blocks."""
 
-    def __init__(self, sysfs: SysFs, put: TimedPut | None = None) -> None:
+    def __init__(
+        self,
+        sysfs: SysFs,
+        put: TimedPut | None = None,
+        numbers_of: Callable[[str], tuple[int, int] | None] = numbers_of,
+    ) -> None:
+        """numbers_of: returns those of a character device, as the function of that name."""
         self._sysfs = sysfs
         self._put = put or TimedPut()
+        self._numbers_of = numbers_of
 
     def places(self) -> Iterator[tuple[str, str]]:
         """Yield the address and the name of each. Raise HostError if they cannot be listed: that is not to have
@@ -71,22 +94,23 @@ class Accelerators:
             wqs=tuple(self._wq(one, index, number) for index, (_, one) in enumerate(wqs)),
             engines=tuple(self._number(f"{one}/group_id") for _, one in self._sysfs.numbered(path, f"engine{number}.")),
             groups=tuple(
-                self._more(one, GROUP_ZEROS + OLD_ZEROS, GROUP_DEFAULTS + OLD_DEFAULTS)
-                for _, one in self._sysfs.numbered(path, f"group{number}.")
+                self._more(one, GROUP_ZEROS, GROUP_DEFAULTS) for _, one in self._sysfs.numbered(path, f"group{number}.")
             ),
             more=self._more(path, LIMITS, ()),
         )
 
     def _more(self, path: str, zeros: tuple[str, ...], defaults: tuple[str, ...]) -> More:
         return More(
-            zeros=tuple(self._if_shown(f"{path}/{file}") for file in zeros),
-            defaults=tuple(self._if_shown(f"{path}/{file}") for file in defaults),
+            zeros=tuple(self._if_shown(path, file) for file in zeros),
+            defaults=tuple(self._if_shown(path, file) for file in defaults),
         )
 
-    def _if_shown(self, path: str) -> str:
+    def _if_shown(self, path: str, file: str) -> str:
         """Return a file's text, or "" where this hardware or kernel has none: some are there, and cannot be read."""
         try:
-            return self._sysfs.text(path, "")
+            found = self._sysfs.text(f"{path}/{file}", None)
+            old = OLD_NAMES.get(file)
+            return found if found is not None else self._sysfs.text(f"{path}/{old}", "") if old is not None else ""
         except HostError as error:
             if os.strerror(errno.EOPNOTSUPP) in str(error):
                 return ""
@@ -129,13 +153,6 @@ class Accelerators:
                 return f"the agent may not write {self._sysfs.path(path)}; under systemd, nodeagent-dsa.conf allows it"
         return ""
 
-    def has_enqcmd(self) -> bool:
-        """Return whether the CPUs have the instruction by which programs use shared queues."""
-        with contextlib.suppress(HostError):
-            flags = self._sysfs.text("proc/cpuinfo", "").partition("flags")[2].partition("\n")[0]
-            return "enqcmd" in flags.split()
-        return False
-
     # ---------------------------------------------------------------- writing
 
     def set(self, seen: Accelerator, part: str, file: str, value: str | int) -> None:
@@ -155,11 +172,16 @@ class Accelerators:
         self._write(seen, f"{DRIVERS}/{driver}/unbind", part)
 
     def node(self, seen: Accelerator, wq: str) -> str:
-        """Return the node of a queue that is enabled. Raise HostError if it does not appear."""
+        """Return the node of a queue that is enabled. Raise HostError if it does not appear, or something else is
+        there: an older node, or a file."""
         path, until_s = seen.node_of(wq), time.monotonic() + NODE_S
-        while not self._sysfs.exists(path[1:]):
+        folder = self._sysfs.entry(BUS, seen.name)
+        numbers = self._number(f"{folder}/cdev_major"), self._number(f"{folder}/{wq}/cdev_minor")
+        while (found := self._numbers_of(self._sysfs.path(path[1:]))) != numbers:
             if time.monotonic() > until_s:
-                raise HostError(f"cannot find the node of {wq}: there is no {path} after {NODE_S:g} s")
+                what = f"there is no character device {numbers[0]}:{numbers[1]} at {path} after {NODE_S:g} s"
+                other = f", but {found[0]}:{found[1]}" if found is not None else ""
+                raise HostError(f"cannot find the node of {wq}: {what}{other}")
             time.sleep(POLL_S)
         return path
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import msgspec
 import structlog
@@ -23,9 +23,11 @@ from nodeagent.core.dsa.division import (
     DEDICATED,
     ENABLED,
     GROUP,
+    HALTED,
     IDXD,
     NO_GROUP,
     NO_TYPE,
+    NONCE_BYTES,
     SHARED,
     USER,
     Accelerator,
@@ -33,9 +35,14 @@ from nodeagent.core.dsa.division import (
     Held,
     Queue,
     Step,
+    Wq,
     differs,
     in_force,
+    is_configured,
+    is_idle,
+    is_laid_out,
     is_up,
+    still_bound,
     taken,
     unfit,
     why_not_own,
@@ -141,7 +148,7 @@ class QueueKeeper:
         try:
             self._enable(wanted, record, seen)
         except HostError as error:
-            left = self.take_down([wanted.place])
+            left = self._take_down_all([wanted.place], is_enabling=not seen.driver)
             raise HostError("; ".join([f"{wanted.what}: {error}", *left.values()])) from None
         self._stuck.pop(wanted.place, None)
         log.info("dsa-queue-made", device=wanted.address, slot=wanted.slot, claim=wanted.claim)
@@ -160,14 +167,16 @@ class QueueKeeper:
 
     def _why_not(self, wanted: Wanted, record: Division | None, seen: Accelerator) -> str:
         if record is None:
-            enqcmd = self._accelerators.has_enqcmd()
-            return taken(seen) or unfit(seen, wanted.queues, enqcmd=enqcmd)
+            return taken(seen) or unfit(seen, wanted.queues)
         if record.queues != wanted.queues:
             return f"{seen.name} is still divided as it was configured before"
         if why := differs(seen, record):
             return why
         if record.ready and not seen.wqs[wanted.slot].size:
             return f"the kernel has cleared its size; all queues of {seen.name} have to be released first"
+        one = seen.wqs[wanted.slot]
+        if one.driver and one.clients and not is_up(seen, record, wanted.slot):
+            return f"{one.name} was disabled or changed, and {one.clients} programs have it open"
         return ""
 
     def _kept(self, record: Division, held: Held) -> Division:
@@ -195,13 +204,16 @@ class QueueKeeper:
         if not seen.driver:
             self._lay_out(seen, record)
         self._quieten(seen, record)
-        self._configure(self._found(wanted), record, slot)
+        self._configure(self._as_recorded(wanted, record), record, slot)
+        seen = self._as_configured(wanted, record)
         if not seen.driver:
+            if not is_laid_out(seen, record):
+                raise HostError(f"{seen.name} was configured by another program meanwhile")
             self._accelerators.bind(seen, seen.name, IDXD)
         if not record.ready:
-            self._as_recorded(wanted, replace(record, ready=True))
+            self._as_configured(wanted, replace(record, ready=True))
             record = self._keep(replace(record, ready=True))
-        seen = self._as_recorded(wanted, record)
+        seen = self._as_configured(wanted, record)
         self._check_node(wanted, seen.node_of(name))
         if not seen.wqs[slot].driver:
             self._accelerators.bind(seen, name, USER)
@@ -214,6 +226,14 @@ class QueueKeeper:
         seen = self._found(wanted)
         if why := differs(seen, record):
             raise HostError(why)
+        return seen
+
+    def _as_configured(self, wanted: Wanted, record: Division) -> Accelerator:
+        """Return the accelerator as it is right before something of it is enabled. Raise HostError if another program
+        has changed it since it was configured, the queue that is being made too."""
+        seen = self._as_recorded(wanted, record)
+        if not is_configured(seen.wqs[wanted.slot], wanted.slot, record):
+            raise HostError(f"{seen.wqs[wanted.slot].name} was configured by another program meanwhile")
         return seen
 
     def _check_node(self, wanted: Wanted, path: str) -> None:
@@ -251,10 +271,8 @@ class QueueKeeper:
             set_one(seen, one.name, "type", USER)
         if one.type != USER or one.label != record.label(slot):
             set_one(seen, one.name, "name", record.label(slot))
-        if one.mode != queue.mode:
-            set_one(seen, one.name, "mode", queue.mode)
-        if queue.mode == SHARED and one.threshold != queue.threshold:
-            set_one(seen, one.name, "threshold", queue.threshold)
+        if one.mode != DEDICATED:
+            set_one(seen, one.name, "mode", DEDICATED)
         if one.priority != queue.priority:
             set_one(seen, one.name, "priority", queue.priority)
         if self._accelerators.has(seen, one.name, "driver_name"):
@@ -265,16 +283,20 @@ class QueueKeeper:
     def take_down(self, places: Collection[Place]) -> dict[Place, str]:
         """Take down the queues of some slots, and with the last of an accelerator its division. Return, by slot, why
         one is not."""
+        return self._take_down_all(places, is_enabling=False)
+
+    def _take_down_all(self, places: Collection[Place], *, is_enabling: bool) -> dict[Place, str]:
+        """is_enabling: whether it was disabled when this call began to lay it out."""
         errors: dict[Place, str] = {}
         for address, slot in places:
             try:
-                self._take_down(address, slot)
+                self._take_down(address, slot, is_enabling=is_enabling)
                 self._stuck.pop((address, slot), None)
             except HostError as error:
                 errors[address, slot] = self._stuck[address, slot] = str(error)
         return errors
 
-    def _take_down(self, address: str, slot: int) -> None:
+    def _take_down(self, address: str, slot: int, *, is_enabling: bool) -> None:
         before = self.records().get(address)
         held = before.of(slot) if before is not None else None
         if before is None or held is None:
@@ -288,10 +310,31 @@ class QueueKeeper:
             if seen is not None and self._is_own(seen, before, slot):
                 _check_closed(seen, slot)
                 self._disable(seen, record, slot)
+        if is_enabling:
+            record = self._withdraw(record)
         record = self._keep(replace(record, held=tuple(one for one in record.held if one.slot != slot)))
         log.info("dsa-queue-taken-down", device=address, slot=slot)
         if not record.held:
             self._end(record)
+
+    def _withdraw(self, record: Division) -> Division:
+        """Undo what this call has enabled and laid out of an accelerator that another program has begun to configure
+        meanwhile: nothing would be recorded of it. Another's queue that is enabled keeps it enabled. Return what is
+        recorded. Raise HostError."""
+        seen = self._find(record.address)
+        if seen is None or seen.state == HALTED or not (why := differs(seen, record)):
+            return record
+        if seen.driver == IDXD and not any(one.driver for one in seen.wqs):
+            log.warning("accelerator-disabled-again", device=seen.address, why=why)
+            record = self._keep(replace(record, ready=False))
+            self._accelerators.unbind(seen, seen.name, IDXD)
+            seen = self._again(record.address)
+        if seen.driver:
+            return record
+        mine = [one for slot, one in enumerate(seen.wqs[: len(record.queues)]) if is_idle(one, slot, record)]
+        others = any(one.group != NO_GROUP for one in seen.wqs if one not in mine)  # which need an engine
+        self._blank(seen, mine, () if others else range(len(seen.engines)))
+        return record
 
     def _is_own(self, seen: Accelerator, record: Division, slot: int) -> bool:
         if why := why_not_own(seen, record, slot):
@@ -358,7 +401,7 @@ class QueueKeeper:
                 seen = self._again(record.address)
                 if why := differs(seen, undone):
                     raise HostError(f"cannot undo the division of {record.address}: {why}")
-            self._blank(seen, len(record.queues))
+            self._blank(seen, seen.wqs[: len(record.queues)], range(len(seen.engines)))
             seen = self._find(record.address)
             if seen is not None and (why := taken(seen)):
                 raise HostError(f"cannot undo the division of {record.address}: {why}")
@@ -366,17 +409,17 @@ class QueueKeeper:
         log.info("accelerator-given-back", device=record.address)
         return ""
 
-    def _blank(self, seen: Accelerator, count: int) -> None:
+    def _blank(self, seen: Accelerator, wqs: Sequence[Wq], engines: Iterable[int]) -> None:
         """Undo what was laid out of an accelerator that was not enabled."""
-        for one in seen.wqs[:count]:
+        for one in wqs:
             if one.size:
                 self._accelerators.set(seen, one.name, "size", 0)
             if one.group != NO_GROUP:
                 self._accelerators.set(seen, one.name, "group_id", NO_GROUP)
             if one.mode != SHARED:
                 self._accelerators.set(seen, one.name, "mode", SHARED)
-        for index, group in enumerate(seen.engines):
-            if group != NO_GROUP:
+        for index in engines:
+            if seen.engines[index] != NO_GROUP:
                 self._accelerators.set(seen, _engine(seen, index), "group_id", NO_GROUP)
 
     def orphans(self, held: Mapping[str, Collection[Place]]) -> list[Place]:
@@ -384,17 +427,22 @@ class QueueKeeper:
         every = ((address, one) for address, record in self.records().items() for one in record.held)
         return [(address, one.slot) for address, one in every if (address, one.slot) not in held.get(one.grant, ())]
 
-    def faults(self) -> Mapping[Place, str]:
-        """Return, for each slot that is held, why its queue is not as it was made, or could not be taken down, or "".
-        One that is about to be made or taken down, or cannot be read for the moment, is left out."""
-        found: dict[Place, str] = {}
+    def faults(self) -> Mapping[Place, str | None]:
+        """Return, for each slot that is held, why its queue is not as it was made, or could not be taken down, or "";
+        None if that cannot be read for the moment. One that is about to be made or taken down is left out. What is
+        known already takes no look at the accelerator."""
+        found: dict[Place, str | None] = {}
         for address, record in self.records().items():
-            with contextlib.suppress(HostError):
+            seen, is_read = None, True
+            try:
                 seen = self._find(address)
-                for one in record.held:
-                    why = _fault(seen, record, one) or self._stuck.get((address, one.slot))
-                    if why or one.step is Step.MADE:
-                        found[address, one.slot] = why or ""
+            except HostError:
+                is_read = False
+            for one in record.held:
+                why = _fault(seen, record, one) if is_read or one.step is Step.LOST else ""
+                why = why or self._stuck.get((address, one.slot), "")
+                if why or one.step is Step.MADE or not is_read:
+                    found[address, one.slot] = why if why or is_read else None
         return found
 
     def forget_changed(self) -> bool:
@@ -421,7 +469,9 @@ class QueueKeeper:
 def _division(wanted: Wanted, seen: Accelerator) -> Division:
     """Return what is recorded of an accelerator before it is divided."""
     defaults = seen.wqs[0].more.defaults
-    return Division(address=wanted.address, nonce=secrets.token_hex(4), queues=wanted.queues, defaults=defaults)
+    return Division(
+        address=wanted.address, nonce=secrets.token_hex(NONCE_BYTES), queues=wanted.queues, defaults=defaults
+    )
 
 
 def _check_closed(seen: Accelerator, slot: int) -> None:
@@ -440,7 +490,7 @@ def _fault(seen: Accelerator | None, record: Division, held: Held) -> str:
     if held.step is not Step.MADE:
         return differs(seen, record)
     if seen.state != ENABLED:
-        return f"accelerator {seen.name} is {seen.state}"
+        return still_bound(seen) or f"accelerator {seen.name} is {seen.state}"
     if not is_up(seen, record, held.slot):
         return f"queue {held.slot} of {seen.name} was disabled or changed by another program"
     return ""

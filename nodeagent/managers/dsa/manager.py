@@ -70,14 +70,15 @@ class DsaManager(Manager):
     async def bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         """Make the queues of claims. Return, by UID, "" for each claim that has some, or why it cannot be handed over;
         nothing for the others."""
-        mine = {uid: grants for uid, grants in claims.items() if any(map(self._places, grants))}
+        mine = {uid: grants for uid, grants in claims.items() if any(map(self._wanted_by, grants))}
         return await run_to_end(self._bind(mine)) if mine else {}
 
-    def _places(self, grant: Grant) -> list[Place]:
-        """Return the slots of a grant."""
+    def _wanted_by(self, grant: Grant) -> list[tuple[Place, str]]:
+        """Return the slots of a grant with their ids: also of devices that are gone, instead of which no others are to
+        be handed over."""
         known = self._agent.inventory.device_by_id
-        mine = (id for id in grant.devices if id in known and known[id].kind == KIND)
-        return [place for id in mine if (place := place_of(id)) is not None]
+        mine = (id for id in grant.devices if id not in known or known[id].kind == KIND)
+        return [(place, id) for id in mine if (place := place_of(id)) is not None]
 
     async def _bind(self, claims: Mapping[str, Sequence[Grant]]) -> dict[str, str]:
         found: dict[str, str] = {}
@@ -97,20 +98,21 @@ class DsaManager(Manager):
 
     def _make(self, uid: str, grants: Sequence[Grant]) -> str:
         """In a thread. Return why a queue of a claim is not made, or ""."""
-        wanted = [(one, place) for one in grants for place in self._places(one)]
+        wanted = [(grant, place, id) for grant in grants for place, id in self._wanted_by(grant)]
         try:
-            mine = {place for _, place in wanted}
+            mine = {place for _, place, _ in wanted}
             if left := self._keeper.take_down([one for one in self._orphans() if one in mine]):
                 return "; ".join(left.values())
-            for grant, (address, slot) in wanted:
-                self._keeper.make(self._wanted(uid, grant, address, slot))
+            for grant, place, id in wanted:
+                self._keeper.make(self._wanted(uid, grant, place, id))
         except HostError as error:
             return str(error)
         return ""
 
-    def _wanted(self, uid: str, grant: Grant, address: str, slot: int) -> Wanted:
+    def _wanted(self, uid: str, grant: Grant, place: Place, id: str) -> Wanted:
         """Return how a slot is to be made: as recorded if the accelerator is divided, as a claim's containers may use
-        its queue already. Raise HostError if the configuration has no such slot."""
+        its queue already. Raise HostError if the configuration no longer has the queue that was allocated."""
+        address, slot = place
         record = self._keeper.records().get(address)
         held = record.of(slot) if record is not None else None
         name = dict(self._accelerators.places()).get(address, "")
@@ -120,6 +122,8 @@ class DsaManager(Manager):
             queues = record.queues
         if slot >= len(queues):
             raise HostError(f"cannot make queue {slot} of {address}: accelerators.dsa has no such queue any longer")
+        if (now := device_id(address, slot, queues[slot])) != id:
+            raise HostError(f"cannot make {id}: accelerators.dsa was changed since it was allocated, it is {now} now")
         return Wanted(address=address, slot=slot, claim=uid, grant=grant.id, queues=queues)
 
     def concerned(self, uids: Sequence[str]) -> list[str]:
@@ -180,11 +184,12 @@ class DsaManager(Manager):
                 left = await self._turns.in_thread(self._keeper.take_down, orphans)
                 ended = await self._turns.in_thread(self._keeper.end)
                 await self._look()
+                has_changed = self._keeper.records() != before
         except (HostError, StateError) as error:
             return {"": str(error)}
-        if self._keeper.records() != before:
+        if has_changed:
             await self._rescan()
-        return {**{device_id(*place): why for place, why in left.items()}, **ended}
+        return {**{f"{address} {slot}": why for (address, slot), why in left.items()}, **ended}
 
     def _orphans(self) -> list[Place]:
         """Return the slots that are recorded although no grant holds them. Raise HostError."""
@@ -202,13 +207,17 @@ class DsaManager(Manager):
         """Report whether each queue that is held is as it was made, and have none handed over that is not. While no
         other call changes anything. Raise HostError."""
         faults = await self._turns.in_thread(self._keeper.faults)
+        records = self._keeper.records()
+        ids = {(at, slot): records[at].id(slot) for at, slot in faults if at in records}
         evidence = [
-            Evidence(device=device_id(*place), source=SOURCE, state=UNHEALTHY if why else HEALTHY, reason=why)
-            for place, why in faults.items()
+            Evidence(device=id, source=SOURCE, state=UNHEALTHY if why else HEALTHY, reason=why)
+            for place, id in ids.items()
+            if (why := faults[place]) is not None
         ]
-        now = frozenset(one.device for one in evidence)
+        unread = {id for place, id in ids.items() if faults[place] is None}  # what was said of these stays
+        now = {*(one.device for one in evidence), *(unread & self._observed)}
         self._agent.observe(evidence, [(id, SOURCE) for id in self._observed - now])
-        self._observed = now
+        self._observed = frozenset(now)
         if (error := await self._hide_lost()) is not None:
             raise error
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from msgspec.structs import replace
 
-from nodeagent.core.dsa.division import KIND, Held, device_id
+from nodeagent.core.dsa.division import KIND, Held
 from nodeagent.core.model.device import Device, PreparedFor
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.errors import HostError
@@ -27,8 +27,8 @@ class QueueTable:
         if not inventory.devices_by_kind.get(KIND):
             return inventory
         with contextlib.suppress(HostError):  # otherwise as read last
-            every = ((at, one) for at, record in self._journal.read(certain=True).items() for one in record.held)
-            self._made = {device_id(at, one.slot): one for at, one in every if one.edits is not None}
+            every = ((record, one) for record in self._journal.read(certain=True).values() for one in record.held)
+            self._made = {record.id(one.slot): one for record, one in every if one.edits is not None}
         made = self._made
         if not made:
             return inventory

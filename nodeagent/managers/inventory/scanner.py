@@ -268,7 +268,7 @@ class InventoryScanner(Manager):
     def _selectors(self, config: Config) -> Selectors:
         """Return what to look for, with the MIG instances, connections and work queues that the agent made; blocks."""
         found = selectors(config)
-        dsa = replace(found.dsa, divided=self._divided())
+        dsa = replace(found.dsa, divided=self._divided)
         found = replace(found, connected_nqns=self._connected_nqns(), dsa=dsa)
         if found.partitions is None or self._instances is None:
             return found

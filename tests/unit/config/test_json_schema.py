@@ -125,10 +125,8 @@ def reasons(document: dict[str, Any]) -> list[str]:
 @example({"resources": [{"name": "n", "kind": "dsa-queue", "serve": "dra"}]})
 @example({"resources": [{"name": "n", "kind": "dsa-queue", "serve": "both"}]})
 @example({"resources": [{"name": "n", "kind": "dsa-queue", "serve": "dra", "replicas": 2}]})
-@example(
-    {"accelerators": {"dsa": [{"accelerators": ["dsa0"], "queues": [{"size": 8, "mode": "shared", "threshold": 8}]}]}}
-)
-@example({"accelerators": {"dsa": [{"accelerators": ["dsa0"], "queues": [{"size": 8, "threshold": 8}]}]}})
+@example({"accelerators": {"dsa": [{"accelerators": ["dsa0"], "queues": [{"size": 8, "mode": "shared"}]}]}})
+@example({"accelerators": {"dsa": [{"accelerators": ["dsa0"], "queues": [{"size": 8, "mode": "dedicated"}]}]}})
 @example({"accelerators": {"dsa": [{"accelerators": [], "queues": [{"size": 8}]}]}})
 @example({"resources": [{"name": "n", "kind": "nvmeof", "serve": "dra", "targets": [TARGET], "replicas": 2}]})
 @example({"metrics": {"tls": {"clientCaFile": "/a"}}})

@@ -3,6 +3,7 @@ old."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ import pytest
 from msgspec.structs import replace
 
 from nodeagent.errors import HostError
+from nodeagent.host.dsa.accelerators import OLD_NAMES, numbers_of
+from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.managers.dsa.keeper import Wanted
-from tests.support.dsa_keeper_node import AT, BIG, QUEUES, SHARED, Node
+from tests.support.dsa_keeper_node import AT, BIG, QUEUES, SMALL, Node
 
 
 @pytest.fixture
@@ -21,25 +24,23 @@ def node(tmp_path: Path) -> Node:
     return Node(tmp_path)
 
 
-@pytest.mark.parametrize("slot", [0, 2], ids=["dedicated", "shared"])
-def test_after_a_refused_enable_the_accelerator_is_given_back(node: Node, slot: int) -> None:
+def test_after_a_refused_enable_the_accelerator_is_given_back(node: Node) -> None:
     """The kernel clears the type then, and keeps the name."""
-    node.kernel.refuses = frozenset({f"wq0.{slot}"})
+    node.kernel.refuses = frozenset({"wq0.0"})
     with pytest.raises(HostError, match="No such device or address"):
-        node.make(slot)
+        node.make(0)
     assert node.keeper.end() == {} and node.is_untouched() and node.slots() == ["0", "1", "2"]
 
 
-@pytest.mark.parametrize("slot", [0, 2], ids=["dedicated", "shared"])
-def test_after_a_refused_enable_the_slot_can_be_made_beside_other_claims(node: Node, slot: int) -> None:
+def test_after_a_refused_enable_the_slot_can_be_made_beside_other_claims(node: Node) -> None:
     node.make(1, "d")
-    node.kernel.refuses = frozenset({f"wq0.{slot}"})
+    node.kernel.refuses = frozenset({"wq0.0"})
     with pytest.raises(HostError, match="No such device or address"):
-        node.make(slot)
+        node.make(0)
     assert node.slots() == ["0", "1", "2"] and not node.said
     node.kernel.refuses = frozenset()
-    assert node.make(slot) and node.is_made(slot) and node.is_made(1)
-    assert node.down(slot, 1) == {} and node.is_untouched()
+    assert node.make(0) and node.is_made(0) and node.is_made(1)
+    assert node.down(0, 1) == {} and node.is_untouched()
 
 
 def test_a_queue_whose_enable_was_refused_is_cleared_although_an_admin_has_taken_another(node: Node) -> None:
@@ -176,8 +177,92 @@ def test_a_disk_that_is_full_after_some_records_leaves_nothing_once_it_has_space
     assert node.down(0) == {} and node.keeper.end() == {} and node.is_untouched()
 
 
-@pytest.mark.parametrize("change", [{"priority": 3}, {"threshold": 3}], ids=lambda change: next(iter(change)))
-def test_a_configuration_with_the_same_sizes_is_another_one_too(node: Node, change: dict[str, int]) -> None:
+def test_a_configuration_with_the_same_sizes_is_another_one_too(node: Node) -> None:
     node.make(0)
-    assert node.slots((BIG, BIG, replace(SHARED, **change))) == ["0"]
+    assert node.slots((BIG, BIG, replace(SMALL, priority=3))) == ["0"]
     assert not node.make(0)
+
+
+def test_what_is_known_of_a_slot_is_said_while_its_accelerator_cannot_be_read(node: Node) -> None:
+    node.make(0)
+    node.make(1, "d")
+    node.make(2, "e")
+    node.kernel._stop_queue("wq0.0")
+    assert node.keeper.forget_changed()
+    node.kernel.opens("wq0.1", 1)
+    stuck = node.down(1)
+    (node.kernel.folder("dsa0") / "max_work_queues_size").unlink()
+    lost = "queue 0 of dsa0 was disabled or changed by another program"
+    assert node.keeper.faults() == {(AT, 0): lost, **stuck, (AT, 2): None}
+
+
+def test_a_queue_that_was_changed_is_not_disabled_under_a_program_to_be_made_again(node: Node) -> None:
+    node.make(0)
+    node.kernel.opens("wq0.0", 1)
+    node.kernel.breaks("wq0.0")
+    assert node.keeper.forget_changed()
+    node.kernel.written.clear()
+    with pytest.raises(HostError, match=r"wq0\.0 was disabled or changed, and 1 programs have it open"):
+        node.make(0)
+    held = node.keeper.records()[AT].of(0)
+    assert not node.kernel.written and held is not None and held.why, "it stays lost, and unhealthy"
+    node.kernel.opens("wq0.0", 0)
+    assert node.make(0) and node.is_made(0)
+
+
+@pytest.mark.parametrize("there", ["of an admin's", "1:3\n"], ids=["a file", "another device"])
+def test_a_node_that_is_not_the_queues_is_not_handed_over(
+    node: Node, there: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nodes of earlier queues may stay where udev does not run."""
+    monkeypatch.setattr("nodeagent.host.dsa.accelerators.NODE_S", 0.05)
+    node.kernel.after = lambda path, text: path.endswith("user/bind") and node.kernel.node("wq0.0").write_text(there)
+    with pytest.raises(HostError, match=r"there is no character device 241:0 at /dev/dsa/wq0\.0 after 0\.05 s"):
+        node.make(0)
+    assert node.is_untouched()
+
+
+def test_a_node_is_a_character_device_by_its_numbers(tmp_path: Path) -> None:
+    null, file = Path("/dev/null").stat().st_rdev, tmp_path / "file"
+    file.write_text("241:0\n")
+    assert numbers_of("/dev/null") == (os.major(null), os.minor(null)) == (1, 3)
+    assert numbers_of(str(file)) is None and numbers_of(str(tmp_path / "none")) is None
+
+
+def test_an_accelerator_that_the_kernel_has_reset_is_named_with_what_is_to_be_done(node: Node) -> None:
+    """idxd_device_reinit after a halt: all is cleared, and everything stays bound to its driver."""
+    node.make(0)
+    node.kernel.was_reset("dsa0")
+    unbind = "still bound, as after a reset by the kernel; to have it served, write each name to `unbind` of its driver"
+    assert unbind in str(node.keeper.faults()[AT, 0]) and node.slots() == ["0"] and unbind in node.said
+    done = len(node.kernel.written)
+    assert node.down(0) == {} and node.keeper.end() == {} and len(node.kernel.written) == done
+    assert node.slots() == [] and node.said.endswith("wq0.0 to user, dsa0 to idxd")
+    for name, driver in (("wq0.0", "user"), ("dsa0", "idxd")):
+        node.kernel.put(str(node.kernel.tree.root / f"sys/bus/dsa/drivers/{driver}/unbind"), name)
+    assert node.slots() == ["0", "1", "2"]
+
+
+def test_no_file_is_read_under_its_old_name_where_it_has_a_new_one(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel logs that."""
+    read: list[str] = []
+    text = SysFs.text
+
+    def seen(self: SysFs, path: str, *default: Any) -> Any:
+        read.append(path.rpartition("/")[2])
+        return text(self, path, *default)
+
+    monkeypatch.setattr(SysFs, "text", seen)
+    assert node.slots() == ["0", "1", "2"]
+    assert "read_buffers_allowed" in read and not [one for one in read if "token" in one]
+
+
+def test_a_kernel_with_old_names_only_is_read_by_these(node: Node) -> None:
+    for group in node.kernel.parts("dsa0", "group"):
+        folder = node.kernel.folder(group)
+        for new, old in OLD_NAMES.items():
+            if (folder / new).exists():
+                (folder / new).rename(folder / old)
+    assert node.slots() == ["0", "1", "2"]
+    (node.kernel.folder("group0.1") / "tokens_reserved").write_text("8\n")
+    assert node.slots() == [] and "a group of dsa0 is configured" in node.said

@@ -18,7 +18,7 @@ from nodeagent.host.devices import all_kinds
 from nodeagent.managers.dsa.journal import DsaJournal
 from nodeagent.managers.dsa.keeper import Wanted
 from nodeagent.managers.dsa.table import QueueTable
-from tests.support.dsa_keeper_node import AT, BIG, QUEUES, SHARED, Node
+from tests.support.dsa_keeper_node import AT, BIG, IDS, QUEUES, SMALL, Node
 
 
 @pytest.fixture
@@ -37,12 +37,14 @@ def test_a_queue_is_made_for_a_claim_and_the_accelerator_is_as_before_after_the_
     assert node.is_untouched()
 
 
-def test_a_shared_queue_that_ends_does_not_keep_others_from_being_enabled(node: Node) -> None:
+def test_every_queue_is_dedicated_in_the_hardware_too_whatever_was_made_before(node: Node) -> None:
+    """There the kernel sets the bit of a dedicated queue and never clears it; the double does so too."""
     node.make(2)
     node.make(0, "d")
     assert node.down(2) == {}
     assert node.make(1, "e") and node.make(2, "f")
-    assert node.is_made(0) and node.is_made(1) and node.is_made(2)
+    assert all(node.kernel.in_hardware[f"wq0.{slot}"] == "dedicated" for slot in range(3))
+    assert node.down(0, 1, 2) == {} and not node.kernel.in_hardware
 
 
 def test_making_twice_changes_nothing_the_second_time(node: Node) -> None:
@@ -103,14 +105,6 @@ def test_what_does_not_fit_is_not_offered(node: Node, why: str) -> None:
     assert node.is_untouched()
 
 
-def test_without_enqcmd_no_shared_queue_is_offered(tmp_path: Path) -> None:
-    node = Node(tmp_path, enqcmd=False)
-    assert node.slots() == [] and "ENQCMD" in node.said
-    with pytest.raises(HostError, match="ENQCMD"):
-        node.make(0)
-    assert node.slots(QUEUES[:2]) == ["0", "1"] and node.make(0, queues=QUEUES[:2])
-
-
 @pytest.mark.parametrize(("file", "why"), [("pasid_enabled", "no PASID"), ("configurable", "cannot be configured")])
 def test_without_a_capability_nothing_is_offered(node: Node, file: str, why: str) -> None:
     node.kernel._write(node.kernel.folder("dsa0"), {file: 0})
@@ -149,7 +143,8 @@ def test_a_bus_that_cannot_be_listed_is_not_an_empty_one(node: Node, monkeypatch
 
     monkeypatch.setattr(os, "listdir", refused)
     assert "Too many open files" in node.down(0)[AT, 0]
-    assert node.keeper.faults() == {} and node.slots() == ["0"] and "Too many open files" in node.said
+    assert "Too many open files" in str(node.keeper.faults()[AT, 0])
+    assert node.slots() == ["0"] and "Too many open files" in node.said
     with pytest.raises(HostError, match="Too many open files"):
         node.keeper.forget_changed()
     monkeypatch.undo()
@@ -185,7 +180,7 @@ def test_an_older_kernel_that_clears_sizes_offers_a_queue_again_once_all_have_en
 
 def test_another_division_waits_until_all_queues_have_ended(node: Node) -> None:
     node.make(1)
-    other = (SHARED,)
+    other = (SMALL,)
     assert node.slots(other) == ["1"] and "once its queues are released" in node.said
     with pytest.raises(HostError, match="still divided as it was configured before"):
         node.make(0, "d", queues=other)
@@ -236,7 +231,7 @@ def test_a_scan_and_containers_have_what_was_read_last_while_records_cannot_be_r
     divided, table = divided_accelerators(where, "boot-0"), QueueTable(DsaJournal(node.state, "boot-0"))
     assert divided() == {}
     node.make(0)
-    device = Device(kind="dsa-queue", id=f"{AT}/queue-0")
+    device = Device(kind="dsa-queue", id=IDS[0])
     inventory = Inventory(devices=(device,))
     before, shown = divided(), table.view(inventory)
     assert before[AT].held and shown.devices[0].prepared is not None

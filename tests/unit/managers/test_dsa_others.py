@@ -3,17 +3,17 @@ is."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from nodeagent.errors import HostError
-from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.managers.dsa.journal import DsaJournal
 from nodeagent.managers.dsa.keeper import QueueKeeper, Wanted
 from tests.doubles.idxd_kernel import IdxdKernel
-from tests.support.dsa_keeper_node import AT, QUEUES, Direct, Node
+from tests.support.dsa_keeper_node import AT, QUEUES, Node
 
 
 @pytest.fixture
@@ -183,6 +183,76 @@ def test_a_queue_that_an_admin_enables_before_the_accelerator_is_disabled_keeps_
     assert node.kernel.driver("wq0.1") == "user" and node.kernel.get("dsa0", "state") == "enabled"
 
 
+def _while_enabling(node: Node, moment: str, number: int = 0, **files: object) -> list[str]:
+    """Have an admin configure wq0.5 after a write that ends so. Returns what idxd is bound to from then on."""
+    matches = itertools.count()
+
+    def admin(path: str, _text: str) -> None:
+        if path.endswith(moment) and next(matches) == number:
+            node.kernel.configures("wq0.5", type="user", name="app", mode="dedicated", **files)
+            node.kernel.written.clear()
+
+    node.kernel.after = admin
+    with pytest.raises(HostError, match="was configured by another program"):
+        node.make(0)
+    return [text for path, text in node.kernel.written if path.endswith("idxd/bind")]
+
+
+@pytest.mark.parametrize("moment", ["engine0.3/group_id", "wq0.2/group_id", "wq0.2/mode", "wq0.0/type", "driver_name"])
+def test_nothing_is_enabled_of_an_accelerator_that_an_admin_begins_to_configure_while_it_is_laid_out(
+    node: Node, moment: str
+) -> None:
+    assert _while_enabling(node, moment, size=16, group_id=0) == []
+    assert node.kernel.get("dsa0", "state") == "disabled" and node.kernel.get("wq0.5", "name") == "app"
+    assert [node.kernel.get(f"wq0.{slot}", "size") for slot in range(3)] == ["0"] * 3, "what was laid out is undone"
+    assert node.keeper.end() == {} and not node.keeper.records()
+
+
+def test_a_layout_that_another_program_undoes_is_not_enabled(node: Node) -> None:
+    def admin(path: str, _text: str) -> None:
+        if path.endswith("driver_name") and not node.kernel.driver("dsa0"):
+            node.kernel.configures("wq0.1", size=0)
+
+    node.kernel.after = admin
+    with pytest.raises(HostError, match="dsa0 was configured by another program meanwhile"):
+        node.make(0)
+    node.kernel.after = lambda path, text: None
+    assert node.kernel.get("dsa0", "state") == "disabled"
+    assert node.down(0) == {} and node.keeper.end() == {} and node.is_untouched()
+
+
+def test_a_queue_of_the_agents_that_another_program_changes_before_it_is_enabled_is_not_enabled(node: Node) -> None:
+    node.make(1, "d")
+
+    def admin(path: str, _text: str) -> None:
+        if path.endswith("wq0.0/driver_name") and node.kernel.get("wq0.0", "priority") == "10":
+            node.kernel.configures("wq0.0", priority=3)
+
+    node.kernel.after = admin
+    with pytest.raises(HostError, match=r"wq0\.0 was configured by another program meanwhile"):
+        node.make(0)
+    assert not [1 for path, text in node.kernel.written if (path.endswith("user/bind"), text) == (True, "wq0.0")]
+
+
+def test_an_accelerator_that_was_enabled_and_turns_out_to_be_an_admins_is_disabled_again(node: Node) -> None:
+    _while_enabling(node, "idxd/bind")
+    assert node.kernel.get("dsa0", "state") == "disabled" and not node.kernel.driver("dsa0")
+    assert node.keeper.end() == {} and not node.keeper.records()
+    assert [node.kernel.get(f"wq0.{slot}", "size") for slot in range(3)] == ["0"] * 3
+
+
+def test_an_accelerator_that_was_enabled_and_has_an_enabled_queue_of_an_admins_stays_enabled(node: Node) -> None:
+    def admin(path: str, text: str) -> None:
+        if path.endswith("idxd/bind"):
+            files = {"type": "user", "name": "app", "mode": "dedicated", "driver_name": "user"}
+            node.kernel.configures("wq0.1", **files, driver="user")
+
+    node.kernel.after = admin
+    with pytest.raises(HostError, match=r"wq0\.1 of dsa0 was configured by another program"):
+        node.make(0)
+    assert node.kernel.get("dsa0", "state") == "enabled" and node.kernel.driver("wq0.1") == "user"
+
+
 # ---------------------------------------------------------------- what an admin has begun
 
 BEGUN: dict[str, tuple[str, dict[str, object]]] = {
@@ -302,8 +372,7 @@ def test_a_queue_of_another_agent_is_not_disabled(node: Node, tmp_path: Path) ->
     node.kernel.resets("dsa0")
     other = tmp_path / "other"
     other.mkdir()
-    accelerators = Accelerators(node.sysfs, Direct(node.kernel.put))
-    second = QueueKeeper(DsaJournal(other, "boot-0"), accelerators)
+    second = QueueKeeper(DsaJournal(other, "boot-0"), node.accelerators())
     second.make(Wanted(address=AT, slot=0, claim="d", grant="g-d", queues=QUEUES))
     assert node.down(0) == {} and node.keeper.end() == {}
     assert node.kernel.driver("wq0.0") == "user"

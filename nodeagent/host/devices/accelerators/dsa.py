@@ -17,7 +17,7 @@ from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN
 from nodeagent.core.model.inventory import ABSENT, PRESENT, KindState
 from nodeagent.host import pci
-from nodeagent.host.devices.base import Context, Found, nodes, part_of
+from nodeagent.host.devices.base import Context, Found, is_made, nodes, part_of
 from nodeagent.host.health.source import Sight
 from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.lenient import Tolerant
@@ -67,12 +67,21 @@ class Dsa:
 
 
 def _queues(reader: Tolerant, context: Context) -> Iterator[Device]:
+    before = context.dsa.divided()
+    found = [*_of_users(reader, context)]
+    after = context.dsa.divided() if found else {}
+    for queue, number in found:
+        records = [one.get(queue.parent or "") for one in (before, after)]
+        if not is_made(str(queue.attributes.get("label", "")), number, records):
+            yield queue
+
+
+def _of_users(reader: Tolerant, context: Context) -> Iterator[tuple[Device, int]]:
+    """Yield each queue for user space with its number, whoever has made it."""
     for name, path, address, tail in pci.members(reader, BUS):
         place, owner = _QUEUE.fullmatch(tail), context.function_by_address.get(address or "")
-        if place is None or owner is None or reader.text(f"{path}/type") != USER:
-            continue
-        if not context.dsa.is_made(owner.address, int(place[3]), reader.text(f"{path}/name") or ""):
-            yield _queue(reader, name, path, place, owner)
+        if place is not None and owner is not None and reader.text(f"{path}/type") == USER:
+            yield _queue(reader, name, path, place, owner), int(place[3])
 
 
 def _queue(reader: Tolerant, name: str, path: str, place: re.Match[str], owner: Function) -> Device:

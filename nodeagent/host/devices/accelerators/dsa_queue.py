@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
 from nodeagent.core.dsa.division import (
+    DEDICATED,
     KIND,
     Accelerator,
     Division,
@@ -31,6 +32,8 @@ from nodeagent.host.pci import Function
 from nodeagent.host.sysfs.sysfs import SysFs
 
 _TYPES = {"dsa": "dsa", "iax": "iaa"}
+LOOKS = 3
+"""How often an accelerator is read whose record changes meanwhile."""
 
 
 class DsaQueue:
@@ -41,7 +44,7 @@ class DsaQueue:
     """A device is handed over once the agent has made its queue; see `prepares` in host/devices/hooks.py."""
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
-        if not context.dsa.rules and not context.dsa.divided:
+        if not context.dsa.rules and not context.dsa.divided():
             return Found(state=KindState(kind=KIND, state=ABSENT, reason="no accelerator is given to the agent"))
         look = _Look(sysfs, context.dsa)
         devices = [one for function in context.functions for one in look.slots(function)]
@@ -75,14 +78,13 @@ class _Look:
             self._names = dict(self._accelerators.places())
         except HostError as error:
             self._unlisted = str(error)
-        self._enqcmd = self._accelerators.has_enqcmd()
         self.faults: list[str] = []
         """Why slots are not offered, one sentence for each accelerator."""
 
     def slots(self, function: Function) -> Iterator[Device]:
         """Yield the slots of a PCI function."""
         address, name = function.address, self._names.get(function.address, "")
-        rule, record = self._selector.rule(address, name), self._selector.divided.get(address)
+        rule, record = self._selector.rule(address, name), self._selector.divided().get(address)
         if rule is None and record is None:
             return
         try:
@@ -90,9 +92,8 @@ class _Look:
                 raise HostError(self._unlisted)
             if not name:
                 raise HostError(f"{address} is bound to {function.driver or 'no driver'}, expected idxd")
-            seen = self._accelerators.read(address, name)
-            record = in_force(record, seen)
-            offered, why = self._offered(seen, rule, record)
+            seen, record, is_changing = self._read(address, name, record)
+            offered, why = _unjudged(rule, record) if is_changing else self._offered(seen, rule, record)
         except HostError as error:
             offered, why, seen = frozenset[int](), str(error), None
         if why:
@@ -103,13 +104,22 @@ class _Look:
             if slot in offered or slot in held:
                 yield _slot(function, seen.name if seen is not None else name, slot, queue)
 
+    def _read(self, address: str, name: str, record: Division | None) -> tuple[Accelerator, Division | None, bool]:
+        """Return an accelerator, the record by which it is to be judged, and whether it cannot be: the agent changes it
+        all the time. record: from before. Raise HostError."""
+        for _ in range(LOOKS):
+            seen, before, record = self._accelerators.read(address, name), record, self._selector.divided().get(address)
+            if record == before:
+                return seen, in_force(record, seen), False
+        return seen, record, True
+
     def _offered(self, seen: Accelerator, rule: Rule | None, record: Division | None) -> tuple[frozenset[int], str]:
         """Return the slots that could be made now, and why others could not, or ""."""
         if why := self._accelerators.why_read_only(seen):
             return frozenset(), why
         if record is None:
             queues: tuple[Queue, ...] = rule.queues if rule is not None else ()
-            why = taken(seen) or unfit(seen, queues, enqcmd=self._enqcmd)
+            why = taken(seen) or unfit(seen, queues)
             return frozenset(range(len(queues))) if not why else frozenset(), why
         if why := differs(seen, record):
             return frozenset(), why
@@ -121,15 +131,19 @@ class _Look:
         return there, ""
 
 
+def _unjudged(rule: Rule | None, record: Division | None) -> tuple[frozenset[int], str]:
+    """Return what is offered of an accelerator that the agent is just changing: what is configured."""
+    fits = rule is not None and (record is None or record.queues == rule.queues)
+    return frozenset(range(len(rule.queues))) if rule is not None and fits else frozenset(), ""
+
+
 def _slot(function: Function, name: str, slot: int, queue: Queue) -> Device:
     attributes: dict[str, str | int | bool] = {
         "slot": slot,
-        "mode": queue.mode,
+        "mode": DEDICATED,
         "size": queue.size,
         "priority": queue.priority,
     }
     if name:
         attributes |= {"accelerator": name, "device_type": _TYPES.get(name.rstrip("0123456789"), name)}
-    if queue.threshold:
-        attributes["threshold"] = queue.threshold
-    return part_of(function, kind=KIND, id=device_id(function.address, slot), paths=(), attributes=attributes)
+    return part_of(function, kind=KIND, id=device_id(function.address, slot, queue), paths=(), attributes=attributes)

@@ -25,7 +25,7 @@ from nodeagent.cli.node.doctor.registry import CHECKS, exit_code, findings
 from nodeagent.cli.shared.capture_format import MANIFEST, PAGES, page_member
 from nodeagent.config.load import load
 from nodeagent.config.schema import Config
-from nodeagent.core.dsa.division import Queue
+from nodeagent.core.dsa.division import Queue, device_id
 from nodeagent.core.model.inventory import Inventory
 from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.host.sysfs.sysfs import SysFs
@@ -332,8 +332,10 @@ def test_the_inventory_has_the_slots_of_accelerators_that_the_agent_has_divided(
     built.state_dir.mkdir()
     kernel, sysfs = IdxdKernel(built.devices), SysFs(built.root)
     kernel.add("dsa0", "0000:6a:01.0")
-    keeper = QueueKeeper(DsaJournal(built.state_dir, BOOT), Accelerators(sysfs, TimedPut(kernel.put)))
-    queue = Queue(mode="dedicated", size=16, priority=10)
+    keeper = QueueKeeper(
+        DsaJournal(built.state_dir, BOOT), Accelerators(sysfs, TimedPut(kernel.put), kernel.numbers_of)
+    )
+    queue = Queue(size=16, priority=10)
     keeper.make(Wanted(address="0000:6a:01.0", slot=1, claim="c", grant="g", queues=(queue, queue)))
     divided = {"dsa": [{"accelerators": ["dsa*"], "queues": [{"count": 2, "size": 16}]}]}
     built.configure(accelerators=divided, stateDir="/state")
@@ -343,4 +345,6 @@ def test_the_inventory_has_the_slots_of_accelerators_that_the_agent_has_divided(
     else:
         monkeypatch.setattr("nodeagent.cli.node.config._notes", lambda _config, _every, it: found.append(it) or [])
         assert main(["config", "check", str(built.root / "etc/nodeagent/config.yaml"), "--root", str(built.root)]) == 0
-    assert [one.id for one in found[0].devices_by_kind["dsa-queue"]] == ["0000:6a:01.0/queue-0", "0000:6a:01.0/queue-1"]
+    assert [one.id for one in found[0].devices_by_kind["dsa-queue"]] == [
+        device_id("0000:6a:01.0", slot, queue) for slot in range(2)
+    ]
