@@ -12,8 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import msgspec
 
+from nodeagent.core.dsa.division import Division, is_agents
 from nodeagent.core.model.device import ContainerEdits, Device
-from nodeagent.core.model.inventory import PRESENT, KindState
+from nodeagent.core.model.inventory import DEGRADED, PRESENT, KindState
 from nodeagent.host import pci
 from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
 from nodeagent.host.sysfs.lenient import Tolerant
@@ -30,6 +31,8 @@ class _Part(msgspec.Struct, frozen=True, kw_only=True):
 
     paths: tuple[str, ...] = ()
     attributes: Attributes
+    made: tuple[str, ...] = ()
+    """The names of its work queues that are as agents give them to those that they make for claims."""
 
 
 class Accel:
@@ -39,15 +42,21 @@ class Accel:
 
     def discover(self, sysfs: SysFs, context: Context) -> Found:
         reader = Tolerant(sysfs)
+        before = context.dsa.divided()
         parts: Mapping[str, _Part] = dict((*_vector_engines(reader), *_accels(reader).items(), *_idxd(reader)))
+        unknown = _of_unknown_agents(context, parts, before)
         nothing = _Part(attributes={})
         devices = []
         for function in context.functions:
             if function.is_class(*_CLASSES) or function.address in parts:
                 part = parts.get(function.address, nothing)
+                if function.address in unknown:  # no other kind is to find it either
+                    part = _Part(attributes={**part.attributes, "in_use": True})
                 devices.append(pci_device(context, function, "accel", paths=part.paths, attributes=part.attributes))
         devices += _neurons(reader, context)
         state = KindState(kind="accel", state=PRESENT)
+        if unknown:
+            state = KindState(kind="accel", state=DEGRADED, reason="; ".join(unknown.values()))
         return Found(state=state, devices=tuple(devices), warnings=tuple(reader.warnings))
 
     def edits(self, device: Device, devices: Sequence[Device]) -> ContainerEdits:
@@ -101,12 +110,33 @@ def _idxd(reader: Tolerant) -> Iterator[tuple[str, _Part]]:
             continue
         told = {key: reader.text(f"{path}/{key}") for key in _IDXD_TOLD}
         attributes = {"name": name, **{key: value for key, value in told.items() if value is not None}}
-        yield address, _Part(paths=tuple(_queues(reader, name, path)), attributes=attributes)
+        queues = [queue for queue in reader.names(path) if queue.startswith("wq")]
+        labels = (reader.text(f"{path}/{queue}/name") or "" for queue in queues)
+        made = tuple(label for label in labels if is_agents(label))
+        yield address, _Part(paths=tuple(_nodes(reader, name, queues)), attributes=attributes, made=made)
 
 
-def _queues(reader: Tolerant, name: str, path: str) -> Iterator[str]:
+def _of_unknown_agents(
+    context: Context, parts: Mapping[str, _Part], before: Mapping[str, Division]
+) -> Mapping[str, str]:
+    """Return why some accelerators are not to be had whole, by address: a queue was made for a claim, and no record
+    says for which. A pod that has the accelerator would have that queue too. before: what was recorded before they
+    were read."""
+    named = {address: part for address, part in parts.items() if part.made}
+    both = (before, context.dsa.divided()) if named else ()
+    found: dict[str, str] = {}
+    for address, part in named.items():
+        records = [record for one in both if (record := one.get(address)) is not None]
+        known = {record.label(slot) for record in records for slot in range(len(record.queues))}
+        if strange := [label for label in part.made if label not in known]:
+            name = part.attributes["name"]
+            found[address] = f"{name} has the queue {strange[0]}, of an agent whose records are not here"
+    return found
+
+
+def _nodes(reader: Tolerant, name: str, queues: Sequence[str]) -> Iterator[str]:
     """Yield the nodes of the queues that are enabled for user space."""
     folder = "iax" if name.startswith("iax") else "dsa"
-    for queue in reader.names(path):
-        if queue.startswith("wq") and reader.sysfs.exists(f"dev/{folder}/{queue}"):
+    for queue in queues:
+        if reader.sysfs.exists(f"dev/{folder}/{queue}"):
             yield f"/dev/{folder}/{queue}"
