@@ -92,6 +92,21 @@ def test_a_scan_between_any_two_writes_finds_every_slot_and_no_queue_of_an_admin
         assert found["dsa"] == [] and [one.attributes.get("in_use", False) for one in found["accel"]] == [False]
 
 
+@pytest.mark.parametrize("recorded", [(True, False), (False, True), (False, False)])
+def test_a_queue_without_a_name_is_the_agents_if_it_was_recorded_before_or_after_it_was_read(
+    node: Node, recorded: tuple[bool, bool]
+) -> None:
+    """It is just being made, or taken down."""
+    node.make(0)
+    records = node.keeper.records()
+    answers = iter([records if one else {} for one in recorded])
+    node.kernel._stop_queue("wq0.0")
+    node.kernel.configures("wq0.0", type="user")
+    selector = all_kinds.DsaSelector(divided=lambda: next(answers))
+    found = all_kinds.discover(node.sysfs, (Dsa(),), all_kinds.read_context(node.sysfs, dsa=selector))
+    assert [one.id for one in found.devices] == ([] if any(recorded) else [f"{AT}/wq-0"])
+
+
 @pytest.mark.parametrize("loss", ["damaged", "deleted"])
 def test_an_accelerator_is_not_had_whole_beside_a_queue_of_a_claim_whose_record_is_lost(node: Node, loss: str) -> None:
     """A pod that has it whole gets the nodes of all of its queues."""
