@@ -77,7 +77,11 @@ def divided_accelerators(where: Paths, boot_id: str) -> Callable[[], Mapping[str
 
     def divided() -> Mapping[str, Division]:
         nonlocal last, journal
-        if not (where.state_dir / state_files.DSA_QUEUES).exists():
+        try:
+            is_there = (where.state_dir / state_files.DSA_QUEUES).exists()
+        except OSError:  # it may be
+            return last
+        if not is_there:
             last = {}
             return last
         if journal is None:

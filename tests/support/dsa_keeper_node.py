@@ -18,7 +18,8 @@ from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.host.sysfs.sysfs import SysFs
 from nodeagent.host.vfio import TimedPut
 from nodeagent.managers.dsa.journal import DsaJournal
-from nodeagent.managers.dsa.keeper import QueueKeeper, Wanted
+from nodeagent.managers.dsa.keeper import QueueKeeper
+from nodeagent.managers.dsa.wanted import Wanted
 from tests.builders.devices import DeviceTree
 from tests.doubles.idxd_kernel import IdxdKernel
 

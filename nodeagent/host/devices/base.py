@@ -84,11 +84,16 @@ class PartitionSelector(msgspec.Struct, frozen=True, kw_only=True):
     own: frozenset[tuple[str, int, int]] = frozenset()
 
 
+def no_records() -> Mapping[str, Division]:
+    """Return nothing: who looks does not know which accelerators an agent has divided."""
+    return {}
+
+
 class DsaSelector(msgspec.Struct, frozen=True, kw_only=True):
     """Accelerators that are given to the agent, to be divided into work queues."""
 
     rules: tuple[Rule, ...] = ()
-    divided: Callable[[], Mapping[str, Division]] = dict
+    divided: Callable[[], Mapping[str, Division]] = no_records
     """Reads which the agent has divided, or begun to, by PCI address; blocks. What is read of the machine is judged by
     what this returns before and after: a queue may be made or taken down meanwhile."""
 

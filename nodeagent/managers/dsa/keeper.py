@@ -15,7 +15,6 @@ import secrets
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-import msgspec
 import structlog
 from msgspec.structs import replace
 
@@ -33,7 +32,6 @@ from nodeagent.core.dsa.division import (
     Accelerator,
     Division,
     Held,
-    Queue,
     Step,
     Wq,
     differs,
@@ -52,39 +50,14 @@ from nodeagent.errors import HostError
 from nodeagent.host.devices.base import nodes
 from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.managers.dsa.journal import DsaJournal
+from nodeagent.managers.dsa.wanted import Place, Wanted
 
-Place = tuple[str, int]
-"""The address of an accelerator, and a slot."""
 NOTHING = "\n"
 """What clears a text of a queue: the kernel refuses to be given nothing at all."""
 BLINK_S, LOOKS = 0.05, 3
 """A program that opens a dedicated queue disables it for a moment: one that is disabled at all of so many looks, so far
 apart, is disabled."""
 log = structlog.get_logger()
-
-
-class Wanted(msgspec.Struct, frozen=True, kw_only=True):
-    """A slot as a claim wants it made. queues: what the accelerator is divided into."""
-
-    address: str
-    slot: int
-    claim: str
-    grant: str
-    queues: tuple[Queue, ...]
-
-    @property
-    def place(self) -> Place:
-        """Return its slot."""
-        return self.address, self.slot
-
-    def held(self) -> Held:
-        """Return what is recorded before it is made."""
-        return Held(slot=self.slot, claim=self.claim, grant=self.grant)
-
-    @property
-    def what(self) -> str:
-        """Return it as errors call it."""
-        return f"cannot make queue {self.slot} of {self.address}"
 
 
 class QueueKeeper:
@@ -99,6 +72,8 @@ class QueueKeeper:
         self._wait = wait
         self._stuck: dict[Place, str] = {}
         """Why a slot could not be taken down when that was tried last."""
+        self._enabled: set[str] = set()
+        """Addresses of accelerators that the current call of make() has enabled, and nobody else."""
         self.is_to_hide = False
         """Whether containers may still get a queue that forget_changed() has found to be lost."""
 
@@ -145,10 +120,11 @@ class QueueKeeper:
         except HostError:
             self._restore(wanted.address, before)
             raise
+        self._enabled.clear()
         try:
             self._enable(wanted, record, seen)
         except HostError as error:
-            left = self._take_down_all([wanted.place], is_enabling=not seen.driver)
+            left = self._take_down_all([wanted.place], is_laid_out=not seen.driver)
             raise HostError("; ".join([f"{wanted.what}: {error}", *left.values()])) from None
         self._stuck.pop(wanted.place, None)
         log.info("dsa-queue-made", device=wanted.address, slot=wanted.slot, claim=wanted.claim)
@@ -210,6 +186,7 @@ class QueueKeeper:
             if not is_laid_out(seen, record):
                 raise HostError(f"{seen.name} was configured by another program meanwhile")
             self._accelerators.bind(seen, seen.name, IDXD)
+            self._enabled.add(seen.address)
         if not record.ready:
             self._as_configured(wanted, replace(record, ready=True))
             record = self._keep(replace(record, ready=True))
@@ -283,20 +260,20 @@ class QueueKeeper:
     def take_down(self, places: Collection[Place]) -> dict[Place, str]:
         """Take down the queues of some slots, and with the last of an accelerator its division. Return, by slot, why
         one is not."""
-        return self._take_down_all(places, is_enabling=False)
+        return self._take_down_all(places, is_laid_out=False)
 
-    def _take_down_all(self, places: Collection[Place], *, is_enabling: bool) -> dict[Place, str]:
-        """is_enabling: whether it was disabled when this call began to lay it out."""
+    def _take_down_all(self, places: Collection[Place], *, is_laid_out: bool) -> dict[Place, str]:
+        """is_laid_out: whether it was disabled when this call began, which may have laid it out since."""
         errors: dict[Place, str] = {}
         for address, slot in places:
             try:
-                self._take_down(address, slot, is_enabling=is_enabling)
+                self._take_down(address, slot, is_laid_out=is_laid_out)
                 self._stuck.pop((address, slot), None)
             except HostError as error:
                 errors[address, slot] = self._stuck[address, slot] = str(error)
         return errors
 
-    def _take_down(self, address: str, slot: int, *, is_enabling: bool) -> None:
+    def _take_down(self, address: str, slot: int, *, is_laid_out: bool) -> None:
         before = self.records().get(address)
         held = before.of(slot) if before is not None else None
         if before is None or held is None:
@@ -310,7 +287,7 @@ class QueueKeeper:
             if seen is not None and self._is_own(seen, before, slot):
                 _check_closed(seen, slot)
                 self._disable(seen, record, slot)
-        if is_enabling:
+        if is_laid_out:
             record = self._withdraw(record)
         record = self._keep(replace(record, held=tuple(one for one in record.held if one.slot != slot)))
         log.info("dsa-queue-taken-down", device=address, slot=slot)
@@ -324,16 +301,19 @@ class QueueKeeper:
         seen = self._find(record.address)
         if seen is None or seen.state == HALTED or not (why := differs(seen, record)):
             return record
-        if seen.driver == IDXD and not any(one.driver for one in seen.wqs):
-            log.warning("accelerator-disabled-again", device=seen.address, why=why)
+        if seen.address in self._enabled and not _has_queues(seen):
             record = self._keep(replace(record, ready=False))
-            self._accelerators.unbind(seen, seen.name, IDXD)
             seen = self._again(record.address)
+            if seen.driver == IDXD and not _has_queues(seen):
+                log.warning("accelerator-disabled-again", device=seen.address, why=why)
+                self._accelerators.unbind(seen, seen.name, IDXD)
+                seen = self._again(record.address)
         if seen.driver:
             return record
         mine = [one for slot, one in enumerate(seen.wqs[: len(record.queues)]) if is_idle(one, slot, record)]
         others = any(one.group != NO_GROUP for one in seen.wqs if one not in mine)  # which need an engine
-        self._blank(seen, mine, () if others else range(len(seen.engines)))
+        engines = () if others else [index for index, group in enumerate(seen.engines) if group == GROUP]
+        self._blank(seen, mine, engines)
         return record
 
     def _is_own(self, seen: Accelerator, record: Division, slot: int) -> bool:
@@ -472,6 +452,11 @@ def _division(wanted: Wanted, seen: Accelerator) -> Division:
     return Division(
         address=wanted.address, nonce=secrets.token_hex(NONCE_BYTES), queues=wanted.queues, defaults=defaults
     )
+
+
+def _has_queues(seen: Accelerator) -> bool:
+    """Return whether a queue of an accelerator is enabled."""
+    return any(one.driver for one in seen.wqs)
 
 
 def _check_closed(seen: Accelerator, slot: int) -> None:

@@ -19,7 +19,8 @@ from nodeagent.core.model.health import HEALTHY, UNHEALTHY, Evidence
 from nodeagent.errors import HostError, StateError
 from nodeagent.host.dsa.accelerators import Accelerators
 from nodeagent.managers.dsa.journal import DsaJournal
-from nodeagent.managers.dsa.keeper import Place, QueueKeeper, Wanted
+from nodeagent.managers.dsa.keeper import QueueKeeper
+from nodeagent.managers.dsa.wanted import Place, Wanted
 from nodeagent.managers.manager import Manager
 from nodeagent.managers.turns import Turns
 from nodeagent.resources.offer import selectors

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from nodeagent.errors import HostError
 from nodeagent.host.dsa.accelerators import OLD_NAMES, numbers_of
 from nodeagent.host.sysfs.sysfs import SysFs
-from nodeagent.managers.dsa.keeper import Wanted
+from nodeagent.managers.dsa.wanted import Wanted
 from tests.support.dsa_keeper_node import AT, BIG, QUEUES, SMALL, Node
 
 

@@ -16,8 +16,8 @@ from nodeagent.daemon.paths import Paths
 from nodeagent.errors import HostError
 from nodeagent.host.devices import all_kinds
 from nodeagent.managers.dsa.journal import DsaJournal
-from nodeagent.managers.dsa.keeper import Wanted
 from nodeagent.managers.dsa.table import QueueTable
+from nodeagent.managers.dsa.wanted import Wanted
 from tests.support.dsa_keeper_node import AT, BIG, IDS, QUEUES, SMALL, Node
 
 

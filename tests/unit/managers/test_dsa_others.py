@@ -11,7 +11,8 @@ import pytest
 
 from nodeagent.errors import HostError
 from nodeagent.managers.dsa.journal import DsaJournal
-from nodeagent.managers.dsa.keeper import QueueKeeper, Wanted
+from nodeagent.managers.dsa.keeper import QueueKeeper
+from nodeagent.managers.dsa.wanted import Wanted
 from tests.doubles.idxd_kernel import IdxdKernel
 from tests.support.dsa_keeper_node import AT, QUEUES, Node
 

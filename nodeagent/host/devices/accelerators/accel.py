@@ -16,7 +16,7 @@ from nodeagent.core.dsa.division import Division, is_agents
 from nodeagent.core.model.device import ContainerEdits, Device
 from nodeagent.core.model.inventory import DEGRADED, PRESENT, KindState
 from nodeagent.host import pci
-from nodeagent.host.devices.base import Attributes, Context, Found, node_edits, part_of, pci_device
+from nodeagent.host.devices.base import Attributes, Context, Found, no_records, node_edits, part_of, pci_device
 from nodeagent.host.sysfs.lenient import Tolerant
 from nodeagent.host.sysfs.sysfs import SysFs
 
@@ -122,6 +122,8 @@ def _of_unknown_agents(
     """Return why some accelerators are not to be had whole, by address: a queue was made for a claim, and no record
     says for which. A pod that has the accelerator would have that queue too. before: what was recorded before they
     were read."""
+    if context.dsa.divided is no_records:
+        return {}
     named = {address: part for address, part in parts.items() if part.made}
     both = (before, context.dsa.divided()) if named else ()
     found: dict[str, str] = {}

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from types import MappingProxyType
 
 from nodeagent.core.dsa.division import (
+    CHANGING,
     DEDICATED,
     KIND,
     Accelerator,
@@ -33,7 +34,7 @@ from nodeagent.host.sysfs.sysfs import SysFs
 
 _TYPES = {"dsa": "dsa", "iax": "iaa"}
 LOOKS = 3
-"""How often an accelerator is read whose record changes meanwhile."""
+"""How often an accelerator is read that the agent changes meanwhile."""
 
 
 class DsaQueue:
@@ -71,6 +72,7 @@ class _Look:
         from nodeagent.host.dsa.accelerators import Accelerators  # no node without such accelerators needs it
 
         self._selector = selector
+        self._before = selector.divided()
         self._accelerators = Accelerators(sysfs)
         self._names: dict[str, str] = {}
         self._unlisted = ""
@@ -84,7 +86,7 @@ class _Look:
     def slots(self, function: Function) -> Iterator[Device]:
         """Yield the slots of a PCI function."""
         address, name = function.address, self._names.get(function.address, "")
-        rule, record = self._selector.rule(address, name), self._selector.divided().get(address)
+        rule, record = self._selector.rule(address, name), self._before.get(address)
         if rule is None and record is None:
             return
         try:
@@ -107,9 +109,9 @@ class _Look:
     def _read(self, address: str, name: str, record: Division | None) -> tuple[Accelerator, Division | None, bool]:
         """Return an accelerator, the record by which it is to be judged, and whether it cannot be: the agent changes it
         all the time. record: from before. Raise HostError."""
-        for _ in range(LOOKS):
+        for left in reversed(range(LOOKS)):
             seen, before, record = self._accelerators.read(address, name), record, self._selector.divided().get(address)
-            if record == before:
+            if record == before and not (left and _may_be_torn(seen, record)):
                 return seen, in_force(record, seen), False
         return seen, record, True
 
@@ -129,6 +131,12 @@ class _Look:
             return frozenset(), f"{seen.name} is divided as configured once its queues are released"
         there = frozenset(slot for slot in range(len(rule.queues)) if not record.ready or seen.wqs[slot].size)
         return there, ""
+
+
+def _may_be_torn(seen: Accelerator, record: Division | None) -> bool:
+    """Return whether an accelerator may have been read while a queue of it was half made: file by file."""
+    is_changing = record is not None and any(one.step in CHANGING for one in record.held)
+    return record is not None and is_changing and bool(differs(seen, record))
 
 
 def _unjudged(rule: Rule | None, record: Division | None) -> tuple[frozenset[int], str]:
