@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nodeagent.config.schema import schema
+from nodeagent.core.dsa.division import SOURCE as QUEUE
 from nodeagent.core.fabrics.pool import PATH
 from nodeagent.core.model.device import Device
 from nodeagent.core.model.health import HEALTHY, UNHEALTHY, UNKNOWN, Evidence
@@ -165,7 +166,7 @@ def test_a_source_that_fails_is_unknown_with_the_cause(tree: DeviceTree, error: 
 
 def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_documentation_know() -> None:
     """Those of NVML that the driver alone can tell about are never ignored, nor is what the configuration says, nor
-    the path to a target on the network."""
+    the path to a target on the network, nor a queue that was made for a claim."""
     names = [one.name for one in sources([npu.kind()])]
     assert len(set(names)) == len(names)
     ignorable = set(schema()["$defs"]["HealthConfig"]["properties"]["ignore"]["items"]["enum"])
@@ -174,4 +175,4 @@ def test_every_source_has_a_name_of_its_own_that_the_configuration_and_the_docum
     if not page.exists():
         pytest.skip("the documentation lies in the checkout")
     table = re.findall(r"^\| `([a-z]+)` \|", page.read_text(), re.MULTILINE)
-    assert sorted(table) == sorted({*ignorable, *OF_NVML, "quarantine", PATH})
+    assert sorted(table) == sorted({*ignorable, *OF_NVML, "quarantine", PATH, QUEUE})
