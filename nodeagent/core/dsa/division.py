@@ -311,7 +311,7 @@ def differs(seen: Accelerator, record: Division) -> str:
 
 def why_not_own(seen: Accelerator, record: Division, slot: int) -> str:
     """Return why the queue of a slot that is held is not the agent's to disable, or "". One that has the agent's name
-    is, whatever is beside it; one without a name only as a part of an accelerator that is as recorded."""
+    is, whatever is alongside it; one without a name only as a part of an accelerator that is as recorded."""
     if slot < len(seen.wqs) and seen.wqs[slot].label == record.label(slot) and _is_ours(seen.wqs[slot], slot, record):
         return ""
     return differs(seen, record)

@@ -73,7 +73,7 @@ class QueueKeeper:
         self._stuck: dict[Place, str] = {}
         """Why a slot could not be taken down when that was tried last."""
         self._enabled: set[str] = set()
-        """Addresses of accelerators that the current call of make() has enabled, and nobody else."""
+        """Addresses of accelerators that the current call of make() has enabled, and no other program."""
         self.is_to_hide = False
         """Whether containers may still get a queue that forget_changed() has found to be lost."""
 

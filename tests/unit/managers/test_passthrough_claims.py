@@ -188,7 +188,7 @@ async def test_what_may_be_bound_for_another_claim_is_handed_to_nobody_while_the
         assert await one.prepare(claim) == ""
         await one.room.agent.unprepare([claim.uid], "an admin", "op")
         plain, other = one.claim("plain", GPU, ""), one.claim("other", OTHER, "")
-        with unreadable("passthrough.json"):  # nobody knows which
+        with unreadable("passthrough.json"):  # either may be bound
             for ref in (plain, other):
                 assert "Input/output error" in await one.prepare(ref)
         assert f"cannot hand over {GPU}: it is not given back to its driver yet" in await one.prepare(plain)

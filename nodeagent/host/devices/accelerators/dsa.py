@@ -77,7 +77,7 @@ def _queues(reader: Tolerant, context: Context) -> Iterator[Device]:
 
 
 def _of_users(reader: Tolerant, context: Context) -> Iterator[tuple[Device, int]]:
-    """Yield each queue for user space with its number, whoever has made it."""
+    """Yield each queue for user space with its number, whether an admin or an agent has made it."""
     for name, path, address, tail in pci.members(reader, BUS):
         place, owner = _QUEUE.fullmatch(tail), context.function_by_address.get(address or "")
         if place is not None and owner is not None and reader.text(f"{path}/type") == USER:

@@ -2,8 +2,8 @@
 not its work queue is made.
 
 The agent makes the queue for the claim that holds the slot (managers/dsa). A slot is offered only if that would be
-done now: for an accelerator that nobody has begun to configure, or that is exactly as the agent divided it. A slot that
-is held stays a device in any case.
+done now: for an accelerator that no program has begun to configure, or that is exactly as the agent divided it. A slot
+that is held stays a device in any case.
 """
 
 from __future__ import annotations
